@@ -1,0 +1,1 @@
+"""The fast forms of `dan_fast.reference`, same names and signatures."""

@@ -1,0 +1,141 @@
+"""The tuples that go in and out of the operators, the same for `reference` and `functional`.
+
+They are named tuples so that autograd, `torch.compile` and `torch.utils._pytree` see through them.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class MemoryState(NamedTuple):
+    """One external memory, M or M' of Sec. III-C.
+
+    A label or sample id of -1 marks an empty slot.
+
+    Attributes:
+        features: (s, d) floating, the stored keys; the rows of empty slots are zero.
+        labels: (s,) int64, label or pseudo label.
+        usage: (s,) floating, W^u of Eq. (5).
+        evaluation: (s,) floating, W^e of the last write, Eq. (7).
+        least_used: () int64, the slot the next write clears and fills, Eq. (6).
+        sample_ids: (s,) int64, which image filled the slot; -1 in a labelled memory.
+
+    Example:
+        >>> MemoryState.empty(slots=4, key_dim=3).labels
+        tensor([-1, -1, -1, -1])
+    """
+
+    features: Tensor
+    labels: Tensor
+    usage: Tensor
+    evaluation: Tensor
+    least_used: Tensor
+    sample_ids: Tensor
+
+    @classmethod
+    def empty(
+        cls,
+        slots: int,
+        key_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> "MemoryState":
+        """A memory of `slots` empty slots for keys of `key_dim` numbers.
+
+        Raises:
+            ValueError: `slots` or `key_dim` is not positive.
+            TypeError: `dtype` is not a floating type.
+        """
+        if slots < 1 or key_dim < 1:
+            raise ValueError(f"slots and key_dim must be positive, got slots={slots} and key_dim={key_dim}")
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating type, got {dtype}")
+        nothing = torch.full((slots,), -1, dtype=torch.int64, device=device)
+        return cls(
+            features=torch.zeros(slots, key_dim, dtype=dtype, device=device),
+            labels=nothing,
+            usage=torch.zeros(slots, dtype=dtype, device=device),
+            evaluation=torch.zeros(slots, dtype=dtype, device=device),
+            least_used=torch.zeros((), dtype=torch.int64, device=device),
+            sample_ids=nothing.clone(),
+        )
+
+    @property
+    def occupied(self) -> Tensor:
+        """(s,) bool, the slots that hold a sample."""
+        return self.labels >= 0
+
+
+class MemoryStep(NamedTuple):
+    """What one mini-batch did to both memories.
+
+    Attributes:
+        loss: () floating, L_lde of Eq. (15), the mean over the unlabelled samples that were not skipped.
+        pseudo_labels: (B',) int64, y' of Eq. (11); -1 for a sample that was skipped.
+        labeled: the new M, detached.
+        unlabeled: the new M', detached.
+    """
+
+    loss: Tensor
+    pseudo_labels: Tensor
+    labeled: MemoryState
+    unlabeled: MemoryState
+
+
+class NLCBAMWeights(NamedTuple):
+    """The fully connected weights of NL-CBAM, Eqs. (2)-(3), for C channels and HW positions; no biases.
+
+    Attributes:
+        wc1: (max(1, C // r), C), wc2: (C, max(1, C // r)): the bottleneck of channel attention.
+        ws1: (max(1, HW // r), HW), ws2: (HW, max(1, HW // r)): the bottleneck that A and B share.
+        ws3, ws4: as ws1 and ws2, the bottleneck of C.
+    """
+
+    wc1: Tensor
+    wc2: Tensor
+    ws1: Tensor
+    ws2: Tensor
+    ws3: Tensor
+    ws4: Tensor
+
+
+class NLCBAMOutput(NamedTuple):
+    """Attributes:
+    refined: (B, C, H, W), X'' of Sec. III-B.
+    channel_attention: (B, C), A_C of Eq. (2).
+    spatial_attention: (B, HW), A_S of Eq. (3).
+    """
+
+    refined: Tensor
+    channel_attention: Tensor
+    spatial_attention: Tensor
+
+
+class AdversaryOutput(NamedTuple):
+    """Attributes:
+    loss: (B,), L_aad of Eq. (4); 0 where the label is -1.
+    refined_map: (B, HW), A_at.
+    adversary_map: (B, HW), A_ad, the class activation map; 0 where the label is -1.
+    """
+
+    loss: Tensor
+    refined_map: Tensor
+    adversary_map: Tensor
+
+
+class AttentionHeadOutput(NamedTuple):
+    """Attributes:
+    attended: (B, C), the spatial mean of X''.
+    pooled: (B, C), the spatial mean of X.
+    channel_attention: (B, C), A_C.
+    spatial_attention: (B, HW), A_S.
+    adversary_loss: (B,), L_aad; 0 where the label is -1.
+    """
+
+    attended: Tensor
+    pooled: Tensor
+    channel_attention: Tensor
+    spatial_attention: Tensor
+    adversary_loss: Tensor
