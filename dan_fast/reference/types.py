@@ -89,15 +89,15 @@ class NLCBAMWeights(NamedTuple):
 
     Attributes:
         wc1: (max(1, C // r), C), wc2: (C, max(1, C // r)): the bottleneck of channel attention.
-        ws1: (max(1, HW // r), HW), ws2: (HW, max(1, HW // r)): the bottleneck that A and B share.
-        ws3, ws4: as ws1 and ws2, the bottleneck of C.
+        ws1, ws3: (max(1, HW // r), HW), ws2, ws4: (HW, max(1, HW // r)): the bottlenecks of spatial attention;
+            ws1 and ws2 serve A and B, ws3 and ws4 serve C.
     """
 
     wc1: Tensor
     wc2: Tensor
     ws1: Tensor
-    ws2: Tensor
     ws3: Tensor
+    ws2: Tensor
     ws4: Tensor
 
 
