@@ -1,0 +1,100 @@
+"""The competition between attention and adversary branch, Sec. III-B: who wins decides who is trained."""
+
+from collections.abc import Sequence
+from enum import StrEnum
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Stage(StrEnum):
+    """Which groups an iteration updates; the gates Gm are updated in every stage."""
+
+    ADVERSARY = "adversary"
+    """Stage 1: the adversary branch won; Gb is frozen, Ga is updated by l1 L_aad."""
+    ATTENTION = "attention"
+    """Stage 2: the attention branch won; Ga is frozen, Gb is updated by L_total."""
+    BOTH = "both"
+    """The adversary branch has won too often in a row; both groups are updated."""
+
+
+class Competition:
+    """Decides the stage of each iteration.
+
+    The branch with the higher accuracy on the labelled samples of S wins; on a tie the one with the lower
+    cross-entropy, and attention if that is equal too. Nothing in L_aad makes the attention branch classify
+    better, so a frozen backbone could stay frozen for good: after `stall_guard` adversary wins in a row both
+    groups are updated until attention wins once.
+
+    Args:
+        stall_guard: adversary wins in a row, at least 1; 0 is the literal paper, without a guard.
+
+    Raises:
+        ValueError: `stall_guard` is negative.
+
+    Example:
+        >>> import torch
+        >>> good, bad = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+        >>> Competition().decide(good, bad, torch.tensor([0]))
+        <Stage.ATTENTION: 'attention'>
+    """
+
+    def __init__(self, stall_guard: int = 20) -> None:
+        if stall_guard < 0:
+            raise ValueError(f"stall_guard must not be negative, got {stall_guard}")
+        self.stall_guard = stall_guard
+        self.adversary_streak = 0
+
+    def decide(self, attention_logits: Tensor, adversary_logits: Tensor, labels: Tensor) -> Stage:
+        """The stage for logits (n, c) of both branches and labels (n,) int64; reads the result on the host."""
+        attention_won = bool(_attention_wins(attention_logits.detach(), adversary_logits.detach(), labels))
+        if attention_won:
+            self.adversary_streak = 0
+            return Stage.ATTENTION
+        # The guard takes effect in the iteration after the one that completes the row.
+        stalled = self.stall_guard > 0 and self.adversary_streak >= self.stall_guard
+        self.adversary_streak += 1
+        return Stage.BOTH if stalled else Stage.ADVERSARY
+
+    def state_dict(self) -> dict[str, int]:
+        return {"adversary_streak": self.adversary_streak}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.adversary_streak = state["adversary_streak"]
+
+
+def _attention_wins(attention_logits: Tensor, adversary_logits: Tensor, labels: Tensor) -> Tensor:
+    correct = (attention_logits.argmax(1) == labels).sum() - (adversary_logits.argmax(1) == labels).sum()
+    closer = F.cross_entropy(attention_logits.float(), labels) <= F.cross_entropy(
+        adversary_logits.float(), labels
+    )
+    return (correct > 0) | ((correct == 0) & closer)
+
+
+def active_groups(
+    stage: Stage,
+    backbone: Sequence[str],
+    attention: Sequence[str],
+    memory: Sequence[str],
+    cam_weight: str,
+) -> dict[str, tuple[list[str], str]]:
+    """The groups of `meta_gradients` for one iteration (Sec. III-A and III-D).
+
+    Args:
+        stage: who is trained.
+        backbone: names of Gb, the classifier included; loss "total".
+        attention: names of NL-CBAM's weights in Ga; loss "adversary", that is l1 L_aad.
+        memory: names of Gm; loss "embedding", that is l2 L_lde. May be empty.
+        cam_weight: the classifier's weight, which CAM uses. It joins Ga while Gb is frozen; else it is
+            trained by L_total, which contains l1 L_aad.
+    """
+    groups: dict[str, tuple[list[str], str]] = {}
+    if stage is not Stage.ADVERSARY:
+        groups["backbone"] = (list(backbone), "total")
+    if stage is Stage.ADVERSARY:
+        groups["attention"] = ([*attention, cam_weight], "adversary")
+    elif stage is Stage.BOTH:
+        groups["attention"] = (list(attention), "adversary")
+    if memory:
+        groups["memory"] = (list(memory), "embedding")
+    return groups

@@ -1,0 +1,149 @@
+"""Gradients of the meta-optimisation objective, Eqs. (17)-(18) and Algorithm 1."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Params = Mapping[str, Tensor]
+Losses = Mapping[str, Tensor]
+Groups = Mapping[str, tuple[Sequence[str], str]]
+
+
+class MetaGradients(NamedTuple):
+    """Attributes:
+    train_losses: name to () tensor, the losses of S at G, detached.
+    test_losses: name to () tensor, the losses of S~ at G', detached.
+    grads: parameter name to gradient, for the parameters of the active groups.
+    """
+
+    train_losses: dict[str, Tensor]
+    test_losses: dict[str, Tensor]
+    grads: dict[str, Tensor]
+
+
+def meta_gradients(
+    loss_fn: Callable[[Params, Any], Losses],
+    params: Params,
+    groups: Groups | None,
+    meta_train: Any,
+    meta_test: Any,
+    inner_lr: float,
+    eta: float = 1.0,
+    order: int = 2,
+    *,
+    train_losses: Losses | None = None,
+) -> MetaGradients:
+    """Derivatives of L_g(S, G) + eta L_g(S~, G') for every group g in its own parameters.
+
+    G' is G after one plain SGD step of size `inner_lr` of every active group on its own loss of S
+    (Eq. 18, left). With `order=2` the derivative is total: it includes how G' depends on G, across groups
+    too (Eqs. 17-18). With `order=1` second derivatives are dropped: grad L_g(S, G) + eta grad L_g(S~, G')
+    taken at G' (Algorithm 1 as printed).
+
+    Batch-norm buffers that `loss_fn` updates are updated by both passes, first with S at G, then with S~ at
+    G'; nothing here rewinds them.
+
+    Args:
+        loss_fn: maps (name to tensor, batch) to a dict of scalar losses; called once with `meta_train`, then
+            once with `meta_test`.
+        params: name to tensor, G. A parameter in no group is constant in both passes.
+        groups: the groups active in this iteration, name to (parameter names, name of the group's loss).
+            None: every parameter takes the loss "total".
+        meta_train: the batch S, handed to `loss_fn` as it is.
+        meta_test: the batch S~.
+        inner_lr: delta_1 of Eq. (19).
+        eta: the balance of Eq. (17).
+        order: 1 or 2.
+        train_losses: what `loss_fn(params, meta_train)` returned, if the caller has computed it already with
+            tensors of `params` that require grad; `loss_fn` is then called for S~ only.
+
+    Raises:
+        ValueError: `order` is not 1 or 2, a parameter stands in two groups or is unknown, or a loss that a
+            group names is missing.
+
+    Example:
+        >>> w = torch.tensor(1.0, dtype=torch.float64)
+        >>> def loss_fn(params, batch):
+        ...     return {"total": (params["w"] * batch) ** 2}
+        >>> meta_gradients(loss_fn, {"w": w}, None, 1.0, 1.0, inner_lr=0.1).grads["w"]
+        tensor(3.2800, dtype=torch.float64)
+    """
+    if order not in (1, 2):
+        raise ValueError(f"order must be 1 or 2, got {order!r}")
+    groups = {"all": (list(params), "total")} if groups is None else groups
+    _check_groups(params, groups)
+    active = {name for names, _ in groups.values() for name in names}
+    if train_losses is None:
+        current = {name: value.detach().requires_grad_(name in active) for name, value in params.items()}
+        train_losses = loss_fn(current, meta_train)
+    else:
+        current = dict(params)
+    constants = {name: value.detach() for name, value in current.items() if name not in active}
+
+    train_grads = _group_gradients(
+        train_losses, current, groups, create_graph=order == 2, keep_graph=order == 2
+    )
+    moved = {name: current[name] - inner_lr * grad for name, grad in train_grads.items()}
+    if order == 1:
+        moved = {name: value.detach().requires_grad_() for name, value in moved.items()}
+    test_losses = loss_fn({**constants, **moved}, meta_test)
+
+    if order == 1:
+        test_grads = _group_gradients(test_losses, moved, groups)
+        grads = {name: grad + eta * test_grads[name] for name, grad in train_grads.items()}
+    else:
+        objective = {
+            name: _loss(train_losses, name) + eta * _loss(test_losses, name) for _, name in groups.values()
+        }
+        grads = _group_gradients(objective, current, groups)
+    return MetaGradients(_detached(train_losses), _detached(test_losses), grads)
+
+
+def _check_groups(params: Params, groups: Groups) -> None:
+    owner: dict[str, str] = {}
+    for group, (names, _) in groups.items():
+        for name in names:
+            if name not in params:
+                raise ValueError(f"groups: {group!r} names parameter {name!r}, which is not in params")
+            if name in owner:
+                raise ValueError(
+                    f"groups: parameter {name!r} stands in {owner[name]!r} and again in {group!r}; list it once"
+                )
+            owner[name] = group
+
+
+def _loss(losses: Losses, name: str) -> Tensor:
+    if name not in losses:
+        raise ValueError(f"groups: loss {name!r} is not among those loss_fn returned: {', '.join(losses)}")
+    return losses[name]
+
+
+def _group_gradients(
+    losses: Losses, params: Params, groups: Groups, create_graph: bool = False, keep_graph: bool = False
+) -> dict[str, Tensor]:
+    """The gradient of each group's loss in the group's parameters; zero where the loss does not depend on one."""
+    grads: dict[str, Tensor] = {}
+    remaining = len(groups)
+    for names, loss_name in groups.values():
+        remaining -= 1
+        loss = _loss(losses, loss_name)
+        inputs = [params[name] for name in names]
+        if not loss.requires_grad or not inputs:
+            grads.update((name, torch.zeros_like(value)) for name, value in zip(names, inputs, strict=True))
+            continue
+        values = torch.autograd.grad(
+            loss,
+            inputs,
+            # The groups' losses share one graph: only the last may free it.
+            retain_graph=keep_graph or remaining > 0,
+            create_graph=create_graph,
+            materialize_grads=True,
+        )
+        grads.update(zip(names, values, strict=True))
+    return grads
+
+
+def _detached(losses: Losses) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in losses.items()}

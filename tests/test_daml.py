@@ -1,0 +1,246 @@
+"""Meta gradients against finite differences of the meta objective, and the rules of the competition."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dan_fast.daml import Competition, Stage, active_groups, meta_gradients
+
+INNER_LR = 0.07
+ETA = 0.6
+
+
+def quadratic_problem() -> tuple[dict[str, Tensor], dict[str, tuple[list[str], str]], Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    params = {
+        "backbone.w": torch.randn(3, 2, generator=generator, dtype=torch.float64),
+        "backbone.b": torch.randn(3, generator=generator, dtype=torch.float64),
+        "attention.w": torch.randn(3, generator=generator, dtype=torch.float64),
+        "gate": torch.randn((), generator=generator, dtype=torch.float64),
+        "constant": torch.randn(3, generator=generator, dtype=torch.float64),
+    }
+    groups = {
+        "backbone": (["backbone.w", "backbone.b"], "total"),
+        "attention": (["attention.w"], "adversary"),
+        "memory": (["gate"], "embedding"),
+    }
+    batches = torch.randn(2, 4, 2, generator=generator, dtype=torch.float64)
+    return params, groups, batches[0], batches[1]
+
+
+def coupled_losses(params: dict[str, Tensor], batch: Tensor) -> dict[str, Tensor]:
+    """Every loss depends on every group, so a derivative that ignores another group's step shows."""
+    hidden = torch.tanh(batch @ params["backbone.w"].T + params["backbone.b"])
+    attended = hidden * torch.sigmoid(params["attention.w"]) + params["constant"]
+    adversary = ((attended - hidden) ** 2).mean()
+    embedding = (torch.sigmoid(params["gate"]) * hidden.sum(1) ** 2).mean() + params["gate"] ** 2 * adversary
+    return {
+        "adversary": adversary,
+        "embedding": embedding,
+        "total": attended.exp().mean() + adversary + embedding,
+    }
+
+
+def numeric_total_derivative(params, groups, meta_train, meta_test, name: str, loss_name: str) -> Tensor:
+    """Central differences of L_g(S, G) + eta L_g(S~, G'), G' stepped by plain autograd."""
+
+    def objective(value: Tensor) -> float:
+        current = {key: entry.clone().requires_grad_() for key, entry in {**params, name: value}.items()}
+        train = coupled_losses(current, meta_train)
+        moved = dict(current)
+        for names, group_loss in groups.values():
+            grads = torch.autograd.grad(train[group_loss], [current[key] for key in names], retain_graph=True)
+            for key, grad in zip(names, grads, strict=True):
+                moved[key] = current[key] - INNER_LR * grad
+        test = coupled_losses(moved, meta_test)
+        return float(train[loss_name] + ETA * test[loss_name])
+
+    numeric = torch.zeros_like(params[name]).reshape(-1)
+    for index in range(numeric.numel()):
+        step = torch.zeros_like(numeric)
+        step[index] = 1e-5
+        step = step.reshape(params[name].shape)
+        numeric[index] = (objective(params[name] + step) - objective(params[name] - step)) / 2e-5
+    return numeric.reshape(params[name].shape)
+
+
+def test_second_order_is_the_total_derivative_of_the_meta_objective():
+    params, groups, meta_train, meta_test = quadratic_problem()
+    result = meta_gradients(coupled_losses, params, groups, meta_train, meta_test, INNER_LR, ETA, order=2)
+    assert set(result.grads) == {"backbone.w", "backbone.b", "attention.w", "gate"}
+    for names, loss_name in groups.values():
+        for name in names:
+            numeric = numeric_total_derivative(params, groups, meta_train, meta_test, name, loss_name)
+            torch.testing.assert_close(result.grads[name], numeric, rtol=1e-7, atol=1e-8)
+
+
+def test_first_order_is_algorithm_1_as_printed():
+    params, groups, meta_train, meta_test = quadratic_problem()
+    result = meta_gradients(coupled_losses, params, groups, meta_train, meta_test, INNER_LR, ETA, order=1)
+    leaves = {name: value.clone().requires_grad_() for name, value in params.items()}
+    train = coupled_losses(leaves, meta_train)
+    at_g, moved = {}, {name: value.detach().clone() for name, value in params.items()}
+    for names, loss_name in groups.values():
+        for name in names:
+            (at_g[name],) = torch.autograd.grad(train[loss_name], leaves[name], retain_graph=True)
+            moved[name] = (params[name] - INNER_LR * at_g[name]).requires_grad_()
+    test = coupled_losses(moved, meta_test)
+    for names, loss_name in groups.values():
+        for name in names:
+            (at_moved,) = torch.autograd.grad(test[loss_name], moved[name], retain_graph=True)
+            torch.testing.assert_close(result.grads[name], at_g[name] + ETA * at_moved)
+    for name in ("total", "adversary", "embedding"):
+        torch.testing.assert_close(result.train_losses[name], train[name].detach())
+        torch.testing.assert_close(result.test_losses[name], test[name].detach())
+        assert not result.test_losses[name].requires_grad
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_losses_computed_before_give_the_same_gradients(order):
+    params, groups, meta_train, meta_test = quadratic_problem()
+    expected = meta_gradients(coupled_losses, params, groups, meta_train, meta_test, INNER_LR, ETA, order)
+    leaves = {name: value.clone().requires_grad_() for name, value in params.items()}
+    calls = []
+
+    def counted(current, batch):
+        calls.append(batch)
+        return coupled_losses(current, batch)
+
+    given = meta_gradients(
+        counted, leaves, groups, meta_train, meta_test, INNER_LR, ETA, order,
+        train_losses=coupled_losses(leaves, meta_train),
+    )  # fmt: skip
+    assert len(calls) == 1 and calls[0] is meta_test
+    for name, grad in expected.grads.items():
+        torch.testing.assert_close(given.grads[name], grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_without_groups_every_parameter_takes_total(order):
+    params, _, meta_train, meta_test = quadratic_problem()
+    everything = {"one": (list(params), "total")}
+    with_none = meta_gradients(coupled_losses, params, None, meta_train, meta_test, INNER_LR, ETA, order)
+    named = meta_gradients(coupled_losses, params, everything, meta_train, meta_test, INNER_LR, ETA, order)
+    assert set(with_none.grads) == set(params)
+    for name, grad in named.grads.items():
+        torch.testing.assert_close(with_none.grads[name], grad, rtol=0, atol=0)
+
+
+def test_a_parameter_in_no_group_reaches_both_passes_as_a_constant():
+    params, groups, meta_train, meta_test = quadratic_problem()
+    del groups["backbone"]
+    seen = []
+
+    def watched(current, batch):
+        seen.append(current["backbone.w"])
+        return coupled_losses(current, batch)
+
+    result = meta_gradients(watched, params, groups, meta_train, meta_test, INNER_LR)
+    assert set(result.grads) == {"attention.w", "gate"}
+    for value in seen:
+        assert not value.requires_grad
+        torch.testing.assert_close(value, params["backbone.w"], rtol=0, atol=0)
+
+
+def test_a_loss_that_does_not_depend_on_its_group_gives_zero():
+    params = {"used": torch.ones(2, dtype=torch.float64), "unused": torch.ones(3, dtype=torch.float64)}
+    groups = {"a": (["used"], "total"), "b": (["unused"], "constant")}
+
+    def loss_fn(current, batch):
+        return {"total": (current["used"] ** 2).sum(), "constant": torch.zeros((), dtype=torch.float64)}
+
+    for order in (1, 2):
+        grads = meta_gradients(loss_fn, params, groups, None, None, 0.1, order=order).grads
+        assert grads["unused"].tolist() == [0, 0, 0]
+        assert (grads["used"] > 0).all()
+
+
+def test_params_are_left_alone():
+    params, groups, meta_train, meta_test = quadratic_problem()
+    before = {name: value.clone() for name, value in params.items()}
+    meta_gradients(coupled_losses, params, groups, meta_train, meta_test, INNER_LR)
+    for name, value in params.items():
+        assert torch.equal(value, before[name]) and not value.requires_grad and value.grad is None
+
+
+@pytest.mark.parametrize(
+    ("groups", "order", "message"),
+    [
+        ({"a": (["gate"], "total"), "b": (["gate"], "total")}, 2, "'gate' stands in 'a' and again in 'b'"),
+        ({"a": (["gate", "gate"], "total")}, 2, "'gate' stands in 'a' and again in 'a'"),
+        ({"a": (["gates"], "total")}, 2, "'gates', which is not in params"),
+        (
+            {"a": (["gate"], "sum")},
+            1,
+            "'sum' is not among those loss_fn returned: adversary, embedding, total",
+        ),
+        (None, 3, "order must be 1 or 2, got 3"),
+    ],
+)
+def test_wrong_groups_are_named(groups, order, message):
+    params, _, meta_train, meta_test = quadratic_problem()
+    with pytest.raises(ValueError, match=message):
+        meta_gradients(coupled_losses, params, groups, meta_train, meta_test, INNER_LR, order=order)
+
+
+def logits(*predictions: int, confidence: float = 1.0) -> Tensor:
+    return confidence * torch.nn.functional.one_hot(torch.tensor(predictions), 3).float()
+
+
+LABELS = torch.tensor([0, 1, 2, 0])
+
+
+def test_the_more_accurate_branch_wins():
+    better, worse = logits(0, 1, 2, 1), logits(0, 1, 1, 1)
+    assert Competition().decide(better, worse, LABELS) is Stage.ATTENTION
+    assert Competition().decide(worse, better, LABELS) is Stage.ADVERSARY
+
+
+def test_a_tie_in_accuracy_goes_to_the_lower_cross_entropy():
+    sure, unsure = logits(0, 1, 2, 0, confidence=5.0), logits(0, 1, 2, 0, confidence=1.0)
+    assert Competition().decide(sure, unsure, LABELS) is Stage.ATTENTION
+    assert Competition().decide(unsure, sure, LABELS) is Stage.ADVERSARY
+    assert Competition().decide(sure, sure, LABELS) is Stage.ATTENTION
+
+
+def test_the_stall_guard_frees_both_groups_until_attention_wins():
+    good, bad = logits(0, 1, 2, 0), logits(1, 2, 0, 1)
+    competition = Competition(stall_guard=3)
+    stages = [competition.decide(bad, good, LABELS) for _ in range(5)]
+    assert stages == [Stage.ADVERSARY] * 3 + [Stage.BOTH] * 2
+    assert competition.decide(good, bad, LABELS) is Stage.ATTENTION
+    assert competition.decide(bad, good, LABELS) is Stage.ADVERSARY
+
+
+def test_without_a_guard_the_backbone_stays_frozen():
+    good, bad = logits(0, 1, 2, 0), logits(1, 2, 0, 1)
+    competition = Competition(stall_guard=0)
+    assert {competition.decide(bad, good, LABELS) for _ in range(50)} == {Stage.ADVERSARY}
+
+
+def test_the_competition_continues_from_its_state():
+    good, bad = logits(0, 1, 2, 0), logits(1, 2, 0, 1)
+    first = Competition(stall_guard=2)
+    for _ in range(2):
+        first.decide(bad, good, LABELS)
+    second = Competition(stall_guard=2)
+    second.load_state_dict(first.state_dict())
+    assert second.decide(bad, good, LABELS) is Stage.BOTH
+
+
+def test_groups_of_each_stage_list_every_parameter_at_most_once():
+    names = {"backbone": ["b", "cam"], "attention": ["a1", "a2"], "memory": ["alpha"], "cam_weight": "cam"}
+    assert active_groups(Stage.ADVERSARY, **names) == {
+        "attention": (["a1", "a2", "cam"], "adversary"),
+        "memory": (["alpha"], "embedding"),
+    }
+    assert active_groups(Stage.ATTENTION, **names) == {
+        "backbone": (["b", "cam"], "total"),
+        "memory": (["alpha"], "embedding"),
+    }
+    assert active_groups(Stage.BOTH, **names) == {
+        "backbone": (["b", "cam"], "total"),
+        "attention": (["a1", "a2"], "adversary"),
+        "memory": (["alpha"], "embedding"),
+    }
+    assert "memory" not in active_groups(Stage.ATTENTION, **{**names, "memory": []})
