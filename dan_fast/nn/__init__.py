@@ -1,0 +1,7 @@
+"""The network and its parts as modules."""
+
+from dan_fast.nn.attention import NLCBAM
+from dan_fast.nn.backbone import BACKBONES, build_backbone
+from dan_fast.nn.network import DAN, DANOutput
+
+__all__ = ["BACKBONES", "DAN", "DANOutput", "NLCBAM", "build_backbone"]

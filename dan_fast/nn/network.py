@@ -1,0 +1,163 @@
+"""The Data Assimilation Network without its memory: backbone, attention head and classifier (Fig. 2)."""
+
+from os import PathLike
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dan_fast.functional.attention import attention_head
+from dan_fast.nn.attention import NLCBAM
+from dan_fast.nn.backbone import build_backbone
+from dan_fast.reference.types import AttentionHeadOutput
+
+GATES = 3
+
+
+class DANOutput(NamedTuple):
+    """Attributes:
+    attended: (B, C), the spatial mean of X'': the feature of the attention branch, the one used in tests.
+    pooled: (B, C), the spatial mean of X: the feature of the adversary branch; it holds the key.
+    channel_attention: (B, C), A_C.
+    spatial_attention: (B, HW), A_S.
+    adversary_loss: (B,), L_aad; 0 where the label is -1 or there are no labels.
+    logits: (B, c), the classifier on `attended`.
+    adversary_logits: (B, c), the classifier on `pooled`.
+    """
+
+    attended: Tensor
+    pooled: Tensor
+    channel_attention: Tensor
+    spatial_attention: Tensor
+    adversary_loss: Tensor
+    logits: Tensor
+    adversary_logits: Tensor
+
+
+class DAN(nn.Module):
+    """Backbone, NL-CBAM with the attention adversary, and a classifier that both branches share (Sec. III).
+
+    Args:
+        num_classes: c, the number of training persons.
+        backbone: a name for `build_backbone`, or any module that maps (B, 3, H, W) images to a (B, C, h, w) map
+            with C at least 4.
+        image_size: (H, W) of the images; NL-CBAM is made for the map they give.
+        reduction: r of NL-CBAM.
+        dropout: share of the features dropped before the classifier, drawn anew for each branch.
+        weights: for a backbone given by name, see `build_backbone`.
+
+    Attributes:
+        backbone: the backbone; attention: the `NLCBAM`; classifier: `nn.Linear(C, num_classes)`.
+        image_size: (H, W); map_size: (h, w); key_dim: C - 3, the size of the memory's keys.
+
+    Raises:
+        DanFastError: the backbone's name or weights, see `build_backbone`.
+        ValueError: an argument out of range, or a module whose output is not such a map.
+
+    Example:
+        >>> model = DAN(num_classes=10, backbone="resnet18", image_size=(128, 64)).eval()
+        >>> model.embed(torch.zeros(2, 3, 128, 64)).shape
+        torch.Size([2, 512])
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: str | nn.Module = "resnet50",
+        image_size: tuple[int, int] = (224, 224),
+        reduction: int = 12,
+        dropout: float = 0.5,
+        weights: str | PathLike[str] = "none",
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        if len(image_size) != 2 or min(image_size) < 1:
+            raise ValueError(f"image_size must be (height, width) in pixels, got {image_size}")
+        if isinstance(backbone, nn.Module):
+            if weights != "none":
+                raise ValueError(
+                    "weights serves a backbone given by name; load the module's own weights first"
+                )
+            self.backbone = backbone
+        else:
+            self.backbone = build_backbone(backbone, weights)
+        self.image_size = (int(image_size[0]), int(image_size[1]))
+        channels, height, width = _map_shape(self.backbone, self.image_size)
+        if channels <= GATES:
+            raise ValueError(f"backbone must give at least {GATES + 1} channels, got {channels}")
+        self.map_size = (height, width)
+        self.key_dim = channels - GATES
+        self.attention = NLCBAM(channels, height * width, reduction)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(channels, num_classes)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> DANOutput:
+        """Both branches.
+
+        Args:
+            images: (B, 3, H, W) floating.
+            labels: (B,) int64, the class of each image, -1 where it is unknown; None if all are.
+
+        Raises:
+            ValueError: images of another size than `image_size`, or labels that do not fit.
+            TypeError: labels that are not int64.
+        """
+        head = self._head(images, labels)
+        return DANOutput(
+            *head,
+            logits=self.classifier(self.dropout(head.attended)),
+            adversary_logits=self.classifier(self.dropout(head.pooled)),
+        )
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) to the (B, C) feature used in tests: attention, but neither adversary nor memory (Sec. III-A).
+
+        Put the network into eval mode first: batch norm is not told apart here.
+        """
+        return self._head(images, None).attended
+
+    def keys(self, output: DANOutput) -> Tensor:
+        """(B, key_dim), what the memory stores: the backbone's outputs but for the last three (Sec. IV-B)."""
+        return output.pooled[:, : self.key_dim]
+
+    def gate_features(self, output: DANOutput) -> Tensor:
+        """(B, 3), the backbone's last three outputs, which Sec. IV-B reads as alpha, alpha' and beta."""
+        return output.pooled[:, self.key_dim :]
+
+    def parameter_groups(self) -> dict[str, list[str]]:
+        """The names of the parameters of G_b, backbone and classifier, and of G_a, NL-CBAM (Sec. III-A)."""
+        names = [name for name, _ in self.named_parameters()]
+        return {
+            "backbone": [name for name in names if not name.startswith("attention.")],
+            "attention": [name for name in names if name.startswith("attention.")],
+        }
+
+    def _head(self, images: Tensor, labels: Tensor | None) -> AttentionHeadOutput:
+        features = self.backbone(images)
+        if features.shape[-2:] != self.map_size:
+            raise ValueError(
+                f"images of {images.shape[-2]}x{images.shape[-1]} give a map of {tuple(features.shape[-2:])}, but "
+                f"image_size {self.image_size} gives {self.map_size}; resize them or build the network for them"
+            )
+        if labels is None:
+            labels = torch.full(features.shape[:1], -1, dtype=torch.int64, device=features.device)
+        return attention_head(features, self.attention.weights, self.classifier.weight, labels)
+
+
+def _map_shape(backbone: nn.Module, image_size: tuple[int, int]) -> tuple[int, int, int]:
+    """(C, h, w) of the map, found by one image of zeros, with the backbone and the random numbers left as they were."""
+    like = next(backbone.parameters(), torch.empty(0))
+    modes = {module: module.training for module in backbone.modules()}
+    devices = [like.device] if like.device.type == "cuda" else []
+    backbone.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            features = backbone(torch.zeros(1, 3, *image_size, dtype=like.dtype, device=like.device))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if not isinstance(features, Tensor) or features.ndim != 4 or 0 in features.shape:
+        got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(f"backbone must map (B, 3, H, W) images to a (B, C, h, w) map, got {got}")
+    return tuple(features.shape[1:])

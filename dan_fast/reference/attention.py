@@ -1,0 +1,144 @@
+"""NL-CBAM and the attention adversary of Sec. III-B, one sample at a time."""
+
+import torch
+from torch import Tensor
+
+from dan_fast.reference.attention_checks import check_cam, check_features, check_refined, check_weights
+from dan_fast.reference.types import AdversaryOutput, AttentionHeadOutput, NLCBAMOutput, NLCBAMWeights
+
+
+def nl_cbam(features: Tensor, weights: NLCBAMWeights) -> NLCBAMOutput:
+    """Channel attention, then non-local spatial attention, Eqs. (2)-(3).
+
+    Args:
+        features: (B, C, H, W) floating, the last map X of the backbone.
+        weights: the six matrices, of the dtype and device of `features`.
+
+    Returns:
+        `NLCBAMOutput(refined (B, C, H, W), channel_attention (B, C), spatial_attention (B, HW))`, differentiable
+        any number of times; the gradient of a max goes to its first maximum.
+
+    Raises:
+        TypeError: an argument that is not floating or whose dtype differs from that of `features`.
+        ValueError: a shape or device that does not fit.
+
+    Example:
+        >>> weights = NLCBAMWeights(*(torch.zeros(s) for s in [(1, 3), (3, 1), (1, 4), (1, 4), (4, 1), (4, 1)]))
+        >>> nl_cbam(torch.ones(1, 3, 2, 2), weights).spatial_attention
+        tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
+    """
+    check_features("features", features)
+    check_weights(weights, features)
+    batch, channels, height, width = features.shape
+    samples = [_nl_cbam_sample(x.reshape(channels, height * width), weights) for x in features.unbind()]
+    refined, channel_attention, spatial_attention = zip(*samples, strict=True) if samples else ((), (), ())
+    return NLCBAMOutput(
+        refined=_stack(refined, features, channels, height * width).reshape(features.shape),
+        channel_attention=_stack(channel_attention, features, channels),
+        spatial_attention=_stack(spatial_attention, features, height * width),
+    )
+
+
+def attention_adversary(
+    features: Tensor, refined: Tensor, cam_weight: Tensor, labels: Tensor
+) -> AdversaryOutput:
+    """The attention adversary difference loss L_aad between A_at and the class activation map A_ad, Eq. (4).
+
+    Args:
+        features: (B, C, H, W) floating, X.
+        refined: (B, C, H, W), X'' = X * A_C * A_S.
+        cam_weight: (c, C), the weights of the classifier.
+        labels: (B,) int64, the class of each sample, -1 where it is unknown.
+
+    Returns:
+        `AdversaryOutput(loss (B,), refined_map (B, HW), adversary_map (B, HW))`. Where the label is -1 the loss
+        and the adversary's map are 0 and carry no gradient. The gradient of |A_at - A_ad| at 0 is 0.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape, a device or a label that does not fit.
+
+    Example:
+        >>> x = torch.zeros(1, 3, 2, 2)
+        >>> attention_adversary(x, x, torch.ones(5, 3), torch.tensor([4])).loss
+        tensor([1.])
+    """
+    check_features("features", features)
+    check_refined(refined, features)
+    check_cam(cam_weight, labels, features)
+    positions = features.shape[2] * features.shape[3]
+    losses, refined_maps, adversary_maps = [], [], []
+    for x, refined_x, label in zip(features.flatten(2), refined.flatten(2), labels.tolist(), strict=True):
+        refined_map = refined_x.mean(dim=0)  # Eq. (4), A_at
+        if label == -1:
+            adversary_map, loss = x.new_zeros(positions), x.new_zeros(())
+        else:
+            adversary_map = (cam_weight[label].unsqueeze(1) * x).sum(dim=0)  # Eq. (4), A_ad = CAM(X)
+            total, difference = refined_map + adversary_map, refined_map - adversary_map
+            loss = (torch.sigmoid(total) * torch.sigmoid(difference.abs())).sum()  # Eq. (4), L_aad
+        losses.append(loss)
+        refined_maps.append(refined_map)
+        adversary_maps.append(adversary_map)
+    return AdversaryOutput(
+        loss=_stack(losses, features),
+        refined_map=_stack(refined_maps, features, positions),
+        adversary_map=_stack(adversary_maps, features, positions),
+    )
+
+
+def attention_head(
+    features: Tensor, weights: NLCBAMWeights, cam_weight: Tensor, labels: Tensor
+) -> AttentionHeadOutput:
+    """All that the training loss needs of the last map: NL-CBAM, both pooled features and L_aad, Eqs. (2)-(4).
+
+    Args:
+        features: (B, C, H, W) floating, X.
+        weights: the six matrices of NL-CBAM.
+        cam_weight: (c, C), the weights of the classifier.
+        labels: (B,) int64, the class of each sample, -1 where it is unknown.
+
+    Returns:
+        `AttentionHeadOutput(attended (B, C), pooled (B, C), channel_attention (B, C), spatial_attention (B, HW),
+        adversary_loss (B,))`; attended and pooled are the spatial means of X'' and X.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape, a device or a label that does not fit.
+
+    Example:
+        >>> weights = NLCBAMWeights(*(torch.zeros(s) for s in [(1, 3), (3, 1), (1, 4), (1, 4), (4, 1), (4, 1)]))
+        >>> attention_head(torch.ones(1, 3, 2, 2), weights, torch.ones(5, 3), torch.tensor([-1])).attended
+        tensor([[0.2500, 0.2500, 0.2500]])
+    """
+    refined, channel_attention, spatial_attention = nl_cbam(features, weights)
+    adversary = attention_adversary(features, refined, cam_weight, labels)
+    return AttentionHeadOutput(
+        attended=refined.mean(dim=(2, 3)),
+        pooled=features.mean(dim=(2, 3)),
+        channel_attention=channel_attention,
+        spatial_attention=spatial_attention,
+        adversary_loss=adversary.loss,
+    )
+
+
+def _nl_cbam_sample(x: Tensor, weights: NLCBAMWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """X (C, HW) to X'' (C, HW), A_C (C,), A_S (HW,)."""
+    x_gap = x.mean(dim=1)
+    x_gmp = x.max(dim=1).values  # its gradient goes to the first maximum, as torch.max documents
+    channel_attention = torch.sigmoid(
+        weights.wc2 @ torch.relu(weights.wc1 @ x_gap) + weights.wc2 @ torch.relu(weights.wc1 @ x_gmp)
+    )  # Eq. (2)
+    scaled = x * channel_attention.unsqueeze(1)  # X' = X A_C
+    g = scaled.mean(dim=0)
+    m = scaled.max(dim=0).values
+    a = torch.sigmoid(weights.ws2 @ torch.relu(weights.ws1 @ g))  # Eq. (3), A
+    b = torch.sigmoid(weights.ws2 @ torch.relu(weights.ws1 @ m))  # Eq. (3), B
+    c = torch.sigmoid(weights.ws4 @ torch.relu(weights.ws3 @ g))  # Eq. (3), C
+    s = torch.softmax(torch.outer(a, b), dim=1)  # Eq. (3), S_pq over q of A_p B_q
+    spatial_attention = s @ c  # Eq. (3), A_S = S C
+    return scaled * spatial_attention, channel_attention, spatial_attention  # X'' = X' A_S
+
+
+def _stack(rows: list[Tensor] | tuple[Tensor, ...], features: Tensor, *shape: int) -> Tensor:
+    """The rows as a batch; torch.stack takes no empty list."""
+    return torch.stack(list(rows)) if rows else features.new_zeros(0, *shape)

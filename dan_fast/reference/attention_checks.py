@@ -1,0 +1,114 @@
+"""What the attention operators accept, the same for `reference` and `functional`."""
+
+import torch
+from torch import Tensor
+
+from dan_fast.reference.types import NLCBAMWeights
+
+
+def check_features(name: str, features: Tensor) -> None:
+    """A (B, C, H, W) floating map with at least one channel and one position; B may be 0.
+
+    Raises:
+        TypeError: not a tensor, or not floating.
+        ValueError: another shape.
+    """
+    _check_floating(name, features)
+    if features.ndim != 4 or 0 in features.shape[1:]:
+        raise ValueError(
+            f"{name} must be (B, C, H, W) with C, H and W at least 1, got shape {tuple(features.shape)}"
+        )
+
+
+def check_weights(weights: NLCBAMWeights, features: Tensor) -> None:
+    """The six matrices of NL-CBAM fit each other and the map.
+
+    Raises:
+        TypeError: `weights` is not an `NLCBAMWeights`, or a matrix has another dtype than `features`.
+        ValueError: a matrix has another shape or lies on another device.
+    """
+    if not isinstance(weights, NLCBAMWeights):
+        raise TypeError(f"weights must be an NLCBAMWeights, got {type(weights).__name__}")
+    channels, positions = features.shape[1], features.shape[2] * features.shape[3]
+    for name, weight in weights._asdict().items():
+        _check_like(f"weights.{name}", weight, features)
+        if weight.ndim != 2 or 0 in weight.shape:
+            raise ValueError(f"weights.{name} must be a matrix, got shape {tuple(weight.shape)}")
+    hidden_c, hidden_s = weights.wc1.shape[0], weights.ws1.shape[0]
+    expected = NLCBAMWeights(
+        wc1=(hidden_c, channels),
+        wc2=(channels, hidden_c),
+        ws1=(hidden_s, positions),
+        ws3=(hidden_s, positions),
+        ws2=(positions, hidden_s),
+        ws4=(positions, hidden_s),
+    )
+    for name, shape in expected._asdict().items():
+        got = tuple(getattr(weights, name).shape)
+        if got != shape:
+            raise ValueError(
+                f"weights.{name} must have shape {shape} to fit features of {channels} channels and "
+                f"{positions} positions, got {got}"
+            )
+
+
+def check_refined(refined: Tensor, features: Tensor) -> None:
+    """X'' is like X.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: another shape or device.
+    """
+    _check_like("refined", refined, features)
+    if refined.shape != features.shape:
+        raise ValueError(
+            f"refined must have the shape of features, got {tuple(refined.shape)} and {tuple(features.shape)}"
+        )
+
+
+def check_cam(cam_weight: Tensor, labels: Tensor, features: Tensor) -> None:
+    """A row of `cam_weight` for each class, and a class or -1 for each sample.
+
+    Reading the labels makes the host wait for a GPU; under `torch.compile` their values go unchecked.
+
+    Raises:
+        TypeError: `cam_weight` has another dtype than `features`, or `labels` is not int64.
+        ValueError: another shape or device, or a label that is neither -1 nor a class.
+    """
+    _check_like("cam_weight", cam_weight, features)
+    if cam_weight.ndim != 2 or cam_weight.shape[0] < 1 or cam_weight.shape[1] != features.shape[1]:
+        raise ValueError(
+            f"cam_weight must be (c, {features.shape[1]}) with c at least 1 to fit features, "
+            f"got shape {tuple(cam_weight.shape)}"
+        )
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be an int64 tensor, got {got}")
+    if labels.shape != features.shape[:1]:
+        raise ValueError(
+            f"labels must be ({features.shape[0]},), one a sample, got shape {tuple(labels.shape)}"
+        )
+    if labels.device != features.device:
+        raise ValueError(f"labels is on {labels.device} but features is on {features.device}")
+    if torch.compiler.is_compiling() or labels.numel() == 0:
+        return
+    low, high = (int(bound) for bound in torch.stack(torch.aminmax(labels.detach())).tolist())
+    if low < -1 or high >= cam_weight.shape[0]:
+        raise ValueError(
+            f"labels must be -1 or a class in 0..{cam_weight.shape[0] - 1} (the rows of cam_weight), "
+            f"got values from {low} to {high}"
+        )
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a floating tensor, got {got}")
+
+
+def _check_like(name: str, tensor: Tensor, features: Tensor) -> None:
+    _check_floating(name, tensor)
+    if tensor.dtype != features.dtype:
+        raise TypeError(f"{name} is {tensor.dtype} but features is {features.dtype}")
+    if tensor.device != features.device:
+        raise ValueError(f"{name} is on {tensor.device} but features is on {features.device}")
