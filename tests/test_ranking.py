@@ -48,7 +48,7 @@ def assert_agrees(result, expected):
 
 
 def random_case(seed, queries=23, gallery=41, ids=6, cams=3, levels=7):
-    """Few levels of distance (many ties); identity 0 only in the gallery, identity 99 only among the queries."""
+    """Few levels of distance (many ties); identity 0 only in the gallery, 99 only among the queries."""
     rng = np.random.default_rng(seed)
     query_ids = rng.integers(1, ids, queries)
     query_ids[0] = 99
@@ -147,7 +147,7 @@ def test_blocks_and_order_of_queries_do_not_matter(monkeypatch):
 
 
 def test_hand_computed():
-    # Identity 1 by camera 1: junk, wrong, match, distractor, match; without the junk the matches are 2nd and 4th.
+    # Identity 1 by camera 1: junk, wrong, match, distractor, match; without the junk matches are 2nd and 4th.
     distances, ids, cams = [[0.5, 0.3, 0.1, 0.4, 0.2]], [1, 1, 1, 0, 2], [2, 3, 1, 1, 1]
     result = rank_distances(distances, [1], ids, [1], cams, max_rank=5)
     assert result.cmc.tolist() == [0, 1, 1, 1, 1]

@@ -1,9 +1,9 @@
 """Ranking a gallery for each query, and the figures drawn from it: CMC, mAP and mINP.
 
-The rules are those of Market-1501 (Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015):
-a gallery image of the query's identity taken by the query's own camera is junk and is removed from that query's
-list; an identity that no query carries (0 by convention) is a distractor, wrong for everyone; a query left
-without a match counts nowhere. Equal distances keep the order of the gallery.
+The rules are those of Market-1501 (Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV
+2015): a gallery image of the query's identity taken by the query's own camera is junk and is removed from
+that query's list; an identity that no query carries (0 by convention) is a distractor, wrong for everyone; a
+query left without a match counts nowhere. Equal distances keep the order of the gallery.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ AveragePrecision: TypeAlias = Literal["standard", "trapezoid"]
 
 # Entries of a block of queries x gallery: about 32 bytes each while it is being sorted.
 _BLOCK_ENTRIES = 1 << 22
+
+
+class NoMatchError(ValueError):
+    """No query has a match in the gallery, so there is nothing to average."""
 
 
 class RankingResult(NamedTuple):
@@ -66,11 +70,11 @@ def evaluate_ranking(
         gallery_cams: (G,) integer cameras.
         metric: ``"cosine"`` (1 - cos) or ``"euclidean"``.
         max_rank: length of the CMC curve; a smaller gallery repeats its last value.
-        ap: ``"standard"``, the mean of the precision at each match, or ``"trapezoid"``, the rule of
-            Market-1501's first MATLAB code, which averages the precision at a match with that one place before.
+        ap: ``"standard"``, the mean of the precision at each match, or ``"trapezoid"``, the rule of the first
+            MATLAB code of Market-1501, which averages the precision at a match with that one place before.
 
     Raises:
-        ValueError: an argument has the wrong shape, length or content, or no query has a match.
+        ValueError: wrong shape, length or content of an argument; :class:`NoMatchError` if no query has a match.
 
     Example:
         >>> import torch
@@ -105,7 +109,7 @@ def rank_distances(
         query_ids, gallery_ids, query_cams, gallery_cams, max_rank, ap: as in :func:`evaluate_ranking`.
 
     Raises:
-        ValueError: an argument has the wrong shape, length or content, or no query has a match.
+        ValueError: wrong shape, length or content of an argument; :class:`NoMatchError` if no query has a match.
 
     Example:
         >>> rank_distances([[0.2, 0.1, 0.3]], [1], [1, 2, 1], [1], [2, 2, 3]).mAP  # matches at ranks 2 and 3
@@ -125,9 +129,9 @@ def rank_distances(
 def pairwise_distances(query: Tensor, gallery: Tensor, metric: Metric = "cosine") -> Tensor:
     """Ranking keys of every pair, (Q, G) float64: 1 - cos, or the squared Euclidean distance.
 
-    The keys of a query lie on a grid of 2^-40 of the largest possible one. The order in which a matrix product
-    sums depends on where a row stands in the matrix; without the grid, copies of one image would differ in the
-    last bit and the order among them would be an accident of the machine.
+    The keys of a query lie on a grid of 2^-40 of the largest possible one. In which order a matrix product
+    sums depends on where a row stands in the matrix; without the grid, copies of one image would differ in
+    the last bit and the order among them would be an accident of the machine.
 
     Example:
         >>> import torch
@@ -237,7 +241,7 @@ def _score(
     first_rank = torch.cat(first_ranks)
     num_valid = len(first_rank)
     if num_valid == 0:
-        raise ValueError(
+        raise NoMatchError(
             "query_ids share no identity with gallery_ids seen by another camera; no query can be scored. "
             "Check the identities and cameras of the two sets."
         )
@@ -267,7 +271,7 @@ def _score_block(
 
     precision = hit / rank.to(torch.float64)
     if ap == "trapezoid":
-        # One place before a match there are hit - 1 matches; before the first place the precision counts as 1.
+        # One place before a match there are hit - 1 matches; before the first place the precision is 1.
         before = torch.where(rank > 1, (hit - 1) / (rank - 1).clamp(min=1).to(torch.float64), 1.0)
         precision = (precision + before) / 2
     valid = count > 0

@@ -1,0 +1,257 @@
+"""Scoring an embedding on a whole dataset: which images are queries, how often, and what is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dan_fast.data.samples import ReIDDataset
+from dan_fast.errors import DanFastError
+from dan_fast.evaluation.features import Features, extract_features
+from dan_fast.evaluation.ranking import (
+    AveragePrecision,
+    Metric,
+    NoMatchError,
+    RankingResult,
+    evaluate_ranking,
+)
+
+COLUMNS = ("R1", "R5", "R10", "mAP", "mINP")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one embedding on one dataset; all of them fractions.
+
+    Attributes:
+        dataset: its name.
+        protocol: which images were queries and how often, in words.
+        cmc, mAP, mINP: means over the repeats; ``cmc[k - 1]`` is rank-k accuracy.
+        cmc_std, mAP_std, mINP_std: sample standard deviations over the repeats, None where there was one.
+        repeats: number of splits scored.
+        num_query, num_gallery, num_valid: images searched for, searched in, and queries that have a match.
+    """
+
+    dataset: str
+    protocol: str
+    cmc: tuple[float, ...]
+    mAP: float
+    mINP: float
+    cmc_std: tuple[float, ...] | None
+    mAP_std: float | None
+    mINP_std: float | None
+    repeats: int
+    num_query: int
+    num_gallery: int
+    num_valid: int
+
+    def percentages(self) -> dict[str, float]:
+        """R1, R5, R10, mAP and mINP in percent."""
+        return self._columns(self.cmc, self.mAP, self.mINP)
+
+    def row(self) -> tuple[str, ...]:
+        """The values of :data:`COLUMNS` as text in percent, ``63.2`` or ``63.2 ± 1.1``."""
+        means = self.percentages()
+        if self.cmc_std is None:
+            return tuple(f"{means[column]:.1f}" for column in COLUMNS)
+        stds = self._columns(self.cmc_std, self.mAP_std, self.mINP_std)
+        return tuple(f"{means[column]:.1f} ± {stds[column]:.1f}" for column in COLUMNS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The attributes as plain numbers, strings and lists, ready for JSON."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+        }
+
+    @staticmethod
+    def _columns(cmc: tuple[float, ...], m_ap: float, m_inp: float) -> dict[str, float]:
+        # A curve cut short of rank 5 or 10 has nothing to say about it.
+        ranks = {f"R{rank}": cmc[rank - 1] if rank <= len(cmc) else float("nan") for rank in (1, 5, 10)}
+        return {name: 100 * value for name, value in {**ranks, "mAP": m_ap, "mINP": m_inp}.items()}
+
+
+class DatasetFeatures(NamedTuple):
+    """Features of a dataset's evaluation images: a fixed query and gallery, or images yet to be split."""
+
+    name: str
+    query: Features | None
+    gallery: Features | None
+    test: Features | None
+
+    def split(self, seed: int = 0, repeat: int = 0) -> tuple[Features, Features]:
+        """Query and gallery: the fixed ones, or those of the given repeat of the random split."""
+        if self.test is None:
+            return self.query, self.gallery
+        query, gallery = random_split(self.test.pids, self.test.camids, seed, repeat)
+        return self.test.select(query), self.test.select(gallery)
+
+
+def random_split(pids: Tensor, camids: Tensor, seed: int = 0, repeat: int = 0) -> tuple[Tensor, Tensor]:
+    """Draw one image of each identity in each camera as a query; the rest is the gallery.
+
+    An identity that would have all of its images drawn keeps one of them, drawn at random, in the gallery.
+    With one image in each of two cameras, as in VIPeR, one is thus searched for and the other is to be found.
+
+    Args:
+        pids: (n,) int64 identities.
+        camids: (n,) int64 cameras.
+        seed: seed of the whole series of splits.
+        repeat: which split of the series.
+
+    Returns:
+        (query, gallery): ascending int64 indices, disjoint, together all of ``range(n)``.
+
+    Example:
+        >>> import torch
+        >>> query, gallery = random_split(torch.tensor([1, 1, 1, 2]), torch.tensor([1, 1, 2, 1]))
+        >>> len(query), len(gallery)
+        (2, 2)
+    """
+    order = np.random.default_rng([seed, repeat]).permutation(len(pids))
+    people, cameras = pids.numpy()[order], camids.numpy()[order]
+    # `unique` gives the first place of each pair, and the places are in random order.
+    _, drawn = np.unique(np.stack([people, cameras], axis=1), axis=0, return_index=True)
+    _, first, group, images = np.unique(people, return_index=True, return_inverse=True, return_counts=True)
+    queries = np.bincount(group[drawn], minlength=len(images))
+    drawn = np.setdiff1d(drawn, first[queries == images])
+    is_query = np.zeros(len(pids), dtype=bool)
+    is_query[order[drawn]] = True
+    return torch.from_numpy(np.flatnonzero(is_query)), torch.from_numpy(np.flatnonzero(~is_query))
+
+
+def extract_dataset(
+    embed: Callable[[Tensor], Tensor],
+    dataset: ReIDDataset,
+    image_size: tuple[int, int],
+    batch_size: int = 128,
+    workers: int = 0,
+    device: str | torch.device = "cpu",
+    precision: Literal["float32", "bfloat16"] = "float32",
+    broken_images: Literal["error", "skip"] = "error",
+    progress: Callable[[int, int], None] | None = None,
+) -> DatasetFeatures:
+    """Embed every evaluation image of a dataset once; arguments as in :func:`extract_features`.
+
+    Raises:
+        DanFastError: the dataset has neither a query and a gallery nor a test split.
+    """
+
+    def extract(samples: tuple) -> Features:
+        return extract_features(
+            embed, samples, image_size, batch_size, workers, device, precision, broken_images, progress
+        )
+
+    if dataset.query and dataset.gallery:
+        return DatasetFeatures(dataset.name, extract(dataset.query), extract(dataset.gallery), None)
+    if dataset.query or dataset.gallery:
+        missing = "gallery" if dataset.query else "query"
+        raise DanFastError(
+            f"{dataset.name} has no {missing} images; add them or evaluate on another dataset."
+        )
+    if not dataset.test:
+        raise DanFastError(
+            f"{dataset.name} has nothing to evaluate on; give it query and gallery images, or a test split."
+        )
+    return DatasetFeatures(dataset.name, None, None, extract(dataset.test))
+
+
+def evaluate_features(
+    features: DatasetFeatures,
+    repeats: int = 10,
+    seed: int = 0,
+    metric: Metric = "cosine",
+    max_rank: int = 50,
+    ap: AveragePrecision = "standard",
+) -> Evaluation:
+    """Score features: once on a fixed split, ``repeats`` times on random ones drawn by ``seed``.
+
+    Raises:
+        DanFastError: no identity can be found again in another camera.
+        ValueError: features that are not finite, or ``repeats`` below 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}; it must be at least 1.")
+    fixed = features.test is None
+    results: list[RankingResult] = []
+    for repeat in range(1 if fixed else repeats):
+        query, gallery = features.split(seed, repeat)
+        results.append(_rank(features.name, query, gallery, metric=metric, max_rank=max_rank, ap=ap))
+    cmc = torch.stack([result.cmc for result in results])
+    precision = torch.tensor([result.mAP for result in results], dtype=torch.float64)
+    penalty = torch.tensor([result.mINP for result in results], dtype=torch.float64)
+    spread = len(results) > 1
+    return Evaluation(
+        dataset=features.name,
+        protocol=_describe(fixed, len(results), seed),
+        cmc=tuple(cmc.mean(0).tolist()),
+        mAP=float(precision.mean()),
+        mINP=float(penalty.mean()),
+        cmc_std=tuple(cmc.std(0).tolist()) if spread else None,
+        mAP_std=float(precision.std()) if spread else None,
+        mINP_std=float(penalty.std()) if spread else None,
+        repeats=len(results),
+        num_query=len(query.paths),
+        num_gallery=len(gallery.paths),
+        num_valid=results[-1].num_valid,
+    )
+
+
+def evaluate_dataset(
+    embed: Callable[[Tensor], Tensor],
+    dataset: ReIDDataset,
+    image_size: tuple[int, int],
+    batch_size: int = 128,
+    workers: int = 0,
+    device: str | torch.device = "cpu",
+    precision: Literal["float32", "bfloat16"] = "float32",
+    broken_images: Literal["error", "skip"] = "error",
+    progress: Callable[[int, int], None] | None = None,
+    repeats: int = 10,
+    seed: int = 0,
+    metric: Metric = "cosine",
+    max_rank: int = 50,
+    ap: AveragePrecision = "standard",
+) -> Evaluation:
+    """Embed a dataset and score it: :func:`extract_dataset`, then :func:`evaluate_features`.
+
+    A dataset with query and gallery images is scored once, on them. One with a test split only is split at
+    random, ``repeats`` times, by :func:`random_split`. The caller puts the model into evaluation mode.
+
+    Raises:
+        DanFastError, ValueError: as the two functions do.
+    """
+    features = extract_dataset(
+        embed, dataset, image_size, batch_size, workers, device, precision, broken_images, progress
+    )
+    return evaluate_features(features, repeats, seed, metric, max_rank, ap)
+
+
+def _rank(name: str, query: Features, gallery: Features, **options: Any) -> RankingResult:
+    try:
+        if not query.paths:
+            raise NoMatchError
+        return evaluate_ranking(
+            query.features,
+            gallery.features,
+            query.pids,
+            gallery.pids,
+            query.camids,
+            gallery.camids,
+            **options,
+        )
+    except NoMatchError as error:
+        raise DanFastError(
+            f"{name} has no person seen by two cameras in its evaluation images, so none can be found again; "
+            "check the identities and cameras."
+        ) from error
+
+
+def _describe(fixed: bool, repeats: int, seed: int) -> str:
+    if fixed:
+        return "fixed query and gallery"
+    return f"one query per identity and camera, {repeats} random split{'s' * (repeats > 1)}, seed {seed}"
