@@ -1,0 +1,192 @@
+"""Write synthetic domains to disk: images and a manifest each."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dan_fast.data.synthetic.domains import DOMAINS, Domain
+from dan_fast.data.synthetic.person import sample_identity
+from dan_fast.data.synthetic.scene import render, sample_camera, sample_view, scenery
+from dan_fast.errors import DanFastError
+
+_PARTIAL = ".partial"  # holds a run's work until it is whole; left behind only by a killed run
+_IMAGE_NAME = re.compile(r"\d+_c\d+_\d+\.jpg")
+_IDENTITIES_PER_DOMAIN = 100_000
+_IDENTITY, _CAMERA, _VIEW = range(3)
+
+
+def synthesize(
+    root: Path | str,
+    domains: Sequence[str] = tuple(DOMAINS),
+    identities: int = 40,
+    cameras: int = 4,
+    images_per_camera: int = 2,
+    image_size: tuple[int, int] = (128, 64),
+    seed: int = 0,
+    test_fraction: float = 0.5,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Path]:
+    """Make images of drawn pedestrians in several domains, each a folder with a CSV manifest.
+
+    Writes ``<root>/<domain>/images/*.jpg`` and ``<root>/<domain>/manifest.csv`` with the columns
+    ``path,pid,camid,split``: path relative to the manifest, person ids that no two domains share, cameras
+    from 1, split ``train``, ``query`` or ``gallery``. Of each test identity the first image of each camera
+    is a query and the others are gallery, so every query has a match from another camera. An image depends
+    on the seed, its domain, identity, camera, index and size only: asking for more of anything keeps those
+    already there.
+
+    Args:
+        root: Folder to write into; must be new, empty or an earlier synthesis, whose domains of the same
+            name are replaced once the new ones are whole.
+        domains: Names of the domains to make.
+        identities: Number of persons in each domain.
+        cameras: Number of cameras in each domain, at least 2 where there are test identities.
+        images_per_camera: Images of each person by each camera, at least 2 where there are test identities.
+        image_size: Height and width of the images in pixels, at least 32 and 16.
+        seed: Seed of everything drawn; 0 or larger.
+        test_fraction: Share of each domain's identities, the last ones, kept for query and gallery.
+        progress: Called with (images done, images in all) after each image.
+
+    Returns:
+        The manifests, in the order of ``domains``.
+
+    Raises:
+        DanFastError: An argument is out of range, or ``root`` holds something else.
+
+    Example:
+        >>> import tempfile
+        >>> [m] = synthesize(tempfile.mkdtemp(), ["campus"], identities=2, cameras=2)
+        >>> m.read_text().splitlines()[1]
+        'images/100000_c1_00.jpg,100000,1,train'
+    """
+    root = Path(root)
+    chosen = _checked(domains, identities, cameras, images_per_camera, image_size, seed, test_fraction)
+    _require_own(root)
+    created = [folder for folder in (root, *root.parents) if not folder.exists()]
+    partial = root / _PARTIAL
+    total, done = len(chosen) * identities * cameras * images_per_camera, 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    first_test = identities - round(identities * test_fraction)
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        for domain in chosen:
+            shape = (identities, cameras, images_per_camera)
+            _write_domain(partial / domain.name, domain, shape, image_size, seed, first_test, count)
+        for domain in chosen:
+            final = root / domain.name
+            if final.exists():
+                final.rename(partial / f"{domain.name}.old")
+            (partial / domain.name).rename(final)
+        shutil.rmtree(partial)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        for folder in created:
+            if folder.exists() and not any(folder.iterdir()):
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise DanFastError(
+                f"cannot write synthetic images to {root} ({error.strerror or error}): "
+                "choose a folder that can be written to and has room"
+            ) from error
+        raise
+    return [root / domain.name / "manifest.csv" for domain in chosen]
+
+
+def _write_domain(
+    folder: Path,
+    domain: Domain,
+    shape: tuple[int, int, int],
+    image_size: tuple[int, int],
+    seed: int,
+    first_test: int,
+    count: Callable[[], None],
+) -> None:
+    identities, cameras, images_per_camera = shape
+
+    def rng(*key: int) -> np.random.Generator:
+        return np.random.default_rng((seed, domain.number, *key))
+
+    (folder / "images").mkdir(parents=True)
+    views = [sample_camera(domain, rng(_CAMERA, camid)) for camid in range(1, cameras + 1)]
+    backgrounds = [scenery(domain, camera, image_size) for camera in views]
+    rows = []
+    for number in range(identities):
+        identity = sample_identity(rng(_IDENTITY, number))
+        pid = domain.number * _IDENTITIES_PER_DOMAIN + number
+        for camid, (camera, background) in enumerate(zip(views, backgrounds, strict=True), start=1):
+            for index in range(images_per_camera):
+                view = sample_view(domain, camera, rng(_VIEW, number, camid, index))
+                path = f"images/{pid}_c{camid}_{index:02d}.jpg"
+                image = render(domain, identity, camera, view, image_size, background)
+                image.save(folder / path, quality=domain.jpeg_quality)
+                split = "train" if number < first_test else "query" if index == 0 else "gallery"
+                rows.append((path, pid, camid, split))
+                count()
+    with open(folder / "manifest.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("path", "pid", "camid", "split"))
+        writer.writerows(rows)
+
+
+def _checked(
+    domains, identities, cameras, images_per_camera, image_size, seed, test_fraction
+) -> list[Domain]:
+    unknown = [name for name in domains if name not in DOMAINS]
+    if isinstance(domains, str) or unknown or not domains or len(set(domains)) < len(domains):
+        raise DanFastError(f"domains is {domains!r}: give each name once, of {', '.join(DOMAINS)}")
+    if not 1 <= identities <= _IDENTITIES_PER_DOMAIN:
+        raise DanFastError(f"identities is {identities}: use 1 to {_IDENTITIES_PER_DOMAIN}")
+    if not 0.0 <= test_fraction <= 1.0:
+        raise DanFastError(f"test_fraction is {test_fraction}: use a share from 0 to 1")
+    fewest = 2 if round(identities * test_fraction) else 1
+    for name, value in (("cameras", cameras), ("images_per_camera", images_per_camera)):
+        if value < fewest:
+            raise DanFastError(
+                f"{name} is {value}: use at least {fewest}"
+                + (
+                    ", or a test_fraction of 0, as each query needs a match from another camera"
+                    if fewest > 1
+                    else ""
+                )
+            )
+    if len(image_size) != 2 or image_size[0] < 32 or image_size[1] < 16:
+        raise DanFastError(
+            f"image_size is {tuple(image_size)}: use a height and width of at least 32 and 16 pixels"
+        )
+    if seed < 0:
+        raise DanFastError(f"seed is {seed}: use 0 or a larger integer")
+    return [DOMAINS[name] for name in domains]
+
+
+def _require_own(root: Path) -> None:
+    """Refuse a folder that holds anything ``synthesize`` has not made."""
+    if not root.exists():
+        return
+    if not root.is_dir():
+        raise DanFastError(f"{root} is not a folder: choose another for the synthetic images")
+    for entry in root.iterdir():
+        if entry.name != _PARTIAL and not (entry.name in DOMAINS and _is_synthesis(entry)):
+            raise DanFastError(
+                f"{root} holds {entry.name}, which is not a synthetic domain: choose an empty or new folder"
+            )
+
+
+def _is_synthesis(folder: Path) -> bool:
+    images = folder / "images"
+    if not images.is_dir() or {entry.name for entry in folder.iterdir()} != {"images", "manifest.csv"}:
+        return False
+    return all(_IMAGE_NAME.fullmatch(entry.name) for entry in images.iterdir())
