@@ -1,0 +1,26 @@
+"""Datasets, training sets, batch plans, transforms and loaders."""
+
+from dan_fast.data.datasets import ReIDDataset, Sample, load_dataset
+from dan_fast.data.images import read_image
+from dan_fast.data.loader import ImageSamples, MiniBatch, Split, image_loader, training_loader
+from dan_fast.data.sampler import BatchPlan, BatchPlanner, PlannedItem
+from dan_fast.data.training_set import TrainingSet
+from dan_fast.data.transforms import test_transform, train_transform
+
+__all__ = [
+    "BatchPlan",
+    "BatchPlanner",
+    "ImageSamples",
+    "MiniBatch",
+    "PlannedItem",
+    "ReIDDataset",
+    "Sample",
+    "Split",
+    "TrainingSet",
+    "image_loader",
+    "load_dataset",
+    "read_image",
+    "test_transform",
+    "train_transform",
+    "training_loader",
+]

@@ -1,0 +1,151 @@
+"""The train images of all source datasets fused into one set (Sec. III-D), the unlabelled ones beside."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dan_fast.data.samples import ReIDDataset, Sample
+from dan_fast.errors import DanFastError
+
+_Identity = tuple[str, int]  # (real path of the dataset's root, pid)
+
+
+class TrainingSet:
+    """The train splits of the labelled datasets with labels 0..c-1, and those of the unlabelled datasets.
+
+    An identity is a (dataset root, pid): pids of different datasets never mix, and gaps between pids do no
+    harm. The position of an image in `unlabeled_samples` is its sample id, the one the memory stores. The
+    truth about unlabelled images is for measuring only; no loss sees it.
+
+    Args:
+        labeled: datasets whose train images of known identity train the classifier.
+        unlabeled: datasets whose train images are used without their identity; none for training without
+            them.
+        unlabeled_share: share p in [0, 1] of the unlabelled images to keep (Fig. 7), chosen by `seed`; a
+            smaller share of the same seed is part of a larger one.
+        seed: seed of that choice.
+
+    Attributes:
+        labeled_samples: tuple of `Sample`.
+        labels: (n_labeled,) int64, the class of each labelled sample.
+        num_classes: number c of classes.
+        unlabeled_samples: tuple of `Sample`.
+        true_labels: (n_unlabeled,) int64, the class where the identity is one of the labelled ones, else -1.
+        true_ids: (n_unlabeled,) int64, a number 0.. for each identity among the unlabelled images, -1 if
+            unknown.
+        fingerprint: SHA-256 (hex) of dataset names, relative paths, labels and roles. Sample ids and labels
+            mean the same in two sets of equal fingerprint, wherever the folders lie.
+
+    Raises:
+        DanFastError: no labelled image, fewer than two identities, unlabelled datasets without a train image,
+            an image given twice in one role, a share outside [0, 1].
+
+    Example:
+        >>> from pathlib import Path
+        >>> root = Path("market")
+        >>> people = tuple(Sample(root / f"{i}.jpg", pid, 1) for i, pid in enumerate((7, 3, 3)))
+        >>> source = TrainingSet([ReIDDataset("market", root, train=people)])
+        >>> source.labels.tolist(), source.num_classes, source.unlabeled_samples
+        ([1, 0, 0], 2, ())
+    """
+
+    def __init__(
+        self,
+        labeled: Sequence[ReIDDataset],
+        unlabeled: Sequence[ReIDDataset] = (),
+        unlabeled_share: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        if not 0.0 <= unlabeled_share <= 1.0:
+            raise DanFastError(
+                f"The share of unlabelled images is {unlabeled_share}; choose it between 0 and 1."
+            )
+        known = [image for image in _train_images(labeled, "labelled") if image.sample.pid >= 0]
+        if not known:
+            raise DanFastError(
+                f"There is no train image of known identity in {_names(labeled)}; "
+                "give a labelled dataset with a train split."
+            )
+        classes = _number_identities(known)
+        if len(classes) < 2:
+            raise DanFastError(
+                f"All train images of {_names(labeled)} show one identity; give those of two or more."
+            )
+        self.labeled_samples = tuple(image.sample for image in known)
+        self.labels = _numbers(known, classes)
+        self.num_classes = len(classes)
+
+        kept = _share(_train_images(unlabeled, "unlabelled"), unlabeled_share, seed)
+        if unlabeled and unlabeled_share > 0 and not kept:
+            raise DanFastError(
+                f"There is no train image in the unlabelled {_names(unlabeled)}; give another dataset, "
+                "or none to train without unlabelled images."
+            )
+        people = _number_identities([image for image in kept if image.sample.pid >= 0])
+        self.unlabeled_samples = tuple(image.sample for image in kept)
+        self.true_labels = _numbers(kept, classes)
+        self.true_ids = _numbers(kept, people)
+        self.fingerprint = _fingerprint(known, self.labels, kept)
+
+
+class _TrainImage(NamedTuple):
+    sample: Sample
+    identity: _Identity
+    address: str  # the dataset's name and the path within it: what stays when the folders move
+
+
+def _names(datasets: Sequence[ReIDDataset]) -> str:
+    return (
+        ", ".join(f"{dataset.name} ({dataset.root})" for dataset in datasets) or "an empty list of datasets"
+    )
+
+
+def _train_images(datasets: Sequence[ReIDDataset], role: str) -> list[_TrainImage]:
+    images = []
+    seen: set[str] = set()
+    for dataset in datasets:
+        root = os.path.realpath(dataset.root)
+        for sample in dataset.train:
+            relative = os.path.relpath(sample.path, dataset.root)
+            path = os.path.normpath(os.path.join(root, relative))
+            if path in seen:
+                raise DanFastError(
+                    f"{sample.path} of {dataset.name} is {role} twice; name each dataset once."
+                )
+            seen.add(path)
+            images.append(
+                _TrainImage(sample, (root, sample.pid), f"{dataset.name}\0{relative.replace(os.sep, '/')}")
+            )
+    return images
+
+
+def _number_identities(images: Sequence[_TrainImage]) -> dict[_Identity, int]:
+    """Numbers by order of the datasets, then by pid: independent of the order of the files."""
+    roots = list(dict.fromkeys(image.identity[0] for image in images))
+    ordered = sorted({image.identity for image in images}, key=lambda each: (roots.index(each[0]), each[1]))
+    return {identity: number for number, identity in enumerate(ordered)}
+
+
+def _numbers(images: Sequence[_TrainImage], numbering: dict[_Identity, int]) -> Tensor:
+    return torch.tensor([numbering.get(image.identity, -1) for image in images], dtype=torch.int64)
+
+
+def _share(images: list[_TrainImage], share: float, seed: int) -> list[_TrainImage]:
+    count = max(round(share * len(images)), 1 if share > 0 else 0)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return [images[index] for index in sorted(order[:count].tolist())]
+
+
+def _fingerprint(labeled: Sequence[_TrainImage], labels: Tensor, unlabeled: Sequence[_TrainImage]) -> str:
+    digest = hashlib.sha256()
+    for image, label in zip(labeled, labels.tolist(), strict=True):
+        digest.update(f"labeled\0{image.address}\0{label}\n".encode())
+    for image in unlabeled:
+        digest.update(f"unlabeled\0{image.address}\n".encode())
+    return digest.hexdigest()
