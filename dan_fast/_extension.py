@@ -1,0 +1,101 @@
+"""The compiled extension: loads it once, says what it holds and why something of it is missing.
+
+The library is no Python module: loading it registers `torch.ops.dan_fast.*`. Nothing here raises; where the
+extension cannot serve, the operators take their PyTorch path and the user is warned once.
+"""
+
+import functools
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARY = Path(__file__).with_name("_native.so")
+BUILD_INFO = Path(__file__).with_name("_build_info.json")
+_AGAIN = "run `pip install -e .` again"
+
+
+@functools.cache
+def build_info() -> dict[str, Any]:
+    """What setup.py wrote down; empty if dan_fast was not installed but only put on the path.
+
+    Keys: `built`, `cuda_archs`, `missing` and `source_hash` always; `compiler`, `nvcc` and `torch_headers` as found.
+    """
+    try:
+        return json.loads(BUILD_INFO.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+@functools.cache
+def _load() -> str | None:
+    """Loads the library; None, or the reason why it is not loaded."""
+    if not LIBRARY.is_file():
+        missing = build_info().get("missing")
+        return missing[-1] if missing else f"the compiled extension was not built; {_AGAIN}"
+    try:
+        torch.ops.load_library(LIBRARY)
+    except (OSError, RuntimeError) as error:
+        return f"{LIBRARY} does not load with torch {torch.__version__} ({error}); {_AGAIN}"
+    return None
+
+
+def loaded() -> bool:
+    """Whether the extension is there and loaded; the first call loads it."""
+    return _load() is None
+
+
+def why_not() -> str | None:
+    """One sentence on why the extension is not loaded, None if it is."""
+    return _load()
+
+
+def has_cuda_kernels() -> bool:
+    """Whether the loaded extension holds CUDA kernels, whatever GPU there is."""
+    return loaded() and torch._C._dispatch_has_kernel_for_dispatch_key("dan_fast::row_sq_norms", "CUDA")
+
+
+@functools.cache
+def why_not_on(device_type: str, index: int | None = None) -> str | None:
+    """One sentence on why the kernels do not serve this device, None if they do.
+
+    Args:
+        device_type: as in `torch.device(...).type`.
+        index: of the CUDA device; the current one if not given.
+    """
+    if not loaded():
+        return why_not()
+    if device_type == "cpu":
+        return None
+    if device_type != "cuda" or torch.version.hip is not None:
+        return f"there are no kernels for {'ROCm' if device_type == 'cuda' else device_type}"
+    if not has_cuda_kernels():
+        missing = build_info().get("missing")
+        return missing[0] if missing else f"the extension was built without CUDA kernels; {_AGAIN}"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no GPU"
+    device = torch.cuda.current_device() if index is None else index
+    problem = torch.ops.dan_fast.cuda_problem(device)
+    if not problem:
+        return None
+    archs = ", ".join(build_info().get("cuda_archs", []))
+    return (
+        f"the CUDA kernels, built for {archs}, do not run on {torch.cuda.get_device_name(device)} ({problem}); "
+        f"update the driver or set TORCH_CUDA_ARCH_LIST, then {_AGAIN}"
+    )
+
+
+@functools.cache
+def _warn_once(device_type: str, reason: str) -> None:
+    warnings.warn(f"dan_fast takes its PyTorch path on {device_type}: {reason}", RuntimeWarning, stacklevel=4)
+
+
+@torch.compiler.assume_constant_result
+def serves(device_type: str, index: int | None = None) -> bool:
+    """Whether the kernels serve this device; warns, once, where a CPU or GPU could have them and has not."""
+    reason = why_not_on(device_type, index)
+    if reason is not None and device_type in ("cpu", "cuda") and torch.version.hip is None:
+        _warn_once(device_type, reason)
+    return reason is None

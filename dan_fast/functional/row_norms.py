@@ -1,0 +1,69 @@
+"""Squared row norms of a memory, n2_i = |m_i|^2: what the cosine of Eq. (7) and (11) divides by.
+
+One read of the memory and no temporary, where `features.square().sum(1)` writes and reads one of its size.
+"""
+
+import torch
+from torch import Tensor
+
+from dan_fast import _extension
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def row_sq_norms(features: Tensor) -> Tensor:
+    """Squared L2 norm of every row.
+
+    The compiled kernel serves CPU and CUDA tensors where it was built, PyTorch all others; both are
+    differentiable any number of times by `torch.autograd` and may be traced by `torch.compile`.
+
+    Args:
+        features: (s, d), float64, float32, float16 or bfloat16, any strides, s or d may be 0.
+
+    Returns:
+        (s,), float64 for float64, else float32: in half precision a sum of 2045 squares loses its last terms.
+
+    Raises:
+        ValueError: `features` is not two-dimensional.
+        TypeError: `features` is not a tensor of one of these types.
+
+    Example:
+        >>> row_sq_norms(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+        tensor([25.,  4.])
+    """
+    if not isinstance(features, Tensor):
+        raise TypeError(f"features must be a tensor, got {type(features).__name__}")
+    if features.dtype not in _DTYPES:
+        raise TypeError(f"features must be float64, float32, float16 or bfloat16, got {features.dtype}")
+    if features.dim() != 2:
+        raise ValueError(f"features must be (s, d), got shape {tuple(features.shape)}")
+    if _extension.serves(features.device.type, features.device.index):
+        return torch.ops.dan_fast.row_sq_norms.default(features)
+    return _row_sq_norms_torch(features)
+
+
+def _result_dtype(features: Tensor) -> torch.dtype:
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
+
+
+def _row_sq_norms_torch(features: Tensor) -> Tensor:
+    return features.to(_result_dtype(features)).square().sum(1)
+
+
+def _fake(features: Tensor) -> Tensor:
+    return features.new_empty(features.shape[0], dtype=_result_dtype(features))
+
+
+def _keep_features(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+    # PyTorch operators, not a kernel: they carry the second derivative, which a kernel would cut off unnoticed.
+    (features,) = ctx.saved_tensors
+    return (2 * grad[:, None] * features).to(features.dtype)
+
+
+if _extension.loaded():
+    torch.library.register_fake("dan_fast::row_sq_norms")(_fake)
+    torch.library.register_autograd("dan_fast::row_sq_norms", _backward, setup_context=_keep_features)

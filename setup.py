@@ -1,0 +1,298 @@
+"""Builds `dan_fast/_native.so` from csrc/ and python_bindings/; all that is static stands in pyproject.toml.
+
+The binary uses PyTorch's stable ABI only and is not a Python module: one file serves every torch >= 2.11 and
+every Python, so the torch whose headers it was built with need not be the one it runs with. What cannot be
+built is left out and the reason is kept in `dan_fast/_build_info.json`, which `dan-fast doctor` shows.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+LIBRARY, BUILD_INFO = "_native.so", "_build_info.json"
+OLDEST_TORCH = (2, 11)
+TORCH_TARGET_VERSION = "0x020b000000000000"
+AGAIN = "run `pip install -e .` again"
+DEFAULT_CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0")
+NAMED_CUDA_ARCHS = {
+    "Turing": "7.5+PTX",
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0+PTX",
+}
+
+
+class Torch(NamedTuple):
+    """An installed PyTorch whose headers can be compiled against."""
+
+    version: str
+    folder: Path
+
+
+class CannotBuild(Exception):
+    """One sentence: what is missing and what to do about it."""
+
+
+def find_torch() -> Torch | None:
+    """A torch >= 2.11 of the build environment or of the one that is installed into; it is not imported.
+
+    pip hides the latter from an isolated build, but its headers are as good and already there.
+    """
+    spec = importlib.util.find_spec("torch")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    folders += [os.path.join(sysconfig.get_path(kind), "torch") for kind in ("platlib", "purelib")]
+    for folder in map(Path, folders):
+        version_file = folder / "version.py"
+        found = version_file.is_file() and re.search(
+            r"__version__\s*=\s*['\"]((\d+)\.(\d+)[^'\"]*)", version_file.read_text()
+        )
+        if not found or (int(found[2]), int(found[3])) < OLDEST_TORCH:
+            continue
+        if (folder / "include/torch/csrc/stable/library.h").is_file():
+            return Torch(found[1], folder)
+    return None
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler's command: CXX if it is set, else the first of the usual names on PATH."""
+    if sys.platform != "linux":
+        raise CannotBuild("the compiled extension is built on Linux only")
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    if chosen and shutil.which(chosen[0]) is None:
+        raise CannotBuild(
+            f"CXX names {chosen[0]}, which was not found; install it or unset CXX, then {AGAIN}"
+        )
+    for command in [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]) is not None:
+            return command
+    raise CannotBuild(f"no C++ compiler was found; install g++ (Debian: apt-get install g++), then {AGAIN}")
+
+
+def find_nvcc() -> str:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates = [os.path.join(home, "bin", "nvcc") for home in homes if home]
+    candidates += ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    for candidate in candidates:
+        nvcc = shutil.which(candidate)
+        if nvcc is not None:
+            return nvcc
+    raise CannotBuild(
+        "nvcc was not found, so there are no CUDA kernels; for them install the CUDA toolkit and put nvcc on "
+        f"PATH, then {AGAIN}"
+    )
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """TORCH_CUDA_ARCH_LIST as a list like ["8.6", "9.0+PTX"]; without it, of the default what nvcc knows."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if not wanted:
+        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+        archs = [arch for arch in DEFAULT_CUDA_ARCHS if "sm_" + arch.replace(".", "") in known]
+        archs = archs or list(DEFAULT_CUDA_ARCHS)
+        return [*archs[:-1], archs[-1] + "+PTX"]
+    for name, numbers in NAMED_CUDA_ARCHS.items():
+        wanted = re.sub(rf"\b{name}\b", numbers, wanted)
+    archs = re.split(r"[\s;,]+", wanted.strip(" ;,"))
+    for arch in archs:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
+            raise CannotBuild(
+                f"TORCH_CUDA_ARCH_LIST holds {arch!r}, which is no compute capability such as 9.0+PTX, so "
+                f"there are no CUDA kernels; correct or unset it, then {AGAIN}"
+            )
+    return list(dict.fromkeys(archs))
+
+
+def gencode(archs: list[str]) -> list[str]:
+    flags = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def first_line(command: list[str], pattern: str = ".+") -> str:
+    """The first line of `command --version` that matches, as the name of a compiler."""
+    output = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+    found = re.search(pattern, output)
+    return found[0].strip() if found else command[0]
+
+
+def ninja_file(torch: Torch, compiler: list[str], nvcc: str | None, archs: list[str]) -> str:
+    """The build as ninja's rules: it compiles again what changed, headers included."""
+
+    def quoted(parts: list[str]) -> str:
+        return shlex.join(parts).replace("$", "$$")
+
+    def escaped(path: Path) -> str:
+        return re.sub(r"([$ :])", r"$\1", str(path))
+
+    cxx_flags = ["-O3", "-fPIC", "-std=c++17", "-Wall", "-Wextra", "-fvisibility=hidden", "-DNDEBUG"]
+    torch_flags = [
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+        "-isystem",
+        str(torch.folder / "include"),
+    ]
+    libraries = [f"-L{torch.folder / 'lib'}", "-ltorch"]
+    if nvcc:
+        torch_flags += ["-DUSE_CUDA", "-DDAN_FAST_CUDA"]
+        # nvcc takes one program: of "ccache g++ -m64" that is g++.
+        host = [nvcc, "-ccbin", [word for word in compiler if not word.startswith("-")][-1]]
+        device = [*host, "-O3", "-std=c++17", "-Xcompiler=-fPIC,-Wall,-Wextra"]
+        link = [*host, "-shared", "-cudart=static", "-Xlinker=--no-as-needed"]
+    else:
+        link = [*compiler, "-shared", "-Wl,--no-as-needed"]
+    lines = [
+        "ninja_required_version = 1.3",
+        "rule cxx",
+        f"  command = {quoted([*compiler, *cxx_flags, *torch_flags])} -MD -MF $out.d -c $in -o $out",
+        "  deps = gcc",
+        "  depfile = $out.d",
+        "rule link",
+        f"  command = {quoted(link)} $in {quoted(libraries)} -o $out",
+    ]
+    if nvcc:
+        lines += [
+            "rule cuda",
+            f"  command = {quoted([*device, *gencode(archs)])} -MD -MF $out.d -c $in -o $out",
+            "  deps = gcc",
+            "  depfile = $out.d",
+        ]
+    objects = []
+    for source in sources(with_cuda=nvcc is not None):
+        objects.append(source.relative_to(ROOT).as_posix().replace("/", "_") + ".o")
+        lines.append(f"build {objects[-1]}: {'cuda' if source.suffix == '.cu' else 'cxx'} {escaped(source)}")
+    lines.append(f"build {LIBRARY}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def sources(with_cuda: bool) -> list[Path]:
+    suffixes = {".cpp", ".cu"} if with_cuda else {".cpp"}
+    found = (path for room in ("csrc", "python_bindings") for path in (ROOT / room).rglob("*"))
+    return sorted(path for path in found if path.suffix in suffixes)
+
+
+def compile_library(folder: Path, rules: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text(rules)
+    try:
+        run = subprocess.run(
+            [sys.executable, "-m", "ninja", "-C", str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    except OSError as error:
+        raise CannotBuild(f"ninja could not be started ({error})") from error
+    print(run.stdout, flush=True)
+    if run.returncode != 0:
+        errors = [
+            line for line in run.stdout.splitlines() if re.search(r"\berror\b|fatal|No such file", line)
+        ]
+        raise CannotBuild(f"the compiler failed ({' / '.join(errors[:3]) or run.stdout[-300:].strip()})")
+    return folder / LIBRARY
+
+
+def build_native(package: Path) -> dict:
+    """Compiles as much as this machine can into `package` and says what it was.
+
+    The library is put in place whole or not at all, and an older one does not stay where none can be built.
+    """
+    info: dict = {"built": [], "cuda_archs": [], "missing": [], "source_hash": source_hash()}
+    library = None
+    try:
+        compiler = find_compiler()
+        info["compiler"] = first_line(compiler)
+        torch = find_torch()
+        if torch is None:
+            raise CannotBuild(f"no torch >= 2.11 was found to compile against; install it, then {AGAIN}")
+        info["torch_headers"] = torch.version
+        try:
+            nvcc = find_nvcc()
+            info["nvcc"] = first_line([nvcc], r"release .+")
+            archs = cuda_archs(nvcc)
+            library = compile_library(ROOT / "build/native/cuda", ninja_file(torch, compiler, nvcc, archs))
+            info["built"], info["cuda_archs"] = ["CPU", "CUDA"], archs
+        except CannotBuild as reason:
+            info["missing"].append(str(reason))
+            library = compile_library(ROOT / "build/native/cpu", ninja_file(torch, compiler, None, []))
+            info["built"] = ["CPU"]
+    except CannotBuild as reason:
+        info["missing"].append(str(reason))
+    package.mkdir(parents=True, exist_ok=True)
+    (package / LIBRARY).unlink(missing_ok=True)
+    if library is not None:
+        # A process that has the old file mapped keeps it: the new one gets an inode of its own.
+        staged = package / (LIBRARY + ".new")
+        shutil.copy2(library, staged)
+        staged.replace(package / LIBRARY)
+    (package / BUILD_INFO).write_text(json.dumps(info, indent=2) + "\n")
+    return info
+
+
+def source_hash() -> str:
+    """A digest of all native sources, by which a binary older than the checkout is recognised."""
+    digest = hashlib.sha256()
+    for room in ("csrc", "python_bindings"):
+        for path in sorted((ROOT / room).rglob("*.*")):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class BuildNative(build_ext):
+    """Builds with ninja instead of setuptools' compiler; into the checkout for an editable install."""
+
+    def run(self) -> None:
+        package = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
+        info = build_native(package / "dan_fast")
+        print(
+            f"dan_fast: built {' and '.join(info['built']) or 'no extension: PyTorch serves every operator'}"
+        )
+        for sentence in info["missing"]:
+            print(f"dan_fast: {sentence}", file=sys.stderr)
+
+    def get_outputs(self) -> list[str]:
+        folder = Path(self.build_lib) / "dan_fast"
+        return [str(path) for path in (folder / LIBRARY, folder / BUILD_INFO) if path.exists()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class AnyPythonWheel(bdist_wheel):
+    """The binary holds no Python ABI, so one wheel serves every Python on this platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+def build_requirements() -> list[str]:
+    """torch, some gigabytes, only where it is needed and not there already."""
+    try:
+        find_compiler()
+    except CannotBuild:
+        return []
+    return [] if find_torch() else [f"torch>={'.'.join(map(str, OLDEST_TORCH))}"]
+
+
+setup(
+    setup_requires=build_requirements(),
+    ext_modules=[Extension("dan_fast._native", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
+)
