@@ -1,0 +1,29 @@
+"""Training: settings, the loop, checkpoints."""
+
+from dan_fast.training.build import trained_network
+from dan_fast.training.config import (
+    DataConfig,
+    LossConfig,
+    MemoryConfig,
+    MetaConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
+from dan_fast.training.interrupt import Interrupted
+from dan_fast.training.trainer import Trainer
+
+__all__ = [
+    "DataConfig",
+    "Interrupted",
+    "LossConfig",
+    "MemoryConfig",
+    "MetaConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "TrainConfig",
+    "Trainer",
+    "trained_network",
+]

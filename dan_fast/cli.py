@@ -1,0 +1,172 @@
+"""The command line: `dan-fast COMMAND --help` explains every setting with the paper's default."""
+
+import json
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from rich.console import Console
+from rich.table import Table
+
+from dan_fast.data import load_dataset
+from dan_fast.data.synthetic import synthesize
+from dan_fast.doctor import print_report
+from dan_fast.errors import DanFastError
+from dan_fast.evaluation import Evaluation, evaluate_dataset
+from dan_fast.quickstart import quickstart
+from dan_fast.training import Interrupted, TrainConfig, Trainer, trained_network
+from dan_fast.training.build import initial_network, resolve_device
+from dan_fast.training.config import BrokenImages, Paths, Precision, as_list
+
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+def evaluate(
+    checkpoint: str,
+    targets: Paths,
+    baselines: bool = False,
+    repeats: PositiveInt = 10,
+    seed: NonNegativeInt = 0,
+    metric: Literal["cosine", "euclidean"] = "cosine",
+    ap: Literal["standard", "trapezoid"] = "standard",
+    batch_size: PositiveInt = 128,
+    workers: NonNegativeInt = 2,
+    device: str = "auto",
+    precision: Precision = "float32",
+    broken_images: BrokenImages = "error",
+    out: str | None = None,
+) -> None:
+    """Print CMC, mAP and mINP of a trained network on target sets.
+
+    Args:
+        checkpoint: The checkpoint.pt of a run.
+        targets: Folders or manifests with query and gallery images, or with test images that are split at random.
+        baselines: Also evaluate the network as it was before training, and random features (chance).
+        repeats: Random splits of a target that has no fixed one; mean and standard deviation are printed.
+        seed: Seed of the random splits.
+        metric: How features are compared.
+        ap: standard takes the mean precision at each true match, trapezoid is the old MATLAB code's.
+        batch_size: Images at a time.
+        workers: Processes that decode images; 0 decodes in this one.
+        device: auto takes the GPU where there is one; or cpu, cuda, cuda:1.
+        precision: float32, or bfloat16 autocast.
+        broken_images: Stop with an error at an image that cannot be decoded, or skip and count it.
+        out: Also write the figures into this JSON file.
+    """
+    place = resolve_device(device)
+    network, settings = trained_network(checkpoint)
+    embeddings: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"trained": network.to(place).embed}
+    if baselines:
+        untrained = initial_network(settings, network.classifier.out_features).to(place).eval()
+        generator = torch.Generator().manual_seed(seed)
+        embeddings["untrained"] = untrained.embed
+        embeddings["chance"] = lambda images: torch.randn(len(images), 64, generator=generator)
+
+    results: list[tuple[str, Evaluation]] = []
+    for dataset in [load_dataset(path) for path in as_list(targets)]:
+        for name, embed in embeddings.items():
+            evaluation = evaluate_dataset(
+                embed,
+                dataset,
+                tuple(settings["data"]["image_size"]),
+                batch_size=batch_size,
+                workers=workers,
+                device=place,
+                precision=precision,
+                broken_images=broken_images,
+                repeats=repeats,
+                seed=seed,
+                metric=metric,
+                ap=ap,
+            )
+            results.append((name, evaluation))
+
+    table = Table("target", "protocol", "features", *results[0][1].percentages())
+    for name, evaluation in results:
+        table.add_row(evaluation.dataset, evaluation.protocol, name, *evaluation.row())
+    Console().print(table)
+    if out is not None:
+        content = [{"features": name, **evaluation.to_dict()} for name, evaluation in results]
+        try:
+            Path(out).write_text(json.dumps(content, indent=2) + "\n")
+        except OSError as error:
+            raise DanFastError(f"{out} cannot be written ({error.strerror}): choose another --out.") from error
+
+
+def _train(config: TrainConfig) -> None:
+    Trainer(config).fit()
+
+
+def _synthesize(**arguments: Any) -> None:
+    for folder in synthesize(**arguments):
+        print(folder)
+
+
+def _parser() -> ArgumentParser:
+    import dan_fast
+
+    parser = ArgumentParser(
+        prog="dan-fast",
+        description="Data Assimilation Network for generalizable person re-identification.",
+        version=dan_fast.__version__,
+        exit_on_error=False,
+    )
+    commands = parser.add_subcommands(required=True, dest="command")
+
+    def command(name: str, help_text: str) -> ArgumentParser:
+        subparser = ArgumentParser(description=help_text, exit_on_error=False)
+        subparser.add_argument("--config", action="config", help="YAML file with these settings; flags win over it.")
+        commands.add_subcommand(name, subparser, help=help_text)
+        return subparser
+
+    command("quickstart", "Make synthetic domains, train a small DAN on them and test it on an unseen one.").add_function_arguments(quickstart)
+    command("synthesize", "Draw a synthetic pedestrian dataset of several domains.").add_function_arguments(synthesize, skip={"progress"})
+    command("train", "Train a Data Assimilation Network.").add_class_arguments(TrainConfig)
+    command("evaluate", "CMC, mAP and mINP of a trained network on target sets.").add_function_arguments(evaluate)
+    command("doctor", "What was built, which paths will run, and what to do about anything missing.")
+    return parser
+
+
+def _run(parser: ArgumentParser, parsed: Namespace) -> int:
+    settings = parser.instantiate(parsed)[parsed.command]
+    arguments = {name: value for name, value in vars(settings).items() if name != "config"}
+    match parsed.command:
+        case "train":
+            _train(TrainConfig(**arguments))
+        case "evaluate":
+            evaluate(**arguments)
+        case "synthesize":
+            _synthesize(**arguments)
+        case "quickstart":
+            quickstart(**arguments)
+        case "doctor":
+            return print_report()
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 1 after an error, 2 for wrong flags, 130 after Ctrl-C."""
+    parser = _parser()
+    try:
+        parsed = parser.parse_args(argv)
+    except ArgumentError as error:
+        print(f"dan-fast: {' '.join(str(error).split())} (see `dan-fast --help`)", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        return _run(parser, parsed)
+    except DanFastError as error:
+        print(f"dan-fast: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except Interrupted as stop:
+        print(f"dan-fast: {stop} Continue with --run.resume true.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        print("dan-fast: interrupted.", file=sys.stderr)
+        return EXIT_INTERRUPTED

@@ -1,0 +1,85 @@
+"""Networks and memories from a configuration or a checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dan_fast.errors import DanFastError
+from dan_fast.nn import DAN, ProgressiveAugmentedMemory
+from dan_fast.training.checkpoint import load_checkpoint
+from dan_fast.training.config import MemoryConfig
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device a setting names; "auto" is the GPU where there is one.
+
+    Raises:
+        DanFastError: not a device, or one this machine lacks.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DanFastError(f"run.device {name!r} is no device: use auto, cpu, cuda or cuda:1.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DanFastError(
+            f"run.device is {name}, but {torch.cuda.device_count()} GPUs are visible: use auto or cpu, "
+            "or see `dan-fast doctor`."
+        )
+    return device
+
+
+def initial_network(settings: dict[str, Any], num_classes: int) -> DAN:
+    """The network a run with these settings starts from; the same weights for the same `run.seed`.
+
+    Args:
+        settings: `TrainConfig.to_dict()`, or the "config" of a checkpoint.
+        num_classes: identities of the labelled images.
+    """
+    torch.manual_seed(settings["run"]["seed"])
+    model = settings["model"]
+    return DAN(
+        num_classes,
+        backbone=model["backbone"],
+        image_size=tuple(settings["data"]["image_size"]),
+        reduction=model["reduction"],
+        dropout=model["dropout"],
+        weights=model["weights"],
+    )
+
+
+def trained_network(path: str | Path) -> tuple[DAN, dict[str, Any]]:
+    """The network of a checkpoint in eval mode on the CPU, and the settings it was trained with.
+
+    Raises:
+        DanFastError: see `load_checkpoint`.
+
+    Example:
+        network, settings = trained_network("runs/train/checkpoint.pt")
+        features = network.embed(images)
+    """
+    state = load_checkpoint(path)
+    settings = state["config"]
+    # The checkpoint holds every weight: nothing needs to be read from the file or the hub it started from.
+    from_checkpoint = {**settings, "model": {**settings["model"], "weights": "none"}}
+    with torch.random.fork_rng():
+        network = initial_network(from_checkpoint, state["num_classes"])
+    prefix = "network."
+    network.load_state_dict(
+        {name.removeprefix(prefix): value for name, value in state["model"].items() if name.startswith(prefix)}
+    )
+    return network.eval(), settings
+
+
+def build_memory(config: MemoryConfig, key_dim: int) -> ProgressiveAugmentedMemory:
+    """An empty memory pair for keys of `key_dim` numbers."""
+    return ProgressiveAugmentedMemory(
+        labeled_slots=config.labeled_slots,
+        unlabeled_slots=config.unlabeled_slots,
+        key_dim=key_dim,
+        decay=config.decay,
+        decay_unlabeled=config.decay_unlabeled,
+        gates=config.gates,
+    )

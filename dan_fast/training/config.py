@@ -1,0 +1,225 @@
+"""Every setting of a training run: the one source for the YAML file, the flags and their help."""
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from dan_fast.errors import DanFastError
+
+Precision = Literal["float32", "bfloat16"]
+BrokenImages = Literal["error", "skip"]
+# One path needs no brackets on the command line: --data.labeled market, --data.labeled '[market, cuhk03]'.
+Paths = list[str] | str
+
+
+def as_list(paths: Paths) -> list[str]:
+    return [paths] if isinstance(paths, str) else list(paths)
+
+
+@dataclass
+class DataConfig:
+    """Images and batches.
+
+    Args:
+        labeled: Folders or manifests whose train split is labelled; several are fused (Sec. III-D).
+        unlabeled: Folders or manifests whose train split is used without labels; none: "w/o unlabelled",
+            a training without memory (the paper adds MSMT17).
+        targets: Folders or manifests to evaluate on after the last epoch, never trained on.
+        unlabeled_share: Share p of the unlabelled images that is used (Fig. 7; the paper: 1).
+        image_size: Height and width to which images are resized (the paper: 224 224).
+        batch_size: Images an iteration, S and S~ together (the paper: 64).
+        unlabeled_fraction: Share of unlabelled images in a batch.
+        feedback_fraction: Most of S~'s labelled places that reliable pseudo samples of M' may take; 0 feeds
+            none back.
+        workers: Processes that decode images; 0 decodes in the training process.
+        broken_images: Stop with an error at an image that cannot be decoded, or skip and count it.
+    """
+
+    labeled: Paths = field(default_factory=list)
+    unlabeled: Paths = field(default_factory=list)
+    targets: Paths = field(default_factory=list)
+    unlabeled_share: ClosedUnitInterval = 1.0
+    image_size: tuple[PositiveInt, PositiveInt] = (224, 224)
+    batch_size: PositiveInt = 64
+    unlabeled_fraction: ClosedUnitInterval = 0.5
+    feedback_fraction: ClosedUnitInterval = 0.5
+    workers: NonNegativeInt = 2
+    broken_images: BrokenImages = "error"
+
+    def __post_init__(self) -> None:
+        self.labeled, self.unlabeled, self.targets = map(as_list, (self.labeled, self.unlabeled, self.targets))
+
+
+@dataclass
+class ModelConfig:
+    """The network.
+
+    Args:
+        backbone: torchvision ResNet (the paper: resnet50).
+        weights: none, imagenet (the paper) or the path of a torchvision state dict.
+        reduction: Dimension reduction ratio r of NL-CBAM (the paper: 12).
+        dropout: Dropout rate before the classifier (the paper: 0.5).
+    """
+
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
+    weights: str = "imagenet"
+    reduction: PositiveInt = 12
+    dropout: ClosedUnitInterval = 0.5
+
+
+@dataclass
+class MemoryConfig:
+    """The progressive augmented memory.
+
+    Args:
+        labeled_slots: Slots s1 of the labelled memory M (the paper: 9000).
+        unlabeled_slots: Slots s2 of the unlabelled memory M' (the paper: 5500).
+        decay: Decay kappa1 of the usage of M, Eq. (5) (the paper: 0.99).
+        decay_unlabeled: Decay kappa2 of the usage of M', Eq. (12) (the paper: 0.99).
+        gates: alpha, alpha' and beta as parameters (Table II) or read from the last three features of the
+            backbone (Sec. IV-B).
+    """
+
+    labeled_slots: PositiveInt = 9000
+    unlabeled_slots: PositiveInt = 5500
+    decay: ClosedUnitInterval = 0.99
+    decay_unlabeled: ClosedUnitInterval = 0.99
+    gates: Literal["parameters", "features"] = "parameters"
+
+
+@dataclass
+class LossConfig:
+    """Weights of the losses, Eq. (1).
+
+    Args:
+        adversary: lambda1 of L_aad (the paper: 0.6).
+        embedding: lambda2 of L_lde (the paper: 0.5).
+        regularizer: lambda3 of R (the paper: 0.2).
+        confidence_prior: Weight of -log(beta) added to L_lde, so that beta rises as pseudo labels become
+            reliable (Fig. 5b); the paper: 0, with which beta can only fall.
+    """
+
+    adversary: NonNegativeFloat = 0.6
+    embedding: NonNegativeFloat = 0.5
+    regularizer: NonNegativeFloat = 0.2
+    confidence_prior: NonNegativeFloat = 0.1
+
+
+@dataclass
+class MetaConfig:
+    """Data assimilation meta-learning, Sec. III-D.
+
+    Args:
+        procedure: daml3 splits the batch and optimises piecewise (the paper), daml2 splits it and optimises
+            L_total, daml1 is plain SGD on L_total (Table IX).
+        order: 1 drops second derivatives (Algorithm 1 as printed), 2 keeps them (Eq. 18).
+        eta: Weight of the meta-test loss, Eq. (17) (the paper: 1).
+        stall_guard: Adversary wins in a row after which backbone and attention are both updated until
+            attention wins; 0 is the literal paper.
+    """
+
+    procedure: Literal["daml1", "daml2", "daml3"] = "daml3"
+    order: Literal[1, 2] = 1
+    eta: NonNegativeFloat = 1.0
+    stall_guard: NonNegativeInt = 20
+
+
+@dataclass
+class OptimizerConfig:
+    """The outer SGD and its schedule, Eq. (19).
+
+    Args:
+        epochs: Passes through the labelled images (the paper: 500); fewer stretch Eq. (19) over them.
+        lr_scale: Factor on the step sizes delta1 and delta2 of Eq. (19) (the paper: 1; a network trained
+            from scratch for few epochs needs 10 to 50).
+        momentum: Momentum of the outer step (the paper: 0.9).
+        weight_decay: Weight decay of the outer step (the paper: 5e-4).
+    """
+
+    epochs: PositiveInt = 500
+    lr_scale: NonNegativeFloat = 1.0
+    momentum: NonNegativeFloat = 0.9
+    weight_decay: NonNegativeFloat = 5e-4
+
+
+@dataclass
+class RunConfig:
+    """Where and how the run takes place; nothing here changes what is learnt but seed and precision.
+
+    Args:
+        out: Folder of the run: config.yaml, checkpoint.pt, tensorboard/, results.json.
+        resume: Continue from the checkpoint in the folder.
+        seed: Seed of weights, batches, augmentation and dropout.
+        device: auto takes the GPU where there is one; or cpu, cuda, cuda:1.
+        precision: float32, or bfloat16 autocast for the network (memory and losses stay float32).
+        checkpoint_every: Iterations between checkpoints inside an epoch; each epoch's end has one anyway.
+        log_every: Iterations between two lines of scalars.
+        evaluate_every: Epochs between evaluations on the targets; 0 evaluates after the last epoch only.
+    """
+
+    out: str = "runs/train"
+    resume: bool = False
+    seed: NonNegativeInt = 0
+    device: str = "auto"
+    precision: Precision = "float32"
+    checkpoint_every: PositiveInt = 200
+    log_every: PositiveInt = 10
+    evaluate_every: NonNegativeInt = 0
+
+
+@dataclass
+class TrainConfig:
+    """Train a Data Assimilation Network.
+
+    Args:
+        data: Images and batches.
+        model: The network.
+        memory: The progressive augmented memory.
+        loss: Weights of the losses, Eq. (1).
+        meta: Data assimilation meta-learning, Sec. III-D.
+        optimizer: The outer SGD and its schedule, Eq. (19).
+        run: Where and how the run takes place.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    meta: MetaConfig = field(default_factory=MetaConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, as they stand in config.yaml and in a checkpoint."""
+        plain = asdict(self)
+        plain["data"]["image_size"] = list(plain["data"]["image_size"])
+        return plain
+
+
+# A resumed run may differ in these: they say where it runs, not what it learns.
+_FREE_TO_CHANGE = {
+    ("data", "workers"),
+    ("data", "targets"),
+    *(("run", each.name) for each in fields(RunConfig) if each.name not in ("seed", "precision")),
+}
+
+
+def require_same_training(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
+    """Refuse to continue a run under other settings than those it was started with.
+
+    Raises:
+        DanFastError: names the settings that differ.
+    """
+    differences = []
+    for section, values in current.items():
+        for name, value in values.items():
+            before = saved.get(section, {}).get(name)
+            if before != value and (section, name) not in _FREE_TO_CHANGE:
+                differences.append(f"{section}.{name} is {value!r} here and {before!r} there")
+    if differences:
+        raise DanFastError(
+            f"{checkpoint} was trained with another configuration ({'; '.join(differences)}): "
+            "use its settings (config.yaml beside it) or another run.out."
+        )

@@ -1,0 +1,80 @@
+"""The progress of a run on the terminal: a bar where there is one, a line now and then where there is none."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Display:
+    """A progress bar with losses, images/s and time left.
+
+    Args:
+        total: iterations of the whole run.
+        done: iterations already done when it continues.
+        images_per_iteration: images of a mini-batch.
+    """
+
+    def __init__(self, total: int, done: int, images_per_iteration: int) -> None:
+        self.console = Console()
+        self._images = images_per_iteration
+        self._total, self._done, self._first = total, done, done
+        self._started = self._last_line = time.monotonic()
+        self._losses = ""
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[losses]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("training", total=total, completed=done, rate="", losses="")
+
+    def __enter__(self) -> "Display":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def advance(self, epoch: int, means: dict[str, float] | None = None) -> None:
+        """One more iteration is done; `means` are new scalars, if any."""
+        self._done += 1
+        if means:
+            shown = ("total", "classification", "adversary", "embedding")
+            self._losses = " ".join(
+                f"{name} {means[f'train/loss/{name}']:.3f}" for name in shown if f"train/loss/{name}" in means
+            )
+        now = time.monotonic()
+        rate = (self._done - self._first) * self._images / max(now - self._started, 1e-9)
+        self._progress.update(
+            self._task,
+            completed=self._done,
+            description=f"epoch {epoch + 1}",
+            rate=f"{rate:.0f} images/s",
+            losses=self._losses,
+        )
+        if not self.console.is_terminal and (
+            now - self._last_line >= SECONDS_BETWEEN_LINES or self._done == self._total
+        ):
+            self._last_line = now
+            left = (self._total - self._done) * self._images / rate
+            self.console.print(
+                f"epoch {epoch + 1}, iteration {self._done}/{self._total}, {rate:.0f} images/s, "
+                f"{left / 60:.1f} min left, {self._losses}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self.console.print(text, highlight=False, soft_wrap=True)

@@ -1,0 +1,36 @@
+"""Ctrl-C and SIGTERM end a run at the end of an iteration, so that it can be saved whole."""
+
+import signal
+from types import FrameType, TracebackType
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; it has been saved."""
+
+
+class StopRequest:
+    """While entered, notes SIGINT and SIGTERM in `requested`; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._note)
+            except ValueError:
+                # Only the main thread may set handlers; elsewhere the caller stops the run its own way.
+                break
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True

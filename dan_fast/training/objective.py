@@ -1,0 +1,138 @@
+"""The losses of one part of a mini-batch, Eq. (1), as `meta_gradients` wants them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dan_fast.data import Split
+from dan_fast.nn import DAN, ProgressiveAugmentedMemory
+from dan_fast.training.config import LossConfig
+
+
+class PassRecord(NamedTuple):
+    """What the trainer wants to know of a pass beside its losses; every tensor is detached.
+
+    Attributes:
+        logits, adversary_logits: (num_labeled, c), of the labelled samples, for the competition.
+        labels: (num_labeled,) int64.
+        pseudo_labels, sample_ids: (B',) int64, of the unlabelled samples; empty without a memory.
+    """
+
+    logits: Tensor
+    adversary_logits: Tensor
+    labels: Tensor
+    pseudo_labels: Tensor
+    sample_ids: Tensor
+
+
+class TrainingModel(nn.Module):
+    """Network and memory as one module, so that one dict names all of G.
+
+    `forward(split)` gives (losses, record) and advances the memory by the samples of `split`. The losses,
+    all () float32 and already weighted as their groups take them:
+
+    - "total": L_c + l1 L_aad + l2 L_lde + l3 R, Eq. (1);
+    - "adversary": l1 L_aad, of labelled and fed-back samples;
+    - "embedding": l2 (L_lde - confidence_prior log beta), of unlabelled samples;
+    - "classification", "regularizer": L_c and l3 R, parts of the total shown on their own.
+
+    L_c and R are means over the two branches, which share backbone and classifier: a competition needs both
+    to be able to classify. Fed-back samples are not written to M, which holds true labels only.
+
+    Args:
+        network: the DAN.
+        memory: None trains without unlabelled images.
+        weights: l1, l2, l3 and the prior on beta.
+        autocast_dtype: the network's forward runs under autocast in this type; None: as its weights are.
+    """
+
+    def __init__(
+        self,
+        network: DAN,
+        memory: ProgressiveAugmentedMemory | None,
+        weights: LossConfig,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.memory = memory
+        self.weights = weights
+        self.autocast_dtype = autocast_dtype
+
+    def forward(self, split: Split) -> tuple[dict[str, Tensor], PassRecord]:
+        with torch.autocast(
+            split.images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
+        ):
+            out = self.network(split.images, split.labels)
+        labeled, known = split.num_labeled, split.num_labeled + split.num_fed_back
+        logits, adversary_logits = out.logits.float(), out.adversary_logits.float()
+        zero = logits.new_zeros(())
+
+        targets = split.labels[:known]
+        branches = (logits, adversary_logits)
+        classification = adversary = zero
+        if known > 0:
+            classification = sum(F.cross_entropy(branch[:known], targets) for branch in branches) / 2
+            adversary = self.weights.adversary * out.adversary_loss[:known].float().mean()
+        regularizer = zero
+        if known < len(split.labels):
+            regularizer = (
+                self.weights.regularizer * sum(_negative_entropy(branch[known:]) for branch in branches) / 2
+            )
+
+        embedding = zero
+        pseudo_labels = split.sample_ids.new_empty(0)
+        if self.memory is not None:
+            keys = self.network.keys(out).float()
+            gates = self.network.gate_features(out).float() if self.memory.gates == "features" else None
+            step = self.memory(
+                keys[:labeled], split.labels[:labeled], keys[known:], split.sample_ids[known:], gate_features=gates
+            )
+            beta = self.memory.confidence(gates)
+            embedding = self.weights.embedding * (
+                step.loss.float() - self.weights.confidence_prior * beta.float().log()
+            )
+            pseudo_labels = step.pseudo_labels
+
+        losses = {
+            "total": classification + adversary + embedding + regularizer,
+            "classification": classification,
+            "adversary": adversary,
+            "embedding": embedding,
+            "regularizer": regularizer,
+        }
+        record = PassRecord(
+            logits[:labeled].detach(),
+            adversary_logits[:labeled].detach(),
+            split.labels[:labeled],
+            pseudo_labels,
+            split.sample_ids[known:],
+        )
+        return losses, record
+
+
+def _negative_entropy(logits: Tensor) -> Tensor:
+    """R = sum of y log y over the classes (Sec. III-A), the mean over the samples of logits (n, c)."""
+    log_probability = F.log_softmax(logits, dim=1)
+    return (log_probability.exp() * log_probability).sum(1).mean()
+
+
+@dataclass
+class Objective:
+    """`loss_fn` of `meta_gradients` over a `TrainingModel`: runs it with other values for its parameters.
+
+    Attributes:
+        model: the training model; its buffers (batch norm, memory) advance with every call.
+        record: the record of the last call.
+    """
+
+    model: TrainingModel
+    record: PassRecord | None = None
+
+    def __call__(self, params: Mapping[str, Tensor], split: Split) -> dict[str, Tensor]:
+        losses, self.record = torch.func.functional_call(self.model, dict(params), (split,))
+        return losses

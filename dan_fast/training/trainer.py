@@ -1,0 +1,343 @@
+"""The training loop: data, meta step, outer step, checkpoints, evaluation."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from dan_fast.daml import Competition, Stage, active_groups, meta_gradients
+from dan_fast.data import BatchPlanner, MiniBatch, Split, TrainingSet, load_dataset, training_loader
+from dan_fast.errors import DanFastError
+from dan_fast.evaluation import Evaluation, evaluate_dataset
+from dan_fast.training.build import build_memory, initial_network, resolve_device
+from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from dan_fast.training.config import TrainConfig, require_same_training
+from dan_fast.training.display import Display
+from dan_fast.training.interrupt import Interrupted, StopRequest
+from dan_fast.training.metrics import Scalars, accuracy, pseudo_label_accuracy, pseudo_label_purity
+from dan_fast.training.objective import Objective, TrainingModel
+from dan_fast.training.schedule import step_size
+
+CAM_WEIGHT = "network.classifier.weight"
+
+
+class Trainer:
+    """Trains a DAN as `config` says and keeps everything in the folder `config.run.out`.
+
+    The folder holds config.yaml, checkpoint.pt (everything: weights, optimizer, memory, competition, random
+    states, the feedback of the epoch; a run killed at any moment resumes from it bit for bit), tensorboard/ and,
+    after the last epoch, results.json.
+
+    Raises:
+        DanFastError: data, settings, device or checkpoint do not fit; the sentence says which and what to do.
+
+    Example:
+        trainer = Trainer(TrainConfig(data=DataConfig(labeled=["market"]), run=RunConfig(out="runs/market")))
+        evaluations = trainer.fit()
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.out = Path(config.run.out)
+        self.checkpoint = self.out / "checkpoint.pt"
+        self.device = resolve_device(config.run.device)
+        saved = self._saved_state()
+
+        if not config.data.labeled:
+            raise DanFastError("data.labeled is empty: name at least one folder or manifest with labelled images.")
+        self.training_set = TrainingSet(
+            [load_dataset(path) for path in config.data.labeled],
+            [load_dataset(path) for path in config.data.unlabeled],
+            unlabeled_share=config.data.unlabeled_share,
+            seed=config.run.seed,
+        )
+        self.targets = [load_dataset(path) for path in config.data.targets]
+        for dataset in self.targets:
+            if not dataset.test and not (dataset.query and dataset.gallery):
+                raise DanFastError(
+                    f"The target {dataset.name} ({dataset.root}) has neither query and gallery nor test images: "
+                    "name a dataset with a test split or leave it out of data.targets."
+                )
+        if saved is not None and saved["fingerprint"] != self.training_set.fingerprint:
+            raise DanFastError(
+                f"{self.checkpoint} was trained on other images than data.labeled and data.unlabeled hold now: "
+                "restore them or choose another run.out."
+            )
+
+        network = initial_network(config.to_dict(), self.training_set.num_classes)
+        memory = None
+        if self.training_set.unlabeled_samples:
+            memory = build_memory(config.memory, network.key_dim)
+        half = torch.bfloat16 if config.run.precision == "bfloat16" else None
+        self.model = TrainingModel(network, memory, config.loss, half)
+        self.model.to(self.device, memory_format=torch.channels_last)
+        self.objective = Objective(self.model)
+        self.planner = BatchPlanner(
+            self.training_set.labels,
+            len(self.training_set.unlabeled_samples),
+            batch_size=config.data.batch_size,
+            unlabeled_fraction=config.data.unlabeled_fraction,
+            feedback_fraction=config.data.feedback_fraction,
+            split=config.meta.procedure != "daml1",
+            seed=config.run.seed,
+        )
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=1.0,
+            momentum=config.optimizer.momentum,
+            weight_decay=config.optimizer.weight_decay,
+        )
+        self.competition = Competition(config.meta.stall_guard)
+        self.epoch = 0
+        self.iteration = 0
+        self.feedback: tuple[Tensor, Tensor] | None = None
+        self.skipped = 0
+        # Cuda kernels are asked to repeat themselves, so that a resumed run is the run it continues.
+        torch.backends.cudnn.deterministic = True
+        if saved is not None:
+            self._restore(saved)
+
+    @property
+    def iterations_done(self) -> int:
+        return self.epoch * self.planner.iterations + self.iteration
+
+    def fit(self) -> list[Evaluation]:
+        """Train to the last epoch and evaluate on the targets.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; the run was saved and can be resumed.
+            DanFastError: a loss is not finite, an image cannot be read, or a checkpoint cannot be written.
+        """
+        self._write_config()
+        epochs = self.config.optimizer.epochs
+        scalars = Scalars(self.out / "tensorboard", first_step=self.iterations_done)
+        display = Display(epochs * self.planner.iterations, self.iterations_done, self.config.data.batch_size)
+        evaluations: list[Evaluation] = []
+        try:
+            with StopRequest() as stop, display:
+                while self.epoch < epochs:
+                    self._train_epoch(scalars, display, stop)
+                    every = self.config.run.evaluate_every
+                    if self.epoch == epochs or (every and self.epoch % every == 0):
+                        evaluations = self._evaluate(scalars, display)
+            if not evaluations:
+                evaluations = self._evaluate(scalars, display)
+        finally:
+            scalars.close()
+        if self.skipped:
+            display.say(f"{self.skipped} broken images were skipped.")
+        return evaluations
+
+    def _train_epoch(self, scalars: Scalars, display: Display, stop: StopRequest) -> None:
+        run = self.config.run
+        if self.iteration == 0 and self.model.memory is not None and self.config.data.feedback_fraction > 0:
+            sample_ids, pseudo_labels = self.model.memory.reliable_samples()
+            self.feedback = sample_ids.cpu(), pseudo_labels.cpu()
+        plans = self.planner.plan_epoch(self.epoch, self.feedback)[self.iteration :]
+        loader = training_loader(
+            self.training_set,
+            plans,
+            tuple(self.config.data.image_size),
+            workers=self.config.data.workers,
+            broken_images=self.config.data.broken_images,
+            pin_memory=self.device.type == "cuda",
+        )
+        self.model.train()
+        for batch in loader:
+            self._train_iteration(batch, scalars)
+            self.iteration += 1
+            last = self.iteration == self.planner.iterations
+            means = None
+            if last or self.iterations_done % run.log_every == 0:
+                means = scalars.flush(self.iterations_done)
+            display.advance(self.epoch, means)
+            if last:
+                self.epoch, self.iteration = self.epoch + 1, 0
+            if last or stop.requested or self.iterations_done % run.checkpoint_every == 0:
+                self._save()
+            if stop.requested:
+                raise Interrupted(f"Saved after iteration {self.iterations_done}.")
+
+    def _train_iteration(self, batch: MiniBatch, scalars: Scalars) -> None:
+        meta = self.config.meta
+        for path in batch.skipped:
+            self.skipped += 1
+            scalars.add("data/skipped", 1.0)
+            print(f"Skipped {path}: it cannot be decoded.", flush=True)
+        progress = self.epoch + self.iteration / self.planner.iterations
+        lr = step_size(progress, self.config.optimizer.epochs, self.config.optimizer.lr_scale)
+        params = dict(self.model.named_parameters())
+        meta_train = self._to_device(batch.meta_train)
+
+        try:
+            train_losses = self.objective(params, meta_train)
+            record = self.objective.record
+            if batch.meta_test is None:
+                total = train_losses["total"]
+                grads = dict(
+                    zip(params, torch.autograd.grad(total, [*params.values()], materialize_grads=True), strict=True)
+                )
+                pseudo_records = [record]
+            else:
+                groups = None
+                if meta.procedure == "daml3":
+                    stage = self.competition.decide(record.logits, record.adversary_logits, record.labels)
+                    self._log_stage(stage, scalars)
+                    groups = self._groups(stage)
+                result = meta_gradients(
+                    self.objective,
+                    params,
+                    groups,
+                    meta_train,
+                    self._to_device(batch.meta_test),
+                    lr,
+                    meta.eta,
+                    meta.order,
+                    train_losses=train_losses,
+                )
+                grads = result.grads
+                pseudo_records = [record, self.objective.record]
+                for name, value in result.test_losses.items():
+                    scalars.add(f"test/loss/{name}", value)
+            if not math.isfinite(float(train_losses["total"])):
+                raise ValueError("the total loss is not finite")
+        except ValueError as error:
+            raise DanFastError(
+                f"Training diverged at iteration {self.iterations_done} ({error}): lower optimizer.lr_scale; "
+                f"{self.checkpoint} holds an earlier state."
+            ) from error
+
+        for name, parameter in params.items():
+            # None, not zero: a frozen parameter must not move by momentum or weight decay either.
+            parameter.grad = grads.get(name)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+
+        for name, value in train_losses.items():
+            scalars.add(f"train/loss/{name}", value)
+        scalars.add("train/accuracy/attention", accuracy(record.logits, record.labels))
+        scalars.add("train/accuracy/adversary", accuracy(record.adversary_logits, record.labels))
+        scalars.add("train/step_size", lr)
+        for each in pseudo_records:
+            share = pseudo_label_accuracy(each, self.training_set)
+            if share is not None:
+                scalars.add("pseudo/accuracy", share)
+        last_of_window = (self.iterations_done + 1) % self.config.run.log_every == 0
+        if self.model.memory is not None and last_of_window:
+            self._log_memory(scalars)
+
+    def _groups(self, stage: Stage) -> dict[str, tuple[list[str], str]]:
+        names = self.model.network.parameter_groups()
+        memory = self.model.memory
+        return active_groups(
+            stage,
+            backbone=[f"network.{name}" for name in names["backbone"]],
+            attention=[f"network.{name}" for name in names["attention"]],
+            memory=[] if memory is None else [f"memory.{name}" for name, _ in memory.named_parameters()],
+            cam_weight=CAM_WEIGHT,
+        )
+
+    def _log_stage(self, stage: Stage, scalars: Scalars) -> None:
+        scalars.add("competition/attention_wins", float(stage is Stage.ATTENTION))
+        scalars.add("competition/backbone_frozen", float(stage is Stage.ADVERSARY))
+        scalars.add("competition/both_updated", float(stage is Stage.BOTH))
+
+    def _log_memory(self, scalars: Scalars) -> None:
+        memory = self.model.memory
+        if memory.gates == "parameters":
+            scalars.add("memory/sigma_alpha", memory.alpha.sigmoid())
+            scalars.add("memory/sigma_alpha_unlabeled", memory.alpha_unlabeled.sigmoid())
+            scalars.add("memory/beta", memory.beta)
+        scalars.add("memory/slots_labeled", memory.labeled.occupied.sum())
+        scalars.add("memory/slots_unlabeled", memory.unlabeled.occupied.sum())
+        purity = pseudo_label_purity(memory.unlabeled, self.training_set)
+        if purity is not None:
+            scalars.add("pseudo/purity", purity)
+
+    def _to_device(self, split: Split) -> Split:
+        return split._replace(
+            images=split.images.to(self.device, memory_format=torch.channels_last, non_blocking=True),
+            labels=split.labels.to(self.device, non_blocking=True),
+            sample_ids=split.sample_ids.to(self.device, non_blocking=True),
+        )
+
+    def _evaluate(self, scalars: Scalars, display: Display) -> list[Evaluation]:
+        self.model.eval()
+        evaluations = []
+        for dataset in self.targets:
+            evaluation = evaluate_dataset(
+                self.model.network.embed,
+                dataset,
+                tuple(self.config.data.image_size),
+                workers=self.config.data.workers,
+                device=self.device,
+                precision=self.config.run.precision,
+                broken_images=self.config.data.broken_images,
+            )
+            evaluations.append(evaluation)
+            figures = evaluation.percentages()
+            for name in ("R1", "mAP", "mINP"):
+                scalars.add(f"eval/{evaluation.dataset}/{name}", figures[name])
+            display.say(f"{evaluation.dataset}: " + ", ".join(f"{key} {figures[key]:.1f}" for key in figures))
+        scalars.flush(self.iterations_done)
+        if self.epoch == self.config.optimizer.epochs:
+            results = {"epochs": self.epoch, "targets": [each.to_dict() for each in evaluations]}
+            (self.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        return evaluations
+
+    def _saved_state(self) -> dict[str, Any] | None:
+        if not self.config.run.resume:
+            if self.checkpoint.exists():
+                raise DanFastError(
+                    f"{self.out} already holds a run: add --run.resume true to continue it or choose another run.out."
+                )
+            return None
+        state = load_checkpoint(self.checkpoint)
+        require_same_training(state["config"], self.config.to_dict(), self.checkpoint)
+        return state
+
+    def _write_config(self) -> None:
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / "config.yaml").write_text(yaml.safe_dump(self.config.to_dict(), sort_keys=False))
+        except OSError as error:
+            raise DanFastError(f"{self.out} cannot be written ({error.strerror}): choose another run.out.") from error
+
+    def _save(self) -> None:
+        sample_ids, pseudo_labels = self.feedback or (None, None)
+        save_checkpoint(
+            self.checkpoint,
+            {
+                "config": self.config.to_dict(),
+                "fingerprint": self.training_set.fingerprint,
+                "num_classes": self.training_set.num_classes,
+                "epoch": self.epoch,
+                "iteration": self.iteration,
+                "skipped": self.skipped,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "competition": self.competition.state_dict(),
+                "feedback": {"sample_ids": sample_ids, "pseudo_labels": pseudo_labels},
+                "random": {
+                    "cpu": torch.get_rng_state(),
+                    "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+                },
+            },
+        )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.competition.load_state_dict(state["competition"])
+        self.epoch, self.iteration, self.skipped = state["epoch"], state["iteration"], state["skipped"]
+        feedback = state["feedback"]
+        if feedback["sample_ids"] is not None:
+            self.feedback = feedback["sample_ids"], feedback["pseudo_labels"]
+        torch.set_rng_state(state["random"]["cpu"])
+        if self.device.type == "cuda" and len(state["random"]["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["random"]["cuda"])
