@@ -1,8 +1,8 @@
 """NL-CBAM and the attention adversary of Sec. III-B for a whole batch.
 
-The operators keep the layout of the map: a channels_last map is read as it lies. float16 and bfloat16 are computed in
-float32 and returned in their own dtype. Under autocast such arguments are taken to float32, as autocast itself does
-for softmax and losses, and the results are float32.
+The operators keep the layout of the map: a channels_last map is read as it lies. float16 and bfloat16 are
+computed in float32 and returned in their own dtype. Under autocast such arguments are taken to float32, as
+autocast itself does for softmax and losses, and the results are float32.
 """
 
 from collections.abc import Callable
@@ -43,15 +43,17 @@ def nl_cbam(features: Tensor, weights: NLCBAMWeights) -> NLCBAMOutput:
         weights: the six matrices, of the dtype and device of `features`.
 
     Returns:
-        `NLCBAMOutput(refined (B, C, H, W), channel_attention (B, C), spatial_attention (B, HW))`; `refined` has the
-        layout of `features`. Differentiable any number of times; the gradient of a max goes to its first maximum.
+        `NLCBAMOutput(refined (B, C, H, W), channel_attention (B, C), spatial_attention (B, HW))`,
+        differentiable any number of times; `refined` has the layout of `features`, and the gradient of a max
+        goes to its first maximum.
 
     Raises:
         TypeError: an argument that is not floating or whose dtype differs from that of `features`.
         ValueError: a shape or device that does not fit.
 
     Example:
-        >>> weights = NLCBAMWeights(*(torch.zeros(s) for s in [(1, 3), (3, 1), (1, 4), (1, 4), (4, 1), (4, 1)]))
+        >>> shapes = [(1, 3), (3, 1), (1, 4), (1, 4), (4, 1), (4, 1)]
+        >>> weights = NLCBAMWeights(*(torch.zeros(shape) for shape in shapes))
         >>> nl_cbam(torch.ones(1, 3, 2, 2), weights).spatial_attention
         tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
@@ -79,12 +81,12 @@ def attention_adversary(
         features: (B, C, H, W) floating, X.
         refined: (B, C, H, W), X'' = X * A_C * A_S.
         cam_weight: (c, C), the weights of the classifier.
-        labels: (B,) int64, the class of each sample, -1 where it is unknown. Checking them makes the host wait for
-            a GPU.
+        labels: (B,) int64, the class of each sample, -1 where it is unknown. Checking them makes the host
+            wait for a GPU.
 
     Returns:
-        `AdversaryOutput(loss (B,), refined_map (B, HW), adversary_map (B, HW))`. Where the label is -1 the loss
-        and the adversary's map are 0 and carry no gradient. The gradient of |A_at - A_ad| at 0 is 0.
+        `AdversaryOutput(loss (B,), refined_map (B, HW), adversary_map (B, HW))`. Where the label is -1 the
+        loss and the adversary's map are 0 and carry no gradient. The gradient of |A_at - A_ad| at 0 is 0.
 
     Raises:
         TypeError: a dtype that does not fit.
@@ -120,19 +122,21 @@ def attention_head(
         features: (B, C, H, W) floating, X, in any memory layout.
         weights: the six matrices of NL-CBAM.
         cam_weight: (c, C), the weights of the classifier.
-        labels: (B,) int64, the class of each sample, -1 where it is unknown. Checking them makes the host wait for
-            a GPU.
+        labels: (B,) int64, the class of each sample, -1 where it is unknown. Checking them makes the host
+            wait for a GPU.
 
     Returns:
-        `AttentionHeadOutput(attended (B, C), pooled (B, C), channel_attention (B, C), spatial_attention (B, HW),
-        adversary_loss (B,))`; attended and pooled are the spatial means of X'' and X.
+        `AttentionHeadOutput(attended (B, C), pooled (B, C), channel_attention (B, C),
+        spatial_attention (B, HW), adversary_loss (B,))`; attended and pooled are the spatial means of X'' and
+        of X.
 
     Raises:
         TypeError: a dtype that does not fit.
         ValueError: a shape, a device or a label that does not fit.
 
     Example:
-        >>> weights = NLCBAMWeights(*(torch.zeros(s) for s in [(1, 3), (3, 1), (1, 4), (1, 4), (4, 1), (4, 1)]))
+        >>> shapes = [(1, 3), (3, 1), (1, 4), (1, 4), (4, 1), (4, 1)]
+        >>> weights = NLCBAMWeights(*(torch.zeros(shape) for shape in shapes))
         >>> attention_head(torch.ones(1, 3, 2, 2), weights, torch.ones(5, 3), torch.tensor([-1])).attended
         tensor([[0.2500, 0.2500, 0.2500]])
     """
@@ -190,7 +194,8 @@ def _channel_max(x: Tensor, channel_attention: Tensor) -> Tensor:
     """Maximum over channels of X' (B, P), the first on ties; autograd keeps X and the indices but not X'."""
     with torch.no_grad():
         index = (x * channel_attention.unsqueeze(2)).max(dim=1).indices
-    # A channel may lead at several positions: the backward of indexing adds them in a fixed order, gather's does not.
+    # A channel may lead at several positions; the backward of indexing adds them in a fixed order, that of
+    # gather does not.
     sample = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
     return x.gather(1, index.unsqueeze(1)).squeeze(1) * channel_attention[sample, index]
 

@@ -13,7 +13,8 @@ class NLCBAM(nn.Module):
     """Channel attention, then non-local spatial attention, Eqs. (2)-(3).
 
     The weights `wc1, wc2, ws1, ws3, ws2, ws4` start as `nn.Linear` starts its own, uniform within
-    1 / sqrt(inputs) around 0; there are no biases.
+    1 / sqrt(inputs) around 0; then each unit of a bottleneck, a row of wc1, ws1 or ws3, takes the sign that
+    makes its sum positive. There are no biases.
 
     Args:
         channels: C of the map.
@@ -48,6 +49,11 @@ class NLCBAM(nn.Module):
         """Draw all weights anew."""
         for weight in self.weights:
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        # The map of a ReLU backbone is nowhere negative and no bias can lift a unit: one that starts below 0
+        # would be dead for good, and a map of fewer than 2r positions has one unit for A and B and one for C.
+        with torch.no_grad():
+            for weight in (self.wc1, self.ws1, self.ws3):
+                weight.mul_(torch.where(weight.sum(dim=1, keepdim=True) < 0, -1, 1))
 
     @property
     def weights(self) -> NLCBAMWeights:

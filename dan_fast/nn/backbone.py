@@ -33,16 +33,16 @@ def build_backbone(name: str = "resnet50", weights: str | PathLike[str] = "none"
 
     Args:
         name: one of `BACKBONES`.
-        weights: "none" for random weights; "imagenet" for torchvision's IMAGENET1K_V1, the weights torchvision
-            had when the paper was written, downloaded once into torch's cache; or the path of a file that
-            `torch.save` wrote of a torchvision ResNet's state dict, whose `fc.*` is left out.
+        weights: "none" for random weights; "imagenet" for torchvision's IMAGENET1K_V1, the older of its two
+            sets and the one of the paper's time, downloaded once into torch's cache; or the path of a file
+            that `torch.save` wrote of a torchvision ResNet's state dict, whose `fc.*` is left out.
 
     Returns:
         A module of (B, 3, H, W) to (B, C, H/32, W/32), sizes rounded up, with C as its `out_channels`.
 
     Raises:
-        DanFastError: an unknown name, a failed download, or a file that is missing, is no state dict or belongs to
-            another network.
+        DanFastError: an unknown name, a failed download, or a file that is missing, is no state dict or
+            belongs to another network.
 
     Example:
         >>> build_backbone("resnet18")(torch.zeros(1, 3, 64, 32)).shape
@@ -68,8 +68,8 @@ def _download_imagenet(name: str) -> Mapping[str, Tensor]:
     # A wrong hash is a RuntimeError, a connection cut short an HTTPException, all else an OSError.
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise DanFastError(
-            f"the ImageNet weights of {name} could not be downloaded ({error}); download {entry.url} on another "
-            f"machine and give the path of the file as weights"
+            f"the ImageNet weights of {name} could not be downloaded ({error}); download {entry.url} "
+            f"elsewhere and give the path of the file as weights"
         ) from error
 
 
@@ -83,12 +83,12 @@ def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
     # Damaged bytes can make the unpickler raise almost anything.
     except Exception as error:
         raise DanFastError(
-            f"the weights file {path} could not be read ({str(error).splitlines()[0] if str(error) else 'damaged'}); "
-            f"it must be a state dict written by torch.save"
+            f"the weights file {path} is damaged or no file of torch.save ({type(error).__name__}); "
+            f"download it again or save the state dict of a torchvision ResNet in it"
         ) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise DanFastError(
-            f"the weights file {path} holds no state dict; save model.state_dict() of a torchvision ResNet in it"
+            f"the weights file {path} holds no state dict; save that of a torchvision ResNet in it"
         )
     return state
 

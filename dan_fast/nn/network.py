@@ -39,8 +39,8 @@ class DAN(nn.Module):
 
     Args:
         num_classes: c, the number of training persons.
-        backbone: a name for `build_backbone`, or any module that maps (B, 3, H, W) images to a (B, C, h, w) map
-            with C at least 4.
+        backbone: a name for `build_backbone`, or any module that maps (B, 3, H, W) images to a (B, C, h, w)
+            map with C at least 4.
         image_size: (H, W) of the images; NL-CBAM is made for the map they give.
         reduction: r of NL-CBAM.
         dropout: share of the features dropped before the classifier, drawn anew for each branch.
@@ -111,9 +111,9 @@ class DAN(nn.Module):
         )
 
     def embed(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) to the (B, C) feature used in tests: attention, but neither adversary nor memory (Sec. III-A).
+        """(B, 3, H, W) images to the (B, C) feature that tests compare (Sec. III-A): no adversary, no memory.
 
-        Put the network into eval mode first: batch norm is not told apart here.
+        It follows the module's mode: call `eval()` first, or batch norm takes the statistics of these images.
         """
         return self._head(images, None).attended
 
@@ -137,8 +137,8 @@ class DAN(nn.Module):
         features = self.backbone(images)
         if features.shape[-2:] != self.map_size:
             raise ValueError(
-                f"images of {images.shape[-2]}x{images.shape[-1]} give a map of {tuple(features.shape[-2:])}, but "
-                f"image_size {self.image_size} gives {self.map_size}; resize them or build the network for them"
+                f"images of {tuple(images.shape[-2:])} give a map of {tuple(features.shape[-2:])} but "
+                f"image_size {self.image_size} gives {self.map_size}; resize them or change image_size"
             )
         if labels is None:
             labels = torch.full(features.shape[:1], -1, dtype=torch.int64, device=features.device)
@@ -146,7 +146,7 @@ class DAN(nn.Module):
 
 
 def _map_shape(backbone: nn.Module, image_size: tuple[int, int]) -> tuple[int, int, int]:
-    """(C, h, w) of the map, found by one image of zeros, with the backbone and the random numbers left as they were."""
+    """(C, h, w) of the map, from one image of zeros; the backbone and the random state stay as they are."""
     like = next(backbone.parameters(), torch.empty(0))
     modes = {module: module.training for module in backbone.modules()}
     devices = [like.device] if like.device.type == "cuda" else []
@@ -154,6 +154,8 @@ def _map_shape(backbone: nn.Module, image_size: tuple[int, int]) -> tuple[int, i
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             features = backbone(torch.zeros(1, 3, *image_size, dtype=like.dtype, device=like.device))
+    except RuntimeError as error:
+        raise ValueError(f"backbone takes no images of image_size {image_size} ({error})") from error
     finally:
         for module, training in modes.items():
             module.training = training

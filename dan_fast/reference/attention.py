@@ -15,15 +15,16 @@ def nl_cbam(features: Tensor, weights: NLCBAMWeights) -> NLCBAMOutput:
         weights: the six matrices, of the dtype and device of `features`.
 
     Returns:
-        `NLCBAMOutput(refined (B, C, H, W), channel_attention (B, C), spatial_attention (B, HW))`, differentiable
-        any number of times; the gradient of a max goes to its first maximum.
+        `NLCBAMOutput(refined (B, C, H, W), channel_attention (B, C), spatial_attention (B, HW))`,
+        differentiable any number of times; the gradient of a max goes to its first maximum.
 
     Raises:
         TypeError: an argument that is not floating or whose dtype differs from that of `features`.
         ValueError: a shape or device that does not fit.
 
     Example:
-        >>> weights = NLCBAMWeights(*(torch.zeros(s) for s in [(1, 3), (3, 1), (1, 4), (1, 4), (4, 1), (4, 1)]))
+        >>> shapes = [(1, 3), (3, 1), (1, 4), (1, 4), (4, 1), (4, 1)]
+        >>> weights = NLCBAMWeights(*(torch.zeros(shape) for shape in shapes))
         >>> nl_cbam(torch.ones(1, 3, 2, 2), weights).spatial_attention
         tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
@@ -51,8 +52,8 @@ def attention_adversary(
         labels: (B,) int64, the class of each sample, -1 where it is unknown.
 
     Returns:
-        `AdversaryOutput(loss (B,), refined_map (B, HW), adversary_map (B, HW))`. Where the label is -1 the loss
-        and the adversary's map are 0 and carry no gradient. The gradient of |A_at - A_ad| at 0 is 0.
+        `AdversaryOutput(loss (B,), refined_map (B, HW), adversary_map (B, HW))`. Where the label is -1 the
+        loss and the adversary's map are 0 and carry no gradient. The gradient of |A_at - A_ad| at 0 is 0.
 
     Raises:
         TypeError: a dtype that does not fit.
@@ -89,7 +90,7 @@ def attention_adversary(
 def attention_head(
     features: Tensor, weights: NLCBAMWeights, cam_weight: Tensor, labels: Tensor
 ) -> AttentionHeadOutput:
-    """All that the training loss needs of the last map: NL-CBAM, both pooled features and L_aad, Eqs. (2)-(4).
+    """All that the training loss needs of the last map: both pooled features and L_aad, Eqs. (2)-(4).
 
     Args:
         features: (B, C, H, W) floating, X.
@@ -98,15 +99,17 @@ def attention_head(
         labels: (B,) int64, the class of each sample, -1 where it is unknown.
 
     Returns:
-        `AttentionHeadOutput(attended (B, C), pooled (B, C), channel_attention (B, C), spatial_attention (B, HW),
-        adversary_loss (B,))`; attended and pooled are the spatial means of X'' and X.
+        `AttentionHeadOutput(attended (B, C), pooled (B, C), channel_attention (B, C),
+        spatial_attention (B, HW), adversary_loss (B,))`; attended and pooled are the spatial means of X'' and
+        of X.
 
     Raises:
         TypeError: a dtype that does not fit.
         ValueError: a shape, a device or a label that does not fit.
 
     Example:
-        >>> weights = NLCBAMWeights(*(torch.zeros(s) for s in [(1, 3), (3, 1), (1, 4), (1, 4), (4, 1), (4, 1)]))
+        >>> shapes = [(1, 3), (3, 1), (1, 4), (1, 4), (4, 1), (4, 1)]
+        >>> weights = NLCBAMWeights(*(torch.zeros(shape) for shape in shapes))
         >>> attention_head(torch.ones(1, 3, 2, 2), weights, torch.ones(5, 3), torch.tensor([-1])).attended
         tensor([[0.2500, 0.2500, 0.2500]])
     """
