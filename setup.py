@@ -5,11 +5,11 @@ every Python, so the torch whose headers it was built with need not be the one i
 built is left out and the reason is kept in `dan_fast/_build_info.json`, which `dan-fast doctor` shows.
 """
 
-import hashlib
 import importlib.util
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -23,6 +23,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+SOURCES = runpy.run_path(str(ROOT / "dan_fast/_sources.py"))
 LIBRARY, BUILD_INFO = "_native.so", "_build_info.json"
 OLDEST_TORCH = (2, 11)
 TORCH_TARGET_VERSION = "0x020b000000000000"
@@ -184,7 +185,7 @@ def ninja_file(torch: Torch, compiler: list[str], nvcc: str | None, archs: list[
 
 def sources(with_cuda: bool) -> list[Path]:
     suffixes = {".cpp", ".cu"} if with_cuda else {".cpp"}
-    found = (path for room in ("csrc", "python_bindings") for path in (ROOT / room).rglob("*"))
+    found = (path for room in SOURCES["ROOMS"] for path in (ROOT / room).rglob("*"))
     return sorted(path for path in found if path.suffix in suffixes)
 
 
@@ -214,7 +215,7 @@ def build_native(package: Path) -> dict:
 
     The library is put in place whole or not at all, and an older one does not stay where none can be built.
     """
-    info: dict = {"built": [], "cuda_archs": [], "missing": [], "source_hash": source_hash()}
+    info: dict = {"built": [], "cuda_archs": [], "missing": [], "source_hash": SOURCES["source_hash"](ROOT)}
     library = None
     try:
         compiler = find_compiler()
@@ -244,15 +245,6 @@ def build_native(package: Path) -> dict:
         staged.replace(package / LIBRARY)
     (package / BUILD_INFO).write_text(json.dumps(info, indent=2) + "\n")
     return info
-
-
-def source_hash() -> str:
-    """A digest of all native sources, by which a binary older than the checkout is recognised."""
-    digest = hashlib.sha256()
-    for room in ("csrc", "python_bindings"):
-        for path in sorted((ROOT / room).rglob("*.*")):
-            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 class BuildNative(build_ext):

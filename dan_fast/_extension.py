@@ -21,7 +21,7 @@ _AGAIN = "run `pip install -e .` again"
 def build_info() -> dict[str, Any]:
     """What setup.py wrote down; empty if dan_fast was not installed but only put on the path.
 
-    Keys: `built`, `cuda_archs`, `missing` and `source_hash` always; `compiler`, `nvcc` and `torch_headers` as found.
+    Keys: `built`, `cuda_archs`, `missing`, `source_hash`; `compiler`, `nvcc`, `torch_headers` if found.
     """
     try:
         return json.loads(BUILD_INFO.read_text())
@@ -80,9 +80,9 @@ def why_not_on(device_type: str, index: int | None = None) -> str | None:
     problem = torch.ops.dan_fast.cuda_problem(device)
     if not problem:
         return None
-    archs = ", ".join(build_info().get("cuda_archs", []))
+    archs, gpu = ", ".join(build_info().get("cuda_archs", [])), torch.cuda.get_device_name(device)
     return (
-        f"the CUDA kernels, built for {archs}, do not run on {torch.cuda.get_device_name(device)} ({problem}); "
+        f"the CUDA kernels, built for {archs}, do not run on {gpu} ({problem}); "
         f"update the driver or set TORCH_CUDA_ARCH_LIST, then {_AGAIN}"
     )
 

@@ -59,7 +59,7 @@ def _keep_features(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tenso
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
-    # PyTorch operators, not a kernel: they carry the second derivative, which a kernel would cut off unnoticed.
+    # PyTorch operators, not a kernel: they carry the second derivative, which a kernel would cut off.
     (features,) = ctx.saved_tensors
     return (2 * grad[:, None] * features).to(features.dtype)
 
