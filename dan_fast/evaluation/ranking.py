@@ -74,7 +74,7 @@ def evaluate_ranking(
             MATLAB code of Market-1501, which averages the precision at a match with that one place before.
 
     Raises:
-        ValueError: wrong shape, length or content of an argument; :class:`NoMatchError` if no query has a match.
+        ValueError: an argument of wrong shape, length or content; :class:`NoMatchError` if no query matches.
 
     Example:
         >>> import torch
@@ -109,7 +109,7 @@ def rank_distances(
         query_ids, gallery_ids, query_cams, gallery_cams, max_rank, ap: as in :func:`evaluate_ranking`.
 
     Raises:
-        ValueError: wrong shape, length or content of an argument; :class:`NoMatchError` if no query has a match.
+        ValueError: an argument of wrong shape, length or content; :class:`NoMatchError` if no query matches.
 
     Example:
         >>> rank_distances([[0.2, 0.1, 0.3]], [1], [1, 2, 1], [1], [2, 2, 3]).mAP  # matches at ranks 2 and 3

@@ -1,0 +1,59 @@
+"""What all pictures have in common: colours, text sizes and how a picture reaches the disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by colour-blind readers too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+RIGHT, WRONG, NEUTRAL = "#009E73", "#D55E00", "#5B6470"
+
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#8A929C",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E3E6EA",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "xtick.color": "#3B424B",
+    "ytick.color": "#3B424B",
+}
+
+
+def style() -> matplotlib.RcParams:
+    """Context in which pictures are drawn: ``with style(): figure = Figure(...)``."""
+    return matplotlib.rc_context(_STYLE)
+
+
+def show_image(axes: Axes, pixels: object, colour: str | None = None, width: float = 0.8) -> None:
+    """An image without ticks, in a frame of the given colour and width in points."""
+    axes.imshow(pixels, aspect="auto", interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=colour or NEUTRAL, linewidth=width)
+
+
+def save_png(figure: Figure, path: str | Path, dpi: int = 130) -> Path:
+    """Write a figure as PNG; the file appears whole or not at all, missing folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(unfinished, format="png", dpi=dpi, facecolor="white")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path

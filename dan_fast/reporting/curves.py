@@ -1,0 +1,164 @@
+"""The curves of a training run, drawn from its TensorBoard scalars."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
+
+from dan_fast.errors import DanFastError
+from dan_fast.reporting.canvas import COLOURS, save_png, style
+
+# Tags that belong on one panel although their first two parts differ.
+_TOGETHER = {
+    "memory/sigma_alpha": "memory/gates",
+    "memory/sigma_alpha_unlabeled": "memory/gates",
+    "memory/beta": "memory/gates",
+    "memory/slots_labeled": "memory/slots",
+    "memory/slots_unlabeled": "memory/slots",
+    "competition/attention_wins": "competition",
+    "competition/backbone_frozen": "competition",
+    "competition/both_updated": "competition",
+    "pseudo/accuracy": "pseudo",
+    "pseudo/purity": "pseudo",
+}
+_TITLES = {
+    "train/loss": "Losses on S",
+    "test/loss": "Losses on S~",
+    "train/accuracy": "Accuracy of the two branches",
+    "competition": "Competition: share of iterations",
+    "memory/gates": "Memory gates",
+    "memory/slots": "Memory slots in use",
+    "pseudo": "Pseudo labels",
+    "train/step_size": "Step size",
+}
+_MOST_LINES = len(COLOURS)
+_SMOOTH_FROM = 60
+
+
+def read_scalars(run_dir: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Every scalar of a run as (steps, values), int64 and float64, without what a resumed run did again.
+
+    After a crash a run goes on from its last checkpoint and logs some steps a second time. At each point that
+    steps back, in order of time, all that was logged for this step and later ones is forgotten.
+
+    Args:
+        run_dir: a run's folder, with event files in its ``tensorboard`` folder.
+
+    Raises:
+        DanFastError: the folder is missing or holds no scalar.
+    """
+    folder = Path(run_dir) / "tensorboard"
+    if not folder.is_dir():
+        raise DanFastError(f"{folder} does not exist; name the folder of a run that has been trained.")
+    # Its own purging is off: it drops scalars of every tag whenever one tag steps back.
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}, purge_orphaned_data=False)
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    if not tags:
+        raise DanFastError(f"{folder} holds no scalar yet; let the run log at least one step.")
+    return {tag: _without_replays(events.Scalars(tag)) for tag in tags}
+
+
+def plot_curves(run_dir: str | Path, out_png: str | Path) -> Path:
+    """Draw a run's scalars as small multiples, one panel for each first two parts of a tag.
+
+    Panels are drawn for what was logged, nothing more. A long curve is drawn faintly under its running mean.
+
+    Args:
+        run_dir: a run's folder, with event files in its ``tensorboard`` folder.
+        out_png: file to write.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        DanFastError: the folder is missing or holds no scalar.
+
+    Example:
+        >>> import tempfile
+        >>> from torch.utils.tensorboard import SummaryWriter
+        >>> run = Path(tempfile.mkdtemp())
+        >>> with SummaryWriter(run / "tensorboard") as writer:
+        ...     writer.add_scalar("train/loss/total", 1.5, 0)
+        >>> plot_curves(run, run / "curves.png").name
+        'curves.png'
+    """
+    scalars = read_scalars(run_dir)
+    panels: dict[str, list[str]] = {}
+    for tag in sorted(scalars, key=_order):
+        panels.setdefault(_panel(tag), []).append(tag)
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    with style():
+        figure = Figure(figsize=(4.3 * columns, 2.7 * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, (panel, tags) in zip(grid, panels.items(), strict=False):
+            _draw_panel(axes, panel, [(tag, *scalars[tag]) for tag in tags])
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
+        return save_png(figure, out_png)
+
+
+def _without_replays(events: Sequence[ScalarEvent]) -> tuple[np.ndarray, np.ndarray]:
+    kept: list[ScalarEvent] = []
+    for event in sorted(events, key=lambda event: event.wall_time):
+        while kept and kept[-1].step >= event.step:
+            kept.pop()
+        kept.append(event)
+    return (
+        np.array([event.step for event in kept], dtype=np.int64),
+        np.array([event.value for event in kept], dtype=np.float64),
+    )
+
+
+def _panel(tag: str) -> str:
+    return _TOGETHER.get(tag, "/".join(tag.split("/")[:2]))
+
+
+def _order(tag: str) -> tuple[int, str, bool, str]:
+    known = list(_TITLES)
+    panel = _panel(tag)
+    place = known.index(panel) if panel in known else len(known)
+    # The total first, as the line the others add up to.
+    return place, panel, not tag.endswith("/total"), tag
+
+
+def _draw_panel(axes: Axes, panel: str, curves: list[tuple[str, np.ndarray, np.ndarray]]) -> None:
+    axes.set_title(_TITLES.get(panel, panel.replace("eval/", "Evaluation: ").replace("_", " ")))
+    for place, (tag, steps, values) in enumerate(curves[:_MOST_LINES]):
+        colour, label = COLOURS[place], tag.rsplit("/", 1)[-1].replace("_", " ")
+        if len(steps) < _SMOOTH_FROM:
+            axes.plot(steps, values, color=colour, label=label, marker="o" if len(steps) < 20 else None, ms=3)
+            continue
+        if not np.isin(values, (0, 1)).all():  # of yes and no only the share can be read
+            axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.7)
+        axes.plot(steps, _running_mean(values), color=colour, linewidth=1.6, label=label)
+    if len(curves) > _MOST_LINES:
+        axes.plot([], [], " ", label=f"and {len(curves) - _MOST_LINES} more")
+    axes.set_xlabel("iteration")
+    if panel.startswith("eval/"):
+        axes.set_ylabel("%")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.margins(x=0.02)
+    if len(curves) > 1 or panel not in _TITLES:
+        # Beside the curves, never over them.
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0, handlelength=1.2)
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Mean over a centred window of a thirtieth of the curve, smaller at its ends; NaN is left out."""
+    reach = max(1, len(values) // 60)
+    weights = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(weights, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(weights)])
+    low = np.maximum(np.arange(len(values)) - reach, 0)
+    high = np.minimum(np.arange(len(values)) + reach + 1, len(values))
+    count = counts[high] - counts[low]
+    return np.where(count > 0, (sums[high] - sums[low]) / np.maximum(count, 1), np.nan)

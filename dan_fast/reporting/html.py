@@ -1,0 +1,101 @@
+"""A report as one HTML page beside its pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+
+import jinja2
+
+from dan_fast.errors import DanFastError
+
+
+class Table(NamedTuple):
+    """A table of the report; each of the rows has a value for each of the columns."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    note: str = ""
+
+
+class Figure(NamedTuple):
+    """A picture of the report; the caption also serves readers who cannot see the picture."""
+
+    title: str
+    path: str | Path
+    caption: str = ""
+
+
+def write_report(
+    out_dir: str | Path,
+    title: str,
+    summary: str,
+    tables: Sequence[Table] = (),
+    figures: Sequence[Figure] = (),
+) -> Path:
+    """Write ``index.html`` into ``out_dir``, referring to the pictures by relative paths.
+
+    The page needs no network and no script, so it can be moved or archived together with its pictures. All
+    text is escaped.
+
+    Args:
+        out_dir: folder to write into; made if missing.
+        title: heading of the page.
+        summary: what was done and what came out; an empty line starts a new paragraph.
+        tables: shown below the summary.
+        figures: shown below the tables; their files must exist.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        DanFastError: the file of a figure does not exist.
+        ValueError: a row of a table is longer or shorter than its columns.
+
+    Example:
+        >>> import tempfile
+        >>> table = Table("Unseen domain", ["network", "mAP"], [["trained", 61.5]])
+        >>> page = write_report(tempfile.mkdtemp(), "Run 1", "Trained.", [table])
+        >>> "<td>61.5</td>" in page.read_text(encoding="utf-8")
+        True
+    """
+    out_dir = Path(out_dir)
+    for table in tables:
+        for row in table.rows:
+            if len(row) != len(table.columns):
+                raise ValueError(
+                    f"tables: a row of {table.title!r} has {len(row)} values, not {len(table.columns)}."
+                )
+    for figure in figures:
+        if not Path(figure.path).is_file():
+            raise DanFastError(f"{figure.path} does not exist; draw the picture before writing the report.")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("dan_fast.reporting"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    text = environment.get_template("report.html").render(
+        title=title,
+        paragraphs=[paragraph for paragraph in summary.split("\n\n") if paragraph.strip()],
+        tables=tables,
+        figures=[(figure, _link(figure.path, out_dir)) for figure in figures],
+    )
+    out_dir.mkdir(parents=True, exist_ok=True)
+    page = out_dir / "index.html"
+    unfinished = page.with_name(f".{page.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, page)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return page
+
+
+def _link(path: str | Path, out_dir: Path) -> str:
+    return quote(Path(os.path.relpath(path, out_dir)).as_posix())
