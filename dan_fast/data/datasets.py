@@ -40,6 +40,15 @@ def load_dataset(path: str | Path, name: str | None = None) -> ReIDDataset:
         ('tiny', 7, 2, ())
     """
     path = Path(path).expanduser()
+    try:
+        return _load(path, name)
+    except OSError as error:
+        raise DanFastError(
+            f"The dataset at {path} cannot be read ({error.strerror}: {error.filename}); check permissions."
+        ) from error
+
+
+def _load(path: Path, name: str | None) -> ReIDDataset:
     if not path.exists():
         raise DanFastError(f"There is no dataset at {path}; check the path for a typing mistake.")
     if path.is_file():

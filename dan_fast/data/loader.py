@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -98,14 +99,8 @@ def image_loader(
         A loader of (images (n,3,H,W) float32, indices (n,) int64 into `samples`).
     """
     dataset = ImageSamples(samples, test_transform(image_size), broken_images)
-    height, width = image_size
-
-    def collate(items: list[tuple[Tensor, int, int, int] | None]) -> tuple[Tensor, Tensor]:
-        read = [item for item in items if item is not None]
-        return _stack([item[0] for item in read], height, width), torch.tensor(
-            [item[3] for item in read]
-        ).long()
-
+    # A partial, not a closure: workers that are not forked need to pickle it.
+    collate = partial(_collate_samples, image_size=image_size)
     return _SentenceLoader(dataset, collate, workers, batch_size=batch_size)
 
 
@@ -132,12 +127,12 @@ def training_loader(
         pin_memory: put the tensors into page-locked memory, for faster copies to a GPU.
 
     Returns:
-        A loader of one `MiniBatch` per plan. In either mode a part without any labelled image left raises
-        DanFastError: no loss could be computed on it.
+        A loader of one `MiniBatch` per plan. A part that is left without any labelled or fed-back image
+        raises DanFastError in either mode: no classification loss could be computed on it.
     """
     dataset = _PlannedBatches(training_set, image_size, broken_images)
     return _SentenceLoader(
-        dataset, None, workers, batch_size=None, sampler=list(plans), pin_memory=pin_memory
+        dataset, _as_planned, workers, batch_size=None, sampler=list(plans), pin_memory=pin_memory
     )
 
 
@@ -162,7 +157,7 @@ class _PlannedBatches(Dataset):
         return MiniBatch(train, test, tuple(skipped))
 
     def _split(self, items: Sequence[PlannedItem], skipped: list[str]) -> Split:
-        images, kept = [], []
+        images, kept, skipped_before = [], [], len(skipped)
         for item in items:
             path = (self.labeled if item.kind == "labeled" else self.unlabeled)[item.index].path
             try:
@@ -177,12 +172,13 @@ class _PlannedBatches(Dataset):
             images.append(self.transform(image))
             kept.append(item)
         kinds = [item.kind for item in kept]
-        if "labeled" not in kinds:
+        if kinds.count("unlabeled") == len(kinds):
             raise DanFastError(
-                f"All labelled images of a batch are broken, {skipped[0]} among them; repair the dataset."
+                f"All labelled images of a batch are broken, {skipped[skipped_before]} the first; "
+                "repair the dataset."
             )
         return Split(
-            images=_stack(images, *self.image_size),
+            images=_stack(images, self.image_size),
             labels=torch.tensor([item.label for item in kept]),
             sample_ids=torch.tensor([-1 if item.kind == "labeled" else item.index for item in kept]),
             num_labeled=kinds.count("labeled"),
@@ -206,27 +202,13 @@ class _Sentences(Dataset):
             return DanFastError(*error.args)
 
 
-class _Collate:
-    """Applies `collate` to what holds no DanFastError."""
-
-    def __init__(self, collate: Callable[[list], Any] | None) -> None:
-        self.collate = collate
-
-    def __call__(self, items: Any) -> Any:
-        if self.collate is None:
-            return items
-        return next((item for item in items if isinstance(item, DanFastError)), None) or self.collate(items)
-
-
 class _SentenceLoader(DataLoader):
     """A DataLoader out of which a DanFastError comes as it was raised, with workers and without."""
 
-    def __init__(
-        self, dataset: Dataset, collate: Callable[[list], Any] | None, workers: int, **options: Any
-    ) -> None:
+    def __init__(self, dataset: Dataset, collate: Callable[[Any], Any], workers: int, **options: Any) -> None:
         super().__init__(
             _Sentences(dataset),
-            collate_fn=_Collate(collate),
+            collate_fn=collate,
             num_workers=workers,
             # Else each iteration would draw the workers' base seed from the global generator.
             generator=torch.Generator(),
@@ -241,13 +223,28 @@ class _SentenceLoader(DataLoader):
             yield batch
 
 
+def _as_planned(batch: MiniBatch | DanFastError) -> MiniBatch | DanFastError:
+    return batch
+
+
+def _collate_samples(
+    items: list[tuple[Tensor, int, int, int] | None | DanFastError], image_size: tuple[int, int]
+) -> tuple[Tensor, Tensor] | DanFastError:
+    for item in items:
+        if isinstance(item, DanFastError):
+            return item
+    read = [item for item in items if item is not None]
+    indices = torch.tensor([index for _, _, _, index in read], dtype=torch.int64)
+    return _stack([image for image, _, _, _ in read], image_size), indices
+
+
 def _ignore_interrupt(worker: int) -> None:
     # Ctrl-C reaches the whole process group; the main process decides what to save and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _stack(images: list[Tensor], height: int, width: int) -> Tensor:
-    return torch.stack(images) if images else torch.empty(0, 3, height, width)
+def _stack(images: list[Tensor], image_size: tuple[int, int]) -> Tensor:
+    return torch.stack(images) if images else torch.empty(0, 3, *image_size)
 
 
 def _checked(broken_images: str) -> BrokenImages:
