@@ -1,14 +1,27 @@
 """The fast forms of `dan_fast.reference`, same names and signatures."""
 
 from dan_fast.functional.attention import attention_adversary, attention_head, nl_cbam
-from dan_fast.reference.types import AdversaryOutput, AttentionHeadOutput, NLCBAMOutput, NLCBAMWeights
+from dan_fast.functional.memory import cosine_softmax, false_sample_sets, memory_step
+from dan_fast.reference.types import (
+    AdversaryOutput,
+    AttentionHeadOutput,
+    MemoryState,
+    MemoryStep,
+    NLCBAMOutput,
+    NLCBAMWeights,
+)
 
 __all__ = [
     "AdversaryOutput",
     "AttentionHeadOutput",
+    "MemoryState",
+    "MemoryStep",
     "NLCBAMOutput",
     "NLCBAMWeights",
     "attention_adversary",
     "attention_head",
+    "cosine_softmax",
+    "false_sample_sets",
+    "memory_step",
     "nl_cbam",
 ]

@@ -1,14 +1,27 @@
 """The paper in readable PyTorch: one sample at a time, differentiable any number of times."""
 
 from dan_fast.reference.attention import attention_adversary, attention_head, nl_cbam
-from dan_fast.reference.types import AdversaryOutput, AttentionHeadOutput, NLCBAMOutput, NLCBAMWeights
+from dan_fast.reference.memory import cosine_softmax, false_sample_sets, memory_step
+from dan_fast.reference.types import (
+    AdversaryOutput,
+    AttentionHeadOutput,
+    MemoryState,
+    MemoryStep,
+    NLCBAMOutput,
+    NLCBAMWeights,
+)
 
 __all__ = [
     "AdversaryOutput",
     "AttentionHeadOutput",
+    "MemoryState",
+    "MemoryStep",
     "NLCBAMOutput",
     "NLCBAMWeights",
     "attention_adversary",
     "attention_head",
+    "cosine_softmax",
+    "false_sample_sets",
+    "memory_step",
     "nl_cbam",
 ]
