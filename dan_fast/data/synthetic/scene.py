@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -134,7 +135,17 @@ def scenery(domain: Domain, camera: Camera, image_size: tuple[int, int]) -> Imag
     return panorama
 
 
-def _structure(draw, domain, rng, x, step, horizon, height, color, tint) -> None:
+def _structure(
+    draw: ImageDraw.ImageDraw,
+    domain: Domain,
+    rng: np.random.Generator,
+    x: float,
+    step: float,
+    horizon: float,
+    height: int,
+    color: Color,
+    tint: Callable[..., Color],
+) -> None:
     """One piece of the background, in the columns from x to x + step."""
     match domain.structure:
         case "trees":

@@ -87,10 +87,7 @@ def synthesize(
             shape = (identities, cameras, images_per_camera)
             _write_domain(partial / domain.name, domain, shape, image_size, seed, first_test, count)
         for domain in chosen:
-            final = root / domain.name
-            if final.exists():
-                final.rename(partial / f"{domain.name}.old")
-            (partial / domain.name).rename(final)
+            _swap(partial / domain.name, root / domain.name)
         shutil.rmtree(partial)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -104,6 +101,19 @@ def synthesize(
             ) from error
         raise
     return [root / domain.name / "manifest.csv" for domain in chosen]
+
+
+def _swap(new: Path, final: Path) -> None:
+    """Put a finished domain in the place of an earlier one, which stays if that fails."""
+    old = new.with_name(f"{new.name}.old")
+    if final.exists():
+        final.rename(old)
+    try:
+        new.rename(final)
+    except BaseException:
+        if old.exists():
+            old.rename(final)
+        raise
 
 
 def _write_domain(
@@ -121,13 +131,13 @@ def _write_domain(
         return np.random.default_rng((seed, domain.number, *key))
 
     (folder / "images").mkdir(parents=True)
-    views = [sample_camera(domain, rng(_CAMERA, camid)) for camid in range(1, cameras + 1)]
-    backgrounds = [scenery(domain, camera, image_size) for camera in views]
+    lenses = [sample_camera(domain, rng(_CAMERA, camid)) for camid in range(1, cameras + 1)]
+    backgrounds = [scenery(domain, camera, image_size) for camera in lenses]
     rows = []
     for number in range(identities):
         identity = sample_identity(rng(_IDENTITY, number))
         pid = domain.number * _IDENTITIES_PER_DOMAIN + number
-        for camid, (camera, background) in enumerate(zip(views, backgrounds, strict=True), start=1):
+        for camid, (camera, background) in enumerate(zip(lenses, backgrounds, strict=True), start=1):
             for index in range(images_per_camera):
                 view = sample_view(domain, camera, rng(_VIEW, number, camid, index))
                 path = f"images/{pid}_c{camid}_{index:02d}.jpg"
@@ -136,14 +146,20 @@ def _write_domain(
                 split = "train" if number < first_test else "query" if index == 0 else "gallery"
                 rows.append((path, pid, camid, split))
                 count()
-    with open(folder / "manifest.csv", "w", newline="") as file:
+    with open(folder / "manifest.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("path", "pid", "camid", "split"))
         writer.writerows(rows)
 
 
 def _checked(
-    domains, identities, cameras, images_per_camera, image_size, seed, test_fraction
+    domains: Sequence[str],
+    identities: int,
+    cameras: int,
+    images_per_camera: int,
+    image_size: tuple[int, int],
+    seed: int,
+    test_fraction: float,
 ) -> list[Domain]:
     unknown = [name for name in domains if name not in DOMAINS]
     if isinstance(domains, str) or unknown or not domains or len(set(domains)) < len(domains):
