@@ -93,8 +93,7 @@ def find_nvcc() -> str:
         if nvcc is not None:
             return nvcc
     raise CannotBuild(
-        "nvcc was not found, so there are no CUDA kernels; for them install the CUDA toolkit and put nvcc on "
-        f"PATH, then {AGAIN}"
+        f"nvcc was not found; if there is a GPU, install the CUDA toolkit, put nvcc on PATH, then {AGAIN}"
     )
 
 
@@ -112,8 +111,8 @@ def cuda_archs(nvcc: str) -> list[str]:
     for arch in archs:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
             raise CannotBuild(
-                f"TORCH_CUDA_ARCH_LIST holds {arch!r}, which is no compute capability such as 9.0+PTX, so "
-                f"there are no CUDA kernels; correct or unset it, then {AGAIN}"
+                f"TORCH_CUDA_ARCH_LIST holds {arch!r}, no compute capability such as 8.6 or 9.0+PTX; "
+                f"correct or unset it, then {AGAIN}"
             )
     return list(dict.fromkeys(archs))
 
@@ -125,7 +124,7 @@ def gencode(archs: list[str]) -> list[str]:
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
+    return list(dict.fromkeys(flags))
 
 
 def first_line(command: list[str], pattern: str = ".+") -> str:
@@ -190,28 +189,21 @@ def sources(with_cuda: bool) -> list[Path]:
 
 
 def compile_library(folder: Path, rules: str) -> Path:
+    if importlib.util.find_spec("ninja") is None:
+        raise CannotBuild(f"the Python package ninja was not found; install it, then {AGAIN}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text(rules)
-    try:
-        run = subprocess.run(
-            [sys.executable, "-m", "ninja", "-C", str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-    except OSError as error:
-        raise CannotBuild(f"ninja could not be started ({error})") from error
+    command = [sys.executable, "-m", "ninja", "-C", str(folder)]
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(run.stdout, flush=True)
     if run.returncode != 0:
-        errors = [
-            line for line in run.stdout.splitlines() if re.search(r"\berror\b|fatal|No such file", line)
-        ]
+        errors = [line for line in run.stdout.splitlines() if re.search(r"\berror\b|fatal", line)]
         raise CannotBuild(f"the compiler failed ({' / '.join(errors[:3]) or run.stdout[-300:].strip()})")
     return folder / LIBRARY
 
 
-def build_native(package: Path) -> dict:
-    """Compiles as much as this machine can into `package` and says what it was.
+def build_native(package: Path, scratch: Path) -> dict:
+    """Compiles as much as this machine can into `package`, by way of `scratch`, and says what it was.
 
     The library is put in place whole or not at all, and an older one does not stay where none can be built.
     """
@@ -228,17 +220,18 @@ def build_native(package: Path) -> dict:
             nvcc = find_nvcc()
             info["nvcc"] = first_line([nvcc], r"release .+")
             archs = cuda_archs(nvcc)
-            library = compile_library(ROOT / "build/native/cuda", ninja_file(torch, compiler, nvcc, archs))
+            library = compile_library(scratch / "cuda", ninja_file(torch, compiler, nvcc, archs))
             info["built"], info["cuda_archs"] = ["CPU", "CUDA"], archs
         except CannotBuild as reason:
-            info["missing"].append(str(reason))
-            library = compile_library(ROOT / "build/native/cpu", ninja_file(torch, compiler, None, []))
+            info["missing"].append(f"no CUDA kernels: {reason}")
+            library = compile_library(scratch / "cpu", ninja_file(torch, compiler, None, []))
             info["built"] = ["CPU"]
     except CannotBuild as reason:
-        info["missing"].append(str(reason))
+        info["missing"].append(f"no compiled extension: {reason}")
     package.mkdir(parents=True, exist_ok=True)
-    (package / LIBRARY).unlink(missing_ok=True)
-    if library is not None:
+    if library is None:
+        (package / LIBRARY).unlink(missing_ok=True)
+    else:
         # A process that has the old file mapped keeps it: the new one gets an inode of its own.
         staged = package / (LIBRARY + ".new")
         shutil.copy2(library, staged)
@@ -252,7 +245,7 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         package = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
-        info = build_native(package / "dan_fast")
+        info = build_native(package / "dan_fast", ROOT / "build/native")
         print(
             f"dan_fast: built {' and '.join(info['built']) or 'no extension: PyTorch serves every operator'}"
         )
@@ -283,8 +276,9 @@ def build_requirements() -> list[str]:
     return [] if find_torch() else [f"torch>={'.'.join(map(str, OLDEST_TORCH))}"]
 
 
-setup(
-    setup_requires=build_requirements(),
-    ext_modules=[Extension("dan_fast._native", sources=[], optional=True)],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
-)
+if __name__ == "__main__":
+    setup(
+        setup_requires=build_requirements(),
+        ext_modules=[Extension("dan_fast._native", sources=[], optional=True)],
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
+    )

@@ -1,4 +1,4 @@
-"""The digest of the native sources; setup.py runs this file, so it imports nothing but the standard library."""
+"""The digest of the native sources; setup.py runs this file, so it imports the standard library only."""
 
 import hashlib
 from pathlib import Path
@@ -7,7 +7,7 @@ ROOMS = ("csrc", "python_bindings")
 
 
 def source_hash(root: Path) -> str:
-    """A digest of every native source under `root`, by which a binary older than its checkout is recognised."""
+    """A digest of all native sources under `root`; it tells a binary that is older than its checkout."""
     digest = hashlib.sha256()
     for room in ROOMS:
         for path in sorted((root / room).rglob("*.*")):

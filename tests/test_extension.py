@@ -1,0 +1,275 @@
+"""The compiled extension and its first operator: what it computes, on which path, and what without a compiler."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dan_fast import _extension
+from dan_fast.functional.row_norms import row_sq_norms
+
+HERE = Path(__file__).resolve().parent
+COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler on this machine")
+needs_extension = pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class Called(TorchDispatchMode):
+    """Collects the operators that run, so that a test can tell a kernel from PyTorch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def literal(features: Tensor) -> Tensor:
+    """The definition, in float64, with none of the code under test."""
+    return torch.tensor([sum(v * v for v in row) for row in features.double().tolist()], dtype=torch.float64)
+
+
+@pytest.fixture
+def forget():
+    """Forgets what is known of the extension, before and after, so that a test can take it away."""
+    caches = (_extension.build_info, _extension._load, _extension.why_not_on, _extension._warn_once)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@needs_compiler
+def test_a_machine_with_a_compiler_has_the_extension():
+    assert _extension.loaded(), _extension.why_not()
+    assert _extension.why_not() is None and _extension.why_not_on("cpu") is None
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc on PATH")
+def test_a_machine_with_nvcc_has_the_cuda_kernels():
+    assert _extension.has_cuda_kernels(), _extension.build_info()
+    assert _extension.build_info()["cuda_archs"]
+
+
+@needs_extension
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+def test_the_binary_needs_only_the_stable_abi():
+    listing = subprocess.run(
+        ["nm", "-D", "-C", "--undefined-only", _extension.LIBRARY], capture_output=True, text=True, check=True
+    ).stdout
+    assert "aoti_torch" in listing
+    assert not re.findall(r"\b(?:c10|at|torch)::.*", listing)
+    assert not re.findall(r"\bPy[A-Z_]\w+", listing)
+    needed = re.findall(r"^\s+U ((?:aoti_)?torch_\w+)", listing, flags=re.MULTILINE)
+    of_a_cpu_build = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
+    assert [name for name in needed if not hasattr(of_a_cpu_build, name)] == []
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "rows, columns", [(1, 1), (3, 7), (5, 8), (63, 33), (100, 64), (17, 2045), (1000, 15)]
+)
+def test_values_on_the_kernel(dtype: torch.dtype, rows: int, columns: int):
+    features = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    with Called() as called:
+        norms = row_sq_norms(features)
+    assert "dan_fast::row_sq_norms" in called.names and "aten::sum.dim_IntList" not in called.names
+    assert norms.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = literal(features)
+    tolerance = 1e-14 if dtype == torch.float64 else 2**-24
+    assert ((norms.double() - exact).abs() <= tolerance * exact).all(), "a float result is rounded once"
+
+
+@needs_extension
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(0, 40), columns=st.integers(0, 70), seed=st.integers(0, 2**31 - 1))
+def test_any_shape(rows: int, columns: int, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(row_sq_norms(features), literal(features), rtol=1e-13, atol=0)
+
+
+def test_large_memory_agrees_with_pytorch():
+    features = torch.randn(9000, 205, generator=torch.Generator().manual_seed(0))
+    expected = features.double().square().sum(1)
+    error = (row_sq_norms(features) - expected).abs().max()
+    assert error <= 2 * (features.square().sum(1) - expected).abs().max()
+
+
+def test_any_strides():
+    wide = torch.randn(12, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for view in (wide.T, wide[:, :33], wide[::3, 5:], wide[:, ::2], wide[:1].expand(6, 40), wide[3:3]):
+        torch.testing.assert_close(row_sq_norms(view), literal(view), rtol=1e-13, atol=0)
+    assert torch.equal(row_sq_norms(wide[:, :0]), torch.zeros(12, dtype=torch.float64))
+
+
+def test_every_result_is_written():
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        for columns in (0, 1, 2045):
+            assert torch.isfinite(row_sq_norms(torch.ones(63, columns))).all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_nan_and_overflow_stay_in_their_row():
+    features = torch.ones(4, 9)
+    features[1, 8], features[2, 0] = float("nan"), 3e38
+    assert [str(v) for v in row_sq_norms(features).tolist()] == ["9.0", "nan", "inf", "9.0"]
+
+
+def test_the_same_bits_whatever_the_number_of_threads():
+    features = torch.randn(700, 301, generator=torch.Generator().manual_seed(2))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            results.append(row_sq_norms(features))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("path", ["kernel", "pytorch"])
+def test_first_and_second_derivatives(path: str, monkeypatch: pytest.MonkeyPatch):
+    if path == "kernel" and not _extension.loaded():
+        pytest.skip(f"no extension: {_extension.why_not()}")
+    monkeypatch.setattr(_extension, "serves", lambda *device: path == "kernel")
+    features = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    features.requires_grad_()
+    assert torch.autograd.gradcheck(row_sq_norms, features)
+    assert torch.autograd.gradgradcheck(row_sq_norms, features)
+    # A loss on a gradient: sum_i |d n2_i^2 / d m_i|^2 = 16 n2_i^3, whose derivative is 96 n2_i^2 m_i.
+    norms = row_sq_norms(features)
+    (grad,) = torch.autograd.grad(norms.square().sum(), features, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), features)
+    torch.testing.assert_close(second, 96 * norms[:, None].square() * features)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_gradient_has_the_type_of_the_features(dtype: torch.dtype):
+    features = torch.tensor([[0.5, -3.0], [2.0, 0.25]], dtype=dtype, requires_grad=True)
+    row_sq_norms(features).backward(torch.tensor([1.0, -2.0]))
+    assert features.grad is not None and features.grad.dtype == dtype
+    assert features.grad.tolist() == [[1.0, -6.0], [-8.0, -1.0]]
+
+
+@needs_extension
+def test_opcheck():
+    features = torch.randn(6, 11)
+    for sample in (features.clone().requires_grad_(), features.bfloat16().T, features[:0]):
+        torch.library.opcheck(torch.ops.dan_fast.row_sq_norms.default, (sample,))
+
+
+def test_compiles_as_one_graph():
+    features = torch.randn(7, 9, dtype=torch.float64, requires_grad=True)
+    compiled = torch.compile(lambda x: row_sq_norms(x).log().sum(), fullgraph=True, backend="aot_eager")
+    (grad,) = torch.autograd.grad(compiled(features), features)
+    torch.testing.assert_close(grad, 2 * features / features.square().sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    "features, error",
+    [
+        (torch.ones(3), ValueError),
+        (torch.ones(2, 3, 4), ValueError),
+        (torch.ones(2, 3, dtype=torch.int64), TypeError),
+        (torch.ones(2, 3, dtype=torch.complex64), TypeError),
+        ([[1.0]], TypeError),
+    ],
+)
+def test_wrong_arguments_are_named(features: object, error: type[Exception]):
+    with pytest.raises(error, match="features must be"):
+        row_sq_norms(features)
+
+
+def test_without_the_extension_pytorch_serves_and_one_warning_says_why(
+    forget: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    info = tmp_path / "info.json"
+    info.write_text('{"missing": ["no compiled extension: there is no C++ compiler; get g++"]}')
+    monkeypatch.setattr(_extension, "LIBRARY", tmp_path / "absent.so")
+    monkeypatch.setattr(_extension, "BUILD_INFO", info)
+    features = torch.arange(6.0).reshape(2, 3).bfloat16().requires_grad_()
+    with warnings.catch_warnings(record=True) as caught, Called() as called:
+        warnings.simplefilter("always")
+        results = [row_sq_norms(features) for _ in range(3)]
+    assert [str(w.message) for w in caught] == [
+        "dan_fast takes its PyTorch path on cpu: no compiled extension: there is no C++ compiler; get g++"
+    ]
+    assert caught[0].filename == __file__
+    assert "dan_fast::row_sq_norms" not in called.names
+    assert results[0].tolist() == [5.0, 50.0] and results[0].dtype == torch.float32
+    assert not _extension.loaded() and not _extension.has_cuda_kernels()
+
+
+def test_a_library_that_does_not_load_is_named(forget: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    broken = tmp_path / "_native.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(_extension, "LIBRARY", broken)
+    assert re.search(
+        r"_native.so does not load with torch .*run `pip install -e .`", _extension.why_not() or ""
+    )
+    with pytest.warns(RuntimeWarning, match="does not load"):
+        assert row_sq_norms(torch.ones(1, 4)).item() == 4
+
+
+def test_other_devices_take_pytorch_without_a_warning(forget: None):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert row_sq_norms(torch.ones(3, 4, device="meta")).shape == (3,)
+
+
+@pytest.fixture(scope="module")
+def kernel_on_host(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program = tmp_path_factory.mktemp("host") / "row_norms"
+    source = HERE / "row_norms_on_host.cpp"
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread"]
+    subprocess.run([COMPILER, *flags, source, "-o", program], check=True)
+    return program
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "rows, columns, stride", [(1, 1, 1), (2, 31, 32), (5, 33, 33), (3, 2045, 2048), (4, 0, 3)]
+)
+def test_the_cuda_kernel_run_on_host_threads(
+    kernel_on_host: Path, dtype: torch.dtype, rows: int, columns: int, stride: int
+):
+    features = torch.randn(rows, stride, generator=torch.Generator().manual_seed(4), dtype=dtype)
+    features[:, columns:] = float("nan")  # the padding is not read
+    command = [kernel_on_host, str(dtype).removeprefix("torch."), *map(str, (rows, columns, stride))]
+    done = subprocess.run(command, input=features.numpy().tobytes(), capture_output=True, check=True)
+    norms = torch.frombuffer(bytearray(done.stdout), dtype=dtype)
+    assert norms[0] == -1 and norms[-1] == -1, "it wrote beyond its rows"
+    tolerance = 1e-14 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(norms[1:-1].double(), literal(features[:, :columns]), rtol=tolerance, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_on_the_gpu(dtype: torch.dtype):
+    features = torch.randn(1000, 2045, generator=torch.Generator().manual_seed(5)).to(dtype).cuda()
+    for view in (features, features[:, :2040], features.T, features[:0]):
+        with Called() as called:
+            norms = row_sq_norms(view)
+        assert ("dan_fast::row_sq_norms" in called.names) == (_extension.why_not_on("cuda") is None)
+        exact = view.double().square().sum(1)
+        torch.testing.assert_close(norms.double(), exact, rtol=1e-6, atol=0)
+        assert torch.equal(norms, row_sq_norms(view))
