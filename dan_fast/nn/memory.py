@@ -1,0 +1,292 @@
+"""The progressive augmentation memory as a module: it keeps M and M' and learns how to write to them."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dan_fast.functional.memory import pending_memory_step
+from dan_fast.functional.memory_pending import PendingMemory
+from dan_fast.reference.checks import check_state
+from dan_fast.reference.cosine import statistics_dtype
+from dan_fast.reference.types import MemoryState, MemoryStep
+
+_INITIAL_BETA = 0.1
+
+
+class _LazyStep(MemoryStep):
+    """A `MemoryStep` that settles a memory's pending writes when that memory is looked at."""
+
+    __slots__ = ()
+
+    @property
+    def labeled(self) -> MemoryState:
+        return self[2]
+
+    @property
+    def unlabeled(self) -> MemoryState:
+        return self[3]
+
+    def __getitem__(self, index: Any) -> Any:
+        return tuple(self)[index] if isinstance(index, slice) else _settled(super().__getitem__(index))
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(_settled, super().__iter__())
+
+
+def _settled(value: Any) -> Any:
+    return value.settle() if isinstance(value, PendingMemory) else value
+
+
+class GateValues(NamedTuple):
+    """() tensors: the raw write gates of M and M', Eq. (8), and the confidence factor, Eqs. (12) and (15)."""
+
+    alpha: Tensor
+    alpha_unlabeled: Tensor
+    beta: Tensor
+
+
+class ProgressiveAugmentedMemory(nn.Module):
+    """M and M' of Sec. III-C with their learnable gates; every forward advances both.
+
+    New features are not written into the memories at once: they wait beside them and are folded in when many
+    wait or when `labeled`, `unlabeled`, `state_dict` or a step's states are read. Results do not depend on it
+    beyond rounding; what can be had without reading the features (`reliable_samples`, `occupied_slots`) is
+    cheap. The tensors read are a snapshot: assign a new state instead of changing them in place.
+
+    The memories are in the state dict (`labeled.features`, ... `unlabeled.sample_ids`) and follow `.to()`.
+
+    Args:
+        labeled_slots: s1, slots of M.
+        unlabeled_slots: s2, slots of M'.
+        key_dim: d, length of a key; 3 less than the backbone's output.
+        decay: kappa1 of Eq. (5), in [0, 1].
+        decay_unlabeled: kappa2 of Eq. (12), in [0, 1].
+        dtype: of the keys and the stored features. Everything else is float32 for half-precision features.
+        gates: `"parameters"`: Table II's learnable scalars, `alpha` and `alpha_unlabeled` (raw, start 0) and
+            `beta_logit` (`beta` is its sigmoid; beta starts at 0.1). `"features"`: Sec. IV-B's last three outputs
+            of the backbone, averaged over the batch, give the two raw gates and the logit of beta; the three
+            parameters are then None.
+
+    Raises:
+        ValueError: no slot, no key, a decay not in [0, 1], or an unknown `gates`.
+        TypeError: `dtype` is not a floating type.
+
+    Example:
+        >>> memory = ProgressiveAugmentedMemory(labeled_slots=4, unlabeled_slots=4, key_dim=2)
+        >>> key = torch.tensor([[1.0, 0.0]])
+        >>> step = memory(key, torch.tensor([7]), key, torch.tensor([0]))
+        >>> step.pseudo_labels, memory.reliable_samples()
+        (tensor([7]), (tensor([0]), tensor([7])))
+    """
+
+    def __init__(
+        self,
+        labeled_slots: int = 9000,
+        unlabeled_slots: int = 5500,
+        key_dim: int = 2045,
+        decay: float = 0.99,
+        decay_unlabeled: float = 0.99,
+        dtype: torch.dtype = torch.float32,
+        gates: str = "parameters",
+    ) -> None:
+        super().__init__()
+        for name, rate in (("decay", decay), ("decay_unlabeled", decay_unlabeled)):
+            if not 0 <= rate <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {rate}")
+        if gates not in ("parameters", "features"):
+            raise ValueError(f'gates must be "parameters" or "features", got {gates!r}')
+        self.decay, self.decay_unlabeled, self.gates = decay, decay_unlabeled, gates
+        self._labeled = _held(MemoryState.empty(labeled_slots, key_dim, dtype))
+        self._unlabeled = _held(MemoryState.empty(unlabeled_slots, key_dim, dtype))
+        start = {
+            "alpha": 0.0,
+            "alpha_unlabeled": 0.0,
+            "beta_logit": math.log(_INITIAL_BETA / (1 - _INITIAL_BETA)),
+        }
+        for name, value in start.items():
+            gate = torch.tensor(value, dtype=statistics_dtype(dtype))
+            self.register_parameter(name, nn.Parameter(gate) if gates == "parameters" else None)
+
+    @property
+    def beta(self) -> Tensor:
+        """() confidence in pseudo labels, sigmoid of `beta_logit`; with `gates="features"` use `gate_values`."""
+        return self.gate_values().beta
+
+    def gate_values(self, gate_features: Tensor | None = None) -> GateValues:
+        """The gates that forward uses, with their gradient.
+
+        Args:
+            gate_features: (N, 3), N >= 1, the backbone's last three outputs; for `gates="features"` only.
+
+        Raises:
+            ValueError: `gate_features` is missing, not wanted, or of another shape.
+        """
+        if self.gates == "parameters":
+            if gate_features is not None:
+                raise ValueError('gate_features are for gates="features", this memory has gate parameters')
+            return GateValues(self.alpha, self.alpha_unlabeled, torch.sigmoid(self.beta_logit))
+        if gate_features is None:
+            raise ValueError('gate_features must be given, (N, 3), because gates="features"')
+        if gate_features.dim() != 2 or gate_features.shape[1] != 3 or gate_features.shape[0] == 0:
+            raise ValueError(f"gate_features must be (N, 3) with N >= 1, got {tuple(gate_features.shape)}")
+        alpha, alpha_unlabeled, beta_logit = gate_features.mean(0).unbind()
+        return GateValues(alpha, alpha_unlabeled, torch.sigmoid(beta_logit))
+
+    def forward(
+        self,
+        keys: Tensor,
+        labels: Tensor,
+        unlabeled_keys: Tensor,
+        sample_ids: Tensor,
+        gate_features: Tensor | None = None,
+    ) -> MemoryStep:
+        """Write a mini-batch and return L_lde, Eqs. (5)-(16); the rules are `functional.memory_step`'s.
+
+        Args:
+            keys: (B, d), labelled samples.
+            labels: (B,) int64.
+            unlabeled_keys: (B', d).
+            sample_ids: (B',) int64, which image each unlabelled key comes from.
+            gate_features: (N, 3), the backbone's last three outputs; `gates="features"` only.
+
+        Returns:
+            `MemoryStep`; reading its states settles the memories.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; both memories are as they were.
+        """
+        step = pending_memory_step(
+            self._labeled,
+            self._unlabeled,
+            keys,
+            labels,
+            unlabeled_keys,
+            sample_ids,
+            *self.gate_values(gate_features),
+            decay=self.decay,
+            decay_unlabeled=self.decay_unlabeled,
+        )
+        *_, self._labeled, self._unlabeled = step
+        return _LazyStep(*step)
+
+    @property
+    def labeled(self) -> MemoryState:
+        """M. Assigning copies a state of the same shape, dtype and device."""
+        return self._labeled.settle()
+
+    @labeled.setter
+    def labeled(self, state: MemoryState) -> None:
+        self._labeled = _replacement("labeled", self._labeled, state)
+
+    @property
+    def unlabeled(self) -> MemoryState:
+        """M'. Assigning copies a state of the same shape, dtype and device."""
+        return self._unlabeled.settle()
+
+    @unlabeled.setter
+    def unlabeled(self, state: MemoryState) -> None:
+        self._unlabeled = _replacement("unlabeled", self._unlabeled, state)
+
+    def occupied_slots(self) -> tuple[Tensor, Tensor]:
+        """How many slots of M and of M' hold a sample: two () int64 tensors."""
+        return (self._labeled.labels >= 0).sum(), (self._unlabeled.labels >= 0).sum()
+
+    def reliable_samples(self) -> tuple[Tensor, Tensor]:
+        """The content of M' to feed back as labelled samples, in the order of the slots.
+
+        An image that sits in several slots is returned once, with the pseudo label of its most used slot (the
+        lowest among equals).
+
+        Returns:
+            `(sample_ids (n,), pseudo_labels (n,))`, int64.
+        """
+        state = self._unlabeled
+        slots = (state.labels >= 0).nonzero()[:, 0]
+        by_usage = slots[state.usage[slots].argsort(descending=True, stable=True)]
+        by_image = by_usage[state.sample_ids[by_usage].argsort(stable=True)]
+        ids = state.sample_ids[by_image]
+        first = torch.ones_like(ids, dtype=torch.bool)
+        first[1:] = ids[1:] != ids[:-1]
+        chosen = by_image[first].sort().values
+        return state.sample_ids[chosen], state.labels[chosen]
+
+    def extra_repr(self) -> str:
+        (labeled_slots, key_dim), unlabeled_slots = self._labeled.base.shape, self._unlabeled.base.shape[0]
+        return (
+            f"labeled_slots={labeled_slots}, unlabeled_slots={unlabeled_slots}, key_dim={key_dim}, "
+            f"decay={self.decay}, decay_unlabeled={self.decay_unlabeled}, "
+            f"dtype={self._labeled.base.dtype}, gates={self.gates!r}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ProgressiveAugmentedMemory":
+        super()._apply(fn, recurse)
+        self._labeled = _held(MemoryState(*map(fn, self.labeled)))
+        self._unlabeled = _held(MemoryState(*map(fn, self.unlabeled)))
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for memory, state in (("labeled", self.labeled), ("unlabeled", self.unlabeled)):
+            for field, value in state._asdict().items():
+                destination[f"{prefix}{memory}.{field}"] = value
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        loaded: dict[str, PendingMemory] = {}
+        own: set[str] = set()
+        for memory, held in (("labeled", self._labeled), ("unlabeled", self._unlabeled)):
+            names = {field: f"{prefix}{memory}.{field}" for field in MemoryState._fields}
+            own |= set(names.values())
+            missing = [name for name in names.values() if name not in state_dict]
+            missing_keys.extend(missing)
+            if missing:
+                continue
+            fields = held.unsettled()._asdict()
+            # As PyTorch does with parameters: the file's values in the dtype and on the device of the module.
+            values = {field: state_dict[name].to(fields[field]) for field, name in names.items()}
+            try:
+                loaded[memory] = _replacement(f"{prefix}{memory}", held, MemoryState(**values))
+            except (TypeError, ValueError) as error:
+                error_msgs.append(str(error))
+        rest = {name: value for name, value in state_dict.items() if name not in own}
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if not error_msgs and len(loaded) == 2:
+            self._labeled, self._unlabeled = loaded["labeled"], loaded["unlabeled"]
+
+
+def _held(state: MemoryState) -> PendingMemory:
+    dtype = statistics_dtype(state.features.dtype)
+    return PendingMemory.of(
+        state._replace(usage=state.usage.to(dtype), evaluation=state.evaluation.to(dtype))
+    )
+
+
+def _replacement(name: str, held: PendingMemory, state: MemoryState) -> PendingMemory:
+    """A copy of `state`, if it fits where `held` is; for `name` in the error else."""
+    check_state(name, state)
+    old, new = held.base, state.features
+    if new.shape != old.shape:
+        raise ValueError(
+            f"{name}.features must have shape {tuple(old.shape)} like this memory, got {tuple(new.shape)}: "
+            "make the memory with as many slots and the same key_dim"
+        )
+    if new.dtype != old.dtype:
+        raise TypeError(f"{name}.features must be {old.dtype} like this memory, got {new.dtype}")
+    if new.device != old.device:
+        raise ValueError(
+            f"{name}.features is on {new.device}, this memory on {old.device}: move one with .to()"
+        )
+    return _held(MemoryState(*(x.detach().clone() for x in state)))
