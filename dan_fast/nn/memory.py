@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,14 +40,6 @@ def _settled(value: Any) -> Any:
     return value.settle() if isinstance(value, PendingMemory) else value
 
 
-class GateValues(NamedTuple):
-    """() tensors: the raw write gates of M and M', Eq. (8), and the confidence factor, Eqs. (12) and (15)."""
-
-    alpha: Tensor
-    alpha_unlabeled: Tensor
-    beta: Tensor
-
-
 class ProgressiveAugmentedMemory(nn.Module):
     """M and M' of Sec. III-C with their learnable gates; every forward advances both.
 
@@ -66,9 +58,9 @@ class ProgressiveAugmentedMemory(nn.Module):
         decay_unlabeled: kappa2 of Eq. (12), in [0, 1].
         dtype: of the keys and the stored features. Everything else is float32 for half-precision features.
         gates: `"parameters"`: Table II's learnable scalars, `alpha` and `alpha_unlabeled` (raw, start 0) and
-            `beta_logit` (`beta` is its sigmoid; beta starts at 0.1). `"features"`: Sec. IV-B's last three outputs
-            of the backbone, averaged over the batch, give the two raw gates and the logit of beta; the three
-            parameters are then None.
+            `beta_logit` (`beta` is its sigmoid; beta starts at 0.1). `"features"`: Sec. IV-B's last three
+            outputs of the backbone, averaged over the rows given, are the two raw gates and the logit of
+            beta; the three parameters are then None.
 
     Raises:
         ValueError: no slot, no key, a decay not in [0, 1], or an unknown `gates`.
@@ -112,28 +104,34 @@ class ProgressiveAugmentedMemory(nn.Module):
 
     @property
     def beta(self) -> Tensor:
-        """() confidence in pseudo labels, sigmoid of `beta_logit`; with `gates="features"` use `gate_values`."""
-        return self.gate_values().beta
+        """() confidence in pseudo labels, the sigmoid of `beta_logit`; see `confidence` for other gates."""
+        return self.confidence()
 
-    def gate_values(self, gate_features: Tensor | None = None) -> GateValues:
-        """The gates that forward uses, with their gradient.
+    def confidence(self, gate_features: Tensor | None = None) -> Tensor:
+        """() beta of Eqs. (12) and (15) as forward uses it, with its gradient.
 
         Args:
-            gate_features: (N, 3), N >= 1, the backbone's last three outputs; for `gates="features"` only.
+            gate_features: (N, 3), the backbone's last three outputs; for `gates="features"` only.
 
         Raises:
             ValueError: `gate_features` is missing, not wanted, or of another shape.
         """
+        return self._gates(gate_features)[2]
+
+    def _gates(self, gate_features: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw alpha and alpha', and beta."""
         if self.gates == "parameters":
             if gate_features is not None:
-                raise ValueError('gate_features are for gates="features", this memory has gate parameters')
-            return GateValues(self.alpha, self.alpha_unlabeled, torch.sigmoid(self.beta_logit))
+                raise ValueError(
+                    'gate_features are for gates="features": leave them out, or make such a memory'
+                )
+            return self.alpha, self.alpha_unlabeled, torch.sigmoid(self.beta_logit)
         if gate_features is None:
             raise ValueError('gate_features must be given, (N, 3), because gates="features"')
         if gate_features.dim() != 2 or gate_features.shape[1] != 3 or gate_features.shape[0] == 0:
             raise ValueError(f"gate_features must be (N, 3) with N >= 1, got {tuple(gate_features.shape)}")
         alpha, alpha_unlabeled, beta_logit = gate_features.mean(0).unbind()
-        return GateValues(alpha, alpha_unlabeled, torch.sigmoid(beta_logit))
+        return alpha, alpha_unlabeled, torch.sigmoid(beta_logit)
 
     def forward(
         self,
@@ -165,7 +163,7 @@ class ProgressiveAugmentedMemory(nn.Module):
             labels,
             unlabeled_keys,
             sample_ids,
-            *self.gate_values(gate_features),
+            *self._gates(gate_features),
             decay=self.decay,
             decay_unlabeled=self.decay_unlabeled,
         )
