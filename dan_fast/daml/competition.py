@@ -46,7 +46,7 @@ class Competition:
         self.adversary_streak = 0
 
     def decide(self, attention_logits: Tensor, adversary_logits: Tensor, labels: Tensor) -> Stage:
-        """The stage for logits (n, c) of both branches and labels (n,) int64; reads the result on the host."""
+        """The stage for logits (n, c) of both branches and labels (n,) int64; waits for the device."""
         attention_won = bool(_attention_wins(attention_logits.detach(), adversary_logits.detach(), labels))
         if attention_won:
             self.adversary_streak = 0

@@ -109,7 +109,7 @@ def _check_groups(params: Params, groups: Groups) -> None:
                 raise ValueError(f"groups: {group!r} names parameter {name!r}, which is not in params")
             if name in owner:
                 raise ValueError(
-                    f"groups: parameter {name!r} stands in {owner[name]!r} and again in {group!r}; list it once"
+                    f"groups: {name!r} stands in {owner[name]!r} and again in {group!r}; list it once"
                 )
             owner[name] = group
 
@@ -123,7 +123,7 @@ def _loss(losses: Losses, name: str) -> Tensor:
 def _group_gradients(
     losses: Losses, params: Params, groups: Groups, create_graph: bool = False, keep_graph: bool = False
 ) -> dict[str, Tensor]:
-    """The gradient of each group's loss in the group's parameters; zero where the loss does not depend on one."""
+    """The gradient of each group's loss in its own parameters; zero where it does not depend on one."""
     grads: dict[str, Tensor] = {}
     remaining = len(groups)
     for names, loss_name in groups.values():

@@ -188,6 +188,11 @@ class ProgressiveAugmentedMemory(nn.Module):
     def unlabeled(self, state: MemoryState) -> None:
         self._unlabeled = _replacement("unlabeled", self._unlabeled, state)
 
+    def settle(self) -> None:
+        """Fold what waits into both memories; when to do so changes results by rounding only."""
+        self._labeled.settle()
+        self._unlabeled.settle()
+
     def occupied_slots(self) -> tuple[Tensor, Tensor]:
         """How many slots of M and of M' hold a sample: two () int64 tensors."""
         return (self._labeled.labels >= 0).sum(), (self._unlabeled.labels >= 0).sum()

@@ -203,7 +203,7 @@ class Trainer:
                 pseudo_records = [record, self.objective.record]
                 for name, value in result.test_losses.items():
                     scalars.add(f"test/loss/{name}", value)
-            if not math.isfinite(float(train_losses["total"])):
+            if not math.isfinite(float(train_losses["total"].detach())):
                 raise ValueError("the total loss is not finite")
         except ValueError as error:
             raise DanFastError(
@@ -217,6 +217,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        if self.model.memory is not None:
+            # Always at the same place: a checkpoint settles too, and must not be what decides the rounding.
+            self.model.memory.settle()
 
         for name, value in train_losses.items():
             scalars.add(f"train/loss/{name}", value)
@@ -253,8 +256,9 @@ class Trainer:
             scalars.add("memory/sigma_alpha", memory.alpha.sigmoid())
             scalars.add("memory/sigma_alpha_unlabeled", memory.alpha_unlabeled.sigmoid())
             scalars.add("memory/beta", memory.beta)
-        scalars.add("memory/slots_labeled", memory.labeled.occupied.sum())
-        scalars.add("memory/slots_unlabeled", memory.unlabeled.occupied.sum())
+        slots_labeled, slots_unlabeled = memory.occupied_slots()
+        scalars.add("memory/slots_labeled", slots_labeled)
+        scalars.add("memory/slots_unlabeled", slots_unlabeled)
         purity = pseudo_label_purity(memory.unlabeled, self.training_set)
         if purity is not None:
             scalars.add("pseudo/purity", purity)
