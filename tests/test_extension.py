@@ -1,4 +1,4 @@
-"""The compiled extension and its first operator: what it computes, on which path, and what without a compiler."""
+"""The compiled extension and its first operator: values, paths, derivatives, and life without a compiler."""
 
 import ctypes
 import re

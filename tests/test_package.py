@@ -1,0 +1,202 @@
+"""The package: one version, imports that point downwards, and a build that copes with whatever is missing."""
+
+import ast
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import dan_fast
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "dan_fast"
+# A room imports from its own level and the levels before it.
+LEVELS = [
+    {"reference", "errors", "_extension", "_sources"},
+    {"functional"},
+    {"daml", "data", "evaluation", "nn"},
+    {"training", "reporting"},
+    {"cli", "doctor", "quickstart", "__main__"},
+]
+
+
+def rooms_imported(path: Path) -> set[str]:
+    """The first part of each `dan_fast.X` that a file imports."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "dan_fast":
+            names = [f"dan_fast.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names = [node.module or ""]
+        else:
+            continue
+        rooms |= {name.split(".")[1] for name in names if name.startswith("dan_fast.")}
+    return {room for room in rooms if (PACKAGE / room).is_dir() or (PACKAGE / f"{room}.py").is_file()}
+
+
+def test_imports_point_downwards():
+    level = {room: index for index, rooms in enumerate(LEVELS) for room in rooms}
+    upwards = []
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        assert room in level, f"{room} has no level"
+        upwards += [
+            f"{path.relative_to(ROOT)} imports {other}"
+            for other in rooms_imported(path)
+            if level[other] > level[room] or (room == "reference" and other != "reference")
+        ]
+    assert upwards == []
+
+
+def test_one_version():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", dan_fast.__version__)
+    assert importlib.metadata.version("dan-fast") == dan_fast.__version__
+    assert f"\nversion: {dan_fast.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "dan_fast", "doctor"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "memory_step" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("dan_fast_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A PATH that holds what a test puts there: name -> body of a script, or None for the real program."""
+    folder, real = tmp_path / "tools", os.environ["PATH"]
+    which = shutil.which
+    folder.mkdir()
+    for name in ("CXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(folder))
+    # What is given by an absolute path outside the test's folders, /usr/local/cuda, is not there either.
+    monkeypatch.setattr(
+        shutil, "which", lambda name: which(name) if (folder / name).is_relative_to(tmp_path) else None
+    )
+
+    def put(**scripts: str | None) -> Path:
+        for name, body in scripts.items():
+            program = folder / name
+            if body is None:
+                body = f'PATH="{real}" exec "{which(name, path=real)}" "$@"'
+            program.write_text(f"#!/bin/sh\n{body}\n")
+            program.chmod(program.stat().st_mode | stat.S_IXUSR)
+        return folder
+
+    return put
+
+
+def test_the_compiler(build: ModuleType, tools, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(build.CannotBuild, match="no C\\+\\+ compiler was found; install g\\+\\+"):
+        build.find_compiler()
+    assert build.build_requirements() == [], "without a compiler there is no use for torch's headers"
+    tools(**{"clang++": "exit 0"})
+    assert build.find_compiler() == ["clang++"]
+    tools(**{"g++": "exit 0", "ccache": "exit 0"})
+    assert build.find_compiler() == ["g++"]
+    monkeypatch.setenv("CXX", "ccache clang++ -m64")
+    assert build.find_compiler() == ["ccache", "clang++", "-m64"]
+    monkeypatch.setenv("CXX", "nosuch")
+    with pytest.raises(build.CannotBuild, match="CXX names nosuch, which was not found"):
+        build.find_compiler()
+
+
+def test_nvcc(build: ModuleType, tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(build.CannotBuild, match="nvcc was not found; .*install the CUDA toolkit"):
+        build.find_nvcc()
+    on_path = str(tools(nvcc="exit 0") / "nvcc")
+    assert build.find_nvcc() == on_path
+    home = tmp_path / "cuda"
+    shutil.copytree(tmp_path / "tools", home / "bin")
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    assert build.find_nvcc() == str(home / "bin/nvcc")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "absent"))
+    assert build.find_nvcc() == on_path, "a CUDA_HOME that is not there is no error"
+
+
+def test_torch_is_asked_for_only_where_there_is_none(
+    build: ModuleType, tools, monkeypatch: pytest.MonkeyPatch
+):
+    tools(**{"c++": "exit 0"})
+    assert build.find_torch() is not None and build.build_requirements() == []
+    monkeypatch.setattr(build, "OLDEST_TORCH", (99, 0))
+    assert build.find_torch() is None and build.build_requirements() == ["torch>=99.0"]
+
+
+def test_the_cuda_architectures(build: ModuleType, tools, monkeypatch: pytest.MonkeyPatch):
+    nvcc = str(tools(nvcc="echo sm_75; echo sm_80; echo sm_86") / "nvcc")
+    assert build.cuda_archs(nvcc) == ["8.0", "8.6+PTX"], "of the default what this nvcc knows"
+    for wanted, archs in {
+        "8.6": ["8.6"],
+        "7.5;8.0 9.0a,12.0+PTX": ["7.5", "8.0", "9.0a", "12.0+PTX"],
+        "Ampere;9.0": ["8.0", "8.6+PTX", "9.0"],
+    }.items():
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+        assert build.cuda_archs(nvcc) == archs
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6;sm_90")
+    with pytest.raises(build.CannotBuild, match="TORCH_CUDA_ARCH_LIST holds 'sm_90'"):
+        build.cuda_archs(nvcc)
+    flags = build.gencode(["8.6", "9.0+PTX"])
+    assert flags == [
+        "-gencode=arch=compute_86,code=sm_86",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+
+
+def test_no_compiler_leaves_no_library_and_the_reason(build: ModuleType, tools, tmp_path: Path):
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "_native.so").write_bytes(b"of an earlier build")
+    info = build.build_native(package, tmp_path / "scratch")
+    assert info["built"] == [] and not (package / "_native.so").exists()
+    assert json.loads((package / "_build_info.json").read_text()) == info
+    (sentence,) = info["missing"]
+    assert sentence.startswith("no compiled extension: no C++ compiler was found")
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler on this machine")
+def test_a_cuda_toolkit_that_fails_leaves_the_cpu_part(build: ModuleType, tools, tmp_path: Path):
+    tools(**{"c++": None, "nvcc": "echo 'fatal error: cuda_runtime.h: No such file or directory'; exit 1"})
+    info = build.build_native(tmp_path / "package", tmp_path / "scratch")
+    assert info["built"] == ["CPU"] and info["cuda_archs"] == []
+    (sentence,) = info["missing"]
+    assert sentence.startswith("no CUDA kernels: the compiler failed") and "cuda_runtime.h" in sentence
+    check = f"""
+import torch
+torch.ops.load_library({str(tmp_path / "package/_native.so")!r})
+assert torch.ops.dan_fast.row_sq_norms(torch.ones(2, 3)).tolist() == [3, 3]
+assert not torch._C._dispatch_has_kernel_for_dispatch_key("dan_fast::row_sq_norms", "CUDA")
+"""
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_a_compiler_that_fails_leaves_no_library_and_its_error(build: ModuleType, tools, tmp_path: Path):
+    tools(**{"c++": "echo 'torch_ops.cpp:1: error: unknown dialect'; exit 1"})
+    info = build.build_native(tmp_path / "package", tmp_path / "scratch")
+    assert info["built"] == [] and not (tmp_path / "package/_native.so").exists()
+    no_nvcc, failed = info["missing"]
+    assert no_nvcc.startswith("no CUDA kernels: nvcc was not found")
+    assert "error: unknown dialect" in failed
