@@ -83,12 +83,12 @@ def test_dropout_acts_before_the_classifier_only():
 
 def test_building_leaves_the_backbone_and_the_random_state_alone():
     backbone = TinyBackbone()
-    backbone.norm.eval()
+    backbone.drop.eval()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     torch.manual_seed(11)
     model = DAN(num_classes=6, backbone=backbone, image_size=(32, 16))
     assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
-    assert (backbone.training, backbone.norm.training, backbone.drop.training) == (True, False, True)
+    assert (backbone.training, backbone.norm.training, backbone.drop.training) == (True, True, False)
     assert (model.map_size, model.key_dim, model.attention.positions) == ((4, 2), 6, 8)
 
     class Dicing(TinyBackbone):

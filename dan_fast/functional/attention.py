@@ -161,11 +161,9 @@ def _widen(value: Any) -> Any:
     """float16 and bfloat16 to float32, in a tensor or in each weight; anything else as it is."""
     if isinstance(value, NLCBAMWeights):
         return NLCBAMWeights(*map(_widen, value))
-    return (
-        value.float()
-        if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
-        else value
-    )
+    if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+        return value.float()
+    return value
 
 
 def _bottleneck(v: Tensor, reduce: Tensor, expand: Tensor) -> Tensor:
