@@ -1,6 +1,9 @@
 """Loaders: what arrives, in which order, with broken files, workers and random numbers."""
 
+import multiprocessing
+import os
 import pickle
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -238,10 +241,23 @@ def test_any_kind_of_image_becomes_rgb(tmp_path: Path, mode: str) -> None:
     assert (image.int() - 204).abs().max() <= 2
 
 
-def test_channels_are_red_green_blue(tmp_path: Path) -> None:
+def test_channels_are_red_green_blue_and_rows_come_first(tmp_path: Path) -> None:
     path = tmp_path / "image.bmp"
-    Image.new("RGB", (5, 7), (200, 100, 50)).save(path)
-    assert read_image(path)[:, 3, 2].tolist() == [200, 100, 50]
+    image = Image.new("RGB", (5, 7))
+    image.putpixel((1, 4), (200, 100, 50))
+    image.save(path)
+    pixels = read_image(path)
+    assert pixels[:, 4, 1].tolist() == [200, 100, 50] and pixels.sum() == 350
+
+
+def test_ctrl_c_is_left_to_the_main_process(source: TrainingSet) -> None:
+    plans = [plan for epoch in range(5) for plan in planner(source).plan_epoch(epoch)]
+    batches = iter(training_loader(source, plans, SIZE, workers=1))
+    got = [next(batches)]
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+    got += batches
+    assert equal(got, load(source, plans))
 
 
 def test_loaders_reach_workers_that_are_not_forked(source: TrainingSet) -> None:
