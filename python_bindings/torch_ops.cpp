@@ -105,7 +105,7 @@ Tensor row_sq_norms_cuda(const Tensor& features) {
   const Tensor rows = with_adjacent_columns(features);
   Tensor norms = empty_norms(rows);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(rows.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(rows.get_device_index(), &stream));
   const int status = dan_fast::launch_row_sq_norms(
       scalar_of(rows), rows.const_data_ptr(), rows.stride(0), rows.size(0), rows.size(1), norms.mutable_data_ptr(),
       stream);
