@@ -26,27 +26,30 @@ def pending_memory_step(
     decay: float = 0.99,
     decay_unlabeled: float = 0.99,
 ) -> tuple[Tensor, Tensor, PendingMemory, PendingMemory]:
-    """`memory_step` between memories whose writes may wait; arguments as there.
+    """`memory_step` between memories whose writes may wait; arguments and errors as there.
 
     Returns:
         `(loss, pseudo_labels, labeled, unlabeled)`; the memories that came in hold what they held, though
         they may have settled it.
     """
-    check_memory_step(
-        labeled.unsettled(), unlabeled.unsettled(), keys, labels, unlabeled_keys, sample_ids,
-        alpha, alpha_unlabeled, beta, decay, decay_unlabeled,
-    )  # fmt: skip
-    gates = Gates(
-        *(
-            torch.as_tensor(gate, dtype=labeled.dtype, device=keys.device)
-            for gate in (alpha, alpha_unlabeled, beta)
-        )
-    )
+    samples = (keys, labels, unlabeled_keys, sample_ids)
+    gates, decays = (alpha, alpha_unlabeled, beta), (decay, decay_unlabeled)
+    check_memory_step(labeled.unsettled(), unlabeled.unsettled(), *samples, *gates, *decays)
+    return _checked_step(labeled, unlabeled, samples, gates, decays)
+
+
+def _checked_step(
+    labeled: PendingMemory,
+    unlabeled: PendingMemory,
+    samples: tuple[Tensor, Tensor, Tensor, Tensor],
+    gates: tuple[Tensor | float, Tensor | float, Tensor | float],
+    decays: tuple[float, float],
+) -> tuple[Tensor, Tensor, PendingMemory, PendingMemory]:
+    keys, _, unlabeled_keys, _ = samples
+    gates = Gates(*(torch.as_tensor(gate, dtype=labeled.dtype, device=keys.device) for gate in gates))
     # Mixed precision would round the scores to 8 bits, too coarse to tell slots apart.
     with torch.autocast(keys.device.type, enabled=False):
-        losses, pseudo_labels, labeled, unlabeled = advance(
-            labeled, unlabeled, keys, labels, unlabeled_keys, sample_ids, gates, decay, decay_unlabeled
-        )
+        losses, pseudo_labels, labeled, unlabeled = advance(labeled, unlabeled, *samples, gates, *decays)
         loss = zero_of(keys, unlabeled_keys, *gates).to(labeled.dtype)
         if losses is not None:
             loss = loss + losses.mean()
@@ -103,10 +106,12 @@ def memory_step(
         >>> step.pseudo_labels, step.unlabeled.labels
         (tensor([7]), tensor([ 7, -1, -1]))
     """
-    loss, pseudo_labels, *memories = pending_memory_step(
-        PendingMemory.of(labeled), PendingMemory.of(unlabeled), keys, labels, unlabeled_keys, sample_ids,
-        alpha, alpha_unlabeled, beta, decay, decay_unlabeled,
-    )  # fmt: skip
+    samples = (keys, labels, unlabeled_keys, sample_ids)
+    gates, decays = (alpha, alpha_unlabeled, beta), (decay, decay_unlabeled)
+    check_memory_step(labeled, unlabeled, *samples, *gates, *decays)
+    loss, pseudo_labels, *memories = _checked_step(
+        PendingMemory.of(labeled), PendingMemory.of(unlabeled), samples, gates, decays
+    )
     states = []
     for memory, old in zip(memories, (labeled, unlabeled), strict=True):
         new = memory.settle()

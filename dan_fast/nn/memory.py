@@ -88,6 +88,10 @@ class ProgressiveAugmentedMemory(nn.Module):
         for name, rate in (("decay", decay), ("decay_unlabeled", decay_unlabeled)):
             if not 0 <= rate <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {rate}")
+        sizes = {"labeled_slots": labeled_slots, "unlabeled_slots": unlabeled_slots, "key_dim": key_dim}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be positive, got {size}")
         if gates not in ("parameters", "features"):
             raise ValueError(f'gates must be "parameters" or "features", got {gates!r}')
         self.decay, self.decay_unlabeled, self.gates = decay, decay_unlabeled, gates
@@ -266,7 +270,8 @@ class ProgressiveAugmentedMemory(nn.Module):
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if not error_msgs and len(loaded) == 2:
+        refused = error_msgs or (strict and (missing_keys or unexpected_keys))
+        if not refused and len(loaded) == 2:
             self._labeled, self._unlabeled = loaded["labeled"], loaded["unlabeled"]
 
 
