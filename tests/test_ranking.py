@@ -126,6 +126,18 @@ def test_copies_tie_wherever_they_stand(metric):
     assert keys[1, 0] > 0.01
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_keys_are_fine_enough_to_tell_near_images_apart(scale):
+    generator = torch.Generator().manual_seed(1)
+    query, gallery = torch.randn(2, 5, 16, generator=generator, dtype=torch.float64) * scale
+    exact = (query[:, None] - gallery[None]).square().sum(2)
+    torch.testing.assert_close(
+        pairwise_distances(query, gallery, "euclidean"), exact, rtol=0, atol=1e-9 * scale**2
+    )
+    exact = 1 - torch.nn.functional.cosine_similarity(query[:, None], gallery[None], dim=2)
+    torch.testing.assert_close(pairwise_distances(query, gallery), exact, rtol=0, atol=1e-12)
+
+
 def test_blocks_and_order_of_queries_do_not_matter(monkeypatch):
     generator = torch.Generator().manual_seed(5)
     query, gallery = torch.randn(23, 6, generator=generator), torch.randn(41, 6, generator=generator)

@@ -238,6 +238,20 @@ def test_report_holds_everything_escaped(tmp_path):
     assert [path.name for path in page.parent.iterdir()] == ["index.html"]
 
 
+@pytest.mark.parametrize("write", ["page", "picture"])
+def test_nothing_half_written(tmp_path, monkeypatch, write):
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        if write == "page":
+            write_report(tmp_path, "Run", "")
+        else:
+            plot_attention(torch.zeros(1, 3, 8, 4), torch.rand(1, 8), (4, 2), tmp_path / "attention.png")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_report_names_what_does_not_fit(tmp_path):
     with pytest.raises(DanFastError, match="missing.png does not exist"):
         write_report(tmp_path, "Run", "", figures=[Figure("Curves", tmp_path / "missing.png")])

@@ -1,24 +1,36 @@
-"""Features of a target set, their ranking and the protocols around it."""
+"""Features of images, rankings and the figures of a whole dataset."""
 
 from dan_fast.evaluation.features import Features, extract_features
 from dan_fast.evaluation.protocol import (
+    COLUMNS,
     DatasetFeatures,
     Evaluation,
     evaluate_dataset,
     evaluate_features,
     extract_dataset,
+    random_split,
 )
-from dan_fast.evaluation.ranking import RankingResult, evaluate_ranking, rank_distances
+from dan_fast.evaluation.ranking import (
+    NoMatchError,
+    RankingResult,
+    evaluate_ranking,
+    pairwise_distances,
+    rank_distances,
+)
 
 __all__ = [
+    "COLUMNS",
     "DatasetFeatures",
     "Evaluation",
     "Features",
+    "NoMatchError",
     "RankingResult",
     "evaluate_dataset",
     "evaluate_features",
     "evaluate_ranking",
     "extract_dataset",
     "extract_features",
+    "pairwise_distances",
+    "random_split",
     "rank_distances",
 ]

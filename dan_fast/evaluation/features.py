@@ -101,9 +101,9 @@ def extract_features(
             kept.extend(indices.tolist())
     if not kept:
         raise DanFastError(f"None of the {len(samples)} images can be read; the first is {samples[0].path}.")
-    # Cloned outside of inference mode, so that the result is an ordinary tensor.
+    # Joined outside of inference mode, so that the result is an ordinary tensor.
     return Features(
-        torch.cat(rows).clone(),
+        torch.cat(rows),
         torch.tensor([samples[index].pid for index in kept], dtype=torch.int64),
         torch.tensor([samples[index].camid for index in kept], dtype=torch.int64),
         tuple(Path(samples[index].path) for index in kept),

@@ -19,8 +19,8 @@ ArrayLike: TypeAlias = Tensor | np.ndarray | Sequence
 Metric: TypeAlias = Literal["cosine", "euclidean"]
 AveragePrecision: TypeAlias = Literal["standard", "trapezoid"]
 
-# Entries of a block of queries x gallery: about 32 bytes each while it is being sorted.
-_BLOCK_ENTRIES = 1 << 22
+# Entries of a block of queries x gallery: about 100 bytes each while it is being sorted.
+_BLOCK_ENTRIES = 1 << 21
 
 
 class NoMatchError(ValueError):
@@ -235,9 +235,9 @@ def _score(
     first_ranks, precisions, penalties = [], [], []
     for rows in _blocks(len(labels.query_ids), len(labels.gallery_ids)):
         first, precision, penalty = _score_block(distances_of(rows), rows, labels, ap)
-        first_ranks.append(first.cpu())
-        precisions.append(precision.cpu())
-        penalties.append(penalty.cpu())
+        first_ranks.append(first)
+        precisions.append(precision)
+        penalties.append(penalty)
     first_rank = torch.cat(first_ranks)
     num_valid = len(first_rank)
     if num_valid == 0:
@@ -257,17 +257,17 @@ def _score(
 def _score_block(
     distances: Tensor, rows: slice, labels: _Labels, ap: AveragePrecision
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """First rank, average precision and inverse negative penalty of the valid queries of one block."""
+    """First rank, average precision and inverse negative penalty of a block's valid queries, on the CPU."""
     order = torch.argsort(distances, dim=1, stable=True)
     same_id = labels.gallery_ids[order] == labels.query_ids[rows, None]
     junk = same_id & (labels.gallery_cams[order] == labels.query_cams[rows, None])
-    rank = torch.cumsum(~junk, dim=1, dtype=torch.int32)
     matches = same_id & ~junk
     query, position = matches.nonzero(as_tuple=True)  # by query, and nearest first within one
-    rank = rank[query, position].to(torch.int64)
-    count = matches.sum(dim=1)
+    # Few are left: on the CPU their sums are formed in one order, whatever device ranked them.
+    rank = torch.cumsum(~junk, dim=1, dtype=torch.int32)[query, position].to("cpu", torch.int64)
+    query, count = query.cpu(), matches.sum(dim=1).cpu()
     end = count.cumsum(0)
-    hit = torch.arange(1, len(query) + 1, device=query.device) - (end - count)[query]
+    hit = torch.arange(1, len(query) + 1) - (end - count)[query]
 
     precision = hit / rank.to(torch.float64)
     if ap == "trapezoid":
@@ -276,5 +276,5 @@ def _score_block(
         precision = (precision + before) / 2
     valid = count > 0
     count, end = count[valid], end[valid]
-    total = torch.zeros(len(valid), dtype=torch.float64, device=query.device).index_add_(0, query, precision)
+    total = torch.zeros(len(valid), dtype=torch.float64).index_add_(0, query, precision)
     return rank[end - count], total[valid] / count, count / rank[end - 1].to(torch.float64)

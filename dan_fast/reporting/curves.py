@@ -57,8 +57,8 @@ def read_scalars(run_dir: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]
     folder = Path(run_dir) / "tensorboard"
     if not folder.is_dir():
         raise DanFastError(f"{folder} does not exist; name the folder of a run that has been trained.")
-    # Its own purging is off: it drops scalars of every tag whenever one tag steps back.
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}, purge_orphaned_data=False)
+    # 0: all of them, not a sample.
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     tags = events.Tags()["scalars"]
     if not tags:
@@ -147,7 +147,7 @@ def _draw_panel(axes: Axes, panel: str, curves: list[tuple[str, np.ndarray, np.n
         axes.set_ylabel("%")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.margins(x=0.02)
-    if len(curves) > 1 or panel not in _TITLES:
+    if len(curves) > 1 or curves[0][0] != panel:
         # Beside the curves, never over them.
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0, handlelength=1.2)
 
