@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import shutil
 import stat
 import subprocess
@@ -68,10 +69,12 @@ def test_one_version():
     assert f"\nversion: {dan_fast.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-def test_the_module_is_the_command():
-    done = subprocess.run([sys.executable, "-m", "dan_fast", "doctor"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "memory_step" in done.stdout
+def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(sys, "argv", ["dan-fast", "doctor"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("dan_fast", run_name="__main__")
+    assert left.value.code == 0
+    assert "memory_step" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
