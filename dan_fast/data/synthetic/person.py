@@ -21,6 +21,7 @@ _BAG = ((36, 34, 34), (160, 40, 48), (122, 84, 50), (50, 110, 120))
 _SHOES = ((34, 32, 32), (222, 222, 220), (150, 92, 58))
 _SKIN = ((236, 196, 168), (206, 158, 122), (150, 104, 76), (96, 66, 52))
 _HAIR = ((28, 24, 24), (88, 58, 38), (196, 160, 98), (140, 138, 136))
+_TRIM = (235, 235, 230)
 _PATTERNS = ("plain", "hoops", "stripes", "checks", "logo", "yoke")
 
 
@@ -240,7 +241,7 @@ def _legs(pen: _Pen, identity: Identity, side: int, swing: float) -> None:
         else:
             pen.limb(joints[:2], thick * (1.1 if identity.lower_kind == "shorts" else 0.8),
                      cloth if identity.lower_kind == "shorts" else skin)  # fmt: skip
-        accent = _shade((235, 235, 230), dark)
+        accent = _shade(_TRIM, dark)
         if identity.lower_pattern == "seam" and identity.lower_kind != "skirt":
             end = 3 if identity.lower_kind == "trousers" else 2
             edge = 0.0 if side else leg * thick * 0.3
@@ -259,7 +260,7 @@ def _legs(pen: _Pen, identity: Identity, side: int, swing: float) -> None:
         pattern = {"seam": "stripes", "bands": "hoops"}.get(identity.lower_pattern, "plain")
         flare = half + 0.045 + (0.02 * abs(swing) if side else 0)
         pen.fabric([(-half, hip - 0.02), (half, hip - 0.02), (flare, hem), (-flare, hem)],
-                   identity.lower, (235, 235, 230), pattern, 0.07)  # fmt: skip
+                   identity.lower, _TRIM, pattern, 0.07)  # fmt: skip
 
 
 def _torso(pen: _Pen, identity: Identity, pose: Pose) -> None:

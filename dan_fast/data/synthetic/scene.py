@@ -192,29 +192,30 @@ def _structure(
 
 
 def _occlude(image: Image.Image, view: View, ground: float, body: float) -> None:
+    """Put the view's occluder in front; its sizes go with the body, whatever the shape of the box."""
     width, height = image.size
     rng = np.random.default_rng((view.seed, 1))
     draw, side, size = ImageDraw.Draw(image), view.occluder_side, view.occluder_size
     centre = width * (0.5 + view.shift[0])
     if view.occluder == "pole":
-        x, half = centre + side * width * rng.uniform(0.0, 0.12), width * (0.05 + 0.06 * size)
+        x, half = centre + side * body * rng.uniform(0.02, 0.09), body * (0.025 + 0.03 * size)
         grey = int(rng.integers(50, 150))
         draw.rectangle((x - half, 0, x + half, height), fill=(grey, grey, grey + 6))
         draw.rectangle((x - half, 0, x - 0.5 * half, height), fill=(grey + 40, grey + 40, grey + 44))
     elif view.occluder == "car":
         paint = tuple(int(c) for c in rng.integers(40, 220, size=3))
-        top, nose = ground - body * (0.25 + 0.2 * size), centre - side * width * 0.3
-        tail = nose + side * 2.0 * width
-        bonnet = [(nose, ground), (nose, top + 0.08 * body), (nose + side * 0.25 * width, top)]
+        top, nose = ground - body * (0.25 + 0.2 * size), centre - side * body * 0.17
+        tail = nose + side * 1.6 * body
+        bonnet = [(nose, ground), (nose, top + 0.08 * body), (nose + side * 0.14 * body, top)]
         draw.polygon([*bonnet, (tail, top), (tail, ground)], fill=paint)
         draw.rectangle((0, ground, width, max(ground, height)), fill=(60, 60, 62))
-        window = sorted((nose + side * 0.35 * width, tail))
+        window = sorted((nose + side * 0.2 * body, tail))
         draw.rectangle((window[0], top + 0.03 * body, window[1], top + 0.1 * body), fill=(44, 52, 60))
-        wheel, r = nose + side * 0.45 * width, 0.07 * body
+        wheel, r = nose + side * 0.26 * body, 0.07 * body
         draw.ellipse((wheel - r, ground - r, wheel + r, ground + r), fill=(24, 24, 26))
     elif view.occluder == "person":
         pose = Pose(FACINGS[int(rng.integers(4))], rng.uniform(0.0, 2 * np.pi))
-        x = centre + side * width * (0.42 - 0.2 * size)
+        x = centre + side * body * (0.25 - 0.12 * size)
         draw_person(image, sample_identity(rng), pose, x, ground - 0.92 * body, body * 1.05)
 
 
@@ -246,7 +247,7 @@ def render(
     image = panorama.crop((left, 0, left + width, height))
     body = height * view.fill * identity.height / 1.1
     x = width * (0.5 + view.shift[0])
-    # Feet, not heads, are what people share: a shorter person is lower in the box.
+    # Everyone stands on the same ground: a shorter person's head is lower in the box.
     ground = height * (0.5 + view.shift[1] + 0.5 * view.fill)
     ImageDraw.Draw(image).ellipse(
         (x - 0.2 * body, ground - 0.025 * body, x + 0.2 * body, ground + 0.02 * body),
