@@ -203,6 +203,7 @@ def test_states_are_assignable_and_checked():
         (MemoryState.empty(SLOTS, DIM), TypeError, "labeled.features must be torch.float64"),
         (before._replace(labels=before.labels[:3]), ValueError, "labeled.labels must have shape"),
         ("state", TypeError, "labeled must be a MemoryState"),
+        (MemoryState.empty(SLOTS, DIM, torch.float64, "meta"), ValueError, "labeled.features is on meta"),
     ):
         with pytest.raises(error, match=match):
             memory.labeled = wrong

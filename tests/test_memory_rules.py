@@ -193,6 +193,11 @@ def test_false_sample_sets_take_the_lowest_slots_of_equal_ones(impl):
     # T is {0, 1} for the first two rows and {1, 3} for the third; slot 4 is empty.
     assert false_positive.int().tolist() == [[0, 0, 0, 1, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]]
     assert false_negative.int().tolist() == [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
+    # An unstable sort shows on long rows only.
+    many = i64([1] * 50 + [2] * 350)
+    false_positive, false_negative = impl.false_sample_sets(torch.ones(1, 400), many, i64([2]))
+    assert false_positive[0].nonzero()[:, 0].tolist() == list(range(350, 400))
+    assert false_negative[0].nonzero()[:, 0].tolist() == list(range(50))
     absent = impl.false_sample_sets(evaluation[:2], labels, i64([5, -1]))
     assert not absent[0].any() and not absent[1].any()
 

@@ -36,7 +36,7 @@ def _check_device(name: str, value: Tensor, device: torch.device, of: str) -> No
 
 def _raise_first(findings: list[tuple[Tensor, str]]) -> None:
     """Raise ValueError with the sentence of the first () bool flag that is true."""
-    if not findings:
+    if not findings or findings[0][0].is_meta:  # a meta tensor has a shape to check but no values
         return
     flags = torch.stack([flag for flag, _ in findings]).tolist()
     for found, (_, sentence) in zip(flags, findings, strict=True):
