@@ -18,6 +18,7 @@ from dan_fast.data.synthetic import (
     sample_view,
     scenery,
     synthesize,
+    writer,
 )
 from dan_fast.errors import DanFastError
 
@@ -197,6 +198,19 @@ def test_occluders_cover_their_part(occluder, rows, columns):
     assert not outside.any()
     mirrored = np.abs(scene() - scene(occluder=occluder, occluder_side=-1)).max(-1) > 0
     assert np.nonzero(mirrored)[1].mean() < np.nonzero(changed)[1].mean()
+
+
+def test_occluders_vary_with_the_view():
+    assert not np.array_equal(scene(occluder="person", seed=1), scene(occluder="person", seed=2))
+
+
+def test_domains_hold_different_people(tmp_path, monkeypatch):
+    people = []
+    monkeypatch.setattr(
+        writer, "sample_identity", lambda rng: people.append(sample_identity(rng)) or people[-1]
+    )
+    synthesize(tmp_path, ["campus", "mall"], identities=3, cameras=1, images_per_camera=1, test_fraction=0.0)
+    assert len(people) == len(set(people)) == 6
 
 
 def test_body_lies_where_the_view_says():
