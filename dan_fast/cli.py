@@ -97,7 +97,9 @@ def evaluate(
         try:
             Path(out).write_text(json.dumps(content, indent=2) + "\n")
         except OSError as error:
-            raise DanFastError(f"{out} cannot be written ({error.strerror}): choose another --out.") from error
+            raise DanFastError(
+                f"{out} cannot be written ({error.strerror}): choose another --out."
+            ) from error
 
 
 def _train(config: TrainConfig) -> None:
@@ -122,14 +124,22 @@ def _parser() -> ArgumentParser:
 
     def command(name: str, help_text: str) -> ArgumentParser:
         subparser = ArgumentParser(description=help_text, exit_on_error=False)
-        subparser.add_argument("--config", action="config", help="YAML file with these settings; flags win over it.")
+        subparser.add_argument(
+            "--config", action="config", help="YAML file with these settings; flags win over it."
+        )
         commands.add_subcommand(name, subparser, help=help_text)
         return subparser
 
-    command("quickstart", "Make synthetic domains, train a small DAN on them and test it on an unseen one.").add_function_arguments(quickstart)
-    command("synthesize", "Draw a synthetic pedestrian dataset of several domains.").add_function_arguments(synthesize, skip={"progress"})
+    command(
+        "quickstart", "Make synthetic domains, train a small DAN on them and test it on an unseen one."
+    ).add_function_arguments(quickstart)
+    command("synthesize", "Draw a synthetic pedestrian dataset of several domains.").add_function_arguments(
+        synthesize, skip={"progress"}
+    )
     command("train", "Train a Data Assimilation Network.").add_class_arguments(TrainConfig)
-    command("evaluate", "CMC, mAP and mINP of a trained network on target sets.").add_function_arguments(evaluate)
+    command("evaluate", "CMC, mAP and mINP of a trained network on target sets.").add_function_arguments(
+        evaluate
+    )
     command("doctor", "What was built, which paths will run, and what to do about anything missing.")
     return parser
 

@@ -10,7 +10,7 @@ from rich.table import Table as ConsoleTable
 
 from dan_fast.data import ReIDDataset, image_loader, load_dataset
 from dan_fast.data.synthetic import synthesize
-from dan_fast.evaluation import Evaluation, evaluate_features, extract_dataset
+from dan_fast.evaluation import evaluate_features, extract_dataset
 from dan_fast.nn import DAN
 from dan_fast.reporting import Figure, Table, plot_attention, plot_curves, plot_ranked_lists, write_report
 from dan_fast.training import (
@@ -55,8 +55,22 @@ def quickstart(
     console.print(f"Drawing {identities} persons in each of {len(LABELED) + len(UNLABELED) + 1} domains ...")
     domains = [*LABELED, *UNLABELED, UNSEEN]
     # All persons of the unseen domain are test persons, and none of the others.
-    synthesize(folder / "data", domains=domains[:-1], identities=identities, seed=seed, image_size=IMAGE_SIZE, test_fraction=0.0)
-    synthesize(folder / "data", domains=[UNSEEN], identities=identities, seed=seed, image_size=IMAGE_SIZE, test_fraction=1.0)
+    synthesize(
+        folder / "data",
+        domains=domains[:-1],
+        identities=identities,
+        seed=seed,
+        image_size=IMAGE_SIZE,
+        test_fraction=0.0,
+    )
+    synthesize(
+        folder / "data",
+        domains=[UNSEEN],
+        identities=identities,
+        seed=seed,
+        image_size=IMAGE_SIZE,
+        test_fraction=1.0,
+    )
     config = _config(folder, epochs, seed, workers)
     trainer = Trainer(config)
     unseen = load_dataset(folder / "data" / UNSEEN)
@@ -84,11 +98,30 @@ def quickstart(
         "dan_fast quickstart",
         f"A ResNet-18 DAN trained from scratch for {epochs} epochs on the synthetic domains {' and '.join(LABELED)} "
         f"(labelled) and {', '.join(UNLABELED)} (unlabelled), tested on {UNSEEN}.",
-        [Table(title, columns, rows, "Percent. CMC ranks 1, 5 and 10, mean average precision, mean inverse negative penalty.")],
         [
-            Figure("Training", folder / "curves.png", "Losses, accuracy of both branches, gates and memory over the iterations."),
-            Figure("Ranked lists", folder / "ranked.png", "Queries of the unseen domain and the images the trained network finds most similar."),
-            Figure("Attention", folder / "attention.png", "Spatial attention of NL-CBAM on images of the unseen domain."),
+            Table(
+                title,
+                columns,
+                rows,
+                "Percent. CMC ranks 1, 5 and 10, mean average precision, mean inverse negative penalty.",
+            )
+        ],
+        [
+            Figure(
+                "Training",
+                folder / "curves.png",
+                "Losses, accuracy of both branches, gates and memory over the iterations.",
+            ),
+            Figure(
+                "Ranked lists",
+                folder / "ranked.png",
+                "Queries of the unseen domain and the images the trained network finds most similar.",
+            ),
+            Figure(
+                "Attention",
+                folder / "attention.png",
+                "Spatial attention of NL-CBAM on images of the unseen domain.",
+            ),
         ],
     )
     console.print(f"Report: {page} ({time.monotonic() - started:.0f} s)", highlight=False, soft_wrap=True)
@@ -112,7 +145,9 @@ def _config(folder: Path, epochs: int, seed: int, workers: int) -> TrainConfig:
 
 
 def _evaluate(network: DAN, dataset: ReIDDataset, workers: int):
-    features = extract_dataset(network.embed, dataset, IMAGE_SIZE, workers=workers, device=next(network.parameters()).device)
+    features = extract_dataset(
+        network.embed, dataset, IMAGE_SIZE, workers=workers, device=next(network.parameters()).device
+    )
     return evaluate_features(features), features
 
 

@@ -47,7 +47,7 @@ class DAN(nn.Module):
         weights: for a backbone given by name, see `build_backbone`.
 
     Attributes:
-        backbone: the backbone; attention: the `NLCBAM`; classifier: `nn.Linear(C, num_classes)`.
+        backbone: the backbone; attention: the `NLCBAM`; classifier: `nn.Linear(C, num_classes, bias=False)`.
         image_size: (H, W); map_size: (h, w); key_dim: C - 3, the size of the memory's keys.
 
     Raises:
@@ -90,7 +90,9 @@ class DAN(nn.Module):
         self.key_dim = channels - GATES
         self.attention = NLCBAM(channels, height * width, reduction)
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(channels, num_classes)
+        # Without a bias, as a class activation map reads it. A_C and A_S scale the attention branch's features
+        # down; beside a bias that would cost it the competition whatever it has learnt.
+        self.classifier = nn.Linear(channels, num_classes, bias=False)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> DANOutput:
         """Both branches.

@@ -5,7 +5,6 @@ import pickle
 import tempfile
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import torch
 
@@ -64,8 +63,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise DanFastError(f"{path} does not exist: name the checkpoint.pt of a run.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, BadZipFile, pickle.UnpicklingError, KeyError, ValueError) as error:
-        raise DanFastError(f"{path} is truncated or no checkpoint: use another one or train again.") from error
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+        raise DanFastError(
+            f"{path} is truncated or no checkpoint: use another one or train again."
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise DanFastError(f"{path} is not a checkpoint of this version of dan_fast ({FORMAT!r}).")
     return state

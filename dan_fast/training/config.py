@@ -14,12 +14,29 @@ BrokenImages = Literal["error", "skip"]
 Paths = list[str] | str
 
 
+class _Section:
+    """Settings as plain numbers: the types with which flags are checked do not load with weights_only=True."""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            setattr(self, each.name, _plain(getattr(self, each.name)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    for kind in (bool, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
 def as_list(paths: Paths) -> list[str]:
     return [paths] if isinstance(paths, str) else list(paths)
 
 
 @dataclass
-class DataConfig:
+class DataConfig(_Section):
     """Images and batches.
 
     Args:
@@ -49,11 +66,14 @@ class DataConfig:
     broken_images: BrokenImages = "error"
 
     def __post_init__(self) -> None:
-        self.labeled, self.unlabeled, self.targets = map(as_list, (self.labeled, self.unlabeled, self.targets))
+        super().__post_init__()
+        self.labeled, self.unlabeled, self.targets = map(
+            as_list, (self.labeled, self.unlabeled, self.targets)
+        )
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(_Section):
     """The network.
 
     Args:
@@ -70,7 +90,7 @@ class ModelConfig:
 
 
 @dataclass
-class MemoryConfig:
+class MemoryConfig(_Section):
     """The progressive augmented memory.
 
     Args:
@@ -90,7 +110,7 @@ class MemoryConfig:
 
 
 @dataclass
-class LossConfig:
+class LossConfig(_Section):
     """Weights of the losses, Eq. (1).
 
     Args:
@@ -108,7 +128,7 @@ class LossConfig:
 
 
 @dataclass
-class MetaConfig:
+class MetaConfig(_Section):
     """Data assimilation meta-learning, Sec. III-D.
 
     Args:
@@ -127,7 +147,7 @@ class MetaConfig:
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(_Section):
     """The outer SGD and its schedule, Eq. (19).
 
     Args:
@@ -145,7 +165,7 @@ class OptimizerConfig:
 
 
 @dataclass
-class RunConfig:
+class RunConfig(_Section):
     """Where and how the run takes place; nothing here changes what is learnt but seed and precision.
 
     Args:

@@ -90,7 +90,11 @@ class TrainingModel(nn.Module):
             keys = self.network.keys(out).float()
             gates = self.network.gate_features(out).float() if self.memory.gates == "features" else None
             step = self.memory(
-                keys[:labeled], split.labels[:labeled], keys[known:], split.sample_ids[known:], gate_features=gates
+                keys[:labeled],
+                split.labels[:labeled],
+                keys[known:],
+                split.sample_ids[known:],
+                gate_features=gates,
             )
             beta = self.memory.confidence(gates)
             embedding = self.weights.embedding * (

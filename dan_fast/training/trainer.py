@@ -48,7 +48,9 @@ class Trainer:
         saved = self._saved_state()
 
         if not config.data.labeled:
-            raise DanFastError("data.labeled is empty: name at least one folder or manifest with labelled images.")
+            raise DanFastError(
+                "data.labeled is empty: name at least one folder or manifest with labelled images."
+            )
         self.training_set = TrainingSet(
             [load_dataset(path) for path in config.data.labeled],
             [load_dataset(path) for path in config.data.unlabeled],
@@ -179,7 +181,11 @@ class Trainer:
             if batch.meta_test is None:
                 total = train_losses["total"]
                 grads = dict(
-                    zip(params, torch.autograd.grad(total, [*params.values()], materialize_grads=True), strict=True)
+                    zip(
+                        params,
+                        torch.autograd.grad(total, [*params.values()], materialize_grads=True),
+                        strict=True,
+                    )
                 )
                 pseudo_records = [record]
             else:
@@ -310,7 +316,9 @@ class Trainer:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "config.yaml").write_text(yaml.safe_dump(self.config.to_dict(), sort_keys=False))
         except OSError as error:
-            raise DanFastError(f"{self.out} cannot be written ({error.strerror}): choose another run.out.") from error
+            raise DanFastError(
+                f"{self.out} cannot be written ({error.strerror}): choose another run.out."
+            ) from error
 
     def _save(self) -> None:
         sample_ids, pseudo_labels = self.feedback or (None, None)

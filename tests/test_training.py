@@ -1,0 +1,374 @@
+"""The training loop on a handful of tiny images: losses, freezing, checkpoints, resuming, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dan_fast.data import Split
+from dan_fast.data.synthetic import synthesize
+from dan_fast.errors import DanFastError
+from dan_fast.nn import DAN, ProgressiveAugmentedMemory
+from dan_fast.training import (
+    DataConfig,
+    Interrupted,
+    LossConfig,
+    MemoryConfig,
+    MetaConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+    Trainer,
+    trained_network,
+)
+from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from dan_fast.training.objective import TrainingModel
+
+IMAGE_SIZE = (32, 32)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    synthesize(root, ["campus", "mall"], identities=6, cameras=2, images_per_camera=2, image_size=IMAGE_SIZE, seed=1,
+               test_fraction=0.34)  # fmt: skip
+    return root
+
+
+def config(images: Path, out: Path, **sections) -> TrainConfig:
+    base = TrainConfig(
+        data=DataConfig(
+            labeled=str(images / "campus"),
+            unlabeled=str(images / "mall"),
+            image_size=IMAGE_SIZE,
+            batch_size=8,
+            workers=0,
+        ),
+        model=ModelConfig(backbone="resnet18", weights="none"),
+        memory=MemoryConfig(labeled_slots=7, unlabeled_slots=5),
+        optimizer=OptimizerConfig(epochs=2, lr_scale=10.0),
+        run=RunConfig(out=str(out), device="cpu", log_every=1, checkpoint_every=100),
+    )
+    for section, values in sections.items():
+        base = replace(base, **{section: replace(getattr(base, section), **values)})
+    return base
+
+
+def flat(state: object, prefix: str = "") -> dict[str, object]:
+    if isinstance(state, dict):
+        return {k: v for key, value in state.items() for k, v in flat(value, f"{prefix}/{key}").items()}
+    if isinstance(state, (list, tuple)):
+        return {k: v for i, value in enumerate(state) for k, v in flat(value, f"{prefix}/{i}").items()}
+    return {prefix: state}
+
+
+def assert_same_state(first: Path, second: Path) -> None:
+    one, other = (flat(load_checkpoint(path)) for path in (first, second))
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if name.startswith("/config/run"):
+            continue
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, other[name]), name
+        else:
+            assert value == other[name], name
+
+
+class TinyMap(nn.Module):
+    """A backbone of one convolution, so that a loss can be followed by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 4, stride=4)
+
+    def forward(self, images):
+        return self.conv(images).relu()
+
+
+def training_model(prior: float = 0.1, memory: bool = True) -> TrainingModel:
+    torch.manual_seed(0)
+    network = DAN(num_classes=3, backbone=TinyMap(), image_size=(8, 8), reduction=2, dropout=0.0)
+    held = ProgressiveAugmentedMemory(4, 4, key_dim=network.key_dim) if memory else None
+    return TrainingModel(network, held, LossConfig(confidence_prior=prior))
+
+
+def split() -> Split:
+    torch.manual_seed(5)
+    return Split(
+        images=torch.randn(7, 3, 8, 8),
+        labels=torch.tensor([0, 1, 2, 1, -1, -1, -1]),
+        sample_ids=torch.tensor([-1, -1, -1, 9, 4, 5, 6]),
+        num_labeled=3,
+        num_fed_back=1,
+    )
+
+
+def test_losses_are_equation_1_over_the_samples_they_apply_to():
+    model, batch = training_model(), split()
+    losses, record = model(batch)
+    out = model.network(batch.images, batch.labels)
+    known, unlabeled = slice(0, 4), slice(4, 7)
+    cross_entropy = nn.functional.cross_entropy
+    classification = (
+        cross_entropy(out.logits[known], batch.labels[known])
+        + cross_entropy(out.adversary_logits[known], batch.labels[known])
+    ) / 2
+    entropy = sum(
+        -torch.distributions.Categorical(logits=branch[unlabeled]).entropy().mean()
+        for branch in (out.logits, out.adversary_logits)
+    )
+    torch.testing.assert_close(losses["classification"], classification)
+    torch.testing.assert_close(losses["adversary"], 0.6 * out.adversary_loss[known].mean())
+    torch.testing.assert_close(losses["regularizer"], 0.2 * entropy / 2)
+    fresh = ProgressiveAugmentedMemory(4, 4, key_dim=model.network.key_dim)
+    keys = model.network.keys(out)
+    step = fresh(keys[:3], batch.labels[:3], keys[4:], batch.sample_ids[4:])
+    torch.testing.assert_close(losses["embedding"], 0.5 * (step.loss - 0.1 * torch.log(torch.tensor(0.1))))
+    parts = [losses[name] for name in ("classification", "adversary", "embedding", "regularizer")]
+    torch.testing.assert_close(losses["total"], sum(parts))
+    assert record.pseudo_labels.tolist() == step.pseudo_labels.tolist()
+    assert record.labels.tolist() == [0, 1, 2] and len(record.logits) == 3
+    assert record.sample_ids.tolist() == [4, 5, 6]
+
+
+def test_the_memory_holds_labelled_and_unlabelled_but_no_fed_back_samples():
+    model = training_model()
+    model(split())
+    assert sorted(model.memory.labeled.labels.tolist()) == [-1, 0, 1, 2]
+    stored = set(model.memory.unlabeled.sample_ids.tolist()) - {-1}
+    assert stored and stored <= {4, 5, 6}
+
+
+def test_each_group_feels_its_own_losses_only():
+    model = training_model()
+    losses, _ = model(split())
+    gates = [model.memory.alpha, model.memory.alpha_unlabeled, model.memory.beta_logit]
+    attention = list(model.network.attention.parameters())
+    assert all(
+        g is None
+        for g in torch.autograd.grad(losses["adversary"], gates, retain_graph=True, allow_unused=True)
+    )
+    assert all(
+        g is None
+        for g in torch.autograd.grad(losses["embedding"], attention, retain_graph=True, allow_unused=True)
+    )
+    beta = torch.autograd.grad(losses["embedding"], model.memory.beta_logit)[0]
+    assert beta != 0
+
+
+def test_the_prior_moves_beta_up_and_the_literal_loss_does_not():
+    with_prior, literal = training_model(prior=0.1), training_model(prior=0.0)
+    rises = torch.autograd.grad(with_prior(split())[0]["embedding"], with_prior.memory.beta_logit)[0]
+    falls = torch.autograd.grad(literal(split())[0]["embedding"], literal.memory.beta_logit)[0]
+    torch.testing.assert_close(falls - rises, torch.tensor(0.5 * 0.1 * 0.9))
+    assert falls >= 0
+
+
+def test_without_memory_nothing_of_it_is_in_the_loss():
+    model = training_model(memory=False)
+    losses, record = model(split())
+    assert losses["embedding"] == 0 and record.pseudo_labels.numel() == 0
+
+
+def test_training_runs_to_its_end_and_leaves_a_usable_network(images, tmp_path):
+    setup = config(images, tmp_path / "run", data={"targets": str(images / "mall")})
+    trainer = Trainer(setup)
+    evaluations = trainer.fit()
+    assert trainer.epoch == 2 and 0 < evaluations[0].mAP <= 1
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["epochs"] == 2 and results["targets"][0]["dataset"] == "mall"
+    network, settings = trained_network(tmp_path / "run" / "checkpoint.pt")
+    probe = torch.randn(2, 3, *IMAGE_SIZE)
+    torch.testing.assert_close(network.embed(probe), trainer.model.network.eval().embed(probe))
+    assert settings["optimizer"]["epochs"] == 2
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"meta": {"procedure": "daml1"}},
+        {"meta": {"procedure": "daml2"}},
+        {"meta": {"order": 2}},
+        {"data": {"unlabeled": []}},
+        {"data": {"unlabeled_share": 0.0}},
+        {"memory": {"gates": "features"}},
+        {"run": {"precision": "bfloat16"}},
+    ],
+    ids=str,
+)
+def test_every_procedure_trains(images, tmp_path, change):
+    trainer = Trainer(config(images, tmp_path / "run", optimizer={"epochs": 1}, **change))
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.fit()
+    moved = [name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])]
+    assert any(name.startswith("network.") for name in moved)
+    assert (trainer.model.memory is None) == (change.get("data") is not None)
+
+
+def test_a_frozen_backbone_does_not_move_by_momentum_or_decay_either(images, tmp_path):
+    trainer = Trainer(config(images, tmp_path / "run"))
+    attention_wins = iter([True, False, True])
+
+    def decide(logits, adversary_logits, labels):
+        # The worse branch's logits swapped in: the competition decides as if they were the network's.
+        right = nn.functional.one_hot(labels, logits.shape[1]).float()
+        return real(right, -right, labels) if next(attention_wins) else real(-right, right, labels)
+
+    real = trainer.competition.decide
+    trainer.competition.decide = decide
+    plans = iter_batches(trainer)
+    snapshots = [snapshot(trainer)]
+    for _ in range(3):
+        trainer._train_iteration(next(plans), NoScalars())
+        snapshots.append(snapshot(trainer))
+    backbone, attention = "network.backbone.conv1.weight", "network.attention.wc1"
+    cam, norm = "network.classifier.weight", "network.backbone.bn1.bias"
+
+    def moved(step, name):
+        return not torch.equal(snapshots[step][name], snapshots[step + 1][name])
+
+    assert [moved(step, backbone) for step in range(3)] == [True, False, True]
+    assert [moved(step, norm) for step in range(3)] == [True, False, True]
+    assert [moved(step, attention) for step in range(3)] == [False, True, False]
+    assert [moved(step, cam) for step in range(3)] == [True, True, True]
+    assert all(moved(step, "memory.alpha") for step in range(1, 3))
+
+
+class NoScalars:
+    def add(self, name, value):
+        pass
+
+
+def iter_batches(trainer: Trainer):
+    from dan_fast.data import training_loader
+
+    trainer.model.train()
+    return iter(training_loader(trainer.training_set, trainer.planner.plan_epoch(0) * 3, IMAGE_SIZE))
+
+
+def snapshot(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+
+
+def stop_after(trainer: Trainer, iterations: int) -> None:
+    """Send this process SIGINT, as Ctrl-C does, in the given iteration of the run."""
+    step = trainer._train_iteration
+
+    def interrupted(batch, scalars):
+        step(batch, scalars)
+        if trainer.iterations_done + 1 == iterations:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer._train_iteration = interrupted
+
+
+def test_a_run_stopped_by_ctrl_c_resumes_bit_for_bit(images, tmp_path):
+    # Few checkpoints: the one of the interruption must not change what comes after it.
+    whole = config(images, tmp_path / "whole")
+    Trainer(whole).fit()
+    parts = config(images, tmp_path / "parts")
+    for stop in (1, 3):
+        trainer = Trainer(replace(parts, run=replace(parts.run, resume=stop > 1)))
+        stop_after(trainer, stop)
+        with pytest.raises(Interrupted, match=f"iteration {stop}"):
+            trainer.fit()
+    Trainer(replace(parts, run=replace(parts.run, resume=True))).fit()
+    assert_same_state(tmp_path / "whole" / "checkpoint.pt", tmp_path / "parts" / "checkpoint.pt")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def command_line(setup: TrainConfig, *more: str) -> list[str]:
+    path = Path(setup.run.out).with_suffix(".yaml")
+    path.write_text(json.dumps(setup.to_dict()))
+    return [sys.executable, "-m", "dan_fast", "train", "--config", str(path), *more]
+
+
+def test_a_killed_run_resumes_bit_for_bit(images, tmp_path):
+    whole = config(images, tmp_path / "whole", optimizer={"epochs": 6})
+    threads = torch.get_num_threads()
+    killed = config(images, tmp_path / "killed", optimizer={"epochs": 6}, run={"checkpoint_every": 1})
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    process = subprocess.Popen(command_line(killed), env=environment)
+    checkpoint = tmp_path / "killed" / "checkpoint.pt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    reached = load_checkpoint(checkpoint)
+    assert (reached["epoch"], reached["iteration"]) < (6, 0)
+    subprocess.run(command_line(killed, "--run.resume", "true"), env=environment, check=True)
+    Trainer(whole).fit()
+    assert_same_state(tmp_path / "whole" / "checkpoint.pt", checkpoint)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(images, tmp_path):
+    setup = config(images, tmp_path / "run", optimizer={"epochs": 1})
+    Trainer(setup).fit()
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    with pytest.raises(DanFastError, match="already holds a run"):
+        Trainer(setup)
+    with pytest.raises(DanFastError, match="meta.eta is 2.0 here and 1.0 there"):
+        Trainer(replace(setup, meta=MetaConfig(eta=2.0), run=replace(setup.run, resume=True)))
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_run_on_other_images_is_refused(images, tmp_path):
+    setup = config(images, tmp_path / "run", optimizer={"epochs": 1})
+    Trainer(setup).fit()
+    path = tmp_path / "run" / "checkpoint.pt"
+    state = load_checkpoint(path)
+    save_checkpoint(path, {**state, "fingerprint": "of other images"})
+    with pytest.raises(DanFastError, match="was trained on other images"):
+        Trainer(replace(setup, run=replace(setup.run, resume=True)))
+
+
+def test_resuming_without_a_checkpoint_is_an_error(images, tmp_path):
+    with pytest.raises(DanFastError, match="checkpoint.pt does not exist"):
+        Trainer(config(images, tmp_path / "run", run={"resume": True}))
+
+
+def test_no_labelled_images_and_targets_without_test_images_are_errors(images, tmp_path):
+    with pytest.raises(DanFastError, match="data.labeled is empty"):
+        Trainer(config(images, tmp_path / "run", data={"labeled": []}))
+    train_only = tmp_path / "train_only"
+    synthesize(train_only, ["mall"], identities=2, image_size=IMAGE_SIZE, test_fraction=0.0)
+    with pytest.raises(DanFastError, match="mall .* has neither query and gallery nor test images"):
+        Trainer(config(images, tmp_path / "run", data={"targets": str(train_only / "mall")}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_device_is_an_error(images, tmp_path):
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(DanFastError, match=f"{device}"):
+            Trainer(config(images, tmp_path / "run", run={"device": device}))
+
+
+def test_a_diverged_run_says_so_and_keeps_its_checkpoint(images, tmp_path):
+    setup = config(
+        images, tmp_path / "run", optimizer={"epochs": 50, "lr_scale": 1e9}, run={"checkpoint_every": 1}
+    )
+    with pytest.raises(DanFastError, match=r"diverged at iteration \d+ .* lower optimizer.lr_scale"):
+        Trainer(setup).fit()
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert state["epoch"] + state["iteration"] >= 1
+
+
+def test_fit_works_outside_the_main_thread(images, tmp_path):
+    trainer = Trainer(config(images, tmp_path / "run", optimizer={"epochs": 1}))
+    thread = threading.Thread(target=trainer.fit)
+    thread.start()
+    thread.join()
+    assert trainer.epoch == 1
