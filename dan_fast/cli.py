@@ -97,9 +97,7 @@ def evaluate(
         try:
             Path(out).write_text(json.dumps(content, indent=2) + "\n")
         except OSError as error:
-            raise DanFastError(
-                f"{out} cannot be written ({error.strerror}): choose another --out."
-            ) from error
+            raise DanFastError(f"{out} cannot be written ({error.strerror}): choose another --out.") from error
 
 
 def _train(config: TrainConfig) -> None:
@@ -124,9 +122,7 @@ def _parser() -> ArgumentParser:
 
     def command(name: str, help_text: str) -> ArgumentParser:
         subparser = ArgumentParser(description=help_text, exit_on_error=False)
-        subparser.add_argument(
-            "--config", action="config", help="YAML file with these settings; flags win over it."
-        )
+        subparser.add_argument("--config", action="config", help="YAML file with these settings; flags win over it.")
         commands.add_subcommand(name, subparser, help=help_text)
         return subparser
 
@@ -137,9 +133,7 @@ def _parser() -> ArgumentParser:
         synthesize, skip={"progress"}
     )
     command("train", "Train a Data Assimilation Network.").add_class_arguments(TrainConfig)
-    command("evaluate", "CMC, mAP and mINP of a trained network on target sets.").add_function_arguments(
-        evaluate
-    )
+    command("evaluate", "CMC, mAP and mINP of a trained network on target sets.").add_function_arguments(evaluate)
     command("doctor", "What was built, which paths will run, and what to do about anything missing.")
     return parser
 

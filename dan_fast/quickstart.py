@@ -83,7 +83,8 @@ def quickstart(
 
     columns = ["network", *after.percentages()]
     rows = [["untrained", *before.row()], ["trained", *after.row()]]
-    title = f"{UNSEEN}, a domain never seen in training ({after.num_query} queries, {after.num_gallery} gallery images)"
+    size = f"{after.num_query} queries, {after.num_gallery} gallery images"
+    title = f"{UNSEEN}, a domain never seen in training ({size})"
     shown = ConsoleTable(*columns, title=title)
     for row in rows:
         shown.add_row(*row)
@@ -96,32 +97,13 @@ def quickstart(
     page = write_report(
         folder,
         "dan_fast quickstart",
-        f"A ResNet-18 DAN trained from scratch for {epochs} epochs on the synthetic domains {' and '.join(LABELED)} "
-        f"(labelled) and {', '.join(UNLABELED)} (unlabelled), tested on {UNSEEN}.",
+        f"A ResNet-18 DAN trained from scratch for {epochs} epochs on the synthetic domains "
+        f"{' and '.join(LABELED)} (labelled) and {', '.join(UNLABELED)} (unlabelled), tested on {UNSEEN}.",
+        [Table(title, columns, rows, "In percent: CMC at ranks 1, 5 and 10, mAP and mINP.")],
         [
-            Table(
-                title,
-                columns,
-                rows,
-                "Percent. CMC ranks 1, 5 and 10, mean average precision, mean inverse negative penalty.",
-            )
-        ],
-        [
-            Figure(
-                "Training",
-                folder / "curves.png",
-                "Losses, accuracy of both branches, gates and memory over the iterations.",
-            ),
-            Figure(
-                "Ranked lists",
-                folder / "ranked.png",
-                "Queries of the unseen domain and the images the trained network finds most similar.",
-            ),
-            Figure(
-                "Attention",
-                folder / "attention.png",
-                "Spatial attention of NL-CBAM on images of the unseen domain.",
-            ),
+            Figure("Training", folder / "curves.png", "Losses, both branches' accuracy, gates and memory."),
+            Figure("Ranked lists", folder / "ranked.png", f"Queries of {UNSEEN} and what the network ranks first."),
+            Figure("Attention", folder / "attention.png", f"Spatial attention of NL-CBAM on images of {UNSEEN}."),
         ],
     )
     console.print(f"Report: {page} ({time.monotonic() - started:.0f} s)", highlight=False, soft_wrap=True)

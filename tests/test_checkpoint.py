@@ -34,9 +34,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        with pytest.raises(
-            DanFastError, match=r"checkpoint.pt could not be written \(.*previous checkpoint.*intact"
-        ):
+        with pytest.raises(DanFastError, match=r"checkpoint.pt could not be written \(.*previous checkpoint.*intact"):
             save_checkpoint(path, {"epoch": 2, "weights": torch.zeros(1_000_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -81,9 +79,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
 def test_another_configuration_is_refused_by_the_names_that_differ(tmp_path):
     saved = TrainConfig(data=DataConfig(labeled=["a"])).to_dict()
     current = TrainConfig(data=DataConfig(labeled=["b"]), optimizer=OptimizerConfig(epochs=7)).to_dict()
-    with pytest.raises(
-        DanFastError, match=r"data.labeled is \['b'\] here.*optimizer.epochs is 7 here and 500 there"
-    ):
+    with pytest.raises(DanFastError, match=r"data.labeled is \['b'\] here.*optimizer.epochs is 7 here and 500 there"):
         require_same_training(saved, current, tmp_path / "checkpoint.pt")
 
 

@@ -154,13 +154,9 @@ def test_each_group_feels_its_own_losses_only():
     losses, _ = model(split())
     gates = [model.memory.alpha, model.memory.alpha_unlabeled, model.memory.beta_logit]
     attention = list(model.network.attention.parameters())
+    assert all(g is None for g in torch.autograd.grad(losses["adversary"], gates, retain_graph=True, allow_unused=True))
     assert all(
-        g is None
-        for g in torch.autograd.grad(losses["adversary"], gates, retain_graph=True, allow_unused=True)
-    )
-    assert all(
-        g is None
-        for g in torch.autograd.grad(losses["embedding"], attention, retain_graph=True, allow_unused=True)
+        g is None for g in torch.autograd.grad(losses["embedding"], attention, retain_graph=True, allow_unused=True)
     )
     beta = torch.autograd.grad(losses["embedding"], model.memory.beta_logit)[0]
     assert beta != 0
@@ -357,9 +353,7 @@ def test_an_unknown_device_is_an_error(images, tmp_path):
 
 
 def test_a_diverged_run_says_so_and_keeps_its_checkpoint(images, tmp_path):
-    setup = config(
-        images, tmp_path / "run", optimizer={"epochs": 50, "lr_scale": 1e9}, run={"checkpoint_every": 1}
-    )
+    setup = config(images, tmp_path / "run", optimizer={"epochs": 50, "lr_scale": 1e9}, run={"checkpoint_every": 1})
     with pytest.raises(DanFastError, match=r"diverged at iteration \d+ .* lower optimizer.lr_scale"):
         Trainer(setup).fit()
     state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")

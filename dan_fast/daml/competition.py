@@ -65,9 +65,7 @@ class Competition:
 
 def _attention_wins(attention_logits: Tensor, adversary_logits: Tensor, labels: Tensor) -> Tensor:
     correct = (attention_logits.argmax(1) == labels).sum() - (adversary_logits.argmax(1) == labels).sum()
-    closer = F.cross_entropy(attention_logits.float(), labels) <= F.cross_entropy(
-        adversary_logits.float(), labels
-    )
+    closer = F.cross_entropy(attention_logits.float(), labels) <= F.cross_entropy(adversary_logits.float(), labels)
     return (correct > 0) | ((correct == 0) & closer)
 
 

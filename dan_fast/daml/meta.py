@@ -82,9 +82,7 @@ def meta_gradients(
         current = dict(params)
     constants = {name: value.detach() for name, value in current.items() if name not in active}
 
-    train_grads = _group_gradients(
-        train_losses, current, groups, create_graph=order == 2, keep_graph=order == 2
-    )
+    train_grads = _group_gradients(train_losses, current, groups, create_graph=order == 2, keep_graph=order == 2)
     moved = {name: current[name] - inner_lr * grad for name, grad in train_grads.items()}
     if order == 1:
         moved = {name: value.detach().requires_grad_() for name, value in moved.items()}
@@ -94,9 +92,7 @@ def meta_gradients(
         test_grads = _group_gradients(test_losses, moved, groups)
         grads = {name: grad + eta * test_grads[name] for name, grad in train_grads.items()}
     else:
-        objective = {
-            name: _loss(train_losses, name) + eta * _loss(test_losses, name) for _, name in groups.values()
-        }
+        objective = {name: _loss(train_losses, name) + eta * _loss(test_losses, name) for _, name in groups.values()}
         grads = _group_gradients(objective, current, groups)
     return MetaGradients(_detached(train_losses), _detached(test_losses), grads)
 
@@ -108,9 +104,7 @@ def _check_groups(params: Params, groups: Groups) -> None:
             if name not in params:
                 raise ValueError(f"groups: {group!r} names parameter {name!r}, which is not in params")
             if name in owner:
-                raise ValueError(
-                    f"groups: {name!r} stands in {owner[name]!r} and again in {group!r}; list it once"
-                )
+                raise ValueError(f"groups: {name!r} stands in {owner[name]!r} and again in {group!r}; list it once")
             owner[name] = group
 
 

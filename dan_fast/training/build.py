@@ -68,11 +68,7 @@ def trained_network(path: str | Path) -> tuple[DAN, dict[str, Any]]:
         network = initial_network(from_checkpoint, state["num_classes"])
     prefix = "network."
     network.load_state_dict(
-        {
-            name.removeprefix(prefix): value
-            for name, value in state["model"].items()
-            if name.startswith(prefix)
-        }
+        {name.removeprefix(prefix): value for name, value in state["model"].items() if name.startswith(prefix)}
     )
     return network.eval(), settings
 

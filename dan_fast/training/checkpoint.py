@@ -64,9 +64,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
-        raise DanFastError(
-            f"{path} is truncated or no checkpoint: use another one or train again."
-        ) from error
+        raise DanFastError(f"{path} is truncated or no checkpoint: use another one or train again.") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise DanFastError(f"{path} is not a checkpoint of this version of dan_fast ({FORMAT!r}).")
     return state

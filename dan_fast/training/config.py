@@ -67,9 +67,7 @@ class DataConfig(_Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.labeled, self.unlabeled, self.targets = map(
-            as_list, (self.labeled, self.unlabeled, self.targets)
-        )
+        self.labeled, self.unlabeled, self.targets = map(as_list, (self.labeled, self.unlabeled, self.targets))
 
 
 @dataclass

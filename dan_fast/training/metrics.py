@@ -32,9 +32,7 @@ class Scalars:
     def flush(self, step: int) -> dict[str, float]:
         """Write the means of the window as of `step`, forget it, and return them."""
         means = {
-            name: float(
-                torch.stack([torch.as_tensor(value, dtype=torch.float64).cpu() for value in values]).mean()
-            )
+            name: float(torch.stack([torch.as_tensor(value, dtype=torch.float64).cpu() for value in values]).mean())
             for name, values in self._window.items()
         }
         self._window.clear()

@@ -64,9 +64,7 @@ class TrainingModel(nn.Module):
         self.autocast_dtype = autocast_dtype
 
     def forward(self, split: Split) -> tuple[dict[str, Tensor], PassRecord]:
-        with torch.autocast(
-            split.images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
-        ):
+        with torch.autocast(split.images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             out = self.network(split.images, split.labels)
         labeled, known = split.num_labeled, split.num_labeled + split.num_fed_back
         logits, adversary_logits = out.logits.float(), out.adversary_logits.float()
@@ -80,9 +78,7 @@ class TrainingModel(nn.Module):
             adversary = self.weights.adversary * out.adversary_loss[:known].float().mean()
         regularizer = zero
         if known < len(split.labels):
-            regularizer = (
-                self.weights.regularizer * sum(_negative_entropy(branch[known:]) for branch in branches) / 2
-            )
+            regularizer = self.weights.regularizer * sum(_negative_entropy(branch[known:]) for branch in branches) / 2
 
         embedding = zero
         pseudo_labels = split.sample_ids.new_empty(0)

@@ -20,9 +20,7 @@ def step_size(epochs_done: float, epochs: int, scale: float = 1.0) -> float:
         (0.001, 0.001)
     """
     if epochs < 1 or epochs_done < 0:
-        raise ValueError(
-            f"epochs must be positive and epochs_done not negative, got {epochs} and {epochs_done}"
-        )
+        raise ValueError(f"epochs must be positive and epochs_done not negative, got {epochs} and {epochs_done}")
     # The small term keeps a whole epoch whole where the quotient is not exact.
     t = math.floor(epochs_done * max(1.0, PAPER_EPOCHS / epochs) + 1e-9)
     if t <= 50:

@@ -48,9 +48,7 @@ class Trainer:
         saved = self._saved_state()
 
         if not config.data.labeled:
-            raise DanFastError(
-                "data.labeled is empty: name at least one folder or manifest with labelled images."
-            )
+            raise DanFastError("data.labeled is empty: name at least one folder or manifest with labelled images.")
         self.training_set = TrainingSet(
             [load_dataset(path) for path in config.data.labeled],
             [load_dataset(path) for path in config.data.unlabeled],
@@ -316,9 +314,7 @@ class Trainer:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "config.yaml").write_text(yaml.safe_dump(self.config.to_dict(), sort_keys=False))
         except OSError as error:
-            raise DanFastError(
-                f"{self.out} cannot be written ({error.strerror}): choose another run.out."
-            ) from error
+            raise DanFastError(f"{self.out} cannot be written ({error.strerror}): choose another run.out.") from error
 
     def _save(self) -> None:
         sample_ids, pseudo_labels = self.feedback or (None, None)
