@@ -14,12 +14,10 @@ BrokenImages = Literal["error", "skip"]
 Paths = list[str] | str
 
 
-class _Section:
-    """Settings as plain numbers: the types with which flags are checked do not load with weights_only=True."""
-
-    def __post_init__(self) -> None:
-        for each in fields(self):
-            setattr(self, each.name, _plain(getattr(self, each.name)))
+def _make_plain(section: Any) -> None:
+    """Turn the types with which flags are checked into plain numbers, which load with weights_only=True."""
+    for each in fields(section):
+        setattr(section, each.name, _plain(getattr(section, each.name)))
 
 
 def _plain(value: Any) -> Any:
@@ -36,7 +34,7 @@ def as_list(paths: Paths) -> list[str]:
 
 
 @dataclass
-class DataConfig(_Section):
+class DataConfig:
     """Images and batches.
 
     Args:
@@ -66,12 +64,12 @@ class DataConfig(_Section):
     broken_images: BrokenImages = "error"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _make_plain(self)
         self.labeled, self.unlabeled, self.targets = map(as_list, (self.labeled, self.unlabeled, self.targets))
 
 
 @dataclass
-class ModelConfig(_Section):
+class ModelConfig:
     """The network.
 
     Args:
@@ -86,9 +84,11 @@ class ModelConfig(_Section):
     reduction: PositiveInt = 12
     dropout: ClosedUnitInterval = 0.5
 
+    __post_init__ = _make_plain
+
 
 @dataclass
-class MemoryConfig(_Section):
+class MemoryConfig:
     """The progressive augmented memory.
 
     Args:
@@ -106,9 +106,11 @@ class MemoryConfig(_Section):
     decay_unlabeled: ClosedUnitInterval = 0.99
     gates: Literal["parameters", "features"] = "parameters"
 
+    __post_init__ = _make_plain
+
 
 @dataclass
-class LossConfig(_Section):
+class LossConfig:
     """Weights of the losses, Eq. (1).
 
     Args:
@@ -124,9 +126,11 @@ class LossConfig(_Section):
     regularizer: NonNegativeFloat = 0.2
     confidence_prior: NonNegativeFloat = 0.1
 
+    __post_init__ = _make_plain
+
 
 @dataclass
-class MetaConfig(_Section):
+class MetaConfig:
     """Data assimilation meta-learning, Sec. III-D.
 
     Args:
@@ -143,9 +147,11 @@ class MetaConfig(_Section):
     eta: NonNegativeFloat = 1.0
     stall_guard: NonNegativeInt = 20
 
+    __post_init__ = _make_plain
+
 
 @dataclass
-class OptimizerConfig(_Section):
+class OptimizerConfig:
     """The outer SGD and its schedule, Eq. (19).
 
     Args:
@@ -161,9 +167,11 @@ class OptimizerConfig(_Section):
     momentum: NonNegativeFloat = 0.9
     weight_decay: NonNegativeFloat = 5e-4
 
+    __post_init__ = _make_plain
+
 
 @dataclass
-class RunConfig(_Section):
+class RunConfig:
     """Where and how the run takes place; nothing here changes what is learnt but seed and precision.
 
     Args:
@@ -185,6 +193,8 @@ class RunConfig(_Section):
     checkpoint_every: PositiveInt = 200
     log_every: PositiveInt = 10
     evaluate_every: NonNegativeInt = 0
+
+    __post_init__ = _make_plain
 
 
 @dataclass

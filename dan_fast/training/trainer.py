@@ -211,8 +211,8 @@ class Trainer:
                 raise ValueError("the total loss is not finite")
         except ValueError as error:
             raise DanFastError(
-                f"Training diverged at iteration {self.iterations_done} ({error}): lower optimizer.lr_scale; "
-                f"{self.checkpoint} holds an earlier state."
+                f"Training cannot go on at iteration {self.iterations_done} ({error}): if the losses grew before, "
+                f"lower optimizer.lr_scale; {self.checkpoint} holds the last state saved, if any."
             ) from error
 
         for name, parameter in params.items():

@@ -1,0 +1,140 @@
+"""The command line: what each command leaves behind, and one sentence and an exit code for each mistake."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from dan_fast.cli import main
+from dan_fast.data.synthetic import synthesize
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    synthesize(root, ["campus", "street"], identities=6, cameras=2, image_size=(32, 32), test_fraction=0.5)
+    return root
+
+
+def tiny_run(images, out) -> list[str]:
+    return [
+        *("train", "--data.labeled", str(images / "campus"), "--data.image_size", "[32, 32]", "--data.workers", "0"),
+        *("--data.batch_size", "4", "--model.backbone", "resnet18", "--model.weights", "none"),
+        *("--optimizer.epochs", "1", "--run.out", str(out), "--run.device", "cpu"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main(tiny_run(images, out)) == 0
+    return out
+
+
+def test_train_writes_the_settings_it_was_given(run, images):
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert settings["data"]["labeled"] == [str(images / "campus")]
+    assert settings["optimizer"] == {"epochs": 1, "lr_scale": 1.0, "momentum": 0.9, "weight_decay": 5e-4}
+
+
+def test_the_written_settings_start_the_same_run(run, images, tmp_path):
+    assert main(["train", "--config", str(run / "config.yaml"), "--run.out", str(tmp_path / "again")]) == 0
+    first, second = (torch.load(folder / "checkpoint.pt") for folder in (run, tmp_path / "again"))
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+
+
+def test_evaluate_prints_a_table_and_writes_json(run, images, tmp_path, capsys):
+    out = tmp_path / "figures.json"
+    targets = f"[{images / 'street'}, {images / 'campus'}]"
+    checkpoint = str(run / "checkpoint.pt")
+    assert main(["evaluate", "--checkpoint", checkpoint, "--targets", targets, "--baselines", "true",
+                 "--workers", "0", "--out", str(out)]) == 0  # fmt: skip
+    rows = json.loads(out.read_text())
+    assert [(row["dataset"], row["features"]) for row in rows] == [
+        (dataset, features) for dataset in ("street", "campus") for features in ("trained", "untrained", "chance")
+    ]
+    assert all(0 <= row["mAP"] <= 1 for row in rows)
+    assert "untrained" in capsys.readouterr().out
+
+
+def test_quickstart_leaves_a_report_with_pictures(tmp_path, capsys):
+    out = tmp_path / "quick"
+    assert main(["quickstart", "--out", str(out), "--epochs", "1", "--identities", "6"]) == 0
+    for name in ("index.html", "curves.png", "ranked.png", "attention.png"):
+        assert (out / name).stat().st_size > 1000
+    printed = capsys.readouterr().out
+    assert "untrained" in printed and "trained" in printed and "mAP" in printed
+    assert main(["quickstart", "--out", str(out), "--epochs", "1", "--identities", "6"]) == 0
+
+
+def test_synthesize_prints_the_manifests(tmp_path, capsys):
+    root = tmp_path / "drawn"
+    assert main(["synthesize", "--root", str(root), "--domains", "[night]", "--identities", "2"]) == 0
+    assert capsys.readouterr().out.strip() == str(root / "night" / "manifest.csv")
+
+
+def test_doctor_runs(capsys):
+    assert main(["doctor"]) == 0
+    assert "memory_step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["train", "--data.labeled", "/nowhere"], 1, "There is no dataset at /nowhere"),
+        (["train"], 1, "data.labeled is empty"),
+        (["train", "--data.labeld", "x"], 2, "unrecognized arguments: --data.labeld x"),
+        (["train", "--optimizer.epochs", "0"], 2, '"optimizer.epochs"'),
+        (["train", "--config", "/nowhere.yaml"], 2, "does not exist: '/nowhere.yaml'"),
+        (["evaluate", "--checkpoint", "/nowhere.pt", "--targets", "x"], 1, "/nowhere.pt does not exist"),
+        (["evaluate"], 2, "arguments are required"),
+        (["synthesize", "--root", "/proc/none", "--domains", "[night]"], 1, "/proc/none"),
+        (["frobnicate"], 2, "invalid choice: 'frobnicate'"),
+        ([], 2, "was not provided"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_an_exit_code(arguments, code, sentence, capsys):
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    assert sentence in captured.err and captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+
+
+def test_an_unknown_key_in_the_yaml_is_named(tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text("data:\n  labeled: a\n  labled: b\n")
+    assert main(["train", "--config", str(path)]) == 2
+    assert "data.labled" in capsys.readouterr().err
+
+
+def test_a_truncated_checkpoint_is_named(run, images, tmp_path, capsys):
+    half = tmp_path / "half.pt"
+    content = (run / "checkpoint.pt").read_bytes()
+    half.write_bytes(content[: len(content) // 2])
+    assert main(["evaluate", "--checkpoint", str(half), "--targets", str(images / "street")]) == 1
+    assert "half.pt is truncated or no checkpoint" in capsys.readouterr().err
+
+
+def test_a_broken_image_stops_or_is_skipped_with_a_count(images, tmp_path, capsys):
+    root = tmp_path / "broken"
+    synthesize(root, ["campus"], identities=6, cameras=2, image_size=(32, 32), test_fraction=0.5)
+    victim = next(iter(sorted((root / "campus" / "images").glob("*.jpg"))))
+    victim.write_bytes(victim.read_bytes()[:200])
+    # Halves of four: batch norm needs more than the one image that a half of two would have left.
+    larger = ("--data.batch_size", "8", "--optimizer.epochs", "4")
+    assert main([*tiny_run(root, tmp_path / "stops"), *larger]) == 1
+    assert victim.name in capsys.readouterr().err
+    assert main([*tiny_run(root, tmp_path / "skips"), *larger, "--data.broken_images", "skip"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{printed.count(f'Skipped {victim}')} broken images were skipped" in printed
+
+
+def test_help_names_the_papers_defaults():
+    text = subprocess.run(
+        [sys.executable, "-m", "dan_fast", "train", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for words in ("lambda1", "the paper: 9000", "the paper: 500", "kappa1", "the paper: resnet50"):
+        assert words in " ".join(text.split()), words
