@@ -75,9 +75,7 @@ def find_compiler() -> list[str]:
         raise CannotBuild("the compiled extension is built on Linux only")
     chosen = shlex.split(os.environ.get("CXX", ""))
     if chosen and shutil.which(chosen[0]) is None:
-        raise CannotBuild(
-            f"CXX names {chosen[0]}, which was not found; install it or unset CXX, then {AGAIN}"
-        )
+        raise CannotBuild(f"CXX names {chosen[0]}, which was not found; install it or unset CXX, then {AGAIN}")
     for command in [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]:
         if shutil.which(command[0]) is not None:
             return command
@@ -246,9 +244,7 @@ class BuildNative(build_ext):
     def run(self) -> None:
         package = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
         info = build_native(package / "dan_fast", ROOT / "build/native")
-        print(
-            f"dan_fast: built {' and '.join(info['built']) or 'no extension: PyTorch serves every operator'}"
-        )
+        print(f"dan_fast: built {' and '.join(info['built']) or 'no extension: PyTorch serves every operator'}")
         for sentence in info["missing"]:
             print(f"dan_fast: {sentence}", file=sys.stderr)
 

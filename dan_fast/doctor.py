@@ -53,16 +53,12 @@ def report() -> Report:
         (broken if _extension.LIBRARY.is_file() else advice).append(str(_extension.why_not()))
     advice += [sentence for sentence in info.get("missing", []) if sentence not in advice]
     if stale(info.get("source_hash")):
-        broken.append(
-            "csrc or python_bindings changed since the extension was built; run `pip install -e .` again"
-        )
+        broken.append("csrc or python_bindings changed since the extension was built; run `pip install -e .` again")
     gpus = list(_gpus())
     if torch.version.cuda is None and torch.version.hip is None:
         advice.append("this PyTorch is a CPU build; for a GPU install a CUDA build of torch and torchvision")
     elif not gpus:
-        advice.append(
-            "no GPU was found, so everything runs on the CPU; if there is one, see what `nvidia-smi` says"
-        )
+        advice.append("no GPU was found, so everything runs on the CPU; if there is one, see what `nvidia-smi` says")
     for index in range(len(gpus)):
         reason = _extension.why_not_on("cuda", index)
         if reason is not None and reason not in advice + broken:

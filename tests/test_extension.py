@@ -80,9 +80,7 @@ def test_the_binary_needs_only_the_stable_abi():
 
 @needs_extension
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "rows, columns", [(1, 1), (3, 7), (5, 8), (63, 33), (100, 64), (17, 2045), (1000, 15)]
-)
+@pytest.mark.parametrize("rows, columns", [(1, 1), (3, 7), (5, 8), (63, 33), (100, 64), (17, 2045), (1000, 15)])
 def test_values_on_the_kernel(dtype: torch.dtype, rows: int, columns: int):
     features = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
     with Called() as called:
@@ -221,9 +219,7 @@ def test_a_library_that_does_not_load_is_named(forget: None, monkeypatch: pytest
     broken = tmp_path / "_native.so"
     broken.write_bytes(b"not a library")
     monkeypatch.setattr(_extension, "LIBRARY", broken)
-    assert re.search(
-        r"_native.so does not load with torch .*run `pip install -e .`", _extension.why_not() or ""
-    )
+    assert re.search(r"_native.so does not load with torch .*run `pip install -e .`", _extension.why_not() or "")
     with pytest.warns(RuntimeWarning, match="does not load"):
         assert row_sq_norms(torch.ones(1, 4)).item() == 4
 
@@ -245,9 +241,7 @@ def kernel_on_host(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize(
-    "rows, columns, stride", [(1, 1, 1), (2, 31, 32), (5, 33, 33), (3, 2045, 2048), (4, 0, 3)]
-)
+@pytest.mark.parametrize("rows, columns, stride", [(1, 1, 1), (2, 31, 32), (5, 33, 33), (3, 2045, 2048), (4, 0, 3)])
 def test_the_cuda_kernel_run_on_host_threads(
     kernel_on_host: Path, dtype: torch.dtype, rows: int, columns: int, stride: int
 ):

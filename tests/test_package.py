@@ -95,9 +95,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(folder))
     # What is given by an absolute path outside the test's folders, /usr/local/cuda, is not there either.
-    monkeypatch.setattr(
-        shutil, "which", lambda name: which(name) if (folder / name).is_relative_to(tmp_path) else None
-    )
+    monkeypatch.setattr(shutil, "which", lambda name: which(name) if (folder / name).is_relative_to(tmp_path) else None)
 
     def put(**scripts: str | None) -> Path:
         for name, body in scripts.items():
@@ -139,9 +137,7 @@ def test_nvcc(build: ModuleType, tools, tmp_path: Path, monkeypatch: pytest.Monk
     assert build.find_nvcc() == on_path, "a CUDA_HOME that is not there is no error"
 
 
-def test_torch_is_asked_for_only_where_there_is_none(
-    build: ModuleType, tools, monkeypatch: pytest.MonkeyPatch
-):
+def test_torch_is_asked_for_only_where_there_is_none(build: ModuleType, tools, monkeypatch: pytest.MonkeyPatch):
     tools(**{"c++": "exit 0"})
     assert build.find_torch() is not None and build.build_requirements() == []
     monkeypatch.setattr(build, "OLDEST_TORCH", (99, 0))
