@@ -148,6 +148,9 @@ class Trainer:
         )
         self.model.train()
         for batch in loader:
+            for path in batch.skipped:
+                self.skipped += 1
+                display.say(f"Skipped {path}: it cannot be decoded.")
             self._train_iteration(batch, scalars)
             self.iteration += 1
             last = self.iteration == self.planner.iterations
@@ -164,10 +167,6 @@ class Trainer:
 
     def _train_iteration(self, batch: MiniBatch, scalars: Scalars) -> None:
         meta = self.config.meta
-        for path in batch.skipped:
-            self.skipped += 1
-            scalars.add("data/skipped", 1.0)
-            print(f"Skipped {path}: it cannot be decoded.", flush=True)
         progress = self.epoch + self.iteration / self.planner.iterations
         lr = step_size(progress, self.config.optimizer.epochs, self.config.optimizer.lr_scale)
         params = dict(self.model.named_parameters())
