@@ -28,7 +28,7 @@ from dan_fast.training.build import initial_network
 LABELED = ("campus", "station")
 UNLABELED = ("mall",)
 UNSEEN = "street"
-IMAGE_SIZE = (128, 64)
+IMAGE_SIZE = (96, 48)
 
 
 def quickstart(
@@ -120,7 +120,7 @@ def _config(folder: Path, epochs: int, seed: int, workers: int) -> TrainConfig:
         ),
         model=ModelConfig(backbone="resnet18", weights="none"),
         memory=MemoryConfig(labeled_slots=600, unlabeled_slots=400),
-        meta=MetaConfig(order=1),
+        meta=MetaConfig(order=1, stall_guard=2),
         optimizer=OptimizerConfig(epochs=epochs, lr_scale=30.0),
         run=RunConfig(out=str(run), resume=(run / "checkpoint.pt").exists(), seed=seed),
     )

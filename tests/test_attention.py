@@ -57,9 +57,7 @@ def derivatives(ops, name, arguments):
     leaves = [a.detach().clone().requires_grad_() if a.is_floating_point() else a for a in arguments]
     wanted = [a for a in leaves if a.requires_grad]
     outputs = call(ops, name, *leaves)
-    loss = sum(
-        (torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype) * o.flatten().sin()).sum() for o in outputs
-    )
+    loss = sum((torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype) * o.flatten().sin()).sum() for o in outputs)
     first = torch.autograd.grad(loss, wanted, create_graph=True)
     second = torch.autograd.grad(sum((g.sin() * (i + 1)).sum() for i, g in enumerate(first)), wanted)
     return [t.detach() for t in (*outputs, *first, *second)]
@@ -124,9 +122,7 @@ def test_adversary_by_hand(ops):
     features = torch.tensor([[[[1.0, 2.0]], [[0.0, -1.0]]]], dtype=torch.float64)
     refined = torch.tensor([[[[0.5, 1.0]], [[1.5, 3.0]]]], dtype=torch.float64)
     cam_weight = torch.tensor([[9.0, 9.0], [2.0, 3.0]], dtype=torch.float64)
-    loss, refined_map, adversary_map = ops.attention_adversary(
-        features, refined, cam_weight, torch.tensor([1])
-    )
+    loss, refined_map, adversary_map = ops.attention_adversary(features, refined, cam_weight, torch.tensor([1]))
     assert refined_map.tolist() == [[1.0, 2.0]]
     assert adversary_map.tolist() == [[2.0, 1.0]]
     assert loss.item() == pytest.approx(2 * sigmoid(3.0) * sigmoid(1.0))
@@ -302,6 +298,4 @@ def test_arguments_are_left_as_they_were(ops):
     features, weights, cam_weight, labels = problem()
     before = [t.clone() for t in (features, *weights, cam_weight, labels)]
     ops.attention_head(features, weights, cam_weight, labels)
-    assert all(
-        torch.equal(a, b) for a, b in zip(before, (features, *weights, cam_weight, labels), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(before, (features, *weights, cam_weight, labels), strict=True))

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import yaml
+
 from dan_fast.cli import main
 from dan_fast.data.synthetic import synthesize
 

@@ -161,9 +161,7 @@ def test_a_folder_one_level_too_low(market: Path, tmp_path: Path) -> None:
         message = sentence(market / part)
         assert f"one part of the Market-1501 folder {market}; give that folder" in message
     file = write_manifest(tmp_path / "shop", "images/a.jpg,1,1,train")
-    assert f"seems to hold the images of the manifest {file}; give {file.parent}" in sentence(
-        file.parent / "images"
-    )
+    assert f"seems to hold the images of the manifest {file}; give {file.parent}" in sentence(file.parent / "images")
 
 
 def test_a_folder_one_level_too_high(market: Path, tmp_path: Path) -> None:

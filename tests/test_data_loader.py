@@ -85,24 +85,16 @@ def test_batches_are_what_was_planned(source: TrainingSet) -> None:
         for items, part in zip(plan, batch[:2], strict=True):
             assert part.images.shape == (4, 3, *SIZE) and part.images.dtype == torch.float32
             assert part.labels.tolist() == [item.label for item in items]
-            assert part.sample_ids.tolist() == [
-                -1 if item.kind == "labeled" else item.index for item in items
-            ]
+            assert part.sample_ids.tolist() == [-1 if item.kind == "labeled" else item.index for item in items]
             assert part.labels.dtype == part.sample_ids.dtype == torch.int64
         assert batch.meta_train[3:] == (2, 0) and batch.meta_test[3:] == (1, 1)
         assert set(batch.meta_test.sample_ids[1:2].tolist()) <= {4, 2}
 
 
 @pytest.mark.parametrize("kind", ["labeled", "fed_back", "unlabeled"])
-def test_the_pixels_belong_to_the_sample(
-    source: TrainingSet, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "dan_fast.data.loader.train_transform", lambda size: lambda image: image[:, :16, :8] / 1.0
-    )
-    for plan, batch in zip(
-        plans := planner(source).plan_epoch(0, FEEDBACK), load(source, plans), strict=True
-    ):
+def test_the_pixels_belong_to_the_sample(source: TrainingSet, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dan_fast.data.loader.train_transform", lambda size: lambda image: image[:, :16, :8] / 1.0)
+    for plan, batch in zip(plans := planner(source).plan_epoch(0, FEEDBACK), load(source, plans), strict=True):
         for items, part in zip(plan, batch[:2], strict=True):
             for item, image in zip(items, part.images, strict=True):
                 if item.kind == kind:
@@ -125,10 +117,7 @@ def test_augmentation_depends_on_the_plan_alone(source: TrainingSet) -> None:
     assert equal(load(source, plans, workers=1), first)
     # Resuming after the first iteration.
     assert equal(load(source, plans[1:]), first[1:])
-    other = [
-        plan._replace(meta_train=tuple(i._replace(seed=i.seed + 1) for i in plan.meta_train))
-        for plan in plans
-    ]
+    other = [plan._replace(meta_train=tuple(i._replace(seed=i.seed + 1) for i in plan.meta_train)) for plan in plans]
     changed = load(source, other)
     assert not torch.equal(changed[0].meta_train.images, first[0].meta_train.images)
     assert torch.equal(changed[0].meta_test.images, first[0].meta_test.images)
@@ -175,17 +164,13 @@ def test_broken_images_are_skipped_and_named(source: TrainingSet, workers: int) 
         break_image(path, kind)
 
     def path_of(item) -> Path:
-        return (source.labeled_samples if item.kind == "labeled" else source.unlabeled_samples)[
-            item.index
-        ].path
+        return (source.labeled_samples if item.kind == "labeled" else source.unlabeled_samples)[item.index].path
 
     for plan, before, after in zip(
         plans, whole, load(source, plans, workers=workers, broken_images="skip"), strict=True
     ):
         items = [item for part in plan for item in part]
-        assert after.skipped == tuple(
-            str(path_of(item)) for item in items if path_of(item) in broken.values()
-        )
+        assert after.skipped == tuple(str(path_of(item)) for item in items if path_of(item) in broken.values())
         for part, left, full in zip(plan, after[:2], before[:2], strict=True):
             kept = [place for place, item in enumerate(part) if path_of(item) not in broken.values()]
             # The others look as if nothing had been left out before them.

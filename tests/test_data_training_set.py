@@ -104,16 +104,11 @@ def test_fingerprint_follows_paths_labels_roles_and_share_but_not_the_place() ->
         ([dataset("one", [3, 4])], [dataset("x", [1])], 1.5, "1.5; choose it between 0 and 1"),
     ],
 )
-def test_mistakes(
-    labeled: list[ReIDDataset], unlabeled: list[ReIDDataset], share: float, expected: str
-) -> None:
+def test_mistakes(labeled: list[ReIDDataset], unlabeled: list[ReIDDataset], share: float, expected: str) -> None:
     with pytest.raises(DanFastError) as caught:
         TrainingSet(labeled, unlabeled, unlabeled_share=share)
     assert expected in str(caught.value)
 
 
 def test_no_unlabelled_image_is_needed_for_a_share_of_none() -> None:
-    assert (
-        TrainingSet([dataset("one", [3, 4])], [dataset("none", [])], unlabeled_share=0.0).unlabeled_samples
-        == ()
-    )
+    assert TrainingSet([dataset("one", [3, 4])], [dataset("none", [])], unlabeled_share=0.0).unlabeled_samples == ()

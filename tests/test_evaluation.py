@@ -62,9 +62,7 @@ def test_features_follow_the_samples(people):
 
 def test_no_gradient_is_recorded(people):
     weight = torch.ones(3, requires_grad=True)
-    assert not extract_features(
-        lambda images: embed(images) * weight, people[:2], SIZE
-    ).features.requires_grad
+    assert not extract_features(lambda images: embed(images) * weight, people[:2], SIZE).features.requires_grad
 
 
 def test_bfloat16_runs_under_autocast(people):

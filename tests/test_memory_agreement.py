@@ -11,9 +11,7 @@ from dan_fast import MemoryState, functional, reference
 def agree(actual, expected, tolerance=1e-10):
     actual, expected = actual.double(), expected.double()
     assert actual.isfinite().all() and expected.isfinite().all()
-    assert ((actual - expected).abs() <= tolerance * (1 + expected.abs())).all(), (
-        (actual - expected).abs().max()
-    )
+    assert ((actual - expected).abs() <= tolerance * (1 + expected.abs())).all(), (actual - expected).abs().max()
 
 
 def make_keys(kind, count, d, generator):
@@ -53,9 +51,7 @@ def derivatives(step, inputs):
     first = torch.autograd.grad(step.loss, inputs, create_graph=True)
     if not any(x.requires_grad for x in first):
         return [step.loss, *first]
-    mixture = sum(
-        (x * (1 + torch.arange(x.numel()).reshape(x.shape)).cos()).sum() + x.square().sum() for x in first
-    )
+    mixture = sum((x * (1 + torch.arange(x.numel()).reshape(x.shape)).cos()).sum() + x.square().sum() for x in first)
     second = torch.autograd.grad(mixture, inputs, allow_unused=True, materialize_grads=True)
     return [step.loss, *first, *second]
 
@@ -99,9 +95,7 @@ def test_sequences_agree_in_float64(slots, d, batch, classes, fill, kind, alpha,
             states[impl] = [step.labeled, step.unlabeled]
         (literal, expected), (fast, actual) = results[reference], results[functional]
         assert torch.equal(fast.pseudo_labels, literal.pseudo_labels)
-        for a, b in zip(
-            (*fast.labeled, *fast.unlabeled), (*literal.labeled, *literal.unlabeled), strict=True
-        ):
+        for a, b in zip((*fast.labeled, *fast.unlabeled), (*literal.labeled, *literal.unlabeled), strict=True):
             assert a.dtype == b.dtype and not a.requires_grad and not b.requires_grad
             agree(a, b)
         if kind == "zero":
@@ -115,9 +109,7 @@ def test_sequences_agree_in_float64(slots, d, batch, classes, fill, kind, alpha,
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    slots=st.integers(1, 12), rows=st.integers(0, 4), classes=st.integers(1, 3), seed=st.integers(0, 10**6)
-)
+@given(slots=st.integers(1, 12), rows=st.integers(0, 4), classes=st.integers(1, 3), seed=st.integers(0, 10**6))
 def test_sets_and_weights_agree(slots, rows, classes, seed):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(-1, classes, (slots,), generator=generator)

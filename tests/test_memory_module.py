@@ -114,9 +114,7 @@ def test_one_backward_through_two_steps(monkeypatch, settle):
                 alpha - 0.5 * grads[1],
                 *gates,
             )
-        results.append(
-            torch.autograd.grad(loss + inner.loss, [key, alpha, memory.alpha_unlabeled, memory.beta_logit])
-        )
+        results.append(torch.autograd.grad(loss + inner.loss, [key, alpha, memory.alpha_unlabeled, memory.beta_logit]))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
         assert a.abs().sum() > 0
@@ -165,9 +163,7 @@ def test_state_dict_round_trip_goes_on_bit_for_bit(tmp_path, dtype):
         assert torch.equal(memory["memory"](*arguments).loss, other["memory"](*arguments).loss)
     for a, b in zip(memory.state_dict().items(), other.state_dict().items(), strict=True):
         assert a[0] == b[0] and torch.equal(a[1], b[1])
-    assert memory["memory"].unlabeled.usage.dtype == (
-        torch.float64 if dtype == torch.float64 else torch.float32
-    )
+    assert memory["memory"].unlabeled.usage.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def test_a_state_dict_that_does_not_fit_changes_nothing():

@@ -29,9 +29,7 @@ def empty(slots, key_dim=2):
 
 def state(features, labels, usage, evaluation, least_used, sample_ids=None):
     ids = sample_ids if sample_ids is not None else [-1] * len(labels)
-    return MemoryState(
-        f64(features), i64(labels), f64(usage), f64(evaluation), torch.tensor(least_used), i64(ids)
-    )
+    return MemoryState(f64(features), i64(labels), f64(usage), f64(evaluation), torch.tensor(least_used), i64(ids))
 
 
 def step(impl, labeled, unlabeled, keys=(), labels=(), unlabeled_keys=(), ids=(), alpha=0.0, **settings):
@@ -146,9 +144,7 @@ def test_a_wholly_empty_memory_skips_the_sample(impl):
 
 def test_false_samples_are_cleared_before_the_write(impl):
     labeled = state([[1.0, 0], [0, 1.0]], [1, 3], [0.0, 0], [0.5, 0.5], 0)
-    pseudo = state(
-        [[1.0, 0], [-1, 0], [1, 0]], [1, 1, 2], [5.0, 6, 7], [0.2, 0.3, 0.5], 0, sample_ids=[10, 11, 12]
-    )
+    pseudo = state([[1.0, 0], [-1, 0], [1, 0]], [1, 1, 2], [5.0, 6, 7], [0.2, 0.3, 0.5], 0, sample_ids=[10, 11, 12])
     out = step(impl, labeled, pseudo, unlabeled_keys=[[1.0, 0]], ids=[13], decay_unlabeled=0.5, beta=0.25)
     # n = 2 slots are labelled 1 and the 2 nearest are {0, 2}: FP = {1}, FN = {2}.
     new = out.unlabeled
@@ -265,9 +261,7 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "error"), [(n, v, e) for n, cases in BAD.items() for v, e in cases]
-)
+@pytest.mark.parametrize(("name", "value", "error"), [(n, v, e) for n, cases in BAD.items() for v, e in cases])
 def test_a_wrong_argument_is_named(impl, name, value, error):
     arguments = {
         "labeled": empty(2),

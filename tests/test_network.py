@@ -113,9 +113,7 @@ def test_parameter_groups_part_all_parameters():
 
 def test_functional_call_takes_replaced_parameters_twice_differentiably():
     model = tiny().double().eval()
-    replaced = {
-        name: (value * 1.5 + 0.01).detach().requires_grad_() for name, value in model.named_parameters()
-    }
+    replaced = {name: (value * 1.5 + 0.01).detach().requires_grad_() for name, value in model.named_parameters()}
     output = torch.func.functional_call(model, replaced, (images().double(), LABELS))
     other = tiny().double().eval()
     with torch.no_grad():
@@ -294,9 +292,7 @@ def test_failed_download_says_what_to_do(monkeypatch, error):
 
 
 def test_imagenet_weights_are_loaded(monkeypatch, resnet18):
-    monkeypatch.setattr(
-        torchvision.models._api, "load_state_dict_from_url", lambda url, **_: resnet18.state_dict()
-    )
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", lambda url, **_: resnet18.state_dict())
     assert torch.equal(build_backbone("resnet18", "imagenet").conv1.weight, resnet18.conv1.weight)
 
 

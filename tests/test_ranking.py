@@ -81,13 +81,9 @@ def test_small_cases_agree_with_the_loop(seed, queries, gallery, ids, cams):
     labels[0][0] = 1
     with np.errstate(invalid="ignore"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranking, "_BLOCK_ENTRIES", 2 * gallery)
-        pairs = itertools.product(
-            zip(labels[0], labels[2], strict=True), zip(labels[1], labels[3], strict=True)
-        )
+        pairs = itertools.product(zip(labels[0], labels[2], strict=True), zip(labels[1], labels[3], strict=True))
         if any(q[0] == g[0] and q[1] != g[1] for q, g in pairs):
-            assert_agrees(
-                rank_distances(distances, *labels, max_rank=5), oracle(distances, *labels, max_rank=5)
-            )
+            assert_agrees(rank_distances(distances, *labels, max_rank=5), oracle(distances, *labels, max_rank=5))
         else:
             with pytest.raises(ValueError, match="no query can be scored"):
                 rank_distances(distances, *labels, max_rank=5)
@@ -131,9 +127,7 @@ def test_keys_are_fine_enough_to_tell_near_images_apart(scale):
     generator = torch.Generator().manual_seed(1)
     query, gallery = torch.randn(2, 5, 16, generator=generator, dtype=torch.float64) * scale
     exact = (query[:, None] - gallery[None]).square().sum(2)
-    torch.testing.assert_close(
-        pairwise_distances(query, gallery, "euclidean"), exact, rtol=0, atol=1e-9 * scale**2
-    )
+    torch.testing.assert_close(pairwise_distances(query, gallery, "euclidean"), exact, rtol=0, atol=1e-9 * scale**2)
     exact = 1 - torch.nn.functional.cosine_similarity(query[:, None], gallery[None], dim=2)
     torch.testing.assert_close(pairwise_distances(query, gallery), exact, rtol=0, atol=1e-12)
 
@@ -146,14 +140,10 @@ def test_blocks_and_order_of_queries_do_not_matter(monkeypatch):
     expected = (whole.cmc.numpy(), *whole[1:])
     for entries in (1, 100, 41 * 22):
         monkeypatch.setattr(ranking, "_BLOCK_ENTRIES", entries)
-        assert_agrees(
-            evaluate_ranking(query, gallery, query_ids, gallery_ids, query_cams, gallery_cams), expected
-        )
+        assert_agrees(evaluate_ranking(query, gallery, query_ids, gallery_ids, query_cams, gallery_cams), expected)
     order = np.random.default_rng(0).permutation(23)
     assert_agrees(
-        evaluate_ranking(
-            query[order], gallery, query_ids[order], gallery_ids, query_cams[order], gallery_cams
-        ),
+        evaluate_ranking(query[order], gallery, query_ids[order], gallery_ids, query_cams[order], gallery_cams),
         expected,
     )
 

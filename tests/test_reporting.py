@@ -124,9 +124,7 @@ def make_features(folder, rows):
 @pytest.fixture
 def query_and_gallery(tmp_path):
     query = make_features(tmp_path, [(0.0, 1, 1), (0.0, 5, 1), (1.0, 2, 1)])
-    gallery = make_features(
-        tmp_path, [(0.3, 2, 2), (0.1, 1, 1), (0.2, 1, 2), (0.4, 0, 1), (0.2, 3, 1), (0.9, 5, 1)]
-    )
+    gallery = make_features(tmp_path, [(0.3, 2, 2), (0.1, 1, 1), (0.2, 1, 2), (0.4, 0, 1), (0.2, 3, 1), (0.9, 5, 1)])
     return query, gallery
 
 
@@ -217,9 +215,7 @@ def test_report_holds_everything_escaped(tmp_path):
     picture = tmp_path / "pictures" / "a curve #1.png"
     picture.parent.mkdir()
     Image.new("RGB", (4, 4)).save(picture)
-    table = Table(
-        "Unseen <domain>", ["network", "mAP %"], [["<script>", 61.5], ["a & b", "3.0 ± 0.1"]], "n < 5"
-    )
+    table = Table("Unseen <domain>", ["network", "mAP %"], [["<script>", 61.5], ["a & b", "3.0 ± 0.1"]], "n < 5")
     figure = Figure("Curves", picture, 'Loss "total"')
     page = write_report(tmp_path / "report", "Run <1>", "First & foremost.\n\nThen.", [table], [figure])
     assert page == tmp_path / "report" / "index.html"

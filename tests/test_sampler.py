@@ -81,9 +81,7 @@ def test_fewer_fed_back_samples_than_places_appear_once_a_batch() -> None:
 
 def test_the_largest_share_of_fed_back_samples() -> None:
     def shares(fraction: float) -> tuple[int, int, int]:
-        return counts(
-            BatchPlanner(LABELS, 100, feedback_fraction=fraction).plan_epoch(0, feedback())[0].meta_test
-        )
+        return counts(BatchPlanner(LABELS, 100, feedback_fraction=fraction).plan_epoch(0, feedback())[0].meta_test)
 
     assert shares(0.0) == (16, 0, 16) and shares(1.0) == (0, 16, 16) and shares(0.3) == (12, 4, 16)
 
@@ -123,9 +121,7 @@ def test_without_split_one_part_holds_the_same_samples() -> None:
     for one, two in zip(whole, split, strict=True):
         assert counts(one.meta_train) == (24, 8, 32)
         assert sorted(one.meta_train) == sorted(two.meta_train + two.meta_test)
-        assert [item.kind for item in one.meta_train] == ["labeled"] * 24 + ["fed_back"] * 8 + [
-            "unlabeled"
-        ] * 32
+        assert [item.kind for item in one.meta_train] == ["labeled"] * 24 + ["fed_back"] * 8 + ["unlabeled"] * 32
 
 
 def test_the_same_arguments_give_the_same_plan_whatever_was_planned_before() -> None:

@@ -62,9 +62,7 @@ def test_manifest_splits(small):
     for path in manifests:
         rows = manifest(path)
         assert list(rows[0]) == ["path", "pid", "camid", "split"]
-        pids = {
-            split: {r["pid"] for r in rows if r["split"] == split} for split in ("train", "query", "gallery")
-        }
+        pids = {split: {r["pid"] for r in rows if r["split"] == split} for split in ("train", "query", "gallery")}
         assert sum(r["split"] in pids for r in rows) == len(rows)
         assert (len(pids["train"]), len(pids["query"])) == (3, 2)
         assert pids["query"] == pids["gallery"] and not pids["train"] & pids["query"]
@@ -206,9 +204,7 @@ def test_occluders_vary_with_the_view():
 
 def test_domains_hold_different_people(tmp_path, monkeypatch):
     people = []
-    monkeypatch.setattr(
-        writer, "sample_identity", lambda rng: people.append(sample_identity(rng)) or people[-1]
-    )
+    monkeypatch.setattr(writer, "sample_identity", lambda rng: people.append(sample_identity(rng)) or people[-1])
     synthesize(tmp_path, ["campus", "mall"], identities=3, cameras=1, images_per_camera=1, test_fraction=0.0)
     assert len(people) == len(set(people)) == 6
 

@@ -53,9 +53,7 @@ def _load(path: Path, name: str | None) -> ReIDDataset:
         raise DanFastError(f"There is no dataset at {path}; check the path for a typing mistake.")
     if path.is_file():
         if path.suffix.lower() != ".csv":
-            raise DanFastError(
-                f"{path} is a file but no .csv manifest; give a dataset's folder or its manifest."
-            )
+            raise DanFastError(f"{path} is a file but no .csv manifest; give a dataset's folder or its manifest.")
         own_name = path.parent.absolute().name if path.name == MANIFEST else path.stem
         return read_manifest(path, name or own_name)
     name = name or path.absolute().name

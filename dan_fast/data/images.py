@@ -22,9 +22,7 @@ def read_image(path: Path) -> Tensor:
             return F.pil_to_tensor(image.convert("RGB"))
     # Pillow's decoders raise many kinds of exception on damaged files, struct.error and SyntaxError too.
     except Exception as error:
-        reason = (
-            getattr(error, "strerror", None) or str(error).replace(f" '{path}'", "") or type(error).__name__
-        )
+        reason = getattr(error, "strerror", None) or str(error).replace(f" '{path}'", "") or type(error).__name__
         raise DanFastError(
             f"The image {path} cannot be decoded ({reason}); replace it, or set broken_images to skip."
         ) from error

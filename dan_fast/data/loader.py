@@ -131,17 +131,13 @@ def training_loader(
         raises DanFastError in either mode: no classification loss could be computed on it.
     """
     dataset = _PlannedBatches(training_set, image_size, broken_images)
-    return _SentenceLoader(
-        dataset, _as_planned, workers, batch_size=None, sampler=list(plans), pin_memory=pin_memory
-    )
+    return _SentenceLoader(dataset, _as_planned, workers, batch_size=None, sampler=list(plans), pin_memory=pin_memory)
 
 
 class _PlannedBatches(Dataset):
     """Maps a `BatchPlan` to its `MiniBatch`."""
 
-    def __init__(
-        self, training_set: TrainingSet, image_size: tuple[int, int], broken_images: BrokenImages
-    ) -> None:
+    def __init__(self, training_set: TrainingSet, image_size: tuple[int, int], broken_images: BrokenImages) -> None:
         self.labeled = training_set.labeled_samples
         self.unlabeled = training_set.unlabeled_samples
         self.image_size = image_size
@@ -174,8 +170,7 @@ class _PlannedBatches(Dataset):
         kinds = [item.kind for item in kept]
         if kinds.count("unlabeled") == len(kinds):
             raise DanFastError(
-                f"All labelled images of a batch are broken, {skipped[skipped_before]} the first; "
-                "repair the dataset."
+                f"All labelled images of a batch are broken, {skipped[skipped_before]} the first; repair the dataset."
             )
         return Split(
             images=_stack(images, self.image_size),

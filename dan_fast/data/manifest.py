@@ -26,9 +26,7 @@ def read_manifest(file: Path, name: str) -> ReIDDataset:
         with open(file, newline="", encoding="utf-8-sig") as stream:
             rows = _parse(csv.DictReader(stream, skipinitialspace=True), file)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DanFastError(
-            f"The manifest {file} cannot be read as UTF-8 CSV ({error}); repair the file."
-        ) from error
+        raise DanFastError(f"The manifest {file} cannot be read as UTF-8 CSV ({error}); repair the file.") from error
     missing = [sample.path for _, sample in rows if not sample.path.is_file()]
     if missing:
         raise DanFastError(
@@ -36,8 +34,7 @@ def read_manifest(file: Path, name: str) -> ReIDDataset:
             "give paths relative to the manifest, or remove those rows."
         )
     splits = {
-        split: tuple(s for word, s in rows if word == split and (split == "train" or s.pid >= 0))
-        for split in SPLITS
+        split: tuple(s for word, s in rows if word == split and (split == "train" or s.pid >= 0)) for split in SPLITS
     }
     return ReIDDataset(name, file.parent, **splits)
 
@@ -58,15 +55,12 @@ def _parse(reader: csv.DictReader, file: Path) -> list[tuple[str, Sample]]:
         if not values["path"]:
             raise DanFastError(f"{place}: the path is empty; give the image's path relative to the manifest.")
         if values["split"] not in SPLITS:
-            raise DanFastError(
-                f"{place}: the split {values['split']!r} is unknown; use one of {', '.join(SPLITS)}."
-            )
+            raise DanFastError(f"{place}: the split {values['split']!r} is unknown; use one of {', '.join(SPLITS)}.")
         pid = _integer(values["pid"] or "-1", "pid", place)
         sample = Sample(file.parent / values["path"], pid, _integer(values["camid"], "camid", place))
         if sample.path in line_of:
             raise DanFastError(
-                f"{place}: {values['path']} is already listed in line {line_of[sample.path]}; "
-                "keep one of the two rows."
+                f"{place}: {values['path']} is already listed in line {line_of[sample.path]}; keep one of the two rows."
             )
         line_of[sample.path] = reader.line_num
         rows.append((values["split"], sample))

@@ -88,19 +88,14 @@ class BatchPlanner:
         seed: int = 0,
     ) -> None:
         if batch_size < 2:
-            raise DanFastError(
-                f"The batch size is {batch_size}; it must be 2 or more, one image each for S and S~."
-            )
+            raise DanFastError(f"The batch size is {batch_size}; it must be 2 or more, one image each for S and S~.")
         if not 0.0 <= unlabeled_fraction < 1.0:
-            raise DanFastError(
-                f"The unlabelled fraction is {unlabeled_fraction}; choose it from 0 to below 1."
-            )
+            raise DanFastError(f"The unlabelled fraction is {unlabeled_fraction}; choose it from 0 to below 1.")
         if not 0.0 <= feedback_fraction <= 1.0:
             raise DanFastError(f"The feedback fraction is {feedback_fraction}; choose it between 0 and 1.")
         if labels.ndim != 1 or labels.numel() == 0 or num_unlabeled < 0:
             raise ValueError(
-                "labels must be (n,) with n > 0 and num_unlabeled >= 0, not "
-                f"{tuple(labels.shape)} and {num_unlabeled}"
+                f"labels must be (n,) with n > 0 and num_unlabeled >= 0, not {tuple(labels.shape)} and {num_unlabeled}"
             )
         self.labels: list[int] = labels.tolist()
         self.num_unlabeled = num_unlabeled
@@ -143,14 +138,8 @@ class BatchPlanner:
             indices = partners + labeled.take(places[0] - len(partners) - len(fed))
             return [
                 [PlannedItem("labeled", index, self.labels[index], _draw(generator)) for index in indices],
-                [
-                    PlannedItem("fed_back", sample_ids[row], pseudo_labels[row], _draw(generator))
-                    for row in fed
-                ],
-                [
-                    PlannedItem("unlabeled", index, -1, _draw(generator))
-                    for index in unlabeled.take(places[1])
-                ],
+                [PlannedItem("fed_back", sample_ids[row], pseudo_labels[row], _draw(generator)) for row in fed],
+                [PlannedItem("unlabeled", index, -1, _draw(generator)) for index in unlabeled.take(places[1])],
             ]
 
         plans = []

@@ -63,9 +63,7 @@ class TrainingSet:
         seed: int = 0,
     ) -> None:
         if not 0.0 <= unlabeled_share <= 1.0:
-            raise DanFastError(
-                f"The share of unlabelled images is {unlabeled_share}; choose it between 0 and 1."
-            )
+            raise DanFastError(f"The share of unlabelled images is {unlabeled_share}; choose it between 0 and 1.")
         known = [image for image in _train_images(labeled, "labelled") if image.sample.pid >= 0]
         if not known:
             raise DanFastError(
@@ -74,9 +72,7 @@ class TrainingSet:
             )
         classes = _number_identities(known)
         if len(classes) < 2:
-            raise DanFastError(
-                f"All train images of {_names(labeled)} show one identity; give those of two or more."
-            )
+            raise DanFastError(f"All train images of {_names(labeled)} show one identity; give those of two or more.")
         self.labeled_samples = tuple(image.sample for image in known)
         self.labels = _numbers(known, classes)
         self.num_classes = len(classes)
@@ -101,9 +97,7 @@ class _TrainImage(NamedTuple):
 
 
 def _names(datasets: Sequence[ReIDDataset]) -> str:
-    return (
-        ", ".join(f"{dataset.name} ({dataset.root})" for dataset in datasets) or "an empty list of datasets"
-    )
+    return ", ".join(f"{dataset.name} ({dataset.root})" for dataset in datasets) or "an empty list of datasets"
 
 
 def _train_images(datasets: Sequence[ReIDDataset], role: str) -> list[_TrainImage]:
@@ -115,13 +109,9 @@ def _train_images(datasets: Sequence[ReIDDataset], role: str) -> list[_TrainImag
             relative = os.path.relpath(sample.path, dataset.root)
             path = os.path.normpath(os.path.join(root, relative))
             if path in seen:
-                raise DanFastError(
-                    f"{sample.path} of {dataset.name} is {role} twice; name each dataset once."
-                )
+                raise DanFastError(f"{sample.path} of {dataset.name} is {role} twice; name each dataset once.")
             seen.add(path)
-            images.append(
-                _TrainImage(sample, (root, sample.pid), f"{dataset.name}\0{relative.replace(os.sep, '/')}")
-            )
+            images.append(_TrainImage(sample, (root, sample.pid), f"{dataset.name}\0{relative.replace(os.sep, '/')}"))
     return images
 
 

@@ -62,7 +62,5 @@ def _to_float() -> tuple[v2.Transform, v2.Transform]:
 def _checked(image_size: tuple[int, int]) -> tuple[int, int]:
     size = tuple(image_size)
     if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise DanFastError(
-            f"The image size {image_size!r} is not a height and a width; give two, such as 256 128."
-        )
+        raise DanFastError(f"The image size {image_size!r} is not a height and a width; give two, such as 256 128.")
     return size

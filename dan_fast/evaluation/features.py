@@ -94,9 +94,7 @@ def extract_features(
                 continue
             features = embed(images.to(device, non_blocking=True))
             if features.ndim != 2 or len(features) != len(images):
-                raise ValueError(
-                    f"embed made {tuple(features.shape)} of {len(images)} images; it must make (B, d)."
-                )
+                raise ValueError(f"embed made {tuple(features.shape)} of {len(images)} images; it must make (B, d).")
             rows.append(features.to("cpu", torch.float32))
             kept.extend(indices.tolist())
     if not kept:

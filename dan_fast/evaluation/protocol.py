@@ -64,9 +64,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """The attributes as plain numbers, strings and lists, ready for JSON."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
-        }
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @staticmethod
     def _columns(cmc: tuple[float, ...], m_ap: float, m_inp: float) -> dict[str, float]:
@@ -150,9 +148,7 @@ def extract_dataset(
         return DatasetFeatures(dataset.name, extract(dataset.query), extract(dataset.gallery), None)
     if dataset.query or dataset.gallery:
         missing = "gallery" if dataset.query else "query"
-        raise DanFastError(
-            f"{dataset.name} has no {missing} images; add them or evaluate on another dataset."
-        )
+        raise DanFastError(f"{dataset.name} has no {missing} images; add them or evaluate on another dataset.")
     if not dataset.test:
         raise DanFastError(
             f"{dataset.name} has nothing to evaluate on; give it query and gallery images, or a test split."

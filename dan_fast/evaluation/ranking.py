@@ -86,9 +86,7 @@ def evaluate_ranking(
     query, gallery = check_features(query_features, gallery_features)
     if metric not in ("cosine", "euclidean"):
         raise ValueError(f"metric is {metric!r}; it must be 'cosine' or 'euclidean'.")
-    labels = _check_labels(
-        query_ids, gallery_ids, query_cams, gallery_cams, len(query), len(gallery), query.device
-    )
+    labels = _check_labels(query_ids, gallery_ids, query_cams, gallery_cams, len(query), len(gallery), query.device)
     gallery = gallery.to(torch.float64)
     return _score(lambda rows: pairwise_distances(query[rows], gallery, metric), labels, max_rank, ap)
 
@@ -117,9 +115,7 @@ def rank_distances(
     """
     matrix = _as_tensor(distances, "distances")
     if matrix.ndim != 2 or 0 in matrix.shape:
-        raise ValueError(
-            f"distances has shape {tuple(matrix.shape)}; it must be a non-empty (queries, gallery)."
-        )
+        raise ValueError(f"distances has shape {tuple(matrix.shape)}; it must be a non-empty (queries, gallery).")
     if bool(torch.isnan(matrix).any()):
         raise ValueError("distances holds NaN; every query-gallery pair needs a distance.")
     labels = _check_labels(query_ids, gallery_ids, query_cams, gallery_cams, *matrix.shape, matrix.device)
@@ -161,13 +157,9 @@ def check_features(query_features: ArrayLike, gallery_features: ArrayLike) -> tu
     )
     for name, value in (("query_features", query), ("gallery_features", gallery)):
         if value.ndim != 2 or 0 in value.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}; it must be a non-empty (images, width)."
-            )
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be a non-empty (images, width).")
         if not bool(torch.isfinite(value).all()):
-            raise ValueError(
-                f"{name} holds NaN or Inf; the embedding that made it has diverged or is broken."
-            )
+            raise ValueError(f"{name} holds NaN or Inf; the embedding that made it has diverged or is broken.")
     if query.shape[1] != gallery.shape[1]:
         raise ValueError(
             f"gallery_features is {gallery.shape[1]} wide and query_features {query.shape[1]}; "
@@ -210,9 +202,7 @@ def _check_labels(
     ):
         tensor = _as_tensor(value, name)
         if tuple(tensor.shape) != (expected,):
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; it must be ({expected},), one for each image."
-            )
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be ({expected},), one for each image.")
         if tensor.is_floating_point() or tensor.dtype == torch.bool:
             raise ValueError(f"{name} is {tensor.dtype}; it must hold integers.")
         checked.append(tensor.to(device=device, dtype=torch.int64))

@@ -72,9 +72,7 @@ def nl_cbam(features: Tensor, weights: NLCBAMWeights) -> NLCBAMOutput:
 
 
 @_outside_autocast
-def attention_adversary(
-    features: Tensor, refined: Tensor, cam_weight: Tensor, labels: Tensor
-) -> AdversaryOutput:
+def attention_adversary(features: Tensor, refined: Tensor, cam_weight: Tensor, labels: Tensor) -> AdversaryOutput:
     """The attention adversary difference loss L_aad between A_at and the class activation map A_ad, Eq. (4).
 
     Args:
@@ -111,9 +109,7 @@ def attention_adversary(
 
 
 @_outside_autocast
-def attention_head(
-    features: Tensor, weights: NLCBAMWeights, cam_weight: Tensor, labels: Tensor
-) -> AttentionHeadOutput:
+def attention_head(features: Tensor, weights: NLCBAMWeights, cam_weight: Tensor, labels: Tensor) -> AttentionHeadOutput:
     """All that the training loss needs of the last map, Eqs. (2)-(4), without forming X''.
 
     attended_c = A_C,c * mean over p of X_cp A_S,p, and the channel mean of X'' is that of X' times A_S.
@@ -174,9 +170,7 @@ def _channel_attention(x: Tensor, pooled: Tensor, weights: NLCBAMWeights) -> Ten
     """A_C (B, C) of Eq. (2) from X (B, C, P) and its spatial mean."""
     # torch.max documents that it gives the first of several maxima; amax would share the gradient among them.
     peak = x.max(dim=2).values
-    return torch.sigmoid(
-        _bottleneck(pooled, weights.wc1, weights.wc2) + _bottleneck(peak, weights.wc1, weights.wc2)
-    )
+    return torch.sigmoid(_bottleneck(pooled, weights.wc1, weights.wc2) + _bottleneck(peak, weights.wc1, weights.wc2))
 
 
 def _spatial_attention(g: Tensor, m: Tensor, weights: NLCBAMWeights) -> Tensor:

@@ -111,9 +111,7 @@ class PendingMemory:
 
     def unsettled(self) -> MemoryState:
         """Everything up to date except the features, which are those of `base`."""
-        return MemoryState(
-            self.base, self.labels, self.usage, self.evaluation, self.least_used, self.sample_ids
-        )
+        return MemoryState(self.base, self.labels, self.usage, self.evaluation, self.least_used, self.sample_ids)
 
     def after(self, kept: Tensor, weights: Tensor, keys: Tensor, **up_to_date: Tensor) -> "PendingMemory":
         """The memory after a further batch: `kept` (s,) and `weights` (T, s) of it, `keys` (T, d)."""

@@ -174,9 +174,7 @@ def advance(
     no_sample = sample_ids.new_full((), -1)
 
     # One read of M serves the writes and the retrievals.
-    scores, retrieval_scores = labeled.scores(torch.cat([wide, wide_unlabeled])).split(
-        [batch, unlabeled_keys.shape[0]]
-    )
+    scores, retrieval_scores = labeled.scores(torch.cat([wide, wide_unlabeled])).split([batch, unlabeled_keys.shape[0]])
     scan = _Scan(labeled, scores, wide @ wide.mT)
     gate = torch.sigmoid(gates.alpha)
     for label in labels:

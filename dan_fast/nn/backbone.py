@@ -75,9 +75,7 @@ def _download_imagenet(name: str) -> Mapping[str, Tensor]:
 
 def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
-        raise DanFastError(
-            f"there is no weights file {path}; give its path, or 'none' or 'imagenet' as weights"
-        )
+        raise DanFastError(f"there is no weights file {path}; give its path, or 'none' or 'imagenet' as weights")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     # Damaged bytes can make the unpickler raise almost anything.
@@ -87,9 +85,7 @@ def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
             f"download it again or save the state dict of a torchvision ResNet in it"
         ) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise DanFastError(
-            f"the weights file {path} holds no state dict; save that of a torchvision ResNet in it"
-        )
+        raise DanFastError(f"the weights file {path} holds no state dict; save that of a torchvision ResNet in it")
     return state
 
 

@@ -126,9 +126,7 @@ class ProgressiveAugmentedMemory(nn.Module):
         """Raw alpha and alpha', and beta."""
         if self.gates == "parameters":
             if gate_features is not None:
-                raise ValueError(
-                    'gate_features are for gates="features": leave them out, or make such a memory'
-                )
+                raise ValueError('gate_features are for gates="features": leave them out, or make such a memory')
             return self.alpha, self.alpha_unlabeled, torch.sigmoid(self.beta_logit)
         if gate_features is None:
             raise ValueError('gate_features must be given, (N, 3), because gates="features"')
@@ -267,9 +265,7 @@ class ProgressiveAugmentedMemory(nn.Module):
             except (TypeError, ValueError) as error:
                 error_msgs.append(str(error))
         rest = {name: value for name, value in state_dict.items() if name not in own}
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         refused = error_msgs or (strict and (missing_keys or unexpected_keys))
         if not refused and len(loaded) == 2:
             self._labeled, self._unlabeled = loaded["labeled"], loaded["unlabeled"]
@@ -277,9 +273,7 @@ class ProgressiveAugmentedMemory(nn.Module):
 
 def _held(state: MemoryState) -> PendingMemory:
     dtype = statistics_dtype(state.features.dtype)
-    return PendingMemory.of(
-        state._replace(usage=state.usage.to(dtype), evaluation=state.evaluation.to(dtype))
-    )
+    return PendingMemory.of(state._replace(usage=state.usage.to(dtype), evaluation=state.evaluation.to(dtype)))
 
 
 def _replacement(name: str, held: PendingMemory, state: MemoryState) -> PendingMemory:
@@ -294,7 +288,5 @@ def _replacement(name: str, held: PendingMemory, state: MemoryState) -> PendingM
     if new.dtype != old.dtype:
         raise TypeError(f"{name}.features must be {old.dtype} like this memory, got {new.dtype}")
     if new.device != old.device:
-        raise ValueError(
-            f"{name}.features is on {new.device}, this memory on {old.device}: move one with .to()"
-        )
+        raise ValueError(f"{name}.features is on {new.device}, this memory on {old.device}: move one with .to()")
     return _held(MemoryState(*(x.detach().clone() for x in state)))

@@ -76,9 +76,7 @@ class DAN(nn.Module):
             raise ValueError(f"image_size must be (height, width) in pixels, got {image_size}")
         if isinstance(backbone, nn.Module):
             if weights != "none":
-                raise ValueError(
-                    "weights serves a backbone given by name; load the module's own weights first"
-                )
+                raise ValueError("weights serves a backbone given by name; load the module's own weights first")
             self.backbone = backbone
         else:
             self.backbone = build_backbone(backbone, weights)

@@ -40,9 +40,7 @@ def nl_cbam(features: Tensor, weights: NLCBAMWeights) -> NLCBAMOutput:
     )
 
 
-def attention_adversary(
-    features: Tensor, refined: Tensor, cam_weight: Tensor, labels: Tensor
-) -> AdversaryOutput:
+def attention_adversary(features: Tensor, refined: Tensor, cam_weight: Tensor, labels: Tensor) -> AdversaryOutput:
     """The attention adversary difference loss L_aad between A_at and the class activation map A_ad, Eq. (4).
 
     Args:
@@ -87,9 +85,7 @@ def attention_adversary(
     )
 
 
-def attention_head(
-    features: Tensor, weights: NLCBAMWeights, cam_weight: Tensor, labels: Tensor
-) -> AttentionHeadOutput:
+def attention_head(features: Tensor, weights: NLCBAMWeights, cam_weight: Tensor, labels: Tensor) -> AttentionHeadOutput:
     """All that the training loss needs of the last map: both pooled features and L_aad, Eqs. (2)-(4).
 
     Args:

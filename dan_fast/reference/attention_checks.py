@@ -15,9 +15,7 @@ def check_features(name: str, features: Tensor) -> None:
     """
     _check_floating(name, features)
     if features.ndim != 4 or 0 in features.shape[1:]:
-        raise ValueError(
-            f"{name} must be (B, C, H, W) with C, H and W at least 1, got shape {tuple(features.shape)}"
-        )
+        raise ValueError(f"{name} must be (B, C, H, W) with C, H and W at least 1, got shape {tuple(features.shape)}")
 
 
 def check_weights(weights: NLCBAMWeights, features: Tensor) -> None:
@@ -85,9 +83,7 @@ def check_cam(cam_weight: Tensor, labels: Tensor, features: Tensor) -> None:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels must be an int64 tensor, got {got}")
     if labels.shape != features.shape[:1]:
-        raise ValueError(
-            f"labels must be ({features.shape[0]},), one a sample, got shape {tuple(labels.shape)}"
-        )
+        raise ValueError(f"labels must be ({features.shape[0]},), one a sample, got shape {tuple(labels.shape)}")
     if labels.device != features.device:
         raise ValueError(f"labels is on {labels.device} but features is on {features.device}")
     if torch.compiler.is_compiling() or labels.numel() == 0:

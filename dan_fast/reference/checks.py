@@ -51,8 +51,7 @@ def _state_form(name: str, state: object) -> None:
     slots = state.features.shape[0]
     if 0 in state.features.shape:
         raise ValueError(
-            f"{name}.features must hold at least one slot and one number a key, "
-            f"got shape {tuple(state.features.shape)}"
+            f"{name}.features must hold at least one slot and one number a key, got shape {tuple(state.features.shape)}"
         )
     for field in ("labels", "sample_ids"):
         _check_tensor(f"{name}.{field}", getattr(state, field), (slots,), torch.int64)

@@ -18,9 +18,7 @@ from dan_fast.reporting.canvas import save_png, show_image, style
 _COLOURMAP = "turbo"
 
 
-def plot_attention(
-    images: Tensor, spatial_attention: Tensor, map_size: tuple[int, int], out_png: str | Path
-) -> Path:
+def plot_attention(images: Tensor, spatial_attention: Tensor, map_size: tuple[int, int], out_png: str | Path) -> Path:
     """Draw each image beside itself under its spatial attention.
 
     The attention is scaled to each image's own range and enlarged to the image's size, so colours compare
@@ -79,14 +77,10 @@ def plot_attention(
         return save_png(figure, out_png, dpi=150)
 
 
-def _prepare(
-    images: Tensor, spatial_attention: Tensor, map_size: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
+def _prepare(images: Tensor, spatial_attention: Tensor, map_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Images (n, H, W, 3) and heat (n, H, W), both in [0, 1]."""
     if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
-        raise ValueError(
-            f"images has shape {tuple(images.shape)}; it must be (n, 3, H, W) with n at least 1."
-        )
+        raise ValueError(f"images has shape {tuple(images.shape)}; it must be (n, 3, H, W) with n at least 1.")
     height, width = map_size
     if tuple(spatial_attention.shape) != (len(images), height * width):
         raise ValueError(

@@ -67,9 +67,7 @@ def write_report(
     for table in tables:
         for row in table.rows:
             if len(row) != len(table.columns):
-                raise ValueError(
-                    f"tables: a row of {table.title!r} has {len(row)} values, not {len(table.columns)}."
-                )
+                raise ValueError(f"tables: a row of {table.title!r} has {len(row)} values, not {len(table.columns)}.")
     for figure in figures:
         if not Path(figure.path).is_file():
             raise DanFastError(f"{figure.path} does not exist; draw the picture before writing the report.")

@@ -149,9 +149,7 @@ def _structure(
     """One piece of the background, in the columns from x to x + step."""
     match domain.structure:
         case "trees":
-            draw.rectangle(
-                (x + 0.45 * step, 0.2 * horizon, x + 0.57 * step, horizon), fill=tint((92, 68, 48))
-            )
+            draw.rectangle((x + 0.45 * step, 0.2 * horizon, x + 0.57 * step, horizon), fill=tint((92, 68, 48)))
             for _ in range(5):
                 cx, cy, r = (
                     x + step * rng.random(),
@@ -172,23 +170,17 @@ def _structure(
             draw.rectangle((x, 0.1 * horizon, x + step, 0.25 * horizon), fill=tint((170, 90, 90), 80))
             for _ in range(3):
                 cx, cy = x + step * rng.uniform(0.15, 0.7), horizon * rng.uniform(0.35, 0.8)
-                draw.rectangle(
-                    (cx, cy, cx + 0.15 * step, cy + 0.12 * horizon), fill=tint((180, 160, 120), 70)
-                )
+                draw.rectangle((cx, cy, cx + 0.15 * step, cy + 0.12 * horizon), fill=tint((180, 160, 120), 70))
         case "buildings":
             for row in range(4):
                 for column in range(2):
                     left, top = x + step * (0.15 + 0.45 * column), horizon * (0.06 + 0.24 * row)
-                    draw.rectangle(
-                        (left, top, left + 0.25 * step, top + 0.13 * horizon), fill=tint((70, 84, 100))
-                    )
+                    draw.rectangle((left, top, left + 0.25 * step, top + 0.13 * horizon), fill=tint((70, 84, 100)))
         case "containers":
             draw.rectangle((x, 0.5 * horizon, x + step, horizon), fill=color)
             for k in range(1, 6):
                 column = x + step * k / 6
-                draw.line(
-                    (column, 0.5 * horizon, column, horizon), fill=tuple(c * 3 // 4 for c in color), width=2
-                )
+                draw.line((column, 0.5 * horizon, column, horizon), fill=tuple(c * 3 // 4 for c in color), width=2)
 
 
 def _occlude(image: Image.Image, view: View, ground: float, body: float) -> None:
@@ -264,9 +256,7 @@ def _develop(image: Image.Image, domain: Domain, camera: Camera, view: View) -> 
     image = image.filter(ImageFilter.GaussianBlur(domain.blur * rows / 128))
     if domain.resolution < 1:
         small = (max(1, round(columns * domain.resolution)), max(1, round(rows * domain.resolution)))
-        image = image.resize(small, Image.Resampling.BILINEAR).resize(
-            (columns, rows), Image.Resampling.BILINEAR
-        )
+        image = image.resize(small, Image.Resampling.BILINEAR).resize((columns, rows), Image.Resampling.BILINEAR)
     table: list[int] = []
     for gain in camera.gains:
         for level in range(256):

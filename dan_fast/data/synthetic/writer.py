@@ -173,16 +173,10 @@ def _checked(
         if value < fewest:
             raise DanFastError(
                 f"{name} is {value}: use at least {fewest}"
-                + (
-                    ", or a test_fraction of 0, as each query needs a match from another camera"
-                    if fewest > 1
-                    else ""
-                )
+                + (", or a test_fraction of 0, as each query needs a match from another camera" if fewest > 1 else "")
             )
     if len(image_size) != 2 or image_size[0] < 32 or image_size[1] < 16:
-        raise DanFastError(
-            f"image_size is {tuple(image_size)}: use a height and width of at least 32 and 16 pixels"
-        )
+        raise DanFastError(f"image_size is {tuple(image_size)}: use a height and width of at least 32 and 16 pixels")
     if seed < 0:
         raise DanFastError(f"seed is {seed}: use 0 or a larger integer")
     return [DOMAINS[name] for name in domains]
