@@ -33,8 +33,8 @@ IMAGE_SIZE = (96, 48)
 
 def quickstart(
     out: str = "runs/quickstart",
-    epochs: PositiveInt = 12,
-    identities: PositiveInt = 80,
+    epochs: PositiveInt = 30,
+    identities: PositiveInt = 40,
     seed: NonNegativeInt = 0,
     workers: NonNegativeInt = 0,
 ) -> None:
@@ -116,10 +116,14 @@ def _config(folder: Path, epochs: int, seed: int, workers: int) -> TrainConfig:
             labeled=[str(folder / "data" / name) for name in LABELED],
             unlabeled=[str(folder / "data" / name) for name in UNLABELED],
             image_size=IMAGE_SIZE,
+            # A few hundred iterations are few for pseudo labels to become good: labelled images lead.
+            unlabeled_fraction=0.25,
+            feedback_fraction=0.25,
             workers=workers,
         ),
         model=ModelConfig(backbone="resnet18", weights="none"),
         memory=MemoryConfig(labeled_slots=600, unlabeled_slots=400),
+        # The default guard seldom acts in so short a run, and a backbone frozen half the time learns little.
         meta=MetaConfig(order=1, stall_guard=2),
         optimizer=OptimizerConfig(epochs=epochs, lr_scale=30.0),
         run=RunConfig(out=str(run), resume=(run / "checkpoint.pt").exists(), seed=seed),
