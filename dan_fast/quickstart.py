@@ -137,7 +137,7 @@ def _evaluate(network: DAN, dataset: ReIDDataset, workers: int):
     return evaluate_features(features), features
 
 
-def _plot_attention(network: DAN, dataset: ReIDDataset, path: Path, count: int = 10) -> None:
+def _plot_attention(network: DAN, dataset: ReIDDataset, path: Path, count: int = 8) -> None:
     step = max(1, len(dataset.query) // count)
     images, _ = next(iter(image_loader(dataset.query[::step][:count], IMAGE_SIZE, batch_size=count)))
     with torch.inference_mode():
