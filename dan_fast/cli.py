@@ -4,7 +4,6 @@ import json
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +17,7 @@ from dan_fast.data.synthetic import synthesize
 from dan_fast.doctor import print_report
 from dan_fast.errors import DanFastError
 from dan_fast.evaluation import Evaluation, evaluate_dataset
+from dan_fast.files import write_text
 from dan_fast.quickstart import quickstart
 from dan_fast.training import Interrupted, TrainConfig, Trainer, trained_network
 from dan_fast.training.build import initial_network, resolve_device
@@ -60,6 +60,9 @@ def evaluate(
         broken_images: Stop with an error at an image that cannot be decoded, or skip and count it.
         out: Also write the figures into this JSON file.
     """
+    paths = as_list(targets)
+    if not paths:
+        raise DanFastError("targets is empty: name at least one folder or manifest.")
     place = resolve_device(device)
     network, settings = trained_network(checkpoint)
     embeddings: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"trained": network.to(place).embed}
@@ -70,7 +73,7 @@ def evaluate(
         embeddings["chance"] = lambda images: torch.randn(len(images), 64, generator=generator)
 
     results: list[tuple[str, Evaluation]] = []
-    for dataset in [load_dataset(path) for path in as_list(targets)]:
+    for dataset in [load_dataset(path) for path in paths]:
         for name, embed in embeddings.items():
             evaluation = evaluate_dataset(
                 embed,
@@ -92,12 +95,11 @@ def evaluate(
     for name, evaluation in results:
         table.add_row(evaluation.dataset, evaluation.protocol, name, *evaluation.row())
     Console().print(table)
+    for path in sorted({path for _, evaluation in results for path in evaluation.skipped}):
+        print(f"Skipped {path}: it cannot be decoded.")
     if out is not None:
         content = [{"features": name, **evaluation.to_dict()} for name, evaluation in results]
-        try:
-            Path(out).write_text(json.dumps(content, indent=2) + "\n")
-        except OSError as error:
-            raise DanFastError(f"{out} cannot be written ({error.strerror}): choose another --out.") from error
+        write_text(out, json.dumps(content, indent=2) + "\n")
 
 
 def _train(config: TrainConfig) -> None:
@@ -165,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     try:
         return _run(parser, parsed)
-    except DanFastError as error:
+    except (DanFastError, OSError) as error:
         print(f"dan-fast: {error}", file=sys.stderr)
         return EXIT_ERROR
     except Interrupted as stop:

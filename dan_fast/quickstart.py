@@ -33,7 +33,7 @@ IMAGE_SIZE = (96, 48)
 
 def quickstart(
     out: str = "runs/quickstart",
-    epochs: PositiveInt = 30,
+    epochs: PositiveInt = 36,
     identities: PositiveInt = 40,
     seed: NonNegativeInt = 0,
     workers: NonNegativeInt = 0,
@@ -75,7 +75,8 @@ def quickstart(
     trainer = Trainer(config)
     unseen = load_dataset(folder / "data" / UNSEEN)
 
-    untrained = initial_network(config.to_dict(), trainer.training_set.num_classes).eval()
+    with torch.random.fork_rng():
+        untrained = initial_network(config.to_dict(), trainer.training_set.num_classes).eval()
     before, _ = _evaluate(untrained, unseen, workers)
     trainer.fit()
     network = trainer.model.network.eval()

@@ -34,7 +34,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        with pytest.raises(DanFastError, match=r"checkpoint.pt could not be written \(.*previous checkpoint.*intact"):
+        with pytest.raises(DanFastError, match=r"checkpoint.pt could not be written \(.*a previous one.*intact"):
             save_checkpoint(path, {"epoch": 2, "weights": torch.zeros(1_000_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -69,6 +69,19 @@ class Evil:
         return (print, ("code ran",))
 
 
+@pytest.mark.parametrize("content", [b"run:\n  out: x\n", b"u", b"\x80\x02."])
+def test_other_files_are_no_checkpoints(tmp_path, content):
+    (tmp_path / "other").write_bytes(content)
+    with pytest.raises(DanFastError, match="other is truncated or no checkpoint"):
+        load_checkpoint(tmp_path / "other")
+
+
+def test_a_killed_save_leaves_nothing_that_the_next_does_not_take(tmp_path):
+    (tmp_path / ".checkpoint.pt.part").write_bytes(b"half of it")
+    save_checkpoint(tmp_path / "checkpoint.pt", {"epoch": 1})
+    assert [each.name for each in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
 def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
     torch.save({"format": "dan_fast checkpoint 1", "evil": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(DanFastError, match="truncated or no checkpoint"):
@@ -79,7 +92,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
 def test_another_configuration_is_refused_by_the_names_that_differ(tmp_path):
     saved = TrainConfig(data=DataConfig(labeled=["a"])).to_dict()
     current = TrainConfig(data=DataConfig(labeled=["b"]), optimizer=OptimizerConfig(epochs=7)).to_dict()
-    with pytest.raises(DanFastError, match=r"data.labeled is \['b'\] here.*optimizer.epochs is 7 here and 500 there"):
+    with pytest.raises(DanFastError, match=r"\(optimizer.epochs is 7 here and 500 there\)"):
         require_same_training(saved, current, tmp_path / "checkpoint.pt")
 
 

@@ -92,6 +92,8 @@ def test_doctor_runs(capsys):
         (["train", "--config", "/nowhere.yaml"], 2, "does not exist: '/nowhere.yaml'"),
         (["evaluate", "--checkpoint", "/nowhere.pt", "--targets", "x"], 1, "/nowhere.pt does not exist"),
         (["evaluate"], 2, "arguments are required"),
+        (["evaluate", "--checkpoint", "x", "--targets", "[]"], 1, "targets is empty"),
+        (["evaluate", "--checkpoint", "x", "--targets", "x", "--device", "mps"], 1, "mps"),
         (["synthesize", "--root", "/proc/none", "--domains", "[night]"], 1, "/proc/none"),
         (["frobnicate"], 2, "invalid choice: 'frobnicate'"),
         ([], 2, "was not provided"),
@@ -130,7 +132,30 @@ def test_a_broken_image_stops_or_is_skipped_with_a_count(images, tmp_path, capsy
     assert victim.name in capsys.readouterr().err
     assert main([*tiny_run(root, tmp_path / "skips"), *larger, "--data.broken_images", "skip"]) == 0
     printed = capsys.readouterr().out
-    assert f"{printed.count(f'Skipped {victim}')} broken images were skipped" in printed
+    assert printed.count(f"Skipped {victim}") == 1 and "Broken images skipped: 1." in printed
+
+
+def test_a_broken_gallery_image_is_named_when_it_is_skipped(run, images, tmp_path, capsys):
+    root = tmp_path / "target"
+    synthesize(root, ["street"], identities=6, cameras=2, image_size=(32, 32), test_fraction=0.5)
+    rows = [line.split(",") for line in (root / "street" / "manifest.csv").read_text().splitlines()]
+    victim = root / "street" / next(row[0] for row in rows if row[3] == "gallery")
+    victim.write_bytes(victim.read_bytes()[:100])
+    command = [
+        "evaluate",
+        "--checkpoint",
+        str(run / "checkpoint.pt"),
+        "--targets",
+        str(root / "street"),
+        "--workers",
+        "0",
+    ]
+    assert main(command) == 1
+    assert victim.name in capsys.readouterr().err
+    out = tmp_path / "figures.json"
+    assert main([*command, "--broken_images", "skip", "--out", str(out)]) == 0
+    assert f"Skipped {victim}" in capsys.readouterr().out
+    assert json.loads(out.read_text())[0]["skipped"] == [str(victim)]
 
 
 def test_help_names_the_papers_defaults():

@@ -261,7 +261,7 @@ def test_gates_from_features():
     start = (MemoryState.empty(n, DIM, torch.float64) for n in (SLOTS, PSEUDO_SLOTS))
     expected = functional.memory_step(*start, *batch, alpha, alpha_unlabeled, logit.sigmoid(), 0.9, 0.8)
     torch.testing.assert_close(step.loss, expected.loss)
-    torch.testing.assert_close(memory.confidence(features), logit.sigmoid())
+    torch.testing.assert_close(memory.gate_values(features)[2], logit.sigmoid())
     (grad,) = torch.autograd.grad(step.loss, features)
     torch.testing.assert_close(grad, torch.autograd.grad(expected.loss, features)[0])
     assert grad.abs().sum() > 0

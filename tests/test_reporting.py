@@ -240,7 +240,7 @@ def test_nothing_half_written(tmp_path, monkeypatch, write):
         raise OSError("No space left on device")
 
     monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DanFastError, match="could not be written .No space left"):
         if write == "page":
             write_report(tmp_path, "Run", "")
         else:

@@ -1,7 +1,9 @@
 """The training loop on a handful of tiny images: losses, freezing, checkpoints, resuming, bad input."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from dan_fast.data import Split
 from dan_fast.data.synthetic import synthesize
 from dan_fast.errors import DanFastError
 from dan_fast.nn import DAN, ProgressiveAugmentedMemory
+from dan_fast.reporting.curves import read_scalars
 from dan_fast.training import (
     DataConfig,
     Interrupted,
@@ -32,7 +35,10 @@ from dan_fast.training import (
     trained_network,
 )
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from dan_fast.training.objective import TrainingModel
+from dan_fast.training.interrupt import StopRequest
+from dan_fast.training.metrics import Scalars
+from dan_fast.training.objective import DivergedError, TrainingModel
+from dan_fast.training.trainer import _until_stopped
 
 IMAGE_SIZE = (32, 32)
 
@@ -277,9 +283,13 @@ def test_a_run_stopped_by_ctrl_c_resumes_bit_for_bit(images, tmp_path):
     for stop in (1, 3):
         trainer = Trainer(replace(parts, run=replace(parts.run, resume=stop > 1)))
         stop_after(trainer, stop)
+        torch.rand(3)
         with pytest.raises(Interrupted, match=f"iteration {stop}"):
             trainer.fit()
-    Trainer(replace(parts, run=replace(parts.run, resume=True))).fit()
+    last = Trainer(replace(parts, run=replace(parts.run, resume=True)))
+    # What a caller draws between making the trainer and starting it must not shift the dropout.
+    torch.rand(3)
+    last.fit()
     assert_same_state(tmp_path / "whole" / "checkpoint.pt", tmp_path / "parts" / "checkpoint.pt")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -321,6 +331,15 @@ def test_a_second_run_in_the_same_folder_is_refused(images, tmp_path):
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
 
+def test_a_dataset_may_move_between_stop_and_resume(images, tmp_path):
+    setup = config(images, tmp_path / "run", optimizer={"epochs": 1})
+    Trainer(setup).fit()
+    moved = tmp_path / "moved"
+    shutil.copytree(images, moved)
+    data = replace(setup.data, labeled=str(moved / "campus"), unlabeled=str(moved / "mall"), broken_images="skip")
+    assert Trainer(replace(setup, data=data, run=replace(setup.run, resume=True))).epoch == 1
+
+
 def test_a_run_on_other_images_is_refused(images, tmp_path):
     setup = config(images, tmp_path / "run", optimizer={"epochs": 1})
     Trainer(setup).fit()
@@ -347,17 +366,109 @@ def test_no_labelled_images_and_targets_without_test_images_are_errors(images, t
 
 
 def test_an_unknown_device_is_an_error(images, tmp_path):
-    for device in ("gpu", "cuda:99"):
+    for device in ("gpu", "cuda:99", "mps"):
         with pytest.raises(DanFastError, match=f"{device}"):
             Trainer(config(images, tmp_path / "run", run={"device": device}))
 
 
 def test_a_diverged_run_says_so_and_keeps_its_checkpoint(images, tmp_path):
     setup = config(images, tmp_path / "run", optimizer={"epochs": 50, "lr_scale": 1e9}, run={"checkpoint_every": 1})
-    with pytest.raises(DanFastError, match=r"cannot go on at iteration \d+ \(.*finite.*lower optimizer.lr_scale"):
+    with pytest.raises(DanFastError, match=r"diverged at iteration \d+ \(.* not finite\).*lower optimizer.lr_scale"):
         Trainer(setup).fit()
     state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
     assert state["epoch"] + state["iteration"] >= 1
+    assert all(value.isfinite().all() for value in state["model"].values() if value.is_floating_point())
+
+
+def test_weights_that_are_not_finite_never_reach_the_checkpoint(images, tmp_path):
+    setup = config(images, tmp_path / "run", optimizer={"epochs": 1})
+    trainer = Trainer(setup)
+    trainer.fit()
+    before = trainer.checkpoint.read_bytes()
+    with torch.no_grad():
+        trainer.model.network.backbone.bn1.running_var[0] = float("inf")
+    with pytest.raises(DivergedError, match="weights are not finite"):
+        trainer._save()
+    assert trainer.checkpoint.read_bytes() == before
+
+
+def test_gradients_that_are_not_finite_do_not_move_the_weights(images, tmp_path):
+    trainer = Trainer(config(images, tmp_path / "run"))
+    real = trainer._gradients
+
+    def poisoned(params, batch, lr, scalars):
+        grads = real(params, batch, lr, scalars)
+        next(iter(grads.values()))[0] = float("nan")
+        return grads
+
+    trainer._gradients = poisoned
+    before = snapshot(trainer)
+    with pytest.raises(DivergedError, match="gradients are not finite"):
+        trainer._train_iteration(next(iter_batches(trainer)), NoScalars())
+    assert all(torch.equal(value, before[name]) for name, value in snapshot(trainer).items())
+
+
+def test_a_batch_that_cannot_be_normalised_is_told_apart_from_divergence(images, tmp_path):
+    with pytest.raises(DanFastError, match="cannot go on at iteration 0: Expected more than 1 value per channel"):
+        Trainer(config(images, tmp_path / "run", data={"batch_size": 2})).fit()
+
+
+def test_workers_that_end_with_the_process_group_end_a_stopped_run_in_order():
+    stop = StopRequest()
+
+    def batches():
+        yield "first"
+        stop.requested = True
+        raise RuntimeError("DataLoader worker (pid 1) exited unexpectedly")
+
+    assert list(_until_stopped(batches(), stop)) == ["first"]
+
+    def broken():
+        yield "first"
+        raise RuntimeError("a real error")
+
+    with pytest.raises(RuntimeError, match="a real error"):
+        list(_until_stopped(broken(), StopRequest()))
+
+
+@pytest.mark.parametrize("gates", ["parameters", "features"])
+def test_gates_memory_and_competition_are_logged(images, tmp_path, gates):
+    setup = config(images, tmp_path / "run", optimizer={"epochs": 1}, memory={"gates": gates})
+    Trainer(setup).fit()
+    names = set(read_scalars(tmp_path / "run"))
+    assert {
+        *(f"{part}/loss/{loss}" for part in ("train", "test") for loss in ("total", "classification", "adversary")),
+        *("train/accuracy/attention", "train/accuracy/adversary", "competition/attention_wins"),
+        *("memory/sigma_alpha", "memory/sigma_alpha_unlabeled", "memory/beta", "memory/slots_labeled"),
+    } <= names
+
+
+def test_resuming_keeps_the_scalars_of_iterations_that_are_done(tmp_path):
+    first = Scalars(tmp_path / "tensorboard")
+    for step in (10, 20, 30):
+        first.add("eval/mall/R1", float(step))
+        first.flush(step)
+    first.close()
+    second = Scalars(tmp_path / "tensorboard", steps_done=20)
+    second.add("eval/mall/R1", 31.0)
+    second.flush(30)
+    second.close()
+    steps, values = read_scalars(tmp_path)["eval/mall/R1"]
+    assert list(steps) == [10, 20, 30] and list(values) == [10.0, 20.0, 31.0]
+
+
+def test_a_full_disk_while_logging_is_one_sentence(tmp_path, monkeypatch):
+    scalars = Scalars(tmp_path / "tensorboard")
+    scalars.add("train/loss/total", 1.0)
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(scalars._writer, "flush", full)
+    monkeypatch.setattr(scalars._writer, "close", full)
+    with pytest.raises(DanFastError, match="tensorboard .No space left on device.: make room"):
+        scalars.flush(1)
+    scalars.close()
 
 
 def test_fit_works_outside_the_main_thread(images, tmp_path):

@@ -22,12 +22,14 @@ class Features(NamedTuple):
         pids: (n,) int64 identities.
         camids: (n,) int64 cameras.
         paths: the n image files.
+        skipped: the files that could not be decoded and were left out.
     """
 
     features: Tensor
     pids: Tensor
     camids: Tensor
     paths: tuple[Path, ...]
+    skipped: tuple[Path, ...] = ()
 
     def select(self, indices: Tensor) -> Features:
         """The images at the given (k,) int64 indices, in that order."""
@@ -105,4 +107,5 @@ def extract_features(
         torch.tensor([samples[index].pid for index in kept], dtype=torch.int64),
         torch.tensor([samples[index].camid for index in kept], dtype=torch.int64),
         tuple(Path(samples[index].path) for index in kept),
+        tuple(Path(samples[index].path) for index in sorted(set(range(len(samples))) - set(kept))),
     )

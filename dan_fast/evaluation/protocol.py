@@ -35,6 +35,7 @@ class Evaluation:
         cmc_std, mAP_std, mINP_std: sample standard deviations over the repeats, None where there was one.
         repeats: number of splits scored.
         num_query, num_gallery, num_valid: images searched for, searched in, and queries that have a match.
+        skipped: files that could not be decoded and were left out.
     """
 
     dataset: str
@@ -49,6 +50,7 @@ class Evaluation:
     num_query: int
     num_gallery: int
     num_valid: int
+    skipped: tuple[str, ...] = ()
 
     def percentages(self) -> dict[str, float]:
         """R1, R5, R10, mAP and mINP in percent."""
@@ -80,6 +82,12 @@ class DatasetFeatures(NamedTuple):
     query: Features | None
     gallery: Features | None
     test: Features | None
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """The files that could not be decoded."""
+        parts = (part for part in (self.query, self.gallery, self.test) if part is not None)
+        return tuple(str(path) for part in parts for path in part.skipped)
 
     def split(self, seed: int = 0, repeat: int = 0) -> tuple[Features, Features]:
         """Query and gallery: the fixed ones, or those of the given repeat of the random split."""
@@ -194,6 +202,7 @@ def evaluate_features(
         num_query=len(query.paths),
         num_gallery=len(gallery.paths),
         num_valid=results[-1].num_valid,
+        skipped=features.skipped,
     )
 
 

@@ -108,11 +108,11 @@ class ProgressiveAugmentedMemory(nn.Module):
 
     @property
     def beta(self) -> Tensor:
-        """() confidence in pseudo labels, the sigmoid of `beta_logit`; see `confidence` for other gates."""
-        return self.confidence()
+        """() confidence in pseudo labels, the sigmoid of `beta_logit`; see `gate_values` for other gates."""
+        return self.gate_values()[2]
 
-    def confidence(self, gate_features: Tensor | None = None) -> Tensor:
-        """() beta of Eqs. (12) and (15) as forward uses it, with its gradient.
+    def gate_values(self, gate_features: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """() raw alpha and alpha' of Eq. (8) and beta of Eqs. (12) and (15) as forward uses them, with gradient.
 
         Args:
             gate_features: (N, 3), the backbone's last three outputs; for `gates="features"` only.
@@ -120,10 +120,6 @@ class ProgressiveAugmentedMemory(nn.Module):
         Raises:
             ValueError: `gate_features` is missing, not wanted, or of another shape.
         """
-        return self._gates(gate_features)[2]
-
-    def _gates(self, gate_features: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw alpha and alpha', and beta."""
         if self.gates == "parameters":
             if gate_features is not None:
                 raise ValueError('gate_features are for gates="features": leave them out, or make such a memory')
@@ -165,7 +161,7 @@ class ProgressiveAugmentedMemory(nn.Module):
             labels,
             unlabeled_keys,
             sample_ids,
-            *self._gates(gate_features),
+            *self.gate_values(gate_features),
             decay=self.decay,
             decay_unlabeled=self.decay_unlabeled,
         )

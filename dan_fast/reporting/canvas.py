@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from dan_fast.files import write_whole
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -49,11 +50,5 @@ def show_image(axes: Axes, pixels: object, colour: str | None = None, width: flo
 def save_png(figure: Figure, path: str | Path, dpi: int = 130) -> Path:
     """Write a figure as PNG; the file appears whole or not at all, missing folders are made."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(unfinished, format="png", dpi=dpi, facecolor="white")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole(path, lambda stream: figure.savefig(stream, format="png", dpi=dpi, facecolor="white"))
     return path

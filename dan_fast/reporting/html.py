@@ -11,6 +11,7 @@ from urllib.parse import quote
 import jinja2
 
 from dan_fast.errors import DanFastError
+from dan_fast.files import write_text
 
 
 class Table(NamedTuple):
@@ -84,14 +85,8 @@ def write_report(
         tables=tables,
         figures=[(figure, _link(figure.path, out_dir)) for figure in figures],
     )
-    out_dir.mkdir(parents=True, exist_ok=True)
     page = out_dir / "index.html"
-    unfinished = page.with_name(f".{page.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, page)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_text(page, text)
     return page
 
 

@@ -22,10 +22,12 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise DanFastError(f"run.device {name!r} is no device: use auto, cpu, cuda or cuda:1.") from error
+        raise DanFastError(f"{name!r} is no device: use auto, cpu, cuda or cuda:1.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise DanFastError(f"The device {name} is not supported: use auto, cpu, cuda or cuda:1.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DanFastError(
-            f"run.device is {name}, but {torch.cuda.device_count()} GPUs are visible: use auto or cpu, "
+            f"There is no device {name}, {torch.cuda.device_count()} GPUs are visible: use auto or cpu, "
             "or see `dan-fast doctor`."
         )
     return device

@@ -228,8 +228,9 @@ class TrainConfig:
 
 # A resumed run may differ in these: they say where it runs, not what it learns.
 _FREE_TO_CHANGE = {
-    ("data", "workers"),
-    ("data", "targets"),
+    *(("data", name) for name in ("workers", "targets", "broken_images")),
+    # Which images these hold is compared by fingerprint, wherever they lie.
+    *(("data", name) for name in ("labeled", "unlabeled")),
     *(("run", each.name) for each in fields(RunConfig) if each.name not in ("seed", "precision")),
 }
 

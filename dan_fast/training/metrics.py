@@ -1,6 +1,8 @@
 """What a run writes down: means over a window of iterations, as TensorBoard scalars."""
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from dan_fast.data import TrainingSet
+from dan_fast.errors import DanFastError
 from dan_fast.reference.types import MemoryState
 from dan_fast.training.objective import PassRecord
 
@@ -19,11 +22,16 @@ class Scalars:
 
     Args:
         folder: TensorBoard's folder.
-        first_step: where the run continues; what an interrupted run wrote from here on is dropped.
+        steps_done: iterations done when the run continues; what it wrote of later ones before is dropped.
+
+    Raises:
+        DanFastError: `folder` cannot be written, here or in `flush`.
     """
 
-    def __init__(self, folder: Path, first_step: int = 0) -> None:
-        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+    def __init__(self, folder: Path, steps_done: int = 0) -> None:
+        self._folder = folder
+        with self._named_errors():
+            self._writer = SummaryWriter(str(folder), purge_step=steps_done + 1 if steps_done else None)
         self._window: dict[str, list[Tensor | float]] = defaultdict(list)
 
     def add(self, name: str, value: Tensor | float) -> None:
@@ -36,13 +44,26 @@ class Scalars:
             for name, values in self._window.items()
         }
         self._window.clear()
-        for name, mean in means.items():
-            self._writer.add_scalar(name, mean, step)
-        self._writer.flush()
+        with self._named_errors():
+            for name, mean in means.items():
+                self._writer.add_scalar(name, mean, step)
+            self._writer.flush()
         return means
 
     def close(self) -> None:
-        self._writer.close()
+        # Every window was flushed: nothing is lost, and a full disk has had its sentence already.
+        with suppress(OSError):
+            self._writer.close()
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DanFastError(
+                f"Scalars could not be written to {self._folder} ({error.strerror}): "
+                "make room or choose another run.out."
+            ) from error
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The losses of one part of a mini-batch, Eq. (1), as `meta_gradients` wants them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ class PassRecord(NamedTuple):
         logits, adversary_logits: (num_labeled, c), of the labelled samples, for the competition.
         labels: (num_labeled,) int64.
         pseudo_labels, sample_ids: (B',) int64, of the unlabelled samples; empty without a memory.
+        gates: () raw alpha and alpha', and beta; None without a memory.
     """
 
     logits: Tensor
@@ -27,6 +28,24 @@ class PassRecord(NamedTuple):
     labels: Tensor
     pseudo_labels: Tensor
     sample_ids: Tensor
+    gates: tuple[Tensor, Tensor, Tensor] | None
+
+
+class DivergedError(ArithmeticError):
+    """A feature, loss, gradient or weight is not finite any more."""
+
+
+def require_finite(what: str, tensors: Iterable[Tensor]) -> None:
+    """Wait for the device once and make sure that every floating tensor is finite.
+
+    Raises:
+        DivergedError: one is not.
+    """
+    # The largest magnitude of a tensor is NaN or Inf if any of its elements is.
+    floating = [each.detach() for each in tensors if each.is_floating_point() and each.numel()]
+    largest = torch._foreach_norm(floating, float("inf"))
+    if not bool(torch.stack([each.float() for each in largest]).isfinite().all()):
+        raise DivergedError(f"{what} are not finite")
 
 
 class TrainingModel(nn.Module):
@@ -66,6 +85,7 @@ class TrainingModel(nn.Module):
     def forward(self, split: Split) -> tuple[dict[str, Tensor], PassRecord]:
         with torch.autocast(split.images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             out = self.network(split.images, split.labels)
+        require_finite("features", [out.pooled, out.attended])
         labeled, known = split.num_labeled, split.num_labeled + split.num_fed_back
         logits, adversary_logits = out.logits.float(), out.adversary_logits.float()
         zero = logits.new_zeros(())
@@ -80,23 +100,22 @@ class TrainingModel(nn.Module):
         if known < len(split.labels):
             regularizer = self.weights.regularizer * sum(_negative_entropy(branch[known:]) for branch in branches) / 2
 
-        embedding = zero
+        embedding, gates = zero, None
         pseudo_labels = split.sample_ids.new_empty(0)
         if self.memory is not None:
             keys = self.network.keys(out).float()
-            gates = self.network.gate_features(out).float() if self.memory.gates == "features" else None
+            gate_features = self.network.gate_features(out).float() if self.memory.gates == "features" else None
             step = self.memory(
                 keys[:labeled],
                 split.labels[:labeled],
                 keys[known:],
                 split.sample_ids[known:],
-                gate_features=gates,
+                gate_features=gate_features,
             )
-            beta = self.memory.confidence(gates)
-            embedding = self.weights.embedding * (
-                step.loss.float() - self.weights.confidence_prior * beta.float().log()
-            )
+            alpha, alpha_unlabeled, beta = self.memory.gate_values(gate_features)
+            embedding = self.weights.embedding * (step.loss.float() - self.weights.confidence_prior * beta.log())
             pseudo_labels = step.pseudo_labels
+            gates = alpha.detach(), alpha_unlabeled.detach(), beta.detach()
 
         losses = {
             "total": classification + adversary + embedding + regularizer,
@@ -111,6 +130,7 @@ class TrainingModel(nn.Module):
             split.labels[:labeled],
             pseudo_labels,
             split.sample_ids[known:],
+            gates,
         )
         return losses, record
 

@@ -1,7 +1,7 @@
 """The training loop: data, meta step, outer step, checkpoints, evaluation."""
 
 import json
-import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ from dan_fast.daml import Competition, Stage, active_groups, meta_gradients
 from dan_fast.data import BatchPlanner, MiniBatch, Split, TrainingSet, load_dataset, training_loader
 from dan_fast.errors import DanFastError
 from dan_fast.evaluation import Evaluation, evaluate_dataset
+from dan_fast.files import write_text
 from dan_fast.training.build import build_memory, initial_network, resolve_device
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.config import TrainConfig, require_same_training
 from dan_fast.training.display import Display
 from dan_fast.training.interrupt import Interrupted, StopRequest
 from dan_fast.training.metrics import Scalars, accuracy, pseudo_label_accuracy, pseudo_label_purity
-from dan_fast.training.objective import Objective, TrainingModel
+from dan_fast.training.objective import DivergedError, Objective, PassRecord, TrainingModel, require_finite
 from dan_fast.training.schedule import step_size
 
 CAM_WEIGHT = "network.classifier.weight"
@@ -95,11 +96,13 @@ class Trainer:
         self.epoch = 0
         self.iteration = 0
         self.feedback: tuple[Tensor, Tensor] | None = None
-        self.skipped = 0
+        self.skipped: set[str] = set()
         # Cuda kernels are asked to repeat themselves, so that a resumed run is the run it continues.
         torch.backends.cudnn.deterministic = True
+        self._random_state = self._get_random_state()
         if saved is not None:
             self._restore(saved)
+            self._random_state = saved["random"]
 
     @property
     def iterations_done(self) -> int:
@@ -110,26 +113,32 @@ class Trainer:
 
         Raises:
             Interrupted: SIGINT or SIGTERM came; the run was saved and can be resumed.
-            DanFastError: a loss is not finite, an image cannot be read, or a checkpoint cannot be written.
+            DanFastError: training diverged, an image cannot be read, or a file cannot be written.
         """
-        self._write_config()
+        write_text(self.out / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
+        # Whatever drew random numbers since this trainer was made does not count.
+        self._set_random_state(self._random_state)
         epochs = self.config.optimizer.epochs
-        scalars = Scalars(self.out / "tensorboard", first_step=self.iterations_done)
+        scalars = Scalars(self.out / "tensorboard", steps_done=self.iterations_done)
         display = Display(epochs * self.planner.iterations, self.iterations_done, self.config.data.batch_size)
         evaluations: list[Evaluation] = []
         try:
             with StopRequest() as stop, display:
+                if self.epoch > 0 and self.iteration == 0:
+                    # A run that was stopped between an epoch's checkpoint and its evaluation makes up for it.
+                    evaluations = self._evaluate_if_due(scalars, display)
                 while self.epoch < epochs:
                     self._train_epoch(scalars, display, stop)
-                    every = self.config.run.evaluate_every
-                    if self.epoch == epochs or (every and self.epoch % every == 0):
-                        evaluations = self._evaluate(scalars, display)
-            if not evaluations:
-                evaluations = self._evaluate(scalars, display)
+                    evaluations = self._evaluate_if_due(scalars, display)
+        except DivergedError as error:
+            raise DanFastError(
+                f"Training diverged at iteration {self.iterations_done} ({error}): start again in another run.out "
+                f"with a lower optimizer.lr_scale; {self.checkpoint} holds the last state saved, if any."
+            ) from error
         finally:
             scalars.close()
         if self.skipped:
-            display.say(f"{self.skipped} broken images were skipped.")
+            display.say(f"Broken images skipped: {len(self.skipped)}.")
         return evaluations
 
     def _train_epoch(self, scalars: Scalars, display: Display, stop: StopRequest) -> None:
@@ -147,10 +156,11 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
         self.model.train()
-        for batch in loader:
+        for batch in _until_stopped(loader, stop):
             for path in batch.skipped:
-                self.skipped += 1
-                display.say(f"Skipped {path}: it cannot be decoded.")
+                if path not in self.skipped:
+                    self.skipped.add(path)
+                    display.say(f"Skipped {path}: it cannot be decoded.")
             self._train_iteration(batch, scalars)
             self.iteration += 1
             last = self.iteration == self.planner.iterations
@@ -160,59 +170,21 @@ class Trainer:
             display.advance(self.epoch, means)
             if last:
                 self.epoch, self.iteration = self.epoch + 1, 0
-            if last or stop.requested or self.iterations_done % run.checkpoint_every == 0:
+            if last or self.iterations_done % run.checkpoint_every == 0:
                 self._save()
-            if stop.requested:
-                raise Interrupted(f"Saved after iteration {self.iterations_done}.")
+        if stop.requested:
+            self._save()
+            raise Interrupted(f"Saved after iteration {self.iterations_done}.")
 
     def _train_iteration(self, batch: MiniBatch, scalars: Scalars) -> None:
-        meta = self.config.meta
         progress = self.epoch + self.iteration / self.planner.iterations
         lr = step_size(progress, self.config.optimizer.epochs, self.config.optimizer.lr_scale)
         params = dict(self.model.named_parameters())
-        meta_train = self._to_device(batch.meta_train)
-
         try:
-            train_losses = self.objective(params, meta_train)
-            record = self.objective.record
-            if batch.meta_test is None:
-                total = train_losses["total"]
-                grads = dict(
-                    zip(
-                        params,
-                        torch.autograd.grad(total, [*params.values()], materialize_grads=True),
-                        strict=True,
-                    )
-                )
-                pseudo_records = [record]
-            else:
-                groups = None
-                if meta.procedure == "daml3":
-                    stage = self.competition.decide(record.logits, record.adversary_logits, record.labels)
-                    self._log_stage(stage, scalars)
-                    groups = self._groups(stage)
-                result = meta_gradients(
-                    self.objective,
-                    params,
-                    groups,
-                    meta_train,
-                    self._to_device(batch.meta_test),
-                    lr,
-                    meta.eta,
-                    meta.order,
-                    train_losses=train_losses,
-                )
-                grads = result.grads
-                pseudo_records = [record, self.objective.record]
-                for name, value in result.test_losses.items():
-                    scalars.add(f"test/loss/{name}", value)
-            if not math.isfinite(float(train_losses["total"].detach())):
-                raise ValueError("the total loss is not finite")
+            grads = self._gradients(params, batch, lr, scalars)
         except ValueError as error:
-            raise DanFastError(
-                f"Training cannot go on at iteration {self.iterations_done} ({error}): if the losses grew before, "
-                f"lower optimizer.lr_scale; {self.checkpoint} holds the last state saved, if any."
-            ) from error
+            raise DanFastError(f"Training cannot go on at iteration {self.iterations_done}: {error}.") from error
+        require_finite("gradients", grads.values())
 
         for name, parameter in params.items():
             # None, not zero: a frozen parameter must not move by momentum or weight decay either.
@@ -223,19 +195,42 @@ class Trainer:
         if self.model.memory is not None:
             # Always at the same place: a checkpoint settles too, and must not be what decides the rounding.
             self.model.memory.settle()
-
-        for name, value in train_losses.items():
-            scalars.add(f"train/loss/{name}", value)
-        scalars.add("train/accuracy/attention", accuracy(record.logits, record.labels))
-        scalars.add("train/accuracy/adversary", accuracy(record.adversary_logits, record.labels))
         scalars.add("train/step_size", lr)
-        for each in pseudo_records:
-            share = pseudo_label_accuracy(each, self.training_set)
-            if share is not None:
-                scalars.add("pseudo/accuracy", share)
         last_of_window = (self.iterations_done + 1) % self.config.run.log_every == 0
         if self.model.memory is not None and last_of_window:
             self._log_memory(scalars)
+
+    def _gradients(self, params: dict[str, Tensor], batch: MiniBatch, lr: float, scalars: Scalars) -> dict[str, Tensor]:
+        """What the outer step follows, by parameter; parameters that are frozen in this iteration are left out."""
+        meta = self.config.meta
+        meta_train = self._to_device(batch.meta_train)
+        train_losses = self.objective(params, meta_train)
+        record = self.objective.record
+        self._log_pass("train", train_losses, record, scalars)
+        scalars.add("train/accuracy/attention", accuracy(record.logits, record.labels))
+        scalars.add("train/accuracy/adversary", accuracy(record.adversary_logits, record.labels))
+        if batch.meta_test is None:
+            values = torch.autograd.grad(train_losses["total"], [*params.values()], materialize_grads=True)
+            return dict(zip(params, values, strict=True))
+
+        groups = None
+        if meta.procedure == "daml3":
+            stage = self.competition.decide(record.logits, record.adversary_logits, record.labels)
+            self._log_stage(stage, scalars)
+            groups = self._groups(stage)
+        result = meta_gradients(
+            self.objective,
+            params,
+            groups,
+            meta_train,
+            self._to_device(batch.meta_test),
+            lr,
+            meta.eta,
+            meta.order,
+            train_losses=train_losses,
+        )
+        self._log_pass("test", result.test_losses, self.objective.record, scalars)
+        return result.grads
 
     def _groups(self, stage: Stage) -> dict[str, tuple[list[str], str]]:
         names = self.model.network.parameter_groups()
@@ -253,12 +248,20 @@ class Trainer:
         scalars.add("competition/backbone_frozen", float(stage is Stage.ADVERSARY))
         scalars.add("competition/both_updated", float(stage is Stage.BOTH))
 
+    def _log_pass(self, name: str, losses: dict[str, Tensor], record: PassRecord, scalars: Scalars) -> None:
+        for loss, value in losses.items():
+            scalars.add(f"{name}/loss/{loss}", value)
+        if record.gates is not None:
+            alpha, alpha_unlabeled, beta = record.gates
+            scalars.add("memory/sigma_alpha", alpha.sigmoid())
+            scalars.add("memory/sigma_alpha_unlabeled", alpha_unlabeled.sigmoid())
+            scalars.add("memory/beta", beta)
+        share = pseudo_label_accuracy(record, self.training_set)
+        if share is not None:
+            scalars.add("pseudo/accuracy", share)
+
     def _log_memory(self, scalars: Scalars) -> None:
         memory = self.model.memory
-        if memory.gates == "parameters":
-            scalars.add("memory/sigma_alpha", memory.alpha.sigmoid())
-            scalars.add("memory/sigma_alpha_unlabeled", memory.alpha_unlabeled.sigmoid())
-            scalars.add("memory/beta", memory.beta)
         slots_labeled, slots_unlabeled = memory.occupied_slots()
         scalars.add("memory/slots_labeled", slots_labeled)
         scalars.add("memory/slots_unlabeled", slots_unlabeled)
@@ -273,7 +276,10 @@ class Trainer:
             sample_ids=split.sample_ids.to(self.device, non_blocking=True),
         )
 
-    def _evaluate(self, scalars: Scalars, display: Display) -> list[Evaluation]:
+    def _evaluate_if_due(self, scalars: Scalars, display: Display) -> list[Evaluation]:
+        last, every = self.epoch == self.config.optimizer.epochs, self.config.run.evaluate_every
+        if not last and (every == 0 or self.epoch % every != 0):
+            return []
         self.model.eval()
         evaluations = []
         for dataset in self.targets:
@@ -291,10 +297,12 @@ class Trainer:
             for name in ("R1", "mAP", "mINP"):
                 scalars.add(f"eval/{evaluation.dataset}/{name}", figures[name])
             display.say(f"{evaluation.dataset}: " + ", ".join(f"{key} {figures[key]:.1f}" for key in figures))
+            for path in evaluation.skipped:
+                display.say(f"Skipped {path}: it cannot be decoded.")
         scalars.flush(self.iterations_done)
-        if self.epoch == self.config.optimizer.epochs:
+        if last:
             results = {"epochs": self.epoch, "targets": [each.to_dict() for each in evaluations]}
-            (self.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            write_text(self.out / "results.json", json.dumps(results, indent=2) + "\n")
         return evaluations
 
     def _saved_state(self) -> dict[str, Any] | None:
@@ -308,14 +316,8 @@ class Trainer:
         require_same_training(state["config"], self.config.to_dict(), self.checkpoint)
         return state
 
-    def _write_config(self) -> None:
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "config.yaml").write_text(yaml.safe_dump(self.config.to_dict(), sort_keys=False))
-        except OSError as error:
-            raise DanFastError(f"{self.out} cannot be written ({error.strerror}): choose another run.out.") from error
-
     def _save(self) -> None:
+        require_finite("weights", self.model.state_dict().values())
         sample_ids, pseudo_labels = self.feedback or (None, None)
         save_checkpoint(
             self.checkpoint,
@@ -325,15 +327,12 @@ class Trainer:
                 "num_classes": self.training_set.num_classes,
                 "epoch": self.epoch,
                 "iteration": self.iteration,
-                "skipped": self.skipped,
+                "skipped": sorted(self.skipped),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "competition": self.competition.state_dict(),
                 "feedback": {"sample_ids": sample_ids, "pseudo_labels": pseudo_labels},
-                "random": {
-                    "cpu": torch.get_rng_state(),
-                    "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-                },
+                "random": self._get_random_state(),
             },
         )
 
@@ -341,10 +340,32 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.competition.load_state_dict(state["competition"])
-        self.epoch, self.iteration, self.skipped = state["epoch"], state["iteration"], state["skipped"]
+        self.epoch, self.iteration, self.skipped = state["epoch"], state["iteration"], set(state["skipped"])
         feedback = state["feedback"]
         if feedback["sample_ids"] is not None:
             self.feedback = feedback["sample_ids"], feedback["pseudo_labels"]
-        torch.set_rng_state(state["random"]["cpu"])
-        if self.device.type == "cuda" and len(state["random"]["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+
+    def _get_random_state(self) -> dict[str, Any]:
+        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+    def _set_random_state(self, state: dict[str, Any]) -> None:
+        torch.set_rng_state(state["cpu"])
+        if self.device.type == "cuda" and len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _until_stopped(loader: Iterable[MiniBatch], stop: StopRequest) -> Iterator[MiniBatch]:
+    """The batches of `loader` until a stop is requested."""
+    batches = iter(loader)
+    while not stop.requested:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError:
+            # A signal to the whole process group ends the workers too.
+            if stop.requested:
+                return
+            raise
+        yield batch
