@@ -33,12 +33,14 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def initial_network(settings: dict[str, Any], num_classes: int) -> DAN:
+def initial_network(settings: dict[str, Any], num_classes: int, read_weights: bool = True) -> DAN:
     """The network a run with these settings starts from; the same weights for the same `run.seed`.
 
     Args:
         settings: `TrainConfig.to_dict()`, or the "config" of a checkpoint.
         num_classes: identities of the labelled images.
+        read_weights: False leaves out the weights it starts from, for a network that a checkpoint fills: their file
+            or hub need not be there any more.
     """
     torch.manual_seed(settings["run"]["seed"])
     model = settings["model"]
@@ -48,7 +50,7 @@ def initial_network(settings: dict[str, Any], num_classes: int) -> DAN:
         image_size=tuple(settings["data"]["image_size"]),
         reduction=model["reduction"],
         dropout=model["dropout"],
-        weights=model["weights"],
+        weights=model["weights"] if read_weights else "none",
     )
 
 
@@ -64,10 +66,8 @@ def trained_network(path: str | Path) -> tuple[DAN, dict[str, Any]]:
     """
     state = load_checkpoint(path)
     settings = state["config"]
-    # The checkpoint holds every weight: nothing needs to be read from the file or the hub it started from.
-    from_checkpoint = {**settings, "model": {**settings["model"], "weights": "none"}}
     with torch.random.fork_rng():
-        network = initial_network(from_checkpoint, state["num_classes"])
+        network = initial_network(settings, state["num_classes"], read_weights=False)
     prefix = "network."
     network.load_state_dict(
         {name.removeprefix(prefix): value for name, value in state["model"].items() if name.startswith(prefix)}

@@ -30,8 +30,8 @@ class Trainer:
     """Trains a DAN as `config` says and keeps everything in the folder `config.run.out`.
 
     The folder holds config.yaml, checkpoint.pt (everything: weights, optimizer, memory, competition, random
-    states, the feedback of the epoch; a run killed at any moment resumes from it bit for bit), tensorboard/ and,
-    after the last epoch, results.json.
+    states, the feedback of the epoch; a run killed at any moment resumes from it, on the CPU bit for bit),
+    tensorboard/ and, after the last epoch, results.json.
 
     Raises:
         DanFastError: data, settings, device or checkpoint do not fit; the sentence says which and what to do.
@@ -69,7 +69,7 @@ class Trainer:
                 "restore them or choose another run.out."
             )
 
-        network = initial_network(config.to_dict(), self.training_set.num_classes)
+        network = initial_network(config.to_dict(), self.training_set.num_classes, read_weights=saved is None)
         memory = None
         if self.training_set.unlabeled_samples:
             memory = build_memory(config.memory, network.key_dim)
