@@ -340,6 +340,20 @@ def test_a_dataset_may_move_between_stop_and_resume(images, tmp_path):
     assert Trainer(replace(setup, data=data, run=replace(setup.run, resume=True))).epoch == 1
 
 
+def test_what_no_weight_shows_is_in_the_checkpoint_too(images, tmp_path):
+    setup = config(images, tmp_path / "run")
+    trainer = Trainer(setup)
+    trainer.competition.adversary_streak = 7
+    trainer.feedback = torch.tensor([3, 1]), torch.tensor([0, 2])
+    trainer.skipped = {"b.jpg", "a.jpg"}
+    trainer.epoch, trainer.iteration = 1, 0
+    trainer._save()
+    resumed = Trainer(replace(setup, run=replace(setup.run, resume=True)))
+    assert resumed.competition.adversary_streak == 7
+    assert [each.tolist() for each in resumed.feedback] == [[3, 1], [0, 2]]
+    assert resumed.skipped == {"a.jpg", "b.jpg"} and (resumed.epoch, resumed.iteration) == (1, 0)
+
+
 def test_a_run_on_other_images_is_refused(images, tmp_path):
     setup = config(images, tmp_path / "run", optimizer={"epochs": 1})
     Trainer(setup).fit()
