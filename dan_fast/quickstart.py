@@ -95,6 +95,7 @@ def quickstart(
     plot_curves(folder / "run", folder / "curves.png")
     plot_ranked_lists(query, gallery, folder / "ranked.png")
     _plot_attention(network, unseen, folder / "attention.png")
+    attention_note = "Spatial attention A_S; its colours span each image's own range, written above."
     page = write_report(
         folder,
         "dan_fast quickstart",
@@ -104,7 +105,11 @@ def quickstart(
         [
             Figure("Training", folder / "curves.png", "Losses, both branches' accuracy, gates and memory."),
             Figure("Ranked lists", folder / "ranked.png", f"Queries of {UNSEEN} and what the network ranks first."),
-            Figure("Attention", folder / "attention.png", f"Spatial attention of NL-CBAM on images of {UNSEEN}."),
+            Figure(
+                "Attention",
+                folder / "attention.png",
+                attention_note,
+            ),
         ],
     )
     console.print(f"Report: {page} ({time.monotonic() - started:.0f} s)", highlight=False, soft_wrap=True)

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
@@ -15,7 +16,7 @@ from dan_fast.evaluation.features import Features
 from dan_fast.reporting import curves, heatmaps, ranked
 from dan_fast.reporting.canvas import RIGHT, WRONG
 from dan_fast.reporting.curves import plot_curves, read_scalars
-from dan_fast.reporting.heatmaps import plot_attention
+from dan_fast.reporting.heatmaps import _prepare, plot_attention
 from dan_fast.reporting.html import Figure, Table, write_report
 from dan_fast.reporting.ranked import plot_ranked_lists, ranked_list
 
@@ -232,6 +233,23 @@ def test_report_holds_everything_escaped(tmp_path):
     write_report(tmp_path / "report", "Again", "Shorter.")
     assert "<table>" not in page.read_text(encoding="utf-8")
     assert [path.name for path in page.parent.iterdir()] == ["index.html"]
+
+
+def test_attention_states_the_range_that_its_colours_span(tmp_path, monkeypatch):
+    titles = []
+    real = Axes.set_title
+    monkeypatch.setattr(Axes, "set_title", lambda self, text, **more: titles.append(text) or real(self, text, **more))
+    attention = torch.tensor([[0.25, 0.75, 0.5, 0.5], [0.49, 0.49 + 2e-5, 0.49, 0.49]], dtype=torch.float64)
+    plot_attention(torch.zeros(2, 3, 8, 8), attention, (2, 2), tmp_path / "attention.png")
+    assert titles == ["0.5000 ± 2e-01", "0.4900 ± 1e-05"]
+
+
+def test_nearly_flat_attention_is_enlarged_without_stripes():
+    attention = 0.49 + 1e-6 * torch.rand(1, 6, generator=torch.Generator().manual_seed(0))
+    _, heat = _prepare(torch.zeros(1, 3, 96, 48), attention, (3, 2))
+    # A smooth map changes little from pixel to pixel and the change keeps its sign almost everywhere.
+    steps = np.diff(heat[0], axis=1)
+    assert (np.sign(steps[:, 1:]) != np.sign(steps[:, :-1])).mean() < 0.1
 
 
 @pytest.mark.parametrize("write", ["page", "picture"])

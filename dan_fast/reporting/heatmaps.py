@@ -22,7 +22,8 @@ def plot_attention(images: Tensor, spatial_attention: Tensor, map_size: tuple[in
     """Draw each image beside itself under its spatial attention.
 
     The attention is scaled to each image's own range and enlarged to the image's size, so colours compare
-    positions within one image, not images.
+    positions within one image, not images. Above each stands the range that its colours span: where that is
+    tiny, the attention is flat, whatever the picture suggests.
 
     Args:
         images: (n, 3, H, W) floating, normalised as the network gets them.
@@ -55,13 +56,13 @@ def plot_attention(images: Tensor, spatial_attention: Tensor, map_size: tuple[in
             3 * pairs - 1,
             squeeze=False,
             width_ratios=([1, 1, 0.25] * pairs)[:-1],
-            gridspec_kw={"wspace": 0.04, "hspace": 0.06},
+            gridspec_kw={"wspace": 0.04, "hspace": 0.1},
         )
         margin = 0.1 / figure.get_figheight()
         figure.subplots_adjust(
             left=0.1 / figure.get_figwidth(),
             right=1 - 0.85 / figure.get_figwidth(),
-            top=1 - margin,
+            top=1 - 2 * margin,
             bottom=margin,
         )
         for axes in grid.flat:
@@ -73,6 +74,8 @@ def plot_attention(images: Tensor, spatial_attention: Tensor, map_size: tuple[in
                 axes.set_visible(True)
             show_image(plain, originals[place])
             show_image(overlaid, _overlay(originals[place], heat[place]))
+            attention = spatial_attention[place]
+            overlaid.set_title(_spread(float(attention.min()), float(attention.max())), fontsize=6, loc="center", pad=2)
         _draw_scale(figure)
         return save_png(figure, out_png, dpi=150)
 
@@ -87,7 +90,8 @@ def _prepare(images: Tensor, spatial_attention: Tensor, map_size: tuple[int, int
             f"spatial_attention has shape {tuple(spatial_attention.shape)}; "
             f"with map_size {height}x{width} it must be ({len(images)}, {height * width})."
         )
-    heat = spatial_attention.detach().to("cpu", torch.float32).reshape(-1, 1, height, width)
+    # A_S often varies in its last digits only, which float32 would turn into stripes.
+    heat = spatial_attention.detach().to("cpu", torch.float64).reshape(-1, 1, height, width)
     if not bool(torch.isfinite(heat).all()):
         raise ValueError("spatial_attention holds NaN or Inf; the network that made it has diverged.")
     heat = torch.nn.functional.interpolate(heat, images.shape[2:], mode="bicubic", align_corners=False)[:, 0]
@@ -96,6 +100,11 @@ def _prepare(images: Tensor, spatial_attention: Tensor, map_size: tuple[int, int
     pixels = images.detach().to("cpu", torch.float32) * torch.tensor(STD).view(3, 1, 1)
     pixels = (pixels + torch.tensor(MEAN).view(3, 1, 1)).clamp(0, 1)
     return pixels.permute(0, 2, 3, 1).numpy(), heat.numpy()
+
+
+def _spread(low: float, high: float) -> str:
+    """What the colours of an image span, since each spans its own: the middle and how far it goes either way."""
+    return f"{(low + high) / 2:.4f} ± {(high - low) / 2:.0e}"
 
 
 def _overlay(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
