@@ -29,6 +29,12 @@ OLDEST_TORCH = (2, 11)
 TORCH_TARGET_VERSION = "0x020b000000000000"
 AGAIN = "run `pip install -e .` again"
 DEFAULT_CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0")
+# A `*_isa.cpp` is compiled once for each of these, from the poorest to the richest; csrc/cpu/isa.h tells them apart.
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+INSTRUCTION_SETS = {"baseline": [], "avx2": AVX2, "avx512": AVX512}
+# Contraction would give a fused multiply-add to some sets only, and the scan its bits by the CPU.
+ISA_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 NAMED_CUDA_ARCHS = {
     "Turing": "7.5+PTX",
     "Ampere": "8.0;8.6+PTX",
@@ -132,7 +138,21 @@ def first_line(command: list[str], pattern: str = ".+") -> str:
     return found[0].strip() if found else command[0]
 
 
-def ninja_file(torch: Torch, compiler: list[str], nvcc: str | None, archs: list[str]) -> str:
+def instruction_sets(compiler: list[str]) -> dict[str, list[str]]:
+    """Of INSTRUCTION_SETS those that the compiler, and the machine it compiles for, know."""
+    vectors = "typedef double V __attribute__((vector_size(64))); V sum(V a, V b) { return a + b; }\n"
+    probe = [*compiler, "-x", "c++", "-O2", "-c", "-", "-o", os.devnull]
+    known = {}
+    for name, flags in INSTRUCTION_SETS.items():
+        if flags and subprocess.run([*probe, *flags], input=vectors, capture_output=True, text=True).returncode:
+            break
+        known[name] = flags
+    return known
+
+
+def ninja_file(
+    torch: Torch, compiler: list[str], nvcc: str | None, archs: list[str], sets: dict[str, list[str]]
+) -> str:
     """The build as ninja's rules: it compiles again what changed, headers included."""
 
     def quoted(parts: list[str]) -> str:
@@ -142,6 +162,7 @@ def ninja_file(torch: Torch, compiler: list[str], nvcc: str | None, archs: list[
         return re.sub(r"([$ :])", r"$\1", str(path))
 
     cxx_flags = ["-O3", "-fPIC", "-std=c++17", "-Wall", "-Wextra", "-fvisibility=hidden", "-DNDEBUG"]
+    cxx_flags += [f"-DDAN_FAST_HAS_{name.upper()}" for name in sets if name != "baseline"]
     torch_flags = [
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
         "-isystem",
@@ -165,6 +186,14 @@ def ninja_file(torch: Torch, compiler: list[str], nvcc: str | None, archs: list[
         "rule link",
         f"  command = {quoted(link)} $in {quoted(libraries)} -o $out",
     ]
+    for name, flags in sets.items():
+        command = [*compiler, *cxx_flags, *ISA_FLAGS, *flags, f"-DDAN_FAST_ISA={name}"]
+        lines += [
+            f"rule {name}",
+            f"  command = {quoted(command)} -MD -MF $out.d -c $in -o $out",
+            "  deps = gcc",
+            "  depfile = $out.d",
+        ]
     if nvcc:
         lines += [
             "rule cuda",
@@ -172,11 +201,18 @@ def ninja_file(torch: Torch, compiler: list[str], nvcc: str | None, archs: list[
             "  deps = gcc",
             "  depfile = $out.d",
         ]
-    objects = []
+    # Of an inline function that several objects hold, the linker keeps the first: it must be one that any CPU can run.
+    objects: dict[str, list[str]] = {name: [] for name in sets}
     for source in sources(with_cuda=nvcc is not None):
-        objects.append(source.relative_to(ROOT).as_posix().replace("/", "_") + ".o")
-        lines.append(f"build {objects[-1]}: {'cuda' if source.suffix == '.cu' else 'cxx'} {escaped(source)}")
-    lines.append(f"build {LIBRARY}: link {' '.join(objects)}")
+        stem = source.relative_to(ROOT).as_posix().replace("/", "_")
+        if source.name.endswith("_isa.cpp"):
+            for name in sets:
+                objects[name].append(f"{stem}.{name}.o")
+                lines.append(f"build {stem}.{name}.o: {name} {escaped(source)}")
+        else:
+            objects["baseline"].append(f"{stem}.o")
+            lines.append(f"build {stem}.o: {'cuda' if source.suffix == '.cu' else 'cxx'} {escaped(source)}")
+    lines.append(f"build {LIBRARY}: link {' '.join(sum(objects.values(), []))}")
     return "\n".join(lines) + "\n"
 
 
@@ -205,7 +241,8 @@ def build_native(package: Path, scratch: Path) -> dict:
 
     The library is put in place whole or not at all, and an older one does not stay where none can be built.
     """
-    info: dict = {"built": [], "cuda_archs": [], "missing": [], "source_hash": SOURCES["source_hash"](ROOT)}
+    info: dict = {"built": [], "instruction_sets": [], "cuda_archs": [], "missing": []}
+    info["source_hash"] = SOURCES["source_hash"](ROOT)
     library = None
     try:
         compiler = find_compiler()
@@ -214,16 +251,18 @@ def build_native(package: Path, scratch: Path) -> dict:
         if torch is None:
             raise CannotBuild(f"no torch >= 2.11 was found to compile against; install it, then {AGAIN}")
         info["torch_headers"] = torch.version
+        sets = instruction_sets(compiler)
         try:
             nvcc = find_nvcc()
             info["nvcc"] = first_line([nvcc], r"release .+")
             archs = cuda_archs(nvcc)
-            library = compile_library(scratch / "cuda", ninja_file(torch, compiler, nvcc, archs))
+            library = compile_library(scratch / "cuda", ninja_file(torch, compiler, nvcc, archs, sets))
             info["built"], info["cuda_archs"] = ["CPU", "CUDA"], archs
         except CannotBuild as reason:
             info["missing"].append(f"no CUDA kernels: {reason}")
-            library = compile_library(scratch / "cpu", ninja_file(torch, compiler, None, []))
+            library = compile_library(scratch / "cpu", ninja_file(torch, compiler, None, [], sets))
             info["built"] = ["CPU"]
+        info["instruction_sets"] = list(sets)
     except CannotBuild as reason:
         info["missing"].append(f"no compiled extension: {reason}")
     package.mkdir(parents=True, exist_ok=True)

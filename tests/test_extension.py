@@ -1,9 +1,13 @@
 """The compiled extension and its first operator: values, paths, derivatives, and life without a compiler."""
 
 import ctypes
+import os
+import platform
 import re
+import runpy
 import shutil
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -62,6 +66,35 @@ def test_a_machine_with_a_compiler_has_the_extension():
 def test_a_machine_with_nvcc_has_the_cuda_kernels():
     assert _extension.has_cuda_kernels(), _extension.build_info()
     assert _extension.build_info()["cuda_archs"]
+
+
+@needs_compiler
+def test_a_set_of_instructions_the_compiler_does_not_know_is_left_out(tmp_path: Path):
+    sets = runpy.run_path(str(HERE.parent / "setup.py"))["instruction_sets"]
+    on_x86 = platform.machine() == "x86_64"
+    assert list(sets([COMPILER])) == (["baseline", "avx2", "avx512"] if on_x86 else ["baseline"])
+    old = tmp_path / "c++"
+    old.write_text('#!/bin/sh\ncase "$*" in *avx512*) exit 1;; esac\n')
+    old.chmod(0o700)
+    assert list(sets([str(old)])) == ["baseline", "avx2"]
+
+
+@needs_extension
+def test_the_instruction_set_is_one_that_was_built_and_can_be_capped():
+    built = _extension.build_info()["instruction_sets"]
+    program = f"import torch; torch.ops.load_library({str(_extension.LIBRARY)!r}); "
+    program += "print(torch.ops.dan_fast.instruction_set())"
+
+    def chosen(cap: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {"DAN_FAST_ISA": cap}
+        return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+
+    best = chosen("").stdout.strip()
+    assert best in built
+    for cap in ("baseline", "avx2", "avx512"):
+        expected = min(cap, best, key=["baseline", "avx2", "avx512"].index)
+        assert chosen(cap).stdout.strip() == expected
+    assert "'sse9'; set it to baseline, avx2 or avx512, or unset it" in chosen("sse9").stderr
 
 
 @needs_extension
