@@ -120,6 +120,12 @@ DAN_FAST_HD double exp_of_cosine(double x) {
   return y * x + 1.0;
 }
 
+// The gate of Eq. (8) from raw alpha.
+template <typename T>
+DAN_FAST_HD T sigmoid(T x) {
+  return T(1) / (T(1) + std::exp(-x));
+}
+
 // Eq. (8), as lerp: the share of the key that goes to a slot whose last evaluation is `evaluation`.
 template <typename T>
 DAN_FAST_HD T write_weight(T evaluation, bool is_least_used, T gate) {
