@@ -10,6 +10,9 @@
 
 #ifdef __CUDACC__
 #define DAN_FAST_HD __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+// Always, or a file compiled for one instruction set would link the copy of another.
+#define DAN_FAST_HD inline __attribute__((always_inline))
 #else
 #define DAN_FAST_HD inline
 #endif
@@ -126,11 +129,23 @@ DAN_FAST_HD T sigmoid(T x) {
   return T(1) / (T(1) + std::exp(-x));
 }
 
+// Its derivative, from its value.
+template <typename T>
+DAN_FAST_HD T sigmoid_backward(T gate) {
+  return gate * (T(1) - gate);
+}
+
 // Eq. (8), as lerp: the share of the key that goes to a slot whose last evaluation is `evaluation`.
 template <typename T>
 DAN_FAST_HD T write_weight(T evaluation, bool is_least_used, T gate) {
   const T one = is_least_used ? T(1) : T(0);
   return one + gate * (evaluation - one);
+}
+
+// Its derivative in the gate; that in the evaluation is the gate.
+template <typename T>
+DAN_FAST_HD T write_weight_by_gate(T evaluation, bool is_least_used) {
+  return evaluation - (is_least_used ? T(1) : T(0));
 }
 
 // <k, m> after m += weight k.

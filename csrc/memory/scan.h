@@ -77,6 +77,7 @@ struct ScanOutput {
   T* false_sums;      // (B', 2) exp(cos) of V added over FP, over FN; both 0 without sets
 };
 
+// All 0 where the loss is a constant: a fault, B' = 0, every sample skipped.
 template <typename T>
 struct ScanGradient {
   const T* loss;        // () in
