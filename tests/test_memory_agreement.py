@@ -50,7 +50,7 @@ def derivatives(step, inputs):
     """Loss, its gradients, and the gradients of a mixture of those."""
     first = torch.autograd.grad(step.loss, inputs, create_graph=True)
     if not any(x.requires_grad for x in first):
-        return [step.loss, *first]
+        return [step.loss, *first, *map(torch.zeros_like, inputs)]
     mixture = sum((x * (1 + torch.arange(x.numel()).reshape(x.shape)).cos()).sum() + x.square().sum() for x in first)
     second = torch.autograd.grad(mixture, inputs, allow_unused=True, materialize_grads=True)
     return [step.loss, *first, *second]

@@ -1,18 +1,59 @@
 """The progressive augmentation memory, Sec. III-C, fast: same names and results as `dan_fast.reference`."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from dan_fast.functional.memory_pending import PendingMemory
-from dan_fast.functional.memory_scan import Gates, advance
+from dan_fast.functional.memory_scan import scan
+from dan_fast.functional.memory_scan_types import ScanResult, Slots, WrittenSlots, sentence_of
+from dan_fast.functional.memory_stream import memory_commit, memory_scores
 from dan_fast.functional.memory_weights import cosine_softmax, false_sample_sets
 from dan_fast.reference.checks import check_memory_step
-from dan_fast.reference.memory import zero_of
+from dan_fast.reference.cosine import statistics_dtype
 from dan_fast.reference.types import MemoryState, MemoryStep
 
 __all__ = ["cosine_softmax", "false_sample_sets", "memory_step", "pending_memory_step"]
 
+Gate = Tensor | float
+Read = Callable[[Tensor], tuple[Tensor, Tensor]]  # keys (T, d) -> scores (T, s), |m_i|^2 (s,)
 
+
+def _in_memory_dtype(labeled: MemoryState, *keys: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, keys as the network gives them are stored and compared in the dtype of the memory."""
+    dtype = getattr(getattr(labeled, "features", None), "dtype", None)  # whatever it is will be checked
+
+    def cast(value: Tensor) -> Tensor:
+        if dtype is None or not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        device = value.device.type
+        return (
+            value.to(dtype) if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) else value
+        )
+
+    return tuple(map(cast, keys))
+
+
+def _slots(state: MemoryState, square_norms: Tensor) -> Slots:
+    dtype = square_norms.dtype
+    return Slots(
+        square_norms, state.usage.detach().to(dtype), state.evaluation.detach().to(dtype),
+        state.labels, state.sample_ids, state.least_used,
+    )  # fmt: skip
+
+
+def _storable(keys: Tensor, fault: Tensor) -> Tensor:
+    """The keys as they are written: a batch with a fault has weight 0, and 0 times NaN must be 0."""
+    return keys.detach().masked_fill(fault != 0, 0.0)
+
+
+def _gates(like: Tensor, *gates: Gate) -> Tensor:
+    # A number is filled in on the device: a copy from the host would break the capture of a CUDA graph.
+    return torch.stack([g.to(like.dtype) if isinstance(g, Tensor) else like.new_full((), g) for g in gates])
+
+
+@torch.compiler.disable
 def pending_memory_step(
     labeled: PendingMemory,
     unlabeled: PendingMemory,
@@ -20,40 +61,69 @@ def pending_memory_step(
     labels: Tensor,
     unlabeled_keys: Tensor,
     sample_ids: Tensor,
-    alpha: Tensor | float,
-    alpha_unlabeled: Tensor | float,
-    beta: Tensor | float,
+    alpha: Gate,
+    alpha_unlabeled: Gate,
+    beta: Gate,
     decay: float = 0.99,
     decay_unlabeled: float = 0.99,
-) -> tuple[Tensor, Tensor, PendingMemory, PendingMemory]:
+) -> tuple[ScanResult, PendingMemory, PendingMemory]:
     """`memory_step` between memories whose writes may wait; arguments and errors as there.
 
     Returns:
-        `(loss, pseudo_labels, labeled, unlabeled)`; the memories that came in hold what they held, though
-        they may have settled it.
+        `(result, labeled, unlabeled)`; the memories that came in hold what they held, though they may have
+        settled it.
     """
-    samples = (keys, labels, unlabeled_keys, sample_ids)
-    gates, decays = (alpha, alpha_unlabeled, beta), (decay, decay_unlabeled)
-    check_memory_step(labeled.unsettled(), unlabeled.unsettled(), *samples, *gates, *decays)
-    return _checked_step(labeled, unlabeled, samples, gates, decays)
+    keys, unlabeled_keys = _in_memory_dtype(labeled.unsettled(), keys, unlabeled_keys)
+    samples, gates = (keys, labels, unlabeled_keys, sample_ids), (alpha, alpha_unlabeled, beta)
+    check_memory_step(labeled.unsettled(), unlabeled.unsettled(), *samples, *gates, decay, decay_unlabeled)
+    result = _scan_batch(
+        labeled.read, unlabeled.read, labeled.unsettled(), unlabeled.unsettled(), *samples, gates,
+        (decay, decay_unlabeled),
+    )  # fmt: skip
+    return (
+        result,
+        _after(labeled, keys, result.labeled, result.fault),
+        _after(unlabeled, unlabeled_keys, result.unlabeled, result.fault),
+    )
 
 
-def _checked_step(
-    labeled: PendingMemory,
-    unlabeled: PendingMemory,
-    samples: tuple[Tensor, Tensor, Tensor, Tensor],
-    gates: tuple[Tensor | float, Tensor | float, Tensor | float],
+def _scan_batch(
+    read_labeled: Read,
+    read_unlabeled: Read,
+    labeled: MemoryState,
+    unlabeled: MemoryState,
+    keys: Tensor,
+    labels: Tensor,
+    unlabeled_keys: Tensor,
+    sample_ids: Tensor,
+    gates: tuple[Gate, Gate, Gate],
     decays: tuple[float, float],
-) -> tuple[Tensor, Tensor, PendingMemory, PendingMemory]:
-    keys, _, unlabeled_keys, _ = samples
-    gates = Gates(*(torch.as_tensor(gate, dtype=labeled.dtype, device=keys.device) for gate in gates))
+) -> ScanResult:
+    """What checked samples do to both memories, whose features only `read_labeled`, `read_unlabeled` look at."""
     # Mixed precision would round the scores to 8 bits, too coarse to tell slots apart.
     with torch.autocast(keys.device.type, enabled=False):
-        losses, pseudo_labels, labeled, unlabeled = advance(labeled, unlabeled, *samples, gates, *decays)
-        loss = zero_of(keys, unlabeled_keys, *gates).to(labeled.dtype)
-        if losses is not None:
-            loss = loss + losses.mean()
-    return loss, pseudo_labels, labeled, unlabeled
+        all_keys = torch.cat([keys, unlabeled_keys]).to(statistics_dtype(keys.dtype))
+        scores, norms = read_labeled(all_keys)
+        unlabeled_scores, unlabeled_norms = read_unlabeled(all_keys[keys.shape[0] :])
+        result = scan(
+            scores, unlabeled_scores, all_keys @ all_keys.mT, _gates(scores, *gates), labels, sample_ids,
+            _slots(labeled, norms), _slots(unlabeled, unlabeled_norms), *decays, keys.shape[1] == 1,
+        )  # fmt: skip
+    # Elsewhere than on the CPU reading the flag would wait for the device: there it is for the caller to read.
+    if result.fault.device.type == "cpu" and not torch.compiler.is_compiling() and result.fault:
+        raise ValueError(sentence_of(int(result.fault)))
+    return result
+
+
+def _after(memory: PendingMemory, keys: Tensor, written: WrittenSlots, fault: Tensor) -> PendingMemory:
+    if keys.shape[0] == 0:
+        return memory
+    usage, evaluation = (
+        x.to(old.dtype) for x, old in ((written.usage, memory.usage), (written.evaluation, memory.evaluation))
+    )
+    up_to_date = written._asdict() | {"usage": usage, "evaluation": evaluation}
+    kept, held = up_to_date.pop("kept"), up_to_date.pop("held")
+    return memory.after(kept, held, _storable(keys, fault), **up_to_date)
 
 
 def memory_step(
@@ -106,16 +176,25 @@ def memory_step(
         >>> step.pseudo_labels, step.unlabeled.labels
         (tensor([7]), tensor([ 7, -1, -1]))
     """
-    samples = (keys, labels, unlabeled_keys, sample_ids)
-    gates, decays = (alpha, alpha_unlabeled, beta), (decay, decay_unlabeled)
-    check_memory_step(labeled, unlabeled, *samples, *gates, *decays)
-    loss, pseudo_labels, *memories = _checked_step(
-        PendingMemory.of(labeled), PendingMemory.of(unlabeled), samples, gates, decays
-    )
-    states = []
-    for memory, old in zip(memories, (labeled, unlabeled), strict=True):
-        new = memory.settle()
-        # A memory that nothing was written to must not share its tensors with the argument.
-        same = new.features.data_ptr() == old.features.data_ptr()
-        states.append(MemoryState(*(x.clone() for x in new)) if same else new)
-    return MemoryStep(loss, pseudo_labels, *states)
+    keys, unlabeled_keys = _in_memory_dtype(labeled, keys, unlabeled_keys)
+    samples, gates = (keys, labels, unlabeled_keys, sample_ids), (alpha, alpha_unlabeled, beta)
+    check_memory_step(labeled, unlabeled, *samples, *gates, decay, decay_unlabeled)
+    base, unlabeled_base = labeled.features.detach(), unlabeled.features.detach()
+    result = _scan_batch(
+        lambda rows: memory_scores(rows, base), lambda rows: memory_scores(rows, unlabeled_base),
+        labeled, unlabeled, *samples, gates, (decay, decay_unlabeled),
+    )  # fmt: skip
+    with torch.autocast(keys.device.type, enabled=False):
+        new_labeled = _new_state(labeled, keys, result.labeled, result.fault)
+        new_unlabeled = _new_state(unlabeled, unlabeled_keys, result.unlabeled, result.fault)
+    return MemoryStep(result.loss, result.pseudo_labels, new_labeled, new_unlabeled)
+
+
+def _new_state(old: MemoryState, keys: Tensor, written: WrittenSlots, fault: Tensor) -> MemoryState:
+    if keys.shape[0] == 0:
+        return MemoryState(*(x.detach().clone() for x in old))
+    features, _ = memory_commit(old.features.detach(), written.kept, written.held, _storable(keys, fault))
+    return MemoryState(
+        features, written.labels, written.usage.to(old.usage.dtype), written.evaluation.to(old.evaluation.dtype),
+        written.least_used, written.sample_ids,
+    )  # fmt: skip

@@ -1,15 +1,17 @@
-"""A memory whose writes wait: `features = kept * base + weights^T keys`, formed only when someone looks.
+"""A memory whose writes wait: `features = kept * base + weights^T keys`, formed when the next batch reads it.
 
-A batch needs of the memory only its scores against the keys and its row norms. Both follow from the base and
-the pending writes, so that a step reads the base once and writes nothing; many steps share one write.
+A batch needs of the memory only its scores against the keys and its row norms. The pass that computes them
+folds in what waits from the batch before, so that a step reads and writes the memory once, and its backward
+reads it once more.
 """
 
+import weakref
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from dan_fast.functional.row_norms import row_sq_norms
+from dan_fast.functional.memory_stream import memory_combine, memory_commit, memory_commit_scores_, memory_scores
 from dan_fast.reference.cosine import statistics_dtype
 from dan_fast.reference.types import MemoryState
 
@@ -17,46 +19,56 @@ from dan_fast.reference.types import MemoryState
 # memory is cheaper, and float32 row norms have gone through enough additions.
 MAX_PENDING = 128
 
-# Rows widened or rewritten at a time: a piece that stays in the cache between its two or three passes.
-_ROWS = 1024
+
+class _Base:
+    """The features before the pending writes, and who still counts on them staying as they are."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
+        self.shared = False  # with somebody outside, who was told that it is a snapshot
+        self.holders: weakref.WeakSet[PendingMemory] = weakref.WeakSet()
+        self._readers: list[weakref.ref[Tensor]] = []
+
+    def for_graph(self) -> Tensor:
+        """The features under a name of their own, which lives as long as a graph that was made with it."""
+        alias = self.features.detach()
+        self._readers = [reader for reader in self._readers if reader() is not None]
+        self._readers.append(weakref.ref(alias))
+        return alias
+
+    def is_read_by_a_graph(self) -> bool:
+        return any(reader() is not None for reader in self._readers)
 
 
-class _ProductWithMemory(torch.autograd.Function):
-    """`left @ memory` or `left @ memory^T` for a constant half-precision memory, widened piece by piece."""
+class _CommittedScores(torch.autograd.Function):
+    """Scores that are known already, with the gradient of `memory_scores`."""
 
     @staticmethod
-    def forward(ctx, left: Tensor, memory: Tensor, transposed: bool) -> Tensor:
-        ctx.save_for_backward(memory)
-        ctx.transposed = transposed
-        pieces = memory.split(_ROWS)
-        if transposed:
-            return torch.cat([left @ piece.to(left.dtype).mT for piece in pieces], dim=1)
-        parts = left.split(_ROWS, dim=1)
-        return sum(part @ piece.to(left.dtype) for part, piece in zip(parts, pieces, strict=True))
+    def forward(ctx, keys: Tensor, base: Tensor, scores: Tensor) -> Tensor:
+        ctx.save_for_backward(base)
+        return scores.view_as(scores)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        # Linear in `left`: the backward is the same operator turned round, hence differentiable in its turn.
-        (memory,) = ctx.saved_tensors
-        return _ProductWithMemory.apply(grad, memory, not ctx.transposed), None, None
+        return memory_combine(grad, *ctx.saved_tensors), None, None
 
 
-@dataclass
+@dataclass(eq=False)
 class PendingMemory:
     """A `MemoryState` with writes that have not reached its features yet. No tensor in it carries a gradient.
 
-    Tensors are never changed in place: backward passes of earlier steps still read `base`.
+    The features are overwritten only when nobody else counts on them: no graph whose backward is to come, no
+    memory of an earlier step, no snapshot handed out.
 
     Attributes:
-        base: (s, d) the features before the pending writes.
+        labels, usage, evaluation, least_used, sample_ids: as in `MemoryState`, always up to date.
         kept: (s,) 1, or 0 where a pending write has cleared the slot; None when nothing is pending.
         weights: (T, s) what slot i holds of pending key t; None when nothing is pending.
         keys: (T, d) the pending keys; None when nothing is pending.
         square_norms: (s,) |m_i|^2 with the pending writes; None: not computed yet.
-        usage, evaluation, labels, least_used, sample_ids: as in `MemoryState`, always up to date.
     """
 
-    base: Tensor
+    _base: _Base
     labels: Tensor
     usage: Tensor
     evaluation: Tensor
@@ -67,10 +79,24 @@ class PendingMemory:
     keys: Tensor | None = None
     square_norms: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        self._base.holders.add(self)
+
     @classmethod
     def of(cls, state: MemoryState) -> "PendingMemory":
+        """Without copying: the features are given away, to be overwritten in later steps."""
         state = MemoryState(*(x.detach() for x in state))
-        return cls(state.features, *state[1:])
+        return cls(_Base(state.features), *state[1:])
+
+    def __reduce__(self) -> tuple:
+        # Copies and files hold the settled state: who else counts on the features is not theirs.
+        self.settle()
+        return PendingMemory.of, (self.unsettled(),)
+
+    @property
+    def base(self) -> Tensor:
+        """(s, d) the features before the pending writes; not to be kept."""
+        return self._base.features
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,33 +106,53 @@ class PendingMemory:
     def pending(self) -> int:
         return 0 if self.keys is None else self.keys.shape[0]
 
-    def scores(self, keys: Tensor) -> Tensor:
-        """<k_b, m_i> as (B, s), with the gradient to `keys` ((B, d), in the dtype of statistics)."""
-        if self.base.dtype == self.dtype:
-            scores = keys @ self.base.mT
-        else:
-            scores = _ProductWithMemory.apply(keys, self.base, True)
-        if self.pending:
+    def read(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (B, s) of `keys` (B, d), with their gradient, and |m_i|^2 (s,), both with the pending writes.
+
+        `keys` are in the dtype of statistics.
+        """
+        if not self.pending:
+            scores, self.square_norms = memory_scores(keys, self._base.for_graph())
+            return scores, self.square_norms
+        if self._is_counted_on() and self.pending <= MAX_PENDING:
+            scores, _ = memory_scores(keys, self._base.for_graph())
             scores = torch.addmm(scores * self.kept, keys @ self.keys.to(self.dtype).mT, self.weights)
-        return scores
+            return scores, self.square_norms
+        if self._is_counted_on() or self._base.shared:
+            self._settle_into_new()
+            return self.read(keys)
+        pending = self.kept, self.weights, self.keys
+        scores, self.square_norms = memory_commit_scores_(self.base, *pending, keys.detach())
+        self.kept = self.weights = self.keys = None
+        if keys.requires_grad and torch.is_grad_enabled():
+            scores = _CommittedScores.apply(keys, self._base.for_graph(), scores)
+        return scores, self.square_norms
 
-    def norms(self) -> Tensor:
-        """(s,) |m_i|^2."""
-        if self.square_norms is None:
-            self.square_norms = row_sq_norms(self.base)
-        return self.square_norms
+    def _is_counted_on(self) -> bool:
+        """Whether a graph or the memory of another step needs the features as they are.
 
-    def settle(self) -> MemoryState:
-        """Write what is pending into a new `base`; the old one is left to whoever still reads it."""
-        if self.pending:
-            new = torch.empty_like(self.base)
-            for at in range(0, new.shape[0], _ROWS):
-                rows = slice(at, at + _ROWS)
-                piece = self.base[rows].to(self.dtype) * self.kept[rows, None]
-                new[rows] = piece.addmm_(self.weights[:, rows].mT, self.keys.to(self.dtype))
-            self.base, self.kept, self.weights, self.keys = new, None, None, None
-        # Recomputed from what is stored, so that a memory restored from a file goes on bit for bit.
-        self.square_norms = None
+        Snapshots are no part of it: a checkpoint takes one, and may not decide in which order numbers are added.
+        """
+        return len(self._base.holders) > 1 or self._base.is_read_by_a_graph()
+
+    def _settle_into_new(self) -> None:
+        features, self.square_norms = memory_commit(self.base, self.kept, self.weights, self.keys)
+        self._base.holders.discard(self)
+        self._base = _Base(features)
+        self._base.holders.add(self)
+        self.kept = self.weights = self.keys = None
+
+    def settle(self) -> None:
+        """Write what is pending."""
+        if self.pending and (self._is_counted_on() or self._base.shared):
+            self._settle_into_new()
+        elif self.pending:
+            self.read(self.keys.new_empty((0, self.keys.shape[1]), dtype=self.dtype))
+
+    def snapshot(self) -> MemoryState:
+        """The state, settled; later steps leave these tensors alone."""
+        self.settle()
+        self._base.shared = True
         return self.unsettled()
 
     def unsettled(self) -> MemoryState:

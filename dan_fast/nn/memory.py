@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dan_fast.functional.memory import pending_memory_step
 from dan_fast.functional.memory_pending import PendingMemory
+from dan_fast.functional.memory_scan_types import sentence_of
 from dan_fast.reference.checks import check_state
 from dan_fast.reference.cosine import statistics_dtype
 from dan_fast.reference.types import MemoryState, MemoryStep
@@ -37,7 +38,7 @@ class _LazyStep(MemoryStep):
 
 
 def _settled(value: Any) -> Any:
-    return value.settle() if isinstance(value, PendingMemory) else value
+    return value.snapshot() if isinstance(value, PendingMemory) else value
 
 
 class ProgressiveAugmentedMemory(nn.Module):
@@ -97,6 +98,7 @@ class ProgressiveAugmentedMemory(nn.Module):
         self.decay, self.decay_unlabeled, self.gates = decay, decay_unlabeled, gates
         self._labeled = _held(MemoryState.empty(labeled_slots, key_dim, dtype))
         self._unlabeled = _held(MemoryState.empty(unlabeled_slots, key_dim, dtype))
+        self._fault: Tensor | None = None
         start = {
             "alpha": 0.0,
             "alpha_unlabeled": 0.0,
@@ -152,9 +154,10 @@ class ProgressiveAugmentedMemory(nn.Module):
             `MemoryStep`; reading its states settles the memories.
 
         Raises:
-            TypeError, ValueError: an argument does not fit; both memories are as they were.
+            TypeError, ValueError: an argument does not fit; both memories are as they were. What is wrong with
+                the values in tensors on a GPU is for `check_faults` to say.
         """
-        step = pending_memory_step(
+        result, self._labeled, self._unlabeled = pending_memory_step(
             self._labeled,
             self._unlabeled,
             keys,
@@ -165,13 +168,28 @@ class ProgressiveAugmentedMemory(nn.Module):
             decay=self.decay,
             decay_unlabeled=self.decay_unlabeled,
         )
-        *_, self._labeled, self._unlabeled = step
-        return _LazyStep(*step)
+        if result.fault.device.type != "cpu":
+            self._fault = result.fault if self._fault is None else self._fault | result.fault
+        return _LazyStep(result.loss, result.pseudo_labels, self._labeled, self._unlabeled)
+
+    def check_faults(self) -> None:
+        """Raise what was wrong with the values of a batch on the GPU since the last call.
+
+        On the CPU forward raises at once. On a GPU that would make it wait, so it leaves both memories as they
+        were, returns NaN as the loss and raises a flag there; reading it waits for the device, so do it where
+        the losses are read anyway.
+
+        Raises:
+            ValueError: keys or gates were not finite, or a label or sample id was negative.
+        """
+        fault, self._fault = self._fault, None
+        if fault is not None and (code := int(fault)):
+            raise ValueError(sentence_of(code))
 
     @property
     def labeled(self) -> MemoryState:
         """M. Assigning copies a state of the same shape, dtype and device."""
-        return self._labeled.settle()
+        return self._labeled.snapshot()
 
     @labeled.setter
     def labeled(self, state: MemoryState) -> None:
@@ -180,7 +198,7 @@ class ProgressiveAugmentedMemory(nn.Module):
     @property
     def unlabeled(self) -> MemoryState:
         """M'. Assigning copies a state of the same shape, dtype and device."""
-        return self._unlabeled.settle()
+        return self._unlabeled.snapshot()
 
     @unlabeled.setter
     def unlabeled(self, state: MemoryState) -> None:

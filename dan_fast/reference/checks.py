@@ -12,6 +12,20 @@ from torch import Tensor
 from dan_fast.reference.cosine import statistics_dtype
 from dan_fast.reference.types import MemoryState
 
+# What may be wrong with the values of a memory step, in the order in which it is looked for.
+_FINITE = "must be finite and so must their squared norms: look for NaN, Inf or huge values"
+STEP_FAULTS = (
+    f"keys {_FINITE}",
+    f"unlabeled_keys {_FINITE}",
+    "labels must not be negative: -1 marks an empty slot, drop such samples",
+    "sample_ids must not be negative: -1 marks an empty slot",
+    "alpha must be finite",
+    "alpha_unlabeled must be finite",
+    "beta must be finite",
+    "labeled.least_used must be a slot of that memory, from 0 to one less than it has",
+    "unlabeled.least_used must be a slot of that memory, from 0 to one less than it has",
+)
+
 
 def _check_tensor(name: str, value: object, shape: Sequence[int | str], dtype: torch.dtype | None) -> None:
     """`shape` holds sizes, or names for sizes that are free; `dtype` None stands for any floating type."""
@@ -34,12 +48,11 @@ def _check_device(name: str, value: Tensor, device: torch.device, of: str) -> No
         raise ValueError(f"{name} is on {value.device}, {of} on {device}: move one with .to(device)")
 
 
-def _raise_first(findings: list[tuple[Tensor, str]]) -> None:
+def _raise_first(flags: Sequence[Tensor], sentences: Sequence[str]) -> None:
     """Raise ValueError with the sentence of the first () bool flag that is true."""
-    if not findings or findings[0][0].is_meta:  # a meta tensor has a shape to check but no values
+    if flags[0].is_meta:  # a meta tensor has a shape to check but no values
         return
-    flags = torch.stack([flag for flag, _ in findings]).tolist()
-    for found, (_, sentence) in zip(flags, findings, strict=True):
+    for found, sentence in zip(torch.stack(list(flags)).tolist(), sentences, strict=True):
         if found:
             raise ValueError(sentence)
 
@@ -66,10 +79,8 @@ def _state_form(name: str, state: object) -> None:
         _check_device(f"{name}.{field}", getattr(state, field), state.features.device, f"{name}.features")
 
 
-def _state_findings(name: str, state: MemoryState) -> list[tuple[Tensor, str]]:
-    slots = state.features.shape[0]
-    outside = (state.least_used < 0) | (state.least_used >= slots)
-    return [(outside, f"{name}.least_used must be a slot from 0 to {slots - 1}")]
+def _not_a_slot(state: MemoryState) -> Tensor:
+    return (state.least_used < 0) | (state.least_used >= state.features.shape[0])
 
 
 def check_state(name: str, state: MemoryState) -> None:
@@ -85,26 +96,22 @@ def check_state(name: str, state: MemoryState) -> None:
         ValueError: a wrong shape or device, or `least_used` is not a slot.
     """
     _state_form(name, state)
-    _raise_first(_state_findings(name, state))
+    last = state.features.shape[0] - 1
+    _raise_first([_not_a_slot(state)], [f"{name}.least_used must be a slot from 0 to {last}"])
 
 
-def _key_findings(name: str, keys: Tensor) -> list[tuple[Tensor, str]]:
-    squares = keys.detach().to(statistics_dtype(keys.dtype)).square().sum(-1)
-    sentence = f"{name} must be finite and so must their squared norms: look for NaN, Inf or huge values"
-    return [(~squares.isfinite().all(), sentence)]
+def _not_finite(keys: Tensor) -> Tensor:
+    return ~keys.detach().to(statistics_dtype(keys.dtype)).square().sum(-1).isfinite().all()
 
 
-def _check_gate(name: str, gate: object, device: torch.device) -> list[tuple[Tensor, str]]:
-    sentence = f"{name} must be finite"
+def _check_gate(name: str, gate: object, device: torch.device) -> None:
     if isinstance(gate, Tensor):
         _check_tensor(name, gate, (), None)
         _check_device(name, gate, device, "keys")
-        return [(~gate.detach().isfinite(), sentence)]
-    if isinstance(gate, bool) or not isinstance(gate, int | float):
+    elif isinstance(gate, bool) or not isinstance(gate, int | float):
         raise TypeError(f"{name} must be a () tensor or a number, got {type(gate).__name__}")
-    if not math.isfinite(gate):
-        raise ValueError(f"{sentence}, got {gate}")
-    return []
+    elif not math.isfinite(gate):
+        raise ValueError(f"{name} must be finite, got {gate}")
 
 
 def check_memory_step(
@@ -120,14 +127,14 @@ def check_memory_step(
     decay: float,
     decay_unlabeled: float,
 ) -> None:
-    """Check the arguments of `memory_step`.
+    """Check the arguments of `memory_step` but for the values in tensors, which `check_step_values` looks at.
 
-    Keys and both memories share one floating dtype and one device; labels and sample ids are int64 and not
-    negative; gates are finite () tensors or numbers; decays lie in [0, 1].
+    Keys and both memories share one floating dtype and one device; labels and sample ids are int64; gates are
+    () tensors or finite numbers; decays lie in [0, 1].
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: a wrong shape or device, NaN or Inf, a negative label or sample id, a decay not in [0, 1].
+        ValueError: a wrong shape or device, a number that is not finite, a decay not in [0, 1].
     """
     _state_form("labeled", labeled)
     _state_form("unlabeled", unlabeled)
@@ -151,18 +158,37 @@ def check_memory_step(
             raise TypeError(f"{name} must be a number, got {type(rate).__name__}")
         if not 0 <= rate <= 1:
             raise ValueError(f"{name} must lie in [0, 1], got {rate}")
-    findings = [
-        *_check_gate("alpha", alpha, memory.device),
-        *_check_gate("alpha_unlabeled", alpha_unlabeled, memory.device),
-        *_check_gate("beta", beta, memory.device),
-        *_key_findings("keys", keys),
-        *_key_findings("unlabeled_keys", unlabeled_keys),
-        ((labels < 0).any(), "labels must not be negative: -1 marks an empty slot, drop such samples"),
-        ((sample_ids < 0).any(), "sample_ids must not be negative: -1 marks an empty slot"),
-        *_state_findings("labeled", labeled),
-        *_state_findings("unlabeled", unlabeled),
+    for name, gate in (("alpha", alpha), ("alpha_unlabeled", alpha_unlabeled), ("beta", beta)):
+        _check_gate(name, gate, memory.device)
+
+
+def check_step_values(
+    labeled: MemoryState,
+    unlabeled: MemoryState,
+    keys: Tensor,
+    labels: Tensor,
+    unlabeled_keys: Tensor,
+    sample_ids: Tensor,
+    alpha: Tensor | float,
+    alpha_unlabeled: Tensor | float,
+    beta: Tensor | float,
+) -> None:
+    """Check the values that `check_memory_step` leaves alone, in a single transfer to the host.
+
+    Raises:
+        ValueError: keys or gates that are not finite, a negative label or sample id, no such least-used slot.
+    """
+    gates = (torch.as_tensor(gate, device=keys.device).detach() for gate in (alpha, alpha_unlabeled, beta))
+    flags = [
+        _not_finite(keys),
+        _not_finite(unlabeled_keys),
+        (labels < 0).any(),
+        (sample_ids < 0).any(),
+        *(~gate.isfinite() for gate in gates),
+        _not_a_slot(labeled),
+        _not_a_slot(unlabeled),
     ]
-    _raise_first(findings)
+    _raise_first(flags, STEP_FAULTS)
 
 
 def check_cosine_softmax(keys: Tensor, slots: Tensor, occupied: Tensor | None) -> None:
@@ -178,7 +204,7 @@ def check_cosine_softmax(keys: Tensor, slots: Tensor, occupied: Tensor | None) -
     if occupied is not None:
         _check_tensor("occupied", occupied, (slots.shape[0],), torch.bool)
         _check_device("occupied", occupied, keys.device, "keys")
-    _raise_first(_key_findings("keys", keys))
+    _raise_first([_not_finite(keys)], STEP_FAULTS[:1])
 
 
 def check_false_sample_sets(evaluation: Tensor, labels: Tensor, pseudo_labels: Tensor) -> None:

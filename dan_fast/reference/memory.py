@@ -7,7 +7,12 @@ two write gates and beta.
 import torch
 from torch import Tensor
 
-from dan_fast.reference.checks import check_cosine_softmax, check_false_sample_sets, check_memory_step
+from dan_fast.reference.checks import (
+    check_cosine_softmax,
+    check_false_sample_sets,
+    check_memory_step,
+    check_step_values,
+)
 from dan_fast.reference.cosine import attention_weights, statistics_dtype
 from dan_fast.reference.types import MemoryState, MemoryStep
 
@@ -200,6 +205,9 @@ def memory_step(
     check_memory_step(
         labeled, unlabeled, keys, labels, unlabeled_keys, sample_ids,
         alpha, alpha_unlabeled, beta, decay, decay_unlabeled,
+    )  # fmt: skip
+    check_step_values(
+        labeled, unlabeled, keys, labels, unlabeled_keys, sample_ids, alpha, alpha_unlabeled, beta
     )  # fmt: skip
     dtype = statistics_dtype(keys.dtype)
     keys, unlabeled_keys = keys.to(dtype), unlabeled_keys.to(dtype)

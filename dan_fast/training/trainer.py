@@ -182,6 +182,8 @@ class Trainer:
         params = dict(self.model.named_parameters())
         try:
             grads = self._gradients(params, batch, lr, scalars)
+            if self.model.memory is not None:
+                self.model.memory.check_faults()
         except ValueError as error:
             raise DanFastError(f"Training cannot go on at iteration {self.iterations_done}: {error}.") from error
         require_finite("gradients", grads.values())
@@ -192,9 +194,6 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        if self.model.memory is not None:
-            # Always at the same place: a checkpoint settles too, and must not be what decides the rounding.
-            self.model.memory.settle()
         scalars.add("train/step_size", lr)
         last_of_window = (self.iterations_done + 1) % self.config.run.log_every == 0
         if self.model.memory is not None and last_of_window:

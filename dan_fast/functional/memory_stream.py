@@ -1,0 +1,135 @@
+"""One pass over a memory: scores and row norms of a batch, pending writes folded in on the way.
+
+The memories are what costs: s times d numbers, 73.6 MB for M in float32. Every function here reads them once.
+Keys, weights, scores and norms are in the dtype of statistics; the memory may be stored in half precision.
+"""
+
+import torch
+from torch import Tensor
+
+from dan_fast import _extension
+from dan_fast.functional.row_norms import row_sq_norms
+
+# Rows widened or rewritten at a time in PyTorch: a piece that stays in the cache between its two or three passes.
+_ROWS = 1024
+
+
+def memory_scores(keys: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+    """`<k_t, m_i>` and `|m_i|^2`.
+
+    Args:
+        keys: (T, d), in the dtype of statistics.
+        base: (s, d) floating, a constant: no gradient reaches it.
+
+    Returns:
+        `(scores (T, s), square_norms (s,))`; the gradient of the scores reaches `keys`, any number of times.
+    """
+    if _extension.serves(base.device.type, base.device.index):
+        scores, square_norms = torch.ops.dan_fast.memory_scores.default(keys, base)
+        return scores, square_norms.detach()
+    return _product(keys, base, True), row_sq_norms(base)
+
+
+def memory_combine(weights: Tensor, base: Tensor) -> Tensor:
+    """(T, d) `sum_i weights_ti m_i`, from weights (T, s): the backward of `memory_scores`, differentiable too."""
+    if _extension.serves(base.device.type, base.device.index):
+        return torch.ops.dan_fast.memory_combine.default(weights, base)
+    return _product(weights, base, False)
+
+
+def memory_commit(base: Tensor, kept: Tensor, weights: Tensor, pending_keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The memory with its pending writes: `kept_i m_i + sum_u weights_ui k_u`.
+
+    Args:
+        base: (s, d) floating.
+        kept: (s,) 1, or 0 where the slot was cleared, whatever it held.
+        weights: (T, s).
+        pending_keys: (T, d), in the dtype of `base` or of statistics.
+
+    Returns:
+        `(features (s, d) in the dtype of base, square_norms (s,))`, the norms of what is stored.
+    """
+    if _extension.serves(base.device.type, base.device.index):
+        return torch.ops.dan_fast.memory_commit.default(base, kept, weights, pending_keys)
+    features = torch.empty_like(base, memory_format=torch.contiguous_format)
+    _commit_into(features, base, kept, weights, pending_keys)
+    return features, row_sq_norms(features)
+
+
+def memory_commit_scores_(
+    base: Tensor, kept: Tensor, weights: Tensor, pending_keys: Tensor, keys: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`memory_commit` in place, with `memory_scores` of `keys` in the same pass; without gradient."""
+    if _extension.serves(base.device.type, base.device.index):
+        return torch.ops.dan_fast.memory_commit_scores_.default(base, kept, weights, pending_keys, keys)
+    _commit_into(base, base, kept, weights, pending_keys)
+    return _product(keys, base, True), row_sq_norms(base)
+
+
+def _commit_into(target: Tensor, base: Tensor, kept: Tensor, weights: Tensor, pending_keys: Tensor) -> None:
+    pending_keys = pending_keys.to(kept.dtype)
+    for at in range(0, base.shape[0], _ROWS):
+        rows = slice(at, at + _ROWS)
+        piece = base[rows].to(kept.dtype).masked_fill(kept[rows, None] == 0, 0.0)
+        target[rows] = piece.addmm_(weights[:, rows].mT, pending_keys)
+
+
+def _product(left: Tensor, base: Tensor, transposed: bool) -> Tensor:
+    """`left @ base^T` or `left @ base`, widening a half-precision memory."""
+    if base.dtype == left.dtype:
+        return left @ (base.mT if transposed else base)
+    return _HalfProduct.apply(left, base, transposed)
+
+
+class _HalfProduct(torch.autograd.Function):
+    """The product with a constant half-precision memory, widened piece by piece."""
+
+    @staticmethod
+    def forward(ctx, left: Tensor, base: Tensor, transposed: bool) -> Tensor:
+        ctx.save_for_backward(base)
+        ctx.transposed = transposed
+        pieces = base.split(_ROWS)
+        if transposed:
+            return torch.cat([left @ piece.to(left.dtype).mT for piece in pieces], dim=1)
+        parts = left.split(_ROWS, dim=1)
+        return sum(part @ piece.to(left.dtype) for part, piece in zip(parts, pieces, strict=True))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        # Linear in `left`: the backward is the same operator turned round, hence differentiable in its turn.
+        (base,) = ctx.saved_tensors
+        return _HalfProduct.apply(grad, base, not ctx.transposed), None, None
+
+
+def _keep_base(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor], output: object) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.set_materialize_grads(False)
+
+
+def _scores_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor | None, _: Tensor | None) -> tuple:
+    return (None if grad is None else memory_combine(grad, *ctx.saved_tensors)), None
+
+
+def _combine_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor | None) -> tuple:
+    return (None if grad is None else memory_scores(grad, *ctx.saved_tensors)[0]), None
+
+
+def _fake_scores(keys: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+    return keys.new_empty(keys.shape[0], base.shape[0]), keys.new_empty(base.shape[0])
+
+
+def _fake_commit(base: Tensor, kept: Tensor, weights: Tensor, pending_keys: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(base, memory_format=torch.contiguous_format), kept.new_empty(base.shape[0])
+
+
+if _extension.loaded():
+    torch.library.register_fake("dan_fast::memory_scores")(_fake_scores)
+    torch.library.register_fake("dan_fast::memory_combine")(
+        lambda weights, base: weights.new_empty(weights.shape[0], base.shape[1])
+    )
+    torch.library.register_fake("dan_fast::memory_commit")(_fake_commit)
+    torch.library.register_fake("dan_fast::memory_commit_scores_")(
+        lambda base, kept, weights, pending_keys, keys: _fake_scores(keys, base)
+    )
+    torch.library.register_autograd("dan_fast::memory_scores", _scores_backward, setup_context=_keep_base)
+    torch.library.register_autograd("dan_fast::memory_combine", _combine_backward, setup_context=_keep_base)
