@@ -1,0 +1,244 @@
+"""Random sequences of mini-batches, both memories carried along, against the literal reference.
+
+By default every test runs a fixed set of examples. To search further, as in
+
+    DAN_FAST_EXAMPLES=2000 python -m pytest tests/test_memory_sequences.py
+
+set how many examples each test draws; they then differ from run to run.
+"""
+
+import functools
+import math
+import os
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dan_fast import functional, reference
+from dan_fast.nn import ProgressiveAugmentedMemory
+from tests.memory_problems import KINDS, agree, closest_call, in_dtype, problems
+
+_MORE = os.environ.get("DAN_FAST_EXAMPLES")
+
+
+def examples(count):
+    return settings(
+        max_examples=int(_MORE or count),
+        derandomize=_MORE is None,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def same_decisions(actual, expected):
+    pairs = [(actual.pseudo_labels, expected.pseudo_labels)]
+    for a, b in zip(actual[2:], expected[2:], strict=True):
+        pairs += [(a.labels, b.labels), (a.sample_ids, b.sample_ids), (a.least_used, b.least_used)]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def assert_steps_agree(actual, expected, tolerance=1e-10):
+    assert same_decisions(actual, expected), "another decision was taken"
+    agree(actual.loss, expected.loss, tolerance)
+    for a, b in zip((*actual.labeled, *actual.unlabeled), (*expected.labeled, *expected.unlabeled), strict=True):
+        assert a.dtype == b.dtype and not a.requires_grad
+        agree(a, b, tolerance)
+
+
+def assert_states_agree(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == b.dtype and not a.requires_grad
+        agree(a, b)
+
+
+def excused(states, batch, gates, decays):
+    """Whether rounding may have decided this batch, or have been magnified where a slot was nearly cancelled."""
+    closeness = closest_call(states, batch, gates, decays)
+    return closeness.usage < 1e-13 or closeness.cosine < 1e-14 or closeness.cancellation < 2e-3
+
+
+def leaves(batch, gates):
+    keys = [x.clone().requires_grad_() for x in (batch.keys, batch.unlabeled_keys)]
+    return [*keys, *(torch.tensor(gate, dtype=torch.float64).requires_grad_() for gate in gates)]
+
+
+def run(impl, states, batch, inputs, decays):
+    return impl.memory_step(*states, inputs[0], batch.labels, inputs[1], batch.sample_ids, *inputs[2:], *decays)
+
+
+def rounding_of_slopes(batch, *states):
+    """What rounding may leave in a gradient: of a short vector the cosine has a steep slope, and much cancels."""
+    vectors = torch.cat([batch.keys, batch.unlabeled_keys, *(state.features[state.occupied] for state in states)])
+    shortest = vectors.norm(dim=1).min().item() if len(vectors) else 1.0
+    return 1e-15 / max(shortest, 1e-12)
+
+
+def assert_gradients_agree(loss, inputs, literal_loss, literal_inputs, floor):
+    actual, expected = torch.autograd.grad(loss, inputs), torch.autograd.grad(literal_loss, literal_inputs)
+    steepest = max((x.abs().max().item() for x in expected if x.numel()), default=0.0)
+    for a, b in zip(actual, expected, strict=True):
+        agree(a, b, 1e-10, floor=floor + 1e-14 * steepest)
+
+
+def count_what_was_reached(reached, problem, states, batch, step):
+    labeled, unlabeled = states
+    reached["batches"] += 1
+    reached["samples"] += len(batch.labels) + len(batch.sample_ids)
+    reached["cleared"] += bool(((unlabeled.labels >= 0) & (step.unlabeled.labels < 0)).any())
+    reached["skipped"] += bool((step.pseudo_labels < 0).any())
+    for state, name in ((labeled, "M"), (unlabeled, "M'")):
+        filled = int(state.occupied.sum())
+        fill = "full" if filled == len(state.labels) else "part" if filled else "empty"
+        reached[f"{name} {fill}"] += 1
+        reached[f"{name} one slot"] += len(state.labels) == 1
+    reached["smaller than the batch"] += len(labeled.labels) < len(batch.labels)
+    reached["scalar keys"] += problem.d == 1
+    counts = unlabeled.labels[unlabeled.occupied].bincount() if unlabeled.occupied.any() else torch.zeros(1)
+    reached["more of a label than others"] += 0 < int(counts.sum() - counts.max()) < int(counts.max())
+    reached["no labelled"] += len(batch.labels) == 0
+    reached["no unlabelled"] += len(batch.sample_ids) == 0
+    reached[problem.kind] += 1
+
+
+def assert_enough_was_reached(reached, least=3):
+    events = (
+        "cleared, skipped, smaller than the batch, scalar keys, more of a label than others, no labelled, no unlabelled"
+    )
+    fills = [f"{name} {fill}" for name in ("M", "M'") for fill in ("empty", "part", "full", "one slot")]
+    names = [*KINDS, *events.split(", "), *fills, "no labelled", "no unlabelled"]
+    assert not {name: reached[name] for name in names if reached[name] < least}
+    assert reached["excused"] <= 0.02 * reached["batches"]
+
+
+def test_sequences_agree_in_float64():
+    reached = Counter()
+
+    @examples(250)
+    @given(problem=problems())
+    def check(problem):
+        states = {impl: problem.start() for impl in (reference, functional)}
+        for at, batch in enumerate(problem.batches()):
+            inputs = {impl: leaves(batch, problem.gates) for impl in states}
+            steps = {impl: run(impl, states[impl], batch, inputs[impl], problem.decays) for impl in states}
+            literal, fast = steps[reference], steps[functional]
+            count_what_was_reached(reached, problem, states[reference], batch, literal)
+            try:
+                assert_steps_agree(fast, literal)
+                if at % 2 == 0:
+                    floor = rounding_of_slopes(batch, *literal[2:])
+                    assert_gradients_agree(fast.loss, inputs[functional], literal.loss, inputs[reference], floor)
+            except AssertionError:
+                if not excused(states[reference], batch, problem.gates, problem.decays):
+                    raise
+                reached["excused"] += 1
+                states = {impl: [literal.labeled, literal.unlabeled] for impl in states}
+                continue
+            states = {impl: [step.labeled, step.unlabeled] for impl, step in steps.items()}
+
+    check()
+    assert_enough_was_reached(reached)
+
+
+@examples(14)
+@given(problem=problems(max_slots=17, max_dim=6, counts=(4, 14)), data=st.data())
+def test_the_module_agrees_whenever_it_is_looked_at(problem, data):
+    """Writes may wait; nothing that looks at the memory, and no late backward pass, may see another."""
+    make = functools.partial(
+        ProgressiveAugmentedMemory, *problem.slots, problem.d, *problem.decays, dtype=torch.float64
+    )
+    memory, states, waiting = make(), problem.start(), []
+    memory.labeled, memory.unlabeled = states
+    logit = 3.0 if problem.gates[2] else -30.0
+    with torch.no_grad():
+        memory.alpha.fill_(problem.gates[0])
+        memory.alpha_unlabeled.fill_(problem.gates[1])
+        memory.beta_logit.fill_(logit)
+    gates = (*problem.gates[:2], 1 / (1 + math.exp(-logit)))
+    for batch in problem.batches():
+        inputs = [x.clone().requires_grad_() for x in (batch.keys, batch.unlabeled_keys)]
+        fast = memory(inputs[0], batch.labels, inputs[1], batch.sample_ids)
+        expected_inputs = leaves(batch, gates)
+        literal = run(reference, states, batch, expected_inputs, problem.decays)
+        same = torch.equal(fast.pseudo_labels, literal.pseudo_labels)
+        if not same and excused(states, batch, gates, problem.decays):
+            return
+        assert same
+        agree(fast.loss, literal.loss)
+        states = [literal.labeled, literal.unlabeled]
+        parameters = [memory.alpha, memory.alpha_unlabeled]
+        floor = rounding_of_slopes(batch, *states)
+        waiting.append((fast.loss, [*inputs, *parameters], literal.loss, expected_inputs[:4], floor))
+        match data.draw(st.sampled_from(["wait", "wait", "labeled", "unlabeled", "settle", "state dict", "backward"])):
+            case "labeled":
+                assert_states_agree(memory.labeled, literal.labeled)
+            case "unlabeled":
+                assert_states_agree(fast.unlabeled, literal.unlabeled)
+            case "settle":
+                memory.settle()
+            case "state dict":
+                # The graphs that wait were made with the parameters of the old module.
+                saved, memory = memory.state_dict(), make()
+                memory.load_state_dict(saved)
+            case "backward":
+                at = data.draw(st.integers(0, len(waiting) - 1))
+                assert_gradients_agree(*waiting.pop(at))
+    assert_states_agree(memory.labeled, states[0])
+    assert_states_agree(memory.unlabeled, states[1])
+    for graphs in waiting[::2]:
+        assert_gradients_agree(*graphs)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "unit"), [(torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)], ids=str
+)
+def test_lower_precision_agrees_step_by_step(dtype, unit):
+    """From a common state each time: what is stored is the exact result rounded once."""
+    reached = Counter()
+
+    @examples(50)
+    @given(problem=problems(counts=(2, 4)))
+    def check(problem):
+        # In float32 sigmoid(30) is 1, and nothing is left for the least-used slot.
+        problem = replace(problem, gates=tuple(min(gate, 2.0) for gate in problem.gates))
+        states = [state._replace(features=0.1 * state.features) for state in problem.start()]
+        for batch in problem.batches():
+            # Sums of keys of length 1e4 would overflow float16.
+            keys = [(0.1 * x).to(dtype).requires_grad_() for x in (batch.keys, batch.unlabeled_keys)]
+            states = [in_dtype(in_dtype(state, dtype), torch.float64) for state in states]
+            batch = batch._replace(keys=keys[0].detach().double(), unlabeled_keys=keys[1].detach().double())
+            inputs = leaves(batch, problem.gates)
+            exact = run(reference, states, batch, inputs, problem.decays)
+            given_states = [in_dtype(state, dtype) for state in states]
+            step = run(functional, given_states, batch, [*keys, *problem.gates], problem.decays)
+            before, states = states, [exact.labeled, exact.unlabeled]
+            reached["batches"] += 1
+            assert step.loss.dtype == torch.float32 and step.pseudo_labels.dtype == torch.int64
+            try:
+                assert same_decisions(step, exact)
+                agree(step.loss, exact.loss, 2e-5)
+                for memory, wanted in zip(step[2:], exact[2:], strict=True):
+                    assert memory.features.dtype == dtype and memory.usage.dtype == torch.float32
+                    largest = wanted.features.abs().max().item()
+                    agree(memory.usage, wanted.usage, 1e-5)
+                    agree(memory.evaluation, wanted.evaluation, 1e-5)
+                    error = (memory.features.double() - wanted.features).abs()
+                    smallest = torch.finfo(dtype).smallest_normal
+                    assert (error <= 1.01 * unit * wanted.features.abs().clamp(min=smallest) + 1e-6 * largest).all()
+                gradients = [torch.autograd.grad(loss, x) for loss, x in ((step.loss, keys), (exact.loss, inputs[:2]))]
+                steepest = max((x.abs().max().item() for x in gradients[1] if x.numel()), default=0.0)
+                for a, b in zip(*gradients, strict=True):
+                    assert a.dtype == dtype
+                    agree(a, b, 1e-5 + unit, floor=1e-4 * steepest)
+            except AssertionError:
+                close = closest_call(before, batch, problem.gates, problem.decays, ties_hold=False)
+                if close.usage > 1e-5 and close.cosine > 1e-5 and close.cancellation > 0.02:
+                    raise
+                reached["excused"] += 1
+
+    check()
+    assert reached["excused"] <= 0.1 * reached["batches"]
