@@ -7,6 +7,8 @@ extension cannot serve, the operators take their PyTorch path and the user is wa
 import functools
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,16 @@ import torch
 LIBRARY = Path(__file__).with_name("_native.so")
 BUILD_INFO = Path(__file__).with_name("_build_info.json")
 _AGAIN = "run `pip install -e .` again"
+_OPERATORS = (
+    "row_sq_norms",
+    "memory_scores",
+    "memory_combine",
+    "memory_commit",
+    "memory_commit_scores_",
+    "memory_scan",
+    "memory_scan_backward",
+)
+_disabled = 0
 
 
 @functools.cache
@@ -39,6 +51,8 @@ def _load() -> str | None:
         torch.ops.load_library(LIBRARY)
     except (OSError, RuntimeError) as error:
         return f"{LIBRARY} does not load with torch {torch.__version__} ({error}); {_AGAIN}"
+    if not all(hasattr(torch.ops.dan_fast, name) for name in _OPERATORS):
+        return f"{LIBRARY} was built from older sources; {_AGAIN}"
     return None
 
 
@@ -92,9 +106,27 @@ def _warn_once(device_type: str, reason: str) -> None:
     warnings.warn(f"dan_fast takes its PyTorch path on {device_type}: {reason}", RuntimeWarning, stacklevel=4)
 
 
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Inside, operators take their PyTorch path, as where there is no extension, and nobody is warned.
+
+    It holds for the whole process, not for one thread: a backward pass on a GPU runs on threads of its own.
+    `torch.compile` takes the answer of the moment when it traces: what is compiled inside must be called inside,
+    and a function that was compiled outside keeps its kernels.
+    """
+    global _disabled
+    _disabled += 1
+    try:
+        yield
+    finally:
+        _disabled -= 1
+
+
 @torch.compiler.assume_constant_result
 def serves(device_type: str, index: int | None = None) -> bool:
     """Whether the kernels serve this device; warns, once, where a CPU or GPU could have them and has not."""
+    if _disabled:
+        return False
     reason = why_not_on(device_type, index)
     if reason is not None and device_type in ("cpu", "cuda") and torch.version.hip is None:
         _warn_once(device_type, reason)
