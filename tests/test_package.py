@@ -23,9 +23,10 @@ PACKAGE = ROOT / "dan_fast"
 # A room imports from its own level and the levels before it.
 LEVELS = [
     {"reference", "errors", "files", "_extension", "_sources"},
+    {"triton_kernels"},
     {"functional"},
     {"daml", "data", "evaluation", "nn"},
-    {"training", "reporting"},
+    {"training", "reporting", "bench"},
     {"cli", "doctor", "quickstart", "__main__"},
 ]
 

@@ -1,0 +1,50 @@
+"""Triton kernels for the passes over a memory. Importing this needs no Triton; using it does.
+
+What a Triton-less machine (Windows, macOS, a CPU wheel of PyTorch) lacks, `why_not` says in one sentence.
+"""
+
+import functools
+import importlib
+import importlib.util
+
+import torch
+
+from dan_fast.errors import DanFastError
+
+__all__ = ["memory_combine", "memory_commit", "memory_commit_scores_", "memory_scores", "why_not"]
+
+# The first whose tl.dot takes rows of fewer than 16 and float64.
+_OLDEST = (3, 4)
+
+
+@functools.cache
+def why_not(device: int | None = None) -> str | None:
+    """One sentence on why the kernels cannot serve, None if they can.
+
+    Args:
+        device: index of a CUDA device, to ask about it too.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; run `pip install triton` (it exists for Linux only)"
+    try:
+        triton = importlib.import_module("triton")
+    except Exception as error:  # a broken installation raises whatever it likes
+        return f"Triton does not load ({error}); reinstall it with `pip install --force-reinstall triton`"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST:
+        wanted = ".".join(map(str, _OLDEST))
+        return f"Triton {triton.__version__} is too old; run `pip install 'triton>={wanted}'`"
+    if torch.version.hip is not None:
+        return "the block sizes of the Triton kernels are chosen for NVIDIA GPUs, this PyTorch is for ROCm"
+    if device is not None and torch.cuda.get_device_capability(device) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        return f"{name} is older than compute capability 8.0, the oldest with bfloat16 and float64 tensor cores"
+    return None
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    reason = why_not()
+    if reason is not None:
+        raise DanFastError(f"{name} on a GPU needs Triton: {reason}")
+    return getattr(importlib.import_module(f"{__name__}.memory_stream"), name)

@@ -1,0 +1,424 @@
+"""One pass over a memory on the GPU: pending writes, row norms and scores, and the product of the backward pass.
+
+Bytes. With s slots of d numbers of e bytes, `memory_scores` and `memory_combine` read s d e bytes, `memory_commit` and
+`memory_commit_scores_` read and write them: 2 s d e. The rest is small: weights and scores are 4 T s bytes each (3 % of
+M in float32 at T = 64, d = 2045), keys 4 T d; every program reads all the keys, but from the L2 cache.
+
+Products. A slot is told from another by the last bits of its score, so no product is rounded below float32: no TF32,
+whatever `torch.backends.cuda.matmul.allow_tf32` says, and not in the gradient either. Still a bfloat16 memory meets
+float32 keys on the tensor cores: a float32 number is the sum of three of bfloat16 and a product of two of bfloat16 is
+exact in float32, so three products with float32 accumulation lose nothing. That needs no promise that the keys are
+representable in bfloat16, and weights keep their 24 bits. float16 has too small a range for the split; it is widened
+and multiplied in float32 as a float32 memory is.
+"""
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dan_fast.reference.cosine import statistics_dtype
+
+# numpy has no bfloat16, and the interpreter's dot would multiply its bits as integers.
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+# Keys that one pass scores; more of them take further passes.
+MAX_KEYS = 128
+# Programs that `memory_combine` spreads over: three for each multiprocessor of an RTX 3090, two of an H200. Not asked
+# of the device, because the order of the additions, hence every bit of the result, follows from it.
+_COMBINE_PROGRAMS = 256
+
+
+@triton.jit
+def _product(wide, stored, SPLIT: tl.constexpr):
+    """wide (M, K) @ stored (K, N) in the dtype of `wide`; SPLIT: float32 by bfloat16 in three exact parts.
+
+    The parts are added from the smallest and apart from any running sum, because a tensor core truncates when it
+    adds: a long sum kept there would come out systematically short.
+    """
+    if SPLIT:
+        high = wide.to(tl.bfloat16)
+        rest = wide - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        if _INTERPRETED:
+            low, middle, high = low.to(tl.float32), middle.to(tl.float32), high.to(tl.float32)
+            stored = stored.to(tl.float32)
+        total = tl.dot(low, stored)
+        total = tl.dot(middle, stored, total)
+        total = tl.dot(high, stored, total)
+    else:
+        total = tl.dot(wide, stored.to(wide.dtype), input_precision="ieee", out_dtype=wide.dtype)
+    return total
+
+
+@triton.jit
+def _rows(matrix, start, rows, column, dim, BLOCK: tl.constexpr):
+    """(BLOCK, columns) of a matrix (rows, dim) from row `start`; 0 beyond its ends."""
+    row = start + tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (column < dim)[None, :]
+    return tl.load(matrix + row[:, None] * dim + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _shares(weights, start, pending, first, slots, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr):
+    """(BLOCK_S, BLOCK_P) of weights (pending, slots), transposed, from slot `first` and pending key `start`."""
+    u = start + tl.arange(0, BLOCK_P)
+    slot = first + tl.arange(0, BLOCK_S)
+    mask = (u < pending)[None, :] & (slot < slots)[:, None]
+    return tl.load(weights + u.to(tl.int64)[None, :] * slots + slot[:, None], mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["slots", "pending", "steps"])
+def memory_pass(
+    base,
+    target,
+    kept,
+    weights,
+    pending_keys,
+    keys,
+    scores,
+    square_norms,
+    base_stride,
+    target_stride,
+    slots,
+    dim,
+    pending,
+    steps,
+    COMMIT: tl.constexpr,
+    SCORES: tl.constexpr,
+    SPLIT_PENDING: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr,
+    HELD_BLOCKS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A program owns BLOCK_S slots and walks their columns; axis 1 of the grid, if any, takes further keys."""
+    stat: tl.constexpr = square_norms.dtype.element_ty
+    # A matrix may have more than 2^31 elements: where a program starts is an int64, what lies in its block an int32.
+    first = tl.program_id(0).to(tl.int64) * BLOCK_S
+    within = tl.arange(0, BLOCK_S)
+    live = within < slots - first
+    step = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offsets = tl.arange(0, BLOCK_D)
+    base += first * base_stride
+    squares = tl.zeros((BLOCK_S, BLOCK_D), stat)
+    if COMMIT:
+        target += first * target_stride
+        keep = tl.load(kept + first + within, mask=live, other=0.0)[:, None]
+        shares = ()
+        for block in tl.static_range(HELD_BLOCKS):
+            shares = shares + (_shares(weights, block * BLOCK_P, pending, first, slots, BLOCK_P, BLOCK_S),)
+    if SCORES:
+        total = tl.zeros((BLOCK_T, BLOCK_S), stat)
+    for start in range(0, dim, BLOCK_D):
+        column = start + offsets
+        inside = column < dim
+        here = live[:, None] & inside[None, :]
+        slot = tl.load(base + within[:, None] * base_stride + column[None, :], mask=here, other=0.0)
+        if COMMIT:
+            # A cleared slot holds only what was written since, whatever was there: 0 * NaN would stay.
+            new = tl.where(keep == 0, 0.0, keep * slot.to(stat))
+            for block in tl.static_range(HELD_BLOCKS):
+                key = _rows(pending_keys, block * BLOCK_P, pending, column, dim, BLOCK_P)
+                new += _product(shares[block], key, SPLIT_PENDING)
+            if HELD_BLOCKS == 0:
+                for u in range(0, pending, BLOCK_P):
+                    share = _shares(weights, u, pending, first, slots, BLOCK_P, BLOCK_S)
+                    new += _product(share, _rows(pending_keys, u, pending, column, dim, BLOCK_P), SPLIT_PENDING)
+            slot = new.to(slot.dtype)
+            tl.store(target + within[:, None] * target_stride + column[None, :], slot, mask=here)
+        wide = slot.to(stat)
+        squares += wide * wide
+        if SCORES:
+            key = _rows(keys, tl.program_id(1) * BLOCK_T, steps, column, dim, BLOCK_T)
+            total += _product(key, tl.trans(slot), SPLIT_KEYS)
+    if tl.program_id(1) == 0:
+        tl.store(square_norms + first + within, tl.sum(squares, 1), mask=live)
+    if SCORES:
+        at = step[:, None].to(tl.int64) * slots + (first + within)[None, :]
+        tl.store(scores + at, total, mask=(step < steps)[:, None] & live[None, :])
+
+
+@triton.jit(do_not_specialize=["slots", "steps", "share"])
+def combine_pass(
+    weights,
+    base,
+    parts,
+    base_stride,
+    slots,
+    dim,
+    steps,
+    share,
+    SPLIT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A program owns BLOCK_D columns and BLOCK_T rows of the result and adds `share` slots, in their order."""
+    stat: tl.constexpr = parts.dtype.element_ty
+    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < dim
+    part = tl.program_id(1).to(tl.int64)
+    step = (tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    wanted = (step < steps)[:, None]
+    total = tl.zeros((BLOCK_T, BLOCK_D), stat)
+    first = part * share
+    for start in range(0, share, BLOCK_S):
+        row = first + start + tl.arange(0, BLOCK_S)
+        live = row < slots
+        slot = tl.load(
+            base + row[:, None] * base_stride + column[None, :], mask=live[:, None] & inside[None, :], other=0.0
+        )
+        weight = tl.load(weights + step[:, None] * slots + row[None, :], mask=wanted & live[None, :], other=0.0)
+        total += _product(weight, slot, SPLIT)
+    tl.store(parts + (part * steps + step[:, None]) * dim + column[None, :], total, mask=wanted & inside[None, :])
+
+
+class Plan(NamedTuple):
+    """How a kernel is launched: the block sizes and flags that it is compiled for, warps and stages."""
+
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+
+
+def _splits(wide: torch.dtype, stored: torch.dtype) -> bool:
+    return wide == torch.float32 and stored == torch.bfloat16
+
+
+def _tile(rows: int) -> int:
+    return 16 if rows <= 16 else 64 if rows <= 64 else MAX_KEYS
+
+
+def plan_pass(
+    stored: torch.dtype, statistics: torch.dtype, pending: int | None, pending_dtype: torch.dtype | None, steps: int
+) -> Plan:
+    """`memory_pass` for a memory of dtype `stored`; `pending` None: no commit, `steps` 0: no scores."""
+    split_pending = pending is not None and _splits(statistics, pending_dtype)
+    split_keys = _splits(statistics, stored)
+    all_split = split_keys and (pending is None or split_pending)
+    tile = _tile(steps)
+    held = _tile(pending) if pending else 0
+    block_p = 32 if split_pending else 16
+    constants = {
+        "COMMIT": pending is not None,
+        "SCORES": steps > 0,
+        "SPLIT_PENDING": split_pending,
+        "SPLIT_KEYS": split_keys,
+        "HELD_BLOCKS": held // block_p if held >= (pending or 0) else 0,
+        "BLOCK_P": block_p,
+        "BLOCK_T": tile,
+        "BLOCK_S": 32,
+        "BLOCK_D": 32 if all_split else 16,
+    }
+    return Plan(constants, 8, 3)
+
+
+def plan_combine(stored: torch.dtype, statistics: torch.dtype, steps: int) -> Plan:
+    """`combine_pass` for a memory of dtype `stored`."""
+    split = _splits(statistics, stored)
+    constants = {"SPLIT": split, "BLOCK_T": min(_tile(steps), 64), "BLOCK_S": 32 if split else 16, "BLOCK_D": 64}
+    return Plan(constants, 4, 3)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], plan: Plan, device: torch.device, arguments: tuple) -> None:
+    # Triton launches on the current device and its current stream, whatever device the tensors are on.
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        # Without the flag Triton 3.9 warns that its default will change.
+        options = {"num_warps": plan.warps, "num_stages": plan.stages, "enable_fp_fusion": True}
+        kernel[grid](*arguments, **plan.constants, **options)
+
+
+def _run_pass(
+    base: Tensor,
+    target: Tensor | None,
+    kept: Tensor | None,
+    weights: Tensor | None,
+    pending_keys: Tensor | None,
+    keys: Tensor | None,
+    statistics: torch.dtype,
+) -> tuple[Tensor | None, Tensor]:
+    """Scores (None without keys) and square norms; with `target` the writes are committed into it."""
+    slots, dim = base.shape
+    steps = 0 if keys is None else keys.shape[0]
+    square_norms = torch.empty(slots, dtype=statistics, device=base.device)
+    scores = None if keys is None else torch.empty(steps, slots, dtype=statistics, device=base.device)
+    if slots == 0:
+        return scores, square_norms
+    commits = target is not None
+    pending = pending_keys.shape[0] if commits else None
+    # A commit may not run twice on the same slots, so what one program cannot score takes passes that only read.
+    steps_now = min(steps, MAX_KEYS) if commits else steps
+    if commits:
+        kept, weights, pending_keys = kept.contiguous(), weights.contiguous(), pending_keys.contiguous()
+    keys = keys.contiguous() if steps else None
+    plan = plan_pass(base.dtype, statistics, pending, pending_keys.dtype if commits else None, steps_now)
+    block_s, block_t = plan.constants["BLOCK_S"], plan.constants["BLOCK_T"]
+    _launch(
+        memory_pass,
+        (triton.cdiv(slots, block_s), max(1, triton.cdiv(steps_now, block_t))),
+        plan,
+        base.device,
+        (base, target, kept, weights, pending_keys, keys, scores if steps else None, square_norms)
+        + (base.stride(0), target.stride(0) if commits else 0, slots, dim, pending or 0, steps_now),
+    )
+    if steps > steps_now:
+        rest, _ = _run_pass(target, None, None, None, None, keys[steps_now:], statistics)
+        scores[steps_now:] = rest
+    return scores, square_norms
+
+
+def _with_adjacent_columns(base: Tensor) -> Tensor:
+    return base if base.stride(1) == 1 or base.shape[1] <= 1 else base.contiguous()
+
+
+def memory_scores(keys: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+    """`<k_t, m_i>` and `|m_i|^2` in one pass over the memory.
+
+    Args:
+        keys: (T, d) in the dtype of statistics: float64 for a float64 memory, else float32.
+        base: (s, d) float64, float32, bfloat16 or float16; rows may lie further apart than d.
+
+    Returns:
+        `(scores (T, s), square_norms (s,))` in the dtype of keys.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape or device.
+
+    Example:
+        >>> keys, base = torch.randn(64, 2045, device="cuda"), torch.randn(9000, 2045, device="cuda")
+        >>> scores, square_norms = memory_scores(keys, base)
+        >>> scores.shape, square_norms.shape
+        (torch.Size([64, 9000]), torch.Size([9000]))
+    """
+    statistics = _check(base, keys=(keys, keys.shape[:1] + base.shape[1:]))
+    return _run_pass(_with_adjacent_columns(base), None, None, None, None, keys, statistics)
+
+
+def memory_combine(weights: Tensor, base: Tensor) -> Tensor:
+    """(T, d) `sum_i weights_ti m_i` in one pass over the memory; the same bits each time.
+
+    Args:
+        weights: (T, s) in the dtype of statistics.
+        base: (s, d), as for `memory_scores`.
+
+    Returns:
+        (T, d) in the dtype of weights.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape or device.
+
+    Example:
+        >>> memory_combine(torch.ones(1, 3, device="cuda"), torch.ones(3, 2, device="cuda"))
+        tensor([[3., 3.]], device='cuda:0')
+    """
+    statistics = _check(base, weights=(weights, weights.shape[:1] + base.shape[:1]))
+    (slots, dim), steps = base.shape, weights.shape[0]
+    if 0 in (slots, dim, steps):
+        return weights.new_zeros(steps, dim)
+    base, weights = _with_adjacent_columns(base), weights.contiguous()
+    plan = plan_combine(base.dtype, statistics, steps)
+    block_t, block_s, block_d = (plan.constants[name] for name in ("BLOCK_T", "BLOCK_S", "BLOCK_D"))
+    columns, tiles = triton.cdiv(dim, block_d), triton.cdiv(steps, block_t)
+    blocks = triton.cdiv(slots, block_s)
+    share = triton.cdiv(blocks, triton.cdiv(_COMBINE_PROGRAMS, columns * tiles)) * block_s
+    parts = weights.new_empty(triton.cdiv(slots, share), steps, dim)
+    arguments = (weights, base, parts, base.stride(0), slots, dim, steps, share)
+    _launch(combine_pass, (columns, parts.shape[0], tiles), plan, base.device, arguments)
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
+
+
+def memory_commit(base: Tensor, kept: Tensor, weights: Tensor, pending_keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The memory with its pending writes, `kept_i m_i + sum_u weights_ui k_u`, and its row norms.
+
+    Args:
+        base: (s, d), as for `memory_scores`.
+        kept: (s,) in the dtype of statistics; where it is 0, nothing of `base` remains, NaN included.
+        weights: (T, s) in the dtype of statistics.
+        pending_keys: (T, d) in the dtype of `base` or of statistics.
+
+    Returns:
+        `(features (s, d), square_norms (s,))`: contiguous, rounded to the dtype of base; the norms, in the dtype of
+        statistics, are those of what is stored.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape or device.
+
+    Example:
+        >>> base, key = torch.ones(2, 3, device="cuda"), torch.ones(1, 3, device="cuda")
+        >>> memory_commit(base, torch.tensor([1.0, 0.0]).cuda(), torch.tensor([[2.0, 2.0]]).cuda(), key)[1]
+        tensor([27., 12.], device='cuda:0')
+    """
+    statistics = _check_commit(base, kept, weights, pending_keys)
+    base = _with_adjacent_columns(base)
+    features = torch.empty_like(base, memory_format=torch.contiguous_format)
+    _, square_norms = _run_pass(base, features, kept, weights, pending_keys, None, statistics)
+    return features, square_norms
+
+
+def memory_commit_scores_(
+    base: Tensor, kept: Tensor, weights: Tensor, pending_keys: Tensor, keys: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`memory_commit` in place and `memory_scores` of `keys` against what is stored, in one pass (T <= 128).
+
+    Args:
+        base: (s, d) with adjacent columns; it is overwritten.
+        kept, weights, pending_keys: as for `memory_commit`.
+        keys: (T, d) in the dtype of statistics; T may be 0.
+
+    Returns:
+        `(scores (T, s), square_norms (s,))` in the dtype of statistics.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape or device, or columns that are not adjacent.
+
+    Example:
+        >>> base, key = torch.ones(2, 3, device="cuda"), torch.ones(1, 3, device="cuda")
+        >>> memory_commit_scores_(base, torch.ones(2).cuda(), torch.tensor([[2.0, 0.0]]).cuda(), key, key)[0]
+        tensor([[9., 3.]], device='cuda:0')
+    """
+    statistics = _check_commit(base, kept, weights, pending_keys, keys=(keys, keys.shape[:1] + base.shape[1:]))
+    if _with_adjacent_columns(base) is not base or (base.shape[0] > 1 and base.stride(0) < base.shape[1]):
+        raise ValueError(f"base must have adjacent columns and rows that do not overlap, got strides {base.stride()}")
+    return _run_pass(base, base, kept, weights, pending_keys, keys, statistics)
+
+
+def _check(base: Tensor, **others: tuple[Tensor, tuple[int, ...]]) -> torch.dtype:
+    """The dtype of statistics; the `others` must have it and the shape beside them."""
+    if base.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"base must be float64, float32, bfloat16 or float16, got {base.dtype}")
+    if base.dim() != 2:
+        raise ValueError(f"base must be (s, d), got {tuple(base.shape)}")
+    statistics = statistics_dtype(base.dtype)
+    for name, (tensor, shape) in others.items():
+        if tensor.dtype != statistics and not (name == "pending_keys" and tensor.dtype == base.dtype):
+            raise TypeError(f"{name} must be {statistics} for a memory in {base.dtype}, got {tensor.dtype}")
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(
+                f"{name} must be {tuple(shape)} for a memory {tuple(base.shape)}, got {tuple(tensor.shape)}"
+            )
+        if tensor.device != base.device:
+            raise ValueError(f"{name} must be on the memory's device {base.device}, got {tensor.device}")
+    return statistics
+
+
+def _check_commit(base: Tensor, kept: Tensor, weights: Tensor, pending_keys: Tensor, **keys: Any) -> torch.dtype:
+    rows = pending_keys.shape[:1]
+    return _check(
+        base,
+        kept=(kept, base.shape[:1]),
+        weights=(weights, rows + base.shape[:1]),
+        pending_keys=(pending_keys, rows + base.shape[1:]),
+        **keys,
+    )
