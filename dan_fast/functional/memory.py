@@ -36,6 +36,7 @@ def _in_memory_dtype(labeled: MemoryState, *keys: Tensor) -> tuple[Tensor, ...]:
 
 
 def _slots(state: MemoryState, square_norms: Tensor) -> Slots:
+    square_norms = square_norms.detach()
     dtype = square_norms.dtype
     return Slots(
         square_norms, state.usage.detach().to(dtype), state.evaluation.detach().to(dtype),

@@ -112,7 +112,8 @@ class PendingMemory:
         `keys` are in the dtype of statistics.
         """
         if not self.pending:
-            scores, self.square_norms = memory_scores(keys, self._base.for_graph())
+            scores, norms = memory_scores(keys, self._base.for_graph())
+            self.square_norms = norms.detach()
             return scores, self.square_norms
         if self._is_counted_on() and self.pending <= MAX_PENDING:
             scores, _ = memory_scores(keys, self._base.for_graph())

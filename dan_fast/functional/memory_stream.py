@@ -19,19 +19,18 @@ def memory_scores(keys: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         keys: (T, d), in the dtype of statistics.
-        base: (s, d) floating, a constant: no gradient reaches it.
+        base: (s, d) floating.
 
     Returns:
-        `(scores (T, s), square_norms (s,))`; the gradient of the scores reaches `keys`, any number of times.
+        `(scores (T, s), square_norms (s,))`, differentiable in both arguments any number of times.
     """
     if _extension.serves(base.device.type, base.device.index):
-        scores, square_norms = torch.ops.dan_fast.memory_scores.default(keys, base)
-        return scores, square_norms.detach()
+        return torch.ops.dan_fast.memory_scores.default(keys, base)
     return _product(keys, base, True), row_sq_norms(base)
 
 
 def memory_combine(weights: Tensor, base: Tensor) -> Tensor:
-    """(T, d) `sum_i weights_ti m_i`, from weights (T, s): the backward of `memory_scores`, differentiable too."""
+    """(T, d) `sum_i weights_ti m_i`, from weights (T, s): what is behind the backward of `memory_scores`."""
     if _extension.serves(base.device.type, base.device.index):
         return torch.ops.dan_fast.memory_combine.default(weights, base)
     return _product(weights, base, False)
@@ -76,9 +75,10 @@ def _commit_into(target: Tensor, base: Tensor, kept: Tensor, weights: Tensor, pe
 
 def _product(left: Tensor, base: Tensor, transposed: bool) -> Tensor:
     """`left @ base^T` or `left @ base`, widening a half-precision memory."""
-    if base.dtype == left.dtype:
-        return left @ (base.mT if transposed else base)
-    return _HalfProduct.apply(left, base, transposed)
+    if base.dtype != left.dtype and not base.requires_grad:
+        return _HalfProduct.apply(left, base, transposed)
+    wide = base.to(left.dtype)
+    return left @ (wide.mT if transposed else wide)
 
 
 class _HalfProduct(torch.autograd.Function):
@@ -101,17 +101,34 @@ class _HalfProduct(torch.autograd.Function):
         return _HalfProduct.apply(grad, base, not ctx.transposed), None, None
 
 
-def _keep_base(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor], output: object) -> None:
-    ctx.save_for_backward(inputs[1])
+def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor], output: object) -> None:
+    # The memory of a step is a constant: its keys need not be kept for its gradient.
+    ctx.save_for_backward(inputs[0] if ctx.needs_input_grad[1] else None, inputs[1])
     ctx.set_materialize_grads(False)
 
 
-def _scores_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor | None, _: Tensor | None) -> tuple:
-    return (None if grad is None else memory_combine(grad, *ctx.saved_tensors)), None
+def _scores_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor | None, grad_norms: Tensor | None) -> tuple:
+    keys, base = ctx.saved_tensors
+    to_keys = to_base = None
+    if grad is not None and ctx.needs_input_grad[0]:
+        to_keys = memory_combine(grad, base)
+    if ctx.needs_input_grad[1]:
+        if grad is not None:
+            to_base = grad.mT @ keys
+        if grad_norms is not None:
+            by_norms = 2 * grad_norms[:, None] * base
+            to_base = by_norms if to_base is None else to_base + by_norms
+        to_base = None if to_base is None else to_base.to(base.dtype)
+    return to_keys, to_base
 
 
 def _combine_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor | None) -> tuple:
-    return (None if grad is None else memory_scores(grad, *ctx.saved_tensors)[0]), None
+    weights, base = ctx.saved_tensors
+    if grad is None:
+        return None, None
+    to_weights = memory_scores(grad, base)[0] if ctx.needs_input_grad[0] else None
+    to_base = (weights.mT @ grad).to(base.dtype) if ctx.needs_input_grad[1] else None
+    return to_weights, to_base
 
 
 def _fake_scores(keys: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,5 +148,5 @@ if _extension.loaded():
     torch.library.register_fake("dan_fast::memory_commit_scores_")(
         lambda base, kept, weights, pending_keys, keys: _fake_scores(keys, base)
     )
-    torch.library.register_autograd("dan_fast::memory_scores", _scores_backward, setup_context=_keep_base)
-    torch.library.register_autograd("dan_fast::memory_combine", _combine_backward, setup_context=_keep_base)
+    torch.library.register_autograd("dan_fast::memory_scores", _scores_backward, setup_context=_keep)
+    torch.library.register_autograd("dan_fast::memory_combine", _combine_backward, setup_context=_keep)
