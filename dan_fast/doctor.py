@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dan_fast import __version__, _extension
+from dan_fast import __version__, _extension, triton_kernels
 from dan_fast._sources import source_hash
 
 
@@ -125,11 +125,15 @@ def _built(info: dict) -> list[tuple[str, str]]:
 def _paths(with_gpu: bool) -> list[tuple[str, str, str]]:
     rows = []
     for device in ("cpu", "cuda") if with_gpu else ("cpu",):
-        kernel = "C++ kernel" if device == "cpu" else "CUDA kernel"
+        kernel, stream = ("C++", "C++") if device == "cpu" else ("CUDA", "Triton")
+        if device == "cuda" and triton_kernels.why_not() is not None:
+            stream = "PyTorch"
         served = _extension.why_not_on(device) is None
         rows += [
-            ("row_sq_norms", device, kernel if served else "PyTorch"),
-            ("memory_step", device, "PyTorch, in score space"),
+            ("row_sq_norms", device, f"{kernel} kernel" if served else "PyTorch"),
+            ("memory_step: passes over the memories", device, f"{stream} kernels" if served else "PyTorch"),
+            ("memory_step: scan", device, f"{kernel} kernel" if served else "PyTorch, in score space"),
+            ("cosine_softmax, false_sample_sets", device, f"{kernel} kernels" if served else "PyTorch"),
             ("attention_head", device, "PyTorch"),
         ]
     return rows

@@ -4,10 +4,13 @@ The memories are what costs: s times d numbers, 73.6 MB for M in float32. Every 
 Keys, weights, scores and norms are in the dtype of statistics; the memory may be stored in half precision.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from dan_fast import _extension
+from dan_fast import _extension, triton_kernels
 from dan_fast.functional.row_norms import row_sq_norms
 
 # Rows widened or rewritten at a time in PyTorch: a piece that stays in the cache between its two or three passes.
@@ -26,14 +29,14 @@ def memory_scores(keys: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
     """
     if _extension.serves(base.device.type, base.device.index):
         return torch.ops.dan_fast.memory_scores.default(keys, base)
-    return _product(keys, base, True), row_sq_norms(base)
+    return _scores_torch(keys, base)
 
 
 def memory_combine(weights: Tensor, base: Tensor) -> Tensor:
     """(T, d) `sum_i weights_ti m_i`, from weights (T, s): what is behind the backward of `memory_scores`."""
     if _extension.serves(base.device.type, base.device.index):
         return torch.ops.dan_fast.memory_combine.default(weights, base)
-    return _product(weights, base, False)
+    return _combine_torch(weights, base)
 
 
 def memory_commit(base: Tensor, kept: Tensor, weights: Tensor, pending_keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,9 +53,7 @@ def memory_commit(base: Tensor, kept: Tensor, weights: Tensor, pending_keys: Ten
     """
     if _extension.serves(base.device.type, base.device.index):
         return torch.ops.dan_fast.memory_commit.default(base, kept, weights, pending_keys)
-    features = torch.empty_like(base, memory_format=torch.contiguous_format)
-    _commit_into(features, base, kept, weights, pending_keys)
-    return features, row_sq_norms(features)
+    return _commit_torch(base, kept, weights, pending_keys)
 
 
 def memory_commit_scores_(
@@ -61,8 +62,28 @@ def memory_commit_scores_(
     """`memory_commit` in place, with `memory_scores` of `keys` in the same pass; without gradient."""
     if _extension.serves(base.device.type, base.device.index):
         return torch.ops.dan_fast.memory_commit_scores_.default(base, kept, weights, pending_keys, keys)
-    _commit_into(base, base, kept, weights, pending_keys)
+    return _commit_scores_torch_(base, kept, weights, pending_keys, keys)
+
+
+def _scores_torch(keys: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
     return _product(keys, base, True), row_sq_norms(base)
+
+
+def _combine_torch(weights: Tensor, base: Tensor) -> Tensor:
+    return _product(weights, base, False)
+
+
+def _commit_torch(base: Tensor, kept: Tensor, weights: Tensor, pending_keys: Tensor) -> tuple[Tensor, Tensor]:
+    features = torch.empty_like(base, memory_format=torch.contiguous_format)
+    _commit_into(features, base, kept, weights, pending_keys)
+    return features, row_sq_norms(features)
+
+
+def _commit_scores_torch_(
+    base: Tensor, kept: Tensor, weights: Tensor, pending_keys: Tensor, keys: Tensor
+) -> tuple[Tensor, Tensor]:
+    _commit_into(base, base, kept, weights, pending_keys)
+    return _scores_torch(keys, base)
 
 
 def _commit_into(target: Tensor, base: Tensor, kept: Tensor, weights: Tensor, pending_keys: Tensor) -> None:
@@ -139,7 +160,21 @@ def _fake_commit(base: Tensor, kept: Tensor, weights: Tensor, pending_keys: Tens
     return torch.empty_like(base, memory_format=torch.contiguous_format), kept.new_empty(base.shape[0])
 
 
+def _serve_gpu(name: str, torch_form: Callable[..., Any]) -> None:
+    """Triton does the pass on a GPU; where it cannot, PyTorch does within the same operator."""
+
+    def on_gpu(*tensors: Tensor) -> Any:
+        usable = triton_kernels.why_not(tensors[0].device.index) is None
+        return (getattr(triton_kernels, name) if usable else torch_form)(*tensors)
+
+    torch.library.impl(f"dan_fast::{name}", "CUDA")(on_gpu)
+
+
 if _extension.loaded():
+    _serve_gpu("memory_scores", _scores_torch)
+    _serve_gpu("memory_combine", _combine_torch)
+    _serve_gpu("memory_commit", _commit_torch)
+    _serve_gpu("memory_commit_scores_", _commit_scores_torch_)
     torch.library.register_fake("dan_fast::memory_scores")(_fake_scores)
     torch.library.register_fake("dan_fast::memory_combine")(
         lambda weights, base: weights.new_empty(weights.shape[0], base.shape[1])

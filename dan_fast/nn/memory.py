@@ -244,6 +244,7 @@ class ProgressiveAugmentedMemory(nn.Module):
         super()._apply(fn, recurse)
         self._labeled = _held(MemoryState(*map(fn, self.labeled)))
         self._unlabeled = _held(MemoryState(*map(fn, self.unlabeled)))
+        self._fault = None if self._fault is None else fn(self._fault)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
