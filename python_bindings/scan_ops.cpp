@@ -1,0 +1,266 @@
+// torch.ops.dan_fast.memory_scan and its backward: checks, output tensors and scan.h's structs for every device.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <tuple>
+#include <vector>
+
+#include "../csrc/memory/scan_cpu.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using Sizes = std::initializer_list<int64_t>;
+
+// What an operator calls its tensors; MemoryBefore and ScanOutput have the same order.
+constexpr const char* kMemory[] = {"square_norms", "usage", "evaluation", "labels", "sample_ids", "least_used"};
+constexpr size_t kMemoryTensors = 6, kAfterTensors = 8, kRecordTensors = 5;
+constexpr size_t kOutputs = 3 + 2 * (kAfterTensors + kRecordTensors) + 3;
+
+Tensor checked(const Tensor& tensor, Sizes sizes, ScalarType dtype, const Tensor& like, const char* name) {
+  bool fits = tensor.dim() == static_cast<int64_t>(sizes.size());
+  int64_t dim = 0;
+  for (const int64_t size : sizes) fits = fits && tensor.size(dim++) == size;
+  STD_TORCH_CHECK(fits, name, " has a shape that does not fit the other arguments of memory_scan");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has a dtype that does not fit the other arguments of memory_scan");
+  STD_TORCH_CHECK(
+      tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
+      " is on another device than scores");
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+Tensors checked_memory(const Tensors& memory, int64_t slots, const Tensor& like, const char* name) {
+  STD_TORCH_CHECK(memory.size() == kMemoryTensors, name, " must hold 6 tensors, see the schema of memory_scan");
+  STD_TORCH_CHECK(slots >= 1, name, " has no slot");
+  Tensors result;
+  for (size_t k = 0; k < kMemoryTensors; ++k) {
+    const ScalarType dtype = k < 3 ? like.scalar_type() : ScalarType::Long;
+    result.push_back(k < 5 ? checked(memory[k], {slots}, dtype, like, kMemory[k])
+                           : checked(memory[k], {}, dtype, like, kMemory[k]));
+  }
+  return result;
+}
+
+template <typename T>
+T* pointer(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+template <typename T>
+dan_fast::MemoryBefore<T> memory_before(const Tensors& m, int64_t slots) {
+  const auto at = [&](size_t k) { return m[k].const_data_ptr(); };
+  return {slots, static_cast<const T*>(at(0)), static_cast<const T*>(at(1)), static_cast<const T*>(at(2)),
+          static_cast<const int64_t*>(at(3)), static_cast<const int64_t*>(at(4)), static_cast<const int64_t*>(at(5))};
+}
+
+// The arguments of a scan, checked and contiguous.
+class Arguments {
+ public:
+  Arguments(
+      const Tensor& scores, const Tensor& unlabeled_scores, const Tensor& gram, const Tensor& gates,
+      const Tensor& labels, const Tensor& sample_ids, const Tensors& labeled, const Tensors& unlabeled, double decay,
+      double decay_unlabeled, bool scalar_keys)
+      : decay_(decay), decay_unlabeled_(decay_unlabeled), scalar_keys_(scalar_keys) {
+    dtype_ = scores.scalar_type();
+    STD_TORCH_CHECK(dtype_ == ScalarType::Float || dtype_ == ScalarType::Double, "scores must be float32 or float64");
+    STD_TORCH_CHECK(labels.dim() == 1, "labels must be (B,), got ", labels.dim(), " dimensions");
+    STD_TORCH_CHECK(sample_ids.dim() == 1, "sample_ids must be (B',), got ", sample_ids.dim(), " dimensions");
+    STD_TORCH_CHECK(scores.dim() == 2, "scores must be (B + B', s1), got ", scores.dim(), " dimensions");
+    STD_TORCH_CHECK(
+        unlabeled_scores.dim() == 2, "unlabeled_scores must be (B', s2), got ", unlabeled_scores.dim(), " dimensions");
+    batch = labels.size(0);
+    unlabeled_batch = sample_ids.size(0);
+    slots = scores.size(1);
+    unlabeled_slots = unlabeled_scores.size(1);
+    const int64_t rows = batch + unlabeled_batch;
+    scores_ = checked(scores, {rows, slots}, dtype_, scores, "scores");
+    unlabeled_scores_ =
+        checked(unlabeled_scores, {unlabeled_batch, unlabeled_slots}, dtype_, scores, "unlabeled_scores");
+    gram_ = checked(gram, {rows, rows}, dtype_, scores, "gram");
+    gates_ = checked(gates, {3}, dtype_, scores, "gates");
+    labels_ = checked(labels, {batch}, ScalarType::Long, scores, "labels");
+    sample_ids_ = checked(sample_ids, {unlabeled_batch}, ScalarType::Long, scores, "sample_ids");
+    labeled_ = checked_memory(labeled, slots, scores, "labeled");
+    unlabeled_ = checked_memory(unlabeled, unlabeled_slots, scores, "unlabeled");
+  }
+
+  ScalarType dtype() const { return dtype_; }
+  const Tensor& like() const { return scores_; }
+
+  Tensor empty(Sizes sizes) const { return empty(sizes, dtype_); }
+  Tensor empty(Sizes sizes, ScalarType dtype) const { return torch::stable::new_empty(scores_, sizes, dtype); }
+
+  template <typename T>
+  dan_fast::ScanInput<T> input() const {
+    dan_fast::ScanInput<T> in;
+    in.batch = batch;
+    in.unlabeled_batch = unlabeled_batch;
+    in.scores = static_cast<const T*>(scores_.const_data_ptr());
+    in.unlabeled_scores = static_cast<const T*>(unlabeled_scores_.const_data_ptr());
+    in.gram = static_cast<const T*>(gram_.const_data_ptr());
+    in.gates = static_cast<const T*>(gates_.const_data_ptr());
+    in.labels = static_cast<const int64_t*>(labels_.const_data_ptr());
+    in.sample_ids = static_cast<const int64_t*>(sample_ids_.const_data_ptr());
+    in.labeled = memory_before<T>(labeled_, slots);
+    in.unlabeled = memory_before<T>(unlabeled_, unlabeled_slots);
+    in.decay = static_cast<T>(decay_);
+    in.decay_unlabeled = static_cast<T>(decay_unlabeled_);
+    in.scalar_keys = scalar_keys_;
+    return in;
+  }
+
+  int64_t batch, unlabeled_batch, slots, unlabeled_slots;
+
+ private:
+  ScalarType dtype_;
+  Tensor scores_, unlabeled_scores_, gram_, gates_, labels_, sample_ids_;
+  Tensors labeled_, unlabeled_;
+  double decay_, decay_unlabeled_;
+  bool scalar_keys_;
+};
+
+// 0 loss (), 1 pseudo_labels (B',), 2 fault () int32;
+// 3-10 M after, 11-18 M' after: square_norms, usage, evaluation, kept (s,), held (steps, s), labels, sample_ids,
+//   least_used ();
+// 19-23 the record of M, 24-28 of M': before, weights, evaluation, square_norms (steps, s), events (steps, s) uint8;
+// 29 retrieval_scores (B', s1), 30 retrieval_sums (B', 4), 31 false_sums (B', 2).
+Tensors empty_outputs(const Arguments& args) {
+  Tensors out = {
+      args.empty({}), args.empty({args.unlabeled_batch}, ScalarType::Long), args.empty({}, ScalarType::Int)};
+  const int64_t steps[] = {args.batch, args.unlabeled_batch}, slots[] = {args.slots, args.unlabeled_slots};
+  for (int m = 0; m < 2; ++m) {
+    for (int k = 0; k < 4; ++k) out.push_back(args.empty({slots[m]}));
+    out.push_back(args.empty({steps[m], slots[m]}));
+    for (int k = 0; k < 2; ++k) out.push_back(args.empty({slots[m]}, ScalarType::Long));
+    out.push_back(args.empty({}, ScalarType::Long));
+  }
+  for (int m = 0; m < 2; ++m) {
+    for (int k = 0; k < 4; ++k) out.push_back(args.empty({steps[m], slots[m]}));
+    out.push_back(args.empty({steps[m], slots[m]}, ScalarType::Byte));
+  }
+  out.push_back(args.empty({args.unlabeled_batch, args.slots}));
+  out.push_back(args.empty({args.unlabeled_batch, 4}));
+  out.push_back(args.empty({args.unlabeled_batch, 2}));
+  return out;
+}
+
+// The pointers of what empty_outputs has made.
+template <typename T>
+dan_fast::ScanOutput<T> output_of(const Tensors& tensors) {
+  const Tensor* next = tensors.data();
+  const auto after = [&]() -> dan_fast::MemoryAfter<T> {
+    const Tensor* m = next;
+    next += kAfterTensors;
+    return {pointer<T>(m[0]), pointer<T>(m[1]), pointer<T>(m[2]), pointer<T>(m[3]), pointer<T>(m[4]),
+            pointer<int64_t>(m[5]), pointer<int64_t>(m[6]), pointer<int64_t>(m[7])};
+  };
+  const auto record = [&]() -> dan_fast::WriteRecord<T> {
+    const Tensor* m = next;
+    next += kRecordTensors;
+    return {pointer<T>(m[0]), pointer<T>(m[1]), pointer<T>(m[2]), pointer<T>(m[3]), pointer<uint8_t>(m[4])};
+  };
+  dan_fast::ScanOutput<T> out;
+  out.loss = pointer<T>(*next++);
+  out.pseudo_labels = pointer<int64_t>(*next++);
+  out.fault = pointer<int32_t>(*next++);
+  out.labeled = after();
+  out.unlabeled = after();
+  out.labeled_record = record();
+  out.unlabeled_record = record();
+  out.retrieval_scores = pointer<T>(*next++);
+  out.retrieval_sums = pointer<T>(*next++);
+  out.false_sums = pointer<T>(*next++);
+  return out;
+}
+
+// What memory_scan_backward was given as `outputs`: contiguous, or it is not from memory_scan.
+void check_outputs(const Tensors& outputs) {
+  STD_TORCH_CHECK(outputs.size() == kOutputs, "outputs must be what memory_scan returned, ", kOutputs, " tensors");
+  for (const Tensor& tensor : outputs) {
+    STD_TORCH_CHECK(tensor.is_contiguous(), "outputs must be what memory_scan returned: one is not contiguous");
+  }
+}
+
+struct Gradients {
+  Gradients(const Arguments& args, const Tensor& grad_loss)
+      : loss(checked(grad_loss, {}, args.dtype(), args.like(), "grad_loss")),
+        scores(args.empty({args.batch + args.unlabeled_batch, args.slots})),
+        unlabeled_scores(args.empty({args.unlabeled_batch, args.unlabeled_slots})),
+        gram(args.empty({args.batch + args.unlabeled_batch, args.batch + args.unlabeled_batch})),
+        gates(args.empty({3})) {}
+
+  template <typename T>
+  dan_fast::ScanGradient<T> pointers() const {
+    return {static_cast<const T*>(loss.const_data_ptr()), pointer<T>(scores), pointer<T>(unlabeled_scores),
+            pointer<T>(gram), pointer<T>(gates)};
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor> tensors() const { return {scores, unlabeled_scores, gram, gates}; }
+
+  Tensor loss, scores, unlabeled_scores, gram, gates;
+};
+
+void on_threads(int64_t count, int64_t grain, void (*task)(void*, int64_t, int64_t), void* context) {
+  torch::stable::parallel_for(
+      0, count, grain, [=](int64_t first, int64_t last) { task(context, first, last); });
+}
+
+template <typename T>
+void forward_on_cpu(const Arguments& args, const Tensors& outputs) {
+  DAN_FAST_KERNEL(scan_forward<T>)(args.input<T>(), output_of<T>(outputs), on_threads);
+}
+
+template <typename T>
+void backward_on_cpu(const Arguments& args, const Tensors& outputs, const Gradients& grads) {
+  DAN_FAST_KERNEL(scan_backward<T>)(args.input<T>(), output_of<T>(outputs), grads.pointers<T>(), on_threads);
+}
+
+Tensors memory_scan_cpu(
+    const Tensor& scores, const Tensor& unlabeled_scores, const Tensor& gram, const Tensor& gates,
+    const Tensor& labels, const Tensor& sample_ids, Tensors labeled, Tensors unlabeled, double decay,
+    double decay_unlabeled, bool scalar_keys) {
+  const Arguments args(
+      scores, unlabeled_scores, gram, gates, labels, sample_ids, labeled, unlabeled, decay, decay_unlabeled,
+      scalar_keys);
+  Tensors outputs = empty_outputs(args);
+  const bool wide = args.dtype() == ScalarType::Double;
+  (wide ? forward_on_cpu<double> : forward_on_cpu<float>)(args, outputs);
+  return outputs;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> memory_scan_backward_cpu(
+    const Tensor& grad_loss, const Tensor& scores, const Tensor& unlabeled_scores, const Tensor& gram,
+    const Tensor& gates, const Tensor& labels, const Tensor& sample_ids, Tensors labeled, Tensors unlabeled,
+    double decay, double decay_unlabeled, bool scalar_keys, Tensors outputs) {
+  const Arguments args(
+      scores, unlabeled_scores, gram, gates, labels, sample_ids, labeled, unlabeled, decay, decay_unlabeled,
+      scalar_keys);
+  check_outputs(outputs);
+  const Gradients grads(args, grad_loss);
+  const bool wide = args.dtype() == ScalarType::Double;
+  (wide ? backward_on_cpu<double> : backward_on_cpu<float>)(args, outputs, grads);
+  return grads.tensors();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dan_fast, m) {
+  m.def(
+      "memory_scan(Tensor scores, Tensor unlabeled_scores, Tensor gram, Tensor gates, Tensor labels, "
+      "Tensor sample_ids, Tensor[] labeled, Tensor[] unlabeled, float decay, float decay_unlabeled, "
+      "bool scalar_keys) -> Tensor[]");
+  m.def(
+      "memory_scan_backward(Tensor grad_loss, Tensor scores, Tensor unlabeled_scores, Tensor gram, Tensor gates, "
+      "Tensor labels, Tensor sample_ids, Tensor[] labeled, Tensor[] unlabeled, float decay, float decay_unlabeled, "
+      "bool scalar_keys, Tensor[] outputs) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dan_fast, CPU, m) {
+  m.impl("memory_scan", TORCH_BOX(&memory_scan_cpu));
+  m.impl("memory_scan_backward", TORCH_BOX(&memory_scan_backward_cpu));
+}
