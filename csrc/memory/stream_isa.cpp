@@ -5,12 +5,10 @@
 namespace dan_fast::DAN_FAST_ISA {
 namespace {
 
+constexpr int kStreamRows = 6, kStreamVectors = kRegisters == 32 ? 4 : 2;
+
 template <typename A>
 constexpr int64_t kPanel = kStreamVectors * kWidth<A>;  // queries, or columns of pending keys, at a time
-template <typename A>
-constexpr int64_t kStrip = kCombineVectors * kWidth<A>;  // columns of a combination at a time
-
-constexpr int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
 // Queries of a block in whole vectors: a few keys do not cost as much as many.
 template <typename A>
@@ -40,15 +38,6 @@ void multiply_panel(int64_t width, const A* const* rows, int64_t count, const A*
     default:
       return multiply<kStreamRows, kStreamVectors>(rows, count, panel, add, out, kPanel<A>);
   }
-}
-
-template <typename S, typename A>
-void widen(const S* from, int64_t count, A* to) {
-  int64_t c = 0;
-  for (; c + kWidth<A> <= count; c += kWidth<A>) store(to + c, load_as<A>(from + c));
-  if (c == count) return;
-  const Vector<A> rest = load_some_as<A>(from + c, count - c);
-  std::memcpy(to + c, &rest, static_cast<size_t>(count - c) * sizeof(A));
 }
 
 // One thread's blocks of slots.
@@ -100,7 +89,8 @@ class Stream {
         point_at<kStreamRows>(shares_.numbers, pending, tile, rows, 0, tile_rows);
         multiply<kStreamRows, kStreamVectors>(tile_rows, pending, panel, false, sums_.numbers, kPanel<A>);
         for (int64_t r = tile; r < std::min(rows, tile + kStreamRows); ++r) {
-          keep(row + r, column, width, sums_.numbers + (r - tile) * kPanel<A>, wide_.numbers + r * columns + column);
+          A* wide = kIsWide ? nullptr : wide_.numbers + r * columns + column;
+          keep(row + r, column, width, sums_.numbers + (r - tile) * kPanel<A>, wide);
         }
       }
     }
@@ -214,68 +204,18 @@ void stream_rows(const StreamPass<S, A>& pass, int64_t first, int64_t last) {
   Stream<S, A>(pass).run(first, last);
 }
 
-template <typename A>
-int64_t combine_width() {
-  return kStrip<A>;
-}
+template int64_t packed_rows_size<float>(int64_t, int64_t);
+template int64_t packed_rows_size<double>(int64_t, int64_t);
+template int64_t packed_columns_size<float>(int64_t, int64_t);
+template int64_t packed_columns_size<double>(int64_t, int64_t);
 
-template <typename S, typename A>
-void combine_columns(const A* weights, int64_t queries, const S* base, int64_t row_stride, int64_t slots,
-                     int64_t columns, int64_t first, int64_t last, A* out) {
-  if (queries == 0) return;
-  const int64_t padded = round_up(queries, kCombineRows), tiles = padded / kCombineRows;
-  Scratch<A> panel(kChain * kStrip<A>);
-  Scratch<A> sums(padded * round_up(last - first, kStrip<A>));
-  for (int64_t slot = 0; slot == 0 || slot < slots; slot += kChain) {
-    const int64_t count = std::min(kChain, slots - slot);
-    A* strip_sums = sums.numbers;
-    for (int64_t column = first; column < last; column += kStrip<A>, strip_sums += padded * kStrip<A>) {
-      const int64_t width = std::min(kStrip<A>, last - column);
-      for (int64_t k = 0; k < count; ++k) {
-        A* line = panel.numbers + k * kStrip<A>;
-        widen(base + (slot + k) * row_stride + column, width, line);
-        std::fill(line + width, line + kStrip<A>, A(0));
-      }
-      // Strips of rows are nothing that the hardware foresees: it is told while the sums are made.
-      const bool is_last = column + kStrip<A> >= last;
-      const int64_t next_slot = is_last ? slot + kChain : slot, next_column = is_last ? first : column + kStrip<A>;
-      const int64_t next_count = std::min(kChain, slots - next_slot);
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        for (int64_t k = next_count * tile / tiles; k < next_count * (tile + 1) / tiles; ++k) {
-          const char* line = reinterpret_cast<const char*>(base + (next_slot + k) * row_stride + next_column);
-          for (int64_t at = 0; at < kStrip<A> * static_cast<int64_t>(sizeof(S)); at += 64) __builtin_prefetch(line + at, 0, 2);
-        }
-        const A* tile_rows[kCombineRows];
-        point_at<kCombineRows>(weights, slots, tile * kCombineRows, queries, slot, tile_rows);
-        multiply<kCombineRows, kCombineVectors>(tile_rows, count, panel.numbers, slot > 0,
-                                                strip_sums + tile * kCombineRows * kStrip<A>, kStrip<A>);
-      }
-    }
-  }
-  const A* strip_sums = sums.numbers;
-  for (int64_t column = first; column < last; column += kStrip<A>, strip_sums += padded * kStrip<A>) {
-    const int64_t width = std::min(kStrip<A>, last - column);
-    for (int64_t q = 0; q < queries; ++q) {
-      std::copy_n(strip_sums + q * kStrip<A>, width, out + q * columns + column);
-    }
-  }
-}
-
-#define DAN_FAST_STREAM_OF_STATISTICS(A)                       \
-  template int64_t packed_rows_size<A>(int64_t, int64_t);      \
-  template int64_t packed_columns_size<A>(int64_t, int64_t);   \
-  template int64_t combine_width<A>();
-#define DAN_FAST_STREAM_OF_STORAGE(S, A)                                                                       \
-  template void pack_rows<S, A>(const S*, int64_t, int64_t, int64_t, A*);                                      \
-  template void pack_columns<S, A>(const S*, int64_t, int64_t, int64_t, A*);                                   \
-  template void stream_rows<S, A>(const StreamPass<S, A>&, int64_t, int64_t);                                  \
-  template void combine_columns<S, A>(const A*, int64_t, const S*, int64_t, int64_t, int64_t, int64_t, int64_t, A*);
-
-DAN_FAST_STREAM_OF_STATISTICS(float)
-DAN_FAST_STREAM_OF_STATISTICS(double)
-DAN_FAST_STREAM_OF_STORAGE(double, double)
-DAN_FAST_STREAM_OF_STORAGE(float, float)
-DAN_FAST_STREAM_OF_STORAGE(BFloat16, float)
-DAN_FAST_STREAM_OF_STORAGE(Float16, float)
+#define DAN_FAST_STREAM_ROWS(S, A)                                                        \
+  template void pack_rows<S, A>(const S*, int64_t, int64_t, int64_t, A*);                 \
+  template void pack_columns<S, A>(const S*, int64_t, int64_t, int64_t, A*);              \
+  template void stream_rows<S, A>(const StreamPass<S, A>&, int64_t, int64_t);
+DAN_FAST_STREAM_ROWS(double, double)
+DAN_FAST_STREAM_ROWS(float, float)
+DAN_FAST_STREAM_ROWS(BFloat16, float)
+DAN_FAST_STREAM_ROWS(Float16, float)
 
 }  // namespace dan_fast::DAN_FAST_ISA

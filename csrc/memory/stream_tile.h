@@ -1,5 +1,5 @@
-// The product that all of stream_isa.cpp is made of: some rows times a packed panel, the sums held in registers. As
-// internal to an instruction set as stream_vector.h.
+// The product that the passes over a memory are made of: some rows times a packed panel, the sums held in registers.
+// As internal to an instruction set as stream_vector.h.
 #pragma once
 
 #include <algorithm>
@@ -13,15 +13,9 @@ namespace dan_fast::DAN_FAST_ISA {
 namespace {
 
 // Products added up one after the other before they join the total: short chains lose less to rounding.
-constexpr int64_t kChain = 256;
+constexpr int64_t kChain = 128;
 
-// Sums of R rows times V vectors fill the registers; the rest hold a line of the panel and a number of a row.
-constexpr int kStreamRows = 6, kStreamVectors = kRegisters == 32 ? 4 : 2;
-#if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr int kCombineRows = 4, kCombineVectors = 3;
-#else
-constexpr int kCombineRows = kRegisters == 32 ? 8 : 4, kCombineVectors = kRegisters == 32 ? 3 : 2;
-#endif
+constexpr int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
 template <typename A>
 struct Scratch {
@@ -34,8 +28,17 @@ struct Scratch {
   A* const numbers;
 };
 
+template <typename S, typename A>
+inline void widen(const S* from, int64_t count, A* to) {
+  int64_t c = 0;
+  for (; c + kWidth<A> <= count; c += kWidth<A>) store(to + c, load_as<A>(from + c));
+  if (c == count) return;
+  const Vector<A> rest = load_some_as<A>(from + c, count - c);
+  std::memcpy(to + c, &rest, static_cast<size_t>(count - c) * sizeof(A));
+}
+
 // out[r][c] (+)= sum_k rows[r][k] panel[k][c] for R rows and V vectors of columns. Every sum is one chain in the order
-// of k, whatever R, V and its place: equal rows have equal bits.
+// of k, whatever R, V and its place: equal rows have equal bits. R x V sums should leave room for a line and a factor.
 template <int R, int V, typename A>
 inline void multiply(const A* const* rows, int64_t count, const A* panel, bool add, A* out, int64_t out_stride) {
   Vector<A> sums[R][V] = {};

@@ -1,4 +1,4 @@
-// Vectors as wide as the instruction set has them, and how half precision goes in and out. For stream_isa.cpp only:
+// Vectors as wide as the instruction set has them, and how half precision goes in and out. For stream*_isa.cpp only:
 // everything has internal linkage, so that no instruction set gets another's code.
 #pragma once
 
