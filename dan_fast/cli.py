@@ -12,6 +12,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 from rich.table import Table
 
+from dan_fast.bench import bench_memory
 from dan_fast.data import load_dataset
 from dan_fast.data.synthetic import synthesize
 from dan_fast.doctor import print_report
@@ -122,10 +123,10 @@ def _parser() -> ArgumentParser:
     )
     commands = parser.add_subcommands(required=True, dest="command")
 
-    def command(name: str, help_text: str) -> ArgumentParser:
+    def command(name: str, help_text: str, group: Any = commands) -> ArgumentParser:
         subparser = ArgumentParser(description=help_text, exit_on_error=False)
         subparser.add_argument("--config", action="config", help="YAML file with these settings; flags win over it.")
-        commands.add_subcommand(name, subparser, help=help_text)
+        group.add_subcommand(name, subparser, help=help_text)
         return subparser
 
     command(
@@ -136,6 +137,10 @@ def _parser() -> ArgumentParser:
     )
     command("train", "Train a Data Assimilation Network.").add_class_arguments(TrainConfig)
     command("evaluate", "CMC, mAP and mINP of a trained network on target sets.").add_function_arguments(evaluate)
+    bench = command("bench", "Time dan_fast beside plain PyTorch, after checking that both give the same result.")
+    command(
+        "memory", "The memory step: literal, in score space, compiled, and kernels.", bench.add_subcommands(dest="what")
+    ).add_function_arguments(bench_memory, skip={"console"})
     command("doctor", "What was built, which paths will run, and what to do about anything missing.")
     return parser
 
@@ -152,6 +157,8 @@ def _run(parser: ArgumentParser, parsed: Namespace) -> int:
             _synthesize(**arguments)
         case "quickstart":
             quickstart(**arguments)
+        case "bench":
+            bench_memory(**{name: value for name, value in vars(settings.memory).items() if name != "config"})
         case "doctor":
             return print_report()
     return 0

@@ -1,0 +1,283 @@
+"""The memory step's contenders side by side: agreement first, then times taken in turn."""
+
+import gc
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dan_fast import _extension
+from dan_fast.bench.agreement import compare
+from dan_fast.bench.contenders import KERNELS, Contender, Outcome, Runner
+from dan_fast.bench.machine import CacheFlush, Copy, free_memory, peak_above, synchronize
+from dan_fast.bench.problem import Problem, Size, make_problem
+from dan_fast.bench.results import BACKWARD, FORWARD, Row, Timing, set_speedups
+
+# The literal forms are tried at so many slots of M to foresee their time and memory, which are linear in the slots.
+_PROBE_SLOTS = 140
+_MARGIN = 1.2
+# The copy that measures the bandwidth is of the memories' size, within these bounds.
+_COPY_BYTES = (16 * 2**20, 512 * 2**20)
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        contenders: in the order of the rows.
+        device: where.
+        size: the slots of scale 1.
+        repeat: repetitions of each pass of each contender, fewer where `budget_s` is spent before.
+        steps: steps of a module before what it left pending is written.
+        budget_s: seconds a pass of a contender may take in all; one that would need more for one run is left out.
+        compile_budget_s: seconds torch.compile may take at one size and dtype.
+    """
+
+    contenders: tuple[Contender, ...]
+    device: torch.device
+    size: Size = Size()
+    repeat: int = 7
+    steps: int = 8
+    budget_s: float = 90.0
+    compile_budget_s: float = 300.0
+
+
+class OutOfTime(Exception):
+    """The time limit has passed."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises `OutOfTime` inside after so many seconds; without effect where there are no alarms, or off the main thread.
+
+    Example:
+        >>> with time_limit(5.0):
+        ...     pass
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class _Operators(TorchDispatchMode):
+    """Which operators of dan_fast run: a row says what it timed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "dan_fast":
+            self.names.add(func.name().removeprefix("dan_fast::"))
+        return func(*args, **(kwargs or {}))
+
+
+class _Entry:
+    """A contender at work: its row, its runner, and how long one run of each pass took when first tried."""
+
+    def __init__(self, contender: Contender, row: Row) -> None:
+        self.contender, self.row = contender, row
+        self.runner: Runner | None = None
+        self.first: dict[str, float] = {}
+
+    def leave_out(self, reason: str, *passes: str) -> None:
+        for kind in passes or self.contender.passes:
+            self.row.left_out[kind] = reason
+            self.first.pop(kind, None)
+
+
+class Group:
+    """All contenders at one size and dtype, on one problem.
+
+    Args:
+        plan: what to measure.
+        scale: slots as a multiple of the plan's.
+        dtype: of keys and memories.
+        say: told what is going on.
+    """
+
+    def __init__(self, plan: Plan, scale: float, dtype: torch.dtype, say: Say = lambda _: None) -> None:
+        self.plan, self.scale, self.dtype, self.say = plan, scale, dtype, say
+        self.size = plan.size.scaled(scale)
+        self.problem: Problem | None = None
+        self.bandwidth = Timing()
+        name = str(dtype).removeprefix("torch.")
+        self.entries = [
+            _Entry(contender, Row(contender.name, contender.use, name, dtype.itemsize, scale, self.size))
+            for contender in plan.contenders
+        ]
+
+    def measure(self) -> list[Row]:
+        """The finished rows; a contender that fails leaves the reason in its row."""
+        needed = 2 * self.size.slots * self.size.key_dim * self.dtype.itemsize
+        reason = self._too_large(needed, "the memories")
+        if reason:
+            for entry in self.entries:
+                entry.leave_out(reason)
+            return [entry.row for entry in self.entries]
+        estimates = {
+            entry.contender.name: self._estimate(entry.contender) for entry in self.entries if entry.contender.literal
+        }
+        self.problem = make_problem(self.size, self.dtype, self.plan.device, batches=self.plan.steps)
+        self._agree(estimates)
+        self._time()
+        rows = [entry.row for entry in self.entries]
+        set_speedups(rows)
+        return rows
+
+    def _too_large(self, needed: float, what: str) -> str | None:
+        free = free_memory(self.plan.device)
+        if free is None or needed <= free:
+            return None
+        return f"{what} would need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+
+    def _estimate(self, contender: Contender) -> tuple[float, float]:
+        """Seconds and bytes of one run, from a run with few slots."""
+        ratio = self.size.labeled_slots / _PROBE_SLOTS
+        if ratio <= 2:
+            return 0.0, 0.0
+        problem = make_problem(self.size.scaled(1 / ratio), self.dtype, self.plan.device, batches=1)
+        contender.start(problem, 1).outcome()
+        runner = contender.start(problem, 1)
+        start = time.perf_counter()
+        _, peak = peak_above(self.plan.device, runner.outcome)
+        synchronize(self.plan.device)
+        return ratio * (time.perf_counter() - start), ratio * (peak or 0)
+
+    def _agree(self, estimates: dict[str, tuple[float, float]]) -> None:
+        """Every contender's first step, compared with the literal one, or with score space where that is left out."""
+        expected: tuple[str, Outcome] | None = None
+        for entry in self.entries:
+            name = entry.contender.name
+            self.say(f"{entry.row.dtype}, {self.scale:g} x slots: {name} ({entry.row.use})")
+            seconds, needed = estimates.get(name, (0.0, 0.0))
+            reason = self._too_large(_MARGIN * needed, "a run") if needed else None
+            if name == KERNELS:
+                device = self.plan.device
+                reason = reason or _extension.why_not_on(device.type, device.index)
+            if seconds > self.plan.budget_s:
+                reason = f"a run would take about {seconds:.0f} s, the budget is {self.plan.budget_s:.0f} s"
+            if reason:
+                entry.leave_out(reason)
+                continue
+            outcome = self._first_runs(entry)
+            if outcome is None:
+                continue
+            if expected is None and entry.contender.passes == (FORWARD, BACKWARD):
+                expected = name, outcome
+            elif expected is None:
+                entry.row.notes.append("nothing to compare with")
+            else:
+                entry.row.compared_with = expected[0]
+                entry.row.disagrees, entry.row.errors = compare(outcome, expected[1], self.dtype)
+
+    def _first_runs(self, entry: _Entry) -> Outcome | None:
+        """The step that is compared, the memory of a run, and a first time for each pass; None: it failed."""
+        try:
+            limit = self.plan.compile_budget_s if entry.contender.compiled else 1e9
+            with time_limit(limit):
+                return self._try_out(entry)
+        except OutOfTime:
+            entry.leave_out(f"torch.compile took more than {self.plan.compile_budget_s:.0f} s")
+        except MemoryError:
+            entry.leave_out("out of memory")
+        # A compiler may fail in any way: that is a line in the table, not the end of the run.
+        except Exception as error:
+            if not entry.contender.compiled and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            entry.leave_out(_first_sentence(error))
+        entry.runner = None
+        return None
+
+    def _try_out(self, entry: _Entry) -> Outcome:
+        contender, device, row = entry.contender, self.plan.device, entry.row
+        start = time.perf_counter()
+        entry.runner = runner = contender.start(self.problem, self.plan.steps)
+        row.steps, row.returned_bytes = runner.steps, runner.returned_bytes
+        if contender.literal:
+            # So slow that the run to compare has to serve for memory and time as well.
+            start = time.perf_counter()
+            outcome, row.peak_bytes = peak_above(device, runner.outcome)
+            entry.first = dict.fromkeys(contender.passes, time.perf_counter() - start)
+            return outcome
+        if contender.compiled:
+            outcome = runner.outcome()
+            runner.run(False)
+            row.compile_seconds = time.perf_counter() - start
+        else:
+            with _Operators() as operators:
+                outcome = runner.outcome()
+            row.operators = sorted(operators.names)
+            runner.run(False)
+        _, row.peak_bytes = peak_above(device, lambda: runner.run(True))
+        for kind in contender.passes:
+            entry.first[kind] = self._once(runner, kind, lambda: None)
+            if entry.first[kind] > self.plan.budget_s:
+                entry.leave_out(
+                    f"a run takes {entry.first[kind]:.0f} s, the budget is {self.plan.budget_s:.0f} s", kind
+                )
+        return outcome
+
+    def _once(self, runner: Runner | Copy, kind: str, flush: Callable[[], None]) -> float:
+        flush()
+        gc.collect()
+        gc.disable()
+        try:
+            synchronize(self.plan.device)
+            start = time.perf_counter()
+            if isinstance(runner, Copy):
+                runner.run()
+            else:
+                # What comes back is freed within the time: somebody has to.
+                runner.run(kind == BACKWARD)
+            synchronize(self.plan.device)
+            return time.perf_counter() - start
+        finally:
+            gc.enable()
+
+    def _time(self) -> None:
+        """Repetitions in turn, so that a noisy neighbour meets all of them; each round begins with another."""
+        device, flush = self.plan.device, CacheFlush(self.plan.device)
+        memories = self.size.slots * self.size.key_dim * self.dtype.itemsize
+        copy = Copy(device, min(max(memories, _COPY_BYTES[0]), _COPY_BYTES[1]))
+        copy.run()
+        left = {
+            (index, kind): min(self.plan.repeat, max(1, int(self.plan.budget_s / max(first, 1e-9))))
+            for index, entry in enumerate(self.entries)
+            for kind, first in entry.first.items()
+        }
+        for round_number in range(self.plan.repeat):
+            self.say(f"{self.entries[0].row.dtype}, {self.scale:g} x slots: round {round_number + 1}")
+            self.bandwidth.seconds.append(self._once(copy, FORWARD, flush))
+            turns = [turn for turn, repetitions in left.items() if repetitions > round_number]
+            shift = round_number % max(len(turns), 1)
+            for index, kind in turns[shift:] + turns[:shift]:
+                entry = self.entries[index]
+                seconds = self._once(entry.runner, kind, flush) / entry.row.steps
+                entry.row.seconds.setdefault(kind, Timing()).seconds.append(seconds)
+        for entry in self.entries:
+            entry.row.bandwidth = copy.moved_bytes / self.bandwidth.median
+
+
+def _first_sentence(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}".rstrip(": ")

@@ -1,0 +1,117 @@
+"""What the memory step is timed on: two full memories of a trained network's kind, and batches for them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dan_fast.reference.cosine import statistics_dtype
+from dan_fast.reference.types import MemoryState
+
+# Table II and Sec. IV-B.
+LABELED_SLOTS, UNLABELED_SLOTS, KEY_DIM, BATCH = 9000, 5500, 2045, 32
+ALPHA, ALPHA_UNLABELED, BETA = 0.0, 0.0, 0.1
+
+_SLOTS_PER_PERSON = 12
+# One slot in so many holds somebody else's pseudo label, so that FP and FN of Eq. (14) are not empty.
+_MISLABELED_EVERY = 20
+_ROWS = 4096
+
+
+class Size(NamedTuple):
+    """Slots of M and M', numbers a key, samples a batch of each kind."""
+
+    labeled_slots: int = LABELED_SLOTS
+    unlabeled_slots: int = UNLABELED_SLOTS
+    key_dim: int = KEY_DIM
+    batch: int = BATCH
+
+    def scaled(self, scale: float) -> "Size":
+        """The same with `scale` times the slots, at least one."""
+        slots = (max(1, round(scale * count)) for count in self[:2])
+        return Size(*slots, *self[2:])
+
+    @property
+    def slots(self) -> int:
+        return self.labeled_slots + self.unlabeled_slots
+
+
+class Batch(NamedTuple):
+    """Keys (B, d) and labels (B,); unlabelled keys (B', d) and sample ids (B',)."""
+
+    keys: Tensor
+    labels: Tensor
+    unlabeled_keys: Tensor
+    sample_ids: Tensor
+
+
+class Problem(NamedTuple):
+    """One common state, and the batches every contender gets in the same order."""
+
+    size: Size
+    labeled: MemoryState
+    unlabeled: MemoryState
+    batches: list[Batch]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.labeled.features.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.labeled.features.device
+
+
+def make_problem(
+    size: Size, dtype: torch.dtype, device: torch.device | str, batches: int = 8, seed: int = 0
+) -> Problem:
+    """Memories in which a slot looks like the others of its person, as after a ReLU, and like no one else's.
+
+    The gap between persons is what makes contenders comparable: which slots a step clears does not hang on the last
+    bit of a cosine. Some slots of M' hold each other's pseudo labels.
+
+    Args:
+        size: slots, key length and batch.
+        dtype: of keys and features.
+        device: where everything lies.
+        batches: how many.
+        seed: the same seed gives the same problem on the same device.
+
+    Example:
+        >>> problem = make_problem(Size(24, 12, key_dim=8, batch=2), torch.float32, "cpu")
+        >>> problem.labeled.features.shape, len(problem.batches)
+        (torch.Size([24, 8]), 8)
+    """
+    device = torch.device(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    persons = max(2, size.labeled_slots // _SLOTS_PER_PERSON)
+    # Centred, so that ReLU zeroes half of the numbers and persons are far from parallel.
+    looks = torch.rand(persons, size.key_dim, generator=generator, device=device).sub_(0.5)
+
+    def draw(labels: Tensor) -> Tensor:
+        rows = torch.empty(len(labels), size.key_dim, dtype=dtype, device=device)
+        for at in range(0, len(labels), _ROWS):
+            piece = labels[at : at + _ROWS]
+            noise = torch.rand(len(piece), size.key_dim, generator=generator, device=device).sub_(0.5)
+            rows[at : at + _ROWS] = noise.mul_(0.3).add_(looks[piece]).relu_()
+        return rows
+
+    def memory(slots: int, mislabeled: bool) -> MemoryState:
+        who = torch.randint(persons, (slots,), generator=generator, device=device)
+        statistics = {"generator": generator, "device": device, "dtype": statistics_dtype(dtype)}
+        usage, evaluation = torch.rand(2, slots, **statistics)
+        labels = who.clone()
+        if mislabeled:
+            # Swapped in pairs: a person's slots stay as many as there are slots with that label.
+            first = torch.arange(0, slots - 1, _MISLABELED_EVERY * 2, device=device)
+            labels[first], labels[first + 1] = who[first + 1], who[first]
+        ids = torch.arange(slots, device=device) if mislabeled else torch.full_like(labels, -1)
+        return MemoryState(draw(who), labels, usage, evaluation / evaluation.sum(), usage.argmin(), ids)
+
+    def batch(number: int) -> Batch:
+        labels, hidden = torch.randint(persons, (2, size.batch), generator=generator, device=device)
+        ids = torch.arange(size.batch, device=device) + size.unlabeled_slots + number * size.batch
+        return Batch(draw(labels), labels, draw(hidden), ids)
+
+    labeled, unlabeled = memory(size.labeled_slots, False), memory(size.unlabeled_slots, True)
+    return Problem(size, labeled, unlabeled, [batch(number) for number in range(batches)])
