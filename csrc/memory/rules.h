@@ -45,13 +45,15 @@ struct Grid;
 template <>
 struct Grid<float> {
   using Key = int32_t;
-  static constexpr float kSteps = 4194304.0f;  // 2^22
+  static constexpr float kSteps = 4194304.0f;   // 2^22
+  static constexpr float kWhole = 12582912.0f;  // 1.5 2^23: the numbers about it are whole
   static constexpr int kKeyBits = 24;
 };
 template <>
 struct Grid<double> {
   using Key = int64_t;
-  static constexpr double kSteps = 1099511627776.0;  // 2^40
+  static constexpr double kSteps = 1099511627776.0;     // 2^40
+  static constexpr double kWhole = 6755399441055744.0;  // 1.5 2^52
   static constexpr int kKeyBits = 42;
 };
 
@@ -68,11 +70,12 @@ DAN_FAST_HD T raw_cosine(T score, T square_norm, T key_length) {
   return score / (norm_from_square(square_norm) * key_length);
 }
 
-// The nearest grid point in [-1, 1]: rounding errors may not push a cosine out of the range of exp_of_cosine.
+// The nearest grid point in [-1, 1], ties to even: rounding errors may not push a cosine out of the range of
+// exp_of_cosine. Additions round as nearbyint does, and every instruction set has them.
 template <typename T>
 DAN_FAST_HD T on_grid(T cosine) {
-  const T rounded = std::nearbyint(cosine * Grid<T>::kSteps) / Grid<T>::kSteps;
-  return rounded < T(-1) ? T(-1) : rounded > T(1) ? T(1) : rounded;
+  const T bounded = cosine < T(-1) ? T(-1) : cosine > T(1) ? T(1) : cosine;
+  return ((bounded * Grid<T>::kSteps + Grid<T>::kWhole) - Grid<T>::kWhole) / Grid<T>::kSteps;
 }
 
 // 0 .. 2^(kKeyBits - 1), increasing with the cosine; `cosine` is on the grid.

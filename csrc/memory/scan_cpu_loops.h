@@ -1,6 +1,6 @@
 // What both directions of the CPU scan walk the slots with: chunks, sums in a fixed order, products with a few rows.
-// For `*_isa.cpp` files. Vectors are 64 bytes wide everywhere and the compiler splits them where registers are
-// smaller, so that sums have the same order, and the same bits, on every instruction set.
+// For `*_isa.cpp` files. Partial sums are 64 bytes wide, in one register or in several, so that sums have the same
+// order, and the same bits, on every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -73,36 +73,48 @@ void fill(T* to, int64_t size, T value) {
   for (int64_t i = 0; i < size; ++i) to[i] = value;
 }
 
+// A register of the instruction set.
 template <typename T>
 struct Vector {
-  typedef T Type __attribute__((vector_size(64)));
+#if defined(__AVX512F__)
+  static constexpr int64_t kBytes = 64;
+#elif defined(__AVX__)
+  static constexpr int64_t kBytes = 32;
+#else
+  static constexpr int64_t kBytes = 16;
+#endif
+  typedef T Type __attribute__((vector_size(kBytes)));
+  typedef T Anywhere __attribute__((vector_size(kBytes), aligned(sizeof(T)), may_alias));
+  static constexpr int64_t kWidth = kBytes / sizeof(T);
+
+  static void load(const T* from, Type& to) { to = *reinterpret_cast<const Anywhere*>(from); }
+  static void store(const Type& from, T* to) { *reinterpret_cast<Anywhere*>(to) = from; }
+};
+
+// Partial sums: 64 bytes of them, in as many registers as that takes.
+template <typename T>
+struct Lanes {
   static constexpr int64_t kWidth = 64 / sizeof(T);
+  static constexpr int kParts = 64 / Vector<T>::kBytes;
+  typename Vector<T>::Type part[kParts];
+
+  void load(const T* from) {
+    for (int p = 0; p < kParts; ++p) Vector<T>::load(from + p * Vector<T>::kWidth, part[p]);
+  }
+  // The first `count` lanes; zeros in the rest.
+  void load_some(const T* from, int64_t count) {
+    T lanes[kWidth] = {};
+    for (int64_t k = 0; k < count; ++k) lanes[k] = from[k];
+    load(lanes);
+  }
 };
 
 template <typename T>
-inline void load(const T* from, typename Vector<T>::Type& to) {
-  std::memcpy(&to, from, sizeof(to));
-}
-
-template <typename T>
-inline void store(const typename Vector<T>::Type& from, T* to) {
-  std::memcpy(to, &from, sizeof(from));
-}
-
-// The first `count` lanes; zeros in the rest.
-template <typename T>
-inline void load_some(const T* from, int64_t count, typename Vector<T>::Type& to) {
-  T lanes[Vector<T>::kWidth] = {};
-  for (int64_t k = 0; k < count; ++k) lanes[k] = from[k];
-  load(lanes, to);
-}
-
-template <typename T>
-inline double sum_of_lanes(const typename Vector<T>::Type& vector) {
-  T lanes[Vector<T>::kWidth];
-  store(vector, lanes);
-  double sums[Vector<T>::kWidth / 2];
-  int64_t half = Vector<T>::kWidth / 2;
+inline double sum_of(const Lanes<T>& partial) {
+  T lanes[Lanes<T>::kWidth];
+  for (int p = 0; p < Lanes<T>::kParts; ++p) Vector<T>::store(partial.part[p], lanes + p * Vector<T>::kWidth);
+  int64_t half = Lanes<T>::kWidth / 2;
+  double sums[Lanes<T>::kWidth / 2];
   for (int64_t k = 0; k < half; ++k) sums[k] = static_cast<double>(lanes[k]) + static_cast<double>(lanes[k + half]);
   for (half /= 2; half > 0; half /= 2) {
     for (int64_t k = 0; k < half; ++k) sums[k] += sums[k + half];
@@ -112,20 +124,22 @@ inline double sum_of_lanes(const typename Vector<T>::Type& vector) {
 
 template <typename T>
 double sum(const T* x, int64_t size) {
-  constexpr int64_t kWidth = Vector<T>::kWidth;
-  typename Vector<T>::Type sums[4] = {}, v;
+  constexpr int64_t kWidth = Lanes<T>::kWidth;
+  constexpr int kParts = Lanes<T>::kParts;
+  Lanes<T> sums[2] = {}, v;
   int64_t i = 0;
-  for (; i + 4 * kWidth <= size; i += 4 * kWidth) {
-    for (int64_t k = 0; k < 4; ++k) {
-      load(x + i + k * kWidth, v);
-      sums[k] += v;
+  for (; i + 2 * kWidth <= size; i += 2 * kWidth) {
+    for (int k = 0; k < 2; ++k) {
+      v.load(x + i + k * kWidth);
+      for (int p = 0; p < kParts; ++p) sums[k].part[p] += v.part[p];
     }
   }
-  for (int64_t k = 0; i < size; i += kWidth, ++k) {
-    load_some(x + i, size - i < kWidth ? size - i : kWidth, v);
-    sums[k] += v;
+  for (int k = 0; i < size; i += kWidth, ++k) {
+    v.load_some(x + i, size - i < kWidth ? size - i : kWidth);
+    for (int p = 0; p < kParts; ++p) sums[k].part[p] += v.part[p];
   }
-  return sum_of_lanes<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (int p = 0; p < kParts; ++p) sums[0].part[p] += sums[1].part[p];
+  return sum_of(sums[0]);
 }
 
 // The smallest of `size` >= 1 numbers.
@@ -136,13 +150,13 @@ T least(const T* x, int64_t size) {
   int64_t i = 0;
   if (size >= kWidth) {
     typename Vector<T>::Type low, v;
-    load(x, low);
+    Vector<T>::load(x, low);
     for (i = kWidth; i + kWidth <= size; i += kWidth) {
-      load(x + i, v);
+      Vector<T>::load(x + i, v);
       low = v < low ? v : low;
     }
     T lanes[kWidth];
-    store(low, lanes);
+    Vector<T>::store(low, lanes);
     for (const T lane : lanes) lowest = lane < lowest ? lane : lowest;
   }
   for (; i < size; ++i) lowest = x[i] < lowest ? x[i] : lowest;
@@ -169,17 +183,17 @@ inline int64_t add_products(
   for (; i + kVectors * kWidth <= size; i += kVectors * kWidth) {
     typename Vector<T>::Type total[kRows][kVectors], v[kVectors];
     for (int r = 0; r < kRows; ++r) {
-      for (int k = 0; k < kVectors; ++k) load(sums + r * sums_stride + i + k * kWidth, total[r][k]);
+      for (int k = 0; k < kVectors; ++k) Vector<T>::load(sums + r * sums_stride + i + k * kWidth, total[r][k]);
     }
     for (int64_t u = 0; u < count; ++u) {
-      for (int k = 0; k < kVectors; ++k) load(x + u * x_stride + i + k * kWidth, v[k]);
+      for (int k = 0; k < kVectors; ++k) Vector<T>::load(x + u * x_stride + i + k * kWidth, v[k]);
       for (int r = 0; r < kRows; ++r) {
         const T coefficient = coefficients[r * row + u * step];
         for (int k = 0; k < kVectors; ++k) total[r][k] += coefficient * v[k];
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      for (int k = 0; k < kVectors; ++k) store(total[r][k], sums + r * sums_stride + i + k * kWidth);
+      for (int k = 0; k < kVectors; ++k) Vector<T>::store(total[r][k], sums + r * sums_stride + i + k * kWidth);
     }
   }
   return i;
@@ -223,25 +237,36 @@ template <int kX, int kY, typename T>
 inline void inner_products(
     int64_t size, const T* x, int64_t x_stride, const T* y, int64_t y_stride, double* results, int64_t row,
     int64_t step) {
-  constexpr int64_t kWidth = Vector<T>::kWidth;
-  typename Vector<T>::Type total[kX][kY] = {}, v[kX], w;
+  constexpr int64_t kWidth = Lanes<T>::kWidth;
+  Lanes<T> total[kX][kY] = {}, v[kX], w;
   int64_t i = 0;
-  for (; i + kWidth <= size; i += kWidth) {
-    for (int a = 0; a < kX; ++a) load(x + a * x_stride + i, v[a]);
+  const auto add = [&](const auto& load_lanes) {
+    for (int a = 0; a < kX; ++a) load_lanes(x + a * x_stride + i, v[a]);
     for (int b = 0; b < kY; ++b) {
-      load(y + b * y_stride + i, w);
-      for (int a = 0; a < kX; ++a) total[a][b] += v[a] * w;
+      load_lanes(y + b * y_stride + i, w);
+      for (int a = 0; a < kX; ++a) {
+        for (int p = 0; p < Lanes<T>::kParts; ++p) total[a][b].part[p] += v[a].part[p] * w.part[p];
+      }
     }
-  }
-  if (i < size) {
-    for (int a = 0; a < kX; ++a) load_some(x + a * x_stride + i, size - i, v[a]);
-    for (int b = 0; b < kY; ++b) {
-      load_some(y + b * y_stride + i, size - i, w);
-      for (int a = 0; a < kX; ++a) total[a][b] += v[a] * w;
-    }
-  }
+  };
+  for (; i + kWidth <= size; i += kWidth) add([](const T* from, Lanes<T>& to) { to.load(from); });
+  if (i < size) add([=](const T* from, Lanes<T>& to) { to.load_some(from, size - i); });
   for (int a = 0; a < kX; ++a) {
-    for (int b = 0; b < kY; ++b) results[a * row + b * step] = sum_of_lanes<T>(total[a][b]);
+    for (int b = 0; b < kY; ++b) results[a * row + b * step] = sum_of(total[a][b]);
+  }
+}
+
+template <int kX, typename T>
+inline void inner_products_of(
+    int64_t size, const T* x, int64_t x_stride, int64_t y_rows, const T* y, int64_t y_stride, double* results,
+    int64_t row, int64_t step) {
+  constexpr int kY = Lanes<T>::kParts == 1 ? 4 : 2;
+  int64_t b = 0;
+  for (; b + kY <= y_rows; b += kY) {
+    inner_products<kX, kY>(size, x, x_stride, y + b * y_stride, y_stride, results + b * step, row, step);
+  }
+  for (; b < y_rows; ++b) {
+    inner_products<kX, 1>(size, x, x_stride, y + b * y_stride, y_stride, results + b * step, row, step);
   }
 }
 
@@ -250,23 +275,14 @@ template <typename T>
 void inner_products(
     int64_t size, int64_t x_rows, const T* x, int64_t x_stride, int64_t y_rows, const T* y, int64_t y_stride,
     double* results, int64_t row, int64_t step) {
+  constexpr int kX = Lanes<T>::kParts == 1 ? 4 : Lanes<T>::kParts == 2 ? 2 : 1;
   int64_t a = 0;
-  for (; a + 4 <= x_rows; a += 4) {
-    int64_t b = 0;
-    for (; b + 4 <= y_rows; b += 4) {
-      inner_products<4, 4>(
-          size, x + a * x_stride, x_stride, y + b * y_stride, y_stride, results + a * row + b * step, row, step);
-    }
-    for (; b < y_rows; ++b) {
-      inner_products<4, 1>(
-          size, x + a * x_stride, x_stride, y + b * y_stride, y_stride, results + a * row + b * step, row, step);
-    }
+  for (; a + kX <= x_rows; a += kX) {
+    inner_products_of<kX>(
+        size, x + a * x_stride, x_stride, y_rows, y, y_stride, results + a * row, row, step);
   }
   for (; a < x_rows; ++a) {
-    for (int64_t b = 0; b < y_rows; ++b) {
-      inner_products<1, 1>(
-          size, x + a * x_stride, x_stride, y + b * y_stride, y_stride, results + a * row + b * step, row, step);
-    }
+    inner_products_of<1>(size, x + a * x_stride, x_stride, y_rows, y, y_stride, results + a * row, row, step);
   }
 }
 
