@@ -151,7 +151,8 @@ def test_the_module_agrees_whenever_it_is_looked_at(problem, data):
     make = functools.partial(
         ProgressiveAugmentedMemory, *problem.slots, problem.d, *problem.decays, dtype=torch.float64
     )
-    memory, states, waiting = make(), problem.start(), []
+    memory, states = make(), problem.start()
+    waiting, steps, snapshots = [], [], []
     memory.labeled, memory.unlabeled = states
     logit = 3.0 if problem.gates[2] else -30.0
     with torch.no_grad():
@@ -173,9 +174,12 @@ def test_the_module_agrees_whenever_it_is_looked_at(problem, data):
         parameters = [memory.alpha, memory.alpha_unlabeled]
         floor = rounding_of_slopes(batch, *states)
         waiting.append((fast.loss, [*inputs, *parameters], literal.loss, expected_inputs[:4], floor))
+        steps.append((fast, literal))
         match data.draw(st.sampled_from(["wait", "wait", "labeled", "unlabeled", "settle", "state dict", "backward"])):
             case "labeled":
-                assert_states_agree(memory.labeled, literal.labeled)
+                looked = memory.labeled
+                assert_states_agree(looked, literal.labeled)
+                snapshots.append((looked, [x.clone() for x in looked]))
             case "unlabeled":
                 assert_states_agree(fast.unlabeled, literal.unlabeled)
             case "settle":
@@ -191,6 +195,11 @@ def test_the_module_agrees_whenever_it_is_looked_at(problem, data):
     assert_states_agree(memory.unlabeled, states[1])
     for graphs in waiting[::2]:
         assert_gradients_agree(*graphs)
+    for looked, then in snapshots:
+        assert all(map(torch.equal, looked, then)), "a later batch was written into a state that was read"
+    for fast, literal in steps[::3]:
+        assert_states_agree(fast.labeled, literal.labeled)
+        assert_states_agree(fast.unlabeled, literal.unlabeled)
 
 
 @pytest.mark.parametrize(
