@@ -3,8 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/HeaderOnlyArrayRef.h>
 
-#include <initializer_list>
 #include <tuple>
 #include <vector>
 
@@ -15,22 +15,29 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
-using Sizes = std::initializer_list<int64_t>;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 // What an operator calls its tensors; MemoryBefore and ScanOutput have the same order.
 constexpr const char* kMemory[] = {"square_norms", "usage", "evaluation", "labels", "sample_ids", "least_used"};
 constexpr size_t kMemoryTensors = 6, kAfterTensors = 8, kRecordTensors = 5;
-constexpr size_t kOutputs = 3 + 2 * (kAfterTensors + kRecordTensors) + 3;
+
+bool has_sizes(const Tensor& tensor, Sizes sizes) {
+  if (tensor.dim() != static_cast<int64_t>(sizes.size())) return false;
+  for (size_t k = 0; k < sizes.size(); ++k) {
+    if (tensor.size(static_cast<int64_t>(k)) != sizes[k]) return false;
+  }
+  return true;
+}
+
+bool on_one_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
 
 Tensor checked(const Tensor& tensor, Sizes sizes, ScalarType dtype, const Tensor& like, const char* name) {
-  bool fits = tensor.dim() == static_cast<int64_t>(sizes.size());
-  int64_t dim = 0;
-  for (const int64_t size : sizes) fits = fits && tensor.size(dim++) == size;
-  STD_TORCH_CHECK(fits, name, " has a shape that does not fit the other arguments of memory_scan");
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has a dtype that does not fit the other arguments of memory_scan");
+  STD_TORCH_CHECK(has_sizes(tensor, sizes), name, " of memory_scan has a shape that does not fit the other arguments");
   STD_TORCH_CHECK(
-      tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
-      " is on another device than scores");
+      tensor.scalar_type() == dtype, name, " of memory_scan has a dtype that does not fit the other arguments");
+  STD_TORCH_CHECK(on_one_device(tensor, like), name, " of memory_scan is on another device than scores");
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
@@ -124,29 +131,52 @@ class Arguments {
   bool scalar_keys_;
 };
 
+struct Spec {
+  std::vector<int64_t> sizes;
+  ScalarType dtype;
+};
+
+// What memory_scan returns:
 // 0 loss (), 1 pseudo_labels (B',), 2 fault () int32;
-// 3-10 M after, 11-18 M' after: square_norms, usage, evaluation, kept (s,), held (steps, s), labels, sample_ids,
+// 3-10 M after, 11-18 M' after: square_norms, usage, evaluation, kept (s,), held (steps, s), labels, sample_ids (s,),
 //   least_used ();
 // 19-23 the record of M, 24-28 of M': before, weights, evaluation, square_norms (steps, s), events (steps, s) uint8;
 // 29 retrieval_scores (B', s1), 30 retrieval_sums (B', 4), 31 false_sums (B', 2).
+std::vector<Spec> outputs_of(const Arguments& args) {
+  const ScalarType real = args.dtype(), whole = ScalarType::Long;
+  const int64_t queries = args.unlabeled_batch;
+  std::vector<Spec> specs = {{{}, real}, {{queries}, whole}, {{}, ScalarType::Int}};
+  const int64_t steps[] = {args.batch, queries}, slots[] = {args.slots, args.unlabeled_slots};
+  for (int m = 0; m < 2; ++m) {
+    specs.insert(specs.end(), 4, {{slots[m]}, real});
+    specs.push_back({{steps[m], slots[m]}, real});
+    specs.insert(specs.end(), 2, {{slots[m]}, whole});
+    specs.push_back({{}, whole});
+  }
+  for (int m = 0; m < 2; ++m) {
+    specs.insert(specs.end(), 4, {{steps[m], slots[m]}, real});
+    specs.push_back({{steps[m], slots[m]}, ScalarType::Byte});
+  }
+  specs.push_back({{queries, args.slots}, real});
+  specs.push_back({{queries, 4}, real});
+  specs.push_back({{queries, 2}, real});
+  return specs;
+}
+
 Tensors empty_outputs(const Arguments& args) {
-  Tensors out = {
-      args.empty({}), args.empty({args.unlabeled_batch}, ScalarType::Long), args.empty({}, ScalarType::Int)};
-  const int64_t steps[] = {args.batch, args.unlabeled_batch}, slots[] = {args.slots, args.unlabeled_slots};
-  for (int m = 0; m < 2; ++m) {
-    for (int k = 0; k < 4; ++k) out.push_back(args.empty({slots[m]}));
-    out.push_back(args.empty({steps[m], slots[m]}));
-    for (int k = 0; k < 2; ++k) out.push_back(args.empty({slots[m]}, ScalarType::Long));
-    out.push_back(args.empty({}, ScalarType::Long));
+  Tensors outputs;
+  for (const Spec& spec : outputs_of(args)) outputs.push_back(args.empty(spec.sizes, spec.dtype));
+  return outputs;
+}
+
+void check_outputs(const Arguments& args, const Tensors& outputs) {
+  const std::vector<Spec> specs = outputs_of(args);
+  bool same = outputs.size() == specs.size();
+  for (size_t k = 0; same && k < specs.size(); ++k) {
+    same = has_sizes(outputs[k], specs[k].sizes) && outputs[k].scalar_type() == specs[k].dtype &&
+           outputs[k].is_contiguous() && on_one_device(outputs[k], args.like());
   }
-  for (int m = 0; m < 2; ++m) {
-    for (int k = 0; k < 4; ++k) out.push_back(args.empty({steps[m], slots[m]}));
-    out.push_back(args.empty({steps[m], slots[m]}, ScalarType::Byte));
-  }
-  out.push_back(args.empty({args.unlabeled_batch, args.slots}));
-  out.push_back(args.empty({args.unlabeled_batch, 4}));
-  out.push_back(args.empty({args.unlabeled_batch, 2}));
-  return out;
+  STD_TORCH_CHECK(same, "outputs must be what memory_scan returned for the same arguments");
 }
 
 // The pointers of what empty_outputs has made.
@@ -176,14 +206,6 @@ dan_fast::ScanOutput<T> output_of(const Tensors& tensors) {
   out.retrieval_sums = pointer<T>(*next++);
   out.false_sums = pointer<T>(*next++);
   return out;
-}
-
-// What memory_scan_backward was given as `outputs`: contiguous, or it is not from memory_scan.
-void check_outputs(const Tensors& outputs) {
-  STD_TORCH_CHECK(outputs.size() == kOutputs, "outputs must be what memory_scan returned, ", kOutputs, " tensors");
-  for (const Tensor& tensor : outputs) {
-    STD_TORCH_CHECK(tensor.is_contiguous(), "outputs must be what memory_scan returned: one is not contiguous");
-  }
 }
 
 struct Gradients {
@@ -240,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> memory_scan_backward_cpu(
   const Arguments args(
       scores, unlabeled_scores, gram, gates, labels, sample_ids, labeled, unlabeled, decay, decay_unlabeled,
       scalar_keys);
-  check_outputs(outputs);
+  check_outputs(args, outputs);
   const Gradients grads(args, grad_loss);
   const bool wide = args.dtype() == ScalarType::Double;
   (wide ? backward_on_cpu<double> : backward_on_cpu<float>)(args, outputs, grads);
