@@ -241,8 +241,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dan_fast, m) {
       "memory_commit(Tensor base, Tensor kept, Tensor weights, Tensor pending_keys) -> (Tensor base, Tensor "
       "square_norms)");
   m.def(
-      "memory_commit_scores_(Tensor(a!) base, Tensor kept, Tensor weights, Tensor pending_keys, Tensor keys) -> (Tensor "
-      "scores, Tensor square_norms)");
+      "memory_commit_scores_(Tensor(a!) base, Tensor kept, Tensor weights, Tensor pending_keys, Tensor keys) -> "
+      "(Tensor scores, Tensor square_norms)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dan_fast, CompositeExplicitAutograd, m) {
