@@ -40,9 +40,8 @@ def check_bars(rows: list[Row], device_type: str) -> list[Bar]:
     """The bars of the memory step on this kind of device; a figure of rows that disagree does not count."""
 
     def find(use: str, scale: float = 1.0) -> Row | None:
-        found = [
-            row for row in rows if (row.contender, row.use, row.dtype, row.scale) == (KERNELS, use, "float32", scale)
-        ]
+        wanted = (KERNELS, use, "float32", scale)
+        found = [row for row in rows if (row.contender, row.use, row.dtype, row.scale) == wanted]
         return found[0] if found and not found[0].disagrees else None
 
     bars = []

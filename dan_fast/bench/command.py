@@ -51,7 +51,8 @@ def bench_memory(
         steps: Steps of a module in a repetition, before what it left pending is written.
         budget_s: Seconds that a pass of a contender may take in all its repetitions; one that would take longer for
             a single one is left out.
-        compile_budget_s: Seconds that torch.compile may take at one size and type.
+        compile_budget_s: Seconds that torch.compile may take at one size and type; after a failure it is not tried
+            again. What was compiled is kept by PyTorch's cache for the next run.
         labeled_slots: Slots of M at scale 1 (the paper: 9000).
         unlabeled_slots: Slots of M' at scale 1 (the paper: 5500).
         key_dim: Numbers of a key (the paper: 2045).

@@ -1,18 +1,17 @@
 """The memory step's contenders side by side: agreement first, then times taken in turn."""
 
 import gc
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dan_fast import _extension
 from dan_fast.bench.agreement import compare
+from dan_fast.bench.compiled import compile_seconds
 from dan_fast.bench.contenders import KERNELS, Contender, Outcome, Runner
 from dan_fast.bench.machine import CacheFlush, Copy, free_memory, peak_above, synchronize
 from dan_fast.bench.problem import Problem, Size, make_problem
@@ -38,7 +37,8 @@ class Plan:
         repeat: repetitions of each pass of each contender, fewer where `budget_s` is spent before.
         steps: steps of a module before what it left pending is written.
         budget_s: seconds a pass of a contender may take in all; one that would need more for one run is left out.
-        compile_budget_s: seconds torch.compile may take at one size and dtype.
+        compile_budget_s: seconds torch.compile may take at one size and dtype; it is not tried again after it failed.
+        gave_up: why, by the name of the contender.
     """
 
     contenders: tuple[Contender, ...]
@@ -48,34 +48,7 @@ class Plan:
     steps: int = 8
     budget_s: float = 90.0
     compile_budget_s: float = 300.0
-
-
-class OutOfTime(Exception):
-    """The time limit has passed."""
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raises `OutOfTime` inside after so many seconds; without effect where there are no alarms, or off the main thread.
-
-    Example:
-        >>> with time_limit(5.0):
-        ...     pass
-    """
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ring(*_: object) -> None:
-        raise OutOfTime
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    gave_up: dict[str, str] = field(default_factory=dict)
 
 
 class _Operators(TorchDispatchMode):
@@ -171,6 +144,7 @@ class Group:
             self.say(f"{entry.row.dtype}, {self.scale:g} x slots: {name} ({entry.row.use})")
             seconds, needed = estimates.get(name, (0.0, 0.0))
             reason = self._too_large(_MARGIN * needed, "a run") if needed else None
+            reason = reason or self.plan.gave_up.get(name)
             if name == KERNELS:
                 device = self.plan.device
                 reason = reason or _extension.why_not_on(device.type, device.index)
@@ -192,25 +166,23 @@ class Group:
 
     def _first_runs(self, entry: _Entry) -> Outcome | None:
         """The step that is compared, the memory of a run, and a first time for each pass; None: it failed."""
+        contender = entry.contender
+        if contender.compiled:
+            found = compile_seconds(contender, self.size, self.dtype, self.plan.device, self.plan.compile_budget_s)
+            if isinstance(found, str):
+                self.plan.gave_up[contender.name] = f"{found}, at {self.scale:g} x slots in {entry.row.dtype}"
+                entry.leave_out(found)
+                return None
+            entry.row.compile_seconds = found
         try:
-            limit = self.plan.compile_budget_s if entry.contender.compiled else 1e9
-            with time_limit(limit):
-                return self._try_out(entry)
-        except OutOfTime:
-            entry.leave_out(f"torch.compile took more than {self.plan.compile_budget_s:.0f} s")
-        except MemoryError:
+            return self._try_out(entry)
+        except (MemoryError, torch.OutOfMemoryError):
             entry.leave_out("out of memory")
-        # A compiler may fail in any way: that is a line in the table, not the end of the run.
-        except Exception as error:
-            if not entry.contender.compiled and not isinstance(error, torch.OutOfMemoryError):
-                raise
-            entry.leave_out(_first_sentence(error))
-        entry.runner = None
-        return None
+            entry.runner = None
+            return None
 
     def _try_out(self, entry: _Entry) -> Outcome:
         contender, device, row = entry.contender, self.plan.device, entry.row
-        start = time.perf_counter()
         entry.runner = runner = contender.start(self.problem, self.plan.steps)
         row.steps, row.returned_bytes = runner.steps, runner.returned_bytes
         if contender.literal:
@@ -220,21 +192,21 @@ class Group:
             entry.first = dict.fromkeys(contender.passes, time.perf_counter() - start)
             return outcome
         if contender.compiled:
+            counters.clear()
             outcome = runner.outcome()
-            runner.run(False)
-            row.compile_seconds = time.perf_counter() - start
+            breaks = sum(counters["graph_break"].values())
+            row.notes.append(f"{breaks} graph breaks" if breaks else "one graph")
         else:
             with _Operators() as operators:
                 outcome = runner.outcome()
             row.operators = sorted(operators.names)
-            runner.run(False)
+        runner.run(False)
         _, row.peak_bytes = peak_above(device, lambda: runner.run(True))
         for kind in contender.passes:
             entry.first[kind] = self._once(runner, kind, lambda: None)
-            if entry.first[kind] > self.plan.budget_s:
-                entry.leave_out(
-                    f"a run takes {entry.first[kind]:.0f} s, the budget is {self.plan.budget_s:.0f} s", kind
-                )
+            seconds = entry.first[kind]
+            if seconds > self.plan.budget_s:
+                entry.leave_out(f"a run takes {seconds:.0f} s, the budget is {self.plan.budget_s:.0f} s", kind)
         return outcome
 
     def _once(self, runner: Runner | Copy, kind: str, flush: Callable[[], None]) -> float:
@@ -276,8 +248,3 @@ class Group:
                 entry.row.seconds.setdefault(kind, Timing()).seconds.append(seconds)
         for entry in self.entries:
             entry.row.bandwidth = copy.moved_bytes / self.bandwidth.median
-
-
-def _first_sentence(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}".rstrip(": ")

@@ -21,10 +21,10 @@ _RIVALS = ("literal_autograd", "literal_in_place", "best_pytorch")
 MEANING = {
     "seconds": "a step; forward is without recording for autograd; repetitions of the contenders in turn",
     "step": "pure: from one common state, the new memories are returned",
-    "module": "the memory steps its own state; `steps` steps and the write of what they left pending, divided by `steps`",
+    "module": "the memory steps its own state; `steps` steps and the write of what they left pending, over `steps`",
     "model_bytes": (
-        "a model: what a step cannot do without, 2 (module) or 3 (step) passes over (s1+s2) d numbers forward, one more "
-        "with backward"
+        "a model: what a step cannot do without, 2 (module) or 3 (step) passes over (s1+s2) d numbers forward, one "
+        "more with backward"
     ),
     "bandwidth_share": "model_bytes / copy bandwidth / time; above 1 where a cache serves",
     "bandwidth": "bytes/s read and written by Tensor.copy_, taken in turn with the contenders",
