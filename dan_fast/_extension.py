@@ -25,6 +25,9 @@ _OPERATORS = (
     "memory_commit_scores_",
     "memory_scan",
     "memory_scan_backward",
+    "slot_softmax",
+    "slot_softmax_backward",
+    "false_sample_sets",
 )
 _disabled = 0
 
