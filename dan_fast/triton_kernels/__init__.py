@@ -13,8 +13,8 @@ from dan_fast.errors import DanFastError
 
 __all__ = ["memory_combine", "memory_commit", "memory_commit_scores_", "memory_scores", "why_not"]
 
-# The first whose tl.dot takes rows of fewer than 16 and float64.
-_OLDEST = (3, 4)
+# The oldest that the kernels are known to compile with, PyTorch 2.11's.
+_OLDEST = (3, 6)
 
 
 @functools.cache

@@ -193,13 +193,12 @@ def combine_pass(
     tl.store(parts + (part * steps + step[:, None]) * dim + column[None, :], total, mask=wanted & inside[None, :])
 
 
-# Block sizes. A product that is not on the tensor cores keeps both operands of a block in registers for the whole inner
-# dimension, (rows + columns) / threads times that dimension; so the inner blocks are 16 wide where float32 or float64 is
-# multiplied, 32 to 64 on the tensor cores. The weights of a block of slots, up to 128 pending keys, are read once and stay
-# on the chip. 32 slots a program: M has 282 programs, enough for every multiprocessor of an RTX 3090 (82) or an H200
-# (132) with two resident on each, and 64 would leave half of an H200 idle in its second round. Eight warps where more
-# than 64 keys share the registers. Nothing spills, and shared memory stays below 75 KB, on sm_86 and sm_90 alike
-# (tests/test_triton_compile.py prints the table).
+# Block sizes. A product off the tensor cores keeps both operands of a block in registers for the whole inner
+# dimension, so inner blocks are 16 wide where float32 or float64 is multiplied and 32 to 64 on the tensor cores. The
+# weights of a block of slots, of up to 128 pending keys, are read once and stay on the chip. 32 slots a program: M has
+# 282 of them, over three for each multiprocessor of an RTX 3090 (82), two of an H200 (132); larger blocks would read
+# the keys less often but leave multiprocessors idle at the end. Eight warps where the registers of more than 64 keys
+# are shared out. The variants that a training step uses do not spill on sm_86 and sm_90 (tests/test_triton_compile.py).
 
 
 class Plan(NamedTuple):
@@ -249,9 +248,10 @@ def plan_pass(
 def plan_combine(stored: torch.dtype, statistics: torch.dtype, steps: int) -> Plan:
     """`combine_pass` for a memory of dtype `stored`."""
     split = _splits(statistics, stored)
-    constants = {"SPLIT": split, "BLOCK_T": min(_tile(steps), 64), "BLOCK_S": 32 if split else 16, "BLOCK_D": 64}
-    # float16 widened on the way needs registers for both forms.
-    return Plan(constants, 8 if stored == torch.float16 else 4, 3)
+    # float16 widened on the way takes registers in both forms: half as many columns.
+    block_d = 32 if stored == torch.float16 else 64
+    constants = {"SPLIT": split, "BLOCK_T": min(_tile(steps), 64), "BLOCK_S": 32 if split else 16, "BLOCK_D": block_d}
+    return Plan(constants, 4, 3)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], plan: Plan, device: torch.device, arguments: tuple) -> None:
