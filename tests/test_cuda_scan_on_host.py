@@ -283,8 +283,8 @@ def run_under(program: Path, *arguments: str) -> subprocess.CompletedProcess[str
     return subprocess.run([*unrandomised, program, *arguments], capture_output=True, text=True, env=environment)
 
 
-THREAD = ("-O1", "-g", "-fsanitize=thread", "-DSCAN_ON_HOST_MAIN=double")
-ADDRESS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DSCAN_ON_HOST_MAIN=float")
+THREAD = ("-O0", "-g", "-fsanitize=thread", "-DSCAN_ON_HOST_MAIN=double")
+ADDRESS = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DSCAN_ON_HOST_MAIN=float")
 
 
 def needs(*flags: str) -> None:
