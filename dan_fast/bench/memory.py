@@ -203,15 +203,13 @@ class Group:
         runner.run(False)
         _, row.peak_bytes = peak_above(device, lambda: runner.run(True))
         for kind in contender.passes:
-            entry.first[kind] = self._once(runner, kind, lambda: None)
-            seconds = entry.first[kind]
+            seconds = entry.first[kind] = self._once(runner, kind, lambda: None)
             if seconds > self.plan.budget_s:
                 entry.leave_out(f"a run takes {seconds:.0f} s, the budget is {self.plan.budget_s:.0f} s", kind)
         return outcome
 
     def _once(self, runner: Runner | Copy, kind: str, flush: Callable[[], None]) -> float:
         flush()
-        gc.collect()
         gc.disable()
         try:
             synchronize(self.plan.device)
@@ -239,6 +237,7 @@ class Group:
         }
         for round_number in range(self.plan.repeat):
             self.say(f"{self.entries[0].row.dtype}, {self.scale:g} x slots: round {round_number + 1}")
+            gc.collect()
             self.bandwidth.seconds.append(self._once(copy, FORWARD, flush))
             turns = [turn for turn, repetitions in left.items() if repetitions > round_number]
             shift = round_number % max(len(turns), 1)

@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# Builds, tests, sanitizes and measures on a machine with an NVIDIA GPU, without the network, in under 9 minutes.
+#
+#   OUT=folder PYTHON=python3 scripts/gpu_check.sh [--dry-run]
+#
+# Every part has a time limit and a log in OUT (build/gpu_check unless set), and the later ones run whatever became of
+# the earlier ones. summary.txt says how each ended; the exit status is 1 if one failed. figures.json holds the
+# benchmark. --dry-run prints the commands only. GPU_TESTS_S and the like below change a limit.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+
+case ${1:-} in
+  "") dry_run=false ;;
+  --dry-run) dry_run=true ;;
+  *)
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+    ;;
+esac
+out=${OUT:-build/gpu_check}
+python=${PYTHON:-python3}
+failed=0
+
+# With 30 s for the first and third part and 45 s for each of three sanitizers the limits add up to 530 s.
+BUILD_S=${BUILD_S:-110}
+GPU_TESTS_S=${GPU_TESTS_S:-90}
+TESTS_S=${TESTS_S:-40}
+SANITIZER_S=${SANITIZER_S:-45}
+BENCH_S=${BENCH_S:-125}
+
+summarize() {
+  echo "$*" | tee -a "$out/summary.txt"
+}
+
+# part NAME SECONDS COMMAND...
+part() {
+  local name=$1 limit=$2 status start
+  shift 2
+  if $dry_run; then
+    echo "$name, at most $limit s: $*"
+    return
+  fi
+  echo "== $name"
+  start=$SECONDS
+  # The second signal is for what does not end at the first.
+  timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1
+  status=$?
+  if [ "$status" -eq 0 ]; then
+    summarize "ok   $name ($((SECONDS - start)) s)"
+    return
+  fi
+  failed=1
+  tail -n 25 "$out/$name.log"
+  case $status in
+    124 | 137) summarize "FAIL $name (time limit of $limit s)" ;;
+    127) summarize "FAIL $name ($1 was not found)" ;;
+    *) summarize "FAIL $name (exit status $status after $((SECONDS - start)) s)" ;;
+  esac
+}
+
+# A step small enough for the sanitizer, forward and backward, pure and as a module.
+small_step='
+import torch
+from dan_fast import _extension
+from dan_fast.bench import Size, make_problem, select
+reason = _extension.why_not_on("cuda")
+assert reason is None, reason
+problem = make_problem(Size(300, 200, key_dim=64, batch=4), torch.float32, "cuda", batches=2)
+for contender in select(["kernels"]):
+    runner = contender.start(problem, 2)
+    runner.outcome()
+    runner.run(True)
+torch.cuda.synchronize()
+'
+
+if ! $dry_run; then
+  mkdir -p "$out" || exit 2
+  out=$(cd "$out" && pwd)
+  : >"$out/summary.txt"
+fi
+# Triton and torch.compile keep what they compile in the user's home otherwise.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/dan_fast_gpu_check/triton}
+
+part machine 10 nvidia-smi
+if [ -z "${TORCH_CUDA_ARCH_LIST:-}" ] && ! $dry_run; then
+  # For this GPU only: four architectures would take four times as long.
+  arch=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>/dev/null)
+  case $arch in [0-9]*.[0-9]*) export TORCH_CUDA_ARCH_LIST=$arch ;; esac
+fi
+part build "$BUILD_S" "$python" -m pip install --no-build-isolation --no-deps -e .
+part doctor 20 "$python" -m dan_fast doctor
+part gpu_tests "$GPU_TESTS_S" "$python" -m pytest -q -m gpu -p no:cacheprovider tests
+part tests "$TESTS_S" "$python" -m pytest -q -m "not gpu" -p no:cacheprovider \
+  tests/test_extension.py tests/test_memory_agreement.py tests/test_memory_module.py tests/test_memory_rules.py
+for tool in memcheck racecheck synccheck; do
+  part "$tool" "$SANITIZER_S" compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -c "$small_step"
+done
+# The paper's size first: figures.json is written anew after every size, and the limit cuts off the rest. torch.compile
+# needs minutes for the unrolled steps and has no place here.
+part bench "$BENCH_S" "$python" -m dan_fast bench memory --device cuda --slots_scale 1,0.25,4,16 --budget_s 5 \
+  --contenders literal_autograd,literal_in_place,score_space,kernels --json "$out/figures.json"
+
+if $dry_run; then
+  exit 0
+fi
+echo "== summary"
+cat "$out/summary.txt"
+exit "$failed"
