@@ -10,6 +10,11 @@
 
 #include "../csrc/memory/scan_cpu.h"
 
+#ifdef DAN_FAST_CUDA
+#include "../csrc/memory/scan_launch.h"
+#include "cuda_call.h"
+#endif
+
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -242,7 +247,56 @@ void backward_on_cpu(const Arguments& args, const Tensors& outputs, const Gradie
   DAN_FAST_KERNEL(scan_backward<T>)(args.input<T>(), output_of<T>(outputs), grads.pointers<T>(), on_threads);
 }
 
-Tensors memory_scan_cpu(
+#ifdef DAN_FAST_CUDA
+
+// Calls `launch(workspace, stream)` on the device of the arguments.
+template <typename T, typename Launch>
+void on_cuda(const Arguments& args, const char* what, const Launch& launch) {
+  dan_fast::on_device_of(args.like(), what, [&](void* stream) {
+    int64_t bytes = 0;
+    const dan_fast::ScanSizes sizes = {args.batch, args.unlabeled_batch, args.slots, args.unlabeled_slots};
+    const int status = dan_fast::scan_workspace_bytes<T>(sizes, &bytes);
+    if (status != 0) return status;
+    // From the caching allocator, which gives it to the next kernel of this stream only.
+    const Tensor workspace = args.empty({bytes}, ScalarType::Byte);
+    return launch(workspace.mutable_data_ptr(), stream);
+  });
+}
+
+template <typename T>
+void forward_on_cuda(const Arguments& args, const Tensors& outputs) {
+  on_cuda<T>(args, "memory_scan", [&](void* workspace, void* stream) {
+    return dan_fast::launch_scan_forward(args.input<T>(), output_of<T>(outputs), workspace, stream);
+  });
+}
+
+template <typename T>
+void backward_on_cuda(const Arguments& args, const Tensors& outputs, const Gradients& grads) {
+  on_cuda<T>(args, "memory_scan_backward", [&](void* workspace, void* stream) {
+    return dan_fast::launch_scan_backward(
+        args.input<T>(), output_of<T>(outputs), grads.pointers<T>(), workspace, stream);
+  });
+}
+
+#endif
+
+void run_forward(const Arguments& args, const Tensors& outputs) {
+  const bool wide = args.dtype() == ScalarType::Double;
+#ifdef DAN_FAST_CUDA
+  if (args.like().is_cuda()) return (wide ? forward_on_cuda<double> : forward_on_cuda<float>)(args, outputs);
+#endif
+  (wide ? forward_on_cpu<double> : forward_on_cpu<float>)(args, outputs);
+}
+
+void run_backward(const Arguments& args, const Tensors& outputs, const Gradients& grads) {
+  const bool wide = args.dtype() == ScalarType::Double;
+#ifdef DAN_FAST_CUDA
+  if (args.like().is_cuda()) return (wide ? backward_on_cuda<double> : backward_on_cuda<float>)(args, outputs, grads);
+#endif
+  (wide ? backward_on_cpu<double> : backward_on_cpu<float>)(args, outputs, grads);
+}
+
+Tensors memory_scan(
     const Tensor& scores, const Tensor& unlabeled_scores, const Tensor& gram, const Tensor& gates,
     const Tensor& labels, const Tensor& sample_ids, Tensors labeled, Tensors unlabeled, double decay,
     double decay_unlabeled, bool scalar_keys) {
@@ -250,12 +304,11 @@ Tensors memory_scan_cpu(
       scores, unlabeled_scores, gram, gates, labels, sample_ids, labeled, unlabeled, decay, decay_unlabeled,
       scalar_keys);
   Tensors outputs = empty_outputs(args);
-  const bool wide = args.dtype() == ScalarType::Double;
-  (wide ? forward_on_cpu<double> : forward_on_cpu<float>)(args, outputs);
+  run_forward(args, outputs);
   return outputs;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> memory_scan_backward_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor> memory_scan_backward(
     const Tensor& grad_loss, const Tensor& scores, const Tensor& unlabeled_scores, const Tensor& gram,
     const Tensor& gates, const Tensor& labels, const Tensor& sample_ids, Tensors labeled, Tensors unlabeled,
     double decay, double decay_unlabeled, bool scalar_keys, Tensors outputs) {
@@ -264,8 +317,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> memory_scan_backward_cpu(
       scalar_keys);
   check_outputs(args, outputs);
   const Gradients grads(args, grad_loss);
-  const bool wide = args.dtype() == ScalarType::Double;
-  (wide ? backward_on_cpu<double> : backward_on_cpu<float>)(args, outputs, grads);
+  run_backward(args, outputs, grads);
   return grads.tensors();
 }
 
@@ -283,6 +335,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dan_fast, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dan_fast, CPU, m) {
-  m.impl("memory_scan", TORCH_BOX(&memory_scan_cpu));
-  m.impl("memory_scan_backward", TORCH_BOX(&memory_scan_backward_cpu));
+  m.impl("memory_scan", TORCH_BOX(&memory_scan));
+  m.impl("memory_scan_backward", TORCH_BOX(&memory_scan_backward));
 }
+
+#ifdef DAN_FAST_CUDA
+STABLE_TORCH_LIBRARY_IMPL(dan_fast, CUDA, m) {
+  m.impl("memory_scan", TORCH_BOX(&memory_scan));
+  m.impl("memory_scan_backward", TORCH_BOX(&memory_scan_backward));
+}
+#endif

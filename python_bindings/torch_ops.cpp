@@ -13,14 +13,8 @@
 #include "../csrc/memory/row_norms.h"
 
 #ifdef DAN_FAST_CUDA
-#include <torch/csrc/stable/accelerator.h>
-
 #include "../csrc/memory/row_norms_launch.h"
-
-// A CPU-only PyTorch lacks these; the binary must load there all the same.
-#pragma weak aoti_torch_get_current_cuda_stream
-#pragma weak torch_c10_cuda_check_msg
-#pragma weak torch_c10_cuda_free_error_msg
+#include "cuda_call.h"
 #endif
 
 namespace {
@@ -76,15 +70,6 @@ Tensor row_sq_norms_cpu(const Tensor& features) {
 
 #ifdef DAN_FAST_CUDA
 
-void check_cuda(int status, const char* what, uint32_t line) {
-  char* message = nullptr;
-  torch_c10_cuda_check_msg(status, __FILE__, what, line, true, &message);
-  if (message == nullptr) return;
-  const std::string copy(message);
-  torch_c10_cuda_free_error_msg(message);
-  STD_TORCH_CHECK(false, copy);
-}
-
 dan_fast::Scalar scalar_of(const Tensor& features) {
   switch (features.scalar_type()) {
     case ScalarType::Double:
@@ -104,12 +89,11 @@ Tensor row_sq_norms_cuda(const Tensor& features) {
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
   const Tensor rows = with_adjacent_columns(features);
   Tensor norms = empty_norms(rows);
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(rows.get_device_index(), &stream));
-  const int status = dan_fast::launch_row_sq_norms(
-      scalar_of(rows), rows.const_data_ptr(), rows.stride(0), rows.size(0), rows.size(1), norms.mutable_data_ptr(),
-      stream);
-  check_cuda(status, "row_sq_norms", __LINE__);
+  dan_fast::on_device_of(rows, "row_sq_norms", [&](void* stream) {
+    return dan_fast::launch_row_sq_norms(
+        scalar_of(rows), rows.const_data_ptr(), rows.stride(0), rows.size(0), rows.size(1), norms.mutable_data_ptr(),
+        stream);
+  });
   return norms;
 }
 

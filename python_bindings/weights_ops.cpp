@@ -16,15 +16,9 @@
 #include "../csrc/memory/softmax.h"
 
 #ifdef DAN_FAST_CUDA
-#include <torch/csrc/stable/accelerator.h>
-
 #include "../csrc/memory/false_sets_launch.h"
 #include "../csrc/memory/softmax_launch.h"
-
-// A CPU-only PyTorch lacks these; the binary must load there all the same.
-#pragma weak aoti_torch_get_current_cuda_stream
-#pragma weak torch_c10_cuda_check_msg
-#pragma weak torch_c10_cuda_free_error_msg
+#include "cuda_call.h"
 #endif
 
 namespace {
@@ -64,7 +58,8 @@ T* data(Tensor& tensor) {
 
 // What a softmax over slots reads.
 struct Scores {
-  Scores(const Tensor& scores_, const Tensor& square_norms_, const Tensor& key_squares_) : dtype(scores_.scalar_type()) {
+  Scores(const Tensor& scores_, const Tensor& square_norms_, const Tensor& key_squares_)
+      : dtype(scores_.scalar_type()) {
     STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "scores must be float32 or float64");
     STD_TORCH_CHECK(scores_.dim() == 2, "scores must be (B, s), got ", scores_.dim(), " dimensions");
     rows = scores_.size(0);
@@ -232,26 +227,12 @@ std::tuple<Tensor, Tensor> false_sample_sets_cpu(
 
 #ifdef DAN_FAST_CUDA
 
-// Calls launch(stream) on the device of `like`.
-template <typename Launch>
-void on_device_of(const Tensor& like, const char* what, const Launch& launch) {
-  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
-  char* message = nullptr;
-  torch_c10_cuda_check_msg(launch(stream), __FILE__, what, __LINE__, true, &message);
-  if (message == nullptr) return;
-  const std::string copy(message);
-  torch_c10_cuda_free_error_msg(message);
-  STD_TORCH_CHECK(false, copy);
-}
-
 Tensor slot_softmax_cuda(
     const Tensor& scores, const Tensor& square_norms, const Tensor& key_squares, std::optional<Tensor> occupied) {
   SoftmaxArguments args(scores, square_norms, key_squares, occupied);
   args.for_type([&](auto zero) {
     using T = decltype(zero);
-    on_device_of(args.scores, "slot_softmax", [&](void* stream) {
+    dan_fast::on_device_of(args.scores, "slot_softmax", [&](void* stream) {
       return dan_fast::launch_slot_softmax<T>(
           args.pointers<T>(), args.occupied_slots(), data<T>(args.weights), stream);
     });
@@ -266,7 +247,7 @@ Gradients slot_softmax_backward_cuda(
   Tensor means = args.empty({args.rows});
   args.for_type([&](auto zero) {
     using T = decltype(zero);
-    on_device_of(args.scores, "slot_softmax_backward", [&](void* stream) {
+    dan_fast::on_device_of(args.scores, "slot_softmax_backward", [&](void* stream) {
       return dan_fast::launch_slot_softmax_backward<T>(
           args.pointers<T>(), args.gradient<T>(), data<T>(means), stream);
     });
@@ -278,7 +259,7 @@ std::tuple<Tensor, Tensor> false_sample_sets_cuda(
     const Tensor& evaluation, const Tensor& labels, const Tensor& pseudo_labels) {
   SetsArguments args(evaluation, labels, pseudo_labels);
   args.for_format([&](auto format) {
-    on_device_of(args.evaluation, "false_sample_sets", [&](void* stream) {
+    dan_fast::on_device_of(args.evaluation, "false_sample_sets", [&](void* stream) {
       return dan_fast::launch_false_sets<decltype(format)>(args.sets, stream);
     });
   });
