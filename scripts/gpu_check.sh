@@ -37,7 +37,7 @@ part() {
   local name=$1 limit=$2 status start
   shift 2
   if $dry_run; then
-    echo "$name, at most $limit s: $*"
+    echo "$name, at most $limit s: ${*//$'\n'/; }"
     return
   fi
   echo "== $name"

@@ -45,6 +45,15 @@ def test_contenders_agree_with_the_reference(contender, dtype):
         assert "gradient of beta" in agreement.errors
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_contenders_agree_on_a_gpu(dtype):
+    rows = Group(Plan(tuple(EAGER), torch.device("cuda"), TINY, repeat=2, steps=2), 1.0, dtype).measure()
+    assert all(row.disagrees is None and row.seconds and not row.left_out for row in rows)
+    assert all(row.peak_bytes > 0 and row.bandwidth > 0 for row in rows)
+
+
 def test_the_problem_has_false_samples():
     problem = make_problem(Size(120, 200, key_dim=24, batch=16), torch.float64, CPU)
     beta = EAGER[0].start(problem, 1).outcome().gradients[4]

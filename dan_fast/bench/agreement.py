@@ -32,7 +32,9 @@ class Tolerance(NamedTuple):
 
 TOLERANCES = {
     torch.float64: Tolerance(1e-12, 1e-12, 1e-12, 1e-10, 1.0),
-    torch.float32: Tolerance(1e-5, 5e-6, 2e-6, 2e-5, 1.0),
+    # The literal form's own gradients of unlabelled keys are 2e-5 from float64 at a quarter of the paper's slots, ten
+    # times as far as score space's, and further with more slots.
+    torch.float32: Tolerance(1e-5, 5e-6, 2e-6, 1e-3, 1.0),
     # Features and the keys' gradients are rounded to 8 and 11 bits at the end; everything else is float32.
     torch.bfloat16: Tolerance(1e-5, 5e-6, 2**-7, 2**-6, 0.02),
     torch.float16: Tolerance(1e-5, 5e-6, 2**-10, 2**-9, 0.02),
