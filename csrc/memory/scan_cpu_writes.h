@@ -151,6 +151,7 @@ class Writes {
 
  private:
   using Key = typename Grid<T>::Key;
+  static constexpr int64_t kAhead = 8;
 
   template <typename Element>
   Element* row(Element* rows, int64_t step, const Chunk& chunk) const {
@@ -165,13 +166,24 @@ class Writes {
     fill(has_events_.get(), chunks_, uint8_t{0});
   }
 
+  // Every kAhead steps what the slots hold is read once for the next kAhead keys; between, only what came since.
   void find_scores(int64_t step, const Chunk& chunk) {
-    const T* scores = row(scores_, step, chunk);
-    const T* kept = after_.kept + chunk.begin;
+    const int64_t since = step - step % kAhead;
+    const T* gram = gram_ + step * gram_stride_;
     T* before = row(record_.before, step, chunk);
-    for (int64_t i = 0; i < chunk.size; ++i) before[i] = kept[i] * scores[i];
-    add_products(
-        chunk.size, 1, step, after_.held + chunk.begin, slots_, gram_ + step * gram_stride_, 0, 1, before, slots_);
+    if (step == since) {
+      const int64_t keys = steps_ - step < kAhead ? steps_ - step : kAhead;
+      const T* scores = row(scores_, step, chunk);
+      const T* kept = after_.kept + chunk.begin;
+      for (int64_t t = 0; t < keys; ++t) {
+        for (int64_t i = 0; i < chunk.size; ++i) before[t * slots_ + i] = kept[i] * scores[t * slots_ + i];
+      }
+      add_products(
+          chunk.size, keys, step, after_.held + chunk.begin, slots_, gram, gram_stride_, 1, before, slots_);
+    } else {
+      const T* held = row(after_.held, since, chunk);
+      add_products(chunk.size, 1, step - since, held, slots_, gram + since, 0, 1, before, slots_);
+    }
   }
 
   void drop(int64_t step, const Chunk& chunk, int64_t label, const Cut<Key>& cut) {
@@ -239,6 +251,9 @@ class Writes {
     }
     for (int64_t u = 0; u < step; ++u) {
       for (int64_t k = 0; k < count; ++k) after_.held[u * slots_ + cleared[k]] = T(0);
+    }
+    for (int64_t t = step + 1; t < steps_ && t % kAhead != 0; ++t) {
+      for (int64_t k = 0; k < count; ++k) record_.before[t * slots_ + cleared[k]] = T(0);
     }
   }
 
