@@ -105,6 +105,18 @@ def test_features_are_overwritten_in_place_when_nobody_counts_on_them():
     assert_states_close(snapshot, copy_of_it)
 
 
+def test_a_backward_that_wants_overwritten_features_fails():
+    """What no graph of this package holds, somebody's own graph may."""
+    memory = make()
+    first, second = batches(2)
+    memory(*first)
+    weights = torch.ones(SLOTS, dtype=torch.float64, requires_grad=True)
+    product = weights @ memory._labeled.base
+    memory(*second)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
 @pytest.mark.parametrize("order_of_reading", ["never", "between"])
 def test_a_checkpoint_does_not_decide_the_rounding(order_of_reading):
     """Bit for bit: with and without a state dict taken after every other batch, by the float32 module."""

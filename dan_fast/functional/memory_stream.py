@@ -61,7 +61,10 @@ def memory_commit_scores_(
 ) -> tuple[Tensor, Tensor]:
     """`memory_commit` in place, with `memory_scores` of `keys` in the same pass; without gradient."""
     if _extension.serves(base.device.type, base.device.index):
-        return torch.ops.dan_fast.memory_commit_scores_.default(base, kept, weights, pending_keys, keys)
+        result = torch.ops.dan_fast.memory_commit_scores_.default(base, kept, weights, pending_keys, keys)
+        # Then a backward pass that still wanted the old features fails instead of using the new ones.
+        torch.autograd.graph.increment_version(base)
+        return result
     return _commit_scores_torch_(base, kept, weights, pending_keys, keys)
 
 
