@@ -393,7 +393,7 @@ def bits() -> str:
 def test_the_same_bits_on_every_instruction_set():
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.{Path(__file__).stem} import bits; print(bits())"
     found = {}
-    for name in _extension.build_info().get("instruction_sets", ["baseline"]):
+    for name in _extension.build_info().get("instruction_sets", ["baseline"])[:-1]:  # the last is this process's
         environment = {**os.environ, "DAN_FAST_ISA": name, "OMP_NUM_THREADS": "1"}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
