@@ -239,6 +239,12 @@ def test_ratios():
     assert step.speedup["best_pytorch"] == {FORWARD: pytest.approx(2.0), BACKWARD: pytest.approx(2.5)}
     assert module.speedup["best_pytorch"] == {FORWARD: pytest.approx(5.0), BACKWARD: pytest.approx(3.0)}
     assert module.speedup["literal_in_place"] == {FORWARD: pytest.approx(25.0)}
+    rows = some_rows(0)[:7]
+    rows[3].disagrees = rows[1].disagrees = "loss"
+    set_speedups(rows)
+    step = rows[5]
+    assert step.speedup["best_pytorch"][BACKWARD] == pytest.approx(5.0), "the compiled one no longer counts"
+    assert "literal_in_place" not in step.speedup and rows[3].speedup == {}
 
 
 def test_bars():
