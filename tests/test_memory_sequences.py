@@ -76,7 +76,7 @@ def rounding_of_slopes(batch, *states):
     """What rounding may leave in a gradient: of a short vector the cosine has a steep slope, and much cancels."""
     vectors = torch.cat([batch.keys, batch.unlabeled_keys, *(state.features[state.occupied] for state in states)])
     shortest = vectors.norm(dim=1).min().item() if len(vectors) else 1.0
-    return 1e-15 / max(shortest, 1e-12)
+    return 1e-14 / max(shortest, 1e-12)
 
 
 def assert_gradients_agree(loss, inputs, literal_loss, literal_inputs, floor):
@@ -241,7 +241,7 @@ def test_lower_precision_agrees_step_by_step(dtype, unit):
                     assert (error <= 1.01 * unit * wanted.features.abs().clamp(min=smallest) + 1e-6 * largest).all()
                 gradients = [torch.autograd.grad(loss, x) for loss, x in ((step.loss, keys), (exact.loss, inputs[:2]))]
                 steepest = max((x.abs().max().item() for x in gradients[1] if x.numel()), default=0.0)
-                slopes = 5e8 * rounding_of_slopes(batch, *before, *states)
+                slopes = 5e7 * rounding_of_slopes(batch, *before, *states)
                 for a, b in zip(*gradients, strict=True):
                     assert a.dtype == dtype
                     # Beside a zero vector the slope is 1e12, more than float16 holds.
