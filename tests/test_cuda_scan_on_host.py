@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dan_fast import _extension
 from dan_fast.functional import memory_scan_torch
 from dan_fast.functional.memory_scan_types import Slots
 
@@ -326,3 +327,44 @@ def test_no_access_out_of_bounds_and_no_undefined_behaviour(watched_for_bounds: 
 def test_an_access_out_of_bounds_is_reported(watched_for_bounds: Path):
     done = run_under(watched_for_bounds, "1", "32", "short")
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
+
+
+@pytest.mark.skipif(not _extension.has_cuda_kernels(), reason="the extension was built without CUDA")
+@pytest.mark.parametrize("name", ["memory_scan", "memory_scan_backward"])
+def test_the_operators_are_registered_for_cuda(name: str):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dan_fast::{name}", "CUDA")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("slots", [(20, 30), (1000, 700), (9000, 5500), (400_000, 3)])
+def test_the_gpu_does_what_the_host_does(slots: tuple[int, int]):
+    p = problem(slots, (5, 6), seed=25, fill=(1, 1), classes=20, dim=16)
+
+    def run(device: str) -> list[Tensor]:
+        tensors = [x.to(device) for x in p.tensors]
+        arguments = (*tensors, *([x.to(device) for x in memory] for memory in p.memories), *p.settings)
+        outputs = torch.ops.dan_fast.memory_scan(*arguments)
+        upstream = torch.ones((), dtype=torch.float64, device=device)
+        return [*outputs, *torch.ops.dan_fast.memory_scan_backward(upstream, *arguments, outputs)]
+
+    first, again, on_cpu = run("cuda"), run("cuda"), run("cpu")
+    for a, b, c in zip(first, again, on_cpu, strict=True):
+        assert torch.equal(a, b), "two runs differ"
+        torch.testing.assert_close(a.cpu(), c, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_cuda_graph_captures_it():
+    p = problem((900, 550), (4, 5), seed=26)
+    tensors = [x.cuda() for x in p.tensors]
+    arguments = (*tensors, *([x.cuda() for x in memory] for memory in p.memories), *p.settings)
+    expected_loss = torch.ops.dan_fast.memory_scan(*arguments)[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = torch.ops.dan_fast.memory_scan(*arguments)
+    for _ in range(2):
+        outputs[0].zero_()
+        graph.replay()
+        assert torch.equal(outputs[0], expected_loss)

@@ -99,7 +99,9 @@ class TopN {
     }
     ++passes_;
     needed_ = shared_.needed;
-    return needed_ == shared_.in_bucket;
+    // After the last digit a bucket holds one element. Keys out of range would be counted otherwise: an answer then is
+    // better than a grid that never ends.
+    return needed_ == shared_.in_bucket || passes_ == kKeyDigits + index_digits_;
   }
 
   __device__ bool narrow() { return narrow(needed_); }
