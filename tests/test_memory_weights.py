@@ -100,6 +100,28 @@ def test_the_error_is_at_most_twice_that_of_pytorch(slots: int, dtype: torch.dty
         assert (a.double() - e).abs().max() <= allowed
 
 
+def test_layout_does_not_matter():
+    problem = weights(30, batch=4, dim=6)
+    twice = Weights(*(x.repeat_interleave(2, -1) for x in problem))
+    views = Weights(problem.keys.T.contiguous().T, *(x[..., ::2] for x in twice[1:]))
+    for summed in (False, True):  # the gradient of a sum is one number, expanded
+
+        def function(*arguments: Tensor, summed: bool = summed) -> Tensor:
+            result = functional.cosine_softmax(*arguments)
+            return result[:, :5].sum().expand(4, 30) + result if summed else result.T.contiguous().T
+
+        for a, b in zip(with_gradients(function, views), with_gradients(function, problem), strict=True):
+            agree(a, b, 1e-12)
+    evaluation, labels, pseudo_labels = sets(63, kind="ties")
+    expected = functional.false_sample_sets(evaluation, labels, pseudo_labels)
+    wide = evaluation.repeat_interleave(2, 1)
+    for view in (evaluation.T.contiguous().T, wide[:, ::2]):
+        found = functional.false_sample_sets(view, labels.repeat_interleave(2)[::2], pseudo_labels)
+        assert all(map(torch.equal, found, expected))
+    row = functional.false_sample_sets(evaluation[:1].expand(6, 63), labels, pseudo_labels[:1].expand(6))
+    assert all(torch.equal(x, y[:1].expand(6, 63)) for x, y in zip(row, expected, strict=True))
+
+
 def test_gradgradcheck():
     # No slots of norm 0: a finite difference would step over the floor that acts there.
     problem = weights(11, batch=3, dim=4, seed=2, zeros=False)
@@ -332,6 +354,16 @@ def test_the_sets_are_those_of_a_stable_sort(slots: int, kind: str, dtype: torch
     assert torch.equal(*(x.sum(1) for x in expected))
     if slots >= 63 and kind != "equal":
         assert expected[0].any()
+
+
+def test_all_slots_of_the_label_and_all_but_one():
+    evaluation = torch.tensor([[0.4, 0.1, 0.3], [0.1, 0.4, 0.3], [0.4, 0.1, 0.3]])
+    found = functional.false_sample_sets(evaluation, torch.tensor([0, 1, 1]), torch.tensor([1, 1, 0]))
+    assert found[0].int().tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 0]]
+    assert found[1].int().tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 0]]
+    for labels in ([1, 1, 1], [-1, 1, 1]):
+        found = functional.false_sample_sets(evaluation, torch.tensor(labels), torch.tensor([1, 1, 1]))
+        assert not found[0].any() and not found[1].any()
 
 
 def test_the_sets_at_the_size_of_the_paper():
