@@ -173,7 +173,7 @@ def ninja_file(
         torch_flags += ["-DUSE_CUDA", "-DDAN_FAST_CUDA"]
         # nvcc takes one program: of "ccache g++ -m64" that is g++.
         host = [nvcc, "-ccbin", [word for word in compiler if not word.startswith("-")][-1]]
-        device = [*host, "-O3", "-std=c++17", "-Xcompiler=-fPIC,-Wall,-Wextra"]
+        device = [*host, *SOURCES["NVCC_FLAGS"], "-Xcompiler=-fPIC,-Wall,-Wextra"]
         link = [*host, "-shared", "-cudart=static", "-Xlinker=--no-as-needed"]
     else:
         link = [*compiler, "-shared", "-Wl,--no-as-needed"]

@@ -5,6 +5,9 @@ from pathlib import Path
 
 ROOMS = ("csrc", "python_bindings")
 
+# No contraction of a * b + c into one rounding: the rules of a memory slot shall give the same bits on every path.
+NVCC_FLAGS = ("-O3", "-std=c++17", "-fmad=false")
+
 
 def source_hash(root: Path) -> str:
     """A digest of all native sources under `root`; it tells a binary that is older than its checkout."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = runpy.run_path(str(ROOT / "dan_fast/_sources.py"))
 
 
 class Kernel(NamedTuple):
@@ -39,14 +40,7 @@ def find_nvcc() -> str | None:
 
 
 def all_sources() -> list[Path]:
-    rooms = runpy.run_path(str(ROOT / "dan_fast/_sources.py"))["ROOMS"]
-    return sorted(path for room in rooms for path in (ROOT / room).rglob("*.cu"))
-
-
-def flags_of(source: Path) -> list[str]:
-    """What the file's first line asks of the compiler: `// nvcc: -fmad=false`."""
-    asked = re.match(r"// nvcc: (.+)", source.read_text())
-    return asked[1].split() if asked else []
+    return sorted(path for room in SOURCES["ROOMS"] for path in (ROOT / room).rglob("*.cu"))
 
 
 def readable(names: Iterable[str]) -> dict[str, str]:
@@ -59,15 +53,15 @@ def readable(names: Iterable[str]) -> dict[str, str]:
     return {name: line.split("(")[0] for name, line in zip(names, short, strict=True)}
 
 
-def resources(source: Path, arch: str, nvcc: str) -> list[Kernel]:
-    """Compiles one file for one compute capability, such as "8.6".
+def resources(source: Path, arch: str, nvcc: str, flags: Iterable[str] = ()) -> list[Kernel]:
+    """Compiles one file for one compute capability, such as "8.6", with `flags` beside the build's own.
 
     Raises:
         RuntimeError: it does not compile; holds the compiler's output.
     """
     number = arch.replace(".", "")
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, "-O3", "-std=c++17", *flags_of(source), f"-arch=sm_{number}", "-Xptxas=-v", "-cubin"]
+        command = [nvcc, *SOURCES["NVCC_FLAGS"], *flags, f"-arch=sm_{number}", "-Xptxas=-v", "-cubin"]
         done = subprocess.run([*command, source, "-o", f"{folder}/kernels"], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(done.stdout + done.stderr)

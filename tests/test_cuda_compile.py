@@ -40,7 +40,6 @@ def test_nothing_spills(kernels: dict[tuple[str, str], list]):
 def test_a_stack_and_spills_are_seen(tmp_path: Path, at: str, field: str):
     source = tmp_path / "wide.cu"
     source.write_text(
-        "// nvcc: -maxrregcount=24 -DSIZE=64\n"
         "__global__ void wide(float* x, int step) {\n"
         "  float own[SIZE];\n"
         "#pragma unroll\n"
@@ -50,7 +49,7 @@ def test_a_stack_and_spills_are_seen(tmp_path: Path, at: str, field: str):
         f"  for (int k = 0; k < SIZE; ++k) x[k] = own[{at}];\n"
         "}\n"
     )
-    (kernel,) = REPORT["resources"](source, "8.6", NVCC)
+    (kernel,) = REPORT["resources"](source, "8.6", NVCC, ["-maxrregcount=24", "-DSIZE=64"])
     assert kernel.name == "wide" and getattr(kernel, field) > 0
 
 

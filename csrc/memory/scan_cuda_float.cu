@@ -1,4 +1,3 @@
-// nvcc: -fmad=false
 #include "scan_cuda_launch.cuh"
 
 namespace dan_fast {

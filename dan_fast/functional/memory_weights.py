@@ -13,7 +13,7 @@ from torch import Tensor
 from dan_fast import _extension
 from dan_fast.functional.memory_stream import memory_scores
 from dan_fast.functional.row_norms import row_sq_norms
-from dan_fast.reference.checks import _check_device, _check_tensor, check_cosine_softmax, check_false_sample_sets
+from dan_fast.reference.checks import check_cosine_softmax, check_false_sample_sets, check_keys_finite
 from dan_fast.reference.cosine import norm_from_square, occupied_softmax, statistics_dtype
 
 
@@ -40,25 +40,15 @@ def cosine_softmax(keys: Tensor, slots: Tensor, occupied: Tensor | None = None) 
         >>> cosine_softmax(torch.tensor([[3.0, 0.0]]), torch.tensor([[1.0, 0.0], [2.0, 0.0]]))
         tensor([[0.5000, 0.5000]])
     """
-    _check(keys, slots, occupied)
+    check_cosine_softmax(keys, slots, occupied)
     device = keys.device.type
+    if device == "cpu" and not torch.compiler.is_compiling():
+        check_keys_finite(keys)
     # Mixed precision would round the scores to 8 bits, too coarse to tell slots apart.
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         keys = keys.to(statistics_dtype(keys.dtype))
         scores, square_norms = memory_scores(keys, slots)
         return _slot_softmax(scores, square_norms, row_sq_norms(keys), occupied)
-
-
-def _check(keys: Tensor, slots: Tensor, occupied: Tensor | None) -> None:
-    """`check_cosine_softmax`, but for the values where they are not at hand."""
-    if not torch.compiler.is_compiling() and getattr(keys, "is_cpu", True):
-        return check_cosine_softmax(keys, slots, occupied)
-    _check_tensor("keys", keys, ("B", "d"), None)
-    _check_tensor("slots", slots, ("s", keys.shape[1]), keys.dtype)
-    _check_device("slots", slots, keys.device, "keys")
-    if occupied is not None:
-        _check_tensor("occupied", occupied, (slots.shape[0],), torch.bool)
-        _check_device("occupied", occupied, keys.device, "keys")
 
 
 def _slot_softmax(scores: Tensor, square_norms: Tensor, key_squares: Tensor, occupied: Tensor | None) -> Tensor:

@@ -192,11 +192,11 @@ def check_step_values(
 
 
 def check_cosine_softmax(keys: Tensor, slots: Tensor, occupied: Tensor | None) -> None:
-    """Check the arguments of `cosine_softmax`.
+    """Check the arguments of `cosine_softmax` but for the values of keys, which `check_keys_finite` looks at.
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: a wrong shape or device, or keys with NaN or Inf.
+        ValueError: a wrong shape or device.
     """
     _check_tensor("keys", keys, ("B", "d"), None)
     _check_tensor("slots", slots, ("s", keys.shape[1]), keys.dtype)
@@ -204,6 +204,10 @@ def check_cosine_softmax(keys: Tensor, slots: Tensor, occupied: Tensor | None) -
     if occupied is not None:
         _check_tensor("occupied", occupied, (slots.shape[0],), torch.bool)
         _check_device("occupied", occupied, keys.device, "keys")
+
+
+def check_keys_finite(keys: Tensor) -> None:
+    """Raise ValueError where a key or its squared norm is not finite."""
     _raise_first([_not_finite(keys)], STEP_FAULTS[:1])
 
 

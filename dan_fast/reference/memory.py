@@ -10,6 +10,7 @@ from torch import Tensor
 from dan_fast.reference.checks import (
     check_cosine_softmax,
     check_false_sample_sets,
+    check_keys_finite,
     check_memory_step,
     check_step_values,
 )
@@ -40,6 +41,7 @@ def cosine_softmax(keys: Tensor, slots: Tensor, occupied: Tensor | None = None) 
         tensor([[0.5000, 0.5000]])
     """
     check_cosine_softmax(keys, slots, occupied)
+    check_keys_finite(keys)
     return attention_weights(keys, slots, occupied)
 
 
