@@ -1,0 +1,102 @@
+// The passes over the last feature map X that the attention head needs, Eqs. (2)-(4), without ever forming
+// X' = X A_C or X'' = X' A_S. The bottleneck of channel attention, two small matrix products, lies between `pool` and
+// `attend` and is the caller's. This header says what goes in and out. Plain C++17.
+//
+// S is what X is stored in (float, double, bfloat16, float16), A what is computed in (float, or double for double).
+// A sample is a matrix of C channels by P positions: element (c, p) of sample b lies at
+// features + b * sample_stride + c * channel_stride + p * position_stride, where either the positions are adjacent
+// (contiguous) or the channels are (channels_last). Every other array is contiguous.
+#pragma once
+
+#include <cstdint>
+
+namespace dan_fast {
+
+template <typename S>
+struct FeatureMap {
+  S* data;  // const for a map that is only read
+  int64_t batch, channels, positions;
+  int64_t sample_stride, channel_stride, position_stride;
+};
+
+// Spatial mean and maximum of every channel; where the first maximum is. NaN is the largest, as in torch.max.
+template <typename A>
+struct Pooled {
+  A* mean;                 // (B, C)
+  A* peak;                 // (B, C)
+  int32_t* peak_position;  // (B, C)
+};
+
+// The bottlenecks of spatial attention, h hidden units.
+template <typename A>
+struct SpatialWeights {
+  int64_t hidden;
+  const A* ws1;  // (h, P)
+  const A* ws3;  // (h, P)
+  const A* ws2;  // (P, h)
+  const A* ws4;  // (P, h)
+};
+
+template <typename A>
+struct AttendInput {
+  const A* channel_attention;  // (B, C) A_C
+  const A* rows;               // (B, C) the classifier's row of each label, 0 for the label -1
+  const int64_t* labels;       // (B,)
+  SpatialWeights<A> weights;
+};
+
+// g_p = mean over c of X'_cp, m_p = max over c of X'_cp; A, B, C = sigmoid(ws2 relu(ws1 g)), sigmoid(ws2 relu(ws1 m)),
+// sigmoid(ws4 relu(ws3 g)); S_pq = softmax over q of A_p B_q; A_S = S C; A_at = g A_S; A_ad = sum over c of rows_c X_cp;
+// L_aad = sum over p of sigmoid(A_at + A_ad) sigmoid(|A_at - A_ad|), 0 for the label -1.
+template <typename A>
+struct Attended {
+  A* attended;            // (B, C) A_C,c * mean over p of X_cp A_S,p
+  A* spatial_attention;   // (B, P)
+  A* loss;                // (B,)
+  A* mean_map;            // (B, P) g
+  A* peak_map;            // (B, P) m
+  int32_t* peak_channel;  // (B, P) the first channel of the maximum
+  A* adversary_map;       // (B, P) A_ad
+};
+
+// What comes back to `attend`.
+template <typename A>
+struct AttendedGrad {
+  const A* attended;           // (B, C)
+  const A* spatial_attention;  // (B, P)
+  const A* loss;               // (B,)
+};
+
+// Gradients of what went into `attend`, X excepted: it gets its own in one pass, `write_features_grad`, from these
+// and from the gradients of mean and peak. The gradient of |x| at 0 is 0, of a maximum goes to the first.
+template <typename A>
+struct AttendInputGrad {
+  A* channel_attention;  // (B, C)
+  A* rows;               // (B, C)
+  A* mean_map;           // (B, P)
+  A* peak_map;           // (B, P)
+  A* adversary_map;      // (B, P)
+  A* ws1;                // (h, P) added up over the batch in a fixed order, as are the next three
+  A* ws3;                // (h, P)
+  A* ws2;                // (P, h)
+  A* ws4;                // (P, h)
+};
+
+// dX_cp = d_attended_c A_C,c A_S,p / P + d_mean_map_p A_C,c / C + d_adversary_map_p rows_c + d_mean_c / P
+//       + [c = peak_channel_p] d_peak_map_p A_C,c + [p = peak_position_c] d_peak_c.
+template <typename A>
+struct FeaturesGradInput {
+  const A* channel_attention;     // (B, C)
+  const A* rows;                  // (B, C)
+  const A* spatial_attention;     // (B, P)
+  const int32_t* peak_channel;    // (B, P)
+  const int32_t* peak_position;   // (B, C)
+  const A* attended_grad;         // (B, C)
+  const A* mean_map_grad;         // (B, P)
+  const A* peak_map_grad;         // (B, P)
+  const A* adversary_map_grad;    // (B, P)
+  const A* mean_grad;             // (B, C) of the spatial mean: by way of A_C and of `pooled` itself
+  const A* peak_grad;             // (B, C)
+};
+
+}  // namespace dan_fast
