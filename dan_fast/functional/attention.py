@@ -10,10 +10,24 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dan_fast.reference.attention_checks import check_cam, check_features, check_refined, check_weights
+from dan_fast.functional import attention_torch
+from dan_fast.functional.attention_torch import (
+    adversary_loss,
+    channel_attention_of,
+    channel_max,
+    label_rows,
+    spatial_attention_of,
+    weighted_channel_sum,
+)
+from dan_fast.reference.attention_checks import (
+    check_cam,
+    check_features,
+    check_label_values,
+    check_refined,
+    check_weights,
+)
 from dan_fast.reference.types import AdversaryOutput, AttentionHeadOutput, NLCBAMOutput, NLCBAMWeights
 
 _P = ParamSpec("_P")
@@ -60,9 +74,9 @@ def nl_cbam(features: Tensor, weights: NLCBAMWeights) -> NLCBAMOutput:
     check_features("features", features)
     check_weights(weights, features)
     x, wide = _widen(features).flatten(2), _widen(weights)
-    channel_attention = _channel_attention(x, x.mean(dim=2), wide)
-    g = _weighted_channel_sum(x, channel_attention) / x.shape[1]
-    spatial_attention = _spatial_attention(g, _channel_max(x, channel_attention), wide)
+    channel_attention = channel_attention_of(x, x.mean(dim=2), wide)
+    g = weighted_channel_sum(x, channel_attention) / x.shape[1]
+    spatial_attention = spatial_attention_of(g, channel_max(x, channel_attention), wide)
     refined = x * channel_attention.unsqueeze(2) * spatial_attention.unsqueeze(1)
     return NLCBAMOutput(
         refined=refined.unflatten(2, features.shape[2:]).to(features.dtype),
@@ -79,8 +93,8 @@ def attention_adversary(features: Tensor, refined: Tensor, cam_weight: Tensor, l
         features: (B, C, H, W) floating, X.
         refined: (B, C, H, W), X'' = X * A_C * A_S.
         cam_weight: (c, C), the weights of the classifier.
-        labels: (B,) int64, the class of each sample, -1 where it is unknown. Checking them makes the host
-            wait for a GPU.
+        labels: (B,) int64, the class of each sample, -1 where it is unknown. A label that is neither raises
+            on the CPU; on a GPU and under `torch.compile`, where looking would wait, its loss is NaN.
 
     Returns:
         `AdversaryOutput(loss (B,), refined_map (B, HW), adversary_map (B, HW))`. Where the label is -1 the
@@ -97,12 +111,12 @@ def attention_adversary(features: Tensor, refined: Tensor, cam_weight: Tensor, l
     """
     check_features("features", features)
     check_refined(refined, features)
-    check_cam(cam_weight, labels, features)
+    _check_cam(cam_weight, labels, features)
     x = _widen(features).flatten(2)
     refined_map = _widen(refined).flatten(2).mean(dim=1)
-    adversary_map = _weighted_channel_sum(x, _label_rows(_widen(cam_weight), labels))
+    adversary_map = weighted_channel_sum(x, label_rows(_widen(cam_weight), labels))
     return AdversaryOutput(
-        loss=_adversary_loss(refined_map, adversary_map, labels).to(features.dtype),
+        loss=_marked(adversary_loss(refined_map, adversary_map, labels), labels, cam_weight).to(features.dtype),
         refined_map=refined_map.to(features.dtype),
         adversary_map=adversary_map.to(features.dtype),
     )
@@ -118,8 +132,8 @@ def attention_head(features: Tensor, weights: NLCBAMWeights, cam_weight: Tensor,
         features: (B, C, H, W) floating, X, in any memory layout.
         weights: the six matrices of NL-CBAM.
         cam_weight: (c, C), the weights of the classifier.
-        labels: (B,) int64, the class of each sample, -1 where it is unknown. Checking them makes the host
-            wait for a GPU.
+        labels: (B,) int64, the class of each sample, -1 where it is unknown. A label that is neither raises
+            on the CPU; on a GPU and under `torch.compile`, where looking would wait, its loss is NaN.
 
     Returns:
         `AttentionHeadOutput(attended (B, C), pooled (B, C), channel_attention (B, C),
@@ -138,19 +152,21 @@ def attention_head(features: Tensor, weights: NLCBAMWeights, cam_weight: Tensor,
     """
     check_features("features", features)
     check_weights(weights, features)
-    check_cam(cam_weight, labels, features)
-    x, wide = _widen(features).flatten(2), _widen(weights)
-    channels, positions = x.shape[1:]
-    pooled = x.mean(dim=2)
-    channel_attention = _channel_attention(x, pooled, wide)
-    # One read of the map serves the channel mean of X' and the class activation map.
-    rows = torch.stack([channel_attention / channels, _label_rows(_widen(cam_weight), labels)], dim=1)
-    g, adversary_map = (rows @ x).unbind(dim=1)
-    spatial_attention = _spatial_attention(g, _channel_max(x, channel_attention), wide)
-    attended = channel_attention * (x @ spatial_attention.unsqueeze(2)).squeeze(2) / positions
-    adversary_loss = _adversary_loss(g * spatial_attention, adversary_map, labels)
-    output = (attended, pooled, channel_attention, spatial_attention, adversary_loss)
+    _check_cam(cam_weight, labels, features)
+    output = attention_torch.head(_widen(features).flatten(2), _widen(weights), _widen(cam_weight), labels)
+    output = output._replace(adversary_loss=_marked(output.adversary_loss, labels, cam_weight))
     return AttentionHeadOutput(*(value.to(features.dtype) for value in output))
+
+
+def _check_cam(cam_weight: Tensor, labels: Tensor, features: Tensor) -> None:
+    check_cam(cam_weight, labels, features)
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_label_values(cam_weight, labels)
+
+
+def _marked(loss: Tensor, labels: Tensor, cam_weight: Tensor) -> Tensor:
+    """NaN for a label that is no class, where looking at the labels would wait for the device."""
+    return loss.masked_fill((labels < -1) | (labels >= cam_weight.shape[0]), torch.nan)
 
 
 def _widen(value: Any) -> Any:
@@ -160,49 +176,3 @@ def _widen(value: Any) -> Any:
     if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
         return value.float()
     return value
-
-
-def _bottleneck(v: Tensor, reduce: Tensor, expand: Tensor) -> Tensor:
-    return F.linear(F.relu(F.linear(v, reduce)), expand)
-
-
-def _channel_attention(x: Tensor, pooled: Tensor, weights: NLCBAMWeights) -> Tensor:
-    """A_C (B, C) of Eq. (2) from X (B, C, P) and its spatial mean."""
-    # torch.max documents that it gives the first of several maxima; amax would share the gradient among them.
-    peak = x.max(dim=2).values
-    return torch.sigmoid(_bottleneck(pooled, weights.wc1, weights.wc2) + _bottleneck(peak, weights.wc1, weights.wc2))
-
-
-def _spatial_attention(g: Tensor, m: Tensor, weights: NLCBAMWeights) -> Tensor:
-    """A_S (B, P) of Eq. (3) from the channel mean and the channel maximum of X'."""
-    a = torch.sigmoid(_bottleneck(g, weights.ws1, weights.ws2))
-    b = torch.sigmoid(_bottleneck(m, weights.ws1, weights.ws2))
-    c = torch.sigmoid(_bottleneck(g, weights.ws3, weights.ws4))
-    s = torch.softmax(a.unsqueeze(2) * b.unsqueeze(1), dim=2)
-    return (s @ c.unsqueeze(2)).squeeze(2)
-
-
-def _channel_max(x: Tensor, channel_attention: Tensor) -> Tensor:
-    """Maximum over channels of X' (B, P), the first on ties; autograd keeps X and the indices but not X'."""
-    with torch.no_grad():
-        index = (x * channel_attention.unsqueeze(2)).max(dim=1).indices
-    # A channel may lead at several positions; the backward of indexing adds them in a fixed order, that of
-    # gather does not.
-    sample = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
-    return x.gather(1, index.unsqueeze(1)).squeeze(1) * channel_attention[sample, index]
-
-
-def _weighted_channel_sum(x: Tensor, weight: Tensor) -> Tensor:
-    """Sum over channels of weight (B, C) * X (B, C, P)."""
-    return (weight.unsqueeze(1) @ x).squeeze(1)
-
-
-def _label_rows(cam_weight: Tensor, labels: Tensor) -> Tensor:
-    """The classifier's row (B, C) of each label, zero for -1."""
-    return cam_weight[labels.clamp(min=0)] * (labels >= 0).unsqueeze(1)
-
-
-def _adversary_loss(refined_map: Tensor, adversary_map: Tensor, labels: Tensor) -> Tensor:
-    """L_aad (B,) of Eq. (4), 0 for the label -1."""
-    loss = torch.sigmoid(refined_map + adversary_map) * torch.sigmoid((refined_map - adversary_map).abs())
-    return torch.where(labels >= 0, loss.sum(dim=1), 0)

@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor
 
-from dan_fast.reference.attention_checks import check_cam, check_features, check_refined, check_weights
+from dan_fast.reference.attention_checks import (
+    check_cam,
+    check_features,
+    check_label_values,
+    check_refined,
+    check_weights,
+)
 from dan_fast.reference.types import AdversaryOutput, AttentionHeadOutput, NLCBAMOutput, NLCBAMWeights
 
 
@@ -65,6 +71,7 @@ def attention_adversary(features: Tensor, refined: Tensor, cam_weight: Tensor, l
     check_features("features", features)
     check_refined(refined, features)
     check_cam(cam_weight, labels, features)
+    check_label_values(cam_weight, labels)
     positions = features.shape[2] * features.shape[3]
     losses, refined_maps, adversary_maps = [], [], []
     for x, refined_x, label in zip(features.flatten(2), refined.flatten(2), labels.tolist(), strict=True):

@@ -65,13 +65,11 @@ def check_refined(refined: Tensor, features: Tensor) -> None:
 
 
 def check_cam(cam_weight: Tensor, labels: Tensor, features: Tensor) -> None:
-    """A row of `cam_weight` for each class, and a class or -1 for each sample.
-
-    Reading the labels makes the host wait for a GPU; under `torch.compile` their values go unchecked.
+    """A row of `cam_weight` for each class and a label for each sample; `check_label_values` looks at the labels.
 
     Raises:
         TypeError: `cam_weight` has another dtype than `features`, or `labels` is not int64.
-        ValueError: another shape or device, or a label that is neither -1 nor a class.
+        ValueError: another shape or device.
     """
     _check_like("cam_weight", cam_weight, features)
     if cam_weight.ndim != 2 or cam_weight.shape[0] < 1 or cam_weight.shape[1] != features.shape[1]:
@@ -86,7 +84,15 @@ def check_cam(cam_weight: Tensor, labels: Tensor, features: Tensor) -> None:
         raise ValueError(f"labels must be ({features.shape[0]},), one a sample, got shape {tuple(labels.shape)}")
     if labels.device != features.device:
         raise ValueError(f"labels is on {labels.device} but features is on {features.device}")
-    if torch.compiler.is_compiling() or labels.numel() == 0:
+
+
+def check_label_values(cam_weight: Tensor, labels: Tensor) -> None:
+    """A class or -1 for each sample; reading the labels makes the host wait for a GPU.
+
+    Raises:
+        ValueError: a label that is neither.
+    """
+    if labels.numel() == 0 or labels.is_meta:
         return
     low, high = (int(bound) for bound in torch.stack(torch.aminmax(labels.detach())).tolist())
     if low < -1 or high >= cam_weight.shape[0]:
