@@ -1,8 +1,8 @@
 """The memory step as one writes it for speed in plain PyTorch: sample by sample, in place, without autograd.
 
-It keeps to the paper's form (a slot is read when a key is compared with it and written when a key is stored) and takes
-from there what costs nothing: no copies, one product for all retrievals from M, norms and cosines after a write from
-those before it instead of a second pass over the memory.
+It keeps to the paper's form: a slot is read when a key is compared with it and written when a key is stored. Beyond
+that it takes what costs nothing: no copies, norms kept from one write to the next comparison, one product for all
+retrievals from M. It does not work out norms and cosines after a write from those before, which is score space.
 """
 
 import torch
@@ -26,8 +26,11 @@ class _Memory:
     def open(self) -> None:
         """Half-precision rows are widened once a batch: rounded after every sample they would lose the writes."""
         self.features = self.stored.to(self.dtype)
-        self.square_norms = self.features.square().sum(1)
+        self.measure()
         self.occupied = self.labels >= 0
+
+    def measure(self) -> None:
+        self.square_norms = torch.linalg.vector_norm(self.features, dim=1).square_()
 
     def close(self) -> None:
         if self.features is not self.stored:
@@ -46,25 +49,17 @@ class _Memory:
         self.square_norms.index_fill_(0, slots, 0.0)
 
     def write(
-        self, key: Tensor, label: Tensor, sample_id: Tensor, gate: Tensor, decay: float, trust: Tensor | float,
-        scores: Tensor | None,
-    ) -> None:  # fmt: skip
-        """Eqs. (5)-(10); `scores` with the key before the write if they are known."""
+        self, key: Tensor, label: Tensor, sample_id: Tensor, gate: Tensor, decay: float, trust: Tensor | float
+    ) -> None:
+        """Eqs. (5)-(10)."""
         slot = self.least_used[None]
         write = gate * torch.where(self.occupied, self.evaluation, 0.0)  # Eq. (8)
         write[slot] += 1 - gate
         self.clear(slot)  # Eq. (9)
         self.features.addr_(write, key)  # Eq. (10)
-        square = key.dot(key)
-        if scores is None:
-            after = self.scores(key)
-            self.square_norms += write * (2 * after - write * square)
-        else:
-            scores[slot] = 0.0
-            after = torch.addcmul(scores, write, square)
-            self.square_norms += write * (scores + after)
+        self.measure()
         self.labels[slot], self.sample_ids[slot], self.occupied[slot] = label, sample_id, True
-        self.evaluation = self.weights(after, norm_from_square(square))
+        self.evaluation = self.weights(self.scores(key), norm_from_square(key.dot(key)))
         self.usage.mul_(decay).add_(self.evaluation * trust).add_(write)
         self.least_used = self.usage.argmin()
 
@@ -120,7 +115,7 @@ class InPlaceMemory:
         labeled.open()
         gate = torch.sigmoid(alpha)
         for key, label in zip(keys, labels, strict=True):
-            labeled.write(key, label, no_sample, gate, decay, 1.0, scores=None)
+            labeled.write(key, label, no_sample, gate, decay, 1.0)
         pseudo_labels, losses = torch.full_like(sample_ids, -1), unlabeled_keys.new_zeros(0)
         if len(unlabeled_keys) and bool(labeled.occupied.any()):
             pseudo_labels, losses = self._retrieve(unlabeled_keys)
@@ -164,8 +159,8 @@ class InPlaceMemory:
                 mean_positive, mean_negative = evaluation[positive].mean(), evaluation[negative].mean()
                 loss = -torch.log(mean_positive / (mean_positive + mean_negative))
                 memory.clear(false)
-                scores[false], memory.usage[false], memory.occupied[false] = 0.0, 0.0, False
+                memory.usage[false], memory.occupied[false] = 0.0, False
                 memory.labels[false], memory.sample_ids[false] = -1, -1
                 memory.least_used = memory.usage.argmin()
-        memory.write(key, pseudo_label, sample_id, gate, decay, beta, scores)
+        memory.write(key, pseudo_label, sample_id, gate, decay, beta)
         return loss
