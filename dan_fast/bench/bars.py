@@ -1,11 +1,13 @@
 """What the kernels have to reach, and what a model predicts for a GPU nobody measured."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from dan_fast.bench.contenders import KERNELS, MODULE, STEP
 from dan_fast.bench.problem import Size
-from dan_fast.bench.results import BACKWARD, FORWARD, Row, model_bytes
+from dan_fast.bench.results import Row, model_bytes
+from dan_fast.bench.timing import BACKWARD, FORWARD
+from dan_fast.bench.verdict import Bar, at_least, at_most
 
 # Of Table II's memory on two CPU cores, or on any GPU.
 _CPU_SPEEDUP, _GPU_SPEEDUP, _IN_PLACE_SPEEDUP, _PYTORCH_SPEEDUP = 150, 100, 20, 2
@@ -16,28 +18,8 @@ _FLOOR_FACTOR, _STEP_SECONDS = 2.5, 4e-6
 _RTX_3090 = 936e9
 
 
-class Bar(NamedTuple):
-    """One requirement, of float32 at the size of scale 1.
-
-    Attributes:
-        name: what is required.
-        limit: as a sentence.
-        value: the figure, None if it was not measured.
-        met: whether it is; False where it was not measured.
-    """
-
-    name: str
-    limit: str
-    value: float | None
-    met: bool
-
-    @property
-    def verdict(self) -> str:
-        return "not measured" if self.value is None else "met" if self.met else "NOT met"
-
-
 def check_bars(rows: list[Row], device_type: str) -> list[Bar]:
-    """The bars of the memory step on this kind of device; a figure of rows that disagree does not count."""
+    """The bars of the memory step on this kind of device, of float32 at scale 1; rows that disagree do not count."""
 
     def find(use: str, scale: float = 1.0) -> Row | None:
         wanted = (KERNELS, use, "float32", scale)
@@ -46,17 +28,13 @@ def check_bars(rows: list[Row], device_type: str) -> list[Bar]:
 
     bars = []
 
-    def at_least(name: str, least: float, use: str, rival: str, kind: str) -> None:
+    def faster(name: str, least: float, use: str, rival: str, kind: str) -> None:
         row = find(use)
-        value = row.speedup.get(rival, {}).get(kind) if row else None
-        bars.append(Bar(f"{name} ({use})", f"at least {least:g} times", value, value is not None and value >= least))
-
-    def at_most(name: str, limit: str, most: float, value: float | None) -> None:
-        bars.append(Bar(name, limit, value, value is not None and value <= most))
+        bars.append(at_least(f"{name} ({use})", least, row.speedup.get(rival, {}).get(kind) if row else None))
 
     least = _CPU_SPEEDUP if device_type == "cpu" else _GPU_SPEEDUP
     for use in (STEP, MODULE):
-        at_least("forward + backward against literal_autograd", least, use, "literal_autograd", BACKWARD)
+        faster("forward + backward against literal_autograd", least, use, "literal_autograd", BACKWARD)
     if device_type != "cpu":
         row = find(MODULE)
         limit, value = math.nan, None
@@ -64,16 +42,17 @@ def check_bars(rows: list[Row], device_type: str) -> list[Bar]:
             limit = _FLOOR_FACTOR * floor_seconds(row.size, row.itemsize, row.bandwidth) + _scan_seconds(row.size)
             value = row.seconds[BACKWARD].median * 1e3 if BACKWARD in row.seconds else None
         text = f"at most {limit * 1e3:.3g} ms: 2.5 x 3 (s1+s2) d bytes / copy bandwidth + 4 us x dependent steps"
-        at_most("forward + backward in ms (module)", text, limit * 1e3, value)
+        bars.append(at_most("forward + backward in ms (module)", text, limit * 1e3, value))
         return bars
-    at_least("forward against literal_in_place", _IN_PLACE_SPEEDUP, MODULE, "literal_in_place", FORWARD)
+    faster("forward against literal_in_place", _IN_PLACE_SPEEDUP, MODULE, "literal_in_place", FORWARD)
     for use in (STEP, MODULE):
-        at_least("forward + backward against the best PyTorch path", _PYTORCH_SPEEDUP, use, "best_pytorch", BACKWARD)
+        faster("forward + backward against the best PyTorch path", _PYTORCH_SPEEDUP, use, "best_pytorch", BACKWARD)
     for use in (STEP, MODULE):
         row = find(use)
         peak = row.peak_extra_bytes if row else None
         value = None if peak is None else peak / 1e6
-        at_most(f"peak memory above the memories in MB ({use})", "at most 100 MB", _PEAK_BYTES / 1e6, value)
+        name = f"peak memory above the memories in MB ({use})"
+        bars.append(at_most(name, "at most 100 MB", _PEAK_BYTES / 1e6, value))
     for use in (STEP, MODULE):
         one, many = find(use), find(use, _LINEAR_TO)
         value = None
@@ -81,7 +60,7 @@ def check_bars(rows: list[Row], device_type: str) -> list[Bar]:
             per_slot = [row.seconds[BACKWARD].median / row.size.slots for row in (one, many)]
             value = per_slot[1] / per_slot[0]
         limit = f"time a slot at x {_LINEAR_TO} at most {_LINEAR_SLACK} times that at x 1"
-        at_most(f"linear in slots ({use})", limit, _LINEAR_SLACK, value)
+        bars.append(at_most(f"linear in slots ({use})", limit, _LINEAR_SLACK, value))
     return bars
 
 

@@ -13,10 +13,10 @@ from dan_fast.bench.memory import Group, Plan
 from dan_fast.bench.problem import BATCH, KEY_DIM, LABELED_SLOTS, UNLABELED_SLOTS, Size
 from dan_fast.bench.report import Report, print_rows, print_summary
 from dan_fast.bench.results import Row
+from dan_fast.bench.settings import cpu_threads, dtypes_of, output_console
+from dan_fast.bench.verdict import all_met
 from dan_fast.errors import DanFastError
 from dan_fast.training.build import resolve_device
-
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def bench_memory(
@@ -67,22 +67,15 @@ def bench_memory(
         DanFastError: a setting does not fit, the file cannot be written, or with `check` a bar is missed.
     """
     scales = [_scale(part) for part in slots_scale.split(",")]
-    dtypes = [_dtype(part.strip()) for part in dtype.split(",")]
+    dtypes = dtypes_of(dtype)
     try:
         chosen = select(None if contenders == "all" else [name.strip() for name in contenders.split(",")])
     except ValueError as error:
         raise DanFastError(f"contenders: {error}.") from error
     size = Size(int(labeled_slots), int(unlabeled_slots), int(key_dim), int(batch))
     plan = Plan(chosen, resolve_device(device), size, int(repeat), int(steps), float(budget_s), float(compile_budget_s))
-    # Wide enough for the table where the output goes into a file.
-    console = console or (Console() if Console().is_terminal else Console(width=200))
-    before = torch.get_num_threads()
-    if threads:
-        torch.set_num_threads(int(threads))
-    try:
-        return _measure(plan, scales, dtypes, json, check, console)
-    finally:
-        torch.set_num_threads(before)
+    with cpu_threads(int(threads)):
+        return _measure(plan, scales, dtypes, json, check, output_console(console))
 
 
 def _measure(
@@ -119,11 +112,7 @@ def _measure(
     if json is not None:
         report.write(json)
     print_summary(console, report, plan.device.type)
-    missed = [bar for bar in report.bars if not bar.met]
-    if check and missed:
-        names = "; ".join(f"{bar.name}: {bar.verdict}" for bar in missed)
-        raise DanFastError(f"{len(missed)} of {len(report.bars)} bars are missed: {names}.")
-    return not missed
+    return all_met(report.bars, check)
 
 
 def _scale(part: str) -> float:
@@ -134,9 +123,3 @@ def _scale(part: str) -> float:
     if not 0 < scale < float("inf"):
         raise DanFastError(f"slots_scale: {part.strip()!r} is no positive number: write them as 0.25,1,4,16.")
     return scale
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in _DTYPES:
-        raise DanFastError(f"dtype: {name!r} is not one of {', '.join(_DTYPES)}.")
-    return getattr(torch, name)

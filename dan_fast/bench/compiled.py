@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import torch
 
@@ -28,7 +29,12 @@ def compile_seconds(
         "device": str(device),
         "threads": torch.get_num_threads(),
     }
-    command = [sys.executable, "-c", "from dan_fast.bench.compiled import main; main()", json.dumps(request)]
+    return trial("from dan_fast.bench.compiled import main; main()", request, budget_s)
+
+
+def trial(statement: str, request: dict[str, Any], budget_s: float) -> float | str:
+    """Seconds that `statement` prints in a process whose first argument is `request` as JSON; or why it fails."""
+    command = [sys.executable, "-c", statement, json.dumps(request)]
     # A session of its own: the compiler starts helpers, which have to stop too.
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:

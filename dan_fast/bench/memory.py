@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch._dynamo.utils import counters
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dan_fast import _extension
 from dan_fast.bench.agreement import compare
@@ -15,7 +14,8 @@ from dan_fast.bench.compiled import compile_seconds
 from dan_fast.bench.contenders import KERNELS, Contender, Outcome, Runner
 from dan_fast.bench.machine import CacheFlush, Copy, free_memory, peak_above, synchronize
 from dan_fast.bench.problem import Problem, Size, make_problem
-from dan_fast.bench.results import BACKWARD, FORWARD, Row, Timing, set_speedups
+from dan_fast.bench.results import Row, set_speedups
+from dan_fast.bench.timing import BACKWARD, FORWARD, Operators, Timing, once, repetitions, rounds
 
 # The literal forms are tried at so many slots of M to foresee their time and memory, which are linear in the slots.
 _PROBE_SLOTS = 140
@@ -51,17 +51,18 @@ class Plan:
     gave_up: dict[str, str] = field(default_factory=dict)
 
 
-class _Operators(TorchDispatchMode):
-    """Which operators of dan_fast run: a row says what it timed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "dan_fast":
-            self.names.add(func.name().removeprefix("dan_fast::"))
-        return func(*args, **(kwargs or {}))
+def foresee(contender: Contender, size: Size, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """Seconds and bytes of one run of a literal contender, from a run with few slots; zeros where `size` has few."""
+    ratio = size.labeled_slots / _PROBE_SLOTS
+    if ratio <= 2:
+        return 0.0, 0.0
+    problem = make_problem(size.scaled(1 / ratio), dtype, device, batches=1)
+    contender.start(problem, 1).outcome()
+    runner = contender.start(problem, 1)
+    start = time.perf_counter()
+    _, peak = peak_above(device, runner.outcome)
+    synchronize(device)
+    return ratio * (time.perf_counter() - start), ratio * (peak or 0)
 
 
 class _Entry:
@@ -124,17 +125,7 @@ class Group:
         return f"{what} would need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
 
     def _estimate(self, contender: Contender) -> tuple[float, float]:
-        """Seconds and bytes of one run, from a run with few slots."""
-        ratio = self.size.labeled_slots / _PROBE_SLOTS
-        if ratio <= 2:
-            return 0.0, 0.0
-        problem = make_problem(self.size.scaled(1 / ratio), self.dtype, self.plan.device, batches=1)
-        contender.start(problem, 1).outcome()
-        runner = contender.start(problem, 1)
-        start = time.perf_counter()
-        _, peak = peak_above(self.plan.device, runner.outcome)
-        synchronize(self.plan.device)
-        return ratio * (time.perf_counter() - start), ratio * (peak or 0)
+        return foresee(contender, self.size, self.dtype, self.plan.device)
 
     def _agree(self, estimates: dict[str, tuple[float, float]]) -> None:
         """Every contender's first step, compared with the literal one, or with score space where that is left out."""
@@ -197,7 +188,7 @@ class Group:
             breaks = sum(counters["graph_break"].values())
             row.notes.append(f"{breaks} graph breaks" if breaks else "one graph")
         else:
-            with _Operators() as operators:
+            with Operators() as operators:
                 outcome = runner.outcome()
             row.operators = sorted(operators.names)
         runner.run(False)
@@ -209,20 +200,8 @@ class Group:
         return outcome
 
     def _once(self, runner: Runner | Copy, kind: str, flush: Callable[[], None]) -> float:
-        flush()
-        gc.disable()
-        try:
-            synchronize(self.plan.device)
-            start = time.perf_counter()
-            if isinstance(runner, Copy):
-                runner.run()
-            else:
-                # What comes back is freed within the time: somebody has to.
-                runner.run(kind == BACKWARD)
-            synchronize(self.plan.device)
-            return time.perf_counter() - start
-        finally:
-            gc.enable()
+        run = runner.run if isinstance(runner, Copy) else lambda: runner.run(kind == BACKWARD)
+        return once(self.plan.device, run, flush)
 
     def _time(self) -> None:
         """Repetitions in turn, so that a noisy neighbour meets all of them; each round begins with another."""
@@ -230,20 +209,16 @@ class Group:
         memories = self.size.slots * self.size.key_dim * self.dtype.itemsize
         copy = Copy(device, min(max(memories, _COPY_BYTES[0]), _COPY_BYTES[1]))
         copy.run()
-        left = {
-            (index, kind): min(self.plan.repeat, max(1, int(self.plan.budget_s / max(first, 1e-9))))
-            for index, entry in enumerate(self.entries)
-            for kind, first in entry.first.items()
-        }
-        for round_number in range(self.plan.repeat):
-            self.say(f"{self.entries[0].row.dtype}, {self.scale:g} x slots: round {round_number + 1}")
+        first = {(i, kind): taken for i, entry in enumerate(self.entries) for kind, taken in entry.first.items()}
+        for number, turns in enumerate(rounds(repetitions(first, self.plan.repeat, self.plan.budget_s))):
+            self.say(f"{self.entries[0].row.dtype}, {self.scale:g} x slots: round {number + 1}")
             gc.collect()
             self.bandwidth.seconds.append(self._once(copy, FORWARD, flush))
-            turns = [turn for turn, repetitions in left.items() if repetitions > round_number]
-            shift = round_number % max(len(turns), 1)
-            for index, kind in turns[shift:] + turns[:shift]:
+            for index, kind in turns:
                 entry = self.entries[index]
                 seconds = self._once(entry.runner, kind, flush) / entry.row.steps
                 entry.row.seconds.setdefault(kind, Timing()).seconds.append(seconds)
+        if not self.bandwidth.seconds:
+            return
         for entry in self.entries:
             entry.row.bandwidth = copy.moved_bytes / self.bandwidth.median

@@ -11,9 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from dan_fast.bench.agreement import TOLERANCES
-from dan_fast.bench.bars import Bar
 from dan_fast.bench.machine import PEAK_MEANING
-from dan_fast.bench.results import BACKWARD, FORWARD, Row
+from dan_fast.bench.results import Row
+from dan_fast.bench.settings import milliseconds, print_environment
+from dan_fast.bench.timing import BACKWARD, FORWARD
+from dan_fast.bench.verdict import Bar, print_bars
 from dan_fast.files import write_text
 
 SCHEMA = 1
@@ -106,13 +108,6 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    def seconds(kind: str) -> str:
-        if kind not in row.seconds:
-            return "-"
-        timing = row.seconds[kind]
-        lower, upper = timing.quartiles
-        return f"{_ms(timing.median)} ({_ms(lower)}..{_ms(upper)}, n={len(timing.seconds)})"
-
     kind = BACKWARD if BACKWARD in row.seconds else FORWARD
     content = row.to_dict()
     share, gflops = row.bandwidth_share(kind), row.gflops(kind)
@@ -120,8 +115,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.contender,
         row.use,
-        seconds(FORWARD),
-        seconds(BACKWARD),
+        milliseconds(row.seconds.get(FORWARD)),
+        milliseconds(row.seconds.get(BACKWARD)),
         "-" if row.peak_extra_bytes is None else f"{row.peak_extra_bytes / 1e6:.1f}",
         f"{content['model_bytes'][kind] / 1e6:.0f}" if measured else "-",
         "-" if share is None else f"{share:.1%}",
@@ -151,10 +146,6 @@ def _remarks(row: Row) -> list[str]:
     return remarks + row.notes
 
 
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.4g}"
-
-
 def print_summary(console: Console, report: Report, device_type: str) -> None:
     """What the ratios and figures are, the bars, the prediction and the machine."""
     console.print(
@@ -163,12 +154,7 @@ def print_summary(console: Console, report: Report, device_type: str) -> None:
         highlight=False,
     )
     console.print(f"extra MB: {PEAK_MEANING[device_type]}; less the new memories a pure step returns.", highlight=False)
-    table = Table(title="Bars: float32, 1 x slots", title_justify="left")
-    for name in ("bar", "limit", "measured", "verdict"):
-        table.add_column(name)
-    for bar in report.bars:
-        table.add_row(bar.name, bar.limit, "-" if bar.value is None else f"{bar.value:.3g}", bar.verdict)
-    console.print(table)
+    print_bars(console, "Bars: float32, 1 x slots", report.bars)
     prediction = report.prediction
     table = Table(
         title=f"PREDICTION, nothing here was measured: {prediction['gpu']}, forward + backward", title_justify="left"
@@ -179,5 +165,4 @@ def print_summary(console: Console, report: Report, device_type: str) -> None:
         table.add_row(row["dtype"], f"{row['scale']:g}", f"{row['floor_ms']:.3f}", f"{row['with_scan_ms']:.3f}")
     console.print(table)
     console.print(prediction["formula"], highlight=False)
-    found = {name: value for name, value in report.environment.items() if value is not None}
-    console.print(escape(", ".join(f"{name} {value}" for name, value in found.items())), highlight=False)
+    print_environment(console, report.environment)

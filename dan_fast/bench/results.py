@@ -1,41 +1,12 @@
 """The figures of a benchmark: what a row holds, and what is computed from its times."""
 
 import dataclasses
-import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
 from dan_fast.bench.contenders import KERNELS, MODULE
 from dan_fast.bench.problem import Size
-
-FORWARD, BACKWARD = "forward", "forward_backward"
-
-
-@dataclass
-class Timing:
-    """Seconds a step, one number for each repetition.
-
-    Example:
-        >>> Timing([3.0, 1.0, 2.0]).median
-        2.0
-    """
-
-    seconds: list[float] = field(default_factory=list)
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        if len(self.seconds) < 2:
-            return self.seconds[0], self.seconds[0]
-        lower, _, upper = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return lower, upper
-
-    def to_dict(self) -> dict[str, Any]:
-        lower, upper = self.quartiles
-        return {"median": self.median, "q1": lower, "q3": upper, "repeats": len(self.seconds), "all": self.seconds}
+from dan_fast.bench.timing import BACKWARD, FORWARD, Timing
 
 
 @dataclass
