@@ -16,12 +16,6 @@ DAN_FAST_HD bool takes_the_lead(T candidate, T best) {
   return !(candidate <= best) && best == best;
 }
 
-// Derivative of sigmoid in terms of its value.
-template <typename T>
-DAN_FAST_HD T sigmoid_slope(T value) {
-  return value * (T(1) - value);
-}
-
 // NaN stays, here and in the gradient, as in PyTorch.
 template <typename T>
 DAN_FAST_HD T relu(T x) {
@@ -63,8 +57,8 @@ DAN_FAST_HD AdversaryGrad<T> adversary_term_backward(T refined, T adversary, T g
   const T difference = refined - adversary;
   const T sum_sigmoid = sigmoid(refined + adversary), difference_sigmoid = sigmoid(std::abs(difference));
   const T sign = difference > T(0) ? T(1) : difference < T(0) ? T(-1) : T(0);
-  const T by_sum = grad * sigmoid_slope(sum_sigmoid) * difference_sigmoid;
-  const T by_difference = grad * sum_sigmoid * sigmoid_slope(difference_sigmoid) * sign;
+  const T by_sum = grad * sigmoid_backward(sum_sigmoid) * difference_sigmoid;
+  const T by_difference = grad * sum_sigmoid * sigmoid_backward(difference_sigmoid) * sign;
   return {by_sum + by_difference, by_sum - by_difference};
 }
 
