@@ -59,6 +59,17 @@ struct Attended {
   A* adversary_map;       // (B, P) A_ad
 };
 
+// What `attend` left that its backward pass reads.
+template <typename A>
+struct Saved {
+  const A* attended;            // (B, C)
+  const A* spatial_attention;   // (B, P)
+  const A* mean_map;            // (B, P)
+  const A* peak_map;            // (B, P)
+  const int32_t* peak_channel;  // (B, P)
+  const A* adversary_map;       // (B, P)
+};
+
 // What comes back to `attend`.
 template <typename A>
 struct AttendedGrad {
