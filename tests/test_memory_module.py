@@ -288,6 +288,79 @@ def test_moves_with_its_module():
     assert copy.deepcopy(memory).to("meta").labeled.features.device.type == "meta"
 
 
+def test_a_move_to_where_it_is_leaves_what_was_handed_out_alone():
+    memory, (first, *rest) = make(dtype=torch.float32), batches(4, dtype=torch.float32)
+    step = memory(*first)
+    snapshot = memory.labeled
+    kept = snapshot.features.clone()
+    memory.float().cpu()
+    assert memory.labeled.features is snapshot.features  # nor is anything copied for it
+    for batch in rest:
+        memory(*batch)
+    assert torch.equal(snapshot.features, kept) and torch.equal(step.labeled.features, kept)
+
+
+def test_half_precision_is_for_features_only():
+    memory = make(dtype=torch.float32)
+    for batch in batches(3, dtype=torch.float32):
+        memory(*batch)
+    usage, evaluation = memory.labeled.usage, memory.unlabeled.evaluation
+    for _ in range(2):
+        memory.to(torch.bfloat16)
+        assert torch.equal(memory.labeled.usage, usage) and torch.equal(memory.unlabeled.evaluation, evaluation)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_training_goes_on_after_inference_mode(steps):
+    memory, twin = make(), make()
+    for batch in batches(2):
+        memory(*batch), twin(*batch)
+    for batch in batches(steps, seed=1):
+        with torch.inference_mode():
+            assert not memory(*batch).loss.requires_grad
+            memory.to(torch.float64)
+        twin(*batch)
+    with torch.inference_mode():
+        memory.labeled = memory.labeled
+    for batch in batches(2, seed=2):
+        losses = [m(batch[0].clone().requires_grad_(), *batch[1:]).loss for m in (memory, twin)]
+        gradients = [torch.autograd.grad(x, m.alpha)[0] for x, m in zip(losses, (memory, twin), strict=True)]
+        torch.testing.assert_close(losses[0], losses[1])
+        torch.testing.assert_close(gradients[0], gradients[1])
+    assert_states_close(memory.labeled, twin.labeled)
+    with torch.inference_mode():
+        born_there = make()
+    born_there(*batch).loss.backward()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_interrupted_write_is_written_once(monkeypatch, error):
+    memory, twin = make(), make()
+    first, second = batches(2)
+    memory(*first), twin(*first)
+    commit = memory_pending.memory_commit_scores_
+
+    def interrupted(*arguments):
+        if error is KeyboardInterrupt:  # Python raises it when the pass that it came in has ended
+            commit(*arguments)
+        raise error
+
+    monkeypatch.setattr(memory_pending, "memory_commit_scores_", interrupted)
+    with pytest.raises(error):
+        memory(*second)
+    monkeypatch.undo()
+    assert_states_close(memory.labeled, twin.labeled)
+    torch.testing.assert_close(memory(*second).loss, twin(*second).loss)
+    assert_states_close(memory.unlabeled, twin.unlabeled)
+
+
+def test_a_step_of_meta_tensors_has_shapes():
+    memory, (batch,) = make().to("meta"), batches(1)
+    for _ in range(2):
+        step = memory(*(x.to("meta") for x in batch))
+    assert step.pseudo_labels.shape == (3,) and step.labeled.features.shape == (SLOTS, DIM)
+
+
 def test_reliable_samples_names_each_image_once():
     memory = make()
     assert [x.tolist() for x in memory.reliable_samples()] == [[], []]

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dan_fast.functional.memory_pending import PendingMemory
+from dan_fast.functional.memory_pending import PendingMemory, lasting_tensors
 from dan_fast.functional.memory_scan import scan
 from dan_fast.functional.memory_scan_types import ScanResult, Slots, WrittenSlots, sentence_of
-from dan_fast.functional.memory_stream import memory_commit, memory_scores
+from dan_fast.functional.memory_stream import full_precision, memory_commit, memory_scores
 from dan_fast.functional.memory_weights import cosine_softmax, false_sample_sets
 from dan_fast.reference.checks import check_memory_step
 from dan_fast.reference.cosine import statistics_dtype
@@ -74,18 +74,19 @@ def pending_memory_step(
         `(result, labeled, unlabeled)`; the memories that came in hold what they held, though they may have
         settled it.
     """
-    keys, unlabeled_keys = _in_memory_dtype(labeled.unsettled(), keys, unlabeled_keys)
-    samples, gates = (keys, labels, unlabeled_keys, sample_ids), (alpha, alpha_unlabeled, beta)
-    check_memory_step(labeled.unsettled(), unlabeled.unsettled(), *samples, *gates, decay, decay_unlabeled)
-    result = _scan_batch(
-        labeled.read, unlabeled.read, labeled.unsettled(), unlabeled.unsettled(), *samples, gates,
-        (decay, decay_unlabeled),
-    )  # fmt: skip
-    return (
-        result,
-        _after(labeled, keys, result.labeled, result.fault),
-        _after(unlabeled, unlabeled_keys, result.unlabeled, result.fault),
-    )
+    with lasting_tensors():
+        keys, unlabeled_keys = _in_memory_dtype(labeled.unsettled(), keys, unlabeled_keys)
+        samples, gates = (keys, labels, unlabeled_keys, sample_ids), (alpha, alpha_unlabeled, beta)
+        check_memory_step(labeled.unsettled(), unlabeled.unsettled(), *samples, *gates, decay, decay_unlabeled)
+        result = _scan_batch(
+            labeled.read, unlabeled.read, labeled.unsettled(), unlabeled.unsettled(), *samples, gates,
+            (decay, decay_unlabeled),
+        )  # fmt: skip
+        return (
+            result,
+            _after(labeled, keys, result.labeled, result.fault),
+            _after(unlabeled, unlabeled_keys, result.unlabeled, result.fault),
+        )
 
 
 def _scan_batch(
@@ -101,8 +102,7 @@ def _scan_batch(
     decays: tuple[float, float],
 ) -> ScanResult:
     """What checked samples do to both memories, whose features only `read_labeled`, `read_unlabeled` look at."""
-    # Mixed precision would round the scores to 8 bits, too coarse to tell slots apart.
-    with torch.autocast(keys.device.type, enabled=False):
+    with full_precision(keys.device):
         all_keys = torch.cat([keys, unlabeled_keys]).to(statistics_dtype(keys.dtype))
         scores, norms = read_labeled(all_keys)
         unlabeled_scores, unlabeled_norms = read_unlabeled(all_keys[keys.shape[0] :])
@@ -185,7 +185,7 @@ def memory_step(
         lambda rows: memory_scores(rows, base), lambda rows: memory_scores(rows, unlabeled_base),
         labeled, unlabeled, *samples, gates, (decay, decay_unlabeled),
     )  # fmt: skip
-    with torch.autocast(keys.device.type, enabled=False):
+    with full_precision(keys.device):
         new_labeled = _new_state(labeled, keys, result.labeled, result.fault)
         new_unlabeled = _new_state(unlabeled, unlabeled_keys, result.unlabeled, result.fault)
     return MemoryStep(result.loss, result.pseudo_labels, new_labeled, new_unlabeled)

@@ -6,6 +6,8 @@ reads it once more.
 """
 
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +20,16 @@ from dan_fast.reference.types import MemoryState
 # Pending writes cost a (T, s) matrix and a product of that size a step; beyond this many one pass over the
 # memory is cheaper, and float32 row norms have gone through enough additions.
 MAX_PENDING = 128
+
+
+@contextmanager
+def lasting_tensors() -> Iterator[None]:
+    """Where a memory's tensors are made: those of inference mode could be in no graph of a later step."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
 
 
 class _Base:
@@ -84,8 +96,12 @@ class PendingMemory:
 
     @classmethod
     def of(cls, state: MemoryState) -> "PendingMemory":
-        """Without copying: the features are given away, to be overwritten in later steps."""
-        state = MemoryState(*(x.detach() for x in state))
+        """Without copying: the features are given away, to be overwritten in later steps.
+
+        Only tensors of inference mode are copied.
+        """
+        with lasting_tensors():
+            state = MemoryState(*(x.clone() if x.is_inference() else x.detach() for x in state))
         return cls(_Base(state.features), *state[1:])
 
     def __reduce__(self) -> tuple:
@@ -122,9 +138,7 @@ class PendingMemory:
         if self._is_counted_on() or self._base.shared:
             self._settle_into_new()
             return self.read(keys)
-        pending = self.kept, self.weights, self.keys
-        scores, self.square_norms = memory_commit_scores_(self.base, *pending, keys.detach())
-        self.kept = self.weights = self.keys = None
+        scores = self._commit_in_place(keys)
         if keys.requires_grad and torch.is_grad_enabled():
             scores = _CommittedScores.apply(keys, self._base.for_graph(), scores)
         return scores, self.square_norms
@@ -136,25 +150,57 @@ class PendingMemory:
         """
         return len(self._base.holders) > 1 or self._base.is_read_by_a_graph()
 
+    def _commit_in_place(self, keys: Tensor) -> Tensor:
+        pending, norms = (self.kept, self.weights, self.keys), self.square_norms
+        # Before the pass, not after it: Ctrl-C during the pass is raised when it has ended, and writes that still
+        # waited would then be written a second time.
+        self.kept = self.weights = self.keys = self.square_norms = None
+        try:
+            scores, self.square_norms = memory_commit_scores_(self.base, *pending, keys.detach())
+        except Exception:  # refused, or out of memory: nothing has been written
+            (self.kept, self.weights, self.keys), self.square_norms = pending, norms
+            raise
+        return scores
+
     def _settle_into_new(self) -> None:
-        features, self.square_norms = memory_commit(self.base, self.kept, self.weights, self.keys)
-        self._base.holders.discard(self)
-        self._base = _Base(features)
-        self._base.holders.add(self)
+        features, square_norms = memory_commit(self.base, self.kept, self.weights, self.keys)
+        old, new = self._base, _Base(features)
+        new.holders.add(self)
+        # No call in between, where Ctrl-C could leave one changed without the other.
+        self._base, self.square_norms = new, square_norms
         self.kept = self.weights = self.keys = None
+        old.holders.discard(self)
 
     def settle(self) -> None:
         """Write what is pending."""
-        if self.pending and (self._is_counted_on() or self._base.shared):
-            self._settle_into_new()
-        elif self.pending:
-            self.read(self.keys.new_empty((0, self.keys.shape[1]), dtype=self.dtype))
+        with lasting_tensors():
+            if self.pending and (self._is_counted_on() or self._base.shared):
+                self._settle_into_new()
+            elif self.pending:
+                self._commit_in_place(self.keys.new_empty((0, self.keys.shape[1]), dtype=self.dtype))
 
     def snapshot(self) -> MemoryState:
         """The state, settled; later steps leave these tensors alone."""
         self.settle()
         self._base.shared = True
         return self.unsettled()
+
+    def mapped(self, fn: Callable[[Tensor], Tensor]) -> "PendingMemory":
+        """The settled memory with `fn` of every tensor, usage and evaluation staying in the dtype of statistics."""
+        self.settle()
+        state = MemoryState(*map(fn, self.unsettled()))
+        dtype = statistics_dtype(state.features.dtype)
+        # From what they were: a step through half precision would round them.
+        usage, evaluation = (
+            new if new.dtype == dtype else old.to(new.device, dtype)
+            for old, new in ((self.usage, state.usage), (self.evaluation, state.evaluation))
+        )
+        state = state._replace(usage=usage, evaluation=evaluation)
+        if state.features is not self.base:
+            return PendingMemory.of(state)
+        # Nothing has moved: whoever counts on these features still does.
+        rest = {name: value for name, value in state._asdict().items() if name != "features"}
+        return replace(self, **rest)
 
     def unsettled(self) -> MemoryState:
         """Everything up to date except the features, which are those of `base`."""

@@ -5,6 +5,7 @@ Keys, weights, scores and norms are in the dtype of statistics; the memory may b
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,13 @@ from dan_fast.functional.row_norms import row_sq_norms
 
 # Rows widened or rewritten at a time in PyTorch: a piece that stays in the cache between its two or three passes.
 _ROWS = 1024
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """Autocast off: it would round scores to 8 bits, too coarse to tell slots apart."""
+    if not torch.amp.is_autocast_available(device.type):  # of meta tensors there is none to turn off
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def memory_scores(keys: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:

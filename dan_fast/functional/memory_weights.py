@@ -5,13 +5,11 @@ PyTorch form for machines without them. Where a gradient is itself to be differe
 form's, which autograd can follow.
 """
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
 from dan_fast import _extension
-from dan_fast.functional.memory_stream import memory_scores
+from dan_fast.functional.memory_stream import full_precision, memory_scores
 from dan_fast.functional.row_norms import row_sq_norms
 from dan_fast.reference.checks import check_cosine_softmax, check_false_sample_sets, check_keys_finite
 from dan_fast.reference.cosine import norm_from_square, occupied_softmax, statistics_dtype
@@ -41,11 +39,9 @@ def cosine_softmax(keys: Tensor, slots: Tensor, occupied: Tensor | None = None) 
         tensor([[0.5000, 0.5000]])
     """
     check_cosine_softmax(keys, slots, occupied)
-    device = keys.device.type
-    if device == "cpu" and not torch.compiler.is_compiling():
+    if keys.device.type == "cpu" and not torch.compiler.is_compiling():
         check_keys_finite(keys)
-    # Mixed precision would round the scores to 8 bits, too coarse to tell slots apart.
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with full_precision(keys.device):
         keys = keys.to(statistics_dtype(keys.dtype))
         scores, square_norms = memory_scores(keys, slots)
         return _slot_softmax(scores, square_norms, row_sq_norms(keys), occupied)

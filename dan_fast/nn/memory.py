@@ -242,8 +242,7 @@ class ProgressiveAugmentedMemory(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ProgressiveAugmentedMemory":
         super()._apply(fn, recurse)
-        self._labeled = _held(MemoryState(*map(fn, self.labeled)))
-        self._unlabeled = _held(MemoryState(*map(fn, self.unlabeled)))
+        self._labeled, self._unlabeled = self._labeled.mapped(fn), self._unlabeled.mapped(fn)
         self._fault = None if self._fault is None else fn(self._fault)
         return self
 
