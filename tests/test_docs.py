@@ -111,9 +111,9 @@ def test_the_manifest_of_the_readme_is_read(tmp_path: Path):
 def known_flags() -> set[str]:
     """The flags that the help of any command lists."""
     shown = io.StringIO()
-    for command in ("quickstart", "synthesize", "train", "evaluate", "doctor"):
+    for command in ("quickstart", "synthesize", "train", "evaluate", "doctor", "bench memory"):
         with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
-            cli._parser().parse_args([command, "--help"])
+            cli._parser().parse_args([*command.split(), "--help"])
     return set(FLAG.findall(shown.getvalue()))
 
 
