@@ -176,12 +176,25 @@ MODULES = sorted(
 )
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_examples_of_the_docstrings(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
+def run_examples(name: str, on_gpu: bool) -> int:
+    """Runs the docstrings' examples that need a GPU or those that do not; returns how many."""
     output = io.StringIO()
     runner = doctest.DocTestRunner(verbose=False)
     for example in doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(name), name):
-        torch.manual_seed(0)
-        runner.run(example, out=output.write)
+        if any("cuda" in line.source for line in example.examples) == on_gpu:
+            torch.manual_seed(0)
+            runner.run(example, out=output.write)
     assert runner.failures == 0, output.getvalue()
+    return runner.tries
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_of_the_docstrings(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    run_examples(name, on_gpu=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_examples_of_the_docstrings_on_a_gpu():
+    assert run_examples("dan_fast.triton_kernels.memory_stream", on_gpu=True) >= 4
