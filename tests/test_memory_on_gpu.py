@@ -1,0 +1,77 @@
+"""GPUs: two of them, another stream, tensors that are elsewhere, and faults that are told later."""
+
+import math
+
+import pytest
+import torch
+
+from dan_fast import MemoryState, functional
+from tests.memory_arguments import BATCH, GATES, arguments, module, refuses, tensors
+from tests.memory_problems import agree
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")
+
+
+def on(device, given):
+    return {
+        name: MemoryState(*(x.to(device) for x in value)) if isinstance(value, MemoryState) else value.to(device)
+        for name, value in given.items()
+    }
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", [*BATCH, *GATES])
+def test_cpu_and_cuda_tensors_mixed_are_named(name):
+    given = on("cuda", arguments())
+    refuses(functional, given | {name: given[name].cpu()}, ValueError, f"^{name} is on cpu, .*cuda:0")
+
+
+@pytest.mark.gpu
+@needs_two_gpus
+def test_two_gpus():
+    """Mixed they are refused; on the second while the first is current, the result is that of the CPU."""
+    given = on("cuda:1", arguments())
+    refuses(functional, given | {"keys": given["keys"].to("cuda:0")}, ValueError, "^keys is on cuda:0, .*cuda:1")
+    with torch.cuda.device(0):
+        step = functional.memory_step(**given)
+    for a, b in zip(tensors(step._asdict()), tensors(functional.memory_step(**arguments())._asdict()), strict=True):
+        assert a.device.index == 1
+        agree(a.cpu(), b)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_stream_other_than_the_current_one():
+    """Keys arrive late on a side stream: kernels on the default one would read what was there before."""
+    expected = functional.memory_step(**arguments())
+    given = on("cuda", arguments())
+    keys = given["keys"].clone()
+    given["keys"] = torch.full_like(keys, 3.0)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        given["keys"].copy_(keys)
+        step = functional.memory_step(**given)
+    side.synchronize()
+    for a, b in zip(tensors(step._asdict()), tensors(expected._asdict()), strict=True):
+        agree(a.cpu(), b)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", ["keys", "unlabeled_keys"])
+def test_a_key_that_is_not_finite_on_the_gpu_is_told_later_and_not_written(name):
+    memory = module().cuda()
+    given = {name: arguments()[name].cuda() for name in BATCH}
+    memory(**given)
+    before = {field: value.clone() for field, value in memory.state_dict().items()}
+    wrong = given[name].clone()
+    wrong[-1, 1] = math.nan
+    assert memory(**(given | {name: wrong})).loss.isnan()
+    with pytest.raises(ValueError, match=f"^{name} must be finite"):
+        memory.check_faults()
+    memory.check_faults()
+    assert all(torch.equal(value, before[field]) for field, value in memory.state_dict().items())
