@@ -5,24 +5,43 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dan_fast.functional.attention import nl_cbam
-from dan_fast.reference.types import NLCBAMOutput, NLCBAMWeights
+from dan_fast.functional.attention import attention_head, nl_cbam
+from dan_fast.functional.attention_variants import attention_variant, attention_variant_head
+from dan_fast.reference.types import (
+    CONVOLUTION,
+    AttentionHeadOutput,
+    AttentionVariantWeights,
+    NLCBAMOutput,
+    NLCBAMWeights,
+)
+
+# The attentions of Fig. 6 and the weights each has: wc for channel attention, ws for the non-local spatial one,
+# conv for CBAM's spatial one.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "nl_cbam": ("wc1", "wc2", "ws1", "ws3", "ws2", "ws4"),
+    "cbam": ("wc1", "wc2", "conv"),
+    "non_local": ("ws1", "ws3", "ws2", "ws4"),
+    "spatial": ("conv",),
+    "none": (),
+}
 
 
 class NLCBAM(nn.Module):
-    """Channel attention, then non-local spatial attention, Eqs. (2)-(3).
+    """Channel attention, then non-local spatial attention, Eqs. (2)-(3); or what Fig. 6 puts in its place.
 
-    The weights `wc1, wc2, ws1, ws3, ws2, ws4` start as `nn.Linear` starts its own, uniform within
-    1 / sqrt(inputs) around 0; then each unit of a bottleneck, a row of wc1, ws1 or ws3, takes the sign that
-    makes its sum positive. There are no biases.
+    The weights start as `nn.Linear` and `nn.Conv2d` start their own, uniform within 1 / sqrt(inputs) around 0;
+    then each unit of a bottleneck, a row of wc1, ws1 or ws3, takes the sign that makes its sum positive. There
+    are no biases.
 
     Args:
         channels: C of the map.
-        positions: HW of the map. Spatial attention is fully connected, so it serves one map size.
-        reduction: r, the bottlenecks have `max(1, size // r)` units.
+        positions: HW of the map. Non-local attention is fully connected, so it serves one map size.
+        reduction: r, the bottlenecks have `max(1, size // r)` units; 1 is NL-CBAM* of Fig. 6.
+        variant: "nl_cbam"; "cbam", whose spatial attention is a 7 x 7 convolution; "non_local" and "spatial",
+            the spatial attentions of these two alone; or "none", which attends to nothing.
 
     Raises:
-        ValueError: an argument below 1, or in `forward` a map that does not fit.
+        ValueError: an argument below 1 or an unknown variant, or in `forward` a map that does not fit.
 
     Example:
         >>> attention = NLCBAM(channels=24, positions=6)
@@ -30,39 +49,57 @@ class NLCBAM(nn.Module):
         torch.Size([2, 6])
     """
 
-    def __init__(self, channels: int, positions: int, reduction: int = 12) -> None:
+    def __init__(self, channels: int, positions: int, reduction: int = 12, variant: str = "nl_cbam") -> None:
         super().__init__()
         for name, value in {"channels": channels, "positions": positions, "reduction": reduction}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        self.channels, self.positions, self.reduction = channels, positions, reduction
+        if variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+        self.channels, self.positions, self.reduction, self.variant = channels, positions, reduction, variant
         hidden_c, hidden_s = max(1, channels // reduction), max(1, positions // reduction)
-        self.wc1 = nn.Parameter(torch.empty(hidden_c, channels))
-        self.wc2 = nn.Parameter(torch.empty(channels, hidden_c))
-        self.ws1 = nn.Parameter(torch.empty(hidden_s, positions))
-        self.ws3 = nn.Parameter(torch.empty(hidden_s, positions))
-        self.ws2 = nn.Parameter(torch.empty(positions, hidden_s))
-        self.ws4 = nn.Parameter(torch.empty(positions, hidden_s))
+        shapes = {
+            "wc1": (hidden_c, channels),
+            "wc2": (channels, hidden_c),
+            "ws1": (hidden_s, positions),
+            "ws3": (hidden_s, positions),
+            "ws2": (positions, hidden_s),
+            "ws4": (positions, hidden_s),
+            "conv": CONVOLUTION,
+        }
+        for name in VARIANTS[variant]:
+            self.register_parameter(name, nn.Parameter(torch.empty(shapes[name])))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw all weights anew."""
-        for weight in self.weights:
+        for weight in self.parameters():
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         # The map of a ReLU backbone is nowhere negative and no bias can lift a unit: one that starts below 0
         # would be dead for good, and a map of fewer than 2r positions has one unit for A and B and one for C.
         with torch.no_grad():
-            for weight in (self.wc1, self.ws1, self.ws3):
-                weight.mul_(torch.where(weight.sum(dim=1, keepdim=True) < 0, -1, 1))
+            for name, weight in self.named_parameters():
+                if name in ("wc1", "ws1", "ws3"):
+                    weight.mul_(torch.where(weight.sum(dim=1, keepdim=True) < 0, -1, 1))
 
     @property
-    def weights(self) -> NLCBAMWeights:
+    def weights(self) -> NLCBAMWeights | AttentionVariantWeights:
         """The parameters as the operators take them."""
-        return NLCBAMWeights(self.wc1, self.wc2, self.ws1, self.ws3, self.ws2, self.ws4)
+        kind = NLCBAMWeights if self.variant == "nl_cbam" else AttentionVariantWeights
+        # As attributes, which may stand in for the parameters, as in torch.func.functional_call.
+        return kind(**{name: getattr(self, name) for name in VARIANTS[self.variant]})
 
     def forward(self, features: Tensor) -> NLCBAMOutput:
-        """(B, C, H, W) to X'' of the same shape, A_C (B, C) and A_S (B, HW)."""
-        return nl_cbam(features, self.weights)
+        """(B, C, H, W) to X'' of the same shape, A_C (B, C) and A_S (B, HW); an attention left out is 1."""
+        attention = nl_cbam if self.variant == "nl_cbam" else attention_variant
+        return attention(features, self.weights)
+
+    def head(self, features: Tensor, cam_weight: Tensor, labels: Tensor) -> AttentionHeadOutput:
+        """`attention_head` with this attention: all that the training loss needs of the map, see there."""
+        head = attention_head if self.variant == "nl_cbam" else attention_variant_head
+        return head(features, self.weights, cam_weight, labels)
 
     def extra_repr(self) -> str:
-        return f"channels={self.channels}, positions={self.positions}, reduction={self.reduction}"
+        return (
+            f"channels={self.channels}, positions={self.positions}, reduction={self.reduction}, variant={self.variant}"
+        )

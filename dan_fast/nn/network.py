@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dan_fast.functional.attention import attention_head
 from dan_fast.nn.attention import NLCBAM
 from dan_fast.nn.backbone import build_backbone
 from dan_fast.reference.types import AttentionHeadOutput
@@ -20,7 +19,7 @@ class DANOutput(NamedTuple):
     pooled: (B, C), the spatial mean of X: the feature of the adversary branch; it holds the key.
     channel_attention: (B, C), A_C.
     spatial_attention: (B, HW), A_S.
-    adversary_loss: (B,), L_aad; 0 where the label is -1 or there are no labels.
+    adversary_loss: (B,), L_aad; 0 where the label is -1, there are no labels or there is no adversary.
     logits: (B, c), the classifier on `attended`.
     adversary_logits: (B, c), the classifier on `pooled`.
     """
@@ -37,6 +36,8 @@ class DANOutput(NamedTuple):
 class DAN(nn.Module):
     """Backbone, NL-CBAM with the attention adversary, and a classifier that both branches share (Sec. III).
 
+    `attention`, `reduction` and `adversary` make the models of Fig. 6 of it.
+
     Args:
         num_classes: c, the number of training persons.
         backbone: a name for `build_backbone`, or any module that maps (B, 3, H, W) images to a (B, C, h, w)
@@ -45,10 +46,14 @@ class DAN(nn.Module):
         reduction: r of NL-CBAM.
         dropout: share of the features dropped before the classifier, drawn anew for each branch.
         weights: for a backbone given by name, see `build_backbone`.
+        attention: the variant of `NLCBAM`; "none" leaves the backbone alone, its two branches being one.
+        adversary: False leaves out the attention adversary network, AAN: there is no L_aad, and the attention is
+            trained together with the backbone.
 
     Attributes:
         backbone: the backbone; attention: the `NLCBAM`; classifier: `nn.Linear(C, num_classes, bias=False)`.
         image_size: (H, W); map_size: (h, w); key_dim: C - 3, the size of the memory's keys.
+        adversary: whether there is an attention adversary.
 
     Raises:
         DanFastError: the backbone's name or weights, see `build_backbone`.
@@ -68,12 +73,16 @@ class DAN(nn.Module):
         reduction: int = 12,
         dropout: float = 0.5,
         weights: str | PathLike[str] = "none",
+        attention: str = "nl_cbam",
+        adversary: bool = True,
     ) -> None:
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         if len(image_size) != 2 or min(image_size) < 1:
             raise ValueError(f"image_size must be (height, width) in pixels, got {image_size}")
+        if adversary and attention == "none":
+            raise ValueError("adversary must be False where attention is 'none': it corrects an attention")
         if isinstance(backbone, nn.Module):
             if weights != "none":
                 raise ValueError("weights serves a backbone given by name; load the module's own weights first")
@@ -86,7 +95,8 @@ class DAN(nn.Module):
             raise ValueError(f"backbone must give at least {GATES + 1} channels, got {channels}")
         self.map_size = (height, width)
         self.key_dim = channels - GATES
-        self.attention = NLCBAM(channels, height * width, reduction)
+        self.attention = NLCBAM(channels, height * width, reduction, attention)
+        self.adversary = adversary
         self.dropout = nn.Dropout(dropout)
         # Without a bias, as a class activation map reads it. A_C and A_S scale the attention branch's features
         # down; beside a bias that would cost it the competition whatever it has learnt.
@@ -126,8 +136,13 @@ class DAN(nn.Module):
         return output.pooled[:, self.key_dim :]
 
     def parameter_groups(self) -> dict[str, list[str]]:
-        """The names of the parameters of G_b, backbone and classifier, and of G_a, NL-CBAM (Sec. III-A)."""
+        """The names of the parameters of G_b, backbone and classifier, and of G_a, NL-CBAM (Sec. III-A).
+
+        Without an adversary nothing is trained by L_aad: G_a is empty and its parameters belong to G_b.
+        """
         names = [name for name, _ in self.named_parameters()]
+        if not self.adversary:
+            return {"backbone": names, "attention": []}
         return {
             "backbone": [name for name in names if not name.startswith("attention.")],
             "attention": [name for name in names if name.startswith("attention.")],
@@ -140,9 +155,9 @@ class DAN(nn.Module):
                 f"images of {tuple(images.shape[-2:])} give a map of {tuple(features.shape[-2:])} but "
                 f"image_size {self.image_size} gives {self.map_size}; resize them or change image_size"
             )
-        if labels is None:
+        if labels is None or not self.adversary:
             labels = torch.full(features.shape[:1], -1, dtype=torch.int64, device=features.device)
-        return attention_head(features, self.attention.weights, self.classifier.weight, labels)
+        return self.attention.head(features, self.classifier.weight, labels)
 
 
 def _map_shape(backbone: nn.Module, image_size: tuple[int, int]) -> tuple[int, int, int]:

@@ -10,7 +10,13 @@ from dan_fast.reference.attention_checks import (
     check_refined,
     check_weights,
 )
-from dan_fast.reference.types import AdversaryOutput, AttentionHeadOutput, NLCBAMOutput, NLCBAMWeights
+from dan_fast.reference.types import (
+    AdversaryOutput,
+    AttentionHeadOutput,
+    AttentionVariantWeights,
+    NLCBAMOutput,
+    NLCBAMWeights,
+)
 
 
 def nl_cbam(features: Tensor, weights: NLCBAMWeights) -> NLCBAMOutput:
@@ -40,9 +46,9 @@ def nl_cbam(features: Tensor, weights: NLCBAMWeights) -> NLCBAMOutput:
     samples = [_nl_cbam_sample(x.reshape(channels, height * width), weights) for x in features.unbind()]
     refined, channel_attention, spatial_attention = zip(*samples, strict=True) if samples else ((), (), ())
     return NLCBAMOutput(
-        refined=_stack(refined, features, channels, height * width).reshape(features.shape),
-        channel_attention=_stack(channel_attention, features, channels),
-        spatial_attention=_stack(spatial_attention, features, height * width),
+        refined=stack(refined, features, channels, height * width).reshape(features.shape),
+        channel_attention=stack(channel_attention, features, channels),
+        spatial_attention=stack(spatial_attention, features, height * width),
     )
 
 
@@ -86,9 +92,9 @@ def attention_adversary(features: Tensor, refined: Tensor, cam_weight: Tensor, l
         refined_maps.append(refined_map)
         adversary_maps.append(adversary_map)
     return AdversaryOutput(
-        loss=_stack(losses, features),
-        refined_map=_stack(refined_maps, features, positions),
-        adversary_map=_stack(adversary_maps, features, positions),
+        loss=stack(losses, features),
+        refined_map=stack(refined_maps, features, positions),
+        adversary_map=stack(adversary_maps, features, positions),
     )
 
 
@@ -116,7 +122,14 @@ def attention_head(features: Tensor, weights: NLCBAMWeights, cam_weight: Tensor,
         >>> attention_head(torch.ones(1, 3, 2, 2), weights, torch.ones(5, 3), torch.tensor([-1])).attended
         tensor([[0.2500, 0.2500, 0.2500]])
     """
-    refined, channel_attention, spatial_attention = nl_cbam(features, weights)
+    return pool_and_correct(features, nl_cbam(features, weights), cam_weight, labels)
+
+
+def pool_and_correct(
+    features: Tensor, attention: NLCBAMOutput, cam_weight: Tensor, labels: Tensor
+) -> AttentionHeadOutput:
+    """The head's output from what an attention makes of X: the pooled features, and L_aad of X''."""
+    refined, channel_attention, spatial_attention = attention
     adversary = attention_adversary(features, refined, cam_weight, labels)
     return AttentionHeadOutput(
         attended=refined.mean(dim=(2, 3)),
@@ -129,22 +142,32 @@ def attention_head(features: Tensor, weights: NLCBAMWeights, cam_weight: Tensor,
 
 def _nl_cbam_sample(x: Tensor, weights: NLCBAMWeights) -> tuple[Tensor, Tensor, Tensor]:
     """X (C, HW) to X'' (C, HW), A_C (C,), A_S (HW,)."""
+    channel_attention = channel_attention_of(x, weights)
+    scaled = x * channel_attention.unsqueeze(1)  # X' = X A_C
+    spatial_attention = non_local_attention_of(scaled, weights)
+    return scaled * spatial_attention, channel_attention, spatial_attention  # X'' = X' A_S
+
+
+def channel_attention_of(x: Tensor, weights: NLCBAMWeights | AttentionVariantWeights) -> Tensor:
+    """A_C (C,) of X (C, HW), Eq. (2)."""
     x_gap = x.mean(dim=1)
     x_gmp = x.max(dim=1).values  # its gradient goes to the first maximum, as torch.max documents
-    channel_attention = torch.sigmoid(
+    return torch.sigmoid(
         weights.wc2 @ torch.relu(weights.wc1 @ x_gap) + weights.wc2 @ torch.relu(weights.wc1 @ x_gmp)
     )  # Eq. (2)
-    scaled = x * channel_attention.unsqueeze(1)  # X' = X A_C
+
+
+def non_local_attention_of(scaled: Tensor, weights: NLCBAMWeights | AttentionVariantWeights) -> Tensor:
+    """A_S (HW,) of X' (C, HW), Eq. (3)."""
     g = scaled.mean(dim=0)
     m = scaled.max(dim=0).values
     a = torch.sigmoid(weights.ws2 @ torch.relu(weights.ws1 @ g))  # Eq. (3), A
     b = torch.sigmoid(weights.ws2 @ torch.relu(weights.ws1 @ m))  # Eq. (3), B
     c = torch.sigmoid(weights.ws4 @ torch.relu(weights.ws3 @ g))  # Eq. (3), C
     s = torch.softmax(torch.outer(a, b), dim=1)  # Eq. (3), S_pq over q of A_p B_q
-    spatial_attention = s @ c  # Eq. (3), A_S = S C
-    return scaled * spatial_attention, channel_attention, spatial_attention  # X'' = X' A_S
+    return s @ c  # Eq. (3), A_S = S C
 
 
-def _stack(rows: list[Tensor] | tuple[Tensor, ...], features: Tensor, *shape: int) -> Tensor:
+def stack(rows: list[Tensor] | tuple[Tensor, ...], features: Tensor, *shape: int) -> Tensor:
     """The rows as a batch; torch.stack takes no empty list."""
     return torch.stack(list(rows)) if rows else features.new_zeros(0, *shape)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dan_fast.reference.types import NLCBAMWeights
+from dan_fast.reference.types import CONVOLUTION, AttentionVariantWeights, NLCBAMWeights
 
 
 def check_features(name: str, features: Tensor) -> None:
@@ -27,26 +27,60 @@ def check_weights(weights: NLCBAMWeights, features: Tensor) -> None:
     """
     if not isinstance(weights, NLCBAMWeights):
         raise TypeError(f"weights must be an NLCBAMWeights, got {type(weights).__name__}")
+    _check_shapes(weights._asdict(), features)
+
+
+def check_variant_weights(weights: AttentionVariantWeights, features: Tensor) -> None:
+    """The weights of each part of the attention are there together, fit each other and the map.
+
+    Raises:
+        TypeError: `weights` is not an `AttentionVariantWeights`, or one has another dtype than `features`.
+        ValueError: a part is there by half, spatial attention is there twice, or a weight has another shape or
+            lies on another device.
+    """
+    check_variant_parts(weights)
+    _check_shapes({name: weight for name, weight in weights._asdict().items() if weight is not None}, features)
+
+
+def check_variant_parts(weights: AttentionVariantWeights) -> None:
+    """What `check_variant_weights` asks of the weights alone.
+
+    Raises:
+        TypeError: `weights` is not an `AttentionVariantWeights`.
+        ValueError: a part is there by half, or spatial attention is there twice.
+    """
+    if not isinstance(weights, AttentionVariantWeights):
+        raise TypeError(f"weights must be an AttentionVariantWeights, got {type(weights).__name__}")
+    present = {name for name, weight in weights._asdict().items() if weight is not None}
+    for part in (("wc1", "wc2"), ("ws1", "ws3", "ws2", "ws4")):
+        missing = [name for name in part if name not in present]
+        if 0 < len(missing) < len(part):
+            raise ValueError(f"weights must hold all of {', '.join(part)} or none, {', '.join(missing)} is missing")
+    if "conv" in present and "ws1" in present:
+        raise ValueError("weights must hold conv or ws1, ws3, ws2, ws4 but not both: each is a spatial attention")
+
+
+def _check_shapes(weights: dict[str, Tensor], features: Tensor) -> None:
     channels, positions = features.shape[1], features.shape[2] * features.shape[3]
-    for name, weight in weights._asdict().items():
+    for name, weight in weights.items():
         _check_like(f"weights.{name}", weight, features)
-        if weight.ndim != 2 or 0 in weight.shape:
+        if name != "conv" and (weight.ndim != 2 or 0 in weight.shape):
             raise ValueError(f"weights.{name} must be a matrix, got shape {tuple(weight.shape)}")
-    hidden_c, hidden_s = weights.wc1.shape[0], weights.ws1.shape[0]
-    expected = NLCBAMWeights(
-        wc1=(hidden_c, channels),
-        wc2=(channels, hidden_c),
-        ws1=(hidden_s, positions),
-        ws3=(hidden_s, positions),
-        ws2=(positions, hidden_s),
-        ws4=(positions, hidden_s),
-    )
-    for name, shape in expected._asdict().items():
-        got = tuple(getattr(weights, name).shape)
-        if got != shape:
+    hidden_c, hidden_s = (weights[name].shape[0] if name in weights else 0 for name in ("wc1", "ws1"))
+    expected = {
+        "wc1": (hidden_c, channels),
+        "wc2": (channels, hidden_c),
+        "ws1": (hidden_s, positions),
+        "ws3": (hidden_s, positions),
+        "ws2": (positions, hidden_s),
+        "ws4": (positions, hidden_s),
+        "conv": CONVOLUTION,
+    }
+    for name, weight in weights.items():
+        if tuple(weight.shape) != expected[name]:
             raise ValueError(
-                f"weights.{name} must have shape {shape} to fit features of {channels} channels and "
-                f"{positions} positions, got {got}"
+                f"weights.{name} must have shape {expected[name]} to fit features of {channels} channels and "
+                f"{positions} positions, got {tuple(weight.shape)}"
             )
 
 

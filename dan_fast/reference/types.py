@@ -101,6 +101,30 @@ class NLCBAMWeights(NamedTuple):
     ws4: Tensor
 
 
+# CBAM's convolution: from the mean and the maximum over channels to one map, 7 x 7.
+CONVOLUTION = (1, 2, 7, 7)
+
+
+class AttentionVariantWeights(NamedTuple):
+    """The weights of an attention that Fig. 6 compares NL-CBAM with; a part whose weights are None is left out.
+
+    Channel attention is that of Eq. (2); spatial attention is either that of Eq. (3) or CBAM's.
+
+    Attributes:
+        wc1, wc2: the bottleneck of channel attention, as in `NLCBAMWeights`.
+        ws1, ws3, ws2, ws4: the bottlenecks of non-local spatial attention, as in `NLCBAMWeights`.
+        conv: (1, 2, 7, 7), the convolution of CBAM's spatial attention; no bias.
+    """
+
+    wc1: Tensor | None = None
+    wc2: Tensor | None = None
+    ws1: Tensor | None = None
+    ws3: Tensor | None = None
+    ws2: Tensor | None = None
+    ws4: Tensor | None = None
+    conv: Tensor | None = None
+
+
 class NLCBAMOutput(NamedTuple):
     """Attributes:
     refined: (B, C, H, W), X'' of Sec. III-B.

@@ -8,7 +8,7 @@ import torch
 from dan_fast.errors import DanFastError
 from dan_fast.nn import DAN, ProgressiveAugmentedMemory
 from dan_fast.training.checkpoint import load_checkpoint
-from dan_fast.training.config import MemoryConfig
+from dan_fast.training.config import MemoryConfig, ModelConfig
 
 
 def resolve_device(name: str) -> torch.device:
@@ -41,16 +41,26 @@ def initial_network(settings: dict[str, Any], num_classes: int, read_weights: bo
         num_classes: identities of the labelled images.
         read_weights: False leaves out the weights it starts from, for a network that a checkpoint fills: their file
             or hub need not be there any more.
+
+    Raises:
+        DanFastError: an adversary without an attention; the backbone's weights, see `build_backbone`.
     """
+    # A checkpoint older than a setting does not name it; it was made with the default.
+    model = ModelConfig(**settings["model"])
+    if model.adversary and model.attention == "none":
+        raise DanFastError(
+            "With model.attention none there is no attention for the adversary to correct: add --model.adversary false."
+        )
     torch.manual_seed(settings["run"]["seed"])
-    model = settings["model"]
     return DAN(
         num_classes,
-        backbone=model["backbone"],
+        backbone=model.backbone,
         image_size=tuple(settings["data"]["image_size"]),
-        reduction=model["reduction"],
-        dropout=model["dropout"],
-        weights=model["weights"] if read_weights else "none",
+        reduction=model.reduction,
+        dropout=model.dropout,
+        weights=model.weights if read_weights else "none",
+        attention=model.attention,
+        adversary=model.adversary,
     )
 
 

@@ -75,12 +75,19 @@ class ModelConfig:
     Args:
         backbone: torchvision ResNet (the paper: resnet50).
         weights: none, imagenet (the paper) or the path of a torchvision state dict.
-        reduction: Dimension reduction ratio r of NL-CBAM (the paper: 12).
+        attention: The attention (the paper: nl_cbam). The others are those of Fig. 6: cbam, the spatial
+            attention of nl_cbam (non_local) or of cbam (spatial) alone, or none.
+        adversary: Train with the attention adversary network (the paper), that is L_aad and the competition of
+            the two branches; without it the attention is trained like the backbone, and there is one branch.
+        reduction: Dimension reduction ratio r of the attention's bottlenecks (the paper: 12); 1 is NL-CBAM* of
+            Fig. 6.
         dropout: Dropout rate before the classifier (the paper: 0.5).
     """
 
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
     weights: str = "imagenet"
+    attention: Literal["nl_cbam", "cbam", "non_local", "spatial", "none"] = "nl_cbam"
+    adversary: bool = True
     reduction: PositiveInt = 12
     dropout: ClosedUnitInterval = 0.5
 
@@ -242,9 +249,11 @@ def require_same_training(saved: dict[str, Any], current: dict[str, Any], checkp
         DanFastError: names the settings that differ.
     """
     differences = []
+    # A setting that did not exist yet when the checkpoint was written had its default.
+    defaults = TrainConfig().to_dict()
     for section, values in current.items():
         for name, value in values.items():
-            before = saved.get(section, {}).get(name)
+            before = saved.get(section, {}).get(name, defaults[section][name])
             if before != value and (section, name) not in _FREE_TO_CHANGE:
                 differences.append(f"{section}.{name} is {value!r} here and {before!r} there")
     if differences:

@@ -60,7 +60,8 @@ class TrainingModel(nn.Module):
     - "classification", "regularizer": L_c and l3 R, parts of the total shown on their own.
 
     L_c and R are means over the two branches, which share backbone and classifier: a competition needs both
-    to be able to classify. Fed-back samples are not written to M, which holds true labels only.
+    to be able to classify. Without an adversary there is the attention branch alone, and no L_aad. Fed-back
+    samples are not written to M, which holds true labels only.
 
     Args:
         network: the DAN.
@@ -91,14 +92,15 @@ class TrainingModel(nn.Module):
         zero = logits.new_zeros(())
 
         targets = split.labels[:known]
-        branches = (logits, adversary_logits)
+        branches = (logits, adversary_logits) if self.network.adversary else (logits,)
         classification = adversary = zero
         if known > 0:
-            classification = sum(F.cross_entropy(branch[:known], targets) for branch in branches) / 2
+            classification = torch.stack([F.cross_entropy(branch[:known], targets) for branch in branches]).mean()
             adversary = self.weights.adversary * out.adversary_loss[:known].float().mean()
         regularizer = zero
         if known < len(split.labels):
-            regularizer = self.weights.regularizer * sum(_negative_entropy(branch[known:]) for branch in branches) / 2
+            negative_entropies = torch.stack([_negative_entropy(branch[known:]) for branch in branches])
+            regularizer = self.weights.regularizer * negative_entropies.mean()
 
         embedding, gates = zero, None
         pseudo_labels = split.sample_ids.new_empty(0)

@@ -214,8 +214,10 @@ class Trainer:
 
         groups = None
         if meta.procedure == "daml3":
-            stage = self.competition.decide(record.logits, record.adversary_logits, record.labels)
-            self._log_stage(stage, scalars)
+            stage = Stage.ATTENTION
+            if self.model.network.adversary:
+                stage = self.competition.decide(record.logits, record.adversary_logits, record.labels)
+                self._log_stage(stage, scalars)
             groups = self._groups(stage)
         result = meta_gradients(
             self.objective,
