@@ -276,11 +276,9 @@ class TinyMap(nn.Module):
         return self.conv(images).relu()
 
 
-def test_without_an_adversary_there_is_one_branch_and_one_group():
+def test_without_an_adversary_there_is_one_branch():
     torch.manual_seed(0)
     network = DAN(3, TinyMap(), (8, 8), reduction=2, dropout=0.0, attention="cbam", adversary=False)
-    groups = network.parameter_groups()
-    assert groups["attention"] == [] and groups["backbone"] == [name for name, _ in network.named_parameters()]
     images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 2, -1, -1])
     batch = Split(images, labels, sample_ids=torch.tensor([-1, -1, 4, 5]), num_labeled=2, num_fed_back=0)
     losses, _ = TrainingModel(network, None, LossConfig())(batch)
@@ -290,8 +288,6 @@ def test_without_an_adversary_there_is_one_branch_and_one_group():
     torch.testing.assert_close(losses["regularizer"], -0.2 * entropy)
     assert losses["adversary"] == 0
     assert not torch.equal(out.logits, out.adversary_logits)
-    with pytest.raises(ValueError, match="adversary must be False where attention is 'none'"):
-        DAN(3, TinyMap(), (8, 8), attention="none")
 
 
 @pytest.fixture(scope="module")

@@ -111,6 +111,37 @@ def test_parameter_groups_part_all_parameters():
     assert sorted(groups["backbone"] + groups["attention"]) == sorted(dict(model.named_parameters()))
 
 
+@pytest.mark.parametrize("variant", ["nl_cbam", "cbam", "non_local", "spatial", "none"])
+def test_every_attention_gives_the_network_all_of_its_output(variant):
+    model = tiny(attention=variant, adversary=variant != "none").double().eval()
+    output = model(images().double(), LABELS)
+    features = model.backbone(images().double())
+    refined, channel, spatial = model.attention(features)
+    torch.testing.assert_close(output.attended, refined.mean((2, 3)))
+    torch.testing.assert_close(output.pooled, features.mean((2, 3)))
+    torch.testing.assert_close(output.channel_attention, channel)
+    torch.testing.assert_close(output.spatial_attention, spatial)
+    torch.testing.assert_close(output.logits, model.classifier(output.attended))
+    expected = functional.attention_adversary(features, refined, model.classifier.weight, LABELS).loss
+    torch.testing.assert_close(output.adversary_loss, expected * model.adversary)
+    if variant != "none":
+        loss = output.logits.square().sum()
+        grads = torch.autograd.grad(loss, list(model.attention.parameters()), create_graph=True)
+        assert all(grad.abs().sum() > 0 for grad in grads)
+        second = torch.autograd.grad(sum(grad.square().sum() for grad in grads), model.backbone.conv.weight)[0]
+        assert second.abs().sum() > 0
+
+
+def test_without_an_adversary_labels_change_nothing():
+    model = tiny(adversary=False).eval()
+    assert model(images(), LABELS).adversary_loss.tolist() == [0] * 4
+    assert model.parameter_groups() == {"backbone": [name for name, _ in model.named_parameters()], "attention": []}
+    with pytest.raises(ValueError, match="adversary must be False where attention is 'none'"):
+        tiny(attention="none")
+    with pytest.raises(ValueError, match="variant must be one of nl_cbam, cbam, "):
+        tiny(attention="CBAM")
+
+
 def test_functional_call_takes_replaced_parameters_twice_differentiably():
     model = tiny().double().eval()
     replaced = {name: (value * 1.5 + 0.01).detach().requires_grad_() for name, value in model.named_parameters()}
