@@ -1,0 +1,253 @@
+#include "head_cpu_columns.h"
+#include "head_cpu_spatial.h"
+#include "head_cpu_tile.h"
+
+namespace dan_fast::DAN_FAST_ISA {
+namespace {
+
+// With the sums over p of X_cp A_S,p, X_cp d_mean_map_p and X_cp d_adversary_map_p the gradients of A_C, the peak map's
+// share excepted, and of the classifier's rows.
+template <typename A>
+class ChannelGradients : public ChannelSums<A, 3> {
+ public:
+  ChannelGradients(int64_t channels, int64_t positions, const A* const (&weights)[3], const A* attended_grad,
+                   A* channel_attention, A* rows)
+      : ChannelSums<A, 3>(weights), channels_(channels), positions_(positions), attended_grad_(attended_grad),
+        channel_attention_(channel_attention), rows_(rows) {}
+
+  void end(int64_t channel, int64_t channels) {
+    const Vector<A> all = broadcast(static_cast<A>(channels_)), positions = broadcast(static_cast<A>(positions_));
+    for (int64_t c = 0, v = 0; c < channels; c += kWidth<A>, ++v) {
+      const int64_t left = channels - c;
+      const Vector<A> grad = load_up_to<A>(attended_grad_ + channel + c, left);
+      const Vector<A> by_attended = grad * (this->total(0, v) / positions);
+      store_up_to<A>(channel_attention_ + channel + c, by_attended + this->total(1, v) / all, left);
+      store_up_to<A>(rows_ + channel + c, this->total(2, v), left);
+    }
+  }
+
+ private:
+  const int64_t channels_, positions_;
+  const A* attended_grad_;
+  A* channel_attention_;
+  A* rows_;
+};
+
+// dX of one sample after the other.
+template <typename S, typename A>
+class FeaturesGrad {
+ public:
+  FeaturesGrad(const FeatureMap<S>& grad, const FeaturesGradInput<A>& in)
+      : grad_(grad), in_(in), attended_(grad.channels), mean_(grad.channels), mean_map_(grad.positions) {}
+
+  void run(int64_t sample) {
+    const int64_t channels = grad_.channels, positions = grad_.positions;
+    to_ = grad_.data + sample * grad_.sample_stride;
+    channel_attention_ = in_.channel_attention + sample * channels;
+    rows_ = in_.rows + sample * channels;
+    peak_position_ = in_.peak_position + sample * channels;
+    peak_grad_ = in_.peak_grad + sample * channels;
+    spatial_attention_ = in_.spatial_attention + sample * positions;
+    adversary_map_ = in_.adversary_map_grad + sample * positions;
+    for (int64_t c = 0; c < channels; ++c) {
+      const A attended = in_.attended_grad[sample * channels + c] * channel_attention_[c];
+      attended_.numbers[c] = attended / static_cast<A>(positions);
+      mean_.numbers[c] = in_.mean_grad[sample * channels + c] / static_cast<A>(positions);
+    }
+    for (int64_t p = 0; p < positions; ++p) {
+      mean_map_.numbers[p] = in_.mean_map_grad[sample * positions + p] / static_cast<A>(channels);
+    }
+    if (grad_.channel_stride == 1 && channels > 1) {
+      int64_t p = 0;
+      for (; p + kVectors <= positions; p += kVectors) across<kVectors>(p);
+      for (; p < positions; ++p) across<1>(p);
+    } else {
+      int64_t p = 0;
+      for (; p + (kVectors - 1) * kWidth<A> < positions; p += kVectors * kWidth<A>) along<kVectors>(p);
+      for (; p < positions; p += kWidth<A>) along<1>(p);
+    }
+    const int64_t map = sample * positions;
+    for (int64_t p = 0; p < positions; ++p) peak_of(p, in_.peak_channel[map + p], in_.peak_map_grad[map + p]);
+  }
+
+ private:
+  // Where a vector begins so as to end within `size`, if that is as long as a vector.
+  static int64_t within(int64_t at, int64_t size) { return std::max<int64_t>(0, std::min(at, size - kWidth<A>)); }
+
+  // V vectors of adjacent positions in every channel.
+  template <int V>
+  void along(int64_t position) const {
+    const int64_t positions = grad_.positions;
+    int64_t offsets[V];
+    Vector<A> spatial_attention[V], mean_map[V], adversary_map[V];
+    Indices<A> index[V];
+    for (int v = 0; v < V; ++v) {
+      offsets[v] = within(position + v * kWidth<A>, positions);
+      spatial_attention[v] = load_up_to<A>(spatial_attention_ + offsets[v], positions);
+      mean_map[v] = load_up_to<A>(mean_map_.numbers + offsets[v], positions);
+      adversary_map[v] = load_up_to<A>(adversary_map_ + offsets[v], positions);
+      index[v] = broadcast_index<A>(offsets[v]) + iota<A>();
+    }
+    for (int64_t c = 0; c < grad_.channels; ++c) {
+      S* to = to_ + c * grad_.channel_stride;
+      const Vector<A> attended = broadcast(attended_.numbers[c]), mean = broadcast(mean_.numbers[c]);
+      const Vector<A> channel_attention = broadcast(channel_attention_[c]), row = broadcast(rows_[c]);
+      const Vector<A> peak = broadcast(peak_grad_[c]);
+      const Indices<A> at = broadcast_index<A>(peak_position_[c]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const Vector<A> value = feature_grad<Vector<A>>(
+            attended, channel_attention, row, mean, spatial_attention[v], mean_map[v], adversary_map[v]);
+        store_up_to<A>(to + offsets[v], index[v] == at ? value + peak : value, positions);
+      }
+    }
+  }
+
+  // All channels of R positions.
+  template <int R>
+  void across(int64_t position) const {
+    Vector<A> spatial_attention[R], mean_map[R], adversary_map[R];
+    for (int r = 0; r < R; ++r) {
+      spatial_attention[r] = broadcast(spatial_attention_[position + r]);
+      mean_map[r] = broadcast(mean_map_.numbers[position + r]);
+      adversary_map[r] = broadcast(adversary_map_[position + r]);
+    }
+    const int64_t channels = grad_.channels;
+    for (int64_t c = 0; c < channels; c += kWidth<A>) {
+      const int64_t at = within(c, channels);
+      const Vector<A> attended = load_up_to<A>(attended_.numbers + at, channels);
+      const Vector<A> mean = load_up_to<A>(mean_.numbers + at, channels);
+      const Vector<A> channel_attention = load_up_to<A>(channel_attention_ + at, channels);
+      const Vector<A> row = load_up_to<A>(rows_ + at, channels), peak = load_up_to<A>(peak_grad_ + at, channels);
+      const Indices<A> peak_position = load_positions(peak_position_ + at, channels);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const Vector<A> value = feature_grad<Vector<A>>(
+            attended, channel_attention, row, mean, spatial_attention[r], mean_map[r], adversary_map[r]);
+        const Indices<A> is_peak = peak_position == broadcast_index<A>(position + r);
+        store_up_to<A>(to_ + (position + r) * grad_.position_stride + at, is_peak ? value + peak : value, channels);
+      }
+    }
+  }
+
+  static Indices<A> load_positions(const int32_t* from, int64_t count) {
+    using Narrow = Vector<int32_t, static_cast<int>(kWidth<A> * sizeof(int32_t))>;
+    if (count >= kWidth<A>) return __builtin_convertvector(load_bits<Narrow>(from), Indices<A>);
+    Narrow some = {};
+    std::memcpy(&some, from, static_cast<size_t>(count) * sizeof(int32_t));
+    return __builtin_convertvector(some, Indices<A>);
+  }
+
+  // The element with the maximum over the channels again, all of it: a sum in half precision would be rounded twice.
+  void peak_of(int64_t p, int64_t c, A peak_map) const {
+    A value = feature_grad(
+        attended_.numbers[c], channel_attention_[c], rows_[c], mean_.numbers[c], spatial_attention_[p],
+        mean_map_.numbers[p], adversary_map_[p]);
+    if (peak_position_[c] == p) value += peak_grad_[c];
+    value += peak_map * channel_attention_[c];
+    store_some_as<S, A>(to_ + c * grad_.channel_stride + p * grad_.position_stride, broadcast(value), 1);
+  }
+
+  const FeatureMap<S>& grad_;
+  const FeaturesGradInput<A>& in_;
+  Scratch<A> attended_, mean_;  // (C,) d_attended A_C / P, d_mean / P
+  Scratch<A> mean_map_;         // (P,) d_mean_map / C
+  S* to_ = nullptr;
+  const A *channel_attention_ = nullptr, *rows_ = nullptr, *peak_grad_ = nullptr;
+  const int32_t* peak_position_ = nullptr;
+  const A *spatial_attention_ = nullptr, *adversary_map_ = nullptr;
+};
+
+}  // namespace
+
+template <typename S, typename A>
+void head_attend_backward(
+    const FeatureMap<const S>& features, const AttendInput<A>& in, const Saved<A>& saved, const AttendedGrad<A>& grad,
+    const AttendInputGrad<A>& out, const SpatialGradients<A>& parts, int64_t first, int64_t last) {
+  const int64_t channels = features.channels, positions = features.positions, hidden = in.weights.hidden;
+  Scratch<A> tile(kTileChannels<A> * kTilePositions), weights(channels), spatial_grad(positions);
+  SpatialAttention<A> attention(in.weights, positions);
+  for (int64_t b = first; b < last; ++b) {
+    const Sample<S> x(features, b);
+    const int64_t row = b * channels, map = b * positions;
+    const A *g = saved.mean_map + map, *spatial = saved.spatial_attention + map;
+    const A *channel_attention = in.channel_attention + row, *attended_grad = grad.attended + row;
+    for (int64_t c = 0; c < channels; ++c) {
+      weights.numbers[c] = attended_grad[c] * channel_attention[c] / static_cast<A>(positions);
+    }
+    PositionSums<A, false>({weights.numbers, spatial_grad.numbers, nullptr, nullptr, nullptr, nullptr}).run(x);
+    A *mean_map = out.mean_map + map, *peak_map = out.peak_map + map, *adversary_map = out.adversary_map + map;
+    const bool labelled = in.labels[b] >= 0;
+    for (int64_t p = 0; p < positions; ++p) {
+      AdversaryGrad<A> term = {};
+      if (labelled) term = adversary_term_backward(g[p] * spatial[p], saved.adversary_map[map + p], grad.loss[b]);
+      spatial_grad.numbers[p] += grad.spatial_attention[map + p] + term.refined * g[p];
+      mean_map[p] = term.refined * spatial[p];
+      adversary_map[p] = term.adversary;
+    }
+    attention.backward(g, saved.peak_map + map, spatial, spatial_grad.numbers, mean_map, peak_map,
+                       parts.gates + 3 * map, parts.hidden + 6 * b * hidden);
+    ChannelGradients<A> sums(
+        channels, positions, {spatial, mean_map, adversary_map}, attended_grad, out.channel_attention + row,
+        out.rows + row);
+    for_channels<A>(x, tile.numbers, sums);
+    // 0 X is not 0 for every X.
+    if (!labelled) std::fill_n(out.rows + row, channels, A(0));
+    for (int64_t p = 0; p < positions; ++p) {
+      const int64_t c = saved.peak_channel[map + p];
+      out.channel_attention[row + c] += peak_map[p] * load_one<A>(x.at(c, p));
+    }
+  }
+}
+
+template <typename A>
+void head_weights_backward(
+    const Saved<A>& saved, const SpatialGradients<A>& parts, int64_t batch, int64_t positions, int64_t hidden,
+    const AttendInputGrad<A>& out, int64_t first, int64_t last) {
+  const int64_t width = last - first;
+  for (int64_t k = 0; k < hidden; ++k) {
+    std::fill_n(out.ws1 + k * positions + first, width, A(0));
+    std::fill_n(out.ws3 + k * positions + first, width, A(0));
+  }
+  std::fill_n(out.ws2 + first * hidden, width * hidden, A(0));
+  std::fill_n(out.ws4 + first * hidden, width * hidden, A(0));
+  for (int64_t b = 0; b < batch; ++b) {
+    const A *g = saved.mean_map + b * positions + first, *m = saved.peak_map + b * positions + first;
+    const A *units = parts.hidden + 6 * b * hidden, *by_units = units + 3 * hidden;
+    const A* by_gates = parts.gates + 3 * b * positions;
+    for (int64_t k = 0; k < hidden; ++k) {
+      add_multiple(width, by_units[k], g, out.ws1 + k * positions + first);
+      add_multiple(width, by_units[hidden + k], m, out.ws1 + k * positions + first);
+      add_multiple(width, by_units[2 * hidden + k], g, out.ws3 + k * positions + first);
+    }
+    for (int64_t p = first; p < last; ++p) {
+      add_multiple(hidden, by_gates[p], units, out.ws2 + p * hidden);
+      add_multiple(hidden, by_gates[positions + p], units + hidden, out.ws2 + p * hidden);
+      add_multiple(hidden, by_gates[2 * positions + p], units + 2 * hidden, out.ws4 + p * hidden);
+    }
+  }
+}
+
+template <typename S, typename A>
+void head_features_backward(const FeatureMap<S>& grad, const FeaturesGradInput<A>& in, int64_t first, int64_t last) {
+  FeaturesGrad<S, A> features(grad, in);
+  for (int64_t b = first; b < last; ++b) features.run(b);
+}
+
+#define DAN_FAST_INSTANTIATE(S, A)                                                                         \
+  template void head_attend_backward<S, A>(                                                                \
+      const FeatureMap<const S>&, const AttendInput<A>&, const Saved<A>&, const AttendedGrad<A>&,          \
+      const AttendInputGrad<A>&, const SpatialGradients<A>&, int64_t, int64_t);                            \
+  template void head_features_backward<S, A>(const FeatureMap<S>&, const FeaturesGradInput<A>&, int64_t, int64_t);
+DAN_FAST_INSTANTIATE(double, double)
+DAN_FAST_INSTANTIATE(float, float)
+DAN_FAST_INSTANTIATE(BFloat16, float)
+DAN_FAST_INSTANTIATE(Float16, float)
+template void head_weights_backward<double>(
+    const Saved<double>&, const SpatialGradients<double>&, int64_t, int64_t, int64_t, const AttendInputGrad<double>&,
+    int64_t, int64_t);
+template void head_weights_backward<float>(
+    const Saved<float>&, const SpatialGradients<float>&, int64_t, int64_t, int64_t, const AttendInputGrad<float>&,
+    int64_t, int64_t);
+
+}  // namespace dan_fast::DAN_FAST_ISA
