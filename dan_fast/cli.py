@@ -12,7 +12,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 from rich.table import Table
 
-from dan_fast.bench import bench_memory
+from dan_fast.bench import bench_attention, bench_iteration, bench_memory
 from dan_fast.data import load_dataset
 from dan_fast.data.synthetic import synthesize
 from dan_fast.doctor import print_report
@@ -27,6 +27,13 @@ from dan_fast.training.config import BrokenImages, Paths, Precision, as_list
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+
+
+_BENCHMARKS = {
+    "memory": (bench_memory, "The memory step: literal, in score space, compiled, and kernels."),
+    "attention": (bench_attention, "The attention head: eager, compiled, and kernels."),
+    "iteration": (bench_iteration, "A training iteration: plain ResNet, DAN with literal operators, and DAN."),
+}
 
 
 def evaluate(
@@ -138,9 +145,9 @@ def _parser() -> ArgumentParser:
     command("train", "Train a Data Assimilation Network.").add_class_arguments(TrainConfig)
     command("evaluate", "CMC, mAP and mINP of a trained network on target sets.").add_function_arguments(evaluate)
     bench = command("bench", "Time dan_fast beside plain PyTorch, after checking that both give the same result.")
-    command(
-        "memory", "The memory step: literal, in score space, compiled, and kernels.", bench.add_subcommands(dest="what")
-    ).add_function_arguments(bench_memory, skip={"console"})
+    subjects = bench.add_subcommands(dest="what")
+    for name, (function, help_text) in _BENCHMARKS.items():
+        command(name, help_text, subjects).add_function_arguments(function, skip={"console"})
     command("doctor", "What was built, which paths will run, and what to do about anything missing.")
     return parser
 
@@ -158,7 +165,8 @@ def _run(parser: ArgumentParser, parsed: Namespace) -> int:
         case "quickstart":
             quickstart(**arguments)
         case "bench":
-            bench_memory(**{name: value for name, value in vars(settings.memory).items() if name != "config"})
+            function, _ = _BENCHMARKS[settings.what]
+            function(**{name: value for name, value in vars(settings[settings.what]).items() if name != "config"})
         case "doctor":
             return print_report()
     return 0
