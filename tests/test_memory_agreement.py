@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -221,6 +222,23 @@ def test_mixed_precision_around_it_changes_nothing():
     assert torch.equal(plain.loss, mixed.loss)
     for a, b in zip((*plain.labeled, *plain.unlabeled), (*mixed.labeled, *mixed.unlabeled), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("memory", ["empty", "full"])
+def test_a_step_can_be_computed_again_for_its_backward(memory):
+    generator = torch.Generator().manual_seed(1)
+    states = [make_state(float(memory == "full"), 6, 3, 2, generator) for _ in range(2)]
+    keys, unlabeled_keys = (torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+
+    def loss(keys, unlabeled_keys):
+        labels = torch.tensor([0, 1])
+        step = functional.memory_step(*states, keys, labels, unlabeled_keys, labels, 0.3, -0.2, 0.4)
+        return step.loss + functional.cosine_softmax(keys, unlabeled_keys).square().sum()
+
+    leaves = [x.requires_grad_() for x in (keys, unlabeled_keys)]
+    again = torch.utils.checkpoint.checkpoint(loss, *leaves, use_reentrant=False)
+    for a, b in zip(*(torch.autograd.grad(x, leaves) for x in (again, loss(*leaves))), strict=True):
+        assert torch.equal(a, b) and a.any()
 
 
 def test_runs_are_bitwise_equal():

@@ -413,3 +413,13 @@ def test_the_same_bits_whatever_the_number_of_threads():
         torch.set_num_threads(before)
     assert (runs[0][28] & 1).any()
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("batch", [(3, 2), (0, 2), (3, 0)])
+def test_opcheck(batch):
+    scores, unlabeled_scores, gram, gates, *rest = Problem((7, 5), batch, classes=2).arguments()
+    leaves = [x.detach().requires_grad_() for x in (scores, unlabeled_scores, gram, gates)]
+    torch.library.opcheck(torch.ops.dan_fast.memory_scan.default, (*leaves, *rest))
+    plain = (scores, unlabeled_scores, gram, gates, *rest)
+    arguments = (torch.ones_like(gates[0]), *plain, torch.ops.dan_fast.memory_scan(*plain))
+    torch.library.opcheck(torch.ops.dan_fast.memory_scan_backward.default, arguments)

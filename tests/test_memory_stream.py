@@ -238,7 +238,7 @@ def test_more_than_two_to_the_31_numbers():
     assert torch.equal(base, stored) and torch.equal(square_norms, same_norms)
 
 
-def test_the_schemas_tell_what_is_written():
+def test_opcheck():
     case = Case(9, 11, 3, torch.float32)
     for op, arguments in (
         (ops.memory_scores, (case.keys, case.base)),
@@ -246,7 +246,12 @@ def test_the_schemas_tell_what_is_written():
         (ops.memory_commit, (case.base, *case.writes())),
         (ops.memory_commit_scores_, (case.base, *case.writes(), case.keys)),
     ):
-        torch.library.opcheck(op.default, arguments, test_utils="test_schema")
+        torch.library.opcheck(op.default, arguments)
+        # Nothing promises that a memory or keys come contiguous.
+        turned = [
+            x.mT.contiguous().mT if x.dim() == 2 and op is not ops.memory_commit_scores_ else x for x in arguments
+        ]
+        torch.library.opcheck(op.default, turned)
 
 
 KEYS, BASE, KEPT, WEIGHTS = torch.ones(2, 4), torch.ones(3, 4), torch.ones(3), torch.ones(2, 3)

@@ -77,7 +77,8 @@ def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: list[
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grads: list[Tensor | None]) -> tuple:
-    arguments, rest = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+    saved = ctx.saved_tensors  # once: checkpointing makes them anew for whoever asks, and refuses a second time
+    arguments, rest = saved[:6], saved[6:]
     labeled, unlabeled, output = rest[:_SLOTS], rest[_SLOTS : 2 * _SLOTS], rest[2 * _SLOTS :]
     none = (None, None, [None] * _SLOTS, [None] * _SLOTS, None, None, None)
     if grads[0] is None:
