@@ -28,6 +28,10 @@ _OPERATORS = (
     "slot_softmax",
     "slot_softmax_backward",
     "false_sample_sets",
+    "head_pool",
+    "head_attend",
+    "head_attend_backward",
+    "head_features_backward",
 )
 _disabled = 0
 
