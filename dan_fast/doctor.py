@@ -60,7 +60,7 @@ def report() -> Report:
     elif not gpus:
         advice.append("no GPU was found, so everything runs on the CPU; if there is one, see what `nvidia-smi` says")
     for index in range(len(gpus)):
-        reason = _extension.why_not_on("cuda", index)
+        reason = _extension.why_not_on("cuda", index) or triton_kernels.why_not(index)
         if reason is not None and reason not in advice + broken:
             advice.append(reason)
     return Report(_versions(info), _built(info), _paths(bool(gpus)), gpus, advice, broken)
@@ -125,13 +125,14 @@ def _built(info: dict) -> list[tuple[str, str]]:
 def _paths(with_gpu: bool) -> list[tuple[str, str, str]]:
     rows = []
     for device in ("cpu", "cuda") if with_gpu else ("cpu",):
-        kernel, stream = ("C++", "C++") if device == "cpu" else ("CUDA", "Triton")
-        if device == "cuda" and triton_kernels.why_not() is not None:
-            stream = "PyTorch"
+        kernel = "C++" if device == "cpu" else "CUDA"
         served = _extension.why_not_on(device) is None
+        passes = f"{'C++' if device == 'cpu' else 'Triton'} kernels"
+        if not served or (device == "cuda" and triton_kernels.why_not(0) is not None):
+            passes = "PyTorch"
         rows += [
             ("row_sq_norms", device, f"{kernel} kernel" if served else "PyTorch"),
-            ("memory_step: passes over the memories", device, f"{stream} kernels" if served else "PyTorch"),
+            ("memory_step: passes over the memories", device, passes),
             ("memory_step: scan", device, f"{kernel} kernel" if served else "PyTorch, in score space"),
             ("cosine_softmax, false_sample_sets", device, f"{kernel} kernels" if served else "PyTorch"),
             ("attention_head", device, "PyTorch"),

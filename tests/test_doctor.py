@@ -125,3 +125,19 @@ def test_a_gpu_that_the_kernels_do_not_cover_is_named(monkeypatch: pytest.Monkey
     assert found.gpus == [("0", "Old GPU", "6.1", "8.0 GiB", "do not run")]
     assert ("row_sq_norms", "cuda", "PyTorch") in found.paths and found.advice.count(reason) == 1
     assert not any("no GPU" in sentence for sentence in found.advice)
+
+
+def test_a_gpu_without_triton_takes_pytorch_for_the_passes(monkeypatch: pytest.MonkeyPatch):
+    class Properties:
+        name, major, minor, total_memory = "GPU", 8, 6, 8 * 2**30
+
+    reason = "Triton is not installed; run `pip install triton` (it exists for Linux only)"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_extension, "why_not_on", lambda kind, index=None: None)
+    monkeypatch.setattr(doctor.triton_kernels, "why_not", lambda index=None: reason)
+    found = doctor.report()
+    assert ("memory_step: passes over the memories", "cuda", "PyTorch") in found.paths
+    assert ("memory_step: scan", "cuda", "CUDA kernel") in found.paths and reason in found.advice
