@@ -75,3 +75,37 @@ def test_a_key_that_is_not_finite_on_the_gpu_is_told_later_and_not_written(name)
         memory.check_faults()
     memory.check_faults()
     assert all(torch.equal(value, before[field]) for field, value in memory.state_dict().items())
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_memory_that_would_be_replayed_from_the_same_state_is_not_captured():
+    memory = module().cuda()
+    given = {name: arguments()[name].cuda() for name in BATCH}
+    memory(**given)
+    before = {field: value.clone() for field, value in memory.state_dict().items()}
+    torch.cuda.synchronize()
+    with (
+        pytest.raises(RuntimeError, match=r"capture functional\.memory_step"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        given["keys"].mul_(1)  # an empty graph would be warned about
+        memory(**given)
+    assert all(torch.equal(value, before[field]) for field, value in memory.state_dict().items())
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_captured_step_follows_its_arguments():
+    given = on("cuda", arguments())
+    for _ in range(2):  # what is compiled and allocated at first may not be captured
+        functional.memory_step(**given)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = functional.memory_step(**given)
+    for scale in (1.0, -0.5):
+        given["keys"].mul_(scale)
+        graph.replay()
+        for a, b in zip(tensors(captured._asdict()), tensors(functional.memory_step(**given)._asdict()), strict=True):
+            assert torch.equal(a, b)

@@ -70,10 +70,19 @@ def pending_memory_step(
 ) -> tuple[ScanResult, PendingMemory, PendingMemory]:
     """`memory_step` between memories whose writes may wait; arguments and errors as there.
 
+    Raises:
+        RuntimeError: a CUDA graph is being captured. Which tensors wait is decided here, at every step anew; a
+            replay would start from the same memory each time.
+
     Returns:
         `(result, labeled, unlabeled)`; the memories that came in hold what they held, though they may have
         settled it.
     """
+    if labeled.base.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph would replay this step from the same memory: capture functional.memory_step and copy the "
+            "states that it returns into those that it was given"
+        )
     with lasting_tensors():
         keys, unlabeled_keys = _in_memory_dtype(labeled.unsettled(), keys, unlabeled_keys)
         samples, gates = (keys, labels, unlabeled_keys, sample_ids), (alpha, alpha_unlabeled, beta)

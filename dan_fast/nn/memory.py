@@ -156,6 +156,7 @@ class ProgressiveAugmentedMemory(nn.Module):
         Raises:
             TypeError, ValueError: an argument does not fit; both memories are as they were. What is wrong with
                 the values in tensors on a GPU is for `check_faults` to say.
+            RuntimeError: a CUDA graph is being captured; `functional.memory_step` can be.
         """
         result, self._labeled, self._unlabeled = pending_memory_step(
             self._labeled,
