@@ -1,0 +1,7 @@
+#include "head_cuda_launch.cuh"
+
+namespace dan_fast {
+
+template struct HeadKernels<__nv_bfloat16>;
+
+}  // namespace dan_fast

@@ -1,0 +1,135 @@
+// head_features_backward on CUDA: one write of dX; X is not read. A block writes some channels at some positions.
+#pragma once
+
+#include "head_cuda_plan.h"
+#include "head_cuda_tile.cuh"
+
+namespace dan_fast {
+
+constexpr int kGradChannels = 256, kGradPositions = 256;
+static_assert(kGradChannels / kPack<double> <= kHeadThreads, "a thread for each pack of channels");
+
+template <typename A>
+struct FeaturesGradShared {
+  Pack<A, 4> channels[kGradChannels];    // d_attended A_C / P, A_C, row, d_mean / P
+  Pack<A, 4> positions[kGradPositions];  // A_S, d_g / C, d_A_ad, d_m
+  A peak_grad[kGradChannels];
+  int32_t peak_position[kGradChannels];  // counted from the block's first, as is the next
+  int32_t peak_channel[kGradPositions];
+};
+
+template <typename A>
+__device__ __forceinline__ A feature_grad_at(
+    const Pack<A, 4>& channel, const Pack<A, 4>& position, A peak_grad, bool is_peak, bool leads) {
+  A grad = feature_grad(
+      channel.values[0], channel.values[1], channel.values[2], channel.values[3], position.values[0],
+      position.values[1], position.values[2]);
+  if (leads) grad += position.values[3] * channel.values[1];
+  if (is_peak) grad += peak_grad;
+  return grad;
+}
+
+// `count` numbers; all kCount of them, to an aligned address, at once.
+template <typename S, int kCount>
+__device__ __forceinline__ void store_pack(S* to, const Pack<S, kCount>& values, int count, bool aligned) {
+  if (aligned && count >= kCount) {
+    *reinterpret_cast<Pack<S, kCount>*>(to) = values;
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    if (k < count) to[k] = values.values[k];
+  }
+}
+
+// kHeadThreads threads; gridDim.x = batch * blocks of kGradChannels * blocks of kGradPositions, those of one sample and
+// its channels next to each other.
+template <typename S, typename A, bool kChannelsLast>
+__device__ void head_features_backward_block(
+    const FeatureMap<S>& map, const FeaturesGradInput<A>& in, FeaturesGradShared<A>& shared) {
+  constexpr int kCount = kPack<S>;
+  const int64_t position_blocks = (map.positions + kGradPositions - 1) / kGradPositions;
+  const int64_t channel_blocks = (map.channels + kGradChannels - 1) / kGradChannels;
+  const int64_t sample = blockIdx.x / (position_blocks * channel_blocks);
+  const int64_t c0 = blockIdx.x / position_blocks % channel_blocks * kGradChannels;
+  const int64_t p0 = blockIdx.x % position_blocks * kGradPositions;
+  const int channels = static_cast<int>(smaller<int64_t>(kGradChannels, map.channels - c0));
+  const int positions = static_cast<int>(smaller<int64_t>(kGradPositions, map.positions - p0));
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  const A per_position = A(1) / static_cast<A>(map.positions), per_channel = A(1) / static_cast<A>(map.channels);
+
+  for (int i = thread; i < channels; i += threads) {
+    const int64_t at = sample * map.channels + c0 + i;
+    const A attention = in.channel_attention[at];
+    shared.channels[i] = {
+        {in.attended_grad[at] * attention * per_position, attention, in.rows[at], in.mean_grad[at] * per_position}};
+    shared.peak_grad[i] = in.peak_grad[at];
+    shared.peak_position[i] = static_cast<int32_t>(in.peak_position[at] - p0);
+  }
+  for (int i = thread; i < positions; i += threads) {
+    const int64_t at = sample * map.positions + p0 + i;
+    shared.positions[i] = {
+        {in.spatial_attention[at], in.mean_map_grad[at] * per_channel, in.adversary_map_grad[at],
+         in.peak_map_grad[at]}};
+    shared.peak_channel[i] = static_cast<int32_t>(in.peak_channel[at] - c0);
+  }
+  __syncthreads();
+
+  S* const to =
+      map.data + sample * map.sample_stride + c0 * map.channel_stride + p0 * map.position_stride;
+  const int64_t stride = kChannelsLast ? map.position_stride : map.channel_stride;
+  const bool begins_aligned = reinterpret_cast<uintptr_t>(to) % 16 == 0, rows_aligned = stride % kCount == 0;
+  if constexpr (kChannelsLast) {
+    // A thread keeps a pack of channels and walks over positions.
+    const int packs = (channels + kCount - 1) / kCount, step = threads / packs;
+    const int first = thread / packs, c = (thread - first * packs) * kCount;
+    if (first >= step) return;
+    const int count = smaller(kCount, channels - c);
+    Pack<A, 4> own[kCount];
+    A peak_grad[kCount];
+    int32_t peak_position[kCount];
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const int channel = smaller(c + k, channels - 1);
+      own[k] = shared.channels[channel];
+      peak_grad[k] = shared.peak_grad[channel];
+      peak_position[k] = shared.peak_position[channel];
+    }
+    for (int p = first; p < positions; p += step) {
+      const Pack<A, 4> position = shared.positions[p];
+      const int32_t leader = shared.peak_channel[p];
+      Pack<S, kCount> grads;
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        grads.values[k] = static_cast<S>(
+            feature_grad_at(own[k], position, peak_grad[k], peak_position[k] == p, leader == c + k));
+      }
+      store_pack(to + p * stride + c, grads, count, begins_aligned && rows_aligned);
+    }
+  } else {
+    // Whole rows are one run, which packs may cross the ends of rows in.
+    const bool one_run = positions == stride;
+    const int rows = one_run ? 1 : channels, columns = one_run ? channels * positions : positions;
+    const int packs = (columns + kCount - 1) / kCount;
+    for (int i = thread; i < rows * packs; i += threads) {
+      const int row = i / packs, column = (i - row * packs) * kCount, count = smaller(kCount, columns - column);
+      int c = one_run ? column / positions : row, p = one_run ? column - c * positions : column;
+      Pack<S, kCount> grads;
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        if (k < count) {
+          grads.values[k] = static_cast<S>(feature_grad_at(
+              shared.channels[c], shared.positions[p], shared.peak_grad[c], shared.peak_position[c] == p,
+              shared.peak_channel[p] == c));
+        }
+        if (++p == positions) {
+          p = 0;
+          ++c;
+        }
+      }
+      store_pack(to + row * stride + column, grads, count, begins_aligned && (one_run || rows_aligned));
+    }
+  }
+}
+
+}  // namespace dan_fast

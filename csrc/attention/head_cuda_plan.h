@@ -1,0 +1,177 @@
+// How the kernels of the attention head divide a batch among blocks, and what they keep in the caller's workspace.
+// Nothing here depends on the GPU but how many samples are worked on at a time, so results have the same bits on all.
+// Plain C++.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace dan_fast {
+
+struct HeadSizes {
+  int64_t batch, channels, positions, hidden;
+};
+
+// No device need be asked for more, and two blocks fit a multiprocessor of 100 KB.
+constexpr int64_t kHeadSharedBytes = 48 << 10;
+constexpr int64_t kHeadPoolBytes = 32 << 10;
+constexpr int kHeadThreads = 256;
+
+// More blocks a sample would read more of each other's sums than of the map.
+constexpr int64_t kHeadMaxParts = 32;
+
+// Channels that a thread looks after in the pass over positions.
+constexpr int kHeadRounds = 2;
+
+// A block's share of a sample is `range` channels; it holds `tile_channels` x `tile_positions` of it at a time.
+struct HeadPlan {
+  int64_t tile_channels, tile_positions;
+  int pitch;             // of the tile, see Tile
+  int64_t range;
+  int64_t parts;         // blocks a sample
+  int64_t groups;        // samples at a time
+  int64_t tile_offset;   // bytes of shared memory before the tile, as is the next
+  int64_t scratch_offset;
+  int64_t scratch_size;  // numbers
+  bool scratch_in_shared;
+  int64_t shared_bytes;
+
+  int64_t blocks() const { return parts * groups; }
+};
+
+inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+struct HeadPlanning {
+  int64_t element, statistic;  // bytes of S, of A
+  bool channels_last;
+  int64_t threads, shared_limit;
+
+  int64_t pack() const { return 16 / element; }
+
+  // An odd number of 16 bytes: threads at neighbouring positions read a pack of channels each without a conflict.
+  int64_t pitch(int64_t channels, int64_t positions) const {
+    return channels_last ? (round_up(channels * element, 16) / 16 | 1) * pack() : positions;
+  }
+
+  int64_t tile_bytes(int64_t channels, int64_t positions) const {
+    return round_up(pitch(channels, positions) * (channels_last ? positions : channels) * element, 16);
+  }
+
+  // Of `positions` and `channels` as many as fit beside `fixed(channels, positions)` bytes, but a pack of channels at
+  // least.
+  template <typename Fixed>
+  void fit(HeadPlan* plan, int64_t channels, int64_t positions, const Fixed& fixed) const {
+    int64_t p = std::min(positions, threads);
+    const auto bytes = [&](int64_t c) { return fixed(c, p) + tile_bytes(c, p); };
+    while (p > 1 && bytes(pack()) > shared_limit) p = (p + 1) / 2;
+    int64_t c = pack();
+    while (c < channels && bytes(c + pack()) <= shared_limit) c += pack();
+    plan->tile_channels = c;
+    plan->tile_positions = p;
+  }
+
+  void set_pitch(HeadPlan* plan) const {
+    plan->pitch = static_cast<int>(pitch(plan->tile_channels, plan->tile_positions));
+    plan->shared_bytes = plan->tile_offset + tile_bytes(plan->tile_channels, plan->tile_positions);
+  }
+
+  // A thread for each channel at least.
+  HeadPlan pool(const HeadSizes& sizes) const {
+    HeadPlan plan = {};
+    fit(&plan, std::min(sizes.channels, threads / pack() * pack()), sizes.positions,
+        [](int64_t, int64_t) { return int64_t{0}; });
+    plan.range = plan.tile_channels;
+    plan.parts = (sizes.channels + plan.range - 1) / plan.range;
+    plan.groups = sizes.batch;
+    set_pitch(&plan);
+    return plan;
+  }
+
+  // `scratch`: numbers that a block needs for the spatial attention of a sample; `weights`: numbers it holds a channel;
+  // `total`: bytes that a thread hands on when threads add up; `resident`: blocks that run at once.
+  HeadPlan attend(
+      const HeadSizes& sizes, int64_t scratch, int64_t weights, int64_t total, int64_t resident) const {
+    HeadPlan plan = {};
+    const int64_t scratch_bytes = round_up(scratch * statistic, 16);
+    plan.scratch_size = scratch_bytes / statistic;
+    plan.scratch_in_shared = scratch_bytes <= shared_limit / 3;
+    const auto front = [&](int64_t c, int64_t p) {
+      const int64_t shares = std::max<int64_t>(1, threads / p);
+      return round_up(std::max(weights * round_up(c, pack()) * statistic, shares / 2 * p * total), 16);
+    };
+    const auto fixed = [&](int64_t c, int64_t p) {
+      return front(c, p) + (plan.scratch_in_shared ? scratch_bytes : 0);
+    };
+    fit(&plan, std::min(sizes.channels, kHeadRounds * threads / pack() * pack()), sizes.positions, fixed);
+    const int64_t needed = (sizes.channels + plan.tile_channels - 1) / plan.tile_channels;
+    plan.parts = std::max<int64_t>(1, std::min({needed, kHeadMaxParts, resident}));
+    plan.range = round_up((sizes.channels + plan.parts - 1) / plan.parts, pack());
+    plan.parts = std::max<int64_t>(1, (sizes.channels + plan.range - 1) / plan.range);
+    plan.tile_channels = std::min(plan.tile_channels, plan.range);
+    plan.groups = std::max<int64_t>(1, std::min(sizes.batch, resident / plan.parts));
+    plan.scratch_offset = front(plan.tile_channels, plan.tile_positions);
+    plan.tile_offset = fixed(plan.tile_channels, plan.tile_positions);
+    set_pitch(&plan);
+    return plan;
+  }
+};
+
+// Numbers of the scratch of one block. What lies together is used together, see head_cuda_spatial.cuh.
+inline int64_t forward_scratch(const HeadSizes& sizes) { return 7 * sizes.positions + 3 * sizes.hidden; }
+inline int64_t backward_scratch(const HeadSizes& sizes) { return 16 * sizes.positions + 6 * sizes.hidden; }
+
+template <typename A>
+HeadPlan plan_attend(const HeadPlanning& planning, const HeadSizes& sizes, bool backward, int64_t resident) {
+  constexpr int64_t kForwardTotal = 4 * sizeof(A);  // ChannelSums, its index padded
+  return backward ? planning.attend(sizes, backward_scratch(sizes), 1, sizeof(A), resident)
+                  : planning.attend(sizes, forward_scratch(sizes), 2, kForwardTotal, resident);
+}
+
+// What blocks tell each other. The counters start at 0, the rest is written before it is read.
+template <typename A>
+struct HeadWorkspace {
+  uint32_t* arrived;     // (B,) blocks that have written their sums of a sample
+  uint32_t* finished;    // () samples whose terms of the weights' gradients are there
+  A* mean;               // (B, parts, P) sums over a block's channels: of X' forward, of d_attended X' backward
+  A* peak;               // (B, parts, P) forward, as are the next two
+  int32_t* peak_channel;
+  A* adversary;
+  A* position_terms;     // (3, P, B) backward: gradients of A, B, C before their sigmoids
+  A* hidden_terms;       // (6, h, B) backward: hidden units of A, B, C, then their gradients
+  A* scratch;            // (blocks, scratch) where shared memory is too small
+
+  static int64_t cleared_bytes(const HeadSizes& sizes) {
+    return round_up((sizes.batch + 1) * static_cast<int64_t>(sizeof(uint32_t)), 256);
+  }
+
+  // Lays it out from `base`, which may be null, and returns the bytes it takes.
+  int64_t lay_out(void* base, const HeadSizes& sizes, const HeadPlan& plan, bool backward) {
+    char* const start = static_cast<char*>(base);
+    int64_t bytes = 0;
+    const auto take = [&](int64_t size) {
+      void* const at = start == nullptr ? nullptr : start + bytes;
+      bytes += round_up(size, 256);
+      return at;
+    };
+    const auto take_array = [&](int64_t size) {
+      return static_cast<A*>(take(size * static_cast<int64_t>(sizeof(A))));
+    };
+    const int64_t sums = sizes.batch * plan.parts * sizes.positions;
+    *this = {};
+    arrived = static_cast<uint32_t*>(take(cleared_bytes(sizes)));
+    finished = arrived == nullptr ? nullptr : arrived + sizes.batch;
+    mean = take_array(sums);
+    if (backward) {
+      position_terms = take_array(3 * sizes.positions * sizes.batch);
+      hidden_terms = take_array(6 * sizes.hidden * sizes.batch);
+    } else {
+      peak = take_array(sums);
+      peak_channel = static_cast<int32_t*>(take(sums * static_cast<int64_t>(sizeof(int32_t))));
+      adversary = take_array(sums);
+    }
+    if (!plan.scratch_in_shared) scratch = take_array(plan.blocks() * plan.scratch_size);
+    return bytes;
+  }
+};
+
+}  // namespace dan_fast
