@@ -173,7 +173,7 @@ def compare_heads(outcome: HeadOutcome, expected: HeadOutcome, dtype: torch.dtyp
     """All five results and all gradients.
 
     Example:
-        >>> problem = make_head_problem(MapSize(2, 8, 3, 2, classes=5), torch.float64, "contiguous", "cpu")
+        >>> problem = make_head_problem(MapSize(2, 24, 3, 2, 2, 5), torch.float64, "contiguous", "cpu")
         >>> compare_heads(start("eager", problem).outcome(), reference_outcome(problem), torch.float64).disagrees
     """
     tolerance, errors, wrong = TOLERANCES[dtype], {}, []
