@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from dan_fast.functional import attention_torch
+from dan_fast.functional import attention_head_kernels, attention_torch
 from dan_fast.functional.attention_torch import (
     adversary_loss,
     channel_attention_of,
@@ -153,7 +153,11 @@ def attention_head(features: Tensor, weights: NLCBAMWeights, cam_weight: Tensor,
     check_features("features", features)
     check_weights(weights, features)
     _check_cam(cam_weight, labels, features)
-    output = attention_torch.head(_widen(features).flatten(2), _widen(weights), _widen(cam_weight), labels)
+    wide = _widen(weights), _widen(cam_weight), labels
+    if attention_head_kernels.serves(features):
+        output = attention_head_kernels.head(features, *wide)
+    else:
+        output = attention_torch.head(_widen(features).flatten(2), *wide)
     output = output._replace(adversary_loss=_marked(output.adversary_loss, labels, cam_weight))
     return AttentionHeadOutput(*(value.to(features.dtype) for value in output))
 

@@ -1,0 +1,144 @@
+"""The attention head as one operator: registration, derivatives, which path runs. The passes have their own tests."""
+
+import pytest
+import torch
+import torch.utils.checkpoint
+
+from dan_fast import NLCBAMWeights, _extension, functional, reference
+
+pytestmark = pytest.mark.skipif(not _extension.loaded(), reason="the compiled extension was not built")
+
+
+def problem(dtype=torch.float64, layout=torch.contiguous_format, batch=4, channels=6, size=(3, 2), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    positions = size[0] * size[1]
+
+    def draw(*shape, scale=1.0):
+        return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+    features = draw(batch, channels, *size).to(memory_format=layout)
+    shapes = [(3, channels), (channels, 3), (2, positions), (2, positions), (positions, 2), (positions, 2)]
+    weights = [draw(*shape, scale=0.5) for shape in shapes]
+    labels = torch.tensor([2, -1, 0, 2, 1])[:batch]
+    return [x.requires_grad_() for x in (features, *weights, draw(3, channels, scale=0.3))], labels
+
+
+def head(inputs, labels, form=functional):
+    features, *weights, cam_weight = inputs
+    return form.attention_head(features, NLCBAMWeights(*weights), cam_weight, labels)
+
+
+def mixture(output):
+    return sum((x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).reshape(x.shape)).sum() for x in output)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("batch", [0, 1, 4])
+def test_both_paths_agree_with_the_reference(batch, layout):
+    inputs, labels = problem(layout=layout, batch=batch)
+    expected = head(inputs, labels, reference)
+    expected_grads = torch.autograd.grad(mixture(expected), inputs, allow_unused=True, materialize_grads=True)
+    with _extension.disabled():
+        torch_form = head(inputs, labels)
+    kernels = head(inputs, labels)
+    for output in (kernels, torch_form):
+        grads = torch.autograd.grad(mixture(output), inputs)
+        for actual, wanted in zip((*output, *grads), (*expected, *expected_grads), strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
+        assert output is torch_form or grads[0].stride() == inputs[0].stride()
+
+
+def test_the_kernels_run_and_can_be_turned_off():
+    inputs, labels = problem()
+    with torch.profiler.profile() as profile:
+        mixture(head(inputs, labels)).backward()
+        with _extension.disabled():
+            torch_form = head(inputs, labels)
+    names = [event.name for event in profile.events()]
+    for name in ("head_pool", "head_attend", "head_attend_backward", "head_features_backward"):
+        assert names.count(f"dan_fast::{name}") == 1
+    assert "dan_fast" not in str(torch_form.attended.grad_fn)
+
+
+def test_first_and_second_derivatives():
+    inputs, labels = problem(batch=2, channels=4, size=(2, 2))
+
+    def run(*inputs):
+        return tuple(head(inputs, labels))
+
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+def test_a_loss_on_gradients_is_that_of_the_reference():
+    inputs, labels = problem()
+    second = []
+    for form in (functional, reference):
+        first = torch.autograd.grad(mixture(head(inputs, labels, form)), inputs, create_graph=True)
+        second.append(torch.autograd.grad(sum(x.square().sum() for x in first), inputs))
+    for actual, expected in zip(*second, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_under_activation_checkpointing():
+    inputs, labels = problem()
+    output = torch.utils.checkpoint.checkpoint(lambda *x: tuple(head(x, labels)), *inputs, use_reentrant=False)
+    grads = torch.autograd.grad(mixture(output), inputs)
+    for actual, expected in zip(grads, torch.autograd.grad(mixture(head(inputs, labels)), inputs), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_only_the_wanted_gradients():
+    inputs, labels = problem()
+    inputs = [x.detach() for x in inputs]
+    inputs[-1].requires_grad_()
+    output = head(inputs, labels)
+    (grad,) = torch.autograd.grad(output.adversary_loss.sum(), inputs[-1], create_graph=True)
+    (expected,) = torch.autograd.grad(head(inputs, labels, reference).adversary_loss.sum(), inputs[-1])
+    torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_registration(layout):
+    inputs, labels = problem(layout=layout, batch=2)
+    torch.library.opcheck(torch.ops.dan_fast.attention_head.default, (*inputs, labels))
+
+
+def test_compiled_whole():
+    inputs, labels = problem(torch.float32)
+    compiled = torch.compile(functional.attention_head, fullgraph=True, backend="aot_eager")
+    features, *weights, cam_weight = inputs
+    output = compiled(features, NLCBAMWeights(*weights), cam_weight, labels)
+    expected = head(inputs, labels)
+    for actual, wanted in zip(output, expected, strict=True):
+        assert torch.equal(actual, wanted)
+    grads = zip(*(torch.autograd.grad(mixture(x), inputs) for x in (output, expected)), strict=True)
+    for actual, wanted in grads:
+        torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_precision_is_that_of_pytorch(dtype):
+    inputs, labels = problem(dtype, channels=64, size=(7, 7))
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    expected = head(wide, labels, reference)
+    expected = (*expected, *torch.autograd.grad(mixture(expected), wide))
+
+    def run():
+        output = head(inputs, labels)
+        return (*output, *torch.autograd.grad(mixture(output), inputs))
+
+    kernels = run()
+    with _extension.disabled():
+        pytorch = run()
+    for actual, same_precision, wanted in zip(kernels, pytorch, expected, strict=True):
+        assert actual.dtype == dtype
+        allowed = 2 * (same_precision.double() - wanted).abs().max() + 4 * torch.finfo(dtype).eps * (1 + wanted.abs().max())
+        assert (actual.double() - wanted).abs().max() <= allowed
+
+
+def test_autocast_takes_half_precision_to_float32():
+    inputs, labels = problem(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = head(inputs, labels)
+    assert all(x.dtype == torch.float32 for x in output)
