@@ -39,13 +39,26 @@ def _forward(
 ) -> list[Tensor]:
     """The five results, then what the backward wants of the passes."""
     mean, peak, peak_position = torch.ops.dan_fast.head_pool(features)
-    hidden = F.relu(F.linear(mean, wc1)) + F.relu(F.linear(peak, wc1))
-    channel_attention = torch.sigmoid(F.linear(hidden, wc2))
+    of_mean, of_peak = F.linear(mean, wc1), F.linear(peak, wc1)
+    # The second layer is linear: one product serves both.
+    channel_attention = F.linear(F.relu(of_mean) + F.relu(of_peak), wc2).sigmoid_()
     rows = attention_torch.label_rows(cam_weight, labels)
     attended, spatial_attention, loss, *maps = torch.ops.dan_fast.head_attend(
         features, channel_attention, rows, labels, ws1, ws3, ws2, ws4
     )
-    return [attended, mean, channel_attention, spatial_attention, loss, peak, peak_position, rows, *maps]
+    return [
+        attended,
+        mean,
+        channel_attention,
+        spatial_attention,
+        loss,
+        of_mean,
+        of_peak,
+        peak,
+        peak_position,
+        rows,
+        *maps,
+    ]
 
 
 @_forward.register_fake
@@ -65,16 +78,9 @@ def _(
     where = [x.new_empty(x.shape, dtype=torch.int32) for x in (of_channels, of_map)]
     like = torch.empty_like
     results = [of_channels, like(of_channels), like(of_channels), of_map, wc1.new_empty(batch)]
-    return [
-        *results,
-        like(of_channels),
-        where[0],
-        like(of_channels),
-        like(of_map),
-        like(of_map),
-        where[1],
-        like(of_map),
-    ]
+    of_pooled = [wc1.new_empty(batch, wc1.shape[0]) for _ in range(2)]
+    maps = [like(of_map), like(of_map), where[1], like(of_map)]
+    return [*results, *of_pooled, like(of_channels), where[0], like(of_channels), *maps]
 
 
 @torch.library.custom_op("dan_fast::attention_head_backward", mutates_args=())
@@ -88,24 +94,23 @@ def _backward_op(
 ) -> list[Tensor]:
     """Gradients of the map, the six weights and the CAM weight, from those of the five results."""
     wc1, wc2, *spatial = weights
-    attended, mean, channel_attention, spatial_attention, _, peak, peak_position, rows, *maps = output
+    attended, mean, channel_attention, spatial_attention, _, of_mean, of_peak, peak, peak_position, rows, *maps = output
     peak_channel = maps[2]
     grad_attended, grad_pooled, grad_channel_attention, grad_spatial_attention, grad_loss = grads
-    by_attention, by_rows, by_mean_map, by_peak_map, by_adversary_map, *by_spatial = (
+    by_logit, by_rows, by_mean_map, by_peak_map, by_adversary_map, *by_spatial = (
         torch.ops.dan_fast.head_attend_backward(
             features, channel_attention, rows, labels, *spatial, attended, spatial_attention, *maps,
             grad_attended, grad_spatial_attention, grad_loss,
         )
     )  # fmt: skip
-    by_logit = (by_attention + grad_channel_attention) * channel_attention * (1 - channel_attention)
-    of_mean, of_peak = F.linear(mean, wc1), F.linear(peak, wc1)
+    by_logit.add_(grad_channel_attention).mul_(channel_attention).mul_(1 - channel_attention)
     by_hidden = by_logit @ wc2
-    by_of_mean, by_of_peak = by_hidden * (of_mean > 0), by_hidden * (of_peak > 0)
-    by_wc1 = by_of_mean.mT @ mean + by_of_peak.mT @ peak
     by_wc2 = by_logit.mT @ (F.relu(of_mean) + F.relu(of_peak))
+    by_of_mean, by_of_peak = by_hidden * (of_mean > 0), by_hidden * (of_peak > 0)
+    by_wc1 = torch.addmm(by_of_mean.mT @ mean, by_of_peak.mT, peak)
     by_features = torch.ops.dan_fast.head_features_backward(
         features, channel_attention, rows, spatial_attention, peak_channel, peak_position, grad_attended, by_mean_map,
-        by_peak_map, by_adversary_map, by_of_mean @ wc1 + grad_pooled, by_of_peak @ wc1,
+        by_peak_map, by_adversary_map, torch.addmm(grad_pooled, by_of_mean, wc1), by_of_peak @ wc1,
     )  # fmt: skip
     # Sorted by class where it is a GPU's: the order of the additions does not change from run to run.
     classes = labels.clamp(0, cam_weight.shape[0] - 1)
