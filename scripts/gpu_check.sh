@@ -4,8 +4,8 @@
 #   OUT=folder PYTHON=python3 scripts/gpu_check.sh [--dry-run]
 #
 # Every part has a time limit and a log in OUT (build/gpu_check unless set), and the later ones run whatever became of
-# the earlier ones. summary.txt says how each ended; the exit status is 1 if one failed. figures.json holds the
-# benchmark. --dry-run prints the commands only. GPU_TESTS_S and the like below change a limit.
+# the earlier ones. summary.txt says how each ended; the exit status is 1 if one failed. figures.json and attention.json hold
+# the benchmarks. --dry-run prints the commands only. GPU_TESTS_S and the like below change a limit.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
@@ -26,7 +26,8 @@ BUILD_S=${BUILD_S:-110}
 GPU_TESTS_S=${GPU_TESTS_S:-90}
 TESTS_S=${TESTS_S:-40}
 SANITIZER_S=${SANITIZER_S:-45}
-BENCH_S=${BENCH_S:-125}
+BENCH_S=${BENCH_S:-90}
+HEAD_BENCH_S=${HEAD_BENCH_S:-35}
 
 summarize() {
   echo "$*" | tee -a "$out/summary.txt"
@@ -58,11 +59,12 @@ part() {
   esac
 }
 
-# A step small enough for the sanitizer, forward and backward, pure and as a module.
+# A memory step small enough for the sanitizer, forward and backward, pure and as a module; and an attention head.
 small_step='
 import torch
 from dan_fast import _extension
 from dan_fast.bench import Size, make_problem, select
+from dan_fast.nn import NLCBAM
 reason = _extension.why_not_on("cuda")
 assert reason is None, reason
 problem = make_problem(Size(300, 200, key_dim=64, batch=4), torch.float32, "cuda", batches=2)
@@ -70,6 +72,12 @@ for contender in select(["kernels"]):
     runner = contender.start(problem, 2)
     runner.outcome()
     runner.run(True)
+attention = NLCBAM(24, 15).cuda()
+cam_weight = torch.randn(5, 24, device="cuda", requires_grad=True)
+for layout in (torch.contiguous_format, torch.channels_last):
+    features = torch.randn(3, 24, 5, 3, device="cuda").to(memory_format=layout).requires_grad_()
+    head = attention.head(features, cam_weight, torch.tensor([1, -1, 4], device="cuda"))
+    (head.attended.sum() + head.pooled.sum() + head.adversary_loss.sum()).backward()
 torch.cuda.synchronize()
 '
 
@@ -99,6 +107,8 @@ done
 # needs minutes for the unrolled steps and has no place here.
 part bench "$BENCH_S" "$python" -m dan_fast bench memory --device cuda --slots_scale 1,0.25,4,16 --budget_s 5 \
   --contenders literal_autograd,literal_in_place,score_space,kernels --json "$out/figures.json"
+part head_bench "$HEAD_BENCH_S" "$python" -m dan_fast bench attention --device cuda --contenders eager,kernels \
+  --json "$out/attention.json"
 
 if $dry_run; then
   exit 0

@@ -86,13 +86,14 @@ def active_groups(
         cam_weight: the classifier's weight, which CAM uses. It joins Ga while Gb is frozen; else it is
             trained by L_total, which contains l1 L_aad.
     """
+    # The backbone comes last: the last backward pass of a graph frees what the forward pass kept.
     groups: dict[str, tuple[list[str], str]] = {}
-    if stage is not Stage.ADVERSARY:
-        groups["backbone"] = (list(backbone), "total")
+    if memory:
+        groups["memory"] = (list(memory), "embedding")
     if stage is Stage.ADVERSARY:
         groups["attention"] = ([*attention, cam_weight], "adversary")
     elif stage is Stage.BOTH:
         groups["attention"] = (list(attention), "adversary")
-    if memory:
-        groups["memory"] = (list(memory), "embedding")
+    if stage is not Stage.ADVERSARY:
+        groups["backbone"] = (list(backbone), "total")
     return groups

@@ -83,14 +83,17 @@ def meta_gradients(
     constants = {name: value.detach() for name, value in current.items() if name not in active}
 
     train_grads = _group_gradients(train_losses, current, groups, create_graph=order == 2, keep_graph=order == 2)
-    moved = {name: current[name] - inner_lr * grad for name, grad in train_grads.items()}
     if order == 1:
-        moved = {name: value.detach().requires_grad_() for name, value in moved.items()}
+        with torch.no_grad():
+            moved = _added(current, train_grads, -inner_lr)
+        moved = {name: value.requires_grad_() for name, value in moved.items()}
+    else:
+        moved = {name: current[name] - inner_lr * grad for name, grad in train_grads.items()}
     test_losses = loss_fn({**constants, **moved}, meta_test)
 
     if order == 1:
         test_grads = _group_gradients(test_losses, moved, groups)
-        grads = {name: grad + eta * test_grads[name] for name, grad in train_grads.items()}
+        grads = _added(train_grads, test_grads, eta)
     else:
         objective = {name: _loss(train_losses, name) + eta * _loss(test_losses, name) for _, name in groups.values()}
         grads = _group_gradients(objective, current, groups)
@@ -137,6 +140,12 @@ def _group_gradients(
         )
         grads.update(zip(names, values, strict=True))
     return grads
+
+
+def _added(left: Params, right: Params, scale: float) -> dict[str, Tensor]:
+    """left + scale * right, of the names in `right`, in one pass over all tensors."""
+    values = torch._foreach_add([left[name] for name in right], list(right.values()), alpha=scale) if right else []
+    return dict(zip(right, values, strict=True))
 
 
 def _detached(losses: Losses) -> dict[str, Tensor]:

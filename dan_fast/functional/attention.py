@@ -74,9 +74,14 @@ def nl_cbam(features: Tensor, weights: NLCBAMWeights) -> NLCBAMOutput:
     check_features("features", features)
     check_weights(weights, features)
     x, wide = _widen(features).flatten(2), _widen(weights)
-    channel_attention = channel_attention_of(x, x.mean(dim=2), wide)
-    g = weighted_channel_sum(x, channel_attention) / x.shape[1]
-    spatial_attention = spatial_attention_of(g, channel_max(x, channel_attention), wide)
+    if attention_head_kernels.serves(features):
+        # Without labels the head is NL-CBAM.
+        no_cam, unknown = x.new_zeros(1, x.shape[1]), torch.full_like(x[:, 0, 0], -1, dtype=torch.int64)
+        _, _, channel_attention, spatial_attention, _ = attention_head_kernels.head(features, wide, no_cam, unknown)
+    else:
+        channel_attention = channel_attention_of(x, x.mean(dim=2), wide)
+        g = weighted_channel_sum(x, channel_attention) / x.shape[1]
+        spatial_attention = spatial_attention_of(g, channel_max(x, channel_attention), wide)
     refined = x * channel_attention.unsqueeze(2) * spatial_attention.unsqueeze(1)
     return NLCBAMOutput(
         refined=refined.unflatten(2, features.shape[2:]).to(features.dtype),

@@ -103,7 +103,7 @@ def _backward_op(
             grad_attended, grad_spatial_attention, grad_loss,
         )
     )  # fmt: skip
-    by_logit.add_(grad_channel_attention).mul_(channel_attention).mul_(1 - channel_attention)
+    by_logit = torch.ops.aten.sigmoid_backward(by_logit.add_(grad_channel_attention), channel_attention)
     by_hidden = by_logit @ wc2
     by_wc2 = by_logit.mT @ (F.relu(of_mean) + F.relu(of_peak))
     by_of_mean, by_of_peak = by_hidden * (of_mean > 0), by_hidden * (of_peak > 0)
@@ -112,9 +112,10 @@ def _backward_op(
         features, channel_attention, rows, spatial_attention, peak_channel, peak_position, grad_attended, by_mean_map,
         by_peak_map, by_adversary_map, torch.addmm(grad_pooled, by_of_mean, wc1), by_of_peak @ wc1,
     )  # fmt: skip
-    # Sorted by class where it is a GPU's: the order of the additions does not change from run to run.
+    # Sorted by class where it is a GPU's: the order of the additions does not change from run to run. The row of a
+    # label -1 has gradient 0.
     classes = labels.clamp(0, cam_weight.shape[0] - 1)
-    by_cam = torch.zeros_like(cam_weight).index_put_((classes,), by_rows * (labels >= 0)[:, None], accumulate=True)
+    by_cam = torch.zeros_like(cam_weight).index_put_((classes,), by_rows, accumulate=True)
     return [by_features, by_wc1, by_wc2, *by_spatial, by_cam]
 
 
