@@ -2,7 +2,6 @@
 // laid out here; csrc/memory/stream.h says what is computed.
 #include "../csrc/memory/stream.h"
 
-#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -204,26 +203,11 @@ void commit(const Tensor& base, const Tensor& kept, const Tensor& weights, const
   });
 }
 
-// Fresh memory comes a page at a time, and 18000 of 4 KiB for M cost more than the arithmetic on them.
-void ask_for_large_pages(const Tensor& fresh) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kLargePage = uintptr_t{1} << 21;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(fresh.const_data_ptr());
-  const uintptr_t end = begin + static_cast<uintptr_t>(fresh.numel()) * fresh.element_size();
-  const uintptr_t first = (begin + kLargePage - 1) / kLargePage * kLargePage, last = end / kLargePage * kLargePage;
-  // A wish: where it is refused, small pages do.
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  static_cast<void>(fresh);
-#endif
-}
-
 std::tuple<Tensor, Tensor> memory_commit(const Tensor& base, const Tensor& kept, const Tensor& weights,
                                          const Tensor& pending_keys) {
   check_base(base);
   check_pending(base, kept, weights, pending_keys);
   Tensor stored = torch::stable::new_empty(base, {base.size(0), base.size(1)});
-  ask_for_large_pages(stored);
   Tensor square_norms = torch::stable::new_empty(base, {base.size(0)}, statistics_type(base));
   commit(with_adjacent_columns(base), kept, weights, pending_keys, nullptr, stored, nullptr, square_norms);
   return {stored, square_norms};
