@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import dan_fast.functional  # noqa: F401 - registers what torch.compile and opcheck need of the operators
 from dan_fast import _extension
 
 pytestmark = pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")

@@ -161,9 +161,8 @@ def test_each_group_feels_its_own_losses_only():
     gates = [model.memory.alpha, model.memory.alpha_unlabeled, model.memory.beta_logit]
     attention = list(model.network.attention.parameters())
     assert all(g is None for g in torch.autograd.grad(losses["adversary"], gates, retain_graph=True, allow_unused=True))
-    assert all(
-        g is None for g in torch.autograd.grad(losses["embedding"], attention, retain_graph=True, allow_unused=True)
-    )
+    by_attention = torch.autograd.grad(losses["embedding"], attention, retain_graph=True, allow_unused=True)
+    assert all(g is None or not g.any() for g in by_attention)
     beta = torch.autograd.grad(losses["embedding"], model.memory.beta_logit)[0]
     assert beta != 0
 
@@ -276,6 +275,7 @@ def stop_after(trainer: Trainer, iterations: int) -> None:
 
 
 def test_a_run_stopped_by_ctrl_c_resumes_bit_for_bit(images, tmp_path):
+    handler = signal.getsignal(signal.SIGINT)
     # Few checkpoints: the one of the interruption must not change what comes after it.
     whole = config(images, tmp_path / "whole")
     Trainer(whole).fit()
@@ -291,7 +291,7 @@ def test_a_run_stopped_by_ctrl_c_resumes_bit_for_bit(images, tmp_path):
     torch.rand(3)
     last.fit()
     assert_same_state(tmp_path / "whole" / "checkpoint.pt", tmp_path / "parts" / "checkpoint.pt")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def command_line(setup: TrainConfig, *more: str) -> list[str]:
@@ -412,7 +412,7 @@ def test_gradients_that_are_not_finite_do_not_move_the_weights(images, tmp_path)
 
     def poisoned(params, batch, lr, scalars):
         grads = real(params, batch, lr, scalars)
-        next(iter(grads.values()))[0] = float("nan")
+        next(iter(grads.values())).fill_(float("nan"))
         return grads
 
     trainer._gradients = poisoned
