@@ -89,6 +89,23 @@ def test_waiting_writes_equal_writes_settled_at_every_step(monkeypatch, limit, k
             assert_states_close(*entry, rtol=1e-11, atol=1e-11)
 
 
+def test_under_autocast_half_precision_keys_are_taken_to_the_memory():
+    memories = [make(dtype=torch.float32) for _ in range(2)]
+    for keys, labels, unlabeled_keys, ids in batches(3, dtype=torch.bfloat16):
+        half = [keys.requires_grad_(), unlabeled_keys.requires_grad_()]
+        with pytest.raises(TypeError, match="keys must be torch.float32"):
+            memories[0](half[0], labels, half[1], ids)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            step = memories[0](half[0], labels, half[1], ids)
+        wide = [x.detach().float().requires_grad_() for x in half]
+        expected = memories[1](wide[0], labels, wide[1], ids)
+        assert step.loss.dtype == torch.float32 and torch.equal(step.loss, expected.loss)
+        grads = torch.autograd.grad(step.loss, half), torch.autograd.grad(expected.loss, wide)
+        for actual, wanted in zip(*grads, strict=True):
+            assert actual.dtype == torch.bfloat16 and torch.equal(actual, wanted.bfloat16())
+    assert_states_close(memories[0].labeled, memories[1].labeled, rtol=0, atol=0)
+
+
 def test_features_are_overwritten_in_place_when_nobody_counts_on_them():
     memory = make()
     address = memory._labeled.base.data_ptr()
