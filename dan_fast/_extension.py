@@ -28,6 +28,8 @@ _OPERATORS = (
     "slot_softmax",
     "slot_softmax_backward",
     "false_sample_sets",
+    "attention_head",
+    "attention_head_backward",
     "head_pool",
     "head_attend",
     "head_attend_backward",

@@ -5,6 +5,7 @@ import torch
 import torch.utils.checkpoint
 
 from dan_fast import NLCBAMWeights, _extension, functional, reference
+from dan_fast.functional import attention_head_kernels
 
 pytestmark = pytest.mark.skipif(not _extension.loaded(), reason="the compiled extension was not built")
 
@@ -55,9 +56,60 @@ def test_the_kernels_run_and_can_be_turned_off():
         with _extension.disabled():
             torch_form = head(inputs, labels)
     names = [event.name for event in profile.events()]
-    for name in ("head_pool", "head_attend", "head_attend_backward", "head_features_backward"):
+    for name in ("attention_head", "attention_head_backward"):
         assert names.count(f"dan_fast::{name}") == 1
     assert "dan_fast" not in str(torch_form.attended.grad_fn)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", [(0, 5, (2, 2)), (1, 1, (1, 1)), (5, 40, (7, 7)), (35, 200, (3, 5))])
+def test_the_passes_of_a_gpu_are_those_of_the_one_call(size, layout):
+    """What a GPU runs pass by pass, run here on the CPU."""
+    batch, channels, area = size
+    inputs, _ = problem(layout=layout, batch=batch, channels=channels, size=area)
+    inputs, labels = [x.detach() for x in inputs], torch.arange(batch) % 4 - 1
+    one_call = torch.ops.dan_fast.attention_head.default(*inputs, labels)
+    by_passes = attention_head_kernels.passes(*inputs, labels)
+    assert_all_close(one_call, by_passes)
+    saved = (*by_passes[:4], *by_passes[5:])
+    grads = [torch.randn_like(x) for x in by_passes[:5]]
+    for missing in ((), (1,), (1, 2)):
+        arguments = (*inputs, labels, *saved, *(None if i in missing else g for i, g in enumerate(grads)))
+        expected = attention_head_kernels.passes_backward(*arguments)
+        assert_all_close(torch.ops.dan_fast.attention_head_backward.default(*arguments), expected)
+
+
+def assert_all_close(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == b.dtype and a.stride() == b.stride()
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_the_same_bits_whatever_the_number_of_threads():
+    inputs, labels = problem(torch.float32, batch=5, channels=300, size=(7, 7))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            output = head(inputs, labels)
+            results.append([*output, *torch.autograd.grad(mixture(output), inputs)])
+    finally:
+        torch.set_num_threads(before)
+    for found in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found, results[0], strict=True))
+
+
+def test_a_maximum_from_nowhere_is_refused():
+    inputs, labels = problem(batch=2)
+    inputs = [x.detach() for x in inputs]
+    output = torch.ops.dan_fast.attention_head.default(*inputs, labels)
+    saved = [*output[:4], *output[5:]]
+    grads = [torch.ones_like(x) for x in output[:5]]
+    for place, name in ((7, "peak_position"), (10, "peak_channel")):
+        wrong = list(saved)
+        wrong[place] = wrong[place] + 10
+        with pytest.raises(RuntimeError, match=f"{name} must be what attention_head gave"):
+            torch.ops.dan_fast.attention_head_backward.default(*inputs, labels, *wrong, *grads)
 
 
 def test_first_and_second_derivatives():

@@ -36,6 +36,9 @@ struct SpatialGradients {
   void head_weights_backward(const Saved<A>& saved, const SpatialGradients<A>& parts, int64_t batch,                 \
                              int64_t positions, int64_t hidden, const AttendInputGrad<A>& out, int64_t first,        \
                              int64_t last);                                                                          \
+  /* grad = (grad + more) gate (1 - gate), the sigmoid's share of it; `more` may be null. */                          \
+  template <typename A>                                                                                              \
+  void head_logits_backward(const A* gate, const A* more, A* grad, int64_t size);                                    \
   template <typename S, typename A>                                                                                  \
   void head_features_backward(const FeatureMap<S>& grad, const FeaturesGradInput<A>& in, int64_t first, int64_t last); \
   }

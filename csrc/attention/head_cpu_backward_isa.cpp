@@ -10,27 +10,31 @@ namespace {
 template <typename A>
 class ChannelGradients : public ChannelSums<A, 3> {
  public:
-  ChannelGradients(int64_t channels, int64_t positions, const A* const (&weights)[3], const A* attended_grad,
-                   A* channel_attention, A* rows)
-      : ChannelSums<A, 3>(weights), channels_(channels), positions_(positions), attended_grad_(attended_grad),
-        channel_attention_(channel_attention), rows_(rows) {}
+  ChannelGradients(int64_t channels, int64_t positions)
+      : ChannelSums<A, 3>(channels), channels_(channels), positions_(positions) {}
+
+  void begin(const A* const (&weights)[3], const A* attended_grad, A* channel_attention, A* rows) {
+    ChannelSums<A, 3>::begin(weights);
+    attended_grad_ = attended_grad;
+    channel_attention_ = channel_attention;
+    rows_ = rows;
+  }
 
   void end(int64_t channel, int64_t channels) {
     const Vector<A> all = broadcast(static_cast<A>(channels_)), positions = broadcast(static_cast<A>(positions_));
-    for (int64_t c = 0, v = 0; c < channels; c += kWidth<A>, ++v) {
-      const int64_t left = channels - c;
-      const Vector<A> grad = load_up_to<A>(attended_grad_ + channel + c, left);
-      const Vector<A> by_attended = grad * (this->total(0, v) / positions);
-      store_up_to<A>(channel_attention_ + channel + c, by_attended + this->total(1, v) / all, left);
-      store_up_to<A>(rows_ + channel + c, this->total(2, v), left);
+    for (int64_t c = 0; c < channels; c += kWidth<A>) {
+      const int64_t at = channel + c, left = channels - c;
+      const Vector<A> grad = load_up_to<A>(attended_grad_ + at, left);
+      const Vector<A> by_attended = grad * (this->total(0, at) / positions);
+      store_up_to<A>(channel_attention_ + at, by_attended + this->total(1, at) / all, left);
+      store_up_to<A>(rows_ + at, this->total(2, at), left);
     }
   }
 
  private:
   const int64_t channels_, positions_;
-  const A* attended_grad_;
-  A* channel_attention_;
-  A* rows_;
+  const A* attended_grad_ = nullptr;
+  A *channel_attention_ = nullptr, *rows_ = nullptr;
 };
 
 // dX of one sample after the other.
@@ -167,6 +171,7 @@ void head_attend_backward(
   const int64_t channels = features.channels, positions = features.positions, hidden = in.weights.hidden;
   Scratch<A> tile(kTileChannels<A> * kTilePositions), weights(channels), spatial_grad(positions);
   SpatialAttention<A> attention(in.weights, positions);
+  ChannelGradients<A> sums(channels, positions);
   for (int64_t b = first; b < last; ++b) {
     const Sample<S> x(features, b);
     const int64_t row = b * channels, map = b * positions;
@@ -187,10 +192,8 @@ void head_attend_backward(
     }
     attention.backward(g, saved.peak_map + map, spatial, spatial_grad.numbers, mean_map, peak_map,
                        parts.gates + 3 * map, parts.hidden + 6 * b * hidden);
-    ChannelGradients<A> sums(
-        channels, positions, {spatial, mean_map, adversary_map}, attended_grad, out.channel_attention + row,
-        out.rows + row);
-    for_channels<A>(x, tile.numbers, sums);
+    sums.begin({spatial, mean_map, adversary_map}, attended_grad, out.channel_attention + row, out.rows + row);
+    for_channels<A>(x, false, tile.numbers, sums);
     // 0 X is not 0 for every X.
     if (!labelled) std::fill_n(out.rows + row, channels, A(0));
     for (int64_t p = 0; p < positions; ++p) {
@@ -228,6 +231,12 @@ void head_weights_backward(
   }
 }
 
+template <typename A>
+void head_logits_backward(const A* gate, const A* more, A* grad, int64_t size) {
+  for (int64_t i = 0; more != nullptr && i < size; ++i) grad[i] += more[i];
+  for (int64_t i = 0; i < size; ++i) grad[i] *= sigmoid_backward(gate[i]);
+}
+
 template <typename S, typename A>
 void head_features_backward(const FeatureMap<S>& grad, const FeaturesGradInput<A>& in, int64_t first, int64_t last) {
   FeaturesGrad<S, A> features(grad, in);
@@ -243,6 +252,8 @@ DAN_FAST_INSTANTIATE(double, double)
 DAN_FAST_INSTANTIATE(float, float)
 DAN_FAST_INSTANTIATE(BFloat16, float)
 DAN_FAST_INSTANTIATE(Float16, float)
+template void head_logits_backward<double>(const double*, const double*, double*, int64_t);
+template void head_logits_backward<float>(const float*, const float*, float*, int64_t);
 template void head_weights_backward<double>(
     const Saved<double>&, const SpatialGradients<double>&, int64_t, int64_t, int64_t, const AttendInputGrad<double>&,
     int64_t, int64_t);

@@ -89,6 +89,7 @@ class PositionSums : PositionMaps<A> {
       const int64_t chain_end = std::min(x.channels, begin + kChain);
       for (int64_t channel = begin; channel < chain_end; ++channel) {
         const S* from = x.at(channel, 0);
+        prefetch_ahead(from + offsets[0], V * kWidth<A> * static_cast<int64_t>(sizeof(S)));
         const Vector<A> weight = broadcast(weights[channel]);
         const Vector<A> row = kPeak ? broadcast(rows[channel]) : weight;
         const Indices<A> index = broadcast_index<A>(channel);
@@ -130,6 +131,7 @@ class PositionSums : PositionMaps<A> {
           const Indices<A> index = broadcast_index<A>(at) + first_lanes;
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r) {
+            prefetch_ahead(x.at(at, position + r), kWidth<A> * static_cast<int64_t>(sizeof(S)));
             state.add(r * kParts + part, load_as<A>(x.at(at, position + r)), weight, row, index);
           }
         }

@@ -5,80 +5,83 @@
 namespace dan_fast::DAN_FAST_ISA {
 namespace {
 
-// Mean and first maximum of every channel of a sample.
+// Mean and first maximum of every channel of one sample after the other.
 template <typename A>
 class ChannelPool {
  public:
-  ChannelPool(int64_t positions, A* mean, A* peak, int32_t* peak_position)
-      : positions_(positions), mean_(mean), peak_(peak), peak_position_(peak_position) {}
+  ChannelPool(int64_t channels, int64_t positions)
+      : size_(round_up(channels, kTileChannels<A>)), positions_(positions), totals_(size_), best_(size_), lead_(size_) {}
 
-  void begin() {
-    std::fill_n(totals_, kVectors, Vector<A>{});
-    std::fill_n(best_, kVectors, broadcast(-std::numeric_limits<A>::infinity()));
-    std::fill_n(lead_, kVectors, Indices<A>{});
+  void begin(A* mean, A* peak, int32_t* peak_position) {
+    mean_ = mean;
+    peak_ = peak;
+    peak_position_ = peak_position;
+    std::fill_n(totals_.numbers, size_, A(0));
+    std::fill_n(best_.numbers, size_, -std::numeric_limits<A>::infinity());
+    std::fill_n(lead_.numbers, size_, IndexOf<A>(0));
   }
 
   template <typename T>
-  void add(const T* tile, int64_t stride, int64_t position, int64_t positions) {
-    Vector<A> sums[kVectors] = {}, best[kVectors];
-    Indices<A> lead[kVectors];
-    std::copy_n(best_, kVectors, best);
-    std::copy_n(lead_, kVectors, lead);
-    for (int64_t p = 0; p < positions; ++p, tile += stride) {
-      const Indices<A> index = broadcast_index<A>(position + p);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        const Vector<A> x = load_as<A>(tile + v * kWidth<A>);
-        sums[v] = sums[v] + x;
-        const Indices<A> leads = lanes_that_lead<A>(x, best[v]);
-        best[v] = leads ? x : best[v];
-        lead[v] = leads ? index : lead[v];
+  void add(const T* tile, int64_t stride, int64_t channel, int64_t position, int64_t positions) {
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = channel + v * kWidth<A>;
+      Vector<A> sum = {}, best = load(best_.numbers + at);
+      Indices<A> lead = load(lead_.numbers + at);
+      const T* from = tile + v * kWidth<A>;
+      for (int64_t p = 0; p < positions; ++p, from += stride) {
+        const Vector<A> x = load_as<A>(from);
+        sum = sum + x;
+        const Indices<A> leads = lanes_that_lead<A>(x, best);
+        best = leads ? x : best;
+        lead = leads ? broadcast_index<A>(position + p) : lead;
       }
+      store(totals_.numbers + at, load(totals_.numbers + at) + sum);
+      store(best_.numbers + at, best);
+      store(lead_.numbers + at, lead);
     }
-    for (int v = 0; v < kVectors; ++v) totals_[v] = totals_[v] + sums[v];
-    std::copy_n(best, kVectors, best_);
-    std::copy_n(lead, kVectors, lead_);
   }
 
   void end(int64_t channel, int64_t channels) {
     const Vector<A> positions = broadcast(static_cast<A>(positions_));
-    for (int64_t c = 0, v = 0; c < channels; c += kWidth<A>, ++v) {
-      store_up_to<A>(mean_ + channel + c, totals_[v] / positions, channels - c);
-      store_up_to<A>(peak_ + channel + c, best_[v], channels - c);
-      const int64_t count = std::min(kWidth<A>, channels - c);
-      for (int64_t i = 0; i < count; ++i) peak_position_[channel + c + i] = static_cast<int32_t>(lead_[v][i]);
+    for (int64_t c = 0; c < channels; c += kWidth<A>) {
+      store_up_to<A>(mean_ + channel + c, load(totals_.numbers + channel + c) / positions, channels - c);
     }
+    std::copy_n(best_.numbers + channel, channels, peak_ + channel);
+    for (int64_t c = channel; c < channel + channels; ++c) peak_position_[c] = static_cast<int32_t>(lead_.numbers[c]);
   }
 
  private:
-  const int64_t positions_;
-  A* mean_;
-  A* peak_;
-  int32_t* peak_position_;
-  Vector<A> totals_[kVectors], best_[kVectors];
-  Indices<A> lead_[kVectors];
+  const int64_t size_, positions_;
+  A *mean_ = nullptr, *peak_ = nullptr;
+  int32_t* peak_position_ = nullptr;
+  Scratch<A> totals_, best_;  // (C,)
+  Scratch<IndexOf<A>> lead_;  // (C,)
 };
 
 // A_C,c * mean over p of X_cp A_S,p.
 template <typename A>
 class AttendedSums : public ChannelSums<A, 1> {
  public:
-  AttendedSums(int64_t positions, const A* spatial_attention, const A* channel_attention, A* attended)
-      : ChannelSums<A, 1>({spatial_attention}), positions_(positions), channel_attention_(channel_attention),
-        attended_(attended) {}
+  AttendedSums(int64_t channels, int64_t positions) : ChannelSums<A, 1>(channels), positions_(positions) {}
+
+  void begin(const A* spatial_attention, const A* channel_attention, A* attended) {
+    ChannelSums<A, 1>::begin({spatial_attention});
+    channel_attention_ = channel_attention;
+    attended_ = attended;
+  }
 
   void end(int64_t channel, int64_t channels) {
     const Vector<A> positions = broadcast(static_cast<A>(positions_));
-    for (int64_t c = 0, v = 0; c < channels; c += kWidth<A>, ++v) {
+    for (int64_t c = 0; c < channels; c += kWidth<A>) {
       const Vector<A> attention = load_up_to<A>(channel_attention_ + channel + c, channels - c);
-      store_up_to<A>(attended_ + channel + c, attention * (this->total(0, v) / positions), channels - c);
+      store_up_to<A>(attended_ + channel + c, attention * (this->total(0, channel + c) / positions), channels - c);
     }
   }
 
  private:
   const int64_t positions_;
-  const A* channel_attention_;
-  A* attended_;
+  const A* channel_attention_ = nullptr;
+  A* attended_ = nullptr;
 };
 
 }  // namespace
@@ -86,11 +89,12 @@ class AttendedSums : public ChannelSums<A, 1> {
 template <typename S, typename A>
 void head_pool(const FeatureMap<const S>& features, const Pooled<A>& out, int64_t first, int64_t last) {
   Scratch<A> tile(kTileChannels<A> * kTilePositions);
+  ChannelPool<A> pool(features.channels, features.positions);
   for (int64_t b = first; b < last; ++b) {
     const Sample<S> x(features, b);
     const int64_t at = b * x.channels;
-    ChannelPool<A> pool(x.positions, out.mean + at, out.peak + at, out.peak_position + at);
-    for_channels<A>(x, tile.numbers, pool);
+    pool.begin(out.mean + at, out.peak + at, out.peak_position + at);
+    for_channels<A>(x, true, tile.numbers, pool);
   }
 }
 
@@ -100,6 +104,7 @@ void head_attend(
     int64_t last) {
   Scratch<A> tile(kTileChannels<A> * kTilePositions);
   SpatialAttention<A> attention(in.weights, features.positions);
+  AttendedSums<A> sums(features.channels, features.positions);
   for (int64_t b = first; b < last; ++b) {
     const Sample<S> x(features, b);
     const A* channel_attention = in.channel_attention + b * x.channels;
@@ -115,8 +120,8 @@ void head_attend(
       loss += adversary_term(g[p] * spatial[p], adversary_map[p]);
     }
     out.loss[b] = loss;
-    AttendedSums<A> sums(x.positions, spatial, channel_attention, out.attended + b * x.channels);
-    for_channels<A>(x, tile.numbers, sums);
+    sums.begin(spatial, channel_attention, out.attended + b * x.channels);
+    for_channels<A>(x, false, tile.numbers, sums);
   }
 }
 

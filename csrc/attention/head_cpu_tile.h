@@ -29,6 +29,18 @@ template <typename A>
 constexpr int64_t kTileChannels = kVectors * kWidth<A>;
 constexpr int64_t kTilePositions = 64;
 
+// Positions added up one after the other before they join a total.
+constexpr int64_t kRun = 8;
+
+// How far ahead of the element at hand memory is asked for. Compilers and CPUs foresee little of a walk over rows of a
+// few kilobytes, several at a time, and a pass with much to do for each line keeps too few requests in flight by itself.
+constexpr int64_t kAheadBytes = 1 << 16;
+
+inline void prefetch_ahead(const void* from, int64_t bytes) {
+  const char* line = static_cast<const char*>(from) + kAheadBytes;
+  for (const char* end = line + bytes; line < end; line += 64) __builtin_prefetch(line, 0, 2);
+}
+
 template <typename A>
 using IndexOf = std::conditional_t<std::is_same_v<A, double>, int64_t, int32_t>;
 template <typename A>
@@ -136,9 +148,10 @@ inline void turn(const double* const* rows, int64_t size, double* to, int64_t st
   }
 }
 
-// A tile with the channels adjacent, kTileChannels apart; channels that the sample lacks hold anything finite or not.
+// A tile with the channels adjacent, kTileChannels apart; what comes after it is asked for where `ahead`; channels that the sample lacks hold anything finite or not.
 template <typename A, typename S>
-void copy_tile(const Sample<S>& x, int64_t channel, int64_t channels, int64_t position, int64_t positions, A* tile) {
+void copy_tile(const Sample<S>& x, int64_t channel, int64_t channels, int64_t position, int64_t positions, bool ahead,
+               A* tile) {
   if (x.channels_adjacent()) {
     for (int64_t p = 0; p < positions; ++p) {
       const S* from = x.at(channel, position + p);
@@ -150,6 +163,9 @@ void copy_tile(const Sample<S>& x, int64_t channel, int64_t channels, int64_t po
   }
   A wide[std::is_same_v<S, A> ? 1 : 4][kTilePositions];
   for (int64_t c = 0; c < channels; c += 4) {
+    for (int64_t r = 0; ahead && r < 4; ++r) {
+      prefetch_ahead(x.at(channel + c, position) + r * x.channel_stride, positions * static_cast<int64_t>(sizeof(S)));
+    }
     const A* rows[4];
     for (int64_t r = 0; r < 4; ++r) {
       const S* from = x.at(channel + std::min(c + r, channels - 1), position);
@@ -164,23 +180,34 @@ void copy_tile(const Sample<S>& x, int64_t channel, int64_t channels, int64_t po
   }
 }
 
-// Calls for each tile's worth of channels reduction.begin(), reduction.add(tile, stride, position, positions) in the
-// order of the positions, and reduction.end(channel, channels).
+// Calls for each tile's worth of channels reduction.add(tile, stride, channel, position, positions), kRun positions at
+// a time and in their order, and at last reduction.end(channel, channels). `first`: nobody has read the sample just now.
 template <typename A, typename S, typename Reduction>
-void for_channels(const Sample<S>& x, A* tile, Reduction& reduction) {
-  for (int64_t channel = 0; channel < x.channels; channel += kTileChannels<A>) {
+void for_channels(const Sample<S>& x, bool first, A* tile, Reduction& reduction) {
+  const int64_t whole = x.channels_adjacent() ? x.channels / kTileChannels<A> * kTileChannels<A> : 0;
+  // As the rows lie.
+  for (int64_t position = 0; whole > 0 && position < x.positions; position += kRun) {
+    const int64_t positions = std::min(kRun, x.positions - position);
+    for (int64_t channel = 0; channel < whole; channel += kTileChannels<A>) {
+      for (int64_t p = 0; first && p < positions; ++p) {
+        prefetch_ahead(x.at(channel, position + p), kTileChannels<A> * static_cast<int64_t>(sizeof(S)));
+      }
+      reduction.add(x.at(channel, position), x.position_stride, channel, position, positions);
+    }
+  }
+  for (int64_t channel = whole; channel < x.channels; channel += kTileChannels<A>) {
     const int64_t channels = std::min(kTileChannels<A>, x.channels - channel);
-    reduction.begin();
     for (int64_t position = 0; position < x.positions; position += kTilePositions) {
       const int64_t positions = std::min(kTilePositions, x.positions - position);
-      if (x.channels_adjacent() && channels == kTileChannels<A>) {
-        reduction.add(x.at(channel, position), x.position_stride, position, positions);
-      } else {
-        copy_tile(x, channel, channels, position, positions, tile);
-        reduction.add(static_cast<const A*>(tile), kTileChannels<A>, position, positions);
+      copy_tile(x, channel, channels, position, positions, first, tile);
+      for (int64_t p = 0; p < positions; p += kRun) {
+        const A* from = tile + p * kTileChannels<A>;
+        reduction.add(from, kTileChannels<A>, channel, position + p, std::min(kRun, positions - p));
       }
     }
-    reduction.end(channel, channels);
+  }
+  for (int64_t channel = 0; channel < x.channels; channel += kTileChannels<A>) {
+    reduction.end(channel, std::min(kTileChannels<A>, x.channels - channel));
   }
 }
 
@@ -188,13 +215,16 @@ void for_channels(const Sample<S>& x, A* tile, Reduction& reduction) {
 template <typename A, int K>
 class ChannelSums {
  public:
-  // weights[k] (P,)
-  explicit ChannelSums(const A* const (&weights)[K]) { std::copy_n(weights, K, weights_); }
+  explicit ChannelSums(int64_t channels) : size_(round_up(channels, kTileChannels<A>)), totals_(K * size_) {}
 
-  void begin() { std::fill_n(&totals_[0][0], K * kVectors, Vector<A>{}); }
+  // weights[k] (P,)
+  void begin(const A* const (&weights)[K]) {
+    std::copy_n(weights, K, weights_);
+    std::fill_n(totals_.numbers, K * size_, A(0));
+  }
 
   template <typename T>
-  void add(const T* tile, int64_t stride, int64_t position, int64_t positions) {
+  void add(const T* tile, int64_t stride, int64_t channel, int64_t position, int64_t positions) {
     Vector<A> sums[K][kVectors] = {};
     for (int64_t p = 0; p < positions; ++p, tile += stride) {
       Vector<A> weights[K];
@@ -208,16 +238,20 @@ class ChannelSums {
       }
     }
     for (int k = 0; k < K; ++k) {
-      for (int v = 0; v < kVectors; ++v) totals_[k][v] += sums[k][v];
+      for (int v = 0; v < kVectors; ++v) {
+        A* to = totals_.numbers + k * size_ + channel + v * kWidth<A>;
+        store(to, load(to) + sums[k][v]);
+      }
     }
   }
 
  protected:
-  Vector<A> total(int k, int64_t vector) const { return totals_[k][vector]; }
+  Vector<A> total(int k, int64_t channel) const { return load(totals_.numbers + k * size_ + channel); }
 
  private:
+  const int64_t size_;
   const A* weights_[K];
-  Vector<A> totals_[K][kVectors];
+  Scratch<A> totals_;  // (K, C)
 };
 
 }  // namespace

@@ -37,10 +37,11 @@ inline void widen(const S* from, int64_t count, A* to) {
   std::memcpy(to + c, &rest, static_cast<size_t>(count - c) * sizeof(A));
 }
 
-// out[r][c] (+)= sum_k rows[r][k] panel[k][c] for R rows and V vectors of columns. Every sum is one chain in the order
+// out[r][c] (+)= sum_k rows[r][k * step] panel[k][c] for R rows and V vectors of columns. Every sum is one chain in the order
 // of k, whatever R, V and its place: equal rows have equal bits. R x V sums should leave room for a line and a factor.
 template <int R, int V, typename A>
-inline void multiply(const A* const* rows, int64_t count, const A* panel, bool add, A* out, int64_t out_stride) {
+inline void multiply(const A* const* rows, int64_t count, const A* panel, bool add, A* out, int64_t out_stride,
+                     int64_t step = 1) {
   Vector<A> sums[R][V] = {};
   const A* row[R];
 #pragma GCC unroll 8
@@ -51,7 +52,7 @@ inline void multiply(const A* const* rows, int64_t count, const A* panel, bool a
     for (int v = 0; v < V; ++v) line[v] = load(panel + v * kWidth<A>);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Vector<A> factor = broadcast(row[r][k]);
+      const Vector<A> factor = broadcast(row[r][k * step]);
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) sums[r][v] = multiply_add(factor, line[v], sums[r][v]);
     }

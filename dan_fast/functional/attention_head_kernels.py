@@ -1,7 +1,8 @@
 """The attention head over kernels that read the map as it lies: `torch.ops.dan_fast.attention_head`.
 
 X is read twice forward (pooling; then, a sample at a time, all that A_C is needed for), once backward, and dX is
-written once. Between the passes lie the small matrix products of Eq. (2), which are PyTorch's.
+written once. Between the passes lie the small matrix products of Eq. (2). On the CPU all of that is one call in C++; on
+a GPU the passes are kernels and the products PyTorch's.
 """
 
 import torch
@@ -22,11 +23,12 @@ def serves(features: Tensor) -> bool:
 
 def head(features: Tensor, weights: NLCBAMWeights, cam_weight: Tensor, labels: Tensor) -> AttentionHeadOutput:
     """`attention_torch.head` by kernels, of a map (B, C, H, W) in any dtype and the rest in that of statistics."""
-    return AttentionHeadOutput(*_forward(features, *weights, cam_weight, labels)[:_RESULTS])
+    # The operator's results go on with what its backward wants of the passes.
+    results = torch.ops.dan_fast.attention_head.default(features, *weights, cam_weight, labels)[:_RESULTS]
+    return AttentionHeadOutput(*results)
 
 
-@torch.library.custom_op("dan_fast::attention_head", mutates_args=())
-def _forward(
+def passes(
     features: Tensor,
     wc1: Tensor,
     wc2: Tensor,
@@ -36,8 +38,8 @@ def _forward(
     ws4: Tensor,
     cam_weight: Tensor,
     labels: Tensor,
-) -> list[Tensor]:
-    """The five results, then what the backward wants of the passes."""
+) -> tuple[Tensor, ...]:
+    """The operator made of one kernel for each pass, as a GPU runs it."""
     mean, peak, peak_position = torch.ops.dan_fast.head_pool(features)
     of_mean, of_peak = F.linear(mean, wc1), F.linear(peak, wc1)
     # The second layer is linear: one product serves both.
@@ -46,23 +48,10 @@ def _forward(
     attended, spatial_attention, loss, *maps = torch.ops.dan_fast.head_attend(
         features, channel_attention, rows, labels, ws1, ws3, ws2, ws4
     )
-    return [
-        attended,
-        mean,
-        channel_attention,
-        spatial_attention,
-        loss,
-        of_mean,
-        of_peak,
-        peak,
-        peak_position,
-        rows,
-        *maps,
-    ]
+    return attended, mean, channel_attention, spatial_attention, loss, of_mean, of_peak, peak, peak_position, *maps
 
 
-@_forward.register_fake
-def _(
+def passes_backward(
     features: Tensor,
     wc1: Tensor,
     wc2: Tensor,
@@ -72,92 +61,136 @@ def _(
     ws4: Tensor,
     cam_weight: Tensor,
     labels: Tensor,
-) -> list[Tensor]:
-    batch, channels, height, width = features.shape
-    of_channels, of_map = wc1.new_empty(batch, channels), wc1.new_empty(batch, height * width)
-    where = [x.new_empty(x.shape, dtype=torch.int32) for x in (of_channels, of_map)]
-    like = torch.empty_like
-    results = [of_channels, like(of_channels), like(of_channels), of_map, wc1.new_empty(batch)]
-    of_pooled = [wc1.new_empty(batch, wc1.shape[0]) for _ in range(2)]
-    maps = [like(of_map), like(of_map), where[1], like(of_map)]
-    return [*results, *of_pooled, like(of_channels), where[0], like(of_channels), *maps]
-
-
-@torch.library.custom_op("dan_fast::attention_head_backward", mutates_args=())
-def _backward_op(
-    features: Tensor,
-    weights: list[Tensor],
-    cam_weight: Tensor,
-    labels: Tensor,
-    output: list[Tensor],
-    grads: list[Tensor],
-) -> list[Tensor]:
-    """Gradients of the map, the six weights and the CAM weight, from those of the five results."""
-    wc1, wc2, *spatial = weights
-    attended, mean, channel_attention, spatial_attention, _, of_mean, of_peak, peak, peak_position, rows, *maps = output
-    peak_channel = maps[2]
-    grad_attended, grad_pooled, grad_channel_attention, grad_spatial_attention, grad_loss = grads
+    attended: Tensor,
+    mean: Tensor,
+    channel_attention: Tensor,
+    spatial_attention: Tensor,
+    of_mean: Tensor,
+    of_peak: Tensor,
+    peak: Tensor,
+    peak_position: Tensor,
+    mean_map: Tensor,
+    peak_map: Tensor,
+    peak_channel: Tensor,
+    adversary_map: Tensor,
+    grad_attended: Tensor,
+    grad_pooled: Tensor | None,
+    grad_channel_attention: Tensor | None,
+    grad_spatial_attention: Tensor,
+    grad_loss: Tensor,
+) -> tuple[Tensor, ...]:
+    """Gradients of the map, the six weights and the CAM weight, as a GPU computes them."""
+    rows = attention_torch.label_rows(cam_weight, labels)
     by_logit, by_rows, by_mean_map, by_peak_map, by_adversary_map, *by_spatial = (
         torch.ops.dan_fast.head_attend_backward(
-            features, channel_attention, rows, labels, *spatial, attended, spatial_attention, *maps,
-            grad_attended, grad_spatial_attention, grad_loss,
+            features, channel_attention, rows, labels, ws1, ws3, ws2, ws4, attended, spatial_attention, mean_map,
+            peak_map, peak_channel, adversary_map, grad_attended, grad_spatial_attention, grad_loss,
         )
     )  # fmt: skip
-    by_logit = torch.ops.aten.sigmoid_backward(by_logit.add_(grad_channel_attention), channel_attention)
+    if grad_channel_attention is not None:
+        by_logit.add_(grad_channel_attention)
+    by_logit = torch.ops.aten.sigmoid_backward(by_logit, channel_attention)
     by_hidden = by_logit @ wc2
     by_wc2 = by_logit.mT @ (F.relu(of_mean) + F.relu(of_peak))
     by_of_mean, by_of_peak = by_hidden * (of_mean > 0), by_hidden * (of_peak > 0)
     by_wc1 = torch.addmm(by_of_mean.mT @ mean, by_of_peak.mT, peak)
+    by_mean = by_of_mean @ wc1 if grad_pooled is None else torch.addmm(grad_pooled, by_of_mean, wc1)
     by_features = torch.ops.dan_fast.head_features_backward(
         features, channel_attention, rows, spatial_attention, peak_channel, peak_position, grad_attended, by_mean_map,
-        by_peak_map, by_adversary_map, torch.addmm(grad_pooled, by_of_mean, wc1), by_of_peak @ wc1,
+        by_peak_map, by_adversary_map, by_mean, by_of_peak @ wc1,
     )  # fmt: skip
     # Sorted by class where it is a GPU's: the order of the additions does not change from run to run. The row of a
     # label -1 has gradient 0.
     classes = labels.clamp(0, cam_weight.shape[0] - 1)
     by_cam = torch.zeros_like(cam_weight).index_put_((classes,), by_rows, accumulate=True)
-    return [by_features, by_wc1, by_wc2, *by_spatial, by_cam]
+    return by_features, by_wc1, by_wc2, *by_spatial, by_cam
 
 
-@_backward_op.register_fake
-def _(
+def _fake(
     features: Tensor,
-    weights: list[Tensor],
+    wc1: Tensor,
+    wc2: Tensor,
+    ws1: Tensor,
+    ws3: Tensor,
+    ws2: Tensor,
+    ws4: Tensor,
     cam_weight: Tensor,
     labels: Tensor,
-    output: list[Tensor],
-    grads: list[Tensor],
-) -> list[Tensor]:
-    return [torch.empty_like(features), *(torch.empty_like(x) for x in (*weights, cam_weight))]
+) -> tuple[Tensor, ...]:
+    batch, channels, height, width = features.shape
+
+    def empty(size: int | torch.SymInt, dtype: torch.dtype = wc1.dtype) -> Tensor:
+        return wc1.new_empty(batch, size, dtype=dtype)
+
+    positions, units = height * width, wc1.shape[0]
+    results = empty(channels), empty(channels), empty(channels), empty(positions), wc1.new_empty(batch)
+    pooled = empty(units), empty(units), empty(channels), empty(channels, torch.int32)
+    return *results, *pooled, empty(positions), empty(positions), empty(positions, torch.int32), empty(positions)
 
 
-def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: list[Tensor]) -> None:
+def _fake_backward(features: Tensor, *arguments: Tensor | None) -> tuple[Tensor, ...]:
+    of_weights = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in arguments[: _WEIGHTS + 1])
+    return torch.empty_like(features), *of_weights
+
+
+def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    # Nobody asks for the gradients of what only the backward reads.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, *output)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
+def _backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at every asking
     inputs, output = saved[: _WEIGHTS + 3], saved[_WEIGHTS + 3 :]
-    features, *weights, cam_weight, labels = inputs
     if torch.is_grad_enabled():
-        # For whoever differentiates the gradients: a kernel would cut the second derivative off.
-        x = features.flatten(2).to(wide := weights[0].dtype)
-        results = attention_torch.head(x, NLCBAMWeights(*weights), cam_weight, labels)
-        wanted = [i for i in range(_WEIGHTS + 2) if ctx.needs_input_grad[i]]
-        # What depends on none of the wanted has no gradient to give.
-        live = [(y, g.to(wide)) for y, g in zip(results, grads, strict=False) if y.requires_grad]
-        found = torch.autograd.grad(
-            [y for y, _ in live],
-            [inputs[i] for i in wanted],
-            [g for _, g in live],
-            create_graph=True,
-            allow_unused=True,
-        )
-        by_input: list[Tensor | None] = [None] * len(inputs)
-        for i, gradient in zip(wanted, found, strict=True):
-            by_input[i] = gradient
+        return _differentiable_backward(ctx, inputs, grads[:_RESULTS])
+    attended, pooled, channel_attention, spatial_attention, loss = grads[:_RESULTS]
+
+    def or_zeros(grad: Tensor | None, of: Tensor) -> Tensor:
+        return torch.zeros_like(of) if grad is None else grad
+
+    results = AttentionHeadOutput(*output[:_RESULTS])
+    gradients = torch.ops.dan_fast.attention_head_backward.default(
+        *inputs,
+        *results[:-1],
+        *output[_RESULTS:],
+        or_zeros(attended, results.attended),
+        pooled,
+        channel_attention,
+        or_zeros(spatial_attention, results.spatial_attention),
+        or_zeros(loss, results.adversary_loss),
+    )
+    return *gradients, None
+
+
+def _differentiable_backward(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """For whoever differentiates the gradients: a kernel would cut the second derivative off."""
+    features, *weights, cam_weight, labels = inputs
+    x = features.flatten(2).to(wide := weights[0].dtype)
+    results = attention_torch.head(x, NLCBAMWeights(*weights), cam_weight, labels)
+    wanted = [i for i in range(_WEIGHTS + 2) if ctx.needs_input_grad[i]]
+    # What depends on none of the wanted has no gradient to give.
+    live = [(y, g.to(wide)) for y, g in zip(results, grads, strict=True) if g is not None and y.requires_grad]
+    by_input: list[Tensor | None] = [None] * len(inputs)
+    if not live:
         return tuple(by_input)
-    return *_backward_op(features, weights, cam_weight, labels, list(output), list(grads[:_RESULTS])), None
+    found = torch.autograd.grad(
+        [y for y, _ in live],
+        [inputs[i] for i in wanted],
+        [g for _, g in live],
+        create_graph=True,
+        allow_unused=True,
+    )
+    for i, gradient in zip(wanted, found, strict=True):
+        by_input[i] = gradient
+    return tuple(by_input)
 
 
-_forward.register_autograd(_backward, setup_context=_keep)
+if _extension.loaded():
+    torch.library.register_kernel("dan_fast::attention_head", "cuda", passes)
+    torch.library.register_kernel("dan_fast::attention_head_backward", "cuda", passes_backward)
+    torch.library.register_fake("dan_fast::attention_head")(_fake)
+    torch.library.register_fake("dan_fast::attention_head_backward")(_fake_backward)
+    torch.library.register_autograd("dan_fast::attention_head", _backward, setup_context=_keep)

@@ -1,0 +1,228 @@
+// The whole attention head on the CPU, Eqs. (2)-(4): the passes of head.h and between them the bottleneck of channel
+// attention, A_C = sigmoid(wc2 (relu(wc1 mean) + relu(wc1 peak))), whose second layer is linear and so serves both.
+//
+// `parallel(size, grain, body)` is the caller's: it calls body(first, last) for ranges that make up [0, size), in any
+// number of threads. No result depends on how many.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+#include <memory>
+
+#include "head_cpu.h"
+#include "head_rules.h"
+#include "product.h"
+
+namespace dan_fast {
+
+template <typename S, typename A>
+struct HeadInput {
+  FeatureMap<const S> features;
+  int64_t units;        // of the bottleneck
+  const A* wc1;         // (units, C)
+  const A* wc2;         // (C, units)
+  int64_t classes;
+  const A* cam_weight;  // (classes, C)
+  const int64_t* labels;  // (B,) -1: unknown
+  SpatialWeights<A> spatial;
+};
+
+template <typename A>
+struct HeadOutput {
+  Pooled<A> pooled;
+  A* of_mean;            // (B, units) wc1 mean
+  A* of_peak;            // (B, units) wc1 peak
+  A* channel_attention;  // (B, C)
+  Attended<A> attended;
+};
+
+template <typename A>
+struct HeadSaved {
+  const A* mean;
+  const A* peak;
+  const int32_t* peak_position;
+  const A* of_mean;
+  const A* of_peak;
+  const A* channel_attention;
+  Saved<A> attended;
+};
+
+template <typename A>
+struct HeadGrad {
+  AttendedGrad<A> attended;
+  const A* pooled;             // (B, C) or null: zero
+  const A* channel_attention;  // (B, C) or null: zero
+};
+
+template <typename S, typename A>
+struct HeadInputGrad {
+  FeatureMap<S> features;
+  A* wc1;
+  A* wc2;
+  A* ws1;
+  A* ws3;
+  A* ws2;
+  A* ws4;
+  A* cam_weight;
+};
+
+template <typename S, typename A, typename Parallel>
+class HeadCpu {
+ public:
+  HeadCpu(const HeadInput<S, A>& in, const Parallel& parallel)
+      : in_(in), batch_(in.features.batch), channels_(in.features.channels), positions_(in.features.positions),
+        parallel_(parallel) {}
+
+  void forward(const HeadOutput<A>& out) const {
+    // What the first read of some samples leaves in the cache that the cores share, the second finds there.
+    constexpr int64_t kBytes = 13 << 20, kFewest = 16;
+    const int64_t sample = channels_ * positions_ * static_cast<int64_t>(sizeof(S));
+    const int64_t together = std::min(batch_, std::max(kFewest, kBytes / sample));
+    const std::unique_ptr<A[]> units(new A[together * in_.units]), rows(new A[batch_ * channels_]);
+    for (int64_t first = 0; first < batch_; first += together) {
+      forward(out, first, std::min(batch_, first + together), units.get(), rows.get());
+    }
+  }
+
+  void backward(const HeadSaved<A>& saved, const HeadGrad<A>& grad, const HeadInputGrad<S, A>& out) const {
+    const int64_t by_channel = batch_ * channels_, by_position = batch_ * positions_, by_unit = batch_ * in_.units;
+    const std::unique_ptr<A[]> wide(new A[3 * by_channel]), maps(new A[3 * by_position]), units(new A[3 * by_unit]);
+    // Each of two has a second life: of the rows' gradients when they have been added up, of the logits' when both
+    // products have read them.
+    A *rows = wide.get(), *by_rows = rows + by_channel, *by_logits = by_rows + by_channel;
+    A *by_mean = by_rows, *by_peak = by_logits;
+    const AttendInputGrad<A> by_input = {by_logits, by_rows, maps.get(), maps.get() + by_position,
+                                         maps.get() + 2 * by_position, out.ws1, out.ws3, out.ws2, out.ws4};
+    attend_backward(saved, grad, rows, by_input);
+    add_up_rows(by_rows, out.cam_weight);
+    bottleneck_backward(saved, grad, by_logits, units.get(), by_mean, by_peak, out);
+    const FeaturesGradInput<A> by_features = {
+        saved.channel_attention, rows, saved.attended.spatial_attention, saved.attended.peak_channel,
+        saved.peak_position, grad.attended.attended, by_input.mean_map, by_input.peak_map, by_input.adversary_map,
+        by_mean, by_peak};
+    const auto kernel = DAN_FAST_KERNEL(head_features_backward<S, A>);
+    parallel_(batch_, sample_grain(), [&](int64_t from, int64_t to) { kernel(out.features, by_features, from, to); });
+  }
+
+ private:
+  // Less than this many multiplications, or elements of the map, are not worth waking a thread for.
+  static constexpr int64_t kTask = 1 << 16;
+
+  int64_t sample_grain() const { return grain(channels_ * positions_); }
+  static int64_t grain(int64_t size) { return std::max<int64_t>(1, kTask / std::max<int64_t>(1, size)); }
+
+  void forward(const HeadOutput<A>& out, int64_t first, int64_t last, A* units, A* rows) const {
+    const int64_t samples = last - first, at = first * channels_;
+    const auto pool = DAN_FAST_KERNEL(head_pool<S, A>);
+    parallel_(samples, sample_grain(), [&](int64_t from, int64_t to) {
+      pool(in_.features, out.pooled, first + from, first + to);
+    });
+    A *of_mean = out.of_mean + first * in_.units, *of_peak = out.of_peak + first * in_.units;
+    const auto reduced = [&](const A* pooled, A* reduced) {
+      return Product<A>{samples, in_.units, channels_, pooled + at, channels_, 1, in_.wc1, 1, channels_,
+                        nullptr, reduced,   in_.units, false};
+    };
+    multiply({reduced(out.pooled.mean, of_mean), reduced(out.pooled.peak, of_peak)});
+    relu_sum(of_mean, of_peak, samples * in_.units, units);
+    A* channel_attention = out.channel_attention + at;
+    multiply({Product<A>{samples, channels_, in_.units, units, in_.units, 1, in_.wc2, 1, in_.units, nullptr,
+                         channel_attention, channels_, true}});
+    const AttendInput<A> in = {out.channel_attention, rows, in_.labels, in_.spatial};
+    const auto attend = DAN_FAST_KERNEL(head_attend<S, A>);
+    parallel_(samples, sample_grain(), [&](int64_t from, int64_t to) {
+      for (int64_t b = first + from; b < first + to; ++b) copy_row(b, rows + b * channels_);
+      attend(in_.features, in, out.attended, first + from, first + to);
+    });
+  }
+
+  void attend_backward(const HeadSaved<A>& saved, const HeadGrad<A>& grad, A* rows, const AttendInputGrad<A>& out) const {
+    const int64_t hidden = in_.spatial.hidden;
+    const std::unique_ptr<A[]> gates(new A[3 * batch_ * positions_]), units(new A[6 * batch_ * hidden]);
+    const SpatialGradients<A> parts = {gates.get(), units.get()};
+    const AttendInput<A> in = {saved.channel_attention, rows, in_.labels, in_.spatial};
+    const auto kernel = DAN_FAST_KERNEL(head_attend_backward<S, A>);
+    const auto through_sigmoid = DAN_FAST_KERNEL(head_logits_backward<A>);
+    parallel_(batch_, sample_grain(), [&](int64_t from, int64_t to) {
+      for (int64_t b = from; b < to; ++b) copy_row(b, rows + b * channels_);
+      kernel(in_.features, in, saved.attended, grad.attended, out, parts, from, to);
+      const int64_t at = from * channels_;
+      const A* more = grad.channel_attention == nullptr ? nullptr : grad.channel_attention + at;
+      through_sigmoid(saved.channel_attention + at, more, out.channel_attention + at, (to - from) * channels_);
+    });
+    const auto add_up = DAN_FAST_KERNEL(head_weights_backward<A>);
+    parallel_(positions_, grain(6 * (batch_ + 1) * (hidden + 1)), [&](int64_t from, int64_t to) {
+      add_up(saved.attended, parts, batch_, positions_, hidden, out, from, to);
+    });
+  }
+
+  // by_logits in, by_mean and by_peak out; by_peak may be where by_logits is.
+  void bottleneck_backward(const HeadSaved<A>& saved, const HeadGrad<A>& grad, const A* by_logits, A* scratch, A* by_mean,
+                           A* by_peak, const HeadInputGrad<S, A>& out) const {
+    const int64_t units = in_.units, size = batch_ * units;
+    A *sum = scratch, *by_of_mean = sum + size, *by_of_peak = by_of_mean + size;
+    multiply({Product<A>{batch_, units, channels_, by_logits, channels_, 1, in_.wc2, units, 1, nullptr, by_of_mean, units,
+                         false}});
+    relu_sum(saved.of_mean, saved.of_peak, size, sum);
+    for (int64_t i = 0; i < size; ++i) {
+      const A by_hidden = by_of_mean[i];
+      by_of_mean[i] = relu_backward(saved.of_mean[i], by_hidden);
+      by_of_peak[i] = relu_backward(saved.of_peak[i], by_hidden);
+    }
+    multiply({Product<A>{channels_, units, batch_, by_logits, 1, channels_, sum, units, 1, nullptr, out.wc2, units,
+                         false}});
+    const auto by_wc1 = [&](const A* by_reduced, const A* pooled, const A* addend) {
+      return Product<A>{units, channels_, batch_, by_reduced, 1, units, pooled, channels_, 1, addend, out.wc1, channels_,
+                        false};
+    };
+    const auto by_pooled = [&](const A* by_reduced, const A* addend, A* to) {
+      return Product<A>{batch_, channels_, units, by_reduced, units, 1, in_.wc1, channels_, 1, addend, to, channels_,
+                        false};
+    };
+    multiply({by_wc1(by_of_mean, saved.mean, nullptr), by_wc1(by_of_peak, saved.peak, out.wc1),
+              by_pooled(by_of_mean, grad.pooled, by_mean), by_pooled(by_of_peak, nullptr, by_peak)});
+  }
+
+  // Of as many columns each, one after the other.
+  void multiply(std::initializer_list<Product<A>> products) const {
+    const auto kernel = DAN_FAST_KERNEL(product_columns<A>);
+    const int64_t width = DAN_FAST_KERNEL(product_width<A>)(), columns = products.begin()->columns;
+    const int64_t strips = (columns + width - 1) / width;
+    const Product<A>& first = *products.begin();
+    parallel_(strips, grain(first.rows * first.depth * width), [&](int64_t from, int64_t to) {
+      for (const Product<A>& product : products) kernel(product, from * width, std::min(columns, to * width));
+    });
+  }
+
+  static void relu_sum(const A* a, const A* b, int64_t size, A* out) {
+    for (int64_t i = 0; i < size; ++i) out[i] = relu(a[i]) + relu(b[i]);
+  }
+
+  // The classifier's row of a sample's label, 0 for -1. A label that is no class takes some row: its loss is not used.
+  void copy_row(int64_t sample, A* to) const {
+    if (in_.labels[sample] < 0) {
+      std::fill_n(to, channels_, A(0));
+    } else {
+      std::copy_n(in_.cam_weight + class_of(sample) * channels_, channels_, to);
+    }
+  }
+
+  int64_t class_of(int64_t sample) const { return std::clamp<int64_t>(in_.labels[sample], 0, in_.classes - 1); }
+
+  // In the order of the samples, whoever does it.
+  void add_up_rows(const A* by_rows, A* by_cam_weight) const {
+    parallel_(in_.classes, grain(channels_), [&](int64_t from, int64_t to) {
+      std::fill_n(by_cam_weight + from * channels_, (to - from) * channels_, A(0));
+      for (int64_t b = 0; b < batch_; ++b) {
+        if (in_.labels[b] < 0 || class_of(b) < from || class_of(b) >= to) continue;
+        A* row = by_cam_weight + class_of(b) * channels_;
+        for (int64_t c = 0; c < channels_; ++c) row[c] += by_rows[b * channels_ + c];
+      }
+    });
+  }
+
+  const HeadInput<S, A> in_;
+  const int64_t batch_, channels_, positions_;
+  const Parallel& parallel_;
+};
+
+}  // namespace dan_fast
