@@ -228,6 +228,6 @@ def test_a_gradient_that_is_missing_or_not_finite_is_a_difference():
 
 def test_the_iteration_is_the_trainers(dan, monkeypatch):
     called = []
-    monkeypatch.setattr(Trainer, "_train_iteration", lambda self, *arguments: called.append(arguments))
+    monkeypatch.setattr(Trainer, "train_iteration", lambda self, *arguments: called.append(arguments))
     dan.run()
     assert called == [(dan.batch, dan.scalars)]

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from dan_fast.daml import meta_gradients
 from dan_fast.data import Split
 from dan_fast.data.synthetic import synthesize
 from dan_fast.errors import DanFastError
@@ -221,17 +222,12 @@ def test_a_frozen_backbone_does_not_move_by_momentum_or_decay_either(images, tmp
     trainer = Trainer(config(images, tmp_path / "run"))
     attention_wins = iter([True, False, True])
 
-    def decide(logits, adversary_logits, labels):
-        # The worse branch's logits swapped in: the competition decides as if they were the network's.
-        right = nn.functional.one_hot(labels, logits.shape[1]).float()
-        return real(right, -right, labels) if next(attention_wins) else real(-right, right, labels)
-
     real = trainer.competition.decide
-    trainer.competition.decide = decide
+    trainer.competition.decide = lambda attention_won: real(next(attention_wins))
     plans = iter_batches(trainer)
     snapshots = [snapshot(trainer)]
     for _ in range(3):
-        trainer._train_iteration(next(plans), NoScalars())
+        trainer.train_iteration(next(plans), NoScalars())
         snapshots.append(snapshot(trainer))
     backbone, attention = "network.backbone.conv1.weight", "network.attention.wc1"
     cam, norm = "network.classifier.weight", "network.backbone.bn1.bias"
@@ -247,7 +243,7 @@ def test_a_frozen_backbone_does_not_move_by_momentum_or_decay_either(images, tmp
 
 
 class NoScalars:
-    def add(self, name, value):
+    def add(self, name, value, counts=True):
         pass
 
 
@@ -264,14 +260,14 @@ def snapshot(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def stop_after(trainer: Trainer, iterations: int) -> None:
     """Send this process SIGINT, as Ctrl-C does, in the given iteration of the run."""
-    step = trainer._train_iteration
+    step = trainer.train_iteration
 
     def interrupted(batch, scalars):
         step(batch, scalars)
         if trainer.iterations_done + 1 == iterations:
             os.kill(os.getpid(), signal.SIGINT)
 
-    trainer._train_iteration = interrupted
+    trainer.train_iteration = interrupted
 
 
 def test_a_run_stopped_by_ctrl_c_resumes_bit_for_bit(images, tmp_path):
@@ -406,19 +402,18 @@ def test_weights_that_are_not_finite_never_reach_the_checkpoint(images, tmp_path
     assert trainer.checkpoint.read_bytes() == before
 
 
-def test_gradients_that_are_not_finite_do_not_move_the_weights(images, tmp_path):
+def test_gradients_that_are_not_finite_do_not_move_the_weights(images, tmp_path, monkeypatch):
     trainer = Trainer(config(images, tmp_path / "run"))
-    real = trainer._gradients
 
-    def poisoned(params, batch, lr, scalars):
-        grads = real(params, batch, lr, scalars)
-        next(iter(grads.values())).fill_(float("nan"))
-        return grads
+    def poisoned(*arguments, **settings):
+        result = meta_gradients(*arguments, **settings)
+        next(iter(result.grads.values())).fill_(float("nan"))
+        return result
 
-    trainer._gradients = poisoned
+    monkeypatch.setattr("dan_fast.training.trainer.meta_gradients", poisoned)
     before = snapshot(trainer)
     with pytest.raises(DivergedError, match="gradients are not finite"):
-        trainer._train_iteration(next(iter_batches(trainer)), NoScalars())
+        trainer.train_iteration(next(iter_batches(trainer)), NoScalars())
     assert all(torch.equal(value, before[name]) for name, value in snapshot(trainer).items())
 
 

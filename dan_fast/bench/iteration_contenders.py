@@ -59,14 +59,13 @@ class IterationSize(NamedTuple):
 
 
 class DecidedCompetition(Competition):
-    """The competition of every day, which costs what it costs, but with the winner given."""
+    """A competition whose winner is given; the trainer still finds out who would have won."""
 
     def __init__(self, stage: Stage) -> None:
         super().__init__()
         self.stage = stage
 
-    def decide(self, attention_logits: Tensor, adversary_logits: Tensor, labels: Tensor) -> Stage:
-        super().decide(attention_logits, adversary_logits, labels)
+    def decide(self, attention_won: bool) -> Stage:
         return self.stage
 
 
@@ -103,7 +102,9 @@ class DANIteration:
         generator = torch.Generator().manual_seed(seed)
         feedback = tuple(x.cpu() for x in self.trainer.model.memory.reliable_samples())
         (plan, *_) = self.trainer.planner.plan_epoch(0, feedback)
-        parts = (_split(items, image_size, generator) for items in (plan.meta_train, plan.meta_test))
+        parts = [_split(items, image_size, generator) for items in (plan.meta_train, plan.meta_test)]
+        if self.trainer.device.type == "cuda":
+            parts = [part._replace(images=part.images.pin_memory()) for part in parts]  # as the trainer's loader does
         self.batch = MiniBatch(*parts, skipped=())
 
     def _fill_memories(self, size: IterationSize, seed: int) -> None:
@@ -124,14 +125,14 @@ class DANIteration:
 
     def run(self) -> None:
         """One iteration: `Trainer`'s own, from the batch on the host to the optimizer's step."""
-        self.trainer._train_iteration(self.batch, self.scalars)
+        self.trainer.train_iteration(self.batch, self.scalars)
 
     def gradients(self, draw: int = 0) -> dict[str, Tensor]:
         """What an iteration would follow with dropout's `draw`; the memories stay as they are."""
-        memory, params = self.trainer.model.memory, dict(self.trainer.model.named_parameters())
+        memory = self.trainer.model.memory
         before = memory.labeled, memory.unlabeled
         torch.manual_seed(draw)
-        grads = self.trainer._gradients(params, self.batch, _INNER_STEP, self.scalars)
+        grads = self.trainer.gradients(self.batch, _INNER_STEP, self.scalars)
         memory.labeled, memory.unlabeled = before
         return grads
 
@@ -179,6 +180,8 @@ class PlainIteration:
         model = nn.ModuleList([self.backbone, self.classifier])
         model.to(self.device, memory_format=torch.channels_last).train()
         self.images = torch.cat([dan.batch.meta_train.images, dan.batch.meta_test.images])
+        if self.device.type == "cuda":
+            self.images = self.images.pin_memory()
         self.labels = torch.arange(len(self.images)) % size.classes
         settings = config.optimizer
         self.optimizer = torch.optim.SGD(

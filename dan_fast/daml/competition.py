@@ -21,10 +21,9 @@ class Stage(StrEnum):
 class Competition:
     """Decides the stage of each iteration.
 
-    The branch with the higher accuracy on the labelled samples of S wins; on a tie the one with the lower
-    cross-entropy, and attention if that is equal too. Nothing in L_aad makes the attention branch classify
-    better, so a frozen backbone could stay frozen for good: after `stall_guard` adversary wins in a row both
-    groups are updated until attention wins once.
+    `attention_wins` says which branch won. Nothing in L_aad makes the attention branch classify better, so a
+    frozen backbone could stay frozen for good: after `stall_guard` adversary wins in a row both groups are
+    updated until attention wins once.
 
     Args:
         stall_guard: adversary wins in a row, at least 1; 0 is the literal paper, without a guard.
@@ -35,7 +34,7 @@ class Competition:
     Example:
         >>> import torch
         >>> good, bad = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
-        >>> Competition().decide(good, bad, torch.tensor([0]))
+        >>> Competition().decide(bool(attention_wins(good, bad, torch.tensor([0]))))
         <Stage.ATTENTION: 'attention'>
     """
 
@@ -45,9 +44,8 @@ class Competition:
         self.stall_guard = stall_guard
         self.adversary_streak = 0
 
-    def decide(self, attention_logits: Tensor, adversary_logits: Tensor, labels: Tensor) -> Stage:
-        """The stage for logits (n, c) of both branches and labels (n,) int64; waits for the device."""
-        attention_won = bool(_attention_wins(attention_logits.detach(), adversary_logits.detach(), labels))
+    def decide(self, attention_won: bool) -> Stage:
+        """The stage of the next iteration, whose S the attention branch has won or not."""
         if attention_won:
             self.adversary_streak = 0
             return Stage.ATTENTION
@@ -63,7 +61,18 @@ class Competition:
         self.adversary_streak = state["adversary_streak"]
 
 
-def _attention_wins(attention_logits: Tensor, adversary_logits: Tensor, labels: Tensor) -> Tensor:
+def attention_wins(attention_logits: Tensor, adversary_logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether the attention branch wins, () bool on the logits' device, which is not waited for.
+
+    The branch with the higher accuracy wins; on a tie the one with the lower cross-entropy, and attention if
+    that is equal too.
+
+    Args:
+        attention_logits: (n, c) floating, of the labelled samples of S.
+        adversary_logits: (n, c).
+        labels: (n,) int64.
+    """
+    attention_logits, adversary_logits = attention_logits.detach(), adversary_logits.detach()
     correct = (attention_logits.argmax(1) == labels).sum() - (adversary_logits.argmax(1) == labels).sum()
     closer = F.cross_entropy(attention_logits.float(), labels) <= F.cross_entropy(adversary_logits.float(), labels)
     return (correct > 0) | ((correct == 0) & closer)

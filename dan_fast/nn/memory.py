@@ -155,7 +155,7 @@ class ProgressiveAugmentedMemory(nn.Module):
 
         Raises:
             TypeError, ValueError: an argument does not fit; both memories are as they were. What is wrong with
-                the values in tensors on a GPU is for `check_faults` to say.
+                the values in tensors on a GPU is for `check_faults` or `take_fault` to say.
             RuntimeError: a CUDA graph is being captured; `functional.memory_step` can be.
         """
         result, self._labeled, self._unlabeled = pending_memory_step(
@@ -183,9 +183,18 @@ class ProgressiveAugmentedMemory(nn.Module):
         Raises:
             ValueError: keys or gates were not finite, or a label or sample id was negative.
         """
-        fault, self._fault = self._fault, None
+        fault = self.take_fault()
         if fault is not None and (code := int(fault)):
             raise ValueError(sentence_of(code))
+
+    def take_fault(self) -> Tensor | None:
+        """The flag that `check_faults` reads, without waiting for the device, lowered from here on.
+
+        Returns:
+            () int32 on the device, 0 if all was well; None where forward raises at once, as on the CPU.
+        """
+        fault, self._fault = self._fault, None
+        return fault
 
     @property
     def labeled(self) -> MemoryState:

@@ -1,9 +1,10 @@
 """What a run writes down: means over a window of iterations, as TensorBoard scalars."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dan_fast.data import TrainingSet
 from dan_fast.errors import DanFastError
-from dan_fast.reference.types import MemoryState
 from dan_fast.training.objective import PassRecord
 
 
@@ -32,18 +32,27 @@ class Scalars:
         self._folder = folder
         with self._named_errors():
             self._writer = SummaryWriter(str(folder), purge_step=steps_done + 1 if steps_done else None)
-        self._window: dict[str, list[Tensor | float]] = defaultdict(list)
+        self._window: list[tuple[str, Tensor | float, Tensor | bool]] = []
 
-    def add(self, name: str, value: Tensor | float) -> None:
-        self._window[name].append(value.detach() if isinstance(value, Tensor) else value)
+    def add(self, name: str, value: Tensor | float, counts: Tensor | bool = True) -> None:
+        """Put a value into the window.
+
+        Args:
+            value: () tensor or number.
+            counts: () bool, whether the value is part of the mean; a tensor where the host does not know yet.
+        """
+        self._window.append((name, value.detach() if isinstance(value, Tensor) else value, counts))
 
     def flush(self, step: int) -> dict[str, float]:
         """Write the means of the window as of `step`, forget it, and return them."""
-        means = {
-            name: float(torch.stack([torch.as_tensor(value, dtype=torch.float64).cpu() for value in values]).mean())
-            for name, values in self._window.items()
-        }
+        names = [name for name, _, _ in self._window]
+        numbers = _on_host([each for _, *pair in self._window for each in pair])
         self._window.clear()
+        values: dict[str, list[float]] = defaultdict(list)
+        for name, value, counts in zip(names, numbers[::2], numbers[1::2], strict=True):
+            if counts:
+                values[name].append(value)
+        means = {name: fmean(each) for name, each in values.items()}
         with self._named_errors():
             for name, mean in means.items():
                 self._writer.add_scalar(name, mean, step)
@@ -66,32 +75,46 @@ class Scalars:
             ) from error
 
 
+def _on_host(values: Sequence[Tensor | float]) -> list[float]:
+    """The values as numbers; waits for the device once, not once a value."""
+    tensors = [value.to(torch.float64) for value in values if isinstance(value, Tensor)]
+    read = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [next(read) if isinstance(value, Tensor) else float(value) for value in values]
+
+
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """The share of logits (n, c) whose argmax is the label, () float."""
     return (logits.argmax(1) == labels).float().mean()
 
 
-def pseudo_label_accuracy(record: PassRecord, training_set: TrainingSet) -> float | None:
-    """The share of right pseudo labels among unlabelled images of labelled persons; None if there are none."""
-    truth = training_set.true_labels[record.sample_ids.cpu()]
-    known = (truth >= 0) & (record.pseudo_labels.cpu() >= 0)
-    if not known.any():
-        return None
-    return float((record.pseudo_labels.cpu()[known] == truth[known]).float().mean())
+def pseudo_label_accuracy(record: PassRecord, true_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The share of right pseudo labels among unlabelled images of labelled persons.
+
+    Args:
+        record: of a pass; its device is not waited for.
+        true_labels: `TrainingSet.true_labels`, on that device.
+
+    Returns:
+        () float32, the share, and () bool, whether there are such images; without them the share is 0.
+    """
+    truth = true_labels[record.sample_ids]
+    known = (truth >= 0) & (record.pseudo_labels >= 0)
+    right = known & (record.pseudo_labels == truth)
+    return right.sum() / known.sum().clamp(min=1), known.any()
 
 
-def pseudo_label_purity(memory: MemoryState, training_set: TrainingSet) -> float | None:
+def pseudo_label_purity(sample_ids: Tensor, labels: Tensor, training_set: TrainingSet) -> float | None:
     """How often images that share a pseudo label in M' show one person.
 
-    The mean over the occupied slots of true identity and at least one companion under their pseudo label of the
+    The mean over the images of true identity and at least one companion under their pseudo label of the
     share of companions with the same identity. It needs no labelled image of the person, so it tells
     something of unlabelled sets with persons of their own too. None where nothing can be said.
+
+    Args:
+        sample_ids, labels: (n,) int64, what `ProgressiveAugmentedMemory.reliable_samples` gives: each image once, for
+            an image is no companion of itself.
     """
-    stored = memory.occupied & (memory.sample_ids >= 0)
-    labels, sample_ids = memory.labels[stored].cpu(), memory.sample_ids[stored].cpu()
-    # An image can sit in several slots; it is no companion of itself.
-    sample_ids, first = _unique_with_index(sample_ids)
-    labels, identities = labels[first], training_set.true_ids[sample_ids]
+    labels, identities = labels.cpu(), training_set.true_ids[sample_ids.cpu()]
     labels, identities = labels[identities >= 0], identities[identities >= 0]
     if labels.numel() == 0:
         return None
@@ -103,10 +126,3 @@ def pseudo_label_purity(memory: MemoryState, training_set: TrainingSet) -> float
     if not (companions > 0).any():
         return None
     return float((same[companions > 0] / companions[companions > 0]).mean())
-
-
-def _unique_with_index(values: Tensor) -> tuple[Tensor, Tensor]:
-    unique, inverse = values.unique(return_inverse=True)
-    first = torch.full(unique.shape, len(values), dtype=torch.int64)
-    first.scatter_reduce_(0, inverse, torch.arange(len(values)), reduce="amin")
-    return unique, first

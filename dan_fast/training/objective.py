@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dan_fast.data import Split
+from dan_fast.functional.memory_scan_types import sentence_of
 from dan_fast.nn import DAN, ProgressiveAugmentedMemory
 from dan_fast.training.config import LossConfig
 
@@ -21,6 +22,7 @@ class PassRecord(NamedTuple):
         labels: (num_labeled,) int64.
         pseudo_labels, sample_ids: (B',) int64, of the unlabelled samples; empty without a memory.
         gates: () raw alpha and alpha', and beta; None without a memory.
+        fault: () integer on the device, 0 if all was well: what `require_sound` takes, read from the device.
     """
 
     logits: Tensor
@@ -29,32 +31,46 @@ class PassRecord(NamedTuple):
     pseudo_labels: Tensor
     sample_ids: Tensor
     gates: tuple[Tensor, Tensor, Tensor] | None
+    fault: Tensor
 
 
 class DivergedError(ArithmeticError):
     """A feature, loss, gradient or weight is not finite any more."""
 
 
-def require_finite(what: str, tensors: Iterable[Tensor]) -> None:
-    """Wait for the device once and make sure that every floating tensor is finite.
+# `PassRecord.fault` where features are not finite; the memory's own faults are positive.
+_NOT_FINITE = -1
+
+
+def require_sound(fault: int) -> None:
+    """Raise what went wrong in a pass whose `PassRecord.fault` is `fault`.
 
     Raises:
-        DivergedError: one is not.
+        DivergedError: features were not finite.
+        ValueError: the memory was given keys or gates that are not finite, or negative labels or sample ids.
     """
+    if fault == _NOT_FINITE:
+        raise DivergedError("features are not finite")
+    if fault:
+        raise ValueError(sentence_of(fault))
+
+
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether every floating tensor is finite, () bool on their device, which is not waited for."""
     # The extremes of a tensor are NaN or Inf if any of its elements is.
     floating = [each.detach() for each in tensors if each.is_floating_point() and each.numel()]
     if floating and floating[0].device.type == "cpu":
         extremes = [extreme for each in floating for extreme in torch.aminmax(each)]
     else:
         extremes = torch._foreach_norm(floating, float("inf"))  # one launch for all; on a CPU it takes 20 times as long
-    if not bool(torch.stack([each.float() for each in extremes]).isfinite().all()):
-        raise DivergedError(f"{what} are not finite")
+    return torch.stack([each.float() for each in extremes]).isfinite().all()
 
 
 class TrainingModel(nn.Module):
     """Network and memory as one module, so that one dict names all of G.
 
-    `forward(split)` gives (losses, record) and advances the memory by the samples of `split`. The losses,
+    `forward(split)` gives (losses, record) and advances the memory by the samples of `split`, but not if a
+    feature is not finite: that and what the memory finds on a GPU stands in `record.fault`. The losses,
     all () float32 and already weighted as their groups take them:
 
     - "total": L_c + l1 L_aad + l2 L_lde + l3 R, Eq. (1);
@@ -89,7 +105,8 @@ class TrainingModel(nn.Module):
     def forward(self, split: Split) -> tuple[dict[str, Tensor], PassRecord]:
         with torch.autocast(split.images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             out = self.network(split.images, split.labels)
-        require_finite("features", [out.pooled, out.attended])
+        finite = all_finite([out.pooled, out.attended])
+        fault = torch.where(finite, 0, _NOT_FINITE)
         labeled, known = split.num_labeled, split.num_labeled + split.num_fed_back
         logits, adversary_logits = out.logits.float(), out.adversary_logits.float()
         zero = logits.new_zeros(())
@@ -108,15 +125,24 @@ class TrainingModel(nn.Module):
         embedding, gates = zero, None
         pseudo_labels = split.sample_ids.new_empty(0)
         if self.memory is not None:
-            keys = self.network.keys(out).float()
+            # A memory refuses keys that are not finite, so it stays as it is if any feature is not, and nobody waits.
+            keys = self.network.keys(out).float() + torch.where(finite, 0.0, torch.nan)
             gate_features = self.network.gate_features(out).float() if self.memory.gates == "features" else None
-            step = self.memory(
-                keys[:labeled],
-                split.labels[:labeled],
-                keys[known:],
-                split.sample_ids[known:],
-                gate_features=gate_features,
-            )
+            try:
+                step = self.memory(
+                    keys[:labeled],
+                    split.labels[:labeled],
+                    keys[known:],
+                    split.sample_ids[known:],
+                    gate_features=gate_features,
+                )
+            except ValueError:
+                # On the CPU the memory complains at once; of keys that are not finite it is not the cause.
+                require_sound(int(fault))
+                raise
+            memory_fault = self.memory.take_fault()
+            if memory_fault is not None:
+                fault = torch.where(finite, memory_fault, fault)
             alpha, alpha_unlabeled, beta = self.memory.gate_values(gate_features)
             embedding = self.weights.embedding * (step.loss.float() - self.weights.confidence_prior * beta.log())
             pseudo_labels = step.pseudo_labels
@@ -136,6 +162,7 @@ class TrainingModel(nn.Module):
             pseudo_labels,
             split.sample_ids[known:],
             gates,
+            fault,
         )
         return losses, record
 

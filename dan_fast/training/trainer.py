@@ -1,7 +1,7 @@
 """The training loop: data, meta step, outer step, checkpoints, evaluation."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from dan_fast.daml import Competition, Stage, active_groups, meta_gradients
+from dan_fast.daml import Competition, Stage, active_groups, attention_wins, meta_gradients
 from dan_fast.data import BatchPlanner, MiniBatch, Split, TrainingSet, load_dataset, training_loader
 from dan_fast.errors import DanFastError
 from dan_fast.evaluation import Evaluation, evaluate_dataset
@@ -20,7 +20,7 @@ from dan_fast.training.config import TrainConfig, require_same_training
 from dan_fast.training.display import Display
 from dan_fast.training.interrupt import Interrupted, StopRequest
 from dan_fast.training.metrics import Scalars, accuracy, pseudo_label_accuracy, pseudo_label_purity
-from dan_fast.training.objective import DivergedError, Objective, PassRecord, TrainingModel, require_finite
+from dan_fast.training.objective import DivergedError, Objective, PassRecord, TrainingModel, all_finite, require_sound
 from dan_fast.training.schedule import step_size
 
 CAM_WEIGHT = "network.classifier.weight"
@@ -76,6 +76,7 @@ class Trainer:
         half = torch.bfloat16 if config.run.precision == "bfloat16" else None
         self.model = TrainingModel(network, memory, config.loss, half)
         self.model.to(self.device, memory_format=torch.channels_last)
+        self.true_labels = self.training_set.true_labels.to(self.device)
         self.objective = Objective(self.model)
         self.planner = BatchPlanner(
             self.training_set.labels,
@@ -161,7 +162,7 @@ class Trainer:
                 if path not in self.skipped:
                     self.skipped.add(path)
                     display.say(f"Skipped {path}: it cannot be decoded.")
-            self._train_iteration(batch, scalars)
+            self.train_iteration(batch, scalars)
             self.iteration += 1
             last = self.iteration == self.planner.iterations
             means = None
@@ -176,19 +177,20 @@ class Trainer:
             self._save()
             raise Interrupted(f"Saved after iteration {self.iterations_done}.")
 
-    def _train_iteration(self, batch: MiniBatch, scalars: Scalars) -> None:
+    def train_iteration(self, batch: MiniBatch, scalars: Scalars) -> None:
+        """Take the meta step and the outer step of one iteration; to count it is for the caller.
+
+        Args:
+            batch: on the host; images in pinned memory are copied without waiting.
+            scalars: told of losses, accuracies, the competition and the memory.
+
+        Raises:
+            DivergedError, DanFastError: as `gradients`; no parameter has moved.
+        """
         progress = self.epoch + self.iteration / self.planner.iterations
         lr = step_size(progress, self.config.optimizer.epochs, self.config.optimizer.lr_scale)
-        params = dict(self.model.named_parameters())
-        try:
-            grads = self._gradients(params, batch, lr, scalars)
-            if self.model.memory is not None:
-                self.model.memory.check_faults()
-        except ValueError as error:
-            raise DanFastError(f"Training cannot go on at iteration {self.iterations_done}: {error}.") from error
-        require_finite("gradients", grads.values())
-
-        for name, parameter in params.items():
+        grads = self.gradients(batch, lr, scalars)
+        for name, parameter in self.model.named_parameters():
             # None, not zero: a frozen parameter must not move by momentum or weight decay either.
             parameter.grad = grads.get(name)
         for group in self.optimizer.param_groups:
@@ -199,9 +201,28 @@ class Trainer:
         if self.model.memory is not None and last_of_window:
             self._log_memory(scalars)
 
-    def _gradients(self, params: dict[str, Tensor], batch: MiniBatch, lr: float, scalars: Scalars) -> dict[str, Tensor]:
-        """What the outer step follows, by parameter; parameters that are frozen in this iteration are left out."""
-        meta = self.config.meta
+    def gradients(self, batch: MiniBatch, lr: float, scalars: Scalars) -> dict[str, Tensor]:
+        """What the outer step follows, by parameter; parameters that are frozen in this iteration are left out.
+
+        Memory, competition and batch norm's buffers advance by the batch. A GPU is waited for once after S, where
+        the host has to know who won the competition, and once at the end.
+
+        Args:
+            batch: on the host.
+            lr: delta_1 of Eq. (19), the size of the inner step.
+            scalars: as in `train_iteration`.
+
+        Raises:
+            DivergedError: a feature or a gradient is not finite.
+            DanFastError: batch norm or the memory refuses the batch.
+        """
+        try:
+            return self._checked_gradients(batch, lr, scalars)
+        except ValueError as error:
+            raise DanFastError(f"Training cannot go on at iteration {self.iterations_done}: {error}.") from error
+
+    def _checked_gradients(self, batch: MiniBatch, lr: float, scalars: Scalars) -> dict[str, Tensor]:
+        meta, params = self.config.meta, dict(self.model.named_parameters())
         meta_train = self._to_device(batch.meta_train)
         train_losses = self.objective(params, meta_train)
         record = self.objective.record
@@ -210,13 +231,18 @@ class Trainer:
         scalars.add("train/accuracy/adversary", accuracy(record.adversary_logits, record.labels))
         if batch.meta_test is None:
             values = torch.autograd.grad(train_losses["total"], [*params.values()], materialize_grads=True)
+            _require_sound([record], values)
             return dict(zip(params, values, strict=True))
 
-        groups = None
+        groups, unread = None, [record]
         if meta.procedure == "daml3":
             stage = Stage.ATTENTION
             if self.model.network.adversary:
-                stage = self.competition.decide(record.logits, record.adversary_logits, record.labels)
+                won = attention_wins(record.logits, record.adversary_logits, record.labels)
+                fault, attention_won = _read([record.fault, won])
+                require_sound(fault)
+                unread = []
+                stage = self.competition.decide(bool(attention_won))
                 self._log_stage(stage, scalars)
             groups = self._groups(stage)
         result = meta_gradients(
@@ -231,6 +257,7 @@ class Trainer:
             train_losses=train_losses,
         )
         self._log_pass("test", result.test_losses, self.objective.record, scalars)
+        _require_sound([*unread, self.objective.record], result.grads.values())
         return result.grads
 
     def _groups(self, stage: Stage) -> dict[str, tuple[list[str], str]]:
@@ -257,16 +284,14 @@ class Trainer:
             scalars.add("memory/sigma_alpha", alpha.sigmoid())
             scalars.add("memory/sigma_alpha_unlabeled", alpha_unlabeled.sigmoid())
             scalars.add("memory/beta", beta)
-        share = pseudo_label_accuracy(record, self.training_set)
-        if share is not None:
-            scalars.add("pseudo/accuracy", share)
+        scalars.add("pseudo/accuracy", *pseudo_label_accuracy(record, self.true_labels))
 
     def _log_memory(self, scalars: Scalars) -> None:
         memory = self.model.memory
         slots_labeled, slots_unlabeled = memory.occupied_slots()
         scalars.add("memory/slots_labeled", slots_labeled)
         scalars.add("memory/slots_unlabeled", slots_unlabeled)
-        purity = pseudo_label_purity(memory.unlabeled, self.training_set)
+        purity = pseudo_label_purity(*memory.reliable_samples(), self.training_set)
         if purity is not None:
             scalars.add("pseudo/purity", purity)
 
@@ -318,7 +343,8 @@ class Trainer:
         return state
 
     def _save(self) -> None:
-        require_finite("weights", self.model.state_dict().values())
+        if not all_finite(self.model.state_dict().values()):
+            raise DivergedError("weights are not finite")
         sample_ids, pseudo_labels = self.feedback or (None, None)
         save_checkpoint(
             self.checkpoint,
@@ -354,6 +380,20 @@ class Trainer:
         torch.set_rng_state(state["cpu"])
         if self.device.type == "cuda" and len(state["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _read(flags: Sequence[Tensor]) -> list[int]:
+    """() integer or bool tensors of one device as numbers; the device is waited for once."""
+    return torch.stack([flag.to(torch.int32) for flag in flags]).tolist()
+
+
+def _require_sound(records: Sequence[PassRecord], grads: Iterable[Tensor]) -> None:
+    *faults, finite = _read([*(record.fault for record in records), all_finite(grads)])
+    # In the order in which it happened: what is wrong with S makes S~ and the gradients wrong too.
+    for fault in faults:
+        require_sound(fault)
+    if not finite:
+        raise DivergedError("gradients are not finite")
 
 
 def _until_stopped(loader: Iterable[MiniBatch], stop: StopRequest) -> Iterator[MiniBatch]:
