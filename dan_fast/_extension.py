@@ -34,6 +34,10 @@ _OPERATORS = (
     "head_attend",
     "head_attend_backward",
     "head_features_backward",
+    "head_refine",
+    "head_refine_backward",
+    "head_adversary",
+    "head_adversary_backward",
 )
 _disabled = 0
 

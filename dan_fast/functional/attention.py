@@ -12,9 +12,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from dan_fast.functional import attention_head_kernels, attention_torch
+from dan_fast.functional import attention_head_kernels, attention_maps, attention_torch
 from dan_fast.functional.attention_torch import (
-    adversary_loss,
     channel_attention_of,
     channel_max,
     label_rows,
@@ -82,9 +81,8 @@ def nl_cbam(features: Tensor, weights: NLCBAMWeights) -> NLCBAMOutput:
         channel_attention = channel_attention_of(x, x.mean(dim=2), wide)
         g = weighted_channel_sum(x, channel_attention) / x.shape[1]
         spatial_attention = spatial_attention_of(g, channel_max(x, channel_attention), wide)
-    refined = x * channel_attention.unsqueeze(2) * spatial_attention.unsqueeze(1)
     return NLCBAMOutput(
-        refined=refined.unflatten(2, features.shape[2:]).to(features.dtype),
+        refined=attention_maps.refine(features, channel_attention, spatial_attention),
         channel_attention=channel_attention.to(features.dtype),
         spatial_attention=spatial_attention.to(features.dtype),
     )
@@ -117,14 +115,9 @@ def attention_adversary(features: Tensor, refined: Tensor, cam_weight: Tensor, l
     check_features("features", features)
     check_refined(refined, features)
     _check_cam(cam_weight, labels, features)
-    x = _widen(features).flatten(2)
-    refined_map = _widen(refined).flatten(2).mean(dim=1)
-    adversary_map = weighted_channel_sum(x, label_rows(_widen(cam_weight), labels))
-    return AdversaryOutput(
-        loss=_marked(adversary_loss(refined_map, adversary_map, labels), labels, cam_weight).to(features.dtype),
-        refined_map=refined_map.to(features.dtype),
-        adversary_map=adversary_map.to(features.dtype),
-    )
+    output = attention_maps.adversary(features, refined, label_rows(_widen(cam_weight), labels), labels)
+    output = output._replace(loss=_marked(output.loss, labels, cam_weight))
+    return AdversaryOutput(*(value.to(features.dtype) for value in output))
 
 
 @_outside_autocast

@@ -1,0 +1,74 @@
+#include "refine_cpu_rows.h"
+
+namespace dan_fast::DAN_FAST_ISA {
+namespace {
+
+// refine() with the attentions in the order of the equation whatever the rows are, so that both layouts
+// have the same bits.
+template <typename A>
+inline Vector<A> refine_in_rows(Vector<A> x, Vector<A> of_row, Vector<A> of_columns, bool rows_are_positions) {
+  return rows_are_positions ? refine(x, of_columns, of_row) : refine(x, of_row, of_columns);
+}
+
+template <typename A>
+RowWeights<A> weights_of(const Attentions<A>& in, int64_t channels, int64_t positions, int64_t sample, bool flipped) {
+  const A *channel = in.channel + sample * channels, *spatial = in.spatial + sample * positions;
+  if (flipped) return {positions, channels, spatial, channel};
+  return {channels, positions, channel, spatial};
+}
+
+}  // namespace
+
+template <typename S, typename A>
+void refine_map(
+    const FeatureMap<const S>& features, const Attentions<A>& in, const FeatureMap<S>& refined, int64_t first,
+    int64_t last) {
+  const bool flipped = rows_are_positions(features, refined);
+  for (int64_t b = first; b < last; ++b) {
+    const MapRows<const S> from(features, b, flipped);
+    const MapRows<S> to(refined, b, flipped);
+    const RowWeights<A> weights = weights_of(in, features.channels, features.positions, b, flipped);
+    walk_rows<false, false>(
+        weights, RowSums<A>{},
+        [&](int64_t row, int64_t column, int64_t left, Vector<A> row_weight, Vector<A> column_weights) {
+          const Vector<A> x = load_up_to<A>(from.at(row, column), left);
+          store_up_to<A>(to.at(row, column), refine_in_rows<A>(x, row_weight, column_weights, flipped), left);
+          return x;
+        });
+  }
+}
+
+template <typename S, typename A>
+void refine_map_backward(
+    const FeatureMap<const S>& features, const Attentions<A>& in, const FeatureMap<const S>& refined_grad,
+    const FeatureMap<S>& features_grad, const AttentionGrads<A>& out, int64_t first, int64_t last) {
+  const bool flipped = rows_are_positions(features, refined_grad, features_grad);
+  const int64_t channels = features.channels, positions = features.positions;
+  Scratch<A> chain(flipped ? channels : positions);
+  for (int64_t b = first; b < last; ++b) {
+    const MapRows<const S> x(features, b, flipped), by(refined_grad, b, flipped);
+    const MapRows<S> to(features_grad, b, flipped);
+    A *by_channel = out.channel + b * channels, *by_position = out.spatial + b * positions;
+    walk_rows<true, true>(
+        weights_of(in, channels, positions, b, flipped),
+        RowSums<A>{flipped ? by_position : by_channel, flipped ? by_channel : by_position, chain.numbers},
+        [&](int64_t row, int64_t column, int64_t left, Vector<A> row_weight, Vector<A> column_weights) {
+          const Vector<A> grad = load_up_to<A>(by.at(row, column), left);
+          store_up_to<A>(to.at(row, column), refine_in_rows<A>(grad, row_weight, column_weights, flipped), left);
+          return load_up_to<A>(x.at(row, column), left) * grad;
+        });
+  }
+}
+
+#define DAN_FAST_INSTANTIATE(S, A)                                                                                  \
+  template void refine_map<S, A>(                                                                                   \
+      const FeatureMap<const S>&, const Attentions<A>&, const FeatureMap<S>&, int64_t, int64_t);                    \
+  template void refine_map_backward<S, A>(                                                                          \
+      const FeatureMap<const S>&, const Attentions<A>&, const FeatureMap<const S>&, const FeatureMap<S>&,           \
+      const AttentionGrads<A>&, int64_t, int64_t);
+DAN_FAST_INSTANTIATE(double, double)
+DAN_FAST_INSTANTIATE(float, float)
+DAN_FAST_INSTANTIATE(BFloat16, float)
+DAN_FAST_INSTANTIATE(Float16, float)
+
+}  // namespace dan_fast::DAN_FAST_ISA
