@@ -1,7 +1,7 @@
 // The CUDA kernels of the attention head on host threads. As a library: a function for each kernel and type of map,
 // over arrays that the caller owns. As a program (compiled with -DHEAD_ON_HOST_MAIN): a few samples through each
 // kernel, for the sanitizers to watch.
-#include "cuda_on_host.h"
+#include "maps_on_host.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -16,43 +16,6 @@
 using namespace dan_fast;
 
 namespace {
-
-struct Brain {
-  uint16_t bits;
-  Brain() = default;
-  explicit Brain(float value) {
-    uint32_t word;
-    std::memcpy(&word, &value, sizeof word);
-    bits = value != value ? 0x7fc0 : static_cast<uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
-  }
-  explicit operator float() const {
-    const uint32_t word = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &word, sizeof value);
-    return value;
-  }
-};
-
-template <typename S>
-struct StatisticOf {
-  using type = float;
-};
-template <>
-struct StatisticOf<double> {
-  using type = double;
-};
-
-// What a kernel finds in memory that nothing was written to: NaN, an index far out. Aligned to 16 bytes.
-class Rubbish {
- public:
-  explicit Rubbish(int64_t bytes) : bytes_(new unsigned char[static_cast<size_t>(bytes)]) {
-    std::memset(bytes_.get(), 0xff, static_cast<size_t>(bytes));
-  }
-  unsigned char* get() { return bytes_.get(); }
-
- private:
-  std::unique_ptr<unsigned char[]> bytes_;
-};
 
 // Whether the workspace is shorter than it should be, to see that AddressSanitizer notices.
 bool workspace_is_short = false;

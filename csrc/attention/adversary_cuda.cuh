@@ -19,7 +19,8 @@ __device__ void channel_sums_block(
       const int64_t channel = box.sample * map.channels + box.first_channel + thread;
       shared.by_channel[thread] = weights == nullptr ? A(1) : weights[channel];
     }
-    const int rows = kChannelsLast ? box.positions : box.channels, columns = kChannelsLast ? box.channels : box.positions;
+    const int rows = kChannelsLast ? box.positions : box.channels;
+    const int columns = kChannelsLast ? box.channels : box.positions;
     const BoxRows<const S, kChannelsLast> from(map, box);
     for_numbers<S>(in_packs<S>(rows, columns, from), rows, columns, [&](auto count, int row, int column) {
       constexpr int kCount = decltype(count)::value;
@@ -81,7 +82,8 @@ __device__ void adversary_backward_block(
       if (box.first_channel == 0) out.refined_map[at] = grad.refined;
     }
     __syncthreads();
-    const int rows = kChannelsLast ? box.positions : box.channels, columns = kChannelsLast ? box.channels : box.positions;
+    const int rows = kChannelsLast ? box.positions : box.channels;
+    const int columns = kChannelsLast ? box.channels : box.positions;
     const BoxRows<const S, kChannelsLast> from(features, box);
     const BoxRows<S, kChannelsLast> to(features_grad, box);
     for_numbers<S>(in_packs<S>(rows, columns, from, to), rows, columns, [&](auto count, int row, int column) {

@@ -1,5 +1,6 @@
 // X'' = X A_C A_S and the attention adversary of two maps that are there, Eqs. (3)-(4): for who wants X'' itself, which
-// the attention head never forms. This header says what goes in and out; head.h says what the letters mean. Plain C++17.
+// the attention head never forms. This header says what goes in and out; head.h says what the letters mean. Plain
+// C++17.
 #pragma once
 
 #include "head.h"
@@ -58,7 +59,8 @@ struct AdversaryInputGrad {
 
 // Gradients of both maps at one position, whatever came back to them included.
 template <typename A>
-DAN_FAST_HD AdversaryGrad<A> adversary_maps_grad(const AdversarySaved<A>& in, bool labelled, int64_t sample, int64_t at) {
+DAN_FAST_HD AdversaryGrad<A> adversary_maps_grad(
+    const AdversarySaved<A>& in, bool labelled, int64_t sample, int64_t at) {
   if (!labelled) return {in.refined_map_grad[at], A(0)};
   const AdversaryGrad<A> term = adversary_term_backward(in.refined_map[at], in.adversary_map[at], in.loss_grad[sample]);
   return {term.refined + in.refined_map_grad[at], term.adversary + in.adversary_map_grad[at]};

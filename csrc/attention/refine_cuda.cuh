@@ -31,7 +31,8 @@ __device__ void refine_block(
     const FeatureMap<const S>& features, const Attentions<A>& in, const FeatureMap<S>& refined, MapShared<A>& shared) {
   for_boxes(map_box(blockIdx.x, features.channels), features.positions, [&](const TileBox& box) {
     load_attentions(in, features.channels, features.positions, box, shared);
-    const int rows = kChannelsLast ? box.positions : box.channels, columns = kChannelsLast ? box.channels : box.positions;
+    const int rows = kChannelsLast ? box.positions : box.channels;
+    const int columns = kChannelsLast ? box.channels : box.positions;
     const BoxRows<const S, kChannelsLast> from(features, box);
     const BoxRows<S, kChannelsLast> to(refined, box);
     for_numbers<S>(in_packs<S>(rows, columns, from, to), rows, columns, [&](auto count, int row, int column) {
@@ -56,7 +57,8 @@ __device__ void refine_backward_block(
   A of_channel = A(0);
   for_boxes(first, features.positions, [&](const TileBox& box) {
     load_attentions(in, features.channels, features.positions, box, shared);
-    const int rows = kChannelsLast ? box.positions : box.channels, columns = kChannelsLast ? box.channels : box.positions;
+    const int rows = kChannelsLast ? box.positions : box.channels;
+    const int columns = kChannelsLast ? box.channels : box.positions;
     const BoxRows<const S, kChannelsLast> from(features, box), by(refined_grad, box);
     const BoxRows<S, kChannelsLast> to(features_grad, box);
     for_numbers<S>(in_packs<S>(rows, columns, from, by, to), rows, columns, [&](auto count, int row, int column) {
@@ -85,7 +87,8 @@ __device__ void refine_backward_block(
 
 // The sum over the parts of a position of a sample.
 template <typename A>
-__device__ __forceinline__ A sum_of_parts(const A* partial, int64_t parts, int64_t positions, int64_t sample, int64_t p) {
+__device__ __forceinline__ A sum_of_parts(
+    const A* partial, int64_t parts, int64_t positions, int64_t sample, int64_t p) {
   A sum = A(0);
   for (int64_t part = 0; part < parts; ++part) sum += partial[(sample * parts + part) * positions + p];
   return sum;

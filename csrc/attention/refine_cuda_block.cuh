@@ -1,6 +1,6 @@
-// What the CUDA kernels of refine.h share: a block takes kMapChannels channels of a sample, some positions at a time, in
-// the order in which they lie, and adds up what it sees both ways by way of shared memory. Each element of a map is read,
-// and written, once.
+// What the CUDA kernels of refine.h share: a block takes kMapChannels channels of a sample, some positions at a time,
+// in the order in which they lie, and adds up what it sees both ways by way of shared memory. Each element of a map is
+// read, and written, once.
 //
 // Why tiles of 64 x 64: 64 x 2048 x 7 x 7 makes 2048 blocks of 17 KB, enough for any GPU, and the sums that they leave
 // for others to add up are a 64th of the map.

@@ -60,15 +60,15 @@ int launch_adversary_backward(
   });
 }
 
-#define DAN_FAST_REFINE_LAUNCHES(A)                                                                                   \
-  template int launch_refine(const AnyFeatureMap&, const Attentions<A>&, const AnyFeatureMap&, void*);                \
-  template int launch_refine_backward(                                                                                \
-      const AnyFeatureMap&, const Attentions<A>&, const AnyFeatureMap&, const AnyFeatureMap&, const AttentionGrads<A>&, \
-      A*, void*);                                                                                                     \
-  template int launch_adversary(                                                                                      \
-      const AnyFeatureMap&, const AnyFeatureMap&, const AdversaryInput<A>&, const Adversary<A>&, A*, void*);          \
-  template int launch_adversary_backward(                                                                             \
-      const AnyFeatureMap&, const AdversaryInput<A>&, const AdversarySaved<A>&, const AnyFeatureMap&,                 \
+#define DAN_FAST_REFINE_LAUNCHES(A)                                                                                  \
+  template int launch_refine(const AnyFeatureMap&, const Attentions<A>&, const AnyFeatureMap&, void*);               \
+  template int launch_refine_backward(                                                                               \
+      const AnyFeatureMap&, const Attentions<A>&, const AnyFeatureMap&, const AnyFeatureMap&,                        \
+      const AttentionGrads<A>&, A*, void*);                                                                          \
+  template int launch_adversary(                                                                                     \
+      const AnyFeatureMap&, const AnyFeatureMap&, const AdversaryInput<A>&, const Adversary<A>&, A*, void*);         \
+  template int launch_adversary_backward(                                                                            \
+      const AnyFeatureMap&, const AdversaryInput<A>&, const AdversarySaved<A>&, const AnyFeatureMap&,                \
       const AdversaryInputGrad<A>&, void*);
 DAN_FAST_REFINE_LAUNCHES(float)
 DAN_FAST_REFINE_LAUNCHES(double)
