@@ -1,10 +1,13 @@
-"""What every reader of a dataset returns: samples and the splits they belong to."""
+"""What every reader of a dataset returns, samples and the splits they belong to, and how it describes itself."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+SPLITS = ("train", "query", "gallery", "test")
 
 
 class Sample(NamedTuple):
@@ -27,6 +30,8 @@ class ReIDDataset:
         query: images to search for.
         gallery: images to search in; pid 0 marks distractors in the Market-1501 layout.
         test: images that the evaluation itself splits into query and gallery, at random.
+        variant: which of a dataset's variants this is, in words that go with every result ("detected, new
+            protocol"); "" where there is only one.
     """
 
     name: str
@@ -35,3 +40,45 @@ class ReIDDataset:
     query: tuple[Sample, ...] = ()
     gallery: tuple[Sample, ...] = ()
     test: tuple[Sample, ...] = ()
+    variant: str = ""
+
+
+class Counts(NamedTuple):
+    """Identities, cameras and images of a split as the literature gives them; None where it does not."""
+
+    ids: int | None
+    cameras: int | None
+    images: int | None
+
+
+def one_variant(folder: Path) -> tuple[str, ...]:
+    """The variants of a dataset that has only one."""
+    return ("",)
+
+
+@dataclass(frozen=True)
+class KnownDataset:
+    """A dataset of the literature: how it is found and read, and what it should hold.
+
+    Attributes:
+        name: the word that selects it, such as "market1501".
+        title: what the literature calls it.
+        find: the dataset's own folder for a folder that is it, holds it or lies one level inside it; None for
+            any other.
+        read: (folder, name, variant) to the dataset; `folder` is what `find` gave, `variant` one of `variants`.
+        counts: for each variant the counts of each split; a variant that it lacks is not checked.
+        source: the paper or page that the counts are from.
+        origin: where the dataset can be asked for, in words.
+        note: what whoever uses it has to know; "" for nothing.
+        variants: the variants that a folder holds.
+    """
+
+    name: str
+    title: str
+    find: Callable[[Path], Path | None]
+    read: Callable[[Path, str, str], ReIDDataset]
+    counts: Mapping[str, Mapping[str, Counts]]
+    source: str
+    origin: str
+    note: str = ""
+    variants: Callable[[Path], tuple[str, ...]] = one_variant

@@ -1,0 +1,47 @@
+"""Where a dataset's own folder is, seen from a folder a level above it, in it, or a level inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def locate(
+    folder: Path, holds: Callable[[Path], bool], names: Sequence[str] = (), parts: Sequence[str] = ()
+) -> Path | None:
+    """The folder that `holds` accepts: `folder`, one of `names` below it, or its parent if it is one of `parts`.
+
+    Args:
+        folder: where to look from.
+        holds: whether a folder is the dataset's own.
+        names: paths below a folder, as the code bases and archives name them; letter case does not matter.
+        parts: names of the dataset's own subfolders; from one of them the folder above is found.
+
+    Example:
+        >>> import tempfile
+        >>> images = Path(tempfile.mkdtemp(), "viper", "VIPeR", "cam_a")
+        >>> images.mkdir(parents=True)
+        >>> found = locate(images.parents[1], lambda folder: (folder / "cam_a").is_dir(), ["VIPeR"], ["cam_a"])
+        >>> found == images.parent == locate(images, lambda folder: (folder / "cam_a").is_dir(), [], ["cam_a"])
+        True
+    """
+    if not folder.is_dir():
+        return None
+    if holds(folder):
+        return folder
+    for name in names:
+        below = _descend(folder, name)
+        if below is not None and holds(below):
+            return below
+    if folder.absolute().name.lower() in {part.lower() for part in parts} and holds(folder.absolute().parent):
+        return folder.absolute().parent
+    return None
+
+
+def _descend(folder: Path, name: str) -> Path | None:
+    for step in Path(name).parts:
+        matches = sorted(child for child in folder.iterdir() if child.name.lower() == step.lower() and child.is_dir())
+        if not matches:
+            return None
+        folder = matches[0]
+    return folder
