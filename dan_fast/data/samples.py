@@ -18,6 +18,36 @@ class Sample(NamedTuple):
     camid: int
 
 
+class FixedSplit(NamedTuple):
+    """One way to part a dataset: images to train on, to search for, and to search in."""
+
+    train: tuple[Sample, ...]
+    query: tuple[Sample, ...]
+    gallery: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class FixedSplits:
+    """The splits of a dataset that everyone who compares results has to share.
+
+    Attributes:
+        name: of the list.
+        digest: SHA-256 (hex) of the file that the list stands in.
+        splits: ten; none where images are missing.
+        missing: what the folder lacks of them, in words; "" where it has everything.
+    """
+
+    name: str
+    digest: str
+    splits: tuple[FixedSplit, ...]
+    missing: str = ""
+
+    @property
+    def label(self) -> str:
+        """Name and first eight characters of the hash, as they go with every result."""
+        return f"{self.name} {self.digest[:8]}"
+
+
 @dataclass(frozen=True)
 class ReIDDataset:
     """A person re-identification dataset; a split it does not have is an empty tuple.
@@ -29,9 +59,10 @@ class ReIDDataset:
             only.
         query: images to search for.
         gallery: images to search in; pid 0 marks distractors in the Market-1501 layout.
-        test: images that the evaluation itself splits into query and gallery, at random.
+        test: images that the evaluation itself splits into query and gallery, by `splits` or at random.
         variant: which of a dataset's variants this is, in words that go with every result ("detected, new
             protocol"); "" where there is only one.
+        splits: the fixed splits of `test` by which results are compared; None where there are none.
     """
 
     name: str
@@ -41,6 +72,7 @@ class ReIDDataset:
     gallery: tuple[Sample, ...] = ()
     test: tuple[Sample, ...] = ()
     variant: str = ""
+    splits: FixedSplits | None = None
 
 
 class Counts(NamedTuple):
