@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dan_fast.bench.contenders import select
+from dan_fast.bench.iteration_agreement import TOLERANCES, compare_iteration
 from dan_fast.bench.iteration_contenders import (
     FROZEN,
     UPDATED,
@@ -38,11 +38,6 @@ EPOCH_IMAGES = 12_936
 _CPU_RATIO, _GPU_RATIO = 1.20, 1.15
 # The literal operators and the package's are compared on so many images and slots.
 _CHECK = {"images": 8, "labeled_slots": 120, "unlabeled_slots": 80}
-# Now and then rounding turns a ReLU of the backbone on or off, and its gradient jumps: that does not happen every time,
-# what is wrong does.
-_DRAWS = 3
-# Of the norm of a group's gradient; one precision's rounding goes through the whole backbone.
-TOLERANCES = {"float32": 1e-3, "bfloat16": 3e-2}
 
 Say = Callable[[str], None]
 
@@ -85,6 +80,8 @@ class IterationRow:
         disagrees: where the package's gradients and the literal operators' differ, None if nowhere or not compared.
             Such a row has no ratio.
         errors: that difference by group of parameters.
+        rounding: what rounding alone does to the literal operators' gradients.
+        allowed: the largest error that is no disagreement.
         operators: the operators of dan_fast that ran.
         gflop: 1e9 operations of an iteration.
         peak_bytes: how far memory rose above where it stood.
@@ -101,6 +98,8 @@ class IterationRow:
     left_out: str | None = None
     disagrees: str | None = None
     errors: dict[str, float] = field(default_factory=dict)
+    rounding: dict[str, float] = field(default_factory=dict)
+    allowed: dict[str, float] = field(default_factory=dict)
     operators: list[str] = field(default_factory=list)
     gflop: float | None = None
     peak_bytes: int | None = None
@@ -179,13 +178,7 @@ class IterationGroup:
         for row in compared:
             self.say(f"comparing with the literal operators: {row.name}")
             dan.set(row.order, row.backbone)
-            for draw in range(_DRAWS):
-                found = dan.gradients(draw)
-                with literal_operators(dan.trainer):
-                    expected = dan.gradients(draw)
-                row.disagrees, row.errors = compare_gradients(found, expected, TOLERANCES[plan.precision])
-                if row.disagrees is None:
-                    break
+            row.disagrees, row.errors, row.rounding, row.allowed = compare_iteration(dan, TOLERANCES[plan.precision])
         dan.scalars.close()
 
     def _first_runs(self, index: int, row: IterationRow, dan: DANIteration, plain: PlainIteration | None) -> None:
@@ -247,25 +240,6 @@ class IterationGroup:
             for index in turn:
                 self.say(f"round {number + 1}: {self.rows[index].name}")
                 self.rows[index].seconds.seconds.append(once(device, self.runs[index]))
-
-
-def compare_gradients(
-    found: dict[str, Tensor], expected: dict[str, Tensor], limit: float
-) -> tuple[str | None, dict[str, float]]:
-    """What differs by more than `limit` of the norm in a group of parameters, None if nothing does; and by how much."""
-    if found.keys() != expected.keys():
-        return "the parameters that have a gradient", {}
-    groups: dict[str, list[str]] = {}
-    for name in found:
-        groups.setdefault("memory" if name.startswith("memory.") else name.split(".")[1], []).append(name)
-    errors = {}
-    for group, names in groups.items():
-        wanted, actual = (torch.cat([grads[name].double().flatten() for name in names]) for grads in (expected, found))
-        tiny = torch.finfo(torch.float32).tiny
-        errors[group] = float((actual - wanted).norm() / wanted.norm().clamp(min=tiny))
-    # `not <=` so that NaN is wrong.
-    wrong = [f"gradient of {g} by {e:.1e} (allowed {limit:.0e})" for g, e in errors.items() if not e <= limit]
-    return "; ".join(wrong) or None, errors
 
 
 def set_ratios(rows: Sequence[IterationRow]) -> None:

@@ -3,8 +3,9 @@
 DAN runs in a real `Trainer`; only the images are drawn instead of read and the winner of the competition is given.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from dan_fast.daml import Competition, Stage
 from dan_fast.data import MiniBatch, Split
 from dan_fast.data.sampler import PlannedItem
 from dan_fast.files import write_text
-from dan_fast.nn import NLCBAM, ProgressiveAugmentedMemory, build_backbone
+from dan_fast.nn import ProgressiveAugmentedMemory, build_backbone
 from dan_fast.reference.types import AttentionHeadOutput, MemoryState, MemoryStep
 from dan_fast.training import (
     DataConfig,
@@ -32,6 +33,7 @@ from dan_fast.training import (
     Trainer,
 )
 from dan_fast.training.metrics import Scalars
+from dan_fast.training.objective import Objective
 
 UPDATED, FROZEN = "updated", "frozen"
 # Large enough for S~ to see that S has moved the weights.
@@ -127,30 +129,60 @@ class DANIteration:
         """One iteration: `Trainer`'s own, from the batch on the host to the optimizer's step."""
         self.trainer.train_iteration(self.batch, self.scalars)
 
-    def gradients(self, draw: int = 0) -> dict[str, Tensor]:
-        """What an iteration would follow with dropout's `draw`; the memories stay as they are."""
-        memory = self.trainer.model.memory
+    def gradients(self, moved: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What an iteration would follow, and G', the weights at which it saw S~.
+
+        Dropout draws the same in every call, and the memories stay as they are.
+
+        Args:
+            moved: see S~ at these values, whatever S has moved the weights to; G' is differentiated as ever.
+        """
+        memory, objective = self.trainer.model.memory, self.trainer.objective
         before = memory.labeled, memory.unlabeled
-        torch.manual_seed(draw)
-        grads = self.trainer.gradients(self.batch, _INNER_STEP, self.scalars)
-        memory.labeled, memory.unlabeled = before
-        return grads
+        torch.manual_seed(0)
+        self.trainer.objective = given = _ObjectiveAt(objective.model, moved=moved)
+        try:
+            return self.trainer.gradients(self.batch, _INNER_STEP, self.scalars), given.moved
+        finally:
+            self.trainer.objective = objective
+            memory.labeled, memory.unlabeled = before
+
+
+@dataclass
+class _ObjectiveAt(Objective):
+    """The objective of one iteration, whose second pass, that of S~, takes its parameters' values from `moved`."""
+
+    moved: dict[str, Tensor] | None = None
+
+    def __call__(self, params: Mapping[str, Tensor], split: Split) -> dict[str, Tensor]:
+        if self.record is not None:
+            self.moved = self.moved or {name: value.detach() for name, value in params.items()}
+            # The values of one, the graph of the other.
+            params = {name: self.moved[name] + (value - value.detach()) for name, value in params.items()}
+        return super().__call__(params, split)
 
 
 @contextmanager
-def literal_operators(trainer: Trainer) -> Iterator[None]:
-    """Inside, the trainer's model uses `reference.attention_head` and `reference.memory_step`."""
+def literal_operators(trainer: Trainer, last_bit: torch.Generator | None = None) -> Iterator[None]:
+    """Inside, the trainer's model uses `reference.attention_head` and `reference.memory_step`.
+
+    With `last_bit` every number of the last feature map is made larger or smaller by the rounding of its type.
+    """
+
+    def head(features: Tensor, cam_weight: Tensor, labels: Tensor) -> AttentionHeadOutput:
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.to(cam_weight.dtype)
+            if last_bit is not None:
+                sign = torch.randint(0, 2, features.shape, generator=last_bit).to(features) * 2 - 1
+                features = features * (1 + torch.finfo(features.dtype).eps * sign)
+            return reference.attention_head(features, attention.weights, cam_weight, labels)
+
     attention, memory = trainer.model.network.attention, trainer.model.memory
-    attention.head, memory.forward = MethodType(_literal_head, attention), MethodType(_literal_memory, memory)
+    attention.head, memory.forward = head, MethodType(_literal_memory, memory)
     try:
         yield
     finally:
         del attention.head, memory.forward
-
-
-def _literal_head(attention: NLCBAM, features: Tensor, cam_weight: Tensor, labels: Tensor) -> AttentionHeadOutput:
-    with torch.autocast(features.device.type, enabled=False):
-        return reference.attention_head(features.to(cam_weight.dtype), attention.weights, cam_weight, labels)
 
 
 def _literal_memory(
