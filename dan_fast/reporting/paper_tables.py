@@ -1,0 +1,216 @@
+"""The figures that the paper prints, and what is wrong with some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+PAPER_TABLES = ("IV", "V", "VI", "IX")
+_FILES = dict(zip(PAPER_TABLES, ("table4", "table5", "table6", "table9"), strict=True))
+# What is printed may be off by half of its last digit.
+_ROUNDING = 0.05
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """What one row of a table says of one target.
+
+    Attributes:
+        method: as printed.
+        venue: as printed, "" where there is none.
+        target: the dataset tested on.
+        values: in percent, of the columns that are given.
+    """
+
+    method: str
+    venue: str
+    target: str
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A difference that the text states: `of` is above `over` by `value` percent points."""
+
+    of: str
+    over: str
+    target: str
+    column: str
+    value: float
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """One of the paper's tables.
+
+    Attributes:
+        number: as printed, "IV".
+        title: what it compares.
+        source: the publication, table and page.
+        columns: of each target, in order.
+        sources: for each target what the methods were trained on, "" where the table does not say.
+        one_match: the targets with one gallery image of each person, where a query has one match.
+        rows: for each method and target.
+        claims: what the text says of the table's differences.
+    """
+
+    number: str
+    title: str
+    source: str
+    columns: tuple[str, ...]
+    sources: Mapping[str, str]
+    one_match: frozenset[str]
+    rows: tuple[PaperRow, ...]
+    claims: tuple[Claim, ...] = ()
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(self.sources)
+
+    def rows_of(self, target: str) -> tuple[PaperRow, ...]:
+        return tuple(row for row in self.rows if row.target == target)
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """A printed figure that cannot be right beside others.
+
+    Attributes:
+        table, target, column: where it stands.
+        methods: the rows that it concerns.
+        reason: a whole sentence.
+    """
+
+    table: str
+    target: str
+    column: str
+    methods: tuple[str, ...]
+    reason: str
+
+
+@cache
+def paper_table(number: str) -> PaperTable:
+    """Table IV, V, VI or IX of the paper.
+
+    Raises:
+        ValueError: another number.
+
+    Example:
+        >>> paper_table("V").rows_of("Market1501")[-1].values
+        {'R1': 77.0, 'mAP': 47.2}
+    """
+    if number not in _FILES:
+        raise ValueError(f"number is {number!r}; the tables are {', '.join(PAPER_TABLES)}.")
+    text = files("dan_fast.reporting").joinpath("paper", f"{_FILES[number]}.yaml").read_text(encoding="utf-8")
+    return table_of(yaml.safe_load(text))
+
+
+def table_of(content: Mapping[str, Any]) -> PaperTable:
+    """The table that a file of ``dan_fast/reporting/paper`` describes."""
+    columns, targets = tuple(content["columns"]), content["targets"]
+    rows = []
+    for row in content["rows"]:
+        for target in targets:
+            given = zip(columns, row[target], strict=True)
+            values = {column: float(value) for column, value in given if value is not None}
+            rows.append(PaperRow(row["method"], row.get("venue", ""), target, values))
+    return PaperTable(
+        number=content["table"],
+        title=content["title"],
+        source=content["source"],
+        columns=columns,
+        sources={target: about.get("sources", "") for target, about in targets.items()},
+        one_match=frozenset(target for target, about in targets.items() if about.get("one_match", False)),
+        rows=tuple(rows),
+        claims=tuple(Claim(**claim) for claim in content.get("claims", ())),
+    )
+
+
+def mean_precision_bounds(cmc: Mapping[int, float]) -> tuple[float, float]:
+    """The least and the largest mAP that a CMC curve allows where each query has one match.
+
+    The average precision of a query is then 1 over the rank of its match, so a share of queries found between
+    two known ranks adds at least its size over the later and at most over the rank after the earlier:
+    R1 + (R5 - R1) / 5 + (R10 - R5) / 10 <= mAP <= R1 + (R5 - R1) / 2 + (R10 - R5) / 6 + (100 - R10) / 11.
+
+    Args:
+        cmc: rank to matching rate in percent, the rates not falling with the rank.
+
+    Returns:
+        (least, largest) in percent.
+
+    Example:
+        >>> least, largest = mean_precision_bounds({1: 62.4, 5: 74.3, 10: 80.7})
+        >>> f"{least:.1f} {largest:.1f}"
+        '65.4 71.2'
+    """
+    least = largest = reached = 0.0
+    earlier = 0
+    for rank, rate in sorted(cmc.items()):
+        least += (rate - reached) / rank
+        largest += (rate - reached) / (earlier + 1)
+        earlier, reached = rank, rate
+    return least, largest + (100 - reached) / (earlier + 1)
+
+
+def find_contradictions(table: PaperTable) -> list[Contradiction]:
+    """The figures of a table that cannot be right beside others, each with the reason in a sentence.
+
+    Looked for are rates outside [0, 100], matching rates that fall with the rank, a mAP that the matching rates
+    of its row do not allow where a query has one match (:func:`mean_precision_bounds`), and differences that
+    are not those the text states. What rounding to the printed digit can explain is no contradiction.
+
+    Example:
+        >>> [each.column for each in find_contradictions(paper_table("VI"))]
+        []
+    """
+    found = []
+    for row in table.rows:
+        for column, reason in _row_faults(row, row.target in table.one_match):
+            found.append(Contradiction(table.number, row.target, column, (row.method,), reason))
+    values = {(row.method, row.target): row.values for row in table.rows}
+    for claim in table.claims:
+        upper, lower = (values[name, claim.target][claim.column] for name in (claim.of, claim.over))
+        if abs(upper - lower - claim.value) > 3 * _ROUNDING + 1e-9:
+            reason = (
+                f"The text says that {claim.of} is {claim.value:.1f} above {claim.over} in {claim.column} on "
+                f"{claim.target}; the table has {upper:.1f} and {lower:.1f}, {upper - lower:.1f} apart."
+            )
+            found.append(Contradiction(table.number, claim.target, claim.column, (claim.of, claim.over), reason))
+    return found
+
+
+def _row_faults(row: PaperRow, one_match: bool) -> list[tuple[str, str]]:
+    who = f"{row.method} on {row.target}"
+    faults = [
+        (column, f"{who}: {column} is {value:.1f}, no share in percent.")
+        for column, value in row.values.items()
+        if not 0 <= value <= 100
+    ]
+    cmc = {int(column[1:]): value for column, value in row.values.items() if column[1:].isdigit()}
+    ranks = sorted(cmc)
+    for low, high in zip(ranks, ranks[1:], strict=False):
+        if cmc[low] > cmc[high]:
+            faults.append(
+                (
+                    f"R{high}",
+                    f"{who}: R{low} is {cmc[low]:.1f} and R{high} {cmc[high]:.1f}, though a match within the first "
+                    f"{low} is one within the first {high}.",
+                )
+            )
+    if faults or not one_match or not cmc or "mAP" not in row.values:
+        return faults
+    least, largest = mean_precision_bounds(cmc)
+    printed = row.values["mAP"]
+    # Both bounds are means of the rates, so these move them by no more than one rounding; mAP has its own.
+    if not least - 2 * _ROUNDING - 1e-9 <= printed <= largest + 2 * _ROUNDING + 1e-9:
+        given = ", ".join(f"R{rank} {cmc[rank]:.1f}" for rank in ranks)
+        side = f"below {least:.1f}, the least" if printed < least else f"above {largest:.1f}, the most"
+        reason = f"{who}: mAP {printed:.1f} is {side} possible with one match for each query at {given}."
+        faults.append(("mAP", reason))
+    return faults
