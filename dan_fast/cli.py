@@ -57,7 +57,7 @@ def evaluate(
         checkpoint: The checkpoint.pt of a run.
         targets: Folders or manifests with query and gallery images, or with test images that are split at random.
         baselines: Also evaluate the network as it was before training, and random features (chance).
-        repeats: Random splits of a target that has no fixed one; mean and standard deviation are printed.
+        repeats: Random splits of a target that has no fixed ones; mean and standard deviation are printed.
         seed: Seed of the random splits.
         metric: How features are compared.
         ap: standard takes the mean precision at each true match, trapezoid is the old MATLAB code's.
@@ -101,7 +101,7 @@ def evaluate(
 
     table = Table("target", "protocol", "features", *results[0][1].percentages())
     for name, evaluation in results:
-        table.add_row(evaluation.dataset, evaluation.protocol, name, *evaluation.row())
+        table.add_row(evaluation.title, evaluation.protocol, name, *evaluation.row())
     Console().print(table)
     for path in sorted({path for _, evaluation in results for path in evaluation.skipped}):
         print(f"Skipped {path}: it cannot be decoded.")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dan_fast.data.samples import ReIDDataset
+from dan_fast.data.samples import FixedSplits, ReIDDataset, Sample
 from dan_fast.errors import DanFastError
 from dan_fast.evaluation.features import Features, extract_features
 from dan_fast.evaluation.ranking import (
@@ -36,6 +36,8 @@ class Evaluation:
         repeats: number of splits scored.
         num_query, num_gallery, num_valid: images searched for, searched in, and queries that have a match.
         skipped: files that could not be decoded and were left out.
+        variant: of the dataset, in words, "" where it has only one.
+        splits: name and hash of the fixed splits that were scored, "" for any others.
     """
 
     dataset: str
@@ -51,6 +53,13 @@ class Evaluation:
     num_gallery: int
     num_valid: int
     skipped: tuple[str, ...] = ()
+    variant: str = ""
+    splits: str = ""
+
+    @property
+    def title(self) -> str:
+        """The dataset and its variant, as they stand beside every figure."""
+        return f"{self.dataset} ({self.variant})" if self.variant else self.dataset
 
     def percentages(self) -> dict[str, float]:
         """R1, R5, R10, mAP and mINP in percent."""
@@ -76,12 +85,22 @@ class Evaluation:
 
 
 class DatasetFeatures(NamedTuple):
-    """Features of a dataset's evaluation images: a fixed query and gallery, or images yet to be split."""
+    """Features of a dataset's evaluation images: a fixed query and gallery, or images yet to be split.
+
+    Attributes:
+        name: the dataset's name.
+        query, gallery: of the fixed split, None where there is none.
+        test: of the images to be split, each embedded once for all splits; None where there are none.
+        variant: of the dataset, in words.
+        splits: how `test` is split; None for random splits.
+    """
 
     name: str
     query: Features | None
     gallery: Features | None
     test: Features | None
+    variant: str = ""
+    splits: FixedSplits | None = None
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -90,11 +109,22 @@ class DatasetFeatures(NamedTuple):
         return tuple(str(path) for part in parts for path in part.skipped)
 
     def split(self, seed: int = 0, repeat: int = 0) -> tuple[Features, Features]:
-        """Query and gallery: the fixed ones, or those of the given repeat of the random split."""
+        """Query and gallery: the fixed ones, or those of the given repeat of the fixed or random splits.
+
+        Images that could not be decoded are in neither; random splits alone depend on `seed`.
+        """
         if self.test is None:
             return self.query, self.gallery
-        query, gallery = random_split(self.test.pids, self.test.camids, seed, repeat)
+        if self.splits is not None:
+            chosen = self.splits.splits[repeat]
+            query, gallery = self._places(chosen.query), self._places(chosen.gallery)
+        else:
+            query, gallery = random_split(self.test.pids, self.test.camids, seed, repeat)
         return self.test.select(query), self.test.select(gallery)
+
+    def _places(self, samples: tuple[Sample, ...]) -> Tensor:
+        place = {path: index for index, path in enumerate(self.test.paths)}
+        return torch.tensor([place[each.path] for each in samples if each.path in place], dtype=torch.int64)
 
 
 def random_split(pids: Tensor, camids: Tensor, seed: int = 0, repeat: int = 0) -> tuple[Tensor, Tensor]:
@@ -144,7 +174,8 @@ def extract_dataset(
     """Embed every evaluation image of a dataset once; arguments as in :func:`extract_features`.
 
     Raises:
-        DanFastError: the dataset has neither a query and a gallery nor a test split.
+        DanFastError: the dataset has neither a query and a gallery nor a test split, or not all the images that its
+            fixed splits name.
     """
 
     def extract(samples: tuple) -> Features:
@@ -153,7 +184,9 @@ def extract_dataset(
         )
 
     if dataset.query and dataset.gallery:
-        return DatasetFeatures(dataset.name, extract(dataset.query), extract(dataset.gallery), None)
+        return DatasetFeatures(
+            dataset.name, extract(dataset.query), extract(dataset.gallery), None, variant=dataset.variant
+        )
     if dataset.query or dataset.gallery:
         missing = "gallery" if dataset.query else "query"
         raise DanFastError(f"{dataset.name} has no {missing} images; add them or evaluate on another dataset.")
@@ -161,7 +194,12 @@ def extract_dataset(
         raise DanFastError(
             f"{dataset.name} has nothing to evaluate on; give it query and gallery images, or a test split."
         )
-    return DatasetFeatures(dataset.name, None, None, extract(dataset.test))
+    if dataset.splits is not None and dataset.splits.missing:
+        raise DanFastError(
+            f"{dataset.name} ({dataset.root}) cannot be scored on its fixed splits ({dataset.splits.label}): "
+            f"{dataset.splits.missing}; complete the folder, results on other splits would compare with nobody's."
+        )
+    return DatasetFeatures(dataset.name, None, None, extract(dataset.test), dataset.variant, dataset.splits)
 
 
 def evaluate_features(
@@ -172,7 +210,10 @@ def evaluate_features(
     max_rank: int = 50,
     ap: AveragePrecision = "standard",
 ) -> Evaluation:
-    """Score features: once on a fixed split, ``repeats`` times on random ones drawn by ``seed``.
+    """Score features: once on a fixed query and gallery, on all of a dataset's fixed splits, or on random ones.
+
+    Figures are means over the splits, with their standard deviations; of random splits, drawn by ``seed``, there are
+    ``repeats``.
 
     Raises:
         DanFastError: no identity can be found again in another camera.
@@ -180,9 +221,12 @@ def evaluate_features(
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}; it must be at least 1.")
-    fixed = features.test is None
+    if features.test is None:
+        repeats = 1
+    elif features.splits is not None:
+        repeats = len(features.splits.splits)
     results: list[RankingResult] = []
-    for repeat in range(1 if fixed else repeats):
+    for repeat in range(repeats):
         query, gallery = features.split(seed, repeat)
         results.append(_rank(features.name, query, gallery, metric=metric, max_rank=max_rank, ap=ap))
     cmc = torch.stack([result.cmc for result in results])
@@ -191,7 +235,7 @@ def evaluate_features(
     spread = len(results) > 1
     return Evaluation(
         dataset=features.name,
-        protocol=_describe(fixed, len(results), seed),
+        protocol=_describe(features, repeats, seed),
         cmc=tuple(cmc.mean(0).tolist()),
         mAP=float(precision.mean()),
         mINP=float(penalty.mean()),
@@ -203,6 +247,8 @@ def evaluate_features(
         num_gallery=len(gallery.paths),
         num_valid=results[-1].num_valid,
         skipped=features.skipped,
+        variant=features.variant,
+        splits="" if features.splits is None else features.splits.label,
     )
 
 
@@ -224,8 +270,9 @@ def evaluate_dataset(
 ) -> Evaluation:
     """Embed a dataset and score it: :func:`extract_dataset`, then :func:`evaluate_features`.
 
-    A dataset with query and gallery images is scored once, on them. One with a test split only is split at
-    random, ``repeats`` times, by :func:`random_split`. The caller puts the model into evaluation mode.
+    A dataset with query and gallery images is scored once, on them. One with a test split only is split as its fixed
+    splits say, all of them, and where it has none at random, ``repeats`` times, by :func:`random_split`. Each image is
+    embedded once. The caller puts the model into evaluation mode.
 
     Raises:
         DanFastError, ValueError: as the two functions do.
@@ -256,7 +303,9 @@ def _rank(name: str, query: Features, gallery: Features, **options: Any) -> Rank
         ) from error
 
 
-def _describe(fixed: bool, repeats: int, seed: int) -> str:
-    if fixed:
+def _describe(features: DatasetFeatures, repeats: int, seed: int) -> str:
+    if features.test is None:
         return "fixed query and gallery"
+    if features.splits is not None:
+        return f"{repeats} fixed splits, {features.splits.label}"
     return f"one query per identity and camera, {repeats} random split{'s' * (repeats > 1)}, seed {seed}"
