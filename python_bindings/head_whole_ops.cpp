@@ -76,9 +76,14 @@ HeadResult attention_head_cpu(const Tensor& features, const Tensor& wc1, const T
 
 // Positions of maxima come back from the caller, and an index that is none would be written to.
 void check_indices(const char* name, const Tensor& indices, int64_t size) {
-  const int32_t* begin = data<int32_t>(indices);
-  const bool fits = std::all_of(begin, begin + indices.numel(), [=](int64_t i) { return i >= 0 && i < size; });
-  STD_TORCH_CHECK(fits, name, " must be what attention_head gave, indices in [0, ", size, ")");
+  // Without a way out, so that it becomes vectors.
+  const int32_t* index = data<int32_t>(indices);
+  int32_t least = 0, most = 0;
+  for (int64_t i = 0; i < indices.numel(); ++i) {
+    least = std::min(least, index[i]);
+    most = std::max(most, index[i]);
+  }
+  STD_TORCH_CHECK(least >= 0 && (most < size || indices.numel() == 0), name, " must be what attention_head gave, indices in [0, ", size, ")");
 }
 
 using HeadGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

@@ -37,12 +37,29 @@ class ChannelGradients : public ChannelSums<A, 3> {
   A *channel_attention_ = nullptr, *rows_ = nullptr;
 };
 
+// An aligned vector to memory.
+template <typename T>
+inline void store_past_caches(T* to, Vector<T> values) {
+#if defined(__AVX512F__)
+  __m512i bits;
+  std::memcpy(&bits, &values, sizeof bits);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits);
+#elif defined(__AVX2__)
+  __m256i bits;
+  std::memcpy(&bits, &values, sizeof bits);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits);
+#else
+  store(to, values);
+#endif
+}
+
 // dX of one sample after the other.
 template <typename S, typename A>
 class FeaturesGrad {
  public:
   FeaturesGrad(const FeatureMap<S>& grad, const FeaturesGradInput<A>& in)
-      : grad_(grad), in_(in), attended_(grad.channels), mean_(grad.channels), mean_map_(grad.positions) {}
+      : grad_(grad), in_(in), attended_(grad.channels), mean_(grad.channels), mean_map_(grad.positions),
+        past_caches_(past_caches()) {}
 
   void run(int64_t sample) {
     const int64_t channels = grad_.channels, positions = grad_.positions;
@@ -62,9 +79,7 @@ class FeaturesGrad {
       mean_map_.numbers[p] = in_.mean_map_grad[sample * positions + p] / static_cast<A>(channels);
     }
     if (grad_.channel_stride == 1 && channels > 1) {
-      int64_t p = 0;
-      for (; p + kVectors <= positions; p += kVectors) across<kVectors>(p);
-      for (; p < positions; ++p) across<1>(p);
+      past_caches_ ? all_across<true>() : all_across<false>();
     } else {
       int64_t p = 0;
       for (; p + (kVectors - 1) * kWidth<A> < positions; p += kVectors * kWidth<A>) along<kVectors>(p);
@@ -77,6 +92,22 @@ class FeaturesGrad {
  private:
   // Where a vector begins so as to end within `size`, if that is as long as a vector.
   static int64_t within(int64_t at, int64_t size) { return std::max<int64_t>(0, std::min(at, size - kWidth<A>)); }
+
+  template <bool kPast>
+  void all_across() const {
+    int64_t p = 0;
+    for (; p + kVectors <= grad_.positions; p += kVectors) across<kVectors, kPast>(p);
+    for (; p < grad_.positions; ++p) across<1, kPast>(p);
+  }
+
+  // Whether dX is written to memory by whole vectors: more than caches hold need not be read into them first.
+  bool past_caches() const {
+    constexpr int64_t kCaches = 16 << 20;
+    const auto whole = [](int64_t stride) { return stride * static_cast<int64_t>(sizeof(S)) % kVectorBytes == 0; };
+    return std::is_same_v<S, A> && reinterpret_cast<uintptr_t>(grad_.data) % kVectorBytes == 0 &&
+           whole(grad_.channels) && whole(grad_.position_stride) && whole(grad_.sample_stride) &&
+           grad_.batch * grad_.sample_stride * static_cast<int64_t>(sizeof(S)) > kCaches;
+  }
 
   // V vectors of adjacent positions in every channel.
   template <int V>
@@ -107,8 +138,8 @@ class FeaturesGrad {
     }
   }
 
-  // All channels of R positions.
-  template <int R>
+  // All channels of R positions. `kPast`: see past_caches.
+  template <int R, bool kPast>
   void across(int64_t position) const {
     Vector<A> spatial_attention[R], mean_map[R], adversary_map[R];
     for (int r = 0; r < R; ++r) {
@@ -129,7 +160,13 @@ class FeaturesGrad {
         const Vector<A> value = feature_grad<Vector<A>>(
             attended, channel_attention, row, mean, spatial_attention[r], mean_map[r], adversary_map[r]);
         const Indices<A> is_peak = peak_position == broadcast_index<A>(position + r);
-        store_up_to<A>(to_ + (position + r) * grad_.position_stride + at, is_peak ? value + peak : value, channels);
+        S* to = to_ + (position + r) * grad_.position_stride + at;
+        const Vector<A> whole = is_peak ? value + peak : value;
+        if constexpr (kPast && std::is_same_v<S, A>) {
+          store_past_caches(to, whole);
+        } else {
+          store_up_to<A>(to, whole, channels);
+        }
       }
     }
   }
@@ -156,6 +193,7 @@ class FeaturesGrad {
   const FeaturesGradInput<A>& in_;
   Scratch<A> attended_, mean_;  // (C,) d_attended A_C / P, d_mean / P
   Scratch<A> mean_map_;         // (P,) d_mean_map / C
+  const bool past_caches_;
   S* to_ = nullptr;
   const A *channel_attention_ = nullptr, *rows_ = nullptr, *peak_grad_ = nullptr;
   const int32_t* peak_position_ = nullptr;

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <algorithm>
-#include <initializer_list>
 #include <memory>
 
 #include "head_cpu.h"
@@ -74,14 +73,20 @@ class HeadCpu {
         parallel_(parallel) {}
 
   void forward(const HeadOutput<A>& out) const {
-    // What the first read of some samples leaves in the cache that the cores share, the second finds there.
-    constexpr int64_t kBytes = 13 << 20, kFewest = 16;
-    const int64_t sample = channels_ * positions_ * static_cast<int64_t>(sizeof(S));
-    const int64_t together = std::min(batch_, std::max(kFewest, kBytes / sample));
-    const std::unique_ptr<A[]> units(new A[together * in_.units]), rows(new A[batch_ * channels_]);
-    for (int64_t first = 0; first < batch_; first += together) {
-      forward(out, first, std::min(batch_, first + together), units.get(), rows.get());
-    }
+    const std::unique_ptr<A[]> units(new A[batch_ * in_.units]), rows(new A[batch_ * channels_]);
+    const auto pool = DAN_FAST_KERNEL(head_pool<S, A>);
+    parallel_(batch_, sample_grain(), [&](int64_t from, int64_t to) { pool(in_.features, out.pooled, from, to); });
+    multiply({batch_, in_.units, channels_, out.pooled.mean, channels_, 1, in_.wc1, 1, channels_, nullptr, out.of_mean,
+              in_.units, false, out.pooled.peak, out.of_peak});
+    relu_sum(out.of_mean, out.of_peak, batch_ * in_.units, units.get());
+    multiply({batch_, channels_, in_.units, units.get(), in_.units, 1, in_.wc2, 1, in_.units, nullptr,
+              out.channel_attention, channels_, true});
+    const AttendInput<A> in = {out.channel_attention, rows.get(), in_.labels, in_.spatial};
+    const auto attend = DAN_FAST_KERNEL(head_attend<S, A>);
+    parallel_(batch_, sample_grain(), [&](int64_t from, int64_t to) {
+      copy_rows(from, to, rows.get());
+      attend(in_.features, in, out.attended, from, to);
+    });
   }
 
   void backward(const HeadSaved<A>& saved, const HeadGrad<A>& grad, const HeadInputGrad<S, A>& out) const {
@@ -95,7 +100,7 @@ class HeadCpu {
                                          maps.get() + 2 * by_position, out.ws1, out.ws3, out.ws2, out.ws4};
     attend_backward(saved, grad, rows, by_input);
     add_up_rows(by_rows, out.cam_weight);
-    bottleneck_backward(saved, grad, by_logits, units.get(), by_mean, by_peak, out);
+    bottleneck_backward(saved, grad.pooled, by_logits, units.get(), by_mean, by_peak, out);
     const FeaturesGradInput<A> by_features = {
         saved.channel_attention, rows, saved.attended.spatial_attention, saved.attended.peak_channel,
         saved.peak_position, grad.attended.attended, by_input.mean_map, by_input.peak_map, by_input.adversary_map,
@@ -111,30 +116,6 @@ class HeadCpu {
   int64_t sample_grain() const { return grain(channels_ * positions_); }
   static int64_t grain(int64_t size) { return std::max<int64_t>(1, kTask / std::max<int64_t>(1, size)); }
 
-  void forward(const HeadOutput<A>& out, int64_t first, int64_t last, A* units, A* rows) const {
-    const int64_t samples = last - first, at = first * channels_;
-    const auto pool = DAN_FAST_KERNEL(head_pool<S, A>);
-    parallel_(samples, sample_grain(), [&](int64_t from, int64_t to) {
-      pool(in_.features, out.pooled, first + from, first + to);
-    });
-    A *of_mean = out.of_mean + first * in_.units, *of_peak = out.of_peak + first * in_.units;
-    const auto reduced = [&](const A* pooled, A* reduced) {
-      return Product<A>{samples, in_.units, channels_, pooled + at, channels_, 1, in_.wc1, 1, channels_,
-                        nullptr, reduced,   in_.units, false};
-    };
-    multiply({reduced(out.pooled.mean, of_mean), reduced(out.pooled.peak, of_peak)});
-    relu_sum(of_mean, of_peak, samples * in_.units, units);
-    A* channel_attention = out.channel_attention + at;
-    multiply({Product<A>{samples, channels_, in_.units, units, in_.units, 1, in_.wc2, 1, in_.units, nullptr,
-                         channel_attention, channels_, true}});
-    const AttendInput<A> in = {out.channel_attention, rows, in_.labels, in_.spatial};
-    const auto attend = DAN_FAST_KERNEL(head_attend<S, A>);
-    parallel_(samples, sample_grain(), [&](int64_t from, int64_t to) {
-      for (int64_t b = first + from; b < first + to; ++b) copy_row(b, rows + b * channels_);
-      attend(in_.features, in, out.attended, first + from, first + to);
-    });
-  }
-
   void attend_backward(const HeadSaved<A>& saved, const HeadGrad<A>& grad, A* rows, const AttendInputGrad<A>& out) const {
     const int64_t hidden = in_.spatial.hidden;
     const std::unique_ptr<A[]> gates(new A[3 * batch_ * positions_]), units(new A[6 * batch_ * hidden]);
@@ -143,7 +124,7 @@ class HeadCpu {
     const auto kernel = DAN_FAST_KERNEL(head_attend_backward<S, A>);
     const auto through_sigmoid = DAN_FAST_KERNEL(head_logits_backward<A>);
     parallel_(batch_, sample_grain(), [&](int64_t from, int64_t to) {
-      for (int64_t b = from; b < to; ++b) copy_row(b, rows + b * channels_);
+      copy_rows(from, to, rows);
       kernel(in_.features, in, saved.attended, grad.attended, out, parts, from, to);
       const int64_t at = from * channels_;
       const A* more = grad.channel_attention == nullptr ? nullptr : grad.channel_attention + at;
@@ -156,40 +137,31 @@ class HeadCpu {
   }
 
   // by_logits in, by_mean and by_peak out; by_peak may be where by_logits is.
-  void bottleneck_backward(const HeadSaved<A>& saved, const HeadGrad<A>& grad, const A* by_logits, A* scratch, A* by_mean,
+  void bottleneck_backward(const HeadSaved<A>& saved, const A* grad_pooled, const A* by_logits, A* scratch, A* by_mean,
                            A* by_peak, const HeadInputGrad<S, A>& out) const {
     const int64_t units = in_.units, size = batch_ * units;
     A *sum = scratch, *by_of_mean = sum + size, *by_of_peak = by_of_mean + size;
-    multiply({Product<A>{batch_, units, channels_, by_logits, channels_, 1, in_.wc2, units, 1, nullptr, by_of_mean, units,
-                         false}});
+    multiply({batch_, units, channels_, by_logits, channels_, 1, in_.wc2, units, 1, nullptr, by_of_mean, units, false});
     relu_sum(saved.of_mean, saved.of_peak, size, sum);
     for (int64_t i = 0; i < size; ++i) {
       const A by_hidden = by_of_mean[i];
       by_of_mean[i] = relu_backward(saved.of_mean[i], by_hidden);
       by_of_peak[i] = relu_backward(saved.of_peak[i], by_hidden);
     }
-    multiply({Product<A>{channels_, units, batch_, by_logits, 1, channels_, sum, units, 1, nullptr, out.wc2, units,
-                         false}});
-    const auto by_wc1 = [&](const A* by_reduced, const A* pooled, const A* addend) {
-      return Product<A>{units, channels_, batch_, by_reduced, 1, units, pooled, channels_, 1, addend, out.wc1, channels_,
-                        false};
-    };
-    const auto by_pooled = [&](const A* by_reduced, const A* addend, A* to) {
-      return Product<A>{batch_, channels_, units, by_reduced, units, 1, in_.wc1, channels_, 1, addend, to, channels_,
-                        false};
-    };
-    multiply({by_wc1(by_of_mean, saved.mean, nullptr), by_wc1(by_of_peak, saved.peak, out.wc1),
-              by_pooled(by_of_mean, grad.pooled, by_mean), by_pooled(by_of_peak, nullptr, by_peak)});
+    multiply({channels_, units, batch_, by_logits, 1, channels_, sum, units, 1, nullptr, out.wc2, units, false});
+    multiply({units, channels_, batch_, by_of_mean, 1, units, saved.mean, channels_, 1, nullptr, out.wc1, channels_,
+              false});
+    multiply({units, channels_, batch_, by_of_peak, 1, units, saved.peak, channels_, 1, out.wc1, out.wc1, channels_,
+              false});
+    multiply({batch_, channels_, units, by_of_mean, units, 1, in_.wc1, channels_, 1, grad_pooled, by_mean, channels_,
+              false, by_of_peak, by_peak});
   }
 
-  // Of as many columns each, one after the other.
-  void multiply(std::initializer_list<Product<A>> products) const {
+  void multiply(const Product<A>& product) const {
     const auto kernel = DAN_FAST_KERNEL(product_columns<A>);
-    const int64_t width = DAN_FAST_KERNEL(product_width<A>)(), columns = products.begin()->columns;
-    const int64_t strips = (columns + width - 1) / width;
-    const Product<A>& first = *products.begin();
-    parallel_(strips, grain(first.rows * first.depth * width), [&](int64_t from, int64_t to) {
-      for (const Product<A>& product : products) kernel(product, from * width, std::min(columns, to * width));
+    const int64_t width = DAN_FAST_KERNEL(product_width<A>)(), strips = (product.columns + width - 1) / width;
+    parallel_(strips, grain(product.rows * product.depth * width), [&](int64_t from, int64_t to) {
+      kernel(product, from * width, std::min(product.columns, to * width));
     });
   }
 
@@ -197,12 +169,15 @@ class HeadCpu {
     for (int64_t i = 0; i < size; ++i) out[i] = relu(a[i]) + relu(b[i]);
   }
 
-  // The classifier's row of a sample's label, 0 for -1. A label that is no class takes some row: its loss is not used.
-  void copy_row(int64_t sample, A* to) const {
-    if (in_.labels[sample] < 0) {
-      std::fill_n(to, channels_, A(0));
-    } else {
-      std::copy_n(in_.cam_weight + class_of(sample) * channels_, channels_, to);
+  // The classifier's row of each sample's label, 0 for -1. A label that is no class takes some row: its loss is not used.
+  void copy_rows(int64_t first, int64_t last, A* rows) const {
+    for (int64_t b = first; b < last; ++b) {
+      A* to = rows + b * channels_;
+      if (in_.labels[b] < 0) {
+        std::fill_n(to, channels_, A(0));
+      } else {
+        std::copy_n(in_.cam_weight + class_of(b) * channels_, channels_, to);
+      }
     }
   }
 

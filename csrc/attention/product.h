@@ -22,6 +22,9 @@ struct Product {
   A* out;           // columns adjacent
   int64_t out_stride;
   bool sigmoid;  // of every number, before it is written
+  // Where not null, twin_out = twin_left right as well, which have the shapes and strides of left and out.
+  const A* twin_left = nullptr;
+  A* twin_out = nullptr;
 };
 
 #define DAN_FAST_DECLARE_PRODUCT(isa)                                                                          \

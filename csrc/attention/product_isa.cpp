@@ -21,9 +21,11 @@ template <typename A>
 class ProductStrips {
  public:
   explicit ProductStrips(const Product<A>& product)
-      : product_(product), panel_(kChain * kStrip<A>), sums_(kBlock * kStrip<A>) {}
+      : product_(product), panel_(kChain * kStrip<A>), sums_(kBlock * kStrip<A>),
+        twin_sums_(product.twin_out == nullptr ? 0 : kBlock * kStrip<A>) {}
 
   void run(int64_t first, int64_t last) {
+    const bool twin = product_.twin_out != nullptr;
     for (int64_t column = first; column < last; column += kStrip<A>) {
       const int64_t columns = std::min(kStrip<A>, last - column);
       for (int64_t row = 0; row < product_.rows; row += kBlock) {
@@ -32,9 +34,11 @@ class ProductStrips {
         for (int64_t k = 0; k == 0 || k < product_.depth; k += kChain) {
           const int64_t count = std::min(kChain, product_.depth - k);
           pack(k, count, column, columns);
-          multiply_block(row, rows, k, count);
+          multiply_block(product_.left, row, rows, k, count, sums_.numbers);
+          if (twin) multiply_block(product_.twin_left, row, rows, k, count, twin_sums_.numbers);
         }
-        write(row, rows, column, columns);
+        write(sums_.numbers, product_.addend, row, rows, column, columns, product_.out);
+        if (twin) write(twin_sums_.numbers, nullptr, row, rows, column, columns, product_.twin_out);
       }
     }
   }
@@ -59,14 +63,14 @@ class ProductStrips {
     }
   }
 
-  void multiply_block(int64_t row, int64_t rows, int64_t k, int64_t count) {
+  void multiply_block(const A* left, int64_t row, int64_t rows, int64_t k, int64_t count, A* to) const {
     for (int64_t tile = 0; tile < rows; tile += kTileRows) {
       const A* tile_rows[kTileRows];
       for (int r = 0; r < kTileRows; ++r) {
-        tile_rows[r] = product_.left + std::min(row + tile + r, product_.rows - 1) * product_.left_row_stride +
+        tile_rows[r] = left + std::min(row + tile + r, product_.rows - 1) * product_.left_row_stride +
                        k * product_.left_column_stride;
       }
-      A* sums = sums_.numbers + tile * kStrip<A>;
+      A* sums = to + tile * kStrip<A>;
       if (product_.left_column_stride == 1) {
         multiply<kTileRows, kTileVectors>(tile_rows, count, panel_.numbers, k > 0, sums, kStrip<A>);
       } else {
@@ -76,23 +80,23 @@ class ProductStrips {
     }
   }
 
-  void write(int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  void write(A* from, const A* addend, int64_t row, int64_t rows, int64_t column, int64_t columns, A* out) const {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (row + r) * product_.out_stride + column;
-      A* sums = sums_.numbers + r * kStrip<A>;
+      A* sums = from + r * kStrip<A>;
       for (int64_t c = 0; c < columns; c += kWidth<A>) {
         const int64_t left = columns - c;
         A* value = sums + c;
-        if (product_.addend != nullptr) store(value, load_up_to<A>(product_.addend + at + c, left) + load(value));
+        if (addend != nullptr) store(value, load_up_to<A>(addend + at + c, left) + load(value));
         for (int64_t i = 0; product_.sigmoid && i < kWidth<A>; ++i) value[i] = sigmoid(value[i]);
-        store_up_to<A>(product_.out + at + c, load(value), left);
+        store_up_to<A>(out + at + c, load(value), left);
       }
     }
   }
 
   const Product<A> product_;
   Scratch<A> panel_;  // (kChain, kStrip)
-  Scratch<A> sums_;   // (kBlock, kStrip)
+  Scratch<A> sums_, twin_sums_;  // (kBlock, kStrip)
 };
 
 }  // namespace

@@ -162,12 +162,19 @@ def attention_head(features: Tensor, weights: NLCBAMWeights, cam_weight: Tensor,
 
 def _check_cam(cam_weight: Tensor, labels: Tensor, features: Tensor) -> None:
     check_cam(cam_weight, labels, features)
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _may_look_at(labels):
         check_label_values(cam_weight, labels)
 
 
+def _may_look_at(labels: Tensor) -> bool:
+    """Whether reading the labels neither waits for a device nor breaks a graph."""
+    return labels.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _marked(loss: Tensor, labels: Tensor, cam_weight: Tensor) -> Tensor:
-    """NaN for a label that is no class, where looking at the labels would wait for the device."""
+    """NaN for a label that is no class, where nobody could look at the labels."""
+    if _may_look_at(labels):
+        return loss
     return loss.masked_fill((labels < -1) | (labels >= cam_weight.shape[0]), torch.nan)
 
 
