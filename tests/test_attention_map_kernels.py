@@ -67,11 +67,7 @@ class Case:
         self.dtype, self.statistics, self.other = dtype, statistics, other or layout
         self.features = layout((random(*size) + 0.3).to(dtype))
         self.refined, self.grad_refined = (self.other(random(*size).to(dtype)) for _ in range(2))
-        self.attentions = (
-            torch.rand(batch, channels, generator=generator),
-            torch.rand(batch, positions, generator=generator),
-        )
-        self.attentions = tuple(x.to(statistics) for x in self.attentions)
+        self.attentions = torch.sigmoid(random(batch, channels)), torch.sigmoid(random(batch, positions))
         self.labels = torch.arange(batch) % 3 - 1
         self.rows = random(batch, channels, scale=channels**-0.5) * (self.labels >= 0)[:, None]
         self.grads = random(batch), random(batch, positions), random(batch, positions)
