@@ -121,6 +121,7 @@ def _config(folder: Path, epochs: int, seed: int, workers: int) -> TrainConfig:
         data=DataConfig(
             labeled=[str(folder / "data" / name) for name in LABELED],
             unlabeled=[str(folder / "data" / name) for name in UNLABELED],
+            targets=[str(folder / "data" / UNSEEN)],
             image_size=IMAGE_SIZE,
             # A few hundred iterations are few for pseudo labels to become good: labelled images lead.
             unlabeled_fraction=0.25,

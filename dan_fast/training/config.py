@@ -242,20 +242,26 @@ _FREE_TO_CHANGE = {
 }
 
 
-def require_same_training(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
-    """Refuse to continue a run under other settings than those it was started with.
-
-    Raises:
-        DanFastError: names the settings that differ.
-    """
+def training_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """The settings that `current` has otherwise than `saved` and that decide what is learnt, a clause each."""
     differences = []
-    # A setting that did not exist yet when the checkpoint was written had its default.
+    # A setting that did not exist yet when the saved ones were written had its default.
     defaults = TrainConfig().to_dict()
     for section, values in current.items():
         for name, value in values.items():
             before = saved.get(section, {}).get(name, defaults[section][name])
             if before != value and (section, name) not in _FREE_TO_CHANGE:
                 differences.append(f"{section}.{name} is {value!r} here and {before!r} there")
+    return differences
+
+
+def require_same_training(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
+    """Refuse to continue a run under other settings than those it was started with.
+
+    Raises:
+        DanFastError: names the settings that differ.
+    """
+    differences = training_differences(saved, current)
     if differences:
         raise DanFastError(
             f"{checkpoint} was trained with another configuration ({'; '.join(differences)}): "
