@@ -1,8 +1,10 @@
-"""Builds `dan_fast/_native.so` from csrc/ and python_bindings/; all that is static stands in pyproject.toml.
+"""Builds two libraries from csrc/ and python_bindings/; all that is static stands in pyproject.toml.
 
-The binary uses PyTorch's stable ABI only and is not a Python module: one file serves every torch >= 2.11 and
-every Python, so the torch whose headers it was built with need not be the one it runs with. What cannot be
-built is left out and the reason is kept in `dan_fast/_build_info.json`, which `dan-fast doctor` shows.
+`dan_fast/_native.so`, the operators, uses PyTorch's stable ABI only and is not a Python module: one file serves
+every torch >= 2.11 and every Python, so the torch whose headers it was built with need not be the one it runs with.
+`dan_fast/_ranking*.so`, the ranking over NumPy arrays, is a module for the Python that builds it and knows no torch
+(pybind11's headers come with torch). What cannot be built is left out and the reason is kept in
+`dan_fast/_build_info.json`, which `dan-fast doctor` shows.
 """
 
 import importlib.util
@@ -24,9 +26,10 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = runpy.run_path(str(ROOT / "dan_fast/_sources.py"))
-LIBRARY, BUILD_INFO = "_native.so", "_build_info.json"
+LIBRARY, MODULE, BUILD_INFO = "_native.so", f"_ranking{sysconfig.get_config_var('EXT_SUFFIX')}", "_build_info.json"
 OLDEST_TORCH = (2, 11)
 TORCH_TARGET_VERSION = "0x020b000000000000"
+MODULE_BINDING = ROOT / "python_bindings/ranking.cpp"
 AGAIN = "run `pip install -e .` again"
 DEFAULT_CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0")
 # A `*_isa.cpp` is compiled once for each of these, from the poorest to the richest; csrc/cpu/isa.h tells them apart.
@@ -131,6 +134,13 @@ def gencode(archs: list[str]) -> list[str]:
     return list(dict.fromkeys(flags))
 
 
+def python_headers() -> Path:
+    folder = Path(sysconfig.get_path("include"))
+    if not (folder / "Python.h").is_file():
+        raise CannotBuild(f"{folder} has no Python.h; install Python's headers (Debian: python3-dev), then {AGAIN}")
+    return folder
+
+
 def first_line(command: list[str], pattern: str = ".+") -> str:
     """The first line of `command --version` that matches, as the name of a compiler."""
     output = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
@@ -151,9 +161,14 @@ def instruction_sets(compiler: list[str]) -> dict[str, list[str]]:
 
 
 def ninja_file(
-    torch: Torch, compiler: list[str], nvcc: str | None, archs: list[str], sets: dict[str, list[str]]
+    torch: Torch,
+    compiler: list[str],
+    nvcc: str | None,
+    archs: list[str],
+    sets: dict[str, list[str]],
+    python: Path | None,
 ) -> str:
-    """The build as ninja's rules: it compiles again what changed, headers included."""
+    """The build as ninja's rules: it compiles again what changed, headers included; the module where `python` is."""
 
     def quoted(parts: list[str]) -> str:
         return shlex.join(parts).replace("$", "$$")
@@ -185,7 +200,17 @@ def ninja_file(
         "  depfile = $out.d",
         "rule link",
         f"  command = {quoted(link)} $in {quoted(libraries)} -o $out",
+        "rule link_module",
+        f"  command = {quoted([*compiler, '-shared', '-pthread'])} $in -o $out",
     ]
+    if python:
+        module_flags = ["-isystem", str(torch.folder / "include"), "-isystem", str(python), "-pthread"]
+        lines += [
+            "rule module",
+            f"  command = {quoted([*compiler, *cxx_flags, *module_flags])} -MD -MF $out.d -c $in -o $out",
+            "  deps = gcc",
+            "  depfile = $out.d",
+        ]
     for name, flags in sets.items():
         command = [*compiler, *cxx_flags, *ISA_FLAGS, *flags, f"-DDAN_FAST_ISA={name}"]
         lines += [
@@ -201,18 +226,29 @@ def ninja_file(
             "  deps = gcc",
             "  depfile = $out.d",
         ]
-    # Of an inline function that several objects hold, the linker keeps the first: it must be one that any CPU can run.
-    objects: dict[str, list[str]] = {name: [] for name in sets}
+    built: dict[Path, list[str]] = {}
     for source in sources(with_cuda=nvcc is not None):
         stem = source.relative_to(ROOT).as_posix().replace("/", "_")
         if source.name.endswith("_isa.cpp"):
-            for name in sets:
-                objects[name].append(f"{stem}.{name}.o")
-                lines.append(f"build {stem}.{name}.o: {name} {escaped(source)}")
-        else:
-            objects["baseline"].append(f"{stem}.o")
-            lines.append(f"build {stem}.o: {'cuda' if source.suffix == '.cu' else 'cxx'} {escaped(source)}")
-    lines.append(f"build {LIBRARY}: link {' '.join(sum(objects.values(), []))}")
+            built[source] = [f"{stem}.{name}.o" for name in sets]
+            lines += [f"build {stem}.{name}.o: {name} {escaped(source)}" for name in sets]
+            continue
+        rule = "cuda" if source.suffix == ".cu" else "module" if source == MODULE_BINDING else "cxx"
+        if python or rule != "module":
+            built[source] = [f"{stem}.o"]
+            lines.append(f"build {stem}.o: {rule} {escaped(source)}")
+
+    def linked(target: str, rule: str, parts: list[Path]) -> str:
+        # Of an inline function that several objects hold, the linker keeps the first: one that any CPU can run.
+        objects = [name for source in parts for name in built[source]]
+        richer = [f".{name}.o" for name in sets if name != "baseline"]
+        objects.sort(key=lambda name: next((i + 1 for i, end in enumerate(richer) if name.endswith(end)), 0))
+        return f"build {target}: {rule} {' '.join(objects)}"
+
+    lines.append(linked(LIBRARY, "link", [source for source in built if not of_module(source)]))
+    if python:
+        shared = [source for source in built if source.parent == ROOT / "csrc/cpu"]
+        lines.append(linked(MODULE, "link_module", [*shared, *filter(of_module, built)]))
     return "\n".join(lines) + "\n"
 
 
@@ -222,7 +258,11 @@ def sources(with_cuda: bool) -> list[Path]:
     return sorted(path for path in found if path.suffix in suffixes)
 
 
-def compile_library(folder: Path, rules: str) -> Path:
+def of_module(source: Path) -> bool:
+    return source == MODULE_BINDING or source.parent == ROOT / "csrc/ranking"
+
+
+def compile_libraries(folder: Path, rules: str) -> list[Path]:
     if importlib.util.find_spec("ninja") is None:
         raise CannotBuild(f"the Python package ninja was not found; install it, then {AGAIN}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -233,17 +273,18 @@ def compile_library(folder: Path, rules: str) -> Path:
     if run.returncode != 0:
         errors = [line for line in run.stdout.splitlines() if re.search(r"\berror\b|fatal", line)]
         raise CannotBuild(f"the compiler failed ({' / '.join(errors[:3]) or run.stdout[-300:].strip()})")
-    return folder / LIBRARY
+    return [folder / name for name in (LIBRARY, MODULE) if f"build {name}:" in rules]
 
 
 def build_native(package: Path, scratch: Path) -> dict:
     """Compiles as much as this machine can into `package`, by way of `scratch`, and says what it was.
 
-    The library is put in place whole or not at all, and an older one does not stay where none can be built.
+    A library is put in place whole or not at all, and an older one does not stay where none can be built.
     """
-    info: dict = {"built": [], "instruction_sets": [], "cuda_archs": [], "missing": []}
+    info: dict = {"built": [], "ranking": False, "instruction_sets": [], "cuda_archs": [], "missing": []}
     info["source_hash"] = SOURCES["source_hash"](ROOT)
-    library = None
+    libraries: list[Path] = []
+    python = None
     try:
         compiler = find_compiler()
         info["compiler"] = first_line(compiler)
@@ -253,26 +294,32 @@ def build_native(package: Path, scratch: Path) -> dict:
         info["torch_headers"] = torch.version
         sets = instruction_sets(compiler)
         try:
+            python = python_headers()
+        except CannotBuild as reason:
+            info["missing"].append(f"no compiled ranking: {reason}")
+        try:
             nvcc = find_nvcc()
             info["nvcc"] = first_line([nvcc], r"release .+")
             archs = cuda_archs(nvcc)
-            library = compile_library(scratch / "cuda", ninja_file(torch, compiler, nvcc, archs, sets))
+            rules = ninja_file(torch, compiler, nvcc, archs, sets, python)
+            libraries = compile_libraries(scratch / "cuda", rules)
             info["built"], info["cuda_archs"] = ["CPU", "CUDA"], archs
         except CannotBuild as reason:
             info["missing"].append(f"no CUDA kernels: {reason}")
-            library = compile_library(scratch / "cpu", ninja_file(torch, compiler, None, [], sets))
+            libraries = compile_libraries(scratch / "cpu", ninja_file(torch, compiler, None, [], sets, python))
             info["built"] = ["CPU"]
         info["instruction_sets"] = list(sets)
+        info["ranking"] = python is not None
     except CannotBuild as reason:
         info["missing"].append(f"no compiled extension: {reason}")
     package.mkdir(parents=True, exist_ok=True)
-    if library is None:
-        (package / LIBRARY).unlink(missing_ok=True)
-    else:
+    for name in {LIBRARY, MODULE} - {library.name for library in libraries}:
+        (package / name).unlink(missing_ok=True)
+    for library in libraries:
         # A process that has the old file mapped keeps it: the new one gets an inode of its own.
-        staged = package / (LIBRARY + ".new")
+        staged = package / (library.name + ".new")
         shutil.copy2(library, staged)
-        staged.replace(package / LIBRARY)
+        staged.replace(package / library.name)
     (package / BUILD_INFO).write_text(json.dumps(info, indent=2) + "\n")
     return info
 
@@ -289,17 +336,19 @@ class BuildNative(build_ext):
 
     def get_outputs(self) -> list[str]:
         folder = Path(self.build_lib) / "dan_fast"
-        return [str(path) for path in (folder / LIBRARY, folder / BUILD_INFO) if path.exists()]
+        return [str(folder / name) for name in (LIBRARY, MODULE, BUILD_INFO) if (folder / name).exists()]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
 
 
-class AnyPythonWheel(bdist_wheel):
-    """The binary holds no Python ABI, so one wheel serves every Python on this platform."""
+class Wheel(bdist_wheel):
+    """Without the module there is no Python ABI in it, so one wheel serves every Python on this platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        tag = super().get_tag()
+        built = self.get_finalized_command("build_ext").get_outputs()
+        return tag if any(Path(path).name == MODULE for path in built) else ("py3", "none", tag[2])
 
 
 def build_requirements() -> list[str]:
@@ -315,5 +364,5 @@ if __name__ == "__main__":
     setup(
         setup_requires=build_requirements(),
         ext_modules=[Extension("dan_fast._native", sources=[], optional=True)],
-        cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
     )
