@@ -1,0 +1,74 @@
+"""QMUL underGround Re-IDentification (GRID): 250 pairs of images from 8 cameras, and 775 people without one."""
+
+from __future__ import annotations
+
+import re
+from itertools import count
+from pathlib import Path
+
+from dan_fast.data.file_names import are_named, by_key, named_images
+from dan_fast.data.finding import locate
+from dan_fast.data.fixed_splits import fixed_splits
+from dan_fast.data.samples import Counts, KnownDataset, ReIDDataset, Sample
+
+# 0017_4_25330_281_160_130_303.jpeg: person 17, camera 4, then frame and box; person 0 is a distractor.
+_NAME = re.compile(r"(\d{4})_(\d+)_")
+_PARTS = ("probe", "gallery")
+_DISTRACTORS = 775
+
+
+def read_grid(folder: Path, name: str, variant: str = "") -> ReIDDataset:
+    """Reads `probe` and `gallery` of the folder underground_reid; all images are test images, distractors pid 0.
+
+    The ten splits are 125 of the 250 people for training and 125 for testing; a probe is searched for among the 125
+    gallery images of the test people and the 775 distractors. The splits are those of this package: they have
+    nothing to do with the ten partitions in the archive's features_and_partitions.mat, which need not be there.
+
+    Raises:
+        DanFastError: an image of another name, or two images of a person in one part.
+    """
+    distractor = count(1)
+    images = by_key(
+        (
+            _key(part, int(match[1])) if int(match[1]) else _distractor(next(distractor)),
+            Sample(path, int(match[1]), int(match[2])),
+        )
+        for part in _PARTS
+        for path, match in named_images(folder / part, _NAME, "0001_1_25004_107_32_106_221.jpeg")
+    )
+    splits = fixed_splits(
+        "grid",
+        images,
+        lambda split: (
+            [_key(part, pid) for pid in split["train"] for part in _PARTS],
+            [_key("probe", pid) for pid in split["test"]],
+            [_key("gallery", pid) for pid in split["test"]] + [_distractor(n + 1) for n in range(_DISTRACTORS)],
+        ),
+    )
+    return ReIDDataset(name, folder, test=tuple(images.values()), variant=variant, splits=splits)
+
+
+def _key(part: str, pid: int) -> str:
+    return f"{part}/{pid:04}"
+
+
+def _distractor(number: int) -> str:
+    return f"distractor {number} of {_DISTRACTORS}"
+
+
+def _find(folder: Path) -> Path | None:
+    def holds(place: Path) -> bool:
+        return all(are_named(place / part, _NAME) for part in _PARTS)
+
+    return locate(folder, holds, ("underground_reid", "grid/underground_reid", "grid"), _PARTS)
+
+
+GRID = KnownDataset(
+    name="grid",
+    title="GRID",
+    find=_find,
+    read=read_grid,
+    counts={"": {"test": Counts(251, 8, 1275)}},
+    source="Loy, Xiang and Gong, CVPR 2009 (250 pairs, and 775 distractors that count as one identity)",
+    origin="the page of Chen Change Loy, QMUL underGround Re-IDentification",
+)
