@@ -13,16 +13,19 @@ from rich.console import Console
 from rich.table import Table
 
 from dan_fast.bench import bench_attention, bench_iteration, bench_memory
-from dan_fast.data import load_dataset
+from dan_fast.data import ImageCache, load_dataset
+from dan_fast.data.listing import list_datasets
 from dan_fast.data.synthetic import synthesize
 from dan_fast.doctor import print_report
 from dan_fast.errors import DanFastError
 from dan_fast.evaluation import Evaluation, evaluate_dataset
 from dan_fast.files import write_text
 from dan_fast.quickstart import quickstart
+from dan_fast.reporting.report import report
+from dan_fast.sweep import sweep
 from dan_fast.training import Interrupted, TrainConfig, Trainer, trained_network
 from dan_fast.training.build import initial_network, resolve_device
-from dan_fast.training.config import BrokenImages, Paths, Precision, as_list
+from dan_fast.training.config import BrokenImages, CacheCheck, Paths, Precision, as_list
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -49,6 +52,8 @@ def evaluate(
     device: str = "auto",
     precision: Precision = "float32",
     broken_images: BrokenImages = "error",
+    cache: str = "none",
+    cache_check: CacheCheck = "quick",
     out: str | None = None,
 ) -> None:
     """Print CMC, mAP and mINP of a trained network on target sets.
@@ -66,6 +71,9 @@ def evaluate(
         device: auto takes the GPU where there is one; or cpu, cuda, cuda:1.
         precision: float32, or bfloat16 autocast.
         broken_images: Stop with an error at an image that cannot be decoded, or skip and count it.
+        cache: Folder for decoded images, for the next evaluation; user is dan-fast in the user's cache folder, none
+            decodes images each time.
+        cache_check: quick compares sizes and modification times of the images, full all contents.
         out: Also write the figures into this JSON file.
     """
     paths = as_list(targets)
@@ -73,6 +81,8 @@ def evaluate(
         raise DanFastError("targets is empty: name at least one folder or manifest.")
     place = resolve_device(device)
     network, settings = trained_network(checkpoint)
+    image_size = tuple(settings["data"]["image_size"])
+    decoded = ImageCache.of_setting(cache, image_size, cache_check, workers=workers, say=print)
     embeddings: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"trained": network.to(place).embed}
     if baselines:
         untrained = initial_network(settings, network.classifier.out_features).to(place).eval()
@@ -86,7 +96,7 @@ def evaluate(
             evaluation = evaluate_dataset(
                 embed,
                 dataset,
-                tuple(settings["data"]["image_size"]),
+                image_size,
                 batch_size=batch_size,
                 workers=workers,
                 device=place,
@@ -96,6 +106,7 @@ def evaluate(
                 seed=seed,
                 metric=metric,
                 ap=ap,
+                cache=decoded,
             )
             results.append((name, evaluation))
 
@@ -144,6 +155,17 @@ def _parser() -> ArgumentParser:
     )
     command("train", "Train a Data Assimilation Network.").add_class_arguments(TrainConfig)
     command("evaluate", "CMC, mAP and mINP of a trained network on target sets.").add_function_arguments(evaluate)
+    listing = command("datasets", "List the known datasets that are found, their counts, and those that are missing.")
+    listing.add_argument("roots", nargs="+", type=str, metavar="ROOT", help="Folder to look in, two levels deep.")
+    listing.add_argument("--json", action="store_true", help="Print one JSON object instead of a table.")
+    extracting = "First write the images in cuhk-03.mat, and the crops of CUHK-SYSU's frames, as files beside them."
+    listing.add_argument("--extract", action="store_true", help=extracting)
+    reporter = command("report", "Lay trainings beside the paper's tables and figures: pictures and one HTML page.")
+    reporter.add_argument("runs", nargs="+", help="Folders of trainings, or folders of such folders, as a sweep's.")
+    reporter.add_function_arguments(report, skip={"runs"})
+    sweeper = command("sweep", "Train a grid of settings, each in its own folder; go on where an earlier call stopped.")
+    sweeper.add_function_arguments(sweep, skip={"list"})
+    sweeper.add_argument("--list", action="store_true", help="Only show what would run, and what is finished.")
     bench = command("bench", "Time dan_fast beside plain PyTorch, after checking that both give the same result.")
     subjects = bench.add_subcommands(dest="what")
     for name, (function, help_text) in _BENCHMARKS.items():
@@ -162,8 +184,14 @@ def _run(parser: ArgumentParser, parsed: Namespace) -> int:
             evaluate(**arguments)
         case "synthesize":
             _synthesize(**arguments)
+        case "datasets":
+            list_datasets(**arguments)
         case "quickstart":
             quickstart(**arguments)
+        case "report":
+            print(report(**arguments))
+        case "sweep":
+            sweep(**arguments)
         case "bench":
             function, _ = _BENCHMARKS[settings.what]
             function(**{name: value for name, value in vars(settings[settings.what]).items() if name != "config"})

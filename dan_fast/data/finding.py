@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff"}
+
 
 def locate(
     folder: Path, holds: Callable[[Path], bool], names: Sequence[str] = (), parts: Sequence[str] = ()
@@ -45,3 +47,12 @@ def _descend(folder: Path, name: str) -> Path | None:
             return None
         folder = matches[0]
     return folder
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The files of a folder that are named like images, by name; none where the folder is absent."""
+    if not folder.is_dir():
+        return []
+    # Sorted by name: the order of a directory listing differs between file systems.
+    files = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(files, key=lambda path: path.name)

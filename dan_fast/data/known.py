@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dan_fast.data import market1501
+from dan_fast.data.cuhk02 import CUHK02
+from dan_fast.data.cuhk03 import CUHK03
+from dan_fast.data.cuhk_sysu import CUHK_SYSU
+from dan_fast.data.dukemtmc import DUKEMTMC
+from dan_fast.data.market1501 import MARKET1501
+from dan_fast.data.msmt17 import MSMT17
 from dan_fast.data.samples import SPLITS, Counts, KnownDataset, ReIDDataset, Sample
 from dan_fast.errors import DanFastError
 
 __all__ = ["KNOWN", "Counts", "FoundDataset", "KnownDataset", "check_counts", "count_samples", "find_datasets"]
 
 # In the order of the paper's Table III.
-KNOWN: Mapping[str, KnownDataset] = {known.name: known for known in (market1501.MARKET1501,)}
+KNOWN: Mapping[str, KnownDataset] = {
+    known.name: known for known in (CUHK02, CUHK03, CUHK_SYSU, MARKET1501, DUKEMTMC, MSMT17)
+}
+
+
+_NOUNS = {"ids": "identities", "cameras": "cameras", "images": "images"}
+_WORD = re.compile(r"\w+")
+_SPLIT_NUMBER = re.compile(r", split \d+$")
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,48 @@ class FoundDataset:
     error: str = ""
 
 
+def choose_variant(known: KnownDataset, folder: Path, wanted: str | None = None) -> str:
+    """The variant that `wanted` means; without it the only one there is.
+
+    `wanted` may leave words out that are not needed to tell the variants apart: "new, labeled" is CUHK03's
+    "labeled, new protocol".
+
+    Raises:
+        DanFastError: several variants and no choice, or a choice that means none or several; the choices are named.
+    """
+    variants = known.variants(folder)
+    if not variants:
+        # The reader knows what it lacks.
+        known.read(folder, known.title, "")
+    words = set(_WORD.findall((wanted or "").lower()))
+    fitting = [variant for variant in variants if words <= set(_WORD.findall(variant.lower()))]
+    if len(fitting) == 1:
+        return fitting[0]
+    if not fitting:
+        choices = f"choose {_listed(variants)}" if variants != ("",) else "it has only one, so name none"
+        raise DanFastError(f"{known.title} at {folder} has no variant {wanted!r}; {choices}.")
+    asked = f"several variants that {wanted!r} fits" if words else "several variants, and their figures differ"
+    raise DanFastError(
+        f"{known.title} at {folder} has {asked}; choose {_listed(fitting)}, as in {folder}@{fitting[0]}."
+    )
+
+
+def main_variants(variants: Sequence[str]) -> list[str]:
+    """The variants without the further splits of a protocol that has many."""
+    return [variant for variant in variants if _SPLIT_NUMBER.sub("", variant) == variant or variant.endswith("split 1")]
+
+
+def _listed(variants: Sequence[str]) -> str:
+    """The variants as a list for a sentence, all splits of a protocol as one."""
+    alike: dict[str, list[str]] = {}
+    for variant in variants:
+        alike.setdefault(_SPLIT_NUMBER.sub("", variant), []).append(variant)
+    names = [
+        found[0] if len(found) == 1 else f"{found[0]} to {found[-1].rsplit(' ', 1)[-1]}" for found in alike.values()
+    ]
+    return " or ".join(repr(name) for name in names)
+
+
 def count_samples(samples: Sequence[Sample]) -> Counts:
     """Identities (pid -1, unknown, is none), cameras and images.
 
@@ -57,37 +112,39 @@ def check_counts(dataset: ReIDDataset, known: KnownDataset) -> list[str]:
         found = count_samples(getattr(dataset, split))
         given = expected.get(split, Counts(0, 0, 0))
         wrong = [
-            f"{number} {unit} instead of {right}"
-            for number, right, unit in zip(found, given, Counts._fields, strict=True)
+            f"{number} {_NOUNS[unit]} instead of {right}"
+            for unit, number, right in zip(Counts._fields, found, given, strict=True)
             if right is not None and number != right
         ]
         if wrong:
-            sentences.append(f"The {split} split of {what} has {', '.join(wrong)} ({known.source}).")
+            sentences.append(f"The {split} split of {what} differs from {known.source}: {', '.join(wrong)}.")
     return sentences
 
 
 def find_datasets(root: Path) -> list[FoundDataset]:
     """Every variant of every known dataset at `root`, in one of its folders, or in one of theirs.
 
-    A dataset that cannot be read is listed with the reason; nothing is changed or downloaded.
+    Of the 20 splits of CUHK03's classic protocol the first stands for all. A dataset that cannot be read is
+    listed with the reason; nothing is changed or downloaded.
     """
     found = []
-    seen: set[tuple[str, Path]] = set()
-    for folder in _folders(root, depth=2):
+    places: dict[str, list[Path]] = {name: [] for name in KNOWN}
+    pending = [(root, 2)]
+    while pending:
+        folder, depth = pending.pop(0)
+        inside = False
         for known in KNOWN.values():
             place = known.find(folder)
-            if place is not None and (known.name, place.resolve()) not in seen:
-                seen.add((known.name, place.resolve()))
-                found += [_inspect(known, place, variant) for variant in known.variants(place)]
+            if place is None:
+                continue
+            inside = inside or place == folder
+            if not any(place.resolve().is_relative_to(other) for other in places[known.name]):
+                places[known.name].append(place.resolve())
+                found += [_inspect(known, place, variant) for variant in main_variants(known.variants(place)) or [""]]
+        # What lies within a dataset are its own parts, often tens of thousands of files.
+        if depth and not inside:
+            pending += [(child, depth - 1) for child in sorted(folder.iterdir()) if child.is_dir()]
     return found
-
-
-def _folders(root: Path, depth: int) -> Iterator[Path]:
-    yield root
-    if depth:
-        for child in sorted(root.iterdir()):
-            if child.is_dir():
-                yield from _folders(child, depth - 1)
 
 
 def _inspect(known: KnownDataset, place: Path, variant: str) -> FoundDataset:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dan_fast.data.finding import locate
+from dan_fast.data.finding import image_files, locate
 from dan_fast.data.samples import Counts, KnownDataset, ReIDDataset, Sample
 from dan_fast.errors import DanFastError
 
 PARTS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
 # 0001_c1s1_000151_01.jpg: person 1, camera 1; the sets that borrowed the layout differ after the camera.
 _NAME = re.compile(r"(-?\d+)_c(\d+)")
 _OWN_NAME = re.compile(r"-?\d+_c\d+s\d+_")
@@ -43,13 +42,8 @@ def _find(folder: Path) -> Path | None:
 
 
 def _read_part(folder: Path) -> tuple[Sample, ...]:
-    if not folder.is_dir():
-        return ()
     samples = []
-    # Sorted by name: the order of a directory listing differs between file systems.
-    for path in sorted(folder.iterdir(), key=lambda path: path.name):
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            continue
+    for path in image_files(folder):
         match = _NAME.match(path.name)
         if match is None:
             raise DanFastError(
@@ -66,7 +60,8 @@ MARKET1501 = KnownDataset(
     title="Market-1501",
     find=_find,
     read=read_market1501,
+    # Without the junk of pid -1; the distractors of pid 0 count as one identity.
     counts={"": {"train": Counts(751, 6, 12936), "query": Counts(750, 6, 3368), "gallery": Counts(751, 6, 15913)}},
-    source="Zheng et al., ICCV 2015; without junk of pid -1, the distractors of pid 0 counted as one identity",
+    source="Zheng et al., ICCV 2015",
     origin="the project page of Liang Zheng, Market-1501",
 )

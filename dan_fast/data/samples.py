@@ -100,7 +100,7 @@ class KnownDataset:
         read: (folder, name, variant) to the dataset; `folder` is what `find` gave, `variant` one of `variants`.
         counts: for each variant the counts of each split; a variant that it lacks is not checked.
         source: the paper or page that the counts are from.
-        origin: where the dataset can be asked for, in words.
+        origin: where the dataset can be asked for, in words; "" where it no longer can.
         note: what whoever uses it has to know; "" for nothing.
         variants: the variants that a folder holds.
     """
