@@ -112,7 +112,7 @@ def known_flags() -> set[str]:
     """The flags that the help of any command lists."""
     shown = io.StringIO()
     benches = ("bench memory", "bench attention", "bench iteration")
-    for command in ("quickstart", "synthesize", "train", "evaluate", "report", "sweep", "doctor", *benches):
+    for command in ("quickstart", "synthesize", "train", "evaluate", "datasets", "report", "sweep", "doctor", *benches):
         with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
             cli._parser().parse_args([*command.split(), "--help"])
     return set(FLAG.findall(shown.getvalue()))

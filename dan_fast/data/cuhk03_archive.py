@@ -52,7 +52,7 @@ def extract_cuhk03(folder: Path) -> list[Path]:
     try:
         import h5py
     except ImportError as error:
-        raise DanFastError(f"{archive} is an HDF5 file, which h5py reads; pip install h5py.") from error
+        raise DanFastError(f"{archive} is an HDF5 file, which h5py reads: pip install h5py.") from error
     try:
         with h5py.File(archive, "r") as content:
             for path in wanted:
