@@ -27,7 +27,7 @@ LEVELS = [
     {"functional"},
     {"daml", "data", "evaluation", "nn"},
     {"training", "reporting", "bench"},
-    {"cli", "doctor", "quickstart", "__main__"},
+    {"cli", "doctor", "quickstart", "sweep", "sweep_grid", "__main__"},
 ]
 
 

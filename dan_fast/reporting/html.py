@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,14 +14,22 @@ import jinja2
 from dan_fast.errors import DanFastError
 from dan_fast.files import write_text
 
+# 63.2, 63.2 ± 1.1, 61.6 † or a dash: what is set in a column of numbers.
+_NUMBER = re.compile(r"[-–+]?[\d.,]*( ± [\d.]+)?( †)?")
+
 
 class Table(NamedTuple):
-    """A table of the report; each of the rows has a value for each of the columns."""
+    """A table of the report; each of the rows has a value for each of the columns.
+
+    Attributes:
+        folded: shown as its title until the reader opens it.
+    """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
     note: str = ""
+    folded: bool = False
 
 
 class Figure(NamedTuple):
@@ -47,7 +56,7 @@ def write_report(
         out_dir: folder to write into; made if missing.
         title: heading of the page.
         summary: what was done and what came out; an empty line starts a new paragraph.
-        tables: shown below the summary.
+        tables: shown below the summary; folded ones below the figures.
         figures: shown below the tables; their files must exist.
 
     Returns:
@@ -79,10 +88,12 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.tests["words"] = lambda value: _NUMBER.fullmatch(str(value)) is None
     text = environment.get_template("report.html").render(
         title=title,
         paragraphs=[paragraph for paragraph in summary.split("\n\n") if paragraph.strip()],
-        tables=tables,
+        tables=[table for table in tables if not table.folded],
+        folded=[table for table in tables if table.folded],
         figures=[(figure, _link(figure.path, out_dir)) for figure in figures],
     )
     page = out_dir / "index.html"

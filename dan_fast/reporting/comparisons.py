@@ -1,0 +1,207 @@
+"""Runs side by side: gates over training, models, shares of unlabelled images, swept settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from dan_fast.reporting.canvas import COLOURS, save_png, style
+from dan_fast.reporting.groups import Line, result_on, targets
+from dan_fast.reporting.runs import Run
+
+GATES = {"memory/sigma_alpha": "σ(α), writes to M", "memory/sigma_alpha_unlabeled": "σ(α′), writes to M′",
+         "memory/beta": "β, confidence in pseudo labels"}  # fmt: skip
+METRICS = ("R1", "mAP")
+_DASHES = ("-", "--", ":", "-.")
+_LONGEST_NAME = 46
+
+
+def plot_gates(runs: Sequence[Run], out_png: str | Path) -> Path:
+    """Fig. 5(b) and its companions: sigma(alpha), sigma(alpha') and beta over the iterations, a line a run.
+
+    All three lie in (0, 1), and so do the axes.
+
+    Raises:
+        ValueError: no run has logged its gates.
+    """
+    shown = [run for run in runs if any(tag in run.scalars for tag in GATES)]
+    if not shown:
+        raise ValueError("runs: none has logged its gates.")
+    with style():
+        figure, grid = _panels(len(GATES))
+        for axes, (tag, title) in zip(grid, GATES.items(), strict=True):
+            axes.set_title(title)
+            for place, run in enumerate(shown):
+                if tag in run.scalars:
+                    steps, values = run.scalars[tag]
+                    axes.plot(steps, values, label=_short(run.name), **_dash(place), marker=_mark(len(steps)), ms=3)
+            axes.set(xlabel="iteration", ylabel="value of the gate", ylim=(0, 1))
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        _legend(figure, grid[0])
+        return save_png(figure, out_png)
+
+
+def plot_models(line: Line, out_png: str | Path) -> Path:
+    """Fig. 6: mAP over the epochs for each model, or bars of R1 and mAP where a run was tested only at its end.
+
+    Raises:
+        ValueError: no run of the line was tested.
+    """
+    curves = {name: [evaluated_epochs(run) for run in runs] for name, runs in line.points.items()}
+    if any(len(epochs) > 1 for each in curves.values() for run in each for epochs, _ in run.values()):
+        return _plot_model_curves(curves, out_png)
+    runs = [run for each in line.points.values() for run in each]
+    places = targets(runs)
+    if not places:
+        raise ValueError("line: none of its runs was tested.")
+    with style():
+        figure, grid = _panels(len(places), height=0.55 + 0.42 * len(line.points), width=5.4)
+        for axes, target in zip(grid, places, strict=True):
+            _draw_bars(axes, line, target)
+        _legend(figure, grid[0])
+        return save_png(figure, out_png)
+
+
+def evaluated_epochs(run: Run) -> dict[str, tuple[list[float], list[float]]]:
+    """For each target (epochs, mAP in percent) of the tests that took place while a run trained."""
+    every, last = run.settings["run"]["evaluate_every"], run.settings["optimizer"]["epochs"]
+    found = {}
+    for tag, (_, values) in run.scalars.items():
+        if tag.startswith("eval/") and tag.endswith("/mAP"):
+            epochs = [min((place + 1) * every, last) if every else last for place in range(len(values))]
+            found[tag.removeprefix("eval/").removesuffix("/mAP")] = (epochs, values.tolist())
+    return found
+
+
+def plot_over_setting(lines: Sequence[Line], label: str, out_png: str | Path, percent: bool = False) -> Path:
+    """Figs. 7 and 8: R1 and mAP over a setting, a panel a target; bars show the deviation over splits.
+
+    Where several runs differ in their seed only, the line goes through their mean and each is a dot.
+
+    Args:
+        label: of the horizontal axis.
+        percent: the setting is a share, to be shown in percent.
+
+    Raises:
+        ValueError: no run of the lines was tested.
+    """
+    runs = [run for line in lines for each in line.points.values() for run in each]
+    places = targets(runs)
+    if not places:
+        raise ValueError("lines: none of their runs was tested.")
+    with style():
+        figure, grid = _panels(len(places))
+        for axes, target in zip(grid, places, strict=True):
+            for place, line in enumerate(lines):
+                for metric in METRICS:
+                    _draw_line(axes, line, target, metric, place, 100.0 if percent else 1.0)
+            axes.set_title(target)
+            axes.set(xlabel=label, ylabel="R1 and mAP (%)")
+            axes.margins(y=0.15)
+        _legend(figure, grid[0])
+        return save_png(figure, out_png)
+
+
+def means(line: Line, target: str, metric: str) -> dict[object, float]:
+    """For each value of what a line's runs differ in the mean of R1 or mAP over them, in percent."""
+    found = {}
+    for value, runs in line.points.items():
+        results = [result for run in runs if (result := result_on(run, target)) is not None]
+        if results:
+            found[value] = fmean(result.percentages()[metric] for result in results)
+    return found
+
+
+def _draw_line(axes: Axes, line: Line, target: str, metric: str, place: int, factor: float) -> None:
+    values = means(line, target, metric)
+    colour = COLOURS[place % len(COLOURS)]
+    look = {"color": colour, "linestyle": "-" if metric == "mAP" else "--", "marker": "s" if metric == "mAP" else "o"}
+    label = f"{metric}, {_short(line.label)}" if line.label else metric
+    axes.plot([factor * value for value in values], list(values.values()), ms=4, label=label, **look)
+    for value, runs in line.points.items():
+        for run in runs:
+            result = result_on(run, target)
+            if result is None:
+                continue
+            height = result.percentages()[metric]
+            if len(runs) > 1:
+                axes.plot([factor * value], [height], ".", color=colour, alpha=0.6)
+            spread = result.mAP_std if metric == "mAP" else (result.cmc_std[0] if result.cmc_std else None)
+            if spread is not None:
+                axes.errorbar([factor * value], [height], yerr=100 * spread, color=colour, alpha=0.5, capsize=2)
+
+
+def _draw_bars(axes: Axes, line: Line, target: str) -> None:
+    names = list(line.points)
+    for place, metric in enumerate(METRICS):
+        values = means(line, target, metric)
+        rows = [names.index(name) + 0.2 - 0.4 * place for name in values]
+        axes.barh(rows, list(values.values()), height=0.36, color=COLOURS[place], label=metric)
+        for row, value in zip(rows, values.values(), strict=True):
+            axes.text(value, row, f" {value:.1f}", va="center", fontsize=7)
+    axes.set_yticks(range(len(names)), [_short(name) for name in names])
+    axes.set_title(target)
+    axes.set(xlabel="R1 and mAP (%)", ylim=(-0.6, len(names) - 0.4))
+    axes.margins(x=0.12)
+    axes.grid(axis="y", visible=False)
+
+
+def _plot_model_curves(
+    curves: dict[str, list[dict[str, tuple[list[float], list[float]]]]], out_png: str | Path
+) -> Path:
+    places = list(dict.fromkeys(target for runs in curves.values() for run in runs for target in run))
+    with style():
+        figure, grid = _panels(len(places), width=5.4, height=3.6)
+        for axes, target in zip(grid, places, strict=True):
+            for place, (name, runs) in enumerate(curves.items()):
+                for number, run in enumerate(runs):
+                    if target in run:
+                        label = name if number == 0 else None
+                        axes.plot(*run[target], label=label, marker=_mark(len(run[target][0])), ms=4, **_dash(place))
+            axes.set_title(target)
+            axes.set(xlabel="epoch", ylabel="mAP (%)")
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        _legend(figure, grid[0])
+        return save_png(figure, out_png)
+
+
+def _panels(count: int, width: float = 4.3, height: float = 2.9) -> tuple[Figure, list[Axes]]:
+    columns = min(2 if width > 5 else 3, count)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(width * columns, height * rows + 0.5), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    for axes in grid[count:]:
+        axes.set_visible(False)
+    return figure, grid[:count]
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Below all panels: what they share, and never over a curve."""
+    handles, labels = axes.get_legend_handles_labels()
+    longest = max(map(len, labels), default=1)
+    columns = max(1, int(figure.get_figwidth() * 11 / (longest + 8)))
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns)
+
+
+def _dash(place: int) -> dict[str, object]:
+    """Colours, then the same colours with other dashes."""
+    return {"color": COLOURS[place % len(COLOURS)], "linestyle": _DASHES[place // len(COLOURS) % len(_DASHES)]}
+
+
+def _mark(count: int) -> str | None:
+    return "o" if count < 20 else None
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME // 2 - 1]}…{name[-_LONGEST_NAME // 2 :]}"
+
+
+def describe(values: dict[object, float], show: Callable[[object], str] = str) -> str:
+    """Values in words, for readers who do not see the picture: "12.3 at 0.2, 14.0 at 0.6"."""
+    return ", ".join(f"{value:.1f} at {show(key)}" for key, value in values.items())

@@ -1,0 +1,137 @@
+"""Which runs can be compared: those that differ in one thing, as in Figs. 6, 7 and 8."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dan_fast.evaluation import Evaluation
+from dan_fast.reporting.runs import FIG6_ORDER, Run
+
+# In the order of Fig. 8, with the paper's symbols.
+SYMBOLS = {
+    "loss.adversary": "λ1",
+    "loss.embedding": "λ2",
+    "loss.regularizer": "λ3",
+    "model.reduction": "r",
+    "memory.labeled_slots": "s1",
+    "memory.unlabeled_slots": "s2",
+    "memory.decay": "κ1",
+    "memory.decay_unlabeled": "κ2",
+    "meta.eta": "η",
+}
+_MODEL = ("model.attention", "model.adversary", "model.reduction")
+_SHARE = "data.unlabeled_share"
+
+
+@dataclass(frozen=True)
+class Line:
+    """Runs that differ in one thing only, and in their seed.
+
+    Attributes:
+        label: how they differ from the runs of the other lines; "" where there is one line.
+        points: for each value of what they differ in, the runs; in order.
+    """
+
+    label: str
+    points: Mapping[Any, tuple[Run, ...]]
+
+
+def models(runs: Sequence[Run]) -> list[Line]:
+    """Fig. 6: runs of several models, a line for each choice of all other settings."""
+
+    def place(name: str) -> tuple[int, str]:
+        return (FIG6_ORDER.index(name) if name in FIG6_ORDER else len(FIG6_ORDER)), name
+
+    lines = _lines(runs, lambda run: run.model, lambda run: _rest(run, *_MODEL))
+    return [Line(line.label, {name: line.points[name] for name in sorted(line.points, key=place)}) for line in lines]
+
+
+def unlabeled_shares(runs: Sequence[Run]) -> list[Line]:
+    """Fig. 7: runs with several shares of the unlabelled images; none of them is a share of 0."""
+
+    def share(run: Run) -> float:
+        return float(run.settings["data"]["unlabeled_share"]) if run.unlabeled else 0.0
+
+    without = [run for run in runs if not run.unlabeled]
+    companions: dict[str, list[Run]] = {}
+    for run in without:
+        companions.setdefault(_key(_rest(run, _SHARE, "data.unlabeled")), []).append(run)
+    lines: list[list[Run]] = []
+    for members in _grouped([run for run in runs if run.unlabeled], lambda run: _rest(run, _SHARE)):
+        lines.append(members + companions.get(_key(_rest(members[0], _SHARE, "data.unlabeled")), []))
+    return _labelled(lines, share, lambda run: _rest(run, _SHARE))
+
+
+def swept_settings(runs: Sequence[Run]) -> dict[str, list[Line]]:
+    """Fig. 8: for each numeric setting in which runs differ alone, the lines; that of Fig. 7 is left out."""
+    learning = [run.learning() for run in runs]
+    names = [
+        name
+        for name in dict.fromkeys([*SYMBOLS, *(learning[0] if learning else ())])
+        if name not in (_SHARE, "run.seed") and all(_is_number(each.get(name)) for each in learning)
+    ]
+    swept = {}
+    for name in names:
+        lines = _lines(runs, lambda run, name=name: run.learning()[name], lambda run, name=name: _rest(run, name))
+        if lines:
+            swept[name] = lines
+    return swept
+
+
+def target_of(evaluation: Evaluation) -> str:
+    """What was tested on, with the dataset's variant: "CUHK03 (detected, new protocol)"."""
+    variant = getattr(evaluation, "variant", "")
+    return f"{evaluation.dataset} ({variant})" if variant else evaluation.dataset
+
+
+def targets(runs: Sequence[Run]) -> list[str]:
+    """All targets that runs were tested on, in order."""
+    return list(dict.fromkeys(target_of(evaluation) for run in runs for evaluation in run.results))
+
+
+def result_on(run: Run, target: str) -> Evaluation | None:
+    """The first evaluation of a run on a target."""
+    return next((evaluation for evaluation in run.results if target_of(evaluation) == target), None)
+
+
+def _lines(runs: Sequence[Run], value: Callable[[Run], Any], rest: Callable[[Run], Mapping[str, Any]]) -> list[Line]:
+    return _labelled(_grouped(runs, rest), value, rest)
+
+
+def _labelled(
+    groups: Sequence[Sequence[Run]], value: Callable[[Run], Any], rest: Callable[[Run], Mapping[str, Any]]
+) -> list[Line]:
+    """The groups in which `value` differs, each named by the settings that tell it from the others."""
+    kept = [group for group in groups if len({value(run) for run in group}) > 1]
+    rests = [rest(group[0]) for group in kept]
+    telling = [name for name in (rests[0] if rests else ()) if len({_key(each.get(name)) for each in rests}) > 1]
+    lines = []
+    for group, others in zip(kept, rests, strict=True):
+        points: dict[Any, list[Run]] = {}
+        for run in group:
+            points.setdefault(value(run), []).append(run)
+        label = ", ".join(f"{name} {others[name]}" for name in telling)
+        lines.append(Line(label, {each: tuple(points[each]) for each in sorted(points)}))
+    return lines
+
+
+def _grouped(runs: Sequence[Run], rest: Callable[[Run], Mapping[str, Any]]) -> list[list[Run]]:
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(_key(rest(run)), []).append(run)
+    return list(groups.values())
+
+
+def _rest(run: Run, *left_out: str) -> dict[str, Any]:
+    return {name: value for name, value in run.learning().items() if name not in left_out and name != "run.seed"}
+
+
+def _key(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

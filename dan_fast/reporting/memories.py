@@ -1,0 +1,138 @@
+"""What the two memories of a run hold, laid out in the plane by t-SNE, in the manner of Fig. 10."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
+
+from dan_fast.reporting.canvas import COLOURS, NEUTRAL, save_png, style
+
+_MARKERS = ("o", "s", "^")
+_LABELS_SHOWN = len(COLOURS) * 2
+_FEWEST = 4  # t-SNE needs a neighbour and more points than its perplexity
+MEMORIES = {"labeled": "M, labels", "unlabeled": "M′, pseudo labels"}
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The slots of a memory that hold a sample.
+
+    Attributes:
+        features: (n, d) float64.
+        labels: (n,) int64, label or pseudo label.
+    """
+
+    features: np.ndarray
+    labels: np.ndarray
+
+    def describe(self) -> str:
+        """How many slots of how many labels, in words."""
+        _, counts = np.unique(self.labels, return_counts=True)
+        return f"{len(self.labels)} slots of {len(counts)} labels" if len(counts) else "no slot in use"
+
+
+def stored_slots(state: dict[str, Any]) -> dict[str, Slots] | None:
+    """The occupied slots of M ("labeled") and M' ("unlabeled") in a checkpoint; None if it has no memory.
+
+    Args:
+        state: what `dan_fast.training.checkpoint.load_checkpoint` gives.
+    """
+    model = state["model"]
+    if "memory.labeled.features" not in model:
+        return None
+    slots = {}
+    for memory in MEMORIES:
+        labels = model[f"memory.{memory}.labels"]
+        used = labels >= 0
+        features = model[f"memory.{memory}.features"][used].double()
+        slots[memory] = Slots(features.numpy(), labels[used].numpy())
+    return slots
+
+
+def layout(slots: Slots, seed: int = 0) -> np.ndarray:
+    """(n, 2) float32 places of the slots by t-SNE; the same for the same slots and seed.
+
+    Features are scaled to unit length first: the memory compares them by their cosine.
+
+    Raises:
+        ValueError: fewer than 4 slots are in use, or features are not finite.
+    """
+    if len(slots.labels) < _FEWEST:
+        raise ValueError(f"slots: {len(slots.labels)} are in use; t-SNE needs at least {_FEWEST}.")
+    if not np.isfinite(slots.features).all():
+        raise ValueError("slots: features hold NaN or Inf; the network that made them has diverged.")
+    lengths = np.linalg.norm(slots.features, axis=1, keepdims=True)
+    perplexity = min(30.0, (len(slots.labels) - 1) / 3)
+    # Not by principal components: those of a memory of parallel keys are not defined.
+    tsne = TSNE(perplexity=perplexity, init="random", random_state=seed, n_jobs=1)
+    return tsne.fit_transform((slots.features / np.maximum(lengths, 1e-12)).astype(np.float32))
+
+
+def sample(slots: Slots, most: int, seed: int = 0) -> Slots:
+    """At most so many of the slots, drawn at random by the seed, in their order."""
+    if len(slots.labels) <= most:
+        return slots
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(slots.labels))[:most])
+    return Slots(slots.features[chosen], slots.labels[chosen])
+
+
+def plot_memories(slots: dict[str, Slots], out_png: str | Path, seed: int = 0) -> Path:
+    """Fig. 10: the slots of M by label and of M' by pseudo label, in two panels.
+
+    The most frequent labels of both have a colour and a marker, the same in both panels; the others are grey.
+    Distances in the plane say who is near whom, and nothing of how far apart groups are: there are no units.
+
+    Args:
+        slots: as :func:`stored_slots` gives them.
+        out_png: file to write.
+        seed: of t-SNE.
+
+    Raises:
+        ValueError: features that are not finite.
+
+    Example:
+        >>> import tempfile
+        >>> some = Slots(np.random.default_rng(0).normal(size=(12, 5)), np.arange(12) % 3)
+        >>> plot_memories({"labeled": some, "unlabeled": some}, Path(tempfile.mkdtemp()) / "tsne.png").name
+        'tsne.png'
+    """
+    labels, counts = np.unique(np.concatenate([each.labels for each in slots.values()]), return_counts=True)
+    shown = labels[np.argsort(-counts, kind="stable")][:_LABELS_SHOWN]
+    with style():
+        figure = Figure(figsize=(10.4, 4.9), layout="constrained")
+        for axes, (memory, title) in zip(figure.subplots(1, 2), MEMORIES.items(), strict=True):
+            axes.set_title(f"{title}: {slots[memory].describe()}")
+            axes.set(xticks=[], yticks=[], xlabel="t-SNE, first axis (no unit)", ylabel="t-SNE, second axis (no unit)")
+            _draw(axes, slots[memory], shown, seed)
+        handles = [_dot(axes, place, f"label {label}") for place, label in enumerate(shown)]
+        if len(labels) > len(shown):
+            handles += axes.plot(
+                [], [], ".", color=NEUTRAL, alpha=0.4, label=f"{len(labels) - len(shown)} other labels"
+            )
+        if handles:
+            figure.legend(handles=handles, loc="outside right upper")
+        return save_png(figure, out_png)
+
+
+def _draw(axes: Axes, slots: Slots, shown: np.ndarray, seed: int) -> None:
+    if len(slots.labels) < _FEWEST:
+        axes.text(0.5, 0.5, f"{slots.describe()}:\ntoo few to lay out", ha="center", transform=axes.transAxes)
+        return
+    places = layout(slots, seed)
+    others = ~np.isin(slots.labels, shown)
+    axes.plot(*places[others].T, ".", color=NEUTRAL, alpha=0.4, ms=3)
+    for number, label in enumerate(shown):
+        _dot(axes, number, "", places[slots.labels == label])
+
+
+def _dot(axes: Axes, number: int, label: str, places: np.ndarray | None = None):
+    x, y = ([], []) if places is None else places.T
+    marker, colour = _MARKERS[number // len(COLOURS)], COLOURS[number % len(COLOURS)]
+    [line] = axes.plot(x, y, marker, color=colour, ms=4, mec="white", mew=0.3, label=label)
+    return line

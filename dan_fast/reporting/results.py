@@ -1,0 +1,138 @@
+"""Tables of results: runs by target, beside the paper's figures where it has some."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from dan_fast.evaluation import Evaluation
+from dan_fast.reporting.groups import target_of, targets
+from dan_fast.reporting.html import Table
+from dan_fast.reporting.paper_tables import PAPER_TABLES, Contradiction, PaperTable, find_contradictions, paper_table
+from dan_fast.reporting.runs import Run
+
+_COLUMNS = ("R1", "R5", "R10", "mAP", "mINP")
+_ABSENT = "–"
+_MARK = "†"
+# How datasets are called in papers, archives and other code bases; letters and digits only.
+_ALIASES = {
+    "VIPeR": ("viper",),
+    "PRID": ("prid", "prid2011"),
+    "GRID": ("grid", "qmulgrid", "undergroundreid"),
+    "i-LIDS": ("ilids", "qmulilids"),
+    "Market1501": ("market1501", "market", "market1501v150915"),
+    "DukeMTMC-reID": ("dukemtmcreid", "dukemtmc", "duke"),
+}
+
+
+def paper_target(name: str) -> str | None:
+    """The paper's name of a dataset, None for one it does not test on.
+
+    Example:
+        >>> paper_target("Market-1501-v15.09.15"), paper_target("prid450s")
+        ('Market1501', None)
+    """
+    word = re.sub(r"[^a-z0-9]", "", name.lower())
+    return next((target for target, words in _ALIASES.items() if word in words), None)
+
+
+def result_tables(runs: Sequence[Run]) -> list[Table]:
+    """A table for each target that runs were tested on and the paper was not."""
+    tables = []
+    for target in targets(runs):
+        tested = [(run, each) for run in runs for each in run.results if target_of(each) == target]
+        if paper_target(tested[0][1].dataset) is not None:
+            continue
+        rows = [_run_row(run, run.sources, each, _COLUMNS) for run, each in tested]
+        rows += [
+            _run_row(run, features, each, _COLUMNS, f"{run.name}, before training" if features == "untrained" else None)
+            for run in runs
+            for features, each in run.baselines
+            if target_of(each) == target
+        ]
+        note = f"The paper has no figures for {target}. {_counts(tested[0][1])}"
+        tables.append(Table(f"Results on {target}", _header(_COLUMNS), rows, note))
+    return tables
+
+
+def paper_tables(runs: Sequence[Run]) -> list[Table]:
+    """Tables IV, V, VI and IX by target, the runs that belong beside them below the paper's rows.
+
+    A table and target without a run is folded. Figures of the paper that contradict others carry a mark; the
+    reasons stand below.
+    """
+    tables = []
+    for number in PAPER_TABLES:
+        table = paper_table(number)
+        faults = find_contradictions(table)
+        tables += [_paper_table(table, target, faults, runs) for target in table.targets]
+    # Those with a run first: they are what the page is for.
+    return sorted(tables, key=lambda each: each.folded)
+
+
+def contradictions_table() -> Table:
+    """All figures of the paper that contradict others, with the reasons."""
+    found = [each for number in PAPER_TABLES for each in find_contradictions(paper_table(number))]
+    rows = [[each.table, each.target, each.column, " / ".join(each.methods), each.reason] for each in found]
+    return Table(
+        "Where the paper contradicts itself",
+        ["table", "target", "column", "rows", "why"],
+        rows,
+        "Found by computation: rates that fall with the rank, a mAP that the row's own matching rates rule out, "
+        "differences other than those the text states. What rounding can explain is not listed.",
+    )
+
+
+def belongs(run: Run, table: PaperTable, target: str) -> bool:
+    """Whether a run is to be read beside a table: VI has the target's images among the unlabelled ones, IV and V
+    do not; IX compares procedures of training and takes all that the paper's targets were not part of."""
+    sees_target = any(paper_target(name) == target for name in run.unlabeled)
+    return sees_target if table.number == "VI" else not sees_target
+
+
+def _paper_table(table: PaperTable, target: str, faults: Sequence[Contradiction], runs: Sequence[Run]) -> Table:
+    columns = [column for column in _COLUMNS if column in table.columns]
+    mine = [each for each in faults if each.target == target]
+    marks = {(method, each.column) for each in mine for method in each.methods}
+    rows: list[list[object]] = []
+    for row in table.rows_of(target):
+        values = [
+            f"{row.values[column]:.1f}{f' {_MARK}' if (row.method, column) in marks else ''}"
+            if column in row.values
+            else _ABSENT
+            for column in columns
+        ]
+        name = f"{row.method}, {row.venue}" if row.venue else row.method
+        rows.append([f"paper: {name}", table.sources[target] or "see the paper", "not stated", _ABSENT, *values])
+    tested = [
+        (run, each)
+        for run in runs
+        for each in run.results
+        if paper_target(each.dataset) == target and belongs(run, table, target)
+    ]
+    rows += [_run_row(run, run.sources, each, columns) for run, each in tested]
+    notes = [_counts(tested[0][1])] if tested else [f"No run here was tested on {target} under these conditions."]
+    if tested:
+        notes.append("Rows compare only where sources, protocol and variant do.")
+    notes += [f"{_MARK} {each.reason}" for each in mine]
+    notes.append(f"Source of the paper's rows: {table.source}.")
+    title = f"Table {table.number}, {target}: {table.title.split(' on ')[0]}"
+    return Table(title, _header(columns), rows, " ".join(notes), folded=not tested)
+
+
+def _header(columns: Sequence[str]) -> list[str]:
+    return ["method or run", "trained on", "protocol", "splits", *(f"{column} (%)" for column in columns)]
+
+
+def _run_row(
+    run: Run, trained_on: str, evaluation: Evaluation, columns: Sequence[str], name: str | None = None
+) -> list[object]:
+    values = dict(zip(_COLUMNS, evaluation.row(), strict=True))
+    how = ", ".join(each for each in (getattr(evaluation, "variant", ""), evaluation.protocol) if each)
+    shown = name or f"{run.name} ({run.settings['meta']['procedure'].upper()}, {run.model})"
+    return [shown, trained_on, how, evaluation.repeats, *(values[column] for column in columns)]
+
+
+def _counts(evaluation: Evaluation) -> str:
+    spread = " ± is the standard deviation over the splits." if evaluation.repeats > 1 else ""
+    return f"{evaluation.num_query} queries, {evaluation.num_gallery} gallery images.{spread}"

@@ -1,0 +1,198 @@
+"""Folders of trainings as a report sees them: settings, results, scalars and checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from dan_fast.errors import DanFastError
+from dan_fast.evaluation import Evaluation
+from dan_fast.reporting.curves import read_scalars
+from dan_fast.training.config import TrainConfig
+
+# They say where a run takes place and what it is tested on, not what it learns.
+_BESIDE_LEARNING = {"data.workers", "data.targets", "data.broken_images"}
+_LEARNING_IN_RUN = {"run.seed", "run.precision"}
+
+# Fig. 6, by attention, adversary and whether the dimension reduction ratio is 1.
+_FIG6 = {
+    ("none", False): "B",
+    ("spatial", False): "B+SA",
+    ("non_local", False): "B+NL",
+    ("nl_cbam", False): "B+NL-CBAM",
+    ("cbam", True): "B+CBAM+AAN",
+    ("nl_cbam", True): "B+NL-CBAM+AAN",
+}
+FIG6_ORDER = ("B", "B+SA", "B+NL", "B+NL-CBAM", "B+CBAM+AAN", "B+NL-CBAM*+AAN", "B+NL-CBAM+AAN")
+_PAPERS_REDUCTION = 12
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        name: what tables and legends call it, unique among the runs of a report.
+        folder: where it lies.
+        settings: section -> name -> value, complete; what config.yaml does not name has its default.
+        results: evaluations of the trained network, one for each target and protocol.
+        baselines: (features, evaluation) of the untrained network and of chance, where they were asked for.
+        complaints: whole sentences on files that are there and cannot be read.
+    """
+
+    name: str
+    folder: Path
+    settings: Mapping[str, Mapping[str, Any]]
+    results: tuple[Evaluation, ...] = ()
+    baselines: tuple[tuple[str, Evaluation], ...] = ()
+    complaints: tuple[str, ...] = field(default=())
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    @cached_property
+    def scalars(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """What :func:`read_scalars` gives; empty where nothing was logged."""
+        try:
+            return read_scalars(self.folder)
+        except DanFastError:
+            return {}
+
+    @property
+    def labeled(self) -> tuple[str, ...]:
+        """The labelled datasets by the names of their folders."""
+        return tuple(dataset_word(path) for path in self.settings["data"]["labeled"])
+
+    @property
+    def unlabeled(self) -> tuple[str, ...]:
+        """The unlabelled datasets by the names of their folders; none where none of their images is used."""
+        if self.settings["data"]["unlabeled_share"] == 0:
+            return ()
+        return tuple(dataset_word(path) for path in self.settings["data"]["unlabeled"])
+
+    @property
+    def sources(self) -> str:
+        """What it was trained on, in words."""
+        words = list(self.labeled)
+        share = self.settings["data"]["unlabeled_share"]
+        part = "unlabelled" if share == 1 else f"{100 * share:g} % unlabelled"
+        return " + ".join([*words, *(f"{word} ({part})" for word in self.unlabeled)])
+
+    @property
+    def model(self) -> str:
+        """The network as Fig. 6 names it."""
+        model = self.settings["model"]
+        attention, adversary, reduction = model["attention"], model["adversary"], model["reduction"]
+        name = _FIG6.get((attention, adversary), f"B+{attention}{'+AAN' * adversary}")
+        if reduction == 1 and "NL-CBAM" in name:
+            return name.replace("NL-CBAM", "NL-CBAM*")
+        return name if reduction == _PAPERS_REDUCTION or name in ("B", "B+SA") else f"{name}, r = {reduction}"
+
+    def learning(self) -> dict[str, Any]:
+        """The settings that decide what is learnt, by their dotted names."""
+        return {
+            name: value
+            for name, value in dotted(self.settings)
+            if (not name.startswith("run.") or name in _LEARNING_IN_RUN) and name not in _BESIDE_LEARNING
+        }
+
+
+def dotted(settings: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The settings as ("data.batch_size", 64) and so on."""
+    for section, values in settings.items():
+        for name, value in values.items():
+            yield f"{section}.{name}", value
+
+
+def dataset_word(path: str) -> str:
+    """What to call a dataset of which only the path is known: its folder's name.
+
+    Example:
+        >>> dataset_word("data/street/manifest.csv")
+        'street'
+    """
+    place = Path(path)
+    return place.parent.name if place.suffix and place.parent.name else place.name
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[Run]:
+    """The runs in folders of trainings, and in folders of such folders, as a sweep leaves them.
+
+    Raises:
+        DanFastError: a path is no folder or holds no training.
+    """
+    folders: list[Path] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise DanFastError(f"{path} is no folder: name folders of trainings, which hold a config.yaml.")
+        inner = (
+            [path] if (path / "config.yaml").is_file() else sorted(each.parent for each in path.glob("*/config.yaml"))
+        )
+        if not inner:
+            raise DanFastError(
+                f"{path} holds no training: name folders with a config.yaml, or a folder of such folders."
+            )
+        folders += inner
+    unique = list({folder.resolve(): folder for folder in folders}.values())
+    return [_read_run(folder, name) for folder, name in zip(unique, _names(unique), strict=True)]
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as tell the folders apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-count:]) for each in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    results: list[Evaluation] = []
+    baselines: list[tuple[str, Evaluation]] = []
+    complaints: list[str] = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            for features, evaluation in _read_evaluations(path):
+                if features != "trained":
+                    baselines.append((features, evaluation))
+                elif evaluation not in results:
+                    results.append(evaluation)
+        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+            complaints.append(f"{path} holds no evaluations of this version ({error}): evaluate the run again.")
+    return Run(
+        name, folder, _read_settings(folder / "config.yaml"), tuple(results), tuple(baselines), tuple(complaints)
+    )
+
+
+def _read_settings(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = {
+            section: {**values, **given.get(section, {})} for section, values in TrainConfig().to_dict().items()
+        }
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
+        raise DanFastError(f"{path} is no configuration of a training: restore it or leave its folder out.") from error
+    for name in ("labeled", "unlabeled", "targets"):
+        if isinstance(settings["data"][name], str):
+            settings["data"][name] = [settings["data"][name]]
+    return settings
+
+
+def _read_evaluations(path: Path) -> Iterator[tuple[str, Evaluation]]:
+    """(features, evaluation) of a results.json or of what `dan-fast evaluate` wrote; nothing of another JSON file."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(content, dict):
+        content = content.get("targets", []) if path.name == "results.json" else []
+    known = {each.name for each in fields(Evaluation)}
+    for entry in content:
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+        yield values.get("features", "trained"), Evaluation(**{key: values[key] for key in known & values.keys()})
