@@ -93,7 +93,7 @@ def test_batches_are_what_was_planned(source: TrainingSet) -> None:
 
 @pytest.mark.parametrize("kind", ["labeled", "fed_back", "unlabeled"])
 def test_the_pixels_belong_to_the_sample(source: TrainingSet, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dan_fast.data.loader.train_transform", lambda size: lambda image: image[:, :16, :8] / 1.0)
+    monkeypatch.setattr("dan_fast.data.loader.augment", lambda images, draws: images.float())
     for plan, batch in zip(plans := planner(source).plan_epoch(0, FEEDBACK), load(source, plans), strict=True):
         for items, part in zip(plan, batch[:2], strict=True):
             for item, image in zip(items, part.images, strict=True):
@@ -207,12 +207,12 @@ def test_image_loader_keeps_the_order_and_leaves_broken_images_out(source: Train
 
 def test_image_samples(source: TrainingSet) -> None:
     samples = [sample._replace(camid=index + 3) for index, sample in enumerate(source.labeled_samples)]
-    dataset = ImageSamples(samples, lambda image: image)
+    dataset = ImageSamples(samples)
     image, pid, camid, index = dataset[5]
     assert len(dataset) == 8 and (pid, camid, index) == (2, 8, 5)
     assert torch.equal(image, read_image(samples[5].path))
     break_image(samples[5].path, "text")
-    assert ImageSamples(samples, lambda image: image, "skip")[5] is None
+    assert ImageSamples(samples, broken_images="skip")[5] is None
     with pytest.raises(DanFastError, match="cannot be decoded"):
         dataset[5]
 
@@ -250,7 +250,8 @@ def test_loaders_reach_workers_that_are_not_forked(source: TrainingSet) -> None:
         training_loader(source, planner(source).plan_epoch(0), SIZE),
         image_loader(source.labeled_samples, SIZE),
     ):
-        pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn, loader.worker_init_fn)))
+        source = loader.source
+        pickle.loads(pickle.dumps((source.dataset, source.collate_fn, source.worker_init_fn)))
 
 
 def test_an_unknown_choice_for_broken_images(source: TrainingSet) -> None:

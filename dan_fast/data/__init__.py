@@ -1,5 +1,6 @@
 """Datasets, training sets, batch plans, transforms and loaders."""
 
+from dan_fast.data.cache import ImageCache
 from dan_fast.data.datasets import ReIDDataset, Sample, load_dataset
 from dan_fast.data.images import read_image
 from dan_fast.data.loader import ImageSamples, MiniBatch, Split, image_loader, training_loader
@@ -10,6 +11,7 @@ from dan_fast.data.transforms import test_transform, train_transform
 __all__ = [
     "BatchPlan",
     "BatchPlanner",
+    "ImageCache",
     "ImageSamples",
     "MiniBatch",
     "PlannedItem",

@@ -1,31 +1,37 @@
-"""From plans and samples to tensors: decoding and augmentation, in this process or in workers."""
+"""From plans and samples to batches on a device: read in workers or from a cache, augmented there, one batch ahead."""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from dan_fast.data.augment import Draws, augment, draw, normalize
+from dan_fast.data.cache import ImageCache
+from dan_fast.data.feed import one_ahead, pinned
 from dan_fast.data.images import read_image
 from dan_fast.data.sampler import BatchPlan, PlannedItem
 from dan_fast.data.samples import Sample
 from dan_fast.data.training_set import TrainingSet
-from dan_fast.data.transforms import test_transform, train_transform
+from dan_fast.data.transforms import resize
+from dan_fast.data.workers import SentenceLoader
 from dan_fast.errors import DanFastError
 
 BrokenImages = Literal["error", "skip"]
+# From the path of an image to its pixels; DanFastError if it is broken.
+Read = Callable[[Path], Tensor]
 
 
 class Split(NamedTuple):
     """One part of a mini-batch; its n images are the labelled, then the fed-back, then the unlabelled ones.
 
     Attributes:
-        images: (n,3,H,W) float32.
+        images: (n,3,H,W) float32, on the device of the loader like all tensors here.
         labels: (n,) int64: class, pseudo label of a fed-back image, -1 for an unlabelled one.
         sample_ids: (n,) int64: place in `TrainingSet.unlabeled_samples`, -1 for a labelled image.
         num_labeled: number of labelled images.
@@ -52,18 +58,15 @@ class ImageSamples(Dataset):
 
     Args:
         samples: what to read.
-        transform: from uint8 (3,h,w) to the image returned.
+        read: from a path to the image returned.
         broken_images: "error" raises DanFastError at a broken image, "skip" returns None.
     """
 
     def __init__(
-        self,
-        samples: Sequence[Sample],
-        transform: Callable[[Tensor], Tensor],
-        broken_images: BrokenImages = "error",
+        self, samples: Sequence[Sample], read: Read = read_image, broken_images: BrokenImages = "error"
     ) -> None:
         self.samples = tuple(samples)
-        self.transform = transform
+        self.read = read
         self.broken_images = _checked(broken_images)
 
     def __len__(self) -> int:
@@ -72,11 +75,32 @@ class ImageSamples(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int, int, int] | None:
         path, pid, camid = self.samples[index]
         try:
-            return self.transform(read_image(path)), pid, camid, index
+            return self.read(path), pid, camid, index
         except DanFastError:
             if self.broken_images == "error":
                 raise
             return None
+
+
+class Loader:
+    """Batches on a device, one of them prepared ahead; each iteration goes through all of them in order.
+
+    Args:
+        source: batches with uint8 images on the host.
+        prepare: from such a batch to what is wanted, on the device.
+        device: where.
+    """
+
+    def __init__(self, source: Collection[Any], prepare: Callable[[Any], Any], device: str | torch.device) -> None:
+        self.source = source
+        self.prepare = prepare
+        self.device = torch.device(device)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[Any]:
+        return one_ahead(iter(self.source), self.prepare, self.device)
 
 
 def image_loader(
@@ -85,23 +109,30 @@ def image_loader(
     batch_size: int = 64,
     workers: int = 0,
     broken_images: BrokenImages = "error",
-) -> DataLoader:
+    cache: ImageCache | None = None,
+    device: str | torch.device = "cpu",
+) -> Loader:
     """Reads samples in their order for the evaluation, without augmentation.
 
     Args:
         samples: what to read.
         image_size: (height, width) in pixels.
         batch_size: images at a time.
-        workers: processes that decode; 0 decodes in this one.
+        workers: processes that decode; 0 decodes in this one. None is needed to read from a cache.
         broken_images: "error" raises DanFastError at a broken image, "skip" leaves it out of the batch.
+        cache: holds or takes the decoded images; the result is the same to the last bit.
+        device: where the images go.
 
     Returns:
-        A loader of (images (n,3,H,W) float32, indices (n,) int64 into `samples`).
+        A loader of (images (n,3,H,W) float32 on `device`, indices (n,) int64 into `samples` on the CPU).
     """
-    dataset = ImageSamples(samples, test_transform(image_size), broken_images)
+    read = _reader([sample.path for sample in samples], image_size, cache)
+    dataset = ImageSamples(samples, broken_images=broken_images, read=read)
     # A partial, not a closure: workers that are not forked need to pickle it.
-    collate = partial(_collate_samples, image_size=image_size)
-    return _SentenceLoader(dataset, collate, workers, batch_size=batch_size)
+    collate = partial(_collate_samples, image_size=tuple(image_size))
+    workers = workers if cache is None else 0
+    source = SentenceLoader(dataset, collate, workers, batch_size=batch_size)
+    return Loader(source, partial(_normalized, device=torch.device(device)), device)
 
 
 def training_loader(
@@ -110,136 +141,133 @@ def training_loader(
     image_size: tuple[int, int],
     workers: int = 0,
     broken_images: BrokenImages = "error",
-    pin_memory: bool = False,
-) -> DataLoader:
+    cache: ImageCache | None = None,
+    device: str | torch.device = "cpu",
+) -> Loader:
     """Reads and augments the batches of a plan in its order; the rest of a plan resumes within an epoch.
 
-    The images depend on the plan alone, not on the workers, and the state of the global generators stays as
-    it is.
+    The images depend on the plan and the device alone, neither on workers nor on a cache, and the state of the global
+    generators stays as it is.
 
     Args:
         training_set: the samples the plan refers to.
         plans: what `BatchPlanner.plan_epoch` returned, or the end of it.
         image_size: (height, width) in pixels.
-        workers: processes that decode; 0 decodes in this one.
+        workers: processes that decode; 0 decodes in this one. None is needed to read from a cache.
         broken_images: "error" raises DanFastError at a broken image, "skip" leaves it out and names it in
             `skipped`.
-        pin_memory: put the tensors into page-locked memory, for faster copies to a GPU.
+        cache: holds or takes the decoded images of the set.
+        device: where the batches go and images are augmented; to a GPU by way of page-locked memory.
 
     Returns:
         A loader of one `MiniBatch` per plan. A part that is left without any labelled or fed-back image
         raises DanFastError in either mode: no classification loss could be computed on it.
     """
-    dataset = _PlannedBatches(training_set, image_size, broken_images)
-    return _SentenceLoader(dataset, _as_planned, workers, batch_size=None, sampler=list(plans), pin_memory=pin_memory)
+    paths = [sample.path for sample in (*training_set.labeled_samples, *training_set.unlabeled_samples)]
+    read = _reader(paths, image_size, cache)
+    dataset = _PlannedBatches(training_set, image_size, broken_images, read)
+    workers = workers if cache is None else 0
+    source = SentenceLoader(dataset, _as_planned, workers, batch_size=None, sampler=list(plans))
+    return Loader(source, partial(_augmented, device=torch.device(device)), device)
 
 
 class _PlannedBatches(Dataset):
-    """Maps a `BatchPlan` to its `MiniBatch`."""
+    """Maps a `BatchPlan` to its `MiniBatch` of uint8 images and the draws for each part."""
 
-    def __init__(self, training_set: TrainingSet, image_size: tuple[int, int], broken_images: BrokenImages) -> None:
+    def __init__(
+        self, training_set: TrainingSet, image_size: tuple[int, int], broken_images: BrokenImages, read: Read
+    ) -> None:
         self.labeled = training_set.labeled_samples
         self.unlabeled = training_set.unlabeled_samples
-        self.image_size = image_size
-        self.transform = train_transform(image_size)
+        self.image_size = tuple(image_size)
         self.broken_images = _checked(broken_images)
+        self.read = read
 
-    def __getitem__(self, plan: BatchPlan) -> MiniBatch:
+    def __getitem__(self, plan: BatchPlan) -> tuple[MiniBatch, tuple[Draws, ...]]:
         skipped: list[str] = []
-        # devices=[]: the transforms draw from the CPU generator only; asking for CUDA's would initialise it.
-        with torch.random.fork_rng(devices=[]):
-            train = self._split(plan.meta_train, skipped)
-            test = None if plan.meta_test is None else self._split(plan.meta_test, skipped)
-        return MiniBatch(train, test, tuple(skipped))
+        parts = [self._split(items, skipped) for items in plan if items is not None]
+        splits, draws = zip(*parts, strict=True)
+        return MiniBatch(splits[0], splits[1] if len(splits) > 1 else None, tuple(skipped)), draws
 
-    def _split(self, items: Sequence[PlannedItem], skipped: list[str]) -> Split:
+    def _split(self, items: Sequence[PlannedItem], skipped: list[str]) -> tuple[Split, Draws]:
         images, kept, skipped_before = [], [], len(skipped)
         for item in items:
             path = (self.labeled if item.kind == "labeled" else self.unlabeled)[item.index].path
             try:
-                image = read_image(path)
+                images.append(self.read(path))
             except DanFastError:
                 if self.broken_images == "error":
                     raise
                 skipped.append(str(path))
                 continue
-            # Not torch.manual_seed, which would seed CUDA's generators too, and these are not restored here.
-            torch.default_generator.manual_seed(item.seed)
-            images.append(self.transform(image))
             kept.append(item)
         kinds = [item.kind for item in kept]
         if kinds.count("unlabeled") == len(kinds):
             raise DanFastError(
                 f"All labelled images of a batch are broken, {skipped[skipped_before]} the first; repair the dataset."
             )
-        return Split(
+        split = Split(
             images=_stack(images, self.image_size),
             labels=torch.tensor([item.label for item in kept]),
             sample_ids=torch.tensor([-1 if item.kind == "labeled" else item.index for item in kept]),
             num_labeled=kinds.count("labeled"),
             num_fed_back=kinds.count("fed_back"),
         )
+        return split, draw([item.seed for item in kept], self.image_size)
 
 
-class _Sentences(Dataset):
-    """Hands a DanFastError on as an item: raised in a worker, it would arrive with its traceback as text."""
+class _Decode:
+    """Decodes and resizes an image file. A class, not a closure: workers that are not forked need to pickle it."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    def __init__(self, image_size: tuple[int, int]) -> None:
+        self.resize = resize(image_size)
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: Any) -> Any:
-        try:
-            return self.dataset[index]
-        except DanFastError as error:
-            return DanFastError(*error.args)
+    def __call__(self, path: Path) -> Tensor:
+        return self.resize(read_image(path))
 
 
-class _SentenceLoader(DataLoader):
-    """A DataLoader out of which a DanFastError comes as it was raised, with workers and without."""
+def _reader(paths: Sequence[Path], image_size: tuple[int, int], cache: ImageCache | None) -> Read:
+    if cache is None:
+        return _Decode(image_size)
+    if cache.image_size != tuple(image_size):
+        raise ValueError(f"the cache is of images of {cache.image_size} and not of {tuple(image_size)}")
+    cache.add([path for path in paths if path not in cache])
+    return cache.read
 
-    def __init__(self, dataset: Dataset, collate: Callable[[Any], Any], workers: int, **options: Any) -> None:
-        super().__init__(
-            _Sentences(dataset),
-            collate_fn=collate,
-            num_workers=workers,
-            # Else each iteration would draw the workers' base seed from the global generator.
-            generator=torch.Generator(),
-            worker_init_fn=_ignore_interrupt,
-            **options,
+
+def _augmented(batch: tuple[MiniBatch, tuple[Draws, ...]], device: torch.device) -> MiniBatch:
+    mini_batch, draws = batch
+    parts = [part for part in (mini_batch.meta_train, mini_batch.meta_test) if part is not None]
+    ready = [
+        part._replace(
+            images=augment(pinned(part.images, device), Draws(*(pinned(each, device) for each in drawn))),
+            labels=pinned(part.labels, device),
+            sample_ids=pinned(part.sample_ids, device),
         )
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in super().__iter__():
-            if isinstance(batch, DanFastError):
-                raise batch
-            yield batch
+        for part, drawn in zip(parts, draws, strict=True)
+    ]
+    return mini_batch._replace(meta_train=ready[0], meta_test=ready[1] if len(ready) > 1 else None)
 
 
-def _as_planned(batch: MiniBatch | DanFastError) -> MiniBatch | DanFastError:
+def _normalized(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    images, indices = batch
+    return normalize(pinned(images, device)), indices
+
+
+def _as_planned(batch: tuple[MiniBatch, tuple[Draws, ...]]) -> tuple[MiniBatch, tuple[Draws, ...]]:
     return batch
 
 
 def _collate_samples(
-    items: list[tuple[Tensor, int, int, int] | None | DanFastError], image_size: tuple[int, int]
-) -> tuple[Tensor, Tensor] | DanFastError:
-    for item in items:
-        if isinstance(item, DanFastError):
-            return item
+    items: list[tuple[Tensor, int, int, int] | None], image_size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
     read = [item for item in items if item is not None]
     indices = torch.tensor([index for _, _, _, index in read], dtype=torch.int64)
     return _stack([image for image, _, _, _ in read], image_size), indices
 
 
-def _ignore_interrupt(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process decides what to save and ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def _stack(images: list[Tensor], image_size: tuple[int, int]) -> Tensor:
-    return torch.stack(images) if images else torch.empty(0, 3, *image_size)
+    return torch.stack(images) if images else torch.empty(0, 3, *image_size, dtype=torch.uint8)
 
 
 def _checked(broken_images: str) -> BrokenImages:

@@ -10,6 +10,9 @@ from dan_fast.errors import DanFastError
 # Mean and standard deviation of ImageNet's red, green and blue, which the pretrained weights expect.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+FLIP_PROBABILITY = 0.5
+# Largest change of brightness, contrast and saturation: a factor of 1 - x to 1 + x.
+JITTER = (0.2, 0.15, 0.15)
 
 
 def train_transform(image_size: tuple[int, int]) -> v2.Compose:
@@ -18,6 +21,8 @@ def train_transform(image_size: tuple[int, int]) -> v2.Compose:
     No random erasing: it helps within a domain and is known to harm on unseen ones (Luo et al., "Bag of
     Tricks and a Strong Baseline for Deep Person Re-identification", 2019, Sec. 5), which is what this network
     is for. No change of hue: clothes are told apart by it, and it costs more than all the rest together.
+
+    One image at a time; `dan_fast.data.augment` does the same to a batch, from the same random draws.
 
     Args:
         image_size: (height, width) in pixels.
@@ -33,14 +38,13 @@ def train_transform(image_size: tuple[int, int]) -> v2.Compose:
         >>> train_transform((128, 64))(torch.zeros(3, 160, 60, dtype=torch.uint8)).shape
         torch.Size([3, 128, 64])
     """
-    height, width = _checked(image_size)
+    brightness, contrast, saturation = JITTER
     return v2.Compose(
         [
-            v2.Resize((height, width), antialias=True),
-            v2.RandomHorizontalFlip(),
-            # The usual 10 pixels at a height of 256.
-            v2.RandomCrop((height, width), padding=round(height * 10 / 256)),
-            v2.ColorJitter(brightness=0.2, contrast=0.15, saturation=0.15),
+            resize(image_size),
+            v2.RandomHorizontalFlip(FLIP_PROBABILITY),
+            v2.RandomCrop(image_size, padding=padding(image_size)),
+            v2.ColorJitter(brightness, contrast, saturation),
             *_to_float(),
         ]
     )
@@ -48,11 +52,25 @@ def train_transform(image_size: tuple[int, int]) -> v2.Compose:
 
 def test_transform(image_size: tuple[int, int]) -> v2.Compose:
     """Resizes and normalises; arguments, result and errors as `train_transform`, without any randomness."""
-    return v2.Compose([v2.Resize(_checked(image_size), antialias=True), *_to_float()])
+    return v2.Compose([resize(image_size), *_to_float()])
 
 
 # pytest would collect the function as a test wherever it is imported.
 test_transform.__test__ = False
+
+
+def resize(image_size: tuple[int, int]) -> v2.Resize:
+    """What comes before all else, and what a cache keeps: uint8 (3,h,w) to uint8 (3,height,width).
+
+    Raises:
+        DanFastError: as `train_transform`.
+    """
+    return v2.Resize(_checked(image_size), antialias=True)
+
+
+def padding(image_size: tuple[int, int]) -> int:
+    """Black pixels around an image before it is cropped: the usual 10 at a height of 256."""
+    return round(image_size[0] * 10 / 256)
 
 
 def _to_float() -> tuple[v2.Transform, v2.Transform]:

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dan_fast.data.cache import ImageCache
 from dan_fast.data.loader import image_loader
 from dan_fast.data.samples import Sample
 from dan_fast.errors import DanFastError
@@ -47,6 +48,7 @@ def extract_features(
     precision: Literal["float32", "bfloat16"] = "float32",
     broken_images: Literal["error", "skip"] = "error",
     progress: Callable[[int, int], None] | None = None,
+    cache: ImageCache | None = None,
 ) -> Features:
     """Embed images in order, without gradients.
 
@@ -63,6 +65,7 @@ def extract_features(
         precision: ``"bfloat16"`` runs ``embed`` under autocast.
         broken_images: an unreadable image is an error, or is left out of the result.
         progress: called with (images read, images in all) at each batch.
+        cache: holds or takes the decoded images; the features are the same.
 
     Raises:
         DanFastError: no samples, none readable, or one unreadable where ``broken_images`` is ``"error"``.
@@ -88,13 +91,13 @@ def extract_features(
         torch.inference_mode(),
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"),
     ):
-        loader = image_loader(samples, image_size, batch_size, workers, broken_images)
+        loader = image_loader(samples, image_size, batch_size, workers, broken_images, cache, device)
         for number, (images, indices) in enumerate(loader, start=1):
             if progress is not None:
                 progress(min(number * batch_size, len(samples)), len(samples))
             if len(images) == 0:
                 continue
-            features = embed(images.to(device, non_blocking=True))
+            features = embed(images)
             if features.ndim != 2 or len(features) != len(images):
                 raise ValueError(f"embed made {tuple(features.shape)} of {len(images)} images; it must make (B, d).")
             rows.append(features.to("cpu", torch.float32))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dan_fast.data.cache import ImageCache
 from dan_fast.data.samples import FixedSplits, ReIDDataset, Sample
 from dan_fast.errors import DanFastError
 from dan_fast.evaluation.features import Features, extract_features
@@ -170,6 +171,7 @@ def extract_dataset(
     precision: Literal["float32", "bfloat16"] = "float32",
     broken_images: Literal["error", "skip"] = "error",
     progress: Callable[[int, int], None] | None = None,
+    cache: ImageCache | None = None,
 ) -> DatasetFeatures:
     """Embed every evaluation image of a dataset once; arguments as in :func:`extract_features`.
 
@@ -180,7 +182,7 @@ def extract_dataset(
 
     def extract(samples: tuple) -> Features:
         return extract_features(
-            embed, samples, image_size, batch_size, workers, device, precision, broken_images, progress
+            embed, samples, image_size, batch_size, workers, device, precision, broken_images, progress, cache
         )
 
     if dataset.query and dataset.gallery:
@@ -267,6 +269,7 @@ def evaluate_dataset(
     metric: Metric = "cosine",
     max_rank: int = 50,
     ap: AveragePrecision = "standard",
+    cache: ImageCache | None = None,
 ) -> Evaluation:
     """Embed a dataset and score it: :func:`extract_dataset`, then :func:`evaluate_features`.
 
@@ -278,7 +281,7 @@ def evaluate_dataset(
         DanFastError, ValueError: as the two functions do.
     """
     features = extract_dataset(
-        embed, dataset, image_size, batch_size, workers, device, precision, broken_images, progress
+        embed, dataset, image_size, batch_size, workers, device, precision, broken_images, progress, cache
     )
     return evaluate_features(features, repeats, seed, metric, max_rank, ap)
 

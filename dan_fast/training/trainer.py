@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor
 
 from dan_fast.daml import Competition, Stage, active_groups, attention_wins, meta_gradients
-from dan_fast.data import BatchPlanner, MiniBatch, Split, TrainingSet, load_dataset, training_loader
+from dan_fast.data import BatchPlanner, ImageCache, MiniBatch, Split, TrainingSet, load_dataset, training_loader
 from dan_fast.errors import DanFastError
 from dan_fast.evaluation import Evaluation, evaluate_dataset
 from dan_fast.files import write_text
@@ -50,11 +50,11 @@ class Trainer:
 
         if not config.data.labeled:
             raise DanFastError("data.labeled is empty: name at least one folder or manifest with labelled images.")
-        self.training_set = TrainingSet(
-            [load_dataset(path) for path in config.data.labeled],
-            [load_dataset(path) for path in config.data.unlabeled],
-            unlabeled_share=config.data.unlabeled_share,
-            seed=config.run.seed,
+        data = config.data
+        self.sources = [[load_dataset(path) for path in paths] for paths in (data.labeled, data.unlabeled)]
+        self.training_set = TrainingSet(*self.sources, unlabeled_share=data.unlabeled_share, seed=config.run.seed)
+        self.cache = ImageCache.of_setting(
+            data.cache, tuple(data.image_size), data.cache_check, workers=data.workers, say=print
         )
         self.targets = [load_dataset(path) for path in config.data.targets]
         for dataset in self.targets:
@@ -116,6 +116,10 @@ class Trainer:
             Interrupted: SIGINT or SIGTERM came; the run was saved and can be resumed.
             DanFastError: training diverged, an image cannot be read, or a file cannot be written.
         """
+        if self.cache is not None:
+            # Whole train splits, whatever share of them this run takes: others can use them too.
+            for dataset in [*self.sources[0], *self.sources[1]]:
+                self.cache.add([sample.path for sample in dataset.train])
         write_text(self.out / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
         # Whatever drew random numbers since this trainer was made does not count.
         self._set_random_state(self._random_state)
@@ -154,7 +158,8 @@ class Trainer:
             tuple(self.config.data.image_size),
             workers=self.config.data.workers,
             broken_images=self.config.data.broken_images,
-            pin_memory=self.device.type == "cuda",
+            cache=self.cache,
+            device=self.device,
         )
         self.model.train()
         for batch in _until_stopped(loader, stop):
@@ -181,7 +186,7 @@ class Trainer:
         """Take the meta step and the outer step of one iteration; to count it is for the caller.
 
         Args:
-            batch: on the host; images in pinned memory are copied without waiting.
+            batch: on the device, or on the host; images in pinned memory are copied without waiting.
             scalars: told of losses, accuracies, the competition and the memory.
 
         Raises:
@@ -208,7 +213,7 @@ class Trainer:
         the host has to know who won the competition, and once at the end.
 
         Args:
-            batch: on the host.
+            batch: on the device, or on the host.
             lr: delta_1 of Eq. (19), the size of the inner step.
             scalars: as in `train_iteration`.
 
@@ -317,6 +322,7 @@ class Trainer:
                 device=self.device,
                 precision=self.config.run.precision,
                 broken_images=self.config.data.broken_images,
+                cache=self.cache,
             )
             evaluations.append(evaluation)
             figures = evaluation.percentages()

@@ -1,0 +1,89 @@
+"""One batch ahead: the next batch is read, copied and augmented while the caller works on this one."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Raw = TypeVar("Raw")
+Ready = TypeVar("Ready")
+
+
+def one_ahead(items: Iterator[Raw], prepare: Callable[[Raw], Ready], device: torch.device) -> Iterator[Ready]:
+    """`map(prepare, items)` with one result under way in a thread, in order.
+
+    On a GPU the thread puts its work on a stream of its own, so that copies and kernels run beside those of the
+    caller; the caller's stream waits for the result, the host does not.
+
+    Args:
+        items: read in the thread, one at a time.
+        prepare: from an item to tensors on `device`, a tensor or a tuple with tuples in it.
+        device: where they are.
+
+    Raises:
+        Exception: what `items` or `prepare` raised, at the place of that item.
+
+    Example:
+        >>> list(one_ahead(iter([1, 2, 3]), lambda number: number + 1, torch.device("cpu")))
+        [2, 3, 4]
+    """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    wanted, results, stopped = threading.Semaphore(1), queue.SimpleQueue(), threading.Event()
+
+    def work() -> None:
+        try:
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                while wanted.acquire() and not stopped.is_set():
+                    try:
+                        item = next(items)
+                    except StopIteration:
+                        results.put((None, None, StopIteration()))
+                        return
+                    ready = prepare(item)
+                    results.put((ready, None if stream is None else stream.record_event(), None))
+        except BaseException as error:
+            results.put((None, None, error))
+
+    thread = threading.Thread(target=work, name="dan-fast feed", daemon=True)
+    thread.start()
+    try:
+        while True:
+            ready, event, error = results.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            wanted.release()
+            if event is not None:
+                current = torch.cuda.current_stream(device)
+                current.wait_event(event)
+                # Its memory belongs to the other stream, which must not use it again before this one is done.
+                for tensor in _tensors(ready):
+                    tensor.record_stream(current)
+            yield ready
+    finally:
+        stopped.set()
+        wanted.release()
+        thread.join()
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; to a GPU by way of page-locked memory, without waiting."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_cuda:
+            yield value
+    elif isinstance(value, tuple):
+        for each in value:
+            yield from _tensors(each)
