@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from dan_fast.daml import meta_gradients
+from dan_fast.daml import Stage, active_groups, meta_gradients
 from dan_fast.data import Split
 from dan_fast.data.synthetic import synthesize
 from dan_fast.errors import DanFastError
@@ -38,7 +38,7 @@ from dan_fast.training import (
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.interrupt import StopRequest
 from dan_fast.training.metrics import Scalars
-from dan_fast.training.objective import DivergedError, TrainingModel
+from dan_fast.training.objective import DivergedError, Objective, TrainingModel
 from dan_fast.training.trainer import _until_stopped
 
 IMAGE_SIZE = (32, 32)
@@ -166,6 +166,47 @@ def test_each_group_feels_its_own_losses_only():
     assert all(g is None or not g.any() for g in by_attention)
     beta = torch.autograd.grad(losses["embedding"], model.memory.beta_logit)[0]
     assert beta != 0
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("stage", [Stage.ATTENTION, Stage.BOTH])
+def test_gates_follow_the_same_gradient_in_the_group_of_the_backbone_with_order_1(monkeypatch, stage, order):
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)  # all of it in float64
+
+    def gradients(joined: bool) -> dict[str, torch.Tensor]:
+        model, batch = training_model().double(), split()
+        batch = batch._replace(images=batch.images.double())
+        model(batch)  # so that no memory is empty
+        params = dict(model.named_parameters())
+        gates = [name for name in params if name.startswith("memory.")]
+        attention = [name for name in params if ".attention." in name]
+        backbone = [name for name in params if name not in (*gates, *attention)]
+        groups = active_groups(stage, backbone, attention, gates, "network.classifier.weight")
+        if joined:
+            del groups["memory"]
+            groups["backbone"] = ([*backbone, *gates], "total")
+        objective = Objective(model)
+        return meta_gradients(objective, params, groups, batch, batch, inner_lr=0.1, order=order).grads
+
+    apart, joined = gradients(joined=False), gradients(joined=True)
+    assert apart.keys() == joined.keys() and apart["memory.alpha"] != 0
+    assert all(torch.equal(joined[name], value) for name, value in apart.items()) == (order == 1)
+
+
+@pytest.mark.parametrize(("order", "walks"), [(1, 2), (2, 4)])
+def test_one_walk_of_a_graph_serves_backbone_and_gates_with_order_1(images, tmp_path, monkeypatch, order, walks):
+    trainer = Trainer(config(images, tmp_path / "run", meta={"order": order}))
+    trainer.competition.decide = lambda attention_won: Stage.ATTENTION
+    outer, grad = [], torch.autograd.grad
+
+    def counted(*arguments, **settings):
+        # A backward may itself ask for gradients.
+        outer.append(torch._C._current_graph_task_id() == -1)
+        return grad(*arguments, **settings)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    trainer.train_iteration(next(iter_batches(trainer)), NoScalars())
+    assert sum(outer) == walks
 
 
 def test_the_prior_moves_beta_up_and_the_literal_loss_does_not():

@@ -267,14 +267,15 @@ class Trainer:
 
     def _groups(self, stage: Stage) -> dict[str, tuple[list[str], str]]:
         names = self.model.network.parameter_groups()
-        memory = self.model.memory
-        return active_groups(
-            stage,
-            backbone=[f"network.{name}" for name in names["backbone"]],
-            attention=[f"network.{name}" for name in names["attention"]],
-            memory=[] if memory is None else [f"memory.{name}" for name, _ in memory.named_parameters()],
-            cam_weight=CAM_WEIGHT,
-        )
+        backbone = [f"network.{name}" for name in names["backbone"]]
+        held = () if self.model.memory is None else self.model.memory.named_parameters()
+        memory = [f"memory.{name}" for name, _ in held]
+        if stage is not Stage.ADVERSARY and self.config.meta.order == 1:
+            # Of L_total the gates move l2 L_lde alone, so their gradient is the same, and one walk of the memory's part
+            # of the graph serves both. With second derivatives they also move what S~ loses at the new backbone.
+            backbone, memory = [*backbone, *memory], []
+        attention = [f"network.{name}" for name in names["attention"]]
+        return active_groups(stage, backbone, attention, memory, CAM_WEIGHT)
 
     def _log_stage(self, stage: Stage, scalars: Scalars) -> None:
         scalars.add("competition/attention_wins", float(stage is Stage.ATTENTION))
