@@ -9,7 +9,7 @@ namespace dan_fast {
 // The attentions of a box, once everyone has read those of the last.
 template <typename A>
 __device__ __forceinline__ void load_attentions(
-    const Attentions<A>& in, int64_t channels, int64_t positions, const TileBox& box, MapShared<A>& shared) {
+    const Attentions<A>& in, int64_t channels, int64_t positions, const TileBox& box, MapWeights<A>& shared) {
   const int thread = static_cast<int>(threadIdx.x);
   __syncthreads();
   if (thread < box.channels) shared.by_channel[thread] = in.channel[box.sample * channels + box.first_channel + thread];
@@ -21,14 +21,14 @@ __device__ __forceinline__ void load_attentions(
 
 // An element of a box's row and column, the attentions in the order of the equation.
 template <bool kChannelsLast, typename A>
-__device__ __forceinline__ A refine_at(const MapShared<A>& shared, A x, int row, int column) {
+__device__ __forceinline__ A refine_at(const MapWeights<A>& shared, A x, int row, int column) {
   return refine(x, shared.by_channel[kChannelsLast ? column : row], shared.by_position[kChannelsLast ? row : column]);
 }
 
 // kMapThreads threads; gridDim.x = batch * map_parts, as for the next.
 template <typename S, typename A, bool kChannelsLast>
 __device__ void refine_block(
-    const FeatureMap<const S>& features, const Attentions<A>& in, const FeatureMap<S>& refined, MapShared<A>& shared) {
+    const FeatureMap<const S>& features, const Attentions<A>& in, const FeatureMap<S>& refined, MapWeights<A>& shared) {
   for_boxes(map_box(blockIdx.x, features.channels), features.positions, [&](const TileBox& box) {
     load_attentions(in, features.channels, features.positions, box, shared);
     const int rows = kChannelsLast ? box.positions : box.channels;

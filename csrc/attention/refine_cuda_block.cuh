@@ -120,10 +120,15 @@ __device__ __forceinline__ void for_each_of(int row, int column, int columns, co
   }
 }
 
-// Weights of a box's channels and positions; terms of its elements in rows; what threads hand on.
+// Weights of a box's channels and positions.
 template <typename A>
-struct MapShared {
+struct MapWeights {
   A by_channel[kMapSide], by_position[kMapSide];
+};
+
+// And for sums: terms of its elements in rows; what threads hand on.
+template <typename A>
+struct MapShared : MapWeights<A> {
   A terms[kMapSide * kMapPitch];
   A handed[kMapThreads];
 };

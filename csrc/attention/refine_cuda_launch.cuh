@@ -16,7 +16,7 @@ namespace dan_fast {
 template <typename S, typename A, bool kChannelsLast>
 __global__ void __launch_bounds__(kMapThreads)
     refine_kernel(const FeatureMap<const S> features, const Attentions<A> in, const FeatureMap<S> refined) {
-  __shared__ MapShared<A> shared;
+  __shared__ MapWeights<A> shared;
   refine_block<S, A, kChannelsLast>(features, in, refined, shared);
 }
 
