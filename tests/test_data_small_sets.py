@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dan_fast.data.datasets import all_images, load_dataset
 from dan_fast.data.fixed_splits import read_lists
 from dan_fast.data.grid import GRID
 from dan_fast.data.ilids import ILIDS
-from dan_fast.data.known import KNOWN, check_counts
+from dan_fast.data.known import KNOWN, check_counts, find_datasets
 from dan_fast.data.prid import PRID
 from dan_fast.data.samples import FixedSplit, KnownDataset, ReIDDataset, Sample
 from dan_fast.data.viper import VIPER
@@ -103,8 +104,12 @@ def test_every_layout_is_found(tmp_path: Path, known: KnownDataset, layout: str,
         place = place.parent
     for part in parts:
         assert known.find(part) == own
-    assert [other.name for other in KNOWN.values() if other.find(own) is not None] in ([known.name], [])
-    assert len(known.read(own, "tiny", "").test) == len(files)
+    assert [other.name for other in KNOWN.values() if other.find(own) is not None] == [known.name]
+    dataset = load_dataset(tmp_path)
+    assert (dataset.name, dataset.root, len(dataset.test)) == (known.title, own, len(files))
+    assert load_dataset(own / files[0].split("/")[0] if "/" in files[0] else own).test == dataset.test
+    (found,) = find_datasets(tmp_path)
+    assert (found.known, found.path, found.error) == (known, own, "") and len(found.differences) == 2
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -202,6 +207,7 @@ def test_grid_searches_among_all_distractors(whole: dict[str, ReIDDataset]) -> N
         assert [sample.pid for sample in split.query] == named["test"]
         assert sum(sample.pid == 0 for sample in split.gallery) == 775
         assert all(sample.pid for sample in split.train)
+    assert len(all_images(dataset).train) == 500
 
 
 def test_ilids_names_the_images(whole: dict[str, ReIDDataset]) -> None:
@@ -238,8 +244,9 @@ def test_a_folder_that_lacks_images_can_be_read_but_has_no_splits(
         path.unlink()
     dataset = known.read(tmp_path, known.title, "")
     assert dataset.splits.missing == missing and dataset.splits.splits == ()
-    (sentence,) = check_counts(dataset, known)
-    assert sentence.startswith(f"The test split of {known.title} ")
+    counts, splits = check_counts(dataset, known)
+    assert counts.startswith(f"The test split of {known.title} ")
+    assert splits == f"{known.title} cannot be scored on its fixed splits: {missing}."
 
 
 def test_ilids_without_an_image_that_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import runpy
+import tomllib
 from importlib import resources
 from pathlib import Path
 
@@ -91,6 +92,13 @@ def test_images_take_the_place_of_what_is_named(tmp_path: Path) -> None:
         tuple(each["train"]) for each in named
     ]
     assert (found.label, found.missing) == (f"prid {DIGESTS['prid'][:8]}", "")
+
+
+def test_the_lists_are_package_data() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    folder = ROOT / "dan_fast/data"
+    shipped = {path for pattern in patterns["dan_fast.data"] for path in folder.glob(pattern)}
+    assert shipped >= {folder / f"splits/{name}.json" for name in DIGESTS}
 
 
 @pytest.fixture(scope="module")

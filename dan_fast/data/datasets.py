@@ -65,8 +65,8 @@ def load_dataset(path: str | Path, name: str | None = None, variant: str | None 
 def all_images(dataset: ReIDDataset) -> ReIDDataset:
     """The dataset with every image of an identity as a train image, for protocols that train on whole datasets.
 
-    Train, query, gallery and test images in this order, an image that is in two of them once; the distractors of
-    a gallery (pid 0 that no query has) and images of unknown identity are left out.
+    Train, query, gallery and test images in this order, an image that is in two of them once; distractors (pid 0
+    that no query has) and images of unknown identity are left out.
 
     Example:
         >>> market = ReIDDataset(
@@ -81,8 +81,8 @@ def all_images(dataset: ReIDDataset) -> ReIDDataset:
         (['a.jpg', 'b.jpg', 'c.jpg'], (), 'all images')
     """
     searched = {sample.pid for sample in dataset.query}
-    gallery = [sample for sample in dataset.gallery if sample.pid != 0 or 0 in searched]
-    images = {sample.path: sample for sample in (*dataset.train, *dataset.query, *gallery, *dataset.test)}
+    others = [sample for sample in (*dataset.gallery, *dataset.test) if sample.pid != 0 or 0 in searched]
+    images = {sample.path: sample for sample in (*dataset.train, *dataset.query, *others)}
     return replace(
         dataset,
         train=tuple(sample for sample in images.values() if sample.pid >= 0),
@@ -109,7 +109,7 @@ def _load(path: Path, name: str | None, variant: str | None) -> ReIDDataset:
         return read_manifest(path / MANIFEST, name or own_name)
     found = _known_at(path)
     if len({place for _, place in found}) > 1:
-        raise DanFastError(_above([place for _, place in found], path))
+        raise DanFastError(_above([place for _, place in found if place != path], path))
     if found:
         return _load_known(*found[0], name, variant)
     if is_market1501(path):

@@ -11,16 +11,20 @@ from dan_fast.data.cuhk02 import CUHK02
 from dan_fast.data.cuhk03 import CUHK03
 from dan_fast.data.cuhk_sysu import CUHK_SYSU
 from dan_fast.data.dukemtmc import DUKEMTMC
+from dan_fast.data.grid import GRID
+from dan_fast.data.ilids import ILIDS
 from dan_fast.data.market1501 import MARKET1501
 from dan_fast.data.msmt17 import MSMT17
+from dan_fast.data.prid import PRID
 from dan_fast.data.samples import SPLITS, Counts, KnownDataset, ReIDDataset, Sample
+from dan_fast.data.viper import VIPER
 from dan_fast.errors import DanFastError
 
 __all__ = ["KNOWN", "Counts", "FoundDataset", "KnownDataset", "check_counts", "count_samples", "find_datasets"]
 
 # In the order of the paper's Table III.
 KNOWN: Mapping[str, KnownDataset] = {
-    known.name: known for known in (CUHK02, CUHK03, CUHK_SYSU, MARKET1501, DUKEMTMC, MSMT17)
+    known.name: known for known in (CUHK02, CUHK03, CUHK_SYSU, MARKET1501, DUKEMTMC, VIPER, PRID, GRID, ILIDS, MSMT17)
 }
 
 
@@ -35,7 +39,7 @@ class FoundDataset:
 
     Attributes:
         known: which dataset.
-        path: its own folder.
+        path: the folder of its images.
         variant: which of its variants, "" where there is only one.
         counts: what each split that is not empty holds.
         differences: sentences on what differs from the literature.
@@ -104,7 +108,7 @@ def count_samples(samples: Sequence[Sample]) -> Counts:
 
 
 def check_counts(dataset: ReIDDataset, known: KnownDataset) -> list[str]:
-    """What differs from the counts that the literature gives, a sentence a split; nothing where all agree."""
+    """What differs from the literature: counts, a sentence a split, and images that fixed splits need; else nothing."""
     expected = known.counts.get(dataset.variant, {})
     what = f"{dataset.name} ({dataset.variant})" if dataset.variant else dataset.name
     sentences = []
@@ -118,6 +122,8 @@ def check_counts(dataset: ReIDDataset, known: KnownDataset) -> list[str]:
         ]
         if wrong:
             sentences.append(f"The {split} split of {what} differs from {known.source}: {', '.join(wrong)}.")
+    if dataset.splits is not None and dataset.splits.missing:
+        sentences.append(f"{what} cannot be scored on its fixed splits: {dataset.splits.missing}.")
     return sentences
 
 
@@ -127,22 +133,19 @@ def find_datasets(root: Path) -> list[FoundDataset]:
     Of the 20 splits of CUHK03's classic protocol the first stands for all. A dataset that cannot be read is
     listed with the reason; nothing is changed or downloaded.
     """
-    found = []
-    places: dict[str, list[Path]] = {name: [] for name in KNOWN}
+    found: list[FoundDataset] = []
+    own: dict[str, list[Path]] = {name: [] for name in KNOWN}
     pending = [(root, 2)]
     while pending:
         folder, depth = pending.pop(0)
-        inside = False
         for known in KNOWN.values():
             place = known.find(folder)
-            if place is None:
-                continue
-            inside = inside or place == folder
-            if not any(place.resolve().is_relative_to(other) for other in places[known.name]):
-                places[known.name].append(place.resolve())
-                found += [_inspect(known, place, variant) for variant in main_variants(known.variants(place)) or [""]]
+            if place is not None and not any(place.resolve().is_relative_to(other) for other in own[known.name]):
+                new = [_inspect(known, place, variant) for variant in main_variants(known.variants(place)) or [""]]
+                own[known.name] += [each.path.resolve() for each in new]
+                found += new
         # What lies within a dataset are its own parts, often tens of thousands of files.
-        if depth and not inside:
+        if depth and not any(folder.resolve() in places for places in own.values()):
             pending += [(child, depth - 1) for child in sorted(folder.iterdir()) if child.is_dir()]
     return found
 
@@ -153,4 +156,4 @@ def _inspect(known: KnownDataset, place: Path, variant: str) -> FoundDataset:
     except DanFastError as error:
         return FoundDataset(known, place, variant, {}, error=str(error))
     counts = {split: count_samples(getattr(dataset, split)) for split in SPLITS if getattr(dataset, split)}
-    return FoundDataset(known, place, variant, counts, tuple(check_counts(dataset, known)))
+    return FoundDataset(known, dataset.root, variant, counts, tuple(check_counts(dataset, known)))
