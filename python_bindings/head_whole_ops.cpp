@@ -11,6 +11,7 @@
 
 #include "../csrc/attention/head_cpu_whole.h"
 #include "head_arguments.h"
+#include "kept_memory.h"
 
 namespace {
 
@@ -123,12 +124,13 @@ HeadGradients attention_head_backward_cpu(
   const auto grad_pooled_ = optional("grad_pooled", grad_pooled);
   const auto grad_channel_ = optional("grad_channel_attention", grad_channel_attention);
 
-  const Tensor grad = torch::stable::empty_like(features);
+  const bool dense = args.layout.readable && args.layout.sample_stride == args.channels * args.positions;
+  const Tensor grad = dense ? dan_fast::kept_empty_like(features) : torch::stable::empty_like(features);
   const Features by_features(grad);
   Tensor by_wc1 = args.empty({args.units, args.channels}), by_wc2 = args.empty({args.channels, args.units});
   Tensor by_ws1 = args.empty({args.hidden, args.positions}), by_ws3 = args.empty({args.hidden, args.positions});
   Tensor by_ws2 = args.empty({args.positions, args.hidden}), by_ws4 = args.empty({args.positions, args.hidden});
-  Tensor by_cam_weight = args.empty({args.classes, args.channels});
+  Tensor by_cam_weight = dan_fast::kept_empty_like(args.cam_weight);
   args.for_types([&](auto storage, auto zero) {
     using S = decltype(storage);
     using A = decltype(zero);

@@ -1,5 +1,7 @@
 """The attention head as one operator: registration, derivatives, which path runs. The passes have their own tests."""
 
+import pickle
+
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -195,3 +197,24 @@ def test_autocast_takes_half_precision_to_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = head(inputs, labels)
     assert all(x.dtype == torch.float32 for x in output)
+
+
+def test_large_gradients_are_memory_of_their_own():
+    """Memory that is kept for the next gradient is not that of one that somebody still holds."""
+    inputs, _ = problem(torch.float32, batch=64, channels=512, size=(7, 7), layout=torch.channels_last)
+    labels = torch.arange(64) % 4 - 1
+    assert inputs[0].nbytes > 4 << 20
+    held = torch.autograd.grad(mixture(head(inputs, labels)), inputs)
+    before = [x.clone() for x in held]
+    places = set()
+    for _ in range(3):
+        output = head(inputs, labels)
+        grads = torch.autograd.grad(-2 * mixture(output), inputs)
+        places.add(grads[0].data_ptr())
+        torch.testing.assert_close(grads[0], -2 * before[0], rtol=1e-4, atol=1e-6)
+        del grads, output
+    assert held[0].data_ptr() not in places and len(places) == 1
+    assert all(torch.equal(a, b) for a, b in zip(held, before, strict=True))
+    # It is a tensor like any other.
+    copy = pickle.loads(pickle.dumps(held[0]))
+    assert torch.equal(copy, held[0]) and held[0].stride() == inputs[0].stride()
