@@ -125,10 +125,8 @@ def _train(run: PlannedRun, lock: int, stop: StopRequest) -> int:
     """The exit code of a training in its own process, which is told to save itself when `stop` is requested."""
     begun = (run.folder / "checkpoint.pt").exists()
     (run.folder / "results.json").unlink(missing_ok=True)
-    settings = run.folder / "config.yaml"
-    write_text(settings, yaml.safe_dump(run.config.to_dict(), sort_keys=False))
-    command = [sys.executable, "-m", "dan_fast", "train", "--config", str(settings)]
-    command += ["--run.resume", "true" if begun else "false"]
+    write_text(run.folder / "config.yaml", yaml.safe_dump(run.config.to_dict(), sort_keys=False))
+    command = _command(run.folder, begun)
     with (run.folder / _LOG).open("ab") as log:
         # The lock is the child's too: should this process be killed, no other sweep starts beside it.
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(lock,))
@@ -144,6 +142,11 @@ def _train(run: PlannedRun, lock: int, stop: StopRequest) -> int:
                 process.kill()
                 process.wait()
                 raise
+
+
+def _command(folder: Path, begun: bool) -> Sequence[str]:
+    command = [sys.executable, "-m", "dan_fast", "train", "--config", str(folder / "config.yaml")]
+    return [*command, "--run.resume", "true" if begun else "false"]
 
 
 def _sentence(run: PlannedRun, code: int | None) -> str:

@@ -55,6 +55,21 @@ def stored_slots(state: dict[str, Any]) -> dict[str, Slots] | None:
     return slots
 
 
+def neighbours_agree(slots: Slots) -> float | None:
+    """The share of slots whose nearest other slot, by cosine, has the same label; None with fewer than two.
+
+    Example:
+        >>> neighbours_agree(Slots(np.array([[1.0, 0.0], [2.0, 0.1], [0.0, 1.0]]), np.array([5, 5, 6])))
+        0.6666666666666666
+    """
+    if len(slots.labels) < 2:
+        return None
+    unit = _unit(slots.features)
+    cosines = unit @ unit.T
+    np.fill_diagonal(cosines, -np.inf)
+    return float((slots.labels[cosines.argmax(1)] == slots.labels).mean())
+
+
 def layout(slots: Slots, seed: int = 0) -> np.ndarray:
     """(n, 2) float32 places of the slots by t-SNE; the same for the same slots and seed.
 
@@ -67,11 +82,14 @@ def layout(slots: Slots, seed: int = 0) -> np.ndarray:
         raise ValueError(f"slots: {len(slots.labels)} are in use; t-SNE needs at least {_FEWEST}.")
     if not np.isfinite(slots.features).all():
         raise ValueError("slots: features hold NaN or Inf; the network that made them has diverged.")
-    lengths = np.linalg.norm(slots.features, axis=1, keepdims=True)
     perplexity = min(30.0, (len(slots.labels) - 1) / 3)
     # Not by principal components: those of a memory of parallel keys are not defined.
     tsne = TSNE(perplexity=perplexity, init="random", random_state=seed, n_jobs=1)
-    return tsne.fit_transform((slots.features / np.maximum(lengths, 1e-12)).astype(np.float32))
+    return tsne.fit_transform(_unit(slots.features).astype(np.float32))
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
 def sample(slots: Slots, most: int, seed: int = 0) -> Slots:

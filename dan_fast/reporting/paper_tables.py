@@ -24,12 +24,14 @@ class PaperRow:
         method: as printed.
         venue: as printed, "" where there is none.
         target: the dataset tested on.
+        sources: what was trained on.
         values: in percent, of the columns that are given.
     """
 
     method: str
     venue: str
     target: str
+    sources: str
     values: Mapping[str, float]
 
 
@@ -53,7 +55,7 @@ class PaperTable:
         title: what it compares.
         source: the publication, table and page.
         columns: of each target, in order.
-        sources: for each target what the methods were trained on, "" where the table does not say.
+        targets: the datasets tested on.
         one_match: the targets with one gallery image of each person, where a query has one match.
         rows: for each method and target.
         claims: what the text says of the table's differences.
@@ -63,14 +65,10 @@ class PaperTable:
     title: str
     source: str
     columns: tuple[str, ...]
-    sources: Mapping[str, str]
+    targets: tuple[str, ...]
     one_match: frozenset[str]
     rows: tuple[PaperRow, ...]
     claims: tuple[Claim, ...] = ()
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return tuple(self.sources)
 
     def rows_of(self, target: str) -> tuple[PaperRow, ...]:
         return tuple(row for row in self.rows if row.target == target)
@@ -118,13 +116,15 @@ def table_of(content: Mapping[str, Any]) -> PaperTable:
         for target in targets:
             given = zip(columns, row[target], strict=True)
             values = {column: float(value) for column, value in given if value is not None}
-            rows.append(PaperRow(row["method"], row.get("venue", ""), target, values))
+            sources = targets[target].get("sources") or content["sources"]
+            sources = " + ".join([sources, *([row["adds"]] if "adds" in row else [])])
+            rows.append(PaperRow(row["method"], row.get("venue", ""), target, sources, values))
     return PaperTable(
         number=content["table"],
         title=content["title"],
         source=content["source"],
         columns=columns,
-        sources={target: about.get("sources", "") for target, about in targets.items()},
+        targets=tuple(targets),
         one_match=frozenset(target for target, about in targets.items() if about.get("one_match", False)),
         rows=tuple(rows),
         claims=tuple(Claim(**claim) for claim in content.get("claims", ())),

@@ -27,7 +27,7 @@ from dan_fast.reporting.curves import plot_curves
 from dan_fast.reporting.groups import SYMBOLS, Line, models, swept_settings, targets, unlabeled_shares
 from dan_fast.reporting.heatmaps import plot_attention
 from dan_fast.reporting.html import Figure, Table, write_report
-from dan_fast.reporting.memories import MEMORIES, plot_memories, sample, stored_slots
+from dan_fast.reporting.memories import MEMORIES, Slots, neighbours_agree, plot_memories, sample, stored_slots
 from dan_fast.reporting.results import contradictions_table, paper_tables, result_tables
 from dan_fast.reporting.runs import Run, read_runs
 from dan_fast.training.build import trained_network
@@ -35,6 +35,16 @@ from dan_fast.training.checkpoint import load_checkpoint
 
 # t-SNE of more takes minutes and shows no more.
 _MOST_SLOTS = 2000
+_TOLD = {
+    "train/loss/total": "L_total on S",
+    "test/loss/total": "L_total on S~",
+    "train/accuracy/attention": "accuracy of the attention branch",
+    "train/accuracy/adversary": "accuracy of the adversary",
+    "competition/backbone_frozen": "share of iterations with a frozen backbone",
+    "memory/slots_labeled": "slots of M in use",
+    "memory/slots_unlabeled": "slots of M′ in use",
+    "pseudo/accuracy": "accuracy of the pseudo labels",
+}
 
 
 class _Missing(NamedTuple):
@@ -190,7 +200,7 @@ def _own_figures(run: Run, out: Path, stem: str, images: int, seed: int, missing
     figures = []
     if run.scalars:
         path = plot_curves(run.folder, out / f"{stem}_curves.png")
-        figures.append(Figure(f"Training of {run.name}", path, "All that the run logged, over its iterations."))
+        figures.append(Figure(f"Training of {run.name}", path, _from_to(run)))
     else:
         missing.append(_Missing(run.name, "curves", _no_scalars(run)))
     try:
@@ -205,8 +215,11 @@ def _own_figures(run: Run, out: Path, stem: str, images: int, seed: int, missing
         missing.append(_Missing(run.name, "t-SNE, Fig. 10", why))
         return figures
     done = f"after {state['epoch']} epochs{f' and {iteration} iterations' if (iteration := state['iteration']) else ''}"
-    contents = " and ".join(f"{MEMORIES[memory].split(',')[0]} {slots[memory].describe()}" for memory in MEMORIES)
     shown = {memory: sample(each, _MOST_SLOTS, seed) for memory, each in slots.items()}
+    contents = "; ".join(
+        f"{title.split(',')[0]}: {slots[memory].describe()}{_agreement(shown[memory])}"
+        for memory, title in MEMORIES.items()
+    )
     drawn = f" Of a memory with more than {_MOST_SLOTS} slots in use that many are drawn, at random."
     caption = (
         f"t-SNE (seed {seed}, of features of unit length) of what the memories hold {done}: {contents}."
@@ -219,6 +232,21 @@ def _own_figures(run: Run, out: Path, stem: str, images: int, seed: int, missing
         missing.append(_Missing(run.name, "t-SNE, Fig. 10", str(error)))
         return figures
     return [*figures, Figure(f"Memories of {run.name} (Fig. 10)", path, caption)]
+
+
+def _agreement(slots: Slots) -> str:
+    share = neighbours_agree(slots)
+    return "" if share is None else f", {100 * share:.0f} % of them nearest to one of the same label"
+
+
+def _from_to(run: Run) -> str:
+    """What a run logged, in words: the first and the last value of what matters most."""
+    told = [
+        f"{title} from {run.scalars[tag][1][0]:.3g} to {run.scalars[tag][1][-1]:.3g}"
+        for tag, title in _TOLD.items()
+        if tag in run.scalars
+    ]
+    return f"All that the run logged, over its iterations; first to last value: {', '.join(told) or 'none'}."
 
 
 def _heat_maps(run: Run, path: Path, images: int, missing: list[_Missing]) -> list[Figure]:

@@ -102,8 +102,8 @@ def _paper_table(table: PaperTable, target: str, faults: Sequence[Contradiction]
             else _ABSENT
             for column in columns
         ]
-        name = f"{row.method}, {row.venue}" if row.venue else row.method
-        rows.append([f"paper: {name}", table.sources[target] or "see the paper", "not stated", _ABSENT, *values])
+        name = row.method if row.venue in ("", "This paper") else f"{row.method}, {row.venue}"
+        rows.append([f"paper: {name}", row.sources, "not stated", _ABSENT, *values])
     tested = [
         (run, each)
         for run in runs

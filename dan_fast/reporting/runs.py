@@ -146,11 +146,11 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of the paths, as many as tell the folders apart."""
+    """The last parts of the paths, as many as tell the folders apart; "run" alone, as of a quickstart, says nothing."""
     parts = [folder.resolve().parts for folder in folders]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-count:]) for each in parts]
-        if len(set(names)) == len(names):
+        if len(set(names)) == len(names) and names != ["run"]:
             break
     return names
 
