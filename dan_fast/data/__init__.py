@@ -1,7 +1,7 @@
 """Datasets, training sets, batch plans, transforms and loaders."""
 
 from dan_fast.data.cache import ImageCache
-from dan_fast.data.datasets import ReIDDataset, Sample, load_dataset
+from dan_fast.data.datasets import ReIDDataset, Sample, all_images, load_dataset
 from dan_fast.data.images import read_image
 from dan_fast.data.loader import ImageSamples, MiniBatch, Split, image_loader, training_loader
 from dan_fast.data.sampler import BatchPlan, BatchPlanner, PlannedItem
@@ -19,6 +19,7 @@ __all__ = [
     "Sample",
     "Split",
     "TrainingSet",
+    "all_images",
     "image_loader",
     "load_dataset",
     "read_image",

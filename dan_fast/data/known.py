@@ -76,7 +76,7 @@ def choose_variant(known: KnownDataset, folder: Path, wanted: str | None = None)
         raise DanFastError(f"{known.title} at {folder} has no variant {wanted!r}; {choices}.")
     asked = f"several variants that {wanted!r} fits" if words else "several variants, and their figures differ"
     raise DanFastError(
-        f"{known.title} at {folder} has {asked}; choose {_listed(fitting)}, as in {folder}@{fitting[0]}."
+        f"{known.title} at {folder} has {asked}; choose {_listed(fitting)}, as in '{folder}@{fitting[0]}'."
     )
 
 
@@ -116,7 +116,7 @@ def check_counts(dataset: ReIDDataset, known: KnownDataset) -> list[str]:
         found = count_samples(getattr(dataset, split))
         given = expected.get(split, Counts(0, 0, 0))
         wrong = [
-            f"{number} {_NOUNS[unit]} instead of {right}"
+            f"{number} instead of {right} {_NOUNS[unit]}"
             for unit, number, right in zip(Counts._fields, found, given, strict=True)
             if right is not None and number != right
         ]

@@ -56,9 +56,8 @@ def list_datasets(
         return
     if found:
         console.print(_table(found))
-    for each in found:
-        for sentence in _remarks(each):
-            console.print(f"{each.path}: {sentence}", **_PLAIN)
+    for line in dict.fromkeys(f"{each.path}: {sentence}" for each in found for sentence in _remarks(each)):
+        console.print(line, **_PLAIN)
     for known in missing:
         origin = f" It can be asked for at {known.origin}." if known.origin else ""
         console.print(f"Not found: {known.title}.{origin} {known.note}".strip(), **_PLAIN)
@@ -89,8 +88,7 @@ def _table(found: Sequence[FoundDataset]) -> Table:
 
 
 def _remarks(found: FoundDataset) -> list[str]:
-    note = [f"{found.known.title}: {found.known.note}"] if found.known.note else []
-    return [*filter(None, [found.error]), *found.differences, *note]
+    return [sentence for sentence in (found.error, *found.differences, found.known.note) if sentence]
 
 
 def _as_json(found: FoundDataset) -> dict[str, Any]:
