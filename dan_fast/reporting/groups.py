@@ -81,20 +81,14 @@ def swept_settings(runs: Sequence[Run]) -> dict[str, list[Line]]:
     return swept
 
 
-def target_of(evaluation: Evaluation) -> str:
-    """What was tested on, with the dataset's variant: "CUHK03 (detected, new protocol)"."""
-    variant = getattr(evaluation, "variant", "")
-    return f"{evaluation.dataset} ({variant})" if variant else evaluation.dataset
-
-
 def targets(runs: Sequence[Run]) -> list[str]:
-    """All targets that runs were tested on, in order."""
-    return list(dict.fromkeys(target_of(evaluation) for run in runs for evaluation in run.results))
+    """All targets that runs were tested on, with their variants, in order."""
+    return list(dict.fromkeys(evaluation.title for run in runs for evaluation in run.results))
 
 
 def result_on(run: Run, target: str) -> Evaluation | None:
     """The first evaluation of a run on a target."""
-    return next((evaluation for evaluation in run.results if target_of(evaluation) == target), None)
+    return next((evaluation for evaluation in run.results if evaluation.title == target), None)
 
 
 def _lines(runs: Sequence[Run], value: Callable[[Run], Any], rest: Callable[[Run], Mapping[str, Any]]) -> list[Line]:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from sklearn.manifold import TSNE
 
 from dan_fast.reporting.canvas import COLOURS, NEUTRAL, save_png, style
 
@@ -82,6 +81,9 @@ def layout(slots: Slots, seed: int = 0) -> np.ndarray:
         raise ValueError(f"slots: {len(slots.labels)} are in use; t-SNE needs at least {_FEWEST}.")
     if not np.isfinite(slots.features).all():
         raise ValueError("slots: features hold NaN or Inf; the network that made them has diverged.")
+    # Here and not above: it takes as long to import as all of this package, and most commands have no use for it.
+    from sklearn.manifold import TSNE
+
     perplexity = min(30.0, (len(slots.labels) - 1) / 3)
     # Not by principal components: those of a memory of parallel keys are not defined.
     tsne = TSNE(perplexity=perplexity, init="random", random_state=seed, n_jobs=1)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from dan_fast.evaluation import Evaluation
-from dan_fast.reporting.groups import target_of, targets
+from dan_fast.reporting.groups import targets
 from dan_fast.reporting.html import Table
 from dan_fast.reporting.paper_tables import PAPER_TABLES, Contradiction, PaperTable, find_contradictions, paper_table
 from dan_fast.reporting.runs import Run
@@ -40,18 +40,17 @@ def result_tables(runs: Sequence[Run]) -> list[Table]:
     """A table for each target that runs were tested on and the paper was not."""
     tables = []
     for target in targets(runs):
-        tested = [(run, each) for run in runs for each in run.results if target_of(each) == target]
-        if paper_target(tested[0][1].dataset) is not None:
-            continue
-        rows = [_run_row(run, run.sources, each, _COLUMNS) for run, each in tested]
-        rows += [
-            _run_row(run, features, each, _COLUMNS, f"{run.name}, before training" if features == "untrained" else None)
-            for run in runs
-            for features, each in run.baselines
-            if target_of(each) == target
-        ]
-        note = f"The paper has no figures for {target}. {_counts(tested[0][1])}"
-        tables.append(Table(f"Results on {target}", _header(_COLUMNS), rows, note))
+        tested = [(run, each) for run in runs for each in run.results if each.title == target]
+        if paper_target(tested[0][1].dataset) is None:
+            rows = [_run_row(run, each, _COLUMNS) for run, each in tested]
+            rows += [
+                _run_row(run, each, _COLUMNS, features)
+                for run in runs
+                for features, each in run.baselines
+                if each.title == target
+            ]
+            note = f"The paper has no figures for {target}. {_counts(tested[0][1])}"
+            tables.append(Table(f"Results on {target}", _header(_COLUMNS), rows, note))
     return tables
 
 
@@ -110,7 +109,7 @@ def _paper_table(table: PaperTable, target: str, faults: Sequence[Contradiction]
         for each in run.results
         if paper_target(each.dataset) == target and belongs(run, table, target)
     ]
-    rows += [_run_row(run, run.sources, each, columns) for run, each in tested]
+    rows += [_run_row(run, each, columns) for run, each in tested]
     notes = [_counts(tested[0][1])] if tested else [f"No run here was tested on {target} under these conditions."]
     if tested:
         notes.append("Rows compare only where sources, protocol and variant do.")
@@ -124,13 +123,12 @@ def _header(columns: Sequence[str]) -> list[str]:
     return ["method or run", "trained on", "protocol", "splits", *(f"{column} (%)" for column in columns)]
 
 
-def _run_row(
-    run: Run, trained_on: str, evaluation: Evaluation, columns: Sequence[str], name: str | None = None
-) -> list[object]:
+def _run_row(run: Run, evaluation: Evaluation, columns: Sequence[str], baseline: str = "") -> list[object]:
     values = dict(zip(_COLUMNS, evaluation.row(), strict=True))
-    how = ", ".join(each for each in (getattr(evaluation, "variant", ""), evaluation.protocol) if each)
-    shown = name or f"{run.name} ({run.settings['meta']['procedure'].upper()}, {run.model})"
-    return [shown, trained_on, how, evaluation.repeats, *(values[column] for column in columns)]
+    how = ", ".join(each for each in (evaluation.variant, evaluation.protocol) if each)
+    trained = f"{run.name} ({run.settings['meta']['procedure'].upper()}, {run.model})", run.sources
+    name, sources = (f"{baseline}, for {run.name}", "nothing") if baseline else trained
+    return [name, sources, how, evaluation.repeats, *(values[column] for column in columns)]
 
 
 def _counts(evaluation: Evaluation) -> str:

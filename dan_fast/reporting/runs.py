@@ -159,7 +159,8 @@ def _read_run(folder: Path, name: str) -> Run:
     results: list[Evaluation] = []
     baselines: list[tuple[str, Evaluation]] = []
     complaints: list[str] = []
-    for path in sorted(folder.glob("*.json")):
+    # What the trainer wrote first.
+    for path in sorted(folder.glob("*.json"), key=lambda path: (path.name != "results.json", path.name)):
         try:
             for features, evaluation in _read_evaluations(path):
                 if features != "trained":
