@@ -221,7 +221,7 @@ def test_cuhk03_with_mistakes(cuhk03: Path) -> None:
     for file in cuhk03.glob("splits_*.json"):
         file.unlink()
     message = sentence(cuhk03)
-    assert "images of CUHK03 but no splits" in message and "cuhk03_new_protocol_config_detected.mat" in message
+    assert "lacks splits of CUHK03" in message and "cuhk03_new_protocol_config_detected.mat" in message
     (cuhk03 / "splits_new_labeled.json").write_text("[{]")
     assert "splits_new_labeled.json does not list" in sentence(cuhk03)
 

@@ -65,7 +65,7 @@ def test_everything_is_found_once_where_it_lies(shelf: Path) -> None:
     assert len(found) == 6
     by_name = {each.known.name: each for each in found}
     assert by_name["cuhk02"].counts == {"query": Counts(1, 1, 1)}
-    assert "images of CUHK03 but no splits" in by_name["cuhk03"].error
+    assert "lacks splits of CUHK03" in by_name["cuhk03"].error
     assert [each.path for each in find_datasets(shelf / "DukeMTMC-reID" / "bounding_box_train")] == [
         shelf / "DukeMTMC-reID"
     ]
@@ -177,7 +177,7 @@ def test_the_listing(shelf: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert f"{duke}: The train split of DukeMTMC-reID differs from Zheng et al., ICCV 2017: 1 instead of 702" in shown
     assert f"{duke}: It was withdrawn in 2019 because the people in it had not consented" in shown
     assert "Not found: CUHK-SYSU. It can be asked for at the person search page of" in shown
-    assert "unreadable" in shown and "images of CUHK03 but no splits" in shown
+    assert "unreadable" in shown and "lacks splits of CUHK03" in shown
     assert re.search(r"MSMT17 .*train.* 1 ", shown) and "V2" in shown
 
 

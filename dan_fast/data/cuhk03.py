@@ -47,11 +47,11 @@ def _find(folder: Path) -> Path | None:
     return locate(folder, _holds, ("cuhk03", "CUHK03-NP", "cuhk03-np", RELEASE), parts)
 
 
-def _new_split(folder: Path, box: str) -> Path | None:
-    """The file that says which images the new protocol uses for what."""
+def _new_split(folder: Path, box: str) -> Path:
+    """The file that says which images the new protocol uses for what, or would if it were there."""
     config = _CONFIG.format(box)
     files = (folder / f"splits_new_{box}.json", folder / config, folder / RELEASE / config)
-    return next((file for file in files if file.is_file()), None)
+    return next((file for file in files if file.is_file()), files[1])
 
 
 def _classic_splits(folder: Path, box: str) -> Path:
@@ -62,7 +62,7 @@ def _variants(folder: Path) -> tuple[str, ...]:
     variants = []
     for box in BOXES:
         images = _images(folder, box).is_dir()
-        if is_market1501(folder / box) or (images and _new_split(folder, box)):
+        if is_market1501(folder / box) or (images and _new_split(folder, box).is_file()):
             variants.append(f"{box}, new protocol")
         if images and _classic_splits(folder, box).is_file():
             variants += [f"{box}, classic protocol, split {split}" for split in range(1, _CLASSIC_SPLITS + 1)]
@@ -86,7 +86,7 @@ def read_cuhk03(folder: Path, name: str, variant: str) -> ReIDDataset:
         DanFastError: images or splits that are still in the archive or absent, or do not fit each other.
     """
     match = _VARIANT.fullmatch(variant)
-    if match is None:
+    if match is None or variant not in _variants(folder):
         raise DanFastError(_what_is_missing(folder))
     box, new, split = match.groups()
     if new and is_market1501(folder / box):
@@ -94,8 +94,6 @@ def read_cuhk03(folder: Path, name: str, variant: str) -> ReIDDataset:
         return ReIDDataset(name, folder, parts.train, parts.query, parts.gallery, variant=variant)
     images = _Images(_images(folder, box))
     file = _new_split(folder, box) if new else _classic_splits(folder, box)
-    if file is None or not file.is_file():
-        raise DanFastError(f"{folder} has no splits for CUHK03's variant {variant!r}; {_what_is_missing(folder)}")
     if file.suffix == ".mat":
         named = _read_config(file)
     else:
@@ -169,7 +167,7 @@ def _what_is_missing(folder: Path) -> str:
             f"`dan-fast datasets {folder} --extract` writes images and classic splits beside it (it needs h5py)."
         )
     return (
-        f"{folder} holds images of CUHK03 but no splits: for the new protocol put {_CONFIG.format('detected')} and "
+        f"{folder} lacks splits of CUHK03: for the new protocol put {_CONFIG.format('detected')} and "
         f"{_CONFIG.format('labeled')} of Zhong et al.'s person-re-ranking there; for the classic one put "
         f"{RELEASE}/{ARCHIVE} there and run `dan-fast datasets {folder} --extract`."
     )
