@@ -12,7 +12,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 from rich.table import Table
 
-from dan_fast.bench import bench_attention, bench_iteration, bench_memory
+from dan_fast.bench import bench_attention, bench_data, bench_iteration, bench_memory
 from dan_fast.data import ImageCache, load_dataset
 from dan_fast.data.listing import list_datasets
 from dan_fast.data.synthetic import synthesize
@@ -36,6 +36,7 @@ _BENCHMARKS = {
     "memory": (bench_memory, "The memory step: literal, in score space, compiled, and kernels."),
     "attention": (bench_attention, "The attention head: eager, compiled, and kernels."),
     "iteration": (bench_iteration, "A training iteration: plain ResNet, DAN with literal operators, and DAN."),
+    "data": (bench_data, "Feeding images: a plain DataLoader, decoding without a cache, and from the cache."),
 }
 
 

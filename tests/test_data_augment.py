@@ -46,7 +46,7 @@ def grey_levels(difference: Tensor) -> Tensor:
 def test_a_batch_is_what_its_images_are_one_by_one(size: tuple[int, int]) -> None:
     images, seeds = pictures(96, size), [1000 + 7 * number for number in range(96)]
     difference = grey_levels(augment(images, draw(seeds, size)) - one_by_one(images, seeds))
-    assert difference.max() < 1.001
+    assert difference.max() < 2.001
     assert (difference > 1e-3).double().mean() < 1e-3
     # Of each kind of draw there are enough for a mistake in one to show.
     assert difference.flatten(1).mean(1).max() < 1e-2
@@ -115,7 +115,7 @@ def test_a_gpu_gives_what_the_cpu_gives() -> None:
     there = images.to(device), Draws(*(each.to(device) for each in drawn))
     result = augment(*there)
     difference = grey_levels(result.cpu() - augment(images, drawn))
-    assert difference.max() < 1.001 and (difference > 1e-3).double().mean() < 1e-3
+    assert difference.max() < 2.001 and (difference > 1e-3).double().mean() < 1e-3
     assert torch.equal(result, augment(*there))
     torch.testing.assert_close(normalize(there[0]).cpu(), normalize(images))
     batches = one_ahead(iter(images.split(8)), lambda part: part.to(device) * 2.0, device)

@@ -17,7 +17,7 @@ _BRIGHTNESS, _CONTRAST, _SATURATION = range(3)
 _SHUFFLED = 4
 # Red, green and blue in the grey of ITU-R 601-2, as torchvision rounds them.
 _GREY = (0.2989, 0.587, 0.114)
-# On a CPU so many images at a time: what is done to them one after the other meets them in the cache.
+# On a CPU so many images at a time: what is done to them one after the other finds them in its cache.
 _CHUNK = 8
 
 
@@ -78,9 +78,9 @@ def augment(images: Tensor, draws: Draws) -> Tensor:
 
     Flip, black padding and crop, brightness, contrast and saturation in the order drawn, to [0, 1], normalised by
     ImageNet's mean and standard deviation. Equal bits on repetition. With the draws of the same seeds the result is
-    that of `train_transform`, but for one grey level of 255 in some pixels in a hundred thousand: after each change
-    of colour a level is cut to a whole number, and where the exact one lies on the edge, the last bit of a float
-    decides.
+    that of `train_transform`, but for one grey level of 255, seldom two, in less than one pixel in a thousand: after
+    each change of colour a level is cut to a whole number, and where the exact one lies on the edge, the last bit of a
+    float decides.
 
     Args:
         images: (n,3,H,W) uint8, on any device.
@@ -95,10 +95,7 @@ def augment(images: Tensor, draws: Draws) -> Tensor:
         torch.Size([2, 3, 8, 4])
     """
     result = torch.empty(images.shape, dtype=torch.float32, device=images.device)
-    # A GPU takes the whole batch at once.
-    size = _CHUNK if images.device.type == "cpu" else max(1, len(images))
-    for start in range(0, len(images), size):
-        part = slice(start, start + size)
+    for part in _parts(images):
         drawn = Draws(*(each[part] for each in draws))
         out = result[part].copy_(_moved(images[part], drawn))
         _jitter_(out, drawn)
@@ -119,7 +116,16 @@ def normalize(images: Tensor) -> Tensor:
         >>> normalize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8)).flatten()
         tensor([-2.1179, -2.0357, -1.8044])
     """
-    return _normalize_(images.to(torch.float32))
+    result = torch.empty(images.shape, dtype=torch.float32, device=images.device)
+    for part in _parts(images):
+        _normalize_(result[part].copy_(images[part]))
+    return result
+
+
+def _parts(images: Tensor) -> list[slice]:
+    """A GPU takes the whole batch at once, a CPU as much as its cache holds."""
+    size = _CHUNK if images.device.type == "cpu" else max(1, len(images))
+    return [slice(start, start + size) for start in range(0, len(images), size)]
 
 
 def _moved(images: Tensor, draws: Draws) -> Tensor:
@@ -149,8 +155,10 @@ def _jitter_(images: Tensor, draws: Draws) -> None:
         change = draws.order[:, place]
         factor = draws.factors.gather(1, change[:, None])[:, 0]
         red, green, blue = images.unbind(1)
-        grey = (red * _GREY[0]).add_(green, alpha=_GREY[1]).add_(blue, alpha=_GREY[2]).floor_()
-        mean = grey.mean((1, 2))
+        # Each product is rounded: `add_(green, alpha=...)` would round it on some devices and not on others.
+        grey = (red * _GREY[0]).add_(green * _GREY[1]).add_(blue * _GREY[2]).floor_()
+        # Whole numbers, whose sum is exact in float64 in any order.
+        mean = (grey.sum((1, 2), dtype=torch.float64) / grey[0].numel()).to(torch.float32)
         of_pixel = torch.where(change == _SATURATION, 1 - factor, 0.0)
         of_image = torch.where(change == _CONTRAST, (1 - factor) * mean, 0.0)
         other = grey.mul_(of_pixel[:, None, None]).add_(of_image[:, None, None])
