@@ -74,6 +74,11 @@ class ReIDDataset:
     variant: str = ""
     splits: FixedSplits | None = None
 
+    @property
+    def title(self) -> str:
+        """Name and variant, as they stand beside every figure."""
+        return f"{self.name} ({self.variant})" if self.variant else self.name
+
 
 class Counts(NamedTuple):
     """Identities, cameras and images of a split as the literature gives them; None where it does not."""
