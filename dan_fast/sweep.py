@@ -133,7 +133,7 @@ def _train(run: PlannedRun, lock: int, stop: StopRequest) -> int:
         told = False
         while True:
             try:
-                return process.wait(timeout=0.2)
+                return process.wait(timeout=0.1)
             except subprocess.TimeoutExpired:
                 if stop.requested and not told:
                     process.send_signal(signal.SIGTERM)

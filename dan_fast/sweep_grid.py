@@ -72,7 +72,7 @@ def plan_sweep(grid: str | Path, base: str | Path | None, out: str | Path) -> li
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrainConfig)
     planned: dict[str, PlannedRun] = {}
-    for settings in _combinations(content["grids"], place):
+    for settings in _combinations(content.get("grids"), place):
         name = run_name(settings)
         config = _configured(parser, start, settings, name)
         config.run.out, config.run.resume = "", False
@@ -138,9 +138,7 @@ def _combinations(grids: Any, place: Path) -> Iterator[dict[str, Any]]:
     for grid in grids:
         for setting, values in grid.items():
             if not isinstance(values, list) or not values:
-                raise DanFastError(
-                    f"{setting} in {place} has {values!r}; give it a list of values, such as [{values}]."
-                )
+                raise DanFastError(f"{setting} in {place} has {values!r}: give it a list of one value or more.")
             if str(setting) in ("run.out", "run.resume"):
                 raise DanFastError(f"{setting} in {place} is for the sweep to choose: leave it out.")
         for values in itertools.product(*grid.values()):

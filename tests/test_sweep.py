@@ -1,0 +1,320 @@
+"""`dan-fast sweep`: which trainings a grid means, and that killed, failed and finished ones are told apart."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dan_fast import sweep as sweeping
+from dan_fast.cli import main
+from dan_fast.data.synthetic import synthesize
+from dan_fast.errors import DanFastError
+from dan_fast.reporting.curves import read_scalars
+from dan_fast.reporting.runs import read_runs
+from dan_fast.sweep import sweep
+from dan_fast.sweep_grid import GRIDS, plan_sweep, run_name
+from dan_fast.training import TrainConfig
+
+BASE = {"data": {"labeled": "market"}}
+
+
+def write(path: Path, content: object) -> Path:
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture
+def grid(tmp_path) -> Path:
+    grids = [{"loss.adversary": [0.2, 0.6], "model.reduction": [1, 12]}]
+    return write(tmp_path / "grid.yaml", {"base": BASE, "grids": grids})
+
+
+def names(grid: Path | str, base: Path | None = None) -> list[str]:
+    return [run.name for run in plan_sweep(grid, base, "out")]
+
+
+def test_a_grid_is_every_combination_once(tmp_path, grid):
+    runs = plan_sweep(grid, None, tmp_path / "out")
+    assert [run.name for run in runs] == [
+        "loss.adversary=0.2,model.reduction=1",
+        "loss.adversary=0.2,model.reduction=12",
+        "loss.adversary=0.6,model.reduction=1",
+        "loss.adversary=0.6,model.reduction=12",
+    ]
+    assert [(run.config.loss.adversary, run.config.model.reduction) for run in runs] == [
+        (0.2, 1), (0.2, 12), (0.6, 1), (0.6, 12),
+    ]  # fmt: skip
+    assert all(run.config.data.labeled == ["market"] for run in runs)
+    assert [run.folder for run in runs] == [tmp_path / "out" / run.name for run in runs]
+    # The default is 0.6 and 12: written out or not, it is one training.
+    twice = {
+        "base": {"data": {"labeled": "market"}},
+        "grids": [{"loss.adversary": [0.6]}, {"model.reduction": [12, 4]}],
+    }
+    assert names(write(tmp_path / "twice.yaml", twice)) == ["loss.adversary=0.6", "model.reduction=4"]
+
+
+def test_a_base_is_inline_beside_the_grid_or_named(tmp_path, grid):
+    write(tmp_path / "base.yaml", {"data": {"labeled": "there"}, "optimizer": {"epochs": 3}})
+    beside = write(tmp_path / "beside.yaml", {"base": "base.yaml", "grids": [{"meta.eta": [0.5]}]})
+    [run] = plan_sweep(beside, None, "out")
+    assert (run.config.data.labeled, run.config.optimizer.epochs, run.config.meta.eta) == (["there"], 3, 0.5)
+    assert plan_sweep(grid, tmp_path / "base.yaml", "out")[0].config.data.labeled == ["there"]
+
+
+def test_the_shipped_grids_are_the_papers(tmp_path):
+    base = write(tmp_path / "base.yaml", {"data": {"labeled": "m", "unlabeled": "u"}})
+    planned = {grid: plan_sweep(grid, base, "out") for grid in GRIDS}
+    fig6 = [
+        (run.config.model.attention, run.config.model.adversary, run.config.model.reduction) for run in planned["fig6"]
+    ]
+    assert sorted(fig6) == sorted(
+        [("none", False, 12), ("spatial", False, 12), ("non_local", False, 12), ("nl_cbam", False, 12),
+         ("cbam", True, 12), ("nl_cbam", True, 1), ("nl_cbam", True, 12)]
+    )  # fmt: skip
+    assert all(run.config.data.unlabeled == [] for run in planned["fig6"])
+    assert [run.config.data.unlabeled_share for run in planned["fig7"]] == [0, 0.25, 0.5, 0.75, 1]
+    assert [run.config.meta.procedure for run in planned["table9"]] == ["daml1", "daml2", "daml3"]
+    losses = {
+        (run.config.loss.adversary, run.config.loss.embedding, run.config.loss.regularizer) for run in planned["fig8"]
+    }
+    assert {(0.2, 1.0, 1.0), (0.6, 0.25, 1.0), (0.6, 0.5, 0.2)} <= losses
+    assert {1, 12, 20} <= {run.config.model.reduction for run in planned["fig8"]}
+    assert {3000, 9000} <= {run.config.memory.labeled_slots for run in planned["fig8"]}
+    assert len({run.name for run in planned["fig8"]}) == len(planned["fig8"])
+
+
+def test_names_are_folders():
+    assert run_name({}) == "base"
+    assert (
+        run_name({"data.unlabeled": ["a", "b"], "model.adversary": True}) == "data.unlabeled=a+b,model.adversary=true"
+    )
+    paths = [run_name({"data.labeled": [path]}) for path in ("/a/b", "-a/b", "/a b")]
+    assert len(set(paths)) == 3 and not any("/" in name or " " in name for name in paths)
+    assert len(run_name({f"section.{number}": number for number in range(99)})) < 200
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"base": BASE, "grids": [{"loss.advrsary": [1]}]}, r"settings of loss.advrsary=1 are no training: .*advrsary"),
+        ({"base": BASE, "grids": [{"model.reduction": ["many"]}]}, "model.reduction=many are no training"),
+        ({"base": BASE, "grids": [{"model.reduction": 4}]}, "model.reduction in [^ ]* has 4: give it a list"),
+        ({"base": BASE, "grids": [{"model.reduction": []}]}, "give it a list of one value or more"),
+        ({"base": BASE, "grids": [{"run.out": ["a"]}]}, "run.out in .* is for the sweep to choose"),
+        ({"base": BASE, "grids": {"model.reduction": [1]}}, "needs a list `grids`"),
+        ({"base": BASE}, "needs a list `grids`"),
+        ({"base": BASE, "grid": []}, "has 'grid'; a grid has a list `grids`"),
+        ({"base": 3, "grids": [{"model.reduction": [1]}]}, "base of .* is neither settings nor a path"),
+        ({"base": "gone.yaml", "grids": [{"model.reduction": [1]}]}, "gone.yaml cannot be read as a configuration"),
+        ({"base": {"model": 3}, "grids": [{"model.reduction": [1]}]}, "model of the sweep's base is no mapping"),
+        ({"grids": [{"model.reduction": [1]}]}, "names no labelled images"),
+        ("[}", "cannot be read as a grid of settings"),
+        ("just words", "is not a grid of settings"),
+    ],
+)
+def test_a_wrong_grid_is_one_sentence(content, sentence, tmp_path, capsys):
+    path = write(tmp_path / "grid.yaml", content)
+    with pytest.raises(DanFastError, match=sentence):
+        plan_sweep(path, None, tmp_path / "out")
+    assert main(["sweep", "--grid", str(path), "--out", str(tmp_path / "out")]) == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_grid_names_the_shipped_ones(tmp_path):
+    with pytest.raises(DanFastError, match="none of the shipped grids: fig6, fig7, fig8, table9"):
+        plan_sweep(tmp_path / "fig5", None, "out")
+
+
+# A training of no time: what it does stands in the file "plan" of the sweep's folder, by the name of the run.
+TRAINER = """
+import json, os, signal, sys, time, yaml
+from pathlib import Path
+folder = Path(sys.argv[1])
+resumed = (folder / "checkpoint.pt").exists()
+plan = json.loads((folder.parent / "plan").read_text()).get(folder.name, "finish")
+with open(folder.parent / "calls", "a") as calls:
+    print(folder.name, "resumed" if resumed else "new", file=calls)
+(folder / "checkpoint.pt").touch()
+if plan == "fail":
+    print("dan-fast: There is no such thing.", file=sys.stderr)
+    sys.exit(1)
+if plan == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
+if plan == "wait":
+    time.sleep(60)
+epochs = yaml.safe_load((folder / "config.yaml").read_text())["optimizer"]["epochs"]
+(folder / "results.json").write_text(json.dumps({"epochs": epochs, "targets": []}))
+"""
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """Sets what each run does, sweeps, and gives the calls of the trainer so far."""
+    out = tmp_path / "out"
+    out.mkdir()
+    script = write(tmp_path / "trainer.py", TRAINER)
+    monkeypatch.setattr(sweeping, "_command", lambda folder, begun: [sys.executable, str(script), str(folder)])
+
+    def run(grid: Path, **plan: str) -> list[str]:
+        (out / "plan").write_text(json.dumps({name.replace("_", "."): what for name, what in plan.items()}))
+        try:
+            sweep(str(grid), out=str(out), report=False)
+        finally:
+            calls = (out / "calls").read_text().splitlines()
+            run.calls = calls
+        return calls
+
+    run.out = out
+    return run
+
+
+@pytest.fixture
+def three(tmp_path) -> Path:
+    return write(tmp_path / "three.yaml", {"base": BASE, "grids": [{"model.reduction": [1, 2, 3]}]})
+
+
+def states(out: Path) -> list[str]:
+    return [entry["state"] for entry in json.loads((out / "sweep.json").read_text())]
+
+
+def reduce(number: int) -> str:
+    return f"model.reduction={number}"
+
+
+def test_finished_runs_are_skipped(quick, three, capsys):
+    assert quick(three) == [f"{reduce(number)} new" for number in (1, 2, 3)]
+    assert quick(three) == quick.calls and len(quick.calls) == 3
+    assert "[3/3] model.reduction=3: finished before." in capsys.readouterr().out
+    assert states(quick.out) == ["finished"] * 3
+    # Runs that a longer grid adds are run, the others are not run again.
+    write(three, {"base": BASE, "grids": [{"model.reduction": [1, 2, 3, 4]}]})
+    assert quick(three)[3:] == ["model.reduction=4 new"]
+    # With other targets the trainer is asked to evaluate again.
+    write(three, {"base": {"data": {"labeled": "market", "targets": "duke"}}, "grids": [{"model.reduction": [1]}]})
+    assert quick(three)[4:] == ["model.reduction=1 resumed"]
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"), [("fail", "There is no such thing."), ("die", "It was ended by SIGKILL")]
+)
+def test_a_failure_is_recorded_and_the_rest_goes_on(quick, three, what, sentence, capsys):
+    with pytest.raises(DanFastError, match=f"1 of 3 trainings failed, the first being model.reduction=2: {sentence}"):
+        quick(three, **{reduce(2): what})
+    assert states(quick.out) == ["finished", "failed", "finished"]
+    assert sentence in json.loads((quick.out / "sweep.json").read_text())[1]["sentence"]
+    assert f"[2/3] model.reduction=2: failed: {sentence}" in capsys.readouterr().out
+    assert quick(three)[3:] == ["model.reduction=2 resumed"]
+    assert states(quick.out) == ["finished"] * 3
+    assert json.loads((quick.out / "sweep.json").read_text())[1]["sentence"] == ""
+
+
+def test_a_folder_with_other_settings_is_left_alone(quick, three, tmp_path):
+    quick(three)
+    write(three, {"base": {**BASE, "optimizer": {"epochs": 7}}, "grids": [{"model.reduction": [1]}]})
+    with pytest.raises(DanFastError, match=r"optimizer.epochs is 7 here and 500 there\): choose another --out"):
+        quick(three)
+    write(three, {"base": {"data": {"labeled": "duke"}}, "grids": [{"model.reduction": [1]}]})
+    with pytest.raises(DanFastError, match="data.labeled is"):
+        quick(three)
+    (quick.out / reduce(1) / "config.yaml").unlink()
+    with pytest.raises(DanFastError, match="without a readable config.yaml"):
+        quick(three)
+    assert len(quick.calls) == 3
+    # A run that failed before its first checkpoint holds nothing worth keeping: its mistake may be corrected.
+    for name in ("checkpoint.pt", "results.json"):
+        (quick.out / reduce(1) / name).unlink()
+    assert quick(three)[3:] == ["model.reduction=1 new"]
+
+
+def test_the_list_runs_nothing(quick, three, capsys):
+    (quick.out / reduce(1)).mkdir()
+    (quick.out / reduce(1) / "checkpoint.pt").touch()
+    write(quick.out / reduce(1) / "config.yaml", {**TrainConfig().to_dict(), "data": {"labeled": ["market"]},
+                                                  "model": {"reduction": 1}})  # fmt: skip
+    before = sorted(quick.out.rglob("*"))
+    assert main(["sweep", "--grid", str(three), "--out", str(quick.out), "--list"]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines() if "model.reduction" in line]
+    assert [(line[1], line[3]) for line in shown] == [
+        ("model.reduction=1", "begun"), ("model.reduction=2", "waiting"), ("model.reduction=3", "waiting"),
+    ]  # fmt: skip
+    assert sorted(quick.out.rglob("*")) == before
+
+
+def test_two_sweeps_do_not_share_a_folder(quick, three, tmp_path):
+    """The trainer of a sweep that was killed still holds the folder."""
+    (quick.out / "plan").write_text(json.dumps({reduce(1): "wait"}))
+    with sweeping._alone(quick.out) as lock:
+        trainer = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=(lock,))
+    try:
+        with pytest.raises(DanFastError, match="still at work in"):
+            sweep(str(three), out=str(quick.out), report=False)
+    finally:
+        trainer.kill()
+        trainer.wait()
+    assert len(quick(three)) == 3
+
+
+def when_it_trains(folder: Path, act: Callable[[], None]) -> threading.Thread:
+    """Acts once the run has logged its first iteration."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            if any(path.stat().st_size > 200 for path in (folder / "tensorboard").glob("events*")):
+                break
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_two_by_two_trainings_killed_in_the_middle_go_on(tmp_path, capsys):
+    images = tmp_path / "images"
+    synthesize(images, ["campus", "street"], identities=4, cameras=2, image_size=(32, 32), test_fraction=0.5)
+    base = {
+        "data": {"labeled": str(images / "campus"), "targets": str(images / "street"), "image_size": [32, 32],
+                 "batch_size": 4, "workers": 0},
+        "model": {"backbone": "resnet18", "weights": "none"},
+        "optimizer": {"epochs": 3, "lr_scale": 10.0},
+        "run": {"device": "cpu", "log_every": 1},
+    }  # fmt: skip
+    grids = [{"loss.adversary": [0.2, 0.6], "model.reduction": [1, 12]}]
+    out, grid = tmp_path / "out", write(tmp_path / "grid.yaml", {"base": base, "grids": grids})
+    command = ["sweep", "--grid", str(grid), "--out", str(out)]
+    first, second, *others = (run.folder for run in plan_sweep(grid, None, out))
+
+    killer = when_it_trains(second, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert main([*command, "--report", "false"]) == 130
+    killer.join()
+    assert "stopped. The same command goes on from here." in capsys.readouterr().out
+    assert states(out) == ["finished", "begun", "waiting", "waiting"]
+    assert not (second / "results.json").exists() and not any(folder.exists() for folder in others)
+    steps = len(read_scalars(second)["train/loss/total"][0])
+    finished_at = (first / "results.json").stat().st_mtime_ns
+
+    assert main(command) == 0
+    assert states(out) == ["finished"] * 4
+    assert (first / "results.json").stat().st_mtime_ns == finished_at
+    iterations = [read_scalars(folder)["train/loss/total"][0].tolist() for folder in (first, second, *others)]
+    assert all(each == iterations[0] for each in iterations) and 0 < steps < len(iterations[0])
+    # The second went on from its checkpoint: what it logged before being stopped was not logged again.
+    logged = sorted((second / "tensorboard").iterdir())
+    assert len(logged) == 2
+    assert "Continue with --run.resume true" in (second / "train.log").read_text()
+    assert [run.settings["loss"]["adversary"] for run in read_runs([out])] == [0.2, 0.2, 0.6, 0.6]
+    page = (out / "report" / "index.html").read_text()
+    assert "Over λ1, loss.adversary (Fig. 8)" in page and "Over r, model.reduction (Fig. 8)" in page
+    assert main([*command, "--list"]) == 0
+    assert capsys.readouterr().out.count("│ finished") == 4
