@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dan_fast import _extension
 from dan_fast.functional import attention_torch
+from dan_fast.functional.derivatives import through_form
 from dan_fast.reference.types import AttentionHeadOutput, NLCBAMWeights
 
 _WEIGHTS, _RESULTS = len(NLCBAMWeights._fields), len(AttentionHeadOutput._fields)
@@ -143,7 +144,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None) -
     saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at every asking
     inputs, output = saved[: _WEIGHTS + 3], saved[_WEIGHTS + 3 :]
     if torch.is_grad_enabled():
-        return _differentiable_backward(ctx, inputs, grads[:_RESULTS])
+        return tuple(through_form(_form, inputs, ctx.needs_input_grad, grads[:_RESULTS]))
     attended, pooled, channel_attention, spatial_attention, loss = grads[:_RESULTS]
 
     def or_zeros(grad: Tensor | None, of: Tensor) -> Tensor:
@@ -163,29 +164,10 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None) -
     return *gradients, None
 
 
-def _differentiable_backward(
-    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, ...]:
-    """For whoever differentiates the gradients: a kernel would cut the second derivative off."""
-    features, *weights, cam_weight, labels = inputs
-    x = features.flatten(2).to(wide := weights[0].dtype)
-    results = attention_torch.head(x, NLCBAMWeights(*weights), cam_weight, labels)
-    wanted = [i for i in range(_WEIGHTS + 2) if ctx.needs_input_grad[i]]
-    # What depends on none of the wanted has no gradient to give.
-    live = [(y, g.to(wide)) for y, g in zip(results, grads, strict=True) if g is not None and y.requires_grad]
-    by_input: list[Tensor | None] = [None] * len(inputs)
-    if not live:
-        return tuple(by_input)
-    found = torch.autograd.grad(
-        [y for y, _ in live],
-        [inputs[i] for i in wanted],
-        [g for _, g in live],
-        create_graph=True,
-        allow_unused=True,
-    )
-    for i, gradient in zip(wanted, found, strict=True):
-        by_input[i] = gradient
-    return tuple(by_input)
+def _form(features: Tensor, *arguments: Tensor) -> AttentionHeadOutput:
+    *weights, cam_weight, labels = arguments
+    x = features.flatten(2).to(cam_weight.dtype)
+    return attention_torch.head(x, NLCBAMWeights(*weights), cam_weight, labels)
 
 
 if _extension.loaded():

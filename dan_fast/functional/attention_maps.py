@@ -10,6 +10,7 @@ from torch import Tensor
 from dan_fast import _extension
 from dan_fast.functional.attention_head_kernels import serves
 from dan_fast.functional.attention_torch import adversary_loss, weighted_channel_sum
+from dan_fast.functional.derivatives import through_form
 from dan_fast.reference.types import AdversaryOutput
 
 
@@ -67,16 +68,7 @@ def _adversary_backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor
     if all(grad is None for grad in grads):
         return None, None, None, None
     if torch.is_grad_enabled():
-        # For whoever differentiates the gradients, as above. Of X only what does not come by way of X'', which is
-        # made of it: views of them have no such way.
-        inputs = [x.view_as(x) for x in (features, refined, rows)]
-        wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
-        results = zip(_adversary_torch(*inputs, labels), grads, strict=True)
-        # What depends on none of the wanted has no gradient to give.
-        live = [(value, grad) for value, grad in results if grad is not None and value.requires_grad]
-        values, by_values = [value for value, _ in live], [grad for _, grad in live]
-        found = iter(torch.autograd.grad(values, wanted, by_values, create_graph=True, allow_unused=True))
-        return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None
+        return tuple(through_form(_adversary_torch, (features, refined, rows, labels), ctx.needs_input_grad, grads))
     by_loss, *by_maps = grads
     by_loss = rows.new_zeros(rows.shape[0]) if by_loss is None else by_loss
     by_maps = [torch.zeros_like(refined_map) if grad is None else grad for grad in by_maps]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dan_fast import _extension
 from dan_fast.functional import memory_scan_torch
+from dan_fast.functional.derivatives import through_form
 from dan_fast.functional.memory_scan_types import ScanResult, Slots, WrittenSlots
 
 _SLOTS, _WRITTEN = len(Slots._fields), len(WrittenSlots._fields)
@@ -84,28 +85,16 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grads: list[Tensor | Non
     if grads[0] is None:
         return (None,) * 4 + none
     if torch.is_grad_enabled():
-        return (*_differentiable_backward(ctx, grads[0], arguments, Slots(*labeled), Slots(*unlabeled)), *none)
+
+        def form(*tensors: Tensor) -> tuple[Tensor]:
+            slots = Slots(*labeled), Slots(*unlabeled)
+            return (memory_scan_torch.scan(*tensors, *slots, *ctx.settings).loss,)
+
+        return (*through_form(form, arguments, ctx.needs_input_grad[:4], grads[:1])[:4], *none)
     gradients = torch.ops.dan_fast.memory_scan_backward.default(
         grads[0], *arguments, list(labeled), list(unlabeled), *ctx.settings, list(output)
     )
     return (*gradients, *none)
-
-
-def _differentiable_backward(
-    ctx: torch.autograd.function.FunctionCtx,
-    grad_loss: Tensor,
-    arguments: tuple[Tensor, ...],
-    labeled: Slots,
-    unlabeled: Slots,
-) -> list[Tensor | None]:
-    """The gradients as functions of the arguments and of `grad_loss`, for whoever differentiates them."""
-    loss = memory_scan_torch.scan(*arguments, labeled, unlabeled, *ctx.settings).loss
-    wanted = [i for i in range(4) if ctx.needs_input_grad[i]]
-    found = torch.autograd.grad(loss, [arguments[i] for i in wanted], grad_loss, create_graph=True, allow_unused=True)
-    gradients: list[Tensor | None] = [None] * 4
-    for i, gradient in zip(wanted, found, strict=True):
-        gradients[i] = gradient
-    return gradients
 
 
 if _extension.loaded():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dan_fast import _extension
+from dan_fast.functional.derivatives import through_form
 from dan_fast.functional.memory_stream import full_precision, memory_scores
 from dan_fast.functional.row_norms import row_sq_norms
 from dan_fast.reference.checks import check_cosine_softmax, check_false_sample_sets, check_keys_finite
@@ -109,13 +110,9 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
     *arguments, occupied, weights = ctx.saved_tensors
     if not torch.is_grad_enabled():
         return *torch.ops.dan_fast.slot_softmax_backward.default(grad, weights, *arguments), None
-    wanted = [i for i in range(3) if ctx.needs_input_grad[i]]
-    weights = _slot_softmax_torch(*arguments, occupied)
-    found = torch.autograd.grad(weights, [arguments[i] for i in wanted], grad, create_graph=True)
-    gradients: list[Tensor | None] = [None] * 4
-    for i, gradient in zip(wanted, found, strict=True):
-        gradients[i] = gradient
-    return tuple(gradients)
+    return *through_form(
+        lambda *tensors: (_slot_softmax_torch(*tensors, occupied),), arguments, ctx.needs_input_grad, [grad]
+    ), None
 
 
 def _fake_backward(grad: Tensor, weights: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:

@@ -1,0 +1,44 @@
+"""Gradients that can be differentiated again: where a kernel would cut the second derivative off, autograd goes
+through an operator's PyTorch form."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def through_form(
+    form: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients of an operator's inputs as functions of these and of the results' gradients.
+
+    Each is the input's own share only, also where one input is made from another or is the same tensor: what comes by
+    way of the others is autograd's to add.
+
+    Args:
+        form: the operator in PyTorch, of `inputs` in their order.
+        inputs: as they were saved, with their history.
+        needed: which of them want a gradient; missing ones do not.
+        grads: of the results, None where nothing depends on one.
+    """
+    views = [x.view_as(x) for x in inputs]
+    results = zip(form(*views), grads, strict=True)
+    # What depends on none of the inputs has no gradient to give.
+    live = [(y, grad.to(y.dtype)) for y, grad in results if grad is not None and y.requires_grad]
+    wanted = [i for i in range(len(inputs)) if i < len(needed) and needed[i]]
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    if not live or not wanted:
+        return gradients
+    found = torch.autograd.grad(
+        [y for y, _ in live],
+        [views[i] for i in wanted],
+        [grad for _, grad in live],
+        create_graph=True,
+        allow_unused=True,
+    )
+    for i, gradient in zip(wanted, found, strict=True):
+        gradients[i] = gradient
+    return gradients
