@@ -38,10 +38,11 @@ def attention_of_its_result(form, x):
 
 def unlabelled_keys_of_keys(form, x):
     keys = x.reshape(4, 6)
+    labels = torch.arange(5) % 3
     states = [
-        MemoryState(draw(5, 6, seed=s), torch.arange(5) % 3, draw(5).abs(), draw(5).softmax(0), torch.tensor(s), torch.arange(5))
+        MemoryState(draw(5, 6, seed=s), labels, draw(5).abs(), draw(5).softmax(0), torch.tensor(s), torch.arange(5))
         for s in (1, 2)
-    ]  # fmt: skip
+    ]
     gates = (keys[0, 0], keys[0, 0] * 2, keys[0, 1].sigmoid())
     step = form.memory_step(*states, keys, torch.arange(4) % 3, keys.tanh(), torch.arange(4) + 9, *gates)
     return step.loss.reshape(1)
