@@ -90,6 +90,10 @@ def image(path: Path) -> Path:
         for layout in ("grid/underground_reid", "underground_reid", "GRID")
     ]
     + [
+        (GRID, layout, ("images/0000_2_25023_116_134_128_330.jpeg", "images/0001_1_25004_107_32_106_221.jpeg"))
+        for layout in ("underground_reid", "grid/underground_reid")
+    ]
+    + [
         (ILIDS, layout, ("0001001.jpg", "0119004.jpg"))
         for layout in ("ilids/i-LIDS_Pedestrian/Persons", "i-LIDS_Pedestrian/Persons", "QMUL-iLIDS/images")
     ],
@@ -208,6 +212,23 @@ def test_grid_searches_among_all_distractors(whole: dict[str, ReIDDataset]) -> N
         assert sum(sample.pid == 0 for sample in split.gallery) == 775
         assert all(sample.pid for sample in split.train)
     assert len(all_images(dataset).train) == 500
+
+
+def test_grid_with_all_images_in_one_folder(whole: dict[str, ReIDDataset], tmp_path: Path) -> None:
+    whole_grid(tmp_path)
+    one = tmp_path / "images"
+    one.mkdir()
+    for part in ("probe", "gallery"):
+        for path in (tmp_path / part).iterdir():
+            path.rename(one / path.name)
+        (tmp_path / part).rmdir()
+    dataset = GRID.read(tmp_path, "GRID", "")
+
+    def people(splits: tuple[FixedSplit, ...]) -> list[list[tuple[int, int]]]:
+        return [[(sample.pid, sample.camid) for sample in part] for split in splits for part in split]
+
+    assert check_counts(dataset, GRID) == []
+    assert people(dataset.splits.splits) == people(whole["grid"].splits.splits)
 
 
 def test_ilids_names_the_images(whole: dict[str, ReIDDataset]) -> None:
