@@ -13,6 +13,7 @@ from dan_fast.bench.attention_contenders import (
     EAGER,
     KERNELS,
     LAYOUTS,
+    REFERENCE,
     TOLERANCES,
     HeadOutcome,
     MapSize,
@@ -35,7 +36,7 @@ def tiny_command(*arguments: str) -> list[str]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("contender", [EAGER, KERNELS])
+@pytest.mark.parametrize("contender", [REFERENCE, EAGER, KERNELS])
 def test_contenders_agree_with_the_reference(contender, dtype, layout):
     problem = make_head_problem(TINY, dtype, layout, "cpu")
     assert problem.features.is_contiguous(memory_format=LAYOUTS[layout])

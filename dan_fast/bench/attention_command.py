@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dan_fast.bench.attention import HeadGroup, HeadPlan, HeadRow, head_bars, head_bytes
-from dan_fast.bench.attention_contenders import COMPILED, CONTENDERS, EAGER, LAYOUTS, TOLERANCES, MapSize
+from dan_fast.bench.attention_contenders import CONTENDERS, KERNELS, LAYOUTS, TOLERANCES, MapSize
 from dan_fast.bench.machine import PEAK_MEANING, environment
 from dan_fast.bench.settings import (
     cpu_threads,
@@ -69,7 +69,7 @@ def bench_attention(
         json: Also write everything into this file, anew after every table.
         dtype: Types of the map, with commas between: float32, bfloat16, float16, float64.
         layout: Memory layouts of the map, with commas between: contiguous, channels_last.
-        contenders: Some of eager, compiled and kernels, with commas between; or all.
+        contenders: Some of reference, eager, compiled and kernels, with commas between; or all.
         batch: Images (the paper: 64).
         channels: Channels of the map (ResNet-50: 2048).
         height: Rows of the map (images of 224 pixels: 7).
@@ -165,7 +165,8 @@ def _print_rows(console: Console, rows: Sequence[HeadRow]) -> None:
     shape = " x ".join(map(str, first.size[:4]))
     table = Table(title=f"{first.dtype}, {first.layout}: {shape}", title_justify="left")
     table.add_column("contender", no_wrap=True)
-    for name in ("forward ms", "fwd + bwd ms", "extra MB", "model MB", "of copy", "vs eager", "vs compiled"):
+    rivals = [row.contender for row in rows if row.contender != KERNELS]
+    for name in ("forward ms", "fwd + bwd ms", "extra MB", "model MB", "of copy", *(f"vs {rival}" for rival in rivals)):
         table.add_column(name, justify="right")
     for row in rows:
         shares = [row.bandwidth_share(kind) for kind in (FORWARD, BACKWARD)]
@@ -176,7 +177,7 @@ def _print_rows(console: Console, rows: Sequence[HeadRow]) -> None:
             "-" if row.extra_bytes is None else f"{row.extra_bytes / 1e6:.1f}",
             " / ".join(f"{head_bytes(row.size, row.itemsize, kind) / 1e6:.3g}" for kind in (FORWARD, BACKWARD)),
             "-" if None in shares else " / ".join(f"{share:.1%}" for share in shares),
-            *(_speedup(row, rival) for rival in (EAGER, COMPILED)),
+            *(_speedup(row, rival) for rival in rivals),
         )
     console.print(table)
     bandwidth = next((row.bandwidth for row in rows if row.bandwidth), None)

@@ -1,4 +1,4 @@
-"""Three ways to run the attention head on one map, each as a user of it would call it, and do they say the same."""
+"""Ways to run the attention head on one map, each as a user of it would call it, and do they say the same."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -12,8 +12,9 @@ from dan_fast.nn import NLCBAM
 from dan_fast.reference.cosine import statistics_dtype
 from dan_fast.reference.types import AttentionHeadOutput, NLCBAMWeights
 
-EAGER, COMPILED, KERNELS = "eager", "compiled", "kernels"
-CONTENDERS = (EAGER, COMPILED, KERNELS)
+# The paper in PyTorch, sample by sample and with X''; the package's own PyTorch form, as it is and compiled; kernels.
+REFERENCE, EAGER, COMPILED, KERNELS = "reference", "eager", "compiled", "kernels"
+CONTENDERS = (REFERENCE, EAGER, COMPILED, KERNELS)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 # What the training loss reads; both attentions are by-products.
@@ -138,11 +139,20 @@ def start(name: str, problem: HeadProblem) -> HeadRunner:
     """The runner of a contender."""
     if name == KERNELS:
         return HeadRunner(problem, functional.attention_head)
+    if name == REFERENCE:
+        return HeadRunner(problem, _literal)
     if name == EAGER:
         return HeadRunner(problem, functional.attention_head, _extension.disabled)
     # Whatever was traced for another map would only be in the way, and is no part of the time to compile this one.
     torch.compiler.reset()
     return HeadRunner(problem, torch.compile(functional.attention_head, dynamic=False), _extension.disabled)
+
+
+def _reference_head(
+    features: Tensor, weights: NLCBAMWeights, cam_weight: Tensor, labels: Tensor
+) -> AttentionHeadOutput:
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.attention_head(x.to(cam_weight.dtype), weights, cam_weight, labels)
 
 
 def reference_outcome(problem: HeadProblem) -> HeadOutcome:
