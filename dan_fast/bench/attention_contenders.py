@@ -148,9 +148,7 @@ def start(name: str, problem: HeadProblem) -> HeadRunner:
     return HeadRunner(problem, torch.compile(functional.attention_head, dynamic=False), _extension.disabled)
 
 
-def _reference_head(
-    features: Tensor, weights: NLCBAMWeights, cam_weight: Tensor, labels: Tensor
-) -> AttentionHeadOutput:
+def _literal(x: Tensor, weights: NLCBAMWeights, cam_weight: Tensor, labels: Tensor) -> AttentionHeadOutput:
     with torch.autocast(x.device.type, enabled=False):
         return reference.attention_head(x.to(cam_weight.dtype), weights, cam_weight, labels)
 
