@@ -223,9 +223,10 @@ def test_report_holds_everything_escaped(tmp_path):
     text = page.read_text(encoding="utf-8")
     assert "<title>Run &lt;1&gt;</title>" in text
     assert "<p>First &amp; foremost.</p>\n<p>Then.</p>" in text
-    assert '<th scope="col">network</th><th scope="col">mAP %</th>' in text
-    assert '<tr><th scope="row">&lt;script&gt;</th><td>61.5</td></tr>' in text
-    assert '<tr><th scope="row">a &amp; b</th><td>3.0 ± 0.1</td></tr>' in text
+    # Words stand to the left, numbers to the right.
+    assert '<th scope="col" class="words">network</th><th scope="col">mAP %</th>' in text
+    assert '<tr><th scope="row" class="words">&lt;script&gt;</th><td>61.5</td></tr>' in text
+    assert '<tr><th scope="row" class="words">a &amp; b</th><td>3.0 ± 0.1</td></tr>' in text
     assert "n &lt; 5" in text
     assert "<script" not in text
     assert re.search(r'<img src="\.\./pictures/a%20curve%20%231\.png" alt="Loss &#34;total&#34;">', text)
@@ -233,6 +234,16 @@ def test_report_holds_everything_escaped(tmp_path):
     write_report(tmp_path / "report", "Again", "Shorter.")
     assert "<table>" not in page.read_text(encoding="utf-8")
     assert [path.name for path in page.parent.iterdir()] == ["index.html"]
+
+
+def test_folded_tables_stand_below_the_figures(tmp_path):
+    picture = tmp_path / "curve.png"
+    Image.new("RGB", (4, 4)).save(picture)
+    tables = [Table("Later", ["n"], [[1]], folded=True), Table("Now", ["n"], [["2.0 †"]])]
+    page = write_report(tmp_path, "Run", "", tables, [Figure("Curves", picture)])
+    text = page.read_text(encoding="utf-8")
+    assert text.index("<h2>Now</h2>") < text.index("<h2>Curves</h2>") < text.index("<summary>Later</summary>")
+    assert '<th scope="row">2.0 †</th>' in text
 
 
 def test_attention_states_the_range_that_its_colours_span(tmp_path, monkeypatch):

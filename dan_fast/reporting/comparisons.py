@@ -19,13 +19,14 @@ GATES = {"memory/sigma_alpha": "σ(α), writes to M", "memory/sigma_alpha_unlabe
          "memory/beta": "β, confidence in pseudo labels"}  # fmt: skip
 METRICS = ("R1", "mAP")
 _DASHES = ("-", "--", ":", "-.")
+_MARKERS = ("so", "D^", "Pv", "X*")
 _LONGEST_NAME = 46
 
 
 def plot_gates(runs: Sequence[Run], out_png: str | Path) -> Path:
     """Fig. 5(b) and its companions: sigma(alpha), sigma(alpha') and beta over the iterations, a line a run.
 
-    All three lie in (0, 1), and so do the axes.
+    The axes span what the runs do, but no less than a tenth, so that noise does not look like a trend.
 
     Raises:
         ValueError: no run has logged its gates.
@@ -41,9 +42,10 @@ def plot_gates(runs: Sequence[Run], out_png: str | Path) -> Path:
                 if tag in run.scalars:
                     steps, values = run.scalars[tag]
                     axes.plot(steps, values, label=_short(run.name), **_dash(place), marker=_mark(len(steps)), ms=3)
-            axes.set(xlabel="iteration", ylabel="value of the gate", ylim=(0, 1))
+            axes.set(xlabel="iteration", ylabel="value of the gate")
+            _widen(axes)
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        _legend(figure, grid[0])
+        _legend(figure, grid)
         return save_png(figure, out_png)
 
 
@@ -64,7 +66,7 @@ def plot_models(line: Line, out_png: str | Path) -> Path:
         figure, grid = _panels(len(places), height=0.55 + 0.42 * len(line.points), width=5.4)
         for axes, target in zip(grid, places, strict=True):
             _draw_bars(axes, line, target)
-        _legend(figure, grid[0])
+        _legend(figure, grid)
         return save_png(figure, out_png)
 
 
@@ -104,7 +106,7 @@ def plot_over_setting(lines: Sequence[Line], label: str, out_png: str | Path, pe
             axes.set_title(target)
             axes.set(xlabel=label, ylabel="R1 and mAP (%)")
             axes.margins(y=0.15)
-        _legend(figure, grid[0])
+        _legend(figure, grid)
         return save_png(figure, out_png)
 
 
@@ -120,8 +122,9 @@ def means(line: Line, target: str, metric: str) -> dict[object, float]:
 
 def _draw_line(axes: Axes, line: Line, target: str, metric: str, place: int, factor: float) -> None:
     values = means(line, target, metric)
-    colour = COLOURS[place % len(COLOURS)]
-    look = {"color": colour, "linestyle": "-" if metric == "mAP" else "--", "marker": "s" if metric == "mAP" else "o"}
+    colour, markers = COLOURS[place % len(COLOURS)], _MARKERS[place // len(COLOURS) % len(_MARKERS)]
+    solid = metric == "mAP"
+    look = {"color": colour, "linestyle": "-" if solid else "--", "marker": markers[0 if solid else 1]}
     label = f"{metric}, {_short(line.label)}" if line.label else metric
     axes.plot([factor * value for value in values], list(values.values()), ms=4, label=label, **look)
     for value, runs in line.points.items():
@@ -167,7 +170,7 @@ def _plot_model_curves(
             axes.set_title(target)
             axes.set(xlabel="epoch", ylabel="mAP (%)")
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        _legend(figure, grid[0])
+        _legend(figure, grid)
         return save_png(figure, out_png)
 
 
@@ -181,12 +184,21 @@ def _panels(count: int, width: float = 4.3, height: float = 2.9) -> tuple[Figure
     return figure, grid[:count]
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
     """Below all panels: what they share, and never over a curve."""
-    handles, labels = axes.get_legend_handles_labels()
-    longest = max(map(len, labels), default=1)
+    shown: dict[str, object] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, handle)
+    longest = max(map(len, shown), default=1)
     columns = max(1, int(figure.get_figwidth() * 11 / (longest + 8)))
-    figure.legend(handles, labels, loc="outside lower left", ncols=columns)
+    figure.legend(shown.values(), shown.keys(), loc="outside lower left", ncols=columns)
+
+
+def _widen(axes: Axes, least: float = 0.1) -> None:
+    low, high = axes.get_ylim()
+    lacking = max(0.0, least - (high - low)) / 2
+    axes.set_ylim(max(low - lacking, 0.0), min(high + lacking, 1.0))
 
 
 def _dash(place: int) -> dict[str, object]:
