@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -39,6 +39,8 @@ class Evaluation:
         skipped: files that could not be decoded and were left out.
         variant: of the dataset, in words, "" where it has only one.
         splits: name and hash of the fixed splits that were scored, "" for any others.
+        named_protocol: name of the protocol of the literature that was trained and tested by, "" for none.
+        epoch: of the weights, and whether it was chosen on the target, in words; "" where that is not known.
     """
 
     dataset: str
@@ -56,6 +58,13 @@ class Evaluation:
     skipped: tuple[str, ...] = ()
     variant: str = ""
     splits: str = ""
+    named_protocol: str = ""
+    epoch: str = ""
+
+    @property
+    def conditions(self) -> str:
+        """What has to be the same in figures that are compared: protocol, splits and epoch."""
+        return "; ".join(filter(None, (self.named_protocol, self.protocol, self.epoch)))
 
     @property
     def title(self) -> str:
@@ -77,6 +86,16 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """The attributes as plain numbers, strings and lists, ready for JSON."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
+        """The evaluation that `to_dict` gave; what is no attribute is left out.
+
+        Raises:
+            TypeError: an attribute is missing.
+        """
+        known = {each.name for each in fields(cls)} & values.keys()
+        return cls(**{key: tuple(values[key]) if isinstance(values[key], list) else values[key] for key in known})
 
     @staticmethod
     def _columns(cmc: tuple[float, ...], m_ap: float, m_inp: float) -> dict[str, float]:

@@ -75,14 +75,18 @@ def trained_network(path: str | Path) -> tuple[DAN, dict[str, Any]]:
         features = network.embed(images)
     """
     state = load_checkpoint(path)
-    settings = state["config"]
+    return network_of(state), state["config"]
+
+
+def network_of(state: dict[str, Any]) -> DAN:
+    """The network of what `load_checkpoint` gave, in eval mode on the CPU."""
     with torch.random.fork_rng():
-        network = initial_network(settings, state["num_classes"], read_weights=False)
+        network = initial_network(state["config"], state["num_classes"], read_weights=False)
     prefix = "network."
     network.load_state_dict(
         {name.removeprefix(prefix): value for name, value in state["model"].items() if name.startswith(prefix)}
     )
-    return network.eval(), settings
+    return network.eval()
 
 
 def build_memory(config: MemoryConfig, key_dim: int) -> ProgressiveAugmentedMemory:

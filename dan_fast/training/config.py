@@ -43,6 +43,9 @@ class DataConfig:
         unlabeled: Folders or manifests whose train split is used without labels; none: "w/o unlabelled",
             a training without memory (the paper adds MSMT17).
         targets: Folders or manifests to evaluate on after the last epoch, never trained on.
+        protocol: In place of these three, a protocol of the literature by its name, such as table4 or p1; `dan-fast
+            protocols` lists them.
+        root: Folder in which the protocol's datasets lie, up to two levels deep.
         unlabeled_share: Share p of the unlabelled images that is used (Fig. 7; the paper: 1).
         image_size: Height and width to which images are resized (the paper: 224 224).
         batch_size: Images an iteration, S and S~ together (the paper: 64).
@@ -61,6 +64,8 @@ class DataConfig:
     labeled: Paths = field(default_factory=list)
     unlabeled: Paths = field(default_factory=list)
     targets: Paths = field(default_factory=list)
+    protocol: str | None = None
+    root: str | None = None
     unlabeled_share: ClosedUnitInterval = 1.0
     image_size: tuple[PositiveInt, PositiveInt] = (224, 224)
     batch_size: PositiveInt = 64
@@ -198,6 +203,9 @@ class RunConfig:
         checkpoint_every: Iterations between checkpoints inside an epoch; each epoch's end has one anyway.
         log_every: Iterations between two lines of scalars.
         evaluate_every: Epochs between evaluations on the targets; 0 evaluates after the last epoch only.
+        choose_epoch_on_target: Report the evaluated epoch of the highest mAP on the targets, whose weights are kept in
+            chosen.pt, in place of the last one (the paper does not say which it reports). Such figures are too high to
+            be compared with others, and say so.
     """
 
     out: str = "runs/train"
@@ -208,6 +216,7 @@ class RunConfig:
     checkpoint_every: PositiveInt = 200
     log_every: PositiveInt = 10
     evaluate_every: NonNegativeInt = 0
+    choose_epoch_on_target: bool = False
 
     __post_init__ = _make_plain
 
@@ -245,7 +254,7 @@ class TrainConfig:
 _FREE_TO_CHANGE = {
     *(("data", name) for name in ("workers", "targets", "broken_images", "cache", "cache_check")),
     # Which images these hold is compared by fingerprint, wherever they lie.
-    *(("data", name) for name in ("labeled", "unlabeled")),
+    *(("data", name) for name in ("labeled", "unlabeled", "protocol", "root")),
     *(("run", each.name) for each in fields(RunConfig) if each.name not in ("seed", "precision")),
 }
 

@@ -1,7 +1,7 @@
 """The training loop: data, meta step, outer step, checkpoints, evaluation."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor
 
 from dan_fast.daml import Competition, Stage, active_groups, attention_wins, meta_gradients
-from dan_fast.data import BatchPlanner, ImageCache, MiniBatch, Split, TrainingSet, load_dataset, training_loader
+from dan_fast.data import BatchPlanner, ImageCache, MiniBatch, Split, TrainingSet, training_loader
 from dan_fast.errors import DanFastError
 from dan_fast.evaluation import Evaluation, evaluate_dataset
 from dan_fast.files import write_text
@@ -21,7 +21,9 @@ from dan_fast.training.display import Display
 from dan_fast.training.interrupt import Interrupted, StopRequest
 from dan_fast.training.metrics import Scalars, accuracy, pseudo_label_accuracy, pseudo_label_purity
 from dan_fast.training.objective import DivergedError, Objective, PassRecord, TrainingModel, all_finite, require_sound
+from dan_fast.training.reported import EpochChoice, describe, epoch_of, say, write_results
 from dan_fast.training.schedule import step_size
+from dan_fast.training.sources import load_datasets
 
 CAM_WEIGHT = "network.classifier.weight"
 
@@ -31,7 +33,7 @@ class Trainer:
 
     The folder holds config.yaml, checkpoint.pt (everything: weights, optimizer, memory, competition, random
     states, the feedback of the epoch; a run killed at any moment resumes from it, on the CPU bit for bit),
-    tensorboard/ and, after the last epoch, results.json.
+    tensorboard/, chosen.pt where an epoch is chosen on the targets and, after the last epoch, results.json.
 
     Raises:
         DanFastError: data, settings, device or checkpoint do not fit; the sentence says which and what to do.
@@ -48,26 +50,21 @@ class Trainer:
         self.device = resolve_device(config.run.device)
         saved = self._saved_state()
 
-        if not config.data.labeled:
-            raise DanFastError("data.labeled is empty: name at least one folder or manifest with labelled images.")
         data = config.data
-        self.sources = [[load_dataset(path) for path in paths] for paths in (data.labeled, data.unlabeled)]
-        self.training_set = TrainingSet(*self.sources, unlabeled_share=data.unlabeled_share, seed=config.run.seed)
+        self.datasets = load_datasets(data)
+        self.training_set = TrainingSet(
+            self.datasets.labeled, self.datasets.unlabeled, unlabeled_share=data.unlabeled_share, seed=config.run.seed
+        )
         self.cache = ImageCache.of_setting(
             data.cache, tuple(data.image_size), data.cache_check, workers=data.workers, say=print
         )
-        self.targets = [load_dataset(path) for path in config.data.targets]
-        for dataset in self.targets:
-            if not dataset.test and not (dataset.query and dataset.gallery):
-                raise DanFastError(
-                    f"The target {dataset.name} ({dataset.root}) has neither query and gallery nor test images: "
-                    "name a dataset with a test split or leave it out of data.targets."
-                )
         if saved is not None and saved["fingerprint"] != self.training_set.fingerprint:
             raise DanFastError(
                 f"{self.checkpoint} was trained on other images than data.labeled and data.unlabeled hold now: "
                 "restore them or choose another run.out."
             )
+        titles = [target.title for target in self.datasets.targets]
+        self.choice = EpochChoice.of_setting(config.run, titles) if config.run.choose_epoch_on_target else None
 
         network = initial_network(config.to_dict(), self.training_set.num_classes, read_weights=saved is None)
         memory = None
@@ -118,7 +115,7 @@ class Trainer:
         """
         if self.cache is not None:
             # Whole train splits, whatever share of them this run takes: others can use them too.
-            for dataset in [*self.sources[0], *self.sources[1]]:
+            for dataset in (*self.datasets.labeled, *self.datasets.unlabeled):
                 self.cache.add([sample.path for sample in dataset.train])
         write_text(self.out / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
         # Whatever drew random numbers since this trainer was made does not count.
@@ -129,6 +126,8 @@ class Trainer:
         evaluations: list[Evaluation] = []
         try:
             with StopRequest() as stop, display:
+                if self.config.data.protocol:
+                    display.say(f"Protocol {self.config.data.protocol}: {describe(self.datasets)}.")
                 if self.epoch > 0 and self.iteration == 0:
                     # A run that was stopped between an epoch's checkpoint and its evaluation makes up for it.
                     evaluations = self._evaluate_if_due(scalars, display)
@@ -313,8 +312,8 @@ class Trainer:
         if not last and (every == 0 or self.epoch % every != 0):
             return []
         self.model.eval()
-        evaluations = []
-        for dataset in self.targets:
+        evaluations, state = [], self._state_of_network()
+        for dataset in self.datasets.targets:
             evaluation = evaluate_dataset(
                 self.model.network.embed,
                 dataset,
@@ -325,18 +324,24 @@ class Trainer:
                 broken_images=self.config.data.broken_images,
                 cache=self.cache,
             )
+            evaluation = replace(evaluation, named_protocol=self.config.data.protocol or "", epoch=epoch_of(state))
             evaluations.append(evaluation)
             figures = evaluation.percentages()
             for name in ("R1", "mAP", "mINP"):
                 scalars.add(f"eval/{evaluation.dataset}/{name}", figures[name])
-            display.say(f"{evaluation.dataset}: " + ", ".join(f"{key} {figures[key]:.1f}" for key in figures))
+            say(evaluation, display)
             for path in evaluation.skipped:
                 display.say(f"Skipped {path}: it cannot be decoded.")
         scalars.flush(self.iterations_done)
-        if last:
-            results = {"epochs": self.epoch, "targets": [each.to_dict() for each in evaluations]}
-            write_text(self.out / "results.json", json.dumps(results, indent=2) + "\n")
-        return evaluations
+        if self.choice is not None:
+            self.choice.offer(evaluations, state)
+        if not last:
+            return evaluations
+        reported = write_results(self.out / "results.json", state, self.datasets, evaluations, self.choice)
+        if reported is not evaluations:
+            for evaluation in reported:
+                say(evaluation, display)
+        return reported
 
     def _saved_state(self) -> dict[str, Any] | None:
         if not self.config.run.resume:
@@ -356,19 +361,24 @@ class Trainer:
         save_checkpoint(
             self.checkpoint,
             {
-                "config": self.config.to_dict(),
-                "fingerprint": self.training_set.fingerprint,
-                "num_classes": self.training_set.num_classes,
-                "epoch": self.epoch,
-                "iteration": self.iteration,
+                **self._state_of_network(),
                 "skipped": sorted(self.skipped),
-                "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "competition": self.competition.state_dict(),
                 "feedback": {"sample_ids": sample_ids, "pseudo_labels": pseudo_labels},
                 "random": self._get_random_state(),
             },
         )
+
+    def _state_of_network(self) -> dict[str, Any]:
+        return {
+            "config": self.config.to_dict(),
+            "fingerprint": self.training_set.fingerprint,
+            "num_classes": self.training_set.num_classes,
+            "epoch": self.epoch,
+            "iteration": self.iteration,
+            "model": self.model.state_dict(),
+        }
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])

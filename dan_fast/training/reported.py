@@ -1,0 +1,137 @@
+"""Which epoch's figures a training reports: the last one's, unless one is chosen on the targets, which is then said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dan_fast.data import ReIDDataset
+from dan_fast.data.protocols import DatasetRoles
+from dan_fast.errors import DanFastError
+from dan_fast.evaluation import COLUMNS, Evaluation
+from dan_fast.files import write_text
+from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from dan_fast.training.config import RunConfig
+from dan_fast.training.display import Display
+
+CHOSEN = "CHOSEN ON THE TARGET: not comparable"
+
+
+def epoch_of(state: dict[str, Any]) -> str:
+    """The epoch of a checkpoint in words.
+
+    Example:
+        >>> epoch_of({"epoch": 37, "iteration": 0, "config": {"optimizer": {"epochs": 150}}, "chosen": True})
+        'epoch 37 of 150, CHOSEN ON THE TARGET: not comparable'
+    """
+    words = f"epoch {state['epoch']} of {state['config']['optimizer']['epochs']}"
+    if state["iteration"]:
+        words += f" and {state['iteration']} iterations"
+    return f"{words}, {CHOSEN}" if state.get("chosen", False) else words
+
+
+class EpochChoice:
+    """The epoch of the highest mAP so far, on average over the targets; of equal ones the first.
+
+    Figures of an epoch that was chosen by the images it is tested on are too high to be compared with those of the
+    last epoch; they say so wherever they go.
+
+    Args:
+        path: where the epoch's figures and weights are kept, in a checkpoint to evaluate, not to continue.
+        resume: whether an earlier part of the training kept some there.
+        targets: titles of the datasets tested on; figures kept from others are dropped.
+
+    Raises:
+        DanFastError: see `load_checkpoint`.
+    """
+
+    def __init__(self, path: Path, resume: bool, targets: Sequence[str]) -> None:
+        self.path = path
+        self.evaluations: list[Evaluation] = []
+        if resume and path.is_file():
+            kept = [Evaluation.from_dict(each) for each in load_checkpoint(path)["evaluations"]]
+            self.evaluations = kept if [each.title for each in kept] == list(targets) else []
+
+    @classmethod
+    def of_setting(cls, run: RunConfig, targets: Sequence[str]) -> EpochChoice:
+        """The choice for run.choose_epoch_on_target.
+
+        Raises:
+            DanFastError: no target, or no evaluation before the last epoch's.
+        """
+        if not targets or run.evaluate_every == 0:
+            what = "run.evaluate_every, such as 10" if targets else "data.targets or data.protocol"
+            raise DanFastError(f"run.choose_epoch_on_target has nothing to choose from: add {what}.")
+        return cls(Path(run.out) / "chosen.pt", run.resume, targets)
+
+    def offer(self, evaluations: Sequence[Evaluation], state: dict[str, Any]) -> None:
+        """Take an epoch, its figures and its checkpoint's state, if it is the best so far.
+
+        Raises:
+            DanFastError: see `save_checkpoint`.
+        """
+        if self.evaluations and _score(evaluations) <= _score(self.evaluations):
+            return
+        state = {**state, "chosen": True}
+        chosen = [replace(each, epoch=epoch_of(state)) for each in evaluations]
+        save_checkpoint(self.path, {**state, "evaluations": [each.to_dict() for each in chosen]})
+        self.evaluations = chosen
+
+
+def describe(datasets: DatasetRoles) -> str:
+    """What is trained on and tested on, each with its variant, in words."""
+
+    def titles(each: Sequence[ReIDDataset]) -> str:
+        return ", ".join(dataset.title for dataset in each)
+
+    parts = [f"trained on {titles(datasets.labeled)}"]
+    if datasets.unlabeled:
+        parts.append(f"without labels on {titles(datasets.unlabeled)}")
+    return "; ".join([*parts, f"tested on {titles(datasets.targets)}"])
+
+
+def say(evaluation: Evaluation, display: Display) -> None:
+    """Print the figures of a target, with what has to be the same in figures they are compared with."""
+    figures = ", ".join(f"{column} {value}" for column, value in zip(COLUMNS, evaluation.row(), strict=True))
+    display.say(f"{evaluation.title} ({evaluation.conditions}): {figures}")
+
+
+def write_results(
+    path: Path,
+    state: dict[str, Any],
+    datasets: DatasetRoles,
+    last: list[Evaluation],
+    choice: EpochChoice | None = None,
+) -> list[Evaluation]:
+    """Write what a finished training reports as JSON: protocol, datasets, epoch and figures; returns the figures.
+
+    Args:
+        path: the file to write.
+        state: the checkpoint's, of the last epoch.
+        datasets: trained on and tested on.
+        last: evaluations of the last epoch.
+        choice: the chosen epoch, whose figures are then reported; those of the last one stand beside them.
+
+    Raises:
+        DanFastError: see `write_text`.
+    """
+    reported = last if choice is None else choice.evaluations
+    results: dict[str, Any] = {
+        "epochs": state["epoch"],
+        "protocol": state["config"]["data"]["protocol"],
+        "labeled": [dataset.title for dataset in datasets.labeled],
+        "unlabeled": [dataset.title for dataset in datasets.unlabeled],
+        "epoch": reported[0].epoch if reported else epoch_of(state),
+        "targets": [each.to_dict() for each in reported],
+    }
+    if choice is not None:
+        results["last_epoch"] = [each.to_dict() for each in last]
+    write_text(path, json.dumps(results, indent=2) + "\n")
+    return reported
+
+
+def _score(evaluations: Sequence[Evaluation]) -> float:
+    return sum(each.mAP for each in evaluations) / len(evaluations)

@@ -1,0 +1,49 @@
+"""The datasets of a training, by their paths or by the name of a protocol."""
+
+from dan_fast.data import load_dataset
+from dan_fast.data.protocols import DatasetRoles, resolve_protocol
+from dan_fast.errors import DanFastError
+from dan_fast.training.config import DataConfig
+
+
+def load_datasets(data: DataConfig) -> DatasetRoles:
+    """What a training learns from with and without labels, and what it is tested on.
+
+    Raises:
+        DanFastError: no labelled dataset, a protocol beside datasets or without a root, a target that cannot be tested
+            on; and as `load_dataset` and `resolve_protocol`.
+    """
+    roles = _by_protocol(data) if data.protocol else _by_path(data)
+    for target in roles.targets:
+        if not target.test and not (target.query and target.gallery):
+            raise DanFastError(
+                f"The target {target.name} ({target.root}) has neither query and gallery nor test images: "
+                "name a dataset with a test split or leave it out of data.targets."
+            )
+    return roles
+
+
+def _by_protocol(data: DataConfig) -> DatasetRoles:
+    given = [f"data.{name}" for name in ("labeled", "unlabeled", "targets") if getattr(data, name)]
+    if given:
+        raise DanFastError(
+            f"data.protocol {data.protocol} and {', '.join(given)} are both given: a protocol names all its datasets, "
+            "so leave out one or the other."
+        )
+    if not data.root:
+        raise DanFastError(f"data.protocol {data.protocol} needs data.root: name the folder in which its datasets lie.")
+    return resolve_protocol(data.protocol, data.root)
+
+
+def _by_path(data: DataConfig) -> DatasetRoles:
+    if data.root:
+        raise DanFastError(
+            f"data.root {data.root} is of no use without data.protocol: name a protocol (`dan-fast protocols` lists "
+            "them) or leave it out."
+        )
+    if not data.labeled:
+        raise DanFastError(
+            "data.labeled is empty: name at least one folder or manifest with labelled images, or a data.protocol."
+        )
+    paths = (data.labeled, data.unlabeled, data.targets)
+    return DatasetRoles(*(tuple(map(load_dataset, each)) for each in paths))
