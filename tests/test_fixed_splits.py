@@ -17,8 +17,10 @@ from dan_fast.data.fixed_splits import DIGESTS, fixed_splits, read_lists
 from dan_fast.data.samples import FixedSplit, FixedSplits, ReIDDataset, Sample
 from dan_fast.errors import DanFastError
 from dan_fast.evaluation.features import Features
-from dan_fast.evaluation.protocol import DatasetFeatures, evaluate_dataset, evaluate_features
+from dan_fast.evaluation.protocol import DatasetFeatures, evaluate_dataset, evaluate_features, require_whole_splits
 from dan_fast.evaluation.ranking import evaluate_ranking
+from dan_fast.training.config import DataConfig
+from dan_fast.training.sources import load_datasets
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts/make_splits.py"
@@ -205,3 +207,17 @@ def test_missing_images_are_said_before_any_is_embedded(dataset: ReIDDataset) ->
 
     with pytest.raises(DanFastError, match=r"people .* its fixed splits \(tiny 01234567\): cam_a of person 3; comp"):
         evaluate_dataset(embed, incomplete, SIZE)
+    require_whole_splits(dataset)
+    require_whole_splits(ReIDDataset("people", dataset.root, test=dataset.test))
+
+
+def test_missing_images_are_said_before_training(tmp_path: Path) -> None:
+    source = tmp_path / "market/bounding_box_train"
+    source.mkdir(parents=True)
+    (source / "0001_c1s1_000001_00.jpg").touch()
+    for name in ("cam_a/000_45.bmp", "cam_b/000_90.bmp"):
+        (tmp_path / "viper" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "viper" / name).touch()
+    data = DataConfig(labeled=str(source.parent), targets=str(tmp_path / "viper"))
+    with pytest.raises(DanFastError, match="VIPeR .* there are 1 people in both cameras, not 632; complete the folder"):
+        load_datasets(data)

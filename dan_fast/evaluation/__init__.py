@@ -9,6 +9,7 @@ from dan_fast.evaluation.protocol import (
     evaluate_features,
     extract_dataset,
     random_split,
+    require_whole_splits,
 )
 from dan_fast.evaluation.ranking import (
     NoMatchError,
@@ -33,4 +34,5 @@ __all__ = [
     "pairwise_distances",
     "random_split",
     "rank_distances",
+    "require_whole_splits",
 ]

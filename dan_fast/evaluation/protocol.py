@@ -180,6 +180,19 @@ def random_split(pids: Tensor, camids: Tensor, seed: int = 0, repeat: int = 0) -
     return torch.from_numpy(np.flatnonzero(is_query)), torch.from_numpy(np.flatnonzero(~is_query))
 
 
+def require_whole_splits(dataset: ReIDDataset) -> None:
+    """Refuse a dataset that lacks images that its fixed splits name; one without fixed splits is never refused.
+
+    Raises:
+        DanFastError: says what is missing.
+    """
+    if dataset.splits is not None and dataset.splits.missing:
+        raise DanFastError(
+            f"{dataset.name} ({dataset.root}) cannot be scored on its fixed splits ({dataset.splits.label}): "
+            f"{dataset.splits.missing}; complete the folder, results on other splits would compare with nobody's."
+        )
+
+
 def extract_dataset(
     embed: Callable[[Tensor], Tensor],
     dataset: ReIDDataset,
@@ -215,11 +228,7 @@ def extract_dataset(
         raise DanFastError(
             f"{dataset.name} has nothing to evaluate on; give it query and gallery images, or a test split."
         )
-    if dataset.splits is not None and dataset.splits.missing:
-        raise DanFastError(
-            f"{dataset.name} ({dataset.root}) cannot be scored on its fixed splits ({dataset.splits.label}): "
-            f"{dataset.splits.missing}; complete the folder, results on other splits would compare with nobody's."
-        )
+    require_whole_splits(dataset)
     return DatasetFeatures(dataset.name, None, None, extract(dataset.test), dataset.variant, dataset.splits)
 
 

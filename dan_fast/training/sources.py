@@ -3,6 +3,7 @@
 from dan_fast.data import load_dataset
 from dan_fast.data.protocols import DatasetRoles, resolve_protocol
 from dan_fast.errors import DanFastError
+from dan_fast.evaluation import require_whole_splits
 from dan_fast.training.config import DataConfig
 
 
@@ -20,6 +21,8 @@ def load_datasets(data: DataConfig) -> DatasetRoles:
                 f"The target {target.name} ({target.root}) has neither query and gallery nor test images: "
                 "name a dataset with a test split or leave it out of data.targets."
             )
+        # Else it would be noticed after the last epoch only.
+        require_whole_splits(target)
     return roles
 
 
