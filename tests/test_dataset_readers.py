@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from dan_fast.data import ReIDDataset, load_dataset
+from dan_fast.data import ReIDDataset, load_dataset, read_image
 from dan_fast.errors import DanFastError
 
 
@@ -102,7 +102,11 @@ def test_cuhk02(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("P5/cam1/007_1.png", "P5/cam2/007_1.png"):
         save(home / name)
     (home / "P1" / "cam1" / "Thumbs.db").write_bytes(b"")
+    # An image that is none is an error when it is read, not before.
+    (home / "P1" / "cam1" / "001_1.png").write_bytes(b"no image")
     dataset = load_dataset(home)
+    with pytest.raises(DanFastError, match="001_1.png cannot be decoded"):
+        read_image(dataset.train[0].path)
     assert (dataset.name, dataset.variant) == ("CUHK02", "")
     # Person 1 of the first pair of cameras is another one than person 1 of the fourth.
     assert rows(dataset.train) == [

@@ -39,7 +39,8 @@ class DataConfig:
     """Images and batches.
 
     Args:
-        labeled: Folders or manifests whose train split is labelled; several are fused (Sec. III-D).
+        labeled: Folders or manifests whose train split is labelled; several are fused (Sec. III-D). FOLDER@VARIANT
+            chooses among the variants of a dataset that has several, such as "cuhk03@labeled new".
         unlabeled: Folders or manifests whose train split is used without labels; none: "w/o unlabelled",
             a training without memory (the paper adds MSMT17).
         targets: Folders or manifests to evaluate on after the last epoch, never trained on.
