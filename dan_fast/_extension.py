@@ -138,6 +138,11 @@ def disabled() -> Iterator[None]:
         _disabled -= 1
 
 
+def enabled() -> bool:
+    """Whether we are outside of :func:`disabled`."""
+    return not _disabled
+
+
 @torch.compiler.assume_constant_result
 def serves(device_type: str, index: int | None = None) -> bool:
     """Whether the kernels serve this device; warns, once, where a CPU or GPU could have them and has not."""

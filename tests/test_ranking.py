@@ -1,15 +1,22 @@
-"""Ranking against a plain loop that takes one query at a time."""
+"""Ranking against a plain loop that takes one query at a time, by the compiled module and in PyTorch operations."""
 
+import contextlib
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dan_fast.evaluation import ranking
+from dan_fast import _extension
 from dan_fast.evaluation.ranking import evaluate_ranking, pairwise_distances, rank_distances
+
+
+@pytest.fixture(params=["kernels", "torch"], autouse=True)
+def path(request):
+    with _extension.disabled() if request.param == "torch" else contextlib.nullcontext():
+        yield request.param
 
 
 def oracle(distances, query_ids, gallery_ids, query_cams, gallery_cams, max_rank=50, ap="standard"):
@@ -74,16 +81,17 @@ def test_distances_agree_with_the_loop(levels, ap):
         assert_agrees(rank_distances(half, *tensors, max_rank=10, ap=ap), expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 12), st.integers(2, 4), st.integers(1, 3))
 def test_small_cases_agree_with_the_loop(seed, queries, gallery, ids, cams):
     distances, labels = random_case(seed, queries, gallery, ids, cams, levels=4)
     labels[0][0] = 1
-    with np.errstate(invalid="ignore"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranking, "_BLOCK_ENTRIES", 2 * gallery)
+    with np.errstate(invalid="ignore"):
         pairs = itertools.product(zip(labels[0], labels[2], strict=True), zip(labels[1], labels[3], strict=True))
         if any(q[0] == g[0] and q[1] != g[1] for q, g in pairs):
-            assert_agrees(rank_distances(distances, *labels, max_rank=5), oracle(distances, *labels, max_rank=5))
+            assert_agrees(
+                rank_distances(distances, *labels, max_rank=5, block_bytes=500), oracle(distances, *labels, max_rank=5)
+            )
         else:
             with pytest.raises(ValueError, match="no query can be scored"):
                 rank_distances(distances, *labels, max_rank=5)
@@ -132,15 +140,15 @@ def test_keys_are_fine_enough_to_tell_near_images_apart(scale):
     torch.testing.assert_close(pairwise_distances(query, gallery), exact, rtol=0, atol=1e-12)
 
 
-def test_blocks_and_order_of_queries_do_not_matter(monkeypatch):
+def test_blocks_and_order_of_queries_do_not_matter():
     generator = torch.Generator().manual_seed(5)
     query, gallery = torch.randn(23, 6, generator=generator), torch.randn(41, 6, generator=generator)
     _, (query_ids, gallery_ids, query_cams, gallery_cams) = random_case(2)
     whole = evaluate_ranking(query, gallery, query_ids, gallery_ids, query_cams, gallery_cams)
     expected = (whole.cmc.numpy(), *whole[1:])
-    for entries in (1, 100, 41 * 22):
-        monkeypatch.setattr(ranking, "_BLOCK_ENTRIES", entries)
-        assert_agrees(evaluate_ranking(query, gallery, query_ids, gallery_ids, query_cams, gallery_cams), expected)
+    labels = query_ids, gallery_ids, query_cams, gallery_cams
+    for block_bytes in (1, 3000, 20_000):
+        assert_agrees(evaluate_ranking(query, gallery, *labels, block_bytes=block_bytes), expected)
     order = np.random.default_rng(0).permutation(23)
     assert_agrees(
         evaluate_ranking(query[order], gallery, query_ids[order], gallery_ids, query_cams[order], gallery_cams),
@@ -194,6 +202,9 @@ FEATURES = torch.eye(3)
         ({"metric": "manhattan"}, "metric is 'manhattan'"),
         ({"ap": "exact"}, "ap is 'exact'"),
         ({"max_rank": 0}, "max_rank is 0"),
+        ({"block_bytes": 0}, "block_bytes is 0"),
+        ({"gallery_features": FEATURES.double() * 1e200}, "gallery_features holds numbers whose squares overflow"),
+        ({"query_features": FEATURES * 1j}, "query_features is complex"),
     ],
 )
 def test_errors_name_the_argument(change, sentence):

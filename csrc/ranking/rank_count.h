@@ -25,17 +25,22 @@ struct Matches {
   A* upper;
 };
 
-// How many matches do not come after (key, place): the place of its bucket. A match is not before itself.
+// The searches add `half` or nothing: a branch would be foreseen wrongly every other time.
+inline int64_t if_reached(bool reached, int64_t half) { return half & -static_cast<int64_t>(reached); }
+
+// How many matches do not come after (key, place), its bucket; there is at least one. A match is not before itself.
 template <typename A>
 inline int64_t exact_bucket(const Matches<A>& matches, double key, int64_t place) {
+  const auto reached = [&](int64_t at) {
+    return (matches.keys[at] < key) | ((matches.keys[at] == key) & (matches.places[at] <= place));
+  };
   int64_t first = 0, count = matches.count;
-  while (count > 0) {
-    const int64_t half = count / 2, at = first + half;
-    const bool before = key < matches.keys[at] || (key == matches.keys[at] && place < matches.places[at]);
-    first = before ? first : at + 1;
-    count = before ? half : count - half - 1;
+  while (count > 1) {
+    const int64_t half = count / 2;
+    first += if_reached(reached(first + half - 1), half);
+    count -= half;
   }
-  return first;
+  return first + if_reached(reached(first), 1);
 }
 
 // How many of the ascending bounds are not above the value; for NaN all of them. `count` > 0.
@@ -44,10 +49,10 @@ inline int64_t bounds_reached(const A* bounds, int64_t count, A value) {
   const A* base = bounds;
   while (count > 1) {
     const int64_t half = count / 2;
-    base += value < base[half - 1] ? 0 : half;
+    base += if_reached(!(value < base[half - 1]), half);
     count -= half;
   }
-  return base - bounds + (value < *base ? 0 : 1);
+  return base - bounds + if_reached(!(value < *base), 1);
 }
 
 // Adds each value to the bucket of the first match that it comes before. `exact(i)` is the key of values[i].

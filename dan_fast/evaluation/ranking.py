@@ -8,19 +8,21 @@ query left without a match counts nowhere. Equal distances keep the order of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dan_fast.evaluation.counting import ranks_by_distances, ranks_by_features
+from dan_fast.evaluation.keys import Metric, key_scale, keys_of_dots
+from dan_fast.evaluation.pairs import Labels, Pairs
+
 ArrayLike: TypeAlias = Tensor | np.ndarray | Sequence
-Metric: TypeAlias = Literal["cosine", "euclidean"]
 AveragePrecision: TypeAlias = Literal["standard", "trapezoid"]
 
-# Entries of a block of queries x gallery: about 100 bytes each while it is being sorted.
-_BLOCK_ENTRIES = 1 << 21
+BLOCK_BYTES = 64 * 2**20
 
 
 class NoMatchError(ValueError):
@@ -55,11 +57,13 @@ def evaluate_ranking(
     metric: Metric = "cosine",
     max_rank: int = 50,
     ap: AveragePrecision = "standard",
+    block_bytes: int = BLOCK_BYTES,
 ) -> RankingResult:
     """Rank the gallery by feature distance for every query and score the lists.
 
-    Works through the queries in blocks, so the whole query x gallery matrix never exists. Tensors and arrays
-    may be on any device and of any floating dtype; distances are formed in float64.
+    Works in blocks, so the whole query x gallery matrix never exists. Tensors and arrays may be on any device and of
+    any floating dtype, and the ranks are those of distances in float64: see :mod:`dan_fast.evaluation.keys`. On the
+    CPU as many threads work as `torch.get_num_threads()` says.
 
     Args:
         query_features: (Q, d) finite features.
@@ -72,6 +76,8 @@ def evaluate_ranking(
         max_rank: length of the CMC curve; a smaller gallery repeats its last value.
         ap: ``"standard"``, the mean of the precision at each match, or ``"trapezoid"``, the rule of the first
             MATLAB code of Market-1501, which averages the precision at a match with that one place before.
+        block_bytes: about how much memory a block of queries may take; a few MB a thread and 50 bytes an image come
+            on top. Features of two dtypes, or whose columns are not adjacent, are copied.
 
     Raises:
         ValueError: an argument of wrong shape, length or content; :class:`NoMatchError` if no query matches.
@@ -83,12 +89,20 @@ def evaluate_ranking(
         >>> result.cmc.tolist(), result.mAP, result.num_valid
         ([1.0, 1.0], 1.0, 1)
     """
-    query, gallery = check_features(query_features, gallery_features)
+    query, gallery = _check_shapes(query_features, gallery_features)
     if metric not in ("cosine", "euclidean"):
         raise ValueError(f"metric is {metric!r}; it must be 'cosine' or 'euclidean'.")
-    labels = _check_labels(query_ids, gallery_ids, query_cams, gallery_cams, len(query), len(gallery), query.device)
-    gallery = gallery.to(torch.float64)
-    return _score(lambda rows: pairwise_distances(query[rows], gallery, metric), labels, max_rank, ap)
+    labels = _check_labels(query_ids, gallery_ids, query_cams, gallery_cams, len(query), len(gallery))
+    _check_settings(max_rank, ap, block_bytes)
+
+    def check(query_squares: np.ndarray, gallery_squares: np.ndarray) -> None:
+        for name, features, squares in (
+            ("query_features", query, query_squares),
+            ("gallery_features", gallery, gallery_squares),
+        ):
+            _check_squares(name, features, squares)
+
+    return _score(ranks_by_features(query, gallery, metric, labels, block_bytes, check), max_rank, ap)
 
 
 def rank_distances(
@@ -99,12 +113,14 @@ def rank_distances(
     gallery_cams: ArrayLike,
     max_rank: int = 50,
     ap: AveragePrecision = "standard",
+    block_bytes: int = BLOCK_BYTES,
 ) -> RankingResult:
     """Score given distances, for metrics :func:`evaluate_ranking` does not know (re-ranking, for example).
 
     Args:
         distances: (Q, G), smaller is nearer, any real dtype, infinite allowed.
-        query_ids, gallery_ids, query_cams, gallery_cams, max_rank, ap: as in :func:`evaluate_ranking`.
+        query_ids, gallery_ids, query_cams, gallery_cams, max_rank, ap, block_bytes: as in
+            :func:`evaluate_ranking`.
 
     Raises:
         ValueError: an argument of wrong shape, length or content; :class:`NoMatchError` if no query matches.
@@ -116,10 +132,13 @@ def rank_distances(
     matrix = _as_tensor(distances, "distances")
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise ValueError(f"distances has shape {tuple(matrix.shape)}; it must be a non-empty (queries, gallery).")
-    if bool(torch.isnan(matrix).any()):
-        raise ValueError("distances holds NaN; every query-gallery pair needs a distance.")
-    labels = _check_labels(query_ids, gallery_ids, query_cams, gallery_cams, *matrix.shape, matrix.device)
-    return _score(lambda rows: matrix[rows], labels, max_rank, ap)
+    labels = _check_labels(query_ids, gallery_ids, query_cams, gallery_cams, *matrix.shape)
+    _check_settings(max_rank, ap, block_bytes)
+
+    def not_numbers() -> ValueError:
+        return ValueError("distances holds NaN; every query-gallery pair needs a distance.")
+
+    return _score(ranks_by_distances(matrix, labels, block_bytes, not_numbers), max_rank, ap)
 
 
 def pairwise_distances(query: Tensor, gallery: Tensor, metric: Metric = "cosine") -> Tensor:
@@ -136,21 +155,25 @@ def pairwise_distances(query: Tensor, gallery: Tensor, metric: Metric = "cosine"
         tensor([[25., 16.]], dtype=torch.float64)
     """
     query, gallery = query.to(torch.float64), gallery.to(torch.float64)
-    if metric == "cosine":
-        query = torch.nn.functional.normalize(query, dim=1, eps=1e-12)
-        gallery = torch.nn.functional.normalize(gallery, dim=1, eps=1e-12)
-        keys, largest = 1 - query @ gallery.T, torch.ones((), dtype=torch.float64, device=query.device)
-    else:
-        query_norms, gallery_norms = query.square().sum(1), gallery.square().sum(1)
-        keys = query_norms[:, None] + gallery_norms - 2 * query @ gallery.T
-        largest = (query_norms[:, None] + gallery_norms.amax()).clamp(min=1e-300)
-    # A power of two, so that scaling to the grid and back is exact.
-    step = torch.exp2(torch.ceil(torch.log2(largest)) - 40)
-    return torch.round(keys / step) * step
+    squares = [features.square().sum(1).cpu().numpy() for features in (query, gallery)]
+    scale = key_scale(*squares, metric)
+    query_norms, gallery_norms, steps = (
+        torch.from_numpy(x).to(query.device) for x in (scale.query_norms, scale.gallery_norms, scale.steps)
+    )
+    keys = keys_of_dots(query @ gallery.T, query_norms[:, None], gallery_norms, scale.cosine)
+    return torch.round(keys / steps[:, None]) * steps[:, None]
 
 
 def check_features(query_features: ArrayLike, gallery_features: ArrayLike) -> tuple[Tensor, Tensor]:
     """Both feature matrices as tensors on one device, or a ValueError naming the one that does not fit."""
+    query, gallery = _check_shapes(query_features, gallery_features)
+    for name, value in (("query_features", query), ("gallery_features", gallery)):
+        if not bool(torch.isfinite(value).all()):
+            raise _not_finite(name)
+    return query, gallery
+
+
+def _check_shapes(query_features: ArrayLike, gallery_features: ArrayLike) -> tuple[Tensor, Tensor]:
     query, gallery = (
         _as_tensor(query_features, "query_features"),
         _as_tensor(gallery_features, "gallery_features"),
@@ -158,21 +181,29 @@ def check_features(query_features: ArrayLike, gallery_features: ArrayLike) -> tu
     for name, value in (("query_features", query), ("gallery_features", gallery)):
         if value.ndim != 2 or 0 in value.shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be a non-empty (images, width).")
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{name} holds NaN or Inf; the embedding that made it has diverged or is broken.")
     if query.shape[1] != gallery.shape[1]:
         raise ValueError(
             f"gallery_features is {gallery.shape[1]} wide and query_features {query.shape[1]}; "
             "both must come from one embedding."
         )
-    return query, gallery.to(query.device)
+    dtype = torch.promote_types(query.dtype, gallery.dtype)
+    if not dtype.is_floating_point:
+        dtype = torch.float64
+    return query.to(dtype), gallery.to(query.device, dtype)
 
 
-class _Labels(NamedTuple):
-    query_ids: Tensor
-    gallery_ids: Tensor
-    query_cams: Tensor
-    gallery_cams: Tensor
+def _not_finite(name: str) -> ValueError:
+    return ValueError(f"{name} holds NaN or Inf; the embedding that made it has diverged or is broken.")
+
+
+def _check_squares(name: str, features: Tensor, squares: np.ndarray) -> None:
+    """Squared norms tell of NaN and Inf, and need no copy of the features."""
+    broken = np.flatnonzero(~np.isfinite(squares))
+    if not len(broken):
+        return
+    if not bool(torch.isfinite(features[broken[0]]).all()):
+        raise _not_finite(name)
+    raise ValueError(f"{name} holds numbers whose squares overflow float64; divide the features by a constant.")
 
 
 def _as_tensor(value: ArrayLike, name: str) -> Tensor:
@@ -191,8 +222,7 @@ def _check_labels(
     gallery_cams: ArrayLike,
     num_query: int,
     num_gallery: int,
-    device: torch.device,
-) -> _Labels:
+) -> Labels:
     checked = []
     for name, value, expected in (
         ("query_ids", query_ids, num_query),
@@ -205,66 +235,51 @@ def _check_labels(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be ({expected},), one for each image.")
         if tensor.is_floating_point() or tensor.dtype == torch.bool:
             raise ValueError(f"{name} is {tensor.dtype}; it must hold integers.")
-        checked.append(tensor.to(device=device, dtype=torch.int64))
-    return _Labels(*checked)
+        checked.append(tensor.to("cpu", torch.int64).numpy())
+    return Labels(*checked)
 
 
-def _blocks(num_query: int, num_gallery: int) -> Iterator[slice]:
-    rows = max(1, _BLOCK_ENTRIES // num_gallery)
-    for start in range(0, num_query, rows):
-        yield slice(start, min(start + rows, num_query))
-
-
-def _score(
-    distances_of: Callable[[slice], Tensor], labels: _Labels, max_rank: int, ap: AveragePrecision
-) -> RankingResult:
+def _check_settings(max_rank: int, ap: AveragePrecision, block_bytes: int) -> None:
     if max_rank < 1:
         raise ValueError(f"max_rank is {max_rank}; it must be at least 1.")
     if ap not in ("standard", "trapezoid"):
         raise ValueError(f"ap is {ap!r}; it must be 'standard' or 'trapezoid'.")
-    first_ranks, precisions, penalties = [], [], []
-    for rows in _blocks(len(labels.query_ids), len(labels.gallery_ids)):
-        first, precision, penalty = _score_block(distances_of(rows), rows, labels, ap)
-        first_ranks.append(first)
-        precisions.append(precision)
-        penalties.append(penalty)
-    first_rank = torch.cat(first_ranks)
-    num_valid = len(first_rank)
+    if block_bytes < 1:
+        raise ValueError(f"block_bytes is {block_bytes}; it must be at least 1.")
+
+
+def _score(blocks: Iterable[tuple[Pairs, np.ndarray]], max_rank: int, ap: AveragePrecision) -> RankingResult:
+    found, precision_sum, penalty_sum, num_valid = np.zeros(max_rank, dtype=np.int64), 0.0, 0.0, 0
+    for pairs, ranks in blocks:
+        first, precisions, penalties = _score_block(pairs, ranks, ap)
+        found += np.bincount(first[first <= max_rank] - 1, minlength=max_rank)
+        precision_sum += float(precisions.sum())
+        penalty_sum += float(penalties.sum())
+        num_valid += len(first)
     if num_valid == 0:
         raise NoMatchError(
             "query_ids share no identity with gallery_ids seen by another camera; no query can be scored. "
             "Check the identities and cameras of the two sets."
         )
-    found = torch.bincount(first_rank - 1, minlength=max_rank)[:max_rank]
     return RankingResult(
-        cmc=found.cumsum(0).to(torch.float64) / num_valid,
-        mAP=float(torch.cat(precisions).mean()),
-        mINP=float(torch.cat(penalties).mean()),
+        cmc=torch.from_numpy(found.cumsum() / num_valid),
+        mAP=precision_sum / num_valid,
+        mINP=penalty_sum / num_valid,
         num_valid=num_valid,
     )
 
 
-def _score_block(
-    distances: Tensor, rows: slice, labels: _Labels, ap: AveragePrecision
-) -> tuple[Tensor, Tensor, Tensor]:
-    """First rank, average precision and inverse negative penalty of a block's valid queries, on the CPU."""
-    order = torch.argsort(distances, dim=1, stable=True)
-    same_id = labels.gallery_ids[order] == labels.query_ids[rows, None]
-    junk = same_id & (labels.gallery_cams[order] == labels.query_cams[rows, None])
-    matches = same_id & ~junk
-    query, position = matches.nonzero(as_tuple=True)  # by query, and nearest first within one
-    # Few are left: on the CPU their sums are formed in one order, whatever device ranked them.
-    rank = torch.cumsum(~junk, dim=1, dtype=torch.int32)[query, position].to("cpu", torch.int64)
-    query, count = query.cpu(), matches.sum(dim=1).cpu()
-    end = count.cumsum(0)
-    hit = torch.arange(1, len(query) + 1) - (end - count)[query]
-
-    precision = hit / rank.to(torch.float64)
+def _score_block(pairs: Pairs, ranks: np.ndarray, ap: AveragePrecision) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """First rank, average precision and inverse negative penalty of a block's valid queries."""
+    count, begin = pairs.match_counts, pairs.match_offsets[:-1]
+    valid = count > 0
+    count, begin = count[valid], begin[valid]
+    if not len(count):
+        return count, np.zeros(0), np.zeros(0)
+    hit = np.arange(1, len(ranks) + 1) - np.repeat(begin, count)
+    precision = hit / ranks
     if ap == "trapezoid":
         # One place before a match there are hit - 1 matches; before the first place the precision is 1.
-        before = torch.where(rank > 1, (hit - 1) / (rank - 1).clamp(min=1).to(torch.float64), 1.0)
+        before = np.where(ranks > 1, (hit - 1) / np.maximum(ranks - 1, 1), 1.0)
         precision = (precision + before) / 2
-    valid = count > 0
-    count, end = count[valid], end[valid]
-    total = torch.zeros(len(valid), dtype=torch.float64).index_add_(0, query, precision)
-    return rank[end - count], total[valid] / count, count / rank[end - 1].to(torch.float64)
+    return ranks[begin], np.add.reduceat(precision, begin) / count, count / ranks[begin + count - 1]

@@ -1,0 +1,125 @@
+"""Ranks of true matches as counts: by the compiled module on the CPU, else in PyTorch operations.
+
+The rank of a match is one more than the gallery images before it: nearer, or as near and earlier in the gallery. Only
+matches need a rank, so no list is sorted and no matrix of all queries and gallery images is kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dan_fast import _extension
+from dan_fast.evaluation import counting_torch
+from dan_fast.evaluation.keys import Metric, key_scale
+from dan_fast.evaluation.pairs import Labels, Pairs, pairs_in_blocks
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# Bytes that the kernels and the lists of pairs take for a gallery image of a query's identity, a query and a thread.
+_PAIR_BYTES, _QUERY_BYTES, _THREAD_BYTES = 96, 64, 4
+
+
+@functools.cache
+def _module() -> ModuleType | None:
+    try:
+        from dan_fast import _ranking
+    except ImportError as error:
+        missing = [sentence for sentence in _extension.build_info().get("missing", []) if "CUDA" not in sentence]
+        reason = missing[0] if missing else f"{error}; run `pip install -e .` again"
+        warnings.warn(f"dan_fast ranks in PyTorch operations: {reason}", RuntimeWarning, stacklevel=5)
+        return None
+    return _ranking
+
+
+def _kernels_for(tensor: Tensor) -> ModuleType | None:
+    return _module() if tensor.device.type == "cpu" and tensor.dtype in _DTYPES and _extension.enabled() else None
+
+
+def ranks_by_distances(
+    distances: Tensor, labels: Labels, budget: int, not_numbers: Callable[[], Exception]
+) -> Iterator[tuple[Pairs, np.ndarray]]:
+    """Blocks of queries and the ranks of their matches, ascending within a query.
+
+    Args:
+        distances: (Q, G), any real dtype and device.
+        labels: identities and cameras.
+        budget: bytes that may be allocated at a time.
+        not_numbers: makes the error that is raised at a NaN.
+    """
+    module = _kernels_for(distances)
+    if module is None:
+        rows = max(1, budget // distances[:1].nbytes)
+        if any(bool(torch.isnan(block).any()) for block in distances.split(rows)):
+            raise not_numbers()
+        yield from counting_torch.ranks_by_distances(distances, labels, budget)
+        return
+    matrix, threads = _adjacent(distances), torch.get_num_threads()
+    for pairs in pairs_in_blocks(labels, _QUERY_BYTES, _PAIR_BYTES, budget):
+        array, dtype = _array(matrix[pairs.rows])
+        ranks = module.distances_ranks(array, dtype, *pairs[1:], threads)
+        if ranks is None:
+            raise not_numbers()
+        yield pairs, ranks
+
+
+def ranks_by_features(
+    query: Tensor,
+    gallery: Tensor,
+    metric: Metric,
+    labels: Labels,
+    budget: int,
+    check: Callable[[np.ndarray, np.ndarray], None],
+) -> Iterator[tuple[Pairs, np.ndarray]]:
+    """As :func:`ranks_by_distances`, of (Q, d) and (G, d) features of one dtype and device.
+
+    The kernels compare almost all pairs by a product in float32 whose error they bound, and the few it leaves open by
+    their exact keys: the ranks are those of float64.
+
+    Args:
+        check: called with the squared norms of both before anything is compared; raises if they do not fit.
+    """
+    module = _kernels_for(query)
+    if module is None:
+        yield from counting_torch.ranks_by_features(query, gallery, metric, labels, budget, check)
+        return
+    query, gallery, threads = _adjacent(query), _adjacent(gallery), torch.get_num_threads()
+    array, dtype = _array(gallery)
+    squares = module.square_norms(*_array(query), threads), module.square_norms(array, dtype, threads)
+    check(*squares)
+    scale = key_scale(*squares, metric)
+    size = 8 if dtype == "float64" else 4
+    query_bytes = _QUERY_BYTES + size * (query.shape[1] + 32)
+    for pairs in pairs_in_blocks(labels, query_bytes, _PAIR_BYTES + _THREAD_BYTES * threads, budget):
+        ranks = module.features_ranks(
+            _array(query[pairs.rows])[0],
+            array,
+            dtype,
+            scale.cosine,
+            scale.query_norms[pairs.rows],
+            scale.gallery_norms,
+            scale.steps[pairs.rows],
+            float(scale.gallery_norms.max()),
+            scale.scale,
+            *pairs[1:],
+            threads,
+        )
+        yield pairs, ranks
+
+
+def _adjacent(matrix: Tensor) -> Tensor:
+    """The matrix itself if the kernels can walk over it, else a copy."""
+    rows, columns = matrix.shape
+    adjacent = matrix.stride(1) == 1 or columns == 1
+    return matrix if adjacent and (matrix.stride(0) >= columns or rows == 1) else matrix.contiguous()
+
+
+def _array(matrix: Tensor) -> tuple[np.ndarray, str]:
+    """The same memory as an array, and the name of its dtype; NumPy knows no bfloat16."""
+    name = str(matrix.dtype).removeprefix("torch.")
+    return (matrix.view(torch.uint16) if matrix.dtype == torch.bfloat16 else matrix).numpy(), name

@@ -1,0 +1,179 @@
+"""Ranks of true matches in PyTorch operations, block by block: for GPUs, and where there is no compiled module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dan_fast.evaluation.keys import KeyScale, Metric, key_scale, keys_of_dots, square_norms, tree_dots
+from dan_fast.evaluation.pairs import Labels, Pairs, pairs_in_blocks
+
+# Bytes of temporaries for each pair of a query and a gallery image that is compared at once.
+_ENTRY_BYTES = 64
+_PAIR_BYTES = 160
+
+
+class _Matches(NamedTuple):
+    """True matches of a block of queries, nearest first, padded to the query with the most.
+
+    Attributes:
+        keys: (b, M) int64 or float64.
+        places: (b, M) int64 places in the gallery.
+        counts: (b,) int64 matches of each query.
+    """
+
+    keys: Tensor
+    places: Tensor
+    counts: Tensor
+
+
+def ranks_by_distances(distances: Tensor, labels: Labels, budget: int) -> Iterator[tuple[Pairs, np.ndarray]]:
+    """Blocks of queries and the ranks of their matches, ascending within a query.
+
+    Args:
+        distances: (Q, G) without NaN, any real dtype.
+        labels: identities and cameras.
+        budget: bytes that may be allocated at a time.
+    """
+    gallery = distances.shape[1]
+    wide = torch.float64 if distances.is_floating_point() else torch.int64
+    for pairs in pairs_in_blocks(labels, _ENTRY_BYTES * min(gallery, _columns(budget)), _PAIR_BYTES, budget):
+        block = distances[pairs.rows]
+        queries, places = _indices(pairs, distances.device)
+        matches, buckets = _prepare(pairs, block[queries, places].to(wide))
+        for first in range(0, gallery, _columns(budget)):
+            values = block[:, first : first + _columns(budget)].to(wide)
+            _count(
+                values, first, matches, matches.keys, matches.keys, buckets, lambda q, g, v=values, f=first: v[q, g - f]
+            )
+        yield pairs, _ranks(buckets, matches)
+
+
+def ranks_by_features(
+    query: Tensor, gallery: Tensor, metric: Metric, labels: Labels, budget: int, check: Callable[..., None]
+) -> Iterator[tuple[Pairs, np.ndarray]]:
+    """As :func:`ranks_by_distances`, of (Q, d) and (G, d) features.
+
+    Args:
+        check: called with the squared norms of both before anything is compared; raises if they do not fit.
+    """
+    squares = square_norms(query, budget), square_norms(gallery, budget)
+    check(*squares)
+    scale = key_scale(*squares, metric)
+    width, columns = query.shape[1], max(1, min(_columns(budget), budget // (32 * query.shape[1])))
+    gallery_norms = torch.from_numpy(scale.gallery_norms).to(gallery.device)
+    query_bytes = _ENTRY_BYTES * min(len(gallery), columns) + 16 * width
+    for pairs in pairs_in_blocks(labels, query_bytes, _PAIR_BYTES, budget):
+        block = query[pairs.rows].to(torch.float64)
+        norms, steps = (torch.from_numpy(x[pairs.rows]).to(query.device) for x in (scale.query_norms, scale.steps))
+
+        def exact(queries: Tensor, places: Tensor, block=block, norms=norms, steps=steps) -> Tensor:
+            parts = []
+            for part in torch.arange(len(queries), device=queries.device).split(max(1, budget // (32 * width))):
+                q, g = queries[part], places[part]
+                keys = keys_of_dots(tree_dots(block[q], gallery[g]), norms[q], gallery_norms[g], scale.cosine)
+                parts.append(torch.round(keys / steps[q]) * steps[q])
+            return torch.cat(parts) if parts else norms[:0]
+
+        matches, buckets = _prepare(pairs, exact(*_indices(pairs, query.device)))
+        doubt = _uncertainty(scale, pairs, width).to(query.device)[:, None]
+        for first in range(0, len(gallery), columns):
+            last = slice(first, first + columns)
+            dots = block @ gallery[last].to(torch.float64).T
+            values = keys_of_dots(dots, norms[:, None], gallery_norms[last], scale.cosine)
+            _count(values, first, matches, matches.keys - doubt, matches.keys + doubt, buckets, exact)
+        yield pairs, _ranks(buckets, matches)
+
+
+def _columns(budget: int) -> int:
+    return max(1, budget // (8 * _ENTRY_BYTES))
+
+
+def _indices(pairs: Pairs, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(pairs.queries).to(device), torch.from_numpy(pairs.places).to(device)
+
+
+def _uncertainty(scale: KeyScale, pairs: Pairs, width: int) -> Tensor:
+    """How far a key from a matrix product in float64 may be from the exact one, for each query."""
+    unit, steps = 2.0**-53, torch.from_numpy(scale.steps[pairs.rows])
+    if scale.cosine:
+        return steps + 1.02 * (width + 8) * unit + 2.0**-46
+    query, gallery = torch.from_numpy(scale.query_norms[pairs.rows]), float(scale.gallery_norms.max())
+    return steps + 2.04 * (width + 8) * unit * (query * gallery).sqrt() + 2.0**-46 * (query + gallery)
+
+
+def _prepare(pairs: Pairs, keys: Tensor) -> tuple[_Matches, Tensor]:
+    """Matches in order, and the (b, M + 1) buckets with the junk taken out beforehand."""
+    queries, places = _indices(pairs, keys.device)
+    counts = torch.from_numpy(pairs.match_counts).to(keys.device)
+    junk = torch.from_numpy(pairs.junk).to(keys.device).bool()
+    most = int(pairs.match_counts.max())
+    q, k, p = queries[~junk], keys[~junk], places[~junk]
+    # Pairs come by query and place: two stable sorts leave them by query, key and place.
+    by_key = torch.argsort(k, stable=True)
+    order = by_key[torch.argsort(q[by_key], stable=True)]
+    column = torch.arange(len(q), device=keys.device) - torch.from_numpy(pairs.match_offsets).to(keys.device)[q]
+    largest = torch.inf if keys.is_floating_point() else torch.iinfo(keys.dtype).max
+    sorted_keys = keys.new_full((len(counts), most), largest)
+    sorted_places = torch.full((len(counts), most), torch.iinfo(torch.int64).max, device=keys.device)
+    sorted_keys[q, column], sorted_places[q, column] = k[order], p[order]
+    matches = _Matches(sorted_keys, sorted_places, counts)
+    buckets = torch.zeros(len(counts), most + 1, dtype=torch.int64, device=keys.device)
+    _add(buckets, queries[junk], _exact_bucket(matches, queries[junk], keys[junk], places[junk]), -1)
+    return matches, buckets
+
+
+def _exact_bucket(matches: _Matches, queries: Tensor, keys: Tensor, places: Tensor) -> Tensor:
+    """How many of a query's matches do not come after each (key, place)."""
+    low, high = torch.zeros_like(queries), matches.counts[queries]
+    for _ in range(matches.keys.shape[1].bit_length()):
+        middle = ((low + high) // 2).clamp(max=max(0, matches.keys.shape[1] - 1))
+        match_key, match_place = matches.keys[queries, middle], matches.places[queries, middle]
+        reached = ((match_key < keys) | ((match_key == keys) & (match_place <= places))) & (low < high)
+        low, high = torch.where(reached, middle + 1, low), torch.where(reached, high, middle.minimum(high))
+    return low
+
+
+def _add(buckets: Tensor, queries: Tensor, columns: Tensor, number: int) -> None:
+    flat = queries * buckets.shape[1] + columns
+    buckets += number * torch.bincount(flat, minlength=buckets.numel()).view_as(buckets)
+
+
+def _count(
+    values: Tensor,
+    first: int,
+    matches: _Matches,
+    lower: Tensor,
+    upper: Tensor,
+    buckets: Tensor,
+    exact: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """Adds each of the (b, columns) values to the bucket of the first match that it comes before.
+
+    Below `lower` a value comes before the match for certain, above `upper` after it; between them
+    `exact(queries, places)` decides.
+    """
+    if matches.keys.shape[1] == 0:
+        return
+    bucket = torch.searchsorted(lower.contiguous(), values.contiguous(), right=True)
+    bucket = bucket.minimum(matches.counts[:, None])
+    near = (bucket > 0) & ~(values > upper.gather(1, (bucket - 1).clamp(min=0)))
+    queries, columns = near.nonzero(as_tuple=True)
+    places = columns + first
+    bucket[queries, columns] = _exact_bucket(matches, queries, exact(queries, places), places)
+    _add(
+        buckets,
+        torch.arange(len(values), device=values.device)[:, None].expand_as(bucket).reshape(-1),
+        bucket.reshape(-1),
+        1,
+    )
+
+
+def _ranks(buckets: Tensor, matches: _Matches) -> np.ndarray:
+    ranks = 1 + buckets.cumsum(1)[:, :-1]
+    taken = torch.arange(ranks.shape[1], device=ranks.device) < matches.counts[:, None]
+    return ranks[taken].cpu().numpy()

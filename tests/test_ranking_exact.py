@@ -1,0 +1,323 @@
+"""Ranks as counts against a ranking that sorts: the same CMC to the last bit, whatever path, type, block and order."""
+
+import contextlib
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from dan_fast import _extension
+from dan_fast.bench.machine import peak_above
+from dan_fast.evaluation import counting
+from dan_fast.evaluation.keys import tree_dots
+from dan_fast.evaluation.ranking import evaluate_ranking, rank_distances
+
+METRICS = ("cosine", "euclidean")
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def path(request):
+    with _extension.disabled() if request.param == "torch" else contextlib.nullcontext():
+        yield request.param
+
+
+def by_sorting(distances, query_ids, gallery_ids, query_cams, gallery_cams, max_rank=50):
+    """CMC, mAP, mINP and valid queries by sorting every list, in NumPy."""
+    cmc, precisions, penalties = np.zeros(max_rank), [], []
+    for query, row in enumerate(distances):
+        order = np.argsort(row, kind="stable")
+        junk = (gallery_ids[order] == query_ids[query]) & (gallery_cams[order] == query_cams[query])
+        ranks = 1 + np.flatnonzero(gallery_ids[order[~junk]] == query_ids[query])
+        if len(ranks):
+            cmc[ranks[0] - 1 :] += 1
+            precisions.append(np.mean(np.arange(1, len(ranks) + 1) / ranks))
+            penalties.append(len(ranks) / ranks[-1])
+    return cmc / len(precisions), np.mean(precisions), np.mean(penalties), len(precisions)
+
+
+def assert_equal(result, expected):
+    assert result.cmc.tolist() == expected[0].tolist()
+    assert result.mAP == pytest.approx(expected[1], abs=1e-12, rel=0)
+    assert result.mINP == pytest.approx(expected[2], abs=1e-12, rel=0)
+    assert result.num_valid == expected[3]
+
+
+def labels_of(rng, queries, gallery, ids, cams=4):
+    """Distractors (0), images of nobody (-1), and identities of queries (from `ids` on) that have no match."""
+    query_ids = rng.integers(1, ids + 3, queries)
+    gallery_ids = rng.integers(-1, ids, gallery)
+    return query_ids, gallery_ids, rng.integers(0, cams, queries), rng.integers(0, cams, gallery)
+
+
+def exact_keys(query, gallery, metric):
+    """In float64, pair by pair, and near enough to what is equal to tie with it."""
+    q, g = query.double().numpy(), gallery.double().numpy()
+    dots = np.einsum("qd,gd->qg", q, g)
+    if metric == "cosine":
+        norms = np.maximum(np.linalg.norm(q, axis=1), 1e-12)[:, None] * np.maximum(np.linalg.norm(g, axis=1), 1e-12)
+        keys, largest = 1 - dots / norms, np.ones((len(q), 1))
+    else:
+        squares = (g**2).sum(1)
+        keys, largest = (q**2).sum(1)[:, None] + squares - 2 * dots, (q**2).sum(1)[:, None] + squares.max()
+    step = 2.0 ** (np.ceil(np.log2(largest)) - 40)
+    return np.round(keys / step) * step
+
+
+@pytest.mark.parametrize("ids", [2, 30, 400])
+@pytest.mark.parametrize("levels", [1, 40, 10**6])
+def test_distances(path, levels, ids):
+    rng = np.random.default_rng(levels + ids)
+    labels = labels_of(rng, 37, 1201, ids)
+    labels[0][:3] = 1
+    distances = rng.integers(0, levels, (37, 1201)) / 16
+    distances[5, 3:9], distances[6, 100:120] = np.inf, -np.inf
+    expected = by_sorting(distances, *labels)
+    assert_equal(rank_distances(distances, *labels), expected)
+    assert_equal(rank_distances(distances, *labels, block_bytes=60_000), expected)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        rounded = torch.from_numpy(distances).to(dtype)
+        assert_equal(rank_distances(rounded, *labels), by_sorting(rounded.double().numpy(), *labels))
+    whole = rng.integers(-levels, levels, (37, 1201)) + 2**60
+    assert_equal(rank_distances(whole, *labels), by_sorting(whole, *labels))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("width", "ids"), [(1, 20), (7, 3), (64, 150), (300, 40)])
+def test_features(path, metric, dtype, width, ids):
+    rng = np.random.default_rng(width)
+    labels = labels_of(rng, 141, 611, ids)
+    query = torch.from_numpy(rng.normal(size=(141, width))).to(dtype)
+    gallery = torch.from_numpy(rng.normal(size=(611, width))).to(dtype)
+    gallery[::5] = gallery[rng.integers(0, 30, 123)]  # copies, each with its own label
+    gallery[7], query[9] = 0, gallery[0]
+    query[11] = 0
+    expected = by_sorting(exact_keys(query, gallery, metric), *labels)
+    assert_equal(evaluate_ranking(query, gallery, *labels, metric=metric), expected)
+    assert_equal(evaluate_ranking(query, gallery, *labels, metric=metric, block_bytes=40_000 + 400 * width), expected)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_float32_ranks_as_float64(path, metric):
+    """Distances further apart than float64 rounds and nearer than float32 does."""
+    rng = np.random.default_rng(1)
+    labels = labels_of(rng, 60, 900, 20)
+    base = rng.normal(size=100)
+    query = torch.from_numpy(base + 1e-3 * rng.normal(size=(60, 100))).float()
+    gallery = torch.from_numpy(base + 1e-3 * rng.normal(size=(900, 100))).float()
+    keys = exact_keys(query, gallery, metric)
+    assert_equal(evaluate_ranking(query, gallery, *labels, metric=metric), by_sorting(keys, *labels))
+    product = query @ gallery.T
+    norms = query.norm(dim=1)[:, None] * gallery.norm(dim=1)
+    squares = query.square().sum(1)[:, None] + gallery.square().sum(1)
+    single = 1 - product / norms if metric == "cosine" else squares - 2 * product
+    assert by_sorting(single.numpy(), *labels)[1] != pytest.approx(by_sorting(keys, *labels)[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("factor", [1e-30, 1e-18, 1e15, 1e30])
+def test_features_of_any_size(path, metric, factor):
+    rng = np.random.default_rng(2)
+    labels = labels_of(rng, 20, 300, 10)
+    query, gallery = torch.from_numpy(rng.normal(size=(20, 33))), torch.from_numpy(rng.normal(size=(300, 33)))
+    if metric == "cosine" and factor < 1e-12:
+        gallery, labels[1][:5] = gallery * 1e6, 1
+    query, gallery = (query * factor).float(), (gallery * factor).float()
+    expected = by_sorting(exact_keys(query, gallery, metric), *labels)
+    assert_equal(evaluate_ranking(query, gallery, *labels, metric=metric), expected)
+    query[0] *= 1e-3
+    gallery[3:30] *= 1e-5
+    expected = by_sorting(exact_keys(query, gallery, metric), *labels)
+    assert_equal(evaluate_ranking(query, gallery, *labels, metric=metric), expected)
+
+
+def test_copies_tie_in_whatever_block_they_stand(path):
+    """All images equal: ranks are places in the gallery."""
+    row = torch.randn(1, 517, generator=torch.Generator().manual_seed(0))
+    gallery_ids, cams = np.full(1701, 2), np.zeros(1701, dtype=int)
+    gallery_ids[[900, 1700]] = 1
+    for metric in METRICS:
+        result = evaluate_ranking(row * 1.7, row.expand(1701, -1), [1], gallery_ids, [1], cams, metric, max_rank=2000)
+        assert result.cmc.tolist() == [0.0] * 900 + [1.0] * 1100
+        assert result.mINP == 2 / 1701
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_layouts_types_and_threads_do_not_matter(metric):
+    rng = np.random.default_rng(3)
+    labels = labels_of(rng, 50, 1000, 30)
+    query, gallery = rng.normal(size=(50, 40)).astype(np.float32), rng.normal(size=(1000, 40)).astype(np.float32)
+    expected = evaluate_ranking(query, gallery, *labels, metric=metric)
+    wide = np.zeros((1000, 57), np.float32)
+    wide[:, 3:43] = gallery
+    turned = torch.from_numpy(gallery).T.contiguous().T
+    tensors = [torch.from_numpy(x) for x in labels]
+    for q, g in (
+        (torch.from_numpy(query), wide[:, 3:43]),
+        (torch.from_numpy(query).requires_grad_(), turned),
+        (np.asfortranarray(query), gallery[::-1][::-1]),
+        (query.astype(np.float64), gallery),
+        (query, gallery.astype(np.float64)),
+    ):
+        assert str(evaluate_ranking(q, g, *tensors, metric=metric)) == str(expected)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 5):
+            torch.set_num_threads(count)
+            assert str(evaluate_ranking(query, gallery, *labels, metric=metric)) == str(expected)
+    finally:
+        torch.set_num_threads(threads)
+    distances = rng.integers(0, 9, (50, 1000)).astype(np.float32)
+    expected = by_sorting(distances, *labels)
+    assert_equal(rank_distances(np.asfortranarray(distances), *labels), expected)
+    assert_equal(rank_distances(torch.from_numpy(distances).T.contiguous().T, *labels), expected)
+    assert_equal(rank_distances(np.repeat(distances, 2, axis=1)[:, ::2], *labels), expected)
+
+
+def test_the_dot_product_of_a_key():
+    for width in (1, 2, 3, 8, 9, 100):
+        left, right = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(width))
+        products = (left.double() * right.double()).tolist()
+        padded = 1
+        while padded < width:
+            padded *= 2
+        for row, dot in zip(products, tree_dots(left, right).tolist(), strict=True):
+            row = row + [0.0] * (padded - width)
+            while len(row) > 1:
+                half = len(row) // 2
+                row = [a + b for a, b in zip(row[:half], row[half:], strict=True)]
+            assert row[0] == dot
+
+
+@pytest.mark.skipif(counting._module() is None, reason="the compiled ranking was not built")
+def test_the_module_forms_the_same_norms():
+    module = counting._module()
+    for width in (1, 5, 64, 129, 1000):
+        features = torch.randn(3, width, generator=torch.Generator().manual_seed(width))
+        for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            rows = features.to(dtype)
+            assert module.square_norms(*counting._array(rows), 1).tolist() == tree_dots(rows, rows).tolist()
+
+
+RANKS = """
+import importlib.util, sys
+import numpy as np
+spec = importlib.util.spec_from_file_location("_ranking", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+rng = np.random.default_rng(4)
+places = np.concatenate([np.sort(rng.permutation(1500)[:20]) for _ in range(70)])
+offsets, junk = np.arange(71) * 20, (rng.random(1400) < 0.2).astype(np.uint8)
+pairs = offsets, places, junk, np.concatenate([[0], np.cumsum(1 - junk)])[offsets]
+query, gallery = rng.normal(size=(70, 130)), rng.normal(size=(1500, 130))
+for name in ("float16", "float32", "float64"):
+    q, g = query.astype(name), gallery.astype(name)
+    squares = module.square_norms(q, name, 1), module.square_norms(g, name, 1)
+    print([x.tolist() for x in squares])
+    for cosine in (True, False):
+        norms = [np.sqrt(x) if cosine else x for x in squares]
+        steps = np.full(70, 2.0 ** (-40 if cosine else -30))
+        scale = norms[1].max(), 2.0**-4
+        print(module.features_ranks(q, g, name, cosine, *norms, steps, *scale, *pairs, 1).tolist())
+    distances = np.round(q[:, :1] @ g[:, 1:2].T, 1)
+    print(module.distances_ranks(distances, name, *pairs, 1).tolist())
+print(module.isa())
+"""
+
+
+@pytest.mark.skipif(counting._module() is None, reason="the compiled ranking was not built")
+def test_instruction_sets_agree(monkeypatch):
+    results = {}
+    for name in _extension.build_info()["instruction_sets"]:
+        monkeypatch.setenv("DAN_FAST_ISA", name)
+        command = [sys.executable, "-c", RANKS, counting._module().__file__]
+        *lines, isa = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        results[isa] = lines
+    assert len(results["baseline"]) == 12
+    assert all(lines == results["baseline"] for lines in results.values())
+
+
+def test_memory_is_bounded():
+    """At MSMT17's number of images, where a matrix of all pairs would take 3.8 GB; few queries have matches."""
+    rng = np.random.default_rng(5)
+    query, gallery = torch.randn(1200, 16), torch.randn(82161, 16)
+    labels = (
+        rng.integers(1, 3061, 1200),
+        rng.integers(1, 3061, 82161),
+        rng.integers(0, 15, 1200),
+        rng.integers(0, 15, 82161),
+    )
+    small = labels[0][:50], labels[1][:5000], labels[2][:50], labels[3][:5000]
+    evaluate_ranking(query[:50], gallery[:5000], *small)
+    _, extra = peak_above(torch.device("cpu"), lambda: evaluate_ranking(query, gallery, *labels))
+    assert extra is None or extra < 100e6
+
+
+def test_without_the_module_there_is_one_warning(monkeypatch):
+    rng = np.random.default_rng(6)
+    labels = labels_of(rng, 20, 200, 10)
+    distances = rng.normal(size=(20, 200))
+    expected = rank_distances(distances, *labels)
+    monkeypatch.setitem(sys.modules, "dan_fast._ranking", None)
+    monkeypatch.delattr("dan_fast._ranking", raising=False)
+    counting._module.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="dan_fast ranks in PyTorch operations: .*pip install -e") as warned:
+            for _ in range(2):
+                assert str(rank_distances(distances, *labels)) == str(expected)
+        assert len(warned) == 1
+    finally:
+        counting._module.cache_clear()
+
+
+def test_nan_is_found_anywhere(path):
+    labels = [1, 2], [1, 5, 1], [1, 1], [1, 2, 2]
+    for query in (0, 1):
+        for entry in range(3):
+            distances = np.zeros((2, 3), np.float32)
+            distances[query, entry] = np.nan
+            with pytest.raises(ValueError, match="distances holds NaN"):
+                rank_distances(distances, *labels)
+
+
+@pytest.mark.skipif(counting._module() is None, reason="the compiled ranking was not built")
+def test_the_module_refuses_what_it_would_read_wrongly():
+    module = counting._module()
+    distances = np.zeros((1, 3), np.float32)
+    good = np.array([0, 1]), np.array([2]), np.zeros(1, np.uint8), np.array([0, 1])
+    assert module.distances_ranks(distances, "float32", *good, 1).tolist() == [3]
+    for index, value, sentence in (
+        (0, np.array([0, 2]), "places is not 2 long"),
+        (0, np.array([1, 1]), "offsets do not ascend"),
+        (1, np.array([3]), "a place is not in the gallery"),
+        (3, np.array([0, 0]), "match_offsets do not count"),
+    ):
+        arguments = [*good]
+        arguments[index] = value
+        with pytest.raises(ValueError, match=sentence):
+            module.distances_ranks(distances, "float32", *arguments, 1)
+    for matrix, dtype, sentence in (
+        (distances.astype(np.float64), "float32", "no matrix of its type"),
+        (np.zeros((1, 6), np.float32)[:, ::2], "float32", "columns of distances are not adjacent"),
+        (distances, "int8", "no kernels for int8"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            module.distances_ranks(matrix, dtype, *good, 1)
+
+
+def test_python_threads_may_rank_at_once():
+    rng = np.random.default_rng(7)
+    labels = labels_of(rng, 30, 800, 20)
+    query, gallery = rng.normal(size=(30, 64)), rng.normal(size=(800, 64))
+    expected, found = str(evaluate_ranking(query, gallery, *labels)), []
+    threads = [
+        threading.Thread(target=lambda: found.append(str(evaluate_ranking(query, gallery, *labels)))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [expected] * 4
