@@ -4,6 +4,7 @@ import json
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -13,8 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from dan_fast.bench import bench_attention, bench_data, bench_iteration, bench_memory
-from dan_fast.data import ImageCache, load_dataset
+from dan_fast.data import ImageCache, ReIDDataset, load_dataset
 from dan_fast.data.listing import list_datasets
+from dan_fast.data.protocol_listing import list_protocols
+from dan_fast.data.protocols import resolve_protocol
 from dan_fast.data.synthetic import synthesize
 from dan_fast.doctor import print_report
 from dan_fast.errors import DanFastError
@@ -23,9 +26,11 @@ from dan_fast.files import write_text
 from dan_fast.quickstart import quickstart
 from dan_fast.reporting.report import report
 from dan_fast.sweep import sweep
-from dan_fast.training import Interrupted, TrainConfig, Trainer, trained_network
-from dan_fast.training.build import initial_network, resolve_device
+from dan_fast.training import Interrupted, TrainConfig, Trainer
+from dan_fast.training.build import initial_network, network_of, resolve_device
+from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.config import BrokenImages, CacheCheck, Paths, Precision, as_list
+from dan_fast.training.reported import epoch_of
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -42,7 +47,9 @@ _BENCHMARKS = {
 
 def evaluate(
     checkpoint: str,
-    targets: Paths,
+    targets: Paths | None = None,
+    protocol: str | None = None,
+    root: str | None = None,
     baselines: bool = False,
     repeats: PositiveInt = 10,
     seed: NonNegativeInt = 0,
@@ -60,8 +67,11 @@ def evaluate(
     """Print CMC, mAP and mINP of a trained network on target sets.
 
     Args:
-        checkpoint: The checkpoint.pt of a run.
-        targets: Folders or manifests with query and gallery images, or with test images that are split at random.
+        checkpoint: The checkpoint.pt of a run, or its chosen.pt.
+        targets: Folders or manifests with query and gallery images, or with test images, which are split by a known
+            dataset's fixed splits, else at random.
+        protocol: In place of these, a protocol of the literature by its name, such as p1, for its targets.
+        root: Folder in which the protocol's targets lie, up to two levels deep.
         baselines: Also evaluate the network as it was before training, and random features (chance).
         repeats: Random splits of a target that has no fixed ones; mean and standard deviation are printed.
         seed: Seed of the random splits.
@@ -77,11 +87,11 @@ def evaluate(
         cache_check: quick compares sizes and modification times of the images, full all contents.
         out: Also write the figures into this JSON file.
     """
-    paths = as_list(targets)
-    if not paths:
-        raise DanFastError("targets is empty: name at least one folder or manifest.")
+    datasets = _targets(as_list(targets or []), protocol, root)
     place = resolve_device(device)
-    network, settings = trained_network(checkpoint)
+    state = load_checkpoint(checkpoint)
+    network, settings = network_of(state), state["config"]
+    conditions = {"named_protocol": _tested_by(protocol, settings), "epoch": epoch_of(state)}
     image_size = tuple(settings["data"]["image_size"])
     decoded = ImageCache.of_setting(cache, image_size, cache_check, workers=workers, say=print)
     embeddings: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"trained": network.to(place).embed}
@@ -92,7 +102,7 @@ def evaluate(
         embeddings["chance"] = lambda images: torch.randn(len(images), 64, generator=generator)
 
     results: list[tuple[str, Evaluation]] = []
-    for dataset in [load_dataset(path) for path in paths]:
+    for dataset in datasets:
         for name, embed in embeddings.items():
             evaluation = evaluate_dataset(
                 embed,
@@ -109,17 +119,43 @@ def evaluate(
                 ap=ap,
                 cache=decoded,
             )
+            if name == "trained":
+                evaluation = replace(evaluation, **conditions)
             results.append((name, evaluation))
 
     table = Table("target", "protocol", "features", *results[0][1].percentages())
     for name, evaluation in results:
-        table.add_row(evaluation.title, evaluation.protocol, name, *evaluation.row())
+        table.add_row(evaluation.title, evaluation.conditions, name, *evaluation.row())
     Console().print(table)
     for path in sorted({path for _, evaluation in results for path in evaluation.skipped}):
         print(f"Skipped {path}: it cannot be decoded.")
     if out is not None:
         content = [{"features": name, **evaluation.to_dict()} for name, evaluation in results]
         write_text(out, json.dumps(content, indent=2) + "\n")
+
+
+def _targets(paths: Sequence[str], protocol: str | None, root: str | None) -> Sequence[ReIDDataset]:
+    if protocol is None:
+        if root is not None:
+            raise DanFastError("root is of no use without protocol: name a protocol or leave root out.")
+        if not paths:
+            raise DanFastError("targets is empty: name at least one folder or manifest, or a protocol and a root.")
+        return [load_dataset(path) for path in paths]
+    if paths:
+        raise DanFastError(
+            f"protocol {protocol} and targets are both given: a protocol names its targets, so leave out one or the "
+            "other."
+        )
+    if root is None:
+        raise DanFastError(f"protocol {protocol} needs root: name the folder in which its targets lie.")
+    return resolve_protocol(protocol, root, targets_only=True).targets
+
+
+def _tested_by(protocol: str | None, settings: dict[str, Any]) -> str:
+    """What to call the protocol of a checkpoint's figures: only a network trained by it has its figures."""
+    if protocol is None or settings["data"].get("protocol") == protocol:
+        return protocol or ""
+    return f"targets of {protocol}, NOT TRAINED BY IT"
 
 
 def _train(config: TrainConfig) -> None:
@@ -161,6 +197,9 @@ def _parser() -> ArgumentParser:
     listing.add_argument("--json", action="store_true", help="Print one JSON object instead of a table.")
     extracting = "First write the images in cuhk-03.mat, and the crops of CUHK-SYSU's frames, as files beside them."
     listing.add_argument("--extract", action="store_true", help=extracting)
+    command(
+        "protocols", "List the named protocols: trained on, tested on, and what of it a folder lacks."
+    ).add_function_arguments(list_protocols, skip={"console"})
     reporter = command("report", "Lay trainings beside the paper's tables and figures: pictures and one HTML page.")
     reporter.add_argument("runs", nargs="+", help="Folders of trainings, or folders of such folders, as a sweep's.")
     reporter.add_function_arguments(report, skip={"runs"})
@@ -187,6 +226,8 @@ def _run(parser: ArgumentParser, parsed: Namespace) -> int:
             _synthesize(**arguments)
         case "datasets":
             list_datasets(**arguments)
+        case "protocols":
+            list_protocols(**arguments)
         case "quickstart":
             quickstart(**arguments)
         case "report":

@@ -112,7 +112,8 @@ def known_flags() -> set[str]:
     """The flags that the help of any command lists."""
     shown = io.StringIO()
     benches = ("bench memory", "bench attention", "bench iteration", "bench data")
-    for command in ("quickstart", "synthesize", "train", "evaluate", "datasets", "report", "sweep", "doctor", *benches):
+    commands = "quickstart synthesize train evaluate datasets protocols report sweep doctor".split()
+    for command in (*commands, *benches):
         with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
             cli._parser().parse_args([*command.split(), "--help"])
     return set(FLAG.findall(shown.getvalue()))

@@ -17,7 +17,7 @@ from dan_fast.data.known import KNOWN, FoundDataset, KnownDataset, find_datasets
 from dan_fast.errors import DanFastError
 
 # Sentences are neither broken into lines nor coloured: they name paths to copy.
-_PLAIN: dict[str, bool] = {"soft_wrap": True, "highlight": False, "markup": False}
+PLAIN: dict[str, bool] = {"soft_wrap": True, "highlight": False, "markup": False}
 _EXTRACTORS = {"cuhk03": extract_cuhk03, "cuhk_sysu": extract_cuhk_sysu}
 
 
@@ -57,10 +57,10 @@ def list_datasets(
     if found:
         console.print(_table(found))
     for line in dict.fromkeys(f"{each.path}: {sentence}" for each in found for sentence in _remarks(each)):
-        console.print(line, **_PLAIN)
+        console.print(line, **PLAIN)
     for known in missing:
         origin = f" It can be asked for at {known.origin}." if known.origin else ""
-        console.print(f"Not found: {known.title}.{origin} {known.note}".strip(), **_PLAIN)
+        console.print(f"Not found: {known.title}.{origin} {known.note}".strip(), **PLAIN)
 
 
 def _search(folders: Sequence[Path]) -> list[FoundDataset]:

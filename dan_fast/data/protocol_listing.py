@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from dan_fast.data.listing import PLAIN
 from dan_fast.data.protocols import PROTOCOLS, Part, Protocol, Shelf
 
 
@@ -26,31 +25,31 @@ def list_protocols(root: str | None = None, json: bool = False, console: Console
     """
     console = console or Console()
     shelf = None if root is None else Shelf(root)
-    missing = {each.name: [] if shelf is None else shelf.missing(each) for each in PROTOCOLS.values()}
+    missing = {name: {} if shelf is None else shelf.missing(each) for name, each in PROTOCOLS.items()}
     if json:
-        content = [_as_json(each) | ({} if shelf is None else {"missing": missing[each.name]}) for each in _all()]
+        content = [
+            _as_json(each) | ({} if shelf is None else {"missing": list(missing[name].values())})
+            for name, each in PROTOCOLS.items()
+        ]
         console.print_json(json_text.dumps(content))
         return
-    table = Table(show_lines=True)
-    for column in ("name", "trained on", "images", "unlabelled", "tested on", *(["complete?"] if shelf else [])):
-        table.add_column(column, overflow="fold")
-    for each in _all():
-        verdict = [] if shelf is None else [f"no, {len(missing[each.name])} missing" if missing[each.name] else "yes"]
-        cells = (_titles(each.labeled), each.images, _titles(each.unlabeled), _titles(each.targets))
-        table.add_row(each.name, *map(Text, cells), *verdict)
-    console.print(table)
-    for each in _all():
-        console.print(f"{each.name}: {each.title}. {each.source}.", soft_wrap=True, highlight=False, markup=False)
-    for clause in dict.fromkeys(clause for clauses in missing.values() for clause in clauses):
-        console.print(f"Missing: {clause}.", soft_wrap=True, highlight=False, markup=False)
-
-
-def _all() -> Sequence[Protocol]:
-    return tuple(PROTOCOLS.values())
+    for name, each in PROTOCOLS.items():
+        images = {"all": "all images", "train": "the train splits"}[each.images]
+        lines = [
+            f"{name}: {each.title}. {each.source}.",
+            f"    trained on {images} of {_titles(each.labeled)}",
+            *([f"    unlabelled {images} of {_titles(each.unlabeled)}"] if each.unlabeled else []),
+            f"    tested on  {_titles(each.targets)}",
+        ]
+        if shelf is not None:
+            lines.append(f"    missing    {_titles(tuple(missing[name])) or 'nothing'}")
+        console.print("\n".join(lines), **PLAIN)
+    for clause in dict.fromkeys(clause for clauses in missing.values() for clause in clauses.values()):
+        console.print(f"Missing: {clause}.", **PLAIN)
 
 
 def _titles(parts: Sequence[Part]) -> str:
-    return "\n".join(part.title for part in parts) or "–"
+    return ", ".join(part.title for part in parts)
 
 
 def _as_json(protocol: Protocol) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def resolve_protocol(name: str, root: str | Path, targets_only: bool = False) ->
     protocol, shelf = protocol_of(name), Shelf(root)
     missing = shelf.missing(protocol, targets_only)
     if missing:
-        raise DanFastError(f"Protocol {name} lacks in {shelf.root}: {'; '.join(missing)}.")
+        raise DanFastError(f"Protocol {name} lacks in {shelf.root}: {'; '.join(missing.values())}.")
     roles = shelf.roles(protocol, targets_only)
     for dataset in (*roles.labeled, *roles.unlabeled):
         for target in roles.targets:
@@ -201,10 +201,10 @@ class Shelf:
             raise DanFastError(f"{error.filename} cannot be read ({error.strerror}); check permissions.") from error
         self._read: dict[Part, ReIDDataset] = {}
 
-    def missing(self, protocol: Protocol, targets_only: bool = False) -> list[str]:
-        """What a protocol lacks here, a clause for each dataset."""
-        clauses = [self._lack(part, part in protocol.targets) for part in _parts(protocol, targets_only)]
-        return [clause for clause in dict.fromkeys(clauses) if clause]
+    def missing(self, protocol: Protocol, targets_only: bool = False) -> dict[Part, str]:
+        """What a protocol lacks here, with a clause for each dataset that says why and where to ask for it."""
+        clauses = {part: self._lack(part, part in protocol.targets) for part in _parts(protocol, targets_only)}
+        return {part: clause for part, clause in clauses.items() if clause}
 
     def roles(self, protocol: Protocol, targets_only: bool = False) -> DatasetRoles:
         """The datasets of a protocol that lacks nothing."""
