@@ -84,7 +84,8 @@ void check_indices(const char* name, const Tensor& indices, int64_t size) {
     least = std::min(least, index[i]);
     most = std::max(most, index[i]);
   }
-  STD_TORCH_CHECK(least >= 0 && (most < size || indices.numel() == 0), name, " must be what attention_head gave, indices in [0, ", size, ")");
+  STD_TORCH_CHECK(least >= 0 && (most < size || indices.numel() == 0), name,
+                  " must be what attention_head gave, indices in [0, ", size, ")");
 }
 
 using HeadGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -166,8 +167,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dan_fast, m) {
       "spatial_attention, Tensor loss, Tensor of_mean, Tensor of_peak, Tensor peak, Tensor peak_position, Tensor "
       "mean_map, Tensor peak_map, Tensor peak_channel, Tensor adversary_map)");
   m.def(
-      "attention_head_backward(Tensor features, Tensor wc1, Tensor wc2, Tensor ws1, Tensor ws3, Tensor ws2, Tensor ws4, Tensor "
-      "cam_weight, Tensor labels, Tensor attended, Tensor mean, Tensor channel_attention, Tensor spatial_attention, "
+      "attention_head_backward(Tensor features, Tensor wc1, Tensor wc2, Tensor ws1, Tensor ws3, Tensor ws2, Tensor "
+      "ws4, Tensor cam_weight, Tensor labels, Tensor attended, Tensor mean, Tensor channel_attention, Tensor spatial_attention, "
       "Tensor of_mean, Tensor of_peak, Tensor peak, Tensor peak_position, Tensor mean_map, Tensor peak_map, Tensor "
       "peak_channel, Tensor adversary_map, Tensor grad_attended, Tensor? grad_pooled, Tensor? grad_channel_attention, "
       "Tensor grad_spatial_attention, Tensor grad_loss) -> (Tensor features, Tensor wc1, Tensor wc2, Tensor ws1, "

@@ -10,7 +10,8 @@ template <typename A>
 class ChannelPool {
  public:
   ChannelPool(int64_t channels, int64_t positions)
-      : size_(round_up(channels, kTileChannels<A>)), positions_(positions), totals_(size_), best_(size_), lead_(size_) {}
+      : size_(round_up(channels, kTileChannels<A>)), positions_(positions), totals_(size_), best_(size_),
+        lead_(size_) {}
 
   void begin(A* mean, A* peak, int32_t* peak_position) {
     mean_ = mean;

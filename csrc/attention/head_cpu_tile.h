@@ -33,7 +33,7 @@ constexpr int64_t kTilePositions = 64;
 constexpr int64_t kRun = 8;
 
 // How far ahead of the element at hand memory is asked for. Compilers and CPUs foresee little of a walk over rows of a
-// few kilobytes, several at a time, and a pass with much to do for each line keeps too few requests in flight by itself.
+// few kilobytes, several at a time, and a pass with much to do for each line keeps too few requests in flight itself.
 constexpr int64_t kAheadBytes = 1 << 16;
 
 inline void prefetch_ahead(const void* from, int64_t bytes) {
@@ -148,7 +148,8 @@ inline void turn(const double* const* rows, int64_t size, double* to, int64_t st
   }
 }
 
-// A tile with the channels adjacent, kTileChannels apart; what comes after it is asked for where `ahead`; channels that the sample lacks hold anything finite or not.
+// A tile with the channels adjacent, kTileChannels apart; channels that the sample lacks hold anything finite or not.
+// Where `ahead`, what comes after the tile is asked for.
 template <typename A, typename S>
 void copy_tile(const Sample<S>& x, int64_t channel, int64_t channels, int64_t position, int64_t positions, bool ahead,
                A* tile) {
@@ -181,7 +182,7 @@ void copy_tile(const Sample<S>& x, int64_t channel, int64_t channels, int64_t po
 }
 
 // Calls for each tile's worth of channels reduction.add(tile, stride, channel, position, positions), kRun positions at
-// a time and in their order, and at last reduction.end(channel, channels). `first`: nobody has read the sample just now.
+// a time and in their order, and at last reduction.end(channel, channels). `first`: nobody has just read the sample.
 template <typename A, typename S, typename Reduction>
 void for_channels(const Sample<S>& x, bool first, A* tile, Reduction& reduction) {
   const int64_t whole = x.channels_adjacent() ? x.channels / kTileChannels<A> * kTileChannels<A> : 0;

@@ -76,11 +76,10 @@ class HeadCpu {
     const std::unique_ptr<A[]> units(new A[batch_ * in_.units]), rows(new A[batch_ * channels_]);
     const auto pool = DAN_FAST_KERNEL(head_pool<S, A>);
     parallel_(batch_, sample_grain(), [&](int64_t from, int64_t to) { pool(in_.features, out.pooled, from, to); });
-    multiply({batch_, in_.units, channels_, out.pooled.mean, channels_, 1, in_.wc1, 1, channels_, nullptr, out.of_mean,
-              in_.units, false, out.pooled.peak, out.of_peak});
+    multiply({by_channel(out.pooled.mean), wc1().transposed(), nullptr, out.of_mean, false, out.pooled.peak,
+              out.of_peak});
     relu_sum(out.of_mean, out.of_peak, batch_ * in_.units, units.get());
-    multiply({batch_, channels_, in_.units, units.get(), in_.units, 1, in_.wc2, 1, in_.units, nullptr,
-              out.channel_attention, channels_, true});
+    multiply({by_unit(units.get()), wc2().transposed(), nullptr, out.channel_attention, true});
     const AttendInput<A> in = {out.channel_attention, rows.get(), in_.labels, in_.spatial};
     const auto attend = DAN_FAST_KERNEL(head_attend<S, A>);
     parallel_(batch_, sample_grain(), [&](int64_t from, int64_t to) {
@@ -90,14 +89,14 @@ class HeadCpu {
   }
 
   void backward(const HeadSaved<A>& saved, const HeadGrad<A>& grad, const HeadInputGrad<S, A>& out) const {
-    const int64_t by_channel = batch_ * channels_, by_position = batch_ * positions_, by_unit = batch_ * in_.units;
-    const std::unique_ptr<A[]> wide(new A[3 * by_channel]), maps(new A[3 * by_position]), units(new A[3 * by_unit]);
+    const int64_t wide = batch_ * channels_, map = batch_ * positions_;
+    const std::unique_ptr<A[]> vectors(new A[3 * wide]), maps(new A[3 * map]), units(new A[3 * batch_ * in_.units]);
     // Each of two has a second life: of the rows' gradients when they have been added up, of the logits' when both
     // products have read them.
-    A *rows = wide.get(), *by_rows = rows + by_channel, *by_logits = by_rows + by_channel;
+    A *rows = vectors.get(), *by_rows = rows + wide, *by_logits = by_rows + wide;
     A *by_mean = by_rows, *by_peak = by_logits;
-    const AttendInputGrad<A> by_input = {by_logits, by_rows, maps.get(), maps.get() + by_position,
-                                         maps.get() + 2 * by_position, out.ws1, out.ws3, out.ws2, out.ws4};
+    const AttendInputGrad<A> by_input = {by_logits, by_rows, maps.get(), maps.get() + map, maps.get() + 2 * map,
+                                         out.ws1,   out.ws3, out.ws2,    out.ws4};
     attend_backward(saved, grad, rows, by_input);
     add_up_rows(by_rows, out.cam_weight);
     bottleneck_backward(saved, grad.pooled, by_logits, units.get(), by_mean, by_peak, out);
@@ -116,7 +115,8 @@ class HeadCpu {
   int64_t sample_grain() const { return grain(channels_ * positions_); }
   static int64_t grain(int64_t size) { return std::max<int64_t>(1, kTask / std::max<int64_t>(1, size)); }
 
-  void attend_backward(const HeadSaved<A>& saved, const HeadGrad<A>& grad, A* rows, const AttendInputGrad<A>& out) const {
+  void attend_backward(const HeadSaved<A>& saved, const HeadGrad<A>& grad, A* rows,
+                       const AttendInputGrad<A>& out) const {
     const int64_t hidden = in_.spatial.hidden;
     const std::unique_ptr<A[]> gates(new A[3 * batch_ * positions_]), units(new A[6 * batch_ * hidden]);
     const SpatialGradients<A> parts = {gates.get(), units.get()};
@@ -139,29 +139,32 @@ class HeadCpu {
   // by_logits in, by_mean and by_peak out; by_peak may be where by_logits is.
   void bottleneck_backward(const HeadSaved<A>& saved, const A* grad_pooled, const A* by_logits, A* scratch, A* by_mean,
                            A* by_peak, const HeadInputGrad<S, A>& out) const {
-    const int64_t units = in_.units, size = batch_ * units;
+    const int64_t size = batch_ * in_.units;
     A *sum = scratch, *by_of_mean = sum + size, *by_of_peak = by_of_mean + size;
-    multiply({batch_, units, channels_, by_logits, channels_, 1, in_.wc2, units, 1, nullptr, by_of_mean, units, false});
+    multiply({by_channel(by_logits), wc2(), nullptr, by_of_mean});
     relu_sum(saved.of_mean, saved.of_peak, size, sum);
     for (int64_t i = 0; i < size; ++i) {
       const A by_hidden = by_of_mean[i];
       by_of_mean[i] = relu_backward(saved.of_mean[i], by_hidden);
       by_of_peak[i] = relu_backward(saved.of_peak[i], by_hidden);
     }
-    multiply({channels_, units, batch_, by_logits, 1, channels_, sum, units, 1, nullptr, out.wc2, units, false});
-    multiply({units, channels_, batch_, by_of_mean, 1, units, saved.mean, channels_, 1, nullptr, out.wc1, channels_,
-              false});
-    multiply({units, channels_, batch_, by_of_peak, 1, units, saved.peak, channels_, 1, out.wc1, out.wc1, channels_,
-              false});
-    multiply({batch_, channels_, units, by_of_mean, units, 1, in_.wc1, channels_, 1, grad_pooled, by_mean, channels_,
-              false, by_of_peak, by_peak});
+    multiply({by_channel(by_logits).transposed(), by_unit(sum), nullptr, out.wc2});
+    multiply({by_unit(by_of_mean).transposed(), by_channel(saved.mean), nullptr, out.wc1});
+    multiply({by_unit(by_of_peak).transposed(), by_channel(saved.peak), out.wc1, out.wc1});
+    multiply({by_unit(by_of_mean), wc1(), grad_pooled, by_mean, false, by_of_peak, by_peak});
   }
+
+  Matrix<A> by_channel(const A* data) const { return {data, batch_, channels_}; }
+  Matrix<A> by_unit(const A* data) const { return {data, batch_, in_.units}; }
+  Matrix<A> wc1() const { return {in_.wc1, in_.units, channels_}; }
+  Matrix<A> wc2() const { return {in_.wc2, channels_, in_.units}; }
 
   void multiply(const Product<A>& product) const {
     const auto kernel = DAN_FAST_KERNEL(product_columns<A>);
-    const int64_t width = DAN_FAST_KERNEL(product_width<A>)(), strips = (product.columns + width - 1) / width;
-    parallel_(strips, grain(product.rows * product.depth * width), [&](int64_t from, int64_t to) {
-      kernel(product, from * width, std::min(product.columns, to * width));
+    const int64_t width = DAN_FAST_KERNEL(product_width<A>)(), columns = product.right.columns;
+    const int64_t strip = product.left.rows * product.left.columns * width;
+    parallel_((columns + width - 1) / width, grain(strip), [&](int64_t from, int64_t to) {
+      kernel(product, from * width, std::min(columns, to * width));
     });
   }
 
@@ -169,7 +172,7 @@ class HeadCpu {
     for (int64_t i = 0; i < size; ++i) out[i] = relu(a[i]) + relu(b[i]);
   }
 
-  // The classifier's row of each sample's label, 0 for -1. A label that is no class takes some row: its loss is not used.
+  // The classifier's row of each sample's label, 0 for -1. One that is no class takes some row: its loss is not used.
   void copy_rows(int64_t first, int64_t last, A* rows) const {
     for (int64_t b = first; b < last; ++b) {
       A* to = rows + b * channels_;

@@ -8,21 +8,24 @@
 
 namespace dan_fast {
 
-// out = addend + left right, or the sigmoid of that, with left (rows, depth), right (depth, columns). A stride is what lies between two
-// neighbours, so that a transposed matrix is a matter of strides; either stride of `right` is 1. The others do not
-// overlap `out`, but `addend` may be `out`.
+template <typename A>
+struct Matrix {
+  const A* data;
+  int64_t rows, columns;
+  int64_t row_stride = columns, column_stride = 1;
+
+  Matrix transposed() const { return {data, columns, rows, column_stride, row_stride}; }
+};
+
+// out = addend + left right, or the sigmoid of that. Either stride of `right` is 1; `out` is contiguous and overlaps
+// nothing but `addend`, which may be the same.
 template <typename A>
 struct Product {
-  int64_t rows, columns, depth;
-  const A* left;
-  int64_t left_row_stride, left_column_stride;
-  const A* right;
-  int64_t right_row_stride, right_column_stride;
-  const A* addend;  // rows as far apart as those of out; null: none
-  A* out;           // columns adjacent
-  int64_t out_stride;
-  bool sigmoid;  // of every number, before it is written
-  // Where not null, twin_out = twin_left right as well, which have the shapes and strides of left and out.
+  Matrix<A> left, right;
+  const A* addend;  // of the shape of out; null: none
+  A* out;
+  bool sigmoid = false;
+  // Where not null, twin_out = twin_left right as well, in one go; of the shapes and strides of left and out.
   const A* twin_left = nullptr;
   A* twin_out = nullptr;
 };

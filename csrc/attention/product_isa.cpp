@@ -28,13 +28,13 @@ class ProductStrips {
     const bool twin = product_.twin_out != nullptr;
     for (int64_t column = first; column < last; column += kStrip<A>) {
       const int64_t columns = std::min(kStrip<A>, last - column);
-      for (int64_t row = 0; row < product_.rows; row += kBlock) {
-        const int64_t rows = std::min(kBlock, product_.rows - row);
+      for (int64_t row = 0; row < product_.left.rows; row += kBlock) {
+        const int64_t rows = std::min(kBlock, product_.left.rows - row);
         // Without depth there is a product, too: one empty chain.
-        for (int64_t k = 0; k == 0 || k < product_.depth; k += kChain) {
-          const int64_t count = std::min(kChain, product_.depth - k);
+        for (int64_t k = 0; k == 0 || k < product_.left.columns; k += kChain) {
+          const int64_t count = std::min(kChain, product_.left.columns - k);
           pack(k, count, column, columns);
-          multiply_block(product_.left, row, rows, k, count, sums_.numbers);
+          multiply_block(product_.left.data, row, rows, k, count, sums_.numbers);
           if (twin) multiply_block(product_.twin_left, row, rows, k, count, twin_sums_.numbers);
         }
         write(sums_.numbers, product_.addend, row, rows, column, columns, product_.out);
@@ -46,9 +46,10 @@ class ProductStrips {
  private:
   // Some rows of a strip of `right`, with zeros beyond the last column.
   void pack(int64_t k, int64_t count, int64_t column, int64_t columns) {
-    const A* from = product_.right + k * product_.right_row_stride + column * product_.right_column_stride;
-    if (product_.right_column_stride == 1) {
-      for (int64_t i = 0; i < count; ++i, from += product_.right_row_stride) {
+    const Matrix<A>& right = product_.right;
+    const A* from = right.data + k * right.row_stride + column * right.column_stride;
+    if (right.column_stride == 1) {
+      for (int64_t i = 0; i < count; ++i, from += right.row_stride) {
         A* line = panel_.numbers + i * kStrip<A>;
         widen(from, columns, line);
         std::fill(line + columns, line + kStrip<A>, A(0));
@@ -58,7 +59,7 @@ class ProductStrips {
     static_assert(kStrip<A> % 4 == 0);
     for (int64_t c = 0; c < kStrip<A>; c += 4) {
       const A* rows[4];
-      for (int64_t r = 0; r < 4; ++r) rows[r] = from + std::min(c + r, columns - 1) * product_.right_column_stride;
+      for (int64_t r = 0; r < 4; ++r) rows[r] = from + std::min(c + r, columns - 1) * right.column_stride;
       turn(rows, count, panel_.numbers + c, kStrip<A>);
     }
   }
@@ -67,22 +68,22 @@ class ProductStrips {
     for (int64_t tile = 0; tile < rows; tile += kTileRows) {
       const A* tile_rows[kTileRows];
       for (int r = 0; r < kTileRows; ++r) {
-        tile_rows[r] = left + std::min(row + tile + r, product_.rows - 1) * product_.left_row_stride +
-                       k * product_.left_column_stride;
+        tile_rows[r] = left + std::min(row + tile + r, product_.left.rows - 1) * product_.left.row_stride +
+                       k * product_.left.column_stride;
       }
       A* sums = to + tile * kStrip<A>;
-      if (product_.left_column_stride == 1) {
+      if (product_.left.column_stride == 1) {
         multiply<kTileRows, kTileVectors>(tile_rows, count, panel_.numbers, k > 0, sums, kStrip<A>);
       } else {
         multiply<kTileRows, kTileVectors>(
-            tile_rows, count, panel_.numbers, k > 0, sums, kStrip<A>, product_.left_column_stride);
+            tile_rows, count, panel_.numbers, k > 0, sums, kStrip<A>, product_.left.column_stride);
       }
     }
   }
 
   void write(A* from, const A* addend, int64_t row, int64_t rows, int64_t column, int64_t columns, A* out) const {
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = (row + r) * product_.out_stride + column;
+      const int64_t at = (row + r) * product_.right.columns + column;
       A* sums = from + r * kStrip<A>;
       for (int64_t c = 0; c < columns; c += kWidth<A>) {
         const int64_t left = columns - c;
@@ -108,7 +109,7 @@ int64_t product_width() {
 
 template <typename A>
 void product_columns(const Product<A>& product, int64_t first, int64_t last) {
-  if (product.rows == 0 || first >= last) return;
+  if (product.left.rows == 0 || first >= last) return;
   ProductStrips<A>(product).run(first, last);
 }
 
