@@ -21,7 +21,7 @@ from dan_fast.data.protocols import resolve_protocol
 from dan_fast.data.synthetic import synthesize
 from dan_fast.doctor import print_report
 from dan_fast.errors import DanFastError
-from dan_fast.evaluation import Evaluation, evaluate_dataset
+from dan_fast.evaluation import Evaluation, evaluate_dataset, require_whole_splits
 from dan_fast.files import write_text
 from dan_fast.quickstart import quickstart
 from dan_fast.reporting.report import report
@@ -88,6 +88,8 @@ def evaluate(
         out: Also write the figures into this JSON file.
     """
     datasets = _targets(as_list(targets or []), protocol, root)
+    for dataset in datasets:
+        require_whole_splits(dataset)
     place = resolve_device(device)
     state = load_checkpoint(checkpoint)
     network, settings = network_of(state), state["config"]
