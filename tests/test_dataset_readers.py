@@ -96,7 +96,7 @@ def test_msmt17_with_mistakes(tmp_path: Path) -> None:
 
 
 def test_cuhk02(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    home = tmp_path / "cuhk02" / "Dataset"
+    home = tmp_path / "CUHK02" / "Dataset"
     for name in ("P1/cam1/001_2.png", "P1/cam1/001_1.png", "P1/cam2/001_1.png", "P4/cam2/001_1.png"):
         save(home / name)
     for name in ("P5/cam1/007_1.png", "P5/cam2/007_1.png"):
