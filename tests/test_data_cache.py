@@ -14,12 +14,24 @@ import pytest
 import torch
 from PIL import Image
 
-from dan_fast.data import BatchPlanner, ImageCache, ReIDDataset, Sample, TrainingSet, cache, image_loader, read_image
+from dan_fast.cli import evaluate
+from dan_fast.data import (
+    BatchPlanner,
+    ImageCache,
+    ReIDDataset,
+    Sample,
+    TrainingSet,
+    cache,
+    image_loader,
+    load_dataset,
+    read_image,
+)
 from dan_fast.data.cache import cache_folder
 from dan_fast.data.loader import training_loader
 from dan_fast.data.synthetic import synthesize
 from dan_fast.data.transforms import resize
 from dan_fast.errors import DanFastError
+from dan_fast.evaluation import evaluate_dataset
 from dan_fast.training import DataConfig, Interrupted, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer
 
 SIZE = (16, 8)
@@ -467,3 +479,21 @@ def test_a_run_with_a_cache_resumes_one_without_bit_for_bit(tmp_path: Path) -> N
     assert made == 2 and len(files(tmp_path / "cache", "npy")) == 4, "train splits first, then query and gallery"
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
+    mall, checkpoint = str(tmp_path / "images/mall"), str(tmp_path / "parts/checkpoint.pt")
+    evaluate(checkpoint, mall, workers=0, device="cpu", cache=str(tmp_path / "evaluated"))
+    assert len(files(tmp_path / "evaluated", "npy")) == 2
+
+
+def test_the_evaluation_from_a_cache_is_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    synthesize(tmp_path / "images", ["mall"], identities=4, cameras=2, image_size=(32, 32), seed=1)
+    people = load_dataset(tmp_path / "images/mall")
+
+    def colours(images: torch.Tensor) -> torch.Tensor:
+        return images.mean(dim=3).flatten(1)
+
+    expected = evaluate_dataset(colours, people, SIZE)
+    for said in ("Decoding 4 images", ""):
+        opened = ImageCache(tmp_path / "cache", SIZE, say=print)
+        assert evaluate_dataset(colours, people, SIZE, cache=opened) == expected
+        assert said in capsys.readouterr().out
+    assert len(files(tmp_path / "cache", "npy")) == 2

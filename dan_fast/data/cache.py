@@ -151,18 +151,18 @@ class ImageCache:
     def _open(self, names: list[str]) -> _Opened:
         key = hashlib.blake2b(repr((_FORMAT, self.image_size, names)).encode(), digest_size=_DIGEST).hexdigest()
         file, header = self.folder / f"{key}.npy", self.folder / f"{key}.npz"
-        found = self._inspect(file, header, names)
+        found = self._inspect(file, header, names, self.check)
         if isinstance(found, _Opened) and not found.touched:
             return found
         try:
             with self._alone(key):
                 # Another process may have been faster.
-                found = self._inspect(file, header, names)
+                found = self._inspect(file, header, names, self.check)
                 if isinstance(found, _Opened) and found.touched:
                     _write_header(header, found.header)
                 if not isinstance(found, _Opened):
                     self._build(file, header, names, why=found)
-                    found = self._inspect(file, header, names)
+                    found = self._inspect(file, header, names, "quick")
         except DanFastError:
             # A folder that may only be read is good enough where all contents are as they were.
             if not isinstance(found, _Opened):
@@ -192,7 +192,7 @@ class ImageCache:
         finally:
             lock.release()
 
-    def _inspect(self, file: Path, header_file: Path, names: list[str]) -> _Opened | str:
+    def _inspect(self, file: Path, header_file: Path, names: list[str], check: Check) -> _Opened | str:
         """The set if it can be used, else why not: "" where there is none."""
         shape = (len(names), 3, *self.image_size)
         try:
@@ -212,13 +212,13 @@ class ImageCache:
 
         current = np.array([_status(name) for name in names], dtype=np.int64)
         changed, before = (current != header.sources).any(1), header.sources.copy()
-        for row in np.flatnonzero(changed) if self.check == "quick" else range(len(names)):
+        for row in np.flatnonzero(changed) if check == "quick" else range(len(names)):
             source = _read_source(names[row])
             if source.digest != header.digests[row].tobytes():
                 return f"{names[row]} has changed since it was decoded"
             header.sources[row] = source.status
         touched = bool((header.sources != before).any())
-        if self.check == "full" or status.st_mtime_ns != header.written:
+        if check == "full" or status.st_mtime_ns != header.written:
             damaged = [row for row, image in enumerate(images) if _digest(image) != header.rows[row].tobytes()]
             if damaged:
                 return f"{file} is corrupt: {_count(len(damaged))} of {len(names)} differ from what was written"
