@@ -21,11 +21,12 @@ from dan_fast.errors import DanFastError
 from dan_fast.files import write_text
 from dan_fast.reporting.report import report as write_page
 from dan_fast.sweep_grid import PlannedRun, plan_sweep
-from dan_fast.training.config import training_differences
+from dan_fast.training.config import TrainConfig, training_differences
 from dan_fast.training.interrupt import StopRequest
 
 FINISHED, BEGUN, WAITING, FAILED = "finished", "begun", "waiting", "failed"
 _LOG = "train.log"
+_CHOICE = ("run", "choose_epoch_on_target")
 
 
 def sweep(
@@ -170,14 +171,15 @@ def _require_same_settings(run: PlannedRun) -> None:
     """A folder with a training of other settings is neither taken for this one nor overwritten."""
     if not any((run.folder / name).exists() for name in ("checkpoint.pt", "results.json")):
         return
-    saved, wanted = _saved_settings(run), run.config.to_dict()
+    saved, wanted, defaults = _saved_settings(run), run.config.to_dict(), TrainConfig().to_dict()
     if saved is None:
         raise DanFastError(f"{run.folder} holds a training without a readable config.yaml: choose another --out.")
     differences = training_differences(saved, wanted)
-    for name in ("labeled", "unlabeled"):
-        before = saved.get("data", {}).get(name, [])
-        if before != wanted["data"][name]:
-            differences.append(f"data.{name} is {wanted['data'][name]!r} here and {before!r} there")
+    # Of these a trainer that goes on sees to itself; a finished training has to be told from another one here.
+    for section, name in (*(("data", role) for role in ("labeled", "unlabeled", "protocol")), _CHOICE):
+        now, before = wanted[section][name], saved.get(section, {}).get(name, defaults[section][name])
+        if before != now:
+            differences.append(f"{section}.{name} is {now!r} here and {before!r} there")
     if differences:
         raise DanFastError(
             f"{run.folder} holds a training with other settings ({'; '.join(differences)}): choose another --out."

@@ -80,8 +80,10 @@ def plan_sweep(grid: str | Path, base: str | Path | None, out: str | Path) -> li
         config.run.out = str(Path(out) / name)
         planned.setdefault(key, PlannedRun(name, settings, config))
     first = next(iter(planned.values()))
-    if not first.config.data.labeled:
-        raise DanFastError("The sweep's base names no labelled images: give --base a configuration with data.labeled.")
+    if not (first.config.data.labeled or first.config.data.protocol):
+        raise DanFastError(
+            "The sweep's base names no labelled images: give --base a configuration with data.labeled or data.protocol."
+        )
     return list(planned.values())
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,8 @@ from jsonargparse.typing import NonNegativeInt
 from torch import Tensor
 
 from dan_fast.data import image_loader, load_dataset
-from dan_fast.data.samples import Sample
+from dan_fast.data.protocols import resolve_protocol
+from dan_fast.data.samples import ReIDDataset, Sample
 from dan_fast.errors import DanFastError
 from dan_fast.reporting.comparisons import (
     GATES,
@@ -35,6 +37,7 @@ from dan_fast.training.checkpoint import load_checkpoint
 
 # t-SNE of more takes minutes and shows no more.
 _MOST_SLOTS = 2000
+_FLAT = 1e-6
 _TOLD = {
     "train/loss/total": "L_total on S",
     "test/loss/total": "L_total on S~",
@@ -105,7 +108,8 @@ def _summary(runs: Sequence[Run]) -> str:
     return (
         f"{len(runs)} training{'s' * (len(runs) != 1)}, {tested}, beside the figures that the paper prints "
         "(Liu, Zhang, Bhanu, Coleman, Kerr: Data Assimilation Network for Generalizable Person Re-identification, "
-        "IEEE TCSVT 2022).\n\nAll results are of the last epoch unless the protocol says otherwise, in percent."
+        "IEEE TCSVT 2022).\n\nResults are in percent and of the last epoch, unless the protocol beside them says "
+        "otherwise."
     )
 
 
@@ -244,7 +248,7 @@ def _from_to(run: Run) -> str:
     told = [
         f"{title} from {run.scalars[tag][1][0]:.3g} to {run.scalars[tag][1][-1]:.3g}"
         for tag, title in _TOLD.items()
-        if tag in run.scalars
+        if tag in run.scalars and (run.settings["model"]["adversary"] or "adversary" not in tag)
     ]
     return f"All that the run logged, over its iterations; first to last value: {', '.join(told) or 'none'}."
 
@@ -271,17 +275,23 @@ def _heat_maps(run: Run, path: Path, images: int, missing: list[_Missing]) -> li
     caption = (
         f"Spatial attention A_S of {run.name} over {len(samples)} images of {name}, each beside its original. Colours "
         f"span each image's own range, written above it: from {min(spread):.1e} to {max(spread):.1e} wide."
+        f"{' That is flat: colours show little but rounding.' if max(spread) < _FLAT else ''}"
     )
     return [Figure(f"Attention of {run.name} (Fig. 9)", path, caption)]
 
 
 def _images_of(run: Run, count: int) -> tuple[str, list[Sample]]:
     """Images spread evenly over the run's first dataset that is still there: the same for runs with the same one."""
-    paths = [*run.settings["data"]["targets"], *run.settings["data"]["labeled"]]
+    data = run.settings["data"]
+    readers: list[Callable[[], ReIDDataset]]
+    if data["protocol"]:
+        readers = [lambda: resolve_protocol(data["protocol"], data["root"], targets_only=True).targets[0]]
+    else:
+        readers = [partial(load_dataset, path) for path in (*data["targets"], *data["labeled"])]
     reasons = []
-    for path in paths:
+    for read in readers:
         try:
-            dataset = load_dataset(path)
+            dataset = read()
         except DanFastError as error:
             reasons.append(str(error))
             continue
@@ -299,7 +309,7 @@ def _of(line: Line) -> str:
     return f" ({line.label})" if line.label else ""
 
 
-def _all_means(line: Line, show) -> str:
+def _all_means(line: Line, show: Callable[[object], str]) -> str:
     """R1 and mAP of a line on every target in words."""
     runs = [run for each in line.points.values() for run in each]
     parts = [

@@ -85,7 +85,7 @@ def contradictions_table() -> Table:
 def belongs(run: Run, table: PaperTable, target: str) -> bool:
     """Whether a run is to be read beside a table: VI has the target's images among the unlabelled ones, IV and V
     do not; IX compares procedures of training and takes all that the paper's targets were not part of."""
-    sees_target = any(paper_target(name) == target for name in run.unlabeled)
+    sees_target = any(paper_target(name.split(" (")[0]) == target for name in run.unlabeled)
     return sees_target if table.number == "VI" else not sees_target
 
 
@@ -125,7 +125,7 @@ def _header(columns: Sequence[str]) -> list[str]:
 
 def _run_row(run: Run, evaluation: Evaluation, columns: Sequence[str], baseline: str = "") -> list[object]:
     values = dict(zip(_COLUMNS, evaluation.row(), strict=True))
-    how = ", ".join(each for each in (evaluation.variant, evaluation.protocol) if each)
+    how = "; ".join(filter(None, (evaluation.variant, evaluation.conditions)))
     trained = f"{run.name} ({run.settings['meta']['procedure'].upper()}, {run.model})", run.sources
     name, sources = (f"{baseline}, for {run.name}", "nothing") if baseline else trained
     return [name, sources, how, evaluation.repeats, *(values[column] for column in columns)]

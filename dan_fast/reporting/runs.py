@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 import yaml
 
+from dan_fast.data.protocols import PROTOCOLS
 from dan_fast.errors import DanFastError
 from dan_fast.evaluation import Evaluation
 from dan_fast.reporting.curves import read_scalars
 from dan_fast.training.config import TrainConfig
 
 # They say where a run takes place and what it is tested on, not what it learns.
-_BESIDE_LEARNING = {"data.workers", "data.targets", "data.broken_images"}
+_BESIDE_LEARNING = {
+    f"data.{name}" for name in ("workers", "targets", "broken_images", "protocol", "root", "cache", "cache_check")
+}
 _LEARNING_IN_RUN = {"run.seed", "run.precision"}
 
 # Fig. 6, by attention, adversary and whether the dimension reduction ratio is 1.
@@ -42,6 +45,8 @@ class Run:
         name: what tables and legends call it, unique among the runs of a report.
         folder: where it lies.
         settings: section -> name -> value, complete; what config.yaml does not name has its default.
+        labeled, unlabeled: the datasets it was trained on, by their titles, or by the names of their folders where it
+            did not say; no unlabelled ones where none of their images is used.
         results: evaluations of the trained network, one for each target and protocol.
         baselines: (features, evaluation) of the untrained network and of chance, where they were asked for.
         complaints: whole sentences on files that are there and cannot be read.
@@ -50,9 +55,11 @@ class Run:
     name: str
     folder: Path
     settings: Mapping[str, Mapping[str, Any]]
+    labeled: tuple[str, ...]
+    unlabeled: tuple[str, ...]
     results: tuple[Evaluation, ...] = ()
     baselines: tuple[tuple[str, Evaluation], ...] = ()
-    complaints: tuple[str, ...] = field(default=())
+    complaints: tuple[str, ...] = ()
 
     @property
     def checkpoint(self) -> Path:
@@ -65,18 +72,6 @@ class Run:
             return read_scalars(self.folder)
         except DanFastError:
             return {}
-
-    @property
-    def labeled(self) -> tuple[str, ...]:
-        """The labelled datasets by the names of their folders."""
-        return tuple(dataset_word(path) for path in self.settings["data"]["labeled"])
-
-    @property
-    def unlabeled(self) -> tuple[str, ...]:
-        """The unlabelled datasets by the names of their folders; none where none of their images is used."""
-        if self.settings["data"]["unlabeled_share"] == 0:
-            return ()
-        return tuple(dataset_word(path) for path in self.settings["data"]["unlabeled"])
 
     @property
     def sources(self) -> str:
@@ -97,12 +92,18 @@ class Run:
         return name if reduction == _PAPERS_REDUCTION or name in ("B", "B+SA") else f"{name}, r = {reduction}"
 
     def learning(self) -> dict[str, Any]:
-        """The settings that decide what is learnt, by their dotted names."""
-        return {
+        """The settings that decide what is learnt, by their dotted names; a protocol is the datasets that it names."""
+        found = {
             name: value
             for name, value in dotted(self.settings)
             if (not name.startswith("run.") or name in _LEARNING_IN_RUN) and name not in _BESIDE_LEARNING
         }
+        protocol = PROTOCOLS.get(self.settings["data"]["protocol"])
+        if protocol is not None:
+            parts = {"labeled": protocol.labeled, "unlabeled": protocol.unlabeled}
+            found |= {f"data.{name}": [part.title for part in each] for name, each in parts.items()}
+            found["data.images"] = protocol.images
+        return found
 
 
 def dotted(settings: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -146,32 +147,53 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of the paths, as many as tell the folders apart; "run" alone, as of a quickstart, says nothing."""
+    """The last parts of the paths, as many as tell the folders apart."""
     parts = [folder.resolve().parts for folder in folders]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-count:]) for each in parts]
-        if len(set(names)) == len(names) and names != ["run"]:
+        if len(set(names)) == len(names):
             break
-    return names
+    # A quickstart's folder says nothing by itself.
+    return ["/".join(each[-2:]) if name == "run" else name for name, each in zip(names, parts, strict=True)]
 
 
 def _read_run(folder: Path, name: str) -> Run:
+    settings = _read_settings(folder / "config.yaml")
     results: list[Evaluation] = []
     baselines: list[tuple[str, Evaluation]] = []
     complaints: list[str] = []
+    sources = _sources(settings["data"])
     # What the trainer wrote first.
     for path in sorted(folder.glob("*.json"), key=lambda path: (path.name != "results.json", path.name)):
         try:
-            for features, evaluation in _read_evaluations(path):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if path.name == "results.json":
+                sources = {role: content.get(role, names) for role, names in sources.items()}
+                content = content["targets"]
+            for entry in content if isinstance(content, list) else ():
+                features, evaluation = entry.get("features", "trained"), Evaluation.from_dict(entry)
                 if features != "trained":
                     baselines.append((features, evaluation))
                 elif evaluation not in results:
                     results.append(evaluation)
         except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
             complaints.append(f"{path} holds no evaluations of this version ({error}): evaluate the run again.")
-    return Run(
-        name, folder, _read_settings(folder / "config.yaml"), tuple(results), tuple(baselines), tuple(complaints)
-    )
+    if settings["data"]["unlabeled_share"] == 0:
+        sources["unlabeled"] = []
+    names = {role: tuple(names) for role, names in sources.items()}
+    return Run(name, folder, settings, **names, results=tuple(results), baselines=tuple(baselines),
+               complaints=tuple(complaints))  # fmt: skip
+
+
+def _sources(data: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The datasets that the settings name, by role."""
+    protocol = PROTOCOLS.get(data["protocol"])
+    if protocol is None:
+        return {role: [dataset_word(path) for path in data[role]] for role in ("labeled", "unlabeled")}
+    return {
+        "labeled": [part.title for part in protocol.labeled],
+        "unlabeled": [part.title for part in protocol.unlabeled],
+    }
 
 
 def _read_settings(path: Path) -> dict[str, dict[str, Any]]:
@@ -186,14 +208,3 @@ def _read_settings(path: Path) -> dict[str, dict[str, Any]]:
         if isinstance(settings["data"][name], str):
             settings["data"][name] = [settings["data"][name]]
     return settings
-
-
-def _read_evaluations(path: Path) -> Iterator[tuple[str, Evaluation]]:
-    """(features, evaluation) of a results.json or of what `dan-fast evaluate` wrote; nothing of another JSON file."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(content, dict):
-        content = content.get("targets", []) if path.name == "results.json" else []
-    known = {each.name for each in fields(Evaluation)}
-    for entry in content:
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
-        yield values.get("features", "trained"), Evaluation(**{key: values[key] for key in known & values.keys()})
