@@ -11,7 +11,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from dan_fast.bench import bench_attention, bench_data, bench_iteration, bench_memory
 from dan_fast.data import ImageCache, ReIDDataset, load_dataset
@@ -125,7 +125,9 @@ def evaluate(
                 evaluation = replace(evaluation, **conditions)
             results.append((name, evaluation))
 
-    table = Table("target", "protocol", "features", *results[0][1].percentages())
+    # Folded: a hash or a variant that is cut short in a narrow window says nothing.
+    protocols = Column("protocol", min_width=9, overflow="fold")
+    table = Table(Column("target", overflow="fold"), protocols, "features", *results[0][1].percentages())
     for name, evaluation in results:
         table.add_row(evaluation.title, evaluation.conditions, name, *evaluation.row())
     Console().print(table)
