@@ -285,6 +285,19 @@ def test_a_cuhk03_archive_that_is_none_or_ends_early(tmp_path: Path, monkeypatch
         extract_cuhk03(tmp_path)
 
 
+def test_a_full_disk_leaves_no_half_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    write_cuhk03(tmp_path / "cuhk-03.mat")
+    write_cuhk_sysu(tmp_path)
+    monkeypatch.setattr(Image.Image, "save", full)
+    for extract in (extract_cuhk03, extract_cuhk_sysu):
+        with pytest.raises(DanFastError, match=r"\.(png|jpg) could not be written \(No space left on device\)"):
+            extract(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"cuhk-03.mat", "Image", "annotation"}
+
+
 def write_cuhk_sysu(home: Path, box: tuple[int, int, int, int] = (2, 3, 4, 5)) -> np.ndarray:
     """One person in two scenes and one in one; returns the pixels of the first scene."""
     frame = np.zeros((20, 30, 3), dtype=np.uint8)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from dan_fast.data.extraction import save_image, whole_folder
 from dan_fast.errors import DanFastError
 from dan_fast.files import write_text
 
@@ -38,7 +38,7 @@ def extract_cuhk03(folder: Path) -> list[Path]:
         The folders and files written.
 
     Raises:
-        DanFastError: h5py is not installed, or the archive cannot be read.
+        DanFastError: h5py is not installed, the archive cannot be read, or the images cannot be written.
     """
     archive = archive_of(folder)
     wanted = [
@@ -85,17 +85,11 @@ def _camera(number: int) -> int:
 
 
 def _write_images(content: Any, box: str, target: Path) -> None:
-    unfinished = target.with_name(f".{target.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
+    with whole_folder(target) as folder:
         for pair, person, images in _people(content, box):
             for number, pixels in images:
                 # MATLAB's columns come first.
-                Image.fromarray(pixels[:].transpose(2, 1, 0)).save(unfinished / _name(pair, person, number))
-        unfinished.rename(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+                save_image(Image.fromarray(pixels[:].transpose(2, 1, 0)), folder / _name(pair, person, number))
 
 
 def _classic_splits(content: Any, box: str, images: Path) -> list[dict[str, list]]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from dan_fast.data.extraction import save_image, whole_folder
 from dan_fast.data.file_names import named_images
 from dan_fast.data.finding import locate
 from dan_fast.data.samples import Counts, KnownDataset, ReIDDataset, Sample
@@ -59,7 +59,8 @@ def extract_cuhk_sysu(folder: Path) -> list[Path]:
         The folders written.
 
     Raises:
-        DanFastError: annotations that cannot be read, a box outside its frame, a frame that is absent or no image.
+        DanFastError: annotations that cannot be read, a box outside its frame, a frame that is absent or no
+            image, crops that cannot be written.
     """
     target = folder / _CROPS
     if target.is_dir() or not (folder / _PEOPLE).is_file():
@@ -70,15 +71,9 @@ def extract_cuhk_sysu(folder: Path) -> list[Path]:
             frame = str(scene["imname"])
             crop = f"{person['idname']}_{Path(frame).stem}_{number}.jpg"
             boxes_of[frame].append((crop, [int(side) for side in scene["idlocate"]]))
-    unfinished = folder / f".{_CROPS}.part"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
+    with whole_folder(target) as unfinished:
         for frame, boxes in boxes_of.items():
             _crop(folder / _FRAMES / frame, boxes, unfinished)
-        unfinished.rename(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return [target]
 
 
@@ -114,7 +109,7 @@ def _crop(frame: Path, boxes: list[tuple[str, list[int]]], target: Path) -> None
             raise DanFastError(
                 f"The box {left, top, width, height} of {name} lies outside the frame {frame}; unpack the archive anew."
             )
-        picture.crop(box).save(target / name, quality=_QUALITY)
+        save_image(picture.crop(box), target / name, quality=_QUALITY)
 
 
 CUHK_SYSU = KnownDataset(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,7 @@ def list_datasets(
             raise DanFastError(f"There is no folder {folder}; check the path for a typing mistake.")
     try:
         found = _search(folders)
-        if extract and any(
-            [_EXTRACTORS[each.known.name](each.path) for each in found if each.known.name in _EXTRACTORS]
-        ):
+        if extract and _extract(found):
             found = _search(folders)
     except OSError as error:
         raise DanFastError(f"{error.filename} cannot be read ({error.strerror}); check permissions.") from error
@@ -61,6 +60,16 @@ def list_datasets(
     for known in missing:
         origin = f" It can be asked for at {known.origin}." if known.origin else ""
         console.print(f"Not found: {known.title}.{origin} {known.note}".strip(), **PLAIN)
+
+
+def _extract(found: Sequence[FoundDataset]) -> list[Path]:
+    written = []
+    for name, folder in dict.fromkeys((each.known.name, each.path) for each in found):
+        if name in _EXTRACTORS:
+            # To the error output: the listing may be JSON.
+            print(f"{folder}: extracting the images that are not there as files.", file=sys.stderr)
+            written += _EXTRACTORS[name](folder)
+    return written
 
 
 def _search(folders: Sequence[Path]) -> list[FoundDataset]:
