@@ -29,7 +29,6 @@ SOURCES = runpy.run_path(str(ROOT / "dan_fast/_sources.py"))
 LIBRARY, MODULE, BUILD_INFO = "_native.so", f"_ranking{sysconfig.get_config_var('EXT_SUFFIX')}", "_build_info.json"
 OLDEST_TORCH = (2, 11)
 TORCH_TARGET_VERSION = "0x020b000000000000"
-MODULE_BINDING = ROOT / "python_bindings/ranking.cpp"
 AGAIN = "run `pip install -e .` again"
 DEFAULT_CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0")
 # A `*_isa.cpp` is compiled once for each of these, from the poorest to the richest; csrc/cpu/isa.h tells them apart.
@@ -228,14 +227,15 @@ def ninja_file(
         ]
     built: dict[Path, list[str]] = {}
     for source in sources(with_cuda=nvcc is not None):
+        if of_module(source) and not python:
+            continue
         stem = source.relative_to(ROOT).as_posix().replace("/", "_")
         if source.name.endswith("_isa.cpp"):
             built[source] = [f"{stem}.{name}.o" for name in sets]
             lines += [f"build {stem}.{name}.o: {name} {escaped(source)}" for name in sets]
-            continue
-        rule = "cuda" if source.suffix == ".cu" else "module" if source == MODULE_BINDING else "cxx"
-        if python or rule != "module":
+        else:
             built[source] = [f"{stem}.o"]
+            rule = "cuda" if source.suffix == ".cu" else "module" if of_module(source) else "cxx"
             lines.append(f"build {stem}.o: {rule} {escaped(source)}")
 
     def linked(target: str, rule: str, parts: list[Path]) -> str:
@@ -259,7 +259,7 @@ def sources(with_cuda: bool) -> list[Path]:
 
 
 def of_module(source: Path) -> bool:
-    return source == MODULE_BINDING or source.parent == ROOT / "csrc/ranking"
+    return source.parent == ROOT / "csrc/ranking" or source == ROOT / "python_bindings/ranking.cpp"
 
 
 def compile_libraries(folder: Path, rules: str) -> list[Path]:
@@ -293,10 +293,11 @@ def build_native(package: Path, scratch: Path) -> dict:
             raise CannotBuild(f"no torch >= 2.11 was found to compile against; install it, then {AGAIN}")
         info["torch_headers"] = torch.version
         sets = instruction_sets(compiler)
+        no_ranking = []
         try:
             python = python_headers()
         except CannotBuild as reason:
-            info["missing"].append(f"no compiled ranking: {reason}")
+            no_ranking = [f"no compiled ranking: {reason}"]
         try:
             nvcc = find_nvcc()
             info["nvcc"] = first_line([nvcc], r"release .+")
@@ -310,6 +311,7 @@ def build_native(package: Path, scratch: Path) -> dict:
             info["built"] = ["CPU"]
         info["instruction_sets"] = list(sets)
         info["ranking"] = python is not None
+        info["missing"] += no_ranking
     except CannotBuild as reason:
         info["missing"].append(f"no compiled extension: {reason}")
     package.mkdir(parents=True, exist_ok=True)

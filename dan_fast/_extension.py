@@ -48,8 +48,8 @@ _disabled = 0
 def build_info() -> dict[str, Any]:
     """What setup.py wrote down; empty if dan_fast was not installed but only put on the path.
 
-    Keys: `built`, `cuda_archs`, `instruction_sets`, `missing`, `source_hash`; `compiler`, `nvcc`, `torch_headers` if
-    found.
+    Keys: `built`, `ranking`, `cuda_archs`, `instruction_sets`, `missing`, `source_hash`; `compiler`, `nvcc`,
+    `torch_headers` if found.
     """
     try:
         return json.loads(BUILD_INFO.read_text())

@@ -14,7 +14,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import setuptools
 
 import dan_fast
 
@@ -169,9 +171,11 @@ def test_the_cuda_architectures(build: ModuleType, tools, monkeypatch: pytest.Mo
 def test_no_compiler_leaves_no_library_and_the_reason(build: ModuleType, tools, tmp_path: Path):
     package = tmp_path / "package"
     package.mkdir()
-    (package / "_native.so").write_bytes(b"of an earlier build")
+    for name in (build.LIBRARY, build.MODULE):
+        (package / name).write_bytes(b"of an earlier build")
     info = build.build_native(package, tmp_path / "scratch")
-    assert info["built"] == [] and not (package / "_native.so").exists()
+    assert info["built"] == [] and not info["ranking"]
+    assert [path.name for path in package.iterdir()] == ["_build_info.json"]
     assert json.loads((package / "_build_info.json").read_text()) == info
     (sentence,) = info["missing"]
     assert sentence.startswith("no compiled extension: no C++ compiler was found")
@@ -181,7 +185,7 @@ def test_no_compiler_leaves_no_library_and_the_reason(build: ModuleType, tools, 
 def test_a_cuda_toolkit_that_fails_leaves_the_cpu_part(build: ModuleType, tools, tmp_path: Path):
     tools(**{"c++": None, "nvcc": "echo 'fatal error: cuda_runtime.h: No such file or directory'; exit 1"})
     info = build.build_native(tmp_path / "package", tmp_path / "scratch")
-    assert info["built"] == ["CPU"] and info["cuda_archs"] == []
+    assert info["built"] == ["CPU"] and info["cuda_archs"] == [] and info["ranking"]
     (sentence,) = info["missing"]
     assert sentence.startswith("no CUDA kernels: the compiler failed") and "cuda_runtime.h" in sentence
     check = f"""
@@ -191,6 +195,32 @@ assert torch.ops.dan_fast.row_sq_norms(torch.ones(2, 3)).tolist() == [3, 3]
 assert not torch._C._dispatch_has_kernel_for_dispatch_key("dan_fast::row_sq_norms", "CUDA")
 """
     subprocess.run([sys.executable, "-c", check], check=True)
+    spec = importlib.util.spec_from_file_location("_ranking", tmp_path / "package" / build.MODULE)
+    ranking = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ranking)
+    assert ranking.square_norms(np.ones((2, 3)), "float64", 1).tolist() == [3, 3]
+
+
+def test_without_pythons_headers_the_operators_are_built(build: ModuleType, tools, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda kind: str(tmp_path))
+    with pytest.raises(build.CannotBuild, match="has no Python.h; install Python's headers"):
+        build.python_headers()
+    rules = build.ninja_file(build.find_torch(), ["c++"], None, [], {"baseline": []}, None)
+    assert f"build {build.LIBRARY}: link " in rules and build.MODULE not in rules and "rank" not in rules
+
+
+def test_the_wheel_is_for_this_python_where_it_holds_the_module(build: ModuleType, tmp_path: Path):
+    distribution = setuptools.Distribution(
+        {"ext_modules": [setuptools.Extension("dan_fast._native", [])], "cmdclass": {"build_ext": build.BuildNative}}
+    )
+    distribution.get_command_obj("build_ext").build_lib = str(tmp_path)
+    wheel = build.Wheel(distribution)
+    wheel.ensure_finalized()
+    assert wheel.get_tag()[:2] == ("py3", "none")
+    (tmp_path / "dan_fast").mkdir()
+    (tmp_path / "dan_fast" / build.MODULE).touch()
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert wheel.get_tag()[:2] == (python, python)
 
 
 def test_a_compiler_that_fails_leaves_no_library_and_its_error(build: ModuleType, tools, tmp_path: Path):

@@ -26,19 +26,29 @@ _PAIR_BYTES, _QUERY_BYTES, _THREAD_BYTES = 96, 64, 4
 
 
 @functools.cache
-def _module() -> ModuleType | None:
+def load() -> ModuleType | str:
+    """The compiled module, or one sentence on why there is none."""
     try:
         from dan_fast import _ranking
     except ImportError as error:
         missing = [sentence for sentence in _extension.build_info().get("missing", []) if "CUDA" not in sentence]
-        reason = missing[0] if missing else f"{error}; run `pip install -e .` again"
-        warnings.warn(f"dan_fast ranks in PyTorch operations: {reason}", RuntimeWarning, stacklevel=5)
-        return None
+        return missing[0] if missing else f"{error}; run `pip install -e .` again"
     return _ranking
 
 
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"dan_fast ranks in PyTorch operations: {reason}", RuntimeWarning, stacklevel=6)
+
+
 def _kernels_for(tensor: Tensor) -> ModuleType | None:
-    return _module() if tensor.device.type == "cpu" and tensor.dtype in _DTYPES and _extension.enabled() else None
+    if tensor.device.type != "cpu" or tensor.dtype not in _DTYPES or not _extension.enabled():
+        return None
+    module = load()
+    if isinstance(module, str):
+        _warn_once(module)
+        return None
+    return module
 
 
 def ranks_by_distances(
