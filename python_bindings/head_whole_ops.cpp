@@ -168,11 +168,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dan_fast, m) {
       "mean_map, Tensor peak_map, Tensor peak_channel, Tensor adversary_map)");
   m.def(
       "attention_head_backward(Tensor features, Tensor wc1, Tensor wc2, Tensor ws1, Tensor ws3, Tensor ws2, Tensor "
-      "ws4, Tensor cam_weight, Tensor labels, Tensor attended, Tensor mean, Tensor channel_attention, Tensor spatial_attention, "
-      "Tensor of_mean, Tensor of_peak, Tensor peak, Tensor peak_position, Tensor mean_map, Tensor peak_map, Tensor "
-      "peak_channel, Tensor adversary_map, Tensor grad_attended, Tensor? grad_pooled, Tensor? grad_channel_attention, "
-      "Tensor grad_spatial_attention, Tensor grad_loss) -> (Tensor features, Tensor wc1, Tensor wc2, Tensor ws1, "
-      "Tensor ws3, Tensor ws2, Tensor ws4, Tensor cam_weight)");
+      "ws4, Tensor cam_weight, Tensor labels, Tensor attended, Tensor mean, Tensor channel_attention, Tensor "
+      "spatial_attention, Tensor of_mean, Tensor of_peak, Tensor peak, Tensor peak_position, Tensor mean_map, Tensor "
+      "peak_map, Tensor peak_channel, Tensor adversary_map, Tensor grad_attended, Tensor? grad_pooled, Tensor? "
+      "grad_channel_attention, Tensor grad_spatial_attention, Tensor grad_loss) -> (Tensor features, Tensor wc1, "
+      "Tensor wc2, Tensor ws1, Tensor ws3, Tensor ws2, Tensor ws4, Tensor cam_weight)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dan_fast, CPU, m) {

@@ -100,9 +100,15 @@ inline Words select(Vector<int32_t> mask, Words yes, Words no) {
   return (yes & bits) | (no & ~bits);
 }
 
-inline Floats from_storage(BFloat16, Shorts halves) {
-  return reinterpret_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
+inline Words widen(Shorts halves) {
+#if defined(__AVX512F__)  // compilers make two vectors of half the width of the conversion
+  return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(halves)));
+#else
+  return __builtin_convertvector(halves, Words);
+#endif
 }
+
+inline Floats from_storage(BFloat16, Shorts halves) { return reinterpret_cast<Floats>(widen(halves) << 16); }
 
 inline Shorts to_storage(BFloat16, Floats values) {
   const Words bits = reinterpret_cast<Words>(values);
