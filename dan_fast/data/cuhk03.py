@@ -73,9 +73,9 @@ def read_cuhk03(folder: Path, name: str, variant: str) -> ReIDDataset:
     """Reads CUHK03 from its extracted images and the files of its splits, or from CUHK03-NP's folders.
 
     A pid is 1000 times the pair of cameras plus the person's number in it; a camid is 1 or 2, the camera in
-    its pair. Under the classic protocol (Li et al., CVPR 2014) all images of the 100 test people are both
-    query and gallery: the evaluation draws one of a person to be found. Under the new one (Zhong et al.,
-    CVPR 2017), and in CUHK03-NP, all matches in the gallery count.
+    its pair. Under the classic protocol (Li et al., CVPR 2014) all images of the 100 test people are query and
+    gallery at once: it is single-shot, a gallery is one image of each person, drawn anew many times. Under the new
+    one (Zhong et al., CVPR 2017), and in CUHK03-NP, all matches in the gallery count.
 
     Args:
         folder: the folder that `find` gave.
