@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import signal
 import subprocess
@@ -83,9 +82,9 @@ def sweep(
 def state_of(run: PlannedRun) -> str:
     """Whether a training is "finished", "begun" (has a checkpoint to go on from) or "waiting"."""
     try:
-        results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
-        done = results["epochs"] == run.config.optimizer.epochs
-    except (OSError, ValueError, KeyError, TypeError):
+        json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
+        done = True
+    except (OSError, ValueError):
         done = False
     # With other targets the trainer only evaluates again.
     if done and (_saved_settings(run) or {}).get("data", {}).get("targets") == run.config.data.targets:
@@ -125,6 +124,7 @@ def _run_all(
 def _train(run: PlannedRun, lock: int, stop: StopRequest) -> int:
     """The exit code of a training in its own process, which is told to save itself when `stop` is requested."""
     begun = (run.folder / "checkpoint.pt").exists()
+    # Those of other targets: beside the new settings they would pass for theirs.
     (run.folder / "results.json").unlink(missing_ok=True)
     write_text(run.folder / "config.yaml", yaml.safe_dump(run.config.to_dict(), sort_keys=False))
     command = _command(run.folder, begun)
@@ -205,6 +205,9 @@ def _write_record(out: Path, record: list[dict[str, Any]]) -> None:
 @contextmanager
 def _alone(out: Path) -> Iterator[int]:
     """Holds the folder's lock, which the trainings that are started inherit; gives its descriptor."""
+    # Here and not above: all other commands do without, and so does Windows.
+    import fcntl
+
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".sweep.lock").open("w") as file:
         try:

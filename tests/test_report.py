@@ -172,6 +172,7 @@ def test_baselines_and_later_evaluations_are_read(tmp_path):
     folder = fake_run(tmp_path / "r")
     more = [{"features": name, **evaluation("night", 0.3, 0.2, 10)} for name in ("trained", "untrained", "chance")]
     (folder / "night.json").write_text(json.dumps(more))
+    (folder / "again.json").write_text(json.dumps([{"features": "trained", **evaluation("street", 0.5, 0.4)}]))
     (folder / "other.json").write_text('{"something": "else"}')
     [run] = read_runs([folder])
     assert [each.dataset for each in run.results] == ["street", "night"]

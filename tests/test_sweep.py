@@ -142,6 +142,9 @@ from pathlib import Path
 folder = Path(sys.argv[1])
 resumed = (folder / "checkpoint.pt").exists()
 plan = json.loads((folder.parent / "plan").read_text()).get(folder.name, "finish")
+files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+if str(folder.parent.resolve() / ".sweep.lock") not in files:
+    sys.exit("The lock is not held.")
 with open(folder.parent / "calls", "a") as calls:
     print(folder.name, "resumed" if resumed else "new", file=calls)
 (folder / "checkpoint.pt").touch()
@@ -201,7 +204,11 @@ def test_finished_runs_are_skipped(quick, three, capsys):
     assert quick(three)[3:] == ["model.reduction=4 new"]
     # With other targets the trainer is asked to evaluate again.
     write(three, {"base": {"data": {"labeled": "market", "targets": "duke"}}, "grids": [{"model.reduction": [1]}]})
-    assert quick(three)[4:] == ["model.reduction=1 resumed"]
+    with pytest.raises(DanFastError, match="1 of 1 trainings failed"):
+        quick(three, **{reduce(1): "fail"})
+    # The results that it had are of the old targets.
+    assert states(quick.out) == ["failed"]
+    assert quick(three)[4:] == ["model.reduction=1 resumed"] * 2
 
 
 @pytest.mark.parametrize(
@@ -226,13 +233,15 @@ def test_a_folder_with_other_settings_is_left_alone(quick, three, tmp_path):
     write(three, {"base": {"data": {"labeled": "duke"}}, "grids": [{"model.reduction": [1]}]})
     with pytest.raises(DanFastError, match="data.labeled is"):
         quick(three)
+    (quick.out / reduce(1) / "results.json").unlink()
+    with pytest.raises(DanFastError, match="data.labeled is"):
+        quick(three)
     (quick.out / reduce(1) / "config.yaml").unlink()
     with pytest.raises(DanFastError, match="without a readable config.yaml"):
         quick(three)
     assert len(quick.calls) == 3
     # A run that failed before its first checkpoint holds nothing worth keeping: its mistake may be corrected.
-    for name in ("checkpoint.pt", "results.json"):
-        (quick.out / reduce(1) / name).unlink()
+    (quick.out / reduce(1) / "checkpoint.pt").unlink()
     assert quick(three)[3:] == ["model.reduction=1 new"]
 
 
