@@ -98,7 +98,8 @@ def read_cuhk03(folder: Path, name: str, variant: str) -> ReIDDataset:
         named = _read_config(file)
     else:
         named = _read_json(file, 0 if new else int(split) - 1)
-    return ReIDDataset(name, folder, **{part: images.samples(names) for part, names in named.items()}, variant=variant)
+    splits = {part: images.samples(names) for part, names in named.items()}
+    return ReIDDataset(name, folder, **splits, variant=variant, single_shot=not new)
 
 
 class _Images:

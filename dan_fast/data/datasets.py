@@ -90,6 +90,7 @@ def all_images(dataset: ReIDDataset) -> ReIDDataset:
         gallery=(),
         test=(),
         splits=None,
+        single_shot=False,
         variant=", ".join(filter(None, (dataset.variant, "all images"))),
     )
 

@@ -63,6 +63,7 @@ class ReIDDataset:
         variant: which of a dataset's variants this is, in words that go with every result ("detected, new
             protocol"); "" where there is only one.
         splits: the fixed splits of `test` by which results are compared; None where there are none.
+        single_shot: whether a query is searched for in one gallery image of each person only, drawn anew many times.
     """
 
     name: str
@@ -73,6 +74,7 @@ class ReIDDataset:
     test: tuple[Sample, ...] = ()
     variant: str = ""
     splits: FixedSplits | None = None
+    single_shot: bool = False
 
     @property
     def title(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ from dan_fast.evaluation.ranking import (
     RankingResult,
     evaluate_ranking,
 )
+from dan_fast.evaluation.single_shot import evaluate_single_shot
 
+_Result = TypeVar("_Result", RankingResult, list[RankingResult])
 COLUMNS = ("R1", "R5", "R10", "mAP", "mINP")
 
 
@@ -113,6 +115,7 @@ class DatasetFeatures(NamedTuple):
         test: of the images to be split, each embedded once for all splits; None where there are none.
         variant: of the dataset, in words.
         splits: how `test` is split; None for random splits.
+        single_shot: whether one image of each person is drawn from the gallery, many times.
     """
 
     name: str
@@ -121,6 +124,7 @@ class DatasetFeatures(NamedTuple):
     test: Features | None
     variant: str = ""
     splits: FixedSplits | None = None
+    single_shot: bool = False
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -218,8 +222,10 @@ def extract_dataset(
         )
 
     if dataset.query and dataset.gallery:
+        query = extract(dataset.query)
+        gallery = query if dataset.gallery == dataset.query else extract(dataset.gallery)
         return DatasetFeatures(
-            dataset.name, extract(dataset.query), extract(dataset.gallery), None, variant=dataset.variant
+            dataset.name, query, gallery, None, variant=dataset.variant, single_shot=dataset.single_shot
         )
     if dataset.query or dataset.gallery:
         missing = "gallery" if dataset.query else "query"
@@ -243,7 +249,8 @@ def evaluate_features(
     """Score features: once on a fixed query and gallery, on all of a dataset's fixed splits, or on random ones.
 
     Figures are means over the splits, with their standard deviations; of random splits, drawn by ``seed``, there are
-    ``repeats``.
+    ``repeats``. Under a single-shot protocol the gallery of the fixed ones is drawn by ``seed``, 100 times: see
+    :func:`dan_fast.evaluation.single_shot.evaluate_single_shot`.
 
     Raises:
         DanFastError: no identity can be found again in another camera.
@@ -255,17 +262,21 @@ def evaluate_features(
         repeats = 1
     elif features.splits is not None:
         repeats = len(features.splits.splits)
+    options = {"metric": metric, "max_rank": max_rank, "ap": ap}
     results: list[RankingResult] = []
     for repeat in range(repeats):
         query, gallery = features.split(seed, repeat)
-        results.append(_rank(features.name, query, gallery, metric=metric, max_rank=max_rank, ap=ap))
+        if features.single_shot:
+            results += _rank(evaluate_single_shot, features.name, query, gallery, seed=seed, **options)
+        else:
+            results.append(_rank(evaluate_ranking, features.name, query, gallery, **options))
     cmc = torch.stack([result.cmc for result in results])
     precision = torch.tensor([result.mAP for result in results], dtype=torch.float64)
     penalty = torch.tensor([result.mINP for result in results], dtype=torch.float64)
     spread = len(results) > 1
     return Evaluation(
         dataset=features.name,
-        protocol=_describe(features, repeats, seed),
+        protocol=_describe(features, len(results), seed),
         cmc=tuple(cmc.mean(0).tolist()),
         mAP=float(precision.mean()),
         mINP=float(penalty.mean()),
@@ -314,11 +325,11 @@ def evaluate_dataset(
     return evaluate_features(features, repeats, seed, metric, max_rank, ap)
 
 
-def _rank(name: str, query: Features, gallery: Features, **options: Any) -> RankingResult:
+def _rank(evaluate: Callable[..., _Result], name: str, query: Features, gallery: Features, **options: Any) -> _Result:
     try:
         if not query.paths:
             raise NoMatchError
-        return evaluate_ranking(
+        return evaluate(
             query.features,
             gallery.features,
             query.pids,
@@ -335,6 +346,8 @@ def _rank(name: str, query: Features, gallery: Features, **options: Any) -> Rank
 
 
 def _describe(features: DatasetFeatures, repeats: int, seed: int) -> str:
+    if features.single_shot:
+        return f"single shot: one image of each person from another camera, drawn {repeats} times, seed {seed}"
     if features.test is None:
         return "fixed query and gallery"
     if features.splits is not None:

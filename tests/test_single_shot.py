@@ -1,0 +1,106 @@
+"""CUHK03's classic protocol against a loop over repeats and queries, and against what can be said beforehand."""
+
+import numpy as np
+import pytest
+import torch
+
+from dan_fast.evaluation import evaluate_ranking, evaluate_single_shot
+from dan_fast.evaluation.pairs import Labels
+from dan_fast.evaluation.single_shot import _draw
+
+
+def problem(seed=0, queries=40, gallery=90, ids=12, cams=3):
+    rng = np.random.default_rng(seed)
+    labels = Labels(
+        rng.integers(0, ids + 2, queries),
+        rng.integers(0, ids, gallery),
+        rng.integers(0, cams, queries),
+        rng.integers(0, cams, gallery),
+    )
+    features = rng.integers(-2, 3, (queries, 3)), rng.integers(-2, 3, (gallery, 3))  # many ties
+    return [x.astype(np.float32) for x in features], labels
+
+
+def by_loop(features, labels, draws, max_rank):
+    cmc, inverse, valid = np.zeros(max_rank), [], set()
+    for drawn, matches in draws:
+        for q in range(len(labels.query_ids)):
+            if matches[q] < 0:
+                continue
+            valid.add(q)
+            kept = [g for g in drawn if labels.gallery_ids[g] != labels.query_ids[q]] + [matches[q]]
+            distance = {g: float(((features[0][q] - features[1][g]) ** 2).sum()) for g in kept}
+            rank = 1 + sorted(kept, key=lambda g: (distance[g], g)).index(matches[q])
+            cmc[rank - 1 :] += 1
+            inverse.append(1 / rank)
+    return cmc / len(inverse), np.mean(inverse), len(valid)
+
+
+def test_agrees_with_the_loop():
+    for seed in range(5):
+        features, labels = problem(seed)
+        draws = [_draw(labels, np.random.default_rng([seed, repeat])) for repeat in range(7)]
+        expected = by_loop(features, labels, draws, 20)
+        for block_bytes in (1, 10**6):
+            result = evaluate_single_shot(*features, *labels, "euclidean", 20, 7, seed, block_bytes)
+            assert result.cmc.tolist() == expected[0].tolist()
+            assert result.mAP == result.mINP == pytest.approx(expected[1], abs=1e-12)
+            assert result.num_valid == expected[2] < 40
+
+
+def test_a_draw_takes_one_image_of_each_identity_and_a_match_of_another_camera():
+    _, labels = problem()
+    seen = [set() for _ in labels.query_ids]
+    for repeat in range(300):
+        drawn, matches = _draw(labels, np.random.default_rng(repeat))
+        assert sorted(labels.gallery_ids[drawn]) == sorted(set(labels.gallery_ids))
+        for query, match in enumerate(matches):
+            seen[query].add(match)
+            image = drawn[labels.gallery_ids[drawn] == labels.query_ids[query]]
+            if len(image) and labels.gallery_cams[image] != labels.query_cams[query]:
+                assert match == image
+    for query, found in enumerate(seen):
+        same = labels.gallery_ids == labels.query_ids[query]
+        possible = np.flatnonzero(same & (labels.gallery_cams != labels.query_cams[query]))
+        assert found == (set(possible.tolist()) or {-1}), "every image that may be drawn is drawn at times"
+
+
+def test_one_image_an_identity_is_the_usual_ranking():
+    (query, gallery), _ = problem(queries=30, gallery=30)
+    labels = np.arange(30), np.arange(30), np.zeros(30, dtype=int), np.ones(30, dtype=int)
+    result, usual = evaluate_single_shot(query, gallery, *labels, repeats=3), evaluate_ranking(query, gallery, *labels)
+    torch.testing.assert_close(result.cmc, usual.cmc, rtol=0, atol=1e-15)
+    assert result.mAP == pytest.approx(usual.mAP, abs=1e-12)
+
+
+def test_the_seed_decides():
+    features, labels = problem()
+    first, again, other = (evaluate_single_shot(*features, *labels, repeats=5, seed=seed) for seed in (1, 1, 2))
+    assert str(first) == str(again) != str(other)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"repeats": 0}, "repeats is 0"),
+        ({"max_rank": 0}, "max_rank is 0"),
+        ({"metric": "manhattan"}, "metric is 'manhattan'"),
+        ({"query_cams": None}, "query_cams is missing"),
+        ({"gallery_cams": [1, 1]}, "query_ids share no identity"),
+        ({"gallery_features": np.ones((2, 3))}, "gallery_features is 3 wide and query_features 2"),
+        ({"query_features": [[np.nan, 0], [1, 1]]}, "query_features holds NaN or Inf"),
+        ({"gallery_features": np.ones((0, 2))}, r"gallery_features has shape \(0, 2\)"),
+    ],
+)
+def test_errors_name_the_argument(change, sentence):
+    arguments = {
+        "query_features": np.eye(2),
+        "gallery_features": np.eye(2),
+        "query_ids": [1, 2],
+        "gallery_ids": [1, 2],
+        "query_cams": [1, 1],
+        "gallery_cams": [2, 2],
+    }
+    assert evaluate_single_shot(**arguments).mAP == 1
+    with pytest.raises(ValueError, match=sentence):
+        evaluate_single_shot(**{**arguments, **change})
