@@ -18,6 +18,8 @@ from dan_fast.evaluation.ranking import (
     pairwise_distances,
     rank_distances,
 )
+from dan_fast.evaluation.reranking import Reranking, evaluate_reranked, reranked_distances
+from dan_fast.evaluation.single_shot import evaluate_single_shot
 
 __all__ = [
     "COLUMNS",
@@ -26,13 +28,18 @@ __all__ = [
     "Features",
     "NoMatchError",
     "RankingResult",
+    "Reranking",
     "evaluate_dataset",
     "evaluate_features",
     "evaluate_ranking",
+    "evaluate_reranked",
+    "evaluate_single_shot",
+    "evaluate_single_shot",
     "extract_dataset",
     "extract_features",
     "pairwise_distances",
     "random_split",
     "rank_distances",
+    "reranked_distances",
     "require_whole_splits",
 ]

@@ -90,10 +90,9 @@ def evaluate_ranking(
         ([1.0, 1.0], 1.0, 1)
     """
     query, gallery = _check_shapes(query_features, gallery_features)
-    if metric not in ("cosine", "euclidean"):
-        raise ValueError(f"metric is {metric!r}; it must be 'cosine' or 'euclidean'.")
-    labels = _check_labels(query_ids, gallery_ids, query_cams, gallery_cams, len(query), len(gallery))
-    _check_settings(max_rank, ap, block_bytes)
+    check_metric(metric)
+    labels = check_labels(query_ids, gallery_ids, query_cams, gallery_cams, len(query), len(gallery))
+    check_settings(max_rank, ap, block_bytes)
 
     def check(query_squares: np.ndarray, gallery_squares: np.ndarray) -> None:
         for name, features, squares in (
@@ -102,7 +101,7 @@ def evaluate_ranking(
         ):
             _check_squares(name, features, squares)
 
-    return _score(ranks_by_features(query, gallery, metric, labels, block_bytes, check), max_rank, ap)
+    return score(ranks_by_features(query, gallery, metric, labels, block_bytes, check), max_rank, ap)
 
 
 def rank_distances(
@@ -132,13 +131,13 @@ def rank_distances(
     matrix = _as_tensor(distances, "distances")
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise ValueError(f"distances has shape {tuple(matrix.shape)}; it must be a non-empty (queries, gallery).")
-    labels = _check_labels(query_ids, gallery_ids, query_cams, gallery_cams, *matrix.shape)
-    _check_settings(max_rank, ap, block_bytes)
+    labels = check_labels(query_ids, gallery_ids, query_cams, gallery_cams, *matrix.shape)
+    check_settings(max_rank, ap, block_bytes)
 
     def not_numbers() -> ValueError:
         return ValueError("distances holds NaN; every query-gallery pair needs a distance.")
 
-    return _score(ranks_by_distances(matrix, labels, block_bytes, not_numbers), max_rank, ap)
+    return score(ranks_by_distances(matrix, labels, block_bytes, not_numbers), max_rank, ap)
 
 
 def pairwise_distances(query: Tensor, gallery: Tensor, metric: Metric = "cosine") -> Tensor:
@@ -168,7 +167,8 @@ def check_features(query_features: ArrayLike, gallery_features: ArrayLike) -> tu
     """Both feature matrices as tensors on one device, or a ValueError naming the one that does not fit."""
     query, gallery = _check_shapes(query_features, gallery_features)
     for name, value in (("query_features", query), ("gallery_features", gallery)):
-        if not bool(torch.isfinite(value).all()):
+        # In parts: the check takes memory of its own.
+        if not all(bool(torch.isfinite(part).all()) for part in value.split(1024)):
             raise _not_finite(name)
     return query, gallery
 
@@ -215,7 +215,7 @@ def _as_tensor(value: ArrayLike, name: str) -> Tensor:
     return tensor
 
 
-def _check_labels(
+def check_labels(
     query_ids: ArrayLike,
     gallery_ids: ArrayLike,
     query_cams: ArrayLike,
@@ -223,6 +223,7 @@ def _check_labels(
     num_query: int,
     num_gallery: int,
 ) -> Labels:
+    """All labels as arrays, or a ValueError naming the one that does not fit."""
     checked = []
     for name, value, expected in (
         ("query_ids", query_ids, num_query),
@@ -239,7 +240,14 @@ def _check_labels(
     return Labels(*checked)
 
 
-def _check_settings(max_rank: int, ap: AveragePrecision, block_bytes: int) -> None:
+def check_metric(metric: Metric) -> None:
+    """A ValueError for one that there is not."""
+    if metric not in ("cosine", "euclidean"):
+        raise ValueError(f"metric is {metric!r}; it must be 'cosine' or 'euclidean'.")
+
+
+def check_settings(max_rank: int, ap: AveragePrecision, block_bytes: int) -> None:
+    """A ValueError names a setting that is out of its range."""
     if max_rank < 1:
         raise ValueError(f"max_rank is {max_rank}; it must be at least 1.")
     if ap not in ("standard", "trapezoid"):
@@ -248,7 +256,8 @@ def _check_settings(max_rank: int, ap: AveragePrecision, block_bytes: int) -> No
         raise ValueError(f"block_bytes is {block_bytes}; it must be at least 1.")
 
 
-def _score(blocks: Iterable[tuple[Pairs, np.ndarray]], max_rank: int, ap: AveragePrecision) -> RankingResult:
+def score(blocks: Iterable[tuple[Pairs, np.ndarray]], max_rank: int, ap: AveragePrecision) -> RankingResult:
+    """Figures from the ranks of the matches, queries in blocks; NoMatchError where there are none."""
     found, precision_sum, penalty_sum, num_valid = np.zeros(max_rank, dtype=np.int64), 0.0, 0.0, 0
     for pairs, ranks in blocks:
         first, precisions, penalties = _score_block(pairs, ranks, ap)
