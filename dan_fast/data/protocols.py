@@ -18,7 +18,6 @@ The fixed splits of VIPeR, PRID, GRID and i-LIDS are those of this package; no p
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,12 +265,12 @@ def _parts(protocol: Protocol, targets_only: bool) -> Iterable[Part]:
 
 
 def _expect_strangers(protocol: str, dataset: ReIDDataset, target: ReIDDataset) -> None:
-    if os.path.realpath(dataset.root) != os.path.realpath(target.root):
+    if dataset.root != target.root:
         return
     searched = {sample.pid for sample in target.query}
-    # Distractors are pid 0; -1 is nobody in particular.
+    # Distractors are pid 0.
     tested = searched | {sample.pid for sample in (*target.gallery, *target.test) if sample.pid != 0}
-    both = sorted({sample.pid for sample in dataset.train} & tested - {-1})
+    both = sorted({sample.pid for sample in dataset.train} & tested)
     if both:
         raise DanFastError(
             f"Protocol {protocol} would train on people of its target {target.name}: {len(both)} of them, person "
