@@ -1,5 +1,6 @@
 """Features of image files, random splits and the figures of a whole dataset."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dan_fast.data.datasets import all_images
 from dan_fast.data.samples import ReIDDataset, Sample
 from dan_fast.errors import DanFastError
 from dan_fast.evaluation.features import extract_features
@@ -19,6 +21,7 @@ from dan_fast.evaluation.protocol import (
     random_split,
 )
 from dan_fast.evaluation.ranking import evaluate_ranking
+from dan_fast.evaluation.single_shot import evaluate_single_shot
 
 SIZE = (8, 4)
 
@@ -209,3 +212,30 @@ def test_datasets_that_cannot_be_scored(people):
         evaluate_dataset(lambda images: embed(images) * np.nan, ReIDDataset("tiny", root, test=people), SIZE)
     with pytest.raises(ValueError, match="repeats is 0"):
         evaluate_dataset(embed, ReIDDataset("tiny", root, test=people), SIZE, repeats=0)
+
+
+def test_a_single_shot_dataset(people):
+    calls = []
+
+    def counted(images):
+        calls.append(len(images))
+        return embed(images)
+
+    root = people[0].path.parent
+    classic = ReIDDataset("tiny", root, query=people, gallery=people, variant="classic", single_shot=True)
+    result = evaluate_dataset(counted, classic, SIZE, seed=3, metric="euclidean", max_rank=6)
+    assert sum(calls) == len(people), "query and gallery are the same images"
+    features = extract_features(embed, people, SIZE)
+    labels = (features.pids, features.pids, features.camids, features.camids)
+    expected = evaluate_single_shot(features.features, features.features, *labels, "euclidean", 6, 100, 3)
+    assert (result.cmc, result.mAP, result.num_valid) == (tuple(expected.cmc.tolist()), expected.mAP, 36)
+    assert result.protocol == "single shot: one gallery image of each person, drawn 100 times, seed 3"
+    assert result.title == "tiny (classic)"
+    plain = evaluate_dataset(embed, dataclasses.replace(classic, single_shot=False), SIZE, metric="euclidean")
+    assert plain.mAP != pytest.approx(result.mAP, abs=1e-3)
+    with pytest.raises(DanFastError, match="tiny is scored single-shot, for which ap trapezoid is not defined"):
+        evaluate_dataset(embed, classic, SIZE, ap="trapezoid")
+    lone = tuple(sample for sample in people if sample.camid == 1)
+    with pytest.raises(DanFastError, match="tiny has no person seen by two cameras"):
+        evaluate_dataset(embed, dataclasses.replace(classic, query=lone, gallery=lone), SIZE)
+    assert (all_images(classic).train, all_images(classic).single_shot) == (people, False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from dan_fast.evaluation.ranking import (
 )
 from dan_fast.evaluation.single_shot import evaluate_single_shot
 
-_Result = TypeVar("_Result", RankingResult, list[RankingResult])
 COLUMNS = ("R1", "R5", "R10", "mAP", "mINP")
 
 
@@ -249,8 +248,8 @@ def evaluate_features(
     """Score features: once on a fixed query and gallery, on all of a dataset's fixed splits, or on random ones.
 
     Figures are means over the splits, with their standard deviations; of random splits, drawn by ``seed``, there are
-    ``repeats``. Under a single-shot protocol the gallery of the fixed ones is drawn by ``seed``, 100 times: see
-    :func:`dan_fast.evaluation.single_shot.evaluate_single_shot`.
+    ``repeats``. Under a single-shot protocol the gallery is drawn by ``seed``, 100 times: see
+    :func:`dan_fast.evaluation.single_shot.evaluate_single_shot`, over which there is no standard deviation.
 
     Raises:
         DanFastError: no identity can be found again in another camera.
@@ -267,7 +266,13 @@ def evaluate_features(
     for repeat in range(repeats):
         query, gallery = features.split(seed, repeat)
         if features.single_shot:
-            results += _rank(evaluate_single_shot, features.name, query, gallery, seed=seed, **options)
+            if ap != "standard":
+                raise DanFastError(
+                    f"{features.name} is scored single-shot, for which ap {ap} is not defined; leave it out."
+                )
+            results.append(
+                _rank(evaluate_single_shot, features.name, query, gallery, seed=seed, metric=metric, max_rank=max_rank)
+            )
         else:
             results.append(_rank(evaluate_ranking, features.name, query, gallery, **options))
     cmc = torch.stack([result.cmc for result in results])
@@ -325,7 +330,9 @@ def evaluate_dataset(
     return evaluate_features(features, repeats, seed, metric, max_rank, ap)
 
 
-def _rank(evaluate: Callable[..., _Result], name: str, query: Features, gallery: Features, **options: Any) -> _Result:
+def _rank(
+    evaluate: Callable[..., RankingResult], name: str, query: Features, gallery: Features, **options: Any
+) -> RankingResult:
     try:
         if not query.paths:
             raise NoMatchError
@@ -347,7 +354,7 @@ def _rank(evaluate: Callable[..., _Result], name: str, query: Features, gallery:
 
 def _describe(features: DatasetFeatures, repeats: int, seed: int) -> str:
     if features.single_shot:
-        return f"single shot: one image of each person from another camera, drawn {repeats} times, seed {seed}"
+        return f"single shot: one gallery image of each person, drawn 100 times, seed {seed}"
     if features.test is None:
         return "fixed query and gallery"
     if features.splits is not None:
