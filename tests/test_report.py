@@ -104,8 +104,8 @@ def test_a_trained_run_gives_a_full_page(trained, tmp_path, capsys):
             assert image.format == "PNG" and min(image.size) > 100
     text = text_of(page)
     assert "campus + mall (unlabelled)" in text and "Results on street" in text
-    assert "over 3 images of street" in text
-    assert "after 2 epochs: M: 12 slots" in text
+    assert "of tiny at epoch 2 of 2 over 3 images of street" in text
+    assert "at epoch 2 of 2: M: 12 slots" in text
     assert "dan-fast sweep --grid fig7" in text
     assert not re.search(r"tiny \| (curves|gates|heat maps|t-SNE|results)", text)
 

@@ -1,0 +1,159 @@
+"""What a report shows of each run by itself: its curves, its attention, its memories."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dan_fast.data import image_loader, load_dataset
+from dan_fast.data.protocols import resolve_protocol
+from dan_fast.data.samples import ReIDDataset, Sample
+from dan_fast.errors import DanFastError
+from dan_fast.reporting.curves import plot_curves
+from dan_fast.reporting.heatmaps import plot_attention
+from dan_fast.reporting.html import Figure
+from dan_fast.reporting.memories import MEMORIES, Slots, neighbours_agree, plot_memories, sample, stored_slots
+from dan_fast.reporting.runs import Run
+from dan_fast.training.build import network_of
+from dan_fast.training.checkpoint import load_checkpoint
+from dan_fast.training.reported import epoch_of
+
+# t-SNE of more takes minutes and shows no more.
+_MOST_SLOTS = 2000
+_FLAT = 1e-6
+_TOLD = {
+    "train/loss/total": "L_total on S",
+    "test/loss/total": "L_total on S~",
+    "train/accuracy/attention": "accuracy of the attention branch",
+    "train/accuracy/adversary": "accuracy of the adversary",
+    "competition/backbone_frozen": "share of iterations with a frozen backbone",
+    "memory/slots_labeled": "slots of M in use",
+    "memory/slots_unlabeled": "slots of M′ in use",
+    "pseudo/accuracy": "accuracy of the pseudo labels",
+}
+
+
+class Missing(NamedTuple):
+    """Something a page lacks: whose it is, what, and why and what to do about it."""
+
+    run: str
+    what: str
+    why: str
+
+
+def run_figures(run: Run, out: Path, stem: str, images: int, seed: int, missing: list[Missing]) -> list[Figure]:
+    """Curves, heat maps and t-SNE of a run; what it lacks is added to `missing`.
+
+    Args:
+        out: folder of the pictures.
+        stem: with which their names start.
+        images: images under heat maps; none of them for 0.
+        seed: of t-SNE.
+    """
+    figures = []
+    if run.scalars:
+        path = plot_curves(run.folder, out / f"{stem}_curves.png")
+        figures.append(Figure(f"Training of {run.name}", path, _from_to(run)))
+    else:
+        missing.append(Missing(run.name, "curves", no_scalars(run)))
+    try:
+        state = load_checkpoint(run.checkpoint)
+    except DanFastError as error:
+        missing.append(Missing(run.name, "heat maps and t-SNE, Figs. 9 and 10", str(error)))
+        return figures
+    figures += _heat_maps(run, state, out / f"{stem}_attention.png", images, missing)
+    slots = stored_slots(state)
+    if slots is None:
+        why = "It has no memory, as it was trained without unlabelled images."
+        missing.append(Missing(run.name, "t-SNE, Fig. 10", why))
+        return figures
+    shown = {memory: sample(each, _MOST_SLOTS, seed) for memory, each in slots.items()}
+    contents = "; ".join(
+        f"{title.split(',')[0]}: {slots[memory].describe()}{_agreement(shown[memory])}"
+        for memory, title in MEMORIES.items()
+    )
+    drawn = f" Of a memory with more than {_MOST_SLOTS} slots in use that many are drawn, at random."
+    caption = (
+        f"t-SNE (seed {seed}, of features of unit length) of what the memories hold at {epoch_of(state)}: {contents}."
+        f"{drawn if any(len(slots[each].labels) > _MOST_SLOTS for each in slots) else ''} Slots of one colour and "
+        "shape have the same label, in M′ the same pseudo label; distances between groups mean nothing."
+    )
+    try:
+        path = plot_memories(shown, out / f"{stem}_memories.png", seed)
+    except ValueError as error:
+        missing.append(Missing(run.name, "t-SNE, Fig. 10", str(error)))
+        return figures
+    return [*figures, Figure(f"Memories of {run.name} (Fig. 10)", path, caption)]
+
+
+def _agreement(slots: Slots) -> str:
+    share = neighbours_agree(slots)
+    return "" if share is None else f", {100 * share:.0f} % of them nearest to one of the same label"
+
+
+def _from_to(run: Run) -> str:
+    """What a run logged, in words: the first and the last value of what matters most."""
+    told = [
+        f"{title} from {run.scalars[tag][1][0]:.3g} to {run.scalars[tag][1][-1]:.3g}"
+        for tag, title in _TOLD.items()
+        if tag in run.scalars and (run.settings["model"]["adversary"] or "adversary" not in tag)
+    ]
+    return f"All that the run logged, over its iterations; first to last value: {', '.join(told) or 'none'}."
+
+
+def _heat_maps(run: Run, state: dict[str, Any], path: Path, images: int, missing: list[Missing]) -> list[Figure]:
+    what = "heat maps, Fig. 9"
+    if images == 0:
+        missing.append(Missing(run.name, what, "Images of persons were left out by --images 0."))
+        return []
+    if run.settings["model"]["attention"] == "none":
+        missing.append(Missing(run.name, what, "Its network has no attention."))
+        return []
+    try:
+        name, samples = _images_of(run, images)
+        network = network_of(state)
+        pixels, _ = next(iter(image_loader(samples, network.image_size, batch_size=len(samples))))
+        with torch.inference_mode():
+            attention: Tensor = network(pixels).spatial_attention
+        plot_attention(pixels, attention, network.map_size, path)
+    except (DanFastError, ValueError, RuntimeError) as error:
+        missing.append(Missing(run.name, what, str(error)))
+        return []
+    spread = (attention.amax(1) - attention.amin(1)).tolist()
+    caption = (
+        f"Spatial attention A_S of {run.name} at {epoch_of(state)} over {len(samples)} images of {name}, each beside "
+        "its original. Colours span each image's own range, written above it: from "
+        f"{min(spread):.1e} to {max(spread):.1e} wide."
+        f"{' That is flat: colours show little but rounding.' if max(spread) < _FLAT else ''}"
+    )
+    return [Figure(f"Attention of {run.name} (Fig. 9)", path, caption)]
+
+
+def _images_of(run: Run, count: int) -> tuple[str, list[Sample]]:
+    """Images spread evenly over the run's first dataset that is still there: the same for runs with the same one."""
+    data = run.settings["data"]
+    readers: list[Callable[[], ReIDDataset]]
+    if data["protocol"]:
+        readers = [lambda: resolve_protocol(data["protocol"], data["root"], targets_only=True).targets[0]]
+    else:
+        readers = [partial(load_dataset, path) for path in (*data["targets"], *data["labeled"])]
+    reasons = []
+    for read in readers:
+        try:
+            dataset = read()
+        except DanFastError as error:
+            reasons.append(str(error))
+            continue
+        samples = dataset.query or dataset.test or dataset.train
+        if samples:
+            return dataset.name, list(samples[:: max(1, len(samples) // count)][:count])
+    raise DanFastError(f"None of its datasets can be read: {reasons[0] if reasons else 'it names none.'}")
+
+
+def no_scalars(run: Run) -> str:
+    return f"{run.folder / 'tensorboard'} holds no such scalars: the run has logged nothing of the kind."
