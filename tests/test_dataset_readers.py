@@ -183,6 +183,7 @@ def test_cuhk03_new_protocol_from_torchreids_splits(cuhk03: Path) -> None:
 def test_cuhk03_classic_protocol(cuhk03: Path) -> None:
     first = load_dataset(cuhk03, variant="classic labeled split 1")
     second = load_dataset(cuhk03, variant="labeled, classic protocol, split 2")
+    assert first.single_shot and not load_dataset(cuhk03, variant="labeled, new protocol").single_shot
     assert (first.variant, second.variant) == (
         "labeled, classic protocol, split 1",
         "labeled, classic protocol, split 2",
