@@ -27,6 +27,13 @@ struct Layout {
     readable = even && (position_stride == 1 || (channel_stride == 1 && channels > 1));
   }
 
+  // Whether a readable map lies in memory without gaps and no two elements share theirs.
+  bool dense() const {
+    const bool in_sample = position_stride == 1 ? channels == 1 || channel_stride == positions
+                                                : position_stride == channels;
+    return in_sample && sample_stride == channels * positions;
+  }
+
   template <typename S>
   dan_fast::FeatureMap<S> map(S* data) const {
     return {data, batch, channels, positions, sample_stride, channel_stride, position_stride};

@@ -125,8 +125,9 @@ HeadGradients attention_head_backward_cpu(
   const auto grad_pooled_ = optional("grad_pooled", grad_pooled);
   const auto grad_channel_ = optional("grad_channel_attention", grad_channel_attention);
 
-  const bool dense = args.layout.readable && args.layout.sample_stride == args.channels * args.positions;
-  const Tensor grad = dense ? dan_fast::kept_empty_like(features) : torch::stable::empty_like(features);
+  const Layout wanted(features);
+  const bool keep = wanted.readable && wanted.dense();
+  const Tensor grad = keep ? dan_fast::kept_empty_like(features) : torch::stable::empty_like(features);
   const Features by_features(grad);
   Tensor by_wc1 = args.empty({args.units, args.channels}), by_wc2 = args.empty({args.channels, args.units});
   Tensor by_ws1 = args.empty({args.hidden, args.positions}), by_ws3 = args.empty({args.hidden, args.positions});

@@ -218,3 +218,30 @@ def test_large_gradients_are_memory_of_their_own():
     # It is a tensor like any other.
     copy = pickle.loads(pickle.dumps(held[0]))
     assert torch.equal(copy, held[0]) and held[0].stride() == inputs[0].stride()
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[..., :6],
+        lambda x: x[:, :, ::2],
+        lambda x: x.mT,
+        lambda x: x[:, :1].expand_as(x),
+        lambda x: x[:1].expand_as(x),
+        lambda x: x.to(memory_format=torch.channels_last)[..., :5, :],
+        lambda x: x.flatten().as_strided((24, 600, 7, 7), (49, 24 * 49, 7, 1)),
+        lambda x: x.flatten().as_strided((24, 500, 7, 7), (500 * 49, 1, 7, 1)),
+    ],
+)
+def test_large_gradients_of_maps_that_are_not_dense(view):
+    """Kept memory is as long as a map without gaps, whatever the strides of the map that the gradient is of."""
+    inputs, _ = problem(batch=24, channels=1000, size=(7, 7))
+    features = view(inputs[0])
+    labels = torch.arange(24) % 4 - 1
+    inputs = [features, *problem(channels=features.shape[1], size=features.shape[2:])[0][1:]]
+    found = torch.autograd.grad(mixture(head(inputs, labels)), inputs)
+    with _extension.disabled():
+        expected = torch.autograd.grad(mixture(head(inputs, labels)), inputs)
+    assert found[0].untyped_storage().nbytes() == features.numel() * 8 > 4 << 20
+    for actual, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
