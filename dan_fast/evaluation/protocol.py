@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from dan_fast.evaluation.ranking import (
     RankingResult,
     evaluate_ranking,
 )
+from dan_fast.evaluation.reranking import Reranking, evaluate_reranked
 from dan_fast.evaluation.single_shot import evaluate_single_shot
 
 COLUMNS = ("R1", "R5", "R10", "mAP", "mINP")
@@ -244,15 +246,17 @@ def evaluate_features(
     metric: Metric = "cosine",
     max_rank: int = 50,
     ap: AveragePrecision = "standard",
+    reranking: Reranking | None = None,
 ) -> Evaluation:
     """Score features: once on a fixed query and gallery, on all of a dataset's fixed splits, or on random ones.
 
     Figures are means over the splits, with their standard deviations; of random splits, drawn by ``seed``, there are
     ``repeats``. Under a single-shot protocol the gallery is drawn by ``seed``, 100 times: see
     :func:`dan_fast.evaluation.single_shot.evaluate_single_shot`, over which there is no standard deviation.
+    With ``reranking`` the lists are re-ranked first, and the protocol says so.
 
     Raises:
-        DanFastError: no identity can be found again in another camera.
+        DanFastError: no identity can be found again in another camera, or a single-shot protocol with ``reranking``.
         ValueError: features that are not finite, or ``repeats`` below 1.
     """
     if repeats < 1:
@@ -262,6 +266,12 @@ def evaluate_features(
     elif features.splits is not None:
         repeats = len(features.splits.splits)
     options = {"metric": metric, "max_rank": max_rank, "ap": ap}
+    if features.single_shot and reranking is not None:
+        raise DanFastError(
+            f"{features.name} is scored single-shot, with a gallery drawn anew many times, which is not re-ranked; "
+            "leave out rerank."
+        )
+    rank = evaluate_ranking if reranking is None else partial(evaluate_reranked, reranking=reranking)
     results: list[RankingResult] = []
     for repeat in range(repeats):
         query, gallery = features.split(seed, repeat)
@@ -274,14 +284,14 @@ def evaluate_features(
                 _rank(evaluate_single_shot, features.name, query, gallery, seed=seed, metric=metric, max_rank=max_rank)
             )
         else:
-            results.append(_rank(evaluate_ranking, features.name, query, gallery, **options))
+            results.append(_rank(rank, features.name, query, gallery, **options))
     cmc = torch.stack([result.cmc for result in results])
     precision = torch.tensor([result.mAP for result in results], dtype=torch.float64)
     penalty = torch.tensor([result.mINP for result in results], dtype=torch.float64)
     spread = len(results) > 1
     return Evaluation(
         dataset=features.name,
-        protocol=_describe(features, len(results), seed),
+        protocol="; ".join(filter(None, (_describe(features, len(results), seed), str(reranking or "")))),
         cmc=tuple(cmc.mean(0).tolist()),
         mAP=float(precision.mean()),
         mINP=float(penalty.mean()),
@@ -314,6 +324,7 @@ def evaluate_dataset(
     max_rank: int = 50,
     ap: AveragePrecision = "standard",
     cache: ImageCache | None = None,
+    reranking: Reranking | None = None,
 ) -> Evaluation:
     """Embed a dataset and score it: :func:`extract_dataset`, then :func:`evaluate_features`.
 
@@ -327,7 +338,7 @@ def evaluate_dataset(
     features = extract_dataset(
         embed, dataset, image_size, batch_size, workers, device, precision, broken_images, progress, cache
     )
-    return evaluate_features(features, repeats, seed, metric, max_rank, ap)
+    return evaluate_features(features, repeats, seed, metric, max_rank, ap, reranking)
 
 
 def _rank(

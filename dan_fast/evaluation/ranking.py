@@ -23,6 +23,10 @@ ArrayLike: TypeAlias = Tensor | np.ndarray | Sequence
 AveragePrecision: TypeAlias = Literal["standard", "trapezoid"]
 
 BLOCK_BYTES = 64 * 2**20
+NO_MATCH = (
+    "query_ids share no identity with gallery_ids seen by another camera; no query can be scored. "
+    "Check the identities and cameras of the two sets."
+)
 
 
 class NoMatchError(ValueError):
@@ -266,10 +270,7 @@ def score(blocks: Iterable[tuple[Pairs, np.ndarray]], max_rank: int, ap: Average
         penalty_sum += float(penalties.sum())
         num_valid += len(first)
     if num_valid == 0:
-        raise NoMatchError(
-            "query_ids share no identity with gallery_ids seen by another camera; no query can be scored. "
-            "Check the identities and cameras of the two sets."
-        )
+        raise NoMatchError(NO_MATCH)
     return RankingResult(
         cmc=torch.from_numpy(found.cumsum() / num_valid),
         mAP=precision_sum / num_valid,
