@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from dan_fast.cli import main
+from dan_fast.data.known import KNOWN
 from dan_fast.data.synthetic import synthesize
 from dan_fast.errors import DanFastError
 from dan_fast.evaluation import Evaluation
@@ -217,9 +218,46 @@ def test_the_papers_targets_are_known_by_any_spelling(name):
     assert paper_target(name) is not None
 
 
+def test_the_papers_targets_are_known_by_their_titles():
+    titles = {name: paper_target(known.title) for name, known in KNOWN.items()}
+    assert {name: title for name, title in titles.items() if title} == {
+        "market1501": "Market1501",
+        "dukemtmc": "DukeMTMC-reID",
+        "viper": "VIPeR",
+        "prid": "PRID",
+        "grid": "GRID",
+        "ilids": "i-LIDS",
+    }
+
+
 @pytest.mark.parametrize("name", ["ilids-vid", "prid450s", "street", "msmt17", "market1501-500k"])
 def test_other_datasets_are_not_taken_for_the_papers(name):
     assert paper_target(name) is None
+
+
+def test_a_protocol_names_what_was_trained_on(tmp_path):
+    data = {"labeled": [], "unlabeled": [], "protocol": "table6-market-to-duke", "root": "somewhere"}
+    folder = fake_run(tmp_path / "uda", [("DukeMTMC-reID", 0.5, 0.4)], data=data)
+    [run] = read_runs([folder])
+    assert run.sources == "Market-1501 + DukeMTMC-reID (unlabelled)"
+    assert [table.title.split(":")[0] for table in paper_tables([run]) if not table.folded] == [
+        "Table VI, DukeMTMC-reID"
+    ]
+    # What the trainer found to be there says more than the protocol's name.
+    results = json.loads((folder / "results.json").read_text())
+    results["targets"][0] |= {"named_protocol": "table6-market-to-duke", "epoch": "epoch 3 of 9, CHOSEN"}
+    (folder / "results.json").write_text(json.dumps(results | {"labeled": ["Market (V7)"], "unlabeled": []}))
+    [run] = read_runs([folder])
+    assert run.sources == "Market (V7)"
+    row = [table for table in paper_tables([run]) if not table.folded][0].rows[-1]
+    assert row[2] == "table6-market-to-duke; fixed query and gallery; epoch 3 of 9, CHOSEN"
+
+
+def test_protocols_with_and_without_unlabelled_images_are_shares(tmp_path):
+    for number, name in enumerate(("table5-market-to-duke", "table5-market-to-duke-wo-unlabeled")):
+        fake_run(tmp_path / name, data={"labeled": [], "unlabeled": [], "protocol": name, "root": str(number)})
+    [line] = unlabeled_shares(read_runs([tmp_path]))
+    assert list(line.points) == [0.0, 1.0]
 
 
 def test_runs_that_differ_in_one_thing_are_compared(tmp_path):

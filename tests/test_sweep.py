@@ -18,6 +18,7 @@ from dan_fast.cli import main
 from dan_fast.data.synthetic import synthesize
 from dan_fast.errors import DanFastError
 from dan_fast.reporting.curves import read_scalars
+from dan_fast.reporting.groups import swept_settings
 from dan_fast.reporting.runs import read_runs
 from dan_fast.sweep import sweep
 from dan_fast.sweep_grid import GRIDS, plan_sweep, run_name
@@ -225,6 +226,21 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(quick, three, what, sentence
     assert json.loads((quick.out / "sweep.json").read_text())[1]["sentence"] == ""
 
 
+def test_the_report_is_on_what_is_finished(quick, three, monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr(sweeping, "write_page", lambda runs, out: told.append((list(runs), out)) or out / "index.html")
+    (quick.out / "plan").write_text(json.dumps({reduce(2): "fail"}))
+    assert main(["sweep", "--grid", str(three), "--out", str(quick.out)]) == 1
+    assert told == [([quick.out / reduce(1), quick.out / reduce(3)], quick.out / "report")]
+    printed = capsys.readouterr()
+    assert f"Report: {quick.out / 'report' / 'index.html'}" in printed.out
+    assert "1 of 3 trainings failed" in printed.err
+    (quick.out / "plan").write_text(json.dumps({reduce(number): "fail" for number in (1, 2)}))
+    write(three, {"base": BASE, "grids": [{"model.reduction": [2]}]})
+    assert main(["sweep", "--grid", str(three), "--out", str(quick.out)]) == 1
+    assert len(told) == 1
+
+
 def test_a_folder_with_other_settings_is_left_alone(quick, three, tmp_path):
     quick(three)
     write(three, {"base": {**BASE, "optimizer": {"epochs": 7}}, "grids": [{"model.reduction": [1]}]})
@@ -313,7 +329,7 @@ def test_two_by_two_trainings_killed_in_the_middle_go_on(tmp_path, capsys):
     steps = len(read_scalars(second)["train/loss/total"][0])
     finished_at = (first / "results.json").stat().st_mtime_ns
 
-    assert main(command) == 0
+    assert main([*command, "--report", "false"]) == 0
     assert states(out) == ["finished"] * 4
     assert (first / "results.json").stat().st_mtime_ns == finished_at
     iterations = [read_scalars(folder)["train/loss/total"][0].tolist() for folder in (first, second, *others)]
@@ -322,8 +338,8 @@ def test_two_by_two_trainings_killed_in_the_middle_go_on(tmp_path, capsys):
     logged = sorted((second / "tensorboard").iterdir())
     assert len(logged) == 2
     assert "Continue with --run.resume true" in (second / "train.log").read_text()
-    assert [run.settings["loss"]["adversary"] for run in read_runs([out])] == [0.2, 0.2, 0.6, 0.6]
-    page = (out / "report" / "index.html").read_text()
-    assert "Over λ1, loss.adversary (Fig. 8)" in page and "Over r, model.reduction (Fig. 8)" in page
+    runs = read_runs([out])
+    assert [run.settings["loss"]["adversary"] for run in runs] == [0.2, 0.2, 0.6, 0.6]
+    assert list(swept_settings(runs)) == ["loss.adversary", "model.reduction"]
     assert main([*command, "--list"]) == 0
     assert capsys.readouterr().out.count("│ finished") == 4
