@@ -102,7 +102,7 @@ def test_the_pixels_are_those_of_the_transform(tmp_path: Path, paths: list[Path]
 def test_images_are_decoded_once(tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     Opened(tmp_path / "cache", paths)
     nothing_is_decoded(monkeypatch)
-    monkeypatch.setattr(cache, "_read_source", lambda name: pytest.fail("a content was compared"))
+    monkeypatch.setattr(cache, "read_source", lambda name: pytest.fail("a content was compared"))
     again = Opened(tmp_path / "cache", paths)
     assert again.said == [] and again.holds(paths)
     again.cache.add(paths)
@@ -156,8 +156,18 @@ def test_touched_images_keep_their_pixels(tmp_path: Path, paths: list[Path], mon
         os.utime(path, ns=(1, 10**18))
     nothing_is_decoded(monkeypatch)
     assert Opened(folder, paths).said == []
-    monkeypatch.setattr(cache, "_read_source", lambda name: pytest.fail("the times were not kept"))
+    monkeypatch.setattr(cache, "read_source", lambda name: pytest.fail("the times were not kept"))
     assert Opened(folder, paths).holds([])
+
+
+def test_another_version_of_the_decoder_has_the_set_made_anew(
+    tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cache"
+    Opened(folder, paths)
+    monkeypatch.setattr(cache, "_MADE_BY", "Pillow 99")
+    assert Opened(folder, paths).said[0].endswith("and this is Pillow 99.")
+    assert Opened(folder, paths).said == []
 
 
 def truncate(data: Path, header: Path) -> None:
@@ -253,6 +263,9 @@ def test_a_broken_image_is_an_error_where_it_is_read(tmp_path: Path, paths: list
     assert opened.said == []
     draw_image(absent, 8)
     draw_image(paths[1], 9)
+    # The newest set of an image counts.
+    opened.cache.add([absent, tmp_path / "images" / "never.png"])
+    assert opened.holds([absent])
     assert Opened(folder, [*paths, absent]).holds([*paths, absent])
 
 
@@ -272,7 +285,7 @@ def slowly(monkeypatch: pytest.MonkeyPatch, log: Path, seconds: float) -> None:
 def test_two_processes_at_once_decode_once(tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, log = tmp_path / "cache", tmp_path / "log"
     slowly(monkeypatch, log, 0.05)
-    barrier, results = FORK.Barrier(2), FORK.SimpleQueue()
+    barrier, results = FORK.Barrier(2), FORK.Queue()
 
     def work() -> None:
         barrier.wait()
@@ -282,7 +295,7 @@ def test_two_processes_at_once_decode_once(tmp_path: Path, paths: list[Path], mo
     processes = [FORK.Process(target=work) for _ in range(2)]
     for process in processes:
         process.start()
-    found = [results.get() for _ in processes]
+    found = [results.get(timeout=30) for _ in processes]
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
@@ -380,7 +393,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, paths: list[Path], mo
         def full(content) -> bytes:
             raise OSError(28, "No space left on device")
 
-        patch.setattr(cache, "_digest", lambda content: full(content) if isinstance(content, np.ndarray) else b"x" * 16)
+        patch.setattr(cache, "digest", lambda content: full(content) if isinstance(content, np.ndarray) else b"x" * 16)
         with pytest.raises(DanFastError, match=r"could not be written \(No space left on device\)"):
             Opened(folder, paths)
     assert file.read_bytes() == before and not list(folder.glob(".*"))

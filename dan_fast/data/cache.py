@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import os
@@ -14,12 +12,24 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
+import PIL
 import torch
+import torchvision
 from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dan_fast.data.images import decode_image, unreadable
+from dan_fast.data.cache_header import (
+    Header,
+    Source,
+    as_rows,
+    digest,
+    read_header,
+    read_source,
+    status_of,
+    write_header,
+)
+from dan_fast.data.images import decode_image
 from dan_fast.data.transforms import resize
 from dan_fast.data.workers import SentenceLoader
 from dan_fast.errors import DanFastError
@@ -32,7 +42,8 @@ NO_CACHE, USER_CACHE = "none", "user"
 _LOG = logging.getLogger(__name__)
 # Part of every name: raised when the pixels or the files would be others.
 _FORMAT = 1
-_DIGEST = 16
+# Other versions may decode and resize to other levels.
+_MADE_BY = f"Pillow {PIL.__version__}, torchvision {torchvision.__version__}"
 _BATCH = 32
 
 
@@ -61,8 +72,8 @@ class ImageCache:
     which `numpy.load` opens too, and a header `<key>.npz`; the key is a hash of the absolute paths and the size. Each
     opening of a set checks sizes and modification times of the images and of the file against the header. Where one
     differs, contents are compared: images that were only touched keep their pixels, any other change has the set made
-    anew. `check="full"` compares all contents, of the images and of every row of the file, and so finds damage that no
-    modification time tells of.
+    anew, as other versions of Pillow or torchvision have. `check="full"` compares all contents, of the images and of
+    every row of the file, and so finds damage that no modification time tells of.
 
     One process makes a set while others that want it wait. A process that is killed leaves nothing that is read. A
     file in use may be replaced or deleted: those who read it keep what they have. To free the space, delete the folder.
@@ -149,7 +160,7 @@ class ImageCache:
         return images[row]
 
     def _open(self, names: list[str]) -> _Opened:
-        key = hashlib.blake2b(repr((_FORMAT, self.image_size, names)).encode(), digest_size=_DIGEST).hexdigest()
+        key = digest(repr((_FORMAT, self.image_size, names)).encode()).hex()
         file, header = self.folder / f"{key}.npy", self.folder / f"{key}.npz"
         found = self._inspect(file, header, names, self.check)
         if isinstance(found, _Opened) and not found.touched:
@@ -159,7 +170,7 @@ class ImageCache:
                 # Another process may have been faster.
                 found = self._inspect(file, header, names, self.check)
                 if isinstance(found, _Opened) and found.touched:
-                    _write_header(header, found.header)
+                    write_header(header, found.header)
                 if not isinstance(found, _Opened):
                     self._build(file, header, names, why=found)
                     found = self._inspect(file, header, names, "quick")
@@ -196,7 +207,7 @@ class ImageCache:
         """The set if it can be used, else why not: "" where there is none."""
         shape = (len(names), 3, *self.image_size)
         try:
-            header = _read_header(header_file)
+            header = read_header(header_file)
             status = file.stat()
             # Copy on write: PyTorch wants memory that could be written, and nobody writes it.
             images = np.load(file, mmap_mode="c", allow_pickle=False)
@@ -210,16 +221,19 @@ class ImageCache:
         if status.st_size != images.offset + images.nbytes:
             return f"{file} is corrupt: it has {status.st_size} bytes and not {images.offset + images.nbytes}"
 
-        current = np.array([_status(name) for name in names], dtype=np.int64)
+        if header.made_by != _MADE_BY:
+            return f"they are of {header.made_by} and this is {_MADE_BY}"
+
+        current = np.array([status_of(name) for name in names], dtype=np.int64)
         changed, before = (current != header.sources).any(1), header.sources.copy()
         for row in np.flatnonzero(changed) if check == "quick" else range(len(names)):
-            source = _read_source(names[row])
+            source = read_source(names[row])
             if source.digest != header.digests[row].tobytes():
                 return f"{names[row]} has changed since it was decoded"
             header.sources[row] = source.status
         touched = bool((header.sources != before).any())
         if check == "full" or status.st_mtime_ns != header.written:
-            damaged = [row for row, image in enumerate(images) if _digest(image) != header.rows[row].tobytes()]
+            damaged = [row for row, image in enumerate(images) if digest(image) != header.rows[row].tobytes()]
             if damaged:
                 return f"{file} is corrupt: {_count(len(damaged))} of {len(names)} differ from what was written"
             touched |= status.st_mtime_ns != header.written
@@ -251,54 +265,30 @@ class ImageCache:
                     image = blank if each.image is None else each.image
                     stream.write(image.numpy().data)
                     # Without the image, of which there may be more than memory holds.
-                    decoded.append(each._replace(image=None, row=_digest(image.numpy())))
+                    decoded.append(each._replace(image=None, row=digest(image.numpy())))
 
         write_whole(file, write)
-        header = _Header(
+        header = Header(
             sources=np.array([each.source.status for each in decoded], dtype=np.int64),
-            digests=_as_bytes([each.source.digest for each in decoded]),
-            rows=_as_bytes([each.row for each in decoded]),
+            digests=as_rows([each.source.digest for each in decoded]),
+            rows=as_rows([each.row for each in decoded]),
             written=file.stat().st_mtime_ns,
+            made_by=_MADE_BY,
             broken={row: each.broken for row, each in enumerate(decoded) if each.broken is not None},
         )
-        _write_header(header_file, header)
-
-
-class _Source(NamedTuple):
-    """An image file: (size, modification time in ns), and the hash of what was read. Unreadable: -1 and zeros."""
-
-    status: tuple[int, int]
-    digest: bytes
-    content: bytes | None = None
-    error: str | None = None
+        write_header(header_file, header)
 
 
 class _Decoded(NamedTuple):
     image: Tensor | None
-    source: _Source
+    source: Source
     broken: str | None
     row: bytes = b""
 
 
-class _Header(NamedTuple):
-    """Attributes:
-    sources: (n,2) int64, size and modification time of each image file.
-    digests: (n,16) uint8, hash of its content.
-    rows: (n,16) uint8, hash of its pixels in the file.
-    written: modification time of the file.
-    broken: row -> sentence for images that cannot be decoded.
-    """
-
-    sources: np.ndarray
-    digests: np.ndarray
-    rows: np.ndarray
-    written: int
-    broken: dict[int, str]
-
-
 class _Opened(NamedTuple):
     images: np.ndarray
-    header: _Header
+    header: Header
     # Contents are as they were, modification times are not: the header is to be written again.
     touched: bool
 
@@ -313,7 +303,7 @@ class _Decoding(Dataset):
 
     def __getitem__(self, index: int) -> _Decoded:
         name = self.names[index]
-        source = _read_source(name)
+        source = read_source(name)
         if source.content is None:
             return _Decoded(None, source, source.error)
         try:
@@ -321,51 +311,6 @@ class _Decoding(Dataset):
         except DanFastError as error:
             return _Decoded(None, source._replace(content=None), str(error))
         return _Decoded(image, source._replace(content=None), None)
-
-
-def _status(name: str) -> tuple[int, int]:
-    try:
-        status = os.stat(name)
-    except OSError:
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
-
-
-def _read_source(name: str) -> _Source:
-    try:
-        with open(name, "rb") as stream:
-            # Of the open file, and before it is read: a later change is seen as one.
-            status = os.fstat(stream.fileno())
-            content = stream.read()
-    except OSError as error:
-        return _Source((-1, -1), bytes(_DIGEST), error=str(unreadable(Path(name), error)))
-    return _Source((status.st_size, status.st_mtime_ns), _digest(content), content)
-
-
-def _digest(content: bytes | np.ndarray) -> bytes:
-    return hashlib.blake2b(content, digest_size=_DIGEST).digest()
-
-
-def _as_bytes(digests: list[bytes]) -> np.ndarray:
-    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(len(digests), _DIGEST)
-
-
-def _write_header(path: Path, header: _Header) -> None:
-    content: dict[str, Any] = header._asdict()
-    content["broken"] = json.dumps(header.broken)
-    write_whole(path, lambda stream: np.savez(stream, **content))
-
-
-def _read_header(path: Path) -> _Header:
-    with np.load(path, allow_pickle=False) as content:
-        broken = json.loads(str(content["broken"]))
-        return _Header(
-            content["sources"],
-            content["digests"],
-            content["rows"],
-            int(content["written"]),
-            {int(row): sentence for row, sentence in broken.items()},
-        )
 
 
 def _count(images: int) -> str:
