@@ -256,7 +256,8 @@ def evaluate_features(
     With ``reranking`` the lists are re-ranked first, and the protocol says so.
 
     Raises:
-        DanFastError: no identity can be found again in another camera, or a single-shot protocol with ``reranking``.
+        DanFastError: no identity can be found again in another camera, or a single-shot protocol with ``reranking`` or an
+            ``ap`` other than the standard one.
         ValueError: features that are not finite, or ``repeats`` below 1.
     """
     if repeats < 1:
@@ -271,15 +272,13 @@ def evaluate_features(
             f"{features.name} is scored single-shot, with a gallery drawn anew many times, which is not re-ranked; "
             "leave out rerank."
         )
+    if features.single_shot and ap != "standard":
+        raise DanFastError(f"{features.name} is scored single-shot, for which ap {ap} is not defined; leave it out.")
     rank = evaluate_ranking if reranking is None else partial(evaluate_reranked, reranking=reranking)
     results: list[RankingResult] = []
     for repeat in range(repeats):
         query, gallery = features.split(seed, repeat)
         if features.single_shot:
-            if ap != "standard":
-                raise DanFastError(
-                    f"{features.name} is scored single-shot, for which ap {ap} is not defined; leave it out."
-                )
             results.append(
                 _rank(evaluate_single_shot, features.name, query, gallery, seed=seed, metric=metric, max_rank=max_rank)
             )
