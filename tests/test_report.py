@@ -24,6 +24,7 @@ from dan_fast.reporting.report import report
 from dan_fast.reporting.results import paper_tables, paper_target, result_tables
 from dan_fast.reporting.runs import read_runs
 from dan_fast.training import DataConfig, MemoryConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer
+from dan_fast.training.reported import CHOSEN
 
 
 def evaluation(dataset: str, rank1: float, mean_precision: float, repeats: int = 1) -> dict:
@@ -322,7 +323,8 @@ def drawn(monkeypatch):
     def note(figure, path):
         for axes in figure.axes:
             lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
-            panels[f"{Path(path).stem}: {axes.get_title(loc='left')}"] = lines
+            title = axes.get_title(loc="left").replace("\n", ", ")
+            panels[f"{Path(path).stem}: {title}"] = lines
             assert axes.get_xlabel()
         return save(figure, path)
 
@@ -337,16 +339,27 @@ def test_pictures_show_the_figures_and_captions_say_them(tmp_path, drawn):
     fake_run(tmp_path / "runs" / "cbam", [("street", 0.2, 0.35)], model={"attention": "cbam"})
     fake_run(tmp_path / "runs" / "r1", [("street", 0.6, 0.45)], memory={"labeled_slots": 4000})
     text = text_of(report([tmp_path / "runs"], tmp_path / "page"))
-    share = drawn["unlabeled_share: street"]
+    share = drawn["unlabeled_share: street, fixed query and gallery"]
     assert share["mAP"][0] == [0, 50, 100] and share["mAP"][1] == pytest.approx([10, 20, 40])
     assert share["R1"][1] == pytest.approx([30, 30, 30])
-    slots = drawn["over_memory.labeled_slots: street"]
+    slots = drawn["over_memory.labeled_slots: street, fixed query and gallery"]
     assert slots["mAP"][0] == [4000, 9000] and slots["mAP"][1] == pytest.approx([45, 40])
     assert drawn["gates: β, confidence in pseudo labels"]["p0.5"] == ([0, 1, 2], pytest.approx([0.1, 0.125, 0.5]))
-    assert "mAP on street: 10.0 at p = 0 %, 20.0 at p = 50 %, 40.0 at p = 100 %." in text
-    assert "R1 on street: 60.0 at 4000, 30.0 at 9000." in text
-    assert "mAP on street: 35.0 at B+CBAM+AAN, 40.0 at B+NL-CBAM+AAN." in text
+    assert "mAP on street (fixed query and gallery): 10.0 at p = 0 %, 20.0 at p = 50 %, 40.0 at p = 100 %." in text
+    assert "R1 on street (fixed query and gallery): 60.0 at 4000, 30.0 at 9000." in text
+    assert "mAP on street (fixed query and gallery): 35.0 at B+CBAM+AAN, 40.0 at B+NL-CBAM+AAN." in text
     assert "p0.5: β from 0.100 to 0.500" in text
+
+
+def test_results_of_other_protocols_are_not_drawn_together(tmp_path, drawn):
+    for share, repeats in ((0.0, 10), (0.25, 1), (0.5, 1), (1.0, 1)):
+        fake_run(tmp_path / f"p{share}", [("street", 0.3, share / 2, repeats)], data={"unlabeled_share": share})
+    chosen = json.loads((tmp_path / "p1.0" / "results.json").read_text())
+    chosen["targets"][0]["epoch"] = f"epoch 3 of 9, {CHOSEN}"
+    (tmp_path / "p1.0" / "results.json").write_text(json.dumps(chosen))
+    report([tmp_path], tmp_path / "page")
+    shown = {title: lines["mAP"][0] for title, lines in drawn.items() if title.startswith("unlabeled_share")}
+    assert shown == {"unlabeled_share: street, fixed query and gallery": [25, 50]}
 
 
 def test_models_are_drawn_over_the_epochs_they_were_tested_at(tmp_path, drawn):

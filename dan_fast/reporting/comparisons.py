@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dan_fast.reporting.canvas import COLOURS, save_png, style
-from dan_fast.reporting.groups import Line, result_on, targets
+from dan_fast.reporting.groups import Line, Target, compared, result_on
 from dan_fast.reporting.runs import Run
 
 GATES = {"memory/sigma_alpha": "σ(α), writes to M", "memory/sigma_alpha_unlabeled": "σ(α′), writes to M′",
@@ -53,15 +54,14 @@ def plot_models(line: Line, out_png: str | Path) -> Path:
     """Fig. 6: mAP over the epochs for each model, or bars of R1 and mAP where a run was tested only at its end.
 
     Raises:
-        ValueError: no run of the line was tested.
+        ValueError: no two models of the line were tested alike.
     """
     curves = {name: [evaluated_epochs(run) for run in runs] for name, runs in line.points.items()}
     if any(len(epochs) > 1 for each in curves.values() for run in each for epochs, _ in run.values()):
         return _plot_model_curves(curves, out_png)
-    runs = [run for each in line.points.values() for run in each]
-    places = targets(runs)
+    places = compared([line])
     if not places:
-        raise ValueError("line: none of its runs was tested.")
+        raise ValueError("line: no two of its models were tested alike.")
     with style():
         figure, grid = _panels(len(places), height=0.55 + 0.42 * len(line.points), width=5.4)
         for axes, target in zip(grid, places, strict=True):
@@ -91,26 +91,25 @@ def plot_over_setting(lines: Sequence[Line], label: str, out_png: str | Path, pe
         percent: the setting is a share, to be shown in percent.
 
     Raises:
-        ValueError: no run of the lines was tested.
+        ValueError: no two runs of one line were tested alike.
     """
-    runs = [run for line in lines for each in line.points.values() for run in each]
-    places = targets(runs)
+    places = compared(lines)
     if not places:
-        raise ValueError("lines: none of their runs was tested.")
+        raise ValueError("lines: no two runs of one line were tested alike.")
     with style():
         figure, grid = _panels(len(places))
         for axes, target in zip(grid, places, strict=True):
             for place, line in enumerate(lines):
                 for metric in METRICS:
                     _draw_line(axes, line, target, metric, place, 100.0 if percent else 1.0)
-            axes.set_title(target)
+            _name(axes, target)
             axes.set(xlabel=label, ylabel="R1 and mAP (%)")
             axes.margins(y=0.15)
         _legend(figure, grid)
         return save_png(figure, out_png)
 
 
-def means(line: Line, target: str, metric: str) -> dict[object, float]:
+def means(line: Line, target: Target, metric: str) -> dict[object, float]:
     """For each value of what a line's runs differ in the mean of R1 or mAP over them, in percent."""
     found = {}
     for value, runs in line.points.items():
@@ -120,7 +119,7 @@ def means(line: Line, target: str, metric: str) -> dict[object, float]:
     return found
 
 
-def _draw_line(axes: Axes, line: Line, target: str, metric: str, place: int, factor: float) -> None:
+def _draw_line(axes: Axes, line: Line, target: Target, metric: str, place: int, factor: float) -> None:
     values = means(line, target, metric)
     colour, markers = COLOURS[place % len(COLOURS)], _MARKERS[place // len(COLOURS) % len(_MARKERS)]
     solid = metric == "mAP"
@@ -140,7 +139,7 @@ def _draw_line(axes: Axes, line: Line, target: str, metric: str, place: int, fac
                 axes.errorbar([factor * value], [height], yerr=100 * spread, color=colour, alpha=0.5, capsize=2)
 
 
-def _draw_bars(axes: Axes, line: Line, target: str) -> None:
+def _draw_bars(axes: Axes, line: Line, target: Target) -> None:
     names = list(line.points)
     for place, metric in enumerate(METRICS):
         values = means(line, target, metric)
@@ -149,7 +148,7 @@ def _draw_bars(axes: Axes, line: Line, target: str) -> None:
         for row, value in zip(rows, values.values(), strict=True):
             axes.text(value, row, f" {value:.1f}", va="center", fontsize=7)
     axes.set_yticks(range(len(names)), [_short(name) for name in names])
-    axes.set_title(target)
+    _name(axes, target)
     axes.set(xlabel="R1 and mAP (%)", ylim=(-0.6, len(names) - 0.4))
     axes.margins(x=0.12)
     axes.grid(axis="y", visible=False)
@@ -199,6 +198,10 @@ def _widen(axes: Axes, least: float = 0.1) -> None:
     low, high = axes.get_ylim()
     lacking = max(0.0, least - (high - low)) / 2
     axes.set_ylim(max(low - lacking, 0.0), min(high + lacking, 1.0))
+
+
+def _name(axes: Axes, target: Target) -> None:
+    axes.set_title(f"{target.title}\n{fill(target.protocol, 44)}", fontsize=9)
 
 
 def _dash(place: int) -> dict[str, object]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dan_fast.evaluation import Evaluation
 from dan_fast.reporting.runs import FIG6_ORDER, Run
+from dan_fast.training.reported import CHOSEN
 
 # In the order of Fig. 8, with the paper's symbols.
 SYMBOLS = {
@@ -24,6 +25,13 @@ SYMBOLS = {
 }
 _MODEL = ("model.attention", "model.adversary", "model.reduction")
 _SHARE = "data.unlabeled_share"
+
+
+class Target(NamedTuple):
+    """A dataset, with its variant, and how it was tested on: results of other targets are not drawn together."""
+
+    title: str
+    protocol: str
 
 
 @dataclass(frozen=True)
@@ -81,14 +89,34 @@ def swept_settings(runs: Sequence[Run]) -> dict[str, list[Line]]:
     return swept
 
 
-def targets(runs: Sequence[Run]) -> list[str]:
-    """All targets that runs were tested on, with their variants, in order."""
-    return list(dict.fromkeys(evaluation.title for run in runs for evaluation in run.results))
+def targets(runs: Sequence[Run]) -> list[Target]:
+    """All that runs were tested on, in order."""
+    return list(dict.fromkeys(_target_of(evaluation) for run in runs for evaluation in run.results))
 
 
-def result_on(run: Run, target: str) -> Evaluation | None:
+def titles(runs: Sequence[Run]) -> list[str]:
+    """The datasets that runs were tested on, with their variants, in order."""
+    return list(dict.fromkeys(target.title for target in targets(runs)))
+
+
+def compared(lines: Sequence[Line]) -> list[Target]:
+    """The targets on which runs of one line were tested that differ in more than their seed."""
+    runs = [run for line in lines for each in line.points.values() for run in each]
+
+    def differ(line: Line, target: Target) -> bool:
+        return sum(any(result_on(run, target) for run in each) for each in line.points.values()) > 1
+
+    return [target for target in targets(runs) if any(differ(line, target) for line in lines)]
+
+
+def result_on(run: Run, target: Target) -> Evaluation | None:
     """The first evaluation of a run on a target."""
-    return next((evaluation for evaluation in run.results if evaluation.title == target), None)
+    return next((evaluation for evaluation in run.results if _target_of(evaluation) == target), None)
+
+
+def _target_of(evaluation: Evaluation) -> Target:
+    chosen = CHOSEN if CHOSEN in evaluation.epoch else ""
+    return Target(evaluation.title, ", ".join(filter(None, (evaluation.protocol, chosen))))
 
 
 def _lines(runs: Sequence[Run], value: Callable[[Run], Any], rest: Callable[[Run], Mapping[str, Any]]) -> list[Line]:

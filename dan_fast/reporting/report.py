@@ -17,7 +17,7 @@ from dan_fast.reporting.comparisons import (
     plot_models,
     plot_over_setting,
 )
-from dan_fast.reporting.groups import SYMBOLS, Line, models, swept_settings, targets, unlabeled_shares
+from dan_fast.reporting.groups import SYMBOLS, Line, compared, models, swept_settings, titles, unlabeled_shares
 from dan_fast.reporting.html import Figure, Table, write_report
 from dan_fast.reporting.results import contradictions_table, paper_tables, result_tables
 from dan_fast.reporting.run_figures import Missing, no_scalars, run_figures
@@ -72,7 +72,7 @@ def report(
 
 
 def _summary(runs: Sequence[Run]) -> str:
-    places = targets(runs)
+    places = titles(runs)
     tested = f"tested on {', '.join(places)}" if places else "not tested on anything yet"
     return (
         f"{len(runs)} training{'s' * (len(runs) != 1)}, {tested}, beside the figures that the paper prints "
@@ -88,7 +88,7 @@ def _overview(runs: Sequence[Run]) -> Table:
         [
             run.name,
             run.sources,
-            ", ".join(targets([run])) or "nothing yet",
+            ", ".join(titles([run])) or "nothing yet",
             run.settings["meta"]["procedure"].upper(),
             run.model,
             run.settings["model"]["backbone"],
@@ -126,23 +126,21 @@ def _models(runs: Sequence[Run], out: Path, missing: list[Missing]) -> list[Figu
     for number, line in enumerate(models(runs), 1):
         members = [run for each in line.points.values() for run in each]
         over_epochs = any(len(epochs) > 1 for run in members for epochs, _ in evaluated_epochs(run).values())
-        if not over_epochs and not targets(members):
+        if not over_epochs and not compared([line]):
             continue
         path = plot_models(line, out / f"models{number}.png")
         how = "mAP over the epochs" if over_epochs else "R1 and mAP after the last epoch"
         caption = f"{how} for each network{_of(line)}. {_all_means(line, str)}"
         figures.append(Figure("Attention and adversary (Fig. 6)", path, caption))
     if not figures:
-        why = "No two tested runs differ in attention or adversary alone: `dan-fast sweep --grid fig6` trains such."
-        missing.append(Missing("all", "Fig. 6", why))
+        missing.append(_nothing_alike("Fig. 6", "attention or adversary", "fig6"))
     return figures
 
 
 def _shares(runs: Sequence[Run], out: Path, missing: list[Missing]) -> list[Figure]:
-    lines = _tested(unlabeled_shares(runs))
-    if not lines:
-        why = "No two tested runs differ in data.unlabeled_share alone: `dan-fast sweep --grid fig7` trains such."
-        missing.append(Missing("all", "Fig. 7", why))
+    lines = unlabeled_shares(runs)
+    if not compared(lines):
+        missing.append(_nothing_alike("Fig. 7", "data.unlabeled_share", "fig7"))
         return []
     label = "share p of the unlabelled images (%)"
     path = plot_over_setting(lines, label, out / "unlabeled_share.png", percent=True)
@@ -155,21 +153,21 @@ def _shares(runs: Sequence[Run], out: Path, missing: list[Missing]) -> list[Figu
 
 def _swept(runs: Sequence[Run], out: Path, missing: list[Missing]) -> list[Figure]:
     figures = []
-    for name, all_lines in swept_settings(runs).items():
-        if lines := _tested(all_lines):
+    for name, lines in swept_settings(runs).items():
+        if compared(lines):
             label = f"{SYMBOLS[name]}, {name}" if name in SYMBOLS else name
             path = plot_over_setting(lines, label, out / f"over_{name}.png")
             words = " ".join(f"{_of(line)} {_all_means(line, str)}".strip() for line in lines)
             caption = f"R1 (dashed) and mAP (solid) over {label}. {words}"
             figures.append(Figure(f"Over {label} (Fig. 8)", path, caption))
     if not figures:
-        why = "No two tested runs differ in one number alone: `dan-fast sweep --grid fig8` trains such."
-        missing.append(Missing("all", "Fig. 8", why))
+        missing.append(_nothing_alike("Fig. 8", "one number", "fig8"))
     return figures
 
 
-def _tested(lines: Sequence[Line]) -> list[Line]:
-    return [line for line in lines if targets([run for each in line.points.values() for run in each])]
+def _nothing_alike(figure: str, what: str, grid: str) -> Missing:
+    why = f"No two runs that were tested alike differ in {what} alone: `dan-fast sweep --grid {grid}` trains such."
+    return Missing("all", figure, why)
 
 
 def _of(line: Line) -> str:
@@ -178,10 +176,9 @@ def _of(line: Line) -> str:
 
 def _all_means(line: Line, show: Callable[[object], str]) -> str:
     """R1 and mAP of a line on every target in words."""
-    runs = [run for each in line.points.values() for run in each]
     parts = [
-        f"{metric} on {target}: {describe(means(line, target, metric), show)}."
-        for target in targets(runs)
+        f"{metric} on {target.title} ({target.protocol}): {describe(means(line, target, metric), show)}."
+        for target in compared([line])
         for metric in METRICS
     ]
     return " ".join(parts)

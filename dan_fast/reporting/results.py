@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from dan_fast.evaluation import Evaluation
-from dan_fast.reporting.groups import targets
+from dan_fast.reporting.groups import titles
 from dan_fast.reporting.html import Table
 from dan_fast.reporting.paper_tables import PAPER_TABLES, Contradiction, PaperTable, find_contradictions, paper_table
 from dan_fast.reporting.runs import Run
@@ -39,7 +39,7 @@ def paper_target(name: str) -> str | None:
 def result_tables(runs: Sequence[Run]) -> list[Table]:
     """A table for each target that runs were tested on and the paper was not."""
     tables = []
-    for target in targets(runs):
+    for target in titles(runs):
         tested = [(run, each) for run in runs for each in run.results if each.title == target]
         if paper_target(tested[0][1].dataset) is None:
             rows = [_run_row(run, each, _COLUMNS) for run, each in tested]
