@@ -256,8 +256,8 @@ def evaluate_features(
     With ``reranking`` the lists are re-ranked first, and the protocol says so.
 
     Raises:
-        DanFastError: no identity can be found again in another camera, or a single-shot protocol with ``reranking`` or an
-            ``ap`` other than the standard one.
+        DanFastError: no identity can be found again in another camera, or a single-shot protocol with ``reranking``
+            or an ``ap`` other than the standard one.
         ValueError: features that are not finite, or ``repeats`` below 1.
     """
     if repeats < 1:
