@@ -13,7 +13,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 from rich.table import Column, Table
 
-from dan_fast.bench import bench_attention, bench_data, bench_iteration, bench_memory
+from dan_fast.bench import bench_attention, bench_data, bench_iteration, bench_memory, bench_ranking
 from dan_fast.data import ImageCache, ReIDDataset, load_dataset
 from dan_fast.data.listing import list_datasets
 from dan_fast.data.protocol_listing import list_protocols
@@ -42,6 +42,7 @@ _BENCHMARKS = {
     "attention": (bench_attention, "The attention head: eager, compiled, and kernels."),
     "iteration": (bench_iteration, "A training iteration: plain ResNet, DAN with literal operators, and DAN."),
     "data": (bench_data, "Feeding images: a plain DataLoader, decoding without a cache, and from the cache."),
+    "ranking": (bench_ranking, "Evaluating a ranking: by sorting in NumPy, and by counting."),
 }
 
 

@@ -111,7 +111,7 @@ def test_the_manifest_of_the_readme_is_read(tmp_path: Path):
 def known_flags() -> set[str]:
     """The flags that the help of any command lists."""
     shown = io.StringIO()
-    benches = ("bench memory", "bench attention", "bench iteration", "bench data")
+    benches = ("bench memory", "bench attention", "bench iteration", "bench data", "bench ranking")
     commands = "quickstart synthesize train evaluate datasets protocols report sweep doctor".split()
     for command in (*commands, *benches):
         with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):

@@ -7,6 +7,7 @@ from dan_fast.bench.contenders import select
 from dan_fast.bench.data_command import bench_data
 from dan_fast.bench.iteration_command import bench_iteration
 from dan_fast.bench.problem import Size, make_problem
+from dan_fast.bench.ranking_command import bench_ranking
 
 __all__ = [
     "Size",
@@ -14,6 +15,7 @@ __all__ = [
     "bench_data",
     "bench_iteration",
     "bench_memory",
+    "bench_ranking",
     "compare",
     "make_problem",
     "select",
