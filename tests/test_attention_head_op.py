@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 import torch.utils.checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dan_fast import NLCBAMWeights, _extension, functional, reference
 from dan_fast.functional import attention_head_kernels
@@ -79,6 +80,22 @@ def test_the_passes_of_a_gpu_are_those_of_the_one_call(size, layout):
         arguments = (*inputs, labels, *saved, *(None if i in missing else g for i, g in enumerate(grads)))
         expected = attention_head_kernels.passes_backward(*arguments)
         assert_all_close(torch.ops.dan_fast.attention_head_backward.default(*arguments), expected)
+
+
+def test_an_infinite_gradient_ends_where_a_unit_is_off():
+    inputs, labels = problem(batch=1)
+    inputs = [x.detach() for x in inputs]
+    inputs[0].abs_()
+    inputs[1][0].abs_().neg_()
+    output = torch.ops.dan_fast.attention_head.default(*inputs, labels)
+    grads = [torch.randn_like(x) for x in output[:5]]
+    grads[0][0] = torch.inf
+    arguments = (*inputs, labels, *output[:4], *output[5:], *grads)
+    found = torch.ops.dan_fast.attention_head_backward.default(*arguments)
+    expected = attention_head_kernels.passes_backward(*arguments)
+    assert not found[1][0].any() and not found[1].isfinite().all()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, equal_nan=True)
 
 
 def assert_all_close(actual, expected):
@@ -190,6 +207,21 @@ def test_precision_is_that_of_pytorch(dtype):
         rounding = 4 * torch.finfo(dtype).eps * (1 + wanted.abs().max())
         allowed = 2 * (same_precision.double() - wanted).abs().max() + rounding
         assert (actual.double() - wanted).abs().max() <= allowed
+
+
+def test_half_precision_is_read_as_it_lies():
+    """No operation makes a map in float32 of the one in half precision."""
+    (features, *weights, _), _ = problem(torch.bfloat16)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            assert not (isinstance(made, torch.Tensor) and made.numel() >= features.numel() and made.dtype.itemsize > 2)
+            return made
+
+    with Watch():
+        refined = functional.nl_cbam(features, NLCBAMWeights(*weights)).refined
+        refined.sum().backward()
 
 
 def test_autocast_takes_half_precision_to_float32():

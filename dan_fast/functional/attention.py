@@ -72,12 +72,14 @@ def nl_cbam(features: Tensor, weights: NLCBAMWeights) -> NLCBAMOutput:
     """
     check_features("features", features)
     check_weights(weights, features)
-    x, wide = _widen(features).flatten(2), _widen(weights)
+    wide = _widen(weights)
     if attention_head_kernels.serves(features):
         # Without labels the head is NL-CBAM.
-        no_cam, unknown = x.new_zeros(1, x.shape[1]), torch.full_like(x[:, 0, 0], -1, dtype=torch.int64)
+        no_cam = wide.wc1.new_zeros(1, features.shape[1])
+        unknown = torch.full((features.shape[0],), -1, device=features.device)
         _, _, channel_attention, spatial_attention, _ = attention_head_kernels.head(features, wide, no_cam, unknown)
     else:
+        x = _widen(features).flatten(2)
         channel_attention = channel_attention_of(x, x.mean(dim=2), wide)
         g = weighted_channel_sum(x, channel_attention) / x.shape[1]
         spatial_attention = spatial_attention_of(g, channel_max(x, channel_attention), wide)

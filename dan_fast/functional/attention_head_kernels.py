@@ -93,7 +93,7 @@ def passes_backward(
     by_logit = torch.ops.aten.sigmoid_backward(by_logit, channel_attention)
     by_hidden = by_logit @ wc2
     by_wc2 = by_logit.mT @ (F.relu(of_mean) + F.relu(of_peak))
-    by_of_mean, by_of_peak = by_hidden * (of_mean > 0), by_hidden * (of_peak > 0)
+    by_of_mean, by_of_peak = (torch.ops.aten.threshold_backward(by_hidden, x, 0) for x in (of_mean, of_peak))
     by_wc1 = torch.addmm(by_of_mean.mT @ mean, by_of_peak.mT, peak)
     by_mean = by_of_mean @ wc1 if grad_pooled is None else torch.addmm(grad_pooled, by_of_mean, wc1)
     by_features = torch.ops.dan_fast.head_features_backward(
