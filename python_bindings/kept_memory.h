@@ -30,8 +30,8 @@ class KeptMemory {
 
   // Null where there is no memory.
   void* take(size_t bytes) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
+    // Nobody waits for the lock: a process that was forked while another thread held it would do so for ever.
+    if (const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock); lock) {
       const auto found = std::find_if(blocks_.begin(), blocks_.end(), [=](const Block& b) { return b.bytes == bytes; });
       if (found != blocks_.end()) {
         void* memory = found->memory;
@@ -44,7 +44,8 @@ class KeptMemory {
   }
 
   void give_back(void* memory, size_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock) return std::free(memory);
     blocks_.push_back({memory, bytes});
     if (blocks_.size() <= kBlocks) return;
     std::free(blocks_.front().memory);
@@ -64,7 +65,8 @@ class KeptMemory {
   std::vector<Block> blocks_;  // the one longest unused first
 };
 
-// torch.empty of a CPU tensor's size and strides, which must be dense, in kept memory.
+// torch.empty of a CPU tensor's size and strides, which must be dense, in kept memory. Like that of a
+// NumPy array, its storage cannot be resized.
 inline torch::stable::Tensor kept_empty_like(const torch::stable::Tensor& like) {
   const size_t bytes = static_cast<size_t>(like.numel()) * like.element_size();
   if (bytes < KeptMemory::kSmallest) return torch::stable::empty_like(like);

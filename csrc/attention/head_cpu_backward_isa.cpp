@@ -53,6 +53,13 @@ inline void store_past_caches(T* to, Vector<T> values) {
 #endif
 }
 
+// Such stores keep no order with others: without this, another thread could hear that they are done before they are.
+inline void end_stores_past_caches() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // dX of one sample after the other.
 template <typename S, typename A>
 class FeaturesGrad {
@@ -279,6 +286,7 @@ template <typename S, typename A>
 void head_features_backward(const FeatureMap<S>& grad, const FeaturesGradInput<A>& in, int64_t first, int64_t last) {
   FeaturesGrad<S, A> features(grad, in);
   for (int64_t b = first; b < last; ++b) features.run(b);
+  end_stores_past_caches();
 }
 
 #define DAN_FAST_INSTANTIATE(S, A)                                                                         \
