@@ -125,7 +125,6 @@ def test_differences_the_text_states_are_checked_both_ways():
 
 def test_a_reason_is_a_sentence_with_the_figures():
     [each] = find_contradictions(made_up("[{method: A, T: [60.0, 80.0, 90.0, 61.0]}]"))
-    reason = (
-        "A on T: mAP 61.0 is below 65.0, the least possible with one match for each query at R1 60.0, R5 80.0, R10 90.0."
-    )
+    given = "R1 60.0, R5 80.0, R10 90.0"
+    reason = f"A on T: mAP 61.0 is below 65.0, the least possible with one match for each query at {given}."
     assert each == Contradiction("X", "T", "mAP", ("A",), reason)

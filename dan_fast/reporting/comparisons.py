@@ -140,16 +140,16 @@ def _draw_line(axes: Axes, line: Line, target: Target, metric: str, place: int, 
 
 
 def _draw_bars(axes: Axes, line: Line, target: Target) -> None:
-    names = list(line.points)
+    names = list(line.points)  # from the top down
     for place, metric in enumerate(METRICS):
         values = means(line, target, metric)
-        rows = [names.index(name) + 0.2 - 0.4 * place for name in values]
+        rows = [names.index(name) - 0.2 + 0.4 * place for name in values]
         axes.barh(rows, list(values.values()), height=0.36, color=COLOURS[place], label=metric)
         for row, value in zip(rows, values.values(), strict=True):
             axes.text(value, row, f" {value:.1f}", va="center", fontsize=7)
     axes.set_yticks(range(len(names)), [_short(name) for name in names])
     _name(axes, target)
-    axes.set(xlabel="R1 and mAP (%)", ylim=(-0.6, len(names) - 0.4))
+    axes.set(xlabel="R1 and mAP (%)", ylim=(len(names) - 0.4, -0.6))
     axes.margins(x=0.12)
     axes.grid(axis="y", visible=False)
 
