@@ -222,6 +222,10 @@ def test_a_target_person_among_the_train_images_is_refused(tmp_path: Path) -> No
     assert resolve_protocol("table6-duke-to-market", shelf.root)
     shelf.draw("Market-1501-v15.09.15/bounding_box_test", ["0007_c4s1_000001_00.jpg"])
     assert "1 of them, person 7 the first" in sentence("table6-duke-to-market", shelf.root)
+    (shelf.root / "Market-1501-v15.09.15/bounding_box_test/0007_c4s1_000001_00.jpg").unlink()
+    # Nor who is searched for in vain.
+    shelf.draw("Market-1501-v15.09.15/query", ["0002_c4s1_000001_00.jpg"])
+    assert "1 of them, person 2 the first" in sentence("table6-duke-to-market", shelf.root)
 
 
 def test_all_images_of_the_target_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
