@@ -1,5 +1,8 @@
 """Augmentation of batches against the transform of single images, and the batch ahead."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -87,6 +90,22 @@ def test_the_kernel_has_the_bits_of_pytorch(size: tuple[int, int]) -> None:
         with _extension.disabled():
             expected = augment(given, drawn), normalize(given)
         assert all(map(torch.equal, results, expected))
+
+
+def test_every_instruction_set_has_the_same_bits() -> None:
+    if "baseline" not in _extension.build_info().get("instruction_sets", []):
+        pytest.skip("the kernels were not compiled for several instruction sets")
+    code = """
+import torch
+from dan_fast.data.augment import augment, draw, normalize
+images = torch.randint(0, 256, (20, 3, 33, 17), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+numbers = torch.cat([augment(images, draw(range(20), (33, 17))), normalize(images)]).numpy().tobytes()
+"""
+    here: dict[str, bytes] = {}
+    exec(code, here)
+    there = [sys.executable, "-c", f"{code}import sys\nsys.stdout.buffer.write(numbers)"]
+    found = subprocess.run(there, env=os.environ | {"DAN_FAST_ISA": "baseline"}, capture_output=True, check=True)
+    assert found.stdout == here["numbers"]
 
 
 def test_the_operators(path: str) -> None:
