@@ -84,6 +84,22 @@ def test_distances(path, levels, ids):
     assert_equal(rank_distances(whole, *labels), by_sorting(whole, *labels))
 
 
+@pytest.mark.parametrize("gallery", [1, 15, 64, 65, 300, 1025])
+def test_any_number_of_matches_and_images(path, gallery):
+    rng = np.random.default_rng(gallery)
+    for matches in {1, 2, 15, 47, 48, 49, 50, 200} & set(range(gallery + 1)):
+        gallery_ids = rng.permutation(np.arange(gallery) < matches).astype(int)
+        cams = np.full(3, 1), np.where(rng.random(gallery) < 0.1, 1, 2)
+        cams[1][np.flatnonzero(gallery_ids)[0]] = 2
+        for levels in (3, 10**6):
+            distances = rng.integers(0, levels, (3, gallery)).astype(np.float32)
+            distances[0, 0], distances[1, -1] = np.inf, -np.inf
+            labels = np.ones(3, dtype=int), gallery_ids, *cams
+            assert_equal(rank_distances(distances, *labels), by_sorting(distances, *labels))
+            doubles = distances.astype(np.float64)
+            assert_equal(rank_distances(doubles, *labels), by_sorting(doubles, *labels))
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("width", "ids"), [(1, 20), (7, 3), (64, 150), (300, 40)])

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "../memory/stream_tile.h"
 #include "rank.h"
@@ -55,16 +56,79 @@ inline int64_t bounds_reached(const A* bounds, int64_t count, A value) {
   return base - bounds + if_reached(!(value < *base), 1);
 }
 
-// Adds each value to the bucket of the first match that it comes before. `exact(i)` is the key of values[i].
+// As many matches are compared one by one with a vector of values; more are searched.
+constexpr int64_t kFewMatches = 48;
+
+template <typename A>
+using Mask = decltype(Vector<A>{} < Vector<A>{});
+
+// count_values for few matches: for each, the values before it are counted in lanes. Values between the bounds of a
+// match, few of them, are then moved from the bucket that the bounds say to the right one.
+template <typename A, typename Counter, typename Exact>
+inline void count_against_few(const A* values, int64_t size, int64_t first_place, const Matches<A>& matches,
+                              Counter* buckets, const Exact& exact) {
+  constexpr int kVectors = 4;
+  constexpr int64_t kStep = kVectors * kWidth<A>;
+  static_assert(kStep <= kGroup);
+  Mask<A> before[kFewMatches] = {};
+  for (int64_t from = 0; from < size; from += kStep) {
+    const int64_t count = std::min(kStep, size - from);
+    A rest[kStep];
+    const A* step = values + from;
+    if (count < kStep) {
+      // What is padded comes after all matches.
+      std::fill(std::copy_n(step, count, rest), rest + kStep, std::numeric_limits<A>::infinity());
+      step = rest;
+    }
+    Vector<A> x[kVectors];
+    Mask<A> near[kVectors] = {};
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) x[v] = load(step + v * kWidth<A>);
+    for (int64_t m = 0; m < matches.count; ++m) {
+      const Vector<A> lower = broadcast(matches.lower[m]), upper = broadcast(matches.upper[m]);
+      Mask<A> sum = before[m];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        sum -= x[v] < lower;
+        near[v] |= ~(x[v] < lower) & ~(x[v] > upper);
+      }
+      before[m] = sum;
+    }
+    const Mask<A> any = near[0] | near[1] | near[2] | near[3];
+    int64_t lanes_near = 0;
+    for (int64_t lane = 0; lane < kWidth<A>; ++lane) lanes_near |= any[lane];
+    if (lanes_near == 0) continue;
+    for (int64_t i = 0; i < count; ++i) {
+      if (near[i / kWidth<A>][i % kWidth<A>] == 0) continue;
+      // Between the bounds of a match, hence not below its lower one: at least 1.
+      const int64_t reached = bounds_reached(matches.lower, matches.count, step[i]);
+      --buckets[reached];
+      ++buckets[exact_bucket(matches, exact(from + i), first_place + from + i)];
+    }
+  }
+  Counter counted = 0;
+  for (int64_t m = 0; m < matches.count; ++m) {
+    Counter sum = 0;
+    for (int64_t lane = 0; lane < kWidth<A>; ++lane) sum += static_cast<Counter>(before[m][lane]);
+    buckets[m] += sum - counted;
+    counted = sum;
+  }
+}
+
+// Adds each value to the bucket of the first match that it comes before; the last bucket, of what comes after all
+// matches, holds anything. `exact(i)` is the key of values[i].
 template <typename A, typename Counter, typename Exact>
 inline void count_values(const A* values, int64_t size, int64_t first_place, const Matches<A>& matches, Counter* buckets,
                          const Exact& exact) {
+  if (matches.count <= kFewMatches) {
+    count_against_few(values, size, first_place, matches, buckets, exact);
+    return;
+  }
   const A farthest = matches.upper[matches.count - 1];
   for (int64_t group = 0; group < size; group += kGroup) {
     const int64_t end = std::min(size, group + kGroup);
     int near = 0;
     for (int64_t i = group; i < end; ++i) near += values[i] > farthest ? 0 : 1;
-    // The last bucket, of what comes after all matches, is nobody's rank.
     if (near == 0) continue;
     for (int64_t i = group; i < end; ++i) {
       int64_t bucket = bounds_reached(matches.lower, matches.count, values[i]);
