@@ -131,12 +131,13 @@ def evaluate(
                 evaluation = replace(evaluation, **conditions)
             results.append((name, evaluation))
 
-    # Folded: a hash or a variant that is cut short in a narrow window says nothing.
-    protocols = Column("protocol", min_width=9, overflow="fold")
-    table = Table(Column("target", overflow="fold"), protocols, "features", *results[0][1].percentages())
+    # Folded: a variant that is cut short in a narrow window says nothing.
+    table = Table(Column("target", overflow="fold"), "features", *results[0][1].percentages())
     for name, evaluation in results:
-        table.add_row(evaluation.title, evaluation.conditions, name, *evaluation.row())
+        table.add_row(evaluation.title, name, *evaluation.row())
     Console().print(table)
+    for name, evaluation in results:
+        print(f"{evaluation.title}, {name}: {evaluation.conditions}.")
     for path in sorted({path for _, evaluation in results for path in evaluation.skipped}):
         print(f"Skipped {path}: it cannot be decoded.")
     if out is not None:
