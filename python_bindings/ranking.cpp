@@ -38,7 +38,9 @@ struct Matrix {
 
 template <typename T>
 const T* vector(const Array<T>& array, int64_t size, const char* name) {
-  if (array.ndim() != 1 || array.shape(0) != size) refuse(std::string(name) + " is not " + std::to_string(size) + " long");
+  if (array.ndim() != 1 || array.shape(0) != size) {
+    refuse(std::string(name) + " is not " + std::to_string(size) + " long");
+  }
   return array.data();
 }
 
@@ -141,13 +143,6 @@ Array<int64_t> features_ranks(const py::array& query, const py::array& gallery_f
   });
 }
 
-// Bytes that features_ranks needs beside its arrays, whatever the queries are.
-int64_t thread_bytes(const std::string& dtype, int64_t width) {
-  return for_type(dtype, [&](auto, auto arithmetic) {
-    return DAN_FAST_KERNEL(gallery_block_bytes<decltype(arithmetic)>)(width);
-  });
-}
-
 }  // namespace
 }  // namespace dan_fast
 
@@ -162,5 +157,4 @@ PYBIND11_MODULE(_ranking, module) {
              py::arg("dtype"), py::arg("cosine"), py::arg("query_norms"), py::arg("gallery_norms"), py::arg("steps"),
              py::arg("largest_gallery_norm"), py::arg("scale"), py::arg("offsets"), py::arg("places"),
              py::arg("junk"), py::arg("match_offsets"), py::arg("threads"));
-  module.def("thread_bytes", &thread_bytes, py::arg("dtype"), py::arg("width"));
 }

@@ -74,9 +74,6 @@ struct QueryState {
   /* How many gallery entries count_gallery_block takes. */                                                        \
   template <typename A>                                                                                            \
   int64_t gallery_block();                                                                                         \
-  /* Bytes that count_gallery_block needs while it runs. */                                                        \
-  template <typename A>                                                                                            \
-  int64_t gallery_block_bytes(int64_t width);                                                                      \
   /* All queries against the gallery entries from `first` on; adds to counts, laid out as QueryState::before. */   \
   template <typename S, typename A>                                                                                \
   void count_gallery_block(const FeatureRows<S>& rows, const Pairs& pairs, const QueryState<A>& state,             \

@@ -13,7 +13,7 @@
 namespace dan_fast::DAN_FAST_ISA {
 namespace {
 
-// Values that are told to be too far for all matches at one go.
+// Values that are looked at together: often all of them come after all matches.
 constexpr int64_t kGroup = 64;
 
 // The matches of one query by (key, place), and the bounds between which a value decides nothing.
@@ -118,8 +118,8 @@ inline void count_against_few(const A* values, int64_t size, int64_t first_place
 // Adds each value to the bucket of the first match that it comes before; the last bucket, of what comes after all
 // matches, holds anything. `exact(i)` is the key of values[i].
 template <typename A, typename Counter, typename Exact>
-inline void count_values(const A* values, int64_t size, int64_t first_place, const Matches<A>& matches, Counter* buckets,
-                         const Exact& exact) {
+inline void count_values(const A* values, int64_t size, int64_t first_place, const Matches<A>& matches,
+                         Counter* buckets, const Exact& exact) {
   if (matches.count <= kFewMatches) {
     count_against_few(values, size, first_place, matches, buckets, exact);
     return;

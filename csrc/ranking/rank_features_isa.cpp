@@ -15,7 +15,7 @@ constexpr int64_t kStrip = kTileVectors * kWidth<A>;  // gallery entries in the 
 constexpr int64_t kStrips = 8;
 constexpr int64_t kQueries = 128;  // whose sums with a gallery block stay in the second-level cache
 
-// Numbers on the way from a row to the sum that a key is made of.
+// Half of the power of two to which the products of a key are padded.
 inline int64_t half_of_padded(int64_t width) {
   int64_t half = 1;
   while (2 * half < width) half *= 2;
@@ -27,7 +27,7 @@ struct Row {
   const S* numbers;
   int64_t width;
 
-  // Eight or fewer of them from c on.
+  // N of them from c on, or as many as there are, in double.
   template <int N>
   void take(int64_t c, double* to) const {
     const int64_t count = std::min<int64_t>(N, width - c);
@@ -44,7 +44,7 @@ struct Row {
   }
 };
 
-constexpr int kTake = 64;
+constexpr int kTake = 64;  // numbers that are widened at a time
 
 // <a, b> as rank.h says; `sums` holds half_of_padded(width) numbers.
 template <typename S>
@@ -214,11 +214,6 @@ int64_t gallery_block() {
   return kStrips * kStrip<A>;
 }
 
-template <typename A>
-int64_t gallery_block_bytes(int64_t width) {
-  return static_cast<int64_t>(sizeof(A)) * (width * gallery_block<A>() + kBlockSums<A> + gallery_block<A>()) + 8 * width;
-}
-
 template <typename S, typename A>
 void count_gallery_block(const FeatureRows<S>& rows, const Pairs& pairs, const QueryState<A>& state, int64_t first,
                          int32_t* counts) {
@@ -227,8 +222,6 @@ void count_gallery_block(const FeatureRows<S>& rows, const Pairs& pairs, const Q
 
 template int64_t gallery_block<float>();
 template int64_t gallery_block<double>();
-template int64_t gallery_block_bytes<float>(int64_t);
-template int64_t gallery_block_bytes<double>(int64_t);
 
 #define DAN_FAST_RANK_FEATURES(S, A)                                                                          \
   template void rank_square_norms<S>(const S*, int64_t, int64_t, int64_t, int64_t, double*);                  \
