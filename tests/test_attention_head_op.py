@@ -277,3 +277,16 @@ def test_large_gradients_of_maps_that_are_not_dense(view):
     assert found[0].untyped_storage().nbytes() == features.numel() * 8 > 4 << 20
     for actual, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_spreads_as_in_pytorch(value, dtype):
+    inputs, labels = problem(dtype, batch=3, channels=9, size=(3, 3))
+    with torch.no_grad():
+        inputs[0][0, 2, 1, 1] = value
+    kernels = head(inputs, labels)
+    with _extension.disabled():
+        pytorch = head(inputs, labels)
+    for actual, expected in zip(kernels, pytorch, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5, equal_nan=True)

@@ -127,11 +127,11 @@ DAN_FAST_HD double exp_of_cosine(double x) {
   return y * x + 1.0;
 }
 
-// exp(x) within 2 units of the last place between the least and the largest normal number, which stand for what lies
-// beyond; NaN stays. Without a branch or a call, so that loops over it become vectors.
+// exp(x) within 2 units of the last place for x in [-87, 88], in double [-708, 709]. What lies below counts as the lower
+// end, what lies above gives infinity, NaN stays. Without a branch or a call, so that loops over it become vectors.
 DAN_FAST_HD float exp_of(float x) {
   x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
+  x = x > 89.0f ? 89.0f : x;
   const float shifted = x * 1.44269504f + Grid<float>::kWhole, whole = shifted - Grid<float>::kWhole;
   const float rest = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;  // Cody and Waite's two parts of log 2
   float y = 1.0f / 5040.0f;
@@ -154,7 +154,7 @@ DAN_FAST_HD float exp_of(float x) {
 
 DAN_FAST_HD double exp_of(double x) {
   x = x < -708.0 ? -708.0 : x;
-  x = x > 709.0 ? 709.0 : x;
+  x = x > 710.0 ? 710.0 : x;
   const double shifted = x * 1.4426950408889634 + Grid<double>::kWhole, whole = shifted - Grid<double>::kWhole;
   const double rest = (x - whole * 6.93147180369123816490e-01) - whole * 1.90821492927058770002e-10;
   double y = 1.0 / 6227020800.0;

@@ -37,8 +37,9 @@ inline void widen(const S* from, int64_t count, A* to) {
   std::memcpy(to + c, &rest, static_cast<size_t>(count - c) * sizeof(A));
 }
 
-// out[r][c] (+)= sum_k rows[r][k * step] panel[k][c] for R rows and V vectors of columns. Every sum is one chain in the order
-// of k, whatever R, V and its place: equal rows have equal bits. R x V sums should leave room for a line and a factor.
+// out[r][c] (+)= sum_k rows[r][k * step] panel[k][c] for R rows and V vectors of columns. Every sum is one chain in the
+// order of k, whatever R, V and its place: equal rows have equal bits. R x V sums should leave room for a line and a
+// factor.
 template <int R, int V, typename A>
 inline void multiply(const A* const* rows, int64_t count, const A* panel, bool add, A* out, int64_t out_stride,
                      int64_t step = 1) {
