@@ -53,8 +53,8 @@ class KeptMemory {
   }
 
  private:
-  // The gradients of a map and of its classifier.
-  static constexpr size_t kBlocks = 2;
+  // The gradients of a map and of its classifier, and the images of two batches.
+  static constexpr size_t kBlocks = 4;
 
   struct Block {
     void* memory;
@@ -65,16 +65,33 @@ class KeptMemory {
   std::vector<Block> blocks_;  // the one longest unused first
 };
 
-// torch.empty of a CPU tensor's size and strides, which must be dense, in kept memory. Like that of a
-// NumPy array, its storage cannot be resized.
+// A dense CPU tensor in kept memory where it is large, else torch.empty's, which is `ordinary`. Like that of a NumPy
+// array, its storage cannot be resized.
+template <typename Ordinary>
+torch::stable::Tensor in_kept_memory(
+    torch::headeronly::IntHeaderOnlyArrayRef sizes, torch::headeronly::IntHeaderOnlyArrayRef strides,
+    torch::headeronly::ScalarType dtype, size_t bytes, const Ordinary& ordinary) {
+  if (bytes < KeptMemory::kSmallest) return ordinary();
+  void* memory = KeptMemory::instance().take(bytes);
+  if (memory == nullptr) return ordinary();  // which says that there is none
+  return torch::stable::from_blob(
+      memory, sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
+      [bytes](void* freed) { KeptMemory::instance().give_back(freed, bytes); });
+}
+
+// torch.empty_like of a dense CPU tensor.
 inline torch::stable::Tensor kept_empty_like(const torch::stable::Tensor& like) {
   const size_t bytes = static_cast<size_t>(like.numel()) * like.element_size();
-  if (bytes < KeptMemory::kSmallest) return torch::stable::empty_like(like);
-  void* memory = KeptMemory::instance().take(bytes);
-  if (memory == nullptr) return torch::stable::empty_like(like);  // which says that there is none
-  return torch::stable::from_blob(
-      memory, like.sizes(), like.strides(), torch::stable::Device(torch::headeronly::DeviceType::CPU),
-      like.scalar_type(), [bytes](void* freed) { KeptMemory::instance().give_back(freed, bytes); });
+  return in_kept_memory(like.sizes(), like.strides(), like.scalar_type(), bytes,
+                        [&] { return torch::stable::empty_like(like); });
+}
+
+// A contiguous float32 (n, c, h, w) on the CPU.
+inline torch::stable::Tensor kept_images(const torch::stable::Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
+  const int64_t sizes[] = {n, c, h, w}, strides[] = {c * h * w, h * w, w, 1};
+  constexpr auto kFloat = torch::headeronly::ScalarType::Float;
+  return in_kept_memory({sizes, 4}, {strides, 4}, kFloat, static_cast<size_t>(n * c * h * w) * sizeof(float),
+                        [&] { return torch::stable::new_empty(like, {n, c, h, w}, kFloat); });
 }
 
 }  // namespace dan_fast

@@ -90,7 +90,8 @@ struct Count {
 template <int kCount, typename Visit>
 __device__ __forceinline__ void for_runs(int rows, int columns, const Visit& visit) {
   const int runs = rows * columns / kCount;
-#pragma unroll 2
+  // Two runs in flight, but for those of eight numbers, which registers would not hold.
+#pragma unroll (kCount > 4 ? 1 : 2)
   for (int i = static_cast<int>(threadIdx.x); i < runs; i += kMapThreads) {
     const int at = i * kCount, row = at / columns;
     visit(Count<kCount>{}, row, at - row * columns);

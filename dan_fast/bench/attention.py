@@ -178,8 +178,9 @@ class HeadGroup:
         if outcome.gradients[0].stride() != problem.features.stride():
             row.notes.append("dX comes in another layout than X")
         row.returned_bytes = sum(x.nbytes for x in (*outcome.results, *outcome.gradients))
-        del outcome, found
+        # While the gradients are held: memory that is kept for the next ones would hide what those take.
         _, row.peak_bytes = peak_above(self.plan.device, lambda: runner.run(True))
+        del outcome, found
         self.runners[index] = runner
 
     def _time(self, problem: HeadProblem) -> None:
