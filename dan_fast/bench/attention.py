@@ -31,6 +31,8 @@ from dan_fast.bench.verdict import Bar, at_least, at_most
 _EAGER_SPEEDUP, _COMPILED_SPEEDUP, _EXTRA_BYTES, _FLOOR_FACTOR = 8, 3, 5e6, 2
 # The copy that measures the bandwidth is so many maps long, within these bounds: a cache must not hold it.
 _COPY_MAPS, _COPY_BYTES = 8, (16 * 2**20, 512 * 2**20)
+# More gradients than memory is kept for.
+_HELD = 4
 # The reference in float64 and what autograd keeps of it.
 _REFERENCE_MAPS = 8
 
@@ -178,9 +180,10 @@ class HeadGroup:
         if outcome.gradients[0].stride() != problem.features.stride():
             row.notes.append("dX comes in another layout than X")
         row.returned_bytes = sum(x.nbytes for x in (*outcome.results, *outcome.gradients))
-        # While the gradients are held: memory that is kept for the next ones would hide what those take.
+        # While gradients are held: memory that the operators keep for the next ones would hide what those take.
+        held = [runner.outcome() for _ in range(_HELD)]
         _, row.peak_bytes = peak_above(self.plan.device, lambda: runner.run(True))
-        del outcome, found
+        del outcome, found, held
         self.runners[index] = runner
 
     def _time(self, problem: HeadProblem) -> None:
