@@ -1,6 +1,6 @@
 // The passes over the last feature map X that the attention head needs, Eqs. (2)-(4), without ever forming
-// X' = X A_C or X'' = X' A_S. The bottleneck of channel attention, two small matrix products, lies between `pool` and
-// `attend` and is the caller's. This header says what goes in and out. Plain C++17.
+// X' = X A_C or X'' = X' A_S: `pool`, then `attend`, and between them the two small matrix products of the bottleneck of
+// channel attention. This header says what goes in and out. Plain C++17.
 //
 // S is what X is stored in (float, double, bfloat16, float16), A what is computed in (float, or double for double).
 // A sample is a matrix of C channels by P positions: element (c, p) of sample b lies at
@@ -108,6 +108,61 @@ struct FeaturesGradInput {
   const A* adversary_map_grad;    // (B, P)
   const A* mean_grad;             // (B, C) of the spatial mean: by way of A_C and of `pooled` itself
   const A* peak_grad;             // (B, C)
+};
+
+// The whole head, Eqs. (2)-(4): the passes above and between them the bottleneck of channel attention,
+// A_C = sigmoid(wc2 (relu(wc1 mean) + relu(wc1 peak))), whose second layer is linear and so serves both.
+template <typename S, typename A>
+struct HeadInput {
+  FeatureMap<const S> features;
+  int64_t units;          // of the bottleneck
+  const A* wc1;           // (units, C)
+  const A* wc2;           // (C, units)
+  int64_t classes;
+  const A* cam_weight;    // (classes, C)
+  const int64_t* labels;  // (B,) -1: unknown
+  SpatialWeights<A> spatial;
+};
+
+template <typename A>
+struct HeadOutput {
+  Pooled<A> pooled;
+  A* of_mean;            // (B, units) wc1 mean
+  A* of_peak;            // (B, units) wc1 peak
+  A* channel_attention;  // (B, C)
+  Attended<A> attended;
+};
+
+// What the whole head left that its backward pass reads.
+template <typename A>
+struct HeadSaved {
+  const A* mean;
+  const A* peak;
+  const int32_t* peak_position;
+  const A* of_mean;
+  const A* of_peak;
+  const A* channel_attention;
+  Saved<A> attended;
+};
+
+// What comes back to the whole head.
+template <typename A>
+struct HeadGrad {
+  AttendedGrad<A> attended;
+  const A* pooled;             // (B, C) or null: zero
+  const A* channel_attention;  // (B, C) or null: zero
+};
+
+template <typename S, typename A>
+struct HeadInputGrad {
+  FeatureMap<S> features;
+  A* wc1;
+  A* wc2;
+  A* ws1;
+  A* ws3;
+  A* ws2;
+  A* ws4;
+  A* cam_weight;
 };
 
 }  // namespace dan_fast

@@ -1,5 +1,4 @@
-// The whole attention head on the CPU, Eqs. (2)-(4): the passes of head.h and between them the bottleneck of channel
-// attention, A_C = sigmoid(wc2 (relu(wc1 mean) + relu(wc1 peak))), whose second layer is linear and so serves both.
+// The whole attention head on the CPU: the passes of head.h and between them the products of the bottleneck.
 //
 // `parallel(size, grain, body)` is the caller's: it calls body(first, last) for ranges that make up [0, size), in any
 // number of threads. No result depends on how many.
@@ -13,57 +12,6 @@
 #include "product.h"
 
 namespace dan_fast {
-
-template <typename S, typename A>
-struct HeadInput {
-  FeatureMap<const S> features;
-  int64_t units;        // of the bottleneck
-  const A* wc1;         // (units, C)
-  const A* wc2;         // (C, units)
-  int64_t classes;
-  const A* cam_weight;  // (classes, C)
-  const int64_t* labels;  // (B,) -1: unknown
-  SpatialWeights<A> spatial;
-};
-
-template <typename A>
-struct HeadOutput {
-  Pooled<A> pooled;
-  A* of_mean;            // (B, units) wc1 mean
-  A* of_peak;            // (B, units) wc1 peak
-  A* channel_attention;  // (B, C)
-  Attended<A> attended;
-};
-
-template <typename A>
-struct HeadSaved {
-  const A* mean;
-  const A* peak;
-  const int32_t* peak_position;
-  const A* of_mean;
-  const A* of_peak;
-  const A* channel_attention;
-  Saved<A> attended;
-};
-
-template <typename A>
-struct HeadGrad {
-  AttendedGrad<A> attended;
-  const A* pooled;             // (B, C) or null: zero
-  const A* channel_attention;  // (B, C) or null: zero
-};
-
-template <typename S, typename A>
-struct HeadInputGrad {
-  FeatureMap<S> features;
-  A* wc1;
-  A* wc2;
-  A* ws1;
-  A* ws3;
-  A* ws2;
-  A* ws4;
-  A* cam_weight;
-};
 
 template <typename S, typename A, typename Parallel>
 class HeadCpu {
