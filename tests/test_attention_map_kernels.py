@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dan_fast import NLCBAMWeights, _extension, functional, reference
 from dan_fast.functional import attention_maps
-from tests.test_attention_kernel import DTYPES, LAYOUTS, assert_as_close, channels_last, contiguous
+from tests.head_problems import DTYPES, LAYOUTS, assert_as_close, channels_last, contiguous
 
 pytestmark = pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
 ops = torch.ops.dan_fast

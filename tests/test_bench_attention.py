@@ -174,7 +174,7 @@ def test_without_kernels_the_row_says_so(monkeypatch):
 
 def row(contender: str, forward: float, backward: float, **fields) -> HeadRow:
     seconds = {FORWARD: Timing([forward]), BACKWARD: Timing([backward])}
-    values = {"layout": "contiguous", "operators": ["head_pool"] if contender == KERNELS else []} | fields
+    values = {"layout": "contiguous", "operators": ["attention_head"] if contender == KERNELS else []} | fields
     return HeadRow(contender, "float32", size=MapSize(), itemsize=4, seconds=seconds, **values)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dan_fast import _extension
-from tests.test_attention_kernel import (
+from tests.head_problems import (
     Case,
     Gradients,
     Outputs,

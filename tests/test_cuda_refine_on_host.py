@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dan_fast import _extension
-from tests.test_attention_kernel import channels_last, contiguous, part
+from tests.head_problems import channels_last, contiguous, part
 from tests.test_attention_map_kernels import OPERATORS, Case, Results, check
 from tests.test_cuda_head_on_host import COMPILER, FLAGS, LAYOUTS, on_gpu, on_host
 from tests.test_cuda_scan_on_host import needs, run_under
