@@ -1,6 +1,6 @@
-// The CUDA kernels of the attention head on host threads. As a library: a function for each kernel and type of map,
-// over arrays that the caller owns. As a program (compiled with -DHEAD_ON_HOST_MAIN): a few samples through each
-// kernel, for the sanitizers to watch.
+// The CUDA kernels of the attention head on host threads. As a library: a function for each direction and type of map,
+// over arrays that the caller owns, in the order of the operators' schemas. As a program (compiled with
+// -DHEAD_ON_HOST_MAIN): a few samples through all kernels, for the sanitizers to watch.
 #include "maps_on_host.h"
 
 #include <algorithm>
@@ -10,8 +10,9 @@
 #include <string>
 
 #include "../csrc/attention/head_cuda_attend_backward.cuh"
+#include "../csrc/attention/head_cuda_bottleneck_backward.cuh"
 #include "../csrc/attention/head_cuda_features.cuh"
-#include "../csrc/attention/head_cuda_pool.cuh"
+#include "../csrc/attention/head_cuda_forward.cuh"
 
 using namespace dan_fast;
 
@@ -21,9 +22,10 @@ namespace {
 bool workspace_is_short = false;
 
 struct Call {
-  const int64_t* sizes;     // B, C, P, h
-  const int64_t* strides;   // of samples, channels, positions
-  const int64_t* machine;   // threads a block, bytes of shared memory, blocks that run at once
+  const int64_t* sizes;    // B, C, P, units, h, classes
+  const int64_t* strides;  // of samples, channels, positions; then those of the map's gradient
+  const int64_t* machine;  // threads a block, bytes of shared memory for the map, blocks that run at once, blocks of
+                           // the kernels that divide what there is among any number
   void* const* arrays;
 
   template <typename T>
@@ -32,104 +34,131 @@ struct Call {
   }
 
   template <typename S>
-  FeatureMap<S> map() const {
-    return {static_cast<S*>(arrays[0]), sizes[0], sizes[1], sizes[2], strides[0], strides[1], strides[2]};
+  FeatureMap<S> map(int at, const int64_t* steps) const {
+    return {static_cast<S*>(arrays[at]), sizes[0], sizes[1], sizes[2], steps[0], steps[1], steps[2]};
   }
 
-  HeadSizes head_sizes() const { return {sizes[0], sizes[1], sizes[2], sizes[3]}; }
-  unsigned threads() const { return static_cast<unsigned>(machine[0]); }
+  // The map of S, or one that nobody looks into.
+  template <typename S, typename A>
+  HeadInput<S, A> in() const {
+    return {map<const S>(0, strides), sizes[3],         array<A>(1), array<A>(2), sizes[5], array<A>(7),
+            array<int64_t>(8),        {sizes[4], array<A>(3), array<A>(4), array<A>(5), array<A>(6)}};
+  }
 
   template <typename A>
-  AttendInput<A> input() const {
-    return {array<A>(1), array<A>(2), array<int64_t>(3),
-            {sizes[3], array<A>(4), array<A>(5), array<A>(6), array<A>(7)}};
+  HeadOutput<A> out() const {
+    return {{array<A>(10), array<A>(16), array<int32_t>(17)},
+            array<A>(14),
+            array<A>(15),
+            array<A>(11),
+            {array<A>(9), array<A>(12), array<A>(13), array<A>(18), array<A>(19), array<int32_t>(20), array<A>(21)}};
   }
+
+  template <typename A>
+  HeadSaved<A> saved() const {
+    return {array<A>(10), array<A>(15), array<int32_t>(16), array<A>(13), array<A>(14), array<A>(11),
+            {array<A>(9), array<A>(12), array<A>(17), array<A>(18), array<int32_t>(19), array<A>(20)}};
+  }
+
+  template <typename A>
+  HeadGrad<A> grad() const {
+    return {{array<A>(21), array<A>(24), array<A>(25)}, array<A>(22), array<A>(23)};
+  }
+
+  template <typename S, typename A>
+  HeadInputGrad<S, A> in_grad() const {
+    return {map<S>(26, strides + 3), array<A>(27), array<A>(28), array<A>(29),
+            array<A>(30),            array<A>(31), array<A>(32), array<A>(33)};
+  }
+
+  HeadSizes head_sizes() const { return {sizes[0], sizes[1], sizes[2], sizes[4], sizes[3]}; }
+  unsigned threads() const { return static_cast<unsigned>(machine[0]); }
 };
 
 template <typename S, bool kChannelsLast>
-struct Kernels {
+class Head {
+ public:
   using A = typename StatisticOf<S>::type;
 
-  static HeadPlanning planning(const Call& call) {
-    return {sizeof(S), sizeof(A), kChannelsLast, call.machine[0], call.machine[1]};
+  Head(const Call& call, bool backward) : call_(call) {
+    // Small shared memory is to make small tiles, not to be filled by what the products hand around.
+    const int64_t shared = call.machine[1] + (backward ? 0 : kHeadProductNumbers * static_cast<int64_t>(sizeof(A)));
+    const HeadPlanning planning = {sizeof(S), sizeof(A), kChannelsLast, call.machine[0], shared};
+    plan_ = plan_head<A>(planning, call.head_sizes(), backward, call.machine[2]);
+    const int64_t bytes = workspace_.lay_out(nullptr, call.head_sizes(), plan_, backward);
+    memory_ = std::make_unique<Rubbish>(workspace_is_short ? bytes - 256 : bytes);
+    workspace_.lay_out(memory_->get(), call.head_sizes(), plan_, backward);
+    std::memset(workspace_.arrived, 0, static_cast<size_t>(HeadWorkspace<A>::cleared_bytes(call.head_sizes())));
   }
 
-  static void pool(const Call& call) {
-    const HeadPlan plan = planning(call).pool(call.head_sizes());
-    const Pooled<A> out = {call.array<A>(1), call.array<A>(2), call.array<int32_t>(3)};
-    Rubbish shared(plan.shared_bytes);
-    const auto map = call.map<const S>();
-    on_host::launch(static_cast<unsigned>(plan.blocks()), call.threads(), [&] {
-      head_pool_block<S, A, kChannelsLast>(map, out, plan, shared.get());
+  void forward() const {
+    const auto in = call_.in<S, A>();
+    const auto out = call_.out<A>();
+    cooperate([&](unsigned char* shared) {
+      head_forward_block<S, A, kChannelsLast>(in, out, plan_, workspace_, shared);
     });
   }
 
-  // kernel(plan, workspace, shared memory of this block)
-  template <typename Kernel>
-  static void cooperate(const Call& call, bool backward, const Kernel& kernel) {
-    const HeadSizes sizes = call.head_sizes();
-    const HeadPlan plan = plan_attend<A>(planning(call), sizes, backward, call.machine[2]);
-    HeadWorkspace<A> workspace;
-    const int64_t bytes = workspace.lay_out(nullptr, sizes, plan, backward);
-    Rubbish memory(workspace_is_short ? bytes - 256 : bytes), shared(plan.blocks() * plan.shared_bytes);
-    workspace.lay_out(memory.get(), sizes, plan, backward);
-    std::memset(workspace.arrived, 0, static_cast<size_t>(HeadWorkspace<A>::cleared_bytes(sizes)));
-    on_host::launch_cooperative(static_cast<unsigned>(plan.blocks()), call.threads(), [&] {
-      kernel(plan, workspace, shared.get() + blockIdx.x * plan.shared_bytes);
+  void backward() const {
+    const auto in = call_.in<S, A>();
+    const auto in_any_map = call_.in<void, A>();
+    const auto saved = call_.saved<A>();
+    const auto grad = call_.grad<A>();
+    const auto in_grad = call_.in_grad<void, A>();
+    cooperate([&](unsigned char* shared) {
+      head_attend_backward_block<S, A, kChannelsLast>(in, saved, grad, plan_, workspace_, shared);
     });
-  }
-
-  static void attend(const Call& call) {
-    const auto map = call.map<const S>();
-    const auto in = call.input<A>();
-    const Attended<A> out = {call.array<A>(8),  call.array<A>(9),        call.array<A>(10), call.array<A>(11),
-                             call.array<A>(12), call.array<int32_t>(13), call.array<A>(14)};
-    cooperate(call, false, [&](const HeadPlan& plan, const HeadWorkspace<A>& workspace, unsigned char* shared) {
-      head_attend_block<S, A, kChannelsLast>(map, in, out, plan, workspace, shared);
+    Rubbish numbers(HeadWeightsBackward<A>::kShared * static_cast<int64_t>(sizeof(A)));
+    const unsigned blocks = static_cast<unsigned>(call_.machine[3]);
+    on_host::launch(blocks, call_.threads(), [&] {
+      head_weights_backward_block<A>(in_any_map, saved, workspace_, in_grad, reinterpret_cast<A*>(numbers.get()));
     });
-  }
-
-  static void attend_backward(const Call& call) {
-    const auto map = call.map<const S>();
-    const auto in = call.input<A>();
-    const Saved<A> saved = {call.array<A>(8),  call.array<A>(9),        call.array<A>(10),
-                            call.array<A>(11), call.array<int32_t>(12), call.array<A>(13)};
-    const AttendedGrad<A> grad = {call.array<A>(14), call.array<A>(15), call.array<A>(16)};
-    const AttendInputGrad<A> out = {call.array<A>(17), call.array<A>(18), call.array<A>(19),
-                                    call.array<A>(20), call.array<A>(21), call.array<A>(22),
-                                    call.array<A>(23), call.array<A>(24), call.array<A>(25)};
-    cooperate(call, true, [&](const HeadPlan& plan, const HeadWorkspace<A>& workspace, unsigned char* shared) {
-      head_attend_backward_block<S, A, kChannelsLast>(map, in, saved, grad, out, plan, workspace, shared);
+    on_host::launch(blocks, call_.threads(), [&] {
+      head_pooled_backward_block<A>(in_any_map, saved, grad.pooled, workspace_, in_grad);
     });
-  }
-
-  static void features_backward(const Call& call) {
-    const auto map = call.map<S>();
-    const FeaturesGradInput<A> in = {
-        call.array<A>(1), call.array<A>(2), call.array<A>(3), call.array<int32_t>(4), call.array<int32_t>(5),
-        call.array<A>(6), call.array<A>(7), call.array<A>(8), call.array<A>(9), call.array<A>(10), call.array<A>(11)};
+    const auto map = call_.in_grad<S, A>().features;
+    const auto features = features_grad_input(saved, grad, workspace_);
     const auto shared = std::make_unique<FeaturesGradShared<A>>();
-    const int64_t blocks = map.batch * ((map.channels + kGradChannels - 1) / kGradChannels) *
-                           ((map.positions + kGradPositions - 1) / kGradPositions);
-    on_host::launch(static_cast<unsigned>(blocks), kHeadThreads, [&] {
-      head_features_backward_block<S, A, kChannelsLast>(map, in, *shared);
+    const int64_t tiles = map.batch * ((map.channels + kGradChannels - 1) / kGradChannels) *
+                          ((map.positions + kGradPositions - 1) / kGradPositions);
+    on_host::launch(static_cast<unsigned>(tiles), kHeadThreads, [&] {
+      head_features_backward_block<S, A, kChannelsLast>(map, features, *shared);
     });
   }
+
+ private:
+  // kernel(shared memory of this block)
+  template <typename Kernel>
+  void cooperate(const Kernel& kernel) const {
+    Rubbish shared(plan_.blocks() * plan_.shared_bytes);
+    on_host::launch_cooperative(static_cast<unsigned>(plan_.blocks()), call_.threads(), [&] {
+      kernel(shared.get() + blockIdx.x * plan_.shared_bytes);
+    });
+  }
+
+  const Call& call_;
+  HeadPlan plan_;
+  HeadWorkspace<A> workspace_;
+  std::unique_ptr<Rubbish> memory_;
 };
+
+template <typename S>
+void run(const Call& call, bool backward) {
+  const auto go = [&](const auto& head) { backward ? head.backward() : head.forward(); };
+  call.strides[2] == 1 ? go(Head<S, false>(call, backward)) : go(Head<S, true>(call, backward));
+}
 
 }  // namespace
 
-#define HEAD_KERNEL_ON_HOST(kernel, name, S)                                                           \
-  extern "C" void kernel##_##name(                                                                     \
+#define HEAD_ON_HOST(name, S)                                                                          \
+  extern "C" void forward_##name(                                                                      \
       const int64_t* sizes, const int64_t* strides, const int64_t* machine, void* const* arrays) {     \
-    const Call call = {sizes, strides, machine, arrays};                                               \
-    strides[2] == 1 ? Kernels<S, false>::kernel(call) : Kernels<S, true>::kernel(call);                \
+    run<S>({sizes, strides, machine, arrays}, false);                                                  \
+  }                                                                                                    \
+  extern "C" void backward_##name(                                                                     \
+      const int64_t* sizes, const int64_t* strides, const int64_t* machine, void* const* arrays) {     \
+    run<S>({sizes, strides, machine, arrays}, true);                                                   \
   }
-#define HEAD_ON_HOST(name, S)                    \
-  HEAD_KERNEL_ON_HOST(pool, name, S)             \
-  HEAD_KERNEL_ON_HOST(attend, name, S)           \
-  HEAD_KERNEL_ON_HOST(attend_backward, name, S)  \
-  HEAD_KERNEL_ON_HOST(features_backward, name, S)
 HEAD_ON_HOST(float32, float)
 #ifndef HEAD_ON_HOST_MAIN
 HEAD_ON_HOST(float64, double)
@@ -142,51 +171,50 @@ int main(int argc, char** argv) {
   const std::string what = argc > 1 ? argv[1] : "";
   on_host::barrier_is_broken = what == "racy";
   workspace_is_short = what == "short";
-  constexpr int64_t kBatch = 3, kChannels = 22, kPositions = 6, kHidden = 2;
+  constexpr int64_t kBatch = 3, kChannels = 22, kPositions = 6, kUnits = 9, kHidden = 2, kClasses = 2;
+  constexpr int64_t kSample = kChannels * kPositions, kByChannel = kBatch * kChannels, kByUnit = kBatch * kUnits;
+  constexpr int64_t kByPosition = kBatch * kPositions, kBottleneck = kUnits * kChannels, kSpatial = kHidden * kPositions;
+  const int64_t sizes[] = {kBatch, kChannels, kPositions, kUnits, kHidden, kClasses};
   std::mt19937 random(7);
   std::uniform_real_distribution<float> number(-1.0f, 1.0f);
-  std::vector<std::vector<float>> floats;
-  std::vector<std::vector<int32_t>> integers;
-  const auto numbers = [&](int64_t size) {
-    floats.emplace_back(static_cast<size_t>(size));
-    for (float& x : floats.back()) x = number(random);
-    return floats.back().data();
+  std::vector<std::unique_ptr<float[]>> floats;
+  const auto numbers = [&](int64_t size) -> void* {
+    floats.push_back(std::make_unique<float[]>(static_cast<size_t>(size)));
+    for (int64_t i = 0; i < size; ++i) floats.back()[static_cast<size_t>(i)] = number(random);
+    return floats.back().get();
   };
-  const auto indices = [&](int64_t size) {
-    integers.emplace_back(static_cast<size_t>(size));
-    return integers.back().data();
-  };
-  std::vector<int64_t> labels = {0, -1, 3};
-  constexpr int64_t kByChannel = kBatch * kChannels, kByPosition = kBatch * kPositions, kWeights = kHidden * kPositions;
-  const int64_t sizes[] = {kBatch, kChannels, kPositions, kHidden};
+  std::vector<int32_t> peak_position(kByChannel), peak_channel(kByPosition);
+  std::vector<int64_t> labels = {0, -1, 3};  // the last is no class
   for (const bool channels_last : {false, true}) {
-    const int64_t sample = kChannels * kPositions;
-    const int64_t strides[] = {sample, channels_last ? 1 : kPositions, channels_last ? kChannels : 1};
-    // Three blocks a sample, each all in shared memory; then several tiles a block, positions apart too.
-    for (const int64_t shared_limit : {channels_last ? 1500 : 1200, 200}) {
-      const int64_t machine[] = {32, shared_limit, 4};
-      float* const map = numbers(kBatch * sample);
-      int32_t *const peak_position = indices(kByChannel), *const peak_channel = indices(kByPosition);
-      void* pooled[] = {map, numbers(kByChannel), numbers(kByChannel), peak_position};
-      pool_float32(sizes, strides, machine, pooled);
-      std::vector<void*> attended = {map, numbers(kByChannel), numbers(kByChannel), labels.data()};
-      for (int i = 0; i < 4; ++i) attended.push_back(numbers(kWeights));
-      std::vector<void*> backward = attended;
-      float* const out[] = {numbers(kByChannel),  numbers(kByPosition), numbers(kBatch),
-                            numbers(kByPosition), numbers(kByPosition), numbers(kByPosition)};
-      attended.insert(attended.end(), {out[0], out[1], out[2], out[3], out[4], peak_channel, out[5]});
-      attend_float32(sizes, strides, machine, attended.data());
-      backward.insert(backward.end(), {out[0], out[1], out[3], out[4], peak_channel, out[5]});
-      float* const upstream = numbers(kByChannel);
-      backward.insert(backward.end(), {upstream, numbers(kByPosition), numbers(kBatch)});
-      float* const grads[] = {numbers(kByChannel), numbers(kByChannel), numbers(kByPosition), numbers(kByPosition),
-                              numbers(kByPosition)};
-      backward.insert(backward.end(), std::begin(grads), std::end(grads));
-      for (int i = 0; i < 4; ++i) backward.push_back(numbers(kWeights));
-      attend_backward_float32(sizes, strides, machine, backward.data());
-      void* features[] = {map,      backward[1], backward[2], out[1],   peak_channel,        peak_position,
-                          upstream, grads[2],    grads[3],    grads[4], numbers(kByChannel), numbers(kByChannel)};
-      features_backward_float32(sizes, strides, machine, features);
+    const int64_t by_channel = channels_last ? 1 : kPositions, by_position = channels_last ? kChannels : 1;
+    const int64_t strides[] = {kSample, by_channel, by_position, kSample, by_channel, by_position};
+    // Two blocks a sample, each all in shared memory but for the backward's vectors; several tiles a block, positions
+    // apart too; a block a sample with all it has in shared memory.
+    for (const int64_t shared_limit : {600, 200, 1500}) {
+      const int64_t machine[] = {32, shared_limit, 4, 2};
+      std::vector<void*> forward = {numbers(kBatch * kSample)};
+      for (const int64_t size : {kBottleneck, kBottleneck, kSpatial, kSpatial, kSpatial, kSpatial}) {
+        forward.push_back(numbers(size));
+      }
+      forward.insert(forward.end(), {numbers(kClasses * kChannels), labels.data()});
+      std::vector<void*> backward = forward;
+      for (const int64_t size : {kByChannel, kByChannel, kByChannel, kByPosition, kBatch, kByUnit, kByUnit, kByChannel}) {
+        forward.push_back(numbers(size));
+      }
+      forward.insert(forward.end(), {peak_position.data(), numbers(kByPosition), numbers(kByPosition),
+                                     peak_channel.data(), numbers(kByPosition)});
+      forward_float32(sizes, strides, machine, forward.data());
+      for (size_t i = 9; i < forward.size(); ++i) {
+        if (i != 13) backward.push_back(forward[i]);  // all but the loss
+      }
+      for (const int64_t size : {kByChannel, kByChannel, kByChannel, kByPosition, kBatch}) {
+        backward.push_back(numbers(size));
+      }
+      for (const int64_t size : {kBatch * kSample, kBottleneck, kBottleneck, kSpatial, kSpatial, kSpatial, kSpatial,
+                                 kClasses * kChannels}) {
+        backward.push_back(numbers(size));
+      }
+      backward_float32(sizes, strides, machine, backward.data());
     }
   }
   std::puts("ok");

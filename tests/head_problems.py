@@ -287,3 +287,17 @@ def assert_closed_channels_have_the_gradients_of_the_formulas(run: Run, case: Ca
     for name, found, wanted in zip(Gradients._fields, grads, exact, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10, msg=name)
     torch.testing.assert_close(grads.wc2[2::4], exact.wc2[2::4], rtol=1e-9, atol=0)
+
+
+def assert_an_infinite_gradient_ends_where_a_unit_is_off(run: Run, case: Case) -> None:
+    """Of a case in float64 with two units or more."""
+    features, wc1, *_ = case.arguments
+    features.copy_(features.abs())
+    wc1.copy_(wc1.abs())
+    wc1[0].neg_()
+    case.grads.attended[0] = torch.inf
+    _, grads = run(case)
+    _, exact = case.formulas(torch.float64)
+    assert not grads.wc1[0].any() and not grads.wc1[1].isfinite().any()
+    for name, found, wanted in zip(Gradients._fields, grads, exact, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10, equal_nan=True, msg=name)

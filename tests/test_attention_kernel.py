@@ -16,6 +16,7 @@ from tests.head_problems import (
     LAYOUTS,
     Case,
     Outputs,
+    assert_an_infinite_gradient_ends_where_a_unit_is_off,
     assert_an_unknown_label_has_no_loss_and_no_gradient,
     assert_closed_channels_have_the_gradients_of_the_formulas,
     assert_equal_maps_have_no_gradient_of_their_difference,
@@ -104,6 +105,10 @@ def test_equal_maps_have_no_gradient_of_their_difference():
 def test_closed_channels(layout: Callable[[Tensor], Tensor]):
     case = Case((2, 40, 7, 7, 6, 4), torch.float64, layout)
     assert_closed_channels_have_the_gradients_of_the_formulas(Case.run, case)
+
+
+def test_an_infinite_gradient_ends_where_a_unit_is_off():
+    assert_an_infinite_gradient_ends_where_a_unit_is_off(Case.run, Case((2, 18, 2, 2, 3, 1), torch.float64))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

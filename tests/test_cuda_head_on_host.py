@@ -1,5 +1,6 @@
 """The CUDA kernels of the attention head without a GPU: their bodies run on host threads."""
 
+import copy
 import ctypes
 import shutil
 import subprocess
@@ -15,10 +16,18 @@ from tests.head_problems import (
     Case,
     Gradients,
     Outputs,
-    assert_as_close,
+    assert_an_infinite_gradient_ends_where_a_unit_is_off,
+    assert_an_unknown_label_has_no_loss_and_no_gradient,
+    assert_closed_channels_have_the_gradients_of_the_formulas,
+    assert_equal_maps_have_no_gradient_of_their_difference,
+    assert_right,
+    assert_the_first_of_several_maxima_leads,
+    assert_what_is_not_finite_spreads,
     channels_last,
     contiguous,
     part,
+    saved,
+    strided,
 )
 from tests.test_cuda_scan_on_host import needs, run_under
 
@@ -32,10 +41,11 @@ def on_gpu(test: Callable) -> Callable:
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")(test))
 
 
-# Threads a block, bytes of shared memory, blocks that run at once. The whole of a sample in one block; several blocks
-# a sample, and fewer groups of them than samples; several tiles a block; tiles of few positions, and vectors in global
-# memory.
+# Threads a block, bytes of shared memory for the map, blocks that run at once. The whole of a sample in one block;
+# several blocks a sample, and fewer groups of them than samples; several tiles a block; tiles of few positions, and
+# vectors in global memory.
 WHOLE, SPLIT, TILES, CRAMPED = (64, 48 << 10, 3), (32, 1500, 5), (32, 900, 2), (32, 400, 3)
+GPU = (256, 48 << 10, 2)
 
 
 def build(folder: Path, name: str, *flags: str) -> Path:
@@ -50,105 +60,83 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 class Host:
-    """The four operators on host threads; every output has guarded rubbish in it before."""
+    """Both directions on host threads; every output has guarded rubbish in it before."""
 
-    def __init__(self, library: ctypes.CDLL, case: Case, machine: tuple[int, int, int]):
-        self.library, self.machine = library, machine
+    def __init__(self, library: ctypes.CDLL, machine: tuple[int, int, int], blocks: int = 3):
+        # `blocks`: of the kernels that divide what there is among any number.
+        self.library, self.machine = library, (*machine, blocks)
+
+    def __call__(self, case: Case) -> tuple[Outputs, Gradients]:
+        batch, channels, height, width = case.arguments.features.shape
+        positions, units, hidden = height * width, case.arguments.wc1.shape[0], case.arguments.ws1.shape[0]
+        self.sizes = batch, channels, positions, units, hidden, case.arguments.cam_weight.shape[0]
+        self.statistics, self.guarded = case.statistics, []
+        arguments = [x.contiguous() for x in case.arguments]
         # One channel's positions must be adjacent, as the bindings see to.
-        self.x = case.features.contiguous() if case.features.shape[1] == 1 else case.features
-        self.statistics = case.statistics
-        self.batch, self.channels = self.x.shape[:2]
-        self.positions, self.hidden = self.x.shape[2:].numel(), case.inputs[3].shape[0]
-        self.guarded: list[Tensor] = []
+        arguments[0] = x = case.arguments.features.contiguous() if channels == 1 else case.arguments.features
+        by_channel, by_position, by_unit = (batch, channels), (batch, positions), (batch, units)
+        out = Outputs(
+            attended=self.empty(by_channel),
+            mean=self.empty(by_channel),
+            channel_attention=self.empty(by_channel),
+            spatial_attention=self.empty(by_position),
+            loss=self.empty((batch,)),
+            of_mean=self.empty(by_unit),
+            of_peak=self.empty(by_unit),
+            peak=self.empty(by_channel),
+            peak_position=self.empty(by_channel, torch.int32),
+            mean_map=self.empty(by_position),
+            peak_map=self.empty(by_position),
+            peak_channel=self.empty(by_position, torch.int32),
+            adversary_map=self.empty(by_position),
+        )
+        self.call("forward", x, x, [*arguments, *out])
+        # Amid other channels of the same layout, which must stay as they are.
+        wide = x.new_full((batch, channels + 16, height, width), 77)
+        wide = wide.contiguous(memory_format=torch.contiguous_format if self.step(x) == 1 else torch.channels_last)
+        grads = Gradients(wide[:, 8:-8].fill_(torch.nan), *(self.empty(weight.shape) for weight in arguments[1:-1]))
+        of_outputs = [*saved(out), *(grad if grad is None else grad.contiguous() for grad in case.grads)]
+        self.call("backward", x, grads.features, [*arguments, *of_outputs, *grads])
+        assert (wide[:, :8] == 77).all() and (wide[:, -8:] == 77).all(), "written beyond the map"
+        return out, grads
 
-    def step(self, map_: Tensor) -> int:
+    def step(self, x: Tensor) -> int:
         """From one position to the next."""
-        step = map_.stride(3) if map_.shape[3] > 1 else map_.stride(2)
-        return 1 if self.positions == 1 else step
+        step = x.stride(3) if x.shape[3] > 1 else x.stride(2)
+        return 1 if x.shape[2:].numel() == 1 else step
 
-    def call(self, name: str, map_: Tensor, *arrays: Tensor) -> None:
-        strides = (*map_.stride()[:2], self.step(map_))
-        tensors = [map_, *(x.contiguous() for x in arrays)]
-        pointers = (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
-        sizes = (ctypes.c_int64 * 4)(self.batch, self.channels, self.positions, self.hidden)
-        kernel = getattr(self.library, f"{name}_{str(map_.dtype).removeprefix('torch.')}")
-        kernel(sizes, (ctypes.c_int64 * 3)(*strides), (ctypes.c_int64 * 3)(*self.machine), pointers)
+    def call(self, name: str, x: Tensor, grad: Tensor, tensors: list[Tensor | None]) -> None:
+        strides = [step for map_ in (x, grad) for step in (*map_.stride()[:2], self.step(map_))]
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        kernels = getattr(self.library, f"{name}_{str(x.dtype).removeprefix('torch.')}")
+        numbers = ((ctypes.c_int64 * len(values))(*values) for values in (self.sizes, strides, self.machine))
+        kernels(*numbers, (ctypes.c_void_p * len(pointers))(*pointers))
         assert all((x[:4] == 77).all() and (x[-4:] == 77).all() for x in self.guarded), "written beyond an output"
 
-    def empty(self, *shape: int, integers: bool = False) -> Tensor:
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         size = torch.Size(shape).numel()
-        whole = torch.full((size + 8,), 77, dtype=torch.int32 if integers else self.statistics)
-        whole[4 : 4 + size] = -7 if integers else torch.nan
+        whole = torch.full((size + 8,), 77, dtype=dtype or self.statistics)
+        whole[4 : 4 + size] = -7 if dtype == torch.int32 else torch.nan
         self.guarded.append(whole)
         return whole[4 : 4 + size].view(shape)
 
-    def pool(self) -> tuple[Tensor, ...]:
-        shape = self.batch, self.channels
-        outputs = self.empty(*shape), self.empty(*shape), self.empty(*shape, integers=True)
-        self.call("pool", self.x, *outputs)
-        return outputs
 
-    def attend(self, *inputs: Tensor) -> Outputs:
-        map_shape = self.batch, self.positions
-        outputs = [self.empty(self.batch, self.channels), self.empty(*map_shape), self.empty(self.batch)]
-        outputs += [self.empty(*map_shape), self.empty(*map_shape), self.empty(*map_shape, integers=True)]
-        outputs.append(self.empty(*map_shape))
-        self.call("attend", self.x, *inputs, *outputs)
-        return Outputs(*outputs)
-
-    def attend_backward(self, *arguments: Tensor) -> Gradients:
-        by_channel, by_position = (self.batch, self.channels), (self.batch, self.positions)
-        shapes = [by_channel] * 2 + [by_position] * 3
-        shapes += [(self.hidden, self.positions)] * 2 + [(self.positions, self.hidden)] * 2
-        outputs = [self.empty(*shape) for shape in shapes]
-        self.call("attend_backward", self.x, *arguments, *outputs)
-        return Gradients(*outputs)
-
-    def features_backward(self, *arguments: Tensor) -> Tensor:
-        # Amid other channels of the same layout, which must stay as they are.
-        wide = self.x.new_full((self.batch, self.channels + 16, *self.x.shape[2:]), 77)
-        wide = wide.contiguous(memory_format=torch.contiguous_format if self.step(self.x) == 1 else torch.channels_last)
-        grad = wide[:, 8:-8].fill_(torch.nan)
-        self.call("features_backward", grad, *arguments)
-        assert (wide[:, :8] == 77).all() and (wide[:, -8:] == 77).all(), "written beyond the map"
-        return grad
-
-
-def run(library: ctypes.CDLL, case: Case, machine: tuple[int, int, int]):
-    """Like `Case.run`, on host threads."""
-    host = Host(library, case, machine)
-    pooled, out = host.pool(), host.attend(*case.inputs)
-    saved = (*out[:2], *out[3:])
-    grads = host.attend_backward(*case.inputs, *saved, *case.grads)
-    features_grad = host.features_backward(
-        *case.inputs[:2], out.spatial_attention, out.peak_channel, pooled[2], case.grads[0], *grads[2:5],
-        *case.pooled_grads
-    )  # fmt: skip
-    return pooled, out, grads, features_grad
-
-
-def compare(case: Case, found: tuple) -> None:
-    exact, pytorch = case.formulas(torch.float64), case.formulas(case.statistics)
-    names = [*("mean", "peak", "peak_position"), *Outputs._fields, *(f"grad of {name}" for name in Gradients._fields)]
-    flat = [(*pooled, *out, *grads, by_x) for pooled, out, grads, by_x in (found, exact, pytorch)]
-    for name, *values in zip([*names, "dX"], *flat, strict=True):
-        assert_as_close(name, *values)
-
-
-# B, C, H, W, h and where it runs
+# B, C, H, W, units, h and where it runs
 PROBLEMS = {
-    "one number": ((2, 1, 1, 1, 1), WHOLE),
-    "one position": ((2, 70, 1, 1, 1), SPLIT),
-    "one channel": ((3, 1, 3, 5, 2), WHOLE),
-    "whole": ((2, 40, 3, 7, 3), WHOLE),
-    "blocks": ((3, 83, 3, 3, 2), SPLIT),
-    "aligned blocks": ((3, 96, 2, 4, 2), SPLIT),
-    "tiles": ((2, 130, 3, 4, 2), TILES),
-    "many channels": ((2, 300, 1, 2, 1), WHOLE),
-    "more positions than threads": ((2, 9, 5, 7, 2), TILES),
-    "little memory": ((2, 19, 3, 5, 2), CRAMPED),
-    "more positions than a block writes": ((1, 3, 1, 258, 1), WHOLE),
-    "empty": ((0, 5, 2, 2, 1), SPLIT),
+    "one number": ((2, 1, 1, 1, 1, 1), WHOLE),
+    "one position": ((2, 70, 1, 1, 7, 1), SPLIT),
+    "one channel": ((3, 1, 3, 5, 1, 2), WHOLE),
+    "whole": ((5, 40, 3, 7, 17, 3), WHOLE),
+    "blocks": ((3, 83, 3, 3, 9, 2), SPLIT),
+    "aligned blocks": ((5, 96, 2, 4, 8, 2), SPLIT),
+    "tiles": ((2, 130, 3, 4, 34, 2), TILES),
+    "many channels": ((2, 300, 1, 2, 3, 1), WHOLE),
+    "many units": ((3, 20, 1, 2, 70, 1), WHOLE),
+    "more positions than threads": ((2, 9, 5, 7, 2, 2), TILES),
+    "little memory": ((2, 19, 3, 5, 4, 2), CRAMPED),
+    "more positions than a block writes": ((1, 3, 1, 258, 2, 1), WHOLE),
+    "all of a block's threads": ((5, 19, 2, 2, 33, 1), GPU),
+    "empty": ((0, 5, 2, 2, 3, 1), SPLIT),
 }
 LAYOUTS = {
     "contiguous": contiguous,
@@ -176,50 +164,58 @@ def test_values_and_gradients(library: ctypes.CDLL, name: str, layout: str, dtyp
     size, machine = PROBLEMS[name]
     case = Case(size, dtype, LAYOUTS[layout])
     if size[2] * size[3] > 256:
-        case.features[:, 1:, -1, -1] += 9  # a maximum that the second block of positions has to find
-    compare(case, run(library, case, machine))
+        case.arguments.features[:, 1:, -1, -1] += 9  # a maximum that the second block of positions has to find
+    assert_right(case, *Host(library, machine)(case))
+
+
+@on_host
+@pytest.mark.parametrize("missing", [("mean",), ("channel_attention",)], ids=str)
+def test_nothing_comes_back_to_some_outputs(library: ctypes.CDLL, missing: tuple[str, ...]):
+    case = Case((2, 18, 2, 2, 3, 1), torch.float64)
+    case.grads = case.grads._replace(**dict.fromkeys(missing))
+    assert_right(case, *Host(library, SPLIT)(case))
+
+
+@on_host
+@pytest.mark.parametrize("classes", [1, 9])
+def test_one_class_and_many(library: ctypes.CDLL, classes: int):
+    case = Case((5, 35, 1, 2, 3, 1), torch.float64, classes=classes)
+    assert_right(case, *Host(library, SPLIT)(case))
 
 
 @on_host
 @pytest.mark.parametrize("machine", [WHOLE, SPLIT, CRAMPED])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-def test_the_first_of_several_maxima_and_nan_the_largest(library: ctypes.CDLL, layout: Callable, machine: tuple):
-    case = Case((4, 66, 2, 4, 2), torch.float32, layout)
-    case.inputs[0].fill_(0.5)
-    x = case.features.zero_()
-    x[0, 33:, 0, 0], x[1, 1:, -1, 2:] = 1, -0.0
-    x[2, [20, 50], 1, 2], x[2, 20, 1, 3] = torch.nan, torch.nan
-    x[3] = -torch.inf
-    host = Host(library, case, machine)
-    mean, peak, position = host.pool()
-    out = host.attend(*case.inputs)
-    flat = x.flatten(2)
-    assert torch.equal(position.long(), flat.max(dim=2).indices) and position[2, 20] == 6
-    assert torch.equal(out.peak_channel.long(), (flat * 0.5).max(dim=1).indices) and out.peak_channel[2, 6] == 20
-    torch.testing.assert_close(peak, flat.amax(dim=2), equal_nan=True)
-    torch.testing.assert_close(mean, flat.mean(dim=2), equal_nan=True)
-    torch.testing.assert_close(out.peak_map, flat.amax(dim=1) * 0.5, equal_nan=True)
-    assert out.spatial_attention[:2].isfinite().all() and out.spatial_attention[2].isnan().all()
+def test_the_first_of_several_maxima(library: ctypes.CDLL, layout: Callable, machine: tuple):
+    case = Case((2, 66, 2, 4, 3, 2), torch.float32, layout)
+    assert_the_first_of_several_maxima_leads(Host(library, machine), case)
 
 
 @on_host
-def test_an_unknown_label_has_no_loss_and_no_gradient(library: ctypes.CDLL):
-    case = Case((3, 20, 3, 3, 2), torch.float32, channels_last)
-    a_c, rows, _, *weights = case.inputs
-    case.inputs = (a_c, rows + 1, torch.tensor([-1, 0, -1]), *weights)
-    case.features[0, 3, 1, 1], case.grads[2][2] = torch.inf, torch.nan
-    _, out, grads, _ = run(library, case, SPLIT)
-    assert (out.loss[[0, 2]] == 0).all() and out.loss[1] > 0
-    assert (grads.rows[[0, 2]] == 0).all() and (grads.adversary_map[[0, 2]] == 0).all()
-    assert (grads.rows[1] != 0).all() and grads.mean_map[2].isfinite().all()
+@pytest.mark.parametrize("machine", [WHOLE, SPLIT])
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_nan_and_infinity(library: ctypes.CDLL, layout: Callable, machine: tuple):
+    assert_what_is_not_finite_spreads(Host(library, machine), Case((5, 42, 2, 4, 3, 2), torch.float32, layout))
+
+
+@on_host
+def test_what_unusual_numbers_leave_alone(library: ctypes.CDLL):
+    host = Host(library, SPLIT)
+    labelled = Case((5, 20, 2, 2, 3, 2), torch.float32, channels_last)
+    assert_an_unknown_label_has_no_loss_and_no_gradient(host, labelled)
+    assert_equal_maps_have_no_gradient_of_their_difference(host, Case((3, 4, 2, 2, 2, 2), torch.float64))
+    assert_closed_channels_have_the_gradients_of_the_formulas(host, Case((2, 18, 2, 2, 3, 1), torch.float64))
+    assert_an_infinite_gradient_ends_where_a_unit_is_off(host, Case((2, 18, 2, 2, 3, 1), torch.float64))
 
 
 @on_host
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-def test_the_same_bits_again_and_however_many_samples_at_a_time(library: ctypes.CDLL, layout: Callable):
-    case = Case((3, 83, 2, 4, 2), torch.float32, layout)
-    found = [run(library, case, (32, 2000, resident)) for resident in (6, 6, 12)]
-    flat = [(*pooled, *out, *grads, by_x) for pooled, out, grads, by_x in found]
+def test_the_same_bits_again_and_however_many_at_a_time(library: ctypes.CDLL, layout: Callable):
+    """Samples, and blocks of the kernels that divide what there is among any number."""
+    case = Case((5, 50, 1, 4, 11, 2), torch.float32, layout)
+    ways = ((4, 3), (4, 3), (2, 1), (10, 40))
+    results = [Host(library, (32, 600, resident), blocks)(case) for resident, blocks in ways]
+    flat = [(*out, *grads) for out, grads in results]
     for other in flat[1:]:
         assert all(map(torch.equal, flat[0], other))
 
@@ -264,48 +260,72 @@ def test_an_access_out_of_bounds_is_reported(watched_for_bounds: Path):
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
 
 
-OPERATORS = ("head_pool", "head_attend", "head_attend_backward", "head_features_backward")
-
-
 @pytest.mark.skipif(not _extension.has_cuda_kernels(), reason="the extension was built without CUDA")
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", ["attention_head", "attention_head_backward"])
 def test_the_operators_are_registered_for_cuda(name: str):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dan_fast::{name}", "CUDA")
 
 
 def on_device(case: Case) -> Case:
     """The same case, its arguments on the GPU."""
-    moved = Case.__new__(Case)
-    moved.dtype, moved.statistics, moved.features = case.dtype, case.statistics, case.features.cuda()
-    for name in ("inputs", "grads", "pooled_grads"):
-        setattr(moved, name, tuple(x.cuda() for x in getattr(case, name)))
+    moved = copy.copy(case)
+    moved.arguments = case.arguments._make(x.cuda() for x in case.arguments)
+    moved.grads = case.grads._make(x if x is None else x.cuda() for x in case.grads)
     return moved
 
 
+def run_on_gpu(case: Case) -> tuple[Outputs, Gradients]:
+    out, grads = on_device(case).run()
+    return Outputs(*(x.cpu() for x in out)), Gradients(*(x.cpu() for x in grads))
+
+
 def flat_run(case: Case) -> list[Tensor]:
-    pooled, out, grads, features_grad = case.run()
-    return [*pooled, *out, *grads, features_grad]
+    out, grads = case.run()
+    return [*out, *grads]
 
 
-GPU_SIZES = [(64, 2048, 7, 7, 4), (5, 63, 7, 7, 4), (3, 130, 16, 8, 10), (2, 40, 40, 40, 30), (2, 1, 1, 1, 1)]
-GPU_SIZES += [(70, 512, 24, 8, 16), (2, 2048, 90, 50, 3)]
+def rows_left_out(x: Tensor) -> Tensor:
+    """channels_last in memory, but not evenly: the kernels read a copy, and the gradient has strides of its own."""
+    return channels_last(torch.cat([x, x], dim=2))[:, :, : x.shape[2], :]
+
+
+GPU_SIZES = [(64, 2048, 7, 7, 170, 4), (5, 63, 7, 7, 5, 4), (3, 130, 16, 8, 11, 10), (2, 40, 40, 40, 3, 30)]
+GPU_SIZES += [(2, 1, 1, 1, 1, 1), (70, 512, 24, 8, 42, 16), (2, 2048, 90, 50, 170, 3), (300, 256, 7, 7, 21, 4)]
+GPU_SIZES += [(0, 5, 2, 2, 2, 1)]
+GPU_CASES = [(size, layout) for size in GPU_SIZES for layout in LAYOUTS.values()]
+GPU_CASES += [(size, layout) for size in GPU_SIZES[1:3] for layout in (strided, rows_left_out)]
 
 
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("size", GPU_SIZES, ids=str)
-def test_the_gpu_does_what_the_formulas_say(size: tuple[int, ...], layout: str, dtype: torch.dtype):
-    case = on_device(Case(size, dtype, LAYOUTS[layout]))
-    found = case.run()
-    assert found[3].stride() == torch.empty_like(case.features).stride()
+@pytest.mark.parametrize("size, layout", GPU_CASES)
+def test_the_gpu_does_what_the_formulas_say(size: tuple[int, ...], layout: Callable, dtype: torch.dtype):
+    case = on_device(Case(size, dtype, layout))
+    out, grads = case.run()
+    assert grads.features.stride() == torch.empty_like(case.arguments.features).stride()
     assert all(map(torch.equal, flat_run(case), flat_run(case))), "two runs differ"
-    compare(case, found)
+    assert_right(case, out, grads)
+
+
+@on_gpu
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_unusual_numbers_on_the_gpu(layout: Callable):
+    assert_the_first_of_several_maxima_leads(run_on_gpu, Case((2, 2100, 7, 7, 6, 2), torch.float32, layout))
+    assert_what_is_not_finite_spreads(run_on_gpu, Case((5, 150, 7, 7, 13, 3), torch.float32, layout))
+    case = Case((5, 20, 3, 3, 4, 2), torch.float32, layout)
+    assert_an_unknown_label_has_no_loss_and_no_gradient(run_on_gpu, case)
+    assert_equal_maps_have_no_gradient_of_their_difference(run_on_gpu, Case((3, 4, 2, 2, 2, 2), torch.float64, layout))
+    case = Case((2, 40, 7, 7, 6, 4), torch.float64, layout)
+    assert_closed_channels_have_the_gradients_of_the_formulas(run_on_gpu, case)
+    case = Case((2, 40, 7, 7, 6, 4), torch.float64, layout)
+    assert_an_infinite_gradient_ends_where_a_unit_is_off(run_on_gpu, case)
+    case.grads = case.grads._replace(mean=None, channel_attention=None)
+    assert_right(case, *run_on_gpu(case))
 
 
 @on_gpu
 def test_another_stream_and_a_cuda_graph():
-    case = on_device(Case((64, 256, 7, 7, 4), torch.bfloat16, channels_last))
+    case = on_device(Case((64, 256, 7, 7, 21, 4), torch.bfloat16, channels_last))
     expected = flat_run(case)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -325,7 +345,7 @@ def test_another_stream_and_a_cuda_graph():
 
 @on_gpu
 def test_the_host_does_not_wait():
-    case = on_device(Case((8, 256, 7, 7, 4), torch.float32, channels_last))
+    case = on_device(Case((8, 256, 7, 7, 21, 4), torch.float32, channels_last))
     flat_run(case)
     torch.cuda.set_sync_debug_mode("error")
     try:
