@@ -116,17 +116,23 @@ class Head {
     on_host::launch(blocks, call_.threads(), [&] {
       head_pooled_backward_block<A>(in_any_map, saved, grad.pooled, workspace_, in_grad);
     });
-    const auto map = call_.in_grad<S, A>().features;
     const auto features = features_grad_input(saved, grad, workspace_);
+    call_.strides[5] == 1 ? write_features<false>(features) : write_features<true>(features);
+  }
+
+ private:
+  // The map's gradient may lie in memory otherwise than the map.
+  template <bool kGradChannelsLast>
+  void write_features(const FeaturesGradInput<A>& in) const {
+    const auto map = call_.in_grad<S, A>().features;
     const auto shared = std::make_unique<FeaturesGradShared<A>>();
     const int64_t tiles = map.batch * ((map.channels + kGradChannels - 1) / kGradChannels) *
                           ((map.positions + kGradPositions - 1) / kGradPositions);
     on_host::launch(static_cast<unsigned>(tiles), kHeadThreads, [&] {
-      head_features_backward_block<S, A, kChannelsLast>(map, features, *shared);
+      head_features_backward_block<S, A, kGradChannelsLast>(map, in, *shared);
     });
   }
 
- private:
   // kernel(shared memory of this block)
   template <typename Kernel>
   void cooperate(const Kernel& kernel) const {
