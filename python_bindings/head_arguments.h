@@ -1,255 +1,162 @@
-// Arguments and results of torch.ops.dan_fast.head_*: checked, and as csrc/attention/head.h wants them,
-// whichever device's kernel is to read them.
+// Arguments and results of torch.ops.dan_fast.attention_head and its derivative: checked, and as csrc/attention/head.h
+// wants them, whichever device's kernel is to read them.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <initializer_list>
+#include <optional>
 #include <tuple>
 
-#include "../csrc/attention/head_cpu.h"
-#include "tensors.h"
+#include "feature_maps.h"
 
 namespace dan_fast::head {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// (B, C, H, W) with positions, or channels, adjacent: as the kernels read it.
-struct Layout {
-  explicit Layout(const Tensor& map)
-      : batch(map.size(0)), channels(map.size(1)), positions(map.size(2) * map.size(3)), sample_stride(map.stride(0)),
-        channel_stride(map.stride(1)), position_stride(map.size(3) == 1 ? map.stride(2) : map.stride(3)) {
-    const bool even = map.size(2) == 1 || map.size(3) == 1 || map.stride(2) == map.size(3) * map.stride(3);
-    if (positions == 1) position_stride = 1;
-    readable = even && (position_stride == 1 || (channel_stride == 1 && channels > 1));
-  }
-
-  // Whether a readable map lies in memory without gaps and no two elements share theirs.
-  bool dense() const {
-    const bool in_sample = position_stride == 1 ? channels == 1 || channel_stride == positions
-                                                : position_stride == channels;
-    return in_sample && sample_stride == channels * positions;
-  }
-
-  template <typename S>
-  dan_fast::FeatureMap<S> map(S* data) const {
-    return {data, batch, channels, positions, sample_stride, channel_stride, position_stride};
-  }
-
-  int64_t batch, channels, positions, sample_stride, channel_stride, position_stride;
-  bool readable;
-};
-
-inline Tensor readable_map(const Tensor& features) {
-  STD_TORCH_CHECK(features.dim() == 4, "features must be (B, C, H, W), got ", features.dim(), " dimensions");
-  STD_TORCH_CHECK(features.size(1) > 0 && features.size(2) > 0 && features.size(3) > 0,
-                  "features must have at least one channel and one position");
-  STD_TORCH_CHECK(features.size(1) < int64_t{1} << 31 && features.size(2) * features.size(3) < int64_t{1} << 31,
-                  "features must have less than 2^31 channels and positions");
-  const ScalarType type = features.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::BFloat16 ||
-                      type == ScalarType::Half,
-                  "features must be float64, float32, bfloat16 or float16, got ", dan_fast::dtype_name(type));
-  return Layout(features).readable ? features : torch::stable::contiguous(features);
-}
-
-// A map, its layout and the dtype of what is computed from it.
-struct Features {
-  explicit Features(const Tensor& features_)
-      : features(readable_map(features_)), layout(features), batch(layout.batch), channels(layout.channels),
-        positions(layout.positions),
-        statistics(features.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float) {}
-
-  Tensor empty(std::initializer_list<int64_t> sizes) const {
-    return torch::stable::new_empty(features, sizes, statistics);
-  }
-
-  Tensor indices(int64_t size) const { return torch::stable::new_empty(features, {batch, size}, ScalarType::Int); }
-
-  Tensor fit(const char* name, const Tensor& tensor, const char* shape, std::initializer_list<int64_t> sizes,
-             ScalarType dtype) const {
-    return checked(name, tensor, shape, sizes, dtype, features, "features");
-  }
-  Tensor by_channel(const char* name, const Tensor& tensor) const {
-    return fit(name, tensor, "(B, C)", {batch, channels}, statistics);
-  }
-  Tensor by_position(const char* name, const Tensor& tensor) const {
-    return fit(name, tensor, "(B, H W)", {batch, positions}, statistics);
-  }
-
-  template <typename S>
-  dan_fast::FeatureMap<const S> map() const {
-    return layout.map(data<S>(features));
-  }
-
-  // function(S{}, A{}) for the types of the map and of its statistics.
-  template <typename Function>
-  void for_types(const Function& function) const {
-    switch (features.scalar_type()) {
-      case ScalarType::Double:
-        return function(double{}, double{});
-      case ScalarType::Float:
-        return function(float{}, float{});
-      case ScalarType::BFloat16:
-        return function(BFloat16{}, float{});
-      default:
-        return function(Float16{}, float{});
-    }
-  }
-
-  const Tensor features;
-  const Layout layout;
-  const int64_t batch, channels, positions;
-  const ScalarType statistics;
-};
-
-struct PoolArguments : Features {
-  explicit PoolArguments(const Tensor& features_)
-      : Features(features_), mean(empty({batch, channels})), peak(empty({batch, channels})),
-        peak_position(indices(channels)) {}
-
-  template <typename A>
-  dan_fast::Pooled<A> out() {
-    return {data<A>(mean), data<A>(peak), data<int32_t>(peak_position)};
-  }
-
-  Tensor mean, peak, peak_position;
-};
-
-struct AttendArguments : Features {
-  AttendArguments(const Tensor& features_, const Tensor& channel_attention_, const Tensor& rows_,
-                  const Tensor& labels_, const Tensor& ws1_, const Tensor& ws3_, const Tensor& ws2_,
-                  const Tensor& ws4_)
-      : Features(features_), channel_attention(by_channel("channel_attention", channel_attention_)),
-        rows(by_channel("rows", rows_)), labels(fit("labels", labels_, "(B,)", {batch}, ScalarType::Long)),
-        hidden(ws1_.dim() == 2 ? ws1_.size(0) : 0),
+// The arguments of both directions.
+struct HeadArguments : Features {
+  HeadArguments(const Tensor& features_, const Tensor& wc1_, const Tensor& wc2_, const Tensor& ws1_, const Tensor& ws3_,
+                const Tensor& ws2_, const Tensor& ws4_, const Tensor& cam_weight_, const Tensor& labels_)
+      : Features(features_), units(rows_of(wc1_)), hidden(rows_of(ws1_)), classes(rows_of(cam_weight_)),
+        wc1(fit("wc1", wc1_, "(C / r, C)", {units, channels}, statistics)),
+        wc2(fit("wc2", wc2_, "(C, C / r)", {channels, units}, statistics)),
         ws1(fit("ws1", ws1_, "(h, H W)", {hidden, positions}, statistics)),
         ws3(fit("ws3", ws3_, "(h, H W)", {hidden, positions}, statistics)),
         ws2(fit("ws2", ws2_, "(H W, h)", {positions, hidden}, statistics)),
-        ws4(fit("ws4", ws4_, "(H W, h)", {positions, hidden}, statistics)) {}
+        ws4(fit("ws4", ws4_, "(H W, h)", {positions, hidden}, statistics)),
+        cam_weight(fit("cam_weight", cam_weight_, "(c, C)", {classes, channels}, statistics)),
+        labels(fit("labels", labels_, "(B,)", {batch}, ScalarType::Long)) {
+    STD_TORCH_CHECK(classes > 0, "cam_weight must have at least one row");
+  }
 
-  template <typename A>
-  dan_fast::AttendInput<A> in() const {
-    return {data<A>(channel_attention), data<A>(rows), data<int64_t>(labels),
+  static int64_t rows_of(const Tensor& matrix) { return matrix.dim() == 2 ? matrix.size(0) : 0; }
+
+  Tensor fit_by_unit(const char* name, const Tensor& tensor) const {
+    return fit(name, tensor, "(B, C / r)", {batch, units}, statistics);
+  }
+
+  // S is void where only the launch knows it.
+  template <typename S, typename A>
+  dan_fast::HeadInput<S, A> in() const {
+    return {map<S>(), units, data<A>(wc1), data<A>(wc2), classes, data<A>(cam_weight), data<int64_t>(labels),
             {hidden, data<A>(ws1), data<A>(ws3), data<A>(ws2), data<A>(ws4)}};
   }
 
-  const Tensor channel_attention, rows, labels;
-  const int64_t hidden;
-  const Tensor ws1, ws3, ws2, ws4;
+  const int64_t units, hidden, classes;
+  const Tensor wc1, wc2, ws1, ws3, ws2, ws4, cam_weight, labels;
 };
 
-using AttendResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using HeadResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                              Tensor, Tensor>;
 
-struct AttendedTensors {
-  explicit AttendedTensors(const Features& x)
-      : attended(x.empty({x.batch, x.channels})), spatial_attention(x.empty({x.batch, x.positions})),
-        loss(x.empty({x.batch})), mean_map(x.empty({x.batch, x.positions})),
-        peak_map(x.empty({x.batch, x.positions})), peak_channel(x.indices(x.positions)),
-        adversary_map(x.empty({x.batch, x.positions})) {}
+// What the head gives.
+struct HeadTensors {
+  explicit HeadTensors(const HeadArguments& x)
+      : mean(x.empty({x.batch, x.channels})), peak(x.empty({x.batch, x.channels})),
+        channel_attention(x.empty({x.batch, x.channels})), attended(x.empty({x.batch, x.channels})),
+        peak_position(x.indices(x.channels)), of_mean(x.empty({x.batch, x.units})),
+        of_peak(x.empty({x.batch, x.units})), spatial_attention(x.empty({x.batch, x.positions})),
+        mean_map(x.empty({x.batch, x.positions})), peak_map(x.empty({x.batch, x.positions})),
+        adversary_map(x.empty({x.batch, x.positions})), peak_channel(x.indices(x.positions)), loss(x.empty({x.batch})) {
+  }
 
   template <typename A>
-  dan_fast::Attended<A> out() {
-    return {data<A>(attended), data<A>(spatial_attention), data<A>(loss), data<A>(mean_map), data<A>(peak_map),
-            data<int32_t>(peak_channel), data<A>(adversary_map)};
+  dan_fast::HeadOutput<A> out() {
+    return {{data<A>(mean), data<A>(peak), data<int32_t>(peak_position)},
+            data<A>(of_mean),
+            data<A>(of_peak),
+            data<A>(channel_attention),
+            {data<A>(attended), data<A>(spatial_attention), data<A>(loss), data<A>(mean_map), data<A>(peak_map),
+             data<int32_t>(peak_channel), data<A>(adversary_map)}};
   }
 
-  AttendResult result() const {
-    return {attended, spatial_attention, loss, mean_map, peak_map, peak_channel, adversary_map};
+  HeadResult result() const {
+    return {attended, mean, channel_attention, spatial_attention, loss, of_mean, of_peak, peak, peak_position, mean_map,
+            peak_map, peak_channel, adversary_map};
   }
 
-  Tensor attended, spatial_attention, loss, mean_map, peak_map, peak_channel, adversary_map;
+  Tensor mean, peak, channel_attention, attended, peak_position, of_mean, of_peak;
+  Tensor spatial_attention, mean_map, peak_map, adversary_map, peak_channel, loss;
 };
 
-using AttendGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-struct AttendBackwardArguments : AttendArguments {
-  AttendBackwardArguments(
-      const Tensor& features_, const Tensor& channel_attention_, const Tensor& rows_, const Tensor& labels_,
-      const Tensor& ws1_, const Tensor& ws3_, const Tensor& ws2_, const Tensor& ws4_, const Tensor& attended_,
-      const Tensor& spatial_attention_, const Tensor& mean_map_, const Tensor& peak_map_, const Tensor& peak_channel_,
-      const Tensor& adversary_map_, const Tensor& grad_attended_, const Tensor& grad_spatial_attention_,
+// What the backward pass reads beside the arguments: results of the head and their gradients.
+struct HeadSavedTensors {
+  HeadSavedTensors(
+      const HeadArguments& x, const Tensor& attended_, const Tensor& mean_, const Tensor& channel_attention_,
+      const Tensor& spatial_attention_, const Tensor& of_mean_, const Tensor& of_peak_, const Tensor& peak_,
+      const Tensor& peak_position_, const Tensor& mean_map_, const Tensor& peak_map_, const Tensor& peak_channel_,
+      const Tensor& adversary_map_, const Tensor& grad_attended_, const std::optional<Tensor>& grad_pooled_,
+      const std::optional<Tensor>& grad_channel_attention_, const Tensor& grad_spatial_attention_,
       const Tensor& grad_loss_)
-      : AttendArguments(features_, channel_attention_, rows_, labels_, ws1_, ws3_, ws2_, ws4_),
-        attended(by_channel("attended", attended_)),
-        spatial_attention(by_position("spatial_attention", spatial_attention_)),
-        mean_map(by_position("mean_map", mean_map_)), peak_map(by_position("peak_map", peak_map_)),
-        peak_channel(fit("peak_channel", peak_channel_, "(B, H W)", {batch, positions}, ScalarType::Int)),
-        adversary_map(by_position("adversary_map", adversary_map_)),
-        grad_attended(by_channel("grad_attended", grad_attended_)),
-        grad_spatial_attention(by_position("grad_spatial_attention", grad_spatial_attention_)),
-        grad_loss(fit("grad_loss", grad_loss_, "(B,)", {batch}, statistics)),
-        by_channel_attention(empty({batch, channels})), by_rows(empty({batch, channels})),
-        by_mean_map(empty({batch, positions})), by_peak_map(empty({batch, positions})),
-        by_adversary_map(empty({batch, positions})), by_ws1(empty({hidden, positions})),
-        by_ws3(empty({hidden, positions})), by_ws2(empty({positions, hidden})), by_ws4(empty({positions, hidden})) {}
-
-  template <typename A>
-  dan_fast::Saved<A> saved() const {
-    return {data<A>(attended), data<A>(spatial_attention), data<A>(mean_map), data<A>(peak_map),
-            data<int32_t>(peak_channel), data<A>(adversary_map)};
+      : attended(x.by_channel("attended", attended_)), mean(x.by_channel("mean", mean_)),
+        channel_attention(x.by_channel("channel_attention", channel_attention_)),
+        spatial_attention(x.by_position("spatial_attention", spatial_attention_)),
+        of_mean(x.fit_by_unit("of_mean", of_mean_)), of_peak(x.fit_by_unit("of_peak", of_peak_)),
+        peak(x.by_channel("peak", peak_)),
+        peak_position(x.fit("peak_position", peak_position_, "(B, C)", {x.batch, x.channels}, ScalarType::Int)),
+        mean_map(x.by_position("mean_map", mean_map_)), peak_map(x.by_position("peak_map", peak_map_)),
+        peak_channel(x.fit("peak_channel", peak_channel_, "(B, H W)", {x.batch, x.positions}, ScalarType::Int)),
+        adversary_map(x.by_position("adversary_map", adversary_map_)),
+        grad_attended(x.by_channel("grad_attended", grad_attended_)),
+        grad_spatial_attention(x.by_position("grad_spatial_attention", grad_spatial_attention_)),
+        grad_loss(x.fit("grad_loss", grad_loss_, "(B,)", {x.batch}, x.statistics)) {
+    const auto fit = [&](const char* name, const std::optional<Tensor>& tensor) {
+      return tensor.has_value() ? std::optional<Tensor>(x.by_channel(name, *tensor)) : std::nullopt;
+    };
+    grad_pooled = fit("grad_pooled", grad_pooled_);
+    grad_channel_attention = fit("grad_channel_attention", grad_channel_attention_);
   }
 
   template <typename A>
-  dan_fast::AttendedGrad<A> grad() const {
-    return {data<A>(grad_attended), data<A>(grad_spatial_attention), data<A>(grad_loss)};
+  dan_fast::HeadSaved<A> saved() const {
+    return {data<A>(mean),
+            data<A>(peak),
+            data<int32_t>(peak_position),
+            data<A>(of_mean),
+            data<A>(of_peak),
+            data<A>(channel_attention),
+            {data<A>(attended), data<A>(spatial_attention), data<A>(mean_map), data<A>(peak_map),
+             data<int32_t>(peak_channel), data<A>(adversary_map)}};
   }
 
   template <typename A>
-  dan_fast::AttendInputGrad<A> out() {
-    return {data<A>(by_channel_attention), data<A>(by_rows), data<A>(by_mean_map), data<A>(by_peak_map),
-            data<A>(by_adversary_map), data<A>(by_ws1), data<A>(by_ws3), data<A>(by_ws2), data<A>(by_ws4)};
+  dan_fast::HeadGrad<A> grad() const {
+    const auto or_null = [](const std::optional<Tensor>& tensor) {
+      return tensor.has_value() ? data<A>(*tensor) : static_cast<const A*>(nullptr);
+    };
+    return {{data<A>(grad_attended), data<A>(grad_spatial_attention), data<A>(grad_loss)},
+            or_null(grad_pooled),
+            or_null(grad_channel_attention)};
   }
 
-  AttendGradients result() const {
-    return {by_channel_attention, by_rows, by_mean_map, by_peak_map, by_adversary_map, by_ws1, by_ws3, by_ws2, by_ws4};
-  }
-
-  const Tensor attended, spatial_attention, mean_map, peak_map, peak_channel, adversary_map;
-  const Tensor grad_attended, grad_spatial_attention, grad_loss;
-  Tensor by_channel_attention, by_rows, by_mean_map, by_peak_map, by_adversary_map, by_ws1, by_ws3, by_ws2, by_ws4;
+  const Tensor attended, mean, channel_attention, spatial_attention, of_mean, of_peak, peak, peak_position;
+  const Tensor mean_map, peak_map, peak_channel, adversary_map, grad_attended, grad_spatial_attention, grad_loss;
+  std::optional<Tensor> grad_pooled, grad_channel_attention;
 };
 
-// `grad_` is torch.empty_like(features).
-struct FeaturesBackwardArguments : Features {
-  FeaturesBackwardArguments(
-      const Tensor& grad_, const Tensor& channel_attention_, const Tensor& rows_, const Tensor& spatial_attention_,
-      const Tensor& peak_channel_, const Tensor& peak_position_, const Tensor& grad_attended_,
-      const Tensor& grad_mean_map_, const Tensor& grad_peak_map_, const Tensor& grad_adversary_map_,
-      const Tensor& grad_mean_, const Tensor& grad_peak_)
-      : Features(grad_),
-        channel_attention(by_channel("channel_attention", channel_attention_)), rows(by_channel("rows", rows_)),
-        spatial_attention(by_position("spatial_attention", spatial_attention_)),
-        peak_channel(fit("peak_channel", peak_channel_, "(B, H W)", {batch, positions}, ScalarType::Int)),
-        peak_position(fit("peak_position", peak_position_, "(B, C)", {batch, channels}, ScalarType::Int)),
-        grad_attended(by_channel("grad_attended", grad_attended_)),
-        grad_mean_map(by_position("grad_mean_map", grad_mean_map_)),
-        grad_peak_map(by_position("grad_peak_map", grad_peak_map_)),
-        grad_adversary_map(by_position("grad_adversary_map", grad_adversary_map_)),
-        grad_mean(by_channel("grad_mean", grad_mean_)), grad_peak(by_channel("grad_peak", grad_peak_)) {}
+using HeadGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-  template <typename A>
-  dan_fast::FeaturesGradInput<A> in() const {
-    return {data<A>(channel_attention), data<A>(rows), data<A>(spatial_attention), data<int32_t>(peak_channel),
-            data<int32_t>(peak_position), data<A>(grad_attended), data<A>(grad_mean_map), data<A>(grad_peak_map),
-            data<A>(grad_adversary_map), data<A>(grad_mean), data<A>(grad_peak)};
+// The gradients of the arguments. `grad_` and `by_cam_weight_` are of the shapes and strides of map and classifier.
+struct HeadGradientTensors {
+  HeadGradientTensors(const HeadArguments& x, const Tensor& grad_, const Tensor& by_cam_weight_)
+      : grad(grad_), by_features(grad_), by_wc1(x.empty({x.units, x.channels})),
+        by_wc2(x.empty({x.channels, x.units})), by_ws1(x.empty({x.hidden, x.positions})),
+        by_ws3(x.empty({x.hidden, x.positions})), by_ws2(x.empty({x.positions, x.hidden})),
+        by_ws4(x.empty({x.positions, x.hidden})), by_cam_weight(by_cam_weight_) {}
+
+  template <typename S, typename A>
+  dan_fast::HeadInputGrad<S, A> out() {
+    return {by_features.layout.map(static_cast<S*>(by_features.features.mutable_data_ptr())), data<A>(by_wc1),
+            data<A>(by_wc2), data<A>(by_ws1), data<A>(by_ws3), data<A>(by_ws2), data<A>(by_ws4),
+            data<A>(by_cam_weight)};
   }
 
-  template <typename S>
-  dan_fast::FeatureMap<S> out() const {
-    return layout.map(static_cast<S*>(features.mutable_data_ptr()));
+  // Where no kernel writes the strides of the map, what was written is copied.
+  HeadGradients result() {
+    const bool in_place = by_features.features.const_data_ptr() == grad.const_data_ptr();
+    return {in_place ? grad : torch::stable::copy_(grad, by_features.features), by_wc1, by_wc2, by_ws1, by_ws3, by_ws2,
+            by_ws4, by_cam_weight};
   }
 
-  // Where no kernel writes these strides, what was written is copied.
-  Tensor result(Tensor grad) const {
-    return features.const_data_ptr() == grad.const_data_ptr() ? grad : torch::stable::copy_(grad, features);
-  }
-
-  const Tensor channel_attention, rows, spatial_attention, peak_channel, peak_position;
-  const Tensor grad_attended, grad_mean_map, grad_peak_map, grad_adversary_map, grad_mean, grad_peak;
+  Tensor grad;
+  const Features by_features;
+  Tensor by_wc1, by_wc2, by_ws1, by_ws3, by_ws2, by_ws4, by_cam_weight;
 };
 
 }  // namespace dan_fast::head

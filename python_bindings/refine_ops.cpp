@@ -10,7 +10,7 @@
 #include <tuple>
 
 #include "../csrc/attention/refine_cpu.h"
-#include "head_arguments.h"
+#include "feature_maps.h"
 
 #ifdef DAN_FAST_CUDA
 #include "../csrc/attention/refine_launch.h"
@@ -236,14 +236,8 @@ Three head_adversary_backward_cpu(
 #ifdef DAN_FAST_CUDA
 
 dan_fast::AnyFeatureMap any_map(const Tensor& map, void* data) {
-  using dan_fast::Scalar;
   const Layout at(map);
-  const ScalarType type = map.scalar_type();
-  const Scalar scalar = type == ScalarType::Double     ? Scalar::kFloat64
-                        : type == ScalarType::Float    ? Scalar::kFloat32
-                        : type == ScalarType::BFloat16 ? Scalar::kBFloat16
-                                                       : Scalar::kFloat16;
-  return {scalar,           data, at.batch, at.channels, at.positions, at.sample_stride, at.channel_stride,
+  return {dan_fast::scalar_of(map), data, at.batch, at.channels, at.positions, at.sample_stride, at.channel_stride,
           at.position_stride};
 }
 

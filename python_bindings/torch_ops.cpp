@@ -70,28 +70,13 @@ Tensor row_sq_norms_cpu(const Tensor& features) {
 
 #ifdef DAN_FAST_CUDA
 
-dan_fast::Scalar scalar_of(const Tensor& features) {
-  switch (features.scalar_type()) {
-    case ScalarType::Double:
-      return dan_fast::Scalar::kFloat64;
-    case ScalarType::Float:
-      return dan_fast::Scalar::kFloat32;
-    case ScalarType::Half:
-      return dan_fast::Scalar::kFloat16;
-    case ScalarType::BFloat16:
-      return dan_fast::Scalar::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "features must be float64, float32, float16 or bfloat16");
-  }
-}
-
 Tensor row_sq_norms_cuda(const Tensor& features) {
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
   const Tensor rows = with_adjacent_columns(features);
   Tensor norms = empty_norms(rows);
   dan_fast::on_device_of(rows, "row_sq_norms", [&](void* stream) {
     return dan_fast::launch_row_sq_norms(
-        scalar_of(rows), rows.const_data_ptr(), rows.stride(0), rows.size(0), rows.size(1), norms.mutable_data_ptr(),
+        dan_fast::scalar_of(rows), rows.const_data_ptr(), rows.stride(0), rows.size(0), rows.size(1), norms.mutable_data_ptr(),
         stream);
   });
   return norms;

@@ -2,6 +2,7 @@
 
 namespace dan_fast {
 
+template struct HeadWeightKernels<double>;
 template struct HeadKernels<double>;
 
 }  // namespace dan_fast

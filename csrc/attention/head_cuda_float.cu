@@ -3,6 +3,7 @@
 
 namespace dan_fast {
 
+template struct HeadWeightKernels<float>;
 template struct HeadKernels<float>;
 extern template struct HeadKernels<double>;
 extern template struct HeadKernels<__half>;
@@ -26,47 +27,34 @@ int for_scalar(Scalar scalar, const Call& call) {
 }  // namespace
 
 template <typename A>
-int launch_head_pool(const AnyFeatureMap& map, const Pooled<A>& out, void* stream) {
-  return for_scalar<A>(map.scalar, [&](auto kernels) { return kernels.pool(map, out, stream); });
-}
-
-int head_workspace_bytes(const AnyFeatureMap& map, int64_t hidden, int64_t* bytes) {
-  const auto ask = [&](auto kernels) { return kernels.workspace_bytes(map, hidden, bytes); };
-  return map.scalar == Scalar::kFloat64 ? for_scalar<double>(map.scalar, ask) : for_scalar<float>(map.scalar, ask);
+int head_workspace_bytes(Scalar scalar, const HeadInput<void, A>& in, bool backward, int64_t* bytes) {
+  return for_scalar<A>(scalar, [&](auto kernels) { return kernels.workspace_bytes(in, backward, bytes); });
 }
 
 template <typename A>
-int launch_head_attend(
-    const AnyFeatureMap& map, const AttendInput<A>& in, const Attended<A>& out, void* workspace, void* stream) {
-  return for_scalar<A>(map.scalar, [&](auto kernels) { return kernels.attend(map, in, out, workspace, stream); });
+int launch_head_forward(
+    Scalar scalar, const HeadInput<void, A>& in, const HeadOutput<A>& out, void* workspace, void* stream) {
+  return for_scalar<A>(scalar, [&](auto kernels) { return kernels.forward(in, out, workspace, stream); });
 }
 
 template <typename A>
-int launch_head_attend_backward(
-    const AnyFeatureMap& map,
-    const AttendInput<A>& in,
-    const Saved<A>& saved,
-    const AttendedGrad<A>& grad,
-    const AttendInputGrad<A>& out,
+int launch_head_backward(
+    Scalar scalar,
+    const HeadInput<void, A>& in,
+    const HeadSaved<A>& saved,
+    const HeadGrad<A>& grad,
+    const HeadInputGrad<void, A>& out,
     void* workspace,
     void* stream) {
-  return for_scalar<A>(map.scalar, [&](auto kernels) {
-    return kernels.attend_backward(map, in, saved, grad, out, workspace, stream);
-  });
-}
-
-template <typename A>
-int launch_head_features_backward(const AnyFeatureMap& map, const FeaturesGradInput<A>& in, void* stream) {
-  return for_scalar<A>(map.scalar, [&](auto kernels) { return kernels.features_backward(map, in, stream); });
+  return for_scalar<A>(scalar, [&](auto kernels) { return kernels.backward(in, saved, grad, out, workspace, stream); });
 }
 
 #define DAN_FAST_HEAD_LAUNCHES(A)                                                                                  \
-  template int launch_head_pool(const AnyFeatureMap&, const Pooled<A>&, void*);                                    \
-  template int launch_head_attend(const AnyFeatureMap&, const AttendInput<A>&, const Attended<A>&, void*, void*);  \
-  template int launch_head_attend_backward(                                                                        \
-      const AnyFeatureMap&, const AttendInput<A>&, const Saved<A>&, const AttendedGrad<A>&, const AttendInputGrad<A>&, \
-      void*, void*);                                                                                               \
-  template int launch_head_features_backward(const AnyFeatureMap&, const FeaturesGradInput<A>&, void*);
+  template int head_workspace_bytes(Scalar, const HeadInput<void, A>&, bool, int64_t*);                            \
+  template int launch_head_forward(Scalar, const HeadInput<void, A>&, const HeadOutput<A>&, void*, void*);         \
+  template int launch_head_backward(                                                                               \
+      Scalar, const HeadInput<void, A>&, const HeadSaved<A>&, const HeadGrad<A>&, const HeadInputGrad<void, A>&,   \
+      void*, void*);
 DAN_FAST_HEAD_LAUNCHES(float)
 DAN_FAST_HEAD_LAUNCHES(double)
 #undef DAN_FAST_HEAD_LAUNCHES

@@ -2,6 +2,7 @@
 
 namespace dan_fast {
 
+extern template struct HeadWeightKernels<float>;
 template struct HeadKernels<__half>;
 
 }  // namespace dan_fast

@@ -11,8 +11,9 @@
 
 #include "../cuda/resident.cuh"
 #include "head_cuda_attend_backward.cuh"
+#include "head_cuda_bottleneck_backward.cuh"
 #include "head_cuda_features.cuh"
-#include "head_cuda_pool.cuh"
+#include "head_cuda_forward.cuh"
 #include "head_launch.h"
 
 namespace dan_fast {
@@ -27,26 +28,33 @@ template <typename S, bool kChannelsLast, bool kBackward>
 constexpr int kHeadBlocks = std::is_same_v<S, double> ? 1 : kBackward && !kChannelsLast ? 2 : 3;
 
 template <typename S, typename A, bool kChannelsLast>
-__global__ void __launch_bounds__(kHeadThreads)
-    head_pool_kernel(const FeatureMap<const S> map, const Pooled<A> out, const HeadPlan plan) {
+__global__ void __launch_bounds__(kHeadThreads, kHeadBlocks<S, kChannelsLast, false>) head_forward_kernel(
+    const __grid_constant__ HeadInput<S, A> in, const __grid_constant__ HeadOutput<A> out, const __grid_constant__ HeadPlan plan, const __grid_constant__ HeadWorkspace<A> workspace) {
   extern __shared__ __align__(16) unsigned char shared[];
-  head_pool_block<S, A, kChannelsLast>(map, out, plan, shared);
-}
-
-template <typename S, typename A, bool kChannelsLast>
-__global__ void __launch_bounds__(kHeadThreads, kHeadBlocks<S, kChannelsLast, false>) head_attend_kernel(
-    const FeatureMap<const S> map, const AttendInput<A> in, const Attended<A> out, const HeadPlan plan,
-    const HeadWorkspace<A> workspace) {
-  extern __shared__ __align__(16) unsigned char shared[];
-  head_attend_block<S, A, kChannelsLast>(map, in, out, plan, workspace, shared);
+  head_forward_block<S, A, kChannelsLast>(in, out, plan, workspace, shared);
 }
 
 template <typename S, typename A, bool kChannelsLast>
 __global__ void __launch_bounds__(kHeadThreads, kHeadBlocks<S, kChannelsLast, true>) head_attend_backward_kernel(
-    const FeatureMap<const S> map, const AttendInput<A> in, const Saved<A> saved, const AttendedGrad<A> grad,
-    const AttendInputGrad<A> out, const HeadPlan plan, const HeadWorkspace<A> workspace) {
+    const __grid_constant__ HeadInput<S, A> in, const __grid_constant__ HeadSaved<A> saved, const __grid_constant__ HeadGrad<A> grad, const __grid_constant__ HeadPlan plan,
+    const __grid_constant__ HeadWorkspace<A> workspace) {
   extern __shared__ __align__(16) unsigned char shared[];
-  head_attend_backward_block<S, A, kChannelsLast>(map, in, saved, grad, out, plan, workspace, shared);
+  head_attend_backward_block<S, A, kChannelsLast>(in, saved, grad, plan, workspace, shared);
+}
+
+template <typename A>
+__global__ void __launch_bounds__(kHeadThreads, 2) head_weights_backward_kernel(
+    const __grid_constant__ HeadInput<void, A> in, const __grid_constant__ HeadSaved<A> saved, const __grid_constant__ HeadWorkspace<A> workspace,
+    const __grid_constant__ HeadInputGrad<void, A> out) {
+  __shared__ A shared[HeadWeightsBackward<A>::kShared];
+  head_weights_backward_block(in, saved, workspace, out, shared);
+}
+
+template <typename A>
+__global__ void __launch_bounds__(kHeadThreads, 2) head_pooled_backward_kernel(
+    const __grid_constant__ HeadInput<void, A> in, const __grid_constant__ HeadSaved<A> saved, const A* grad_pooled, const __grid_constant__ HeadWorkspace<A> workspace,
+    const __grid_constant__ HeadInputGrad<void, A> out) {
+  head_pooled_backward_block(in, saved, grad_pooled, workspace, out);
 }
 
 template <typename S, typename A, bool kChannelsLast>
@@ -56,85 +64,93 @@ __global__ void __launch_bounds__(kHeadThreads)
   head_features_backward_block<S, A, kChannelsLast>(map, in, shared);
 }
 
+// The kernels that walk no map, whatever it is stored in.
+template <typename A>
+struct HeadWeightKernels {
+  static cudaError_t backward(
+      const HeadInput<void, A>& in, const HeadSaved<A>& saved, const A* grad_pooled,
+      const HeadWorkspace<A>& workspace, const HeadInputGrad<void, A>& out, cudaStream_t stream);
+};
+
+template <typename A>
+cudaError_t HeadWeightKernels<A>::backward(
+    const HeadInput<void, A>& in, const HeadSaved<A>& saved, const A* grad_pooled, const HeadWorkspace<A>& workspace,
+    const HeadInputGrad<void, A>& out, cudaStream_t stream) {
+  head_weights_backward_kernel<A><<<kHeadWeightBlocks, kHeadThreads, 0, stream>>>(in, saved, workspace, out);
+  const cudaError_t status = cudaGetLastError();
+  if (status != cudaSuccess) return status;
+  head_pooled_backward_kernel<A>
+      <<<kHeadWeightBlocks, kHeadThreads, 0, stream>>>(in, saved, grad_pooled, workspace, out);
+  return cudaGetLastError();
+}
+
+template <typename T, typename U>
+FeatureMap<T> typed_map(const FeatureMap<U>& map) {
+  return {static_cast<T*>(map.data), map.batch,          map.channels,       map.positions,
+          map.sample_stride,         map.channel_stride, map.position_stride};
+}
+
 // The launches for maps of S in one layout.
 template <typename S, bool kChannelsLast>
 class HeadLayout {
  public:
   using A = HeadStatistic<S>;
+  using Input = HeadInput<void, A>;
+  using InputGrad = HeadInputGrad<void, A>;
 
-  HeadLayout(const AnyFeatureMap& map, int64_t hidden, void* stream)
-      : map_(map), sizes_{map.batch, map.channels, map.positions, hidden}, stream_(static_cast<cudaStream_t>(stream)) {}
+  HeadLayout(const Input& in, void* stream)
+      : in_(in),
+        typed_{typed_map<const S>(in.features), in.units, in.wc1, in.wc2, in.classes, in.cam_weight, in.labels,
+               in.spatial},
+        sizes_{in.features.batch, in.features.channels, in.features.positions, in.spatial.hidden, in.units},
+        stream_(static_cast<cudaStream_t>(stream)) {}
 
-  cudaError_t pool(const Pooled<A>& out) const {
-    const HeadPlan plan = planning(kHeadPoolBytes).pool(sizes_);
-    if (plan.blocks() > INT_MAX) return cudaErrorInvalidValue;
-    if (plan.blocks() == 0) return cudaSuccess;
-    const unsigned blocks = static_cast<unsigned>(plan.blocks());
-    const size_t shared_bytes = static_cast<size_t>(plan.shared_bytes);
-    head_pool_kernel<S, A, kChannelsLast><<<blocks, kHeadThreads, shared_bytes, stream_>>>(read(), out, plan);
-    return cudaGetLastError();
-  }
-
-  cudaError_t workspace_bytes(int64_t* bytes) const {
-    *bytes = 0;
-    for (const bool backward : {false, true}) {
-      HeadPlan plan;
-      HeadWorkspace<A> workspace;
-      int64_t needed = 0;
-      const cudaError_t status = prepare(backward, nullptr, &plan, &workspace, &needed);
-      if (status != cudaSuccess) return status;
-      *bytes = std::max(*bytes, needed);
-    }
-    return cudaSuccess;
-  }
-
-  cudaError_t attend(const AttendInput<A>& in, const Attended<A>& out, void* memory) const {
-    FeatureMap<const S> map = read();
+  cudaError_t workspace_bytes(bool backward, int64_t* bytes) const {
     HeadPlan plan;
     HeadWorkspace<A> workspace;
-    void* arguments[] = {&map, const_cast<AttendInput<A>*>(&in), const_cast<Attended<A>*>(&out), &plan, &workspace};
-    return launch(false, memory, &plan, &workspace, arguments);
+    return prepare(backward, nullptr, &plan, &workspace, bytes);
   }
 
-  cudaError_t attend_backward(
-      const AttendInput<A>& in, const Saved<A>& saved, const AttendedGrad<A>& grad, const AttendInputGrad<A>& out,
-      void* memory) const {
-    FeatureMap<const S> map = read();
+  cudaError_t forward(const HeadOutput<A>& out, void* memory) const {
     HeadPlan plan;
     HeadWorkspace<A> workspace;
     void* arguments[] = {
-        &map, const_cast<AttendInput<A>*>(&in), const_cast<Saved<A>*>(&saved), const_cast<AttendedGrad<A>*>(&grad),
-        const_cast<AttendInputGrad<A>*>(&out), &plan, &workspace};
-    return launch(true, memory, &plan, &workspace, arguments);
+        const_cast<HeadInput<S, A>*>(&typed_), const_cast<HeadOutput<A>*>(&out), &plan, &workspace};
+    return launch(false, memory, &plan, &workspace, arguments);
   }
 
-  cudaError_t features_backward(const FeaturesGradInput<A>& in) const {
+  cudaError_t backward(
+      const HeadSaved<A>& saved, const HeadGrad<A>& grad, const InputGrad& out, void* memory) const {
+    HeadPlan plan;
+    HeadWorkspace<A> workspace;
+    void* arguments[] = {
+        const_cast<HeadInput<S, A>*>(&typed_), const_cast<HeadSaved<A>*>(&saved), const_cast<HeadGrad<A>*>(&grad),
+        &plan, &workspace};
+    cudaError_t status = launch(true, memory, &plan, &workspace, arguments);
+    if (status != cudaSuccess) return status;
+    status = HeadWeightKernels<A>::backward(in_, saved, grad.pooled, workspace, out, stream_);
+    if (status != cudaSuccess) return status;
+    const FeatureMap<S> map = typed_map<S>(out.features);
+    const FeaturesGradInput<A> features = features_grad_input(saved, grad, workspace);
+    // The gradient of a map that had to be copied lies in memory otherwise than the copy.
+    return map.position_stride == 1 ? features_backward<false>(map, features) : features_backward<true>(map, features);
+  }
+
+ private:
+  template <bool kGradChannelsLast>
+  cudaError_t features_backward(const FeatureMap<S>& map, const FeaturesGradInput<A>& in) const {
     const int64_t blocks = sizes_.batch * ((sizes_.channels + kGradChannels - 1) / kGradChannels) *
                            ((sizes_.positions + kGradPositions - 1) / kGradPositions);
     if (blocks > INT_MAX) return cudaErrorInvalidValue;
     if (blocks == 0) return cudaSuccess;
-    const FeatureMap<S> map = fill<S>();
-    head_features_backward_kernel<S, A, kChannelsLast>
+    head_features_backward_kernel<S, A, kGradChannelsLast>
         <<<static_cast<unsigned>(blocks), kHeadThreads, 0, stream_>>>(map, in);
     return cudaGetLastError();
   }
 
- private:
-  template <typename T>
-  FeatureMap<T> fill() const {
-    return {static_cast<T*>(map_.data), map_.batch,          map_.channels,       map_.positions,
-            map_.sample_stride,         map_.channel_stride, map_.position_stride};
-  }
-
-  FeatureMap<const S> read() const { return fill<const S>(); }
-
-  static HeadPlanning planning(int64_t shared_limit) {
-    return {sizeof(S), sizeof(A), kChannelsLast, kHeadThreads, shared_limit};
-  }
-
   static const void* kernel(bool backward) {
     return backward ? reinterpret_cast<const void*>(head_attend_backward_kernel<S, A, kChannelsLast>)
-                    : reinterpret_cast<const void*>(head_attend_kernel<S, A, kChannelsLast>);
+                    : reinterpret_cast<const void*>(head_forward_kernel<S, A, kChannelsLast>);
   }
 
   cudaError_t prepare(
@@ -144,11 +160,13 @@ class HeadLayout {
     const cudaError_t status =
         resident[backward].ask(kernel(backward), kHeadThreads, static_cast<size_t>(kHeadSharedBytes), &blocks);
     if (status != cudaSuccess) return status;
-    *plan = plan_attend<A>(planning(kHeadSharedBytes), sizes_, backward, blocks);
+    const HeadPlanning planning = {sizeof(S), sizeof(A), kChannelsLast, kHeadThreads, kHeadSharedBytes};
+    *plan = plan_head<A>(planning, sizes_, backward, blocks);
     *bytes = workspace->lay_out(memory, sizes_, *plan, backward);
     return cudaSuccess;
   }
 
+  // The kernel whose blocks wait for each other.
   cudaError_t launch(
       bool backward, void* memory, HeadPlan* plan, HeadWorkspace<A>* workspace, void** arguments) const {
     int64_t bytes = 0;
@@ -162,16 +180,17 @@ class HeadLayout {
         static_cast<size_t>(plan->shared_bytes), stream_);
   }
 
-  const AnyFeatureMap& map_;
+  const Input& in_;
+  const HeadInput<S, A> typed_;
   const HeadSizes sizes_;
   const cudaStream_t stream_;
 };
 
 // call(layout) for the layout of the map.
 template <typename S, typename Call>
-cudaError_t for_layout(const AnyFeatureMap& map, int64_t hidden, void* stream, const Call& call) {
-  if (map.position_stride == 1) return call(HeadLayout<S, false>(map, hidden, stream));
-  if (map.channel_stride == 1) return call(HeadLayout<S, true>(map, hidden, stream));
+cudaError_t for_layout(const HeadInput<void, HeadStatistic<S>>& in, void* stream, const Call& call) {
+  if (in.features.position_stride == 1) return call(HeadLayout<S, false>(in, stream));
+  if (in.features.channel_stride == 1) return call(HeadLayout<S, true>(in, stream));
   return cudaErrorInvalidValue;
 }
 
@@ -179,47 +198,29 @@ cudaError_t for_layout(const AnyFeatureMap& map, int64_t hidden, void* stream, c
 template <typename S>
 struct HeadKernels {
   using A = HeadStatistic<S>;
-  static cudaError_t pool(const AnyFeatureMap& map, const Pooled<A>& out, void* stream);
-  static cudaError_t workspace_bytes(const AnyFeatureMap& map, int64_t hidden, int64_t* bytes);
-  static cudaError_t attend(
-      const AnyFeatureMap& map, const AttendInput<A>& in, const Attended<A>& out, void* workspace, void* stream);
-  static cudaError_t attend_backward(
-      const AnyFeatureMap& map, const AttendInput<A>& in, const Saved<A>& saved, const AttendedGrad<A>& grad,
-      const AttendInputGrad<A>& out, void* workspace, void* stream);
-  static cudaError_t features_backward(const AnyFeatureMap& map, const FeaturesGradInput<A>& in, void* stream);
+  using Input = HeadInput<void, A>;
+  static cudaError_t workspace_bytes(const Input& in, bool backward, int64_t* bytes);
+  static cudaError_t forward(const Input& in, const HeadOutput<A>& out, void* workspace, void* stream);
+  static cudaError_t backward(
+      const Input& in, const HeadSaved<A>& saved, const HeadGrad<A>& grad, const HeadInputGrad<void, A>& out,
+      void* workspace, void* stream);
 };
 
 template <typename S>
-cudaError_t HeadKernels<S>::pool(const AnyFeatureMap& map, const Pooled<A>& out, void* stream) {
-  return for_layout<S>(map, 0, stream, [&](const auto& layout) { return layout.pool(out); });
+cudaError_t HeadKernels<S>::workspace_bytes(const Input& in, bool backward, int64_t* bytes) {
+  return for_layout<S>(in, nullptr, [&](const auto& layout) { return layout.workspace_bytes(backward, bytes); });
 }
 
 template <typename S>
-cudaError_t HeadKernels<S>::workspace_bytes(const AnyFeatureMap& map, int64_t hidden, int64_t* bytes) {
-  return for_layout<S>(map, hidden, nullptr, [&](const auto& layout) { return layout.workspace_bytes(bytes); });
+cudaError_t HeadKernels<S>::forward(const Input& in, const HeadOutput<A>& out, void* workspace, void* stream) {
+  return for_layout<S>(in, stream, [&](const auto& layout) { return layout.forward(out, workspace); });
 }
 
 template <typename S>
-cudaError_t HeadKernels<S>::attend(
-    const AnyFeatureMap& map, const AttendInput<A>& in, const Attended<A>& out, void* workspace, void* stream) {
-  return for_layout<S>(map, in.weights.hidden, stream, [&](const auto& layout) {
-    return layout.attend(in, out, workspace);
-  });
-}
-
-template <typename S>
-cudaError_t HeadKernels<S>::attend_backward(
-    const AnyFeatureMap& map, const AttendInput<A>& in, const Saved<A>& saved, const AttendedGrad<A>& grad,
-    const AttendInputGrad<A>& out, void* workspace, void* stream) {
-  return for_layout<S>(map, in.weights.hidden, stream, [&](const auto& layout) {
-    return layout.attend_backward(in, saved, grad, out, workspace);
-  });
-}
-
-template <typename S>
-cudaError_t HeadKernels<S>::features_backward(
-    const AnyFeatureMap& map, const FeaturesGradInput<A>& in, void* stream) {
-  return for_layout<S>(map, 0, stream, [&](const auto& layout) { return layout.features_backward(in); });
+cudaError_t HeadKernels<S>::backward(
+    const Input& in, const HeadSaved<A>& saved, const HeadGrad<A>& grad, const HeadInputGrad<void, A>& out,
+    void* workspace, void* stream) {
+  return for_layout<S>(in, stream, [&](const auto& layout) { return layout.backward(saved, grad, out, workspace); });
 }
 
 }  // namespace dan_fast

@@ -6,22 +6,29 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "head.h"
+
 namespace dan_fast {
 
 struct HeadSizes {
-  int64_t batch, channels, positions, hidden;
+  int64_t batch, channels, positions, hidden, units;  // hidden: of spatial attention; units: of channel attention
 };
 
 // No device need be asked for more, and two blocks fit a multiprocessor of 100 KB.
 constexpr int64_t kHeadSharedBytes = 48 << 10;
-constexpr int64_t kHeadPoolBytes = 32 << 10;
 constexpr int kHeadThreads = 256;
+
+// Of the kernels that find gradients of weights, whose blocks take what there is in turn: a few for each multiprocessor.
+constexpr int kHeadWeightBlocks = 512;
 
 // More blocks a sample would read more of each other's sums than of the map.
 constexpr int64_t kHeadMaxParts = 32;
 
-// Channels that a thread looks after in the pass over positions.
+// Channels that a thread looks after in a pass over positions.
 constexpr int kHeadRounds = 2;
+
+// Numbers that a block hands around in a product of the bottleneck, see head_cuda_bottleneck.cuh.
+constexpr int64_t kHeadProductNumbers = 128;
 
 // A block's share of a sample is `range` channels; it holds `tile_channels` x `tile_positions` of it at a time.
 struct HeadPlan {
@@ -75,29 +82,19 @@ struct HeadPlanning {
     plan->shared_bytes = plan->tile_offset + tile_bytes(plan->tile_channels, plan->tile_positions);
   }
 
-  // A thread for each channel at least.
-  HeadPlan pool(const HeadSizes& sizes) const {
-    HeadPlan plan = {};
-    fit(&plan, std::min(sizes.channels, threads / pack() * pack()), sizes.positions,
-        [](int64_t, int64_t) { return int64_t{0}; });
-    plan.range = plan.tile_channels;
-    plan.parts = (sizes.channels + plan.range - 1) / plan.range;
-    plan.groups = sizes.batch;
-    set_pitch(&plan);
-    return plan;
-  }
-
   // `scratch`: numbers that a block needs for the spatial attention of a sample; `weights`: numbers it holds a channel;
-  // `total`: bytes that a thread hands on when threads add up; `resident`: blocks that run at once.
-  HeadPlan attend(
-      const HeadSizes& sizes, int64_t scratch, int64_t weights, int64_t total, int64_t resident) const {
+  // `total`: bytes that a thread hands on when threads add up; `handed`: bytes it needs there for other purposes;
+  // `resident`: blocks that run at once.
+  HeadPlan divide(
+      const HeadSizes& sizes, int64_t scratch, int64_t weights, int64_t total, int64_t handed,
+      int64_t resident) const {
     HeadPlan plan = {};
     const int64_t scratch_bytes = round_up(scratch * statistic, 16);
     plan.scratch_size = scratch_bytes / statistic;
     plan.scratch_in_shared = scratch_bytes <= shared_limit / 3;
     const auto front = [&](int64_t c, int64_t p) {
       const int64_t shares = std::max<int64_t>(1, threads / p);
-      return round_up(std::max(weights * round_up(c, pack()) * statistic, shares / 2 * p * total), 16);
+      return round_up(std::max({weights * round_up(c, pack()) * statistic, shares / 2 * p * total, handed}), 16);
     };
     const auto fixed = [&](int64_t c, int64_t p) {
       return front(c, p) + (plan.scratch_in_shared ? scratch_bytes : 0);
@@ -121,23 +118,35 @@ inline int64_t forward_scratch(const HeadSizes& sizes) { return 7 * sizes.positi
 inline int64_t backward_scratch(const HeadSizes& sizes) { return 16 * sizes.positions + 6 * sizes.hidden; }
 
 template <typename A>
-HeadPlan plan_attend(const HeadPlanning& planning, const HeadSizes& sizes, bool backward, int64_t resident) {
+HeadPlan plan_head(const HeadPlanning& planning, const HeadSizes& sizes, bool backward, int64_t resident) {
   constexpr int64_t kForwardTotal = 4 * sizeof(A);  // ChannelSums, its index padded
-  return backward ? planning.attend(sizes, backward_scratch(sizes), 1, sizeof(A), resident)
-                  : planning.attend(sizes, forward_scratch(sizes), 2, kForwardTotal, resident);
+  constexpr int64_t kHanded = kHeadProductNumbers * sizeof(A);
+  return backward ? planning.divide(sizes, backward_scratch(sizes), 1, sizeof(A), 0, resident)
+                  : planning.divide(sizes, forward_scratch(sizes), 2, kForwardTotal, kHanded, resident);
 }
 
-// What blocks tell each other. The counters start at 0, the rest is written before it is read.
+// What blocks and kernels tell each other. The counters start at 0, the rest is written before it is read.
 template <typename A>
 struct HeadWorkspace {
   uint32_t* arrived;     // (B,) blocks that have written their sums of a sample
-  uint32_t* finished;    // () samples whose terms of the weights' gradients are there
+  uint32_t* passed;      // () barriers of the grid, forward
   A* mean;               // (B, parts, P) sums over a block's channels: of X' forward, of d_attended X' backward
   A* peak;               // (B, parts, P) forward, as are the next two
   int32_t* peak_channel;
   A* adversary;
-  A* position_terms;     // (3, P, B) backward: gradients of A, B, C before their sigmoids
-  A* hidden_terms;       // (6, h, B) backward: hidden units of A, B, C, then their gradients
+  A* units;              // (B, units) relu(wc1 mean) + relu(wc1 peak), forward
+  A* position_terms;     // (3, P, B) backward, as is the rest but `scratch`: gradients of A, B, C before their sigmoids
+  A* hidden_terms;       // (6, h, B) hidden units of A, B, C, then their gradients
+  A* rows;               // (B, C) the classifier's row of each label, 0 for the label -1
+  A* by_rows;            // (B, C) its gradient
+  A* by_logits;          // (B, C) gradient of A_C before the sigmoid
+  A* by_mean_map;        // (B, P) gradients of g, m and A_ad
+  A* by_peak_map;
+  A* by_adversary_map;
+  A* by_of_mean;         // (B, units) gradients of wc1 mean, wc1 peak
+  A* by_of_peak;
+  A* by_mean;            // (B, C) gradients of mean and peak, where those of rows and logits were
+  A* by_peak;
   A* scratch;            // (blocks, scratch) where shared memory is too small
 
   static int64_t cleared_bytes(const HeadSizes& sizes) {
@@ -156,22 +165,38 @@ struct HeadWorkspace {
     const auto take_array = [&](int64_t size) {
       return static_cast<A*>(take(size * static_cast<int64_t>(sizeof(A))));
     };
-    const int64_t sums = sizes.batch * plan.parts * sizes.positions;
+    const int64_t sums = sizes.batch * plan.parts * sizes.positions, map = sizes.batch * sizes.positions;
+    const int64_t vectors = sizes.batch * sizes.channels;
     *this = {};
     arrived = static_cast<uint32_t*>(take(cleared_bytes(sizes)));
-    finished = arrived == nullptr ? nullptr : arrived + sizes.batch;
+    passed = arrived == nullptr ? nullptr : arrived + sizes.batch;
     mean = take_array(sums);
     if (backward) {
-      position_terms = take_array(3 * sizes.positions * sizes.batch);
+      position_terms = take_array(3 * map);
       hidden_terms = take_array(6 * sizes.hidden * sizes.batch);
+      for (A** const array : {&rows, &by_rows, &by_logits}) *array = take_array(vectors);
+      by_mean = by_rows;
+      by_peak = by_logits;
+      for (A** const array : {&by_mean_map, &by_peak_map, &by_adversary_map}) *array = take_array(map);
+      for (A** const array : {&by_of_mean, &by_of_peak}) *array = take_array(sizes.batch * sizes.units);
     } else {
       peak = take_array(sums);
       peak_channel = static_cast<int32_t*>(take(sums * static_cast<int64_t>(sizeof(int32_t))));
       adversary = take_array(sums);
+      units = take_array(sizes.batch * sizes.units);
     }
     if (!plan.scratch_in_shared) scratch = take_array(plan.blocks() * plan.scratch_size);
     return bytes;
   }
 };
+
+// What the last kernel of the derivative reads, when the workspace holds the rest.
+template <typename A>
+FeaturesGradInput<A> features_grad_input(
+    const HeadSaved<A>& saved, const HeadGrad<A>& grad, const HeadWorkspace<A>& workspace) {
+  return {saved.channel_attention, workspace.rows, saved.attended.spatial_attention, saved.attended.peak_channel,
+          saved.peak_position, grad.attended.attended, workspace.by_mean_map, workspace.by_peak_map,
+          workspace.by_adversary_map, workspace.by_mean, workspace.by_peak};
+}
 
 }  // namespace dan_fast

@@ -153,10 +153,10 @@ struct ChannelThreads {
     lane = thread % lanes;
   }
 
-  // The sum over the threads of a channel; all lanes of the warp take part.
-  template <typename A>
-  __device__ __forceinline__ A sum(A value) const {
-    for (int other = lanes / 2; other > 0; other /= 2) value += __shfl_xor_sync(kAllLanes, value, other);
+  // The total over the threads of a channel; all lanes of the warp take part.
+  template <typename Total>
+  __device__ __forceinline__ Total total(Total value) const {
+    for (int other = lanes / 2; other > 0; other /= 2) value.add(value.from_lane(other));
     return value;
   }
 };

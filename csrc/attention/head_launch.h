@@ -15,29 +15,22 @@ struct AnyFeatureMap {
   int64_t sample_stride, channel_stride, position_stride;
 };
 
-// All launch on `stream` (a cudaStream_t) and do not wait. They return a cudaError_t.
+// Bytes of memory, aligned to 256, that one direction wants on the current device. Returns a cudaError_t, as the next do.
 template <typename A>
-int launch_head_pool(const AnyFeatureMap& map, const Pooled<A>& out, void* stream);
+int head_workspace_bytes(Scalar scalar, const HeadInput<void, A>& in, bool backward, int64_t* bytes);
 
-// Bytes of memory, aligned to 256, that the next two want on the current device.
-int head_workspace_bytes(const AnyFeatureMap& map, int64_t hidden, int64_t* bytes);
-
+// The whole head, and its derivative; X is of type `scalar`. They launch on `stream` (a cudaStream_t) and do not wait.
 template <typename A>
-int launch_head_attend(
-    const AnyFeatureMap& map, const AttendInput<A>& in, const Attended<A>& out, void* workspace, void* stream);
-
+int launch_head_forward(
+    Scalar scalar, const HeadInput<void, A>& in, const HeadOutput<A>& out, void* workspace, void* stream);
 template <typename A>
-int launch_head_attend_backward(
-    const AnyFeatureMap& map,
-    const AttendInput<A>& in,
-    const Saved<A>& saved,
-    const AttendedGrad<A>& grad,
-    const AttendInputGrad<A>& out,
+int launch_head_backward(
+    Scalar scalar,
+    const HeadInput<void, A>& in,
+    const HeadSaved<A>& saved,
+    const HeadGrad<A>& grad,
+    const HeadInputGrad<void, A>& out,
     void* workspace,
     void* stream);
-
-// `map.data` is written.
-template <typename A>
-int launch_head_features_backward(const AnyFeatureMap& map, const FeaturesGradInput<A>& in, void* stream);
 
 }  // namespace dan_fast
