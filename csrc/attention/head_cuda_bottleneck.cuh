@@ -42,6 +42,7 @@ template <typename A>
 __device__ __forceinline__ A dot_tile(
     const A* left, int rows, const A* right, int columns, int64_t depth, int first, int step) {
   A sums[kDots] = {};
+  // As many at once as the registers have room for.
 #pragma unroll 3
   for (int64_t k = first; k < depth; k += step) {
     // From row to row, which takes fewer registers than a place for each.
@@ -131,8 +132,9 @@ __device__ void find_channel_attention(
   const unsigned warps = blockDim.x / kLanes, tiles = Tile::count(samples, channels);
   for (unsigned tile = blockIdx.x * warps + threadIdx.x / kLanes; tile < tiles; tile += gridDim.x * warps) {
     const Tile at(tile, samples, channels);
-    const A sum = dot_tile(
-        found + (first + at.sample) * units, at.rows, in.wc2 + static_cast<int64_t>(at.column) * units, at.columns, units, lane, kLanes);
+    const A* const weights = in.wc2 + static_cast<int64_t>(at.column) * units;
+    const A sum =
+        dot_tile(found + (first + at.sample) * units, at.rows, weights, at.columns, units, lane, kLanes);
     const int row = lane / kDotSize, column = lane % kDotSize;
     if (row < at.rows && column < at.columns) {
       out.channel_attention[(first + at.sample + row) * channels + at.column + column] = sigmoid(sum);

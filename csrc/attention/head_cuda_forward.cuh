@@ -1,5 +1,5 @@
-// The whole attention head forward on CUDA, Eqs. (2)-(4): one launch of a cooperative grid, one read of X. CUDA C++, not
-// Triton, which has neither a barrier of the grid nor shared memory that outlives one.
+// The whole attention head forward on CUDA, Eqs. (2)-(4): one launch of a cooperative grid, one read of X. It is CUDA
+// C++, for Triton has neither a barrier of the grid nor shared memory that outlives one.
 //
 // A block pools its share of a sample and keeps it in shared memory. The products of the bottleneck want many samples
 // at once, for each sample needs all weights: all blocks divide them among themselves, for the samples that the grid

@@ -27,16 +27,19 @@ using HeadStatistic = std::conditional_t<std::is_same_v<S, double>, double, floa
 template <typename S, bool kChannelsLast, bool kBackward>
 constexpr int kHeadBlocks = std::is_same_v<S, double> ? 1 : kBackward && !kChannelsLast ? 2 : 3;
 
+// The bodies take their arguments by reference: __grid_constant__, or every thread would make itself a copy.
 template <typename S, typename A, bool kChannelsLast>
 __global__ void __launch_bounds__(kHeadThreads, kHeadBlocks<S, kChannelsLast, false>) head_forward_kernel(
-    const __grid_constant__ HeadInput<S, A> in, const __grid_constant__ HeadOutput<A> out, const __grid_constant__ HeadPlan plan, const __grid_constant__ HeadWorkspace<A> workspace) {
+    const __grid_constant__ HeadInput<S, A> in, const __grid_constant__ HeadOutput<A> out,
+    const __grid_constant__ HeadPlan plan, const __grid_constant__ HeadWorkspace<A> workspace) {
   extern __shared__ __align__(16) unsigned char shared[];
   head_forward_block<S, A, kChannelsLast>(in, out, plan, workspace, shared);
 }
 
 template <typename S, typename A, bool kChannelsLast>
 __global__ void __launch_bounds__(kHeadThreads, kHeadBlocks<S, kChannelsLast, true>) head_attend_backward_kernel(
-    const __grid_constant__ HeadInput<S, A> in, const __grid_constant__ HeadSaved<A> saved, const __grid_constant__ HeadGrad<A> grad, const __grid_constant__ HeadPlan plan,
+    const __grid_constant__ HeadInput<S, A> in, const __grid_constant__ HeadSaved<A> saved,
+    const __grid_constant__ HeadGrad<A> grad, const __grid_constant__ HeadPlan plan,
     const __grid_constant__ HeadWorkspace<A> workspace) {
   extern __shared__ __align__(16) unsigned char shared[];
   head_attend_backward_block<S, A, kChannelsLast>(in, saved, grad, plan, workspace, shared);
@@ -44,16 +47,16 @@ __global__ void __launch_bounds__(kHeadThreads, kHeadBlocks<S, kChannelsLast, tr
 
 template <typename A>
 __global__ void __launch_bounds__(kHeadThreads, 2) head_weights_backward_kernel(
-    const __grid_constant__ HeadInput<void, A> in, const __grid_constant__ HeadSaved<A> saved, const __grid_constant__ HeadWorkspace<A> workspace,
-    const __grid_constant__ HeadInputGrad<void, A> out) {
+    const __grid_constant__ HeadInput<void, A> in, const __grid_constant__ HeadSaved<A> saved,
+    const __grid_constant__ HeadWorkspace<A> workspace, const __grid_constant__ HeadInputGrad<void, A> out) {
   __shared__ A shared[HeadWeightsBackward<A>::kShared];
   head_weights_backward_block(in, saved, workspace, out, shared);
 }
 
 template <typename A>
 __global__ void __launch_bounds__(kHeadThreads, 2) head_pooled_backward_kernel(
-    const __grid_constant__ HeadInput<void, A> in, const __grid_constant__ HeadSaved<A> saved, const A* grad_pooled, const __grid_constant__ HeadWorkspace<A> workspace,
-    const __grid_constant__ HeadInputGrad<void, A> out) {
+    const __grid_constant__ HeadInput<void, A> in, const __grid_constant__ HeadSaved<A> saved, const A* grad_pooled,
+    const __grid_constant__ HeadWorkspace<A> workspace, const __grid_constant__ HeadInputGrad<void, A> out) {
   head_pooled_backward_block(in, saved, grad_pooled, workspace, out);
 }
 
