@@ -68,13 +68,14 @@ def test_one_class():
 
 
 def test_the_layouts_are_read_as_they_lie():
-    """Pooling, which adds positions up, gives the same bits of every layout; the first two are not copied."""
+    """Pooling gives the same of every layout, but that each adds positions up in its own order; two are not copied."""
     size = (2, 200, 7, 7, 17, 4)
     expected, _ = Case(size, torch.float32).run()
     for layout in LAYOUTS[1:]:
         found, _ = Case(size, torch.float32, layout).run()
-        for name in ("mean", "peak", "peak_position"):
+        for name in ("peak", "peak_position"):
             assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        assert (found.mean - expected.mean).abs().max() <= 4 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])

@@ -1,6 +1,6 @@
 #include "head_cpu_columns.h"
+#include "head_cpu_positions.h"
 #include "head_cpu_spatial.h"
-#include "head_cpu_tile.h"
 
 namespace dan_fast::DAN_FAST_ISA {
 namespace {
@@ -11,7 +11,7 @@ template <typename A>
 class ChannelGradients : public ChannelSums<A, 3> {
  public:
   ChannelGradients(int64_t channels, int64_t positions)
-      : ChannelSums<A, 3>(channels), channels_(channels), positions_(positions) {}
+      : ChannelSums<A, 3>(channels, positions), channels_(channels), positions_(positions) {}
 
   void begin(const A* const (&weights)[3], const A* attended_grad, A* channel_attention, A* rows) {
     ChannelSums<A, 3>::begin(weights);
@@ -214,7 +214,7 @@ void head_attend_backward(
     const FeatureMap<const S>& features, const AttendInput<A>& in, const Saved<A>& saved, const AttendedGrad<A>& grad,
     const AttendInputGrad<A>& out, const SpatialGradients<A>& parts, int64_t first, int64_t last) {
   const int64_t channels = features.channels, positions = features.positions, hidden = in.weights.hidden;
-  Scratch<A> tile(kTileChannels<A> * kTilePositions), weights(channels), spatial_grad(positions);
+  Scratch<A> weights(channels), spatial_grad(positions);
   SpatialAttention<A> attention(in.weights, positions);
   ChannelGradients<A> sums(channels, positions);
   for (int64_t b = first; b < last; ++b) {
@@ -238,7 +238,7 @@ void head_attend_backward(
     attention.backward(g, saved.peak_map + map, spatial, spatial_grad.numbers, mean_map, peak_map,
                        parts.gates + 3 * map, parts.hidden + 6 * b * hidden);
     sums.begin({spatial, mean_map, adversary_map}, attended_grad, out.channel_attention + row, out.rows + row);
-    for_channels<A>(x, false, tile.numbers, sums);
+    for_channels<A>(x, false, sums);
     // 0 X is not 0 for every X.
     if (!labelled) std::fill_n(out.rows + row, channels, A(0));
     for (int64_t p = 0; p < positions; ++p) {

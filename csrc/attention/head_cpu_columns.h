@@ -26,7 +26,7 @@ class PositionSums : PositionMaps<A> {
   template <typename S>
   void run(const Sample<S>& x) const {
     if (x.channels_adjacent()) {
-      constexpr int kTogether = std::max(1, kVectors / kParts);
+      constexpr int kTogether = std::max(1, kVectors / kParts<A>);
       int64_t position = 0;
       for (; position + kTogether <= x.positions; position += kTogether) across<kTogether>(x, position);
       for (; position < x.positions; ++position) across<1>(x, position);
@@ -45,7 +45,6 @@ class PositionSums : PositionMaps<A> {
   using PositionMaps<A>::weights, PositionMaps<A>::sums, PositionMaps<A>::rows, PositionMaps<A>::row_sums;
   using PositionMaps<A>::peak, PositionMaps<A>::peak_channel;
 
-  static constexpr int kParts = static_cast<int>(kLanes<A> / kWidth<A>);
   static constexpr A kLowest = -std::numeric_limits<A>::infinity();
 
   template <int V>
@@ -98,7 +97,7 @@ class PositionSums : PositionMaps<A> {
           // What lies behind a short row is the next one: nobody looks at those lanes.
           const Vector<A> values = !kFew || end - from >= kWidth<A> ? load_as<A>(from + offsets[v])
                                                                      : load_some_as<A>(from, x.positions);
-          state.add(v, values, weight, row, index);
+          state.add(v, loaded_once(values), weight, row, index);
         }
       }
       state.end_chain();
@@ -119,12 +118,12 @@ class PositionSums : PositionMaps<A> {
   void across(const Sample<S>& x, int64_t position) const {
     const int64_t whole = x.channels / kLanes<A> * kLanes<A>;
     const Indices<A> first_lanes = iota<A>();
-    State<R * kParts> state;
+    State<R * kParts<A>> state;
     for (int64_t begin = 0; begin < whole; begin += kChain * kLanes<A>) {
       const int64_t chain_end = std::min(whole, begin + kChain * kLanes<A>);
       for (int64_t channel = begin; channel < chain_end; channel += kLanes<A>) {
 #pragma GCC unroll 4
-        for (int part = 0; part < kParts; ++part) {
+        for (int part = 0; part < kParts<A>; ++part) {
           const int64_t at = channel + part * kWidth<A>;
           const Vector<A> weight = load(weights + at);
           const Vector<A> row = kPeak ? load(rows + at) : weight;
@@ -132,7 +131,7 @@ class PositionSums : PositionMaps<A> {
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r) {
             prefetch_ahead(x.at(at, position + r), kWidth<A> * static_cast<int64_t>(sizeof(S)));
-            state.add(r * kParts + part, load_as<A>(x.at(at, position + r)), weight, row, index);
+            state.add(r * kParts<A> + part, loaded_once(load_as<A>(x.at(at, position + r))), weight, row, index);
           }
         }
       }
@@ -140,10 +139,10 @@ class PositionSums : PositionMaps<A> {
     }
     for (int r = 0; r < R; ++r) {
       Lanes lanes;
-      std::memcpy(lanes.sums, state.totals + r * kParts, sizeof lanes.sums);
-      std::memcpy(lanes.row_sums, state.row_totals + r * kParts, sizeof lanes.row_sums);
-      std::memcpy(lanes.best, state.best + r * kParts, sizeof lanes.best);
-      std::memcpy(lanes.lead, state.lead + r * kParts, sizeof lanes.lead);
+      std::memcpy(lanes.sums, state.totals + r * kParts<A>, sizeof lanes.sums);
+      std::memcpy(lanes.row_sums, state.row_totals + r * kParts<A>, sizeof lanes.row_sums);
+      std::memcpy(lanes.best, state.best + r * kParts<A>, sizeof lanes.best);
+      std::memcpy(lanes.lead, state.lead + r * kParts<A>, sizeof lanes.lead);
       for (int64_t channel = whole; channel < x.channels; ++channel) {
         const A value = load_one<A>(x.at(channel, position + r));
         lanes.add(channel - whole, value, weights[channel], kPeak ? rows[channel] : A(0), channel);

@@ -16,6 +16,40 @@ template <typename A>
 constexpr int64_t kStrip = kTileVectors * kWidth<A>;  // columns at a time
 constexpr int64_t kBlock = 128;                       // rows whose sums stay in the first-level cache
 
+using Quad = Vector<float, 16>;
+using Words4 = Vector<uint32_t, 16>;
+
+inline Quad interleave(Quad a, Quad b, bool low) {
+#if defined(__clang__)
+  return low ? __builtin_shufflevector(a, b, 0, 4, 1, 5) : __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#else
+  return low ? __builtin_shuffle(a, b, Words4{0, 4, 1, 5}) : __builtin_shuffle(a, b, Words4{2, 6, 3, 7});
+#endif
+}
+
+// to[p * stride + r] = rows[r][p] for four rows.
+inline void turn(const float* const* rows, int64_t size, float* to, int64_t stride) {
+  int64_t p = 0;
+  for (; p + 4 <= size; p += 4, to += 4 * stride) {
+    const Quad a = load_bits<Quad>(rows[0] + p), b = load_bits<Quad>(rows[1] + p);
+    const Quad c = load_bits<Quad>(rows[2] + p), d = load_bits<Quad>(rows[3] + p);
+    const Quad ac_low = interleave(a, c, true), bd_low = interleave(b, d, true);
+    const Quad ac_high = interleave(a, c, false), bd_high = interleave(b, d, false);
+    const Quad turned[4] = {interleave(ac_low, bd_low, true), interleave(ac_low, bd_low, false),
+                            interleave(ac_high, bd_high, true), interleave(ac_high, bd_high, false)};
+    for (int64_t i = 0; i < 4; ++i) std::memcpy(to + i * stride, &turned[i], sizeof(Quad));
+  }
+  for (; p < size; ++p, to += stride) {
+    for (int r = 0; r < 4; ++r) to[r] = rows[r][p];
+  }
+}
+
+inline void turn(const double* const* rows, int64_t size, double* to, int64_t stride) {
+  for (int64_t p = 0; p < size; ++p, to += stride) {
+    for (int r = 0; r < 4; ++r) to[r] = rows[r][p];
+  }
+}
+
 // One thread's columns.
 template <typename A>
 class ProductStrips {
