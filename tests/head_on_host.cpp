@@ -179,7 +179,8 @@ int main(int argc, char** argv) {
   workspace_is_short = what == "short";
   constexpr int64_t kBatch = 3, kChannels = 22, kPositions = 6, kUnits = 9, kHidden = 2, kClasses = 2;
   constexpr int64_t kSample = kChannels * kPositions, kByChannel = kBatch * kChannels, kByUnit = kBatch * kUnits;
-  constexpr int64_t kByPosition = kBatch * kPositions, kBottleneck = kUnits * kChannels, kSpatial = kHidden * kPositions;
+  constexpr int64_t kByPosition = kBatch * kPositions;
+  constexpr int64_t kBottleneck = kUnits * kChannels, kSpatial = kHidden * kPositions;
   const int64_t sizes[] = {kBatch, kChannels, kPositions, kUnits, kHidden, kClasses};
   std::mt19937 random(7);
   std::uniform_real_distribution<float> number(-1.0f, 1.0f);
@@ -204,7 +205,8 @@ int main(int argc, char** argv) {
       }
       forward.insert(forward.end(), {numbers(kClasses * kChannels), labels.data()});
       std::vector<void*> backward = forward;
-      for (const int64_t size : {kByChannel, kByChannel, kByChannel, kByPosition, kBatch, kByUnit, kByUnit, kByChannel}) {
+      for (const int64_t size :
+           {kByChannel, kByChannel, kByChannel, kByPosition, kBatch, kByUnit, kByUnit, kByChannel}) {
         forward.push_back(numbers(size));
       }
       forward.insert(forward.end(), {peak_position.data(), numbers(kByPosition), numbers(kByPosition),
