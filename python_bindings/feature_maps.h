@@ -46,8 +46,8 @@ inline Tensor readable_map(const Tensor& features) {
   STD_TORCH_CHECK(features.dim() == 4, "features must be (B, C, H, W), got ", features.dim(), " dimensions");
   STD_TORCH_CHECK(features.size(1) > 0 && features.size(2) > 0 && features.size(3) > 0,
                   "features must have at least one channel and one position");
-  STD_TORCH_CHECK(features.size(1) < int64_t{1} << 30 && features.size(2) * features.size(3) < int64_t{1} << 30,
-                  "features must have less than 2^30 channels and positions");
+  STD_TORCH_CHECK(features.size(1) < int64_t{1} << 30 && features.size(2) * features.size(3) < int64_t{1} << 24,
+                  "features must have less than 2^30 channels and 2^24 positions");
   const ScalarType type = features.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::BFloat16 ||
                       type == ScalarType::Half,

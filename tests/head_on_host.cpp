@@ -125,7 +125,7 @@ class Head {
   template <bool kGradChannelsLast>
   void write_features(const FeaturesGradInput<A>& in) const {
     const auto map = call_.in_grad<S, A>().features;
-    const auto shared = std::make_unique<FeaturesGradShared<A>>();
+    const auto shared = std::make_unique<FeaturesGradShared<S, A>>();
     const int64_t tiles = map.batch * ((map.channels + kGradChannels - 1) / kGradChannels) *
                           ((map.positions + kGradPositions - 1) / kGradPositions);
     on_host::launch(static_cast<unsigned>(tiles), kHeadThreads, [&] {

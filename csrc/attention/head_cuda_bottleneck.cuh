@@ -19,19 +19,6 @@ __device__ const A* row_of_label(const HeadInput<S, A>& in, int64_t sample) {
   return label < 0 ? nullptr : in.cam_weight + smaller(label, in.classes - 1) * in.features.channels;
 }
 
-// The warps of a grid that share tasks: for (task = first; task < count; task += step).
-struct GridWarps {
-  int lane, warp, warps;  // in the block
-  int64_t first, step;
-
-  __device__ GridWarps()
-      : lane(static_cast<int>(threadIdx.x) % kLanes),
-        warp(static_cast<int>(threadIdx.x) / kLanes),
-        warps(static_cast<int>(blockDim.x) / kLanes),
-        first(static_cast<int64_t>(blockIdx.x) * warps + warp),
-        step(static_cast<int64_t>(gridDim.x) * warps) {}
-};
-
 // What a warp finds at once is a tile of kDotSize by kDotSize numbers.
 constexpr int kDotSize = 4, kDots = kDotSize * kDotSize;
 

@@ -7,6 +7,26 @@
 
 namespace dan_fast {
 
+// The warps of a grid that share tasks: for (task = first; task < count; task += step).
+struct GridWarps {
+  int lane, warp, warps;  // in the block
+  int64_t first, step;
+
+  __device__ GridWarps()
+      : lane(static_cast<int>(threadIdx.x) % kLanes),
+        warp(static_cast<int>(threadIdx.x) / kLanes),
+        warps(static_cast<int>(blockDim.x) / kLanes),
+        first(static_cast<int64_t>(blockIdx.x) * warps + warp),
+        step(static_cast<int64_t>(gridDim.x) * warps) {}
+
+  // From the other end, so that tasks fall to those who had none before.
+  __device__ GridWarps reversed() const {
+    GridWarps grid = *this;
+    grid.first = step - 1 - first;
+    return grid;
+  }
+};
+
 // Rows of a product that a lane has in its column.
 constexpr int kColumnRows = 8;
 
@@ -14,7 +34,7 @@ constexpr int kColumnRows = 8;
 template <int kRows, typename A, typename Left, typename Right>
 __device__ __forceinline__ void add_column(
     int64_t first, int64_t last, const Left& left, const Right& right, A (&sums)[kRows]) {
-#pragma unroll 4
+#pragma unroll 8
   for (int64_t k = first; k < last; ++k) {
     const A own = right(k);
 #pragma unroll
@@ -86,7 +106,8 @@ class HeadWeightsBackward {
 
   // by_logits^T (relu(of_mean) + relu(of_peak)), (C, units).
   __device__ void write_wc2() const {
-    for_column_tiles<kColumnRows>(grid_, channels_, units_, [&](int64_t channel, int rows, int64_t unit, bool mine) {
+    const GridWarps grid = grid_.reversed();
+    for_column_tiles<kColumnRows>(grid, channels_, units_, [&](int64_t channel, int rows, int64_t unit, bool mine) {
       A sums[kColumnRows] = {};
       const A* const by_logits = workspace_.by_logits + channel;
       add_column(
@@ -114,7 +135,8 @@ class HeadWeightsBackward {
 
   // by_mean = by_of_mean wc1 and what comes back to `pooled` itself, by_peak = by_of_peak wc1, (B, C).
   __device__ void write_pooled(const A* grad_pooled) const {
-    for_column_tiles<kRows>(grid_, batch_, channels_, [&](int64_t sample, int rows, int64_t channel, bool mine) {
+    const GridWarps grid = grid_.reversed();
+    for_column_tiles<kRows>(grid, batch_, channels_, [&](int64_t sample, int rows, int64_t channel, bool mine) {
       A sums[2 * kRows] = {};
       const A* const by_mean = workspace_.by_of_mean + sample * units_;
       const A* const by_peak = workspace_.by_of_peak + sample * units_;

@@ -9,13 +9,18 @@ namespace dan_fast {
 constexpr int kGradChannels = 256, kGradPositions = 256;
 static_assert(kGradChannels / kPack<double> <= kHeadThreads, "a thread for each pack of channels");
 
-template <typename A>
+template <typename S, typename A>
 struct FeaturesGradShared {
-  Pack<A, 4> channels[kGradChannels];    // d_attended A_C / P, A_C, row, d_mean / P
-  Pack<A, 4> positions[kGradPositions];  // A_S, d_g / C, d_A_ad, d_m
-  A peak_grad[kGradChannels];
-  int32_t peak_position[kGradChannels];  // counted from the block's first, as is the next
-  int32_t peak_channel[kGradPositions];
+  // Neighbouring lanes are a pack apart in what they read: with a gap after each, they do not meet on one bank.
+  static __device__ int at(int i) { return i + i / kPack<S>; }
+  static constexpr int kChannels = kGradChannels + kGradChannels / kPack<S>;
+  static constexpr int kPositions = kGradPositions + kGradPositions / kPack<S>;
+
+  Pack<A, 4> channels[kChannels];    // d_attended A_C / P, A_C, row, d_mean / P
+  Pack<A, 4> positions[kPositions];  // A_S, d_g / C, d_A_ad, d_m
+  A peak_grad[kChannels];
+  int32_t peak_position[kChannels];  // counted from the block's first, as is the next
+  int32_t peak_channel[kPositions];
 };
 
 template <typename A>
@@ -46,7 +51,7 @@ __device__ __forceinline__ void store_pack(S* to, const Pack<S, kCount>& values,
 // its channels next to each other.
 template <typename S, typename A, bool kChannelsLast>
 __device__ void head_features_backward_block(
-    const FeatureMap<S>& map, const FeaturesGradInput<A>& in, FeaturesGradShared<A>& shared) {
+    const FeatureMap<S>& map, const FeaturesGradInput<A>& in, FeaturesGradShared<S, A>& shared) {
   constexpr int kCount = kPack<S>;
   const int64_t position_blocks = (map.positions + kGradPositions - 1) / kGradPositions;
   const int64_t channel_blocks = (map.channels + kGradChannels - 1) / kGradChannels;
@@ -60,18 +65,20 @@ __device__ void head_features_backward_block(
 
   for (int i = thread; i < channels; i += threads) {
     const int64_t at = sample * map.channels + c0 + i;
+    const int to = shared.at(i);
     const A attention = in.channel_attention[at];
-    shared.channels[i] = {
+    shared.channels[to] = {
         {in.attended_grad[at] * attention * per_position, attention, in.rows[at], in.mean_grad[at] * per_position}};
-    shared.peak_grad[i] = in.peak_grad[at];
-    shared.peak_position[i] = static_cast<int32_t>(in.peak_position[at] - p0);
+    shared.peak_grad[to] = in.peak_grad[at];
+    shared.peak_position[to] = static_cast<int32_t>(in.peak_position[at] - p0);
   }
   for (int i = thread; i < positions; i += threads) {
     const int64_t at = sample * map.positions + p0 + i;
-    shared.positions[i] = {
+    const int to = shared.at(i);
+    shared.positions[to] = {
         {in.spatial_attention[at], in.mean_map_grad[at] * per_channel, in.adversary_map_grad[at],
          in.peak_map_grad[at]}};
-    shared.peak_channel[i] = static_cast<int32_t>(in.peak_channel[at] - c0);
+    shared.peak_channel[to] = static_cast<int32_t>(in.peak_channel[at] - c0);
   }
   __syncthreads();
 
@@ -90,14 +97,14 @@ __device__ void head_features_backward_block(
     int32_t peak_position[kCount];
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      const int channel = smaller(c + k, channels - 1);
+      const int channel = shared.at(smaller(c + k, channels - 1));
       own[k] = shared.channels[channel];
       peak_grad[k] = shared.peak_grad[channel];
       peak_position[k] = shared.peak_position[channel];
     }
     for (int p = first; p < positions; p += step) {
-      const Pack<A, 4> position = shared.positions[p];
-      const int32_t leader = shared.peak_channel[p];
+      const Pack<A, 4> position = shared.positions[shared.at(p)];
+      const int32_t leader = shared.peak_channel[shared.at(p)];
       Pack<S, kCount> grads;
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
@@ -118,9 +125,10 @@ __device__ void head_features_backward_block(
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
         if (k < count) {
+          const int at_c = shared.at(c), at_p = shared.at(p);
           grads.values[k] = static_cast<S>(feature_grad_at(
-              shared.channels[c], shared.positions[p], shared.peak_grad[c], shared.peak_position[c] == p,
-              shared.peak_channel[p] == c));
+              shared.channels[at_c], shared.positions[at_p], shared.peak_grad[at_c], shared.peak_position[at_c] == p,
+              shared.peak_channel[at_p] == c));
         }
         if (++p == positions) {
           p = 0;

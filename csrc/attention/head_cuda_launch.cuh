@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kHeadThreads, 2) head_pooled_backward_kernel(
 template <typename S, typename A, bool kChannelsLast>
 __global__ void __launch_bounds__(kHeadThreads)
     head_features_backward_kernel(const FeatureMap<S> map, const FeaturesGradInput<A> in) {
-  __shared__ FeaturesGradShared<A> shared;
+  __shared__ FeaturesGradShared<S, A> shared;
   head_features_backward_block<S, A, kChannelsLast>(map, in, shared);
 }
 

@@ -21,8 +21,9 @@ constexpr int kHeadThreads = 256;
 // Of the kernels that find gradients of weights, whose blocks take what there is in turn: a few for each multiprocessor.
 constexpr int kHeadWeightBlocks = 512;
 
-// More blocks a sample would read more of each other's sums than of the map.
-constexpr int64_t kHeadMaxParts = 32;
+// Enough for 2048 x 24 x 8 in float32 to be held whole; with more, blocks would read far more of each other's sums than
+// of the map.
+constexpr int64_t kHeadMaxParts = 48;
 
 // Channels that a thread looks after in a pass over positions.
 constexpr int kHeadRounds = 2;

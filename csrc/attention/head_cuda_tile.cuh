@@ -128,11 +128,13 @@ struct Tile {
   }
 
   // visit(position, x) for every `step`-th position from `first` on, at one channel. Threads that walk neighbouring
-  // contiguous rows begin a place further each, or a power of two of positions would put them all on one bank.
+  // contiguous rows begin a place further each, or a power of two of positions would put them all on one bank; rows of
+  // an odd number of words have the banks to themselves.
   template <typename A, typename Visit>
   __device__ __forceinline__ void visit_positions(
       int channel, int positions, int first, int step, const Visit& visit) const {
-    const int turn = kChannelsLast ? 0 : channel % positions;
+    const bool apart = kChannelsLast || pitch * static_cast<int>(sizeof(S)) % 8 == 4;
+    const int turn = apart ? 0 : channel % positions;
 #pragma unroll 4
     for (int i = first; i < positions; i += step) {
       const int turned = i + turn, position = turned < positions ? turned : turned - positions;
