@@ -59,9 +59,11 @@ void for_adjacent_positions(const Sample<S>& x, bool first, Reduction& reduction
     }
     for (int64_t position = 0; position < x.positions; position += kRowPositions<A>) {
       const Rows<A, S> rows(x, channel, offsets, position);
-      for (int64_t r = 0; first && r < kWidth<A>; ++r) {
-        prefetch_ahead(rows.from[r], rows.positions * static_cast<int64_t>(sizeof(S)));
-      }
+      // Rows that touch share lines: asked for one by one, those would be asked for twice.
+      const int64_t bytes = rows.positions * static_cast<int64_t>(sizeof(S));
+      const bool touching = x.channel_stride == rows.positions;
+      if (first && touching) prefetch_ahead(x.at(channel, position), kWidth<A> * bytes);
+      for (int64_t r = 0; first && !touching && r < kWidth<A>; ++r) prefetch_ahead(rows.from[r], bytes);
       reduction.add_rows(rows, channel);
     }
   }

@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <memory>
+#include <numeric>
+#include <thread>
 
 #include "head_cpu.h"
 #include "head_rules.h"
@@ -22,18 +24,22 @@ class HeadCpu {
 
   void forward(const HeadOutput<A>& out) const {
     const std::unique_ptr<A[]> units(new A[batch_ * in_.units]), rows(new A[batch_ * channels_]);
-    const auto pool = DAN_FAST_KERNEL(head_pool<S, A>);
-    parallel_(batch_, sample_grain(), [&](int64_t from, int64_t to) { pool(in_.features, out.pooled, from, to); });
-    multiply({by_channel(out.pooled.mean), wc1().transposed(), nullptr, out.of_mean, false, out.pooled.peak,
-              out.of_peak});
-    relu_sum(out.of_mean, out.of_peak, batch_ * in_.units, units.get());
-    multiply({by_unit(units.get()), wc2().transposed(), nullptr, out.channel_attention, true});
-    const AttendInput<A> in = {out.channel_attention, rows.get(), in_.labels, in_.spatial};
-    const auto attend = DAN_FAST_KERNEL(head_attend<S, A>);
-    parallel_(batch_, sample_grain(), [&](int64_t from, int64_t to) {
-      copy_rows(from, to, rows.get());
-      attend(in_.features, in, out.attended, from, to);
-    });
+    const Matrix<A> reduce = wc1().transposed(), expand = wc2().transposed();
+    const int64_t group = group_samples();
+    const bool several = group < batch_;
+    const std::unique_ptr<A[]> reduce_packed = several ? pack(reduce) : nullptr;
+    const std::unique_ptr<A[]> expand_packed = several ? pack(expand) : nullptr;
+    for (int64_t first = 0; first < batch_; first += group) {
+      const int64_t count = std::min(group, batch_ - first), unit = first * in_.units, channel = first * channels_;
+      A *of_mean = out.of_mean + unit, *of_peak = out.of_peak + unit, *sum = units.get() + unit;
+      pool(out.pooled, first, count);
+      multiply({{out.pooled.mean + channel, count, channels_}, reduce, nullptr, of_mean, false,
+                out.pooled.peak + channel, of_peak, reduce_packed.get()});
+      relu_sum(of_mean, of_peak, count * in_.units, sum);
+      multiply({{sum, count, in_.units}, expand, nullptr, out.channel_attention + channel, true, nullptr, nullptr,
+                expand_packed.get()});
+      attend({out.channel_attention, rows.get(), in_.labels, in_.spatial}, out.attended, rows.get(), first, count);
+    }
   }
 
   void backward(const HeadSaved<A>& saved, const HeadGrad<A>& grad, const HeadInputGrad<S, A>& out) const {
@@ -59,6 +65,35 @@ class HeadCpu {
  private:
   // Less than this many multiplications, or elements of the map, are not worth waking a thread for.
   static constexpr int64_t kTask = 1 << 16;
+
+  // A shared cache that holds all of X need not be helped: each group costs its own starts and reads of the weights.
+  static constexpr int64_t kHeldBytes = 32 << 20;
+  // What a group pools has to be there when it is attended, beside all else, also in smaller caches than that.
+  static constexpr int64_t kGroupBytes = 8 << 20;
+
+  // How many samples are pooled before they are attended: as many for each thread, and for products whole tiles of
+  // eight rows.
+  int64_t group_samples() const {
+    const int64_t sample = channels_ * positions_ * static_cast<int64_t>(sizeof(S));
+    if (batch_ <= 1 || batch_ * sample <= kHeldBytes) return std::max<int64_t>(1, batch_);
+    const int64_t step = std::lcm(int64_t{8}, std::max<int64_t>(1, std::thread::hardware_concurrency()));
+    return std::max<int64_t>(1, kGroupBytes / sample / step) * step;
+  }
+
+  void pool(const Pooled<A>& out, int64_t first, int64_t count) const {
+    const auto kernel = DAN_FAST_KERNEL(head_pool<S, A>);
+    parallel_(count, sample_grain(), [&](int64_t from, int64_t to) {
+      kernel(in_.features, out, first + from, first + to);
+    });
+  }
+
+  void attend(const AttendInput<A>& in, const Attended<A>& out, A* rows, int64_t first, int64_t count) const {
+    const auto kernel = DAN_FAST_KERNEL(head_attend<S, A>);
+    parallel_(count, sample_grain(), [&](int64_t from, int64_t to) {
+      copy_rows(first + from, first + to, rows);
+      kernel(in_.features, in, out, first + from, first + to);
+    });
+  }
 
   int64_t sample_grain() const { return grain(channels_ * positions_); }
   static int64_t grain(int64_t size) { return std::max<int64_t>(1, kTask / std::max<int64_t>(1, size)); }
@@ -106,6 +141,16 @@ class HeadCpu {
   Matrix<A> by_unit(const A* data) const { return {data, batch_, in_.units}; }
   Matrix<A> wc1() const { return {in_.wc1, in_.units, channels_}; }
   Matrix<A> wc2() const { return {in_.wc2, channels_, in_.units}; }
+
+  std::unique_ptr<A[]> pack(const Matrix<A>& right) const {
+    const auto kernel = DAN_FAST_KERNEL(product_pack<A>);
+    const int64_t width = DAN_FAST_KERNEL(product_width<A>)(), strips = (right.columns + width - 1) / width;
+    std::unique_ptr<A[]> result(new A[strips * width * right.rows]);
+    parallel_(strips, grain(right.rows * width), [&](int64_t from, int64_t to) {
+      kernel(right, from * width, std::min(right.columns, to * width), result.get());
+    });
+    return result;
+  }
 
   void multiply(const Product<A>& product) const {
     const auto kernel = DAN_FAST_KERNEL(product_columns<A>);

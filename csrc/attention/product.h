@@ -28,6 +28,8 @@ struct Product {
   // Where not null, twin_out = twin_left right as well, in one go; of the shapes and strides of left and out.
   const A* twin_left = nullptr;
   A* twin_out = nullptr;
+  // Where not null, what product_pack made of `right`.
+  const A* packed = nullptr;
 };
 
 #define DAN_FAST_DECLARE_PRODUCT(isa)                                                                          \
@@ -35,6 +37,9 @@ struct Product {
   /* How many columns are taken at a time. */                                                                  \
   template <typename A>                                                                                        \
   int64_t product_width();                                                                                     \
+  /* Columns [first, last) of `right`, for several products with it; room for whole product_widths of them. */ \
+  template <typename A>                                                                                        \
+  void product_pack(const Matrix<A>& right, int64_t first, int64_t last, A* packed);                           \
   /* Columns [first, last); `first` a multiple of product_width. A number does not depend on the range. */     \
   template <typename A>                                                                                        \
   void product_columns(const Product<A>& product, int64_t first, int64_t last);                                \

@@ -50,6 +50,26 @@ inline void turn(const double* const* rows, int64_t size, double* to, int64_t st
   }
 }
 
+// Some rows of a strip of `right`, with zeros beyond the last column.
+template <typename A>
+void pack(const Matrix<A>& right, int64_t k, int64_t count, int64_t column, int64_t columns, A* panel) {
+  const A* from = right.data + k * right.row_stride + column * right.column_stride;
+  if (right.column_stride == 1) {
+    for (int64_t i = 0; i < count; ++i, from += right.row_stride) {
+      A* line = panel + i * kStrip<A>;
+      widen(from, columns, line);
+      std::fill(line + columns, line + kStrip<A>, A(0));
+    }
+    return;
+  }
+  static_assert(kStrip<A> % 4 == 0);
+  for (int64_t c = 0; c < kStrip<A>; c += 4) {
+    const A* rows[4];
+    for (int64_t r = 0; r < 4; ++r) rows[r] = from + std::min(c + r, columns - 1) * right.column_stride;
+    turn(rows, count, panel + c, kStrip<A>);
+  }
+}
+
 // One thread's columns.
 template <typename A>
 class ProductStrips {
@@ -67,9 +87,13 @@ class ProductStrips {
         // Without depth there is a product, too: one empty chain.
         for (int64_t k = 0; k == 0 || k < product_.left.columns; k += kChain) {
           const int64_t count = std::min(kChain, product_.left.columns - k);
-          pack(k, count, column, columns);
-          multiply_block(product_.left.data, row, rows, k, count, sums_.numbers);
-          if (twin) multiply_block(product_.twin_left, row, rows, k, count, twin_sums_.numbers);
+          const A* panel = product_.packed + column * product_.right.rows + k * kStrip<A>;
+          if (product_.packed == nullptr) {
+            pack(product_.right, k, count, column, columns, panel_.numbers);
+            panel = panel_.numbers;
+          }
+          multiply_block(product_.left.data, panel, row, rows, k, count, sums_.numbers);
+          if (twin) multiply_block(product_.twin_left, panel, row, rows, k, count, twin_sums_.numbers);
         }
         write(sums_.numbers, product_.addend, row, rows, column, columns, product_.out);
         if (twin) write(twin_sums_.numbers, nullptr, row, rows, column, columns, product_.twin_out);
@@ -78,27 +102,7 @@ class ProductStrips {
   }
 
  private:
-  // Some rows of a strip of `right`, with zeros beyond the last column.
-  void pack(int64_t k, int64_t count, int64_t column, int64_t columns) {
-    const Matrix<A>& right = product_.right;
-    const A* from = right.data + k * right.row_stride + column * right.column_stride;
-    if (right.column_stride == 1) {
-      for (int64_t i = 0; i < count; ++i, from += right.row_stride) {
-        A* line = panel_.numbers + i * kStrip<A>;
-        widen(from, columns, line);
-        std::fill(line + columns, line + kStrip<A>, A(0));
-      }
-      return;
-    }
-    static_assert(kStrip<A> % 4 == 0);
-    for (int64_t c = 0; c < kStrip<A>; c += 4) {
-      const A* rows[4];
-      for (int64_t r = 0; r < 4; ++r) rows[r] = from + std::min(c + r, columns - 1) * right.column_stride;
-      turn(rows, count, panel_.numbers + c, kStrip<A>);
-    }
-  }
-
-  void multiply_block(const A* left, int64_t row, int64_t rows, int64_t k, int64_t count, A* to) const {
+  void multiply_block(const A* left, const A* panel, int64_t row, int64_t rows, int64_t k, int64_t count, A* to) const {
     for (int64_t tile = 0; tile < rows; tile += kTileRows) {
       const A* tile_rows[kTileRows];
       for (int r = 0; r < kTileRows; ++r) {
@@ -107,10 +111,10 @@ class ProductStrips {
       }
       A* sums = to + tile * kStrip<A>;
       if (product_.left.column_stride == 1) {
-        multiply<kTileRows, kTileVectors>(tile_rows, count, panel_.numbers, k > 0, sums, kStrip<A>);
+        multiply<kTileRows, kTileVectors>(tile_rows, count, panel, k > 0, sums, kStrip<A>);
       } else {
         multiply<kTileRows, kTileVectors>(
-            tile_rows, count, panel_.numbers, k > 0, sums, kStrip<A>, product_.left.column_stride);
+            tile_rows, count, panel, k > 0, sums, kStrip<A>, product_.left.column_stride);
       }
     }
   }
@@ -142,6 +146,13 @@ int64_t product_width() {
 }
 
 template <typename A>
+void product_pack(const Matrix<A>& right, int64_t first, int64_t last, A* packed) {
+  for (int64_t column = first; column < last; column += kStrip<A>) {
+    pack(right, 0, right.rows, column, std::min(kStrip<A>, last - column), packed + column * right.rows);
+  }
+}
+
+template <typename A>
 void product_columns(const Product<A>& product, int64_t first, int64_t last) {
   if (product.left.rows == 0 || first >= last) return;
   ProductStrips<A>(product).run(first, last);
@@ -149,6 +160,8 @@ void product_columns(const Product<A>& product, int64_t first, int64_t last) {
 
 template int64_t product_width<float>();
 template int64_t product_width<double>();
+template void product_pack<float>(const Matrix<float>&, int64_t, int64_t, float*);
+template void product_pack<double>(const Matrix<double>&, int64_t, int64_t, double*);
 template void product_columns<float>(const Product<float>&, int64_t, int64_t);
 template void product_columns<double>(const Product<double>&, int64_t, int64_t);
 
