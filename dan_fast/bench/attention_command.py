@@ -29,7 +29,8 @@ from dan_fast.training.build import resolve_device
 
 SCHEMA = 1
 MEANING = {
-    "seconds": "of one call; forward is without recording for autograd; repetitions of the contenders in turn",
+    "seconds": "of one call; forward is without recording for autograd; repetitions of the contenders in turn, each "
+    "after an untimed one and with empty caches",
     "forward_backward": "with the gradients of the map, the six weights and the CAM weight",
     "half precision": "a map in half precision meets float32 weights under autocast, as in training",
     "errors": (
