@@ -9,6 +9,7 @@
 #include <numeric>
 #include <thread>
 
+#include "../cpu/cache.h"
 #include "head_cpu.h"
 #include "head_rules.h"
 #include "product.h"
@@ -67,17 +68,21 @@ class HeadCpu {
   static constexpr int64_t kTask = 1 << 16;
 
   // A shared cache that holds all of X need not be helped: each group costs its own starts and reads of the weights.
-  static constexpr int64_t kHeldBytes = 32 << 20;
-  // What a group pools has to be there when it is attended, beside all else, also in smaller caches than that.
-  static constexpr int64_t kGroupBytes = 8 << 20;
+  // Others' data are in a very large one, too.
+  static int64_t held_bytes() {
+    constexpr int64_t kMost = 32 << 20;
+    const int64_t bytes = shared_cache_bytes();
+    return bytes == 0 ? kMost : std::min(kMost, bytes);
+  }
 
   // How many samples are pooled before they are attended: as many for each thread, and for products whole tiles of
   // eight rows.
   int64_t group_samples() const {
     const int64_t sample = channels_ * positions_ * static_cast<int64_t>(sizeof(S));
-    if (batch_ <= 1 || batch_ * sample <= kHeldBytes) return std::max<int64_t>(1, batch_);
+    if (batch_ <= 1 || batch_ * sample <= held_bytes()) return std::max<int64_t>(1, batch_);
     const int64_t step = std::lcm(int64_t{8}, std::max<int64_t>(1, std::thread::hardware_concurrency()));
-    return std::max<int64_t>(1, kGroupBytes / sample / step) * step;
+    // What a group pools has to be there when it is attended, beside all else.
+    return std::max<int64_t>(1, held_bytes() / 4 / sample / step) * step;
   }
 
   void pool(const Pooled<A>& out, int64_t first, int64_t count) const {
