@@ -184,7 +184,33 @@ def test_precision_is_that_of_pytorch(dtype):
         assert (actual.double() - wanted).abs().max() <= allowed
 
 
-def test_half_precision_is_read_as_it_lies():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_is_read_as_it_lies(autocast):
+    """No operation makes a map in float32 of the one in half precision, nor another of its gradient."""
+    inputs, labels = problem(torch.bfloat16)
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            results = func(*args, **(kwargs or {}))
+            for x in results if isinstance(results, tuple) else (results,):
+                if isinstance(x, torch.Tensor) and x.untyped_storage().nbytes() >= inputs[0].nbytes:
+                    made.append((str(func), x.dtype))
+            return results
+
+    # As in training, where autocast meets weights in float32.
+    weights = [x.detach().float().requires_grad_() if autocast else x for x in inputs[1:]]
+    with Watch():
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            output = head([inputs[0], *weights], labels)
+        loss = sum(x.sum() for x in output)
+        grads = torch.autograd.grad(loss, [inputs[0], *weights])
+    assert all(x.dtype == (torch.float32 if autocast else torch.bfloat16) for x in output)
+    assert grads[0].dtype == torch.bfloat16 and {x.dtype for x in grads[1:]} == {weights[0].dtype}
+    assert set(made) == {("dan_fast.attention_head_backward.default", torch.bfloat16)}
+
+
+def test_nl_cbam_reads_half_precision_as_it_lies():
     """No operation makes a map in float32 of the one in half precision."""
     (features, *weights, _), _ = problem(torch.bfloat16)
 

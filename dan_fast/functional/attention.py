@@ -2,7 +2,8 @@
 
 The operators keep the layout of the map: a channels_last map is read as it lies. float16 and bfloat16 are
 computed in float32 and returned in their own dtype. Under autocast such arguments are taken to float32, as
-autocast itself does for softmax and losses, and the results are float32.
+autocast itself does for softmax and losses, and the results are float32; `attention_head` reads its map as it is
+even then.
 """
 
 from collections.abc import Callable
@@ -39,12 +40,16 @@ def _outside_autocast(op: Callable[_P, _R]) -> Callable[_P, _R]:
     @wraps(op)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         device_type = next((v.device.type for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), "cpu")
-        if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        if not _autocasts(device_type):
             return op(*args, **kwargs)
         with torch.autocast(device_type, enabled=False):
             return op(*map(_widen, args), **{name: _widen(value) for name, value in kwargs.items()})
 
     return run
+
+
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 @_outside_autocast
@@ -122,7 +127,6 @@ def attention_adversary(features: Tensor, refined: Tensor, cam_weight: Tensor, l
     return AdversaryOutput(*(value.to(features.dtype) for value in output))
 
 
-@_outside_autocast
 def attention_head(features: Tensor, weights: NLCBAMWeights, cam_weight: Tensor, labels: Tensor) -> AttentionHeadOutput:
     """All that the training loss needs of the last map, Eqs. (2)-(4), without forming X''.
 
@@ -151,15 +155,27 @@ def attention_head(features: Tensor, weights: NLCBAMWeights, cam_weight: Tensor,
         tensor([[0.2500, 0.2500, 0.2500]])
     """
     check_features("features", features)
-    check_weights(weights, features)
-    _check_cam(cam_weight, labels, features)
+    if not _autocasts(features.device.type):
+        return _head(features, weights, cam_weight, labels, features.dtype)
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    with torch.autocast(features.device.type, enabled=False):
+        return _head(features, _widen(weights), _widen(cam_weight), labels, dtype)
+
+
+def _head(
+    features: Tensor, weights: NLCBAMWeights, cam_weight: Tensor, labels: Tensor, dtype: torch.dtype
+) -> AttentionHeadOutput:
+    """Weights and results are of `dtype`, which may be wider than that of the map."""
+    like = features.new_empty((), dtype=dtype).expand(features.shape)
+    check_weights(weights, like)
+    _check_cam(cam_weight, labels, like)
     wide = _widen(weights), _widen(cam_weight), labels
     if attention_head_kernels.serves(features):
         output = attention_head_kernels.head(features, *wide)
     else:
         output = attention_torch.head(_widen(features).flatten(2), *wide)
     output = output._replace(adversary_loss=_marked(output.adversary_loss, labels, cam_weight))
-    return AttentionHeadOutput(*(value.to(features.dtype) for value in output))
+    return AttentionHeadOutput(*(value.to(dtype) for value in output))
 
 
 def _check_cam(cam_weight: Tensor, labels: Tensor, features: Tensor) -> None:
