@@ -1,9 +1,9 @@
-// The products of the bottleneck of channel attention on CUDA, A_C = sigmoid(wc2 (relu(wc1 mean) + relu(wc1 peak))),
-// and their derivatives: tens of samples, hundreds of units, thousands of channels. Every sum has an order of its own,
-// whatever the number of samples or blocks, so results have the same bits on all GPUs.
+// The products of the bottleneck of channel attention on CUDA, A_C = sigmoid(wc2 (relu(wc1 mean) + relu(wc1 peak))):
+// tens of samples, hundreds of units, thousands of channels. Every sum has an order of its own, whatever the number of
+// samples or blocks, so results have the same bits on all GPUs.
 //
-// Where both factors lie along the sum, the lanes of a warp share it; elsewhere each lane has a column of the result to
-// itself. Either way a few rows of one factor meet a few columns of the other in registers.
+// Both factors lie along the sum, which the lanes of a warp share; a few rows of one meet a few of the other in
+// registers.
 #pragma once
 
 #include "../cuda/grid.cuh"
@@ -71,8 +71,8 @@ struct DotTile {
   }
 };
 
-// of_mean = wc1 mean, of_peak = wc1 peak and the units from them, for some samples from `first` on, by all blocks.
-// `shared`: kHeadProductNumbers.
+// of_mean = wc1 mean, of_peak = wc1 peak and, into `found`, the units from them, relu(of_mean) + relu(of_peak), for some
+// samples from `first` on, by all blocks. `shared`: kHeadProductNumbers.
 template <typename S, typename A>
 __device__ void find_units(
     const HeadInput<S, A>& in, const HeadOutput<A>& out, int64_t first, int samples, A* shared, A* found) {

@@ -1,6 +1,8 @@
 // What lies between the two kernels of the attention head's derivative that walk a map, on CUDA: the derivatives of the
 // bottleneck, and gradients of weights, which are sums over the batch in the order of the samples. Two kernels, for the
 // second wants the whole of what the first finds; any number of blocks of any number of threads, the same bits.
+//
+// Each lane has a column of a result to itself, for a few rows at a time.
 #pragma once
 
 #include "head_cuda_bottleneck.cuh"
