@@ -71,8 +71,8 @@ struct DotTile {
   }
 };
 
-// of_mean = wc1 mean, of_peak = wc1 peak and, into `found`, the units from them, relu(of_mean) + relu(of_peak), for some
-// samples from `first` on, by all blocks. `shared`: kHeadProductNumbers.
+// of_mean = wc1 mean, of_peak = wc1 peak and, into `found`, the units from them, relu(of_mean) + relu(of_peak), for
+// some samples from `first` on, by all blocks. `shared`: kHeadProductNumbers.
 template <typename S, typename A>
 __device__ void find_units(
     const HeadInput<S, A>& in, const HeadOutput<A>& out, int64_t first, int samples, A* shared, A* found) {
