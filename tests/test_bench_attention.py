@@ -16,12 +16,14 @@ from dan_fast.bench.attention_contenders import (
     REFERENCE,
     TOLERANCES,
     HeadOutcome,
+    HeadRunner,
     MapSize,
     compare_heads,
     make_head_problem,
     reference_outcome,
     start,
 )
+from dan_fast.bench.machine import CacheFlush
 from dan_fast.bench.timing import BACKWARD, FORWARD, Timing, repetitions, rounds
 from dan_fast.cli import main
 
@@ -229,6 +231,17 @@ def test_the_bar_of_a_gpu():
 def test_bytes():
     assert head_bytes(MapSize(), 2, FORWARD) == 64 * 2048 * 49 * 2
     assert head_bytes(MapSize(), 4, BACKWARD) == 3 * 64 * 2048 * 49 * 4
+
+
+def test_each_is_timed_after_a_run_of_its_own_and_with_empty_caches(monkeypatch):
+    events, run, flush = [], HeadRunner.run, CacheFlush.__call__
+    assert CacheFlush(torch.device("cpu")).buffer.nbytes >= 2**20
+    monkeypatch.setattr(HeadRunner, "run", lambda *of: (events.append(of), run(*of))[1])
+    monkeypatch.setattr(CacheFlush, "__call__", lambda self: (events.append("flush"), flush(self))[1])
+    HeadGroup(HeadPlan([EAGER, KERNELS], torch.device("cpu"), TINY, repeat=2), torch.float32, "contiguous").measure()
+    at = [i for i, event in enumerate(events) if event == "flush"]
+    # In each of two rounds: the copy, and two contenders each way.
+    assert len(at) == 2 * (1 + 4) and sum(events[i - 1] == events[i + 1] for i in at) == 2 * 4
 
 
 def test_turns():

@@ -78,7 +78,7 @@ struct AttendedGrad {
   const A* loss;               // (B,)
 };
 
-// Gradients of what went into `attend`, X excepted: it gets its own in one pass, `write_features_grad`, from these
+// Gradients of what went into `attend`, X excepted: it gets its own in one pass, `FeaturesGradInput`, from these
 // and from the gradients of mean and peak. The gradient of |x| at 0 is 0, of a maximum goes to the first.
 template <typename A>
 struct AttendInputGrad {
