@@ -1,6 +1,6 @@
 // The passes over the last feature map X that the attention head needs, Eqs. (2)-(4), without ever forming
-// X' = X A_C or X'' = X' A_S: `pool`, then `attend`, and between them the two small matrix products of the bottleneck of
-// channel attention. This header says what goes in and out. Plain C++17.
+// X' = X A_C or X'' = X' A_S: `pool`, then `attend`, and between them the two small matrix products of the bottleneck
+// of channel attention. This header says what goes in and out. Plain C++17.
 //
 // S is what X is stored in (float, double, bfloat16, float16), A what is computed in (float, or double for double).
 // A sample is a matrix of C channels by P positions: element (c, p) of sample b lies at
