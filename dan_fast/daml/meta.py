@@ -1,10 +1,12 @@
 """Gradients of the meta-optimisation objective, Eqs. (17)-(18) and Algorithm 1."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Params = Mapping[str, Tensor]
 Losses = Mapping[str, Tensor]
@@ -77,29 +79,41 @@ def meta_gradients(
     active = {name for names, _ in groups.values() for name in names}
     if isinstance(inner_lr, Mapping) and active - inner_lr.keys():
         raise ValueError(f"inner_lr names no step size for {min(active - inner_lr.keys())!r}")
-    if train_losses is None:
-        current = {name: value.detach().requires_grad_(name in active) for name, value in params.items()}
-        train_losses = loss_fn(current, meta_train)
-    else:
-        current = dict(params)
-    constants = {name: value.detach() for name, value in current.items() if name not in active}
+    with attention_that_serves(order):
+        if train_losses is None:
+            current = {name: value.detach().requires_grad_(name in active) for name, value in params.items()}
+            train_losses = loss_fn(current, meta_train)
+        else:
+            current = dict(params)
+        constants = {name: value.detach() for name, value in current.items() if name not in active}
 
-    train_grads = _group_gradients(train_losses, current, groups, create_graph=order == 2, keep_graph=order == 2)
-    if order == 1:
-        with torch.no_grad():
-            moved = _stepped(current, train_grads, inner_lr)
-        moved = {name: value.requires_grad_() for name, value in moved.items()}
-    else:
-        moved = {name: current[name] - _step(inner_lr, name) * grad for name, grad in train_grads.items()}
-    test_losses = loss_fn({**constants, **moved}, meta_test)
+        train_grads = _group_gradients(train_losses, current, groups, create_graph=order == 2, keep_graph=order == 2)
+        if order == 1:
+            with torch.no_grad():
+                moved = _stepped(current, train_grads, inner_lr)
+            moved = {name: value.requires_grad_() for name, value in moved.items()}
+        else:
+            moved = {name: current[name] - _step(inner_lr, name) * grad for name, grad in train_grads.items()}
+        test_losses = loss_fn({**constants, **moved}, meta_test)
 
-    if order == 1:
-        test_grads = _group_gradients(test_losses, moved, groups)
-        grads = _added(train_grads, test_grads, eta)
-    else:
-        objective = {name: _loss(train_losses, name) + eta * _loss(test_losses, name) for _, name in groups.values()}
-        grads = _group_gradients(objective, current, groups)
+        if order == 1:
+            test_grads = _group_gradients(test_losses, moved, groups)
+            grads = _added(train_grads, test_grads, eta)
+        else:
+            objective = {
+                name: _loss(train_losses, name) + eta * _loss(test_losses, name) for _, name in groups.values()
+            }
+            grads = _group_gradients(objective, current, groups)
     return MetaGradients(_detached(train_losses), _detached(test_losses), grads)
+
+
+def attention_that_serves(order: int) -> AbstractContextManager[None]:
+    """Inside, attention (`scaled_dot_product_attention`) can be differentiated `order` times.
+
+    PyTorch's fused kernels have no second derivative. It is for forward and backward passes alike: gradient
+    checkpointing runs the former again in the latter.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if order > 1 else nullcontext()
 
 
 def _check_groups(params: Params, groups: Groups) -> None:

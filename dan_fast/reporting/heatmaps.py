@@ -88,7 +88,7 @@ def plot_attention(
 
 
 def _prepare(
-    images: Tensor, spatial_attention: Tensor, map_size: tuple[int, int], preprocessing: Preprocessing
+    images: Tensor, spatial_attention: Tensor, map_size: tuple[int, int], preprocessing: Preprocessing = IMAGENET
 ) -> tuple[np.ndarray, np.ndarray]:
     """Images (n, H, W, 3) and heat (n, H, W), both in [0, 1]."""
     if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:

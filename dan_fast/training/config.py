@@ -87,8 +87,8 @@ class ModelConfig:
     """The network.
 
     Args:
-        backbone: resnet18, resnet34, resnet50 (the paper) or resnet101 of torchvision, or timm:NAME for a model of
-            timm that gives a map.
+        backbone: torchvision ResNet (the paper: resnet50): resnet18, resnet34, resnet50 or resnet101; or timm:NAME for
+            a model of timm that gives a map.
         weights: none, imagenet (the paper; the library's own download) or the path of a state dict in the names of
             torchvision or timm, saved by torch.save or safetensors.
         attention: The attention (the paper: nl_cbam). The others are those of Fig. 6: cbam, the spatial

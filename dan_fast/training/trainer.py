@@ -10,6 +10,7 @@ import yaml
 from torch import Tensor
 
 from dan_fast.daml import Competition, Stage, active_groups, attention_wins, meta_gradients
+from dan_fast.daml.meta import attention_that_serves
 from dan_fast.data import BatchPlanner, ImageCache, MiniBatch, Split, TrainingSet, training_loader
 from dan_fast.errors import DanFastError
 from dan_fast.evaluation import Evaluation, evaluate_dataset
@@ -232,7 +233,8 @@ class Trainer:
             DanFastError: batch norm or the memory refuses the batch.
         """
         try:
-            return self._checked_gradients(batch, lr, scalars)
+            with attention_that_serves(self.config.meta.order):
+                return self._checked_gradients(batch, lr, scalars)
         except ValueError as error:
             raise DanFastError(f"Training cannot go on at iteration {self.iterations_done}: {error}.") from error
 
