@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from dan_fast.cli import main
-from dan_fast.daml import meta_gradients
+from dan_fast.daml import Stage, meta_gradients
 from dan_fast.data import ImageCache, image_loader, read_image, training_loader
 from dan_fast.data.samples import Sample
 from dan_fast.data.synthetic import synthesize
@@ -84,17 +84,26 @@ def test_channels_come_first():
         assert torch.equal(backbone(images()), features.permute(0, 3, 1, 2))
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "mobilenetv3_small_050", "test_vit3"])
+HEADS = {
+    "test_resnet": "fc.",
+    "test_vit": "head.",
+    # Layers behind the pooling, the norm of what was pooled, and a pooling that is learnt.
+    "mobilenetv3_small_050": "conv_head.",
+    "test_vit2": "fc_norm.",
+    "test_vit3": "attn_pool.",
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
 def test_nothing_of_the_head_is_left(name: str):
     network = DAN(5, f"timm:{name}", SIZE)
     output = network(images(), torch.tensor([0, 3]))
     loss = output.logits.square().sum() + output.adversary_logits.square().sum() + output.adversary_loss.sum()
     grads = torch.autograd.grad(loss, list(network.parameters()))
     assert all(grad.isfinite().all() for grad in grads)
-    kept = set(network.backbone.model.state_dict())
-    head = {"mobilenetv3_small_050": {"conv_head.weight"}, "test_vit3": {"fc_norm.weight"}}.get(name, set())
-    assert head <= set(timm.create_model(name).state_dict()) and not head & kept
-    assert not [key for key in kept if key.startswith(("classifier.", "fc.", "head."))]
+    assert any(key.startswith(HEADS[name]) for key in timm.create_model(name).state_dict())
+    kept = network.backbone.model.state_dict()
+    assert not [key for key in kept if key.startswith((HEADS[name], "classifier.", "fc.", "head."))]
 
 
 def saved(model: torch.nn.Module, path: Path) -> Path:
@@ -156,8 +165,8 @@ def test_a_name_or_a_size_that_does_not_serve(name: str, size: tuple[int, int], 
 @pytest.mark.parametrize(
     ("name", "other", "message"),
     [
-        ("test_resnet", "test_efficientnet", "do not fit timm:test_resnet .missing: conv1.0.weight.*; unexpected: "),
-        ("test_vit", "test_vit3", "do not fit timm:test_vit .*of another shape: "),
+        ("test_resnet", "test_efficientnet", "do not fit timm:test_resnet .missing: conv1.*; unexpected: "),
+        ("test_vit", "test_vit3", "do not fit timm:test_vit .*; give a file of a timm:test_vit"),
         ("test_vit", "test_resnet", "do not fit timm:test_vit .*; give a file of a timm:test_vit"),
     ],
 )
@@ -394,7 +403,7 @@ def test_evaluation_reads_images_as_the_network_wants_them(
     assert main(["evaluate", *words, "--repeats", "1", "--device", "cpu"]) == 0
     black = torch.tensor([-1.0, -1.0, -1.0])[:, None, None]
     found = torch.cat(seen)
-    assert found.shape[1:] == (3, *SIZE) and (found >= black).all() and (found <= 1).all()
+    assert found.shape[1:] == (3, *SIZE) and (found >= black).all() and (found <= 1 + 1e-6).all()
     every = [by_hand(path, Preprocessing(HALVES, HALVES, "bicubic")) for path in (pictures / "mall").rglob("*.jpg")]
     for image in found:
         assert min(float((image - each).abs().max()) for each in every) < 1e-5
@@ -409,7 +418,7 @@ def test_the_backbones_steps_are_scaled(pictures: Path, tmp_path: Path, monkeypa
         return meta_gradients(*arguments, **options)
 
     monkeypatch.setattr("dan_fast.training.trainer.meta_gradients", watched)
-    monkeypatch.setattr(trainer.competition, "decide", lambda won: __import__("dan_fast").daml.Stage.BOTH)
+    monkeypatch.setattr(trainer.competition, "decide", lambda won: Stage.BOTH)
     trainer.model.train()
     plans = trainer.planner.plan_epoch(0)
     batch = next(iter(training_loader(trainer.training_set, plans, SIZE)))

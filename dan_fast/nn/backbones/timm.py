@@ -84,10 +84,8 @@ def build_timm(
         state = _converted(model, state, name, weights)
     backbone = TimmMap(model, image_size, PREFIX + name)
     if state is not None:
-        head = (*_classifiers(model), *(whole - set(model.state_dict())))
-        load_fitting(
-            model, state, PREFIX + name, weights, lambda key: key in head or key.startswith(tuple(_classifiers(model)))
-        )
+        classifiers, dropped = tuple(_classifiers(model)), whole - set(model.state_dict())
+        load_fitting(model, state, PREFIX + name, weights, lambda key: key in dropped or key.startswith(classifiers))
     if gradient_checkpointing:
         _checkpoint_gradients(backbone, name)
     return backbone
