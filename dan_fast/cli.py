@@ -100,7 +100,10 @@ def evaluate(
     network, settings = network_of(state), state["config"]
     conditions = {"named_protocol": _tested_by(protocol, settings), "epoch": epoch_of(state)}
     image_size = tuple(settings["data"]["image_size"])
-    decoded = ImageCache.of_setting(cache, image_size, cache_check, workers=workers, say=print)
+    preprocessing = network.preprocessing
+    decoded = ImageCache.of_setting(
+        cache, image_size, cache_check, workers=workers, say=print, interpolation=preprocessing.interpolation
+    )
     embeddings: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"trained": network.to(place).embed}
     if baselines:
         untrained = initial_network(settings, network.classifier.out_features).to(place).eval()
@@ -126,6 +129,7 @@ def evaluate(
                 ap=ap,
                 cache=decoded,
                 reranking=Reranking() if rerank else None,
+                preprocessing=preprocessing,
             )
             if name == "trained":
                 evaluation = replace(evaluation, **conditions)

@@ -139,14 +139,20 @@ def _config(folder: Path, epochs: int, seed: int, workers: int) -> TrainConfig:
 
 def _evaluate(network: DAN, dataset: ReIDDataset, workers: int):
     features = extract_dataset(
-        network.embed, dataset, IMAGE_SIZE, workers=workers, device=next(network.parameters()).device
+        network.embed,
+        dataset,
+        IMAGE_SIZE,
+        workers=workers,
+        device=next(network.parameters()).device,
+        preprocessing=network.preprocessing,
     )
     return evaluate_features(features), features
 
 
 def _plot_attention(network: DAN, dataset: ReIDDataset, path: Path, count: int = 8) -> None:
     step = max(1, len(dataset.query) // count)
-    images, _ = next(iter(image_loader(dataset.query[::step][:count], IMAGE_SIZE, batch_size=count)))
+    samples = dataset.query[::step][:count]
+    images, _ = next(iter(image_loader(samples, IMAGE_SIZE, batch_size=count, preprocessing=network.preprocessing)))
     with torch.inference_mode():
         attention = network(images.to(next(network.parameters()).device)).spatial_attention.cpu()
-    plot_attention(images, attention, network.map_size, path)
+    plot_attention(images, attention, network.map_size, path, network.preprocessing)

@@ -54,9 +54,9 @@ def test_a_loader_with_other_pixels_has_no_ratio(monkeypatch: pytest.MonkeyPatch
     name = "augment" if use == TRAINING else "normalize"
     right = getattr(loader, name)
     wrong = {
-        "augment": lambda images, draws: right(images, draws._replace(flip=~draws.flip)),
+        "augment": lambda images, draws, *wanted: right(images, draws._replace(flip=~draws.flip), *wanted),
         # Half a grey level.
-        "normalize": lambda images: right(images) + 0.01,
+        "normalize": lambda images, *wanted: right(images, *wanted) + 0.01,
     }[name]
     monkeypatch.setattr(f"dan_fast.data.loader.{name}", wrong)
     with feed_group(small_plan(), (32, 16)) as group:

@@ -37,7 +37,8 @@ def run(images, tmp_path_factory):
 def test_train_writes_the_settings_it_was_given(run, images):
     settings = yaml.safe_load((run / "config.yaml").read_text())
     assert settings["data"]["labeled"] == [str(images / "campus")]
-    assert settings["optimizer"] == {"epochs": 1, "lr_scale": 1.0, "momentum": 0.9, "weight_decay": 5e-4}
+    expected = {"epochs": 1, "lr_scale": 1.0, "momentum": 0.9, "weight_decay": 5e-4, "backbone_lr_scale": 1.0}
+    assert settings["optimizer"] == expected
 
 
 def test_the_written_settings_start_the_same_run(run, images, tmp_path):

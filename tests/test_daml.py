@@ -241,3 +241,26 @@ def test_groups_of_each_stage_list_every_parameter_at_most_once():
         "memory": (["alpha"], "embedding"),
     }
     assert "memory" not in active_groups(Stage.ATTENTION, **{**names, "memory": []})
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_each_parameter_may_have_an_inner_step_of_its_own(order):
+    """L(S) = (v + w)^2 at v = 1, w = 2 moves v by 0.1 x 6 and w by 0.01 x 6; L(S~) = 3 v w."""
+
+    def loss_fn(params, batch):
+        v, w = params["v"], params["w"]
+        return {"total": (v + w) ** 2 if batch == "S" else 3 * v * w}
+
+    params = {"v": torch.tensor(1.0, dtype=torch.float64), "w": torch.tensor(2.0, dtype=torch.float64)}
+    result = meta_gradients(loss_fn, params, None, "S", "S~", {"v": 0.1, "w": 0.01}, order=order)
+    v, w = 1 - 0.1 * 6, 2 - 0.01 * 6
+    # d v'/dv = 1 - 0.2 and d v'/dw = -0.2; d w'/dw = 1 - 0.02 and d w'/dv = -0.02.
+    first = {"v": 6 + 3 * w, "w": 6 + 3 * v}
+    second = {"v": 6 + 3 * (0.8 * w - 0.02 * v), "w": 6 + 3 * (0.98 * v - 0.2 * w)}
+    for name, expected in (first if order == 1 else second).items():
+        assert result.grads[name].item() == pytest.approx(expected, rel=1e-12)
+    even = meta_gradients(loss_fn, params, None, "S", "S~", {"v": 0.1, "w": 0.1}, order=order)
+    plain = meta_gradients(loss_fn, params, None, "S", "S~", 0.1, order=order)
+    assert even.grads == plain.grads
+    with pytest.raises(ValueError, match="inner_lr names no step size for 'w'"):
+        meta_gradients(loss_fn, params, None, "S", "S~", {"v": 0.1}, order=order)

@@ -93,7 +93,7 @@ def test_batches_are_what_was_planned(source: TrainingSet) -> None:
 
 @pytest.mark.parametrize("kind", ["labeled", "fed_back", "unlabeled"])
 def test_the_pixels_belong_to_the_sample(source: TrainingSet, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dan_fast.data.loader.augment", lambda images, draws: images.float())
+    monkeypatch.setattr("dan_fast.data.loader.augment", lambda images, draws, preprocessing: images.float())
     for plan, batch in zip(plans := planner(source).plan_epoch(0, FEEDBACK), load(source, plans), strict=True):
         for items, part in zip(plan, batch[:2], strict=True):
             for item, image in zip(items, part.images, strict=True):

@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from dan_fast.data.transforms import MEAN, STD
 from dan_fast.errors import DanFastError
 from dan_fast.evaluation.features import Features
+from dan_fast.preprocessing import Preprocessing
 from dan_fast.reporting import curves, heatmaps, ranked
 from dan_fast.reporting.canvas import RIGHT, WRONG
 from dan_fast.reporting.curves import plot_curves, read_scalars
@@ -170,6 +171,14 @@ def test_ranked_lists_name_what_does_not_fit(query_and_gallery, tmp_path):
     with pytest.raises(DanFastError, match=gallery.paths[2].name):
         plot_ranked_lists(query, gallery, out)
     assert not out.exists()
+
+
+def test_images_of_another_preprocessing_are_shown_as_they_were():
+    wanted = Preprocessing((0.1, 0.5, 0.7), (0.3, 0.5, 0.9))
+    colour = torch.tensor([0.2, 0.5, 0.8])
+    normalised = (colour - torch.tensor(wanted.mean)) / torch.tensor(wanted.std)
+    pixels, _ = heatmaps._prepare(normalised.view(1, 3, 1, 1).expand(1, 3, 32, 16), torch.rand(1, 8), (4, 2), wanted)
+    np.testing.assert_allclose(pixels[0, 5, 5], colour, atol=1e-6)
 
 
 def test_attention_is_scaled_and_lies_the_right_way_up():

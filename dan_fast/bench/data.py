@@ -31,7 +31,7 @@ from dan_fast.data import (
 )
 from dan_fast.data.sampler import BatchPlan
 from dan_fast.data.synthetic import synthesize
-from dan_fast.data.transforms import STD
+from dan_fast.preprocessing import STD
 
 PLAIN, DECODED, CACHED = CONTENDERS = ("plain", "decoded", "cached")
 TRAINING, EVALUATION = USES = ("training", "evaluation")

@@ -1,10 +1,12 @@
 """Gradients of the meta-optimisation objective, Eqs. (17)-(18) and Algorithm 1."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Params = Mapping[str, Tensor]
 Losses = Mapping[str, Tensor]
@@ -29,7 +31,7 @@ def meta_gradients(
     groups: Groups | None,
     meta_train: Any,
     meta_test: Any,
-    inner_lr: float,
+    inner_lr: float | Mapping[str, float],
     eta: float = 1.0,
     order: int = 2,
     *,
@@ -53,15 +55,15 @@ def meta_gradients(
             None: every parameter takes the loss "total".
         meta_train: the batch S, handed to `loss_fn` as it is.
         meta_test: the batch S~.
-        inner_lr: delta_1 of Eq. (19).
+        inner_lr: delta_1 of Eq. (19); or one for each parameter, by name, as for pretrained layers that move less.
         eta: the balance of Eq. (17).
         order: 1 or 2.
         train_losses: what `loss_fn(params, meta_train)` returned, if the caller has computed it already with
             tensors of `params` that require grad; `loss_fn` is then called for S~ only.
 
     Raises:
-        ValueError: `order` is not 1 or 2, a parameter stands in two groups or is unknown, or a loss that a
-            group names is missing.
+        ValueError: `order` is not 1 or 2, a parameter stands in two groups or is unknown or has no `inner_lr`, or a
+            loss that a group names is missing.
 
     Example:
         >>> w = torch.tensor(1.0, dtype=torch.float64)
@@ -75,29 +77,43 @@ def meta_gradients(
     groups = {"all": (list(params), "total")} if groups is None else groups
     _check_groups(params, groups)
     active = {name for names, _ in groups.values() for name in names}
-    if train_losses is None:
-        current = {name: value.detach().requires_grad_(name in active) for name, value in params.items()}
-        train_losses = loss_fn(current, meta_train)
-    else:
-        current = dict(params)
-    constants = {name: value.detach() for name, value in current.items() if name not in active}
+    if isinstance(inner_lr, Mapping) and active - inner_lr.keys():
+        raise ValueError(f"inner_lr names no step size for {min(active - inner_lr.keys())!r}")
+    with attention_that_serves(order):
+        if train_losses is None:
+            current = {name: value.detach().requires_grad_(name in active) for name, value in params.items()}
+            train_losses = loss_fn(current, meta_train)
+        else:
+            current = dict(params)
+        constants = {name: value.detach() for name, value in current.items() if name not in active}
 
-    train_grads = _group_gradients(train_losses, current, groups, create_graph=order == 2, keep_graph=order == 2)
-    if order == 1:
-        with torch.no_grad():
-            moved = _added(current, train_grads, -inner_lr)
-        moved = {name: value.requires_grad_() for name, value in moved.items()}
-    else:
-        moved = {name: current[name] - inner_lr * grad for name, grad in train_grads.items()}
-    test_losses = loss_fn({**constants, **moved}, meta_test)
+        train_grads = _group_gradients(train_losses, current, groups, create_graph=order == 2, keep_graph=order == 2)
+        if order == 1:
+            with torch.no_grad():
+                moved = _stepped(current, train_grads, inner_lr)
+            moved = {name: value.requires_grad_() for name, value in moved.items()}
+        else:
+            moved = {name: current[name] - _step(inner_lr, name) * grad for name, grad in train_grads.items()}
+        test_losses = loss_fn({**constants, **moved}, meta_test)
 
-    if order == 1:
-        test_grads = _group_gradients(test_losses, moved, groups)
-        grads = _added(train_grads, test_grads, eta)
-    else:
-        objective = {name: _loss(train_losses, name) + eta * _loss(test_losses, name) for _, name in groups.values()}
-        grads = _group_gradients(objective, current, groups)
+        if order == 1:
+            test_grads = _group_gradients(test_losses, moved, groups)
+            grads = _added(train_grads, test_grads, eta)
+        else:
+            objective = {
+                name: _loss(train_losses, name) + eta * _loss(test_losses, name) for _, name in groups.values()
+            }
+            grads = _group_gradients(objective, current, groups)
     return MetaGradients(_detached(train_losses), _detached(test_losses), grads)
+
+
+def attention_that_serves(order: int) -> AbstractContextManager[None]:
+    """Inside, attention (`scaled_dot_product_attention`) can be differentiated `order` times.
+
+    PyTorch's fused kernels have no second derivative. It is for forward and backward passes alike: gradient
+    checkpointing runs the former again in the latter.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if order > 1 else nullcontext()
 
 
 def _check_groups(params: Params, groups: Groups) -> None:
@@ -146,6 +162,19 @@ def _added(left: Params, right: Params, scale: float) -> dict[str, Tensor]:
     """left + scale * right, of the names in `right`, in one pass over all tensors."""
     values = torch._foreach_add([left[name] for name in right], list(right.values()), alpha=scale) if right else []
     return dict(zip(right, values, strict=True))
+
+
+def _step(inner_lr: float | Mapping[str, float], name: str) -> float:
+    return inner_lr[name] if isinstance(inner_lr, Mapping) else inner_lr
+
+
+def _stepped(params: Params, grads: Params, inner_lr: float | Mapping[str, float]) -> dict[str, Tensor]:
+    """params - inner_lr * grads, of the names in `grads`, one pass over the tensors of each step size."""
+    moved: dict[str, Tensor] = {}
+    for size in dict.fromkeys(_step(inner_lr, name) for name in grads):
+        part = {name: grad for name, grad in grads.items() if _step(inner_lr, name) == size}
+        moved |= _added(params, part, -size)
+    return moved
 
 
 def _detached(losses: Losses) -> dict[str, Tensor]:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dan_fast import _extension
-from dan_fast.data.transforms import FLIP_PROBABILITY, JITTER, MEAN, STD, padding
+from dan_fast.data.transforms import FLIP_PROBABILITY, JITTER, padding
+from dan_fast.preprocessing import IMAGENET, Preprocessing
 
 _BRIGHTNESS, _CONTRAST, _SATURATION = range(3)
 # torchvision's ColorJitter shuffles four changes; the fourth, of hue, is not used here.
@@ -74,11 +75,11 @@ def draw(seeds: Sequence[int], image_size: tuple[int, int]) -> Draws:
     )
 
 
-def augment(images: Tensor, draws: Draws) -> Tensor:
+def augment(images: Tensor, draws: Draws, preprocessing: Preprocessing = IMAGENET) -> Tensor:
     """What `train_transform` does after the resizing, for a batch of images at once.
 
     Flip, black padding and crop, brightness, contrast and saturation in the order drawn, to [0, 1], normalised by
-    ImageNet's mean and standard deviation. On a CPU the compiled kernel does this, or PyTorch with the same bits; on a
+    a mean and a standard deviation. On a CPU the compiled kernel does this, or PyTorch with the same bits; on a
     GPU PyTorch. Equal bits on repetition. With the draws of the same seeds the result is
     that of `train_transform`, but for one grey level of 255, seldom two, in less than one pixel in a thousand: after
     each change of colour a level is cut to a whole number, and where the exact one lies on the edge, the last bit of a
@@ -87,6 +88,7 @@ def augment(images: Tensor, draws: Draws) -> Tensor:
     Args:
         images: (n,3,H,W) uint8, on any device.
         draws: of the n images, on the same device.
+        preprocessing: whose mean and standard deviation are taken.
 
     Returns:
         (n,3,H,W) float32 on that device.
@@ -98,21 +100,24 @@ def augment(images: Tensor, draws: Draws) -> Tensor:
     """
     if _has_kernel(images):
         border = padding(tuple(images.shape[2:]))
-        return torch.ops.dan_fast.augment_images.default(images, *draws, border, *_statistics(images.device))
+        return torch.ops.dan_fast.augment_images.default(
+            images, *draws, border, *_statistics(preprocessing, images.device)
+        )
     result = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     for part in _parts(images):
         drawn = Draws(*(each[part] for each in draws))
         out = result[part].copy_(_moved(images[part], drawn))
         _jitter_(out, drawn)
-        _normalize_(out)
+        _normalize_(out, preprocessing)
     return result
 
 
-def normalize(images: Tensor) -> Tensor:
+def normalize(images: Tensor, preprocessing: Preprocessing = IMAGENET) -> Tensor:
     """What `test_transform` does after the resizing, to the last bit.
 
     Args:
         images: (n,3,H,W) uint8, on any device.
+        preprocessing: whose mean and standard deviation are taken.
 
     Returns:
         (n,3,H,W) float32 on that device.
@@ -122,10 +127,10 @@ def normalize(images: Tensor) -> Tensor:
         tensor([-2.1179, -2.0357, -1.8044])
     """
     if _has_kernel(images):
-        return torch.ops.dan_fast.normalize_images.default(images, *_statistics(images.device))
+        return torch.ops.dan_fast.normalize_images.default(images, *_statistics(preprocessing, images.device))
     result = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     for part in _parts(images):
-        _normalize_(result[part].copy_(images[part]))
+        _normalize_(result[part].copy_(images[part]), preprocessing)
     return result
 
 
@@ -177,13 +182,14 @@ def _jitter_(images: Tensor, draws: Draws) -> None:
 
 
 @functools.cache
-def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+def _statistics(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
     # Once a device: a copy of numbers to a GPU waits for it.
-    return tuple(torch.tensor(each, device=device) for each in (MEAN, STD))
+    mean, std = preprocessing.mean, preprocessing.std
+    return tuple(torch.tensor(each, dtype=torch.float32, device=device) for each in (mean, std))
 
 
-def _normalize_(images: Tensor) -> Tensor:
-    mean, std = (each[:, None, None] for each in _statistics(images.device))
+def _normalize_(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    mean, std = (each[:, None, None] for each in _statistics(preprocessing, images.device))
     return images.mul_(1 / 255).sub_(mean).div_(std)
 
 

@@ -69,11 +69,11 @@ class ImageCache:
     """Decoded and resized images in files that are read as memory.
 
     A set of images (the paths of one dataset's train split, say) at one size is a file `<key>.npy`, (n,3,H,W) uint8,
-    which `numpy.load` opens too, and a header `<key>.npz`; the key is a hash of the absolute paths and the size. Each
-    opening of a set checks sizes and modification times of the images and of the file against the header. Where one
-    differs, contents are compared: images that were only touched keep their pixels, any other change has the set made
-    anew, as other versions of Pillow or torchvision have. `check="full"` compares all contents, of the images and of
-    every row of the file, and so finds damage that no modification time tells of.
+    which `numpy.load` opens too, and a header `<key>.npz`; the key is a hash of the absolute paths, the size and the
+    interpolation. Each opening of a set checks sizes and modification times of the images and of the file against the
+    header. Where one differs, contents are compared: images that were only touched keep their pixels, any other change
+    has the set made anew, as other versions of Pillow or torchvision have. `check="full"` compares all contents, of the
+    images and of every row of the file, and so finds damage that no modification time tells of.
 
     One process makes a set while others that want it wait. A process that is killed leaves nothing that is read. A
     file in use may be replaced or deleted: those who read it keep what they have. To free the space, delete the folder.
@@ -84,6 +84,7 @@ class ImageCache:
         check: "quick" or "full", see above.
         workers: processes that decode; 0 decodes in this one.
         say: told in a sentence what takes its time and why; a log by default.
+        interpolation: with which they are resized, see `dan_fast.preprocessing.Preprocessing`.
 
     Raises:
         DanFastError: `check` or the size is none.
@@ -107,6 +108,7 @@ class ImageCache:
         check: Check = "quick",
         workers: int = 0,
         say: Say = _LOG.warning,
+        interpolation: str = "bilinear",
     ) -> None:
         if check not in ("quick", "full"):
             raise DanFastError(f"The check of the cache is {check!r}; set it to quick or full.")
@@ -114,8 +116,9 @@ class ImageCache:
         self.check = check
         self.workers = workers
         self.say = say
-        self._resize = resize(image_size)
+        self._resize = resize(image_size, interpolation)
         self.image_size = tuple(image_size)
+        self.interpolation = interpolation
         self._places: dict[str, tuple[Tensor, int]] = {}
         self._broken: dict[str, str] = {}
 
@@ -160,7 +163,11 @@ class ImageCache:
         return images[row]
 
     def _open(self, names: list[str]) -> _Opened:
-        key = digest(repr((_FORMAT, self.image_size, names)).encode()).hex()
+        made = [_FORMAT, self.image_size, names]
+        # Left out where it is what it always was before there was a choice: those files are still good.
+        if self.interpolation != "bilinear":
+            made.append(self.interpolation)
+        key = digest(repr(tuple(made)).encode()).hex()
         file, header = self.folder / f"{key}.npy", self.folder / f"{key}.npz"
         found = self._inspect(file, header, names, self.check)
         if isinstance(found, _Opened) and not found.touched:

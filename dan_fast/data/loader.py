@@ -21,6 +21,7 @@ from dan_fast.data.training_set import TrainingSet
 from dan_fast.data.transforms import resize
 from dan_fast.data.workers import SentenceLoader
 from dan_fast.errors import DanFastError
+from dan_fast.preprocessing import IMAGENET, Preprocessing
 
 BrokenImages = Literal["error", "skip"]
 # From the path of an image to its pixels; DanFastError if it is broken.
@@ -111,6 +112,7 @@ def image_loader(
     broken_images: BrokenImages = "error",
     cache: ImageCache | None = None,
     device: str | torch.device = "cpu",
+    preprocessing: Preprocessing = IMAGENET,
 ) -> Loader:
     """Reads samples in their order for the evaluation, without augmentation.
 
@@ -122,17 +124,19 @@ def image_loader(
         broken_images: "error" raises DanFastError at a broken image, "skip" leaves it out of the batch.
         cache: holds or takes the decoded images; the result is the same to the last bit.
         device: where the images go.
+        preprocessing: how the network wants its images.
 
     Returns:
         A loader of (images (n,3,H,W) float32 on `device`, indices (n,) int64 into `samples` on the CPU).
     """
-    read = _reader([sample.path for sample in samples], image_size, cache)
+    read = _reader([sample.path for sample in samples], image_size, preprocessing.interpolation, cache)
     dataset = ImageSamples(samples, broken_images=broken_images, read=read)
     # A partial, not a closure: workers that are not forked need to pickle it.
     collate = partial(_collate_samples, image_size=tuple(image_size))
     workers = workers if cache is None else 0
     source = SentenceLoader(dataset, collate, workers, batch_size=batch_size)
-    return Loader(source, partial(_normalized, device=torch.device(device)), device)
+    prepare = partial(_normalized, device=torch.device(device), preprocessing=preprocessing)
+    return Loader(source, prepare, device)
 
 
 def training_loader(
@@ -143,6 +147,7 @@ def training_loader(
     broken_images: BrokenImages = "error",
     cache: ImageCache | None = None,
     device: str | torch.device = "cpu",
+    preprocessing: Preprocessing = IMAGENET,
 ) -> Loader:
     """Reads and augments the batches of a plan in its order; the rest of a plan resumes within an epoch.
 
@@ -158,17 +163,19 @@ def training_loader(
             `skipped`.
         cache: holds or takes the decoded images of the set.
         device: where the batches go and images are augmented; to a GPU by way of page-locked memory.
+        preprocessing: how the network wants its images.
 
     Returns:
         A loader of one `MiniBatch` per plan. A part that is left without any labelled or fed-back image
         raises DanFastError in either mode: no classification loss could be computed on it.
     """
     paths = [sample.path for sample in (*training_set.labeled_samples, *training_set.unlabeled_samples)]
-    read = _reader(paths, image_size, cache)
+    read = _reader(paths, image_size, preprocessing.interpolation, cache)
     dataset = _PlannedBatches(training_set, image_size, broken_images, read)
     workers = workers if cache is None else 0
     source = SentenceLoader(dataset, _as_planned, workers, batch_size=None, sampler=list(plans))
-    return Loader(source, partial(_augmented, device=torch.device(device)), device)
+    prepare = partial(_augmented, device=torch.device(device), preprocessing=preprocessing)
+    return Loader(source, prepare, device)
 
 
 class _PlannedBatches(Dataset):
@@ -219,28 +226,34 @@ class _PlannedBatches(Dataset):
 class _Decode:
     """Decodes and resizes an image file. A class, not a closure: workers that are not forked need to pickle it."""
 
-    def __init__(self, image_size: tuple[int, int]) -> None:
-        self.resize = resize(image_size)
+    def __init__(self, image_size: tuple[int, int], interpolation: str) -> None:
+        self.resize = resize(image_size, interpolation)
 
     def __call__(self, path: Path) -> Tensor:
         return self.resize(read_image(path))
 
 
-def _reader(paths: Sequence[Path], image_size: tuple[int, int], cache: ImageCache | None) -> Read:
+def _reader(paths: Sequence[Path], image_size: tuple[int, int], interpolation: str, cache: ImageCache | None) -> Read:
     if cache is None:
-        return _Decode(image_size)
+        return _Decode(image_size, interpolation)
     if cache.image_size != tuple(image_size):
         raise ValueError(f"the cache is of images of {cache.image_size} and not of {tuple(image_size)}")
+    if cache.interpolation != interpolation:
+        raise ValueError(f"the cache is of {cache.interpolation} images and not of {interpolation} ones")
     cache.add([path for path in paths if path not in cache])
     return cache.read
 
 
-def _augmented(batch: tuple[MiniBatch, tuple[Draws, ...]], device: torch.device) -> MiniBatch:
+def _augmented(
+    batch: tuple[MiniBatch, tuple[Draws, ...]], device: torch.device, preprocessing: Preprocessing
+) -> MiniBatch:
     mini_batch, draws = batch
     parts = [part for part in (mini_batch.meta_train, mini_batch.meta_test) if part is not None]
     ready = [
         part._replace(
-            images=augment(pinned(part.images, device), Draws(*(pinned(each, device) for each in drawn))),
+            images=augment(
+                pinned(part.images, device), Draws(*(pinned(each, device) for each in drawn)), preprocessing
+            ),
             labels=pinned(part.labels, device),
             sample_ids=pinned(part.sample_ids, device),
         )
@@ -249,9 +262,11 @@ def _augmented(batch: tuple[MiniBatch, tuple[Draws, ...]], device: torch.device)
     return mini_batch._replace(meta_train=ready[0], meta_test=ready[1] if len(ready) > 1 else None)
 
 
-def _normalized(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+def _normalized(
+    batch: tuple[Tensor, Tensor], device: torch.device, preprocessing: Preprocessing
+) -> tuple[Tensor, Tensor]:
     images, indices = batch
-    return normalize(pinned(images, device)), indices
+    return normalize(pinned(images, device), preprocessing), indices
 
 
 def _as_planned(batch: tuple[MiniBatch, tuple[Draws, ...]]) -> tuple[MiniBatch, tuple[Draws, ...]]:

@@ -6,16 +6,15 @@ import torch
 from torchvision.transforms import v2
 
 from dan_fast.errors import DanFastError
+from dan_fast.preprocessing import IMAGENET, Preprocessing
 
-# Mean and standard deviation of ImageNet's red, green and blue, which the pretrained weights expect.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+MEAN, STD = IMAGENET.mean, IMAGENET.std
 FLIP_PROBABILITY = 0.5
 # Largest change of brightness, contrast and saturation: a factor of 1 - x to 1 + x.
 JITTER = (0.2, 0.15, 0.15)
 
 
-def train_transform(image_size: tuple[int, int]) -> v2.Compose:
+def train_transform(image_size: tuple[int, int], preprocessing: Preprocessing = IMAGENET) -> v2.Compose:
     """The augmentation common in re-identification: flip, pad and crop, mild colour jitter.
 
     No random erasing: it helps within a domain and is known to harm on unseen ones (Luo et al., "Bag of
@@ -26,10 +25,11 @@ def train_transform(image_size: tuple[int, int]) -> v2.Compose:
 
     Args:
         image_size: (height, width) in pixels.
+        preprocessing: how the network wants its images.
 
     Returns:
-        A transform of a uint8 (3,h,w) image into a float32 (3,height,width) one, normalised by ImageNet's
-        mean and standard deviation; its randomness is torch's default CPU generator.
+        A transform of a uint8 (3,h,w) image into a float32 (3,height,width) one, normalised by the mean and standard
+        deviation of `preprocessing`; its randomness is torch's default CPU generator.
 
     Raises:
         DanFastError: a size that is not two positive whole numbers.
@@ -41,31 +41,31 @@ def train_transform(image_size: tuple[int, int]) -> v2.Compose:
     brightness, contrast, saturation = JITTER
     return v2.Compose(
         [
-            resize(image_size),
+            resize(image_size, preprocessing.interpolation),
             v2.RandomHorizontalFlip(FLIP_PROBABILITY),
             v2.RandomCrop(image_size, padding=padding(image_size)),
             v2.ColorJitter(brightness, contrast, saturation),
-            *_to_float(),
+            *_to_float(preprocessing),
         ]
     )
 
 
-def test_transform(image_size: tuple[int, int]) -> v2.Compose:
+def test_transform(image_size: tuple[int, int], preprocessing: Preprocessing = IMAGENET) -> v2.Compose:
     """Resizes and normalises; arguments, result and errors as `train_transform`, without any randomness."""
-    return v2.Compose([resize(image_size), *_to_float()])
+    return v2.Compose([resize(image_size, preprocessing.interpolation), *_to_float(preprocessing)])
 
 
 # pytest would collect the function as a test wherever it is imported.
 test_transform.__test__ = False
 
 
-def resize(image_size: tuple[int, int]) -> v2.Resize:
+def resize(image_size: tuple[int, int], interpolation: str = "bilinear") -> v2.Resize:
     """What comes before all else, and what a cache keeps: uint8 (3,h,w) to uint8 (3,height,width).
 
     Raises:
         DanFastError: as `train_transform`.
     """
-    return v2.Resize(_checked(image_size), antialias=True)
+    return v2.Resize(_checked(image_size), v2.InterpolationMode(interpolation), antialias=True)
 
 
 def padding(image_size: tuple[int, int]) -> int:
@@ -73,8 +73,8 @@ def padding(image_size: tuple[int, int]) -> int:
     return round(image_size[0] * 10 / 256)
 
 
-def _to_float() -> tuple[v2.Transform, v2.Transform]:
-    return v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)
+def _to_float(preprocessing: Preprocessing) -> tuple[v2.Transform, v2.Transform]:
+    return v2.ToDtype(torch.float32, scale=True), v2.Normalize(preprocessing.mean, preprocessing.std)
 
 
 def _checked(image_size: tuple[int, int]) -> tuple[int, int]:

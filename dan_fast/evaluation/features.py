@@ -13,6 +13,7 @@ from dan_fast.data.cache import ImageCache
 from dan_fast.data.loader import image_loader
 from dan_fast.data.samples import Sample
 from dan_fast.errors import DanFastError
+from dan_fast.preprocessing import IMAGENET, Preprocessing
 
 
 class Features(NamedTuple):
@@ -49,6 +50,7 @@ def extract_features(
     broken_images: Literal["error", "skip"] = "error",
     progress: Callable[[int, int], None] | None = None,
     cache: ImageCache | None = None,
+    preprocessing: Preprocessing = IMAGENET,
 ) -> Features:
     """Embed images in order, without gradients.
 
@@ -66,6 +68,7 @@ def extract_features(
         broken_images: an unreadable image is an error, or is left out of the result.
         progress: called with (images read, images in all) at each batch.
         cache: holds or takes the decoded images; the features are the same.
+        preprocessing: how the network wants its images: ``DAN.preprocessing``.
 
     Raises:
         DanFastError: no samples, none readable, or one unreadable where ``broken_images`` is ``"error"``.
@@ -91,7 +94,7 @@ def extract_features(
         torch.inference_mode(),
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"),
     ):
-        loader = image_loader(samples, image_size, batch_size, workers, broken_images, cache, device)
+        loader = image_loader(samples, image_size, batch_size, workers, broken_images, cache, device, preprocessing)
         for number, (images, indices) in enumerate(loader, start=1):
             if progress is not None:
                 progress(min(number * batch_size, len(samples)), len(samples))

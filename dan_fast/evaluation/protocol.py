@@ -24,6 +24,7 @@ from dan_fast.evaluation.ranking import (
 )
 from dan_fast.evaluation.reranking import Reranking, evaluate_reranked
 from dan_fast.evaluation.single_shot import evaluate_single_shot
+from dan_fast.preprocessing import IMAGENET, Preprocessing
 
 COLUMNS = ("R1", "R5", "R10", "mAP", "mINP")
 
@@ -209,6 +210,7 @@ def extract_dataset(
     broken_images: Literal["error", "skip"] = "error",
     progress: Callable[[int, int], None] | None = None,
     cache: ImageCache | None = None,
+    preprocessing: Preprocessing = IMAGENET,
 ) -> DatasetFeatures:
     """Embed every evaluation image of a dataset once; arguments as in :func:`extract_features`.
 
@@ -219,7 +221,17 @@ def extract_dataset(
 
     def extract(samples: tuple) -> Features:
         return extract_features(
-            embed, samples, image_size, batch_size, workers, device, precision, broken_images, progress, cache
+            embed,
+            samples,
+            image_size,
+            batch_size,
+            workers,
+            device,
+            precision,
+            broken_images,
+            progress,
+            cache,
+            preprocessing,
         )
 
     if dataset.query and dataset.gallery:
@@ -324,6 +336,7 @@ def evaluate_dataset(
     ap: AveragePrecision = "standard",
     cache: ImageCache | None = None,
     reranking: Reranking | None = None,
+    preprocessing: Preprocessing = IMAGENET,
 ) -> Evaluation:
     """Embed a dataset and score it: :func:`extract_dataset`, then :func:`evaluate_features`.
 
@@ -335,7 +348,17 @@ def evaluate_dataset(
         DanFastError, ValueError: as the two functions do.
     """
     features = extract_dataset(
-        embed, dataset, image_size, batch_size, workers, device, precision, broken_images, progress, cache
+        embed,
+        dataset,
+        image_size,
+        batch_size,
+        workers,
+        device,
+        precision,
+        broken_images,
+        progress,
+        cache,
+        preprocessing,
     )
     return evaluate_features(features, repeats, seed, metric, max_rank, ap, reranking)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dan_fast.nn.attention import NLCBAM
 from dan_fast.nn.backbone import build_backbone
+from dan_fast.preprocessing import IMAGENET, Preprocessing
 from dan_fast.reference.types import AttentionHeadOutput
 
 GATES = 3
@@ -49,11 +50,14 @@ class DAN(nn.Module):
         attention: the variant of `NLCBAM`; "none" leaves the backbone alone, its two branches being one.
         adversary: False leaves out the attention adversary network, AAN: there is no L_aad, and the attention is
             trained together with the backbone.
+        gradient_checkpointing: for a backbone given by name, see `build_backbone`.
 
     Attributes:
         backbone: the backbone; attention: the `NLCBAM`; classifier: `nn.Linear(C, num_classes, bias=False)`.
         image_size: (H, W); map_size: (h, w); key_dim: C - 3, the size of the memory's keys.
         adversary: whether there is an attention adversary.
+        preprocessing: how images are to be resized and normalised: the backbone's, or torchvision's for a module
+            that does not say.
 
     Raises:
         DanFastError: the backbone's name or weights, see `build_backbone`.
@@ -75,6 +79,7 @@ class DAN(nn.Module):
         weights: str | PathLike[str] = "none",
         attention: str = "nl_cbam",
         adversary: bool = True,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if num_classes < 1:
@@ -86,10 +91,13 @@ class DAN(nn.Module):
         if isinstance(backbone, nn.Module):
             if weights != "none":
                 raise ValueError("weights serves a backbone given by name; load the module's own weights first")
+            if gradient_checkpointing:
+                raise ValueError("gradient_checkpointing serves a backbone given by name; let the module do it itself")
             self.backbone = backbone
         else:
-            self.backbone = build_backbone(backbone, weights)
+            self.backbone = build_backbone(backbone, weights, image_size, gradient_checkpointing)
         self.image_size = (int(image_size[0]), int(image_size[1]))
+        self.preprocessing: Preprocessing = getattr(self.backbone, "preprocessing", IMAGENET)
         channels, height, width = _map_shape(self.backbone, self.image_size)
         if channels <= GATES:
             raise ValueError(f"backbone must give at least {GATES + 1} channels, got {channels}")

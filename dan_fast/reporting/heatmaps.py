@@ -12,13 +12,19 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dan_fast.data.transforms import MEAN, STD
+from dan_fast.preprocessing import IMAGENET, Preprocessing
 from dan_fast.reporting.canvas import save_png, show_image, style
 
 _COLOURMAP = "turbo"
 
 
-def plot_attention(images: Tensor, spatial_attention: Tensor, map_size: tuple[int, int], out_png: str | Path) -> Path:
+def plot_attention(
+    images: Tensor,
+    spatial_attention: Tensor,
+    map_size: tuple[int, int],
+    out_png: str | Path,
+    preprocessing: Preprocessing = IMAGENET,
+) -> Path:
     """Draw each image beside itself under its spatial attention.
 
     The attention is scaled to each image's own range and enlarged to the image's size, so colours compare
@@ -30,6 +36,7 @@ def plot_attention(images: Tensor, spatial_attention: Tensor, map_size: tuple[in
         spatial_attention: (n, h*w) floating, row by row, as ``nl_cbam`` returns it.
         map_size: (h, w) of the feature map.
         out_png: file to write.
+        preprocessing: by which the images are normalised: ``DAN.preprocessing``.
 
     Returns:
         The path of the file.
@@ -43,7 +50,7 @@ def plot_attention(images: Tensor, spatial_attention: Tensor, map_size: tuple[in
         >>> plot_attention(torch.zeros(2, 3, 32, 16), torch.rand(2, 8), (4, 2), out).name
         'attention.png'
     """
-    originals, heat = _prepare(images, spatial_attention, map_size)
+    originals, heat = _prepare(images, spatial_attention, map_size, preprocessing)
     count, (height, width) = len(originals), originals.shape[1:3]
     pairs = min(4, count)
     rows = math.ceil(count / pairs)
@@ -80,7 +87,9 @@ def plot_attention(images: Tensor, spatial_attention: Tensor, map_size: tuple[in
         return save_png(figure, out_png, dpi=150)
 
 
-def _prepare(images: Tensor, spatial_attention: Tensor, map_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def _prepare(
+    images: Tensor, spatial_attention: Tensor, map_size: tuple[int, int], preprocessing: Preprocessing = IMAGENET
+) -> tuple[np.ndarray, np.ndarray]:
     """Images (n, H, W, 3) and heat (n, H, W), both in [0, 1]."""
     if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
         raise ValueError(f"images has shape {tuple(images.shape)}; it must be (n, 3, H, W) with n at least 1.")
@@ -97,8 +106,8 @@ def _prepare(images: Tensor, spatial_attention: Tensor, map_size: tuple[int, int
     heat = torch.nn.functional.interpolate(heat, images.shape[2:], mode="bicubic", align_corners=False)[:, 0]
     low, high = heat.amin((1, 2), keepdim=True), heat.amax((1, 2), keepdim=True)
     heat = (heat - low) / (high - low).clamp(min=1e-12)
-    pixels = images.detach().to("cpu", torch.float32) * torch.tensor(STD).view(3, 1, 1)
-    pixels = (pixels + torch.tensor(MEAN).view(3, 1, 1)).clamp(0, 1)
+    pixels = images.detach().to("cpu", torch.float32) * torch.tensor(preprocessing.std).view(3, 1, 1)
+    pixels = (pixels + torch.tensor(preprocessing.mean).view(3, 1, 1)).clamp(0, 1)
     return pixels.permute(0, 2, 3, 1).numpy(), heat.numpy()
 
 

@@ -117,10 +117,11 @@ def _heat_maps(run: Run, state: dict[str, Any], path: Path, images: int, missing
     try:
         name, samples = _images_of(run, images)
         network = network_of(state)
-        pixels, _ = next(iter(image_loader(samples, network.image_size, batch_size=len(samples))))
+        wanted = network.preprocessing
+        pixels, _ = next(iter(image_loader(samples, network.image_size, batch_size=len(samples), preprocessing=wanted)))
         with torch.inference_mode():
             attention: Tensor = network(pixels).spatial_attention
-        plot_attention(pixels, attention, network.map_size, path)
+        plot_attention(pixels, attention, network.map_size, path, wanted)
     except (DanFastError, ValueError, RuntimeError) as error:
         missing.append(Missing(run.name, what, str(error)))
         return []

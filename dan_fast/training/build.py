@@ -7,6 +7,7 @@ import torch
 
 from dan_fast.errors import DanFastError
 from dan_fast.nn import DAN, ProgressiveAugmentedMemory
+from dan_fast.preprocessing import IMAGENET, Preprocessing
 from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.config import MemoryConfig, ModelConfig
 
@@ -61,6 +62,7 @@ def initial_network(settings: dict[str, Any], num_classes: int, read_weights: bo
         weights=model.weights if read_weights else "none",
         attention=model.attention,
         adversary=model.adversary,
+        gradient_checkpointing=model.gradient_checkpointing,
     )
 
 
@@ -82,11 +84,18 @@ def network_of(state: dict[str, Any]) -> DAN:
     """The network of what `load_checkpoint` gave, in eval mode on the CPU."""
     with torch.random.fork_rng():
         network = initial_network(state["config"], state["num_classes"], read_weights=False)
+    network.preprocessing = preprocessing_of(state)
     prefix = "network."
     network.load_state_dict(
         {name.removeprefix(prefix): value for name, value in state["model"].items() if name.startswith(prefix)}
     )
     return network.eval()
+
+
+def preprocessing_of(state: dict[str, Any]) -> Preprocessing:
+    """How the network of what `load_checkpoint` gave wants its images, whatever its backbone's library says today."""
+    # Older checkpoints do not say; there was one way then.
+    return Preprocessing.from_dict(state["preprocessing"]) if "preprocessing" in state else IMAGENET
 
 
 def build_memory(config: MemoryConfig, key_dim: int) -> ProgressiveAugmentedMemory:

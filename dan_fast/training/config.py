@@ -87,8 +87,10 @@ class ModelConfig:
     """The network.
 
     Args:
-        backbone: torchvision ResNet (the paper: resnet50).
-        weights: none, imagenet (the paper) or the path of a torchvision state dict.
+        backbone: torchvision ResNet (the paper: resnet50): resnet18, resnet34, resnet50 or resnet101; or timm:NAME for
+            a model of timm that gives a map.
+        weights: none, imagenet (the paper; the library's own download) or the path of a state dict in the names of
+            torchvision or timm, saved by torch.save or safetensors.
         attention: The attention (the paper: nl_cbam). The others are those of Fig. 6: cbam, the spatial
             attention of nl_cbam (non_local) or of cbam (spatial) alone, or none.
         adversary: Train with the attention adversary network (the paper), that is L_aad and the competition of
@@ -96,14 +98,17 @@ class ModelConfig:
         reduction: Dimension reduction ratio r of the attention's bottlenecks (the paper: 12); 1 is NL-CBAM* of
             Fig. 6.
         dropout: Dropout rate before the classifier (the paper: 0.5).
+        gradient_checkpointing: Compute maps of the backbone again in the backward pass instead of keeping them all:
+            less memory, more time, the same gradients.
     """
 
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
+    backbone: str = "resnet50"
     weights: str = "imagenet"
     attention: Literal["nl_cbam", "cbam", "non_local", "spatial", "none"] = "nl_cbam"
     adversary: bool = True
     reduction: PositiveInt = 12
     dropout: ClosedUnitInterval = 0.5
+    gradient_checkpointing: bool = False
 
     __post_init__ = _make_plain
 
@@ -181,12 +186,15 @@ class OptimizerConfig:
             from scratch for few epochs needs 10 to 50).
         momentum: Momentum of the outer step (the paper: 0.9).
         weight_decay: Weight decay of the outer step (the paper: 5e-4).
+        backbone_lr_scale: Further factor on both step sizes for the backbone's parameters (the paper: 1); below 1
+            pretrained layers keep more of what they know.
     """
 
     epochs: PositiveInt = 500
     lr_scale: NonNegativeFloat = 1.0
     momentum: NonNegativeFloat = 0.9
     weight_decay: NonNegativeFloat = 5e-4
+    backbone_lr_scale: NonNegativeFloat = 1.0
 
     __post_init__ = _make_plain
 
@@ -254,6 +262,7 @@ class TrainConfig:
 # A resumed run may differ in these: they say where it runs, not what it learns.
 _FREE_TO_CHANGE = {
     *(("data", name) for name in ("workers", "targets", "broken_images", "cache", "cache_check")),
+    ("model", "gradient_checkpointing"),
     # Which images these hold is compared by fingerprint, wherever they lie.
     *(("data", name) for name in ("labeled", "unlabeled", "protocol", "root")),
     *(("run", each.name) for each in fields(RunConfig) if each.name not in ("seed", "precision")),

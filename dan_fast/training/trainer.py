@@ -10,11 +10,12 @@ import yaml
 from torch import Tensor
 
 from dan_fast.daml import Competition, Stage, active_groups, attention_wins, meta_gradients
+from dan_fast.daml.meta import attention_that_serves
 from dan_fast.data import BatchPlanner, ImageCache, MiniBatch, Split, TrainingSet, training_loader
 from dan_fast.errors import DanFastError
 from dan_fast.evaluation import Evaluation, evaluate_dataset
 from dan_fast.files import write_text
-from dan_fast.training.build import build_memory, initial_network, resolve_device
+from dan_fast.training.build import build_memory, initial_network, preprocessing_of, resolve_device
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.config import TrainConfig, require_same_training
 from dan_fast.training.display import Display
@@ -26,6 +27,9 @@ from dan_fast.training.schedule import step_size
 from dan_fast.training.sources import load_datasets
 
 CAM_WEIGHT = "network.classifier.weight"
+_BACKBONE = "network.backbone."
+# Key of an optimizer's group: the factor on its step size.
+_SCALE = "lr_scale"
 
 
 class Trainer:
@@ -55,9 +59,6 @@ class Trainer:
         self.training_set = TrainingSet(
             self.datasets.labeled, self.datasets.unlabeled, unlabeled_share=data.unlabeled_share, seed=config.run.seed
         )
-        self.cache = ImageCache.of_setting(
-            data.cache, tuple(data.image_size), data.cache_check, workers=data.workers, say=print
-        )
         if saved is not None and saved["fingerprint"] != self.training_set.fingerprint:
             raise DanFastError(
                 f"{self.checkpoint} was trained on other images than data.labeled and data.unlabeled hold now: "
@@ -67,6 +68,16 @@ class Trainer:
         self.choice = EpochChoice.of_setting(config.run, titles) if config.run.choose_epoch_on_target else None
 
         network = initial_network(config.to_dict(), self.training_set.num_classes, read_weights=saved is None)
+        if saved is not None:
+            network.preprocessing = preprocessing_of(saved)
+        self.cache = ImageCache.of_setting(
+            data.cache,
+            network.image_size,
+            data.cache_check,
+            workers=data.workers,
+            say=print,
+            interpolation=network.preprocessing.interpolation,
+        )
         memory = None
         if self.training_set.unlabeled_samples:
             memory = build_memory(config.memory, network.key_dim)
@@ -85,7 +96,7 @@ class Trainer:
             seed=config.run.seed,
         )
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
+            self._parameter_groups(),
             lr=1.0,
             momentum=config.optimizer.momentum,
             weight_decay=config.optimizer.weight_decay,
@@ -159,6 +170,7 @@ class Trainer:
             broken_images=self.config.data.broken_images,
             cache=self.cache,
             device=self.device,
+            preprocessing=self.model.network.preprocessing,
         )
         self.model.train()
         for batch in _until_stopped(loader, stop):
@@ -198,7 +210,7 @@ class Trainer:
             # None, not zero: a frozen parameter must not move by momentum or weight decay either.
             parameter.grad = grads.get(name)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get(_SCALE, 1.0)
         self.optimizer.step()
         scalars.add("train/step_size", lr)
         last_of_window = (self.iterations_done + 1) % self.config.run.log_every == 0
@@ -221,7 +233,8 @@ class Trainer:
             DanFastError: batch norm or the memory refuses the batch.
         """
         try:
-            return self._checked_gradients(batch, lr, scalars)
+            with attention_that_serves(self.config.meta.order):
+                return self._checked_gradients(batch, lr, scalars)
         except ValueError as error:
             raise DanFastError(f"Training cannot go on at iteration {self.iterations_done}: {error}.") from error
 
@@ -255,7 +268,7 @@ class Trainer:
             groups,
             meta_train,
             self._to_device(batch.meta_test),
-            lr,
+            self._inner_steps(lr, params),
             meta.eta,
             meta.order,
             train_losses=train_losses,
@@ -263,6 +276,22 @@ class Trainer:
         self._log_pass("test", result.test_losses, self.objective.record, scalars)
         _require_sound([*unread, self.objective.record], result.grads.values())
         return result.grads
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """The outer step's groups: one, as ever, unless the backbone's steps are scaled."""
+        scale = self.config.optimizer.backbone_lr_scale
+        named = list(self.model.named_parameters())
+        if scale == 1:
+            return [{"params": [parameter for _, parameter in named]}]
+        backbone = [parameter for name, parameter in named if name.startswith(_BACKBONE)]
+        others = [parameter for name, parameter in named if not name.startswith(_BACKBONE)]
+        return [{"params": backbone, _SCALE: scale}, {"params": others, _SCALE: 1.0}]
+
+    def _inner_steps(self, lr: float, params: Iterable[str]) -> float | dict[str, float]:
+        scale = self.config.optimizer.backbone_lr_scale
+        if scale == 1:
+            return lr
+        return {name: lr * scale if name.startswith(_BACKBONE) else lr for name in params}
 
     def _groups(self, stage: Stage) -> dict[str, tuple[list[str], str]]:
         names = self.model.network.parameter_groups()
@@ -323,6 +352,7 @@ class Trainer:
                 precision=self.config.run.precision,
                 broken_images=self.config.data.broken_images,
                 cache=self.cache,
+                preprocessing=self.model.network.preprocessing,
             )
             evaluation = replace(evaluation, named_protocol=self.config.data.protocol or "", epoch=epoch_of(state))
             evaluations.append(evaluation)
@@ -375,6 +405,7 @@ class Trainer:
             "config": self.config.to_dict(),
             "fingerprint": self.training_set.fingerprint,
             "num_classes": self.training_set.num_classes,
+            "preprocessing": self.model.network.preprocessing.to_dict(),
             "epoch": self.epoch,
             "iteration": self.iteration,
             "model": self.model.state_dict(),

@@ -1,0 +1,84 @@
+"""Files of pretrained weights: read without running code, and loaded only where all of them fit."""
+
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dan_fast.errors import DanFastError
+
+_NAMED_KEYS = 5
+
+
+def read_state_dict(path: Path, owner: str) -> dict[str, Tensor]:
+    """The state dict in a file of `torch.save`, or of safetensors where its name ends in .safetensors.
+
+    Args:
+        path: the file.
+        owner: whose state dict is wanted, in words, for the messages.
+
+    Raises:
+        DanFastError: no such file, a damaged one, one without a state dict, or safetensors is not installed.
+    """
+    if not path.is_file():
+        raise DanFastError(f"there is no weights file {path}; give its path, or 'none' or 'imagenet' as weights")
+    read, kind = (_read_safetensors, "safetensors file")
+    if path.suffix != ".safetensors":
+        read, kind = (_read_torch, "file of torch.save")
+    try:
+        state = read(path)
+    except ImportError as error:
+        raise DanFastError(
+            f"the weights file {path} needs safetensors, which is not installed: pip install safetensors"
+        ) from error
+    # Damaged bytes can make the unpickler raise almost anything.
+    except Exception as error:
+        raise DanFastError(
+            f"the weights file {path} is damaged or no {kind} ({type(error).__name__}); "
+            f"download it again or save the state dict of {owner} in it"
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise DanFastError(f"the weights file {path} holds no state dict; save that of {owner} in it")
+    return dict(state)
+
+
+def load_fitting(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    name: str,
+    weights: str | PathLike[str],
+    belongs_to_head: Callable[[str], bool],
+) -> None:
+    """Load a state dict that has all tensors of a module and no others but those of the head, which is left out.
+
+    Raises:
+        DanFastError: tensors that are missing, unexpected or of another shape; it names them.
+    """
+    wanted = module.state_dict()
+    state = {key: value for key, value in state.items() if key in wanted or not belongs_to_head(key)}
+    # Files older than batch norm's counters lack them; they start at 0.
+    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in wanted]
+    reshaped = [key for key in state if key in wanted and state[key].shape != wanted[key].shape]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    found = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
+    if found:
+        raise DanFastError(f"the weights {weights} do not fit {name} ({found}); give a file of a {name}")
+    module.load_state_dict(state, strict=False)
+
+
+def _read_torch(path: Path) -> object:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_safetensors(path: Path) -> object:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def _some(keys: list[str]) -> str:
+    more = len(keys) - _NAMED_KEYS
+    return ", ".join(keys[:_NAMED_KEYS]) + (f" and {more} more" if more > 0 else "")
