@@ -44,6 +44,7 @@ class Evaluation:
         splits: name and hash of the fixed splits that were scored, "" for any others.
         named_protocol: name of the protocol of the literature that was trained and tested by, "" for none.
         epoch: of the weights, and whether it was chosen on the target, in words; "" where that is not known.
+        recipe: of the training, and what was changed on top of it, in words; "" for none.
     """
 
     dataset: str
@@ -63,11 +64,12 @@ class Evaluation:
     splits: str = ""
     named_protocol: str = ""
     epoch: str = ""
+    recipe: str = ""
 
     @property
     def conditions(self) -> str:
-        """What has to be the same in figures that are compared: protocol, splits and epoch."""
-        return "; ".join(filter(None, (self.named_protocol, self.protocol, self.epoch)))
+        """What stands beside figures, so that like is compared with like: protocol, splits, epoch and recipe."""
+        return "; ".join(filter(None, (self.named_protocol, self.protocol, self.epoch, self.recipe)))
 
     @property
     def title(self) -> str:

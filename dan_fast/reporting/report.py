@@ -83,10 +83,11 @@ def _summary(runs: Sequence[Run]) -> str:
 
 
 def _overview(runs: Sequence[Run]) -> Table:
-    columns = ["run", "trained on", "tested on", "procedure", "network", "backbone", "epochs", "seed"]
+    columns = ["run", "recipe", "trained on", "tested on", "procedure", "network", "backbone", "epochs", "seed"]
     rows = [
         [
             run.name,
+            run.recipe.removeprefix("recipe ") or "none",
             run.sources,
             ", ".join(titles([run])) or "nothing yet",
             run.settings["meta"]["procedure"].upper(),

@@ -324,7 +324,12 @@ class Trainer:
                 broken_images=self.config.data.broken_images,
                 cache=self.cache,
             )
-            evaluation = replace(evaluation, named_protocol=self.config.data.protocol or "", epoch=epoch_of(state))
+            evaluation = replace(
+                evaluation,
+                named_protocol=self.config.data.protocol or "",
+                epoch=epoch_of(state),
+                recipe=self.config.recipe_words,
+            )
             evaluations.append(evaluation)
             figures = evaluation.percentages()
             for name in ("R1", "mAP", "mINP"):
@@ -337,7 +342,9 @@ class Trainer:
             self.choice.offer(evaluations, state)
         if not last:
             return evaluations
-        reported = write_results(self.out / "results.json", state, self.datasets, evaluations, self.choice)
+        reported = write_results(
+            self.out / "results.json", state, self.datasets, evaluations, self.choice, self.iterations_done
+        )
         if reported is not evaluations:
             for evaluation in reported:
                 say(evaluation, display)
