@@ -144,7 +144,7 @@ def evaluate(
         table.add_row(evaluation.title, name, *evaluation.row())
     Console().print(table)
     for name, evaluation in results:
-        print(f"{evaluation.title}, {name}: {evaluation.conditions}.")
+        print(f"{evaluation.title}, {name}: {evaluation.conditions_and_recipe}.")
     for path in sorted({path for _, evaluation in results for path in evaluation.skipped}):
         print(f"Skipped {path}: it cannot be decoded.")
     if out is not None:

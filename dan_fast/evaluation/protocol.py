@@ -68,8 +68,13 @@ class Evaluation:
 
     @property
     def conditions(self) -> str:
-        """What stands beside figures, so that like is compared with like: protocol, splits, epoch and recipe."""
-        return "; ".join(filter(None, (self.named_protocol, self.protocol, self.epoch, self.recipe)))
+        """What has to be the same in figures that are compared: protocol, splits and epoch."""
+        return "; ".join(filter(None, (self.named_protocol, self.protocol, self.epoch)))
+
+    @property
+    def conditions_and_recipe(self) -> str:
+        """The conditions and, where the training had one, the recipe that is compared under them."""
+        return "; ".join(filter(None, (self.conditions, self.recipe)))
 
     @property
     def title(self) -> str:

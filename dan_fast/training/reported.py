@@ -95,9 +95,10 @@ def describe(datasets: DatasetRoles) -> str:
 
 
 def say(evaluation: Evaluation, display: Display) -> None:
-    """Print the figures of a target, with what has to be the same in figures they are compared with."""
+    """Print the figures of a target, with what has to be the same in figures they are compared with, and the recipe."""
     figures = ", ".join(f"{column} {value}" for column, value in zip(COLUMNS, evaluation.row(), strict=True))
-    display.say(f"{evaluation.title} ({evaluation.conditions}): {figures}")
+    recipe = f"; {evaluation.recipe}" if evaluation.recipe else ""
+    display.say(f"{evaluation.title} ({evaluation.conditions}): {figures}{recipe}")
 
 
 def write_results(
