@@ -1,10 +1,12 @@
 """The command line: `dan-fast COMMAND --help` explains every setting with the paper's default."""
 
+import argparse
 import json
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -30,6 +32,7 @@ from dan_fast.training import Interrupted, TrainConfig, Trainer
 from dan_fast.training.build import initial_network, network_of, resolve_device
 from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.config import BrokenImages, CacheCheck, Paths, Precision, as_list
+from dan_fast.training.recipes import DEFAULT_RECIPE, recipe_of_file, recipe_settings, recipe_words
 from dan_fast.training.reported import epoch_of
 
 EXIT_ERROR = 1
@@ -98,7 +101,11 @@ def evaluate(
     for dataset in datasets:
         require_whole_splits(dataset)
     network, settings = network_of(state), state["config"]
-    conditions = {"named_protocol": _tested_by(protocol, settings), "epoch": epoch_of(state)}
+    conditions = {
+        "named_protocol": _tested_by(protocol, settings),
+        "epoch": epoch_of(state),
+        "recipe": recipe_words(settings, TrainConfig().to_dict()),
+    }
     image_size = tuple(settings["data"]["image_size"])
     preprocessing = network.preprocessing
     decoded = ImageCache.of_setting(
@@ -141,7 +148,7 @@ def evaluate(
         table.add_row(evaluation.title, name, *evaluation.row())
     Console().print(table)
     for name, evaluation in results:
-        print(f"{evaluation.title}, {name}: {evaluation.conditions}.")
+        print(f"{evaluation.title}, {name}: {evaluation.conditions_and_recipe}.")
     for path in sorted({path for _, evaluation in results for path in evaluation.skipped}):
         print(f"Skipped {path}: it cannot be decoded.")
     if out is not None:
@@ -185,7 +192,48 @@ def _synthesize(**arguments: Any) -> None:
         print(folder)
 
 
-def _parser() -> ArgumentParser:
+def _asked_recipe(argv: Sequence[str]) -> str | None:
+    """The recipe that flags or YAML files of a `train` name; None where they leave it open.
+
+    It has to be known before they are read, because its settings are what they change.
+    """
+    scan = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    scan.add_argument("--recipe")
+    scan.add_argument("--config", action="append", default=[])
+    try:
+        found, _ = scan.parse_known_args(argv)
+    except ArgumentError:
+        return None  # a flag without its value, of which the parser of all flags complains
+    of_files = [recipe for path in found.config if (recipe := recipe_of_file(path)) is not None]
+    return found.recipe or (of_files[-1] if of_files else None)
+
+
+def _parse(argv: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
+    """The parser and what it made of the flags; the settings of a recipe are the defaults of `train`.
+
+    Raises:
+        DanFastError: there is no such recipe.
+        ArgumentError: a flag or its value is wrong.
+    """
+    if "train" not in argv[:1]:
+        parser = _parser()
+        return parser, parser.parse_args(argv)
+    asked = _asked_recipe(argv)
+    # At the end, where it also wins over a file that names another one.
+    argv = [*argv, "--recipe", asked] if asked is not None else argv
+    parser = _parser(asked or DEFAULT_RECIPE)
+    parsed = parser.parse_args(argv)
+    if asked is None and parsed.train.run.resume:
+        # A run that goes on keeps its recipe, or the lack of one: the default of today is not what it was started with.
+        begun = recipe_of_file(Path(parsed.train.run.out) / "config.yaml")
+        if begun not in (None, DEFAULT_RECIPE):
+            parser = _parser(begun)
+            parsed = parser.parse_args(argv)
+    return parser, parsed
+
+
+def _parser(recipe: str = DEFAULT_RECIPE) -> ArgumentParser:
+    """Every command with its flags; what `train` is not told is as `recipe` has it."""
     import dan_fast
 
     parser = ArgumentParser(
@@ -208,7 +256,14 @@ def _parser() -> ArgumentParser:
     command("synthesize", "Draw a synthetic pedestrian dataset of several domains.").add_function_arguments(
         synthesize, skip={"progress"}
     )
-    command("train", "Train a Data Assimilation Network.").add_class_arguments(TrainConfig)
+    trainer = command("train", "Train a Data Assimilation Network.")
+    trainer.add_class_arguments(TrainConfig)
+    of_recipe = {
+        f"{section}.{name}": value
+        for section, values in recipe_settings(recipe).items()
+        for name, value in values.items()
+    }
+    trainer.set_defaults({"recipe": recipe, **of_recipe})
     command("evaluate", "CMC, mAP and mINP of a trained network on target sets.").add_function_arguments(evaluate)
     listing = command("datasets", "List the known datasets that are found, their counts, and those that are missing.")
     listing.add_argument("roots", nargs="+", type=str, metavar="ROOT", help="Folder to look in, two levels deep.")
@@ -262,12 +317,14 @@ def _run(parser: ArgumentParser, parsed: Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 after an error, 2 for wrong flags, 130 after Ctrl-C."""
-    parser = _parser()
     try:
-        parsed = parser.parse_args(argv)
+        parser, parsed = _parse(sys.argv[1:] if argv is None else argv)
     except ArgumentError as error:
         print(f"dan-fast: {' '.join(str(error).split())} (see `dan-fast --help`)", file=sys.stderr)
         return EXIT_USAGE
+    except DanFastError as error:
+        print(f"dan-fast: {error}", file=sys.stderr)
+        return EXIT_ERROR
     try:
         return _run(parser, parsed)
     except (DanFastError, OSError) as error:

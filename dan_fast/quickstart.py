@@ -13,17 +13,9 @@ from dan_fast.data.synthetic import synthesize
 from dan_fast.evaluation import evaluate_features, extract_dataset
 from dan_fast.nn import DAN
 from dan_fast.reporting import Figure, Table, plot_attention, plot_curves, plot_ranked_lists, write_report
-from dan_fast.training import (
-    DataConfig,
-    MemoryConfig,
-    MetaConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-    Trainer,
-)
+from dan_fast.training import TrainConfig, Trainer
 from dan_fast.training.build import initial_network
+from dan_fast.training.recipes import DEFAULT_RECIPE, require_recipe
 
 LABELED = ("campus", "station")
 UNLABELED = ("mall",)
@@ -37,8 +29,9 @@ def quickstart(
     identities: PositiveInt = 40,
     seed: NonNegativeInt = 0,
     workers: NonNegativeInt = 0,
+    recipe: str = DEFAULT_RECIPE,
 ) -> None:
-    """Train a ResNet-18 DAN on two labelled synthetic domains and an unlabelled one; test it on an unseen one.
+    """Train a small ResNet-18 on two labelled synthetic domains and an unlabelled one; test it on an unseen one.
 
     An interrupted quickstart continues when it is started again.
 
@@ -48,11 +41,19 @@ def quickstart(
         identities: Persons in each domain.
         seed: Seed of images, weights and batches.
         workers: Processes that decode images; 0 decodes in this one.
+        recipe: Settings of the method by a name: dan, paper or plain, as for `dan-fast train`; what a small network
+            and a short training need is changed on top, and the results say so.
+
+    Raises:
+        DanFastError: there is no such recipe, or `out` holds a quickstart with other settings.
     """
+    require_recipe(recipe)
     started = time.monotonic()
     console = Console()
     folder = Path(out)
-    console.print(f"Drawing {identities} persons in each of {len(LABELED) + len(UNLABELED) + 1} domains ...")
+    console.print(
+        f"Recipe {recipe}. Drawing {identities} persons in each of {len(LABELED) + len(UNLABELED) + 1} domains ..."
+    )
     domains = [*LABELED, *UNLABELED, UNSEEN]
     # All persons of the unseen domain are test persons, and none of the others.
     synthesize(
@@ -71,7 +72,7 @@ def quickstart(
         image_size=IMAGE_SIZE,
         test_fraction=1.0,
     )
-    config = _config(folder, epochs, seed, workers)
+    config = _config(folder, epochs, seed, workers, recipe)
     trainer = Trainer(config)
     unseen = load_dataset(folder / "data" / UNSEEN)
 
@@ -94,47 +95,49 @@ def quickstart(
     query, gallery = features.split()
     plot_curves(folder / "run", folder / "curves.png")
     plot_ranked_lists(query, gallery, folder / "ranked.png")
-    _plot_attention(network, unseen, folder / "attention.png")
-    attention_note = "Spatial attention A_S; its colours span each image's own range, written above."
+    figures = [
+        Figure("Training", folder / "curves.png", "Losses, accuracy and, where there are memories, gates and slots."),
+        Figure("Ranked lists", folder / "ranked.png", f"Queries of {UNSEEN} and what the network ranks first."),
+    ]
+    if config.model.attention != "none":
+        _plot_attention(network, unseen, folder / "attention.png")
+        note = "Spatial attention A_S; its colours span each image's own range, written above."
+        figures.append(Figure("Attention", folder / "attention.png", note))
+    words = config.recipe_words or "no recipe"
     page = write_report(
         folder,
         "dan_fast quickstart",
-        f"A ResNet-18 DAN trained from scratch for {epochs} epochs on the synthetic domains "
-        f"{' and '.join(LABELED)} (labelled) and {', '.join(UNLABELED)} (unlabelled), tested on {UNSEEN}.",
+        f"A ResNet-18 trained from scratch for {epochs} epochs on the synthetic domains {' and '.join(LABELED)} "
+        f"(labelled) and {', '.join(UNLABELED)} (unlabelled), tested on {UNSEEN}; {words}.",
         [Table(title, columns, rows, "In percent: CMC at ranks 1, 5 and 10, mAP and mINP.")],
-        [
-            Figure("Training", folder / "curves.png", "Losses, both branches' accuracy, gates and memory."),
-            Figure("Ranked lists", folder / "ranked.png", f"Queries of {UNSEEN} and what the network ranks first."),
-            Figure(
-                "Attention",
-                folder / "attention.png",
-                attention_note,
-            ),
-        ],
+        figures,
     )
     console.print(f"Report: {page} ({time.monotonic() - started:.0f} s)", highlight=False, soft_wrap=True)
 
 
-def _config(folder: Path, epochs: int, seed: int, workers: int) -> TrainConfig:
+def _config(folder: Path, epochs: int, seed: int, workers: int, recipe: str) -> TrainConfig:
     run = folder / "run"
-    return TrainConfig(
-        data=DataConfig(
-            labeled=[str(folder / "data" / name) for name in LABELED],
-            unlabeled=[str(folder / "data" / name) for name in UNLABELED],
-            targets=[str(folder / "data" / UNSEEN)],
-            image_size=IMAGE_SIZE,
-            # A few hundred iterations are few for pseudo labels to become good: labelled images lead.
-            unlabeled_fraction=0.25,
-            feedback_fraction=0.25,
-            workers=workers,
-        ),
-        model=ModelConfig(backbone="resnet18", weights="none"),
-        memory=MemoryConfig(labeled_slots=600, unlabeled_slots=400),
-        # The default guard seldom acts in so short a run, and a backbone frozen half the time learns little.
-        meta=MetaConfig(order=1, stall_guard=2),
-        optimizer=OptimizerConfig(epochs=epochs, lr_scale=30.0),
-        run=RunConfig(out=str(run), resume=(run / "checkpoint.pt").exists(), seed=seed),
+    config = TrainConfig.of_recipe(
+        recipe,
+        data={
+            "labeled": [str(folder / "data" / name) for name in LABELED],
+            "unlabeled": [str(folder / "data" / name) for name in UNLABELED],
+            "targets": [str(folder / "data" / UNSEEN)],
+            "image_size": IMAGE_SIZE,
+            "unlabeled_fraction": 0.25,
+            "workers": workers,
+        },
+        model={"backbone": "resnet18", "weights": "none"},
+        memory={"labeled_slots": 600, "unlabeled_slots": 400},
+        optimizer={"epochs": epochs, "lr_scale": 30.0},
+        run={"out": str(run), "resume": (run / "checkpoint.pt").exists(), "seed": seed},
     )
+    # A few hundred iterations are few for pseudo labels to become good: labelled images lead.
+    config.data.feedback_fraction = min(config.data.feedback_fraction, 0.25)
+    # A long guard seldom acts in so short a run, and a backbone frozen half the time learns little. A recipe without
+    # a guard is left without one.
+    config.meta.stall_guard = min(config.meta.stall_guard, 2)
+    return config
 
 
 def _evaluate(network: DAN, dataset: ReIDDataset, workers: int):

@@ -45,6 +45,7 @@ class Evaluation:
         splits: name and hash of the fixed splits that were scored, "" for any others.
         named_protocol: name of the protocol of the literature that was trained and tested by, "" for none.
         epoch: of the weights, and whether it was chosen on the target, in words; "" where that is not known.
+        recipe: of the training, and what was changed on top of it, in words; "" for none.
     """
 
     dataset: str
@@ -64,11 +65,17 @@ class Evaluation:
     splits: str = ""
     named_protocol: str = ""
     epoch: str = ""
+    recipe: str = ""
 
     @property
     def conditions(self) -> str:
         """What has to be the same in figures that are compared: protocol, splits and epoch."""
         return "; ".join(filter(None, (self.named_protocol, self.protocol, self.epoch)))
+
+    @property
+    def conditions_and_recipe(self) -> str:
+        """The conditions and, where the training had one, the recipe that is compared under them."""
+        return "; ".join(filter(None, (self.conditions, self.recipe)))
 
     @property
     def title(self) -> str:

@@ -125,7 +125,7 @@ def _header(columns: Sequence[str]) -> list[str]:
 
 def _run_row(run: Run, evaluation: Evaluation, columns: Sequence[str], baseline: str = "") -> list[object]:
     values = dict(zip(_COLUMNS, evaluation.row(), strict=True))
-    how = "; ".join(filter(None, (evaluation.variant, evaluation.conditions)))
+    how = "; ".join(filter(None, (evaluation.variant, evaluation.conditions_and_recipe)))
     trained = f"{run.name} ({run.settings['meta']['procedure'].upper()}, {run.model})", run.sources
     name, sources = (f"{baseline}, for {run.name}", "nothing") if baseline else trained
     return [name, sources, how, evaluation.repeats, *(values[column] for column in columns)]

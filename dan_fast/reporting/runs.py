@@ -17,6 +17,7 @@ from dan_fast.errors import DanFastError
 from dan_fast.evaluation import Evaluation
 from dan_fast.reporting.curves import read_scalars
 from dan_fast.training.config import TrainConfig
+from dan_fast.training.recipes import recipe_words
 
 # They say where a run takes place and what it is tested on, not what it learns.
 _BESIDE_LEARNING = {
@@ -50,6 +51,7 @@ class Run:
         results: evaluations of the trained network, one for each target and protocol.
         baselines: (features, evaluation) of the untrained network and of chance, where they were asked for.
         complaints: whole sentences on files that are there and cannot be read.
+        recipe: its recipe and what was changed on top of it, in words; "" for none.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Run:
     results: tuple[Evaluation, ...] = ()
     baselines: tuple[tuple[str, Evaluation], ...] = ()
     complaints: tuple[str, ...] = ()
+    recipe: str = ""
 
     @property
     def checkpoint(self) -> Path:
@@ -158,7 +161,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _read_run(folder: Path, name: str) -> Run:
-    settings = _read_settings(folder / "config.yaml")
+    settings, recipe = _read_settings(folder / "config.yaml")
     results: list[Evaluation] = []
     baselines: list[tuple[str, Evaluation]] = []
     complaints: list[str] = []
@@ -182,7 +185,7 @@ def _read_run(folder: Path, name: str) -> Run:
         sources["unlabeled"] = []
     names = {role: tuple(names) for role, names in sources.items()}
     return Run(name, folder, settings, **names, results=tuple(results), baselines=tuple(baselines),
-               complaints=tuple(complaints))  # fmt: skip
+               complaints=tuple(complaints), recipe=recipe)  # fmt: skip
 
 
 def _sources(data: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -196,15 +199,18 @@ def _sources(data: Mapping[str, Any]) -> dict[str, list[str]]:
     }
 
 
-def _read_settings(path: Path) -> dict[str, dict[str, Any]]:
+def _read_settings(path: Path) -> tuple[dict[str, dict[str, Any]], str]:
+    """The settings, complete, and their recipe in words."""
+    defaults = TrainConfig().to_dict()
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
         settings = {
-            section: {**values, **given.get(section, {})} for section, values in TrainConfig().to_dict().items()
+            section: {**values, **given.get(section, {})} for section, values in defaults.items() if section != "recipe"
         }
+        recipe = recipe_words(given, defaults)
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
         raise DanFastError(f"{path} is no configuration of a training: restore it or leave its folder out.") from error
     for name in ("labeled", "unlabeled", "targets"):
         if isinstance(settings["data"][name], str):
             settings["data"][name] = [settings["data"][name]]
-    return settings
+    return settings, recipe

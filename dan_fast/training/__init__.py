@@ -12,9 +12,11 @@ from dan_fast.training.config import (
     TrainConfig,
 )
 from dan_fast.training.interrupt import Interrupted
+from dan_fast.training.recipes import RECIPES, recipe_settings
 from dan_fast.training.trainer import Trainer
 
 __all__ = [
+    "RECIPES",
     "DataConfig",
     "Interrupted",
     "LossConfig",
@@ -25,5 +27,6 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "Trainer",
+    "recipe_settings",
     "trained_network",
 ]

@@ -1,5 +1,6 @@
 """Every setting of a training run: the one source for the YAML file, the flags and their help."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -7,6 +8,7 @@ from typing import Any, Literal
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from dan_fast.errors import DanFastError
+from dan_fast.training.recipes import NO_RECIPE, over, recipe_settings, recipe_words, require_recipe
 
 Precision = Literal["float32", "bfloat16"]
 BrokenImages = Literal["error", "skip"]
@@ -235,6 +237,10 @@ class TrainConfig:
     """Train a Data Assimilation Network.
 
     Args:
+        recipe: Settings of the method by a name: paper is the paper as printed, plain the same backbone, augmentation
+            and classification loss without any part of DAN, dan what was found to work, none the bare defaults. Files
+            and other flags win over it, and results say what they changed. In Python `of_recipe` applies a recipe;
+            here it is a name only.
         data: Images and batches.
         model: The network.
         memory: The progressive augmented memory.
@@ -244,6 +250,7 @@ class TrainConfig:
         run: Where and how the run takes place.
     """
 
+    recipe: str = NO_RECIPE
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -251,6 +258,41 @@ class TrainConfig:
     meta: MetaConfig = field(default_factory=MetaConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        require_recipe(self.recipe)
+
+    @classmethod
+    def of_recipe(cls, recipe: str, **sections: Mapping[str, Any]) -> "TrainConfig":
+        """The settings of a recipe, with others on top.
+
+        Args:
+            recipe: dan, paper, plain or none.
+            sections: settings that win over the recipe's, a mapping a section.
+
+        Raises:
+            DanFastError: there is no such recipe.
+            TypeError: there is no such section or setting.
+
+        Example:
+            >>> config = TrainConfig.of_recipe("plain", data={"labeled": "market"}, optimizer={"epochs": 60})
+            >>> config.meta.procedure, config.model.adversary, config.optimizer.epochs
+            ('daml1', False, 60)
+        """
+        makers = {each.name: each.default_factory for each in fields(cls) if each.name != "recipe"}
+        unknown = sorted(sections.keys() - makers.keys())
+        if unknown:
+            raise TypeError(f"{unknown[0]} is no section of the settings: choose among {', '.join(makers)}.")
+        for section, settings in sections.items():
+            if not isinstance(settings, Mapping):
+                raise TypeError(f"{section} must be a mapping, which leaves the recipe's other settings as they are.")
+        merged = over(recipe_settings(recipe), sections)
+        return cls(recipe=recipe, **{section: makers[section](**settings) for section, settings in merged.items()})
+
+    @property
+    def recipe_words(self) -> str:
+        """The recipe and what was changed on top of it, as results name it; "" without a recipe."""
+        return recipe_words(self.to_dict(), TrainConfig().to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as they stand in config.yaml and in a checkpoint."""
@@ -274,7 +316,8 @@ def training_differences(saved: dict[str, Any], current: dict[str, Any]) -> list
     differences = []
     # A setting that did not exist yet when the saved ones were written had its default.
     defaults = TrainConfig().to_dict()
-    for section, values in current.items():
+    # What a recipe stands for is among the settings; by which name they came does not matter.
+    for section, values in ((each, values) for each, values in current.items() if each != "recipe"):
         for name, value in values.items():
             before = saved.get(section, {}).get(name, defaults[section][name])
             if before != value and (section, name) not in _FREE_TO_CHANGE:

@@ -14,8 +14,9 @@ from dan_fast.errors import DanFastError
 from dan_fast.evaluation import COLUMNS, Evaluation
 from dan_fast.files import write_text
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from dan_fast.training.config import RunConfig
+from dan_fast.training.config import RunConfig, TrainConfig
 from dan_fast.training.display import Display
+from dan_fast.training.recipes import NO_RECIPE, recipe_changes
 
 CHOSEN = "CHOSEN ON THE TARGET: not comparable"
 
@@ -94,9 +95,10 @@ def describe(datasets: DatasetRoles) -> str:
 
 
 def say(evaluation: Evaluation, display: Display) -> None:
-    """Print the figures of a target, with what has to be the same in figures they are compared with."""
+    """Print the figures of a target, with what has to be the same in figures they are compared with, and the recipe."""
     figures = ", ".join(f"{column} {value}" for column, value in zip(COLUMNS, evaluation.row(), strict=True))
-    display.say(f"{evaluation.title} ({evaluation.conditions}): {figures}")
+    recipe = f"; {evaluation.recipe}" if evaluation.recipe else ""
+    display.say(f"{evaluation.title} ({evaluation.conditions}): {figures}{recipe}")
 
 
 def write_results(
@@ -105,8 +107,9 @@ def write_results(
     datasets: DatasetRoles,
     last: list[Evaluation],
     choice: EpochChoice | None = None,
+    iterations: int | None = None,
 ) -> list[Evaluation]:
-    """Write what a finished training reports as JSON: protocol, datasets, epoch and figures; returns the figures.
+    """Write what a finished training reports as JSON: recipe, protocol, data, epoch and figures; returns the figures.
 
     Args:
         path: the file to write.
@@ -114,14 +117,19 @@ def write_results(
         datasets: trained on and tested on.
         last: evaluations of the last epoch.
         choice: the chosen epoch, whose figures are then reported; those of the last one stand beside them.
+        iterations: how many the whole training took.
 
     Raises:
         DanFastError: see `write_text`.
     """
+    settings, defaults = state["config"], TrainConfig().to_dict()
     reported = last if choice is None else choice.evaluations
     results: dict[str, Any] = {
+        "recipe": settings.get("recipe", NO_RECIPE),
+        "recipe_changes": recipe_changes(settings, defaults),
         "epochs": state["epoch"],
-        "protocol": state["config"]["data"]["protocol"],
+        "iterations": iterations,
+        "protocol": settings["data"]["protocol"],
         "labeled": [dataset.title for dataset in datasets.labeled],
         "unlabeled": [dataset.title for dataset in datasets.unlabeled],
         "epoch": reported[0].epoch if reported else epoch_of(state),

@@ -354,7 +354,12 @@ class Trainer:
                 cache=self.cache,
                 preprocessing=self.model.network.preprocessing,
             )
-            evaluation = replace(evaluation, named_protocol=self.config.data.protocol or "", epoch=epoch_of(state))
+            evaluation = replace(
+                evaluation,
+                named_protocol=self.config.data.protocol or "",
+                epoch=epoch_of(state),
+                recipe=self.config.recipe_words,
+            )
             evaluations.append(evaluation)
             figures = evaluation.percentages()
             for name in ("R1", "mAP", "mINP"):
@@ -367,7 +372,9 @@ class Trainer:
             self.choice.offer(evaluations, state)
         if not last:
             return evaluations
-        reported = write_results(self.out / "results.json", state, self.datasets, evaluations, self.choice)
+        reported = write_results(
+            self.out / "results.json", state, self.datasets, evaluations, self.choice, self.iterations_done
+        )
         if reported is not evaluations:
             for evaluation in reported:
                 say(evaluation, display)
