@@ -50,6 +50,9 @@ class DAN(nn.Module):
         attention: the variant of `NLCBAM`; "none" leaves the backbone alone, its two branches being one.
         adversary: False leaves out the attention adversary network, AAN: there is no L_aad, and the attention is
             trained together with the backbone.
+        adversary_reach: whom the gradient of L_aad reaches: "all" of the network, as Eq. (4) is printed, or the
+            "attention" alone: the map and the classifier's weight are constants in it then.
+        feature: what `embed` gives: "attended" or "pooled".
         gradient_checkpointing: for a backbone given by name, see `build_backbone`.
 
     Attributes:
@@ -79,6 +82,8 @@ class DAN(nn.Module):
         weights: str | PathLike[str] = "none",
         attention: str = "nl_cbam",
         adversary: bool = True,
+        adversary_reach: str = "all",
+        feature: str = "attended",
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -88,6 +93,10 @@ class DAN(nn.Module):
             raise ValueError(f"image_size must be (height, width) in pixels, got {image_size}")
         if adversary and attention == "none":
             raise ValueError("adversary must be False where attention is 'none': it corrects an attention")
+        if adversary_reach not in ("all", "attention"):
+            raise ValueError(f"adversary_reach must be 'all' or 'attention', got {adversary_reach!r}")
+        if feature not in ("attended", "pooled"):
+            raise ValueError(f"feature must be 'attended' or 'pooled', got {feature!r}")
         if isinstance(backbone, nn.Module):
             if weights != "none":
                 raise ValueError("weights serves a backbone given by name; load the module's own weights first")
@@ -105,6 +114,8 @@ class DAN(nn.Module):
         self.key_dim = channels - GATES
         self.attention = NLCBAM(channels, height * width, reduction, attention)
         self.adversary = adversary
+        self.adversary_reach = adversary_reach
+        self.feature = feature
         self.dropout = nn.Dropout(dropout)
         # Without a bias, as a class activation map reads it. A_C and A_S scale the attention branch's features
         # down; beside a bias that would cost it the competition whatever it has learnt.
@@ -131,9 +142,11 @@ class DAN(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) images to the (B, C) feature that tests compare (Sec. III-A): no adversary, no memory.
 
+        It is what `feature` names, the attention branch's by default.
+
         It follows the module's mode: call `eval()` first, or batch norm takes the statistics of these images.
         """
-        return self._head(images, None).attended
+        return getattr(self._head(images, None), self.feature)
 
     def keys(self, output: DANOutput) -> Tensor:
         """(B, key_dim), what the memory stores: the backbone's outputs but for the last three (Sec. IV-B)."""
@@ -163,9 +176,14 @@ class DAN(nn.Module):
                 f"images of {tuple(images.shape[-2:])} give a map of {tuple(features.shape[-2:])} but "
                 f"image_size {self.image_size} gives {self.map_size}; resize them or change image_size"
             )
+        unknown = torch.full(features.shape[:1], -1, dtype=torch.int64, device=features.device)
         if labels is None or not self.adversary:
-            labels = torch.full(features.shape[:1], -1, dtype=torch.int64, device=features.device)
-        return self.attention.head(features, self.classifier.weight, labels)
+            return self.attention.head(features, self.classifier.weight, unknown)
+        if self.adversary_reach == "all":
+            return self.attention.head(features, self.classifier.weight, labels)
+        head = self.attention.head(features, self.classifier.weight, unknown)
+        correction = self.attention.head(features.detach(), self.classifier.weight.detach(), labels)
+        return head._replace(adversary_loss=correction.adversary_loss)
 
 
 def _map_shape(backbone: nn.Module, image_size: tuple[int, int]) -> tuple[int, int, int]:

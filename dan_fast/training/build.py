@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from dan_fast.errors import DanFastError
-from dan_fast.nn import DAN, ProgressiveAugmentedMemory
+from dan_fast.nn import DAN, IdentityMemory, ProgressiveAugmentedMemory
 from dan_fast.preprocessing import IMAGENET, Preprocessing
 from dan_fast.training.checkpoint import load_checkpoint
-from dan_fast.training.config import MemoryConfig, ModelConfig
+from dan_fast.training.config import LossConfig, MemoryConfig, ModelConfig
 
 
 def resolve_device(name: str) -> torch.device:
@@ -62,6 +62,8 @@ def initial_network(settings: dict[str, Any], num_classes: int, read_weights: bo
         weights=model.weights if read_weights else "none",
         attention=model.attention,
         adversary=model.adversary,
+        adversary_reach=LossConfig(**settings["loss"]).adversary_reach,
+        feature=model.feature,
         gradient_checkpointing=model.gradient_checkpointing,
     )
 
@@ -108,3 +110,8 @@ def build_memory(config: MemoryConfig, key_dim: int) -> ProgressiveAugmentedMemo
         decay_unlabeled=config.decay_unlabeled,
         gates=config.gates,
     )
+
+
+def build_identities(config: MemoryConfig, num_classes: int, key_dim: int) -> IdentityMemory:
+    """The memory of one slot a person, unwritten."""
+    return IdentityMemory(num_classes, key_dim, config.momentum, config.temperature)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from dan_fast.errors import DanFastError
 from dan_fast.training.recipes import NO_RECIPE, over, recipe_settings, recipe_words, require_recipe
@@ -100,6 +100,7 @@ class ModelConfig:
         reduction: Dimension reduction ratio r of the attention's bottlenecks (the paper: 12); 1 is NL-CBAM* of
             Fig. 6.
         dropout: Dropout rate before the classifier (the paper: 0.5).
+        feature: What tests compare: attended, the attention branch's (the paper), or pooled, the backbone's own.
         gradient_checkpointing: Compute maps of the backbone again in the backward pass instead of keeping them all:
             less memory, more time, the same gradients.
     """
@@ -110,6 +111,7 @@ class ModelConfig:
     adversary: bool = True
     reduction: PositiveInt = 12
     dropout: ClosedUnitInterval = 0.5
+    feature: Literal["attended", "pooled"] = "attended"
     gradient_checkpointing: bool = False
 
     __post_init__ = _make_plain
@@ -126,6 +128,9 @@ class MemoryConfig:
         decay_unlabeled: Decay kappa2 of the usage of M', Eq. (12) (the paper: 0.99).
         gates: alpha, alpha' and beta as parameters (Table II) or read from the last three features of the
             backbone (Sec. IV-B).
+        momentum: Of the memory of one slot a person that loss.identity reads: what stays of a slot when images of its
+            person come.
+        temperature: Of the same memory: divides the cosines before their softmax.
     """
 
     labeled_slots: PositiveInt = 9000
@@ -133,6 +138,8 @@ class MemoryConfig:
     decay: ClosedUnitInterval = 0.99
     decay_unlabeled: ClosedUnitInterval = 0.99
     gates: Literal["parameters", "features"] = "parameters"
+    momentum: ClosedUnitInterval = 0.2
+    temperature: PositiveFloat = 0.05
 
     __post_init__ = _make_plain
 
@@ -147,12 +154,18 @@ class LossConfig:
         regularizer: lambda3 of R (the paper: 0.2).
         confidence_prior: Weight of -log(beta) added to L_lde, so that beta rises as pseudo labels become
             reliable (Fig. 5b); the paper: 0, with which beta can only fall.
+        adversary_reach: Whom the gradient of L_aad reaches: all of the network (the paper), or the attention alone,
+            which it is to correct.
+        identity: Weight of the first term of Eq. (15) for labelled images, over a memory of one slot a person
+            (the paper: 0, it has no such term).
     """
 
     adversary: NonNegativeFloat = 0.6
     embedding: NonNegativeFloat = 0.5
     regularizer: NonNegativeFloat = 0.2
     confidence_prior: NonNegativeFloat = 0.1
+    adversary_reach: Literal["all", "attention"] = "all"
+    identity: NonNegativeFloat = 0.0
 
     __post_init__ = _make_plain
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dan_fast.data import Split
 from dan_fast.functional.memory_scan_types import sentence_of
-from dan_fast.nn import DAN, ProgressiveAugmentedMemory
+from dan_fast.nn import DAN, IdentityMemory, ProgressiveAugmentedMemory
 from dan_fast.training.config import LossConfig
 
 
@@ -73,10 +73,11 @@ class TrainingModel(nn.Module):
     feature is not finite: that and what the memory finds on a GPU stands in `record.fault`. The losses,
     all () float32 and already weighted as their groups take them:
 
-    - "total": L_c + l1 L_aad + l2 L_lde + l3 R, Eq. (1);
+    - "total": L_c + l1 L_aad + l2 L_lde + l3 R, Eq. (1), and "identity";
     - "adversary": l1 L_aad, of labelled and fed-back samples;
     - "embedding": l2 (L_lde - confidence_prior log beta), of unlabelled samples;
-    - "classification", "regularizer": L_c and l3 R, parts of the total shown on their own.
+    - "classification", "regularizer": L_c and l3 R, parts of the total shown on their own;
+    - "identity": of labelled samples, the first term of Eq. (15) over a memory of one slot a person.
 
     L_c and R are means over the two branches, which share backbone and classifier: a competition needs both
     to be able to classify. Without an adversary there is the attention branch alone, and no L_aad. Fed-back
@@ -85,7 +86,8 @@ class TrainingModel(nn.Module):
     Args:
         network: the DAN.
         memory: None trains without unlabelled images.
-        weights: l1, l2, l3 and the prior on beta.
+        weights: l1, l2, l3, the prior on beta and the weight of "identity".
+        identities: the memory of one slot a person; None leaves "identity" out.
         autocast_dtype: the network's forward runs under autocast in this type; None: as its weights are.
     """
 
@@ -95,9 +97,11 @@ class TrainingModel(nn.Module):
         memory: ProgressiveAugmentedMemory | None,
         weights: LossConfig,
         autocast_dtype: torch.dtype | None = None,
+        identities: IdentityMemory | None = None,
     ) -> None:
         super().__init__()
         self.network = network
+        self.identities = identities
         self.memory = memory
         self.weights = weights
         self.autocast_dtype = autocast_dtype
@@ -148,12 +152,19 @@ class TrainingModel(nn.Module):
             pseudo_labels = step.pseudo_labels
             gates = alpha.detach(), alpha_unlabeled.detach(), beta.detach()
 
+        identity = zero
+        if self.identities is not None and labeled > 0:
+            keys = self.network.keys(out)[:labeled].float()
+            identity = self.weights.identity * self.identities.loss(keys, split.labels[:labeled]).mean()
+            self.identities.write(keys, split.labels[:labeled])
+
         losses = {
-            "total": classification + adversary + embedding + regularizer,
+            "total": classification + adversary + embedding + regularizer + identity,
             "classification": classification,
             "adversary": adversary,
             "embedding": embedding,
             "regularizer": regularizer,
+            "identity": identity,
         }
         record = PassRecord(
             logits[:labeled].detach(),
