@@ -2,8 +2,7 @@
 
 from dan_fast.nn.attention import NLCBAM
 from dan_fast.nn.backbone import BACKBONES, build_backbone
-from dan_fast.nn.identities import IdentityMemory
 from dan_fast.nn.memory import ProgressiveAugmentedMemory
 from dan_fast.nn.network import DAN, DANOutput
 
-__all__ = ["BACKBONES", "DAN", "DANOutput", "IdentityMemory", "NLCBAM", "ProgressiveAugmentedMemory", "build_backbone"]
+__all__ = ["BACKBONES", "DAN", "DANOutput", "NLCBAM", "ProgressiveAugmentedMemory", "build_backbone"]

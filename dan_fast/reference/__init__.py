@@ -1,7 +1,7 @@
 """The paper in readable PyTorch: one sample at a time, differentiable any number of times."""
 
 from dan_fast.reference.attention import attention_adversary, attention_head, nl_cbam
-from dan_fast.reference.identities import identity_loss, write_identities
+from dan_fast.reference.discriminative import discriminative_loss
 from dan_fast.reference.memory import cosine_softmax, false_sample_sets, memory_step
 from dan_fast.reference.types import (
     AdversaryOutput,
@@ -22,9 +22,8 @@ __all__ = [
     "attention_adversary",
     "attention_head",
     "cosine_softmax",
+    "discriminative_loss",
     "false_sample_sets",
-    "identity_loss",
     "memory_step",
     "nl_cbam",
-    "write_identities",
 ]

@@ -223,3 +223,18 @@ def check_false_sample_sets(evaluation: Tensor, labels: Tensor, pseudo_labels: T
     _check_tensor("pseudo_labels", pseudo_labels, (evaluation.shape[0],), torch.int64)
     _check_device("labels", labels, evaluation.device, "evaluation")
     _check_device("pseudo_labels", pseudo_labels, evaluation.device, "evaluation")
+
+
+def check_discriminative_loss(
+    keys: object, labels: object, slots: object, slot_labels: object, temperature: float
+) -> None:
+    _check_tensor("keys", keys, ("B", "d"), None)
+    _check_tensor("labels", labels, (keys.shape[0],), torch.int64)
+    _check_tensor("slots", slots, ("s", keys.shape[1]), keys.dtype)
+    _check_tensor("slot_labels", slot_labels, (slots.shape[0],), torch.int64)
+    for name, value in (("labels", labels), ("slots", slots), ("slot_labels", slot_labels)):
+        _check_device(name, value, keys.device, "keys")
+    if slots.shape[0] == 0:
+        raise ValueError("slots must hold at least one slot, got none")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")

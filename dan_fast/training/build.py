@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from dan_fast.errors import DanFastError
-from dan_fast.nn import DAN, IdentityMemory, ProgressiveAugmentedMemory
+from dan_fast.nn import DAN, ProgressiveAugmentedMemory
 from dan_fast.preprocessing import IMAGENET, Preprocessing
 from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.config import LossConfig, MemoryConfig, ModelConfig
@@ -110,8 +110,3 @@ def build_memory(config: MemoryConfig, key_dim: int) -> ProgressiveAugmentedMemo
         decay_unlabeled=config.decay_unlabeled,
         gates=config.gates,
     )
-
-
-def build_identities(config: MemoryConfig, num_classes: int, key_dim: int) -> IdentityMemory:
-    """The memory of one slot a person, unwritten."""
-    return IdentityMemory(num_classes, key_dim, config.momentum, config.temperature)

@@ -128,9 +128,7 @@ class MemoryConfig:
         decay_unlabeled: Decay kappa2 of the usage of M', Eq. (12) (the paper: 0.99).
         gates: alpha, alpha' and beta as parameters (Table II) or read from the last three features of the
             backbone (Sec. IV-B).
-        momentum: Of the memory of one slot a person that loss.identity reads: what stays of a slot when images of its
-            person come.
-        temperature: Of the same memory: divides the cosines before their softmax.
+        temperature: Divides the cosines in loss.labeled_embedding (the paper: it has no such loss).
     """
 
     labeled_slots: PositiveInt = 9000
@@ -138,7 +136,6 @@ class MemoryConfig:
     decay: ClosedUnitInterval = 0.99
     decay_unlabeled: ClosedUnitInterval = 0.99
     gates: Literal["parameters", "features"] = "parameters"
-    momentum: ClosedUnitInterval = 0.2
     temperature: PositiveFloat = 0.05
 
     __post_init__ = _make_plain
@@ -156,8 +153,8 @@ class LossConfig:
             reliable (Fig. 5b); the paper: 0, with which beta can only fall.
         adversary_reach: Whom the gradient of L_aad reaches: all of the network (the paper), or the attention alone,
             which it is to correct.
-        identity: Weight of the first term of Eq. (15) for labelled images, over a memory of one slot a person
-            (the paper: 0, it has no such term).
+        labeled_embedding: Weight of the first term of Eq. (15) for labelled images too, by their own labels (the
+            paper: 0).
     """
 
     adversary: NonNegativeFloat = 0.6
@@ -165,7 +162,7 @@ class LossConfig:
     regularizer: NonNegativeFloat = 0.2
     confidence_prior: NonNegativeFloat = 0.1
     adversary_reach: Literal["all", "attention"] = "all"
-    identity: NonNegativeFloat = 0.0
+    labeled_embedding: NonNegativeFloat = 0.0
 
     __post_init__ = _make_plain
 

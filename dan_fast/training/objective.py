@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dan_fast.data import Split
+from dan_fast.functional import discriminative_loss
 from dan_fast.functional.memory_scan_types import sentence_of
-from dan_fast.nn import DAN, IdentityMemory, ProgressiveAugmentedMemory
+from dan_fast.nn import DAN, ProgressiveAugmentedMemory
 from dan_fast.training.config import LossConfig
 
 
@@ -73,11 +74,11 @@ class TrainingModel(nn.Module):
     feature is not finite: that and what the memory finds on a GPU stands in `record.fault`. The losses,
     all () float32 and already weighted as their groups take them:
 
-    - "total": L_c + l1 L_aad + l2 L_lde + l3 R, Eq. (1), and "identity";
+    - "total": L_c + l1 L_aad + l2 L_lde + l3 R, Eq. (1), and "labeled_embedding";
     - "adversary": l1 L_aad, of labelled and fed-back samples;
     - "embedding": l2 (L_lde - confidence_prior log beta), of unlabelled samples;
     - "classification", "regularizer": L_c and l3 R, parts of the total shown on their own;
-    - "identity": of labelled samples, the first term of Eq. (15) over a memory of one slot a person.
+    - "labeled_embedding": the first term of Eq. (15) of labelled samples, by M as it was before this pass.
 
     L_c and R are means over the two branches, which share backbone and classifier: a competition needs both
     to be able to classify. Without an adversary there is the attention branch alone, and no L_aad. Fed-back
@@ -86,8 +87,8 @@ class TrainingModel(nn.Module):
     Args:
         network: the DAN.
         memory: None trains without unlabelled images.
-        weights: l1, l2, l3, the prior on beta and the weight of "identity".
-        identities: the memory of one slot a person; None leaves "identity" out.
+        weights: l1, l2, l3, the prior on beta and the weight of "labeled_embedding".
+        temperature: of "labeled_embedding".
         autocast_dtype: the network's forward runs under autocast in this type; None: as its weights are.
     """
 
@@ -97,11 +98,11 @@ class TrainingModel(nn.Module):
         memory: ProgressiveAugmentedMemory | None,
         weights: LossConfig,
         autocast_dtype: torch.dtype | None = None,
-        identities: IdentityMemory | None = None,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         self.network = network
-        self.identities = identities
+        self.temperature = temperature
         self.memory = memory
         self.weights = weights
         self.autocast_dtype = autocast_dtype
@@ -126,12 +127,18 @@ class TrainingModel(nn.Module):
             negative_entropies = torch.stack([_negative_entropy(branch[known:]) for branch in branches])
             regularizer = self.weights.regularizer * negative_entropies.mean()
 
-        embedding, gates = zero, None
+        embedding, labeled_embedding, gates = zero, zero, None
         pseudo_labels = split.sample_ids.new_empty(0)
         if self.memory is not None:
             # A memory refuses keys that are not finite, so it stays as it is if any feature is not, and nobody waits.
             keys = self.network.keys(out).float() + torch.where(finite, 0.0, torch.nan)
             gate_features = self.network.gate_features(out).float() if self.memory.gates == "features" else None
+            if self.weights.labeled_embedding > 0 and labeled > 0:
+                state = self.memory.labeled
+                terms = discriminative_loss(
+                    keys[:labeled], split.labels[:labeled], state.features, state.labels, self.temperature
+                )
+                labeled_embedding = self.weights.labeled_embedding * terms.mean()
             try:
                 step = self.memory(
                     keys[:labeled],
@@ -148,23 +155,18 @@ class TrainingModel(nn.Module):
             if memory_fault is not None:
                 fault = torch.where(finite, memory_fault, fault)
             alpha, alpha_unlabeled, beta = self.memory.gate_values(gate_features)
-            embedding = self.weights.embedding * (step.loss.float() - self.weights.confidence_prior * beta.log())
+            if known < len(split.labels):
+                embedding = self.weights.embedding * (step.loss.float() - self.weights.confidence_prior * beta.log())
             pseudo_labels = step.pseudo_labels
             gates = alpha.detach(), alpha_unlabeled.detach(), beta.detach()
 
-        identity = zero
-        if self.identities is not None and labeled > 0:
-            keys = self.network.keys(out)[:labeled].float()
-            identity = self.weights.identity * self.identities.loss(keys, split.labels[:labeled]).mean()
-            self.identities.write(keys, split.labels[:labeled])
-
         losses = {
-            "total": classification + adversary + embedding + regularizer + identity,
+            "total": classification + adversary + embedding + regularizer + labeled_embedding,
             "classification": classification,
             "adversary": adversary,
             "embedding": embedding,
             "regularizer": regularizer,
-            "identity": identity,
+            "labeled_embedding": labeled_embedding,
         }
         record = PassRecord(
             logits[:labeled].detach(),

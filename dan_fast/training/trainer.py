@@ -15,7 +15,7 @@ from dan_fast.data import BatchPlanner, ImageCache, MiniBatch, Split, TrainingSe
 from dan_fast.errors import DanFastError
 from dan_fast.evaluation import Evaluation, evaluate_dataset
 from dan_fast.files import write_text
-from dan_fast.training.build import build_identities, build_memory, initial_network, preprocessing_of, resolve_device
+from dan_fast.training.build import build_memory, initial_network, preprocessing_of, resolve_device
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.config import TrainConfig, require_same_training
 from dan_fast.training.display import Display
@@ -79,13 +79,10 @@ class Trainer:
             interpolation=network.preprocessing.interpolation,
         )
         memory = None
-        if self.training_set.unlabeled_samples:
+        if self.training_set.unlabeled_samples or config.loss.labeled_embedding > 0:
             memory = build_memory(config.memory, network.key_dim)
         half = torch.bfloat16 if config.run.precision == "bfloat16" else None
-        identities = None
-        if config.loss.identity > 0:
-            identities = build_identities(config.memory, self.training_set.num_classes, network.key_dim)
-        self.model = TrainingModel(network, memory, config.loss, half, identities)
+        self.model = TrainingModel(network, memory, config.loss, half, config.memory.temperature)
         self.model.to(self.device, memory_format=torch.channels_last)
         self.true_labels = self.training_set.true_labels.to(self.device)
         self.objective = Objective(self.model)

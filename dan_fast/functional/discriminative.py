@@ -1,0 +1,54 @@
+"""L_lde for samples of known identity, a whole batch at once: one product of keys and slots is all it costs."""
+
+import torch
+from torch import Tensor
+
+from dan_fast.functional.memory_stream import full_precision, memory_scores
+from dan_fast.reference.checks import check_discriminative_loss
+from dan_fast.reference.cosine import norm_from_square, statistics_dtype
+
+# Finite, so that a row without a slot of its own is free of NaN in all derivatives.
+_NOTHING = -1e30
+
+
+def discriminative_loss(keys: Tensor, labels: Tensor, slots: Tensor, slot_labels: Tensor, temperature: float) -> Tensor:
+    """-log(P / (P + N)) of Eq. (15) for keys whose label is known, at a temperature.
+
+    The same as `dan_fast.reference.discriminative_loss` for the whole batch, in one read of the slots; differentiable
+    any number of times in keys and slots, whatever autocast says in the dtype of statistics.
+
+    Args:
+        keys: (B, d) floating.
+        labels: (B,) int64, the label of each key; -1 where it is unknown.
+        slots: (s, d), features of the memory, dtype and device of `keys`.
+        slot_labels: (s,) int64, its labels; -1 is an empty slot, which takes no part.
+        temperature: positive; divides the cosines.
+
+    Returns:
+        (B,), float32 for half-precision keys, else their dtype; 0 without a gradient where the label is unknown or the
+        memory holds no slot of it.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device does not fit, or the temperature is not positive.
+
+    Example:
+        >>> slots, slot_labels = torch.eye(2), torch.tensor([4, 7])
+        >>> discriminative_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([4]), slots, slot_labels, temperature=1.0)
+        tensor([0.3133])
+    """
+    check_discriminative_loss(keys, labels, slots, slot_labels, temperature)
+    own = (labels[:, None] == slot_labels) & (labels >= 0)[:, None]
+    others = (slot_labels >= 0) & ~own
+    with full_precision(keys.device):
+        keys = keys.to(statistics_dtype(keys.dtype))
+        scores, square_norms = memory_scores(keys, slots)
+        lengths = norm_from_square(keys.square().sum(1))[:, None] * norm_from_square(square_norms)
+        logits = scores / (lengths * temperature)
+        positive = _log_sum(logits, own) - own.sum(1).clamp(min=1).log()
+        losses = torch.logaddexp(positive, _log_sum(logits, others)) - positive
+    return torch.where(own.any(1), losses, 0.0)
+
+
+def _log_sum(logits: Tensor, members: Tensor) -> Tensor:
+    """(B,) logarithms of the sum of exp over each row's members of logits (B, s)."""
+    return logits.masked_fill(~members, _NOTHING).logsumexp(1)

@@ -1,0 +1,127 @@
+"""`discriminative_loss`: values, two derivatives, precisions, degenerate and bad input, the compiler."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dan_fast import functional, reference
+
+F64 = torch.float64
+BOTH = pytest.mark.parametrize("impl", [reference, functional], ids=["reference", "functional"])
+# A label with two slots, one with one, no label, a label without a slot.
+LABELS = torch.tensor([2, 0, -1, 4, 2])
+SLOT_LABELS = torch.tensor([2, 0, -1, 1, 2, 1, -1])
+
+
+def problem(dtype: torch.dtype = F64, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    keys, slots = (torch.randn(n, 5, generator=generator, dtype=F64) for n in (len(LABELS), len(SLOT_LABELS)))
+    return keys.to(dtype), slots.to(dtype)
+
+
+@BOTH
+def test_the_loss_is_eq_15_with_the_mean_of_its_own_slots_and_the_sum_of_the_others(impl):
+    keys, slots = problem()
+    losses = impl.discriminative_loss(keys, LABELS, slots, SLOT_LABELS, temperature=0.3)
+    weights = torch.exp(F.cosine_similarity(keys[:, None], slots, dim=2) / 0.3)
+    for row, own, others in ((0, [0, 4], [1, 3, 5]), (1, [1], [0, 3, 4, 5]), (4, [0, 4], [1, 3, 5])):
+        positive, negative = weights[row, own].mean(), weights[row, others].sum()
+        assert torch.isclose(losses[row], -torch.log(positive / (positive + negative)), rtol=1e-12)
+    assert losses[[2, 3]].tolist() == [0.0, 0.0]
+
+
+def test_values_and_two_derivatives_agree():
+    def differentiated(impl) -> list[Tensor]:
+        keys, slots = (x.requires_grad_() for x in problem())
+        losses = impl.discriminative_loss(keys, LABELS, slots, SLOT_LABELS, 0.2)
+        first = torch.autograd.grad(losses.square().sum(), [keys, slots], create_graph=True)
+        second = torch.autograd.grad(sum(x.square().sum() for x in first), [keys, slots])
+        return [losses, *first, *second]
+
+    for a, b in zip(differentiated(functional), differentiated(reference), strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
+        assert b.abs().sum() > 0
+
+
+def test_derivatives_against_finite_differences():
+    def loss(keys: Tensor, slots: Tensor) -> Tensor:
+        return functional.discriminative_loss(keys, LABELS, slots, SLOT_LABELS, 0.5)
+
+    inputs = [x.requires_grad_() for x in problem()]
+    assert torch.autograd.gradcheck(loss, inputs)
+    assert torch.autograd.gradgradcheck(loss, inputs)
+
+
+@BOTH
+def test_who_takes_no_part_has_no_gradient(impl):
+    keys, slots = (x.requires_grad_() for x in problem())
+    impl.discriminative_loss(keys, LABELS, slots, SLOT_LABELS, 0.2).sum().backward()
+    assert keys.grad[[2, 3]].abs().sum() == 0 and keys.grad[[0, 1, 4]].abs().sum(1).all()
+    assert slots.grad[[2, 6]].abs().sum() == 0 and slots.grad[[0, 1, 3, 4, 5]].abs().sum(1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lower_precisions_are_close(dtype: torch.dtype):
+    keys, slots = problem(dtype)
+    losses = functional.discriminative_loss(keys, LABELS, slots, SLOT_LABELS, 0.05)
+    exact = reference.discriminative_loss(keys.to(F64), LABELS, slots.to(F64), SLOT_LABELS, 0.05)
+    assert losses.dtype == torch.float32
+    assert torch.allclose(losses.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_does_not_round_it():
+    keys, slots = problem(torch.float32)
+    expected = functional.discriminative_loss(keys, LABELS, slots, SLOT_LABELS, 0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(functional.discriminative_loss(keys, LABELS, slots, SLOT_LABELS, 0.05), expected)
+
+
+@BOTH
+def test_degenerate_memories_and_keys(impl):
+    keys, slots = problem()
+    assert impl.discriminative_loss(keys[:0], LABELS[:0], slots, SLOT_LABELS, 0.2).shape == (0,)
+    empty = impl.discriminative_loss(keys, LABELS, slots, torch.full((7,), -1), 0.2)
+    assert empty.tolist() == [0.0] * 5
+    # No other label: N is 0, and the loss with it.
+    alone = impl.discriminative_loss(keys[:1], LABELS[:1], slots, torch.full((7,), 2), 0.2)
+    assert alone.tolist() == [0.0]
+    keys[0], slots[1] = 0.0, 0.0
+    keys.requires_grad_()
+    losses = impl.discriminative_loss(keys, LABELS, slots, SLOT_LABELS, 0.2)
+    losses.sum().backward()
+    assert math.isclose(losses[0].item(), math.log(4), rel_tol=1e-12)  # all cosines are 0: one own, three others
+    assert keys.grad.isfinite().all()
+
+
+def test_the_compiler_traces_it_whole():
+    keys, slots = problem()
+    compiled = torch.compile(functional.discriminative_loss, fullgraph=True, backend="aot_eager")
+    expected = functional.discriminative_loss(keys, LABELS, slots, SLOT_LABELS, 0.2)
+    assert torch.allclose(compiled(keys, LABELS, slots, SLOT_LABELS, 0.2), expected, rtol=1e-12)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "change, kind, words",
+    [
+        ({"keys": torch.zeros(5, 5, dtype=torch.int64)}, TypeError, "keys must have a floating dtype"),
+        ({"labels": LABELS.int()}, TypeError, "labels must be torch.int64"),
+        ({"labels": LABELS[:3]}, ValueError, r"labels must have shape \(5,\)"),
+        ({"slots": torch.zeros(7, 6, dtype=F64)}, ValueError, r"slots must have shape \(s, 5\)"),
+        ({"slots": torch.zeros(7, 5)}, TypeError, "slots must be torch.float64"),
+        ({"slots": torch.zeros(0, 5, dtype=F64), "slot_labels": SLOT_LABELS[:0]}, ValueError, "at least one slot"),
+        ({"slot_labels": SLOT_LABELS[1:]}, ValueError, r"slot_labels must have shape \(7,\)"),
+        ({"slot_labels": SLOT_LABELS.double()}, TypeError, "slot_labels must be torch.int64"),
+        ({"labels": LABELS.to("meta")}, ValueError, "labels is on meta, keys on cpu"),
+        ({"temperature": 0.0}, ValueError, "temperature must be positive"),
+        ({"temperature": float("nan")}, ValueError, "temperature must be positive"),
+    ],
+)
+def test_bad_input(impl, change: dict, kind: type, words: str):
+    keys, slots = problem()
+    arguments = {"keys": keys, "labels": LABELS, "slots": slots, "slot_labels": SLOT_LABELS, "temperature": 0.2}
+    with pytest.raises(kind, match=words):
+        impl.discriminative_loss(**arguments | change)
