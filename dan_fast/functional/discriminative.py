@@ -1,6 +1,7 @@
 """L_lde for samples of known identity, a whole batch at once: one product of keys and slots is all it costs."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dan_fast.functional.memory_stream import full_precision, memory_scores
@@ -44,8 +45,8 @@ def discriminative_loss(keys: Tensor, labels: Tensor, slots: Tensor, slot_labels
         scores, square_norms = memory_scores(keys, slots)
         lengths = norm_from_square(keys.square().sum(1))[:, None] * norm_from_square(square_norms)
         logits = scores / (lengths * temperature)
-        positive = _log_sum(logits, own) - own.sum(1).clamp(min=1).log()
-        losses = torch.logaddexp(positive, _log_sum(logits, others)) - positive
+        positive = _log_sum(logits, own) - own.sum(1).clamp(min=1).to(keys.dtype).log()
+        losses = F.softplus(_log_sum(logits, others) - positive)
     return torch.where(own.any(1), losses, 0.0)
 
 
