@@ -3,6 +3,7 @@
 from dan_fast.functional.attention import attention_adversary, attention_head, nl_cbam
 from dan_fast.functional.discriminative import discriminative_loss
 from dan_fast.functional.memory import cosine_softmax, false_sample_sets, memory_step
+from dan_fast.functional.styles import mix_styles
 from dan_fast.reference.types import (
     AdversaryOutput,
     AttentionHeadOutput,
@@ -25,5 +26,6 @@ __all__ = [
     "discriminative_loss",
     "false_sample_sets",
     "memory_step",
+    "mix_styles",
     "nl_cbam",
 ]

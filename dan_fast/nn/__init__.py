@@ -4,5 +4,6 @@ from dan_fast.nn.attention import NLCBAM
 from dan_fast.nn.backbone import BACKBONES, build_backbone
 from dan_fast.nn.memory import ProgressiveAugmentedMemory
 from dan_fast.nn.network import DAN, DANOutput
+from dan_fast.nn.styles import StyleMixing
 
-__all__ = ["BACKBONES", "DAN", "DANOutput", "NLCBAM", "ProgressiveAugmentedMemory", "build_backbone"]
+__all__ = ["BACKBONES", "DAN", "DANOutput", "NLCBAM", "ProgressiveAugmentedMemory", "StyleMixing", "build_backbone"]

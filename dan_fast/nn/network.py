@@ -1,5 +1,6 @@
 """The Data Assimilation Network without its memory: backbone, attention head and classifier (Fig. 2)."""
 
+from contextlib import nullcontext
 from os import PathLike
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from dan_fast.nn.attention import NLCBAM
 from dan_fast.nn.backbone import build_backbone
+from dan_fast.nn.styles import StyleMixing, early_stages
 from dan_fast.preprocessing import IMAGENET, Preprocessing
 from dan_fast.reference.types import AttentionHeadOutput
 
@@ -53,6 +55,8 @@ class DAN(nn.Module):
         adversary_reach: whom the gradient of L_aad reaches: "all" of the network, as Eq. (4) is printed, or the
             "attention" alone: the map and the classifier's weight are constants in it then.
         feature: what `embed` gives: "attended" or "pooled".
+        style_mixing: in training mode early maps take a part of their style from other images, see `StyleMixing`; for
+            a backbone given by name.
         gradient_checkpointing: for a backbone given by name, see `build_backbone`.
 
     Attributes:
@@ -84,6 +88,7 @@ class DAN(nn.Module):
         adversary: bool = True,
         adversary_reach: str = "all",
         feature: str = "attended",
+        style_mixing: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -102,6 +107,8 @@ class DAN(nn.Module):
                 raise ValueError("weights serves a backbone given by name; load the module's own weights first")
             if gradient_checkpointing:
                 raise ValueError("gradient_checkpointing serves a backbone given by name; let the module do it itself")
+            if style_mixing:
+                raise ValueError("style_mixing serves a backbone given by name; let the module use StyleMixing itself")
             self.backbone = backbone
         else:
             self.backbone = build_backbone(backbone, weights, image_size, gradient_checkpointing)
@@ -113,6 +120,7 @@ class DAN(nn.Module):
         self.map_size = (height, width)
         self.key_dim = channels - GATES
         self.attention = NLCBAM(channels, height * width, reduction, attention)
+        self.styles = StyleMixing(early_stages(self.backbone)) if style_mixing else None
         self.adversary = adversary
         self.adversary_reach = adversary_reach
         self.feature = feature
@@ -121,18 +129,20 @@ class DAN(nn.Module):
         # down; beside a bias that would cost it the competition whatever it has learnt.
         self.classifier = nn.Linear(channels, num_classes, bias=False)
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> DANOutput:
+    def forward(self, images: Tensor, labels: Tensor | None = None, lenders: int = 0) -> DANOutput:
         """Both branches.
 
         Args:
-            images: (B, 3, H, W) floating.
+            images: (B + lenders, 3, H, W) floating.
             labels: (B,) int64, the class of each image, -1 where it is unknown; None if all are.
+            lenders: with `style_mixing`, how many images at the end lend their style to the others alone; they are not
+                among the B of the output.
 
         Raises:
             ValueError: images of another size than `image_size`, or labels that do not fit.
             TypeError: labels that are not int64.
         """
-        head = self._head(images, labels)
+        head = self._head(images, labels, lenders)
         return DANOutput(
             *head,
             logits=self.classifier(self.dropout(head.attended)),
@@ -169,8 +179,12 @@ class DAN(nn.Module):
             "attention": [name for name in names if name.startswith("attention.")],
         }
 
-    def _head(self, images: Tensor, labels: Tensor | None) -> AttentionHeadOutput:
-        features = self.backbone(images)
+    def _head(self, images: Tensor, labels: Tensor | None, lenders: int = 0) -> AttentionHeadOutput:
+        mixing = self.styles is not None and self.training
+        if lenders and not mixing:
+            raise ValueError("lenders lend their style in training mode, to a network with style_mixing")
+        with self.styles.within(lenders) if mixing else nullcontext():
+            features = self.backbone(images)
         if features.shape[-2:] != self.map_size:
             raise ValueError(
                 f"images of {tuple(images.shape[-2:])} give a map of {tuple(features.shape[-2:])} but "

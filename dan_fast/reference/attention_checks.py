@@ -136,6 +136,32 @@ def check_label_values(cam_weight: Tensor, labels: Tensor) -> None:
         )
 
 
+def check_styles(features: Tensor, partners: Tensor, share: Tensor, values: bool = True) -> None:
+    """A map of several positions, and for each image a partner and a share; looking at the partners may wait.
+
+    Raises:
+        TypeError: `features` or `share` is not floating, or `partners` is not int64.
+        ValueError: another shape or device, or a partner that is no image of the batch.
+    """
+    check_features("features", features)
+    count = features.shape[0]
+    if features.shape[2] * features.shape[3] < 2:
+        raise ValueError("features must have two positions or more: one has no deviation, take an earlier map")
+    _check_floating("share", share)
+    if not isinstance(partners, Tensor) or partners.dtype != torch.int64:
+        got = partners.dtype if isinstance(partners, Tensor) else type(partners).__name__
+        raise TypeError(f"partners must be an int64 tensor, got {got}")
+    for name, value in (("partners", partners), ("share", share)):
+        if value.shape != (count,):
+            raise ValueError(f"{name} must be ({count},), one an image, got shape {tuple(value.shape)}")
+        if value.device != features.device:
+            raise ValueError(f"{name} is on {value.device} but features is on {features.device}")
+    if values and count and not partners.is_meta:
+        low, high = (int(bound) for bound in torch.stack(torch.aminmax(partners)).tolist())
+        if low < 0 or high >= count:
+            raise ValueError(f"partners must be images 0..{count - 1}, got values from {low} to {high}")
+
+
 def _check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__

@@ -64,6 +64,7 @@ def initial_network(settings: dict[str, Any], num_classes: int, read_weights: bo
         adversary=model.adversary,
         adversary_reach=LossConfig(**settings["loss"]).adversary_reach,
         feature=model.feature,
+        style_mixing=model.style_mixing != "none",
         gradient_checkpointing=model.gradient_checkpointing,
     )
 
@@ -102,7 +103,7 @@ def preprocessing_of(state: dict[str, Any]) -> Preprocessing:
 
 def build_memory(config: MemoryConfig, key_dim: int) -> ProgressiveAugmentedMemory:
     """An empty memory pair for keys of `key_dim` numbers."""
-    return ProgressiveAugmentedMemory(
+    memory = ProgressiveAugmentedMemory(
         labeled_slots=config.labeled_slots,
         unlabeled_slots=config.unlabeled_slots,
         key_dim=key_dim,
@@ -110,3 +111,7 @@ def build_memory(config: MemoryConfig, key_dim: int) -> ProgressiveAugmentedMemo
         decay_unlabeled=config.decay_unlabeled,
         gates=config.gates,
     )
+    if config.gates == "parameters":
+        torch.nn.init.constant_(memory.alpha, config.initial_alpha)
+        torch.nn.init.constant_(memory.alpha_unlabeled, config.initial_alpha)
+    return memory

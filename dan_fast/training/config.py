@@ -100,6 +100,8 @@ class ModelConfig:
         reduction: Dimension reduction ratio r of the attention's bottlenecks (the paper: 12); 1 is NL-CBAM* of
             Fig. 6.
         dropout: Dropout rate before the classifier (the paper: 0.5).
+        style_mixing: Whose style early maps take a part of in training: none (the paper), that of other images of the
+            batch, or that of its unlabelled images, which then serve for that alone; where there are none, batch.
         feature: What tests compare: attended, the attention branch's (the paper), or pooled, the backbone's own.
         gradient_checkpointing: Compute maps of the backbone again in the backward pass instead of keeping them all:
             less memory, more time, the same gradients.
@@ -111,6 +113,7 @@ class ModelConfig:
     adversary: bool = True
     reduction: PositiveInt = 12
     dropout: ClosedUnitInterval = 0.5
+    style_mixing: Literal["none", "batch", "unlabeled"] = "none"
     feature: Literal["attended", "pooled"] = "attended"
     gradient_checkpointing: bool = False
 
@@ -128,6 +131,8 @@ class MemoryConfig:
         decay_unlabeled: Decay kappa2 of the usage of M', Eq. (12) (the paper: 0.99).
         gates: alpha, alpha' and beta as parameters (Table II) or read from the last three features of the
             backbone (Sec. IV-B).
+        initial_alpha: What alpha and alpha' start from as parameters (the paper does not say; 0: a key goes by halves to
+            the least-used slot and, spread thin, to all; -4: nearly all of it to the least-used slot).
         temperature: Divides the cosines in loss.labeled_embedding (the paper: it has no such loss).
     """
 
@@ -136,6 +141,7 @@ class MemoryConfig:
     decay: ClosedUnitInterval = 0.99
     decay_unlabeled: ClosedUnitInterval = 0.99
     gates: Literal["parameters", "features"] = "parameters"
+    initial_alpha: float = 0.0
     temperature: PositiveFloat = 0.05
 
     __post_init__ = _make_plain

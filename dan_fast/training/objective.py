@@ -89,6 +89,7 @@ class TrainingModel(nn.Module):
         memory: None trains without unlabelled images.
         weights: l1, l2, l3, the prior on beta and the weight of "labeled_embedding".
         temperature: of "labeled_embedding".
+        lending: unlabelled samples lend their style to the others and have no part in any loss.
         autocast_dtype: the network's forward runs under autocast in this type; None: as its weights are.
     """
 
@@ -99,20 +100,26 @@ class TrainingModel(nn.Module):
         weights: LossConfig,
         autocast_dtype: torch.dtype | None = None,
         temperature: float = 1.0,
+        lending: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
         self.temperature = temperature
+        self.lending = lending
         self.memory = memory
         self.weights = weights
         self.autocast_dtype = autocast_dtype
 
     def forward(self, split: Split) -> tuple[dict[str, Tensor], PassRecord]:
-        with torch.autocast(split.images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            out = self.network(split.images, split.labels)
+        labeled, known = split.num_labeled, split.num_labeled + split.num_fed_back
+        images, lenders = split.images, 0
+        if self.lending:
+            lenders = len(split.labels) - known
+            split = split._replace(labels=split.labels[:known], sample_ids=split.sample_ids[:known])
+        with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            out = self.network(images, split.labels, lenders)
         finite = all_finite([out.pooled, out.attended])
         fault = torch.where(finite, 0, _NOT_FINITE)
-        labeled, known = split.num_labeled, split.num_labeled + split.num_fed_back
         logits, adversary_logits = out.logits.float(), out.adversary_logits.float()
         zero = logits.new_zeros(())
 

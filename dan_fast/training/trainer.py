@@ -79,10 +79,11 @@ class Trainer:
             interpolation=network.preprocessing.interpolation,
         )
         memory = None
-        if self.training_set.unlabeled_samples or config.loss.labeled_embedding > 0:
+        lending = config.model.style_mixing == "unlabeled"
+        if (self.training_set.unlabeled_samples and not lending) or config.loss.labeled_embedding > 0:
             memory = build_memory(config.memory, network.key_dim)
         half = torch.bfloat16 if config.run.precision == "bfloat16" else None
-        self.model = TrainingModel(network, memory, config.loss, half, config.memory.temperature)
+        self.model = TrainingModel(network, memory, config.loss, half, config.memory.temperature, lending)
         self.model.to(self.device, memory_format=torch.channels_last)
         self.true_labels = self.training_set.true_labels.to(self.device)
         self.objective = Objective(self.model)

@@ -1,0 +1,41 @@
+"""Style-variant images made of others, for a whole batch: two passes over a map, in PyTorch."""
+
+import torch
+from torch import Tensor
+
+from dan_fast.reference.attention_checks import check_styles
+from dan_fast.reference.cosine import statistics_dtype
+from dan_fast.reference.styles import EPSILON
+
+
+def mix_styles(features: Tensor, partners: Tensor, share: Tensor) -> Tensor:
+    """Give each map the channel means and deviations between its own and its partner's (MixStyle).
+
+    The same as `dan_fast.reference.mix_styles`, which has the equations, as one scale and one shift of each channel.
+
+    Args:
+        features: (B, C, H, W) floating, an early map, of two positions or more.
+        partners: (B,) int64, whose style each map takes a part of. One out of range raises on the CPU; elsewhere, where
+            looking would wait for the device, indexing does what it does there.
+        share: (B,) floating, how much of its own style a map keeps; 1 leaves it as it is.
+
+    Returns:
+        (B, C, H, W), of the dtype and in the memory layout of `features`. The statistics carry no gradient.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or partner does not fit.
+
+    Example:
+        >>> maps = torch.tensor([[[[0.0, 2.0]]], [[[10.0, 14.0]]]])
+        >>> mix_styles(maps, torch.tensor([1, 0]), torch.tensor([0.0, 1.0])).flatten().round(decimals=3)
+        tensor([10., 14., 10., 14.])
+    """
+    looking = partners.device.type == "cpu" and not torch.compiler.is_compiling()
+    check_styles(features, partners, share, values=looking)
+    with torch.no_grad():
+        wide = features.to(statistics_dtype(features.dtype))
+        variance, mean = torch.var_mean(wide, (2, 3), keepdim=True)
+        deviation, own = (variance + EPSILON).sqrt(), share.to(wide.dtype)[:, None, None, None]
+        scale = own + (1 - own) * deviation[partners] / deviation
+        shift = own * mean + (1 - own) * mean[partners] - scale * mean
+    return features * scale.to(features.dtype) + shift.to(features.dtype)
