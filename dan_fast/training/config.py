@@ -131,8 +131,8 @@ class MemoryConfig:
         decay_unlabeled: Decay kappa2 of the usage of M', Eq. (12) (the paper: 0.99).
         gates: alpha, alpha' and beta as parameters (Table II) or read from the last three features of the
             backbone (Sec. IV-B).
-        initial_alpha: What alpha and alpha' start from as parameters (the paper does not say; 0: a key goes by halves to
-            the least-used slot and, spread thin, to all; -4: nearly all of it to the least-used slot).
+        initial_alpha: What alpha and alpha' start from as parameters (the paper does not say; 0: a key goes by halves
+            to the least-used slot and, spread thin, to all; -4: nearly all of it to the least-used slot).
         temperature: Divides the cosines in loss.labeled_embedding (the paper: it has no such loss).
     """
 
