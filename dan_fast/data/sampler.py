@@ -58,11 +58,13 @@ class BatchPlanner:
         batch_size: images per iteration, S and S~ together.
         unlabeled_fraction: unlabelled share of S and of S~, in [0, 1); a labelled place remains in each.
         feedback_fraction: largest share of S~'s labelled places for fed-back samples, in [0, 1].
+        iterations: batches of an epoch; 0: as many as the labelled images fill. With fewer an epoch leaves some out,
+            others each time.
         split: False puts the items of both halves into `meta_train`, for training without meta-test (DAML1).
         seed: seed of everything random here.
 
     Attributes:
-        iterations: batches of an epoch: as many as the labelled images fill, one or more.
+        iterations: batches of an epoch, one or more.
 
     Raises:
         DanFastError: a batch size or fraction outside its range.
@@ -86,6 +88,7 @@ class BatchPlanner:
         feedback_fraction: float = 0.5,
         split: bool = True,
         seed: int = 0,
+        iterations: int = 0,
     ) -> None:
         if batch_size < 2:
             raise DanFastError(f"The batch size is {batch_size}; it must be 2 or more, one image each for S and S~.")
@@ -97,6 +100,8 @@ class BatchPlanner:
             raise ValueError(
                 f"labels must be (n,) with n > 0 and num_unlabeled >= 0, not {tuple(labels.shape)} and {num_unlabeled}"
             )
+        if iterations < 0:
+            raise ValueError(f"iterations must not be negative, got {iterations}")
         self.labels: list[int] = labels.tolist()
         self.num_unlabeled = num_unlabeled
         self.split = split
@@ -106,7 +111,7 @@ class BatchPlanner:
         self._test_places = _places(batch_size // 2, fraction)
         # S~ is never the larger half, so S has a labelled place for the partner of each fed-back sample.
         self._feedback_places = int(feedback_fraction * self._test_places[0])
-        self.iterations = max(1, len(self.labels) // (self._train_places[0] + self._test_places[0]))
+        self.iterations = iterations or max(1, len(self.labels) // (self._train_places[0] + self._test_places[0]))
         self._members: dict[int, list[int]] = {}
         for index, label in enumerate(self.labels):
             self._members.setdefault(label, []).append(index)

@@ -52,6 +52,8 @@ class DataConfig:
         unlabeled_share: Share p of the unlabelled images that is used (Fig. 7; the paper: 1).
         image_size: Height and width to which images are resized (the paper: 224 224).
         batch_size: Images an iteration, S and S~ together (the paper: 64).
+        iterations: Iterations of an epoch, with which trainings of other batches are compared at equal length; 0: as
+            many as the labelled images fill.
         unlabeled_fraction: Share of unlabelled images in a batch.
         feedback_fraction: Most of S~'s labelled places that reliable pseudo samples of M' may take; 0 feeds
             none back.
@@ -72,6 +74,7 @@ class DataConfig:
     unlabeled_share: ClosedUnitInterval = 1.0
     image_size: tuple[PositiveInt, PositiveInt] = (224, 224)
     batch_size: PositiveInt = 64
+    iterations: NonNegativeInt = 0
     unlabeled_fraction: ClosedUnitInterval = 0.5
     feedback_fraction: ClosedUnitInterval = 0.5
     workers: NonNegativeInt = 2

@@ -95,6 +95,7 @@ class Trainer:
             feedback_fraction=config.data.feedback_fraction,
             split=config.meta.procedure != "daml1",
             seed=config.run.seed,
+            iterations=config.data.iterations,
         )
         self.optimizer = torch.optim.SGD(
             self._parameter_groups(),
