@@ -1,31 +1,39 @@
-"""`dan-fast sweep`: the trainings of a grid one after the other, each a process and a folder of its own."""
+"""`dan-fast sweep`: the trainings of a grid, some at a time, each a process and a folder of its own."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.table import Table
 
 from dan_fast.errors import DanFastError
 from dan_fast.files import write_text
+from dan_fast.reporting.arms import FINISHED, Comparison, read_comparison
 from dan_fast.reporting.report import report as write_page
 from dan_fast.sweep_grid import PlannedRun, plan_sweep
 from dan_fast.training.config import TrainConfig, training_differences
 from dan_fast.training.interrupt import StopRequest
 
-FINISHED, BEGUN, WAITING, FAILED = "finished", "begun", "waiting", "failed"
+BEGUN, WAITING, FAILED = "begun", "waiting", "failed"
 _LOG = "train.log"
 _CHOICE = ("run", "choose_epoch_on_target")
+# What PyTorch and the libraries below it take as the number of their threads when they are loaded.
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_SECONDS_BETWEEN_LOOKS = 0.05
 
 
 def sweep(
@@ -34,28 +42,36 @@ def sweep(
     out: str = "runs/sweep",
     report: bool = True,
     list: bool = False,
+    recipe: str | None = None,
+    parallel: PositiveInt = 1,
 ) -> None:
     """Train once for each combination of a grid's settings; the same command again goes on where it stopped.
 
     Each training is a process of its own with a folder named by its settings. Finished ones are skipped, one
     that was interrupted goes on from its checkpoint, and one that fails is recorded in sweep.json while the
-    others go on; it is tried again the next time.
+    others go on; it is tried again the next time. A grid with seeds or arms ends in a comparison: comparison.md,
+    comparison.json and tables on the terminal and in the report.
 
     Args:
-        grid: YAML file with `grids`, a list of mappings of dotted settings to lists of values; or fig6, fig7,
-            fig8 or table9 for those of the paper.
+        grid: YAML file with `grids`, a list of mappings of dotted settings to lists of values, or with `arms`, a
+            mapping of names to dotted settings; `seeds`, a list, trains each once a seed, and `baseline` names what
+            the others are compared with. Or fig6, fig7, fig8 or table9 for those of the paper, or recipes, for plain,
+            paper and dan with three seeds each.
         base: YAML file with the settings that all trainings share, as for `dan-fast train --config`; without it the
             grid's own base.
         out: Folder of the trainings, of sweep.json and of the report.
         report: Write a report on the trainings at the end.
         list: Only show what would run, and what is finished.
+        recipe: Recipe of all trainings whose own settings name none, as for `dan-fast train`; without it that of the
+            base, or else dan.
+        parallel: Trainings at a time. Several share the cores: each gets an equal number of threads.
 
     Raises:
         DanFastError: the grid cannot be read; a folder holds a training with other settings; another sweep is at
             work in the folder; or trainings failed, after all others were run.
-        KeyboardInterrupt: it was asked to stop; the training that was under way has been saved.
+        KeyboardInterrupt: it was asked to stop; the trainings that were under way have been saved.
     """
-    runs = plan_sweep(grid, base, out)
+    runs = plan_sweep(grid, base, out, recipe)
     for run in runs:
         _require_same_settings(run)
     console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -66,8 +82,12 @@ def sweep(
         console.print(table)
         return
     with _alone(Path(out)) as lock:
-        record = [_entry(run, state_of(run)) for run in runs]
-        failed = _run_all(runs, record, Path(out), lock, console)
+        before = _read_record(Path(out))
+        record = [_entry(run, state_of(run), before.get(run.name, {})) for run in runs]
+        failed = _run_all(runs, record, Path(out), lock, console, parallel)
+        comparison = read_comparison(out)
+        if comparison is not None:
+            _tell(comparison, Path(out), console)
     if report:
         finished = [run.folder for run in runs if state_of(run) == FINISHED]
         if finished:
@@ -92,57 +112,113 @@ def state_of(run: PlannedRun) -> str:
     return BEGUN if (run.folder / "checkpoint.pt").exists() else WAITING
 
 
+@dataclass(frozen=True)
+class _Training:
+    """One that is under way."""
+
+    where: str
+    run: PlannedRun
+    entry: dict[str, Any]
+    process: subprocess.Popen[bytes]
+    started: float
+
+
 def _run_all(
-    runs: Sequence[PlannedRun], record: list[dict[str, Any]], out: Path, lock: int, console: Console
+    runs: Sequence[PlannedRun],
+    record: list[dict[str, Any]],
+    out: Path,
+    lock: int,
+    console: Console,
+    parallel: int,
 ) -> list[dict[str, Any]]:
-    with StopRequest() as stop:
-        for number, (run, entry) in enumerate(zip(runs, record, strict=True), 1):
-            where = f"[{number}/{len(runs)}] {run.name}"
-            if entry["state"] == FINISHED:
-                console.print(f"{where}: finished before.")
-                continue
-            console.print(f"{where}: {'goes on' if entry['state'] == BEGUN else 'starts'} ...")
-            _write_record(out, record)
-            started = time.monotonic()
-            code = _train(run, lock, stop) if not stop.requested else None
-            entry["seconds"] = round(time.monotonic() - started, 1)
-            entry["state"] = state_of(run)
-            if entry["state"] != FINISHED and not stop.requested:
-                entry["state"], entry["sentence"] = FAILED, _sentence(run, code)
-            _write_record(out, record)
-            if stop.requested and entry["state"] != FINISHED:
-                console.print(f"{where}: stopped. The same command goes on from here.")
-                raise KeyboardInterrupt
-            told = _results(run) if entry["state"] == FINISHED else f"failed: {entry['sentence']}"
-            console.print(f"{where}: {told} ({entry['seconds']:.0f} s)")
-            if stop.requested:
-                raise KeyboardInterrupt
+    waiting = deque(
+        (f"[{number}/{len(runs)}] {run.name}", run, entry)
+        for number, (run, entry) in enumerate(zip(runs, record, strict=True), 1)
+    )
+    active: list[_Training] = []
+    threads = _threads_of_each(parallel)
+    told = False
     _write_record(out, record)
+    with StopRequest() as stop:
+        try:
+            while active or (waiting and not stop.requested):
+                while waiting and len(active) < parallel and not stop.requested:
+                    where, run, entry = waiting.popleft()
+                    if entry["state"] == FINISHED:
+                        console.print(f"{where}: finished before.")
+                        continue
+                    begun = entry["state"] == BEGUN
+                    console.print(f"{where}: {'goes on' if begun else 'starts'} ...")
+                    entry["threads"] = threads
+                    active.append(_Training(where, run, entry, _start(run, lock, threads), time.monotonic()))
+                if stop.requested and not told:
+                    for training in active:
+                        training.process.send_signal(signal.SIGTERM)
+                    told = True
+                for training in [each for each in active if each.process.poll() is not None]:
+                    active.remove(training)
+                    _note_end(training, stop.requested, console)
+                    _write_record(out, record)
+                if active:
+                    time.sleep(_SECONDS_BETWEEN_LOOKS)
+        except BaseException:
+            for training in active:
+                training.process.kill()
+            for training in active:
+                training.process.wait()
+            raise
+        if stop.requested:
+            raise KeyboardInterrupt
     return [entry for entry in record if entry["state"] == FAILED]
 
 
-def _train(run: PlannedRun, lock: int, stop: StopRequest) -> int:
-    """The exit code of a training in its own process, which is told to save itself when `stop` is requested."""
+def _start(run: PlannedRun, lock: int, threads: int | None) -> subprocess.Popen[bytes]:
+    """Start a training in a process of its own, which saves itself when it is sent SIGTERM."""
     begun = (run.folder / "checkpoint.pt").exists()
     # Those of other targets: beside the new settings they would pass for theirs.
     (run.folder / "results.json").unlink(missing_ok=True)
     write_text(run.folder / "config.yaml", yaml.safe_dump(run.config.to_dict(), sort_keys=False))
-    command = _command(run.folder, begun)
+    limits = {} if threads is None else dict.fromkeys(_THREADS, str(threads))
     with (run.folder / _LOG).open("ab") as log:
         # The lock is the child's too: should this process be killed, no other sweep starts beside it.
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(lock,))
-        told = False
-        while True:
-            try:
-                return process.wait(timeout=0.1)
-            except subprocess.TimeoutExpired:
-                if stop.requested and not told:
-                    process.send_signal(signal.SIGTERM)
-                    told = True
-            except BaseException:
-                process.kill()
-                process.wait()
-                raise
+        return subprocess.Popen(
+            _command(run.folder, begun),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=(lock,),
+            env={**os.environ, **limits},
+        )
+
+
+def _note_end(training: _Training, stopped: bool, console: Console) -> None:
+    """Record how a training ended, and say it."""
+    run, entry = training.run, training.entry
+    # What it took in earlier calls counts too.
+    entry["seconds"] = round((entry["seconds"] or 0.0) + time.monotonic() - training.started, 2)
+    entry["state"] = state_of(run)
+    if entry["state"] != FINISHED and stopped:
+        console.print(f"{training.where}: stopped. The same command goes on from here.")
+        return
+    if entry["state"] != FINISHED:
+        entry["state"], entry["sentence"] = FAILED, _sentence(run, training.process.returncode)
+    said = _results(run) if entry["state"] == FINISHED else f"failed: {entry['sentence']}"
+    console.print(f"{training.where}: {said} ({entry['seconds']:.0f} s)")
+
+
+def _threads_of_each(parallel: int) -> int | None:
+    """An equal share of the cores that this process may use; None leaves a training that runs alone its own choice."""
+    if parallel == 1:
+        return None
+    return max(1, len(os.sched_getaffinity(0)) // parallel)
+
+
+def _tell(comparison: Comparison, out: Path, console: Console) -> None:
+    """Write a comparison beside its trainings, and print it."""
+    write_text(out / "comparison.json", json.dumps(comparison.to_dict(), indent=2) + "\n")
+    write_text(out / "comparison.md", comparison.markdown())
+    console.print(comparison.markdown(), end="")
+    console.print(f"Comparison: {out / 'comparison.md'}")
 
 
 def _command(folder: Path, begun: bool) -> Sequence[str]:
@@ -194,8 +270,28 @@ def _saved_settings(run: PlannedRun) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _entry(run: PlannedRun, state: str) -> dict[str, Any]:
-    return {"name": run.name, "settings": dict(run.settings), "state": state, "seconds": None, "sentence": ""}
+def _entry(run: PlannedRun, state: str, before: Mapping[str, Any]) -> dict[str, Any]:
+    """What sweep.json says of a training; the time that it has taken so far is kept, unless it starts anew."""
+    entry = {"name": run.name, "settings": dict(run.settings), "state": state, "sentence": ""}
+    kept = {name: before.get(name) if state != WAITING else None for name in ("seconds", "threads")}
+    if not run.arm:
+        return entry | kept
+    compared = {
+        "arm": run.arm,
+        "baseline": run.baseline,
+        "seed": run.config.run.seed,
+        "recipe": run.config.recipe_words,
+    }
+    return entry | kept | compared
+
+
+def _read_record(out: Path) -> dict[str, dict[str, Any]]:
+    """What an earlier call wrote, by the names of the trainings; nothing where it cannot be read."""
+    try:
+        record = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
+        return {entry["name"]: entry for entry in record}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
 
 
 def _write_record(out: Path, record: list[dict[str, Any]]) -> None:

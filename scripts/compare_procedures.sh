@@ -25,6 +25,6 @@ run() {
     --out "$out/$name.json"
 }
 
-run daml3 --data.unlabeled "$unlabeled" "$@"
+run daml3 --data.unlabeled "$unlabeled" --meta.procedure daml3 "$@"
 run daml1 --data.unlabeled "$unlabeled" --meta.procedure daml1 "$@"
-run without_unlabeled "$@"
+run without_unlabeled --meta.procedure daml3 "$@"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from dan_fast.data.synthetic import synthesize
 from dan_fast.errors import DanFastError
 from dan_fast.reporting.curves import read_scalars
 from dan_fast.reporting.groups import swept_settings
+from dan_fast.reporting.report import report
 from dan_fast.reporting.runs import read_runs
 from dan_fast.sweep import sweep
 from dan_fast.sweep_grid import GRIDS, plan_sweep, run_name
@@ -28,7 +30,7 @@ BASE = {"data": {"labeled": "market"}}
 
 
 def write(path: Path, content: object) -> Path:
-    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
     return path
 
 
@@ -88,9 +90,63 @@ def test_the_shipped_grids_are_the_papers(tmp_path):
         (run.config.loss.adversary, run.config.loss.embedding, run.config.loss.regularizer) for run in planned["fig8"]
     }
     assert {(0.2, 1.0, 1.0), (0.6, 0.25, 1.0), (0.6, 0.5, 0.2)} <= losses
+    assert [run.name for run in planned["recipes"][:3]] == [f"{arm},run.seed=0" for arm in ("plain", "paper", "dan")]
+    assert len(planned["recipes"]) == 9 and {run.baseline for run in planned["recipes"]} == {"plain"}
     assert {1, 12, 20} <= {run.config.model.reduction for run in planned["fig8"]}
     assert {3000, 9000} <= {run.config.memory.labeled_slots for run in planned["fig8"]}
     assert len({run.name for run in planned["fig8"]}) == len(planned["fig8"])
+
+
+def test_arms_are_trained_once_a_seed(tmp_path):
+    arms = {"plain": {"recipe": "plain"}, "dan2": {"meta.order": 2, "loss": {"adversary": 0.1}}, "dan": None}
+    content = {"base": {**BASE, "loss": {"embedding": 0.4}}, "arms": arms, "seeds": [3, 0], "baseline": "dan"}
+    runs = plan_sweep(write(tmp_path / "arms.yaml", content), None, tmp_path / "out")
+    assert [run.name for run in runs] == [
+        f"{arm},run.seed={seed}" for seed in (3, 0) for arm in ("plain", "dan2", "dan")
+    ]
+    assert [(run.arm, run.config.run.seed) for run in runs[:4]] == [("plain", 3), ("dan2", 3), ("dan", 3), ("plain", 0)]
+    assert {run.baseline for run in runs} == {"dan"}
+    plain, dan2, dan = (run.config for run in runs[:3])
+    assert [config.recipe for config in (plain, dan2, dan)] == ["plain", "dan", "dan"]
+    assert (plain.meta.procedure, plain.loss.adversary, plain.loss.embedding) == ("daml1", 0.0, 0.4)
+    assert (dan2.meta.order, dan2.loss.adversary, dan.meta.order) == (2, 0.1, 1)
+    assert dan2.recipe_words == "recipe dan, with loss.adversary=0.1, loss.embedding=0.4, meta.order=2"
+    assert runs[0].settings == {"recipe": "plain", "run.seed": 3}
+    # Without seeds the base's, without a baseline the first.
+    del content["seeds"], content["baseline"]
+    runs = plan_sweep(write(tmp_path / "arms.yaml", content), None, tmp_path / "out")
+    assert [(run.name, run.baseline, run.config.run.seed) for run in runs] == [
+        (arm, "plain", 0) for arm in ("plain", "dan2", "dan")
+    ]
+
+
+def test_combinations_are_trained_once_a_seed(tmp_path):
+    content = {"base": BASE, "grids": [{"model.reduction": [1, 4]}], "seeds": [0, 1], "baseline": "model.reduction=4"}
+    runs = plan_sweep(write(tmp_path / "grid.yaml", content), None, "out")
+    assert [(run.name, run.arm) for run in runs] == [
+        (f"model.reduction={number},run.seed={seed}", f"model.reduction={number}")
+        for seed in (0, 1)
+        for number in (1, 4)
+    ]
+    assert {run.baseline for run in runs} == {"model.reduction=4"}
+    del content["seeds"], content["baseline"]
+    assert [run.arm for run in plan_sweep(write(tmp_path / "grid.yaml", content), None, "out")] == ["", ""]
+
+
+def test_a_recipe_comes_from_the_arm_the_flag_the_base_or_the_default(tmp_path):
+    content = {"base": BASE, "arms": {"a": {"recipe": "plain"}, "b": {"meta.eta": 0.5}}}
+    path = write(tmp_path / "arms.yaml", content)
+
+    def recipes(**flags: str) -> list[str]:
+        return [run.config.recipe for run in plan_sweep(path, None, "out", **flags)]
+
+    assert recipes() == ["plain", "dan"] and recipes(recipe="paper") == ["plain", "paper"]
+    write(path, {**content, "base": {**BASE, "recipe": "none"}})
+    assert recipes() == ["plain", "none"] and recipes(recipe="paper") == ["plain", "paper"]
+    # The configuration of an older run decides what is learnt; it is no change of today's default.
+    whole = {section: values for section, values in TrainConfig().to_dict().items() if section != "recipe"}
+    write(path, {"base": {**whole, **BASE}, "grids": [{"meta.eta": [0.5]}]})
+    assert recipes() == ["none"]
 
 
 def test_names_are_folders():
@@ -113,6 +169,20 @@ def test_names_are_folders():
         ({"base": BASE, "grids": [{"run.out": ["a"]}]}, "run.out in .* is for the sweep to choose"),
         ({"base": BASE, "grids": {"model.reduction": [1]}}, "needs a list `grids`"),
         ({"base": BASE}, "needs a list `grids`"),
+        ({"base": BASE, "grids": [{"model.reduction": [1]}], "arms": {"a": {}}}, "has both `grids` and `arms`"),
+        ({"base": BASE, "arms": []}, "arms in .* must map names to dotted settings"),
+        ({"base": BASE, "arms": {"a/b": {}}}, "The arm 'a/b' in .* cannot be a folder's name"),
+        ({"base": BASE, "arms": {"a": 3}}, "The arm a in .* has 3: give it a mapping"),
+        ({"base": BASE, "arms": {"a": {"run.out": "b"}}}, "run.out in .* is for the sweep to choose"),
+        ({"base": BASE, "arms": {"a": {"loss.advrsary": 1}}}, "settings of a are no training: .*advrsary"),
+        ({"base": BASE, "arms": {"a": {"recipe": "dna"}}}, "There is no recipe 'dna'"),
+        ({"base": {**BASE, "recipe": "dna"}, "arms": {"a": {}}}, "There is no recipe 'dna'"),
+        ({"base": BASE, "arms": {"a": {}, "b": {"recipe": "dan"}}}, "The arms a and b of .* have the same settings"),
+        ({"base": BASE, "arms": {"a": {}}, "baseline": "b"}, "baseline 'b' of .* is none of its arms: name one of a"),
+        ({"base": BASE, "arms": {"a": {}}, "seeds": []}, r"seeds in .* has \[\]: give it a list of different"),
+        ({"base": BASE, "arms": {"a": {}}, "seeds": [1, 1]}, "give it a list of different whole numbers"),
+        ({"base": BASE, "arms": {"a": {}}, "seeds": [True, -1]}, "give it a list of different whole numbers"),
+        ({"base": BASE, "arms": {"a": {"run.seed": 3}}, "seeds": [1]}, "has both `seeds` and run.seed"),
         ({"base": BASE, "grid": []}, "has 'grid'; a grid has a list `grids`"),
         ({"base": 3, "grids": [{"model.reduction": [1]}]}, "base of .* is neither settings nor a path"),
         ({"base": "gone.yaml", "grids": [{"model.reduction": [1]}]}, "gone.yaml cannot be read as a configuration"),
@@ -132,7 +202,7 @@ def test_a_wrong_grid_is_one_sentence(content, sentence, tmp_path, capsys):
 
 
 def test_an_unknown_grid_names_the_shipped_ones(tmp_path):
-    with pytest.raises(DanFastError, match="none of the shipped grids: fig6, fig7, fig8, table9"):
+    with pytest.raises(DanFastError, match="none of the shipped grids: fig6, fig7, fig8, table9, recipes"):
         plan_sweep(tmp_path / "fig5", None, "out")
 
 
@@ -149,6 +219,28 @@ if str(folder.parent.resolve() / ".sweep.lock") not in files:
 with open(folder.parent / "calls", "a") as calls:
     print(folder.name, "resumed" if resumed else "new", file=calls)
 (folder / "checkpoint.pt").touch()
+(folder / "threads").write_text(os.environ.get("OMP_NUM_THREADS", "not set"))
+active = folder.parent / "active"
+active.mkdir(exist_ok=True)
+(active / folder.name).touch()
+(folder / "beside").write_text(str(len(list(active.iterdir()))))
+if plan == "meet":
+    # Comes to its end only if another training is under way at the same time.
+    deadline = time.monotonic() + 60
+    while len(list(active.iterdir())) < 2 and not (folder.parent / "met").exists():
+        if time.monotonic() > deadline:
+            sys.exit("There is no other training.")
+        time.sleep(0.01)
+    (folder.parent / "met").touch()
+if plan == "hold":
+    def leave(number, frame):
+        (folder / "told").touch()
+        (active / folder.name).unlink()
+        sys.exit(130)
+    signal.signal(signal.SIGTERM, leave)
+    (folder / "ready").touch()
+    time.sleep(120)
+(active / folder.name).unlink()
 if plan == "fail":
     print("dan-fast: There is no such thing.", file=sys.stderr)
     sys.exit(1)
@@ -157,7 +249,8 @@ if plan == "die":
 if plan == "wait":
     time.sleep(60)
 epochs = yaml.safe_load((folder / "config.yaml").read_text())["optimizer"]["epochs"]
-(folder / "results.json").write_text(json.dumps({"epochs": epochs, "targets": []}))
+targets = plan if isinstance(plan, list) else []
+(folder / "results.json").write_text(json.dumps({"epochs": epochs, "iterations": 12, "targets": targets}))
 """
 
 
@@ -169,10 +262,10 @@ def quick(tmp_path, monkeypatch):
     script = write(tmp_path / "trainer.py", TRAINER)
     monkeypatch.setattr(sweeping, "_command", lambda folder, begun: [sys.executable, str(script), str(folder)])
 
-    def run(grid: Path, **plan: str) -> list[str]:
+    def run(grid: Path, parallel: int = 1, **plan: object) -> list[str]:
         (out / "plan").write_text(json.dumps({name.replace("_", "."): what for name, what in plan.items()}))
         try:
-            sweep(str(grid), out=str(out), report=False)
+            sweep(str(grid), out=str(out), report=False, parallel=parallel)
         finally:
             calls = (out / "calls").read_text().splitlines()
             run.calls = calls
@@ -224,6 +317,117 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(quick, three, what, sentence
     assert quick(three)[3:] == ["model.reduction=2 resumed"]
     assert states(quick.out) == ["finished"] * 3
     assert json.loads((quick.out / "sweep.json").read_text())[1]["sentence"] == ""
+
+
+def test_two_at_a_time_are_two_and_not_three(quick, three, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    calls = quick(three, parallel=2, **{reduce(1): "meet", reduce(2): "meet"})
+    assert sorted(calls) == [f"{reduce(number)} new" for number in (1, 2, 3)]
+    assert states(quick.out) == ["finished"] * 3
+    beside = [int((quick.out / reduce(number) / "beside").read_text()) for number in (1, 2, 3)]
+    assert max(beside) == 2
+    assert [(quick.out / reduce(number) / "threads").read_text() for number in (1, 2, 3)] == ["3"] * 3
+    record = json.loads((quick.out / "sweep.json").read_text())
+    assert [entry["threads"] for entry in record] == [3] * 3 and all(entry["seconds"] > 0 for entry in record)
+    # One that runs alone has what the user gives it.
+    write(three, {"base": BASE, "grids": [{"model.reduction": [4]}]})
+    quick(three)
+    assert (quick.out / reduce(4) / "threads").read_text() == "5"
+
+
+def test_more_at_a_time_than_cores_have_a_thread_each(quick, three, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    quick(three, parallel=8)
+    assert [(quick.out / reduce(number) / "threads").read_text() for number in (1, 2, 3)] == ["1"] * 3
+
+
+def test_one_at_a_time_is_in_order_and_alone(quick, three):
+    assert quick(three) == [f"{reduce(number)} new" for number in (1, 2, 3)]
+    assert [(quick.out / reduce(number) / "beside").read_text() for number in (1, 2, 3)] == ["1"] * 3
+
+
+def test_a_failure_beside_another_training_is_recorded_and_the_rest_goes_on(quick, three):
+    with pytest.raises(DanFastError, match="1 of 3 trainings failed, the first being model.reduction=2: There is no"):
+        quick(three, parallel=2, **{reduce(2): "fail"})
+    assert states(quick.out) == ["finished", "failed", "finished"]
+    assert quick(three, parallel=2)[3:] == ["model.reduction=2 resumed"]
+    assert states(quick.out) == ["finished"] * 3
+
+
+def when(ready: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
+    """Acts once something is so."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 100
+        while time.monotonic() < deadline and not ready():
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_ends_all_trainings_under_way_and_a_later_call_goes_on(quick, three, number):
+    held = [quick.out / reduce(each) for each in (1, 2)]
+    stopper = when(lambda: all((folder / "ready").exists() for folder in held), lambda: os.kill(os.getpid(), number))
+    with pytest.raises(KeyboardInterrupt):
+        quick(three, parallel=2, **{reduce(1): "hold", reduce(2): "hold"})
+    stopper.join()
+    assert all((folder / "told").exists() for folder in held)
+    assert states(quick.out) == ["begun", "begun", "waiting"]
+    spent = [entry["seconds"] for entry in json.loads((quick.out / "sweep.json").read_text())]
+    assert sorted(quick(three, parallel=2)[2:]) == [
+        f"{reduce(1)} resumed", f"{reduce(2)} resumed", f"{reduce(3)} new",
+    ]  # fmt: skip
+    assert states(quick.out) == ["finished"] * 3
+    now = [entry["seconds"] for entry in json.loads((quick.out / "sweep.json").read_text())]
+    assert now[0] > spent[0] and now[1] > spent[1], "the time before the stop counts too"
+    # A call that finds all finished does not forget what they took.
+    quick(three)
+    assert [entry["seconds"] for entry in json.loads((quick.out / "sweep.json").read_text())] == now
+
+
+def scores(mean_precision: float, rank1: float) -> list[dict]:
+    return [
+        {
+            **{"dataset": "street", "protocol": "fixed query and gallery", "cmc": [rank1] * 10, "mAP": mean_precision},
+            **{"mINP": 0.1, "cmc_std": None, "mAP_std": None, "mINP_std": None, "repeats": 1},
+            **{"num_query": 3, "num_gallery": 4, "num_valid": 3},
+        }
+    ]
+
+
+def test_arms_end_in_a_comparison(quick, tmp_path, capsys):
+    arms = {"plain": {"recipe": "plain"}, "dan": {"recipe": "dan", "meta.order": 2}}
+    grid = write(tmp_path / "arms.yaml", {"base": BASE, "arms": arms, "seeds": [0, 1], "baseline": "plain"})
+    plan = {
+        "plain,run.seed=0": scores(0.40, 0.5), "plain,run.seed=1": scores(0.44, 0.5),
+        "dan,run.seed=0": scores(0.41, 0.5), "dan,run.seed=1": "fail",
+    }  # fmt: skip
+    with pytest.raises(DanFastError, match="1 of 4 trainings failed"):
+        quick(grid, parallel=2, **plan)
+    text = re.sub(" +", " ", (quick.out / "comparison.md").read_text())
+    assert "| dan | 1 | 41.0 | 50.0 | +1.0 | +0.0 | 12 |" in text
+    assert "Missing: dan, seed 1: failed: There is no such thing." in text
+    quick(grid, **{**plan, "dan,run.seed=1": scores(0.47, 0.7)})
+    text = re.sub(" +", " ", (quick.out / "comparison.md").read_text())
+    # Differences of 1 and 3: the mean is 2 and the interval 12.706 wide to both sides.
+    assert "| dan | 2 | 44.0 ± 4.2 | 60.0 ± 14.1 | +2.0 [-10.7, +14.7] |" in text and "Missing" not in text
+    assert "dan: recipe dan, with meta.order=2." in text
+    content = json.loads((quick.out / "comparison.json").read_text())
+    assert content["targets"][0]["arms"][1]["mAP"]["difference"]["mean"] == pytest.approx(2.0)
+    printed = capsys.readouterr().out
+    assert "+2.0 [-10.7, +14.7]" in printed
+    page = report([quick.out], out=tmp_path / "page", images=0).read_text()
+    assert "out: street (fixed query and gallery)" in page and "+2.0 [-10.7, +14.7]" in page
+
+
+def test_a_grid_without_seeds_and_arms_compares_nothing(quick, three):
+    quick(three)
+    assert not (quick.out / "comparison.md").exists() and not (quick.out / "comparison.json").exists()
 
 
 def test_the_report_is_on_what_is_finished(quick, three, monkeypatch, capsys):

@@ -91,7 +91,7 @@ def swept_settings(runs: Sequence[Run]) -> dict[str, list[Line]]:
 
 def targets(runs: Sequence[Run]) -> list[Target]:
     """All that runs were tested on, in order."""
-    return list(dict.fromkeys(_target_of(evaluation) for run in runs for evaluation in run.results))
+    return list(dict.fromkeys(target_of(evaluation) for run in runs for evaluation in run.results))
 
 
 def titles(runs: Sequence[Run]) -> list[str]:
@@ -111,10 +111,11 @@ def compared(lines: Sequence[Line]) -> list[Target]:
 
 def result_on(run: Run, target: Target) -> Evaluation | None:
     """The first evaluation of a run on a target."""
-    return next((evaluation for evaluation in run.results if _target_of(evaluation) == target), None)
+    return next((evaluation for evaluation in run.results if target_of(evaluation) == target), None)
 
 
-def _target_of(evaluation: Evaluation) -> Target:
+def target_of(evaluation: Evaluation) -> Target:
+    """What an evaluation tested on, and how."""
     chosen = CHOSEN if CHOSEN in evaluation.epoch else ""
     return Target(evaluation.title, ", ".join(filter(None, (evaluation.protocol, chosen))))
 

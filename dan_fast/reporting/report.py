@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jsonargparse.typing import NonNegativeInt
 
+from dan_fast.reporting.arms import read_comparison
 from dan_fast.reporting.comparisons import (
     GATES,
     METRICS,
@@ -63,7 +64,10 @@ def report(
     figures += _swept(found, out, missing)
     for number, run in enumerate(found, 1):
         figures += run_figures(run, out, f"{number:02d}", images, seed, missing)
-    tables = [_overview(found), *result_tables(found), *paper_tables(found)]
+    sweeps = dict.fromkeys(run.folder.resolve().parent for run in found)
+    compared = [comparison for folder in sweeps if (comparison := read_comparison(folder)) is not None]
+    tables = [table for comparison in compared for table in comparison.tables()]
+    tables += [_overview(found), *result_tables(found), *paper_tables(found)]
     if missing:
         rows = [list(each) for each in missing]
         tables.append(Table("Not on this page", ["run", "what", "why, and what to do"], rows))

@@ -1,0 +1,307 @@
+"""Arms of a sweep side by side: means over seeds, and paired differences to a baseline with their intervals."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+# Of scipy.stats the import alone would take longer than all that is done here.
+from scipy.special import stdtrit
+
+from dan_fast.evaluation import Evaluation
+from dan_fast.reporting.groups import Target, target_of
+from dan_fast.reporting.html import Table
+
+METRICS = ("mAP", "R1")
+CONFIDENCE = 0.95
+FINISHED = "finished"
+MEAN_OF_TARGETS = Target("Mean of the targets", "")
+_ABSENT = "–"
+
+
+class PairedDifference(NamedTuple):
+    """How much an arm is above the baseline, on average over the seeds that both have.
+
+    Attributes:
+        mean: of the differences.
+        low, high: the ends of its 95 % interval; None for one seed, which says nothing about the spread.
+        seeds: that both have, in order.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    seeds: tuple[int, ...]
+
+
+def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> PairedDifference | None:
+    """The mean of the differences seed by seed, with Student's interval; None where no seed is in both.
+
+    Runs of one seed share their batches and, for equal networks, their first weights: what a seed does to both is not
+    part of the difference, so the interval is narrower than one from the two spreads.
+
+    Args:
+        values, baseline: figures by seed.
+
+    Example:
+        >>> found = paired_difference({0: 42.0, 1: 51.0, 2: 45.0, 7: 99.0}, {0: 40.0, 1: 48.0, 2: 44.0})
+        >>> found.mean, found.seeds, f"{found.low:.2f} to {found.high:.2f}"
+        (2.0, (0, 1, 2), '-0.48 to 4.48')
+    """
+    seeds = tuple(sorted(values.keys() & baseline.keys()))
+    if not seeds:
+        return None
+    differences = [values[seed] - baseline[seed] for seed in seeds]
+    mean, count = fmean(differences), len(seeds)
+    if count == 1:
+        return PairedDifference(mean, None, None, seeds)
+    half = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * stdev(differences) / math.sqrt(count)
+    return PairedDifference(mean, mean - half, mean + half, seeds)
+
+
+class ArmRun(NamedTuple):
+    """A finished training of an arm.
+
+    Attributes:
+        scores: for each target the figures in percent, by the names of :data:`METRICS`.
+        iterations: of the training; None where it did not say.
+        seconds: that it took, evaluation included; None where that is not known.
+    """
+
+    scores: Mapping[Target, Mapping[str, float]]
+    iterations: int | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Trainings that differ in their seed only.
+
+    Attributes:
+        name: as the sweep calls it.
+        recipe: of its trainings and what was changed on top of it, in words; "" for none.
+        runs: the finished ones, by seed.
+        missing: seeds without a finished training, and why.
+    """
+
+    name: str
+    recipe: str
+    runs: Mapping[int, ArmRun]
+    missing: Mapping[int, str]
+
+    def scores(self, target: Target, metric: str) -> dict[int, float]:
+        """A metric by seed, in percent, for the seeds that were tested on the target."""
+        return {seed: run.scores[target][metric] for seed, run in self.runs.items() if target in run.scores}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The arms of a sweep.
+
+    Attributes:
+        name: of the sweep's folder.
+        baseline: the name of the arm that the others are compared with.
+        arms: in the order of the sweep.
+    """
+
+    name: str
+    baseline: str
+    arms: tuple[Arm, ...]
+
+    @property
+    def targets(self) -> list[Target]:
+        """What was tested on, in order, and at the end, if there are several that all runs share, their mean."""
+        found = dict.fromkeys(target for arm in self.arms for run in arm.runs.values() for target in run.scores)
+        return sorted(found, key=lambda target: target == MEAN_OF_TARGETS)
+
+    def difference(self, arm: Arm, target: Target, metric: str) -> PairedDifference | None:
+        """Of an arm to the baseline; None for the baseline itself and where no seed is in both."""
+        baseline = next((each for each in self.arms if each.name == self.baseline), None)
+        if baseline is None or arm.name == self.baseline:
+            return None
+        return paired_difference(arm.scores(target, metric), baseline.scores(target, metric))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, ready for JSON: all figures by target and arm, and what is missing."""
+        return {
+            "baseline": self.baseline,
+            "confidence": CONFIDENCE,
+            "targets": [
+                {
+                    "target": target.title,
+                    "protocol": target.protocol,
+                    "arms": [self._row(arm, target) for arm in self.arms],
+                }
+                for target in self.targets
+            ],
+            "arms": [
+                {
+                    "arm": arm.name,
+                    "recipe": arm.recipe,
+                    "runs": {
+                        str(seed): {"iterations": run.iterations, "seconds": run.seconds}
+                        for seed, run in arm.runs.items()
+                    },
+                    "missing": {str(seed): why for seed, why in arm.missing.items()},
+                }
+                for arm in self.arms
+            ],
+        }
+
+    def tables(self) -> list[Table]:
+        """A table a target, an arm a row; what they mean stands in the note of the last one."""
+        columns = ["arm", "seeds", *(f"{metric} (%)" for metric in METRICS),
+                   *(f"{metric} over {self.baseline}" for metric in METRICS), "iterations", "s a run"]  # fmt: skip
+        tables = []
+        for target in self.targets:
+            title = f"{target.title} ({target.protocol})" if target.protocol else target.title
+            rows = [self._cells(arm, target) for arm in self.arms]
+            tables.append(Table(f"{self.name}: {title}", columns, rows))
+        if not tables:
+            return []
+        return [*tables[:-1], tables[-1]._replace(note=" ".join(self.notes()))]
+
+    def notes(self) -> list[str]:
+        """How to read the tables, what the arms are, and which trainings are missing; whole sentences."""
+        seeds = max((len(arm.runs) for arm in self.arms), default=0)
+        notes = []
+        if seeds == 1:
+            notes = ["One seed: there is neither a deviation nor an interval, and a difference may be chance."]
+        elif seeds:
+            notes = [
+                f"± is the standard deviation over the seeds; what is over {self.baseline} is the mean of the "
+                "differences seed by seed, in percentage points, with its 95 % interval (Student's t)."
+            ]
+        notes += [f"{arm.name}: {arm.recipe}." for arm in self.arms if arm.recipe]
+        for arm in self.arms:
+            notes += [f"Missing: {arm.name}, seed {seed}: {why}" for seed, why in arm.missing.items()]
+        return notes
+
+    def markdown(self) -> str:
+        """The tables and their notes, to be pasted into a page."""
+        parts = []
+        for table in self.tables():
+            lines = [[str(cell).replace("|", "\\|") for cell in line] for line in (table.columns, *table.rows)]
+            # Of one width each, so that it can be read on a terminal too.
+            widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+            lines.insert(1, ["-" * width for width in widths])
+            drawn = (" | ".join(map(str.ljust, line, widths)) for line in lines)
+            parts.append(f"### {table.title}\n\n" + "".join(f"| {line} |\n" for line in drawn) + "\n")
+        return "".join([*parts, *(f"- {note}\n" for note in self.notes())])
+
+    def _row(self, arm: Arm, target: Target) -> dict[str, Any]:
+        row: dict[str, Any] = {"arm": arm.name}
+        for metric in METRICS:
+            scores = arm.scores(target, metric)
+            difference = self.difference(arm, target, metric)
+            row[metric] = {
+                "by_seed": {str(seed): value for seed, value in scores.items()},
+                "mean": fmean(scores.values()) if scores else None,
+                "std": stdev(scores.values()) if len(scores) > 1 else None,
+                "difference": None if difference is None else difference._asdict(),
+            }
+        return row
+
+    def _cells(self, arm: Arm, target: Target) -> list[str]:
+        scores = {metric: arm.scores(target, metric) for metric in METRICS}
+        seeds = len(scores[METRICS[0]])
+        means = [_spread([*scores[metric].values()]) for metric in METRICS]
+        if arm.name == self.baseline:
+            differences = ["baseline"] * len(METRICS)
+        else:
+            differences = [_difference(self.difference(arm, target, metric), seeds) for metric in METRICS]
+        ran = [run for run in arm.runs.values() if target in run.scores]
+        iterations = sorted({run.iterations for run in ran if run.iterations is not None})
+        # One number, unless the arm's runs differ in it.
+        told = " to ".join(str(each) for each in dict.fromkeys((*iterations[:1], *iterations[-1:])))
+        seconds = [run.seconds for run in ran if run.seconds is not None]
+        return [
+            arm.name,
+            str(seeds),
+            *means,
+            *differences,
+            told or _ABSENT,
+            f"{fmean(seconds):.0f}" if seconds else _ABSENT,
+        ]
+
+
+def read_comparison(folder: str | Path) -> Comparison | None:
+    """The comparison of a sweep's folder; None where that holds no sweep, or one that compares nothing.
+
+    Args:
+        folder: with the sweep.json that `dan-fast sweep` writes, and a folder for each of its trainings.
+
+    Example:
+        >>> read_comparison("/nowhere")
+    """
+    folder = Path(folder)
+    try:
+        record = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    entries = [each for each in record if each.get("arm")] if isinstance(record, list) else []
+    if not entries:
+        return None
+    read = {(entry["arm"], entry["seed"]): _read_run(folder, entry) for entry in entries}
+    runs = _with_mean({place: run for place, run in read.items() if isinstance(run, ArmRun)})
+    arms = []
+    for name in dict.fromkeys(entry["arm"] for entry in entries):
+        of_arm = [entry for entry in entries if entry["arm"] == name]
+        finished = {entry["seed"]: runs[name, entry["seed"]] for entry in of_arm if (name, entry["seed"]) in runs}
+        missing = {entry["seed"]: str(read[name, entry["seed"]]) for entry in of_arm if entry["seed"] not in finished}
+        arms.append(Arm(name, of_arm[0]["recipe"], finished, missing))
+    return Comparison(folder.resolve().name, entries[0]["baseline"], tuple(arms))
+
+
+def _read_run(folder: Path, entry: Mapping[str, Any]) -> ArmRun | str:
+    """A finished training, or why there is none."""
+    if entry["state"] != FINISHED:
+        return f"{entry['state']}: {entry['sentence']}" if entry["sentence"] else f"{entry['state']}."
+    path = folder / entry["name"] / "results.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        evaluations = [Evaluation.from_dict(each) for each in content["targets"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path} holds no results of this version ({error})."
+    if not evaluations:
+        return "it was tested on nothing; name data.targets in the base."
+    scores = {target_of(each): {metric: each.percentages()[metric] for metric in METRICS} for each in evaluations}
+    return ArmRun(scores, content.get("iterations"), entry["seconds"])
+
+
+def _with_mean(runs: Mapping[tuple[str, int], ArmRun]) -> dict[tuple[str, int], ArmRun]:
+    """The runs with the mean over the targets that all of them were tested on, where there are several."""
+    tested = [run.scores.keys() for run in runs.values()]
+    common = [target for target in (tested[0] if tested else ()) if all(target in each for each in tested)]
+    if len(common) < 2:
+        return dict(runs)
+    return {
+        place: run._replace(
+            scores={
+                **run.scores,
+                MEAN_OF_TARGETS: {metric: fmean(run.scores[target][metric] for target in common) for metric in METRICS},
+            }
+        )
+        for place, run in runs.items()
+    }
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return _ABSENT
+    return f"{fmean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+
+
+def _difference(difference: PairedDifference | None, seeds: int) -> str:
+    if difference is None:
+        return _ABSENT
+    words = f"{difference.mean:+.1f}"
+    if difference.low is not None:
+        words += f" [{difference.low:+.1f}, {difference.high:+.1f}]"
+    paired = len(difference.seeds)
+    return words if paired == seeds else f"{words}, {paired} seed{'s' * (paired > 1)} in both"

@@ -1,0 +1,140 @@
+"""Arms side by side: the paired interval, what is said of few seeds, and what a sweep's folder lacks."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from dan_fast.reporting.arms import MEAN_OF_TARGETS, paired_difference, read_comparison
+
+# By seed, in percent. Differences to plain: 2, 3 and 1; seed 7 and seed 9 have no partner.
+PLAIN = {2: 44.0, 0: 40.0, 1: 48.0, 9: 10.0}
+DAN = {7: 98.0, 0: 42.0, 1: 51.0, 2: 45.0}
+
+
+def words(text: str) -> str:
+    """Without what makes columns of one width."""
+    return re.sub("-{3,}", "---", re.sub(" +", " ", text))
+
+
+def evaluation(dataset: str, mean_precision: float, rank1: float) -> dict:
+    return {
+        **{"dataset": dataset, "protocol": "fixed query and gallery", "cmc": [rank1 / 100] * 10},
+        **{"mAP": mean_precision / 100, "mINP": 0.1, "cmc_std": None, "mAP_std": None, "mINP_std": None},
+        **{"repeats": 1, "num_query": 3, "num_gallery": 4, "num_valid": 3},
+    }
+
+
+def finished(folder: Path, arm: str, seed: int, *targets: dict, **entry) -> dict:
+    name = f"{arm},run.seed={seed}"
+    (folder / name).mkdir(parents=True)
+    (folder / name / "results.json").write_text(json.dumps({"targets": targets, "iterations": 120}))
+    return {"name": name, "arm": arm, "seed": seed, "baseline": "plain", "state": "finished", "sentence": "",
+            "seconds": 60.0, "recipe": f"recipe {arm}", **entry}  # fmt: skip
+
+
+def written(folder: Path, entries: list[dict]) -> Path:
+    (folder / "sweep.json").write_text(json.dumps(entries))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """plain and dan over the seeds above, on two targets; of the second one R1 is the mAP of the first."""
+    entries = []
+    for arm, scores in (("plain", PLAIN), ("dan", DAN)):
+        for seed, score in scores.items():
+            targets = evaluation("street", score, score + 10), evaluation("mall", 20.0, score)
+            entries.append(finished(tmp_path / "ab", arm, seed, *targets, seconds=60.0 + seed))
+    return written(tmp_path / "ab", entries)
+
+
+def test_the_interval_is_that_of_the_paired_differences():
+    found = paired_difference(DAN, PLAIN)
+    # By hand: mean 2, deviation 1, three pairs, and 4.303 is the 97.5 % quantile of Student's t with 2 degrees.
+    assert found.seeds == (0, 1, 2) and found.mean == pytest.approx(2.0)
+    assert found.low == pytest.approx(2 - 4.302653 / math.sqrt(3), abs=1e-5)
+    assert found.high == pytest.approx(2 + 4.302653 / math.sqrt(3), abs=1e-5)
+    theirs = stats.ttest_rel([DAN[seed] for seed in range(3)], [PLAIN[seed] for seed in range(3)])
+    assert (found.low, found.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)))
+    back = paired_difference(PLAIN, DAN)
+    assert (back.mean, back.low, back.high) == pytest.approx((-found.mean, -found.high, -found.low))
+
+
+def test_few_seeds_say_less():
+    assert paired_difference({0: 3.0}, {0: 1.0}) == (2.0, None, None, (0,))
+    assert paired_difference({0: 3.0}, {1: 1.0}) is None
+    low, high = paired_difference({0: 3.0, 1: 2.0}, {0: 1.0, 1: 1.0})[1:3]
+    # Two seeds: one degree of freedom, whose quantile is 12.706.
+    assert (high - low) / 2 == pytest.approx(12.7062 * math.sqrt(0.5) / math.sqrt(2), abs=1e-4)
+
+
+def test_a_sweep_is_compared_by_target_and_over_the_mean_of_them(folder):
+    comparison = read_comparison(folder)
+    assert [target.title for target in comparison.targets] == ["street", "mall", MEAN_OF_TARGETS.title]
+    plain, dan = comparison.arms
+    street, mall, mean = comparison.targets
+    assert dan.scores(street, "mAP") == pytest.approx(DAN) and dan.scores(mall, "R1") == pytest.approx(DAN)
+    assert dan.scores(mean, "mAP") == pytest.approx({seed: (score + 20) / 2 for seed, score in DAN.items()})
+    assert comparison.difference(dan, street, "R1").mean == pytest.approx(2.0)
+    assert comparison.difference(dan, mean, "mAP").mean == pytest.approx(1.0)
+    assert comparison.difference(plain, street, "mAP") is None
+
+    content = json.loads(json.dumps(comparison.to_dict()))
+    row = content["targets"][0]["arms"][1]
+    assert (row["arm"], content["baseline"]) == ("dan", "plain")
+    assert row["mAP"]["by_seed"]["1"] == pytest.approx(51.0)
+    # The sample deviation of 98, 42, 51 and 45.
+    assert (row["mAP"]["mean"], row["mAP"]["std"]) == pytest.approx((59.0, 26.2679), abs=1e-3)
+    assert row["mAP"]["difference"]["seeds"] == [0, 1, 2]
+    assert content["arms"][1]["runs"]["2"] == {"iterations": 120, "seconds": 62.0}
+
+
+def test_the_markdown_can_be_pasted(folder):
+    text = words(read_comparison(folder).markdown())
+    assert "### ab: street (fixed query and gallery)" in text and "### ab: Mean of the targets\n" in text
+    assert "| arm | seeds | mAP (%) | R1 (%) | mAP over plain | R1 over plain | iterations | s a run |" in text
+    assert "| plain | 4 | 35.5 ± 17.3 | 45.5 ± 17.3 | baseline | baseline | 120 | 63 |" in text
+    interval = "+2.0 [-0.5, +4.5], 3 seeds in both"
+    assert f"| dan | 4 | 59.0 ± 26.3 | 69.0 ± 26.3 | {interval} | {interval} | 120 | 62 |" in text
+    assert "- dan: recipe dan." in text and "95 % interval (Student's t)" in text and "One seed" not in text
+
+
+def test_one_seed_has_no_interval_and_says_so(tmp_path):
+    entries = [
+        finished(tmp_path, arm, 0, evaluation("street", score, 50.0)) for arm, score in (("plain", 30.0), ("dan", 31.0))
+    ]
+    text = words(read_comparison(written(tmp_path, entries)).markdown())
+    assert "| dan | 1 | 31.0 | 50.0 | +1.0 | +0.0 |" in text
+    assert "One seed: there is neither a deviation nor an interval" in text and "[" not in text
+    assert MEAN_OF_TARGETS.title not in text, "there is one target"
+
+
+def test_what_is_missing_is_named(tmp_path):
+    street = evaluation("street", 30.0, 50.0)
+    failed = finished(tmp_path, "dan", 1, state="failed", sentence="There is no such thing.")
+    waiting = finished(tmp_path, "paper", 0, street, state="waiting", seconds=None)
+    silent = finished(tmp_path, "paper", 1)
+    broken = finished(tmp_path, "dan", 2)
+    (tmp_path / broken["name"] / "results.json").write_text("{]")
+    entries = [finished(tmp_path, "plain", 0, street), finished(tmp_path, "plain", 1, street),
+               finished(tmp_path, "dan", 0, street), failed, broken, waiting, silent]  # fmt: skip
+    comparison = read_comparison(written(tmp_path, entries))
+    text = words(comparison.markdown())
+    assert "- Missing: dan, seed 1: failed: There is no such thing." in text
+    assert "- Missing: paper, seed 0: waiting." in text
+    assert "- Missing: paper, seed 1: it was tested on nothing" in text
+    assert "- Missing: dan, seed 2: " in text and "holds no results of this version" in text
+    assert "| paper | 0 | – | – | – | – | – | – |" in text
+    assert "| dan | 1 | 30.0 | 50.0 | +0.0 | +0.0 | 120 | 60 |" in text
+    assert comparison.to_dict()["arms"][2]["missing"].keys() == {"0", "1"}
+
+
+def test_other_folders_compare_nothing(tmp_path):
+    assert read_comparison(tmp_path) is None
+    (tmp_path / "sweep.json").write_text("{]")
+    assert read_comparison(tmp_path) is None
+    assert read_comparison(written(tmp_path, [{"name": "meta.eta=1", "state": "finished"}])) is None
