@@ -20,7 +20,7 @@ from dan_fast.reporting.html import Table
 METRICS = ("mAP", "R1")
 CONFIDENCE = 0.95
 FINISHED = "finished"
-MEAN_OF_TARGETS = Target("Mean of the targets", "")
+MEAN_OF_TARGETS = Target("Mean of the unseen targets", "")
 _ABSENT = "–"
 
 
@@ -71,11 +71,13 @@ class ArmRun(NamedTuple):
         scores: for each target the figures in percent, by the names of :data:`METRICS`.
         iterations: of the training; None where it did not say.
         seconds: that it took, evaluation included; None where that is not known.
+        trained_on: titles of the datasets it learnt from, labelled or not.
     """
 
     scores: Mapping[Target, Mapping[str, float]]
     iterations: int | None
     seconds: float | None
+    trained_on: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Comparison:
 
     @property
     def targets(self) -> list[Target]:
-        """What was tested on, in order, and at the end, if there are several that all runs share, their mean."""
+        """What was tested on, in order, and at the end the mean of those that all runs share and none learnt from."""
         found = dict.fromkeys(target for arm in self.arms for run in arm.runs.values() for target in run.scores)
         return sorted(found, key=lambda target: target == MEAN_OF_TARGETS)
 
@@ -271,13 +273,22 @@ def _read_run(folder: Path, entry: Mapping[str, Any]) -> ArmRun | str:
     if not evaluations:
         return "it was tested on nothing; name data.targets in the base."
     scores = {target_of(each): {metric: each.percentages()[metric] for metric in METRICS} for each in evaluations}
-    return ArmRun(scores, content.get("iterations"), entry["seconds"])
+    trained_on = frozenset((*content.get("labeled", ()), *content.get("unlabeled", ())))
+    return ArmRun(scores, content.get("iterations"), entry["seconds"], trained_on)
 
 
 def _with_mean(runs: Mapping[tuple[str, int], ArmRun]) -> dict[tuple[str, int], ArmRun]:
-    """The runs with the mean over the targets that all of them were tested on, where there are several."""
+    """The runs with the mean over the targets that all were tested on and none learnt from, where there are several.
+
+    The test images of a set whose train images were learnt from say little about cameras that were never seen.
+    """
     tested = [run.scores.keys() for run in runs.values()]
-    common = [target for target in (tested[0] if tested else ()) if all(target in each for each in tested)]
+    seen = frozenset().union(*(run.trained_on for run in runs.values()))
+    common = [
+        target
+        for target in (tested[0] if tested else ())
+        if all(target in each for each in tested) and target.title not in seen
+    ]
     if len(common) < 2:
         return dict(runs)
     return {
