@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dan_fast.daml import Competition, Stage, active_groups, attention_wins, meta_gradients
+from dan_fast.daml import Competition, Stage, accuracies_tie, active_groups, attention_wins, meta_gradients
 
 INNER_LR = 0.07
 ETA = 0.6
@@ -201,6 +201,20 @@ def test_a_tie_in_accuracy_goes_to_the_lower_cross_entropy():
     assert attention_wins(sure, unsure, LABELS)
     assert not attention_wins(unsure, sure, LABELS)
     assert attention_wins(sure, sure, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("attention", "adversary", "tie"),
+    [
+        # Equally many right, though not the same ones.
+        ((0, 1, 1, 1), (1, 1, 2, 1), True),
+        ((1, 2, 0, 1), (2, 0, 1, 2), True),
+        ((0, 1, 2, 1), (0, 1, 1, 1), False),
+        ((0, 1, 1, 1), (0, 1, 2, 1), False),
+    ],
+)
+def test_a_tie_is_equal_accuracy_whatever_the_cross_entropy(attention, adversary, tie):
+    assert bool(accuracies_tie(logits(*attention, confidence=5.0), logits(*adversary), LABELS)) == tie
 
 
 def test_the_stall_guard_frees_both_groups_until_attention_wins():

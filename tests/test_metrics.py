@@ -4,8 +4,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
-from dan_fast.training.metrics import Scalars, accuracy, pseudo_label_accuracy, pseudo_label_purity
+from dan_fast.data import TrainingSet, load_dataset
+from dan_fast.training.metrics import (
+    Scalars,
+    accuracy,
+    cleared_a_sample,
+    fed_back_right,
+    logit_norm,
+    pseudo_label_accuracy,
+    pseudo_label_purity,
+)
+from dan_fast.training.objective import spatial_spread
 
 # Six unlabelled images: persons 0, 0, 1, 1, 2 and one unknown; the first three persons' classes are 4, 7 and none.
 TRUTH = SimpleNamespace(true_ids=torch.tensor([0, 0, 1, 1, 2, -1]), true_labels=torch.tensor([4, 4, 7, 7, -1, -1]))
@@ -47,6 +58,69 @@ def test_pseudo_label_accuracy_counts_images_of_labelled_persons_only():
     assert measured([0, 1], [-1, 4]) == (1.0, True)
     assert measured([4, 4], [-1, 1]) == (0.0, False)
     assert measured([], []) == (0.0, False)
+
+
+@pytest.mark.parametrize(
+    ("fed_back", "share"),
+    [
+        # Two of three labelled persons' images carry their class.
+        ([(0, 4), (2, 4), (3, 7)], 2 / 3),
+        # A person without a class cannot be right, and counts; an image of unknown identity does not.
+        ([(0, 4), (4, 5)], 1 / 2),
+        ([(0, 4), (5, 5)], 1.0),
+        ([(4, 5), (4, 0)], 0.0),
+        ([(5, 5)], None),
+        ([], None),
+    ],
+)
+def test_fed_back_images_of_known_persons_are_right_or_wrong(fed_back, share):
+    ids, labels = torch.tensor(fed_back, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    record = SimpleNamespace(fed_back_ids=ids, fed_back_labels=labels)
+    value, counts = fed_back_right(record, TRUTH.true_labels, TRUTH.true_ids)
+    assert value.shape == counts.shape == () and bool(counts) == (share is not None)
+    assert float(value) == pytest.approx(share or 0.0)
+
+
+def test_the_manifest_of_an_unlabelled_set_tells_purity_and_that_nothing_fed_back_is_right(tmp_path):
+    def a_set(name: str, pids: list[int | str]):
+        (tmp_path / name).mkdir()
+        rows = [f"{number}.jpg,{pid},1,train" for number, pid in enumerate(pids)]
+        (tmp_path / name / "manifest.csv").write_text("\n".join(["path,pid,camid,split", *rows]) + "\n")
+        for number, _ in enumerate(pids):
+            Image.new("RGB", (4, 8)).save(tmp_path / name / f"{number}.jpg")
+        return load_dataset(tmp_path / name)
+
+    # The numbers of persons are the same in both: persons of different sets are different all the same.
+    training_set = TrainingSet([a_set("campus", [1, 2])], [a_set("street", [1, 1, 2, ""])])
+    assert training_set.true_labels.tolist() == [-1] * 4 and training_set.true_ids.tolist() == [0, 0, 1, -1]
+    ids, labels = torch.arange(4), torch.tensor([0, 0, 0, 0])
+    assert pseudo_label_purity(ids, labels, training_set) == pytest.approx((0.5 + 0.5 + 0.0) / 3)
+    record = SimpleNamespace(fed_back_ids=ids, fed_back_labels=labels)
+    share, counts = fed_back_right(record, training_set.true_labels, training_set.true_ids)
+    assert float(share) == 0.0 and bool(counts)
+
+
+def test_what_left_the_memory_is_counted_a_sample_written():
+    def measured(cleared, pseudo_labels):
+        record = SimpleNamespace(cleared=torch.tensor(cleared), pseudo_labels=torch.tensor(pseudo_labels).long())
+        value, counts = cleared_a_sample(record)
+        return float(value), bool(counts)
+
+    assert measured(6, [3, -1, 0, 3, 1]) == (1.5, True)  # a skipped sample is not written
+    assert measured(0, [0]) == (0.0, True)
+    assert measured(0, [-1, -1]) == measured(0, []) == (0.0, False)
+
+
+def test_the_logit_norm_is_the_mean_over_samples():
+    assert float(logit_norm(torch.tensor([[3.0, -4.0], [0.0, 0.0], [0.0, 1.0]]))) == 2.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_spread_is_each_images_own(dtype):
+    attention = torch.tensor([[0.5, 0.75, 0.25], [0.5, 0.5, 0.5], [1.0, 0.875, 1.0]], dtype=dtype)
+    spread = spatial_spread(attention)
+    assert spread.dtype == torch.float32 and spread.shape == ()
+    assert float(spread) == pytest.approx((0.5 + 0.0 + 0.125) / 3)
 
 
 def test_a_window_means_what_counts_and_forgets_it(tmp_path):

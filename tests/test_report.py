@@ -23,6 +23,7 @@ from dan_fast.reporting.memories import Slots, layout, neighbours_agree, plot_me
 from dan_fast.reporting.report import report
 from dan_fast.reporting.results import paper_tables, paper_target, result_tables
 from dan_fast.reporting.runs import read_runs
+from dan_fast.reporting.watched import watched_table
 from dan_fast.training import DataConfig, MemoryConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer
 from dan_fast.training.reported import CHOSEN
 
@@ -349,6 +350,27 @@ def test_pictures_show_the_figures_and_captions_say_them(tmp_path, drawn):
     assert "R1 on street (fixed query and gallery): 60.0 at 4000, 30.0 at 9000." in text
     assert "mAP on street (fixed query and gallery): 35.0 at B+CBAM+AAN, 40.0 at B+NL-CBAM+AAN." in text
     assert "p0.5: β from 0.100 to 0.500" in text
+
+
+def test_what_to_watch_is_a_table_of_what_was_logged(tmp_path):
+    old = {"competition/backbone_frozen": [0.0, 0.25], "train/loss/total": [3.0, 2.0]}
+    new = {"competition/ties": [1.0, 0.5, 0.125], "competition/backbone_frozen": [0.5, 0.75],
+           "attention/spatial_spread": [1e-6, 0.0123456], "train/loss/labeled_embedding": [2.0, 1.0]}  # fmt: skip
+    fake_run(tmp_path / "silent", scalars={"train/loss/total": [1.0]})
+    runs = [fake_run(tmp_path / name, scalars=each) for name, each in {"old": old, "new": new}.items()]
+    table = watched_table(read_runs([*runs, tmp_path / "silent"]))
+    assert table.columns == ["what", "old", "new", "what to look for", "scalar"]
+    assert {row[-1]: tuple(row[1:3]) for row in table.rows} == {
+        "competition/ties": ("–", "1 → 0.125"),
+        "competition/backbone_frozen": ("0 → 0.25", "0.5 → 0.75"),
+        "attention/spatial_spread": ("–", "1e-06 → 0.0123"),
+        "train/loss/labeled_embedding": ("–", "2 → 1"),
+    }
+    assert all(row[0] and row[-2] for row in table.rows)
+    text = text_of(report(runs, tmp_path / "page"))
+    assert "What to watch in training" in text and "near 0 the spatial attention is flat and does nothing" in text
+    assert watched_table(read_runs([tmp_path / "silent"])) is None
+    assert "What to watch" not in text_of(report([tmp_path / "silent"], tmp_path / "silent_page"))
 
 
 def test_results_of_other_protocols_are_not_drawn_together(tmp_path, drawn):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,7 +22,8 @@ from dan_fast.data import Split
 from dan_fast.data.synthetic import synthesize
 from dan_fast.errors import DanFastError
 from dan_fast.nn import DAN, ProgressiveAugmentedMemory
-from dan_fast.reporting.curves import read_scalars
+from dan_fast.reference import memory as literal
+from dan_fast.reporting.curves import plot_curves, read_scalars
 from dan_fast.training import (
     DataConfig,
     Interrupted,
@@ -146,6 +148,42 @@ def test_losses_are_equation_1_over_the_samples_they_apply_to():
     assert record.pseudo_labels.tolist() == step.pseudo_labels.tolist()
     assert record.labels.tolist() == [0, 1, 2] and len(record.logits) == 3
     assert record.sample_ids.tolist() == [4, 5, 6]
+    assert record.fed_back_labels.tolist() == [1] and record.fed_back_ids.tolist() == [9]
+    extremes = out.spatial_attention.amax(1) - out.spatial_attention.amin(1)
+    torch.testing.assert_close(record.spatial_spread, extremes.mean())
+    assert not any(value.requires_grad for value in record if isinstance(value, torch.Tensor))
+
+
+def test_cleared_samples_are_those_that_the_reference_drops_or_replaces(monkeypatch):
+    torch.manual_seed(0)
+    model, batch = training_model(), split()
+    model.memory = ProgressiveAugmentedMemory(6, 5, key_dim=3)
+    left = {"dropped": 0, "replaced": 0}
+    drop, write = literal._drop_false_samples, literal._write
+
+    def counting_drop(memory, key, pseudo_label):
+        after, loss = drop(memory, key, pseudo_label)
+        left["dropped"] += int(memory.occupied.sum() - after.occupied.sum())
+        return after, loss
+
+    def counting_write(memory, key, label, sample_id, *rest, **settings):
+        left["replaced"] += int(sample_id >= 0 and memory.occupied[memory.least_used])
+        return write(memory, key, label, sample_id, *rest, **settings)
+
+    monkeypatch.setattr(literal, "_drop_false_samples", counting_drop)
+    monkeypatch.setattr(literal, "_write", counting_write)
+    seen, before = [], {"dropped": 0, "replaced": 0}
+    for _ in range(12):
+        keys = torch.randn(7, 3)
+        monkeypatch.setattr(model.network, "keys", lambda out, keys=keys: keys)
+        states = model.memory.labeled, model.memory.unlabeled
+        gates = [value.detach() for value in model.memory.gate_values()]
+        literal.memory_step(*states, keys[:3], batch.labels[:3], keys[4:], batch.sample_ids[4:], *gates)
+        _, record = model(batch)
+        assert record.cleared.shape == () and int(record.cleared) == sum(left.values()) - sum(before.values())
+        seen.append(int(record.cleared))
+        before = dict(left)
+    assert seen[0] == 0 and max(seen) > 0 and min(left.values()) > 0
 
 
 def test_the_memory_holds_labelled_and_unlabelled_but_no_fed_back_samples():
@@ -221,6 +259,7 @@ def test_without_memory_nothing_of_it_is_in_the_loss():
     model = training_model(memory=False)
     losses, record = model(split())
     assert losses["embedding"] == 0 and record.pseudo_labels.numel() == 0
+    assert record.cleared is None
 
 
 def test_training_runs_to_its_end_and_leaves_a_usable_network(images, tmp_path):
@@ -491,6 +530,41 @@ def test_gates_memory_and_competition_are_logged(images, tmp_path, gates):
         *("train/accuracy/attention", "train/accuracy/adversary", "competition/attention_wins"),
         *("memory/sigma_alpha", "memory/sigma_alpha_unlabeled", "memory/beta", "memory/slots_labeled"),
     } <= names
+
+
+# What to watch in training, and the range that it and the mean over a window cannot leave.
+WATCHED = {
+    "competition/ties": (0, 1),
+    "competition/backbone_frozen": (0, 1),
+    "train/logit_norm/attention": (1e-6, math.inf),
+    "train/logit_norm/adversary": (1e-6, math.inf),
+    "attention/spatial_spread": (0, 1),
+    "memory/slots_unlabeled": (1, 5),
+    "memory/cleared_a_sample": (0, 5),
+    "pseudo/purity": (0, 1),
+    "pseudo/fed_back_right": (0, 0),  # persons of their own
+    "train/loss/labeled_embedding": (0, math.inf),
+}
+
+
+def test_what_to_watch_is_in_the_event_file_and_in_the_picture(images, tmp_path):
+    trainer = Trainer(config(images, tmp_path / "run", loss={"labeled_embedding": 0.5}))
+    assert (trainer.training_set.true_ids >= 0).all() and (trainer.training_set.true_labels == -1).all()
+    trainer.fit()
+    scalars = read_scalars(tmp_path / "run")
+    assert set(WATCHED) <= set(scalars)
+    for tag, (lowest, highest) in WATCHED.items():
+        assert ((scalars[tag][1] >= lowest) & (scalars[tag][1] <= highest)).all(), tag
+    assert max(scalars["train/loss/labeled_embedding"][1]) > 0
+    assert plot_curves(tmp_path / "run", tmp_path / "curves.png").is_file()
+
+
+def test_one_branch_has_one_logit_norm_and_no_ties_and_no_attention_no_spread(images, tmp_path):
+    model = {"attention": "none", "adversary": False}
+    Trainer(config(images, tmp_path / "run", optimizer={"epochs": 1}, model=model)).fit()
+    names = set(read_scalars(tmp_path / "run"))
+    assert "train/logit_norm/attention" in names
+    assert not names & {"train/logit_norm/adversary", "competition/ties", "attention/spatial_spread"}
 
 
 def test_resuming_keeps_the_scalars_of_iterations_that_are_done(tmp_path):

@@ -136,8 +136,8 @@ def poisoned(dan: DANIteration, monkeypatch: pytest.MonkeyPatch, field: str, cal
     calls = iter(range(9))
     forward = dan.trainer.model.network.forward
 
-    def spoilt(images: Tensor, labels: Tensor):
-        out = forward(images, labels)
+    def spoilt(*arguments):
+        out = forward(*arguments)
         if next(calls) != call:
             return out
         value = getattr(out, field).clone()

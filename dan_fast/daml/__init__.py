@@ -1,6 +1,14 @@
 """Data assimilation meta-learning, Sec. III-D: meta gradients, the competition and the piecewise groups."""
 
-from dan_fast.daml.competition import Competition, Stage, active_groups, attention_wins
+from dan_fast.daml.competition import Competition, Stage, accuracies_tie, active_groups, attention_wins
 from dan_fast.daml.meta import MetaGradients, meta_gradients
 
-__all__ = ["Competition", "MetaGradients", "Stage", "active_groups", "attention_wins", "meta_gradients"]
+__all__ = [
+    "Competition",
+    "MetaGradients",
+    "Stage",
+    "accuracies_tie",
+    "active_groups",
+    "attention_wins",
+    "meta_gradients",
+]

@@ -73,9 +73,29 @@ def attention_wins(attention_logits: Tensor, adversary_logits: Tensor, labels: T
         labels: (n,) int64.
     """
     attention_logits, adversary_logits = attention_logits.detach(), adversary_logits.detach()
-    correct = (attention_logits.argmax(1) == labels).sum() - (adversary_logits.argmax(1) == labels).sum()
+    lead = _lead(attention_logits, adversary_logits, labels)
     closer = F.cross_entropy(attention_logits.float(), labels) <= F.cross_entropy(adversary_logits.float(), labels)
-    return (correct > 0) | ((correct == 0) & closer)
+    return (lead > 0) | ((lead == 0) & closer)
+
+
+def accuracies_tie(attention_logits: Tensor, adversary_logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether both branches classify equally many samples rightly, () bool: what `attention_wins` breaks.
+
+    Args:
+        attention_logits, adversary_logits, labels: as there.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
+        >>> accuracies_tie(logits, -logits, torch.tensor([0, 1]))
+        tensor(True)
+    """
+    return _lead(attention_logits.detach(), adversary_logits.detach(), labels) == 0
+
+
+def _lead(attention_logits: Tensor, adversary_logits: Tensor, labels: Tensor) -> Tensor:
+    """How many more samples the attention branch classifies rightly, () int64."""
+    return (attention_logits.argmax(1) == labels).sum() - (adversary_logits.argmax(1) == labels).sum()
 
 
 def active_groups(

@@ -25,17 +25,22 @@ _TOGETHER = {
     "competition/attention_wins": "competition",
     "competition/backbone_frozen": "competition",
     "competition/both_updated": "competition",
+    "competition/ties": "competition",
     "pseudo/accuracy": "pseudo",
     "pseudo/purity": "pseudo",
+    "pseudo/fed_back_right": "pseudo",
 }
 _TITLES = {
     "train/loss": "Losses on S",
     "test/loss": "Losses on S~",
     "train/accuracy": "Accuracy of the two branches",
+    "train/logit_norm": "Logit norms on S",
     "competition": "Competition: share of iterations",
+    "attention/spatial_spread": "Spread of A_S: max - min",
     "memory/gates": "Memory gates",
     "memory/slots": "Memory slots in use",
-    "pseudo": "Pseudo labels",
+    "memory/cleared_a_sample": "Samples that leave M′ for each written",
+    "pseudo": "Pseudo labels: shares",
     "train/step_size": "Step size",
 }
 _MOST_LINES = len(COLOURS)

@@ -23,6 +23,7 @@ from dan_fast.reporting.html import Figure, Table, write_report
 from dan_fast.reporting.results import contradictions_table, paper_tables, result_tables
 from dan_fast.reporting.run_figures import Missing, no_scalars, run_figures
 from dan_fast.reporting.runs import Run, read_runs
+from dan_fast.reporting.watched import watched_table
 
 
 def report(
@@ -68,6 +69,9 @@ def report(
     compared = [comparison for folder in sweeps if (comparison := read_comparison(folder)) is not None]
     tables = [table for comparison in compared for table in comparison.tables()]
     tables += [_overview(found), *result_tables(found), *paper_tables(found)]
+    watched = watched_table(found)
+    if watched is not None:
+        tables.append(watched)
     if missing:
         rows = [list(each) for each in missing]
         tables.append(Table("Not on this page", ["run", "what", "why, and what to do"], rows))

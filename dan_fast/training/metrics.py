@@ -87,6 +87,11 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(1) == labels).float().mean()
 
 
+def logit_norm(logits: Tensor) -> Tensor:
+    """The mean Euclidean norm of logits (n, c) over the n samples, () float."""
+    return torch.linalg.vector_norm(logits, dim=1).mean()
+
+
 def pseudo_label_accuracy(record: PassRecord, true_labels: Tensor) -> tuple[Tensor, Tensor]:
     """The share of right pseudo labels among unlabelled images of labelled persons.
 
@@ -101,6 +106,41 @@ def pseudo_label_accuracy(record: PassRecord, true_labels: Tensor) -> tuple[Tens
     known = (truth >= 0) & (record.pseudo_labels >= 0)
     right = known & (record.pseudo_labels == truth)
     return right.sum() / known.sum().clamp(min=1), known.any()
+
+
+def fed_back_right(record: PassRecord, true_labels: Tensor, true_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The share of right pseudo labels among fed-back images whose true identity is known.
+
+    The pseudo label of a person without labelled images is always wrong: all of them in unlabelled sets with persons
+    of their own.
+
+    Args:
+        record: of a pass; its device is not waited for.
+        true_labels, true_ids: as in `TrainingSet`, on that device.
+
+    Returns:
+        () float32, the share, and () bool, whether there are such images; without them the share is 0.
+    """
+    known = true_ids[record.fed_back_ids] >= 0
+    right = known & (true_labels[record.fed_back_ids] == record.fed_back_labels)
+    return right.sum() / known.sum().clamp(min=1), known.any()
+
+
+def cleared_a_sample(record: PassRecord) -> tuple[Tensor, Tensor]:
+    """How many samples left M' for each unlabelled one that was written to it.
+
+    Exact: what M' held before the pass and what was written, less what it holds after. A sample leaves as a false one,
+    Eq. (14), or because its slot was the least used, Eq. (9); it counts also if the pass itself had written it. As
+    every write fills one slot, 1 means that the slots in use stay as many, more that they get fewer.
+
+    Args:
+        record: of a pass with a memory; its device is not waited for.
+
+    Returns:
+        () float32 and () bool, whether any sample was written; without one the number is 0.
+    """
+    written = (record.pseudo_labels >= 0).sum()
+    return record.cleared / written.clamp(min=1), written > 0
 
 
 def pseudo_label_purity(sample_ids: Tensor, labels: Tensor, training_set: TrainingSet) -> float | None:

@@ -24,6 +24,10 @@ class PassRecord(NamedTuple):
         pseudo_labels, sample_ids: (B',) int64, of the unlabelled samples; empty without a memory.
         gates: () raw alpha and alpha', and beta; None without a memory.
         fault: () integer on the device, 0 if all was well: what `require_sound` takes, read from the device.
+        fed_back_labels, fed_back_ids: (num_fed_back,) int64, pseudo label and sample id of each fed-back sample.
+        spatial_spread: () float32, the mean over all images of max - min of A_S; None without an attention.
+        cleared: () int64, how many samples left M' while those of the pass were written: false samples of Eq. (14)
+            and those replaced in the least-used slot, Eq. (9); None without a memory.
     """
 
     logits: Tensor
@@ -33,6 +37,10 @@ class PassRecord(NamedTuple):
     sample_ids: Tensor
     gates: tuple[Tensor, Tensor, Tensor] | None
     fault: Tensor
+    fed_back_labels: Tensor
+    fed_back_ids: Tensor
+    spatial_spread: Tensor | None
+    cleared: Tensor | None
 
 
 class DivergedError(ArithmeticError):
@@ -134,7 +142,7 @@ class TrainingModel(nn.Module):
             negative_entropies = torch.stack([_negative_entropy(branch[known:]) for branch in branches])
             regularizer = self.weights.regularizer * negative_entropies.mean()
 
-        embedding, labeled_embedding, gates = zero, zero, None
+        embedding, labeled_embedding, gates, cleared = zero, zero, None, None
         pseudo_labels = split.sample_ids.new_empty(0)
         if self.memory is not None:
             # A memory refuses keys that are not finite, so it stays as it is if any feature is not, and nobody waits.
@@ -146,6 +154,7 @@ class TrainingModel(nn.Module):
                     keys[:labeled], split.labels[:labeled], state.features, state.labels, self.temperature
                 )
                 labeled_embedding = self.weights.labeled_embedding * terms.mean()
+            occupied_before = self.memory.occupied_slots()[1]
             try:
                 step = self.memory(
                     keys[:labeled],
@@ -165,6 +174,8 @@ class TrainingModel(nn.Module):
             if known < len(split.labels):
                 embedding = self.weights.embedding * (step.loss.float() - self.weights.confidence_prior * beta.log())
             pseudo_labels = step.pseudo_labels
+            # Each sample that is not skipped fills one slot, so what M' does not hold in addition has left it.
+            cleared = occupied_before + (pseudo_labels >= 0).sum() - self.memory.occupied_slots()[1]
             gates = alpha.detach(), alpha_unlabeled.detach(), beta.detach()
 
         losses = {
@@ -183,8 +194,18 @@ class TrainingModel(nn.Module):
             split.sample_ids[known:],
             gates,
             fault,
+            split.labels[labeled:known],
+            split.sample_ids[labeled:known],
+            None if self.network.attention.variant == "none" else spatial_spread(out.spatial_attention),
+            cleared,
         )
         return losses, record
+
+
+def spatial_spread(spatial_attention: Tensor) -> Tensor:
+    """How far A_S (B, HW) is from flat: the mean over the images of its max - min, () float32, detached."""
+    lowest, highest = torch.aminmax(spatial_attention.detach().float(), dim=1)
+    return (highest - lowest).mean()
 
 
 def _negative_entropy(logits: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from dan_fast.daml import Competition, Stage, active_groups, attention_wins, meta_gradients
+from dan_fast.daml import Competition, Stage, accuracies_tie, active_groups, attention_wins, meta_gradients
 from dan_fast.daml.meta import attention_that_serves
 from dan_fast.data import BatchPlanner, ImageCache, MiniBatch, Split, TrainingSet, training_loader
 from dan_fast.errors import DanFastError
@@ -20,7 +20,15 @@ from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.config import TrainConfig, require_same_training
 from dan_fast.training.display import Display
 from dan_fast.training.interrupt import Interrupted, StopRequest
-from dan_fast.training.metrics import Scalars, accuracy, pseudo_label_accuracy, pseudo_label_purity
+from dan_fast.training.metrics import (
+    Scalars,
+    accuracy,
+    cleared_a_sample,
+    fed_back_right,
+    logit_norm,
+    pseudo_label_accuracy,
+    pseudo_label_purity,
+)
 from dan_fast.training.objective import DivergedError, Objective, PassRecord, TrainingModel, all_finite, require_sound
 from dan_fast.training.reported import EpochChoice, describe, epoch_of, say, write_results
 from dan_fast.training.schedule import step_size
@@ -86,6 +94,7 @@ class Trainer:
         self.model = TrainingModel(network, memory, config.loss, half, config.memory.temperature, lending)
         self.model.to(self.device, memory_format=torch.channels_last)
         self.true_labels = self.training_set.true_labels.to(self.device)
+        self.true_ids = self.training_set.true_ids.to(self.device)
         self.objective = Objective(self.model)
         self.planner = BatchPlanner(
             self.training_set.labels,
@@ -248,6 +257,9 @@ class Trainer:
         self._log_pass("train", train_losses, record, scalars)
         scalars.add("train/accuracy/attention", accuracy(record.logits, record.labels))
         scalars.add("train/accuracy/adversary", accuracy(record.adversary_logits, record.labels))
+        scalars.add("train/logit_norm/attention", logit_norm(record.logits))
+        if self.model.network.adversary:
+            scalars.add("train/logit_norm/adversary", logit_norm(record.adversary_logits))
         if batch.meta_test is None:
             values = torch.autograd.grad(train_losses["total"], [*params.values()], materialize_grads=True)
             _require_sound([record], values)
@@ -263,6 +275,8 @@ class Trainer:
                 unread = []
                 stage = self.competition.decide(bool(attention_won))
                 self._log_stage(stage, scalars)
+                tie = accuracies_tie(record.logits, record.adversary_logits, record.labels)
+                scalars.add("competition/ties", tie)
             groups = self._groups(stage)
         result = meta_gradients(
             self.objective,
@@ -320,7 +334,12 @@ class Trainer:
             scalars.add("memory/sigma_alpha", alpha.sigmoid())
             scalars.add("memory/sigma_alpha_unlabeled", alpha_unlabeled.sigmoid())
             scalars.add("memory/beta", beta)
+            scalars.add("memory/cleared_a_sample", *cleared_a_sample(record))
+        if record.spatial_spread is not None:
+            scalars.add("attention/spatial_spread", record.spatial_spread)
         scalars.add("pseudo/accuracy", *pseudo_label_accuracy(record, self.true_labels))
+        if len(record.fed_back_ids):
+            scalars.add("pseudo/fed_back_right", *fed_back_right(record, self.true_labels, self.true_ids))
 
     def _log_memory(self, scalars: Scalars) -> None:
         memory = self.model.memory
