@@ -1,4 +1,4 @@
-"""The command line: `dan-fast COMMAND --help` explains every setting with the paper's default."""
+"""The command line: `dan-fast COMMAND --help` explains every setting, with its default and the paper's."""
 
 import argparse
 import json

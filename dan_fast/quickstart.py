@@ -31,7 +31,9 @@ def quickstart(
     workers: NonNegativeInt = 0,
     recipe: str = DEFAULT_RECIPE,
 ) -> None:
-    """Train a small ResNet-18 on two labelled synthetic domains and an unlabelled one; test it on an unseen one.
+    """Train a small ResNet-18 on synthetic domains and test it on an unseen one.
+
+    Two domains are labelled; a third one is unlabelled, for recipes that have a use for it.
 
     An interrupted quickstart continues when it is started again.
 
@@ -104,11 +106,12 @@ def quickstart(
         note = "Spatial attention A_S; its colours span each image's own range, written above."
         figures.append(Figure("Attention", folder / "attention.png", note))
     words = config.recipe_words or "no recipe"
+    unlabeled = f" and {', '.join(UNLABELED)} (unlabelled)" if config.data.unlabeled_share > 0 else ""
     page = write_report(
         folder,
         "dan_fast quickstart",
         f"A ResNet-18 trained from scratch for {epochs} epochs on the synthetic domains {' and '.join(LABELED)} "
-        f"(labelled) and {', '.join(UNLABELED)} (unlabelled), tested on {UNSEEN}; {words}.",
+        f"(labelled){unlabeled}, tested on {UNSEEN}; {words}.",
         [Table(title, columns, rows, "In percent: CMC at ranks 1, 5 and 10, mAP and mINP.")],
         figures,
     )
@@ -132,7 +135,7 @@ def _config(folder: Path, epochs: int, seed: int, workers: int, recipe: str) -> 
         optimizer={"epochs": epochs, "lr_scale": 30.0},
         run={"out": str(run), "resume": (run / "checkpoint.pt").exists(), "seed": seed},
     )
-    # A few hundred iterations are few for pseudo labels to become good: labelled images lead.
+    # Where images are fed back at all, a few hundred iterations are few for pseudo labels to become good.
     config.data.feedback_fraction = min(config.data.feedback_fraction, 0.25)
     # A long guard seldom acts in so short a run, and a backbone frozen half the time learns little. A recipe without
     # a guard is left without one.

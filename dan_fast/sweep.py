@@ -210,7 +210,9 @@ def _threads_of_each(parallel: int) -> int | None:
     """An equal share of the cores that this process may use; None leaves a training that runs alone its own choice."""
     if parallel == 1:
         return None
-    return max(1, len(os.sched_getaffinity(0)) // parallel)
+    # Not every system tells a process its cores.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // parallel)
 
 
 def _tell(comparison: Comparison, out: Path, console: Console) -> None:

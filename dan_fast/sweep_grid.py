@@ -21,7 +21,7 @@ from dan_fast.training import TrainConfig
 from dan_fast.training.recipes import DEFAULT_RECIPE, over, recipe_of, recipe_settings
 
 GRIDS = ("fig6", "fig7", "fig8", "table9", "recipes")
-_KEYS = ("base", "grids", "arms", "seeds", "baseline")
+_KEYS = ("base", "recipe", "grids", "arms", "seeds", "baseline")
 _LONGEST_NAME = 120
 # What is also a folder's name, and stays readable beside ",run.seed=0".
 _ARM_NAME = re.compile(r"[A-Za-z0-9][\w.+=,-]{0,79}")
@@ -61,13 +61,15 @@ def plan_sweep(
     reads it: the settings themselves or a path, relative to the grid's.
 
     With `seeds`, a list, each training is run once a seed, all of the first seed before those of the next. `baseline`
-    names the arm, or the combination, that all others are compared with; without it that is the first one.
+    names the arm, or the combination, that all others are compared with; without it that is the first one. `recipe`
+    is that of the trainings whose own settings and base name none.
 
     Args:
         grid: path of a grid, or the name of one of those shipped: fig6, fig7, fig8, table9 or recipes.
         base: path of a configuration, in place of the grid's own.
         out: folder of the sweep; each training has a folder in it.
-        recipe: of all trainings but those whose own settings name one; None for the base's, or else the default one.
+        recipe: of all trainings but those whose own settings name one; None for the base's, or else the grid's, or else
+            the default one.
 
     Raises:
         DanFastError: a file is missing or of another form, a setting or recipe does not exist, a setting does not take
@@ -85,7 +87,7 @@ def plan_sweep(
     if isinstance(start, str):
         path = Path(start) if base is not None else place.parent / start
         start = _read_mapping(path, "a configuration of a training")
-    start = {**start, "recipe": recipe or recipe_of(start) or DEFAULT_RECIPE}
+    start = {**start, "recipe": recipe or recipe_of(start) or content.get("recipe", DEFAULT_RECIPE)}
     named = "arms" in content
     arms = _arms(content, place) if named else _arms_of_grids(content.get("grids"), place)
     seeds = _seeds(content, arms, place)
@@ -152,7 +154,7 @@ def _read_grid(grid: str | Path) -> tuple[dict[str, Any], Path]:
     if unknown:
         raise DanFastError(
             f"{place} has {unknown[0]!r}; a grid has a list `grids` or a mapping `arms` and, if it wants, `base`, "
-            "`seeds` and `baseline`."
+            "`recipe`, `seeds` and `baseline`."
         )
     if "grids" in content and "arms" in content:
         raise DanFastError(
@@ -217,7 +219,7 @@ def _seeds(content: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]], pl
 
 def _baseline(content: Mapping[str, Any], arms: Mapping[str, Any], place: Path) -> str:
     baseline = content.get("baseline", next(iter(arms)))
-    if baseline not in arms:
+    if not isinstance(baseline, str) or baseline not in arms:
         raise DanFastError(f"The baseline {baseline!r} of {place} is none of its arms: name one of {', '.join(arms)}.")
     return baseline
 

@@ -20,7 +20,7 @@ run() {
   shift
   local resume=false
   if [ -e "$out/$name/checkpoint.pt" ]; then resume=true; fi
-  dan-fast train --data.labeled "$labeled" --run.out "$out/$name" --run.resume "$resume" "$@"
+  dan-fast train --data.labeled "$labeled" --run.out "$out/$name" --run.resume "$resume" --recipe paper "$@"
   dan-fast evaluate --checkpoint "$out/$name/checkpoint.pt" --targets "[$unlabeled, $labeled]" --baselines true \
     --out "$out/$name.json"
 }

@@ -150,3 +150,9 @@ def test_the_mean_leaves_out_what_a_run_learnt_from(folder):
     means = dan.scores(MEAN_OF_TARGETS, "mAP")
     assert means[0] == pytest.approx((42.0 + 20.0) / 2)
     assert [target.title for target in comparison.targets] == ["street", "mall", "campus", MEAN_OF_TARGETS.title]
+
+
+@pytest.mark.parametrize("content", ["[]", '["x"]', '[{"arm": "plain"}]', "{}", "no JSON"])
+def test_what_is_no_record_of_a_sweep_compares_nothing(tmp_path, content):
+    (tmp_path / "sweep.json").write_text(content)
+    assert read_comparison(tmp_path) is None

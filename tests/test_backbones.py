@@ -195,7 +195,7 @@ def test_without_timm(monkeypatch: pytest.MonkeyPatch):
     assert build_backbone("resnet18").out_channels == 512
 
 
-def test_an_unknown_backbone_hears_of_timm():
+def test_an_unknown_backbone_is_told_of_timm():
     with pytest.raises(DanFastError, match="choose one of resnet18, .*resnet101, or timm:NAME for a model of timm"):
         build_backbone("mobilenet")
 
@@ -273,7 +273,7 @@ def test_a_pass_is_computed_again_with_the_weights_it_was_made_with():
 
 
 def test_a_model_without_gradient_checkpointing():
-    with pytest.raises(DanFastError, match="timm:dla46x_c knows no gradient checkpointing; set model.gradient"):
+    with pytest.raises(DanFastError, match="timm:dla46x_c has no gradient checkpointing; set model.gradient"):
         build_backbone("timm:dla46x_c", image_size=SIZE, gradient_checkpointing=True)
     with pytest.raises(ValueError, match="gradient_checkpointing serves a backbone given by name"):
         DAN(3, build_backbone("timm:test_resnet", image_size=SIZE), SIZE, gradient_checkpointing=True)

@@ -1,12 +1,15 @@
 """What departs from the paper in training: L_lde of labelled images, lent styles, L_aad's reach, the feature tested."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from dan_fast.data import MiniBatch, training_loader
 from dan_fast.data.synthetic import synthesize
+from dan_fast.errors import DanFastError
 from dan_fast.functional import discriminative_loss
 from dan_fast.nn import DAN, ProgressiveAugmentedMemory
 from dan_fast.reporting.curves import read_scalars
@@ -130,4 +133,54 @@ def test_the_feature_that_is_tested():
 def test_gates_start_where_they_are_told():
     memory = build_memory(MemoryConfig(labeled_slots=2, unlabeled_slots=2, initial_alpha=-4.0), key_dim=3)
     assert (memory.alpha.item(), memory.alpha_unlabeled.item()) == (-4.0, -4.0)
-    assert build_memory(MemoryConfig(gates="features", initial_alpha=-4.0), key_dim=3).alpha is None
+    assert build_memory(MemoryConfig(gates="features"), key_dim=3).alpha is None
+
+
+def test_unlabelled_images_that_a_recipe_leaves_aside_are_named(images, tmp_path, capsys):
+    for share, said in ((0.0, True), (1.0, False)):
+        out = tmp_path / f"share {share}"
+        settings = {"data": {"unlabeled_share": share}, "optimizer": {"epochs": 1}}
+        Trainer(config(images, out, **settings)).fit()
+        assert ("mall is left aside, because data.unlabeled_share is 0" in capsys.readouterr().out) is said
+        assert json.loads((out / "results.json").read_text())["unlabeled"] == ([] if said else ["mall"])
+
+
+def test_a_classifier_that_no_loss_reaches_is_frozen_too(images, tmp_path, monkeypatch):
+    settings = {"loss": {"adversary_reach": "attention"}, "meta": {"procedure": "daml3", "stall_guard": 0}}
+    trainer = Trainer(config(images, tmp_path / "run", **settings))
+    classifier = trainer.model.network.classifier.weight
+    # An iteration that moves it, so that it has momentum; then one that the adversary wins.
+    monkeypatch.setattr("dan_fast.training.trainer.attention_wins", lambda *_: torch.tensor(True))
+    batches = planned(trainer)
+    trainer.train_iteration(batches[0], Ignored())
+    before = classifier.detach().clone()
+    monkeypatch.setattr("dan_fast.training.trainer.attention_wins", lambda *_: torch.tensor(False))
+    attention = trainer.model.network.attention.wc1.detach().clone()
+    trainer.train_iteration(batches[1], Ignored())
+    assert torch.equal(classifier, before)
+    assert not torch.equal(trainer.model.network.attention.wc1, attention)
+
+
+def test_gates_that_nothing_trains_do_not_decay(images, tmp_path):
+    settings = {
+        "loss": {"labeled_embedding": 1.0, "embedding": 0.0},
+        "memory": {"initial_alpha": -4.0, "temperature": 0.1},
+        "meta": {"procedure": "daml2"},
+    }
+    trainer = Trainer(config(images, tmp_path / "run", **settings))
+    trainer.fit()
+    assert trainer.model.memory.alpha.item() == -4.0
+    with pytest.raises(DanFastError, match="memory.initial_alpha -4.0 is for gates that are parameters"):
+        build_memory(MemoryConfig(gates="features", initial_alpha=-4.0), key_dim=3)
+
+
+class Ignored:
+    """Takes scalars and forgets them."""
+
+    def add(self, name: str, value: object, counts: object = True) -> None:
+        pass
+
+
+def planned(trainer: Trainer) -> list[MiniBatch]:
+    plans = trainer.planner.plan_epoch(0)
+    return list(training_loader(trainer.training_set, plans, IMAGE_SIZE))

@@ -179,8 +179,10 @@ def test_gradients_of_second_order_meet_no_obstacle():
 
 
 def test_who_cannot_mix_says_so():
-    with pytest.raises(DanFastError, match="Styles are mixed in the early maps of a convolutional network"):
-        DAN(5, "timm:test_vit", (64, 32), style_mixing=True)
+    # A ViT; stages that timm names and the model has not; a stage whose map is added to that of a whole batch.
+    for name in ("timm:test_vit", "timm:hrnet_w18_small", "timm:legacy_xception"):
+        with pytest.raises(DanFastError, match="Styles are mixed in the early maps of a convolutional network"):
+            DAN(5, name, (64, 32), style_mixing=True)
     with pytest.raises(DanFastError, match="set model.gradient_checkpointing to false"):
         tiny(gradient_checkpointing=True)
     with pytest.raises(ValueError, match="style_mixing serves a backbone given by name"):

@@ -103,7 +103,7 @@ def active_groups(
     backbone: Sequence[str],
     attention: Sequence[str],
     memory: Sequence[str],
-    cam_weight: str,
+    cam_weight: str | None,
 ) -> dict[str, tuple[list[str], str]]:
     """The groups of `meta_gradients` for one iteration (Sec. III-A and III-D).
 
@@ -113,14 +113,14 @@ def active_groups(
         attention: names of NL-CBAM's weights in Ga; loss "adversary", that is l1 L_aad.
         memory: names of Gm; loss "embedding", that is l2 L_lde. May be empty.
         cam_weight: the classifier's weight, which CAM uses. It joins Ga while Gb is frozen; else it is
-            trained by L_total, which contains l1 L_aad.
+            trained by L_total, which contains l1 L_aad. None: L_aad does not reach it, and it stays frozen too.
     """
     # The backbone comes last: the last backward pass of a graph frees what the forward pass kept.
     groups: dict[str, tuple[list[str], str]] = {}
     if memory:
         groups["memory"] = (list(memory), "embedding")
     if stage is Stage.ADVERSARY:
-        groups["attention"] = ([*attention, cam_weight], "adversary")
+        groups["attention"] = ([*attention, *([] if cam_weight is None else [cam_weight])], "adversary")
     elif stage is Stage.BOTH:
         groups["attention"] = (list(attention), "adversary")
     if stage is not Stage.ADVERSARY:

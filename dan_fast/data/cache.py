@@ -164,7 +164,7 @@ class ImageCache:
 
     def _open(self, names: list[str]) -> _Opened:
         made = [_FORMAT, self.image_size, names]
-        # Left out where it is what it always was before there was a choice: those files are still good.
+        # Bilinear is left out: so the key of a cache that names no interpolation is that of a bilinear one.
         if self.interpolation != "bilinear":
             made.append(self.interpolation)
         key = digest(repr(tuple(made)).encode()).hex()

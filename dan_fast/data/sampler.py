@@ -59,7 +59,7 @@ class BatchPlanner:
         unlabeled_fraction: unlabelled share of S and of S~, in [0, 1); a labelled place remains in each.
         feedback_fraction: largest share of S~'s labelled places for fed-back samples, in [0, 1].
         iterations: batches of an epoch; 0: as many as the labelled images fill. With fewer an epoch leaves some out,
-            others each time.
+            drawn anew each time.
         split: False puts the items of both halves into `meta_train`, for training without meta-test (DAML1).
         seed: seed of everything random here.
 

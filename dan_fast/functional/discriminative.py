@@ -1,4 +1,4 @@
-"""L_lde for samples of known identity, a whole batch at once: one product of keys and slots is all it costs."""
+"""L_lde for samples of known identity, a whole batch at once, by one product of keys and slots."""
 
 import torch
 import torch.nn.functional as F

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dan_fast.nn.attention import NLCBAM
 from dan_fast.nn.backbone import build_backbone
-from dan_fast.nn.styles import StyleMixing, early_stages
+from dan_fast.nn.styles import style_mixing_of
 from dan_fast.preprocessing import IMAGENET, Preprocessing
 from dan_fast.reference.types import AttentionHeadOutput
 
@@ -120,7 +120,7 @@ class DAN(nn.Module):
         self.map_size = (height, width)
         self.key_dim = channels - GATES
         self.attention = NLCBAM(channels, height * width, reduction, attention)
-        self.styles = StyleMixing(early_stages(self.backbone)) if style_mixing else None
+        self.styles = style_mixing_of(self.backbone, self.image_size) if style_mixing else None
         self.adversary = adversary
         self.adversary_reach = adversary_reach
         self.feature = feature

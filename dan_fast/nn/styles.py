@@ -58,30 +58,57 @@ class StyleMixing:
         else:
             partners = torch.randperm(count, device=device)
         concentration = torch.full((count,), _CONCENTRATION, device=device)
-        share = torch.distributions.Beta(concentration, concentration).sample()
+        share = torch.distributions.Beta(concentration, concentration, validate_args=False).sample()
         left_alone = (torch.rand(count, device=device) >= _PROBABILITY) | (torch.arange(count, device=device) >= takers)
         mixed = mix_styles(features, partners, share.masked_fill(left_alone, 1.0))
         return mixed[:takers] if stage is self._last else mixed
 
 
-def early_stages(backbone: nn.Module) -> list[nn.Module]:
-    """The first two stages of a convolutional backbone, after which styles are mixed.
+def style_mixing_of(backbone: nn.Module, image_size: tuple[int, int]) -> StyleMixing:
+    """Style mixing after the first two stages of a convolutional backbone, tried on images of zeros.
 
     Raises:
         DanFastError: a backbone that recomputes its maps, whose draws would not be the same twice, or one that is no
-            ResNet and no convolutional model of timm.
+            ResNet and no convolutional model of timm, or whose stages are no maps of whole batches.
     """
     if getattr(backbone, "gradient_checkpointing", False):
         raise DanFastError(
             "Styles cannot be mixed where maps are computed again: set model.gradient_checkpointing to false or "
             "model.style_mixing to none."
         )
+    stages = _early_stages(backbone)
+    if not stages:
+        raise _cannot_mix()
+    mixing = StyleMixing(stages)
+    modes = {module: module.training for module in backbone.modules()}
+    backbone.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), mixing.within(lenders=1):
+            rows = backbone(torch.zeros(3, 3, *image_size)).shape[0]
+    # The map of a stage may be a list, too small, or one of several branches that are added up again.
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise _cannot_mix() from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if rows != 2:
+        raise _cannot_mix()
+    return mixing
+
+
+def _early_stages(backbone: nn.Module) -> list[nn.Module]:
+    """The first two stages, as far as the backbone says which they are."""
     if isinstance(backbone, ResNetMap):
         return [backbone.layer1, backbone.layer2]
     stages = getattr(backbone.model, "feature_info", None) if isinstance(backbone, TimmMap) else None
     if not isinstance(stages, list) or backbone.grid is not None or backbone.channels_last or len(stages) < _STAGES:
-        raise DanFastError(
-            "Styles are mixed in the early maps of a convolutional network, which this backbone has not: choose a "
-            "ResNet or a convolutional model of timm, or set model.style_mixing to none."
-        )
-    return [backbone.model.get_submodule(stage["module"]) for stage in stages[:_STAGES]]
+        return []
+    named = dict(backbone.model.named_modules())
+    return [named[stage["module"]] for stage in stages[:_STAGES] if stage.get("module") in named]
+
+
+def _cannot_mix() -> DanFastError:
+    return DanFastError(
+        "Styles are mixed in the early maps of a convolutional network, which this backbone does not give: choose a "
+        "ResNet or another convolutional model of timm, or set model.style_mixing to none."
+    )

@@ -22,6 +22,7 @@ CONFIDENCE = 0.95
 FINISHED = "finished"
 MEAN_OF_TARGETS = Target("Mean of the unseen targets", "")
 _ABSENT = "–"
+_ENTRY = {"name", "arm", "seed", "baseline", "recipe", "state", "sentence", "seconds"}
 
 
 class PairedDifference(NamedTuple):
@@ -246,8 +247,11 @@ def read_comparison(folder: str | Path) -> Comparison | None:
         record = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    entries = [each for each in record if each.get("arm")] if isinstance(record, list) else []
-    if not entries:
+    entries = (
+        [each for each in record if isinstance(each, dict) and each.get("arm")] if isinstance(record, list) else []
+    )
+    # Older versions write no arms; whatever else lacks a field is no record of a sweep.
+    if not entries or any(_ENTRY - each.keys() for each in entries):
         return None
     read = {(entry["arm"], entry["seed"]): _read_run(folder, entry) for entry in entries}
     runs = _with_mean({place: run for place, run in read.items() if isinstance(run, ArmRun)})

@@ -66,8 +66,8 @@ def report(
     for number, run in enumerate(found, 1):
         figures += run_figures(run, out, f"{number:02d}", images, seed, missing)
     sweeps = dict.fromkeys(run.folder.resolve().parent for run in found)
-    compared = [comparison for folder in sweeps if (comparison := read_comparison(folder)) is not None]
-    tables = [table for comparison in compared for table in comparison.tables()]
+    comparisons = [comparison for folder in sweeps if (comparison := read_comparison(folder)) is not None]
+    tables = [table for comparison in comparisons for table in comparison.tables()]
     tables += [_overview(found), *result_tables(found), *paper_tables(found)]
     watched = watched_table(found)
     if watched is not None:

@@ -102,7 +102,11 @@ def preprocessing_of(state: dict[str, Any]) -> Preprocessing:
 
 
 def build_memory(config: MemoryConfig, key_dim: int) -> ProgressiveAugmentedMemory:
-    """An empty memory pair for keys of `key_dim` numbers."""
+    """An empty memory pair for keys of `key_dim` numbers.
+
+    Raises:
+        DanFastError: a start for gates that are no parameters.
+    """
     memory = ProgressiveAugmentedMemory(
         labeled_slots=config.labeled_slots,
         unlabeled_slots=config.unlabeled_slots,
@@ -111,6 +115,11 @@ def build_memory(config: MemoryConfig, key_dim: int) -> ProgressiveAugmentedMemo
         decay_unlabeled=config.decay_unlabeled,
         gates=config.gates,
     )
+    if config.gates == "features" and config.initial_alpha != 0:
+        raise DanFastError(
+            f"memory.initial_alpha {config.initial_alpha} is for gates that are parameters: "
+            "set it to 0 or memory.gates to parameters."
+        )
     if config.gates == "parameters":
         torch.nn.init.constant_(memory.alpha, config.initial_alpha)
         torch.nn.init.constant_(memory.alpha_unlabeled, config.initial_alpha)

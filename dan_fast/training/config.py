@@ -202,7 +202,8 @@ class OptimizerConfig:
     """The outer SGD and its schedule, Eq. (19).
 
     Args:
-        epochs: Passes through the labelled images (the paper: 500); fewer stretch Eq. (19) over them.
+        epochs: Passes through the labelled images, or through data.iterations (the paper: 500); fewer stretch
+            Eq. (19) over them.
         lr_scale: Factor on the step sizes delta1 and delta2 of Eq. (19) (the paper: 1; a network trained
             from scratch for few epochs needs 10 to 50).
         momentum: Momentum of the outer step (the paper: 0.9).

@@ -94,7 +94,7 @@ class TrainingModel(nn.Module):
 
     Args:
         network: the DAN.
-        memory: None trains without unlabelled images.
+        memory: None trains without unlabelled images. Its gates are frozen where l2 is 0.
         weights: l1, l2, l3, the prior on beta and the weight of "labeled_embedding".
         temperature: of "labeled_embedding".
         lending: unlabelled samples lend their style to the others and have no part in any loss.
@@ -116,6 +116,9 @@ class TrainingModel(nn.Module):
         self.lending = lending
         self.memory = memory
         self.weights = weights
+        if memory is not None and weights.embedding == 0:
+            # L_lde alone trains the gates; without it weight decay would be all that moves them.
+            memory.requires_grad_(False)
         self.autocast_dtype = autocast_dtype
 
     def forward(self, split: Split) -> tuple[dict[str, Tensor], PassRecord]:
@@ -149,6 +152,7 @@ class TrainingModel(nn.Module):
             keys = self.network.keys(out).float() + torch.where(finite, 0.0, torch.nan)
             gate_features = self.network.gate_features(out).float() if self.memory.gates == "features" else None
             if self.weights.labeled_embedding > 0 and labeled > 0:
+                # It has to be settled to be read, so the next write copies M.
                 state = self.memory.labeled
                 terms = discriminative_loss(
                     keys[:labeled], split.labels[:labeled], state.features, state.labels, self.temperature

@@ -98,7 +98,7 @@ def recipe_of_file(path: str | Path) -> str | None:
     """
     try:
         return recipe_of(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError):
         return None
 
 

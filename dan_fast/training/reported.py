@@ -82,14 +82,14 @@ class EpochChoice:
         self.evaluations = chosen
 
 
-def describe(datasets: DatasetRoles) -> str:
+def describe(datasets: DatasetRoles, unlabeled_share: float = 1.0) -> str:
     """What is trained on and tested on, each with its variant, in words."""
 
     def titles(each: Sequence[ReIDDataset]) -> str:
         return ", ".join(dataset.title for dataset in each)
 
     parts = [f"trained on {titles(datasets.labeled)}"]
-    if datasets.unlabeled:
+    if datasets.unlabeled and unlabeled_share > 0:
         parts.append(f"without labels on {titles(datasets.unlabeled)}")
     return "; ".join([*parts, f"tested on {titles(datasets.targets)}"])
 
@@ -124,6 +124,7 @@ def write_results(
     """
     settings, defaults = state["config"], TrainConfig().to_dict()
     reported = last if choice is None else choice.evaluations
+    unlabeled = datasets.unlabeled if settings["data"]["unlabeled_share"] > 0 else ()
     results: dict[str, Any] = {
         "recipe": settings.get("recipe", NO_RECIPE),
         "recipe_changes": recipe_changes(settings, defaults),
@@ -131,7 +132,7 @@ def write_results(
         "iterations": iterations,
         "protocol": settings["data"]["protocol"],
         "labeled": [dataset.title for dataset in datasets.labeled],
-        "unlabeled": [dataset.title for dataset in datasets.unlabeled],
+        "unlabeled": [dataset.title for dataset in unlabeled],
         "epoch": reported[0].epoch if reported else epoch_of(state),
         "targets": [each.to_dict() for each in reported],
     }

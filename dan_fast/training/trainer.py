@@ -149,7 +149,13 @@ class Trainer:
         try:
             with StopRequest() as stop, display:
                 if self.config.data.protocol:
-                    display.say(f"Protocol {self.config.data.protocol}: {describe(self.datasets)}.")
+                    said = describe(self.datasets, self.config.data.unlabeled_share)
+                    display.say(f"Protocol {self.config.data.protocol}: {said}.")
+                if self.datasets.unlabeled and self.config.data.unlabeled_share == 0:
+                    display.say(
+                        f"{', '.join(dataset.title for dataset in self.datasets.unlabeled)} is left aside, because "
+                        "data.unlabeled_share is 0: --recipe paper trains with unlabelled images."
+                    )
                 if self.epoch > 0 and self.iteration == 0:
                     # A run that was stopped between an epoch's checkpoint and its evaluation makes up for it.
                     evaluations = self._evaluate_if_due(scalars, display)
@@ -250,7 +256,8 @@ class Trainer:
             raise DanFastError(f"Training cannot go on at iteration {self.iterations_done}: {error}.") from error
 
     def _checked_gradients(self, batch: MiniBatch, lr: float, scalars: Scalars) -> dict[str, Tensor]:
-        meta, params = self.config.meta, dict(self.model.named_parameters())
+        meta = self.config.meta
+        params = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         meta_train = self._to_device(batch.meta_train)
         train_losses = self.objective(params, meta_train)
         record = self.objective.record
@@ -294,7 +301,7 @@ class Trainer:
         return result.grads
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """The outer step's groups: one, as ever, unless the backbone's steps are scaled."""
+        """The outer step's groups: one unless the backbone's steps are scaled."""
         scale = self.config.optimizer.backbone_lr_scale
         named = list(self.model.named_parameters())
         if scale == 1:
@@ -313,13 +320,15 @@ class Trainer:
         names = self.model.network.parameter_groups()
         backbone = [f"network.{name}" for name in names["backbone"]]
         held = () if self.model.memory is None else self.model.memory.named_parameters()
-        memory = [f"memory.{name}" for name, _ in held]
+        memory = [f"memory.{name}" for name, value in held if value.requires_grad]
         if stage is not Stage.ADVERSARY and self.config.meta.order == 1:
             # Of L_total the gates move l2 L_lde alone, so their gradient is the same, and one walk of the memory's part
             # of the graph serves both. With second derivatives they also move what S~ loses at the new backbone.
             backbone, memory = [*backbone, *memory], []
         attention = [f"network.{name}" for name in names["attention"]]
-        return active_groups(stage, backbone, attention, memory, CAM_WEIGHT)
+        # A loss that does not reach the classifier would move it by momentum and weight decay alone.
+        reached = self.config.loss.adversary_reach == "all"
+        return active_groups(stage, backbone, attention, memory, CAM_WEIGHT if reached else None)
 
     def _log_stage(self, stage: Stage, scalars: Scalars) -> None:
         scalars.add("competition/attention_wins", float(stage is Stage.ATTENTION))

@@ -13,7 +13,7 @@ def with_weights_kept(module: Module, run: Callable[[Module], Tensor]) -> Tensor
     """`run(module)`, where what `torch.utils.checkpoint` computes again sees the module as it is now.
 
     A checkpointed segment runs again in the backward pass. By then `torch.func.functional_call`, with which the meta
-    step looks at other weights, has put the module's own weights back, and the segment would silently be computed
+    step evaluates other weights, has put the module's own weights back, and the segment would silently be computed
     with them. And batch norm would count the same batch twice. So the segments are those of a copy: modules that hold
     the very tensors the module's hold now, parameters and buffers, until the pass is over; from then on its buffers
     are others, and what is computed again updates those.

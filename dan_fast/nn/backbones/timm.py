@@ -232,7 +232,7 @@ def _checkpoint_gradients(backbone: TimmMap, name: str) -> None:
     # timm asserts in models that cannot do it.
     except (AssertionError, AttributeError, NotImplementedError) as error:
         raise DanFastError(
-            f"{PREFIX}{name} knows no gradient checkpointing; set model.gradient_checkpointing to false"
+            f"{PREFIX}{name} has no gradient checkpointing; set model.gradient_checkpointing to false"
         ) from error
     backbone.gradient_checkpointing = True
 
