@@ -303,7 +303,7 @@ def train(images, out, *flags) -> int:
         *("train", "--data.labeled", str(images), "--data.image_size", "[64, 32]", "--data.workers", "0"),
         *("--data.batch_size", "8", "--model.backbone", "resnet18", "--model.weights", "none"),
         *("--optimizer.epochs", "1", "--optimizer.lr_scale", "20", "--run.device", "cpu", "--run.out", str(out)),
-        *("--run.log_every", "1", *flags),
+        *("--run.log_every", "1", "--recipe", "paper", *flags),
     ])  # fmt: skip
 
 

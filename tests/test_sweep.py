@@ -474,8 +474,8 @@ def test_a_folder_with_other_settings_is_left_alone(quick, three, tmp_path):
 def test_the_list_runs_nothing(quick, three, capsys):
     (quick.out / reduce(1)).mkdir()
     (quick.out / reduce(1) / "checkpoint.pt").touch()
-    write(quick.out / reduce(1) / "config.yaml", {**TrainConfig().to_dict(), "data": {"labeled": ["market"]},
-                                                  "model": {"reduction": 1}})  # fmt: skip
+    begun = TrainConfig.of_recipe("dan", data={"labeled": ["market"]}, model={"reduction": 1})
+    write(quick.out / reduce(1) / "config.yaml", begun.to_dict())
     before = sorted(quick.out.rglob("*"))
     assert main(["sweep", "--grid", str(three), "--out", str(quick.out), "--list"]) == 0
     shown = [line.split() for line in capsys.readouterr().out.splitlines() if "model.reduction" in line]
