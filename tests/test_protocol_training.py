@@ -87,7 +87,8 @@ def test_a_run_by_protocol_says_what_it_is_and_goes_on_when_the_datasets_move(
 
 
 def test_unlabelled_datasets_of_a_protocol_fill_the_memory(root: Path, tmp_path: Path) -> None:
-    assert main([*flags(root, tmp_path / "run", "table6-market-to-duke"), "--recipe", "paper", "--memory.unlabeled_slots", "5"]) == 0
+    settings = ("--recipe", "paper", "--memory.unlabeled_slots", "5")
+    assert main([*flags(root, tmp_path / "run", "table6-market-to-duke"), *settings]) == 0
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert (results["labeled"], results["unlabeled"]) == (["Market-1501"], ["DukeMTMC-reID"])
     assert [target["dataset"] for target in results["targets"]] == ["DukeMTMC-reID"]
