@@ -187,7 +187,7 @@ def ninja_file(
         torch_flags += ["-DUSE_CUDA", "-DDAN_FAST_CUDA"]
         # nvcc takes one program: of "ccache g++ -m64" that is g++.
         host = [nvcc, "-ccbin", [word for word in compiler if not word.startswith("-")][-1]]
-        device = [*host, *SOURCES["NVCC_FLAGS"], "-Xcompiler=-fPIC,-Wall,-Wextra"]
+        device = [*host, "-Xcompiler=-fPIC,-Wall,-Wextra"]
         link = [*host, "-shared", "-cudart=static", "-Xlinker=--no-as-needed"]
     else:
         link = [*compiler, "-shared", "-Wl,--no-as-needed"]
@@ -221,7 +221,7 @@ def ninja_file(
     if nvcc:
         lines += [
             "rule cuda",
-            f"  command = {quoted([*device, *gencode(archs)])} -MD -MF $out.d -c $in -o $out",
+            f"  command = {quoted([*device, *gencode(archs)])} $flags -MD -MF $out.d -c $in -o $out",
             "  deps = gcc",
             "  depfile = $out.d",
         ]
@@ -237,6 +237,8 @@ def ninja_file(
             built[source] = [f"{stem}.o"]
             rule = "cuda" if source.suffix == ".cu" else "module" if of_module(source) else "cxx"
             lines.append(f"build {stem}.o: {rule} {escaped(source)}")
+            if rule == "cuda":
+                lines.append(f"  flags = {quoted(list(SOURCES['nvcc_flags'](source)))}")
 
     def linked(target: str, rule: str, parts: list[Path]) -> str:
         # Of an inline function that several objects hold, the linker keeps the first: one that any CPU can run.

@@ -61,7 +61,7 @@ def resources(source: Path, arch: str, nvcc: str, flags: Iterable[str] = ()) -> 
     """
     number = arch.replace(".", "")
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, *SOURCES["NVCC_FLAGS"], *flags, f"-arch=sm_{number}", "-Xptxas=-v", "-cubin"]
+        command = [nvcc, *SOURCES["nvcc_flags"](source), *flags, f"-arch=sm_{number}", "-Xptxas=-v", "-cubin"]
         done = subprocess.run([*command, source, "-o", f"{folder}/kernels"], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(done.stdout + done.stderr)

@@ -209,6 +209,16 @@ def test_without_pythons_headers_the_operators_are_built(build: ModuleType, tool
     assert f"build {build.LIBRARY}: link " in rules and build.MODULE not in rules and "rank" not in rules
 
 
+def test_only_the_memory_is_compiled_without_contraction(build: ModuleType):
+    """Its slots need the same bits as on a CPU; the head's products are faster with fused multiply-adds."""
+    rules = build.ninja_file(build.find_torch(), ["c++"], "nvcc", ["9.0"], {"baseline": []}, None)
+    flags = dict(re.findall(r"^build (\S+)\.cu\.o: cuda .*\n  flags = (.*)$", rules, re.MULTILINE))
+    exact = {name for name, given in flags.items() if "-fmad=false" in given}
+    assert exact == {name for name in flags if name.startswith("csrc_memory_")}
+    assert {"csrc_memory_scan_cuda_float", "csrc_attention_head_cuda_float"} < set(flags)
+    assert all("-O3" in given for given in flags.values())
+
+
 def test_the_wheel_is_for_this_python_where_it_holds_the_module(build: ModuleType, tmp_path: Path):
     distribution = setuptools.Distribution(
         {"ext_modules": [setuptools.Extension("dan_fast._native", [])], "cmdclass": {"build_ext": build.BuildNative}}

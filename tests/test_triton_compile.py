@@ -32,11 +32,15 @@ f64, f32, bf16, f16 = TYPES
 # Storage, dtype of pending keys, pending keys (None: no commit), keys.
 PASSES = (
     (f32, f32, 64, 64),
+    (f32, f32, 32, 32),
     (f32, f32, 128, 128),
     (f32, f32, 64, 0),
     (f32, None, None, 64),
+    (f32, None, None, 32),
     (bf16, bf16, 64, 64),
+    (bf16, bf16, 32, 32),
     (bf16, None, None, 64),
+    (bf16, None, None, 32),
     (f64, f64, 64, 64),
     (f16, f16, 64, 64),
 )
@@ -108,10 +112,21 @@ def test_the_pass(storage: torch.dtype, pending_dtype: torch.dtype | None, pendi
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("steps", [32, 64])
 @pytest.mark.parametrize("storage", COMBINES)
-def test_the_combination(storage: torch.dtype, arch: int):
+def test_the_combination(storage: torch.dtype, steps: int, arch: int):
     from dan_fast.triton_kernels import memory_stream
 
-    plan = memory_stream.plan_combine(storage, f32, 64)
+    plan = memory_stream.plan_combine(storage, f32, steps)
     types = {"base": "*" + TYPES[storage], "weights": "*fp32", "parts": "*fp32"}
-    check(compiled(memory_stream.combine_pass, plan, types, arch), arch, f"sm_{arch} combine {TYPES[storage]}")
+    check(compiled(memory_stream.combine_pass, plan, types, arch), arch, f"sm_{arch} combine {TYPES[storage]} {steps}")
+
+
+@pytest.mark.parametrize("keys, tile", [(1, 16), (16, 16), (17, 32), (32, 32), (33, 64), (65, 128), (128, 128)])
+def test_keys_are_padded_to_the_least_tile_that_holds_them(keys: int, tile: int):
+    from dan_fast.triton_kernels import memory_stream
+
+    assert memory_stream.plan_pass(f32, f32, None, None, keys).constants["BLOCK_T"] == tile
+    assert memory_stream.plan_combine(f32, f32, keys).constants["BLOCK_T"] == min(tile, 64)
+    held = memory_stream.plan_pass(f32, f32, keys, f32, keys).constants
+    assert held["HELD_BLOCKS"] * held["BLOCK_P"] == tile

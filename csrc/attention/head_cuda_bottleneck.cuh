@@ -1,6 +1,6 @@
 // The products of the bottleneck of channel attention on CUDA, A_C = sigmoid(wc2 (relu(wc1 mean) + relu(wc1 peak))):
 // tens of samples, hundreds of units, thousands of channels. Every sum has an order of its own, whatever the number of
-// samples or blocks, so results have the same bits on all GPUs.
+// samples or blocks: the same bits in every run and in every batch.
 //
 // Both factors lie along the sum, which the lanes of a warp share; a few rows of one meet a few of the other in
 // registers.

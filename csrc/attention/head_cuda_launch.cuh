@@ -9,7 +9,7 @@
 #include <climits>
 #include <type_traits>
 
-#include "../cuda/resident.cuh"
+#include "../cuda/cooperative.cuh"
 #include "head_cuda_attend_backward.cuh"
 #include "head_cuda_bottleneck_backward.cuh"
 #include "head_cuda_features.cuh"
@@ -173,14 +173,12 @@ class HeadLayout {
   cudaError_t launch(
       bool backward, void* memory, HeadPlan* plan, HeadWorkspace<A>* workspace, void** arguments) const {
     int64_t bytes = 0;
-    cudaError_t status = prepare(backward, memory, plan, workspace, &bytes);
+    const cudaError_t status = prepare(backward, memory, plan, workspace, &bytes);
     if (status != cudaSuccess) return status;
     const size_t cleared = static_cast<size_t>(HeadWorkspace<A>::cleared_bytes(sizes_));
-    status = cudaMemsetAsync(workspace->arrived, 0, cleared, stream_);
-    if (status != cudaSuccess) return status;
-    return cudaLaunchCooperativeKernel(
-        kernel(backward), static_cast<unsigned>(plan->blocks()), kHeadThreads, arguments,
-        static_cast<size_t>(plan->shared_bytes), stream_);
+    return launch_cooperative(
+        kernel(backward), plan->blocks(), kHeadThreads, static_cast<size_t>(plan->shared_bytes), arguments,
+        workspace->arrived, cleared, stream_);
   }
 
   const Input& in_;

@@ -1,5 +1,5 @@
 // How the kernels of the attention head divide a batch among blocks, and what they keep in the caller's workspace.
-// Nothing here depends on the GPU but how many samples are worked on at a time, so results have the same bits on all.
+// Nothing here depends on the GPU but how many samples are worked on at a time: sums have the same order on all.
 // Plain C++.
 #pragma once
 

@@ -1,8 +1,8 @@
 // The rules of the progressive augmentation memory for one slot, in score space (SPEC: "Labelled write", Eqs. (5)-(16)).
 // They stand here once: the CPU and the CUDA scan differ only in how they walk the slots and add them up.
 //
-// Compile without contracting a * b + c (-ffp-contract=off, nvcc -fmad=false): usage then has the same bits on every
-// path that is given the same cosines, and equal histories stay exact ties.
+// This room is compiled without contracting a * b + c (-ffp-contract=off, nvcc -fmad=false): usage then has the same
+// bits on every path that is given the same cosines, and equal histories stay exact ties.
 #pragma once
 
 #include <cmath>

@@ -4,8 +4,7 @@
 
 #include <cuda_runtime.h>
 
-#include <atomic>
-
+#include "../cuda/cooperative.cuh"
 #include "scan_cuda_backward.cuh"
 #include "scan_cuda_forward.cuh"
 #include "scan_launch.h"
@@ -31,30 +30,10 @@ __global__ void __launch_bounds__(kScanThreads, 1) scan_backward_kernel(
   BackwardScan<T>(in, out, gradient, workspace, shared).run();
 }
 
-// How many blocks of a kernel the current device runs at once. A device is asked once: a launch then costs no query.
 template <typename T>
-cudaError_t resident_blocks(bool backward, int64_t* blocks) {
-  constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices][2];
-  int device = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  int count = device < kDevices ? known[device][backward].load(std::memory_order_relaxed) : 0;
-  if (count == 0) {
-    int processors = 0, per_processor = 0;
-    status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (status != cudaSuccess) return status;
-    status = backward ? cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-                            &per_processor, scan_backward_kernel<T>, kScanThreads, 0)
-                      : cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-                            &per_processor, scan_forward_kernel<T>, kScanThreads, 0);
-    if (status != cudaSuccess) return status;
-    count = processors * per_processor;
-    if (count == 0) return cudaErrorCooperativeLaunchTooLarge;
-    if (device < kDevices) known[device][backward].store(count, std::memory_order_relaxed);
-  }
-  *blocks = count;
-  return cudaSuccess;
+const void* scan_kernel(bool backward) {
+  return backward ? reinterpret_cast<const void*>(scan_backward_kernel<T>)
+                  : reinterpret_cast<const void*>(scan_forward_kernel<T>);
 }
 
 template <typename T>
@@ -65,7 +44,8 @@ ScanSizes sizes_of(const ScanInput<T>& in) {
 template <typename T>
 cudaError_t prepare(
     const ScanSizes& sizes, bool backward, void* memory, int64_t* blocks, ScanWorkspace<T>* workspace, int64_t* bytes) {
-  const cudaError_t status = resident_blocks<T>(backward, blocks);
+  static ResidentBlocks resident[2];
+  const cudaError_t status = resident[backward].ask(scan_kernel<T>(backward), kScanThreads, 0, blocks);
   if (status != cudaSuccess) return status;
   *blocks = scan_blocks(sizes, kScanThreads, *blocks);
   *bytes = workspace->lay_out(memory, sizes, *blocks, backward);
@@ -74,11 +54,10 @@ cudaError_t prepare(
 
 template <typename T>
 cudaError_t launch(
-    const void* kernel, const ScanWorkspace<T>& workspace, int64_t blocks, void** arguments, void* stream) {
-  const cudaStream_t queue = static_cast<cudaStream_t>(stream);
-  const cudaError_t status = cudaMemsetAsync(workspace.arrived, 0, kClearedBytes, queue);
-  if (status != cudaSuccess) return status;
-  return cudaLaunchCooperativeKernel(kernel, static_cast<unsigned>(blocks), kScanThreads, arguments, 0, queue);
+    bool backward, const ScanWorkspace<T>& workspace, int64_t blocks, void** arguments, void* stream) {
+  return launch_cooperative(
+      scan_kernel<T>(backward), blocks, kScanThreads, 0, arguments, workspace.arrived, kClearedBytes,
+      static_cast<cudaStream_t>(stream));
 }
 
 template <typename T>
@@ -101,7 +80,7 @@ int launch_scan_forward(const ScanInput<T>& in, const ScanOutput<T>& out, void* 
   const cudaError_t status = prepare<T>(sizes_of(in), false, memory, &blocks, &workspace, &bytes);
   if (status != cudaSuccess) return status;
   void* arguments[] = {const_cast<ScanInput<T>*>(&in), const_cast<ScanOutput<T>*>(&out), &workspace};
-  return launch(reinterpret_cast<const void*>(scan_forward_kernel<T>), workspace, blocks, arguments, stream);
+  return launch(false, workspace, blocks, arguments, stream);
 }
 
 template <typename T>
@@ -118,7 +97,7 @@ int launch_scan_backward(
   void* arguments[] = {
       const_cast<ScanInput<T>*>(&in), const_cast<ScanOutput<T>*>(&out), const_cast<ScanGradient<T>*>(&gradient),
       &workspace};
-  return launch(reinterpret_cast<const void*>(scan_backward_kernel<T>), workspace, blocks, arguments, stream);
+  return launch(true, workspace, blocks, arguments, stream);
 }
 
 }  // namespace dan_fast
