@@ -22,15 +22,15 @@ out=${OUT:-build/gpu_check}
 python=${PYTHON:-python3}
 failed=0
 
-# With 30 s for the first and third part the limits add up to 535 s.
-BUILD_S=${BUILD_S:-100}
-BENCH_S=${BENCH_S:-75}
+# With 30 s for the first and third part the limits add up to 525 s.
+BUILD_S=${BUILD_S:-60}
+BENCH_S=${BENCH_S:-90}
 HEAD_BENCH_S=${HEAD_BENCH_S:-30}
-ITERATION_BENCH_S=${ITERATION_BENCH_S:-80}
-RANKING_BENCH_S=${RANKING_BENCH_S:-20}
-GPU_TESTS_S=${GPU_TESTS_S:-80}
+ITERATION_BENCH_S=${ITERATION_BENCH_S:-60}
+RANKING_BENCH_S=${RANKING_BENCH_S:-40}
+GPU_TESTS_S=${GPU_TESTS_S:-110}
 QUICKSTART_S=${QUICKSTART_S:-30}
-SANITIZER_S=${SANITIZER_S:-30}
+SANITIZER_S=${SANITIZER_S:-25}
 
 summarize() {
   echo "$*" | tee -a "$out/summary.txt"
@@ -102,14 +102,14 @@ part build "$BUILD_S" "$python" -m pip install --no-build-isolation --no-deps -e
 part doctor 20 "$python" -m dan_fast doctor
 # Benchmarks before the tests, which leave a GPU warm. The paper's size first: memory.json is written anew after every
 # size, and the limit cuts off the rest. torch.compile needs minutes for the unrolled steps and has no place here.
-part bench "$BENCH_S" "$python" -m dan_fast bench memory --device cuda --slots_scale 1,0.25,4,16 --budget_s 3 \
+part bench "$BENCH_S" "$python" -m dan_fast bench memory --device cuda --slots_scale 1,0.25,16 --budget_s 2 \
   --contenders literal_autograd,literal_in_place,score_space,kernels --json "$out/memory.json"
 part head_bench "$HEAD_BENCH_S" "$python" -m dan_fast bench attention --device cuda --contenders eager,kernels \
   --json "$out/attention.json"
 part iteration_bench "$ITERATION_BENCH_S" "$python" -m dan_fast bench iteration --device cuda --budget_s 15 \
   --json "$out/iteration.json"
-part ranking_bench "$RANKING_BENCH_S" "$python" -m dan_fast bench ranking --device cuda --memory_queries 2000 \
-  --memory_gallery 20000 --budget_s 5 --json "$out/ranking.json"
+part ranking_bench "$RANKING_BENCH_S" "$python" -m dan_fast bench ranking --device cuda --queries 1000 --repeat 3 \
+  --memory_queries 2000 --memory_gallery 20000 --budget_s 5 --json "$out/ranking.json"
 part gpu_tests "$GPU_TESTS_S" "$python" -m pytest -q -m gpu -p no:cacheprovider tests
 part quickstart "$QUICKSTART_S" "$python" -m dan_fast quickstart --out "$out/quickstart" --epochs 1 --identities 12
 for tool in memcheck racecheck synccheck; do

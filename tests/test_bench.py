@@ -362,7 +362,17 @@ def test_the_gpu_check_says_what_it_would_do(tmp_path):
         ["bash", SCRIPT, "--dry-run"], env=os.environ | {"OUT": str(tmp_path / "out")}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    for part in ("pip install", "-m gpu", "memcheck", "racecheck", "synccheck", "bench memory --device cuda", "bench attention", "bench iteration", "quickstart"):
+    for part in (
+        "pip install",
+        "-m gpu",
+        "memcheck",
+        "racecheck",
+        "synccheck",
+        "bench memory --device cuda",
+        "bench attention",
+        "bench iteration",
+        "quickstart",
+    ):
         assert part in done.stdout
     assert not (tmp_path / "out").exists()
 
