@@ -231,6 +231,8 @@ class RunConfig:
         seed: Seed of weights, batches, augmentation and dropout.
         device: auto takes the GPU where there is one; or cpu, cuda, cuda:1.
         precision: float32, or bfloat16 autocast for the network (memory and losses stay float32).
+        deterministic: Let the GPU use only operators that give the same bits in every run, which takes longer; one that
+            has no such form ends the run and is named. On a CPU runs repeat themselves anyway.
         checkpoint_every: Iterations between checkpoints inside an epoch; each epoch's end has one anyway.
         log_every: Iterations between two lines of scalars.
         evaluate_every: Epochs between evaluations on the targets; 0 evaluates after the last epoch only.
@@ -244,6 +246,7 @@ class RunConfig:
     seed: NonNegativeInt = 0
     device: str = "auto"
     precision: Precision = "float32"
+    deterministic: bool = False
     checkpoint_every: PositiveInt = 200
     log_every: PositiveInt = 10
     evaluate_every: NonNegativeInt = 0
