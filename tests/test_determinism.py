@@ -1,4 +1,4 @@
-"""`run.deterministic`: what it sets and puts back, what it refuses, and equal bits on a GPU."""
+"""`run.deterministic`: what it and `memory.products` set and put back, what is refused, and equal bits on a GPU."""
 
 import os
 import subprocess
@@ -14,6 +14,7 @@ from dan_fast.data.synthetic import synthesize
 from dan_fast.errors import DanFastError
 from dan_fast.training import Interrupted, TrainConfig, Trainer
 from dan_fast.training.determinism import deterministic_algorithms, prepare_cublas
+from dan_fast.triton_kernels import products_now
 from tests.test_training import assert_same_state, stop_after
 
 NAME = "CUBLAS_WORKSPACE_CONFIG"
@@ -47,19 +48,20 @@ def setup(root: Path, device: str, **run: object) -> TrainConfig:
 
 @pytest.mark.parametrize("wanted", [False, True])
 def test_a_run_sets_it_and_leaves_the_process_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool):
-    before, seen = flags(), []
+    before, seen = (*flags(), "float32"), []
     step = Trainer.train_iteration
 
     def watched(trainer: Trainer, *arguments: object) -> None:
-        seen.append(flags())
+        seen.append((*flags(), products_now()))
         step(trainer, *arguments)
 
     monkeypatch.setattr(Trainer, "train_iteration", watched)
-    trainer = Trainer(setup(tmp_path, "cpu", deterministic=wanted))
-    assert flags() == before
+    config = setup(tmp_path, "cpu", deterministic=wanted)
+    trainer = Trainer(replace(config, memory=replace(config.memory, products="tf32x3" if wanted else "float32")))
+    assert (*flags(), products_now()) == before
     trainer.fit()
-    inside = (True, False, False, False, before[4]) if wanted else before
-    assert seen and set(seen) == {inside} and flags() == before
+    inside = (True, False, False, False, before[4], "tf32x3") if wanted else before
+    assert seen and set(seen) == {inside} and (*flags(), products_now()) == before
 
 
 def test_an_operator_that_cannot_repeat_itself_is_named():

@@ -34,6 +34,7 @@ from dan_fast.training.objective import DivergedError, Objective, PassRecord, Tr
 from dan_fast.training.reported import EpochChoice, describe, epoch_of, say, write_results
 from dan_fast.training.schedule import step_size
 from dan_fast.training.sources import load_datasets
+from dan_fast.triton_kernels import float32_products
 
 CAM_WEIGHT = "network.classifier.weight"
 _BACKBONE = "network.backbone."
@@ -149,7 +150,12 @@ class Trainer:
         display = Display(epochs * self.planner.iterations, self.iterations_done, self.config.data.batch_size)
         evaluations: list[Evaluation] = []
         try:
-            with StopRequest() as stop, display, deterministic_algorithms(self.config.run.deterministic):
+            with (
+                deterministic_algorithms(self.config.run.deterministic),
+                float32_products(self.config.memory.products),
+                StopRequest() as stop,
+                display,
+            ):
                 if self.config.data.protocol:
                     said = describe(self.datasets, self.config.data.unlabeled_share)
                     display.say(f"Protocol {self.config.data.protocol}: {said}.")
