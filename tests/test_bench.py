@@ -1,5 +1,6 @@
 """The benchmark of the memory step: the contenders agree, and what disagrees or does not fit is said, not timed."""
 
+import io
 import json
 import math
 import os
@@ -7,9 +8,11 @@ import shutil
 import subprocess
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from dan_fast import MemoryState, _extension, functional, reference
 from dan_fast.bench import Size, compare, make_problem, memory, select
@@ -18,11 +21,13 @@ from dan_fast.bench.bars import check_bars, predict
 from dan_fast.bench.compiled import compile_seconds
 from dan_fast.bench.contenders import KERNELS, MODULE, STEP
 from dan_fast.bench.literal import InPlaceMemory
-from dan_fast.bench.machine import environment, free_memory, peak_above
+from dan_fast.bench.machine import environment, float32_rate, free_memory, peak_above
 from dan_fast.bench.memory import Group, Plan
+from dan_fast.bench.report import print_rows
 from dan_fast.bench.results import BACKWARD, FORWARD, Row, Timing, model_bytes, set_speedups
 from dan_fast.cli import main
 from dan_fast.functional.row_norms import row_sq_norms
+from dan_fast.triton_kernels import float32_products
 
 TINY = Size(60, 44, key_dim=24, batch=4)
 CPU = torch.device("cpu")
@@ -273,9 +278,51 @@ def test_the_bar_of_a_gpu():
 def test_models():
     assert model_bytes(Size(), 4, MODULE, BACKWARD) == 3 * 14500 * 2045 * 4
     assert model_bytes(Size(), 4, STEP, FORWARD) == model_bytes(Size(), 4, MODULE, BACKWARD)
-    (first, *_) = predict(Size(), [1.0])["rows"]
-    assert first["floor_ms"] == pytest.approx(355.83e6 / 936e9 * 1e3)
+    rows = {(row["gpu"], row["dtype"]): row for row in predict(Size(), [1.0])["rows"]}
+    first = rows["RTX 3090", "float32"]
+    assert first["bytes_ms"] == first["floor_ms"] == pytest.approx(355.83e6 / 936e9 * 1e3)
+    # 64 keys meet M and 32 meet M', forward and backward; 32 are written into each.
+    assert first["flop"] == 2 * (2 * (64 * 9000 + 32 * 5500) + 32 * 14500) * 2045
+    assert first["operations_ms"] == pytest.approx(first["flop"] / 35.6e12 * 1e3)
     assert first["with_scan_ms"] - first["floor_ms"] == pytest.approx(0.256)
+    half = rows["RTX 3090", "bfloat16"]
+    assert half["flop"] == 3 * first["flop"] and half["floor_ms"] == half["operations_ms"] > half["bytes_ms"]
+    hopper = rows["H100 SXM", "float32"]
+    assert hopper["floor_ms"] == hopper["operations_ms"] > hopper["bytes_ms"]
+
+
+@pytest.mark.parametrize("gpu, tera", [((8, 6, 82, 1.695), 35.6), ((8, 0, 108, 1.41), 19.5), ((9, 0, 132, 1.98), 66.9)])
+def test_the_float32_rate_of_a_gpu_is_that_of_its_data_sheet(monkeypatch, gpu, tera):
+    major, minor, count, clock = gpu
+    found = SimpleNamespace(major=major, minor=minor, multi_processor_count=count, clock_rate=round(clock * 1e6))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    assert float32_rate(torch.device("cuda")) == pytest.approx(tera * 1e12, rel=2e-3)
+    assert float32_rate(CPU) is None
+
+
+def test_both_floors_are_printed_and_written():
+    rows = some_rows(peak=0)[5:7]
+    rows[1].float32_rate = 35.6e12
+    console = Console(width=200, file=io.StringIO())
+    print_rows(console, rows)
+    text = " ".join(console.file.getvalue().split())
+    sentence = "(module): 17.79 ms by bytes at that bandwidth, 0.23 ms by operations at 35.6 TFLOP/s in float32"
+    assert text.count("floors of forward + backward") == 1 and sentence in text
+    floors = rows[1].to_dict()["floor_seconds"]
+    assert floors[BACKWARD] == {
+        "bytes": pytest.approx(0.01779, rel=1e-3),
+        "operations": pytest.approx(2.26e-4, rel=1e-3),
+    }
+    assert floors[FORWARD]["operations"] < floors[BACKWARD]["operations"]
+
+
+def test_the_rate_is_of_what_is_multiplied_in_float32(monkeypatch):
+    monkeypatch.setattr(memory, "float32_rate", lambda device: 1e12)
+    for dtype, products, known in ((torch.float32, "float32", True), (torch.bfloat16, "float32", False),
+                                   (torch.float32, "tf32x3", False)):  # fmt: skip
+        with float32_products(products):
+            rows = Group(tiny_plan("score_space"), 1.0, dtype).measure()
+        assert all((row.float32_rate is not None) == known for row in rows), (dtype, products)
 
 
 def test_quartiles():

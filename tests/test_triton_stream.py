@@ -131,6 +131,29 @@ def check_special_values() -> None:
     assert str(scores.tolist()) == "[[nan, 10.0, nan]]"
 
 
+def check_three_products_of_tf32() -> None:
+    """Nearly as exact as float32, a thousandfold as one of TF32 would be; the interpreter rounds the parts for it."""
+    base, _, weights, _, keys = problem(torch.float32, 64, 300, 16, 16)
+    base = base.nan_to_num(2.0)
+    exact = keys.double() @ base.double().T, weights.double() @ base.double()
+    results = {}
+    for kind in ("float32", "tf32x3"):
+        with triton_kernels.float32_products(kind):
+            results[kind] = triton_kernels.memory_scores(keys, base)[0], triton_kernels.memory_combine(weights, base)
+            check_commit(torch.float32, 33, 45, 31, 16, False)
+            check_special_values()
+    for number, of_exact in enumerate(exact):
+        single, triple = results["float32"][number], results["tf32x3"][number]
+        assert not torch.equal(single, triple), "the setting did not reach the kernel"
+        errors = [(x - of_exact).square().mean().sqrt().item() for x in (single, triple)]
+        print(f"tf32x3 errs {errors[1] / errors[0]:.2f} times as much as float32")
+        assert errors[1] < 1.5 * errors[0]
+    with triton_kernels.float32_products("tf32x3"):
+        for dtype in (torch.bfloat16, torch.float64):
+            check_products(dtype, 33, 45, 31)
+        check_exact_products()
+
+
 def check_overlap_refused() -> None:
     base, one = torch.ones(1, 4).expand(3, 4), torch.ones(3)
     for memory in (base, torch.ones(4, 3).T):
@@ -151,6 +174,7 @@ def run_all() -> None:
     check_products(torch.bfloat16, 700, 9, 3)
     check_exact_products()
     check_special_values()
+    check_three_products_of_tf32()
     check_overlap_refused()
 
 
@@ -187,6 +211,16 @@ def test_wrong_arguments_are_named(change: dict[str, Tensor], error: type[Except
     }
     with pytest.raises(error, match=message):
         triton_kernels.memory_commit_scores_(**{**arguments, **change})
+
+
+def test_the_kind_of_products_is_put_back_and_checked():
+    with pytest.raises(KeyError), triton_kernels.float32_products("tf32x3"):
+        assert triton_kernels.products_now() == "tf32x3"
+        raise KeyError
+    assert triton_kernels.products_now() == "float32"
+    with pytest.raises(ValueError, match="^kind must be one of float32, tf32x3, got 'tf32'"):
+        with triton_kernels.float32_products("tf32"):
+            pass
 
 
 def test_a_machine_without_triton_gets_one_sentence(monkeypatch: pytest.MonkeyPatch):

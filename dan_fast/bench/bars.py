@@ -1,11 +1,11 @@
 """What the kernels have to reach, and what a model predicts for a GPU nobody measured."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from dan_fast.bench.contenders import KERNELS, MODULE, STEP
 from dan_fast.bench.problem import Size
-from dan_fast.bench.results import Row, model_bytes
+from dan_fast.bench.results import Row, model_bytes, product_flop
 from dan_fast.bench.timing import BACKWARD, FORWARD
 from dan_fast.bench.verdict import Bar, at_least, at_most
 
@@ -14,8 +14,22 @@ _CPU_SPEEDUP, _GPU_SPEEDUP, _IN_PLACE_SPEEDUP, _PYTORCH_SPEEDUP = 150, 100, 20, 
 _PEAK_BYTES = 100e6
 _LINEAR_TO, _LINEAR_SLACK = 16, 1.25
 _FLOOR_FACTOR, _STEP_SECONDS = 2.5, 4e-6
-# An RTX 3090's memory, from its data sheet.
-_RTX_3090 = 936e9
+
+
+class _Gpu(NamedTuple):
+    """A data sheet: bytes a second, and operations a second, on tensor cores without sparsity, added in float32."""
+
+    name: str
+    bandwidth: float
+    float32: float
+    tf32: float
+    bfloat16: float
+
+
+_GPUS = (
+    _Gpu("RTX 3090", 936e9, 35.6e12, 35.6e12, 71e12),
+    _Gpu("H100 SXM", 3.35e12, 66.9e12, 494.7e12, 989.4e12),
+)
 
 
 def check_bars(rows: list[Row], device_type: str) -> list[Bar]:
@@ -74,29 +88,46 @@ def _scan_seconds(size: Size) -> float:
 
 
 def predict(size: Size, scales: list[float]) -> dict[str, Any]:
-    """The roofline model of forward + backward for an RTX 3090: a prediction, nothing of it is measured.
+    """The roofline model of forward + backward for GPUs by their data sheets: a prediction, nothing of it is measured.
 
     Example:
-        >>> [round(row["floor_ms"], 2) for row in predict(Size(), [1.0])["rows"]]
-        [0.38, 0.19]
+        >>> rows = predict(Size(), [1.0])["rows"]
+        >>> [(row["dtype"], round(row["bytes_ms"], 2), round(row["operations_ms"], 2)) for row in rows[:3]]
+        [('float32', 0.38, 0.23), ('float32 as tf32x3', 0.38, 0.68), ('bfloat16', 0.19, 0.34)]
     """
     rows = []
-    for name, itemsize in (("float32", 4), ("bfloat16", 2)):
-        for scale in scales:
-            scaled = size.scaled(scale)
-            floor = floor_seconds(scaled, itemsize, _RTX_3090)
-            rows.append(
-                {
-                    "dtype": name,
-                    "scale": scale,
-                    "bytes": model_bytes(scaled, itemsize, MODULE, BACKWARD),
-                    "floor_ms": floor * 1e3,
-                    "with_scan_ms": (floor + _scan_seconds(scaled)) * 1e3,
-                }
-            )
+    for gpu in _GPUS:
+        # Type, bytes a number, and the products that each one takes at which rate.
+        forms = (
+            ("float32", 4, 1, gpu.float32),
+            ("float32 as tf32x3", 4, 3, gpu.tf32),
+            ("bfloat16", 2, 3, gpu.bfloat16),
+        )
+        for name, itemsize, products, rate in forms:
+            for scale in scales:
+                scaled = size.scaled(scale)
+                by_bytes = floor_seconds(scaled, itemsize, gpu.bandwidth)
+                flop = products * product_flop(scaled, BACKWARD)
+                floor = max(by_bytes, flop / rate)
+                rows.append(
+                    {
+                        "gpu": gpu.name,
+                        "dtype": name,
+                        "scale": scale,
+                        "bytes": model_bytes(scaled, itemsize, MODULE, BACKWARD),
+                        "flop": flop,
+                        "bytes_ms": by_bytes * 1e3,
+                        "operations_ms": flop / rate * 1e3,
+                        "floor_ms": floor * 1e3,
+                        "with_scan_ms": (floor + _scan_seconds(scaled)) * 1e3,
+                    }
+                )
     return {
         "what": "a prediction by a model, not a measurement",
-        "gpu": "RTX 3090, 936 GB/s",
-        "formula": "floor = 3 (s1 + s2) d bytes / 936 GB/s; with scan = floor + 4 us x (B + B') dependent steps",
+        "gpus": [gpu._asdict() for gpu in _GPUS],
+        "formula": (
+            "bytes: 3 (s1 + s2) d numbers at the memory's bandwidth; operations: of the products of scores, commit and "
+            "backward, thrice where each takes three; with scan = the longer one + 4 us x (B + B') dependent steps"
+        ),
         "rows": rows,
     }

@@ -17,6 +17,7 @@ from dan_fast.bench.settings import cpu_threads, dtypes_of, output_console
 from dan_fast.bench.verdict import all_met
 from dan_fast.errors import DanFastError
 from dan_fast.training.build import resolve_device
+from dan_fast.triton_kernels import Products, float32_products, products_now
 
 
 def bench_memory(
@@ -34,6 +35,7 @@ def bench_memory(
     unlabeled_slots: PositiveInt = UNLABELED_SLOTS,
     key_dim: PositiveInt = KEY_DIM,
     batch: PositiveInt = BATCH,
+    products: Products = "float32",
     check: bool = False,
     console: Console | None = None,
 ) -> bool:
@@ -57,6 +59,7 @@ def bench_memory(
         unlabeled_slots: Slots of M' at scale 1 (the paper: 5500).
         key_dim: Numbers of a key (the paper: 2045).
         batch: Labelled samples a step, and as many unlabelled ones (the paper: 32).
+        products: How the kernels multiply float32 on a GPU, as memory.products of a training: float32 or tf32x3.
         check: Fail if a bar is missed or was not measured.
         console: Where the tables go.
 
@@ -74,7 +77,7 @@ def bench_memory(
         raise DanFastError(f"contenders: {error}.") from error
     size = Size(int(labeled_slots), int(unlabeled_slots), int(key_dim), int(batch))
     plan = Plan(chosen, resolve_device(device), size, int(repeat), int(steps), float(budget_s), float(compile_budget_s))
-    with cpu_threads(int(threads)):
+    with cpu_threads(int(threads)), float32_products(products):
         return _measure(plan, scales, dtypes, json, check, output_console(console))
 
 
@@ -89,6 +92,7 @@ def _measure(
         "contenders": list(dict.fromkeys(contender.name for contender in plan.contenders)),
         "repeat": plan.repeat,
         "steps": plan.steps,
+        "products": products_now(),
         "budget_s": plan.budget_s,
         "compile_budget_s": plan.compile_budget_s,
     }

@@ -94,6 +94,16 @@ def free_memory(device: torch.device) -> int | None:
     return min(available, left)
 
 
+def float32_rate(device: torch.device) -> float | None:
+    """Float32 operations a second of a GPU, two for each multiply-add, at its highest clock; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    # NVIDIA's compute capabilities: these have 64 lanes in a multiprocessor, those that came after them 128.
+    lanes = 64 if (found.major, found.minor) in ((7, 0), (7, 5), (8, 0)) else 128
+    return 2.0 * lanes * found.multi_processor_count * found.clock_rate * 1e3
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

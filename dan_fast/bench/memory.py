@@ -12,10 +12,11 @@ from dan_fast import _extension
 from dan_fast.bench.agreement import compare
 from dan_fast.bench.compiled import compile_seconds
 from dan_fast.bench.contenders import KERNELS, Contender, Outcome, Runner
-from dan_fast.bench.machine import CacheFlush, Copy, free_memory, peak_above, synchronize
+from dan_fast.bench.machine import CacheFlush, Copy, float32_rate, free_memory, peak_above, synchronize
 from dan_fast.bench.problem import Problem, Size, make_problem
 from dan_fast.bench.results import Row, set_speedups
 from dan_fast.bench.timing import BACKWARD, FORWARD, Operators, Timing, once, repetitions, rounds
+from dan_fast.triton_kernels import products_now
 
 # The literal forms are tried at so many slots of M to foresee their time and memory, which are linear in the slots.
 _PROBE_SLOTS = 140
@@ -222,3 +223,5 @@ class Group:
             return
         for entry in self.entries:
             entry.row.bandwidth = copy.moved_bytes / self.bandwidth.median
+            if self.dtype in (torch.float32, torch.float16) and products_now() == "float32":
+                entry.row.float32_rate = float32_rate(device)

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dan_fast.bench.agreement import TOLERANCES
+from dan_fast.bench.contenders import KERNELS
 from dan_fast.bench.machine import PEAK_MEANING
 from dan_fast.bench.results import Row
 from dan_fast.bench.settings import milliseconds, print_environment
@@ -29,6 +30,8 @@ MEANING = {
         "more with backward"
     ),
     "bandwidth_share": "model_bytes / copy bandwidth / time; above 1 where a cache serves",
+    "floor_seconds": "model_bytes / copy bandwidth, and the operations of gflops / float32_rate: the longer one bounds",
+    "float32_rate": "of a GPU by its multiprocessors and highest clock; null where products are not of float32",
     "bandwidth": "bytes/s read and written by Tensor.copy_, taken in turn with the contenders",
     "gflops": "of the products of score space, scores, commit and backward; not of the literal loops",
     "speedup": (
@@ -103,6 +106,15 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
     if bandwidth:
         console.print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s, read and written")
     for row in rows:
+        floors = row.floors(BACKWARD)
+        if row.contender == KERNELS and "operations" in floors:
+            by_bytes, by_operations = (f"{floors[by] * 1e3:.2f} ms by {by}" for by in ("bytes", "operations"))
+            rate = f"{row.float32_rate / 1e12:.1f} TFLOP/s in float32"
+            console.print(
+                f"floors of forward + backward ({row.use}): {by_bytes} at that bandwidth, {by_operations} at {rate}",
+                highlight=False,
+            )
+    for row in rows:
         for remark in _remarks(row):
             console.print(f"{row.contender} ({row.use}): {escape(remark)}", highlight=False)
 
@@ -156,13 +168,12 @@ def print_summary(console: Console, report: Report, device_type: str) -> None:
     console.print(f"extra MB: {PEAK_MEANING[device_type]}; less the new memories a pure step returns.", highlight=False)
     print_bars(console, "Bars: float32, 1 x slots", report.bars)
     prediction = report.prediction
-    table = Table(
-        title=f"PREDICTION, nothing here was measured: {prediction['gpu']}, forward + backward", title_justify="left"
-    )
-    for name in ("dtype", "x slots", "floor ms", "with scan ms"):
+    table = Table(title="PREDICTION, nothing here was measured: forward + backward", title_justify="left")
+    columns = {"bytes_ms": "bytes ms", "operations_ms": "operations ms", "with_scan_ms": "with scan ms"}
+    for name in ("GPU", "dtype", "x slots", *columns.values()):
         table.add_column(name)
     for row in prediction["rows"]:
-        table.add_row(row["dtype"], f"{row['scale']:g}", f"{row['floor_ms']:.3f}", f"{row['with_scan_ms']:.3f}")
+        table.add_row(row["gpu"], row["dtype"], f"{row['scale']:g}", *(f"{row[key]:.3f}" for key in columns))
     console.print(table)
     console.print(prediction["formula"], highlight=False)
     print_environment(console, report.environment)

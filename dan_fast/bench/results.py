@@ -24,6 +24,8 @@ class Row:
         compile_seconds: of the first calls, which are in no other figure.
         peak_bytes: how far memory rose above where it stood before the run.
         returned_bytes: how much of that is the new memories a pure step returns.
+        bandwidth: bytes a second that a copy reads and writes.
+        float32_rate: operations a second of a GPU that multiplies this row's numbers in float32.
         speedup: other contender -> pass -> how many times as long that one takes.
     """
 
@@ -45,6 +47,7 @@ class Row:
     peak_bytes: int | None = None
     returned_bytes: int = 0
     bandwidth: float | None = None
+    float32_rate: float | None = None
     speedup: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
@@ -55,7 +58,16 @@ class Row:
         """Time that the model's bytes take at the copy bandwidth, as a share of the time measured."""
         if kind not in self.seconds or not self.bandwidth:
             return None
-        return model_bytes(self.size, self.itemsize, self.use, kind) / self.bandwidth / self.seconds[kind].median
+        return self.floors(kind)["bytes"] / self.seconds[kind].median
+
+    def floors(self, kind: str) -> dict[str, float]:
+        """Seconds that no run of this pass can go below: "bytes", and "operations" where their rate is known."""
+        floors = {}
+        if self.bandwidth:
+            floors["bytes"] = model_bytes(self.size, self.itemsize, self.use, kind) / self.bandwidth
+        if self.float32_rate:
+            floors["operations"] = product_flop(self.size, kind) / self.float32_rate
+        return floors
 
     def gflops(self, kind: str) -> float | None:
         # The literal loops make other products, sample by sample.
@@ -70,6 +82,7 @@ class Row:
         content["peak_extra_bytes"] = self.peak_extra_bytes
         content["model_bytes"] = {k: model_bytes(self.size, self.itemsize, self.use, k) for k in (FORWARD, BACKWARD)}
         content["bandwidth_share"] = {kind: self.bandwidth_share(kind) for kind in self.seconds}
+        content["floor_seconds"] = {kind: self.floors(kind) for kind in self.seconds}
         content["gflops"] = {kind: self.gflops(kind) for kind in self.seconds}
         return content
 

@@ -137,6 +137,8 @@ class MemoryConfig:
         initial_alpha: What alpha and alpha' start from as parameters (the paper does not say; 0: a key goes by halves
             to the least-used slot and, spread thin, to all; -4: nearly all of it to the least-used slot).
         temperature: Divides the cosines in loss.labeled_embedding (the paper: it has no such loss).
+        products: How a GPU multiplies keys and slots: float32, or tf32x3, three products on its tensor cores for each
+            one, with 1.2 times the error.
     """
 
     labeled_slots: PositiveInt = 9000
@@ -146,6 +148,7 @@ class MemoryConfig:
     gates: Literal["parameters", "features"] = "parameters"
     initial_alpha: float = 0.0
     temperature: PositiveFloat = 0.05
+    products: Literal["float32", "tf32x3"] = "float32"
 
     __post_init__ = _make_plain
 
@@ -231,6 +234,8 @@ class RunConfig:
         seed: Seed of weights, batches, augmentation and dropout.
         device: auto takes the GPU where there is one; or cpu, cuda, cuda:1.
         precision: float32, or bfloat16 autocast for the network (memory and losses stay float32).
+        deterministic: Let the GPU use only operators that give the same bits in every run, which takes longer; one that
+            has no such form ends the run and is named. On a CPU runs repeat themselves anyway.
         checkpoint_every: Iterations between checkpoints inside an epoch; each epoch's end has one anyway.
         log_every: Iterations between two lines of scalars.
         evaluate_every: Epochs between evaluations on the targets; 0 evaluates after the last epoch only.
@@ -244,6 +249,7 @@ class RunConfig:
     seed: NonNegativeInt = 0
     device: str = "auto"
     precision: Precision = "float32"
+    deterministic: bool = False
     checkpoint_every: PositiveInt = 200
     log_every: PositiveInt = 10
     evaluate_every: NonNegativeInt = 0

@@ -18,6 +18,7 @@ from dan_fast.files import write_text
 from dan_fast.training.build import build_memory, initial_network, preprocessing_of, resolve_device
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.config import TrainConfig, require_same_training
+from dan_fast.training.determinism import deterministic_algorithms, prepare_cublas
 from dan_fast.training.display import Display
 from dan_fast.training.interrupt import Interrupted, StopRequest
 from dan_fast.training.metrics import (
@@ -33,6 +34,7 @@ from dan_fast.training.objective import DivergedError, Objective, PassRecord, Tr
 from dan_fast.training.reported import EpochChoice, describe, epoch_of, say, write_results
 from dan_fast.training.schedule import step_size
 from dan_fast.training.sources import load_datasets
+from dan_fast.triton_kernels import float32_products
 
 CAM_WEIGHT = "network.classifier.weight"
 _BACKBONE = "network.backbone."
@@ -44,7 +46,8 @@ class Trainer:
     """Trains a DAN as `config` says and keeps everything in the folder `config.run.out`.
 
     The folder holds config.yaml, checkpoint.pt (everything: weights, optimizer, memory, competition, random
-    states, the feedback of the epoch; a run killed at any moment resumes from it, on the CPU bit for bit),
+    states, the feedback of the epoch; a run killed at any moment resumes from it, on the CPU bit for bit, on a GPU
+    with run.deterministic),
     tensorboard/, chosen.pt where an epoch is chosen on the targets and, after the last epoch, results.json.
 
     Raises:
@@ -60,6 +63,8 @@ class Trainer:
         self.out = Path(config.run.out)
         self.checkpoint = self.out / "checkpoint.pt"
         self.device = resolve_device(config.run.device)
+        if config.run.deterministic and self.device.type == "cuda":
+            prepare_cublas()
         saved = self._saved_state()
 
         data = config.data
@@ -117,8 +122,6 @@ class Trainer:
         self.iteration = 0
         self.feedback: tuple[Tensor, Tensor] | None = None
         self.skipped: set[str] = set()
-        # Cuda kernels are asked to repeat themselves, so that a resumed run is the run it continues.
-        torch.backends.cudnn.deterministic = True
         self._random_state = self._get_random_state()
         if saved is not None:
             self._restore(saved)
@@ -147,7 +150,12 @@ class Trainer:
         display = Display(epochs * self.planner.iterations, self.iterations_done, self.config.data.batch_size)
         evaluations: list[Evaluation] = []
         try:
-            with StopRequest() as stop, display:
+            with (
+                deterministic_algorithms(self.config.run.deterministic),
+                float32_products(self.config.memory.products),
+                StopRequest() as stop,
+                display,
+            ):
                 if self.config.data.protocol:
                     said = describe(self.datasets, self.config.data.unlabeled_share)
                     display.say(f"Protocol {self.config.data.protocol}: {said}.")
