@@ -52,17 +52,34 @@ def exact_float32(device_type: str) -> Iterator[None]:
     Args:
         device_type: of the tensors, "cuda" or "cpu".
     """
-    settings = _matrix_products(device_type)
     with _LOCK:
-        found = settings.fp32_precision
-        if found in _EXACT:
+        if _matrix_products(device_type).fp32_precision in _EXACT:
             yield
             return
-        settings.fp32_precision = "ieee"
+        devices = [_matrix_products(each) for each in ("cuda", "cpu")]
+        found = [each.fp32_precision for each in devices]
+        # By the name that the settings came by: where old and new ones disagree PyTorch refuses to read the old ones,
+        # which TunableOp does in the middle of a product.
+        old_name = _matmul_precision()
+        if old_name is None:
+            _matrix_products(device_type).fp32_precision = "ieee"
+        else:
+            torch.set_float32_matmul_precision("highest")
         try:
             yield
         finally:
-            settings.fp32_precision = found
+            if old_name is not None:
+                torch.set_float32_matmul_precision(old_name)
+            for each, precision in zip(devices, found, strict=True):
+                each.fp32_precision = precision
+
+
+def _matmul_precision() -> str | None:
+    """What `torch.set_float32_matmul_precision` was told; None where settings came by other names."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
 
 
 def _matrix_products(device_type: str) -> Any:

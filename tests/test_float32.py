@@ -1,7 +1,7 @@
 """Where PyTorch rounds float32 numbers: what is said of it, and that the memory's products are left out."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -21,8 +21,10 @@ ROUNDED = {"mm", "addmm", "bmm", "baddbmm", "matmul"}
 
 @pytest.fixture(autouse=True)
 def settings_as_they_were() -> Iterator[None]:
+    found = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
     yield
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = found
     torch.backends.cudnn.allow_tf32 = True
 
 
@@ -72,13 +74,41 @@ def test_a_benchmark_records_them() -> None:
 # What is left out
 
 
-def test_exact_products_leave_the_setting_as_it_was() -> None:
-    settings = torch.backends.mkldnn.matmul
+def set_high() -> None:
+    torch.set_float32_matmul_precision("high")
+
+
+def set_medium() -> None:
     torch.set_float32_matmul_precision("medium")
-    with pytest.raises(KeyError), exact_float32("cpu"):
-        assert settings.fp32_precision == "ieee"
+
+
+def set_allow_tf32() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def set_by_operator() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("rounded", [set_high, set_medium, set_allow_tf32, set_by_operator])
+def test_exact_products_leave_the_settings_as_they_were(device: str, rounded: Callable[[], None]) -> None:
+    def read() -> list[str | None]:
+        try:
+            old = torch.get_float32_matmul_precision()
+        except RuntimeError:
+            old = None
+        return [old, torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+
+    rounded()
+    before = read()
+    with pytest.raises(KeyError), exact_float32(device):
+        assert float32_settings(torch.device(device))["matrix_products"] == "ieee"
+        if device == "cuda":
+            assert not torch.backends.cuda.matmul.allow_tf32, "the old name can be read inside, as TunableOp does"
         raise KeyError
-    assert settings.fp32_precision == "bf16" and torch.get_float32_matmul_precision() == "medium"
+    assert read() == before
 
 
 def test_a_second_thread_waits_with_its_product() -> None:
