@@ -40,9 +40,10 @@ def whole_prid(folder: Path) -> None:
 
 
 def whole_grid(folder: Path) -> None:
-    touch(folder / "probe", [f"{n:04}_{n % 4 + 1}_25004_1_2_3_4.jpeg" for n in range(1, 251)])
-    touch(folder / "gallery", [f"{n:04}_{n % 4 + 5}_25023_1_2_3_4.jpeg" for n in range(1, 251)])
-    touch(folder / "gallery", [f"0000_{n % 8 + 1}_{30000 + n}_1_2_3_4.jpeg" for n in range(775)])
+    # Six cameras, as in the names of the originals.
+    touch(folder / "probe", [f"{n:04}_{n % 3 + 1}_25004_1_2_3_4.jpeg" for n in range(1, 251)])
+    touch(folder / "gallery", [f"{n:04}_{n % 3 + 4}_25023_1_2_3_4.jpeg" for n in range(1, 251)])
+    touch(folder / "gallery", [f"0000_{n % 6 + 1}_{30000 + n}_1_2_3_4.jpeg" for n in range(775)])
 
 
 def whole_ilids(folder: Path) -> None:

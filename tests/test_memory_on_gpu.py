@@ -1,11 +1,13 @@
 """GPUs: two of them, another stream, tensors that are elsewhere, and faults that are told later."""
 
+import contextlib
 import math
 
 import pytest
 import torch
 
-from dan_fast import MemoryState, functional
+from dan_fast import MemoryState, _extension, functional
+from dan_fast.nn import ProgressiveAugmentedMemory
 from tests.memory_arguments import BATCH, GATES, arguments, module, refuses, tensors
 from tests.memory_problems import agree
 
@@ -109,3 +111,27 @@ def test_a_captured_step_follows_its_arguments():
         graph.replay()
         for a, b in zip(tensors(captured._asdict()), tensors(functional.memory_step(**given)._asdict()), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("path", ["kernels", "torch"])
+def test_a_memory_is_not_rounded_to_tf32(path):
+    def steps() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        memory = ProgressiveAugmentedMemory(64, 48, key_dim=96).cuda()
+        found = []
+        with _extension.disabled() if path == "torch" else contextlib.nullcontext():
+            for _ in range(3):
+                keys = torch.randn(16, 96, device="cuda", requires_grad=True)
+                labels, ids = torch.arange(8, device="cuda"), torch.arange(8, device="cuda")
+                loss = memory(keys[:8], labels, keys[8:], ids).loss
+                found += [loss, *torch.autograd.grad(loss, keys, retain_graph=True)]  # so that the next step waits
+        return [*found, *memory.labeled, *memory.unlabeled]
+
+    exact = steps()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(steps(), exact, strict=True))
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -168,13 +168,14 @@ def test_adversary_loss_trains_the_shared_classifier_through_its_map():
     assert all(p.grad.abs().sum() > 0 for p in model.attention.parameters())
 
 
-def test_autocast_keeps_features_in_float32():
+def test_autocast_keeps_features_and_logits_in_float32():
     model = tiny().eval()
     expected = model(images(), LABELS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(images(), LABELS)
-    assert {value.dtype for value in output[:5]} == {torch.float32}
-    assert output.logits.dtype == torch.bfloat16
+    assert {value.dtype for value in output} == {torch.float32}
+    for logits, features in ((output.logits, output.attended), (output.adversary_logits, output.pooled)):
+        torch.testing.assert_close(logits, features @ model.classifier.weight.T)
     for got, value in zip(output, expected, strict=True):
         torch.testing.assert_close(got.float(), value, rtol=0.05, atol=0.02)
     sum(value.float().sum() for value in output).backward()

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dan_fast"
 # A room imports from its own level and the levels before it.
 LEVELS = [
-    {"reference", "errors", "files", "preprocessing", "_extension", "_sources"},
+    {"reference", "errors", "files", "float32", "preprocessing", "_extension", "_sources"},
     {"triton_kernels"},
     {"functional"},
     {"daml", "data", "evaluation", "nn"},

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from dan_fast.daml import Stage, active_groups, meta_gradients
+from dan_fast.daml import Stage, active_groups, attention_wins, meta_gradients
 from dan_fast.data import Split
 from dan_fast.data.synthetic import synthesize
 from dan_fast.errors import DanFastError
@@ -39,7 +39,7 @@ from dan_fast.training import (
 )
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.interrupt import StopRequest
-from dan_fast.training.metrics import Scalars
+from dan_fast.training.metrics import Scalars, accuracy
 from dan_fast.training.objective import DivergedError, Objective, TrainingModel
 from dan_fast.training.trainer import _until_stopped
 
@@ -152,6 +152,19 @@ def test_losses_are_equation_1_over_the_samples_they_apply_to():
     extremes = out.spatial_attention.amax(1) - out.spatial_attention.amin(1)
     torch.testing.assert_close(record.spatial_spread, extremes.mean())
     assert not any(value.requires_grad for value in record if isinstance(value, torch.Tensor))
+
+
+def test_rounding_under_autocast_makes_no_ties():
+    model, batch = training_model(), split()
+    model.autocast_dtype = torch.bfloat16
+    with torch.no_grad():
+        # In bfloat16 class 2 is class 1, and of equal logits argmax takes the first.
+        model.network.classifier.weight.copy_(torch.tensor([[0.0], [1.0], [1 + 2**-9]]).expand(3, 6))
+    _, record = model(batch)
+    labels = torch.full_like(record.labels, 2)
+    assert record.logits.dtype == record.adversary_logits.dtype == torch.float32
+    assert accuracy(record.logits, labels) == accuracy(record.adversary_logits, labels) == 1
+    assert attention_wins(record.logits, torch.zeros_like(record.logits), labels)
 
 
 def test_cleared_samples_are_those_that_the_reference_drops_or_replaces(monkeypatch):

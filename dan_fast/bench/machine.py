@@ -14,6 +14,7 @@ import torch
 
 import dan_fast
 from dan_fast import _extension
+from dan_fast.float32 import float32_rounding
 
 PEAK_MEANING = {
     "cpu": (
@@ -41,6 +42,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "float32": float32_rounding(device) or "IEEE",
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cuda": torch.version.cuda,
         "driver": _driver() if device.type == "cuda" else None,

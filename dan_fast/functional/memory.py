@@ -10,6 +10,7 @@ from dan_fast.functional.memory_scan import scan
 from dan_fast.functional.memory_scan_types import ScanResult, Slots, WrittenSlots, sentence_of
 from dan_fast.functional.memory_stream import full_precision, memory_commit, memory_scores
 from dan_fast.functional.memory_weights import cosine_softmax, false_sample_sets
+from dan_fast.functional.products import product
 from dan_fast.reference.checks import check_memory_step
 from dan_fast.reference.cosine import statistics_dtype
 from dan_fast.reference.types import MemoryState, MemoryStep
@@ -116,7 +117,7 @@ def _scan_batch(
         scores, norms = read_labeled(all_keys)
         unlabeled_scores, unlabeled_norms = read_unlabeled(all_keys[keys.shape[0] :])
         result = scan(
-            scores, unlabeled_scores, all_keys @ all_keys.mT, _gates(scores, *gates), labels, sample_ids,
+            scores, unlabeled_scores, product(all_keys, all_keys.mT), _gates(scores, *gates), labels, sample_ids,
             _slots(labeled, norms), _slots(unlabeled, unlabeled_norms), *decays, keys.shape[1] == 1,
         )  # fmt: skip
     # Elsewhere than on the CPU reading the flag would wait for the device: there it is for the caller to read.

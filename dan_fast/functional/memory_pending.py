@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dan_fast.functional.memory_stream import memory_combine, memory_commit, memory_commit_scores_, memory_scores
+from dan_fast.functional.products import product
 from dan_fast.reference.cosine import statistics_dtype
 from dan_fast.reference.types import MemoryState
 
@@ -133,7 +134,8 @@ class PendingMemory:
             return scores, self.square_norms
         if self._is_counted_on() and self.pending <= MAX_PENDING:
             scores, _ = memory_scores(keys, self._base.for_graph())
-            scores = torch.addmm(scores * self.kept, keys @ self.keys.to(self.dtype).mT, self.weights)
+            with_pending = product(keys, self.keys.to(self.dtype).mT)
+            scores = product(with_pending, self.weights, scores * self.kept)
             return scores, self.square_norms
         if self._is_counted_on() or self._base.shared:
             self._settle_into_new()

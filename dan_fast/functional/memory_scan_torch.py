@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dan_fast.functional.memory_scan_types import ScanResult, Slots, WrittenSlots
 from dan_fast.functional.memory_weights import false_sets
+from dan_fast.functional.products import product
 from dan_fast.reference.cosine import norm_from_square, occupied_softmax
 
 
@@ -195,7 +196,7 @@ def scan(
         writes.write(label, no_sample, gate, decay)
     new_labeled = writes.result(undone=fault != 0)
 
-    retrieval_scores = torch.addmm(retrieval_scores * writes.kept(), gram[batch:, :batch], writes.held())
+    retrieval_scores = product(gram[batch:, :batch], writes.held(), retrieval_scores * writes.kept())
     lengths = norm_from_square(gram.diagonal()[batch:])
     cosine = retrieval_scores / (lengths[:, None] * norm_from_square(writes.square_norms))
     pseudo_labels, losses = _retrieve(cosine, writes.labels, writes.occupied)

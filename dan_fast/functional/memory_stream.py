@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dan_fast import _extension, triton_kernels
+from dan_fast.functional.products import product
 from dan_fast.functional.row_norms import row_sq_norms
 
 # Rows widened or rewritten at a time in PyTorch: a piece that stays in the cache between its two or three passes.
@@ -102,7 +103,7 @@ def _commit_into(target: Tensor, base: Tensor, kept: Tensor, weights: Tensor, pe
     for at in range(0, base.shape[0], _ROWS):
         rows = slice(at, at + _ROWS)
         piece = base[rows].to(kept.dtype).masked_fill(kept[rows, None] == 0, 0.0)
-        target[rows] = piece.addmm_(weights[:, rows].mT, pending_keys)
+        target[rows] = product(weights[:, rows].mT, pending_keys, piece)
 
 
 def _product(left: Tensor, base: Tensor, transposed: bool) -> Tensor:
@@ -110,7 +111,7 @@ def _product(left: Tensor, base: Tensor, transposed: bool) -> Tensor:
     if base.dtype != left.dtype and not base.requires_grad:
         return _HalfProduct.apply(left, base, transposed)
     wide = base.to(left.dtype)
-    return left @ (wide.mT if transposed else wide)
+    return product(left, wide.mT if transposed else wide)
 
 
 class _HalfProduct(torch.autograd.Function):
@@ -122,9 +123,9 @@ class _HalfProduct(torch.autograd.Function):
         ctx.transposed = transposed
         pieces = base.split(_ROWS)
         if transposed:
-            return torch.cat([left @ piece.to(left.dtype).mT for piece in pieces], dim=1)
+            return torch.cat([product(left, piece.to(left.dtype).mT) for piece in pieces], dim=1)
         parts = left.split(_ROWS, dim=1)
-        return sum(part @ piece.to(left.dtype) for part, piece in zip(parts, pieces, strict=True))
+        return sum(product(part, piece.to(left.dtype)) for part, piece in zip(parts, pieces, strict=True))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -146,7 +147,7 @@ def _scores_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor | No
         to_keys = memory_combine(grad, base)
     if ctx.needs_input_grad[1]:
         if grad is not None:
-            to_base = grad.mT @ keys
+            to_base = product(grad.mT, keys)
         if grad_norms is not None:
             by_norms = 2 * grad_norms[:, None] * base
             to_base = by_norms if to_base is None else to_base + by_norms
@@ -159,7 +160,7 @@ def _combine_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor | N
     if grad is None:
         return None, None
     to_weights = memory_scores(grad, base)[0] if ctx.needs_input_grad[0] else None
-    to_base = (weights.mT @ grad).to(base.dtype) if ctx.needs_input_grad[1] else None
+    to_base = product(weights.mT, grad).to(base.dtype) if ctx.needs_input_grad[1] else None
     return to_weights, to_base
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dan_fast.functional.memory_stream import full_precision
 from dan_fast.nn.attention import NLCBAM
 from dan_fast.nn.backbone import build_backbone
 from dan_fast.nn.styles import style_mixing_of
@@ -130,7 +131,7 @@ class DAN(nn.Module):
         self.classifier = nn.Linear(channels, num_classes, bias=False)
 
     def forward(self, images: Tensor, labels: Tensor | None = None, lenders: int = 0) -> DANOutput:
-        """Both branches.
+        """Both branches; under autocast the classifier is left out of it, and logits are in the dtype of its weight.
 
         Args:
             images: (B + lenders, 3, H, W) floating.
@@ -143,11 +144,14 @@ class DAN(nn.Module):
             TypeError: labels that are not int64.
         """
         head = self._head(images, labels, lenders)
-        return DANOutput(
-            *head,
-            logits=self.classifier(self.dropout(head.attended)),
-            adversary_logits=self.classifier(self.dropout(head.pooled)),
-        )
+        # Logits of eight bits often tie, and argmax then takes the lowest class: who won the competition would hang on
+        # how persons are numbered.
+        with full_precision(images.device):
+            return DANOutput(
+                *head,
+                logits=self._classify(head.attended),
+                adversary_logits=self._classify(head.pooled),
+            )
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) images to the (B, C) feature that tests compare (Sec. III-A): no adversary, no memory.
@@ -178,6 +182,9 @@ class DAN(nn.Module):
             "backbone": [name for name in names if not name.startswith("attention.")],
             "attention": [name for name in names if name.startswith("attention.")],
         }
+
+    def _classify(self, features: Tensor) -> Tensor:
+        return self.classifier(self.dropout(features.to(self.classifier.weight.dtype)))
 
     def _head(self, images: Tensor, labels: Tensor | None, lenders: int = 0) -> AttentionHeadOutput:
         mixing = self.styles is not None and self.training

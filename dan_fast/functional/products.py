@@ -1,0 +1,61 @@
+"""The matrix products of the memory, exact in float32 whatever PyTorch's settings say.
+
+A slot is told from another by the last bits of its score. The kernels never round their products below float32;
+`torch.set_float32_matmul_precision("high")`, which speeds a network up, must not round those that PyTorch makes beside
+them. Backward passes run when the caller asks for them, outside any `with`, and a compiled function decides when it is
+traced: so the product is an operator, and its derivatives are the same operator.
+"""
+
+import torch
+from torch import Tensor
+
+from dan_fast.float32 import exact_float32
+
+
+def product(left: Tensor, right: Tensor, addend: Tensor | None = None) -> Tensor:
+    """`left @ right`, plus `addend`, not rounded below float32; differentiable any number of times.
+
+    Args:
+        left: (m, k) floating.
+        right: (k, n), its dtype.
+        addend: (m, n), its dtype.
+
+    Returns:
+        (m, n).
+
+    Example:
+        >>> product(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]]))
+        tensor([[11.]])
+    """
+    if left.dtype == torch.float32:
+        return torch.ops.torch_dan_fast.float32_product.default(left, right, addend)
+    # Nothing rounds float64.
+    return left @ right if addend is None else torch.addmm(addend, left, right)
+
+
+def _product(left: Tensor, right: Tensor, addend: Tensor | None) -> Tensor:
+    with exact_float32(left.device.type):
+        return torch.mm(left, right) if addend is None else torch.addmm(addend, left, right)
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    left, right = ctx.saved_tensors
+    to_left = product(grad, right.mT) if ctx.needs_input_grad[0] else None
+    to_right = None
+    if ctx.needs_input_grad[1]:
+        # In the layout of `right`, as PyTorch's own backward has it: of k @ k.mT two gradients of one layout are added.
+        turned = right.stride(0) == 1
+        to_right = product(grad.mT, left).mT if turned else product(left.mT, grad)
+    return to_left, to_right, grad if ctx.needs_input_grad[2] else None
+
+
+def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+# A namespace of its own: `dan_fast` holds the kernels, and this product is PyTorch's.
+_NAME = "torch_dan_fast::float32_product"
+torch.library.define(_NAME, "(Tensor left, Tensor right, Tensor? addend) -> Tensor")
+torch.library.impl(_NAME, "CompositeExplicitAutograd")(_product)
+torch.library.register_fake(_NAME)(lambda left, right, addend: left.new_empty(left.shape[0], right.shape[1]))
+torch.library.register_autograd(_NAME, _backward, setup_context=_keep)
