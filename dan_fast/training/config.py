@@ -230,7 +230,8 @@ class RunConfig:
         resume: Continue from the checkpoint in the folder.
         seed: Seed of weights, batches, augmentation and dropout.
         device: auto takes the GPU where there is one; or cpu, cuda, cuda:1.
-        precision: float32, or bfloat16 autocast for the network (memory and losses stay float32).
+        precision: float32, or bfloat16 autocast for the network in training (memory, losses and evaluations stay
+            float32).
         checkpoint_every: Iterations between checkpoints inside an epoch; each epoch's end has one anyway.
         log_every: Iterations between two lines of scalars.
         evaluate_every: Epochs between evaluations on the targets; 0 evaluates after the last epoch only.
