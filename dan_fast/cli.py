@@ -33,7 +33,7 @@ from dan_fast.training.build import initial_network, network_of, resolve_device
 from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.config import BrokenImages, CacheCheck, Paths, Precision, as_list
 from dan_fast.training.recipes import DEFAULT_RECIPE, recipe_of_file, recipe_settings, recipe_words
-from dan_fast.training.reported import epoch_of
+from dan_fast.training.reported import epoch_of, seen_of
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -86,7 +86,7 @@ def evaluate(
         batch_size: Images at a time.
         workers: Processes that decode images; 0 decodes in this one.
         device: auto takes the GPU where there is one; or cpu, cuda, cuda:1.
-        precision: float32, or bfloat16 autocast.
+        precision: float32, in which trainings of any precision evaluate, or bfloat16 autocast.
         broken_images: Stop with an error at an image that cannot be decoded, or skip and count it.
         cache: Folder for decoded images, for the next evaluation; user is dan-fast in the user's cache folder, none
             decodes images each time.
@@ -139,7 +139,7 @@ def evaluate(
                 preprocessing=preprocessing,
             )
             if name == "trained":
-                evaluation = replace(evaluation, **conditions)
+                evaluation = replace(evaluation, **conditions, seen=seen_of(state, dataset))
             results.append((name, evaluation))
 
     # Folded: a variant that is cut short in a narrow window says nothing.

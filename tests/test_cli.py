@@ -62,6 +62,18 @@ def test_evaluate_prints_a_table_and_writes_json(run, images, tmp_path, capsys):
     assert "untrained" in capsys.readouterr().out
 
 
+def test_evaluate_prints_and_writes_how_it_scored(run, images, tmp_path, capsys):
+    out = tmp_path / "figures.json"
+    command = ["evaluate", "--checkpoint", str(run / "checkpoint.pt"), "--targets", str(images / "street")]
+    assert main([*command, "--metric", "euclidean", "--ap", "trapezoid", "--precision", "bfloat16",
+                 "--baselines", "true", "--workers", "0", "--out", str(out)]) == 0  # fmt: skip
+    printed = " ".join(capsys.readouterr().out.split())
+    for features in ("trained", "untrained", "chance"):
+        assert f"street, {features}: fixed query and gallery; euclidean distance; trapezoid AP; bfloat16" in printed
+    recorded = {(row["metric"], row["ap"], row["precision"]) for row in json.loads(out.read_text())}
+    assert recorded == {("euclidean", "trapezoid", "bfloat16")}
+
+
 def test_quickstart_leaves_a_report_with_pictures(tmp_path, capsys):
     out = tmp_path / "quick"
     assert main(["quickstart", "--out", str(out), "--epochs", "1", "--identities", "6"]) == 0

@@ -15,6 +15,7 @@ from dan_fast.evaluation.features import extract_features
 from dan_fast.evaluation.protocol import (
     COLUMNS,
     DatasetFeatures,
+    Evaluation,
     evaluate_dataset,
     evaluate_features,
     extract_dataset,
@@ -178,6 +179,41 @@ def test_random_splits_are_averaged(people):
     again = evaluate_dataset(embed, dataset, SIZE, repeats=4, seed=3)
     assert json.loads(json.dumps(again.to_dict())) == result.to_dict()
     assert evaluate_dataset(embed, dataset, SIZE, repeats=4, seed=8).mAP != result.mAP
+
+
+def test_figures_say_how_they_were_scored_where_it_is_not_as_usual(people):
+    query, gallery = people[::3], tuple(sample for place, sample in enumerate(people) if place % 3)
+    dataset = ReIDDataset("tiny", people[0].path.parent, (), query, gallery)
+    usual = evaluate_dataset(embed, dataset, SIZE)
+    assert (usual.metric, usual.ap, usual.precision, usual.rounding) == ("cosine", "standard", "float32", "")
+    assert (usual.conditions, usual.scoring) == ("fixed query and gallery", "")
+    other = evaluate_dataset(embed, dataset, SIZE, metric="euclidean", ap="trapezoid", precision="bfloat16")
+    assert other.scoring == "euclidean distance; trapezoid AP; bfloat16"
+    assert other.conditions == f"fixed query and gallery; {other.scoring}"
+    assert Evaluation.from_dict(json.loads(json.dumps(other.to_dict()))) == other
+    for metric, ap, words in (("euclidean", "standard", "euclidean distance"), ("cosine", "trapezoid", "trapezoid AP")):
+        assert evaluate_dataset(embed, dataset, SIZE, metric=metric, ap=ap).conditions.endswith(f"; {words}")
+    # Features of which nobody knows the precision, and figures of versions that did not record any of it.
+    features = extract_dataset(embed, dataset, SIZE)._replace(precision="")
+    assert (evaluate_features(features).precision, evaluate_features(features).scoring) == ("", "")
+    old = {
+        name: value
+        for name, value in usual.to_dict().items()
+        if name not in ("metric", "ap", "precision", "rounding", "seen")
+    }
+    assert Evaluation.from_dict(old).conditions == usual.conditions
+
+
+def test_figures_say_what_the_device_made_of_float32(people):
+    dataset = ReIDDataset("tiny", people[0].path.parent, test=people)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        rounded = evaluate_dataset(embed, dataset, SIZE, repeats=1)
+        half = evaluate_dataset(embed, dataset, SIZE, repeats=1, precision="bfloat16")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert rounded.conditions.endswith("; bfloat16 in matrix products")
+    assert half.rounding == "" and half.conditions.endswith("; bfloat16")
 
 
 def test_split_of_extracted_features(people):

@@ -18,7 +18,7 @@ from dan_fast.training import DataConfig, OptimizerConfig, RunConfig, TrainConfi
 from dan_fast.training import trainer as trainer_module
 from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.config import MemoryConfig, ModelConfig, require_same_training
-from dan_fast.training.reported import CHOSEN, EpochChoice, epoch_of
+from dan_fast.training.reported import CHOSEN, SEEN, EpochChoice, epoch_of
 from tests.dataset_shelf import full_shelf
 from tests.test_training import assert_same_state
 
@@ -104,6 +104,26 @@ def test_evaluate_by_protocol_gives_what_the_training_gave(root: Path, tmp_path:
     assert row.pop("features") == "trained"
     assert [row] == json.loads((out / "results.json").read_text())["targets"]
     assert (row["variant"], row["named_protocol"]) == ("labeled, new protocol", "p2-cuhk03")
+    assert (row["metric"], row["ap"], row["precision"], row["rounding"]) == ("cosine", "standard", "float32", "")
+
+
+def test_a_training_in_bfloat16_evaluates_as_the_command_does(images: Path, tmp_path: Path) -> None:
+    out, figures = tmp_path / "run", tmp_path / "figures.json"
+    trainer = Trainer(config(images, out, precision="bfloat16", choose_epoch_on_target=False))
+    trainer.epoch = trainer.config.optimizer.epochs
+    trainer._save()
+    trainer.fit()
+    results = json.loads((out / "results.json").read_text())
+    assert (results["precision"], results["float32"], results["targets"][0]["precision"]) == (
+        "bfloat16",
+        "IEEE",
+        "float32",
+    )
+    evaluate = ["evaluate", "--checkpoint", str(out / "checkpoint.pt"), "--targets", str(images / "mall"),
+                "--workers", "0", "--device", "cpu", "--out", str(figures)]  # fmt: skip
+    assert main(evaluate) == 0
+    (row,) = json.loads(figures.read_text())
+    assert row.pop("features") == "trained" and [row] == results["targets"]
 
 
 def test_a_network_trained_otherwise_has_no_figures_of_a_protocol(
@@ -115,7 +135,10 @@ def test_a_network_trained_otherwise_has_no_figures_of_a_protocol(
     rows = json.loads(figures.read_text())
     assert [row["named_protocol"] for row in rows] == ["targets of p2-market1501, NOT TRAINED BY IT", "", ""]
     assert [row["epoch"] for row in rows] == ["epoch 1 of 1", "", ""]
-    assert "NOT TRAINED BY IT" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    # P-1 trains on all images of Market-1501.
+    assert [row["seen"] for row in rows] == [f"2 {SEEN}", "", ""]
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "NOT TRAINED BY IT" in printed and f"2 {SEEN}" in printed
 
 
 @pytest.mark.parametrize(

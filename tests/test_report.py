@@ -18,14 +18,14 @@ from dan_fast.data.synthetic import synthesize
 from dan_fast.errors import DanFastError
 from dan_fast.evaluation import Evaluation
 from dan_fast.reporting import comparisons, memories
-from dan_fast.reporting.groups import models, swept_settings, unlabeled_shares
+from dan_fast.reporting.groups import models, swept_settings, target_of, unlabeled_shares
 from dan_fast.reporting.memories import Slots, layout, neighbours_agree, plot_memories, sample, stored_slots
 from dan_fast.reporting.report import report
 from dan_fast.reporting.results import paper_tables, paper_target, result_tables
 from dan_fast.reporting.runs import read_runs
 from dan_fast.reporting.watched import watched_table
 from dan_fast.training import DataConfig, MemoryConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer
-from dan_fast.training.reported import CHOSEN
+from dan_fast.training.reported import CHOSEN, SEEN
 
 
 def evaluation(dataset: str, rank1: float, mean_precision: float, repeats: int = 1) -> dict:
@@ -213,6 +213,35 @@ def test_a_run_stands_beside_the_table_it_belongs_to(tmp_path):
         ("paper: Ours (with MSMT17)", "61.6 †"),
     ]
     assert "61.6 is below 65.4" in viper.note and "MSMT17 (unlabelled)" in marked[1][1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"metric": "euclidean"},
+        {"ap": "trapezoid"},
+        {"protocol": "10 random splits; k-reciprocal re-ranking (k1 20, k2 6, lambda 0.3)"},
+        {"epoch": f"epoch 3 of 9, {CHOSEN}"},
+        {"seen": f"4 {SEEN}"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_figures_that_are_scored_otherwise_are_not_laid_beside_the_papers_as_equal(tmp_path, change):
+    folder = fake_run(tmp_path / "small", [("VIPeR", 0.4, 0.45, 10)])
+    usual = json.loads((folder / "results.json").read_text())["targets"][0]
+    usual |= {"metric": "cosine", "ap": "standard", "precision": "float32"}
+    (folder / "results.json").write_text(json.dumps({"epochs": 500, "targets": [usual]}))
+    (folder / "figures.json").write_text(json.dumps([{"features": "trained", **usual, "mAP": 0.3, **change}]))
+    [run] = read_runs([folder])
+    [table] = [each for each in paper_tables([run]) if each.title.startswith("Table IV, VIPeR")]
+    plain, marked = [row for row in table.rows if not row[0].startswith("paper")]
+    assert plain[-1] == "45.0 ± 1.0" and all(cell.endswith("± 1.0 ‡") for cell in marked[4:])
+    assert "‡ Not scored as the paper's rows are" in table.note
+    assert marked[2] != plain[2], "and the row says what is otherwise"
+    assert target_of(run.results[1]) != target_of(run.results[0]), "nor are the two drawn together"
+    [table] = [each for each in paper_tables(read_runs([fake_run(tmp_path / "old", [("VIPeR", 0.4, 0.45, 10)])]))
+               if each.title.startswith("Table IV, VIPeR")]  # fmt: skip
+    assert "‡" not in table.note and "‡" not in str(table.rows)
 
 
 @pytest.mark.parametrize("name", ["viper", "GRID", "i-LIDS", "ilids", "prid_2011", "duke", "Market-1501-v15.09.15"])

@@ -38,6 +38,7 @@ from dan_fast.training import (
     trained_network,
 )
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from dan_fast.training.display import Display
 from dan_fast.training.interrupt import StopRequest
 from dan_fast.training.metrics import Scalars, accuracy
 from dan_fast.training.objective import DivergedError, Objective, TrainingModel
@@ -287,6 +288,42 @@ def test_training_runs_to_its_end_and_leaves_a_usable_network(images, tmp_path):
     torch.testing.assert_close(network.embed(probe), trainer.model.network.eval().embed(probe))
     assert settings["optimizer"]["epochs"] == 2
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_targets_of_one_name_have_curves_of_their_own(images, tmp_path):
+    shutil.copytree(images / "mall", tmp_path / "mall")
+    targets = [str(images / "mall"), str(tmp_path / "mall")]
+    trainer = Trainer(config(images, tmp_path / "run", data={"targets": targets}, run={"evaluate_every": 1}))
+    trainer.epoch, seen = 1, []
+
+    class Seen(NoScalars):
+        def add(self, name, value, counts=True):
+            seen.append(name)
+
+        def flush(self, step):
+            pass
+
+    with Display(1, 0, 1) as display:
+        trainer._evaluate_if_due(Seen(), display)
+    assert seen == [f"eval/{name}/{figure}" for name in ("mall", "mall-2") for figure in ("R1", "mAP", "mINP")]
+
+
+def test_a_run_says_what_its_device_makes_of_float32(images, tmp_path, capsys):
+    def finished(name: str, **run) -> tuple[str, dict]:
+        trainer = Trainer(config(images, tmp_path / name, run=run))
+        trainer.epoch = trainer.config.optimizer.epochs
+        trainer.fit()
+        return " ".join(capsys.readouterr().out.split()), json.loads((tmp_path / name / "results.json").read_text())
+
+    torch.set_float32_matmul_precision("medium")
+    try:
+        printed, results = finished("float32")
+        half, _ = finished("bfloat16", precision="bfloat16")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert "Float32 on cpu: bfloat16 in matrix products, as torch.backends has it." in printed
+    assert (results["precision"], results["float32"]) == ("float32", "bfloat16 in matrix products")
+    assert "Float32 on" not in half
 
 
 @pytest.mark.parametrize(

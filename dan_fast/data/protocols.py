@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple
 from dan_fast.data.datasets import all_images
 from dan_fast.data.known import KNOWN, FoundDataset, find_datasets
 from dan_fast.data.samples import ReIDDataset
+from dan_fast.data.strangers import require_strangers
 from dan_fast.errors import DanFastError
 
 _LOG = logging.getLogger(__name__)
@@ -176,9 +177,9 @@ def resolve_protocol(name: str, root: str | Path, targets_only: bool = False) ->
     if missing:
         raise DanFastError(f"Protocol {name} lacks in {shelf.root}: {'; '.join(missing.values())}.")
     roles = shelf.roles(protocol, targets_only)
-    for dataset in (*roles.labeled, *roles.unlabeled):
-        for target in roles.targets:
-            _expect_strangers(name, dataset, target)
+    require_strangers(
+        (*roles.labeled, *roles.unlabeled), roles.targets, f"Protocol {name}", "restore the dataset as published"
+    )
     shelf.warn(protocol, targets_only)
     return roles
 
@@ -262,17 +263,3 @@ class Shelf:
 def _parts(protocol: Protocol, targets_only: bool) -> Iterable[Part]:
     trained_on = () if targets_only else (*protocol.labeled, *protocol.unlabeled)
     return dict.fromkeys((*trained_on, *protocol.targets))
-
-
-def _expect_strangers(protocol: str, dataset: ReIDDataset, target: ReIDDataset) -> None:
-    if dataset.root != target.root:
-        return
-    searched = {sample.pid for sample in target.query}
-    # Distractors are pid 0.
-    tested = searched | {sample.pid for sample in (*target.gallery, *target.test) if sample.pid != 0}
-    both = sorted({sample.pid for sample in dataset.train} & tested)
-    if both:
-        raise DanFastError(
-            f"Protocol {protocol} would train on people of its target {target.name}: {len(both)} of them, person "
-            f"{both[0]} the first, are among the train images of {dataset.root}; restore the dataset as published."
-        )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dan_fast.data.samples import ReIDDataset, Sample
+from dan_fast.data.strangers import root_of
 from dan_fast.errors import DanFastError
 
 _Identity = tuple[str, int]  # (real path of the dataset's root, pid)
@@ -39,6 +40,7 @@ class TrainingSet:
         true_labels: (n_unlabeled,) int64, the class where the identity is one of the labelled ones, else -1.
         true_ids: (n_unlabeled,) int64, a number 0.. for each identity among the unlabelled images, -1 if
             unknown.
+        persons: real path of a dataset's root -> ascending int64 pids of its persons, labelled or not, in these images.
         fingerprint: SHA-256 (hex) of dataset names, relative paths, labels and roles. Sample ids and labels
             mean the same in two sets of equal fingerprint, wherever the folders lie.
 
@@ -87,6 +89,7 @@ class TrainingSet:
         self.unlabeled_samples = tuple(image.sample for image in kept)
         self.true_labels = _numbers(kept, classes)
         self.true_ids = _numbers(kept, people)
+        self.persons = _persons([*known, *kept])
         self.fingerprint = _fingerprint(known, self.labels, kept)
 
 
@@ -104,7 +107,7 @@ def _train_images(datasets: Sequence[ReIDDataset], role: str) -> list[_TrainImag
     images = []
     seen: set[str] = set()
     for dataset in datasets:
-        root = os.path.realpath(dataset.root)
+        root = root_of(dataset)
         for sample in dataset.train:
             relative = os.path.relpath(sample.path, dataset.root)
             path = os.path.normpath(os.path.join(root, relative))
@@ -124,6 +127,13 @@ def _number_identities(images: Sequence[_TrainImage]) -> dict[_Identity, int]:
 
 def _numbers(images: Sequence[_TrainImage], numbering: dict[_Identity, int]) -> Tensor:
     return torch.tensor([numbering.get(image.identity, -1) for image in images], dtype=torch.int64)
+
+
+def _persons(images: Sequence[_TrainImage]) -> dict[str, Tensor]:
+    pids: dict[str, set[int]] = {}
+    for root, pid in {image.identity for image in images if image.sample.pid >= 0}:
+        pids.setdefault(root, set()).add(pid)
+    return {root: torch.tensor(sorted(pids[root]), dtype=torch.int64) for root in sorted(pids)}
 
 
 def _share(images: list[_TrainImage], share: float, seed: int) -> list[_TrainImage]:

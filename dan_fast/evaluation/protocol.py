@@ -24,6 +24,7 @@ from dan_fast.evaluation.ranking import (
 )
 from dan_fast.evaluation.reranking import Reranking, evaluate_reranked
 from dan_fast.evaluation.single_shot import evaluate_single_shot
+from dan_fast.float32 import float32_rounding
 from dan_fast.preprocessing import IMAGENET, Preprocessing
 
 COLUMNS = ("R1", "R5", "R10", "mAP", "mINP")
@@ -46,6 +47,11 @@ class Evaluation:
         named_protocol: name of the protocol of the literature that was trained and tested by, "" for none.
         epoch: of the weights, and whether it was chosen on the target, in words; "" where that is not known.
         recipe: of the training, and what was changed on top of it, in words; "" for none.
+        metric: by which features were compared; "" where that was not recorded.
+        ap: which average precision was taken; "" where that was not recorded.
+        precision: in which the network ran, "float32" or "bfloat16"; "" where that is not known.
+        rounding: of float32 numbers by the device all the same, in words ("TF32 in convolutions"); "" for none.
+        seen: how many of the persons tested on the network was trained on, in words; "" for none, as far as known.
     """
 
     dataset: str
@@ -66,11 +72,30 @@ class Evaluation:
     named_protocol: str = ""
     epoch: str = ""
     recipe: str = ""
+    metric: str = ""
+    ap: str = ""
+    precision: str = ""
+    rounding: str = ""
+    seen: str = ""
+
+    @property
+    def scoring(self) -> str:
+        """What of metric, AP and precision is not the default, in words; "" where all is."""
+        parts = (
+            f"{self.metric} distance" if self.metric not in ("", "cosine") else "",
+            f"{self.ap} AP" if self.ap not in ("", "standard") else "",
+            self.precision if self.precision != "float32" else "",
+        )
+        return "; ".join(filter(None, parts))
 
     @property
     def conditions(self) -> str:
-        """What has to be the same in figures that are compared: protocol, splits and epoch."""
-        return "; ".join(filter(None, (self.named_protocol, self.protocol, self.epoch)))
+        """What has to be the same in figures that are compared: protocol, splits, scoring and epoch.
+
+        Of metric, AP and precision it names those that are not the default.
+        """
+        parts = (self.named_protocol, self.protocol, self.scoring, self.rounding, self.epoch, self.seen)
+        return "; ".join(filter(None, parts))
 
     @property
     def conditions_and_recipe(self) -> str:
@@ -125,6 +150,7 @@ class DatasetFeatures(NamedTuple):
         variant: of the dataset, in words.
         splits: how `test` is split; None for random splits.
         single_shot: whether one image of each person is drawn from the gallery, many times.
+        precision, rounding: in which the features were made, as `Evaluation` has them; "" where that is not known.
     """
 
     name: str
@@ -134,6 +160,8 @@ class DatasetFeatures(NamedTuple):
     variant: str = ""
     splits: FixedSplits | None = None
     single_shot: bool = False
+    precision: str = ""
+    rounding: str = ""
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -241,11 +269,13 @@ def extract_dataset(
             preprocessing,
         )
 
+    rounding = float32_rounding(torch.device(device)) if precision == "float32" else ""
+    made = {"precision": precision, "rounding": rounding}
     if dataset.query and dataset.gallery:
         query = extract(dataset.query)
         gallery = query if dataset.gallery == dataset.query else extract(dataset.gallery)
         return DatasetFeatures(
-            dataset.name, query, gallery, None, variant=dataset.variant, single_shot=dataset.single_shot
+            dataset.name, query, gallery, None, variant=dataset.variant, single_shot=dataset.single_shot, **made
         )
     if dataset.query or dataset.gallery:
         missing = "gallery" if dataset.query else "query"
@@ -255,7 +285,7 @@ def extract_dataset(
             f"{dataset.name} has nothing to evaluate on; give it query and gallery images, or a test split."
         )
     require_whole_splits(dataset)
-    return DatasetFeatures(dataset.name, None, None, extract(dataset.test), dataset.variant, dataset.splits)
+    return DatasetFeatures(dataset.name, None, None, extract(dataset.test), dataset.variant, dataset.splits, **made)
 
 
 def evaluate_features(
@@ -323,6 +353,10 @@ def evaluate_features(
         skipped=features.skipped,
         variant=features.variant,
         splits="" if features.splits is None else features.splits.label,
+        metric=metric,
+        ap=ap,
+        precision=features.precision,
+        rounding=features.rounding,
     )
 
 

@@ -31,6 +31,8 @@ from dan_fast.evaluation.ranking import (
     score,
 )
 
+# How protocols call it.
+RERANKED = "k-reciprocal re-ranking"
 # Rows of sparse products at a time: their results are many times as large as what is kept of them.
 _SPARSE_ROWS = 2048
 # Bytes of temporaries for each distance of a block, and for each number of the pairs that are compared at once.
@@ -51,7 +53,7 @@ class Reranking(NamedTuple):
     weight: float = 0.3
 
     def __str__(self) -> str:
-        return f"k-reciprocal re-ranking (k1 {self.k1}, k2 {self.k2}, lambda {self.weight:g})"
+        return f"{RERANKED} (k1 {self.k1}, k2 {self.k2}, lambda {self.weight:g})"
 
 
 PAPER = Reranking()

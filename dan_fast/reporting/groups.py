@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from dan_fast.evaluation import Evaluation
 from dan_fast.reporting.runs import FIG6_ORDER, Run
-from dan_fast.training.reported import CHOSEN
+from dan_fast.training.reported import CHOSEN, SEEN
 
 # In the order of Fig. 8, with the paper's symbols.
 SYMBOLS = {
@@ -117,7 +117,8 @@ def result_on(run: Run, target: Target) -> Evaluation | None:
 def target_of(evaluation: Evaluation) -> Target:
     """What an evaluation tested on, and how."""
     chosen = CHOSEN if CHOSEN in evaluation.epoch else ""
-    return Target(evaluation.title, ", ".join(filter(None, (evaluation.protocol, chosen))))
+    seen = SEEN if SEEN in evaluation.seen else ""
+    return Target(evaluation.title, ", ".join(filter(None, (evaluation.protocol, evaluation.scoring, chosen, seen))))
 
 
 def _lines(runs: Sequence[Run], value: Callable[[Run], Any], rest: Callable[[Run], Mapping[str, Any]]) -> list[Line]:

@@ -6,14 +6,17 @@ import re
 from collections.abc import Sequence
 
 from dan_fast.evaluation import Evaluation
+from dan_fast.evaluation.reranking import RERANKED
 from dan_fast.reporting.groups import titles
 from dan_fast.reporting.html import Table
 from dan_fast.reporting.paper_tables import PAPER_TABLES, Contradiction, PaperTable, find_contradictions, paper_table
 from dan_fast.reporting.runs import Run
+from dan_fast.training.reported import CHOSEN, SEEN
 
 _COLUMNS = ("R1", "R5", "R10", "mAP", "mINP")
 _ABSENT = "–"
 _MARK = "†"
+_APART = "‡"
 # How datasets are called in papers, archives and other code bases; letters and digits only.
 _ALIASES = {
     "VIPeR": ("viper",),
@@ -109,10 +112,12 @@ def _paper_table(table: PaperTable, target: str, faults: Sequence[Contradiction]
         for each in run.results
         if paper_target(each.dataset) == target and belongs(run, table, target)
     ]
-    rows += [_run_row(run, each, columns) for run, each in tested]
+    rows += [_run_row(run, each, columns, mark=f" {_APART}" if _is_apart(each) else "") for run, each in tested]
     notes = [_counts(tested[0][1])] if tested else [f"No run here was tested on {target} under these conditions."]
     if tested:
         notes.append("Rows compare only where sources, protocol and variant do.")
+    if any(_is_apart(each) for _, each in tested):
+        notes.append(f"{_APART} Not scored as the paper's rows are, see the protocol: these do not compare.")
     notes += [f"{_MARK} {each.reason}" for each in mine]
     notes.append(f"Source of the paper's rows: {table.source}.")
     title = f"Table {table.number}, {target}: {table.title.split(' on ')[0]}"
@@ -123,12 +128,21 @@ def _header(columns: Sequence[str]) -> list[str]:
     return ["method or run", "trained on", "protocol", "splits", *(f"{column} (%)" for column in columns)]
 
 
-def _run_row(run: Run, evaluation: Evaluation, columns: Sequence[str], baseline: str = "") -> list[object]:
+def _run_row(
+    run: Run, evaluation: Evaluation, columns: Sequence[str], baseline: str = "", mark: str = ""
+) -> list[object]:
     values = dict(zip(_COLUMNS, evaluation.row(), strict=True))
     how = "; ".join(filter(None, (evaluation.variant, evaluation.conditions_and_recipe)))
     trained = f"{run.name} ({run.settings['meta']['procedure'].upper()}, {run.model})", run.sources
     name, sources = (f"{baseline}, for {run.name}", "nothing") if baseline else trained
-    return [name, sources, how, evaluation.repeats, *(values[column] for column in columns)]
+    return [name, sources, how, evaluation.repeats, *(f"{values[column]}{mark}" for column in columns)]
+
+
+def _is_apart(evaluation: Evaluation) -> bool:
+    """Whether the figures are no counterpart of the paper's: of another metric or AP, re-ranked, chosen or seen."""
+    words = "; ".join((evaluation.protocol, evaluation.epoch, evaluation.seen))
+    rescored = evaluation.metric not in ("", "cosine") or evaluation.ap not in ("", "standard")
+    return rescored or any(each in words for each in (RERANKED, CHOSEN, SEEN))
 
 
 def _counts(evaluation: Evaluation) -> str:

@@ -233,7 +233,8 @@ class RunConfig:
         resume: Continue from the checkpoint in the folder.
         seed: Seed of weights, batches, augmentation and dropout.
         device: auto takes the GPU where there is one; or cpu, cuda, cuda:1.
-        precision: float32, or bfloat16 autocast for the network (memory and losses stay float32).
+        precision: float32, or bfloat16 autocast for the network in training (memory, losses and evaluations stay
+            float32).
         deterministic: Let the GPU use only operators that give the same bits in every run, which takes longer; one that
             has no such form ends the run and is named. On a CPU runs repeat themselves anyway.
         checkpoint_every: Iterations between checkpoints inside an epoch; each epoch's end has one anyway.

@@ -1,5 +1,6 @@
 """What a run writes down: means over a window of iterations, as TensorBoard scalars."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from dan_fast.data import TrainingSet
+from dan_fast.data import ReIDDataset, TrainingSet
 from dan_fast.errors import DanFastError
 from dan_fast.training.objective import PassRecord
 
@@ -73,6 +74,28 @@ class Scalars:
                 f"Scalars could not be written to {self._folder} ({error.strerror}): "
                 "make room or choose another run.out."
             ) from error
+
+
+def target_tags(targets: Sequence[ReIDDataset]) -> list[str]:
+    """What scalars call the datasets that are tested on: their names, told apart where several have the same one.
+
+    Two variants of a dataset, or two folders of one name, would else be averaged as one.
+
+    Example:
+        >>> root = Path("cuhk03")
+        >>> boxes = [ReIDDataset("CUHK03", root, variant=f"{box}, new protocol") for box in ("labeled", "detected")]
+        >>> target_tags([*boxes, ReIDDataset("street", Path("street"))])
+        ['CUHK03-labeled_new_protocol', 'CUHK03-detected_new_protocol', 'street']
+    """
+    names = [target.name for target in targets]
+    tags: list[str] = []
+    for target in targets:
+        tag = target.name
+        if names.count(tag) > 1 and target.variant:
+            tag += "-" + re.sub(r"[^\w.-]+", "_", target.variant)  # TensorBoard knows no other characters
+        alike = sum(each == tag or re.fullmatch(rf"{re.escape(tag)}-\d+", each) is not None for each in tags)
+        tags.append(f"{tag}-{alike + 1}" if alike else tag)
+    return tags
 
 
 def _on_host(values: Sequence[Tensor | float]) -> list[float]:

@@ -8,17 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dan_fast.data import ReIDDataset
 from dan_fast.data.protocols import DatasetRoles
+from dan_fast.data.strangers import persons_in_both
 from dan_fast.errors import DanFastError
 from dan_fast.evaluation import COLUMNS, Evaluation
 from dan_fast.files import write_text
+from dan_fast.float32 import float32_rounding
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.config import RunConfig, TrainConfig
 from dan_fast.training.display import Display
 from dan_fast.training.recipes import NO_RECIPE, recipe_changes
 
 CHOSEN = "CHOSEN ON THE TARGET: not comparable"
+SEEN = "OF THE PERSONS TESTED ON WERE TRAINED ON: not comparable"
 
 
 def epoch_of(state: dict[str, Any]) -> str:
@@ -32,6 +37,16 @@ def epoch_of(state: dict[str, Any]) -> str:
     if state["iteration"]:
         words += f" and {state['iteration']} iterations"
     return f"{words}, {CHOSEN}" if state.get("chosen", False) else words
+
+
+def seen_of(state: dict[str, Any], target: ReIDDataset) -> str:
+    """How many of a target's persons a checkpoint's network was trained on, in words; "" for none, as far as known.
+
+    Known are the persons of the datasets that lie where they lay in training; older checkpoints do not tell any.
+    """
+    trained = {root: set(pids.tolist()) for root, pids in state.get("persons", {}).items()}
+    both = persons_in_both(trained, target)
+    return f"{len(both)} {SEEN}" if both else ""
 
 
 class EpochChoice:
@@ -106,18 +121,23 @@ def write_results(
     state: dict[str, Any],
     datasets: DatasetRoles,
     last: list[Evaluation],
+    device: torch.device,
     choice: EpochChoice | None = None,
     iterations: int | None = None,
 ) -> list[Evaluation]:
-    """Write what a finished training reports as JSON: recipe, protocol, data, epoch and figures; returns the figures.
+    """Write what a finished training reports as JSON: recipe, protocol, data, precision, epoch and figures.
 
     Args:
         path: the file to write.
         state: the checkpoint's, of the last epoch.
         datasets: trained on and tested on.
         last: evaluations of the last epoch.
+        device: that was trained on.
         choice: the chosen epoch, whose figures are then reported; those of the last one stand beside them.
         iterations: how many the whole training took.
+
+    Returns:
+        The figures.
 
     Raises:
         DanFastError: see `write_text`.
@@ -130,6 +150,8 @@ def write_results(
         "recipe_changes": recipe_changes(settings, defaults),
         "epochs": state["epoch"],
         "iterations": iterations,
+        "precision": settings["run"]["precision"],
+        "float32": float32_rounding(device) or "IEEE",
         "protocol": settings["data"]["protocol"],
         "labeled": [dataset.title for dataset in datasets.labeled],
         "unlabeled": [dataset.title for dataset in unlabeled],

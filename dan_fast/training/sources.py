@@ -2,6 +2,7 @@
 
 from dan_fast.data import load_dataset
 from dan_fast.data.protocols import DatasetRoles, resolve_protocol
+from dan_fast.data.strangers import require_strangers
 from dan_fast.errors import DanFastError
 from dan_fast.evaluation import require_whole_splits
 from dan_fast.training.config import DataConfig
@@ -12,7 +13,7 @@ def load_datasets(data: DataConfig) -> DatasetRoles:
 
     Raises:
         DanFastError: no labelled dataset, a protocol beside datasets or without a root, a target that cannot be tested
-            on; and as `load_dataset` and `resolve_protocol`.
+            on, a person who is both trained on and tested on; and as `load_dataset` and `resolve_protocol`.
     """
     roles = _by_protocol(data) if data.protocol else _by_path(data)
     for target in roles.targets:
@@ -49,4 +50,9 @@ def _by_path(data: DataConfig) -> DatasetRoles:
             "data.labeled is empty: name at least one folder or manifest with labelled images, or a data.protocol."
         )
     paths = (data.labeled, data.unlabeled, data.targets)
-    return DatasetRoles(*(tuple(map(load_dataset, each)) for each in paths))
+    roles = DatasetRoles(*(tuple(map(load_dataset, each)) for each in paths))
+    # Unlabelled images of which no share is taken are left aside.
+    unlabeled = roles.unlabeled if data.unlabeled_share > 0 else ()
+    remedy = "name other datasets or variants in data.labeled, data.unlabeled or data.targets"
+    require_strangers((*roles.labeled, *unlabeled), roles.targets, "This training", remedy)
+    return roles

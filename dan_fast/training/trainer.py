@@ -15,6 +15,7 @@ from dan_fast.data import BatchPlanner, ImageCache, MiniBatch, Split, TrainingSe
 from dan_fast.errors import DanFastError
 from dan_fast.evaluation import Evaluation, evaluate_dataset
 from dan_fast.files import write_text
+from dan_fast.float32 import float32_rounding
 from dan_fast.training.build import build_memory, initial_network, preprocessing_of, resolve_device
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.config import TrainConfig, require_same_training
@@ -29,6 +30,7 @@ from dan_fast.training.metrics import (
     logit_norm,
     pseudo_label_accuracy,
     pseudo_label_purity,
+    target_tags,
 )
 from dan_fast.training.objective import DivergedError, Objective, PassRecord, TrainingModel, all_finite, require_sound
 from dan_fast.training.reported import EpochChoice, describe, epoch_of, say, write_results
@@ -164,6 +166,9 @@ class Trainer:
                         f"{', '.join(dataset.title for dataset in self.datasets.unlabeled)} is left aside, because "
                         "data.unlabeled_share is 0: --recipe paper trains with unlabelled images."
                     )
+                rounding = float32_rounding(self.device)
+                if rounding and self.config.run.precision == "float32":
+                    display.say(f"Float32 on {self.device}: {rounding}, as torch.backends has it.")
                 if self.epoch > 0 and self.iteration == 0:
                     # A run that was stopped between an epoch's checkpoint and its evaluation makes up for it.
                     evaluations = self._evaluate_if_due(scalars, display)
@@ -380,14 +385,14 @@ class Trainer:
             return []
         self.model.eval()
         evaluations, state = [], self._state_of_network()
-        for dataset in self.datasets.targets:
+        targets = self.datasets.targets
+        for dataset, tag in zip(targets, target_tags(targets), strict=True):
             evaluation = evaluate_dataset(
                 self.model.network.embed,
                 dataset,
                 tuple(self.config.data.image_size),
                 workers=self.config.data.workers,
                 device=self.device,
-                precision=self.config.run.precision,
                 broken_images=self.config.data.broken_images,
                 cache=self.cache,
                 preprocessing=self.model.network.preprocessing,
@@ -401,7 +406,7 @@ class Trainer:
             evaluations.append(evaluation)
             figures = evaluation.percentages()
             for name in ("R1", "mAP", "mINP"):
-                scalars.add(f"eval/{evaluation.dataset}/{name}", figures[name])
+                scalars.add(f"eval/{tag}/{name}", figures[name])
             say(evaluation, display)
             for path in evaluation.skipped:
                 display.say(f"Skipped {path}: it cannot be decoded.")
@@ -411,7 +416,13 @@ class Trainer:
         if not last:
             return evaluations
         reported = write_results(
-            self.out / "results.json", state, self.datasets, evaluations, self.choice, self.iterations_done
+            self.out / "results.json",
+            state,
+            self.datasets,
+            evaluations,
+            self.device,
+            self.choice,
+            self.iterations_done,
         )
         if reported is not evaluations:
             for evaluation in reported:
@@ -451,6 +462,7 @@ class Trainer:
             "fingerprint": self.training_set.fingerprint,
             "num_classes": self.training_set.num_classes,
             "preprocessing": self.model.network.preprocessing.to_dict(),
+            "persons": self.training_set.persons,
             "epoch": self.epoch,
             "iteration": self.iteration,
             "model": self.model.state_dict(),
