@@ -12,14 +12,14 @@ from torch import Tensor
 from dan_fast.daml import Competition, Stage, accuracies_tie, active_groups, attention_wins, meta_gradients
 from dan_fast.daml.meta import attention_that_serves
 from dan_fast.data import BatchPlanner, ImageCache, MiniBatch, Split, TrainingSet, training_loader
-from dan_fast.errors import DanFastError
+from dan_fast.errors import DanFastError, Interrupted
 from dan_fast.evaluation import Evaluation, evaluate_dataset
 from dan_fast.files import write_text
 from dan_fast.training.build import build_memory, initial_network, preprocessing_of, resolve_device
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.config import TrainConfig, require_same_training
 from dan_fast.training.display import Display
-from dan_fast.training.interrupt import Interrupted, StopRequest
+from dan_fast.training.interrupt import StopRequest
 from dan_fast.training.metrics import (
     Scalars,
     accuracy,
