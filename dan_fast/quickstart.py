@@ -78,8 +78,7 @@ def quickstart(
     trainer = Trainer(config)
     unseen = load_dataset(folder / "data" / UNSEEN)
 
-    with torch.random.fork_rng():
-        untrained = initial_network(config.to_dict(), trainer.training_set.num_classes).eval()
+    untrained = initial_network(config.to_dict(), trainer.training_set.num_classes).eval()
     before, _ = _evaluate(untrained, unseen, workers)
     trainer.fit()
     network = trainer.model.network.eval()

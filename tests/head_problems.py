@@ -163,6 +163,20 @@ class Case:
         return Outputs(*(x.detach() for x in out)), Gradients(*torch.autograd.grad(values, leaves, grads))
 
 
+def assert_varies_alike(actual: Tensor, expected: Tensor) -> None:
+    """A_S (B, HW) without its mean over the positions, which is most of it.
+
+    What is allowed for a number near 1/2 in half precision may be more than A_S varies; so this is a share of that, a
+    quarter in bfloat16: one that does not vary at all is off by the whole.
+    """
+    actual_part, part = (x.double() - x.double().mean(1, keepdim=True) for x in (actual, expected))
+    varies = part.abs().max().item()
+    assert varies > torch.finfo(torch.bfloat16).eps, f"A_S varies by {varies:.1g}, too little to be seen"
+    share = {torch.bfloat16: 1 / 4, torch.float16: 1 / 16}.get(actual.dtype, 1e-3)
+    error = (actual_part - part).abs().max().item()
+    assert error <= share * varies, f"A_S, without its mean, is off by {error:.2g} and varies by {varies:.2g}"
+
+
 def assert_as_close(name: str, result: Tensor, exact: Tensor, *pytorch: Tensor) -> None:
     """Within 1e-10 in float64, else no more than twice PyTorch's largest error in the same precision and a little."""
     assert result.shape == exact.shape, name

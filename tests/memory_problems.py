@@ -215,14 +215,37 @@ def _cosine_gap(cosine: Tensor, chosen: Tensor, others: Tensor, ties_hold: bool)
     return (((pair * _STEPS).frac().abs() - 0.5).abs().min() / _STEPS).item()
 
 
+class Calls(NamedTuple):
+    """The closest decisions of a batch, by what depends on them.
+
+    Attributes:
+        labeled: of the writes to M, which depend on nothing else.
+        retrieval: of each unlabelled sample's pseudo label, which depends on M and on no other sample.
+        unlabeled: of the sets and writes in M'.
+    """
+
+    labeled: Closeness
+    retrieval: list[float]
+    unlabeled: Closeness
+
+
 def closest_call(
+    states: Sequence[MemoryState], batch: Batch, gates: Sequence[Tensor | float], decays: Sequence[float]
+) -> Closeness:
+    """The closest decision in a batch, where ties hold; see `closest_calls`."""
+    calls = closest_calls(states, batch, gates, decays)
+    closest = calls.labeled.least(calls.unlabeled)
+    return closest._replace(cosine=min([closest.cosine, *calls.retrieval]))
+
+
+def closest_calls(
     states: Sequence[MemoryState],
     batch: Batch,
     gates: Sequence[Tensor | float],
     decays: Sequence[float],
     ties_hold: bool = True,
-) -> Closeness:
-    """The closest decision in a batch, which `reference` replays in float64 one sample at a time.
+) -> Calls:
+    """The closest decisions in a batch, which `reference` replays in float64 one sample at a time.
 
     `ties_hold`: an exact tie stays one on the other path, as the grid of cosines sees to in float64.
     """
@@ -230,7 +253,8 @@ def closest_call(
     batch = Batch(*(x.detach().double() if x.is_floating_point() else x for x in batch))
     none = Batch(*(x[:0] for x in batch))
     gates = [float(gate) for gate in gates]
-    closest = Closeness(math.inf, math.inf, 1.0)
+    in_labeled = in_unlabeled = Closeness(math.inf, math.inf, 1.0)
+    retrieval = [math.inf] * len(batch.sample_ids)
 
     def usage_gap(usage: Tensor) -> float:
         return _usage_gap(usage, ties_hold)
@@ -249,7 +273,7 @@ def closest_call(
         one = slice(at, at + 1)
         arguments = (batch.keys[one], batch.labels[one], none.unlabeled_keys, none.sample_ids)
         new = reference.memory_step(labeled, unlabeled, *arguments, *gates, *decays).labeled
-        closest = closest.least(written(labeled.features, new, labeled.least_used))
+        in_labeled = in_labeled.least(written(labeled.features, new, labeled.least_used))
         labeled = new
     for at in range(batch.unlabeled_keys.shape[0]):
         one = slice(at, at + 1)
@@ -262,7 +286,7 @@ def closest_call(
         cosine = _cosine(key, labeled)
         best = torch.zeros_like(labeled.occupied)
         best[reference.cosine_softmax(key[None], labeled.features, labeled.occupied)[0].argmax()] = True
-        retrieval = cosine_gap(cosine, best, labeled.occupied & (labeled.labels != label))
+        retrieval[at] = cosine_gap(cosine, best, labeled.occupied & (labeled.labels != label))
         # T: the slots of the label without FP, and FN.
         weights = reference.cosine_softmax(key[None], unlabeled.features, unlabeled.occupied)
         false_positive, false_negative = (
@@ -273,8 +297,8 @@ def closest_call(
         sets = cosine_gap(cosine, largest, unlabeled.occupied & ~largest)
         false = false_positive | false_negative
         usage = unlabeled.usage.masked_fill(false, 0.0)
-        closest = closest.least(Closeness(usage_gap(usage), min(retrieval, sets), 1.0))
+        in_unlabeled = in_unlabeled.least(Closeness(usage_gap(usage), sets, 1.0))
         kept = unlabeled.features.masked_fill(false[:, None], 0.0)
-        closest = closest.least(written(kept, step.unlabeled, usage.argmin()))
+        in_unlabeled = in_unlabeled.least(written(kept, step.unlabeled, usage.argmin()))
         unlabeled = step.unlabeled
-    return closest
+    return Calls(in_labeled, retrieval, in_unlabeled)

@@ -26,8 +26,10 @@ def problem(shape=(4, 7, 3, 2), hidden=(2, 3), classes=5, dtype=torch.float64, s
         (positions, hs),
         (positions, hs),
     ]
-    features = torch.randn(shape, generator=make, dtype=torch.float64)
+    features = torch.randn(shape, generator=make, dtype=torch.float64) + 0.3
     weights = [torch.randn(s, generator=make, dtype=torch.float64) for s in shapes]
+    # Of a map like that of a ReLU no hidden unit is off, which would make A_S the same at all positions.
+    weights[2:4] = [w.abs() for w in weights[2:4]]
     cam_weight = torch.randn(classes, channels, generator=make, dtype=torch.float64)
     labels = torch.randint(classes, (batch,), generator=make)
     labels[1:2] = -1

@@ -7,6 +7,7 @@ import dan_fast.functional as functional
 import dan_fast.reference as reference
 from dan_fast import NLCBAMWeights
 from dan_fast.nn import NLCBAM
+from tests.head_problems import assert_varies_alike
 from tests.test_attention import FORMS, assert_agree, problem
 
 # Relative to 1 + |b|: rounding of the result for half types, of the sums for float32.
@@ -24,8 +25,23 @@ def test_lower_precision_is_near_float64(dtype):
     assert all(value.dtype == dtype for value in head)
     assert_agree([value.double() for value in head], exact, TOLERANCE[dtype])
     output = functional.nl_cbam(features, weights)
+    for attention in (head.spatial_attention, output.spatial_attention):
+        assert_varies_alike(attention, exact.spatial_attention)
     adversary = functional.attention_adversary(features, output.refined, cam_weight, labels)
     assert {value.dtype for value in (*output, *adversary)} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_spatial_attention_that_does_not_vary_is_told_apart(dtype):
+    """Its mean over the positions is right, and half of it is not enough; and where nothing varies nothing is shown."""
+    exact = reference.nl_cbam(*problem((3, 96, 4, 2), hidden=(8, 2), dtype=torch.float64)[:2]).spatial_attention
+    mean = exact.mean(1, keepdim=True)
+    assert_varies_alike(exact.to(dtype), exact)
+    for wrong in (mean.expand_as(exact), 0.5 * (mean + exact), exact.flip(1)):
+        with pytest.raises(AssertionError):
+            assert_varies_alike(wrong.to(dtype), exact)
+    with pytest.raises(AssertionError, match="too little"):
+        assert_varies_alike(mean.expand_as(exact), mean.expand_as(exact))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

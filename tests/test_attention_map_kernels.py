@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dan_fast import NLCBAMWeights, _extension, functional, reference
 from dan_fast.functional import attention_maps
-from tests.head_problems import DTYPES, LAYOUTS, assert_as_close, channels_last, contiguous
+from tests.head_problems import DTYPES, LAYOUTS, assert_as_close, assert_varies_alike, channels_last, contiguous
 
 pytestmark = pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
 ops = torch.ops.dan_fast
@@ -271,7 +271,9 @@ def problem(dtype: torch.dtype = torch.float64, layout: torch.memory_format = to
     generator = torch.Generator().manual_seed(5)
     shapes = [(3, 6, 3, 2), (2, 6), (6, 2), (2, 6), (2, 6), (6, 2), (6, 2), (4, 6)]
     features, *weights, cam_weight = ((torch.randn(s, generator=generator) * 0.6).to(dtype) for s in shapes)
-    features = features.contiguous(memory_format=layout)
+    features = (features + 0.5).contiguous(memory_format=layout)
+    # No hidden unit of A_S is off, and it varies.
+    weights[2:] = [x.abs() for x in weights[2:4]] + [3 * x for x in weights[4:]]
     return [x.requires_grad_() for x in (features, *weights, cam_weight)], torch.tensor([3, -1, 3])
 
 
@@ -364,6 +366,7 @@ def test_precision_is_that_of_pytorch(dtype: torch.dtype):
         rounding = 4 * torch.finfo(dtype).eps * (1 + wanted.abs().max())
         allowed = 2 * (same_precision.double() - wanted).abs().max() + rounding
         assert (actual.double() - wanted).abs().max() <= allowed
+    assert_varies_alike(kernels[2], expected[2])
 
 
 def test_autocast_takes_half_precision_to_float32():

@@ -21,6 +21,7 @@ from dan_fast.reporting.heatmaps import plot_attention
 from dan_fast.training import LossConfig, ModelConfig, TrainConfig, trained_network
 from dan_fast.training.build import initial_network
 from dan_fast.training.objective import TrainingModel
+from tests.head_problems import assert_varies_alike
 
 FORMS = pytest.mark.parametrize("ops", [reference, functional], ids=["reference", "functional"])
 EVERY_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
@@ -51,8 +52,11 @@ def problem(variant, shape=(3, 5, 4, 2), seed=0, dtype=torch.float64):
 
     labels = torch.randint(4, (batch,), generator=make)
     labels[1:2] = -1
-    weights = AttentionVariantWeights(**{name: draw(*shapes[name]) for name in VARIANTS[variant]})
-    return draw(*shape), weights, draw(4, channels), labels
+    weights = {name: draw(*shapes[name]) for name in VARIANTS[variant]}
+    # Of a map like that of a ReLU no hidden unit of A_S is off, which would make it the same at all positions.
+    weights |= {name: weights[name].abs() for name in ("ws1", "ws3") if name in weights}
+    weights = AttentionVariantWeights(**weights)
+    return draw(*shape) + 0.5, weights, draw(4, channels), labels
 
 
 def derivatives(op, features, weights, *rest):
@@ -173,6 +177,9 @@ def test_layout_half_precision_and_autocast(variant):
     for each, wide in zip(functional.attention_variant_head(*half), expected, strict=True):
         assert each.dtype == torch.bfloat16
         torch.testing.assert_close(each.float(), wide, rtol=0.05, atol=0.05)
+    if variant != "none":
+        half_attention = functional.attention_variant_head(*half).spatial_attention
+        assert_varies_alike(half_attention, expected.spatial_attention)
     # As in training: the map of the backbone in half precision, weights in float32.
     rounded = arguments[0].bfloat16()
     with torch.autocast("cpu", torch.bfloat16):

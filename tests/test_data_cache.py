@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-from dan_fast.cli import evaluate
 from dan_fast.data import (
     BatchPlanner,
     ImageCache,
@@ -31,6 +30,7 @@ from dan_fast.data.loader import training_loader
 from dan_fast.data.synthetic import synthesize
 from dan_fast.data.transforms import resize
 from dan_fast.errors import DanFastError
+from dan_fast.evaluate import evaluate
 from dan_fast.evaluation import evaluate_dataset
 from dan_fast.training import DataConfig, Interrupted, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer
 

@@ -81,7 +81,7 @@ def test_a_command_of_the_readme_parses(words: list[str], tmp_path: Path, monkey
     (settings,) = blocks(README, "yaml")
     (tmp_path / "train.yaml").write_text(settings)
     monkeypatch.chdir(tmp_path)
-    parser = cli._parser()
+    parser = cli._parser(words)
     if "--print_config" in words:
         with pytest.raises(SystemExit) as left, contextlib.redirect_stdout(io.StringIO()) as printed:
             parser.parse_args(words)
@@ -117,7 +117,8 @@ def known_flags() -> set[str]:
     commands = "quickstart synthesize train evaluate datasets protocols report sweep doctor".split()
     for command in (*commands, *benches):
         with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
-            cli._parser().parse_args([*command.split(), "--help"])
+            arguments = [*command.split(), "--help"]
+            cli._parser(arguments).parse_args(arguments)
     return set(FLAG.findall(shown.getvalue()))
 
 

@@ -29,7 +29,7 @@ LEVELS = [
     {"functional"},
     {"daml", "data", "evaluation", "nn"},
     {"training", "reporting", "bench"},
-    {"cli", "doctor", "quickstart", "sweep", "sweep_grid", "__main__"},
+    {"cli", "doctor", "evaluate", "quickstart", "sweep", "sweep_grid", "__main__"},
 ]
 
 
@@ -64,6 +64,48 @@ def test_imports_point_downwards():
             if level[other] > level[room] or (room == "reference" and other != "reference")
         ]
     assert upwards == []
+
+
+def imported_by(code: str) -> list[str]:
+    """The modules that an interpreter of its own has imported when `code` has run."""
+    code += "\nimport sys\nsys.stdout.write('MODULES ' + ' '.join(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return ran.stdout.rpartition("MODULES ")[2].split()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], [], ["frobnicate"]], ids=" ".join)
+def test_the_list_of_commands_waits_for_no_command(arguments: list[str]):
+    """No second of CPU time for `dan-fast --help`: PyTorch alone takes one and a half."""
+    run = f"from dan_fast.cli import main\ntry:\n    main({arguments})\nexcept SystemExit:\n    pass"
+    modules = imported_by(run)
+    of_commands = {"torch", "torchvision", "numpy", "scipy", "sklearn", "matplotlib", "PIL", "rich", "tensorboard"}
+    assert of_commands.isdisjoint(modules)
+    assert {name for name in modules if name.startswith("dan_fast.")} == {"dan_fast.cli", "dan_fast.errors"}
+    assert len(modules) < 600  # of PyTorch 1200; jsonargparse and the standard library make 300 of it
+
+
+def test_the_package_costs_no_more_than_pytorch():
+    modules = imported_by("import dan_fast")
+    assert [name for name in modules if name.split(".")[0] in ("dan_fast", "torch")] == ["dan_fast"]
+    pytorch, with_a_name = map(imported_by, ("import torch", "from dan_fast import MemoryState"))
+    assert "dan_fast.reference" in with_a_name and len(with_a_name) <= 1.05 * len(pytorch)
+
+
+def test_names_of_the_package_are_there_when_they_are_asked_for():
+    code = """
+import dan_fast
+assert {"MemoryState", "NLCBAMWeights", "reference", "__version__"} <= set(dir(dan_fast))
+try:
+    dan_fast.MemoryStat
+except AttributeError as error:
+    assert "'dan_fast' has no attribute 'MemoryStat'" in str(error)
+else:
+    raise AssertionError("a name that is not there")
+assert dan_fast.MemoryState is dan_fast.reference.MemoryState
+from dan_fast import *
+assert NLCBAMWeights is dan_fast.reference.types.NLCBAMWeights
+"""
+    assert "torch" in imported_by(code)
 
 
 def test_one_version():

@@ -224,8 +224,8 @@ def test_a_run_of_an_older_version_goes_on_without_a_recipe(images, tmp_path, mo
     torch.save(state, out / "checkpoint.pt")
     (out / "config.yaml").write_text(yaml.safe_dump(state["config"], sort_keys=False))
     changed = {**recipe_settings("dan"), "memory": {"decay": 0.5}}
-    read = cli.recipe_settings
-    for module in ("dan_fast.cli", "dan_fast.training.config", "dan_fast.training.recipes"):
+    read = recipe_settings
+    for module in ("dan_fast.training.config", "dan_fast.training.recipes"):
         monkeypatch.setattr(f"{module}.recipe_settings", lambda name: changed if name == "dan" else read(name))
     assert parsed().memory.decay == 0.5
     resumed = parsed("--config", str(out / "config.yaml"), "--run.resume", "true")

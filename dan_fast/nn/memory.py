@@ -1,11 +1,14 @@
 """The progressive augmentation memory as a module: it keeps M and M' and learns how to write to them."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dan_fast.functional.memory import pending_memory_step
 from dan_fast.functional.memory_pending import PendingMemory
@@ -41,6 +44,31 @@ def _settled(value: Any) -> Any:
     return value.snapshot() if isinstance(value, PendingMemory) else value
 
 
+@dataclass
+class _Writes:
+    """How many batches a memory has written, known to its copies too."""
+
+    count: int = 0
+
+
+@dataclass
+class _Origin:
+    """What a copy remembers of the moment it was made.
+
+    Attributes:
+        writes, count: of the memory that was copied, and where they stood.
+        gates: the copy's parameters and their versions, by which a change in place is seen.
+    """
+
+    writes: _Writes
+    count: int
+    gates: list[tuple[nn.Parameter, int]]
+
+    def has_been_left_behind(self) -> bool:
+        """Whether the gates were written over while the memory that was copied went on."""
+        return self.writes.count > self.count and any(gate._version != version for gate, version in self.gates)
+
+
 class ProgressiveAugmentedMemory(nn.Module):
     """M and M' of Sec. III-C with their learnable gates; every forward advances both.
 
@@ -49,7 +77,18 @@ class ProgressiveAugmentedMemory(nn.Module):
     beyond rounding; what can be had without reading the features (`reliable_samples`, `occupied_slots`) is
     cheap. The tensors read are a snapshot: assign a new state instead of changing them in place.
 
-    The memories are in the state dict (`labeled.features`, ... `unlabeled.sample_ids`) and follow `.to()`.
+    The memories are in the state dict (`labeled.features`, ... `unlabeled.sample_ids`) and follow `.to()`; a
+    `copy.deepcopy` has memories of its own. They are no buffers, and what knows parameters and buffers alone does not
+    carry them:
+
+    - `DistributedDataParallel` keeps gates equal, not memories: each process would write its own rows. Forward refuses
+      it beyond one process. Call the memory outside of the wrapped module, in every process with the rows of all of
+      them, gathered with gradients (`torch.distributed.nn.functional.all_gather`). Then all memories stay equal, and
+      so do the gates' gradients. FSDP and other wrappers are alike, but forward cannot tell.
+    - `DataParallel` hands every device a copy and throws it away; forward refuses it. Wrap the backbone alone.
+    - `AveragedModel` averages the gates of a copy whose memories stay what they were when it was made; forward refuses
+      that copy. Give it memories first: `averaged.labeled, averaged.unlabeled = memory.labeled, memory.unlabeled`.
+      Averages over a state dict, as timm's `ModelEma`, would average labels too: leave the memory out of them.
 
     Args:
         labeled_slots: s1, slots of M.
@@ -99,6 +138,8 @@ class ProgressiveAugmentedMemory(nn.Module):
         self._labeled = _held(MemoryState.empty(labeled_slots, key_dim, dtype))
         self._unlabeled = _held(MemoryState.empty(unlabeled_slots, key_dim, dtype))
         self._fault: Tensor | None = None
+        self._writes = _Writes()
+        self._origin: _Origin | None = None
         start = {
             "alpha": 0.0,
             "alpha_unlabeled": 0.0,
@@ -156,8 +197,10 @@ class ProgressiveAugmentedMemory(nn.Module):
         Raises:
             TypeError, ValueError: an argument does not fit; both memories are as they were. What is wrong with
                 the values in tensors on a GPU is for `check_faults` or `take_fault` to say.
-            RuntimeError: a CUDA graph is being captured; `functional.memory_step` can be.
+            RuntimeError: a CUDA graph is being captured (`functional.memory_step` can be), or the memory is inside of
+                a wrapper that would let it fall behind; the sentence says which and what to do.
         """
+        self._require_to_be_carried()
         result, self._labeled, self._unlabeled = pending_memory_step(
             self._labeled,
             self._unlabeled,
@@ -169,6 +212,8 @@ class ProgressiveAugmentedMemory(nn.Module):
             decay=self.decay,
             decay_unlabeled=self.decay_unlabeled,
         )
+        self._writes.count += 1
+        self._origin = None
         if result.fault.device.type != "cpu":
             self._fault = result.fault if self._fault is None else self._fault | result.fault
         return _LazyStep(result.loss, result.pseudo_labels, self._labeled, self._unlabeled)
@@ -204,6 +249,7 @@ class ProgressiveAugmentedMemory(nn.Module):
     @labeled.setter
     def labeled(self, state: MemoryState) -> None:
         self._labeled = _replacement("labeled", self._labeled, state)
+        self._origin = None
 
     @property
     def unlabeled(self) -> MemoryState:
@@ -213,6 +259,7 @@ class ProgressiveAugmentedMemory(nn.Module):
     @unlabeled.setter
     def unlabeled(self, state: MemoryState) -> None:
         self._unlabeled = _replacement("unlabeled", self._unlabeled, state)
+        self._origin = None
 
     def settle(self) -> None:
         """Fold what waits into both memories; when to do so changes results by rounding only."""
@@ -241,6 +288,36 @@ class ProgressiveAugmentedMemory(nn.Module):
         first[1:] = ids[1:] != ids[:-1]
         chosen = by_image[first].sort().values
         return state.sample_ids[chosen], state.labels[chosen]
+
+    def _require_to_be_carried(self) -> None:
+        """Refuse a call in which the memories written are not those that the caller goes on with."""
+        # A replica has no parameters of its own, not even those that are None.
+        if "alpha" not in self._parameters:
+            raise RuntimeError(
+                "a replica of DataParallel would write memories that are thrown away: wrap the backbone alone in "
+                "DataParallel and call the memory outside of it, or use one device"
+            )
+        wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        if wrapper is not None and wrapper.process_group.size() > 1:
+            raise RuntimeError(
+                "inside of DistributedDataParallel each process would write its own rows, and the memories would "
+                "diverge: call the memory outside of the wrapped module, in every process with the rows of all of them "
+                "(torch.distributed.nn.functional.all_gather)"
+            )
+        if self._origin is not None and self._origin.has_been_left_behind():
+            raise RuntimeError(
+                "the gates of this copy were changed in place, as AveragedModel does, while its memories stayed what "
+                "they were when it was copied: assign the trained memory's labeled and unlabeled to it first"
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ProgressiveAugmentedMemory":
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        copied._writes = _Writes()
+        gates = [(gate, gate._version) for gate in copied.parameters()]
+        copied._origin = _Origin(self._writes, self._writes.count, gates)
+        return copied
 
     def extra_repr(self) -> str:
         (labeled_slots, key_dim), unlabeled_slots = self._labeled.base.shape, self._unlabeled.base.shape[0]
@@ -293,6 +370,7 @@ class ProgressiveAugmentedMemory(nn.Module):
         refused = error_msgs or (strict and (missing_keys or unexpected_keys))
         if not refused and len(loaded) == 2:
             self._labeled, self._unlabeled = loaded["labeled"], loaded["unlabeled"]
+            self._origin = None
 
 
 def _held(state: MemoryState) -> PendingMemory:

@@ -1,5 +1,6 @@
 """Training: settings, the loop, checkpoints."""
 
+from dan_fast.errors import Interrupted
 from dan_fast.training.build import trained_network
 from dan_fast.training.config import (
     DataConfig,
@@ -11,7 +12,6 @@ from dan_fast.training.config import (
     RunConfig,
     TrainConfig,
 )
-from dan_fast.training.interrupt import Interrupted
 from dan_fast.training.recipes import RECIPES, recipe_settings
 from dan_fast.training.trainer import Trainer
 

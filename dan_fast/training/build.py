@@ -37,6 +37,8 @@ def resolve_device(name: str) -> torch.device:
 def initial_network(settings: dict[str, Any], num_classes: int, read_weights: bool = True) -> DAN:
     """The network a run with these settings starts from; the same weights for the same `run.seed`.
 
+    The process's random numbers go on as if nothing had been drawn.
+
     Args:
         settings: `TrainConfig.to_dict()`, or the "config" of a checkpoint.
         num_classes: identities of the labelled images.
@@ -46,27 +48,37 @@ def initial_network(settings: dict[str, Any], num_classes: int, read_weights: bo
     Raises:
         DanFastError: an adversary without an attention; the backbone's weights, see `build_backbone`.
     """
+    return network_and_random_state(settings, num_classes, read_weights)[0]
+
+
+def network_and_random_state(
+    settings: dict[str, Any], num_classes: int, read_weights: bool = True
+) -> tuple[DAN, torch.Tensor]:
+    """`initial_network`, and the state of the CPU's generator after its weights, from where a training goes on."""
     # A checkpoint older than a setting does not name it; it was made with the default.
     model = ModelConfig(**settings["model"])
     if model.adversary and model.attention == "none":
         raise DanFastError(
             "With model.attention none there is no attention for the adversary to correct: add --model.adversary false."
         )
-    torch.manual_seed(settings["run"]["seed"])
-    return DAN(
-        num_classes,
-        backbone=model.backbone,
-        image_size=tuple(settings["data"]["image_size"]),
-        reduction=model.reduction,
-        dropout=model.dropout,
-        weights=model.weights if read_weights else "none",
-        attention=model.attention,
-        adversary=model.adversary,
-        adversary_reach=LossConfig(**settings["loss"]).adversary_reach,
-        feature=model.feature,
-        style_mixing=model.style_mixing != "none",
-        gradient_checkpointing=model.gradient_checkpointing,
-    )
+    # It is made on the CPU: no GPU's generator is forked, nor seeded, as torch.manual_seed would do.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(settings["run"]["seed"])
+        network = DAN(
+            num_classes,
+            backbone=model.backbone,
+            image_size=tuple(settings["data"]["image_size"]),
+            reduction=model.reduction,
+            dropout=model.dropout,
+            weights=model.weights if read_weights else "none",
+            attention=model.attention,
+            adversary=model.adversary,
+            adversary_reach=LossConfig(**settings["loss"]).adversary_reach,
+            feature=model.feature,
+            style_mixing=model.style_mixing != "none",
+            gradient_checkpointing=model.gradient_checkpointing,
+        )
+        return network, torch.get_rng_state()
 
 
 def trained_network(path: str | Path) -> tuple[DAN, dict[str, Any]]:
@@ -85,8 +97,7 @@ def trained_network(path: str | Path) -> tuple[DAN, dict[str, Any]]:
 
 def network_of(state: dict[str, Any]) -> DAN:
     """The network of what `load_checkpoint` gave, in eval mode on the CPU."""
-    with torch.random.fork_rng():
-        network = initial_network(state["config"], state["num_classes"], read_weights=False)
+    network = initial_network(state["config"], state["num_classes"], read_weights=False)
     network.preprocessing = preprocessing_of(state)
     prefix = "network."
     network.load_state_dict(

@@ -4,10 +4,6 @@ import signal
 from types import FrameType, TracebackType
 
 
-class Interrupted(Exception):
-    """The run was asked to stop; it has been saved."""
-
-
 class StopRequest:
     """While entered, notes SIGINT and SIGTERM in `requested`; a second SIGINT stops at once."""
 

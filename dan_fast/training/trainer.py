@@ -1,6 +1,7 @@
 """The training loop: data, meta step, outer step, checkpoints, evaluation."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,16 @@ from torch import Tensor
 from dan_fast.daml import Competition, Stage, accuracies_tie, active_groups, attention_wins, meta_gradients
 from dan_fast.daml.meta import attention_that_serves
 from dan_fast.data import BatchPlanner, ImageCache, MiniBatch, Split, TrainingSet, training_loader
-from dan_fast.errors import DanFastError
+from dan_fast.errors import DanFastError, Interrupted
 from dan_fast.evaluation import Evaluation, evaluate_dataset
 from dan_fast.files import write_text
 from dan_fast.float32 import float32_rounding
-from dan_fast.training.build import build_memory, initial_network, preprocessing_of, resolve_device
+from dan_fast.training.build import build_memory, network_and_random_state, preprocessing_of, resolve_device
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.config import TrainConfig, require_same_training
 from dan_fast.training.determinism import deterministic_algorithms, prepare_cublas
 from dan_fast.training.display import Display
-from dan_fast.training.interrupt import Interrupted, StopRequest
+from dan_fast.training.interrupt import StopRequest
 from dan_fast.training.metrics import (
     Scalars,
     accuracy,
@@ -51,6 +52,11 @@ class Trainer:
     states, the feedback of the epoch; a run killed at any moment resumes from it, on the CPU bit for bit, on a GPU
     with run.deterministic),
     tensorboard/, chosen.pt where an epoch is chosen on the targets and, after the last epoch, results.json.
+
+    A trainer is a guest in its process: it has random numbers of its own, and `fit` puts back the process's generators
+    of the CPU and of the run's GPU, and the handlers of SIGINT and SIGTERM, when it leaves. Who calls
+    `train_iteration` or `gradients` without `fit` draws from the process's generators. What NumPy and Python draw from
+    is not touched.
 
     Raises:
         DanFastError: data, settings, device or checkpoint do not fit; the sentence says which and what to do.
@@ -82,7 +88,9 @@ class Trainer:
         titles = [target.title for target in self.datasets.targets]
         self.choice = EpochChoice.of_setting(config.run, titles) if config.run.choose_epoch_on_target else None
 
-        network = initial_network(config.to_dict(), self.training_set.num_classes, read_weights=saved is None)
+        network, after_weights = network_and_random_state(
+            config.to_dict(), self.training_set.num_classes, read_weights=saved is None
+        )
         if saved is not None:
             network.preprocessing = preprocessing_of(saved)
         self.cache = ImageCache.of_setting(
@@ -124,7 +132,9 @@ class Trainer:
         self.iteration = 0
         self.feedback: tuple[Tensor, Tensor] | None = None
         self.skipped: set[str] = set()
-        self._random_state = self._get_random_state()
+        gpus = [self.device] if self.device.type == "cuda" else []
+        of_gpu = [torch.Generator(gpu).manual_seed(config.run.seed).get_state() for gpu in gpus]
+        self._random_state = {"cpu": after_weights, "cuda": of_gpu}
         if saved is not None:
             self._restore(saved)
             self._random_state = saved["random"]
@@ -145,8 +155,6 @@ class Trainer:
             for dataset in (*self.datasets.labeled, *self.datasets.unlabeled):
                 self.cache.add([sample.path for sample in dataset.train])
         write_text(self.out / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
-        # Whatever drew random numbers since this trainer was made does not count.
-        self._set_random_state(self._random_state)
         epochs = self.config.optimizer.epochs
         scalars = Scalars(self.out / "tensorboard", steps_done=self.iterations_done)
         display = Display(epochs * self.planner.iterations, self.iterations_done, self.config.data.batch_size)
@@ -157,6 +165,7 @@ class Trainer:
                 float32_products(self.config.memory.products),
                 StopRequest() as stop,
                 display,
+                self._own_random_numbers(),
             ):
                 if self.config.data.protocol:
                     said = describe(self.datasets, self.config.data.unlabeled_share)
@@ -477,14 +486,26 @@ class Trainer:
         if feedback["sample_ids"] is not None:
             self.feedback = feedback["sample_ids"], feedback["pseudo_labels"]
 
+    @contextmanager
+    def _own_random_numbers(self) -> Iterator[None]:
+        """Inside, the process's generators are those of this run, from where it last left them."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            self._set_random_state(self._random_state)
+            try:
+                yield
+            finally:
+                self._random_state = self._get_random_state()
+
     def _get_random_state(self) -> dict[str, Any]:
-        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
         return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
     def _set_random_state(self, state: dict[str, Any]) -> None:
         torch.set_rng_state(state["cpu"])
-        if self.device.type == "cuda" and len(state["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda"])
+        if self.device.type == "cuda" and state["cuda"]:
+            # Older checkpoints hold the states of all GPUs.
+            index = torch.cuda.current_device() if self.device.index is None else self.device.index
+            torch.cuda.set_rng_state(state["cuda"][index % len(state["cuda"])], self.device)
 
 
 def _read(flags: Sequence[Tensor]) -> list[int]:
