@@ -214,6 +214,10 @@ class ProgressiveAugmentedMemory(nn.Module):
         )
         self._writes.count += 1
         self._origin = None
+        if self._labeled.base.is_cuda and torch.are_deterministic_algorithms_enabled():
+            # A GPU's passes over settled and over waiting memories round differently, and a state that was saved is
+            # settled: what is computed may not depend on when that was.
+            self.settle()
         if result.fault.device.type != "cpu":
             self._fault = result.fault if self._fault is None else self._fault | result.fault
         return _LazyStep(result.loss, result.pseudo_labels, self._labeled, self._unlabeled)
@@ -262,7 +266,10 @@ class ProgressiveAugmentedMemory(nn.Module):
         self._origin = None
 
     def settle(self) -> None:
-        """Fold what waits into both memories; when to do so changes results by rounding only."""
+        """Fold what waits into both memories; when to do so changes results by rounding only.
+
+        Not at all on the CPU, nor on a GPU under `torch.use_deterministic_algorithms`, where each step ends so.
+        """
         self._labeled.settle()
         self._unlabeled.settle()
 
