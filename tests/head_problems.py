@@ -178,7 +178,7 @@ def assert_varies_alike(actual: Tensor, expected: Tensor) -> None:
 
 
 def assert_as_close(name: str, result: Tensor, exact: Tensor, *pytorch: Tensor, roundings: float = 16) -> None:
-    """Within 1e-10 in float64, else no more than twice PyTorch's largest error in the same precision and `roundings`."""
+    """Within 1e-10 in float64, else at most twice PyTorch's largest error in the same precision and `roundings`."""
     assert result.shape == exact.shape, name
     if not exact.is_floating_point():
         assert torch.equal(result.long(), exact), name
