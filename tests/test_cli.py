@@ -76,12 +76,13 @@ def test_evaluate_prints_and_writes_how_it_scored(run, images, tmp_path, capsys)
 
 def test_quickstart_leaves_a_report_with_pictures(tmp_path, capsys):
     out = tmp_path / "quick"
-    assert main(["quickstart", "--out", str(out), "--epochs", "1", "--identities", "6"]) == 0
+    command = ["quickstart", "--out", str(out), "--epochs", "1", "--identities", "6", "--recipe", "paper"]
+    assert main(command) == 0
     for name in ("index.html", "curves.png", "ranked.png", "attention.png"):
         assert (out / name).stat().st_size > 1000
     printed = capsys.readouterr().out
     assert "untrained" in printed and "trained" in printed and "mAP" in printed
-    assert main(["quickstart", "--out", str(out), "--epochs", "1", "--identities", "6"]) == 0
+    assert main(command) == 0
 
 
 def test_synthesize_prints_the_manifests(tmp_path, capsys):

@@ -119,7 +119,7 @@ def known_flags() -> set[str]:
         with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
             arguments = [*command.split(), "--help"]
             cli._parser(arguments).parse_args(arguments)
-    return set(FLAG.findall(shown.getvalue()))
+    return {*FLAG.findall(shown.getvalue()), "--version"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -149,11 +149,11 @@ def test_a_recipe_of_a_file_that_does_not_exist_is_one_sentence(tmp_path, capsys
 
 def test_words_name_what_was_changed_in_the_method_alone():
     config = TrainConfig.of_recipe(
-        "dan", data={"labeled": "a", "image_size": (96, 48)}, optimizer={"epochs": 3}, model={"adversary": False},
+        "dan", data={"labeled": "a", "image_size": (96, 48)}, optimizer={"epochs": 3}, model={"dropout": 0.1},
         memory={"labeled_slots": 5}, run={"seed": 4},
     )  # fmt: skip
     defaults = TrainConfig().to_dict()
-    assert config.recipe_words == "recipe dan, with model.adversary=false, memory.labeled_slots=5"
+    assert config.recipe_words == "recipe dan, with model.dropout=0.1, memory.labeled_slots=5"
     assert TrainConfig.of_recipe("paper").recipe_words == "recipe paper"
     # A checkpoint of another version: a setting that it lacks had its default, a recipe may be gone.
     assert recipe_words({"recipe": "dan", "meta": {"order": 2}}, defaults).startswith("recipe dan, with ")
@@ -238,7 +238,8 @@ def test_a_run_of_an_older_version_goes_on_without_a_recipe(images, tmp_path, mo
 def test_quickstart_keeps_what_its_short_run_needs(tmp_path):
     paper = _config(tmp_path, 3, 0, 0, "paper")
     assert paper.recipe_words == (
-        "recipe paper, with data.feedback_fraction=0.25, memory.labeled_slots=600, memory.unlabeled_slots=400"
+        "recipe paper, with data.unlabeled_fraction=0.25, data.feedback_fraction=0.25, memory.labeled_slots=600, "
+        "memory.unlabeled_slots=400"
     )
     assert (paper.meta.stall_guard, paper.loss.confidence_prior) == (0, 0.0)
     dan, plain = (_config(tmp_path, 3, 0, 0, name) for name in ("dan", "plain"))

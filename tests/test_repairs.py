@@ -130,6 +130,20 @@ def test_the_feature_that_is_tested():
             tiny_network(**{setting: "neither"})
 
 
+def test_nobody_lends_a_style_where_nothing_is_unlabelled(images, tmp_path):
+    """A backbone whose styles cannot be mixed is refused only where there are styles to mix."""
+    tokens = {"backbone": "timm:vit_tiny_patch16_224", "attention": "none", "adversary": False}
+    settings = {"model": {"style_mixing": "unlabeled", **tokens}, "meta": {"procedure": "daml1"}}
+    alone = config(images, tmp_path / "alone", **settings, data={"unlabeled": []}, optimizer={"epochs": 1})
+    trainer = Trainer(alone)
+    assert trainer.model.network.styles is None and not trainer.model.lending
+    trainer.fit()
+    network, _ = trained_network(tmp_path / "alone/checkpoint.pt")
+    assert network.styles is None
+    with pytest.raises(DanFastError, match="style_mixing to none and, where .*, data.unlabeled_share to 0"):
+        Trainer(config(images, tmp_path / "both", **settings))
+
+
 def test_gates_start_where_they_are_told():
     memory = build_memory(MemoryConfig(labeled_slots=2, unlabeled_slots=2, initial_alpha=-4.0), key_dim=3)
     assert (memory.alpha.item(), memory.alpha_unlabeled.item()) == (-4.0, -4.0)

@@ -110,5 +110,6 @@ def _early_stages(backbone: nn.Module) -> list[nn.Module]:
 def _cannot_mix() -> DanFastError:
     return DanFastError(
         "Styles are mixed in the early maps of a convolutional network, which this backbone does not give: choose a "
-        "ResNet or another convolutional model of timm, or set model.style_mixing to none."
+        "ResNet or another convolutional model of timm, or set model.style_mixing to none and, where unlabelled images "
+        "were only to lend their style, data.unlabeled_share to 0."
     )

@@ -52,9 +52,12 @@ def initial_network(settings: dict[str, Any], num_classes: int, read_weights: bo
 
 
 def network_and_random_state(
-    settings: dict[str, Any], num_classes: int, read_weights: bool = True
+    settings: dict[str, Any], num_classes: int, read_weights: bool = True, mixes_styles: bool = False
 ) -> tuple[DAN, torch.Tensor]:
-    """`initial_network`, and the state of the CPU's generator after its weights, from where a training goes on."""
+    """`initial_network`, and the state of the CPU's generator after its weights, from where a training goes on.
+
+    Styles are mixed in training alone, so a network that only embeds need not be able to.
+    """
     # A checkpoint older than a setting does not name it; it was made with the default.
     model = ModelConfig(**settings["model"])
     if model.adversary and model.attention == "none":
@@ -75,7 +78,7 @@ def network_and_random_state(
             adversary=model.adversary,
             adversary_reach=LossConfig(**settings["loss"]).adversary_reach,
             feature=model.feature,
-            style_mixing=model.style_mixing != "none",
+            style_mixing=mixes_styles,
             gradient_checkpointing=model.gradient_checkpointing,
         )
         return network, torch.get_rng_state()

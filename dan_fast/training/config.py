@@ -104,7 +104,7 @@ class ModelConfig:
             Fig. 6.
         dropout: Dropout rate before the classifier (the paper: 0.5).
         style_mixing: Whose style early maps take a part of in training: none (the paper), that of other images of the
-            batch, or that of its unlabelled images, which then serve for that alone; where there are none, batch.
+            batch, or that of its unlabelled images, which then serve for that alone; where there are none, nobody's.
         feature: What tests compare: attended, the attention branch's (the paper), or pooled, the backbone's own.
         gradient_checkpointing: Compute maps of the backbone again in the backward pass instead of keeping them all:
             less memory, more time, the same gradients.

@@ -88,8 +88,12 @@ class Trainer:
         titles = [target.title for target in self.datasets.targets]
         self.choice = EpochChoice.of_setting(config.run, titles) if config.run.choose_epoch_on_target else None
 
+        lending = config.model.style_mixing == "unlabeled" and bool(self.training_set.unlabeled_samples)
         network, after_weights = network_and_random_state(
-            config.to_dict(), self.training_set.num_classes, read_weights=saved is None
+            config.to_dict(),
+            self.training_set.num_classes,
+            read_weights=saved is None,
+            mixes_styles=lending or config.model.style_mixing == "batch",
         )
         if saved is not None:
             network.preprocessing = preprocessing_of(saved)
@@ -102,7 +106,6 @@ class Trainer:
             interpolation=network.preprocessing.interpolation,
         )
         memory = None
-        lending = config.model.style_mixing == "unlabeled"
         if (self.training_set.unlabeled_samples and not lending) or config.loss.labeled_embedding > 0:
             memory = build_memory(config.memory, network.key_dim)
         half = torch.bfloat16 if config.run.precision == "bfloat16" else None
@@ -173,7 +176,7 @@ class Trainer:
                 if self.datasets.unlabeled and self.config.data.unlabeled_share == 0:
                     display.say(
                         f"{', '.join(dataset.title for dataset in self.datasets.unlabeled)} is left aside, because "
-                        "data.unlabeled_share is 0: --recipe paper trains with unlabelled images."
+                        "data.unlabeled_share is 0: --recipe dan and --recipe paper train with unlabelled images."
                     )
                 rounding = float32_rounding(self.device)
                 if rounding and self.config.run.precision == "float32":
