@@ -88,7 +88,7 @@ class ProgressiveAugmentedMemory(nn.Module):
     - `DataParallel` hands every device a copy and throws it away; forward refuses it. Wrap the backbone alone.
     - `AveragedModel` averages the gates of a copy whose memories stay what they were when it was made; forward refuses
       that copy. Give it memories first: `averaged.labeled, averaged.unlabeled = memory.labeled, memory.unlabeled`.
-      Averages over a state dict, as timm's `ModelEma`, would average labels too: leave the memory out of them.
+      Averages over a state dict, as timm's `ModelEmaV2`, mix slots of different samples: leave the memory out.
 
     Args:
         labeled_slots: s1, slots of M.
