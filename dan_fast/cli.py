@@ -31,7 +31,7 @@ from dan_fast.sweep import sweep
 from dan_fast.training import Interrupted, TrainConfig, Trainer
 from dan_fast.training.build import initial_network, network_of, resolve_device
 from dan_fast.training.checkpoint import load_checkpoint
-from dan_fast.training.config import BrokenImages, CacheCheck, Paths, Precision, as_list
+from dan_fast.training.config import BrokenImages, CacheCheck, Paths, Precision, as_list, goes_on
 from dan_fast.training.recipes import DEFAULT_RECIPE, recipe_of_file, recipe_settings, recipe_words
 from dan_fast.training.reported import epoch_of
 
@@ -223,7 +223,7 @@ def _parse(argv: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
     argv = [*argv, "--recipe", asked] if asked is not None else argv
     parser = _parser(asked or DEFAULT_RECIPE)
     parsed = parser.parse_args(argv)
-    if asked is None and parsed.train.run.resume:
+    if asked is None and goes_on(parsed.train.run):
         # A run that goes on keeps its recipe, or the lack of one: the default of today is not what it was started with.
         begun = recipe_of_file(Path(parsed.train.run.out) / "config.yaml")
         if begun not in (None, DEFAULT_RECIPE):
