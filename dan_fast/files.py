@@ -1,15 +1,20 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and folders that one process at a time writes to."""
 
 import errno
 import os
 import secrets
-from collections.abc import Callable
-from contextlib import suppress
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from filelock import FileLock, Timeout
+
 from dan_fast.errors import DanFastError
 
+# Where a file system knows no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 # What a file system answers that cannot sync, which is no reason to lose what has been written.
 _NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
@@ -67,6 +72,47 @@ def remove_unfinished(folder: Path, name: str = "*") -> None:
     for remains in folder.glob(f".{name}.*.part"):
         with suppress(OSError):
             remains.unlink()
+
+
+@contextmanager
+def alone(lock_file: Path) -> Iterator[None]:
+    """Inside, no other process is inside with the same lock file, which is made, and removed at the end.
+
+    The system lets go of the lock when a process is killed; workers that outlive it do not hold it. A file system
+    without locks is taken as it is.
+
+    Raises:
+        DanFastError: another process is inside, the sentence says which one; or the file cannot be made.
+    """
+    lock, holder, folder = FileLock(lock_file), lock_file.with_suffix(".holder"), lock_file.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise DanFastError(
+            f"{folder} is in use by {_said(holder)}: wait for it, stop it, or choose another folder."
+        ) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise DanFastError(
+                f"{folder} cannot be written ({error.strerror or error}): choose another folder."
+            ) from error
+    try:
+        write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        # The lock file last, and before it is free: who opens it now sees that it is gone.
+        for file in (holder, lock_file):
+            with suppress(OSError):
+                file.unlink()
+        lock.release()
+
+
+def _said(holder: Path) -> str:
+    try:
+        return holder.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return "another process"
 
 
 def _sync(descriptor: int) -> None:

@@ -3,7 +3,8 @@
     python scripts/worker_memory.py [--entries 200000] [--epochs 20] [--workers 2] [--batches 0]
 
 The entries are names of files that do not exist. Decoding and what is drawn for the augmentation are replaced by zeros,
-so that what is measured is what the loader itself keeps, and soon. Prints a line an epoch and, last, how far from flat all these are.
+so that what is measured is what the loader itself keeps, and soon. Prints a line an epoch and, last, how far
+from flat all these are.
 """
 
 import argparse
@@ -19,9 +20,11 @@ IMAGE_SIZE = (8, 4)
 
 
 def pss_mib(process: int | str) -> float:
-    """Proportional set size of a process: its own pages, and its share of those that it has in common."""
+    """Of a process its own pages, and its share of those that it has in common with its relatives; without the
+    libraries, which it may have in common with anybody on the machine.
+    """
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) / 1024
 
 
 def total_mib() -> float:
@@ -66,7 +69,7 @@ def main() -> None:
     # Near the end the workers are still there.
     looks = planner.iterations // 10, planner.iterations - 2 * arguments.workers - 1
     for epoch in range(arguments.epochs):
-        batches = loader.training_loader(source, planner.plan_epoch(epoch), IMAGE_SIZE, workers=arguments.workers)
+        batches = loader.training_loader(source, planner.batches(epoch), IMAGE_SIZE, workers=arguments.workers)
         for number, _ in enumerate(batches, start=1):
             if number in looks:
                 totals.append(total_mib())

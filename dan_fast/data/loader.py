@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -142,7 +142,7 @@ def image_loader(
 
 def training_loader(
     training_set: TrainingSet,
-    plans: Sequence[BatchPlan],
+    plans: Iterable[BatchPlan],
     image_size: tuple[int, int],
     workers: int = 0,
     broken_images: BrokenImages = "error",
@@ -157,7 +157,7 @@ def training_loader(
 
     Args:
         training_set: the samples the plan refers to.
-        plans: what `BatchPlanner.plan_epoch` returned, or the end of it.
+        plans: what `BatchPlanner.plan_epoch` or `batches` returned, or the end of it.
         image_size: (height, width) in pixels.
         workers: processes that decode; 0 decodes in this one. None is needed to read from a cache.
         broken_images: "error" raises DanFastError at a broken image, "skip" leaves it out and names it in
@@ -185,8 +185,7 @@ class _PlannedBatches(Dataset):
     def __init__(
         self, training_set: TrainingSet, image_size: tuple[int, int], broken_images: BrokenImages, read: Read
     ) -> None:
-        self.labeled = Packed(sample.path for sample in training_set.labeled_samples)
-        self.unlabeled = Packed(sample.path for sample in training_set.unlabeled_samples)
+        self.labeled, self.unlabeled = training_set.paths
         self.image_size = tuple(image_size)
         self.broken_images = _checked(broken_images)
         self.read = read

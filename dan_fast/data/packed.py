@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import TypeVar, overload
-
-import numpy as np
 
 Item = TypeVar("Item")
 
@@ -28,9 +28,12 @@ class Packed(Sequence[Item]):
     """
 
     def __init__(self, items: Iterable[Item]) -> None:
-        pickled = [pickle.dumps(item, pickle.HIGHEST_PROTOCOL) for item in items]
-        self._bounds = np.cumsum([0, *map(len, pickled)])
-        self._buffer = np.frombuffer(b"".join(pickled), dtype=np.uint8)
+        # One by one: as a list they would take several times the room, in pieces that are long in coming back.
+        buffer, bounds = io.BytesIO(), array("q", [0])
+        for item in items:
+            buffer.write(pickle.dumps(item, pickle.HIGHEST_PROTOCOL))
+            bounds.append(buffer.tell())
+        self._buffer, self._bounds = buffer.getvalue(), bounds
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -44,4 +47,4 @@ class Packed(Sequence[Item]):
             return [self[place] for place in range(*index.indices(len(self)))]
         # As in a list: a negative index counts from the end, and the one after the last ends an iteration.
         index = range(len(self))[index]
-        return pickle.loads(self._buffer[self._bounds[index] : self._bounds[index + 1]])
+        return pickle.loads(memoryview(self._buffer)[self._bounds[index] : self._bounds[index + 1]])

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,11 @@ from dan_fast.data import BatchPlanner, ImageCache, MiniBatch, Split, TrainingSe
 from dan_fast.data.workers import is_worker_death
 from dan_fast.errors import DanFastError
 from dan_fast.evaluation import Evaluation, evaluate_dataset
-from dan_fast.files import write_text
+from dan_fast.files import alone, remove_unfinished, write_text
 from dan_fast.training.build import build_memory, initial_network, preprocessing_of, resolve_device
 from dan_fast.training.checkpoint import CheckpointWriter, load_checkpoint
 from dan_fast.training.config import TrainConfig, goes_on, require_same_training
 from dan_fast.training.display import Display
-from dan_fast.training.folder import alone_in
 from dan_fast.training.interrupt import Interrupted, StopRequest
 from dan_fast.training.metrics import (
     Scalars,
@@ -145,7 +145,8 @@ class Trainer:
                 cannot be written; of these all but the first and the last find the run saved. Or another process
                 trains in the folder, or did since this trainer was made.
         """
-        with alone_in(self.out):
+        with alone(self.out / ".run.lock"):
+            remove_unfinished(self.out)
             if _mark(self.checkpoint) != self._found:
                 raise DanFastError(
                     f"Another process has written {self.checkpoint} since this one began: start it again."
@@ -215,7 +216,7 @@ class Trainer:
             self.feedback = sample_ids.cpu(), pseudo_labels.cpu()
         loader = training_loader(
             self.training_set,
-            self.planner.plan_epoch(self.epoch, self.feedback)[self.iteration :],
+            islice(self.planner.batches(self.epoch, self.feedback), self.iteration, None),
             tuple(self.config.data.image_size),
             workers=self.config.data.workers,
             broken_images=self.config.data.broken_images,
