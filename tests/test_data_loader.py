@@ -1,5 +1,6 @@
 """Loaders: what arrives, in which order, with broken files, workers and random numbers."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -22,6 +23,8 @@ from dan_fast.data import (
     read_image,
     training_loader,
 )
+from dan_fast.data.augment import draw
+from dan_fast.data.workers import WorkerDied
 from dan_fast.errors import DanFastError
 
 SIZE = (16, 8)
@@ -259,3 +262,62 @@ def test_an_unknown_choice_for_broken_images(source: TrainingSet) -> None:
         image_loader(source.labeled_samples, SIZE, broken_images="ignore")
     with pytest.raises(DanFastError, match="broken_images is 'ignore'"):
         training_loader(source, [], SIZE, broken_images="ignore")
+
+
+def private_bytes(process: int) -> int:
+    """Memory that a process has written to and shares with nobody."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty:")) * 1024
+
+
+def no_image(image_size, interpolation):
+    return lambda path: torch.zeros(3, *image_size, dtype=torch.uint8)
+
+
+def no_draws(seeds, image_size):
+    return draw([0], image_size)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="there is no smaps_rollup")
+@pytest.mark.parametrize("kind", ["training", "images"])
+def test_a_worker_does_not_copy_the_list_of_images(
+    kind: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """PyTorch #13246: of 50,000 entries it would copy 6 MB or more; scripts/worker_memory.py has more, and 20 epochs."""
+    monkeypatch.setattr("dan_fast.data.loader._Decode", no_image)
+    monkeypatch.setattr("dan_fast.data.loader.draw", no_draws)
+    root = Path("/data/market/bounding_box_train")
+    samples = tuple(Sample(root / f"{n // 20:06d}_c1s1_{n:08d}_00.jpg", n // 20, 1) for n in range(50_000))
+    if kind == "training":
+        source = TrainingSet([ReIDDataset("market", root, train=samples)])
+        plans = BatchPlanner(source.labels, 0, batch_size=1250).batches(0)
+        loader = training_loader(source, plans, SIZE, workers=1)
+    else:
+        loader = image_loader(samples, SIZE, batch_size=1250, workers=1)
+    # What a garbage collection of this process, which has many objects, copies would count as the worker's own.
+    request.addfinalizer(gc.unfreeze)
+    gc.freeze()
+    before = set(multiprocessing.active_children())
+    # The loader's own batches: nothing is augmented.
+    for number, _ in enumerate(loader.source, start=1):
+        (worker,) = set(multiprocessing.active_children()) - before
+        if number == 10:
+            early = private_bytes(worker.pid)
+        if number == 35:
+            assert private_bytes(worker.pid) - early < 4e6
+    assert number == 40
+
+
+def test_a_death_of_a_worker_is_a_sentence(source: TrainingSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What PyTorch says, at once and not after five seconds.
+    def batches(loader):
+        yield "first"
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr("torch.utils.data.DataLoader.__iter__", batches)
+    got = iter(image_loader(source.labeled_samples, SIZE, workers=1).source)
+    assert next(got) == "first"
+    with pytest.raises(
+        WorkerDied, match=r"has died \(DataLoader worker \(pid 7\) is killed by signal: Killed\): often"
+    ):
+        next(got)
