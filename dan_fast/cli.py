@@ -101,6 +101,7 @@ def _parse(argv: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
     if "train" not in argv[:1]:
         parser = _parser(argv)
         return parser, parser.parse_args(argv)
+    from dan_fast.training.config import goes_on
     from dan_fast.training.recipes import DEFAULT_RECIPE, recipe_of_file
 
     asked = _asked_recipe(argv)
@@ -108,7 +109,7 @@ def _parse(argv: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
     argv = [*argv, "--recipe", asked] if asked is not None else argv
     parser = _parser(argv, asked)
     parsed = parser.parse_args(argv)
-    if asked is None and parsed.train.run.resume:
+    if asked is None and goes_on(parsed.train.run):
         # A run that goes on keeps its recipe, or the lack of one: the default of today is not what it was started with.
         begun = recipe_of_file(Path(parsed.train.run.out) / "config.yaml")
         if begun not in (None, DEFAULT_RECIPE):

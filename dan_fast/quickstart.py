@@ -132,7 +132,7 @@ def _config(folder: Path, epochs: int, seed: int, workers: int, recipe: str) -> 
         model={"backbone": "resnet18", "weights": "none"},
         memory={"labeled_slots": 600, "unlabeled_slots": 400},
         optimizer={"epochs": epochs, "lr_scale": 30.0},
-        run={"out": str(run), "resume": (run / "checkpoint.pt").exists(), "seed": seed},
+        run={"out": str(run), "resume": "auto", "seed": seed},
     )
     # Where images are fed back at all, a few hundred iterations are few for pseudo labels to become good.
     config.data.feedback_fraction = min(config.data.feedback_fraction, 0.25)

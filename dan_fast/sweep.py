@@ -174,7 +174,6 @@ def _run_all(
 
 def _start(run: PlannedRun, lock: int, threads: int | None) -> subprocess.Popen[bytes]:
     """Start a training in a process of its own, which saves itself when it is sent SIGTERM."""
-    begun = (run.folder / "checkpoint.pt").exists()
     # Those of other targets: beside the new settings they would pass for theirs.
     (run.folder / "results.json").unlink(missing_ok=True)
     write_text(run.folder / "config.yaml", yaml.safe_dump(run.config.to_dict(), sort_keys=False))
@@ -182,7 +181,7 @@ def _start(run: PlannedRun, lock: int, threads: int | None) -> subprocess.Popen[
     with (run.folder / _LOG).open("ab") as log:
         # The lock is the child's too: should this process be killed, no other sweep starts beside it.
         return subprocess.Popen(
-            _command(run.folder, begun),
+            _command(run.folder),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -223,9 +222,9 @@ def _tell(comparison: Comparison, out: Path, console: Console) -> None:
     console.print(f"Comparison: {out / 'comparison.md'}")
 
 
-def _command(folder: Path, begun: bool) -> Sequence[str]:
+def _command(folder: Path) -> Sequence[str]:
     command = [sys.executable, "-m", "dan_fast", "train", "--config", str(folder / "config.yaml")]
-    return [*command, "--run.resume", "true" if begun else "false"]
+    return [*command, "--run.resume", "auto"]
 
 
 def _sentence(run: PlannedRun, code: int | None) -> str:

@@ -18,9 +18,7 @@ shift 3
 run() {
   local name=$1
   shift
-  local resume=false
-  if [ -e "$out/$name/checkpoint.pt" ]; then resume=true; fi
-  dan-fast train --data.labeled "$labeled" --run.out "$out/$name" --run.resume "$resume" --recipe paper "$@"
+  dan-fast train --data.labeled "$labeled" --run.out "$out/$name" --run.resume auto --recipe paper "$@"
   dan-fast evaluate --checkpoint "$out/$name/checkpoint.pt" --targets "[$unlabeled, $labeled]" --baselines true \
     --out "$out/$name.json"
 }

@@ -1,10 +1,12 @@
 """Loaders: what arrives, in which order, with broken files, workers and random numbers."""
 
+import gc
 import multiprocessing
 import os
 import pickle
 import signal
 from pathlib import Path
+from types import FunctionType, ModuleType
 
 import numpy as np
 import pytest
@@ -22,6 +24,8 @@ from dan_fast.data import (
     read_image,
     training_loader,
 )
+from dan_fast.data.cache import _Decoding
+from dan_fast.data.workers import WorkerDied
 from dan_fast.errors import DanFastError
 
 SIZE = (16, 8)
@@ -259,3 +263,45 @@ def test_an_unknown_choice_for_broken_images(source: TrainingSet) -> None:
         image_loader(source.labeled_samples, SIZE, broken_images="ignore")
     with pytest.raises(DanFastError, match="broken_images is 'ignore'"):
         training_loader(source, [], SIZE, broken_images="ignore")
+
+
+def objects_behind(start: object) -> int:
+    """How many objects can be reached from one, code left aside."""
+    seen, found = set(), [start]
+    while found:
+        one = found.pop()
+        if id(one) not in seen and not isinstance(one, (type, ModuleType, FunctionType)):
+            seen.add(id(one))
+            found += gc.get_referents(one)
+    return len(seen)
+
+
+def test_workers_share_what_they_read_of_however_many_images() -> None:
+    """A worker copies the page of each Python object that it looks at (PyTorch #13246); scripts/worker_memory.py."""
+    counts = []
+    for entries in (500, 5000):
+        root = Path("/data/market")
+        samples = tuple(Sample(root / f"{number}.jpg", number // 2, 1) for number in range(entries))
+        source = TrainingSet([ReIDDataset("market", root, train=samples)])
+        plans = BatchPlanner(source.labels, 0, batch_size=4).batches(0)
+        loaders = training_loader(source, plans, SIZE, workers=1), image_loader(samples, SIZE, workers=1)
+        assert len(loaders[0]) == entries // 4 and len(loaders[1].source.dataset) == entries
+        decoding = _Decoding([str(sample.path) for sample in samples], None)
+        assert decoding.names[7] == "/data/market/7.jpg"
+        counts.append([objects_behind(each) for each in (loaders[0].source, loaders[1].source, decoding)])
+    assert counts[0] == counts[1]
+
+
+def test_a_death_of_a_worker_is_a_sentence(source: TrainingSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What PyTorch says, at once and not after five seconds.
+    def batches(loader):
+        yield "first"
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr("torch.utils.data.DataLoader.__iter__", batches)
+    got = iter(image_loader(source.labeled_samples, SIZE, workers=1).source)
+    assert next(got) == "first"
+    with pytest.raises(
+        WorkerDied, match=r"has died \(DataLoader worker \(pid 7\) is killed by signal: Killed\): often"
+    ):
+        next(got)

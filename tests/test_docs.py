@@ -17,7 +17,15 @@ from dan_fast.data import load_dataset
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [
-    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/fidelity.md", "docs/experiments.md")
+    ROOT / name
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "docs/fidelity.md",
+        "docs/experiments.md",
+        "docs/reliability.md",
+    )
 ]
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w.]*\w")
 COMMANDS = ("pip install -e . && dan-fast quickstart", "pip install -e '.[test]' && pytest")

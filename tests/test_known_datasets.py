@@ -1,6 +1,7 @@
 """What is found where: the walk, the counts, the listing, and images taken out of archives."""
 
 import json
+import os
 import re
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from dan_fast.cli import main
 from dan_fast.data import ReIDDataset, Sample, all_images, load_dataset
 from dan_fast.data.cuhk03_archive import extract_cuhk03
 from dan_fast.data.cuhk_sysu import extract_cuhk_sysu
+from dan_fast.data.extraction import whole_folder
 from dan_fast.data.known import KNOWN, check_counts, choose_variant, find_datasets
 from dan_fast.data.samples import SPLITS, Counts
 from dan_fast.errors import DanFastError
@@ -356,3 +358,15 @@ def test_cuhk_sysu_that_cannot_be_cropped_leaves_nothing(tmp_path: Path) -> None
     with pytest.raises(DanFastError, match="cannot be read as CUHK-SYSU's annotations"):
         extract_cuhk_sysu(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"Image", "annotation"}
+
+
+def test_two_processes_do_not_write_into_the_same_unfinished_folder(tmp_path: Path) -> None:
+    target = tmp_path / "images"
+    (tmp_path / ".images.part" / "of a killed one").mkdir(parents=True)
+    with whole_folder(target) as folder:
+        assert not list(folder.iterdir())
+        with pytest.raises(DanFastError, match=rf"is in use by process {os.getpid()} on .*: wait for it, stop it, or"):
+            with whole_folder(target):
+                pass
+        (folder / "1.png").touch()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["images", "images/1.png"]

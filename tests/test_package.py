@@ -50,6 +50,33 @@ def rooms_imported(path: Path) -> set[str]:
     return {room for room in rooms if (PACKAGE / room).is_dir() or (PACKAGE / f"{room}.py").is_file()}
 
 
+def test_files_are_written_whole():
+    """By `dan_fast.files`; the exceptions are folders that are whole or not there, logs, locks and /proc."""
+    writes = re.compile(r"""open\([^)]*["'][wax]b?\+?["']|\.write_(text|bytes)\(|\.save\(|\.savez?\(|savefig\(""")
+    found = {
+        (str(path.relative_to(PACKAGE)), line.strip())
+        for path in PACKAGE.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if writes.search(line) and not line.strip().startswith((">>>", "..."))
+    }
+    assert found == {
+        ("bench/machine.py", 'Path("/proc/self/clear_refs").write_text("5")'),
+        ("data/cache_header.py", "write_whole(path, lambda stream: np.savez(stream, **content))"),
+        ("data/extraction.py", "image.save(path, **options)"),
+        ("data/synthetic/writer.py", "image.save(folder / path, quality=domain.jpeg_quality)"),
+        ("data/synthetic/writer.py", 'with open(folder / "manifest.csv", "w", newline="", encoding="utf-8") as file:'),
+        ("files.py", 'with unfinished.open("xb") as stream:'),
+        (
+            "reporting/canvas.py",
+            'write_whole(path, lambda stream: figure.savefig(stream, format="png", dpi=dpi, facecolor="white"))',
+        ),
+        ("sweep.py", 'with (out / ".sweep.lock").open("w") as file:'),
+        ("sweep.py", 'with (run.folder / _LOG).open("ab") as log:'),
+        ("training/checkpoint.py", 'write_whole(path, lambda stream: torch.save({"format": FORMAT, **state}, stream))'),
+        ("training/trainer.py", "self._writer.save("),
+    }
+
+
 def test_imports_point_downwards():
     level = {room: index for index, rooms in enumerate(LEVELS) for room in rooms}
     upwards = []

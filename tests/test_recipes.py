@@ -235,6 +235,35 @@ def test_a_run_of_an_older_version_goes_on_without_a_recipe(images, tmp_path, mo
     assert yaml.safe_load((out / "config.yaml").read_text())["recipe"] == "none"
 
 
+def test_resume_is_true_false_or_auto_in_flags_and_files(tmp_path):
+    assert parsed().run.resume is False
+    for word, value in (("true", True), ("false", False), ("auto", "auto")):
+        assert parsed("--run.resume", word).run.resume == value
+        (tmp_path / "config.yaml").write_text(f"run: {{resume: {word}, checkpoint_every: 200}}")
+        of_file = parsed("--config", str(tmp_path / "config.yaml")).run
+        assert of_file.resume == value and type(of_file.resume) is type(value) and of_file.checkpoint_every == 200
+    assert main(["train", "--run.resume", "maybe"]) == 2
+
+
+def test_resume_auto_starts_and_goes_on(images, tmp_path, capsys):
+    """A run of another recipe than today's default goes on with its own."""
+    out = tmp_path / "run"
+    command = [*tiny_flags(images, out), "--run.resume", "auto"]
+    assert main([*command, "--recipe", "plain"]) == 0
+    before = torch.load(out / "checkpoint.pt")
+    assert (before["epoch"], before["config"]["run"]["resume"]) == (before["config"]["optimizer"]["epochs"], "auto")
+    (out / "results.json").unlink()
+    assert main(command) == 0
+    assert yaml.safe_load((out / "config.yaml").read_text())["recipe"] == "plain" and (out / "results.json").exists()
+    assert torch.equal(before["random"]["cpu"], torch.load(out / "checkpoint.pt")["random"]["cpu"])
+    # A folder without a checkpoint starts, with the recipe that is asked for.
+    (out / "checkpoint.pt").unlink()
+    assert main(command) == 0
+    assert torch.load(out / "checkpoint.pt")["config"]["recipe"] == "dan"
+    assert main([*command, "--run.resume", "false"]) == 1
+    assert "already holds a run: add --run.resume true" in capsys.readouterr().err
+
+
 def test_quickstart_keeps_what_its_short_run_needs(tmp_path):
     paper = _config(tmp_path, 3, 0, 0, "paper")
     assert paper.recipe_words == (

@@ -266,7 +266,7 @@ def quick(tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     script = write(tmp_path / "trainer.py", TRAINER)
-    monkeypatch.setattr(sweeping, "_command", lambda folder, begun: [sys.executable, str(script), str(folder)])
+    monkeypatch.setattr(sweeping, "_command", lambda folder: [sys.executable, str(script), str(folder)])
 
     def run(grid: Path, parallel: int = 1, **plan: object) -> list[str]:
         (out / "plan").write_text(json.dumps({name.replace("_", "."): what for name, what in plan.items()}))

@@ -39,10 +39,8 @@ from dan_fast.training import (
 )
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.display import Display
-from dan_fast.training.interrupt import StopRequest
 from dan_fast.training.metrics import Scalars, accuracy
 from dan_fast.training.objective import DivergedError, Objective, TrainingModel
-from dan_fast.training.trainer import _until_stopped
 
 IMAGE_SIZE = (32, 32)
 
@@ -550,24 +548,6 @@ def test_gradients_that_are_not_finite_do_not_move_the_weights(images, tmp_path,
 def test_a_batch_that_cannot_be_normalised_is_told_apart_from_divergence(images, tmp_path):
     with pytest.raises(DanFastError, match="cannot go on at iteration 0: Expected more than 1 value per channel"):
         Trainer(config(images, tmp_path / "run", data={"batch_size": 2})).fit()
-
-
-def test_workers_that_end_with_the_process_group_end_a_stopped_run_in_order():
-    stop = StopRequest()
-
-    def batches():
-        yield "first"
-        stop.requested = True
-        raise RuntimeError("DataLoader worker (pid 1) exited unexpectedly")
-
-    assert list(_until_stopped(batches(), stop)) == ["first"]
-
-    def broken():
-        yield "first"
-        raise RuntimeError("a real error")
-
-    with pytest.raises(RuntimeError, match="a real error"):
-        list(_until_stopped(broken(), StopRequest()))
 
 
 @pytest.mark.parametrize("gates", ["parameters", "features"])

@@ -30,10 +30,11 @@ from dan_fast.data.cache_header import (
     write_header,
 )
 from dan_fast.data.images import decode_image
+from dan_fast.data.packed import Packed
 from dan_fast.data.transforms import resize
 from dan_fast.data.workers import SentenceLoader
 from dan_fast.errors import DanFastError
-from dan_fast.files import write_whole
+from dan_fast.files import remove_unfinished, write_whole
 
 Check = Literal["quick", "full"]
 Say = Callable[[str], None]
@@ -179,6 +180,7 @@ class ImageCache:
                 if isinstance(found, _Opened) and found.touched:
                     write_header(header, found.header)
                 if not isinstance(found, _Opened):
+                    remove_unfinished(self.folder, f"{key}.*")
                     self._build(file, header, names, why=found)
                     found = self._inspect(file, header, names, "quick")
         except DanFastError:
@@ -302,7 +304,7 @@ class _Opened(NamedTuple):
 
 class _Decoding(Dataset):
     def __init__(self, names: Sequence[str], transform: Callable[[Tensor], Tensor]) -> None:
-        self.names = names
+        self.names = Packed(names)
         self.transform = transform
 
     def __len__(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from dan_fast.errors import DanFastError
+from dan_fast.files import alone
 
 
 @contextmanager
@@ -18,7 +19,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `target` when the block ends and vanishes when it raises.
 
     Raises:
-        DanFastError: the folder cannot be made.
+        DanFastError: the folder cannot be made, or another process makes it.
 
     Example:
         >>> import tempfile
@@ -29,17 +30,18 @@ def whole_folder(target: Path) -> Iterator[Path]:
         ['1.png']
     """
     unfinished = target.with_name(f".{target.name}.part")
-    # The remains of a process that was killed.
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir()
-    except OSError as error:
-        raise _not_written(target, error) from error
-    try:
-        yield unfinished
-        unfinished.rename(target)
-    finally:
+    with alone(target.with_name(f".{target.name}.lock")):
+        # The remains of a process that was killed.
         shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            unfinished.mkdir()
+        except OSError as error:
+            raise _not_written(target, error) from error
+        try:
+            yield unfinished
+            unfinished.rename(target)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def save_image(image: Image.Image, path: Path, **options: Any) -> None:

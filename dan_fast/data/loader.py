@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,6 +15,7 @@ from dan_fast.data.augment import Draws, augment, draw, normalize
 from dan_fast.data.cache import ImageCache
 from dan_fast.data.feed import one_ahead, pinned
 from dan_fast.data.images import read_image
+from dan_fast.data.packed import Packed
 from dan_fast.data.sampler import BatchPlan, PlannedItem
 from dan_fast.data.samples import Sample
 from dan_fast.data.training_set import TrainingSet
@@ -66,7 +67,7 @@ class ImageSamples(Dataset):
     def __init__(
         self, samples: Sequence[Sample], read: Read = read_image, broken_images: BrokenImages = "error"
     ) -> None:
-        self.samples = tuple(samples)
+        self.samples = Packed(samples)
         self.read = read
         self.broken_images = _checked(broken_images)
 
@@ -141,7 +142,7 @@ def image_loader(
 
 def training_loader(
     training_set: TrainingSet,
-    plans: Sequence[BatchPlan],
+    plans: Iterable[BatchPlan],
     image_size: tuple[int, int],
     workers: int = 0,
     broken_images: BrokenImages = "error",
@@ -156,7 +157,7 @@ def training_loader(
 
     Args:
         training_set: the samples the plan refers to.
-        plans: what `BatchPlanner.plan_epoch` returned, or the end of it.
+        plans: what `BatchPlanner.plan_epoch` or `batches` returned, or the end of it.
         image_size: (height, width) in pixels.
         workers: processes that decode; 0 decodes in this one. None is needed to read from a cache.
         broken_images: "error" raises DanFastError at a broken image, "skip" leaves it out and names it in
@@ -173,7 +174,7 @@ def training_loader(
     read = _reader(paths, image_size, preprocessing.interpolation, cache)
     dataset = _PlannedBatches(training_set, image_size, broken_images, read)
     workers = workers if cache is None else 0
-    source = SentenceLoader(dataset, _as_planned, workers, batch_size=None, sampler=list(plans))
+    source = SentenceLoader(dataset, _as_planned, workers, batch_size=None, sampler=Packed(plans))
     prepare = partial(_augmented, device=torch.device(device), preprocessing=preprocessing)
     return Loader(source, prepare, device)
 
@@ -184,8 +185,7 @@ class _PlannedBatches(Dataset):
     def __init__(
         self, training_set: TrainingSet, image_size: tuple[int, int], broken_images: BrokenImages, read: Read
     ) -> None:
-        self.labeled = training_set.labeled_samples
-        self.unlabeled = training_set.unlabeled_samples
+        self.labeled, self.unlabeled = training_set.paths
         self.image_size = tuple(image_size)
         self.broken_images = _checked(broken_images)
         self.read = read
@@ -199,7 +199,7 @@ class _PlannedBatches(Dataset):
     def _split(self, items: Sequence[PlannedItem], skipped: list[str]) -> tuple[Split, Draws]:
         images, kept, skipped_before = [], [], len(skipped)
         for item in items:
-            path = (self.labeled if item.kind == "labeled" else self.unlabeled)[item.index].path
+            path = (self.labeled if item.kind == "labeled" else self.unlabeled)[item.index]
             try:
                 images.append(self.read(path))
             except DanFastError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -127,6 +127,10 @@ class BatchPlanner:
         Raises:
             ValueError: feedback of unequal lengths, unknown sample ids, or classes without a labelled image.
         """
+        return list(self.batches(epoch, feedback))
+
+    def batches(self, epoch: int, feedback: tuple[Tensor, Tensor] | None = None) -> Iterator[BatchPlan]:
+        """`plan_epoch` one by one, for an epoch of which nobody needs all at once."""
         sample_ids, pseudo_labels = self._checked(feedback)
         fed_places = min(self._feedback_places, len(sample_ids))
         unlabeled_places = self._train_places[1] + self._test_places[1]
@@ -147,18 +151,16 @@ class BatchPlanner:
                 [PlannedItem("unlabeled", index, -1, _draw(generator)) for index in unlabeled.take(places[1])],
             ]
 
-        plans = []
         for _ in range(self.iterations):
             fed = fed_back.take(fed_places)
             same_class = [self._members[pseudo_labels[row]] for row in fed]
             partners = [members[_draw(generator, len(members))] for members in same_class]
             train, test = part(self._train_places, partners, []), part(self._test_places, [], fed)
             if self.split:
-                plans.append(BatchPlan(tuple(sum(train, [])), tuple(sum(test, []))))
+                yield BatchPlan(tuple(sum(train, [])), tuple(sum(test, [])))
             else:
                 merged = [items + others for items, others in zip(train, test, strict=True)]
-                plans.append(BatchPlan(tuple(sum(merged, [])), None))
-        return plans
+                yield BatchPlan(tuple(sum(merged, [])), None)
 
     def _generator(self, *purpose: str | int) -> torch.Generator:
         # Hashed: neighbouring seeds, epochs and purposes must not give related or equal streams.

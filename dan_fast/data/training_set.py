@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dan_fast.data.packed import Packed
 from dan_fast.data.samples import ReIDDataset, Sample
 from dan_fast.data.strangers import root_of
 from dan_fast.errors import DanFastError
@@ -91,6 +94,14 @@ class TrainingSet:
         self.true_ids = _numbers(kept, people)
         self.persons = _persons([*known, *kept])
         self.fingerprint = _fingerprint(known, self.labels, kept)
+
+    @cached_property
+    def paths(self) -> tuple[Packed[Path], Packed[Path]]:
+        """Those of `labeled_samples` and of `unlabeled_samples`, as workers read them."""
+        return (
+            Packed(sample.path for sample in self.labeled_samples),
+            Packed(sample.path for sample in self.unlabeled_samples),
+        )
 
 
 class _TrainImage(NamedTuple):

@@ -1,8 +1,11 @@
-"""A DataLoader that raises a DanFastError as it is, and whose workers leave Ctrl-C to the main process."""
+"""A DataLoader that raises a DanFastError as it is, and whose workers leave signals to the main process."""
 
 from __future__ import annotations
 
+import gc
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,10 +15,15 @@ from torch.utils.data import DataLoader, Dataset
 from dan_fast.errors import DanFastError
 
 
+class WorkerDied(DanFastError):
+    """A process that reads items for a `SentenceLoader` has ended before its time."""
+
+
 class SentenceLoader(DataLoader):
     """A DataLoader that raises the DanFastError of an item itself, with workers and without.
 
-    The state of the global generators stays as it is.
+    The state of the global generators stays as it is. A worker that was killed raises `WorkerDied` at the batch that
+    it owes; in the main thread PyTorch's SIGCHLD handler may raise RuntimeError before that.
 
     Args:
         dataset: what to read.
@@ -31,13 +39,13 @@ class SentenceLoader(DataLoader):
             num_workers=workers,
             # Else each iteration would draw the workers' base seed from the global generator.
             generator=torch.Generator(),
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=_start_worker,
             **options,
         )
 
     def __iter__(self) -> Iterator[Any]:
         # Not a generator: the worker processes are forked here, by the caller's thread, not at the first batch.
-        return map(_raised, super().__iter__())
+        return map(_raised, _Told(super().__iter__()) if self.num_workers else super().__iter__())
 
 
 class _Sentences(Dataset):
@@ -74,6 +82,46 @@ def _raised(batch: Any) -> Any:
     return batch
 
 
-def _ignore_interrupt(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process decides what to save and ends the workers.
+class _Told:
+    """The batches of a loader with workers, whose death is told in a sentence."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> _Told:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self.batches)
+        except RuntimeError as error:
+            if not is_worker_death(error):
+                raise
+            raise WorkerDied(
+                f"A process that decodes images has died ({' '.join(str(error).split()).rstrip('.')}): often memory "
+                "ran out; free some or have fewer workers."
+            ) from error
+
+
+def is_worker_death(error: BaseException) -> bool:
+    """Whether an error is PyTorch's, or this module's, for a worker that ended before its time."""
+    return isinstance(error, WorkerDied) or (
+        isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+    )
+
+
+def _start_worker(worker: int) -> None:
+    # What was inherited is looked through by no garbage collection: it would write to, and so copy, every page of it.
+    gc.freeze()
+    # Both may reach the whole process group; the main process decides what to save and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this worker at its parent's SIGTERM, by which multiprocessing ends it at exit, and at no other one."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dan_fast.errors import DanFastError
 from dan_fast.reporting.canvas import COLOURS, save_png, style
+from dan_fast.training.metrics import part_of_run
 
 # Tags that belong on one panel although their first two parts differ.
 _TOGETHER = {
@@ -51,7 +53,8 @@ def read_scalars(run_dir: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]
     """Every scalar of a run as (steps, values), int64 and float64, without what a resumed run did again.
 
     After a crash a run goes on from its last checkpoint and logs some steps a second time. At each point that
-    steps back, in order of time, all that was logged for this step and later ones is forgotten.
+    steps back all that was logged for this step and later ones is forgotten. The order is that of writing, and of the
+    numbers of the files, whatever the clock said.
 
     Args:
         run_dir: a run's folder, with event files in its ``tensorboard`` folder.
@@ -62,13 +65,16 @@ def read_scalars(run_dir: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]
     folder = Path(run_dir) / "tensorboard"
     if not folder.is_dir():
         raise DanFastError(f"{folder} does not exist; name the folder of a run that has been trained.")
-    # 0: all of them, not a sample.
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    tags = events.Tags()["scalars"]
-    if not tags:
+    logged: dict[str, list[ScalarEvent]] = defaultdict(list)
+    for file in sorted(folder.glob("*tfevents*"), key=lambda file: (part_of_run(file), file.name)):
+        # 0: all of them, not a sample.
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0})
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            logged[tag] += events.Scalars(tag)
+    if not logged:
         raise DanFastError(f"{folder} holds no scalar yet; let the run log at least one step.")
-    return {tag: _without_replays(events.Scalars(tag)) for tag in tags}
+    return {tag: _without_replays(events) for tag, events in logged.items()}
 
 
 def plot_curves(run_dir: str | Path, out_png: str | Path) -> Path:
@@ -113,7 +119,7 @@ def plot_curves(run_dir: str | Path, out_png: str | Path) -> Path:
 
 def _without_replays(events: Sequence[ScalarEvent]) -> tuple[np.ndarray, np.ndarray]:
     kept: list[ScalarEvent] = []
-    for event in sorted(events, key=lambda event: event.wall_time):
+    for event in events:
         while kept and kept[-1].step >= event.step:
             kept.pop()
         kept.append(event)

@@ -1,9 +1,13 @@
 """Checkpoints: one file with everything, read back without running code."""
 
+import zipfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dan_fast.errors import DanFastError
 from dan_fast.files import write_whole
@@ -30,10 +34,67 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise DanFastError(f"{path} does not exist: name the checkpoint.pt of a run.")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    # Bytes that are no checkpoint make the unpickler fail in any way it can.
+        # PyTorch writes the checksums of the archive's parts and does not read them.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    # Bytes that are no checkpoint make the readers fail in any way they can.
     except Exception as error:
         raise DanFastError(f"{path} is truncated or no checkpoint: use another one or train again.") from error
+    if damaged:
+        raise DanFastError(
+            f"{path} is damaged, the checksum of {damaged} in it does not fit: use another one or train again."
+        )
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise DanFastError(f"{path} is not a checkpoint of this version of dan_fast ({FORMAT!r}).")
+    return state
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread, one at a time: who saves waits for the copy to host memory only."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="dan-fast checkpoint")
+        self._writing: Future[None] | None = None
+
+    def is_free(self) -> bool:
+        """Whether nothing is being written.
+
+        Raises:
+            DanFastError: what was written could not be; told once.
+        """
+        if self._writing is not None and self._writing.done():
+            self.wait()
+        return self._writing is None
+
+    def save(self, path: Path, state: dict[str, Any]) -> None:
+        """`save_checkpoint` of what `state` is now, after what is being written.
+
+        Raises:
+            DanFastError: an earlier checkpoint could not be written.
+        """
+        self.wait()
+        self._writing = self._pool.submit(save_checkpoint, path, _copied(state))
+
+    def wait(self) -> None:
+        """Wait for what is being written.
+
+        Raises:
+            DanFastError: it could not be written; told once.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+
+def _copied(state: Any) -> Any:
+    """`state` on the host, in tensors of its own."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        copied = copy(state)  # with the versions of its modules, which a module's state has as an attribute
+        copied.update((name, _copied(value)) for name, value in state.items())
+        return copied
+    if isinstance(state, (list, tuple)):
+        return type(state)(map(_copied, state))
     return state

@@ -230,14 +230,17 @@ class RunConfig:
 
     Args:
         out: Folder of the run: config.yaml, checkpoint.pt, tensorboard/, results.json.
-        resume: Continue from the checkpoint in the folder.
+        resume: Continue from the checkpoint in the folder; auto continues if there is one and starts if there is none,
+            for a queue that starts the same command again.
         seed: Seed of weights, batches, augmentation and dropout.
         device: auto takes the GPU where there is one; or cpu, cuda, cuda:1.
         precision: float32, or bfloat16 autocast for the network in training (memory, losses and evaluations stay
             float32).
         deterministic: Let the GPU use only operators that give the same bits in every run, which takes longer; one that
             has no such form ends the run and is named. On a CPU runs repeat themselves anyway.
-        checkpoint_every: Iterations between checkpoints inside an epoch; each epoch's end has one anyway.
+        checkpoint_every_s: Seconds between checkpoints, which is what a run that is killed loses at most; one that is
+            asked to stop, and the epochs that are evaluated, have theirs anyway.
+        checkpoint_every: Iterations after which there is a checkpoint before that; 0: none.
         log_every: Iterations between two lines of scalars.
         evaluate_every: Epochs between evaluations on the targets; 0 evaluates after the last epoch only.
         choose_epoch_on_target: Report the evaluated epoch of the highest mAP on the targets, whose weights are kept in
@@ -246,12 +249,13 @@ class RunConfig:
     """
 
     out: str = "runs/train"
-    resume: bool = False
+    resume: Literal["auto"] | bool = False
     seed: NonNegativeInt = 0
     device: str = "auto"
     precision: Precision = "float32"
     deterministic: bool = False
-    checkpoint_every: PositiveInt = 200
+    checkpoint_every_s: PositiveFloat = 300.0
+    checkpoint_every: NonNegativeInt = 0
     log_every: PositiveInt = 10
     evaluate_every: NonNegativeInt = 0
     choose_epoch_on_target: bool = False
@@ -326,6 +330,11 @@ class TrainConfig:
         plain = asdict(self)
         plain["data"]["image_size"] = list(plain["data"]["image_size"])
         return plain
+
+
+def goes_on(run: RunConfig | Any) -> bool:
+    """Whether a training with these settings of `run` continues one, and does not start."""
+    return (Path(run.out) / "checkpoint.pt").exists() if run.resume == "auto" else run.resume
 
 
 # A resumed run may differ in these: they say where it runs, not what it learns.

@@ -3,6 +3,8 @@
 import signal
 from types import FrameType, TracebackType
 
+from dan_fast.data.workers import is_worker_death
+
 
 class StopRequest:
     """While entered, notes SIGINT and SIGTERM in `requested`; a second SIGINT stops at once."""
@@ -26,7 +28,25 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def outlive_workers(self) -> None:
+        """Keep the death of a loader's worker out of the middle of an iteration; call it once the loader has any.
+
+        PyTorch raises it from a SIGCHLD handler, wherever the main thread is. The loader raises it too, in the place
+        of the batch that the worker owes.
+        """
+        number = getattr(signal, "SIGCHLD", None)  # which Windows has not
+        if number is not None and self._previous and number not in self._previous:
+            if callable(signal.getsignal(number)):
+                self._previous[number] = signal.signal(number, self._pass_on)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        try:
+            self._previous[number](number, frame)
+        except RuntimeError as error:
+            if not is_worker_death(error):
+                raise

@@ -31,8 +31,14 @@ class Scalars:
 
     def __init__(self, folder: Path, steps_done: int = 0) -> None:
         self._folder = folder
+        part = max(map(part_of_run, folder.glob("*tfevents*")), default=0) + 1
         with self._named_errors():
-            self._writer = SummaryWriter(str(folder), purge_step=steps_done + 1 if steps_done else None)
+            self._writer = SummaryWriter(
+                str(folder),
+                purge_step=steps_done + 1 if steps_done else None,
+                # The names begin with the time, and clocks are set back.
+                filename_suffix=f".part{part}",
+            )
         self._window: list[tuple[str, Tensor | float, Tensor | bool]] = []
 
     def add(self, name: str, value: Tensor | float, counts: Tensor | bool = True) -> None:
@@ -96,6 +102,12 @@ def target_tags(targets: Sequence[ReIDDataset]) -> list[str]:
         alike = sum(each == tag or re.fullmatch(rf"{re.escape(tag)}-\d+", each) is not None for each in tags)
         tags.append(f"{tag}-{alike + 1}" if alike else tag)
     return tags
+
+
+def part_of_run(events: Path) -> int:
+    """The number of an event file of `Scalars` in its folder, from 1 on; 0 for files of others, or older ones."""
+    found = re.search(r"\.part(\d+)$", events.name)
+    return int(found[1]) if found else 0
 
 
 def _on_host(values: Sequence[Tensor | float]) -> list[float]:

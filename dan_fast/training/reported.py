@@ -18,7 +18,7 @@ from dan_fast.evaluation import COLUMNS, Evaluation
 from dan_fast.files import write_text
 from dan_fast.float32 import float32_rounding
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from dan_fast.training.config import RunConfig, TrainConfig
+from dan_fast.training.config import RunConfig, TrainConfig, goes_on
 from dan_fast.training.display import Display
 from dan_fast.training.recipes import NO_RECIPE, recipe_changes
 
@@ -81,7 +81,7 @@ class EpochChoice:
         if not targets or run.evaluate_every == 0:
             what = "run.evaluate_every, such as 10" if targets else "data.targets or data.protocol"
             raise DanFastError(f"run.choose_epoch_on_target has nothing to choose from: add {what}.")
-        return cls(Path(run.out) / "chosen.pt", run.resume, targets)
+        return cls(Path(run.out) / "chosen.pt", goes_on(run), targets)
 
     def offer(self, evaluations: Sequence[Evaluation], state: dict[str, Any]) -> None:
         """Take an epoch, its figures and its checkpoint's state, if it is the best so far.

@@ -1,8 +1,10 @@
 """The training loop: data, meta step, outer step, checkpoints, evaluation."""
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,14 @@ from torch import Tensor
 from dan_fast.daml import Competition, Stage, accuracies_tie, active_groups, attention_wins, meta_gradients
 from dan_fast.daml.meta import attention_that_serves
 from dan_fast.data import BatchPlanner, ImageCache, MiniBatch, Split, TrainingSet, training_loader
+from dan_fast.data.workers import is_worker_death
 from dan_fast.errors import DanFastError, Interrupted
 from dan_fast.evaluation import Evaluation, evaluate_dataset
-from dan_fast.files import write_text
+from dan_fast.files import alone, remove_unfinished, write_text
 from dan_fast.float32 import float32_rounding
 from dan_fast.training.build import build_memory, network_and_random_state, preprocessing_of, resolve_device
-from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from dan_fast.training.config import TrainConfig, require_same_training
+from dan_fast.training.checkpoint import CheckpointWriter, load_checkpoint
+from dan_fast.training.config import TrainConfig, goes_on, require_same_training
 from dan_fast.training.determinism import deterministic_algorithms, prepare_cublas
 from dan_fast.training.display import Display
 from dan_fast.training.interrupt import StopRequest
@@ -50,8 +53,9 @@ class Trainer:
 
     The folder holds config.yaml, checkpoint.pt (everything: weights, optimizer, memory, competition, random
     states, the feedback of the epoch; a run killed at any moment resumes from it, on the CPU bit for bit, on a GPU
-    with run.deterministic),
-    tensorboard/, chosen.pt where an epoch is chosen on the targets and, after the last epoch, results.json.
+    with run.deterministic), tensorboard/, chosen.pt where an epoch is chosen on the targets and, after the last epoch,
+    results.json. Checkpoints within an epoch are written beside the training, which waits for the copy to host memory
+    only.
 
     A trainer is a guest in its process: it has random numbers of its own, and `fit` puts back the process's generators
     of the CPU and of the run's GPU, and the handlers of SIGINT and SIGTERM, when it leaves. Who calls
@@ -73,6 +77,7 @@ class Trainer:
         self.device = resolve_device(config.run.device)
         if config.run.deterministic and self.device.type == "cuda":
             prepare_cublas()
+        self._found = _mark(self.checkpoint)
         saved = self._saved_state()
 
         data = config.data
@@ -141,6 +146,8 @@ class Trainer:
         if saved is not None:
             self._restore(saved)
             self._random_state = saved["random"]
+        self._writer = CheckpointWriter()
+        self._saved_at = self.iterations_done, time.monotonic()
 
     @property
     def iterations_done(self) -> int:
@@ -151,8 +158,27 @@ class Trainer:
 
         Raises:
             Interrupted: SIGINT or SIGTERM came; the run was saved and can be resumed.
-            DanFastError: training diverged, an image cannot be read, or a file cannot be written.
+            DanFastError: training diverged, an image cannot be read, a process that decodes images died, or a file
+                cannot be written; of these all but the first and the last find the run saved. Or another process
+                trains in the folder, or did since this trainer was made.
         """
+        with alone(self.out / ".run.lock"):
+            remove_unfinished(self.out)
+            if _mark(self.checkpoint) != self._found:
+                raise DanFastError(
+                    f"Another process has written {self.checkpoint} since this one began: start it again."
+                )
+            try:
+                return self._fit()
+            except BaseException:
+                # What is being written is whole, and its own error is not the one to tell.
+                with suppress(DanFastError):
+                    self._writer.wait()
+                raise
+            finally:
+                self._found = _mark(self.checkpoint)
+
+    def _fit(self) -> list[Evaluation]:
         if self.cache is not None:
             # Whole train splits, whatever share of them this run takes: others can use them too.
             for dataset in (*self.datasets.labeled, *self.datasets.unlabeled):
@@ -162,11 +188,12 @@ class Trainer:
         scalars = Scalars(self.out / "tensorboard", steps_done=self.iterations_done)
         display = Display(epochs * self.planner.iterations, self.iterations_done, self.config.data.batch_size)
         evaluations: list[Evaluation] = []
+        stop = StopRequest()
         try:
             with (
                 deterministic_algorithms(self.config.run.deterministic),
                 float32_products(self.config.memory.products),
-                StopRequest() as stop,
+                stop,
                 display,
                 self._own_random_numbers(),
             ):
@@ -186,7 +213,15 @@ class Trainer:
                     evaluations = self._evaluate_if_due(scalars, display)
                 while self.epoch < epochs:
                     self._train_epoch(scalars, display, stop)
+                    if self._evaluation_is_due():
+                        # Evaluating may take long, and need the memory that a copy of the run takes.
+                        self._save()
                     evaluations = self._evaluate_if_due(scalars, display)
+        except (DanFastError, RuntimeError) as error:
+            # A stop that reaches the whole process group may end the workers of an evaluation.
+            if not (stop.requested and is_worker_death(error)):
+                raise
+            raise self._interrupted() from error
         except DivergedError as error:
             raise DanFastError(
                 f"Training diverged at iteration {self.iterations_done} ({error}): start again in another run.out "
@@ -203,10 +238,9 @@ class Trainer:
         if self.iteration == 0 and self.model.memory is not None and self.config.data.feedback_fraction > 0:
             sample_ids, pseudo_labels = self.model.memory.reliable_samples()
             self.feedback = sample_ids.cpu(), pseudo_labels.cpu()
-        plans = self.planner.plan_epoch(self.epoch, self.feedback)[self.iteration :]
         loader = training_loader(
             self.training_set,
-            plans,
+            islice(self.planner.batches(self.epoch, self.feedback), self.iteration, None),
             tuple(self.config.data.image_size),
             workers=self.config.data.workers,
             broken_images=self.config.data.broken_images,
@@ -215,7 +249,7 @@ class Trainer:
             preprocessing=self.model.network.preprocessing,
         )
         self.model.train()
-        for batch in _until_stopped(loader, stop):
+        for batch in self._batches(loader, stop):
             for path in batch.skipped:
                 if path not in self.skipped:
                     self.skipped.add(path)
@@ -229,11 +263,43 @@ class Trainer:
             display.advance(self.epoch, means)
             if last:
                 self.epoch, self.iteration = self.epoch + 1, 0
-            if last or self.iterations_done % run.checkpoint_every == 0:
-                self._save()
+            if self._checkpoint_is_due():
+                self._save(wait=False)
         if stop.requested:
             self._save()
-            raise Interrupted(f"Saved after iteration {self.iterations_done}.")
+            raise self._interrupted()
+
+    def _batches(self, loader: Iterable[MiniBatch], stop: StopRequest) -> Iterator[MiniBatch]:
+        """The batches of `loader` until a stop is requested; where they end in an error the run is saved before it."""
+        batches = iter(loader)
+        stop.outlive_workers()
+        while not stop.requested:
+            try:
+                batch = next(batches, None)
+            except Exception as error:
+                if stop.requested and is_worker_death(error):
+                    return
+                if self.iterations_done > self._saved_at[0]:
+                    self._save()
+                raise
+            if batch is None:
+                return
+            yield batch
+
+    def _interrupted(self) -> Interrupted:
+        return Interrupted(f"Saved after iteration {self.iterations_done}.")
+
+    def _checkpoint_is_due(self) -> bool:
+        (iterations, seconds), run = self._saved_at, self.config.run
+        due = time.monotonic() - seconds >= run.checkpoint_every_s or (
+            0 < run.checkpoint_every <= self.iterations_done - iterations
+        )
+        # In this order: what could not be written is told at once.
+        return self._writer.is_free() and due
+
+    def _evaluation_is_due(self) -> bool:
+        last, every = self.epoch == self.config.optimizer.epochs, self.config.run.evaluate_every
+        return last or (every > 0 and self.epoch % every == 0)
 
     def train_iteration(self, batch: MiniBatch, scalars: Scalars) -> None:
         """Take the meta step and the outer step of one iteration; to count it is for the caller.
@@ -392,8 +458,7 @@ class Trainer:
         )
 
     def _evaluate_if_due(self, scalars: Scalars, display: Display) -> list[Evaluation]:
-        last, every = self.epoch == self.config.optimizer.epochs, self.config.run.evaluate_every
-        if not last and (every == 0 or self.epoch % every != 0):
+        if not self._evaluation_is_due():
             return []
         self.model.eval()
         evaluations, state = [], self._state_of_network()
@@ -425,7 +490,7 @@ class Trainer:
         scalars.flush(self.iterations_done)
         if self.choice is not None:
             self.choice.offer(evaluations, state)
-        if not last:
+        if self.epoch < self.config.optimizer.epochs:
             return evaluations
         reported = write_results(
             self.out / "results.json",
@@ -442,7 +507,7 @@ class Trainer:
         return reported
 
     def _saved_state(self) -> dict[str, Any] | None:
-        if not self.config.run.resume:
+        if not goes_on(self.config.run):
             if self.checkpoint.exists():
                 raise DanFastError(
                     f"{self.out} already holds a run: add --run.resume true to continue it or choose another run.out."
@@ -452,11 +517,11 @@ class Trainer:
         require_same_training(state["config"], self.config.to_dict(), self.checkpoint)
         return state
 
-    def _save(self) -> None:
+    def _save(self, wait: bool = True) -> None:
         if not all_finite(self.model.state_dict().values()):
             raise DivergedError("weights are not finite")
         sample_ids, pseudo_labels = self.feedback or (None, None)
-        save_checkpoint(
+        self._writer.save(
             self.checkpoint,
             {
                 **self._state_of_network(),
@@ -467,6 +532,9 @@ class Trainer:
                 "random": self._get_random_state(),
             },
         )
+        self._saved_at = self.iterations_done, time.monotonic()
+        if wait:
+            self._writer.wait()
 
     def _state_of_network(self) -> dict[str, Any]:
         return {
@@ -525,17 +593,10 @@ def _require_sound(records: Sequence[PassRecord], grads: Iterable[Tensor]) -> No
         raise DivergedError("gradients are not finite")
 
 
-def _until_stopped(loader: Iterable[MiniBatch], stop: StopRequest) -> Iterator[MiniBatch]:
-    """The batches of `loader` until a stop is requested."""
-    batches = iter(loader)
-    while not stop.requested:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError:
-            # A signal to the whole process group ends the workers too.
-            if stop.requested:
-                return
-            raise
-        yield batch
+def _mark(path: Path) -> tuple[int, int, int] | None:
+    """By which a file is told from another one that took its place; None where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
