@@ -30,7 +30,8 @@ LIBRARY, MODULE, BUILD_INFO = "_native.so", f"_ranking{sysconfig.get_config_var(
 OLDEST_TORCH = (2, 11)
 TORCH_TARGET_VERSION = "0x020b000000000000"
 AGAIN = "run `pip install -e .` again"
-DEFAULT_CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0")
+# Where no GPU is visible: its code runs on 8.6 and 8.9 as it is, and newer GPUs translate its PTX.
+PORTABLE_CUDA_ARCH = "8.0+PTX"
 # A `*_isa.cpp` is compiled once for each of these, from the poorest to the richest; csrc/cpu/isa.h tells them apart.
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
@@ -104,13 +105,15 @@ def find_nvcc() -> str:
 
 
 def cuda_archs(nvcc: str) -> list[str]:
-    """TORCH_CUDA_ARCH_LIST as a list like ["8.6", "9.0+PTX"]; without it, of the default what nvcc knows."""
+    """TORCH_CUDA_ARCH_LIST as a list like ["8.6", "9.0+PTX"]; without it the visible GPUs or else the portable one."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if not wanted:
         known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-        archs = [arch for arch in DEFAULT_CUDA_ARCHS if "sm_" + arch.replace(".", "") in known]
-        archs = archs or list(DEFAULT_CUDA_ARCHS)
-        return [*archs[:-1], archs[-1] + "+PTX"]
+        visible = visible_gpus()
+        if visible and float(visible[0]) >= 8 and all("sm_" + arch.replace(".", "") in known for arch in visible):
+            return visible
+        # A GPU that nvcc does not know yet translates PTX; one before 8.0 runs neither.
+        return [PORTABLE_CUDA_ARCH]
     for name, numbers in NAMED_CUDA_ARCHS.items():
         wanted = re.sub(rf"\b{name}\b", numbers, wanted)
     archs = re.split(r"[\s;,]+", wanted.strip(" ;,"))
@@ -121,6 +124,17 @@ def cuda_archs(nvcc: str) -> list[str]:
                 f"correct or unset it, then {AGAIN}"
             )
     return list(dict.fromkeys(archs))
+
+
+def visible_gpus() -> list[str]:
+    """The compute capabilities of the GPUs that the driver shows, such as ["8.6"], each once, in their order."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    answer = subprocess.run(asked, capture_output=True, text=True)
+    # What it writes where there is no driver, or an old one that does not know the question, is no capability.
+    found = {line.strip() for line in answer.stdout.splitlines() if re.fullmatch(r"\d+\.\d", line.strip())}
+    return sorted(found, key=float)
 
 
 def gencode(archs: list[str]) -> list[str]:

@@ -93,11 +93,6 @@ fi
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/dan_fast_gpu_check/triton}
 
 part machine 10 nvidia-smi
-if [ -z "${TORCH_CUDA_ARCH_LIST:-}" ] && ! $dry_run; then
-  # For this GPU only: four architectures would take four times as long.
-  arch=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>/dev/null)
-  case $arch in [0-9]*.[0-9]*) export TORCH_CUDA_ARCH_LIST=$arch ;; esac
-fi
 part build "$BUILD_S" "$python" -m pip install --no-build-isolation --no-deps -e .
 part doctor 20 "$python" -m dan_fast doctor
 # Benchmarks before the tests, which leave a GPU warm. The paper's size first: memory.json is written anew after every

@@ -218,7 +218,16 @@ def test_torch_is_asked_for_only_where_there_is_none(build: ModuleType, tools, m
 
 def test_the_cuda_architectures(build: ModuleType, tools, monkeypatch: pytest.MonkeyPatch):
     nvcc = str(tools(nvcc="echo sm_75; echo sm_80; echo sm_86") / "nvcc")
-    assert build.cuda_archs(nvcc) == ["8.0", "8.6+PTX"], "of the default what this nvcc knows"
+    assert build.cuda_archs(nvcc) == ["8.0+PTX"], "no driver"
+    for answer, archs in {
+        "8.6\n8.0\n8.6": ["8.0", "8.6"],
+        "8.6\n12.0": ["8.0+PTX"],  # which this nvcc does not know
+        "7.5": ["8.0+PTX"],  # for which the kernels are not written
+        "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.": ["8.0+PTX"],
+        'Field "compute_cap" is not a valid field to query.': ["8.0+PTX"],
+    }.items():
+        tools(**{"nvidia-smi": f"printf '%s\\n' '{answer.replace(chr(39), '')}'"})
+        assert build.cuda_archs(nvcc) == archs, answer
     for wanted, archs in {
         "8.6": ["8.6"],
         "7.5;8.0 9.0a,12.0+PTX": ["7.5", "8.0", "9.0a", "12.0+PTX"],
