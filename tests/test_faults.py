@@ -59,7 +59,7 @@ def log(tmp_path) -> Path:
 @pytest.fixture
 def here(monkeypatch):
     """Trains the tiny network in this process; called before each iteration is `each`."""
-    monkeypatch.setattr(training, "initial_network", tiny_network)
+    monkeypatch.setattr(training, "network_and_random_state", tiny_network)
 
     def run(setup: TrainConfig, each=lambda trainer: None) -> Trainer:
         trainer = Trainer(setup)

@@ -112,7 +112,8 @@ def test_a_training_in_bfloat16_evaluates_as_the_command_does(images: Path, tmp_
     trainer = Trainer(config(images, out, precision="bfloat16", choose_epoch_on_target=False))
     trainer.epoch = trainer.config.optimizer.epochs
     trainer._save()
-    trainer.fit()
+    trainer.config.run.resume = True
+    Trainer(trainer.config).fit()
     results = json.loads((out / "results.json").read_text())
     assert (results["precision"], results["float32"], results["targets"][0]["precision"]) == (
         "bfloat16",

@@ -43,10 +43,11 @@ class OneConvolution(nn.Module):
         return self.bn(self.conv(images)).relu()
 
 
-def tiny_network(settings: dict[str, Any], num_classes: int, read_weights: bool = True) -> DAN:
-    """In the place of `initial_network`."""
-    torch.manual_seed(settings["run"]["seed"])
-    return DAN(num_classes, backbone=OneConvolution(), image_size=IMAGE_SIZE, reduction=2)
+def tiny_network(settings: dict[str, Any], num_classes: int, **_: bool) -> tuple[DAN, torch.Tensor]:
+    """In the place of `network_and_random_state`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings["run"]["seed"])
+        return DAN(num_classes, backbone=OneConvolution(), image_size=IMAGE_SIZE, reduction=2), torch.get_rng_state()
 
 
 def tiny_config(images: Path, out: Path, **sections: dict[str, Any]) -> TrainConfig:
@@ -145,7 +146,7 @@ def _train(settings: dict[str, Any]) -> int:
 
 
 def _serve() -> None:
-    training.initial_network = tiny_network
+    training.network_and_random_state = tiny_network
     torch.set_num_threads(1)
     for line in sys.stdin:
         job = json.loads(line)
