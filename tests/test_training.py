@@ -41,6 +41,7 @@ from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.display import Display
 from dan_fast.training.metrics import Scalars, accuracy
 from dan_fast.training.objective import DivergedError, Objective, TrainingModel
+from tests.tiny_training import tensors_and_values
 
 IMAGE_SIZE = (32, 32)
 
@@ -72,16 +73,8 @@ def config(images: Path, out: Path, **sections) -> TrainConfig:
     return base
 
 
-def flat(state: object, prefix: str = "") -> dict[str, object]:
-    if isinstance(state, dict):
-        return {k: v for key, value in state.items() for k, v in flat(value, f"{prefix}/{key}").items()}
-    if isinstance(state, (list, tuple)):
-        return {k: v for i, value in enumerate(state) for k, v in flat(value, f"{prefix}/{i}").items()}
-    return {prefix: state}
-
-
 def assert_same_state(first: Path, second: Path) -> None:
-    one, other = (flat(load_checkpoint(path)) for path in (first, second))
+    one, other = (tensors_and_values(load_checkpoint(path)) for path in (first, second))
     assert one.keys() == other.keys()
     for name, value in one.items():
         if name.startswith("/config/run"):
