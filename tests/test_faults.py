@@ -28,6 +28,7 @@ from dan_fast.training.checkpoint import CheckpointWriter, load_checkpoint
 from tests.tiny_training import (
     Trainings,
     assert_same_training,
+    has_ended,
     tiny_config,
     tiny_network,
     wait_until,
@@ -335,5 +336,5 @@ def test_a_worker_leaves_a_sigterm_that_is_not_its_parents(images, here, tmp_pat
     next(batches)
     (worker,) = (pid for pid in workers_of(os.getpid()) if "pt_data_worker" in Path(f"/proc/{pid}/comm").read_text())
     os.kill(worker, signal.SIGTERM)
-    wait_until(lambda: Path(f"/proc/{worker}/stat").read_text().split()[2] == "Z", seconds=10)
+    wait_until(lambda: has_ended(worker), seconds=10)
     batches.close()

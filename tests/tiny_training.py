@@ -124,6 +124,14 @@ def workers_of(process: int) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
+def has_ended(process: int) -> bool:
+    """Whether a process waits for its parent to ask how it ended, or has been asked, which PyTorch does of workers."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def wait_until(what, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not what():
