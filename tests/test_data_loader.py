@@ -292,16 +292,40 @@ def test_workers_share_what_they_read_of_however_many_images() -> None:
     assert counts[0] == counts[1]
 
 
-def test_a_death_of_a_worker_is_a_sentence(source: TrainingSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What PyTorch says, at once and not after five seconds.
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            "DataLoader worker .pid 7. is killed by",
+        ),
+        (ConnectionResetError(104, "Connection reset by peer"), ".Errno 104. Connection reset by peer"),
+        (EOFError(), "EOFError"),
+    ],
+    ids=["told", "reset", "ended"],
+)
+def test_a_death_of_a_worker_is_a_sentence(
+    source: TrainingSet, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    # What PyTorch says, at once and not after five seconds; or what the socket does on which it fetches tensors.
     def batches(loader):
         yield "first"
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+        raise error
 
     monkeypatch.setattr("torch.utils.data.DataLoader.__iter__", batches)
     got = iter(image_loader(source.labeled_samples, SIZE, workers=1).source)
     assert next(got) == "first"
-    with pytest.raises(
-        WorkerDied, match=r"has died \(DataLoader worker \(pid 7\) is killed by signal: Killed\): often"
-    ):
+    with pytest.raises(WorkerDied, match=rf"has died \({words}.*\): often"):
+        next(got)
+
+
+def test_what_an_item_raises_is_no_death_of_its_worker(source: TrainingSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def batches(loader):
+        yield "first"
+        raise FileNotFoundError("Caught FileNotFoundError in DataLoader worker process 0.")
+
+    monkeypatch.setattr("torch.utils.data.DataLoader.__iter__", batches)
+    got = iter(image_loader(source.labeled_samples, SIZE, workers=1).source)
+    assert next(got) == "first"
+    with pytest.raises(FileNotFoundError, match="^Caught"):
         next(got)

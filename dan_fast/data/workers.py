@@ -94,12 +94,13 @@ class _Told:
     def __next__(self) -> Any:
         try:
             return next(self.batches)
-        except RuntimeError as error:
-            if not is_worker_death(error):
+        except (RuntimeError, EOFError, OSError) as error:
+            if not (is_worker_death(error) or _is_lost_connection(error)):
                 raise
+            told = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise WorkerDied(
-                f"A process that decodes images has died ({' '.join(str(error).split()).rstrip('.')}): often memory "
-                "ran out; free some or have fewer workers."
+                f"A process that decodes images has died ({told}): often memory ran out; free some or have fewer "
+                "workers."
             ) from error
 
 
@@ -108,6 +109,15 @@ def is_worker_death(error: BaseException) -> bool:
     return isinstance(error, WorkerDied) or (
         isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
     )
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether a batch's tensors could not be fetched, from a socket that ends with its worker.
+
+    What an item raises in a worker arrives as an error of the same kind; PyTorch says then where it was caught.
+    """
+    kinds = (ConnectionError, EOFError, FileNotFoundError)
+    return isinstance(error, kinds) and not str(error).startswith("Caught ")
 
 
 def _start_worker(worker: int) -> None:
