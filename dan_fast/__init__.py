@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dan_fast import reference
-    from dan_fast.reference.types import MemoryState, NLCBAMWeights
+    from dan_fast.core.types import MemoryState, NLCBAMWeights
 
 __version__ = "0.1.0"
 __all__ = ["MemoryState", "NLCBAMWeights", "__version__", "reference"]

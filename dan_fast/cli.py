@@ -15,7 +15,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 import dan_fast
-from dan_fast.errors import DanFastError, Interrupted
+from dan_fast.core.errors import DanFastError, Interrupted
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -24,18 +24,18 @@ EXIT_INTERRUPTED = 130
 # What a command calls, and its line in the list of commands.
 _COMMANDS = {
     "quickstart": (
-        "dan_fast.quickstart:quickstart",
+        "dan_fast.commands.quickstart:quickstart",
         "Make synthetic domains, train a small DAN on them and test it on an unseen one.",
     ),
     "synthesize": ("dan_fast.data.synthetic:synthesize", "Draw a synthetic pedestrian dataset of several domains."),
     "train": ("dan_fast.training:TrainConfig", "Train a Data Assimilation Network."),
-    "evaluate": ("dan_fast.evaluate:evaluate", "CMC, mAP and mINP of a trained network on target sets."),
+    "evaluate": ("dan_fast.commands.evaluate:evaluate", "CMC, mAP and mINP of a trained network on target sets."),
     "datasets": (
-        "dan_fast.data.listing:list_datasets",
+        "dan_fast.commands.datasets:list_datasets",
         "List the known datasets that are found, their counts, and those that are missing.",
     ),
     "protocols": (
-        "dan_fast.data.protocol_listing:list_protocols",
+        "dan_fast.commands.protocols:list_protocols",
         "List the named protocols: trained on, tested on, and what of it a folder lacks.",
     ),
     "report": (
@@ -43,7 +43,7 @@ _COMMANDS = {
         "Lay trainings beside the paper's tables and figures: pictures and one HTML page.",
     ),
     "sweep": (
-        "dan_fast.sweep:sweep",
+        "dan_fast.sweep.runner:sweep",
         "Train a grid of settings, each in its own folder; go on where an earlier call stopped.",
     ),
     "bench": (
@@ -51,7 +51,7 @@ _COMMANDS = {
         "Time dan_fast beside plain PyTorch, after checking that both give the same result.",
     ),
     "doctor": (
-        "dan_fast.doctor:print_report",
+        "dan_fast.commands.doctor:print_report",
         "What was built, which paths will run, and what to do about anything missing.",
     ),
 }

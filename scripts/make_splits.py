@@ -1,10 +1,10 @@
-"""Draws the ten fixed splits of VIPeR, PRID, GRID and i-LIDS and writes them to dan_fast/data/splits/*.json.
+"""Draws the ten fixed splits of VIPeR, PRID, GRID and i-LIDS and writes them to dan_fast/data/datasets/splits/*.json.
 
     python scripts/make_splits.py [FOLDER]
 
 What is drawn first is what has the smallest SHA-256 of a text that names the seed, the split and the person: no
 library's next version can draw otherwise, and the files come out bit for bit the same on every machine. Their
-digests, which this prints, stand in `dan_fast.data.fixed_splits.DIGESTS`.
+digests, which this prints, stand in `dan_fast.data.datasets.fixed_splits.DIGESTS`.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any
 
 SEED = 0
 SPLITS = 10
-FOLDER = Path(__file__).resolve().parents[1] / "dan_fast/data/splits"
+FOLDER = Path(__file__).resolve().parents[1] / "dan_fast/data/datasets/splits"
 # Images of the persons 1 to 119 of i-LIDS, 476 in all.
 ILIDS_IMAGES = (
     *(4, 4, 3, 3, 4, 4, 2, 2, 4, 4, 5, 5, 3, 3, 7, 7, 2, 2, 6, 6, 3, 3, 6, 6, 8, 8, 6, 6, 5, 3),

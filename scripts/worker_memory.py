@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from dan_fast.data import BatchPlanner, ReIDDataset, Sample, TrainingSet, loader
-from dan_fast.data.augment import Draws
+from dan_fast.data import BatchPlanner, ReIDDataset, Sample, TrainingSet
+from dan_fast.data.images import loader
+from dan_fast.data.images.augment import Draws
 
 IMAGE_SIZE = (8, 4)
 

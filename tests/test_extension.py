@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dan_fast import _extension
-from dan_fast.functional.row_norms import row_sq_norms
+from dan_fast.functional.memory.row_norms import row_sq_norms
 
 HERE = Path(__file__).resolve().parent
 COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
@@ -263,7 +263,7 @@ def test_other_devices_take_pytorch_without_a_warning(forget: None):
 @pytest.fixture(scope="module")
 def kernel_on_host(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("host") / "row_norms"
-    source = HERE / "row_norms_on_host.cpp"
+    source = HERE / "kernels/memory/row_norms_on_host.cpp"
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread"]
     subprocess.run([COMPILER, *flags, source, "-o", program], check=True)
     return program

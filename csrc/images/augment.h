@@ -1,6 +1,6 @@
-// Augmentation of a batch of images, as dan_fast/data/augment.py says it in PyTorch and to the same bits. An image is
-// read and written in two passes over its rows: up to the change of contrast, which needs the mean grey of the image,
-// and from there to the normalised numbers. Plain C++17.
+// Augmentation of a batch of images, as dan_fast/data/images/augment.py says it in PyTorch and to the same bits. An
+// image is read and written in two passes over its rows: up to the change of contrast, which needs the mean grey of the
+// image, and from there to the normalised numbers. Plain C++17.
 #pragma once
 
 #include <cstdint>

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dan_fast.bench.contenders import GRADIENTS, Outcome
-from dan_fast.reference.types import MemoryState
+from dan_fast.core.types import MemoryState
 
 _ROWS = 4096
 

@@ -24,7 +24,7 @@ from dan_fast.bench.settings import (
 )
 from dan_fast.bench.timing import BACKWARD, FORWARD
 from dan_fast.bench.verdict import all_met, print_bars
-from dan_fast.files import write_text
+from dan_fast.core.files import write_text
 from dan_fast.training.build import resolve_device
 
 SCHEMA = 1

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dan_fast import _extension, functional, reference
+from dan_fast.core.cosine import statistics_dtype
+from dan_fast.core.types import AttentionHeadOutput, NLCBAMWeights
 from dan_fast.nn import NLCBAM
-from dan_fast.reference.cosine import statistics_dtype
-from dan_fast.reference.types import AttentionHeadOutput, NLCBAMWeights
 
 # The paper in PyTorch, sample by sample and with X''; the package's own PyTorch form, as it is and compiled; kernels.
 REFERENCE, EAGER, COMPILED, KERNELS = "reference", "eager", "compiled", "kernels"

@@ -15,7 +15,7 @@ from dan_fast.bench.report import Report, print_rows, print_summary
 from dan_fast.bench.results import Row
 from dan_fast.bench.settings import cpu_threads, dtypes_of, output_console
 from dan_fast.bench.verdict import all_met
-from dan_fast.errors import DanFastError
+from dan_fast.core.errors import DanFastError
 from dan_fast.training.build import resolve_device
 from dan_fast.triton_kernels import Products, float32_products, products_now
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from dan_fast import _extension, functional, reference
 from dan_fast.bench.literal import InPlaceMemory
 from dan_fast.bench.problem import ALPHA, ALPHA_UNLABELED, BETA, Batch, Problem
+from dan_fast.core.cosine import statistics_dtype
+from dan_fast.core.types import MemoryState, MemoryStep
 from dan_fast.nn import ProgressiveAugmentedMemory
-from dan_fast.reference.cosine import statistics_dtype
-from dan_fast.reference.types import MemoryState, MemoryStep
 
 # "step": pure, the new states are returned. "module": the memory keeps its own state.
 STEP, MODULE = "step", "module"

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dan_fast.bench.timing import Timing, once, rounds
 from dan_fast.bench.verdict import Bar, at_least
+from dan_fast.core.preprocessing import STD
 from dan_fast.data import (
     BatchPlanner,
     ImageCache,
@@ -31,7 +32,6 @@ from dan_fast.data import (
 )
 from dan_fast.data.sampler import BatchPlan
 from dan_fast.data.synthetic import synthesize
-from dan_fast.preprocessing import STD
 
 PLAIN, DECODED, CACHED = CONTENDERS = ("plain", "decoded", "cached")
 TRAINING, EVALUATION = USES = ("training", "evaluation")
@@ -40,7 +40,7 @@ _SPEEDUP = 5
 # So many images are drawn; the files beyond them are copies, which are decoded like others.
 _DRAWN = 64
 # Of the pixels of augmented images, the share that may be apart, and by how many grey levels; see
-# `dan_fast.data.augment.augment`.
+# `dan_fast.data.images.augment.augment`.
 _APART, _LEVELS = 1e-3, 2
 
 Say = Callable[[str], None]

@@ -15,8 +15,8 @@ from dan_fast.bench.data import PLAIN, FeedPlan, FeedRow, feed_bars, feed_group
 from dan_fast.bench.machine import environment
 from dan_fast.bench.settings import cpu_threads, output_console, print_environment
 from dan_fast.bench.verdict import all_met, print_bars
-from dan_fast.errors import DanFastError
-from dan_fast.files import write_text
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.files import write_text
 from dan_fast.training.build import resolve_device
 
 SCHEMA = 1

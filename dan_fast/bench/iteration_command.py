@@ -26,8 +26,8 @@ from dan_fast.bench.machine import PEAK_MEANING, environment
 from dan_fast.bench.settings import cpu_threads, milliseconds, one_of, output_console, print_environment
 from dan_fast.bench.timing import Timing
 from dan_fast.bench.verdict import all_met, print_bars
-from dan_fast.errors import DanFastError
-from dan_fast.files import write_text
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.files import write_text
 from dan_fast.training.build import resolve_device
 from dan_fast.training.config import Precision
 

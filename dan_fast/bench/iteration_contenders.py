@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from dan_fast import reference
 from dan_fast.bench.problem import Size, make_problem
+from dan_fast.core.files import write_text
+from dan_fast.core.types import AttentionHeadOutput, MemoryState, MemoryStep
 from dan_fast.daml import Competition, Stage
 from dan_fast.data import MiniBatch, Split
 from dan_fast.data.sampler import PlannedItem
-from dan_fast.files import write_text
 from dan_fast.nn import ProgressiveAugmentedMemory, build_backbone
-from dan_fast.reference.types import AttentionHeadOutput, MemoryState, MemoryStep
 from dan_fast.training import (
     DataConfig,
     MemoryConfig,

@@ -8,8 +8,8 @@ retrievals from M. It does not work out norms and cosines after a write from tho
 import torch
 from torch import Tensor
 
-from dan_fast.reference.cosine import norm_from_square, occupied_softmax, statistics_dtype
-from dan_fast.reference.types import MemoryState, MemoryStep
+from dan_fast.core.cosine import norm_from_square, occupied_softmax, statistics_dtype
+from dan_fast.core.types import MemoryState, MemoryStep
 
 
 class _Memory:

@@ -14,7 +14,7 @@ import torch
 
 import dan_fast
 from dan_fast import _extension
-from dan_fast.float32 import float32_rounding
+from dan_fast.core.float32 import float32_rounding
 
 PEAK_MEANING = {
     "cpu": (

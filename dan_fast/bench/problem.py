@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dan_fast.reference.cosine import statistics_dtype
-from dan_fast.reference.types import MemoryState
+from dan_fast.core.cosine import statistics_dtype
+from dan_fast.core.types import MemoryState
 
 # Table II and Sec. IV-B.
 LABELED_SLOTS, UNLABELED_SLOTS, KEY_DIM, BATCH = 9000, 5500, 2045, 32

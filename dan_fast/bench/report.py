@@ -17,7 +17,7 @@ from dan_fast.bench.results import Row
 from dan_fast.bench.settings import milliseconds, print_environment
 from dan_fast.bench.timing import BACKWARD, FORWARD
 from dan_fast.bench.verdict import Bar, print_bars
-from dan_fast.files import write_text
+from dan_fast.core.files import write_text
 
 SCHEMA = 1
 _RIVALS = ("literal_autograd", "literal_in_place", "best_pytorch")

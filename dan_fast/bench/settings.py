@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from dan_fast.bench.timing import Timing
-from dan_fast.errors import DanFastError
+from dan_fast.core.errors import DanFastError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

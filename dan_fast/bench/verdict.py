@@ -6,7 +6,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from dan_fast.errors import DanFastError
+from dan_fast.core.errors import DanFastError
 
 
 class Bar(NamedTuple):

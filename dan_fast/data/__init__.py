@@ -1,12 +1,12 @@
 """Datasets, training sets, batch plans, transforms and loaders."""
 
-from dan_fast.data.cache import ImageCache
-from dan_fast.data.datasets import ReIDDataset, Sample, all_images, load_dataset
-from dan_fast.data.images import read_image
-from dan_fast.data.loader import ImageSamples, MiniBatch, Split, image_loader, training_loader
+from dan_fast.data.datasets.dataset import ReIDDataset, Sample, all_images, load_dataset
+from dan_fast.data.images.cache import ImageCache
+from dan_fast.data.images.loader import ImageSamples, MiniBatch, Split, image_loader, training_loader
+from dan_fast.data.images.reading import read_image
+from dan_fast.data.images.transforms import test_transform, train_transform
 from dan_fast.data.sampler import BatchPlan, BatchPlanner, PlannedItem
 from dan_fast.data.training_set import TrainingSet
-from dan_fast.data.transforms import test_transform, train_transform
 
 __all__ = [
     "BatchPlan",

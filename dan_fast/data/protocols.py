@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from dan_fast.data.datasets import all_images
-from dan_fast.data.known import KNOWN, FoundDataset, find_datasets
+from dan_fast.core.errors import DanFastError
+from dan_fast.data.datasets.dataset import all_images
+from dan_fast.data.datasets.known import KNOWN, FoundDataset, find_datasets
 from dan_fast.data.samples import ReIDDataset
 from dan_fast.data.strangers import require_strangers
-from dan_fast.errors import DanFastError
 
 _LOG = logging.getLogger(__name__)
 

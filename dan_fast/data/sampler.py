@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dan_fast.errors import DanFastError
+from dan_fast.core.errors import DanFastError
 
 Kind = Literal["labeled", "fed_back", "unlabeled"]
 

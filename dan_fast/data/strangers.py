@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Set
 
+from dan_fast.core.errors import DanFastError
 from dan_fast.data.samples import ReIDDataset
-from dan_fast.errors import DanFastError
 
 
 def root_of(dataset: ReIDDataset) -> str:

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dan_fast.data.packed import Packed
+from dan_fast.core.errors import DanFastError
+from dan_fast.data.images.packed import Packed
 from dan_fast.data.samples import ReIDDataset, Sample
 from dan_fast.data.strangers import root_of
-from dan_fast.errors import DanFastError
 
 _Identity = tuple[str, int]  # (real path of the dataset's root, pid)
 

@@ -9,11 +9,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dan_fast.data.cache import ImageCache
-from dan_fast.data.loader import image_loader
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.preprocessing import IMAGENET, Preprocessing
+from dan_fast.data.images.cache import ImageCache
+from dan_fast.data.images.loader import image_loader
 from dan_fast.data.samples import Sample
-from dan_fast.errors import DanFastError
-from dan_fast.preprocessing import IMAGENET, Preprocessing
 
 
 class Features(NamedTuple):

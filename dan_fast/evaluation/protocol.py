@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dan_fast.data.cache import ImageCache
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.float32 import float32_rounding
+from dan_fast.core.preprocessing import IMAGENET, Preprocessing
+from dan_fast.data.images.cache import ImageCache
 from dan_fast.data.samples import FixedSplits, ReIDDataset, Sample
-from dan_fast.errors import DanFastError
 from dan_fast.evaluation.features import Features, extract_features
 from dan_fast.evaluation.ranking import (
     AveragePrecision,
@@ -24,8 +26,6 @@ from dan_fast.evaluation.ranking import (
 )
 from dan_fast.evaluation.reranking import Reranking, evaluate_reranked
 from dan_fast.evaluation.single_shot import evaluate_single_shot
-from dan_fast.float32 import float32_rounding
-from dan_fast.preprocessing import IMAGENET, Preprocessing
 
 COLUMNS = ("R1", "R5", "R10", "mAP", "mINP")
 

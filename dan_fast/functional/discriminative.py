@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dan_fast.functional.memory_stream import full_precision, memory_scores
-from dan_fast.reference.checks import check_discriminative_loss
-from dan_fast.reference.cosine import norm_from_square, statistics_dtype
+from dan_fast.core.checks import check_discriminative_loss
+from dan_fast.core.cosine import norm_from_square, statistics_dtype
+from dan_fast.functional.memory.stream import full_precision, memory_scores
 
 # Finite, so that a row without a slot of its own is free of NaN in all derivatives.
 _NOTHING = -1e30

@@ -9,7 +9,7 @@ traced: so the product is an operator, and its derivatives are the same operator
 import torch
 from torch import Tensor
 
-from dan_fast.float32 import exact_float32
+from dan_fast.core.float32 import exact_float32
 
 
 def product(left: Tensor, right: Tensor, addend: Tensor | None = None) -> Tensor:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from dan_fast.reference.attention_checks import check_styles
-from dan_fast.reference.cosine import statistics_dtype
+from dan_fast.core.attention_checks import check_styles
+from dan_fast.core.cosine import statistics_dtype
 from dan_fast.reference.styles import EPSILON
 
 

@@ -5,15 +5,15 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dan_fast.functional.attention import attention_head, nl_cbam
-from dan_fast.functional.attention_variants import attention_variant, attention_variant_head
-from dan_fast.reference.types import (
+from dan_fast.core.types import (
     CONVOLUTION,
     AttentionHeadOutput,
     AttentionVariantWeights,
     NLCBAMOutput,
     NLCBAMWeights,
 )
+from dan_fast.functional.attention.operators import attention_head, nl_cbam
+from dan_fast.functional.attention.variants import attention_variant, attention_variant_head
 
 # The attentions of Fig. 6 and the weights each has: wc for channel attention, ws for the non-local spatial one,
 # conv for CBAM's spatial one.

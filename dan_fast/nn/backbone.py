@@ -2,7 +2,7 @@
 
 from os import PathLike
 
-from dan_fast.errors import DanFastError
+from dan_fast.core.errors import DanFastError
 from dan_fast.nn.backbones.resnet import BACKBONES, ResNetMap, build_resnet
 from dan_fast.nn.backbones.timm import PREFIX, TimmMap, build_timm
 

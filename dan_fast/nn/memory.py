@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dan_fast.functional.memory import pending_memory_step
-from dan_fast.functional.memory_pending import PendingMemory
-from dan_fast.functional.memory_scan_types import sentence_of
-from dan_fast.reference.checks import check_state
-from dan_fast.reference.cosine import statistics_dtype
-from dan_fast.reference.types import MemoryState, MemoryStep
+from dan_fast.core.checks import check_state
+from dan_fast.core.cosine import statistics_dtype
+from dan_fast.core.types import MemoryState, MemoryStep
+from dan_fast.functional.memory.pending import PendingMemory
+from dan_fast.functional.memory.scan_types import sentence_of
+from dan_fast.functional.memory.step import pending_memory_step
 
 _INITIAL_BETA = 0.1
 

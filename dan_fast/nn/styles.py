@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dan_fast.errors import DanFastError
+from dan_fast.core.errors import DanFastError
 from dan_fast.functional.styles import mix_styles
 from dan_fast.nn.backbones.resnet import ResNetMap
 from dan_fast.nn.backbones.timm import TimmMap

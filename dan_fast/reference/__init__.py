@@ -1,10 +1,6 @@
 """The paper in readable PyTorch: one sample at a time, differentiable any number of times."""
 
-from dan_fast.reference.attention import attention_adversary, attention_head, nl_cbam
-from dan_fast.reference.discriminative import discriminative_loss
-from dan_fast.reference.memory import cosine_softmax, false_sample_sets, memory_step
-from dan_fast.reference.styles import mix_styles
-from dan_fast.reference.types import (
+from dan_fast.core.types import (
     AdversaryOutput,
     AttentionHeadOutput,
     MemoryState,
@@ -12,6 +8,10 @@ from dan_fast.reference.types import (
     NLCBAMOutput,
     NLCBAMWeights,
 )
+from dan_fast.reference.attention import attention_adversary, attention_head, nl_cbam
+from dan_fast.reference.discriminative import discriminative_loss
+from dan_fast.reference.memory import cosine_softmax, false_sample_sets, memory_step
+from dan_fast.reference.styles import mix_styles
 
 __all__ = [
     "AdversaryOutput",

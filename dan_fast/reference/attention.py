@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from dan_fast.reference.attention_checks import (
+from dan_fast.core.attention_checks import (
     check_cam,
     check_features,
     check_label_values,
     check_refined,
     check_weights,
 )
-from dan_fast.reference.types import (
+from dan_fast.core.types import (
     AdversaryOutput,
     AttentionHeadOutput,
     AttentionVariantWeights,

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dan_fast.core.attention_checks import check_features, check_variant_weights
+from dan_fast.core.types import AttentionHeadOutput, AttentionVariantWeights, NLCBAMOutput
 from dan_fast.reference.attention import channel_attention_of, non_local_attention_of, pool_and_correct, stack
-from dan_fast.reference.attention_checks import check_features, check_variant_weights
-from dan_fast.reference.types import AttentionHeadOutput, AttentionVariantWeights, NLCBAMOutput
 
 
 def attention_variant(features: Tensor, weights: AttentionVariantWeights) -> NLCBAMOutput:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from dan_fast.reference.checks import check_discriminative_loss
-from dan_fast.reference.cosine import norm_from_square, statistics_dtype
+from dan_fast.core.checks import check_discriminative_loss
+from dan_fast.core.cosine import norm_from_square, statistics_dtype
 
 
 def discriminative_loss(keys: Tensor, labels: Tensor, slots: Tensor, slot_labels: Tensor, temperature: float) -> Tensor:

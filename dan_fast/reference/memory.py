@@ -7,15 +7,15 @@ two write gates and beta.
 import torch
 from torch import Tensor
 
-from dan_fast.reference.checks import (
+from dan_fast.core.checks import (
     check_cosine_softmax,
     check_false_sample_sets,
     check_keys_finite,
     check_memory_step,
     check_step_values,
 )
-from dan_fast.reference.cosine import attention_weights, statistics_dtype
-from dan_fast.reference.types import MemoryState, MemoryStep
+from dan_fast.core.cosine import attention_weights, statistics_dtype
+from dan_fast.core.types import MemoryState, MemoryStep
 
 
 def cosine_softmax(keys: Tensor, slots: Tensor, occupied: Tensor | None = None) -> Tensor:

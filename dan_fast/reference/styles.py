@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dan_fast.reference.attention_checks import check_styles
+from dan_fast.core.attention_checks import check_styles
 
 # Beside a variance, so that a channel without any is not divided by 0 (Zhou et al. 2021).
 EPSILON = 1e-6

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
 
-from dan_fast.errors import DanFastError
+from dan_fast.core.errors import DanFastError
 from dan_fast.reporting.canvas import COLOURS, save_png, style
 from dan_fast.training.metrics import part_of_run
 

@@ -12,7 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dan_fast.preprocessing import IMAGENET, Preprocessing
+from dan_fast.core.preprocessing import IMAGENET, Preprocessing
 from dan_fast.reporting.canvas import save_png, show_image, style
 
 _COLOURMAP = "turbo"

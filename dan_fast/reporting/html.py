@@ -11,8 +11,8 @@ from urllib.parse import quote
 
 import jinja2
 
-from dan_fast.errors import DanFastError
-from dan_fast.files import write_text
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.files import write_text
 
 # 63.2, 63.2 ± 1.1, 61.6 † or a dash: what is set in a column of numbers.
 _NUMBER = re.compile(r"[-–+]?[\d.,]*( ± [\d.]+)?( †)?")

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torchvision.transforms.v2 import functional as transforms
 
-from dan_fast.data.images import read_image
-from dan_fast.errors import DanFastError
+from dan_fast.core.errors import DanFastError
+from dan_fast.data.images.reading import read_image
 from dan_fast.evaluation.features import Features
 from dan_fast.evaluation.ranking import Metric, check_features, pairwise_distances
 from dan_fast.reporting.canvas import RIGHT, WRONG, save_png, show_image, style

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dan_fast.core.errors import DanFastError
 from dan_fast.data import image_loader, load_dataset
 from dan_fast.data.protocols import resolve_protocol
 from dan_fast.data.samples import ReIDDataset, Sample
-from dan_fast.errors import DanFastError
 from dan_fast.reporting.curves import plot_curves
 from dan_fast.reporting.heatmaps import plot_attention
 from dan_fast.reporting.html import Figure

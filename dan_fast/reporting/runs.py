@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from dan_fast.core.errors import DanFastError
 from dan_fast.data.protocols import PROTOCOLS
-from dan_fast.errors import DanFastError
 from dan_fast.evaluation import Evaluation
 from dan_fast.reporting.curves import read_scalars
 from dan_fast.training.config import TrainConfig

@@ -1,6 +1,6 @@
 """Training: settings, the loop, checkpoints."""
 
-from dan_fast.errors import Interrupted
+from dan_fast.core.errors import Interrupted
 from dan_fast.training.build import trained_network
 from dan_fast.training.config import (
     DataConfig,

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from dan_fast.errors import DanFastError
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.preprocessing import IMAGENET, Preprocessing
 from dan_fast.nn import DAN, ProgressiveAugmentedMemory
-from dan_fast.preprocessing import IMAGENET, Preprocessing
 from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.config import LossConfig, MemoryConfig, ModelConfig
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dan_fast.errors import DanFastError
-from dan_fast.files import write_whole
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.files import write_whole
 
 FORMAT = "dan_fast checkpoint 1"
 

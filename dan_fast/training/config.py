@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from dan_fast.errors import DanFastError
+from dan_fast.core.errors import DanFastError
 from dan_fast.training.recipes import NO_RECIPE, over, recipe_settings, recipe_words, require_recipe
 
 Precision = Literal["float32", "bfloat16"]

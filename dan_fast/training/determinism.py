@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from dan_fast.errors import DanFastError
+from dan_fast.core.errors import DanFastError
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 # Those that cuBLAS repeats itself with, according to its manual.

@@ -3,7 +3,7 @@
 import signal
 from types import FrameType, TracebackType
 
-from dan_fast.data.workers import is_worker_death
+from dan_fast.data.images.workers import is_worker_death
 
 
 class StopRequest:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from dan_fast.core.errors import DanFastError
 from dan_fast.data import ReIDDataset, TrainingSet
-from dan_fast.errors import DanFastError
 from dan_fast.training.objective import PassRecord
 
 

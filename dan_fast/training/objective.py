@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dan_fast.data import Split
 from dan_fast.functional import discriminative_loss
-from dan_fast.functional.memory_scan_types import sentence_of
+from dan_fast.functional.memory.scan_types import sentence_of
 from dan_fast.nn import DAN, ProgressiveAugmentedMemory
 from dan_fast.training.config import LossConfig
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from dan_fast.errors import DanFastError
+from dan_fast.core.errors import DanFastError
 
 RECIPES = ("dan", "paper", "plain")
 DEFAULT_RECIPE = "dan"

@@ -1,9 +1,9 @@
 """The datasets of a training, by their paths or by the name of a protocol."""
 
+from dan_fast.core.errors import DanFastError
 from dan_fast.data import load_dataset
 from dan_fast.data.protocols import DatasetRoles, resolve_protocol
 from dan_fast.data.strangers import require_strangers
-from dan_fast.errors import DanFastError
 from dan_fast.evaluation import require_whole_splits
 from dan_fast.training.config import DataConfig
 

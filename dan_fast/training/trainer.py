@@ -12,14 +12,14 @@ import torch
 import yaml
 from torch import Tensor
 
+from dan_fast.core.errors import DanFastError, Interrupted
+from dan_fast.core.files import alone, remove_unfinished, write_text
+from dan_fast.core.float32 import float32_rounding
 from dan_fast.daml import Competition, Stage, accuracies_tie, active_groups, attention_wins, meta_gradients
 from dan_fast.daml.meta import attention_that_serves
 from dan_fast.data import BatchPlanner, ImageCache, MiniBatch, Split, TrainingSet, training_loader
-from dan_fast.data.workers import is_worker_death
-from dan_fast.errors import DanFastError, Interrupted
+from dan_fast.data.images.workers import is_worker_death
 from dan_fast.evaluation import Evaluation, evaluate_dataset
-from dan_fast.files import alone, remove_unfinished, write_text
-from dan_fast.float32 import float32_rounding
 from dan_fast.training.build import build_memory, network_and_random_state, preprocessing_of, resolve_device
 from dan_fast.training.checkpoint import CheckpointWriter, load_checkpoint
 from dan_fast.training.config import TrainConfig, goes_on, require_same_training

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import torch
 
-from dan_fast.errors import DanFastError
+from dan_fast.core.errors import DanFastError
 
 __all__ = [
     "Products",

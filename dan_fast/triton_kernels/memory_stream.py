@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dan_fast.reference.cosine import statistics_dtype
+from dan_fast.core.cosine import statistics_dtype
 from dan_fast.triton_kernels import products_now
 
 # numpy has no bfloat16, and the interpreter's dot would multiply its bits as integers.
@@ -218,7 +218,8 @@ def combine_pass(
 # weights of a block of slots, of up to 128 pending keys, are read once and stay on the chip. 32 slots a program: M has
 # 282 of them, over three for each multiprocessor of an RTX 3090 (82), two of an H200 (132); larger blocks would read
 # the keys less often but leave multiprocessors idle at the end. Eight warps where the registers of more than 64 keys
-# are shared out. The variants that a training step uses do not spill on sm_86 and sm_90 (tests/test_triton_compile.py).
+# are shared out. The variants that a training step uses do not spill on sm_86 and sm_90
+# (tests/kernels/memory/test_triton_compile.py).
 
 
 class Plan(NamedTuple):

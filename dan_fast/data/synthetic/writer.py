@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dan_fast.core.errors import DanFastError
 from dan_fast.data.synthetic.domains import DOMAINS, Domain
 from dan_fast.data.synthetic.person import sample_identity
 from dan_fast.data.synthetic.scene import render, sample_camera, sample_view, scenery
-from dan_fast.errors import DanFastError
 
 _PARTIAL = ".partial"  # holds a run's work until it is whole; left behind only by a killed run
 _IMAGE_NAME = re.compile(r"\d+_c\d+_\d+\.jpg")

@@ -11,10 +11,10 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dan_fast.errors import DanFastError
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.preprocessing import IMAGENET, Preprocessing
 from dan_fast.nn.backbones.recompute import with_weights_kept
 from dan_fast.nn.backbones.weights import load_fitting, read_state_dict
-from dan_fast.preprocessing import IMAGENET, Preprocessing
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 _HEAD = ("avgpool", "fc")

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dan_fast.errors import DanFastError
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.preprocessing import INTERPOLATIONS, Preprocessing
 from dan_fast.nn.backbones.recompute import with_weights_kept
 from dan_fast.nn.backbones.weights import load_fitting, read_state_dict
-from dan_fast.preprocessing import INTERPOLATIONS, Preprocessing
 
 PREFIX = "timm:"
 _NEAREST = 3

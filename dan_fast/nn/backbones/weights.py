@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dan_fast.errors import DanFastError
+from dan_fast.core.errors import DanFastError
 
 _NAMED_KEYS = 5
 

@@ -1,0 +1,1 @@
+"""What `dan-fast COMMAND` does, where it is not the whole of another room."""

@@ -1,0 +1,157 @@
+"""`dan-fast evaluate`: CMC, mAP and mINP of a trained network on target sets."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from rich.console import Console
+from rich.table import Column, Table
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.files import write_text
+from dan_fast.data import ImageCache, ReIDDataset, load_dataset
+from dan_fast.data.protocols import resolve_protocol
+from dan_fast.evaluation import Evaluation, Reranking, evaluate_dataset, require_whole_splits
+from dan_fast.training import TrainConfig
+from dan_fast.training.build import initial_network, network_of, resolve_device
+from dan_fast.training.checkpoint import load_checkpoint
+from dan_fast.training.config import BrokenImages, CacheCheck, Paths, Precision, as_list
+from dan_fast.training.recipes import recipe_words
+from dan_fast.training.reported import epoch_of, seen_of
+
+
+def evaluate(
+    checkpoint: str,
+    targets: Paths | None = None,
+    protocol: str | None = None,
+    root: str | None = None,
+    baselines: bool = False,
+    repeats: PositiveInt = 10,
+    seed: NonNegativeInt = 0,
+    metric: Literal["cosine", "euclidean"] = "cosine",
+    ap: Literal["standard", "trapezoid"] = "standard",
+    rerank: bool = False,
+    batch_size: PositiveInt = 128,
+    workers: NonNegativeInt = 2,
+    device: str = "auto",
+    precision: Precision = "float32",
+    broken_images: BrokenImages = "error",
+    cache: str = "none",
+    cache_check: CacheCheck = "quick",
+    out: str | None = None,
+) -> None:
+    """Print CMC, mAP and mINP of a trained network on target sets.
+
+    Args:
+        checkpoint: The checkpoint.pt of a run, or its chosen.pt.
+        targets: Folders or manifests with query and gallery images, or with test images, which are split by a known
+            dataset's fixed splits, else at random.
+        protocol: In place of these, a protocol of the literature by its name, such as p1, for its targets.
+        root: Folder in which the protocol's targets lie, up to two levels deep.
+        baselines: Also evaluate the network as it was before training, and random features (chance).
+        repeats: Random splits of a target that has no fixed ones; mean and standard deviation are printed.
+        seed: Seed of the random splits.
+        metric: How features are compared.
+        ap: standard takes the mean precision at each true match, trapezoid is the old MATLAB code's.
+        rerank: Re-rank by k-reciprocal encoding (Zhong et al. 2017; k1 20, k2 6, lambda 0.3); the results say so.
+        batch_size: Images at a time.
+        workers: Processes that decode images; 0 decodes in this one.
+        device: auto takes the GPU where there is one; or cpu, cuda, cuda:1.
+        precision: float32, in which trainings of any precision evaluate, or bfloat16 autocast.
+        broken_images: Stop with an error at an image that cannot be decoded, or skip and count it.
+        cache: Folder for decoded images, for the next evaluation; user is dan-fast in the user's cache folder, none
+            decodes images each time.
+        cache_check: quick compares sizes and modification times of the images, full all contents.
+        out: Also write the figures into this JSON file.
+    """
+    paths = as_list(targets or [])
+    _require_targets(paths, protocol, root)
+    place = resolve_device(device)
+    state = load_checkpoint(checkpoint)
+    datasets = _load_targets(paths, protocol, root)
+    for dataset in datasets:
+        require_whole_splits(dataset)
+    network, settings = network_of(state), state["config"]
+    conditions = {
+        "named_protocol": _tested_by(protocol, settings),
+        "epoch": epoch_of(state),
+        "recipe": recipe_words(settings, TrainConfig().to_dict()),
+    }
+    image_size = tuple(settings["data"]["image_size"])
+    preprocessing = network.preprocessing
+    decoded = ImageCache.of_setting(
+        cache, image_size, cache_check, workers=workers, say=print, interpolation=preprocessing.interpolation
+    )
+    embeddings: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"trained": network.to(place).embed}
+    if baselines:
+        untrained = initial_network(settings, network.classifier.out_features).to(place).eval()
+        generator = torch.Generator().manual_seed(seed)
+        embeddings["untrained"] = untrained.embed
+        embeddings["chance"] = lambda images: torch.randn(len(images), 64, generator=generator)
+
+    results: list[tuple[str, Evaluation]] = []
+    for dataset in datasets:
+        for name, embed in embeddings.items():
+            evaluation = evaluate_dataset(
+                embed,
+                dataset,
+                image_size,
+                batch_size=batch_size,
+                workers=workers,
+                device=place,
+                precision=precision,
+                broken_images=broken_images,
+                repeats=repeats,
+                seed=seed,
+                metric=metric,
+                ap=ap,
+                cache=decoded,
+                reranking=Reranking() if rerank else None,
+                preprocessing=preprocessing,
+            )
+            if name == "trained":
+                evaluation = replace(evaluation, **conditions, seen=seen_of(state, dataset))
+            results.append((name, evaluation))
+
+    # Folded: a variant that is cut short in a narrow window says nothing.
+    table = Table(Column("target", overflow="fold"), "features", *results[0][1].percentages())
+    for name, evaluation in results:
+        table.add_row(evaluation.title, name, *evaluation.row())
+    Console().print(table)
+    for name, evaluation in results:
+        print(f"{evaluation.title}, {name}: {evaluation.conditions_and_recipe}.")
+    for path in sorted({path for _, evaluation in results for path in evaluation.skipped}):
+        print(f"Skipped {path}: it cannot be decoded.")
+    if out is not None:
+        content = [{"features": name, **evaluation.to_dict()} for name, evaluation in results]
+        write_text(out, json.dumps(content, indent=2) + "\n")
+
+
+def _require_targets(paths: Sequence[str], protocol: str | None, root: str | None) -> None:
+    if protocol is None and root is not None:
+        raise DanFastError("root is of no use without protocol: name a protocol or leave root out.")
+    if protocol is None and not paths:
+        raise DanFastError("targets is empty: name at least one folder or manifest, or a protocol and a root.")
+    if protocol is not None and paths:
+        raise DanFastError(
+            f"protocol {protocol} and targets are both given: a protocol names its targets, so leave out one or the "
+            "other."
+        )
+    if protocol is not None and root is None:
+        raise DanFastError(f"protocol {protocol} needs root: name the folder in which its targets lie.")
+
+
+def _load_targets(paths: Sequence[str], protocol: str | None, root: str | None) -> Sequence[ReIDDataset]:
+    if protocol is None or root is None:
+        return [load_dataset(path) for path in paths]
+    return resolve_protocol(protocol, root, targets_only=True).targets
+
+
+def _tested_by(protocol: str | None, settings: dict[str, Any]) -> str:
+    """What to call the protocol of a checkpoint's figures: only a network trained by it has its figures."""
+    if protocol is None or settings["data"].get("protocol") == protocol:
+        return protocol or ""
+    return f"targets of {protocol}, NOT TRAINED BY IT"

@@ -1,0 +1,67 @@
+"""`dan-fast protocols`: the named protocols, and which of them the datasets in a folder suffice for."""
+
+from __future__ import annotations
+
+import json as json_text
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from dan_fast.commands.datasets import PLAIN
+from dan_fast.data.protocols import PROTOCOLS, Part, Protocol, Shelf
+
+
+def list_protocols(root: str | None = None, json: bool = False, console: Console | None = None) -> None:
+    """Print the named protocols: what they train on and test on, and what of it is missing in a folder.
+
+    Args:
+        root: Folder to look for the datasets in, two levels deep; by default none is looked for.
+        json: Print one JSON object instead of a table.
+        console: Where to print to; standard output by default.
+
+    Raises:
+        DanFastError: a folder that is absent or cannot be read.
+    """
+    console = console or Console()
+    shelf = None if root is None else Shelf(root)
+    missing = {name: {} if shelf is None else shelf.missing(each) for name, each in PROTOCOLS.items()}
+    if json:
+        content = [
+            _as_json(each) | ({} if shelf is None else {"missing": list(missing[name].values())})
+            for name, each in PROTOCOLS.items()
+        ]
+        console.print_json(json_text.dumps(content))
+        return
+    for name, each in PROTOCOLS.items():
+        images = {"all": "all images", "train": "the train splits"}[each.images]
+        lines = [
+            f"{name}: {each.title}. {each.source}.",
+            f"    trained on {images} of {_titles(each.labeled)}",
+            *([f"    unlabelled {images} of {_titles(each.unlabeled)}"] if each.unlabeled else []),
+            f"    tested on  {_titles(each.targets)}",
+        ]
+        if shelf is not None:
+            lines.append(f"    missing    {_titles(tuple(missing[name])) or 'nothing'}")
+        console.print("\n".join(lines), **PLAIN)
+    for clause in dict.fromkeys(clause for clauses in missing.values() for clause in clauses.values()):
+        console.print(f"Missing: {clause}.", **PLAIN)
+
+
+def _titles(parts: Sequence[Part]) -> str:
+    return ", ".join(part.title for part in parts)
+
+
+def _as_json(protocol: Protocol) -> dict[str, Any]:
+    def plain(parts: Sequence[Part]) -> list[dict[str, Any]]:
+        return [{"dataset": part.dataset, "variants": list(part.variants)} for part in parts]
+
+    return {
+        "name": protocol.name,
+        "title": protocol.title,
+        "labeled": plain(protocol.labeled),
+        "unlabeled": plain(protocol.unlabeled),
+        "targets": plain(protocol.targets),
+        "images": protocol.images,
+        "source": protocol.source,
+    }

@@ -1,0 +1,1 @@
+"""What every other room stands on: types, the cosine, checks, errors, files, float32 and preprocessing."""

@@ -1,0 +1,240 @@
+"""Checks of what goes into the memory operators, shared by every implementation of them.
+
+Each error names the argument and the remedy. Values are looked at in a single transfer to the host.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dan_fast.core.cosine import statistics_dtype
+from dan_fast.core.types import MemoryState
+
+# What may be wrong with the values of a memory step, in the order in which it is looked for.
+_FINITE = "must be finite and so must their squared norms: look for NaN, Inf or huge values"
+STEP_FAULTS = (
+    f"keys {_FINITE}",
+    f"unlabeled_keys {_FINITE}",
+    "labels must not be negative: -1 marks an empty slot, drop such samples",
+    "sample_ids must not be negative: -1 marks an empty slot",
+    "alpha must be finite",
+    "alpha_unlabeled must be finite",
+    "beta must be finite",
+    "labeled.least_used must be a slot of that memory, from 0 to one less than it has",
+    "unlabeled.least_used must be a slot of that memory, from 0 to one less than it has",
+)
+
+
+def _check_tensor(name: str, value: object, shape: Sequence[int | str], dtype: torch.dtype | None) -> None:
+    """`shape` holds sizes, or names for sizes that are free; `dtype` None stands for any floating type."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    wanted = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+    fits = value.dim() == len(shape) and all(
+        isinstance(want, str) or size == want for size, want in zip(value.shape, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} must have shape {wanted}, got {tuple(value.shape)}")
+    if dtype is None and not value.is_floating_point():
+        raise TypeError(f"{name} must have a floating dtype, got {value.dtype}: convert it with .float()")
+    if dtype is not None and value.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {value.dtype}: convert it with .to({dtype})")
+
+
+def _check_device(name: str, value: Tensor, device: torch.device, of: str) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, {of} on {device}: move one with .to(device)")
+
+
+def _raise_first(flags: Sequence[Tensor], sentences: Sequence[str]) -> None:
+    """Raise ValueError with the sentence of the first () bool flag that is true."""
+    if flags[0].is_meta:  # a meta tensor has a shape to check but no values
+        return
+    for found, sentence in zip(torch.stack(list(flags)).tolist(), sentences, strict=True):
+        if found:
+            raise ValueError(sentence)
+
+
+def _state_form(name: str, state: object) -> None:
+    if not isinstance(state, MemoryState):
+        raise TypeError(f"{name} must be a MemoryState, got {type(state).__name__}")
+    _check_tensor(f"{name}.features", state.features, ("s", "d"), None)
+    slots = state.features.shape[0]
+    if 0 in state.features.shape:
+        raise ValueError(
+            f"{name}.features must hold at least one slot and one number a key, got shape {tuple(state.features.shape)}"
+        )
+    for field in ("labels", "sample_ids"):
+        _check_tensor(f"{name}.{field}", getattr(state, field), (slots,), torch.int64)
+    _check_tensor(f"{name}.least_used", state.least_used, (), torch.int64)
+    allowed = (state.features.dtype, statistics_dtype(state.features.dtype))
+    for field in ("usage", "evaluation"):
+        value = getattr(state, field)
+        _check_tensor(f"{name}.{field}", value, (slots,), None)
+        if value.dtype not in allowed:
+            raise TypeError(f"{name}.{field} must be {allowed[1]} like {name}.features, got {value.dtype}")
+    for field in state._fields[1:]:
+        _check_device(f"{name}.{field}", getattr(state, field), state.features.device, f"{name}.features")
+
+
+def _not_a_slot(state: MemoryState) -> Tensor:
+    return (state.least_used < 0) | (state.least_used >= state.features.shape[0])
+
+
+def check_state(name: str, state: MemoryState) -> None:
+    """Check that the tensors of a memory state fit one another.
+
+    Args:
+        name: how the error calls the state.
+        state: anything; must be a `MemoryState` of s >= 1 slots whose tensors share one device. `usage` and
+            `evaluation` have the dtype of `features`, or float32 beside half-precision features.
+
+    Raises:
+        TypeError: not a `MemoryState`, or a wrong dtype.
+        ValueError: a wrong shape or device, or `least_used` is not a slot.
+    """
+    _state_form(name, state)
+    last = state.features.shape[0] - 1
+    _raise_first([_not_a_slot(state)], [f"{name}.least_used must be a slot from 0 to {last}"])
+
+
+def _not_finite(keys: Tensor) -> Tensor:
+    return ~keys.detach().to(statistics_dtype(keys.dtype)).square().sum(-1).isfinite().all()
+
+
+def _check_gate(name: str, gate: object, device: torch.device) -> None:
+    if isinstance(gate, Tensor):
+        _check_tensor(name, gate, (), None)
+        _check_device(name, gate, device, "keys")
+    elif isinstance(gate, bool) or not isinstance(gate, int | float):
+        raise TypeError(f"{name} must be a () tensor or a number, got {type(gate).__name__}")
+    elif not math.isfinite(gate):
+        raise ValueError(f"{name} must be finite, got {gate}")
+
+
+def check_memory_step(
+    labeled: MemoryState,
+    unlabeled: MemoryState,
+    keys: Tensor,
+    labels: Tensor,
+    unlabeled_keys: Tensor,
+    sample_ids: Tensor,
+    alpha: Tensor | float,
+    alpha_unlabeled: Tensor | float,
+    beta: Tensor | float,
+    decay: float,
+    decay_unlabeled: float,
+) -> None:
+    """Check the arguments of `memory_step` but for the values in tensors, which `check_step_values` looks at.
+
+    Keys and both memories share one floating dtype and one device; labels and sample ids are int64; gates are
+    () tensors or finite numbers; decays lie in [0, 1].
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape or device, a number that is not finite, a decay not in [0, 1].
+    """
+    _state_form("labeled", labeled)
+    _state_form("unlabeled", unlabeled)
+    memory = labeled.features
+    _check_tensor("unlabeled.features", unlabeled.features, ("s", memory.shape[1]), memory.dtype)
+    _check_tensor("keys", keys, ("B", memory.shape[1]), memory.dtype)
+    _check_tensor("labels", labels, (keys.shape[0],), torch.int64)
+    _check_tensor("unlabeled_keys", unlabeled_keys, ("B'", memory.shape[1]), memory.dtype)
+    _check_tensor("sample_ids", sample_ids, (unlabeled_keys.shape[0],), torch.int64)
+    arguments = {
+        "unlabeled.features": unlabeled.features,
+        "keys": keys,
+        "labels": labels,
+        "unlabeled_keys": unlabeled_keys,
+        "sample_ids": sample_ids,
+    }
+    for name, value in arguments.items():
+        _check_device(name, value, memory.device, "labeled.features")
+    for name, rate in (("decay", decay), ("decay_unlabeled", decay_unlabeled)):
+        if isinstance(rate, bool) or not isinstance(rate, int | float):
+            raise TypeError(f"{name} must be a number, got {type(rate).__name__}")
+        if not 0 <= rate <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {rate}")
+    for name, gate in (("alpha", alpha), ("alpha_unlabeled", alpha_unlabeled), ("beta", beta)):
+        _check_gate(name, gate, memory.device)
+
+
+def check_step_values(
+    labeled: MemoryState,
+    unlabeled: MemoryState,
+    keys: Tensor,
+    labels: Tensor,
+    unlabeled_keys: Tensor,
+    sample_ids: Tensor,
+    alpha: Tensor | float,
+    alpha_unlabeled: Tensor | float,
+    beta: Tensor | float,
+) -> None:
+    """Check the values that `check_memory_step` leaves alone, in a single transfer to the host.
+
+    Raises:
+        ValueError: keys or gates that are not finite, a negative label or sample id, no such least-used slot.
+    """
+    gates = (torch.as_tensor(gate, device=keys.device).detach() for gate in (alpha, alpha_unlabeled, beta))
+    flags = [
+        _not_finite(keys),
+        _not_finite(unlabeled_keys),
+        (labels < 0).any(),
+        (sample_ids < 0).any(),
+        *(~gate.isfinite() for gate in gates),
+        _not_a_slot(labeled),
+        _not_a_slot(unlabeled),
+    ]
+    _raise_first(flags, STEP_FAULTS)
+
+
+def check_cosine_softmax(keys: Tensor, slots: Tensor, occupied: Tensor | None) -> None:
+    """Check the arguments of `cosine_softmax` but for the values of keys, which `check_keys_finite` looks at.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape or device.
+    """
+    _check_tensor("keys", keys, ("B", "d"), None)
+    _check_tensor("slots", slots, ("s", keys.shape[1]), keys.dtype)
+    _check_device("slots", slots, keys.device, "keys")
+    if occupied is not None:
+        _check_tensor("occupied", occupied, (slots.shape[0],), torch.bool)
+        _check_device("occupied", occupied, keys.device, "keys")
+
+
+def check_keys_finite(keys: Tensor) -> None:
+    """Raise ValueError where a key or its squared norm is not finite."""
+    _raise_first([_not_finite(keys)], STEP_FAULTS[:1])
+
+
+def check_false_sample_sets(evaluation: Tensor, labels: Tensor, pseudo_labels: Tensor) -> None:
+    """Check the arguments of `false_sample_sets`.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape or device.
+    """
+    _check_tensor("evaluation", evaluation, ("B", "s"), None)
+    _check_tensor("labels", labels, (evaluation.shape[1],), torch.int64)
+    _check_tensor("pseudo_labels", pseudo_labels, (evaluation.shape[0],), torch.int64)
+    _check_device("labels", labels, evaluation.device, "evaluation")
+    _check_device("pseudo_labels", pseudo_labels, evaluation.device, "evaluation")
+
+
+def check_discriminative_loss(
+    keys: object, labels: object, slots: object, slot_labels: object, temperature: float
+) -> None:
+    _check_tensor("keys", keys, ("B", "d"), None)
+    _check_tensor("labels", labels, (keys.shape[0],), torch.int64)
+    _check_tensor("slots", slots, ("s", keys.shape[1]), keys.dtype)
+    _check_tensor("slot_labels", slot_labels, (slots.shape[0],), torch.int64)
+    for name, value in (("labels", labels), ("slots", slots), ("slot_labels", slot_labels)):
+        _check_device(name, value, keys.device, "keys")
+    if slots.shape[0] == 0:
+        raise ValueError("slots must hold at least one slot, got none")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")

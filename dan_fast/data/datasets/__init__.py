@@ -1,0 +1,1 @@
+"""Readers of the known datasets, and how they are found."""

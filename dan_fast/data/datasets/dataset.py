@@ -1,0 +1,163 @@
+"""One door to every dataset: `load_dataset` finds out how a path is laid out and reads it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.data.datasets.known import KNOWN, KnownDataset, check_counts, choose_variant
+from dan_fast.data.datasets.manifest import read_manifest
+from dan_fast.data.datasets.market1501 import PARTS, is_market1501, read_market1501
+from dan_fast.data.samples import ReIDDataset, Sample
+
+__all__ = ["ReIDDataset", "Sample", "all_images", "load_dataset"]
+
+MANIFEST = "manifest.csv"
+_LOG = logging.getLogger(__name__)
+
+
+def load_dataset(path: str | Path, name: str | None = None, variant: str | None = None) -> ReIDDataset:
+    """Reads the dataset at a path: a known one in any layout it is found in, or a Market-1501 folder or manifest.
+
+    The known ones are those of `dan_fast.data.datasets.known.KNOWN`, in the folders of torchreid, of fast-reid or of
+    their archives; a folder a level above or within one is as good. What such a dataset has other than the literature
+    says is logged as a warning. Any other dataset is a folder in the Market-1501 layout, a folder with a
+    manifest.csv, or a .csv manifest.
+
+    The order of the samples depends on the files alone: by name in a folder, by row in a manifest or list. A
+    split that is absent is empty; whoever needs it says so.
+
+    Args:
+        path: folder or manifest; "PATH@VARIANT" also chooses a variant, where only a path can be given.
+        name: what to call the dataset; by default the known dataset's title, else the name of the folder, or of
+            the manifest where it has one of its own. A folder in the Market-1501 layout always gives its name.
+        variant: which variant of a dataset that has several; enough of its words to tell it apart, such as
+            "detected new" for CUHK03's "detected, new protocol". None is a default.
+
+    Raises:
+        DanFastError: nothing at the path, a folder above several datasets or inside one, a dataset with mistakes
+            in it, or one of several variants that is not chosen; the choices are named.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> folder = Path(tempfile.mkdtemp(), "tiny", "bounding_box_train")
+        >>> folder.mkdir(parents=True)
+        >>> Image.new("RGB", (4, 8)).save(folder / "0007_c2_000001_00.jpg")
+        >>> dataset = load_dataset(folder.parent)
+        >>> dataset.name, dataset.train[0].pid, dataset.train[0].camid, dataset.query
+        ('tiny', 7, 2, ())
+    """
+    path = Path(path).expanduser()
+    if variant is None and not path.exists() and "@" in path.name:
+        stem, variant = path.name.rsplit("@", 1)
+        path = path.with_name(stem) if stem else path.parent
+    try:
+        return _load(path, name, variant)
+    except OSError as error:
+        raise DanFastError(
+            f"The dataset at {path} cannot be read ({error.strerror}: {error.filename}); check permissions."
+        ) from error
+
+
+def all_images(dataset: ReIDDataset) -> ReIDDataset:
+    """The dataset with every image of an identity as a train image, for protocols that train on whole datasets.
+
+    Train, query, gallery and test images in this order, an image that is in two of them once; distractors (pid 0
+    that no query has) and images of unknown identity are left out.
+
+    Example:
+        >>> market = ReIDDataset(
+        ...     "market",
+        ...     Path("market"),
+        ...     train=(Sample(Path("market/a.jpg"), 2, 1),),
+        ...     query=(Sample(Path("market/b.jpg"), 3, 1),),
+        ...     gallery=(Sample(Path("market/c.jpg"), 3, 2), Sample(Path("market/d.jpg"), 0, 2)),
+        ... )
+        >>> whole = all_images(market)
+        >>> [sample.path.name for sample in whole.train], whole.query, whole.variant
+        (['a.jpg', 'b.jpg', 'c.jpg'], (), 'all images')
+    """
+    searched = {sample.pid for sample in dataset.query}
+    others = [sample for sample in (*dataset.gallery, *dataset.test) if sample.pid != 0 or 0 in searched]
+    images = {sample.path: sample for sample in (*dataset.train, *dataset.query, *others)}
+    return replace(
+        dataset,
+        train=tuple(sample for sample in images.values() if sample.pid >= 0),
+        query=(),
+        gallery=(),
+        test=(),
+        splits=None,
+        single_shot=False,
+        variant=", ".join(filter(None, (dataset.variant, "all images"))),
+    )
+
+
+def _load(path: Path, name: str | None, variant: str | None) -> ReIDDataset:
+    if not path.exists():
+        raise DanFastError(f"There is no dataset at {path}; check the path for a typing mistake.")
+    own_name = path.absolute().name
+    if path.is_file():
+        if path.suffix.lower() != ".csv":
+            raise DanFastError(f"{path} is a file but no .csv manifest; give a dataset's folder or its manifest.")
+        _expect_no_variant(path, variant)
+        own_name = path.parent.absolute().name if path.name == MANIFEST else path.stem
+        return read_manifest(path, name or own_name)
+    if (path / MANIFEST).is_file():
+        _expect_no_variant(path, variant)
+        return read_manifest(path / MANIFEST, name or own_name)
+    found = _known_at(path)
+    if len({place for _, place in found}) > 1:
+        raise DanFastError(_above([place for _, place in found if place != path], path))
+    if found:
+        return _load_known(*found[0], name, variant)
+    if is_market1501(path):
+        _expect_no_variant(path, variant)
+        return read_market1501(path, name or own_name)
+    raise DanFastError(_where_it_is(path))
+
+
+def _known_at(path: Path) -> list[tuple[KnownDataset, Path]]:
+    found = [(known, known.find(path)) for known in KNOWN.values()]
+    return [(known, place) for known, place in found if place is not None]
+
+
+def _load_known(known: KnownDataset, place: Path, name: str | None, variant: str | None) -> ReIDDataset:
+    # A subset in this layout is often told from the whole by its folder only.
+    own_name = place.absolute().name if is_market1501(place) else known.title
+    dataset = known.read(place, name or own_name, choose_variant(known, place, variant))
+    for sentence in check_counts(dataset, known):
+        _LOG.warning("%s", sentence)
+    return dataset
+
+
+def _expect_no_variant(path: Path, variant: str | None) -> None:
+    if variant:
+        raise DanFastError(f"The dataset at {path} has only one variant; leave {variant!r} out.")
+
+
+def _above(inside: list[Path], path: Path) -> str:
+    which = "one of these" if len(inside) > 1 else "that one"
+    return f"{path} is the folder above {' and '.join(map(str, inside))}; give {which} instead."
+
+
+def _where_it_is(path: Path) -> str:
+    parent = path.absolute().parent
+    if path.absolute().name in PARTS.values() and is_market1501(parent):
+        return f"{path} is only one part of the Market-1501 folder {parent}; give that folder instead."
+    if (parent / MANIFEST).is_file():
+        return f"{path} seems to hold the images of the manifest {parent / MANIFEST}; give {parent} instead."
+    inside = [
+        child
+        for child in sorted(path.iterdir())
+        if child.is_dir() and ((child / MANIFEST).is_file() or is_market1501(child) or _known_at(child))
+    ]
+    if inside:
+        return _above(inside, path)
+    return (
+        f"{path} holds no dataset: neither {', '.join(PARTS.values())} (the Market-1501 layout) nor a "
+        f"{MANIFEST} (columns path,pid,camid,split), nor a dataset that `dan-fast datasets` knows; give a folder "
+        "that has one of them."
+    )

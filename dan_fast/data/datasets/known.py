@@ -1,0 +1,159 @@
+"""The datasets of the literature that are recognised, what they should hold, and which of them lie where."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.data.datasets.cuhk02 import CUHK02
+from dan_fast.data.datasets.cuhk03 import CUHK03
+from dan_fast.data.datasets.cuhk_sysu import CUHK_SYSU
+from dan_fast.data.datasets.dukemtmc import DUKEMTMC
+from dan_fast.data.datasets.grid import GRID
+from dan_fast.data.datasets.ilids import ILIDS
+from dan_fast.data.datasets.market1501 import MARKET1501
+from dan_fast.data.datasets.msmt17 import MSMT17
+from dan_fast.data.datasets.prid import PRID
+from dan_fast.data.datasets.viper import VIPER
+from dan_fast.data.samples import SPLITS, Counts, KnownDataset, ReIDDataset, Sample
+
+__all__ = ["KNOWN", "Counts", "FoundDataset", "KnownDataset", "check_counts", "count_samples", "find_datasets"]
+
+# In the order of the paper's Table III.
+KNOWN: Mapping[str, KnownDataset] = {
+    known.name: known for known in (CUHK02, CUHK03, CUHK_SYSU, MARKET1501, DUKEMTMC, VIPER, PRID, GRID, ILIDS, MSMT17)
+}
+
+
+_NOUNS = {"ids": "identities", "cameras": "cameras", "images": "images"}
+_WORD = re.compile(r"\w+")
+_SPLIT_NUMBER = re.compile(r", split \d+$")
+
+
+@dataclass(frozen=True)
+class FoundDataset:
+    """One variant of a known dataset at a place.
+
+    Attributes:
+        known: which dataset.
+        path: the folder of its images.
+        variant: which of its variants, "" where there is only one.
+        counts: what each split that is not empty holds.
+        differences: sentences on what differs from the literature.
+        error: why it cannot be read; "" where it can.
+    """
+
+    known: KnownDataset
+    path: Path
+    variant: str
+    counts: Mapping[str, Counts]
+    differences: tuple[str, ...] = ()
+    error: str = ""
+
+
+def choose_variant(known: KnownDataset, folder: Path, wanted: str | None = None) -> str:
+    """The variant that `wanted` means; without it the only one there is.
+
+    `wanted` may leave words out that are not needed to tell the variants apart: "new, labeled" is CUHK03's
+    "labeled, new protocol".
+
+    Raises:
+        DanFastError: several variants and no choice, or a choice that means none or several; the choices are named.
+    """
+    variants = known.variants(folder)
+    if not variants:
+        # The reader knows what it lacks.
+        known.read(folder, known.title, "")
+    words = set(_WORD.findall((wanted or "").lower()))
+    fitting = [variant for variant in variants if words <= set(_WORD.findall(variant.lower()))]
+    if len(fitting) == 1:
+        return fitting[0]
+    if not fitting:
+        choices = f"choose {_listed(variants)}" if variants != ("",) else "it has only one, so name none"
+        raise DanFastError(f"{known.title} at {folder} has no variant {wanted!r}; {choices}.")
+    asked = f"several variants that {wanted!r} fits" if words else "several variants, and their figures differ"
+    raise DanFastError(
+        f"{known.title} at {folder} has {asked}; choose {_listed(fitting)}, as in '{folder}@{fitting[0]}'."
+    )
+
+
+def main_variants(variants: Sequence[str]) -> list[str]:
+    """The variants without the further splits of a protocol that has many."""
+    return [variant for variant in variants if _SPLIT_NUMBER.sub("", variant) == variant or variant.endswith("split 1")]
+
+
+def _listed(variants: Sequence[str]) -> str:
+    """The variants as a list for a sentence, all splits of a protocol as one."""
+    alike: dict[str, list[str]] = {}
+    for variant in variants:
+        alike.setdefault(_SPLIT_NUMBER.sub("", variant), []).append(variant)
+    names = [
+        found[0] if len(found) == 1 else f"{found[0]} to {found[-1].rsplit(' ', 1)[-1]}" for found in alike.values()
+    ]
+    return " or ".join(repr(name) for name in names)
+
+
+def count_samples(samples: Sequence[Sample]) -> Counts:
+    """Identities (pid -1, unknown, is none), cameras and images.
+
+    Example:
+        >>> count_samples([Sample(Path("a.jpg"), 7, 1), Sample(Path("b.jpg"), -1, 2)])
+        Counts(ids=1, cameras=2, images=2)
+    """
+    ids = {sample.pid for sample in samples if sample.pid >= 0}
+    return Counts(len(ids), len({sample.camid for sample in samples}), len(samples))
+
+
+def check_counts(dataset: ReIDDataset, known: KnownDataset) -> list[str]:
+    """What differs from the literature: counts, a sentence a split, and images that fixed splits need; else nothing."""
+    expected = known.counts.get(dataset.variant, {})
+    what = f"{dataset.name} ({dataset.variant})" if dataset.variant else dataset.name
+    sentences = []
+    for split in SPLITS if expected else ():
+        found = count_samples(getattr(dataset, split))
+        given = expected.get(split, Counts(0, 0, 0))
+        wrong = [
+            f"{number} instead of {right} {_NOUNS[unit]}"
+            for unit, number, right in zip(Counts._fields, found, given, strict=True)
+            if right is not None and number != right
+        ]
+        if wrong:
+            sentences.append(f"The {split} split of {what} differs from {known.source}: {', '.join(wrong)}.")
+    if dataset.splits is not None and dataset.splits.missing:
+        sentences.append(f"{what} cannot be scored on its fixed splits: {dataset.splits.missing}.")
+    return sentences
+
+
+def find_datasets(root: Path) -> list[FoundDataset]:
+    """Every variant of every known dataset at `root`, in one of its folders, or in one of theirs.
+
+    Of the 20 splits of CUHK03's classic protocol the first stands for all. A dataset that cannot be read is
+    listed with the reason; nothing is changed or downloaded.
+    """
+    found: list[FoundDataset] = []
+    own: dict[str, list[Path]] = {name: [] for name in KNOWN}
+    pending = [(root, 2)]
+    while pending:
+        folder, depth = pending.pop(0)
+        for known in KNOWN.values():
+            place = known.find(folder)
+            if place is not None and not any(place.resolve().is_relative_to(other) for other in own[known.name]):
+                new = [_inspect(known, place, variant) for variant in main_variants(known.variants(place)) or [""]]
+                own[known.name] += [each.path.resolve() for each in new]
+                found += new
+        # What lies within a dataset are its own parts, often tens of thousands of files.
+        if depth and not any(folder.resolve() in places for places in own.values()):
+            pending += [(child, depth - 1) for child in sorted(folder.iterdir()) if child.is_dir()]
+    return found
+
+
+def _inspect(known: KnownDataset, place: Path, variant: str) -> FoundDataset:
+    try:
+        dataset = known.read(place, known.title, variant)
+    except DanFastError as error:
+        return FoundDataset(known, place, variant, {}, error=str(error))
+    counts = {split: count_samples(getattr(dataset, split)) for split in SPLITS if getattr(dataset, split)}
+    return FoundDataset(known, dataset.root, variant, counts, tuple(check_counts(dataset, known)))

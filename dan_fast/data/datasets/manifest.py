@@ -1,0 +1,80 @@
+"""Any images, described by a CSV file with the columns path, pid, camid and split."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.data.samples import ReIDDataset, Sample
+
+COLUMNS = ("path", "pid", "camid", "split")
+SPLITS = ("train", "query", "gallery", "test")
+
+
+def read_manifest(file: Path, name: str) -> ReIDDataset:
+    """Reads a manifest; samples keep the order of its rows, columns other than the four are ignored.
+
+    `path` is relative to the manifest. `pid` may be empty or -1: in `train` such an image can serve as an
+    unlabelled one, from the other splits it is left out.
+
+    Raises:
+        DanFastError: a missing column, an unknown split, a number that is none (with the line), a path listed
+            twice, image files that do not exist, a file that is no CSV text.
+    """
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as stream:
+            rows = _parse(csv.DictReader(stream, skipinitialspace=True), file)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DanFastError(f"The manifest {file} cannot be read as UTF-8 CSV ({error}); repair the file.") from error
+    missing = [sample.path for _, sample in rows if not sample.path.is_file()]
+    if missing:
+        raise DanFastError(
+            f"{len(missing)} of the {len(rows)} images of {file} do not exist, {missing[0]} the first; "
+            "give paths relative to the manifest, or remove those rows."
+        )
+    splits = {
+        split: tuple(s for word, s in rows if word == split and (split == "train" or s.pid >= 0)) for split in SPLITS
+    }
+    return ReIDDataset(name, file.parent, **splits)
+
+
+def _parse(reader: csv.DictReader, file: Path) -> list[tuple[str, Sample]]:
+    header = [column.strip() for column in reader.fieldnames or ()]
+    absent = [column for column in COLUMNS if column not in header]
+    if absent:
+        raise DanFastError(
+            f"The manifest {file} lacks the column {absent[0]}; its first line must be path,pid,camid,split."
+        )
+    reader.fieldnames = header
+    rows: list[tuple[str, Sample]] = []
+    line_of: dict[Path, int] = {}
+    for row in reader:
+        place = f"{file}, line {reader.line_num}"
+        values = {column: (row[column] or "").strip() for column in COLUMNS}
+        if not values["path"]:
+            raise DanFastError(f"{place}: the path is empty; give the image's path relative to the manifest.")
+        if values["split"] not in SPLITS:
+            raise DanFastError(f"{place}: the split {values['split']!r} is unknown; use one of {', '.join(SPLITS)}.")
+        pid = _integer(values["pid"] or "-1", "pid", place)
+        sample = Sample(file.parent / values["path"], pid, _integer(values["camid"], "camid", place))
+        if sample.path in line_of:
+            raise DanFastError(
+                f"{place}: {values['path']} is already listed in line {line_of[sample.path]}; keep one of the two rows."
+            )
+        line_of[sample.path] = reader.line_num
+        rows.append((values["split"], sample))
+    return rows
+
+
+def _integer(text: str, column: str, place: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = None
+    if value is None or value < -1:
+        raise DanFastError(
+            f"{place}: the {column} {text!r} is not a number; use whole numbers from 0 on"
+            + (", or leave it empty where the identity is unknown." if column == "pid" else ".")
+        )
+    return value

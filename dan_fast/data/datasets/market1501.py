@@ -1,0 +1,67 @@
+"""Market-1501, and its folder layout, which many other sets are distributed in too."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.data.datasets.finding import image_files, locate
+from dan_fast.data.samples import Counts, KnownDataset, ReIDDataset, Sample
+
+PARTS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
+# 0001_c1s1_000151_01.jpg: person 1, camera 1; the sets that borrowed the layout differ after the camera.
+_NAME = re.compile(r"(-?\d+)_c(\d+)")
+_OWN_NAME = re.compile(r"-?\d+_c\d+s\d+_")
+
+
+def is_market1501(folder: Path) -> bool:
+    """Whether the folder holds at least one of bounding_box_train, bounding_box_test and query."""
+    return any((folder / part).is_dir() for part in PARTS.values())
+
+
+def read_market1501(folder: Path, name: str, variant: str = "") -> ReIDDataset:
+    """Reads a Market-1501 folder; images of pid -1 (bad detections) are left out, absent parts are empty.
+
+    Raises:
+        DanFastError: an image whose name does not begin with identity and camera.
+    """
+    splits = {split: _read_part(folder / part) for split, part in PARTS.items()}
+    return ReIDDataset(name, folder, **splits, variant=variant)
+
+
+def layout_with(folder: Path, name: re.Pattern[str]) -> bool:
+    """Whether the folder has the layout, and an image whose name begins as `name` asks in its first part."""
+    parts = (folder / part for part in PARTS.values() if (folder / part).is_dir())
+    return any(name.match(path.name) for part in parts for path in part.iterdir())
+
+
+def _find(folder: Path) -> Path | None:
+    names = ("Market-1501-v15.09.15", "market1501", "Market-1501", "market1501/Market-1501-v15.09.15")
+    return locate(folder, lambda place: layout_with(place, _OWN_NAME), names, tuple(PARTS.values()))
+
+
+def _read_part(folder: Path) -> tuple[Sample, ...]:
+    samples = []
+    for path in image_files(folder):
+        match = _NAME.match(path.name)
+        if match is None:
+            raise DanFastError(
+                f"{path} is not named like a Market-1501 image (0001_c1s1_000151_01.jpg: person, camera); "
+                "rename it, or describe the images in a manifest.csv with the columns path,pid,camid,split."
+            )
+        if int(match[1]) >= 0:
+            samples.append(Sample(path, int(match[1]), int(match[2])))
+    return tuple(samples)
+
+
+MARKET1501 = KnownDataset(
+    name="market1501",
+    title="Market-1501",
+    find=_find,
+    read=read_market1501,
+    # Without the junk of pid -1; the distractors of pid 0 count as one identity.
+    counts={"": {"train": Counts(751, 6, 12936), "query": Counts(750, 6, 3368), "gallery": Counts(751, 6, 15913)}},
+    source="Zheng et al., ICCV 2015",
+    origin="the project page of Liang Zheng, Market-1501",
+)

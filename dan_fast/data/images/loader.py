@@ -1,0 +1,291 @@
+"""From plans and samples to batches on a device: read in workers or from a cache, augmented there, one batch ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.preprocessing import IMAGENET, Preprocessing
+from dan_fast.data.images.augment import Draws, augment, draw, normalize
+from dan_fast.data.images.cache import ImageCache
+from dan_fast.data.images.feed import one_ahead, pinned
+from dan_fast.data.images.packed import Packed
+from dan_fast.data.images.reading import read_image
+from dan_fast.data.images.transforms import resize
+from dan_fast.data.images.workers import SentenceLoader
+from dan_fast.data.sampler import BatchPlan, PlannedItem
+from dan_fast.data.samples import Sample
+from dan_fast.data.training_set import TrainingSet
+
+BrokenImages = Literal["error", "skip"]
+# From the path of an image to its pixels; DanFastError if it is broken.
+Read = Callable[[Path], Tensor]
+
+
+class Split(NamedTuple):
+    """One part of a mini-batch; its n images are the labelled, then the fed-back, then the unlabelled ones.
+
+    Attributes:
+        images: (n,3,H,W) float32, on the device of the loader like all tensors here.
+        labels: (n,) int64: class, pseudo label of a fed-back image, -1 for an unlabelled one.
+        sample_ids: (n,) int64: place in `TrainingSet.unlabeled_samples`, -1 for a labelled image.
+        num_labeled: number of labelled images.
+        num_fed_back: number of fed-back images.
+    """
+
+    images: Tensor
+    labels: Tensor
+    sample_ids: Tensor
+    num_labeled: int
+    num_fed_back: int
+
+
+class MiniBatch(NamedTuple):
+    """S in `meta_train`, S~ in `meta_test` (None if not split), and the paths of broken images left out."""
+
+    meta_train: Split
+    meta_test: Split | None
+    skipped: tuple[str, ...]
+
+
+class ImageSamples(Dataset):
+    """Samples as (image, pid, camid, index); None in place of a broken image where these are skipped.
+
+    Args:
+        samples: what to read.
+        read: from a path to the image returned.
+        broken_images: "error" raises DanFastError at a broken image, "skip" returns None.
+    """
+
+    def __init__(
+        self, samples: Sequence[Sample], read: Read = read_image, broken_images: BrokenImages = "error"
+    ) -> None:
+        self.samples = Packed(samples)
+        self.read = read
+        self.broken_images = _checked(broken_images)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int, int] | None:
+        path, pid, camid = self.samples[index]
+        try:
+            return self.read(path), pid, camid, index
+        except DanFastError:
+            if self.broken_images == "error":
+                raise
+            return None
+
+
+class Loader:
+    """Batches on a device, one of them prepared ahead; each iteration goes through all of them in order.
+
+    Args:
+        source: batches with uint8 images on the host.
+        prepare: from such a batch to what is wanted, on the device.
+        device: where.
+    """
+
+    def __init__(self, source: Collection[Any], prepare: Callable[[Any], Any], device: str | torch.device) -> None:
+        self.source = source
+        self.prepare = prepare
+        self.device = torch.device(device)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[Any]:
+        return one_ahead(iter(self.source), self.prepare, self.device)
+
+
+def image_loader(
+    samples: Sequence[Sample],
+    image_size: tuple[int, int],
+    batch_size: int = 64,
+    workers: int = 0,
+    broken_images: BrokenImages = "error",
+    cache: ImageCache | None = None,
+    device: str | torch.device = "cpu",
+    preprocessing: Preprocessing = IMAGENET,
+) -> Loader:
+    """Reads samples in their order for the evaluation, without augmentation.
+
+    Args:
+        samples: what to read.
+        image_size: (height, width) in pixels.
+        batch_size: images at a time.
+        workers: processes that decode; 0 decodes in this one. None is needed to read from a cache.
+        broken_images: "error" raises DanFastError at a broken image, "skip" leaves it out of the batch.
+        cache: holds or takes the decoded images; the result is the same to the last bit.
+        device: where the images go.
+        preprocessing: how the network wants its images.
+
+    Returns:
+        A loader of (images (n,3,H,W) float32 on `device`, indices (n,) int64 into `samples` on the CPU).
+    """
+    read = _reader([sample.path for sample in samples], image_size, preprocessing.interpolation, cache)
+    dataset = ImageSamples(samples, broken_images=broken_images, read=read)
+    # A partial, not a closure: workers that are not forked need to pickle it.
+    collate = partial(_collate_samples, image_size=tuple(image_size))
+    workers = workers if cache is None else 0
+    source = SentenceLoader(dataset, collate, workers, batch_size=batch_size)
+    prepare = partial(_normalized, device=torch.device(device), preprocessing=preprocessing)
+    return Loader(source, prepare, device)
+
+
+def training_loader(
+    training_set: TrainingSet,
+    plans: Iterable[BatchPlan],
+    image_size: tuple[int, int],
+    workers: int = 0,
+    broken_images: BrokenImages = "error",
+    cache: ImageCache | None = None,
+    device: str | torch.device = "cpu",
+    preprocessing: Preprocessing = IMAGENET,
+) -> Loader:
+    """Reads and augments the batches of a plan in its order; the rest of a plan resumes within an epoch.
+
+    The images depend on the plan and the device alone, neither on workers nor on a cache, and the state of the global
+    generators stays as it is.
+
+    Args:
+        training_set: the samples the plan refers to.
+        plans: what `BatchPlanner.plan_epoch` or `batches` returned, or the end of it.
+        image_size: (height, width) in pixels.
+        workers: processes that decode; 0 decodes in this one. None is needed to read from a cache.
+        broken_images: "error" raises DanFastError at a broken image, "skip" leaves it out and names it in
+            `skipped`.
+        cache: holds or takes the decoded images of the set.
+        device: where the batches go and images are augmented; to a GPU by way of page-locked memory.
+        preprocessing: how the network wants its images.
+
+    Returns:
+        A loader of one `MiniBatch` per plan. A part that is left without any labelled or fed-back image
+        raises DanFastError in either mode: no classification loss could be computed on it.
+    """
+    paths = [sample.path for sample in (*training_set.labeled_samples, *training_set.unlabeled_samples)]
+    read = _reader(paths, image_size, preprocessing.interpolation, cache)
+    dataset = _PlannedBatches(training_set, image_size, broken_images, read)
+    workers = workers if cache is None else 0
+    source = SentenceLoader(dataset, _as_planned, workers, batch_size=None, sampler=Packed(plans))
+    prepare = partial(_augmented, device=torch.device(device), preprocessing=preprocessing)
+    return Loader(source, prepare, device)
+
+
+class _PlannedBatches(Dataset):
+    """Maps a `BatchPlan` to its `MiniBatch` of uint8 images and the draws for each part."""
+
+    def __init__(
+        self, training_set: TrainingSet, image_size: tuple[int, int], broken_images: BrokenImages, read: Read
+    ) -> None:
+        self.labeled, self.unlabeled = training_set.paths
+        self.image_size = tuple(image_size)
+        self.broken_images = _checked(broken_images)
+        self.read = read
+
+    def __getitem__(self, plan: BatchPlan) -> tuple[MiniBatch, tuple[Draws, ...]]:
+        skipped: list[str] = []
+        parts = [self._split(items, skipped) for items in plan if items is not None]
+        splits, draws = zip(*parts, strict=True)
+        return MiniBatch(splits[0], splits[1] if len(splits) > 1 else None, tuple(skipped)), draws
+
+    def _split(self, items: Sequence[PlannedItem], skipped: list[str]) -> tuple[Split, Draws]:
+        images, kept, skipped_before = [], [], len(skipped)
+        for item in items:
+            path = (self.labeled if item.kind == "labeled" else self.unlabeled)[item.index]
+            try:
+                images.append(self.read(path))
+            except DanFastError:
+                if self.broken_images == "error":
+                    raise
+                skipped.append(str(path))
+                continue
+            kept.append(item)
+        kinds = [item.kind for item in kept]
+        if kinds.count("unlabeled") == len(kinds):
+            raise DanFastError(
+                f"All labelled images of a batch are broken, {skipped[skipped_before]} the first; repair the dataset."
+            )
+        split = Split(
+            images=_stack(images, self.image_size),
+            labels=torch.tensor([item.label for item in kept]),
+            sample_ids=torch.tensor([-1 if item.kind == "labeled" else item.index for item in kept]),
+            num_labeled=kinds.count("labeled"),
+            num_fed_back=kinds.count("fed_back"),
+        )
+        return split, draw([item.seed for item in kept], self.image_size)
+
+
+class _Decode:
+    """Decodes and resizes an image file. A class, not a closure: workers that are not forked need to pickle it."""
+
+    def __init__(self, image_size: tuple[int, int], interpolation: str) -> None:
+        self.resize = resize(image_size, interpolation)
+
+    def __call__(self, path: Path) -> Tensor:
+        return self.resize(read_image(path))
+
+
+def _reader(paths: Sequence[Path], image_size: tuple[int, int], interpolation: str, cache: ImageCache | None) -> Read:
+    if cache is None:
+        return _Decode(image_size, interpolation)
+    if cache.image_size != tuple(image_size):
+        raise ValueError(f"the cache is of images of {cache.image_size} and not of {tuple(image_size)}")
+    if cache.interpolation != interpolation:
+        raise ValueError(f"the cache is of {cache.interpolation} images and not of {interpolation} ones")
+    cache.add([path for path in paths if path not in cache])
+    return cache.read
+
+
+def _augmented(
+    batch: tuple[MiniBatch, tuple[Draws, ...]], device: torch.device, preprocessing: Preprocessing
+) -> MiniBatch:
+    mini_batch, draws = batch
+    parts = [part for part in (mini_batch.meta_train, mini_batch.meta_test) if part is not None]
+    ready = [
+        part._replace(
+            images=augment(
+                pinned(part.images, device), Draws(*(pinned(each, device) for each in drawn)), preprocessing
+            ),
+            labels=pinned(part.labels, device),
+            sample_ids=pinned(part.sample_ids, device),
+        )
+        for part, drawn in zip(parts, draws, strict=True)
+    ]
+    return mini_batch._replace(meta_train=ready[0], meta_test=ready[1] if len(ready) > 1 else None)
+
+
+def _normalized(
+    batch: tuple[Tensor, Tensor], device: torch.device, preprocessing: Preprocessing
+) -> tuple[Tensor, Tensor]:
+    images, indices = batch
+    return normalize(pinned(images, device), preprocessing), indices
+
+
+def _as_planned(batch: tuple[MiniBatch, tuple[Draws, ...]]) -> tuple[MiniBatch, tuple[Draws, ...]]:
+    return batch
+
+
+def _collate_samples(
+    items: list[tuple[Tensor, int, int, int] | None], image_size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    read = [item for item in items if item is not None]
+    indices = torch.tensor([index for _, _, _, index in read], dtype=torch.int64)
+    return _stack([image for image, _, _, _ in read], image_size), indices
+
+
+def _stack(images: list[Tensor], image_size: tuple[int, int]) -> Tensor:
+    return torch.stack(images) if images else torch.empty(0, 3, *image_size, dtype=torch.uint8)
+
+
+def _checked(broken_images: str) -> BrokenImages:
+    if broken_images not in ("error", "skip"):
+        raise DanFastError(f"broken_images is {broken_images!r}; set it to error or skip.")
+    return broken_images

@@ -1,0 +1,137 @@
+"""A DataLoader that raises a DanFastError as it is, and whose workers leave signals to the main process."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dan_fast.core.errors import DanFastError
+
+
+class WorkerDied(DanFastError):
+    """A process that reads items for a `SentenceLoader` has ended before its time."""
+
+
+class SentenceLoader(DataLoader):
+    """A DataLoader that raises the DanFastError of an item itself, with workers and without.
+
+    The state of the global generators stays as it is. A worker that was killed raises `WorkerDied` at the batch that
+    it owes; in the main thread PyTorch's SIGCHLD handler may raise RuntimeError before that.
+
+    Args:
+        dataset: what to read.
+        collate: from a list of items to a batch, or from an item where `batch_size` is None.
+        workers: processes that read; 0 reads in this one.
+        options: as of `DataLoader`.
+    """
+
+    def __init__(self, dataset: Dataset, collate: Callable[[Any], Any], workers: int, **options: Any) -> None:
+        super().__init__(
+            _Sentences(dataset),
+            collate_fn=_Collate(collate),
+            num_workers=workers,
+            # Else each iteration would draw the workers' base seed from the global generator.
+            generator=torch.Generator(),
+            worker_init_fn=_start_worker,
+            **options,
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        # Not a generator: the worker processes are forked here, by the caller's thread, not at the first batch.
+        return map(_raised, _Told(super().__iter__()) if self.num_workers else super().__iter__())
+
+
+class _Sentences(Dataset):
+    """Hands a DanFastError on as an item: raised in a worker, it would arrive with its traceback as text."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return self.dataset[index]
+        except DanFastError as error:
+            return DanFastError(*error.args)
+
+
+class _Collate:
+    # A class, not a closure: workers that are not forked need to pickle it.
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: Any) -> Any:
+        for item in items if isinstance(items, list) else [items]:
+            if isinstance(item, DanFastError):
+                return item
+        return self.collate(items)
+
+
+def _raised(batch: Any) -> Any:
+    if isinstance(batch, DanFastError):
+        raise batch
+    return batch
+
+
+class _Told:
+    """The batches of a loader with workers, whose death is told in a sentence."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> _Told:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self.batches)
+        except (RuntimeError, EOFError, OSError) as error:
+            if not (is_worker_death(error) or _is_lost_connection(error)):
+                raise
+            told = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            raise WorkerDied(
+                f"A process that decodes images has died ({told}): often memory ran out; free some or have fewer "
+                "workers."
+            ) from error
+
+
+def is_worker_death(error: BaseException) -> bool:
+    """Whether an error is PyTorch's, or this module's, for a worker that ended before its time."""
+    return isinstance(error, WorkerDied) or (
+        isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+    )
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether a batch's tensors could not be fetched, from a socket that ends with its worker.
+
+    What an item raises in a worker arrives as an error of the same kind; PyTorch says then where it was caught.
+    """
+    kinds = (ConnectionError, EOFError, FileNotFoundError)
+    return isinstance(error, kinds) and not str(error).startswith("Caught ")
+
+
+def _start_worker(worker: int) -> None:
+    # What was inherited is looked through by no garbage collection: it would write to, and so copy, every page of it.
+    gc.freeze()
+    # Both may reach the whole process group; the main process decides what to save and ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this worker at its parent's SIGTERM, by which multiprocessing ends it at exit, and at no other one."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

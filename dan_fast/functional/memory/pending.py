@@ -1,0 +1,217 @@
+"""A memory whose writes wait: `features = kept * base + weights^T keys`, formed when the next batch reads it.
+
+A batch needs of the memory only its scores against the keys and its row norms. The pass that computes them
+folds in what waits from the batch before, so that a step reads and writes the memory once, and its backward
+reads it once more.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dan_fast.core.cosine import statistics_dtype
+from dan_fast.core.types import MemoryState
+from dan_fast.functional.memory.stream import memory_combine, memory_commit, memory_commit_scores_, memory_scores
+from dan_fast.functional.products import product
+
+# Pending writes cost a (T, s) matrix and a product of that size a step; beyond this many one pass over the
+# memory is cheaper, and float32 row norms have gone through enough additions.
+MAX_PENDING = 128
+
+
+@contextmanager
+def lasting_tensors() -> Iterator[None]:
+    """Where a memory's tensors are made: those of inference mode could be in no graph of a later step."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
+
+
+class _Base:
+    """The features before the pending writes, and who still counts on them staying as they are."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
+        self.shared = False  # with somebody outside, who was told that it is a snapshot
+        self.holders: weakref.WeakSet[PendingMemory] = weakref.WeakSet()
+        self._readers: list[weakref.ref[Tensor]] = []
+
+    def for_graph(self) -> Tensor:
+        """The features under a name of their own, which lives as long as a graph that was made with it."""
+        alias = self.features.detach()
+        self._readers = [reader for reader in self._readers if reader() is not None]
+        self._readers.append(weakref.ref(alias))
+        return alias
+
+    def is_read_by_a_graph(self) -> bool:
+        return any(reader() is not None for reader in self._readers)
+
+
+class _CommittedScores(torch.autograd.Function):
+    """Scores that are known already, with the gradient of `memory_scores`."""
+
+    @staticmethod
+    def forward(ctx, keys: Tensor, base: Tensor, scores: Tensor) -> Tensor:
+        ctx.save_for_backward(base)
+        return scores.view_as(scores)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return memory_combine(grad, *ctx.saved_tensors), None, None
+
+
+@dataclass(eq=False)
+class PendingMemory:
+    """A `MemoryState` with writes that have not reached its features yet. No tensor in it carries a gradient.
+
+    The features are overwritten only when nobody else counts on them: no graph whose backward is to come, no
+    memory of an earlier step, no snapshot handed out.
+
+    Attributes:
+        labels, usage, evaluation, least_used, sample_ids: as in `MemoryState`, always up to date.
+        kept: (s,) 1, or 0 where a pending write has cleared the slot; None when nothing is pending.
+        weights: (T, s) what slot i holds of pending key t; None when nothing is pending.
+        keys: (T, d) the pending keys; None when nothing is pending.
+        square_norms: (s,) |m_i|^2 with the pending writes; None: not computed yet.
+    """
+
+    _base: _Base
+    labels: Tensor
+    usage: Tensor
+    evaluation: Tensor
+    least_used: Tensor
+    sample_ids: Tensor
+    kept: Tensor | None = None
+    weights: Tensor | None = None
+    keys: Tensor | None = None
+    square_norms: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self._base.holders.add(self)
+
+    @classmethod
+    def of(cls, state: MemoryState) -> "PendingMemory":
+        """Without copying: the features are given away, to be overwritten in later steps.
+
+        Only tensors of inference mode are copied.
+        """
+        with lasting_tensors():
+            state = MemoryState(*(x.clone() if x.is_inference() else x.detach() for x in state))
+        return cls(_Base(state.features), *state[1:])
+
+    def __reduce__(self) -> tuple:
+        # Copies and files hold the settled state: who else counts on the features is not theirs.
+        self.settle()
+        return PendingMemory.of, (self.unsettled(),)
+
+    @property
+    def base(self) -> Tensor:
+        """(s, d) the features before the pending writes; not to be kept."""
+        return self._base.features
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return statistics_dtype(self.base.dtype)
+
+    @property
+    def pending(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[0]
+
+    def read(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (B, s) of `keys` (B, d), with their gradient, and |m_i|^2 (s,), both with the pending writes.
+
+        `keys` are in the dtype of statistics.
+        """
+        if not self.pending:
+            scores, norms = memory_scores(keys, self._base.for_graph())
+            self.square_norms = norms.detach()
+            return scores, self.square_norms
+        if self._is_counted_on() and self.pending <= MAX_PENDING:
+            scores, _ = memory_scores(keys, self._base.for_graph())
+            with_pending = product(keys, self.keys.to(self.dtype).mT)
+            scores = product(with_pending, self.weights, scores * self.kept)
+            return scores, self.square_norms
+        if self._is_counted_on() or self._base.shared:
+            self._settle_into_new()
+            return self.read(keys)
+        scores = self._commit_in_place(keys)
+        if keys.requires_grad and torch.is_grad_enabled():
+            scores = _CommittedScores.apply(keys, self._base.for_graph(), scores)
+        return scores, self.square_norms
+
+    def _is_counted_on(self) -> bool:
+        """Whether a graph or the memory of another step needs the features as they are.
+
+        Snapshots are no part of it: a checkpoint takes one, and may not decide in which order numbers are added.
+        """
+        return len(self._base.holders) > 1 or self._base.is_read_by_a_graph()
+
+    def _commit_in_place(self, keys: Tensor) -> Tensor:
+        pending, norms = (self.kept, self.weights, self.keys), self.square_norms
+        # Before the pass, not after it: Ctrl-C during the pass is raised when it has ended, and writes that still
+        # waited would then be written a second time.
+        self.kept = self.weights = self.keys = self.square_norms = None
+        try:
+            scores, self.square_norms = memory_commit_scores_(self.base, *pending, keys.detach())
+        except Exception:  # refused, or out of memory: nothing has been written
+            (self.kept, self.weights, self.keys), self.square_norms = pending, norms
+            raise
+        return scores
+
+    def _settle_into_new(self) -> None:
+        features, square_norms = memory_commit(self.base, self.kept, self.weights, self.keys)
+        old, new = self._base, _Base(features)
+        new.holders.add(self)
+        # No call in between, where Ctrl-C could leave one changed without the other.
+        self._base, self.square_norms = new, square_norms
+        self.kept = self.weights = self.keys = None
+        old.holders.discard(self)
+
+    def settle(self) -> None:
+        """Write what is pending."""
+        with lasting_tensors():
+            if self.pending and (self._is_counted_on() or self._base.shared):
+                self._settle_into_new()
+            elif self.pending:
+                self._commit_in_place(self.keys.new_empty((0, self.keys.shape[1]), dtype=self.dtype))
+
+    def snapshot(self) -> MemoryState:
+        """The state, settled; later steps leave these tensors alone."""
+        self.settle()
+        self._base.shared = True
+        return self.unsettled()
+
+    def mapped(self, fn: Callable[[Tensor], Tensor]) -> "PendingMemory":
+        """The settled memory with `fn` of every tensor, usage and evaluation staying in the dtype of statistics."""
+        self.settle()
+        state = MemoryState(*map(fn, self.unsettled()))
+        dtype = statistics_dtype(state.features.dtype)
+        # From what they were: a step through half precision would round them.
+        usage, evaluation = (
+            new if new.dtype == dtype else old.to(new.device, dtype)
+            for old, new in ((self.usage, state.usage), (self.evaluation, state.evaluation))
+        )
+        state = state._replace(usage=usage, evaluation=evaluation)
+        if state.features is not self.base:
+            return PendingMemory.of(state)
+        # Nothing has moved: whoever counts on these features still does.
+        rest = {name: value for name, value in state._asdict().items() if name != "features"}
+        return replace(self, **rest)
+
+    def unsettled(self) -> MemoryState:
+        """Everything up to date except the features, which are those of `base`."""
+        return MemoryState(self.base, self.labels, self.usage, self.evaluation, self.least_used, self.sample_ids)
+
+    def after(self, kept: Tensor, weights: Tensor, keys: Tensor, **up_to_date: Tensor) -> "PendingMemory":
+        """The memory after a further batch: `kept` (s,) and `weights` (T, s) of it, `keys` (T, d)."""
+        if self.pending:
+            weights = torch.cat([self.weights * kept, weights])
+            keys = torch.cat([self.keys, keys])
+            kept = self.kept * kept
+        return replace(self, kept=kept, weights=weights, keys=keys, **up_to_date)

@@ -1,0 +1,316 @@
+"""`dan-fast sweep`: the trainings of a grid, some at a time, each a process and a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse.typing import PositiveInt
+from rich.console import Console
+from rich.table import Table
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.files import write_text
+from dan_fast.reporting.arms import FINISHED, Comparison, read_comparison
+from dan_fast.reporting.report import report as write_page
+from dan_fast.sweep.grid import PlannedRun, plan_sweep
+from dan_fast.training.config import TrainConfig, training_differences
+from dan_fast.training.interrupt import StopRequest
+
+BEGUN, WAITING, FAILED = "begun", "waiting", "failed"
+_LOG = "train.log"
+_CHOICE = ("run", "choose_epoch_on_target")
+# What PyTorch and the libraries below it take as the number of their threads when they are loaded.
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_SECONDS_BETWEEN_LOOKS = 0.05
+
+
+def sweep(
+    grid: str,
+    base: str | None = None,
+    out: str = "runs/sweep",
+    report: bool = True,
+    list: bool = False,
+    recipe: str | None = None,
+    parallel: PositiveInt = 1,
+) -> None:
+    """Train once for each combination of a grid's settings; the same command again goes on where it stopped.
+
+    Each training is a process of its own with a folder named by its settings. Finished ones are skipped, one
+    that was interrupted goes on from its checkpoint, and one that fails is recorded in sweep.json while the
+    others go on; it is tried again the next time. A grid with seeds or arms ends in a comparison: comparison.md,
+    comparison.json and tables on the terminal and in the report.
+
+    Args:
+        grid: YAML file with `grids`, a list of mappings of dotted settings to lists of values, or with `arms`, a
+            mapping of names to dotted settings; `seeds`, a list, trains each once a seed, and `baseline` names what
+            the others are compared with. Or fig6, fig7, fig8 or table9 for those of the paper, or recipes, for plain,
+            paper and dan with three seeds each.
+        base: YAML file with the settings that all trainings share, as for `dan-fast train --config`; without it the
+            grid's own base.
+        out: Folder of the trainings, of sweep.json and of the report.
+        report: Write a report on the trainings at the end.
+        list: Only show what would run, and what is finished.
+        recipe: Recipe of all trainings whose own settings name none, as for `dan-fast train`; without it that of the
+            base, or else dan.
+        parallel: Trainings at a time. Several share the cores: each gets an equal number of threads.
+
+    Raises:
+        DanFastError: the grid cannot be read; a folder holds a training with other settings; another sweep is at
+            work in the folder; or trainings failed, after all others were run.
+        KeyboardInterrupt: it was asked to stop; the trainings that were under way have been saved.
+    """
+    runs = plan_sweep(grid, base, out, recipe)
+    for run in runs:
+        _require_same_settings(run)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    if list:
+        table = Table("run", "state")
+        for run in runs:
+            table.add_row(run.name, state_of(run))
+        console.print(table)
+        return
+    with _alone(Path(out)) as lock:
+        before = _read_record(Path(out))
+        record = [_entry(run, state_of(run), before.get(run.name, {})) for run in runs]
+        failed = _run_all(runs, record, Path(out), lock, console, parallel)
+        comparison = read_comparison(out)
+        if comparison is not None:
+            _tell(comparison, Path(out), console)
+    if report:
+        finished = [run.folder for run in runs if state_of(run) == FINISHED]
+        if finished:
+            console.print(f"Report: {write_page(finished, Path(out) / 'report')}")
+    if failed:
+        raise DanFastError(
+            f"{len(failed)} of {len(runs)} trainings failed, the first being {failed[0]['name']}: "
+            f"{failed[0]['sentence']} See {_LOG} in its folder; the same command tries again."
+        )
+
+
+def state_of(run: PlannedRun) -> str:
+    """Whether a training is "finished", "begun" (has a checkpoint to go on from) or "waiting"."""
+    try:
+        json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
+        done = True
+    except (OSError, ValueError):
+        done = False
+    # With other targets the trainer only evaluates again.
+    if done and (_saved_settings(run) or {}).get("data", {}).get("targets") == run.config.data.targets:
+        return FINISHED
+    return BEGUN if (run.folder / "checkpoint.pt").exists() else WAITING
+
+
+@dataclass(frozen=True)
+class _Training:
+    """One that is under way."""
+
+    where: str
+    run: PlannedRun
+    entry: dict[str, Any]
+    process: subprocess.Popen[bytes]
+    started: float
+
+
+def _run_all(
+    runs: Sequence[PlannedRun],
+    record: list[dict[str, Any]],
+    out: Path,
+    lock: int,
+    console: Console,
+    parallel: int,
+) -> list[dict[str, Any]]:
+    waiting = deque(
+        (f"[{number}/{len(runs)}] {run.name}", run, entry)
+        for number, (run, entry) in enumerate(zip(runs, record, strict=True), 1)
+    )
+    active: list[_Training] = []
+    threads = _threads_of_each(parallel)
+    told = False
+    _write_record(out, record)
+    with StopRequest() as stop:
+        try:
+            while active or (waiting and not stop.requested):
+                while waiting and len(active) < parallel and not stop.requested:
+                    where, run, entry = waiting.popleft()
+                    if entry["state"] == FINISHED:
+                        console.print(f"{where}: finished before.")
+                        continue
+                    begun = entry["state"] == BEGUN
+                    console.print(f"{where}: {'goes on' if begun else 'starts'} ...")
+                    entry["threads"] = threads
+                    active.append(_Training(where, run, entry, _start(run, lock, threads), time.monotonic()))
+                if stop.requested and not told:
+                    for training in active:
+                        training.process.send_signal(signal.SIGTERM)
+                    told = True
+                for training in [each for each in active if each.process.poll() is not None]:
+                    active.remove(training)
+                    _note_end(training, stop.requested, console)
+                    _write_record(out, record)
+                if active:
+                    time.sleep(_SECONDS_BETWEEN_LOOKS)
+        except BaseException:
+            for training in active:
+                training.process.kill()
+            for training in active:
+                training.process.wait()
+            raise
+        if stop.requested:
+            raise KeyboardInterrupt
+    return [entry for entry in record if entry["state"] == FAILED]
+
+
+def _start(run: PlannedRun, lock: int, threads: int | None) -> subprocess.Popen[bytes]:
+    """Start a training in a process of its own, which saves itself when it is sent SIGTERM."""
+    # Those of other targets: beside the new settings they would pass for theirs.
+    (run.folder / "results.json").unlink(missing_ok=True)
+    write_text(run.folder / "config.yaml", yaml.safe_dump(run.config.to_dict(), sort_keys=False))
+    limits = {} if threads is None else dict.fromkeys(_THREADS, str(threads))
+    with (run.folder / _LOG).open("ab") as log:
+        # The lock is the child's too: should this process be killed, no other sweep starts beside it.
+        return subprocess.Popen(
+            _command(run.folder),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=(lock,),
+            env={**os.environ, **limits},
+        )
+
+
+def _note_end(training: _Training, stopped: bool, console: Console) -> None:
+    """Record how a training ended, and say it."""
+    run, entry = training.run, training.entry
+    # What it took in earlier calls counts too.
+    entry["seconds"] = round((entry["seconds"] or 0.0) + time.monotonic() - training.started, 2)
+    entry["state"] = state_of(run)
+    if entry["state"] != FINISHED and stopped:
+        console.print(f"{training.where}: stopped. The same command goes on from here.")
+        return
+    if entry["state"] != FINISHED:
+        entry["state"], entry["sentence"] = FAILED, _sentence(run, training.process.returncode)
+    said = _results(run) if entry["state"] == FINISHED else f"failed: {entry['sentence']}"
+    console.print(f"{training.where}: {said} ({entry['seconds']:.0f} s)")
+
+
+def _threads_of_each(parallel: int) -> int | None:
+    """An equal share of the cores that this process may use; None leaves a training that runs alone its own choice."""
+    if parallel == 1:
+        return None
+    # Not every system tells a process its cores.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // parallel)
+
+
+def _tell(comparison: Comparison, out: Path, console: Console) -> None:
+    """Write a comparison beside its trainings, and print it."""
+    write_text(out / "comparison.json", json.dumps(comparison.to_dict(), indent=2) + "\n")
+    write_text(out / "comparison.md", comparison.markdown())
+    console.print(comparison.markdown(), end="")
+    console.print(f"Comparison: {out / 'comparison.md'}")
+
+
+def _command(folder: Path) -> Sequence[str]:
+    command = [sys.executable, "-m", "dan_fast", "train", "--config", str(folder / "config.yaml")]
+    return [*command, "--run.resume", "auto"]
+
+
+def _sentence(run: PlannedRun, code: int | None) -> str:
+    """Why a training failed: the last line it wrote, or the signal that ended it."""
+    if code is not None and code < 0:
+        return f"It was ended by {signal.Signals(-code).name}; SIGKILL often means that memory ran out."
+    lines = (run.folder / _LOG).read_text(encoding="utf-8", errors="replace").split("\n")
+    said = [line.strip() for line in lines if line.strip()]
+    return said[-1].removeprefix("dan-fast: ") if said else f"It ended with exit code {code}."
+
+
+def _results(run: PlannedRun) -> str:
+    content = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
+    parts = [
+        f"{each['dataset']} R1 {100 * each['cmc'][0]:.1f}, mAP {100 * each['mAP']:.1f}" for each in content["targets"]
+    ]
+    return "; ".join(parts) or "finished, no target to evaluate on"
+
+
+def _require_same_settings(run: PlannedRun) -> None:
+    """A folder with a training of other settings is neither taken for this one nor overwritten."""
+    if not any((run.folder / name).exists() for name in ("checkpoint.pt", "results.json")):
+        return
+    saved, wanted, defaults = _saved_settings(run), run.config.to_dict(), TrainConfig().to_dict()
+    if saved is None:
+        raise DanFastError(f"{run.folder} holds a training without a readable config.yaml: choose another --out.")
+    differences = training_differences(saved, wanted)
+    # Of these a trainer that goes on sees to itself; a finished training has to be told from another one here.
+    for section, name in (*(("data", role) for role in ("labeled", "unlabeled", "protocol")), _CHOICE):
+        now, before = wanted[section][name], saved.get(section, {}).get(name, defaults[section][name])
+        if before != now:
+            differences.append(f"{section}.{name} is {now!r} here and {before!r} there")
+    if differences:
+        raise DanFastError(
+            f"{run.folder} holds a training with other settings ({'; '.join(differences)}): choose another --out."
+        )
+
+
+def _saved_settings(run: PlannedRun) -> dict[str, Any] | None:
+    try:
+        content = yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _entry(run: PlannedRun, state: str, before: Mapping[str, Any]) -> dict[str, Any]:
+    """What sweep.json says of a training; the time that it has taken so far is kept, unless it starts anew."""
+    entry = {"name": run.name, "settings": dict(run.settings), "state": state, "sentence": ""}
+    kept = {name: before.get(name) if state != WAITING else None for name in ("seconds", "threads")}
+    if not run.arm:
+        return entry | kept
+    compared = {
+        "arm": run.arm,
+        "baseline": run.baseline,
+        "seed": run.config.run.seed,
+        "recipe": run.config.recipe_words,
+    }
+    return entry | kept | compared
+
+
+def _read_record(out: Path) -> dict[str, dict[str, Any]]:
+    """What an earlier call wrote, by the names of the trainings; nothing where it cannot be read."""
+    try:
+        record = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
+        return {entry["name"]: entry for entry in record}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def _write_record(out: Path, record: list[dict[str, Any]]) -> None:
+    write_text(out / "sweep.json", json.dumps(record, indent=2) + "\n")
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[int]:
+    """Holds the folder's lock, which the trainings that are started inherit; gives its descriptor."""
+    # Here and not above: all other commands do without, and so does Windows.
+    import fcntl
+
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".sweep.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DanFastError(
+                f"Another sweep, or a training that it started, is still at work in {out}: wait for it or stop it."
+            ) from error
+        yield file.fileno()

@@ -1,0 +1,144 @@
+"""What `dan-fast doctor` says of this machine, of a broken extension and of one that is missing."""
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from dan_fast import __version__, _extension
+from dan_fast.commands import doctor
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """Forgets what is known of the extension, before and after, so that a test can take it away."""
+    caches = (_extension.build_info, _extension._load, _extension.why_not_on, _extension._warn_once)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def printed(width: int = 200) -> tuple[str, int]:
+    console = Console(file=io.StringIO(), width=width)
+    code = doctor.print_report(console)
+    return console.file.getvalue(), code
+
+
+def test_the_report_names_versions_paths_and_parts():
+    found = doctor.report()
+    versions = dict(found.versions)
+    assert versions["dan_fast"] == __version__ and versions["torch"] == torch.__version__
+    assert {
+        "Python",
+        "torchvision",
+        "triton",
+        "compiler of the build",
+        "nvcc of the build",
+    } <= versions.keys()
+    operators = " ".join(operator for operator, _, _ in found.paths)
+    for name in ("row_sq_norms", "memory_step: passes", "memory_step: scan", "cosine_softmax, false_sample_sets",
+                 "attention_head"):  # fmt: skip
+        assert operators.count(name) == len({device for _, device, _ in found.paths})
+    text, _ = printed()
+    for cell in (torch.__version__, "memory_step", "CPU kernels", "CUDA kernels"):
+        assert cell in text
+
+
+@pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
+def test_with_the_extension_the_kernel_serves_and_nothing_is_broken():
+    found = doctor.report()
+    assert found.broken == [], "is the extension older than csrc?"
+    assert found.exit_code == 0
+    assert ("row_sq_norms", "cpu", "C++ kernel") in found.paths
+    assert dict(found.built)["CPU kernels"] == "yes"
+    built_with_cuda = "CUDA" in _extension.build_info()["built"]
+    assert dict(found.built)["CUDA kernels"].startswith("yes, for" if built_with_cuda else "no")
+
+
+def test_without_the_extension_it_says_why_and_all_is_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    info = tmp_path / "info.json"
+    info.write_text('{"missing": ["no compiled extension: no C++ compiler was found; install g++"]}')
+    monkeypatch.setattr(_extension, "LIBRARY", tmp_path / "absent.so")
+    monkeypatch.setattr(_extension, "BUILD_INFO", info)
+    text, code = printed()
+    assert code == 0
+    assert ("row_sq_norms", "cpu", "PyTorch") in doctor.report().paths
+    assert text.count("no C++ compiler was found; install g++") == 1
+
+
+def test_never_installed_says_how_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(_extension, "LIBRARY", tmp_path / "absent.so")
+    monkeypatch.setattr(_extension, "BUILD_INFO", tmp_path / "absent.json")
+    text, code = printed()
+    assert code == 0 and "was not built; run `pip install -e .` again" in text
+
+
+def test_a_library_that_does_not_load_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    broken = tmp_path / "[odd]_native.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(_extension, "LIBRARY", broken)
+    text, code = printed(width=1000)
+    assert code == 1
+    assert f"broken: {broken} does not load with torch" in text
+
+
+def test_a_binary_older_than_its_sources_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    info = tmp_path / "info.json"
+    info.write_text('{"built": ["CPU"], "missing": [], "cuda_archs": [], "source_hash": "of other sources"}')
+    monkeypatch.setattr(_extension, "BUILD_INFO", info)
+    found = doctor.report()
+    assert found.exit_code == 1
+    assert [s for s in found.broken if "changed since the extension was built; run `pip install -e .`" in s]
+
+
+def test_the_source_hash_sees_every_change(tmp_path: Path):
+    def write(name: str, text: str) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return doctor.source_hash(tmp_path)
+
+    hashes = [
+        write("csrc/memory/a.h", "1"),
+        write("csrc/memory/a.h", "2"),
+        write("python_bindings/b.cpp", "2"),
+        write("csrc/memory/c.cu", ""),
+    ]
+    assert len(set(hashes)) == 4
+    assert write("elsewhere/d.cu", "1") == hashes[-1]
+
+
+def test_a_gpu_that_the_kernels_do_not_cover_is_named(monkeypatch: pytest.MonkeyPatch):
+    class Properties:
+        name, major, minor, total_memory = "Old GPU", 6, 1, 8 * 2**30
+
+    reason = "the CUDA kernels, built for 8.6, do not run on Old GPU (no kernel image)"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_extension, "why_not_on", lambda kind, index=None: reason if kind == "cuda" else None)
+    found = doctor.report()
+    assert found.gpus == [("0", "Old GPU", "6.1", "8.0 GiB", "do not run")]
+    assert ("row_sq_norms", "cuda", "PyTorch") in found.paths and found.advice.count(reason) == 1
+    assert not any("no GPU" in sentence for sentence in found.advice)
+
+
+def test_a_gpu_without_triton_takes_pytorch_for_the_passes(monkeypatch: pytest.MonkeyPatch):
+    class Properties:
+        name, major, minor, total_memory = "GPU", 8, 6, 8 * 2**30
+
+    reason = "Triton is not installed; run `pip install triton` (it exists for Linux only)"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_extension, "why_not_on", lambda kind, index=None: None)
+    monkeypatch.setattr(doctor.triton_kernels, "why_not", lambda index=None: reason)
+    found = doctor.report()
+    assert ("memory_step: passes over the memories", "cuda", "PyTorch") in found.paths
+    assert ("memory_step: scan", "cuda", "CUDA kernel") in found.paths and reason in found.advice

@@ -1,0 +1,179 @@
+"""Reading datasets: both layouts, their order, and one sentence for each mistake in them."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.data import Sample, load_dataset
+
+
+def save(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 8)).save(path)
+    return path
+
+
+@pytest.fixture
+def market(tmp_path: Path) -> Path:
+    root = tmp_path / "market"
+    # Written in reverse order: a listing in the order of creation would be unsorted.
+    for name in ("0010_c2s1_000002_01.jpg", "0002_c6s3_000001_00.jpg", "0002_c1s1_000001_00.jpg"):
+        save(root / "bounding_box_train" / name)
+    for name in ("0003_c1s1_000001_00.png", "0000_c2s1_000001_00.jpg", "-1_c3s1_000001_00.jpg"):
+        save(root / "bounding_box_test" / name)
+    save(root / "query" / "0003_c4s1_000001_00.jpg")
+    (root / "query" / "Thumbs.db").write_bytes(b"what Windows leaves behind")
+    return root
+
+
+def write_manifest(folder: Path, *rows: str, header: str = "path,pid,camid,split") -> Path:
+    for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg"):
+        save(folder / "images" / name)
+    file = folder / "manifest.csv"
+    file.write_text("\n".join((header, *rows)) + "\n")
+    return file
+
+
+def sentence(path: Path) -> str:
+    with pytest.raises(DanFastError) as caught:
+        load_dataset(path)
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(".")
+    return message
+
+
+def test_market_folder_gives_all_parts_sorted_by_name(market: Path) -> None:
+    dataset = load_dataset(market)
+    train, test = market / "bounding_box_train", market / "bounding_box_test"
+    assert dataset.train == (
+        Sample(train / "0002_c1s1_000001_00.jpg", 2, 1),
+        Sample(train / "0002_c6s3_000001_00.jpg", 2, 6),
+        Sample(train / "0010_c2s1_000002_01.jpg", 10, 2),
+    )
+    # The distractor 0 stays, the bad detection -1 does not.
+    assert dataset.gallery == (
+        Sample(test / "0000_c2s1_000001_00.jpg", 0, 2),
+        Sample(test / "0003_c1s1_000001_00.png", 3, 1),
+    )
+    assert dataset.query == (Sample(market / "query" / "0003_c4s1_000001_00.jpg", 3, 4),)
+    assert dataset.test == ()
+    assert (dataset.name, dataset.root) == ("market", market)
+    assert load_dataset(str(market), name="source").name == "source"
+
+
+def test_market_folder_with_the_train_part_only(tmp_path: Path) -> None:
+    save(tmp_path / "bounding_box_train" / "0001_c2_f0001.jpg")
+    dataset = load_dataset(tmp_path)
+    assert [len(part) for part in (dataset.train, dataset.query, dataset.gallery, dataset.test)] == [
+        1,
+        0,
+        0,
+        0,
+    ]
+
+
+def test_market_image_with_another_name(market: Path) -> None:
+    save(market / "query" / "person.jpg")
+    assert "person.jpg is not named like a Market-1501 image" in sentence(market)
+
+
+def test_manifest_keeps_the_order_of_rows_and_ignores_further_columns(tmp_path: Path) -> None:
+    file = write_manifest(
+        tmp_path / "shop",
+        "night,images/c.jpg,7,2,train",
+        'day,"images/a.jpg", ,1,train',
+        "",
+        "day,./images/b.jpg,-1,3,gallery",
+        "day,images/d.jpg,0,3,test",
+        header="\ufefflight, path ,pid,camid,split",
+    )
+    dataset = load_dataset(file.parent)
+    images = file.parent / "images"
+    assert dataset.train == (Sample(images / "c.jpg", 7, 2), Sample(images / "a.jpg", -1, 1))
+    assert dataset.gallery == ()  # -1 has no place where images are searched for
+    assert dataset.test == (Sample(images / "d.jpg", 0, 3),)
+    assert dataset == load_dataset(file)
+    assert dataset.name == "shop"
+    other = file.rename(file.with_name("winter.csv"))
+    assert load_dataset(other).name == "winter"
+    assert load_dataset(other).root == dataset.root
+
+
+def test_manifest_splits_go_where_they_are_named(tmp_path: Path) -> None:
+    split_of = {"a": "query", "b": "test", "c": "train", "d": "gallery"}
+    rows = [f"images/{stem}.jpg,1,1,{split}" for stem, split in split_of.items()]
+    dataset = load_dataset(write_manifest(tmp_path, *rows))
+    for stem, split in split_of.items():
+        assert [sample.path.stem for sample in getattr(dataset, split)] == [stem]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            "images/b.jpg,1,1,val",
+            "line 3: the split 'val' is unknown; use one of train, query, gallery, test",
+        ),
+        ("images/b.jpg,1,1", "line 3: the split '' is unknown"),
+        ("images/b.jpg,one,1,train", "line 3: the pid 'one' is not a number"),
+        ("images/b.jpg,-7,1,train", "line 3: the pid '-7'"),
+        ("images/b.jpg,1,c2,train", "line 3: the camid 'c2' is not a number"),
+        ("images/b.jpg,1,,train", "line 3: the camid '' is not a number"),
+        (",1,1,train", "line 3: the path is empty"),
+        ("./images/a.jpg,2,1,query", "line 3: ./images/a.jpg is already listed in line 2"),
+    ],
+)
+def test_manifest_with_a_wrong_row(tmp_path: Path, row: str, expected: str) -> None:
+    message = sentence(write_manifest(tmp_path, "images/a.jpg,1,1,train", row))
+    assert expected in message and "manifest.csv" in message
+
+
+@pytest.mark.parametrize("column", ["path", "pid", "camid", "split"])
+def test_manifest_without_a_column(tmp_path: Path, column: str) -> None:
+    header = "path,pid,camid,split".replace(column, "other")
+    assert f"lacks the column {column};" in sentence(write_manifest(tmp_path, "x,1,1,train", header=header))
+
+
+def test_manifest_that_is_empty_or_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "list.csv"
+    file.write_bytes(b"")
+    assert "lacks the column path" in sentence(file)
+    file.write_bytes(b"path,pid,camid,split\n\xff\xfe\xfa,1,1,train\n")
+    assert "cannot be read as UTF-8 CSV" in sentence(file)
+
+
+def test_manifest_with_missing_images_names_the_first_and_counts(tmp_path: Path) -> None:
+    rows = ("images/a.jpg,1,1,train", "images/x.jpg,1,1,train", "images,1,1,train", "images/y.jpg,2,1,query")
+    message = sentence(write_manifest(tmp_path, *rows))
+    assert message.startswith("3 of the 4 images") and str(tmp_path / "images" / "x.jpg") in message
+
+
+def test_paths_that_are_no_dataset(tmp_path: Path) -> None:
+    assert "There is no dataset at" in sentence(tmp_path / "absent")
+    assert "holds no dataset: neither bounding_box_train" in sentence(tmp_path)
+    assert "is a file but no .csv manifest" in sentence(save(tmp_path / "photo.jpg"))
+
+
+def test_a_folder_one_level_too_low(market: Path, tmp_path: Path) -> None:
+    assert load_dataset(market / "query") == load_dataset(market)
+    other = save(tmp_path / "other" / "query" / "0003_c4_000001.jpg").parent
+    assert f"one part of the Market-1501 folder {other.parent}; give that folder" in sentence(other)
+    file = write_manifest(tmp_path / "shop", "images/a.jpg,1,1,train")
+    assert f"seems to hold the images of the manifest {file}; give {file.parent}" in sentence(file.parent / "images")
+
+
+def test_a_folder_one_level_too_high(market: Path, tmp_path: Path) -> None:
+    assert sentence(tmp_path) == f"{tmp_path} is the folder above {market}; give that one instead."
+    shop = write_manifest(tmp_path / "shop", "images/a.jpg,1,1,train").parent
+    assert f"above {market} and {shop}; give one of these" in sentence(tmp_path)
+
+
+def test_a_folder_that_may_not_be_read(market: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    message = sentence(market)
+    assert "Permission denied" in message and str(market) in message

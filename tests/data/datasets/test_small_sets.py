@@ -1,0 +1,323 @@
+"""VIPeR, PRID, GRID and i-LIDS: every layout, what the literature counts, and one sentence for each mistake."""
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.data.datasets.dataset import all_images, load_dataset
+from dan_fast.data.datasets.fixed_splits import read_lists
+from dan_fast.data.datasets.grid import GRID
+from dan_fast.data.datasets.ilids import ILIDS
+from dan_fast.data.datasets.known import KNOWN, check_counts, find_datasets
+from dan_fast.data.datasets.prid import PRID
+from dan_fast.data.datasets.viper import VIPER
+from dan_fast.data.samples import FixedSplit, KnownDataset, ReIDDataset, Sample
+from tests.support import ROOT
+
+SCRIPT = runpy.run_path(str(ROOT / "scripts/make_splits.py"))
+# Numbers with gaps, as VIPeR's are.
+VIPER_NUMBERS = [n if n < 300 else n + 242 for n in range(632)]
+
+
+def touch(folder: Path, names: list[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    # In reverse: a listing in the order of creation would be unsorted.
+    for name in reversed(names):
+        (folder / name).touch()
+
+
+def whole_viper(folder: Path) -> None:
+    touch(folder / "cam_a", [f"{n:03}_{45 * (n % 3)}.bmp" for n in VIPER_NUMBERS])
+    touch(folder / "cam_b", [f"{n:03}_{90 + 45 * (n % 3)}.bmp" for n in VIPER_NUMBERS])
+
+
+def whole_prid(folder: Path) -> None:
+    touch(folder / "cam_a", [f"person_{n:04}.png" for n in range(1, 386)])
+    touch(folder / "cam_b", [f"person_{n:04}.png" for n in range(1, 750)])
+
+
+def whole_grid(folder: Path) -> None:
+    # Six cameras, as in the names of the originals.
+    touch(folder / "probe", [f"{n:04}_{n % 3 + 1}_25004_1_2_3_4.jpeg" for n in range(1, 251)])
+    touch(folder / "gallery", [f"{n:04}_{n % 3 + 4}_25023_1_2_3_4.jpeg" for n in range(1, 251)])
+    touch(folder / "gallery", [f"0000_{n % 6 + 1}_{30000 + n}_1_2_3_4.jpeg" for n in range(775)])
+
+
+def whole_ilids(folder: Path) -> None:
+    images = enumerate(SCRIPT["ILIDS_IMAGES"], start=1)
+    touch(folder, [f"{pid:04}{image:03}.jpg" for pid, last in images for image in range(1, last + 1)])
+
+
+WHOLE: dict[str, tuple[KnownDataset, Callable[[Path], None]]] = {
+    "viper": (VIPER, whole_viper),
+    "prid": (PRID, whole_prid),
+    "grid": (GRID, whole_grid),
+    "ilids": (ILIDS, whole_ilids),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ReIDDataset]:
+    datasets = {}
+    for name, (known, make) in WHOLE.items():
+        folder = tmp_path_factory.mktemp(name)
+        make(folder)
+        assert known.find(folder) == folder
+        datasets[name] = known.read(folder, known.title, "")
+    return datasets
+
+
+def image(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 8)).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("known", "layout", "files"),
+    [
+        (VIPER, layout, ("cam_a/007_0.bmp", "cam_b/007_90.bmp"))
+        for layout in ("viper/VIPeR", "VIPeR", "viper", "VIPeR.v1.0", "viper/VIPeR.v1.0")
+    ]
+    + [
+        (PRID, layout, ("cam_a/person_0201.png", "cam_b/person_0201.png"))
+        for layout in ("prid2011/prid_2011/single_shot", "prid_2011/single_shot", "prid/single_shot", "single_shot")
+    ]
+    + [
+        (GRID, layout, ("probe/0001_1_25004_107_32_106_221.jpeg", "gallery/0000_2_25023_116_134_128_330.jpeg"))
+        for layout in ("grid/underground_reid", "underground_reid", "GRID")
+    ]
+    + [
+        (GRID, layout, ("images/0000_2_25023_116_134_128_330.jpeg", "images/0001_1_25004_107_32_106_221.jpeg"))
+        for layout in ("underground_reid", "grid/underground_reid")
+    ]
+    + [
+        (ILIDS, layout, ("0001001.jpg", "0119004.jpg"))
+        for layout in ("ilids/i-LIDS_Pedestrian/Persons", "i-LIDS_Pedestrian/Persons", "QMUL-iLIDS/images")
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_every_layout_is_found(tmp_path: Path, known: KnownDataset, layout: str, files: tuple[str, ...]) -> None:
+    own = tmp_path / layout
+    parts = {image(own / file).parent for file in files}
+    place = own
+    while place != tmp_path.parent:
+        assert known.find(place) == own
+        place = place.parent
+    for part in parts:
+        assert known.find(part) == own
+    assert [other.name for other in KNOWN.values() if other.find(own) is not None] == [known.name]
+    dataset = load_dataset(tmp_path)
+    assert (dataset.name, dataset.root, len(dataset.test)) == (known.title, own, len(files))
+    assert load_dataset(own / files[0].split("/")[0] if "/" in files[0] else own).test == dataset.test
+    (found,) = find_datasets(tmp_path)
+    assert (found.known, found.path, found.error) == (known, own, "") and len(found.differences) == 2
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_other_folders_are_none_of_them(tmp_path: Path, name: str) -> None:
+    known = WHOLE[name][0]
+    assert known.find(tmp_path) is None and known.find(tmp_path / "absent") is None
+    for other in ("cam_a/s1.png", "cam_b/s2.png", "probe/1.jpeg", "gallery/2.jpeg", "Persons/0000001.jpg", "x.jpg"):
+        image(tmp_path / other)
+    # PRID's other half: a folder a person, in the same cameras.
+    image(tmp_path / "multi_shot/cam_a/person_0001/0001.png")
+    image(tmp_path / "multi_shot/cam_b/person_0001/0001.png")
+    assert known.find(tmp_path) is None
+    assert known.find(tmp_path / "multi_shot") is None
+    assert known.find(tmp_path / "x.jpg") is None
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_counts_of_the_literature(whole: dict[str, ReIDDataset], name: str) -> None:
+    known, dataset = WHOLE[name][0], whole[name]
+    assert check_counts(dataset, known) == []
+    assert dataset.splits is not None and dataset.splits.missing == ""
+    assert [sample.path for sample in dataset.test] == sorted(
+        (sample.path for sample in dataset.test), key=lambda path: (path.parent.name != "probe", path)
+    )
+    assert (dataset.train, dataset.query, dataset.gallery) == ((), (), ())
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("viper", (2 * 316, 316, 316)),
+        ("prid", (2 * 100, 100, 649)),
+        ("grid", (2 * 125, 125, 900)),
+        ("ilids", (None, 60, 60)),
+    ],
+)
+def test_ten_splits_of_the_right_sizes(
+    whole: dict[str, ReIDDataset], name: str, sizes: tuple[int | None, int, int]
+) -> None:
+    dataset = whole[name]
+    known = set(dataset.test)
+    assert len(dataset.splits.splits) == 10
+    for split in dataset.splits.splits:
+        for part, size in zip(split, sizes, strict=True):
+            assert size is None or len(part) == size
+            assert len(set(part)) == len(part) and known.issuperset(part)
+        people = [{sample.pid for sample in part} for part in split]
+        assert not people[0] & (people[1] | people[2]) and not set(split.query) & set(split.gallery)
+        assert len(people[1]) == len(split.query)
+        # Everyone searched for is there once to be found, by another camera.
+        for sample in split.query:
+            (match,) = [other for other in split.gallery if other.pid == sample.pid]
+            assert match.camid != sample.camid
+    assert len(set(dataset.splits.splits)) == 10
+
+
+def camera(samples: tuple[Sample, ...]) -> set[str]:
+    return {sample.path.parent.name for sample in samples}
+
+
+def test_which_camera_is_searched_in_which(whole: dict[str, ReIDDataset]) -> None:
+    for name, (query, gallery) in {
+        "viper": ("cam_a", "cam_b"),
+        "prid": ("cam_a", "cam_b"),
+        "grid": ("probe", "gallery"),
+    }.items():
+        for split in whole[name].splits.splits:
+            assert camera(split.query) == {query} and camera(split.gallery) == {gallery}
+            assert camera(split.train) == {query, gallery}
+
+
+def test_viper_counts_people_where_numbers_have_gaps(whole: dict[str, ReIDDataset]) -> None:
+    lists = read_lists("viper")[1]
+    for named, split in zip(lists, whole["viper"].splits.splits, strict=True):
+        assert [sample.pid for sample in split.query] == [VIPER_NUMBERS[place] + 1 for place in named["test"]]
+        assert [sample.pid for sample in split.gallery] == [VIPER_NUMBERS[place] + 1 for place in named["test"]]
+        assert {sample.camid for sample in split.query} == {1}
+    assert 0 not in {sample.pid for sample in whole["viper"].test}
+
+
+def test_prid_knows_who_is_in_one_camera_only(whole: dict[str, ReIDDataset]) -> None:
+    dataset = whole["prid"]
+    seen = [{sample.pid for sample in dataset.test if sample.camid == camid} for camid in (1, 2)]
+    assert [len(each) for each in seen] == [385, 749] and seen[0] & seen[1] == set(range(1, 201))
+    for named, split in zip(read_lists("prid")[1], dataset.splits.splits, strict=True):
+        assert [sample.pid for sample in split.query] == named["test"]
+        strangers = [sample for sample in split.gallery if sample.pid > 200]
+        assert [sample.path.name for sample in strangers] == [f"person_{n:04}.png" for n in range(201, 750)]
+
+
+def test_grid_searches_among_all_distractors(whole: dict[str, ReIDDataset]) -> None:
+    dataset = whole["grid"]
+    assert {sample.camid for sample in dataset.test} == set(range(1, 7))
+    for named, split in zip(read_lists("grid")[1], dataset.splits.splits, strict=True):
+        assert [sample.pid for sample in split.query] == named["test"]
+        assert sum(sample.pid == 0 for sample in split.gallery) == 775
+        assert all(sample.pid for sample in split.train)
+    assert len(all_images(dataset).train) == 500
+
+
+def test_grid_with_all_images_in_one_folder(whole: dict[str, ReIDDataset], tmp_path: Path) -> None:
+    whole_grid(tmp_path)
+    one = tmp_path / "images"
+    one.mkdir()
+    for part in ("probe", "gallery"):
+        for path in (tmp_path / part).iterdir():
+            path.rename(one / path.name)
+        (tmp_path / part).rmdir()
+    dataset = GRID.read(tmp_path, "GRID", "")
+
+    def people(splits: tuple[FixedSplit, ...]) -> list[list[tuple[int, int]]]:
+        return [[(sample.pid, sample.camid) for sample in part] for split in splits for part in split]
+
+    assert check_counts(dataset, GRID) == []
+    assert people(dataset.splits.splits) == people(whole["grid"].splits.splits)
+
+
+def test_ilids_names_the_images(whole: dict[str, ReIDDataset]) -> None:
+    dataset = whole["ilids"]
+    for named, split in zip(read_lists("ilids")[1], dataset.splits.splits, strict=True):
+        assert [sample.path.stem for sample in split.query] == named["query"]
+        assert [sample.path.stem for sample in split.gallery] == named["gallery"]
+        assert [sample.pid for sample in split.query] == [sample.pid for sample in split.gallery]
+        assert sorted({sample.pid for sample in split.train}) == named["train"] and len(named["train"]) == 59
+        assert len(split.train) == sum(sample.pid in named["train"] for sample in dataset.test)
+    # Images of one person differ in what stands in for the camera: none is junk for another one.
+    for pid in range(1, 120):
+        numbers = [sample.camid for sample in dataset.test if sample.pid == pid]
+        assert numbers == list(range(1, len(numbers) + 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "missing"),
+    [
+        ("viper", "cam_b/541_*.bmp", "there are 631 people in both cameras, not 632"),
+        ("prid", "cam_b/person_0700.png", "an image that the splits name, cam_b/person_0700 the first"),
+        ("grid", "gallery/0000_3_*.jpeg", "129 images that the splits name, distractor 647 of 775 the first"),
+        ("grid", "probe/0017_*.jpeg", "an image that the splits name, probe/0017 the first"),
+    ],
+)
+def test_a_folder_that_lacks_images_can_be_read_but_has_no_splits(
+    tmp_path: Path, name: str, file: str, missing: str
+) -> None:
+    known, make = WHOLE[name]
+    make(tmp_path)
+    removed = list(tmp_path.glob(file.replace("541", str(VIPER_NUMBERS[299]))))
+    assert removed
+    for path in removed:
+        path.unlink()
+    dataset = known.read(tmp_path, known.title, "")
+    assert dataset.splits.missing == missing and dataset.splits.splits == ()
+    counts, splits = check_counts(dataset, known)
+    assert counts.startswith(f"The test split of {known.title} ")
+    assert splits == f"{known.title} cannot be scored on its fixed splits: {missing}."
+
+
+def test_ilids_without_an_image_that_is_named(tmp_path: Path) -> None:
+    whole_ilids(tmp_path)
+    named = read_lists("ilids")[1][3]["gallery"][7]
+    (tmp_path / f"{named}.jpg").unlink()
+    dataset = ILIDS.read(tmp_path, "i-LIDS", "")
+    assert dataset.splits.missing == f"an image that the splits name, {named} the first"
+
+
+@pytest.mark.parametrize(
+    ("known", "good", "bad"),
+    [
+        (VIPER, ("cam_a/000_45.bmp", "cam_b/000_90.bmp"), "cam_b/person.bmp"),
+        (PRID, ("cam_a/person_0001.png", "cam_b/person_0001.png"), "cam_a/somebody.png"),
+        (GRID, ("probe/0001_1_1_1_1_1_1.jpeg", "gallery/0001_2_1_1_1_1_1.jpeg"), "gallery/x.jpeg"),
+        (ILIDS, ("0001001.jpg", "0001002.jpg"), "01190005.jpg"),
+    ],
+    ids=lambda value: value.name if isinstance(value, KnownDataset) else "",
+)
+def test_images_of_another_name(tmp_path: Path, known: KnownDataset, good: tuple[str, ...], bad: str) -> None:
+    for file in good:
+        touch((tmp_path / file).parent, [Path(file).name, "Thumbs.db"])
+    assert len(known.read(tmp_path, "tiny", "").test) == len(good)
+    touch((tmp_path / bad).parent, [Path(bad).name])
+    with pytest.raises(DanFastError, match=f"{Path(bad).name} is not named like the images beside it") as caught:
+        known.read(tmp_path, "tiny", "")
+    assert str(tmp_path) in str(caught.value) and str(caught.value).endswith("rename or remove it.")
+
+
+@pytest.mark.parametrize(
+    ("known", "files"),
+    [
+        (VIPER, ("cam_a/000_45.bmp", "cam_b/000_90.bmp", "cam_b/000_135.bmp")),
+        (PRID, ("cam_a/person_0001.png", "cam_a/person_0001.jpg", "cam_b/person_0001.png")),
+        (GRID, ("probe/0001_1_1_1_1_1_1.jpeg", "probe/0001_2_1_1_1_1_1.jpeg", "gallery/0001_2_1_1_1_1_1.jpeg")),
+        (ILIDS, ("0001001.jpg", "0001001.png")),
+    ],
+    ids=lambda value: value.name if isinstance(value, KnownDataset) else "",
+)
+def test_two_images_where_there_can_be_one(tmp_path: Path, known: KnownDataset, files: tuple[str, ...]) -> None:
+    for file in files:
+        touch((tmp_path / file).parent, [Path(file).name])
+    with pytest.raises(DanFastError, match="show the same person and there can be one image only; remove one"):
+        known.read(tmp_path, "tiny", "")
+
+
+def test_splits_are_named_tuples_of_samples(whole: dict[str, ReIDDataset]) -> None:
+    split = whole["viper"].splits.splits[0]
+    assert isinstance(split, FixedSplit) and isinstance(split.query[0], Sample)
+    assert whole["viper"].splits.label == f"viper {read_lists('viper')[0][:8]}"

@@ -1,0 +1,512 @@
+"""The cache of decoded images: right pixels, or made anew; whoever else writes, is killed or damages it."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dan_fast.commands.evaluate import evaluate
+from dan_fast.core.errors import DanFastError
+from dan_fast.data import (
+    BatchPlanner,
+    ImageCache,
+    ReIDDataset,
+    Sample,
+    TrainingSet,
+    image_loader,
+    load_dataset,
+    read_image,
+)
+from dan_fast.data.images import cache
+from dan_fast.data.images.cache import cache_folder
+from dan_fast.data.images.loader import training_loader
+from dan_fast.data.images.transforms import resize
+from dan_fast.data.synthetic import synthesize
+from dan_fast.evaluation import evaluate_dataset
+from dan_fast.training import DataConfig, Interrupted, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer
+
+SIZE = (16, 8)
+FORK = multiprocessing.get_context("fork")
+
+
+def draw_image(path: Path, seed: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (20, 11, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    return [draw_image(tmp_path / "images" / f"{number}.png", number) for number in range(5)]
+
+
+class Opened:
+    """A cache with one set, and what it said."""
+
+    def __init__(self, folder: Path, paths: list[Path], size: tuple[int, int] = SIZE, **options) -> None:
+        self.said: list[str] = []
+        self.cache = ImageCache(folder, size, say=self.said.append, **options)
+        self.cache.add(paths)
+
+    def holds(self, paths: list[Path], size: tuple[int, int] = SIZE) -> bool:
+        return all(torch.equal(self.cache.read(path), resize(size)(read_image(path))) for path in paths)
+
+
+def files(folder: Path, ending: str) -> list[Path]:
+    return sorted(folder.glob(f"*.{ending}"))
+
+
+def keep_time(path: Path, change: Callable[[], object]) -> None:
+    """Changes a file without its modification time telling."""
+    status = path.stat()
+    change()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def flip_byte(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def nothing_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments):
+        raise AssertionError("an image was decoded")
+
+    monkeypatch.setattr(cache, "decode_image", refuse)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_pixels_are_those_of_the_transform(tmp_path: Path, paths: list[Path], workers: int) -> None:
+    opened = Opened(tmp_path / "cache", paths, workers=workers)
+    assert opened.holds(paths)
+    assert opened.cache.read(str(paths[2])).dtype == torch.uint8
+    (file,) = files(tmp_path / "cache", "npy")
+    assert opened.said == [f"Decoding 5 images into {file}, 1920 bytes."]
+    stored = np.load(file)
+    assert stored.shape == (5, 3, *SIZE) and stored.dtype == np.uint8
+    assert all(each in opened.cache for each in paths) and tmp_path / "other.png" not in opened.cache
+    with pytest.raises(KeyError):
+        opened.cache.read(tmp_path / "other.png")
+
+
+def test_images_are_decoded_once(tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    Opened(tmp_path / "cache", paths)
+    nothing_is_decoded(monkeypatch)
+    monkeypatch.setattr(cache, "read_source", lambda name: pytest.fail("a content was compared"))
+    again = Opened(tmp_path / "cache", paths)
+    assert again.said == [] and again.holds(paths)
+    again.cache.add(paths)
+    again.cache.add(paths[1:3])
+    assert again.said == []
+
+
+def test_another_set_and_another_size_are_files_of_their_own(tmp_path: Path, paths: list[Path]) -> None:
+    folder = tmp_path / "cache"
+    Opened(folder, paths)
+    assert Opened(folder, paths, (32, 8)).holds(paths, (32, 8))
+    assert Opened(folder, paths[::-1]).holds(paths)
+    assert len(files(folder, "npy")) == len(files(folder, "npz")) == 3
+    assert Opened(folder, paths).said == []
+    both = Opened(folder, paths[:2])
+    both.cache.add(paths[2:])
+    assert both.holds(paths)
+    with pytest.raises(DanFastError, match="not a height and a width"):
+        ImageCache(folder, (16,))
+    with pytest.raises(DanFastError, match="check of the cache is 'deep'; set it to quick or full"):
+        ImageCache(folder, SIZE, check="deep")
+
+
+def test_a_changed_image_has_the_set_made_anew(tmp_path: Path, paths: list[Path]) -> None:
+    folder = tmp_path / "cache"
+    before = Opened(folder, paths)
+    old = before.cache.read(paths[3]).clone()
+    time.sleep(0.01)
+    draw_image(paths[3], 99)
+    opened = Opened(folder, paths)
+    assert opened.said[0] == f"The cached images are made anew: {paths[3]} has changed since it was decoded."
+    assert opened.holds(paths) and not torch.equal(opened.cache.read(paths[3]), old)
+    assert torch.equal(before.cache.read(paths[3]), old), "who reads the old file keeps it"
+    assert Opened(folder, paths).said == []
+
+
+def test_a_change_that_no_time_tells_of_is_found_by_the_full_check(tmp_path: Path, paths: list[Path]) -> None:
+    folder = tmp_path / "cache"
+    bitmap = draw_image(tmp_path / "images/5.bmp", 5)
+    Opened(folder, [*paths, bitmap])
+    keep_time(bitmap, lambda: flip_byte(bitmap, 60))
+    assert not Opened(folder, [*paths, bitmap]).holds([bitmap])
+    opened = Opened(folder, [*paths, bitmap], check="full")
+    assert f"{bitmap} has changed" in opened.said[0] and opened.holds([bitmap])
+
+
+def test_touched_images_keep_their_pixels(tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "cache"
+    Opened(folder, paths)
+    for path in paths:
+        os.utime(path, ns=(1, 10**18))
+    nothing_is_decoded(monkeypatch)
+    assert Opened(folder, paths).said == []
+    monkeypatch.setattr(cache, "read_source", lambda name: pytest.fail("the times were not kept"))
+    assert Opened(folder, paths).holds([])
+
+
+def test_another_version_of_the_decoder_has_the_set_made_anew(
+    tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cache"
+    Opened(folder, paths)
+    monkeypatch.setattr(cache, "_MADE_BY", "Pillow 99")
+    assert Opened(folder, paths).said[0].endswith("and this is Pillow 99.")
+    assert Opened(folder, paths).said == []
+
+
+def truncate(data: Path, header: Path) -> None:
+    os.truncate(data, data.stat().st_size - 1)
+
+
+def lengthen(data: Path, header: Path) -> None:
+    data.write_bytes(data.read_bytes() + b"\0")
+
+
+def flip_pixel(data: Path, header: Path) -> None:
+    time.sleep(0.01)
+    flip_byte(data, -700)
+
+
+def flip_pixel_unseen(data: Path, header: Path) -> None:
+    keep_time(data, lambda: flip_byte(data, -700))
+
+
+def flip_shape(data: Path, header: Path) -> None:
+    flip_byte(data, data.read_bytes().index(b"(5,") + 1)
+
+
+def flip_header(data: Path, header: Path) -> None:
+    flip_byte(header, header.stat().st_size // 2)
+
+
+def empty_header(data: Path, header: Path) -> None:
+    header.write_bytes(b"")
+
+
+def lose_header(data: Path, header: Path) -> None:
+    header.unlink()
+
+
+def lose_data(data: Path, header: Path) -> None:
+    data.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "check", "sentence"),
+    [
+        (truncate, "quick", "is corrupt"),
+        (lengthen, "quick", "is corrupt: it has 2049 bytes and not 2048"),
+        (flip_pixel, "quick", "is corrupt: 1 image of 5 differ"),
+        (flip_pixel_unseen, "full", "is corrupt: 1 image of 5 differ"),
+        (flip_shape, "quick", "is corrupt"),
+        (flip_header, "quick", "is corrupt"),
+        (empty_header, "quick", "is corrupt"),
+        (lose_header, "quick", "is missing"),
+        (lose_data, "quick", "is missing"),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_a_corrupt_cache_is_made_anew(tmp_path: Path, paths: list[Path], damage, check: str, sentence: str) -> None:
+    folder = tmp_path / "cache"
+    Opened(folder, paths)
+    damage(*files(folder, "npy"), *files(folder, "npz"))
+    opened = Opened(folder, paths, check=check)
+    assert sentence in opened.said[0] and "\n" not in opened.said[0] and len(opened.said) == 2
+    assert opened.holds(paths)
+    assert Opened(folder, paths, check="full").said == []
+
+
+def test_an_old_header_does_not_fit_new_pixels(tmp_path: Path, paths: list[Path]) -> None:
+    folder = tmp_path / "cache"
+    Opened(folder, paths)
+    (header,) = files(folder, "npz")
+    old, original = header.read_bytes(), paths[0].read_bytes()
+    # As after a kill between the two files, and an image put back with its time.
+    time.sleep(0.01)
+    keep_time(paths[0], lambda: draw_image(paths[0], 77))
+    Opened(folder, paths, check="full")
+    header.write_bytes(old)
+    keep_time(paths[0], lambda: paths[0].write_bytes(original))
+    opened = Opened(folder, paths)
+    assert "differ from what was written" in opened.said[0] and opened.holds(paths)
+
+
+def test_a_broken_image_is_an_error_where_it_is_read(tmp_path: Path, paths: list[Path]) -> None:
+    folder = tmp_path / "cache"
+    absent = tmp_path / "images" / "absent.png"
+    paths[1].write_text("no image")
+    for _ in range(2):
+        opened = Opened(folder, [*paths, absent])
+        assert opened.holds([paths[0], *paths[2:]])
+        for path in (paths[1], absent):
+            with pytest.raises(DanFastError) as expected:
+                read_image(path)
+            with pytest.raises(DanFastError) as caught:
+                opened.cache.read(path)
+            assert str(caught.value) == str(expected.value)
+    assert opened.said == []
+    draw_image(absent, 8)
+    draw_image(paths[1], 9)
+    # The newest set of an image counts.
+    opened.cache.add([absent, tmp_path / "images" / "never.png"])
+    assert opened.holds([absent])
+    assert Opened(folder, [*paths, absent]).holds([*paths, absent])
+
+
+def slowly(monkeypatch: pytest.MonkeyPatch, log: Path, seconds: float) -> None:
+    """Has each decoding take its time and leave a line."""
+    decode = cache.decode_image
+
+    def slow(content: bytes, path: Path):
+        with log.open("a") as stream:
+            stream.write(f"{os.getpid()}\n")
+        time.sleep(seconds)
+        return decode(content, path)
+
+    monkeypatch.setattr(cache, "decode_image", slow)
+
+
+def test_two_processes_at_once_decode_once(tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, log = tmp_path / "cache", tmp_path / "log"
+    slowly(monkeypatch, log, 0.05)
+    barrier, results = FORK.Barrier(2), FORK.Queue()
+
+    def work() -> None:
+        barrier.wait()
+        opened = Opened(folder, paths)
+        results.put((opened.holds(paths), opened.said))
+
+    processes = [FORK.Process(target=work) for _ in range(2)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=30) for _ in processes]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert [right for right, _ in found] == [True, True]
+    assert len(log.read_text().splitlines()) == len(paths)
+    first = sorted(said[0].split()[0] for _, said in found)
+    assert first == ["Decoding", "Waiting"]
+
+
+def test_a_process_killed_while_it_decodes(tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, log = tmp_path / "cache", tmp_path / "log"
+    # Batches of one image: some are in the file when the process is killed.
+    monkeypatch.setattr(cache, "_BATCH", 1)
+    with monkeypatch.context() as patch:
+        slowly(patch, log, 0.1)
+        process = FORK.Process(target=Opened, args=(folder, paths))
+        process.start()
+        deadline = time.monotonic() + 60
+        while not log.exists() or len(log.read_text().splitlines()) < 3:
+            assert process.is_alive() and time.monotonic() < deadline
+            time.sleep(0.005)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    assert [path.suffix for path in folder.iterdir() if "part" in path.name] == [".part"]
+    assert files(folder, "npy") == files(folder, "npz") == []
+    opened = Opened(folder, paths)
+    assert opened.holds(paths) and opened.said[0].startswith("Decoding 5 images")
+    assert not [path for path in folder.iterdir() if "part" in path.name]
+
+
+def unprivileged(run: Callable[[], str]) -> str:
+    """What `run` returns in a process to which the permissions of folders apply."""
+    results = FORK.SimpleQueue()
+
+    def work() -> None:
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        results.put(run())
+
+    process = FORK.Process(target=work)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    return results.get()
+
+
+def test_a_folder_that_may_only_be_read() -> None:
+    # Not in pytest's own folder, into which nobody else may look.
+    root = Path(tempfile.mkdtemp())
+    root.chmod(0o755)
+    try:
+        paths = [draw_image(root / "images" / f"{number}.png", number) for number in range(3)]
+        folder = root / "cache"
+        folder.mkdir()
+        Opened(folder, paths)
+        folder.chmod(0o555)
+
+        def other_set() -> str:
+            try:
+                return repr(Opened(folder, paths[:2]).said)
+            except DanFastError as error:
+                return str(error)
+
+        assert unprivileged(other_set) == (
+            f"The cache folder {folder} cannot be written (Permission denied); "
+            "choose another folder for the cache, or none."
+        )
+        # What is there can be used, touched images too.
+        for times in (None, (1, 10**18)):
+            if times is not None:
+                os.utime(paths[0], ns=times)
+            assert unprivileged(lambda: str(Opened(folder, paths).holds(paths))) == "True"
+    finally:
+        shutil.rmtree(root)
+
+
+def test_a_folder_that_cannot_be(tmp_path: Path, paths: list[Path]) -> None:
+    with pytest.raises(DanFastError, match=r"The cache folder .*0.png/cache cannot be written \(Not a directory\);"):
+        Opened(paths[0] / "cache", paths)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "cache"
+    Opened(folder, paths)
+    (file,) = files(folder, "npy")
+    before = file.read_bytes()
+    draw_image(paths[0], 50)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6, 0))
+        with pytest.raises(DanFastError, match="cache of 5 images needs 1920 bytes and .* has 0 bytes left: make room"):
+            Opened(folder, paths)
+    with monkeypatch.context() as patch:
+
+        def full(content) -> bytes:
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(cache, "digest", lambda content: full(content) if isinstance(content, np.ndarray) else b"x" * 16)
+        with pytest.raises(DanFastError, match=r"could not be written \(No space left on device\)"):
+            Opened(folder, paths)
+    assert file.read_bytes() == before and not list(folder.glob(".*"))
+    assert Opened(folder, paths).holds(paths)
+
+
+def test_the_folder_of_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder("none") is None and ImageCache.of_setting("none", SIZE) is None
+    assert cache_folder("user") == Path("/home/me/.cache/dan-fast")
+    assert cache_folder("~/images") == Path("/home/me/images")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/scratch")
+    assert cache_folder("user") == Path("/scratch/dan-fast")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_folder("user") == Path("/home/me/.cache/dan-fast")
+    assert ImageCache.of_setting("/scratch/x", SIZE, "full").folder == Path("/scratch/x")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> TrainingSet:
+    def dataset(name: str, count: int) -> ReIDDataset:
+        samples = [
+            Sample(draw_image(tmp_path / name / f"{number}.png", number), number // 2, 1) for number in range(count)
+        ]
+        return ReIDDataset(name, tmp_path / name, train=tuple(samples))
+
+    return TrainingSet([dataset("labeled", 8)], [dataset("unlabeled", 6)])
+
+
+def same(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def test_loaders_give_the_same_with_a_cache_and_without(tmp_path: Path, source: TrainingSet) -> None:
+    planner = BatchPlanner(source.labels, 6, batch_size=8, seed=1)
+    plans = [plan for epoch in range(2) for plan in planner.plan_epoch(epoch, (torch.tensor([4]), torch.tensor([3])))]
+    (tmp_path / "labeled" / "5.png").write_text("broken")
+    opened = Opened(tmp_path / "cache", [sample.path for sample in source.labeled_samples])
+    options = {"broken_images": "skip"}
+    plain = list(training_loader(source, plans, SIZE, **options))
+    assert any(batch.skipped for batch in plain)
+    assert same(list(training_loader(source, plans, SIZE, cache=opened.cache, **options)), plain)
+    # Resuming, with the file of another process.
+    again = Opened(tmp_path / "cache", [sample.path for sample in source.labeled_samples])
+    assert same(list(training_loader(source, plans[1:], SIZE, cache=again.cache, **options)), plain[1:])
+    plain = list(image_loader(source.labeled_samples, SIZE, 3, **options))
+    assert same(list(image_loader(source.labeled_samples, SIZE, 3, cache=opened.cache, **options)), plain)
+    with pytest.raises(DanFastError, match="5.png cannot be decoded"):
+        list(image_loader(source.labeled_samples, SIZE, 3, cache=opened.cache))
+    with pytest.raises(ValueError, match=r"the cache is of images of \(16, 8\) and not of \(8, 8\)"):
+        image_loader(source.labeled_samples, (8, 8), cache=opened.cache)
+
+
+def test_a_run_with_a_cache_resumes_one_without_bit_for_bit(tmp_path: Path) -> None:
+    synthesize(tmp_path / "images", ["campus", "mall"], identities=4, cameras=2, image_size=(32, 32), seed=1)
+
+    def trainer(out: str, cached: bool, resume: bool = False) -> Trainer:
+        data = DataConfig(
+            labeled=str(tmp_path / "images/campus"),
+            unlabeled=str(tmp_path / "images/mall"),
+            targets=str(tmp_path / "images/mall"),
+            image_size=(32, 32),
+            batch_size=4,
+            workers=0,
+            cache=str(tmp_path / "cache") if cached else "none",
+        )
+        return Trainer(
+            TrainConfig(
+                data=data,
+                model=ModelConfig(backbone="resnet18", weights="none"),
+                optimizer=OptimizerConfig(epochs=2),
+                run=RunConfig(out=str(tmp_path / out), device="cpu", resume=resume),
+            )
+        )
+
+    whole = trainer("whole", cached=False)
+    expected = whole.fit()
+    parts = trainer("parts", cached=True)
+    step = parts.train_iteration
+
+    def interrupted(batch, scalars) -> None:
+        step(batch, scalars)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    parts.train_iteration = interrupted
+    with pytest.raises(Interrupted):
+        parts.fit()
+    made = len(files(tmp_path / "cache", "npy"))
+    resumed = trainer("parts", cached=True, resume=True)
+    assert resumed.fit() == expected
+    assert made == 2 and len(files(tmp_path / "cache", "npy")) == 4, "train splits first, then query and gallery"
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    mall, checkpoint = str(tmp_path / "images/mall"), str(tmp_path / "parts/checkpoint.pt")
+    evaluate(checkpoint, mall, workers=0, device="cpu", cache=str(tmp_path / "evaluated"))
+    assert len(files(tmp_path / "evaluated", "npy")) == 2
+
+
+def test_the_evaluation_from_a_cache_is_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    synthesize(tmp_path / "images", ["mall"], identities=4, cameras=2, image_size=(32, 32), seed=1)
+    people = load_dataset(tmp_path / "images/mall")
+
+    def colours(images: torch.Tensor) -> torch.Tensor:
+        return images.mean(dim=3).flatten(1)
+
+    expected = evaluate_dataset(colours, people, SIZE)
+    for said in ("Decoding 4 images", ""):
+        opened = ImageCache(tmp_path / "cache", SIZE, say=print)
+        assert evaluate_dataset(colours, people, SIZE, cache=opened) == expected
+        assert said in capsys.readouterr().out
+    assert len(files(tmp_path / "cache", "npy")) == 2

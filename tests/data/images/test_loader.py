@@ -1,0 +1,331 @@
+"""Loaders: what arrives, in which order, with broken files, workers and random numbers."""
+
+import gc
+import multiprocessing
+import os
+import pickle
+import signal
+from pathlib import Path
+from types import FunctionType, ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.data import (
+    BatchPlanner,
+    ImageSamples,
+    MiniBatch,
+    ReIDDataset,
+    Sample,
+    TrainingSet,
+    image_loader,
+    read_image,
+    training_loader,
+)
+from dan_fast.data.images.cache import _Decoding
+from dan_fast.data.images.workers import WorkerDied
+
+SIZE = (16, 8)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> TrainingSet:
+    """Eight labelled images of four persons and six unlabelled ones, each of a grey level of its own."""
+
+    def write(name: str, count: int, start: int) -> ReIDDataset:
+        samples = []
+        for number in range(count):
+            path = tmp_path / name / f"{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            noise = np.random.default_rng(number).integers(0, 6, (20, 10, 3))
+            Image.fromarray((start + 15 * number + noise).astype(np.uint8)).save(path)
+            samples.append(Sample(path, number // 2, 1))
+        return ReIDDataset(name, tmp_path / name, train=tuple(samples))
+
+    return TrainingSet([write("labeled", 8, 10)], [write("unlabeled", 6, 140)])
+
+
+def planner(source: TrainingSet, **options) -> BatchPlanner:
+    return BatchPlanner(source.labels, len(source.unlabeled_samples), batch_size=8, seed=1, **options)
+
+
+FEEDBACK = (torch.tensor([4, 2]), torch.tensor([3, 0]))
+
+
+def load(source: TrainingSet, plans: list, **options) -> list[MiniBatch]:
+    return list(training_loader(source, plans, SIZE, **options))
+
+
+def equal(one: list[MiniBatch], two: list[MiniBatch]) -> bool:
+    return len(one) == len(two) and all(
+        all(torch.equal(a, b) for a, b in zip(p[:3], q[:3], strict=True)) and p[3:] == q[3:]
+        for x, y in zip(one, two, strict=True)
+        for p, q in zip(x[:2], y[:2], strict=True)
+    )
+
+
+def break_image(path: Path, kind: str) -> None:
+    if kind == "truncated":
+        pixels = np.random.default_rng(0).integers(0, 255, (40, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path, format="JPEG")
+        path.write_bytes(path.read_bytes()[:-500])
+    elif kind == "text":
+        path.write_text("this is no image")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+
+
+def test_batches_are_what_was_planned(source: TrainingSet) -> None:
+    plans = planner(source).plan_epoch(0, FEEDBACK)
+    batches = load(source, plans)
+    assert len(training_loader(source, plans, SIZE)) == len(batches) == len(plans) == 2
+    for plan, batch in zip(plans, batches, strict=True):
+        assert batch.skipped == ()
+        for items, part in zip(plan, batch[:2], strict=True):
+            assert part.images.shape == (4, 3, *SIZE) and part.images.dtype == torch.float32
+            assert part.labels.tolist() == [item.label for item in items]
+            assert part.sample_ids.tolist() == [-1 if item.kind == "labeled" else item.index for item in items]
+            assert part.labels.dtype == part.sample_ids.dtype == torch.int64
+        assert batch.meta_train[3:] == (2, 0) and batch.meta_test[3:] == (1, 1)
+        assert set(batch.meta_test.sample_ids[1:2].tolist()) <= {4, 2}
+
+
+@pytest.mark.parametrize("kind", ["labeled", "fed_back", "unlabeled"])
+def test_the_pixels_belong_to_the_sample(source: TrainingSet, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dan_fast.data.images.loader.augment", lambda images, draws, preprocessing: images.float())
+    for plan, batch in zip(plans := planner(source).plan_epoch(0, FEEDBACK), load(source, plans), strict=True):
+        for items, part in zip(plan, batch[:2], strict=True):
+            for item, image in zip(items, part.images, strict=True):
+                if item.kind == kind:
+                    level = (10 if kind == "labeled" else 140) + 15 * item.index
+                    assert level <= image.min() and image.max() < level + 6
+
+
+def test_an_unsplit_plan_gives_no_meta_test(source: TrainingSet) -> None:
+    batch = load(source, planner(source, split=False).plan_epoch(0, FEEDBACK))[0]
+    assert batch.meta_test is None and batch.meta_train.images.shape[0] == 8
+    assert batch.meta_train[3:] == (3, 1)
+
+
+def test_augmentation_depends_on_the_plan_alone(source: TrainingSet) -> None:
+    plans = planner(source).plan_epoch(0, FEEDBACK)
+    torch.manual_seed(1)
+    first = load(source, plans)
+    torch.manual_seed(2)
+    assert equal(load(source, plans), first)
+    assert equal(load(source, plans, workers=1), first)
+    # Resuming after the first iteration.
+    assert equal(load(source, plans[1:]), first[1:])
+    other = [plan._replace(meta_train=tuple(i._replace(seed=i.seed + 1) for i in plan.meta_train)) for plan in plans]
+    changed = load(source, other)
+    assert not torch.equal(changed[0].meta_train.images, first[0].meta_train.images)
+    assert torch.equal(changed[0].meta_test.images, first[0].meta_test.images)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_global_random_numbers_stay_as_they_are(source: TrainingSet, workers: int) -> None:
+    plans = planner(source).plan_epoch(0, FEEDBACK)
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    loader = training_loader(source, plans, SIZE, workers=workers)
+    for _ in loader:
+        assert torch.equal(torch.get_rng_state(), torch_state)
+    list(image_loader(source.labeled_samples, SIZE, workers=workers))
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert (np.random.get_state()[1] == numpy_state).all()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", ["truncated", "text"])
+def test_a_broken_image_is_an_error_of_one_sentence(source: TrainingSet, workers: int, kind: str) -> None:
+    path = source.labeled_samples[5].path
+    break_image(path, kind)
+    plans = planner(source).plan_epoch(0)
+    for loader in (
+        training_loader(source, plans, SIZE, workers=workers),
+        image_loader(source.labeled_samples, SIZE, 4, workers=workers),
+    ):
+        with pytest.raises(DanFastError) as caught:
+            list(loader)
+        message = str(caught.value)
+        assert message.startswith(f"The image {path} cannot be decoded (")
+        assert message.endswith("or set broken_images to skip.") and "\n" not in message
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_images_are_skipped_and_named(source: TrainingSet, workers: int) -> None:
+    plans = planner(source).plan_epoch(0, FEEDBACK)
+    whole = load(source, plans)
+    broken = {"labeled": source.labeled_samples[plans[0].meta_train[1].index].path}
+    for kind in ("fed_back", "unlabeled"):
+        item = next(item for item in plans[0].meta_test if item.kind == kind)
+        broken[kind] = source.unlabeled_samples[item.index].path
+    for path, kind in zip(broken.values(), ("truncated", "empty", "absent"), strict=True):
+        break_image(path, kind)
+
+    def path_of(item) -> Path:
+        return (source.labeled_samples if item.kind == "labeled" else source.unlabeled_samples)[item.index].path
+
+    for plan, before, after in zip(
+        plans, whole, load(source, plans, workers=workers, broken_images="skip"), strict=True
+    ):
+        items = [item for part in plan for item in part]
+        assert after.skipped == tuple(str(path_of(item)) for item in items if path_of(item) in broken.values())
+        for part, left, full in zip(plan, after[:2], before[:2], strict=True):
+            kept = [place for place, item in enumerate(part) if path_of(item) not in broken.values()]
+            # The others look as if nothing had been left out before them.
+            assert torch.equal(left.images, full.images[kept])
+            assert torch.equal(left.labels, full.labels[kept])
+            assert torch.equal(left.sample_ids, full.sample_ids[kept])
+            kinds = [part[place].kind for place in kept]
+            assert left[3:] == (kinds.count("labeled"), kinds.count("fed_back"))
+
+
+def test_a_part_without_any_labelled_image_left_is_an_error(source: TrainingSet) -> None:
+    for sample in source.labeled_samples:
+        break_image(sample.path, "text")
+    plan = planner(source).plan_epoch(0)
+    with pytest.raises(DanFastError, match="All labelled images of a batch are broken, .*/labeled/"):
+        load(source, plan, broken_images="skip")
+
+
+def test_image_loader_keeps_the_order_and_leaves_broken_images_out(source: TrainingSet) -> None:
+    samples = source.labeled_samples
+    batches = list(image_loader(samples, SIZE, batch_size=3))
+    assert [indices.tolist() for _, indices in batches] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    images = torch.cat([images for images, _ in batches])
+    assert images.shape == (8, 3, *SIZE) and images.dtype == torch.float32
+    assert (images.mean(dim=(1, 2, 3)).diff() > 0).all()
+    for place in (1, 3, 4, 5):
+        break_image(samples[place].path, "truncated")
+    batches = list(image_loader(samples, SIZE, batch_size=3, workers=1, broken_images="skip"))
+    assert [indices.tolist() for _, indices in batches] == [[0, 2], [], [6, 7]]
+    assert batches[1][0].shape == (0, 3, *SIZE) and batches[1][1].dtype == torch.int64
+    assert torch.equal(torch.cat([images for images, _ in batches]), images[[0, 2, 6, 7]])
+    assert list(image_loader([], SIZE)) == []
+
+
+def test_image_samples(source: TrainingSet) -> None:
+    samples = [sample._replace(camid=index + 3) for index, sample in enumerate(source.labeled_samples)]
+    dataset = ImageSamples(samples)
+    image, pid, camid, index = dataset[5]
+    assert len(dataset) == 8 and (pid, camid, index) == (2, 8, 5)
+    assert torch.equal(image, read_image(samples[5].path))
+    break_image(samples[5].path, "text")
+    assert ImageSamples(samples, broken_images="skip")[5] is None
+    with pytest.raises(DanFastError, match="cannot be decoded"):
+        dataset[5]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_any_kind_of_image_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "image.tif"
+    Image.new("RGB", (5, 7), (204, 204, 204)).convert(mode).save(path)
+    image = read_image(path)
+    assert image.shape == (3, 7, 5) and image.dtype == torch.uint8
+    assert (image.int() - 204).abs().max() <= 2
+
+
+def test_channels_are_red_green_blue_and_rows_come_first(tmp_path: Path) -> None:
+    path = tmp_path / "image.bmp"
+    image = Image.new("RGB", (5, 7))
+    image.putpixel((1, 4), (200, 100, 50))
+    image.save(path)
+    pixels = read_image(path)
+    assert pixels[:, 4, 1].tolist() == [200, 100, 50] and pixels.sum() == 350
+
+
+def test_ctrl_c_is_left_to_the_main_process(source: TrainingSet) -> None:
+    plans = [plan for epoch in range(5) for plan in planner(source).plan_epoch(epoch)]
+    batches = iter(training_loader(source, plans, SIZE, workers=1))
+    got = [next(batches)]
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+    got += batches
+    assert equal(got, load(source, plans))
+
+
+def test_loaders_reach_workers_that_are_not_forked(source: TrainingSet) -> None:
+    for loader in (
+        training_loader(source, planner(source).plan_epoch(0), SIZE),
+        image_loader(source.labeled_samples, SIZE),
+    ):
+        source = loader.source
+        pickle.loads(pickle.dumps((source.dataset, source.collate_fn, source.worker_init_fn)))
+
+
+def test_an_unknown_choice_for_broken_images(source: TrainingSet) -> None:
+    with pytest.raises(DanFastError, match="broken_images is 'ignore'; set it to error or skip"):
+        image_loader(source.labeled_samples, SIZE, broken_images="ignore")
+    with pytest.raises(DanFastError, match="broken_images is 'ignore'"):
+        training_loader(source, [], SIZE, broken_images="ignore")
+
+
+def objects_behind(start: object) -> int:
+    """How many objects can be reached from one, code left aside."""
+    seen, found = set(), [start]
+    while found:
+        one = found.pop()
+        if id(one) not in seen and not isinstance(one, (type, ModuleType, FunctionType)):
+            seen.add(id(one))
+            found += gc.get_referents(one)
+    return len(seen)
+
+
+def test_workers_share_what_they_read_of_however_many_images() -> None:
+    """A worker copies the page of each Python object that it looks at (PyTorch #13246); scripts/worker_memory.py."""
+    counts = []
+    for entries in (500, 5000):
+        root = Path("/data/market")
+        samples = tuple(Sample(root / f"{number}.jpg", number // 2, 1) for number in range(entries))
+        source = TrainingSet([ReIDDataset("market", root, train=samples)])
+        plans = BatchPlanner(source.labels, 0, batch_size=4).batches(0)
+        loaders = training_loader(source, plans, SIZE, workers=1), image_loader(samples, SIZE, workers=1)
+        assert len(loaders[0]) == entries // 4 and len(loaders[1].source.dataset) == entries
+        decoding = _Decoding([str(sample.path) for sample in samples], None)
+        assert decoding.names[7] == "/data/market/7.jpg"
+        counts.append([objects_behind(each) for each in (loaders[0].source, loaders[1].source, decoding)])
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            "DataLoader worker .pid 7. is killed by",
+        ),
+        (ConnectionResetError(104, "Connection reset by peer"), ".Errno 104. Connection reset by peer"),
+        (EOFError(), "EOFError"),
+    ],
+    ids=["told", "reset", "ended"],
+)
+def test_a_death_of_a_worker_is_a_sentence(
+    source: TrainingSet, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    # What PyTorch says, at once and not after five seconds; or what the socket does on which it fetches tensors.
+    def batches(loader):
+        yield "first"
+        raise error
+
+    monkeypatch.setattr("torch.utils.data.DataLoader.__iter__", batches)
+    got = iter(image_loader(source.labeled_samples, SIZE, workers=1).source)
+    assert next(got) == "first"
+    with pytest.raises(WorkerDied, match=rf"has died \({words}.*\): often"):
+        next(got)
+
+
+def test_what_an_item_raises_is_no_death_of_its_worker(source: TrainingSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def batches(loader):
+        yield "first"
+        raise FileNotFoundError("Caught FileNotFoundError in DataLoader worker process 0.")
+
+    monkeypatch.setattr("torch.utils.data.DataLoader.__iter__", batches)
+    got = iter(image_loader(source.labeled_samples, SIZE, workers=1).source)
+    assert next(got) == "first"
+    with pytest.raises(FileNotFoundError, match="^Caught"):
+        next(got)

@@ -1,0 +1,261 @@
+"""Protocols by name: which images of which datasets they take, and what they say where something is missing."""
+
+import io
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dan_fast.commands.protocols import list_protocols
+from dan_fast.core.errors import DanFastError
+from dan_fast.data import ReIDDataset, TrainingSet
+from dan_fast.data import protocols as module
+from dan_fast.data.datasets.fixed_splits import DIGESTS
+from dan_fast.data.datasets.known import KNOWN
+from dan_fast.data.protocols import PROTOCOLS, Part, protocol_of, resolve_protocol
+from tests.support.dataset_shelf import CUHK02, CUHK03, CUHK_SYSU, DUKE, MARKET, MSMT17, Shelf, full_shelf
+
+NAMES = {
+    *("table4", "table4-wo-unlabeled", "table6-market-to-duke", "table6-duke-to-market", "p1"),
+    *(f"table5-{way}{end}" for way in ("market-to-duke", "duke-to-market") for end in ("", "-wo-unlabeled")),
+    *(f"p{number}-{target}" for number in (2, 3) for target in ("market1501", "msmt17", "cuhk03")),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return full_shelf(tmp_path_factory.mktemp("shelf") / "datasets").root
+
+
+def sizes(datasets: Iterable[ReIDDataset]) -> dict[str, int]:
+    return {dataset.title: len(dataset.train) for dataset in datasets}
+
+
+def sentence(name: str, root: Path, **options: bool) -> str:
+    with pytest.raises(DanFastError) as caught:
+        resolve_protocol(name, root, **options)
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(".")
+    return message
+
+
+def count(parts: dict[str, list]) -> int:
+    return sum(map(len, parts.values()))
+
+
+# Which datasets, and which of their images
+
+
+def test_the_protocols_are_those_of_the_paper_and_of_today() -> None:
+    assert set(PROTOCOLS) == NAMES
+    assert all(protocol.name == name for name, protocol in PROTOCOLS.items())
+    for protocol in PROTOCOLS.values():
+        for part in (*protocol.labeled, *protocol.unlabeled, *protocol.targets):
+            assert set(part.variants) <= set(KNOWN[part.dataset].counts), part
+    with pytest.raises(DanFastError, match="no protocol 'table7'; choose one of table4, table4-wo-unlabeled, .*p3"):
+        protocol_of("table7")
+
+
+def test_table_4_takes_all_images_of_five_sources_with_and_without_msmt17(root: Path) -> None:
+    roles = resolve_protocol("table4", root)
+    assert sizes(roles.labeled) == {
+        "CUHK02 (all images)": len(CUHK02),
+        "CUHK03 (detected, new protocol, all images)": count(CUHK03),
+        # Neither distractor nor junk.
+        "Market-1501 (all images)": count(MARKET) - 2,
+        "DukeMTMC-reID (all images)": count(DUKE),
+        "CUHK-SYSU (all images)": len(CUHK_SYSU),
+    }
+    assert sizes(roles.unlabeled) == {"MSMT17 (V1, all images)": count(MSMT17)}
+    without = resolve_protocol("table4-wo-unlabeled", root)
+    assert without == roles._replace(unlabeled=())
+    assert TrainingSet(roles.labeled, roles.unlabeled).num_classes == 4 + 4 + 4 + 4 + 2
+
+
+def test_the_small_four_are_tested_on_in_their_ten_fixed_splits(root: Path) -> None:
+    for name in ("table4", "p1"):
+        targets = resolve_protocol(name, root).targets
+        assert [target.title for target in targets] == ["VIPeR", "PRID", "GRID", "i-LIDS"]
+        assert [target.splits.digest for target in targets] == [DIGESTS[n] for n in ("viper", "prid", "grid", "ilids")]
+        queries = [{len(split.query) for split in target.splits.splits} for target in targets]
+        galleries = [{len(split.gallery) for split in target.splits.splits} for target in targets]
+        assert (queries, galleries) == ([{316}, {100}, {125}, {60}], [{316}, {649}, {900}, {60}])
+        assert all(len(target.splits.splits) == 10 for target in targets)
+
+
+def test_p1_takes_hand_drawn_boxes_and_no_duke(root: Path) -> None:
+    roles = resolve_protocol("p1", root)
+    assert sizes(roles.labeled) == {
+        "Market-1501 (all images)": count(MARKET) - 2,
+        "CUHK02 (all images)": len(CUHK02),
+        "CUHK03 (labeled, new protocol, all images)": count(CUHK03) + 1,
+        "CUHK-SYSU (all images)": len(CUHK_SYSU),
+    }
+    assert roles.unlabeled == ()
+
+
+def test_p2_takes_train_splits_and_p3_all_images_of_all_but_the_target(root: Path) -> None:
+    market, msmt, cuhk = "Market-1501", "MSMT17 (V1)", "CUHK03 (labeled, new protocol)"
+    train = {market: 4, msmt: 4, cuhk: 5}
+    whole = {market: count(MARKET) - 2, msmt: count(MSMT17), cuhk: count(CUHK03) + 1}
+    for target, name in ((market, "market1501"), (msmt, "msmt17"), (cuhk, "cuhk03")):
+        second, third = resolve_protocol(f"p2-{name}", root), resolve_protocol(f"p3-{name}", root)
+        left = {title: size for title, size in train.items() if title != target}
+        assert sizes(second.labeled) == {**left, "CUHK-SYSU": len(CUHK_SYSU)}
+        assert sorted(sizes(third.labeled).values()) == sorted([*(whole[title] for title in left), len(CUHK_SYSU)])
+        assert all("all images" in title for title in sizes(third.labeled))
+        assert second.targets == third.targets and second.unlabeled == third.unlabeled == ()
+        assert [each.title for each in third.targets] == [target]
+        assert third.targets[0].query and third.targets[0].gallery
+
+
+def test_table_5_and_table_6_take_train_splits(root: Path) -> None:
+    roles = resolve_protocol("table5-market-to-duke", root)
+    assert (sizes(roles.labeled), sizes(roles.unlabeled)) == ({"Market-1501": 4}, {"MSMT17 (V1)": 4})
+    assert [target.title for target in roles.targets] == ["DukeMTMC-reID"]
+    back = resolve_protocol("table5-duke-to-market-wo-unlabeled", root)
+    assert (sizes(back.labeled), back.unlabeled) == ({"DukeMTMC-reID": 4}, ())
+    assert [target.title for target in back.targets] == ["Market-1501"]
+    for name, source, target in (("market-to-duke", "Market-1501", "DukeMTMC-reID"),
+                                 ("duke-to-market", "DukeMTMC-reID", "Market-1501")):  # fmt: skip
+        roles = resolve_protocol(f"table6-{name}", root)
+        assert (sizes(roles.labeled), sizes(roles.unlabeled)) == ({source: 4}, {target: 4})
+        assert [each.title for each in roles.targets] == [target]
+
+
+def test_the_older_msmt17_for_the_paper_and_the_newer_for_today_where_both_are_there(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path / "both")
+    for put in (shelf.market, shelf.duke, shelf.cuhk_sysu, shelf.cuhk03, shelf.msmt17):
+        put()
+    shelf.msmt17("V2")
+    assert list(sizes(resolve_protocol("table5-market-to-duke", shelf.root).unlabeled)) == ["MSMT17 (V1)"]
+    assert [target.title for target in resolve_protocol("p2-msmt17", shelf.root).targets] == ["MSMT17 (V2)"]
+
+
+def test_the_published_counts_lead_to_the_choice_of_boxes() -> None:
+    def total(parts: Iterable[Part], unit: str) -> int:
+        counts = [KNOWN[part.dataset].counts[part.variants[0]] for part in parts]
+        return sum(getattr(split, unit) for each in counts for name, split in each.items())
+
+    labeled = protocol_of("table4").labeled
+    # The gallery of Market-1501 has 2,798 distractors.
+    assert total(labeled, "images") - 2798 == 121_765
+    assert total([Part("cuhk03", ("labeled, new protocol",))], "images") == 14_096
+    assert [part.variants for part in protocol_of("p1").labeled if part.dataset == "cuhk03"] == [
+        ("labeled, new protocol",)
+    ]
+    assert total(protocol_of("table4").unlabeled, "images") == 126_441
+
+
+def test_targets_alone_need_no_sources(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path / "targets")
+    shelf.market()
+    roles = resolve_protocol("p3-market1501", shelf.root, targets_only=True)
+    assert roles.labeled == () and len(roles.targets[0].query) == 2
+    assert "CUHK-SYSU" in sentence("p3-market1501", shelf.root)
+
+
+def test_counts_that_differ_are_logged(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        resolve_protocol("table6-market-to-duke", root)
+    assert any(message.startswith("The train split of Market-1501 differs from") for message in caplog.messages)
+    assert not any("CUHK" in message for message in caplog.messages)
+
+
+# What is missing
+
+
+def test_all_that_is_missing_is_said_at_once(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    message = sentence("table4", tmp_path / "empty")
+    assert message.startswith(f"Protocol table4 lacks in {tmp_path / 'empty'}: CUHK02, which can be asked for at ")
+    for name in ("cuhk02", "cuhk03", "cuhk_sysu", "market1501", "msmt17", "viper", "prid", "grid", "ilids"):
+        assert KNOWN[name].title in message and KNOWN[name].origin in message
+    assert "DukeMTMC-reID, which is given to nobody any more (It was withdrawn in 2019" in message
+    assert "CUHK03 (detected, new protocol)" in message
+    short = sentence("p1", tmp_path / "empty", targets_only=True)
+    assert "CUHK" not in short and "VIPeR" in short
+    assert "There is no folder" in sentence("p1", tmp_path / "nowhere")
+
+
+def test_what_is_there_but_of_no_use_is_said_with_its_place(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path / "shelf")
+    shelf.cuhk03(["detected"])
+    shelf.market()
+    shelf.market("copies/market1501")
+    (shelf.root / "cuhk_sysu/Image").mkdir(parents=True)
+    (shelf.root / "cuhk_sysu/annotation").mkdir()
+    (shelf.root / "cuhk_sysu/annotation/Person.mat").touch()
+    shelf.cuhk02()
+    shelf.draw("cuhk02/Dataset/P1/cam1", ["person.png"])
+    shelf.small("viper")
+    next((shelf.root / "VIPeR/cam_a").iterdir()).unlink()
+    message = sentence("p1", shelf.root)
+    home = shelf.root / "CUHK03-NP"
+    assert f"CUHK03 (labeled, new protocol): {home} has 'detected, new protocol'" in message
+    market = shelf.root / "Market-1501-v15.09.15"
+    assert f"one Market-1501, as it lies at {market} and at {shelf.root / 'copies/market1501'}" in message
+    assert "a readable CUHK-SYSU: " in message and "--extract" in message
+    assert "a readable CUHK02: " in message and "person.png is not named like" in message
+    assert f"images of VIPeR at {shelf.root / 'VIPeR'}: there are 631 people in both cameras, not 632" in message
+    assert "PRID, which can be asked for" in message
+
+
+# Nobody is trained on and tested on
+
+
+def test_a_target_person_among_the_train_images_is_refused(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path / "shelf")
+    shelf.market()
+    shelf.duke()
+    assert resolve_protocol("table6-duke-to-market", shelf.root).unlabeled
+    shelf.draw("Market-1501-v15.09.15/bounding_box_train", ["0006_c4s1_000001_00.jpg"])
+    message = sentence("table6-duke-to-market", shelf.root)
+    assert "table6-duke-to-market would train on people of its target Market-1501: 1 of them, person 6" in message
+    # Who is in the gallery only can be found too; a distractor is nobody.
+    (shelf.root / "Market-1501-v15.09.15/bounding_box_train/0006_c4s1_000001_00.jpg").unlink()
+    shelf.draw("Market-1501-v15.09.15/bounding_box_train", ["0000_c4s1_000001_00.jpg"])
+    assert resolve_protocol("table6-duke-to-market", shelf.root)
+    shelf.draw("Market-1501-v15.09.15/bounding_box_test", ["0007_c4s1_000001_00.jpg"])
+    assert "1 of them, person 7 the first" in sentence("table6-duke-to-market", shelf.root)
+    (shelf.root / "Market-1501-v15.09.15/bounding_box_test/0007_c4s1_000001_00.jpg").unlink()
+    # Nor who is searched for in vain.
+    shelf.draw("Market-1501-v15.09.15/query", ["0002_c4s1_000001_00.jpg"])
+    assert "1 of them, person 2 the first" in sentence("table6-duke-to-market", shelf.root)
+
+
+def test_all_images_of_the_target_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = replace(protocol_of("table6-duke-to-market"), name="wrong", images="all")
+    monkeypatch.setattr(module, "PROTOCOLS", {"wrong": wrong})
+    assert "2 of them, person 5 the first" in sentence("wrong", root)
+
+
+# The list of them
+
+
+def listed(**options: str | bool) -> str:
+    console = Console(file=io.StringIO(), width=80)
+    list_protocols(console=console, **options)
+    return console.file.getvalue()
+
+
+def test_they_are_listed_with_what_a_folder_lacks(root: Path, tmp_path: Path) -> None:
+    bare = listed()
+    assert all(f"{name}: " in bare for name in PROTOCOLS) and "missing" not in bare.lower()
+    assert "trained on all images of Market-1501, CUHK02, CUHK03 (labeled, new protocol), CUHK-SYSU\n" in bare
+    assert listed(root=str(root)).count("missing    nothing\n") == len(PROTOCOLS)
+    shelf = Shelf(tmp_path / "shelf")
+    shelf.market()
+    shelf.duke()
+    some = listed(root=str(shelf.root))
+    assert some.count("missing    nothing\n") == 4 and "missing    MSMT17 (V1, else V2)\n" in some
+    assert f"Missing: VIPeR, which can be asked for at {KNOWN['viper'].origin}.\n" in some
+    content = {each["name"]: each for each in json.loads(listed(root=str(shelf.root), json=True))}
+    assert set(content) == set(PROTOCOLS) and content["table6-market-to-duke"]["missing"] == []
+    assert content["table5-market-to-duke"]["missing"][0].startswith("MSMT17 (V1, else V2), which can be asked for")
+    assert content["p1"]["labeled"][2] == {"dataset": "cuhk03", "variants": ["labeled, new protocol"]}
+    assert "missing" not in json.loads(listed(json=True))[0]

@@ -1,0 +1,118 @@
+"""Nobody is trained on and tested on, by whatever path, link or variant the two datasets are named."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.data import ReIDDataset, Sample, TrainingSet
+from dan_fast.data.strangers import persons_in_both, persons_tested
+from dan_fast.training.config import DataConfig
+from dan_fast.training.reported import SEEN, seen_of
+from dan_fast.training.sources import load_datasets
+
+
+@pytest.fixture
+def cuhk03(tmp_path: Path) -> Path:
+    """Three people; the new protocol trains on two of them and tests on the third, the classic one turns that round."""
+    home = tmp_path / "data" / "cuhk03"
+    names = {pid: [f"1_{pid:03}_{camera}_{5 * camera:02}.png" for camera in (1, 2)] for pid in (1, 2, 3)}
+    for box in ("detected", "labeled"):
+        (home / f"images_{box}").mkdir(parents=True)
+        for name in sum(names.values(), []):
+            (home / f"images_{box}" / name).touch()
+
+        def entries(*pids: int, box: str = box) -> list[list]:
+            return [[f"x/images_{box}/{name}", 0, int(name[6]) - 1] for pid in pids for name in names[pid]]
+
+        new = {"train": entries(1, 2), "query": entries(3)[:1], "gallery": entries(3)[1:]}
+        classic = {"train": entries(3), "query": entries(1), "gallery": entries(1)}
+        (home / f"splits_new_{box}.json").write_text(json.dumps([new]))
+        (home / f"splits_classic_{box}.json").write_text(json.dumps([classic]))
+    return home
+
+
+def refused(**data: object) -> str:
+    with pytest.raises(DanFastError) as caught:
+        load_datasets(DataConfig(**data))
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(".")
+    return message
+
+
+def manifest(folder: Path, **pids: list[int]) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for split, people in pids.items():
+        for number, pid in enumerate(people):
+            (folder / f"{split}{number}.jpg").touch()
+            rows.append(f"{split}{number}.jpg,{pid},{number % 2},{split}")
+    (folder / "manifest.csv").write_text("\n".join(["path,pid,camid,split", *rows]) + "\n")
+    return str(folder)
+
+
+def test_another_variant_of_a_dataset_trained_on_is_refused(cuhk03: Path) -> None:
+    message = refused(labeled=f"{cuhk03}@labeled new", targets=f"{cuhk03}@labeled classic split 1")
+    assert message.startswith(
+        "This training would train on people of its target CUHK03 (labeled, classic protocol, split 1): 1 of them, "
+        f"person 1001 the first, are among the train images of CUHK03 (labeled, new protocol) ({cuhk03}); "
+    )
+    assert "name other datasets or variants in data.labeled, data.unlabeled or data.targets" in message
+    # The other boxes show the same people.
+    assert "1 of them" in refused(labeled=f"{cuhk03}@detected new", targets=f"{cuhk03}@labeled classic split 1")
+    own = DataConfig(labeled=f"{cuhk03}@labeled new", targets=[f"{cuhk03}@labeled new", f"{cuhk03}@detected new"])
+    assert [target.variant for target in load_datasets(own).targets] == [
+        "labeled, new protocol",
+        "detected, new protocol",
+    ]
+
+
+def test_links_do_not_hide_a_dataset(cuhk03: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(cuhk03)
+    (tmp_path / "above").symlink_to(cuhk03.parent)
+    for path in (tmp_path / "link", tmp_path / "above" / "cuhk03"):
+        assert "person 1001" in refused(labeled=f"{cuhk03}@labeled new", targets=f"{path}@labeled classic split 1")
+
+
+def test_unlabelled_images_are_trained_on_unless_no_share_is_taken(cuhk03: Path, tmp_path: Path) -> None:
+    data = {"labeled": manifest(tmp_path / "campus", train=[1, 1001]), "unlabeled": f"{cuhk03}@labeled new",
+            "targets": f"{cuhk03}@labeled classic split 1"}  # fmt: skip
+    assert "person 1001" in refused(**data)
+    assert load_datasets(DataConfig(**data, unlabeled_share=0.0)).unlabeled
+
+
+def test_persons_of_a_manifest(tmp_path: Path) -> None:
+    apart = manifest(tmp_path / "apart", train=[1, 1, 2, 2], query=[3], gallery=[3, 0])
+    assert load_datasets(DataConfig(labeled=apart, targets=apart))
+    # The same numbers elsewhere are other persons.
+    other = manifest(tmp_path / "other", test=[1, 1, 2, 2])
+    assert load_datasets(DataConfig(labeled=apart, targets=[apart, other]))
+    for split in ("query", "gallery"):
+        splits = {"train": [1, 2, 4], "query": [3], "gallery": [3], split: [3, 4]}
+        assert "1 of them, person 4 the first" in refused(
+            labeled=manifest(tmp_path / split, **splits), targets=str(tmp_path / split)
+        )
+    both = manifest(tmp_path / "both", train=[1, 1, 2, 2], test=[2, 2, 5, 5])
+    assert "1 of them, person 2 the first" in refused(labeled=both, targets=both)
+
+
+def test_distractors_and_unknown_persons_are_nobody() -> None:
+    root = Path("/data/market")
+    samples = {pid: Sample(root / f"{pid}.jpg", pid, 1) for pid in (-1, 0, 5, 6)}
+    target = ReIDDataset("market", root, query=(samples[5],), gallery=tuple(samples.values()))
+    assert persons_tested(target) == {5, 6}
+    assert persons_in_both({"/data/market": {-1, 0, 6, 7}, "/data/duke": {5}}, target) == [6]
+
+
+def test_a_checkpoint_tells_how_many_of_a_targets_persons_were_trained_on() -> None:
+    root = Path("/data/market")
+    train = tuple(Sample(root / f"{n}.jpg", pid, 1) for n, pid in enumerate((1, 2, 2, -1)))
+    unlabeled = ReIDDataset("duke", Path("/data/duke"), train=(Sample(Path("/data/duke/0.jpg"), 9, 1),))
+    persons = TrainingSet([ReIDDataset("market", root, train=train)], [unlabeled]).persons
+    assert {root: pids.tolist() for root, pids in persons.items()} == {"/data/market": [1, 2], "/data/duke": [9]}
+    tested = tuple(Sample(root / f"{n}.jpg", pid, 1) for n, pid in enumerate((2, 2, 3, 3)))
+    target = ReIDDataset("market", root, test=tested)
+    assert seen_of({"persons": persons}, target) == f"1 {SEEN}"
+    assert seen_of({}, target) == "", "older checkpoints do not know"
+    assert seen_of({"persons": {"/data/duke": persons["/data/market"]}}, target) == ""

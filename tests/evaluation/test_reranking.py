@@ -1,0 +1,148 @@
+"""k-reciprocal re-ranking against the dense form of its paper, image by image."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dan_fast.bench.machine import peak_above
+from dan_fast.core.errors import DanFastError
+from dan_fast.evaluation import (
+    DatasetFeatures,
+    Features,
+    Reranking,
+    evaluate_features,
+    evaluate_ranking,
+    evaluate_reranked,
+    rank_distances,
+    reranked_distances,
+)
+
+
+def dense(query, gallery, metric, k1, k2, weight):
+    """With all matrices of all images by all images; equal distances by place."""
+    images = np.concatenate([query, gallery]).astype(np.float64)
+    if metric == "cosine":
+        images = images / np.linalg.norm(images, axis=1, keepdims=True)
+    original = ((images[:, None] - images[None]) ** 2).sum(2)
+    original = original / original.max(axis=1, keepdims=True)
+    ranking = np.argsort(original.round(12), axis=1, kind="stable")
+
+    def reciprocal(image, count):
+        forward = ranking[image, : count + 1]
+        return [other for other in forward if image in ranking[other, : count + 1]]
+
+    encodings = np.zeros_like(original)
+    for image in range(len(images)):
+        own = reciprocal(image, k1)
+        expanded = set(own)
+        for candidate in own:
+            theirs = reciprocal(candidate, int(np.around(k1 / 2)))
+            if len(set(theirs) & set(own)) > 2 / 3 * len(theirs):
+                expanded |= set(theirs)
+        expanded = sorted(expanded)
+        weights = np.exp(-original[image, expanded])
+        encodings[image, expanded] = weights / weights.sum()
+    encodings = np.stack([encodings[ranking[image, :k2]].mean(0) for image in range(len(images))])
+    common = np.minimum(encodings[: len(query), None], encodings[None, len(query) :]).sum(2)
+    jaccard = 1 - common / (2 - common)
+    return (1 - weight) * jaccard + weight * original[: len(query), len(query) :]
+
+
+def problem(queries=31, gallery=122, ids=14, width=9, seed=0):
+    rng = np.random.default_rng(seed)
+    query_ids, gallery_ids = rng.integers(0, ids, queries), rng.integers(0, ids, gallery)
+    centres = rng.normal(size=(ids, width))
+    features = [centres[x] + 0.7 * rng.normal(size=(len(x), width)) for x in (query_ids, gallery_ids)]
+    return features, (query_ids, gallery_ids, np.zeros(queries, dtype=int), np.ones(gallery, dtype=int))
+
+
+def joined(*arguments, **options):
+    blocks = list(reranked_distances(*arguments, **options))
+    assert [rows.start for rows, _ in blocks[1:]] == [rows.stop for rows, _ in blocks[:-1]]
+    return np.concatenate([distances for _, distances in blocks])
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("settings", [Reranking(), Reranking(7, 3, 0.1), Reranking(5, 1, 0.0), Reranking(2, 5, 0.8)])
+def test_agrees_with_the_dense_form(metric, settings):
+    (query, gallery), labels = problem()
+    gallery[5:9] = gallery[3]
+    expected = dense(query, gallery, metric, *settings)
+    found = joined(query, gallery, metric, settings)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(joined(query, gallery, metric, settings, 50_000), found, rtol=0, atol=1e-9)
+    result = evaluate_reranked(query, gallery, *labels, metric=metric, reranking=settings)
+    assert str(result) == str(rank_distances(found, *labels))
+    half = torch.from_numpy(query).bfloat16(), torch.from_numpy(gallery).bfloat16()
+    expected = dense(*(x.double().numpy() for x in half), metric, *settings)
+    np.testing.assert_allclose(joined(*half, metric, settings), expected, rtol=0, atol=1e-6)
+
+
+def test_it_is_of_use():
+    (query, gallery), labels = problem(ids=8, width=4)
+    assert evaluate_reranked(query, gallery, *labels).mAP > 0.02 + evaluate_ranking(query, gallery, *labels).mAP
+
+
+def test_fewer_images_than_neighbours():
+    (query, gallery), _ = problem(2, 5, 2)
+    expected = dense(query, gallery, "cosine", *Reranking())
+    np.testing.assert_allclose(joined(query, gallery), expected, rtol=0, atol=1e-6)
+
+
+def test_all_images_equal():
+    assert np.isfinite(joined(np.ones((3, 2)), np.ones((40, 2)))).all()
+
+
+def test_of_a_dataset():
+    features, labels = problem(ids=8, width=4)
+    query, gallery = (
+        Features(torch.from_numpy(x).float(), *(torch.from_numpy(y) for y in part), (Path("image.png"),) * len(x))
+        for x, part in zip(features, (labels[::2], labels[1::2]), strict=True)
+    )
+    dataset = DatasetFeatures("tiny", query, gallery, None)
+    found = evaluate_features(dataset, reranking=Reranking(k1=7))
+    expected = evaluate_reranked(query.features, gallery.features, *labels, reranking=Reranking(k1=7))
+    assert (found.mAP, found.cmc) == (expected.mAP, tuple(expected.cmc.tolist()))
+    assert found.protocol == "fixed query and gallery; k-reciprocal re-ranking (k1 7, k2 6, lambda 0.3)"
+    assert evaluate_features(dataset).protocol == "fixed query and gallery"
+    with pytest.raises(DanFastError, match="tiny is scored single-shot, .* leave out rerank"):
+        evaluate_features(dataset._replace(single_shot=True), reranking=Reranking())
+
+
+def test_memory_is_bounded():
+    """Of 8000 images a matrix in float64 would take 512 MB."""
+    (query, gallery), labels = problem(500, 7500, 400, 16)
+    evaluate_reranked(query[:50], gallery[:500], labels[0][:50], labels[1][:500], labels[2][:50], labels[3][:500])
+    _, extra = peak_above(torch.device("cpu"), lambda: evaluate_reranked(query, gallery, *labels))
+    assert extra is None or extra < 256e6
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"gallery_features": np.ones((3, 4))}, "gallery_features is 4 wide and query_features 3"),
+        ({"query_features": np.full((3, 3), np.nan)}, "query_features holds NaN or Inf"),
+        ({"gallery_features": np.ones((0, 3))}, r"gallery_features has shape \(0, 3\)"),
+        ({"gallery_cams": None}, "gallery_cams is missing"),
+        ({"gallery_cams": [1, 1, 1]}, "query_ids share no identity"),
+        ({"reranking": Reranking(k1=0)}, "k1 is 0; it must be at least 1"),
+        ({"reranking": Reranking(k2=0)}, "k2 is 0; it must be at least 1"),
+        ({"reranking": Reranking(weight=1.5)}, "weight is 1.5; it must lie between 0 and 1"),
+        ({"metric": "manhattan"}, "metric is 'manhattan'"),
+        ({"ap": "exact"}, "ap is 'exact'"),
+    ],
+)
+def test_errors_name_the_argument(change, sentence):
+    arguments = {
+        "query_features": np.eye(3),
+        "gallery_features": np.eye(3),
+        "query_ids": [1, 2, 3],
+        "gallery_ids": [1, 2, 3],
+        "query_cams": [1, 1, 1],
+        "gallery_cams": [2, 2, 2],
+    }
+    assert evaluate_reranked(**arguments).mAP == 1
+    with pytest.raises(ValueError, match=sentence):
+        evaluate_reranked(**{**arguments, **change})

@@ -1,0 +1,159 @@
+"""What the attention operators take: dtypes, autocast, compilation, and the errors for what does not fit."""
+
+import pytest
+import torch
+
+import dan_fast.functional as functional
+import dan_fast.reference as reference
+from dan_fast import NLCBAMWeights
+from dan_fast.nn import NLCBAM
+from tests.functional.attention.test_equations import FORMS, assert_agree, problem
+from tests.support.head_problems import assert_varies_alike
+
+# Relative to 1 + |b|: rounding of the result for half types, of the sums for float32.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_lower_precision_is_near_float64(dtype):
+    low = problem((3, 96, 4, 2), hidden=(8, 2), dtype=dtype)
+    features, weights, cam_weight, labels = low
+    exact = reference.attention_head(
+        features.double(), NLCBAMWeights(*(w.double() for w in weights)), cam_weight.double(), labels
+    )
+    head = functional.attention_head(*low)
+    assert all(value.dtype == dtype for value in head)
+    assert_agree([value.double() for value in head], exact, TOLERANCE[dtype])
+    output = functional.nl_cbam(features, weights)
+    for attention in (head.spatial_attention, output.spatial_attention):
+        assert_varies_alike(attention, exact.spatial_attention)
+    adversary = functional.attention_adversary(features, output.refined, cam_weight, labels)
+    assert {value.dtype for value in (*output, *adversary)} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_spatial_attention_that_does_not_vary_is_told_apart(dtype):
+    """Its mean over the positions is right, and half of it is not enough; and where nothing varies nothing is shown."""
+    exact = reference.nl_cbam(*problem((3, 96, 4, 2), hidden=(8, 2), dtype=torch.float64)[:2]).spatial_attention
+    mean = exact.mean(1, keepdim=True)
+    assert_varies_alike(exact.to(dtype), exact)
+    for wrong in (mean.expand_as(exact), 0.5 * (mean + exact), exact.flip(1)):
+        with pytest.raises(AssertionError):
+            assert_varies_alike(wrong.to(dtype), exact)
+    with pytest.raises(AssertionError, match="too little"):
+        assert_varies_alike(mean.expand_as(exact), mean.expand_as(exact))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_statistics_are_taken_in_float32(dtype):
+    # 4095 ones and a half: a running sum in half precision would stop at 256 or 2048.
+    features = torch.ones(1, 2, 64, 64, dtype=dtype)
+    weights = NLCBAM(2, 4096, reduction=4096).to(dtype).weights
+    head = functional.attention_head(features, weights, torch.ones(1, 2, dtype=dtype), torch.tensor([0]))
+    assert head.pooled.tolist() == [[1, 1]]
+
+
+def test_autocast_computes_in_float32():
+    features, weights, cam_weight, labels = problem(dtype=torch.float32)
+    low = features.bfloat16()
+    expected = functional.attention_head(low.float(), weights, cam_weight, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = functional.attention_head(low, weights, cam_weight, labels)
+        output = functional.nl_cbam(features=low, weights=weights)
+        adversary = functional.attention_adversary(low, output.refined, cam_weight, labels)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert_agree([adversary.loss], [expected.adversary_loss], 1e-5)
+
+
+def test_compiles_into_one_graph():
+    arguments = problem()
+    compiled = torch.compile(functional.attention_head, fullgraph=True, backend="aot_eager")
+    assert_agree(compiled(*arguments), functional.attention_head(*arguments), 1e-12)
+
+
+BROKEN = {
+    "features must be a floating": lambda a: a.update(features=a["features"].long()),
+    "features must be (B, C, H, W)": lambda a: a.update(features=a["features"][0]),
+    "features must be (B, C, H, W) with C": lambda a: a.update(features=a["features"][:, :0]),
+    "weights must be an NLCBAMWeights": lambda a: a.update(weights=tuple(a["weights"])),
+    "weights.wc1 must have shape (2, 7)": lambda a: set_weight(a, wc1=torch.zeros(2, 6).double()),
+    "weights.wc2 must have shape (7, 2)": lambda a: set_weight(a, wc2=torch.zeros(2, 7).double()),
+    "weights.ws1 must be a matrix": lambda a: set_weight(a, ws1=torch.zeros(3).double()),
+    "weights.ws3 must have shape (3, 6)": lambda a: set_weight(a, ws3=torch.zeros(3, 5).double()),
+    "weights.ws2 must have shape (6, 3)": lambda a: set_weight(a, ws2=torch.zeros(6, 2).double()),
+    "weights.ws4 is torch.float32": lambda a: set_weight(a, ws4=a["weights"].ws4.float()),
+    "cam_weight must be (c, 7)": lambda a: a.update(cam_weight=a["cam_weight"].T),
+    "cam_weight is torch.float16": lambda a: a.update(cam_weight=a["cam_weight"].half()),
+    "labels must be an int64": lambda a: a.update(labels=a["labels"].int()),
+    "labels must be (4,)": lambda a: a.update(labels=a["labels"][:3]),
+    "got values from -2": lambda a: a["labels"].__setitem__(0, -2),
+    "labels must be -1 or a class in 0..4": lambda a: a["labels"].__setitem__(3, 5),
+    "refined must have the shape": lambda a: a.update(refined=a["refined"][:, :, :2]),
+    "refined is torch.float32": lambda a: a.update(refined=a["refined"].float()),
+    "cam_weight is on meta": lambda a: a.update(cam_weight=a["cam_weight"].to("meta")),
+    "labels is on meta": lambda a: a.update(labels=a["labels"].to("meta")),
+}
+
+
+def set_weight(arguments, **weight):
+    arguments["weights"] = arguments["weights"]._replace(**weight)
+
+
+@FORMS
+@pytest.mark.parametrize("message", BROKEN)
+def test_what_does_not_fit_is_named(ops, message):
+    features, weights, cam_weight, labels = problem()
+    arguments = {"features": features, "weights": weights, "cam_weight": cam_weight, "labels": labels}
+    arguments["refined"] = features
+    BROKEN[message](arguments)
+    features, weights, cam_weight, labels, refined = arguments.values()
+    wrong_type = ("floating", "is torch", "int64", "an NLCBAMWeights")
+    kind = TypeError if any(word in message for word in wrong_type) else ValueError
+    calls = {
+        "nl_cbam": (lambda: ops.nl_cbam(features, weights), message.startswith(("features", "weights"))),
+        "adversary": (
+            lambda: ops.attention_adversary(features, refined, cam_weight, labels),
+            not message.startswith("weights"),
+        ),
+        "head": (
+            lambda: ops.attention_head(features, weights, cam_weight, labels),
+            not message.startswith("refined"),
+        ),
+    }
+    for run, concerned in calls.values():
+        if concerned:
+            with pytest.raises(kind) as raised:
+                run()
+            assert message in str(raised.value)
+
+
+def test_module_names_shapes_and_start():
+    torch.manual_seed(0)
+    attention = NLCBAM(channels=30, positions=8, reduction=12)
+    shapes = {name: tuple(p.shape) for name, p in attention.named_parameters()}
+    assert shapes == {
+        "wc1": (2, 30), "wc2": (30, 2), "ws1": (1, 8), "ws3": (1, 8), "ws2": (8, 1), "ws4": (8, 1),
+    }  # fmt: skip
+    for name, weight in attention.weights._asdict().items():
+        assert weight is getattr(attention, name)
+        bound = weight.shape[1] ** -0.5
+        assert bound / 4 < weight.abs().max() <= bound and weight.min() < 0
+    features = torch.rand(2, 30, 4, 2)
+    assert_agree(attention(features), functional.nl_cbam(features, attention.weights), 0)
+    assert not torch.equal(NLCBAM(30, 8).wc1, attention.wc1)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_unit_is_dead_on_an_even_map(seed):
+    torch.manual_seed(seed)
+    attention = NLCBAM(channels=24, positions=8)
+    output = attention(torch.ones(1, 24, 4, 2))
+    torch.autograd.backward(output.channel_attention.sum() + output.spatial_attention[0, 0])
+    for name in ("wc1", "ws3"):
+        assert (getattr(attention, name).grad.abs().sum(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("name", ["channels", "positions", "reduction"])
+def test_module_sizes_below_one(name):
+    with pytest.raises(ValueError, match=name):
+        NLCBAM(**({"channels": 4, "positions": 4, "reduction": 2} | {name: 0}))

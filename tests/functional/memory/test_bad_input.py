@@ -1,0 +1,274 @@
+"""Wrong arguments are named and change nothing."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from dan_fast import MemoryState, functional, reference
+from tests.support.memory_arguments import (
+    BATCH,
+    F64,
+    FLOATS,
+    GATES,
+    INTEGERS,
+    STATE_FIELDS,
+    arguments,
+    get,
+    module,
+    put,
+    refuses,
+)
+from tests.support.memory_problems import in_dtype
+
+
+@pytest.fixture(params=[reference, functional], ids=["reference", "functional"])
+def impl(request):
+    return request.param
+
+
+@pytest.mark.parametrize("name", [*BATCH, *GATES, *STATE_FIELDS])
+def test_another_device_is_named(impl, name):
+    """`meta` stands for any second device."""
+    given = arguments()
+    # Everything is held against M's features: where those are elsewhere, the first that differs is named.
+    first = "labeled.labels is on cpu" if name == "labeled.features" else f"{name} is on meta"
+    if name == "unlabeled.features":
+        first = "unlabeled.labels is on cpu"
+    refuses(impl, put(given, name, get(given, name).to("meta")), ValueError, f"^{first}.*: move one with")
+
+
+@pytest.mark.parametrize("memory", ["labeled", "unlabeled"])
+def test_a_memory_on_another_device_is_named(impl, memory):
+    given = arguments()
+    moved = given | {memory: MemoryState(*(x.to("meta") for x in given[memory]))}
+    refuses(impl, moved, ValueError, "^unlabeled.features is on (meta|cpu), labeled.features on (meta|cpu)")
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex128], ids=str)
+def test_a_wrong_dtype_is_named(impl, name, dtype):
+    given = arguments()
+    if name in GATES and dtype.is_floating_point:
+        impl.memory_step(**put(given, name, get(given, name).to(dtype)))  # any floating dtype will do
+        return
+    blamed = name
+    if name == "labeled.features" and dtype.is_floating_point:
+        blamed = "labeled.usage"  # which no longer fits
+    if name == "unlabeled.features" and dtype.is_floating_point:
+        blamed = "unlabeled.usage"
+    refuses(impl, put(given, name, get(given, name).to(dtype)), TypeError, f"^{blamed} must .*got torch")
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float64, torch.bool, torch.uint8], ids=str)
+def test_integers_that_are_not_int64_are_named(impl, name, dtype):
+    given = arguments()
+    wrong = get(given, name).abs().to(dtype)
+    refuses(impl, put(given, name, wrong), TypeError, rf"^{name} must be torch.int64, got {dtype}.*\.to\(torch.int64\)")
+
+
+@pytest.mark.parametrize("name", [*BATCH, *GATES, *STATE_FIELDS])
+@pytest.mark.parametrize("wrong", [None, [[1.0, 2.0, 3.0]], "text", True, object()], ids=lambda x: type(x).__name__)
+def test_what_is_no_tensor_is_named(impl, name, wrong):
+    refuses(impl, put(arguments(), name, wrong), TypeError, f"^{name} must be a .*got {type(wrong).__name__}$")
+
+
+@pytest.mark.parametrize("name", ["labeled", "unlabeled"])
+def test_what_is_no_state_is_named(impl, name):
+    for wrong in (None, tuple(arguments()[name]), torch.zeros(3)):
+        refuses(
+            impl, arguments() | {name: wrong}, TypeError, f"^{name} must be a MemoryState, got {type(wrong).__name__}"
+        )
+
+
+def resized(x):
+    """Everything that has another shape than `x` by a little."""
+    yield x[None]
+    if x.dim():
+        yield x[0]
+    for dim in range(x.dim()):
+        yield torch.cat([x, x.narrow(dim, 0, 1)], dim)
+        yield x.narrow(dim, 0, x.shape[dim] - 1)
+        yield x.narrow(dim, 0, 1)
+        yield x.narrow(dim, 0, 0)
+
+
+@pytest.mark.parametrize("name", [*BATCH, *GATES, *STATE_FIELDS])
+def test_a_wrong_shape_is_named(impl, name):
+    given = arguments()
+    # Sizes come from the keys and the features: where one of those is wrong, what goes with it is named.
+    partner = {"keys": "labels", "unlabeled_keys": "sample_ids"}
+    for wrong in resized(get(given, name)):
+        memory, _, field = name.partition(".")
+        named = [name, partner.get(name, name)]
+        if field == "features":
+            named += [f"{memory}.labels", "unlabeled.features"]
+        refuses(impl, put(given, name, wrong), ValueError, rf"^({'|'.join(named)}) must .*got (shape )?\(")
+
+
+def test_a_memory_without_slots_or_numbers_is_refused(impl):
+    for shape in ((0, 3), (4, 0)):
+        nothing = MemoryState.empty(4, 3, F64)._replace(features=torch.zeros(shape, dtype=F64))
+        for name in ("labeled", "unlabeled"):
+            refuses(impl, arguments() | {name: nothing}, ValueError, f"^{name}.features must hold at least one slot")
+
+
+@pytest.mark.parametrize("name", ["keys", "unlabeled_keys"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e160, -1e200])
+def test_a_key_that_is_not_finite_anywhere_is_named(impl, name, value):
+    """1e160 is finite, its square is not."""
+    given = arguments()
+    for row in range(given[name].shape[0]):
+        for column in range(3):
+            wrong = given[name].clone()
+            wrong[row, column] = value
+            refuses(impl, given | {name: wrong}, ValueError, f"^{name} must be finite")
+
+
+def test_huge_but_usable_keys_are_written(impl):
+    given = arguments()
+    step = impl.memory_step(**(given | {"keys": 1e150 * given["keys"]}))
+    assert step.loss.isfinite() and step.labeled.evaluation.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_keys_whose_squares_overflow_float32_are_named(impl, dtype):
+    given = arguments()
+    given |= {name: in_dtype(given[name], dtype) for name in ("labeled", "unlabeled")}
+    given |= {name: given[name].to(dtype) for name in ("keys", "unlabeled_keys")}
+    for name in ("keys", "unlabeled_keys"):
+        wrong = given[name].clone()
+        wrong[-1, 1] = 1e20
+        refuses(impl, given | {name: wrong}, ValueError, f"^{name} must be finite and so must their squared norms")
+
+
+@pytest.mark.parametrize("name", ["labels", "sample_ids"])
+@pytest.mark.parametrize("value", [-1, -7, -(2**63)])
+def test_a_negative_number_anywhere_is_named(impl, name, value):
+    given = arguments()
+    for at in range(len(given[name])):
+        wrong = given[name].clone()
+        wrong[at] = value
+        refuses(impl, given | {name: wrong}, ValueError, f"^{name} must not be negative")
+
+
+def test_the_largest_labels_are_kept(impl):
+    largest = torch.full((2,), 2**63 - 1)
+    given = arguments()
+    step = impl.memory_step(**(given | {"labels": largest, "labeled": MemoryState.empty(5, 3, F64)}))
+    assert step.labeled.labels.tolist() == [2**63 - 1] * 2 + [-1] * 3
+    assert step.pseudo_labels.tolist() == [2**63 - 1] * 3
+    given |= {"sample_ids": torch.tensor([2**63 - 1, 2**33, 0]), "unlabeled": MemoryState.empty(4, 3, F64)}
+    step = impl.memory_step(**(given | {"labels": torch.tensor([1, 1]), "labeled": MemoryState.empty(5, 3, F64)}))
+    assert step.unlabeled.sample_ids.tolist() == [2**63 - 1, 2**33, 0, -1]
+
+
+@pytest.mark.parametrize("name", ["labeled", "unlabeled"])
+@pytest.mark.parametrize("slot", [-1, "slots", 2**40, -(2**62)])
+def test_a_least_used_slot_that_does_not_exist_is_named(impl, name, slot):
+    given = arguments()
+    slot = len(given[name].labels) if slot == "slots" else slot
+    given = put(given, f"{name}.least_used", torch.tensor(slot))
+    refuses(impl, given, ValueError, f"^{name}.least_used must be a slot")
+
+
+@pytest.mark.parametrize("name", ["decay", "decay_unlabeled"])
+def test_a_wrong_decay_is_named(impl, name):
+    for wrong in (-1e-9, 1 + 1e-9, 2, -1, math.nan, math.inf):
+        refuses(impl, arguments() | {name: wrong}, ValueError, rf"^{name} must lie in \[0, 1\], got")
+    for wrong in (None, "0.9", True, torch.tensor(0.9), [0.9]):
+        refuses(impl, arguments() | {name: wrong}, TypeError, f"^{name} must be a number, got {type(wrong).__name__}")
+    for right in (0, 1, 0.0, 1.0):
+        assert impl.memory_step(**(arguments() | {name: right})).loss.isfinite()
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_wrong_gate_is_named(impl, name):
+    for wrong in (math.nan, math.inf, -math.inf):
+        refuses(impl, arguments() | {name: wrong}, ValueError, f"^{name} must be finite")
+        refuses(impl, arguments() | {name: torch.tensor(wrong, dtype=F64)}, ValueError, f"^{name} must be finite")
+        refuses(impl, arguments() | {name: torch.tensor(wrong)}, ValueError, f"^{name} must be finite")
+    for wrong in (1j, {}, (0.1,)):
+        refuses(impl, arguments() | {name: wrong}, TypeError, f"^{name} must be a .. tensor or a number, got")
+    as_tensor, as_number = (
+        impl.memory_step(**arguments()),
+        impl.memory_step(**(arguments() | {name: arguments()[name].item()})),
+    )
+    assert torch.equal(as_tensor.loss, as_number.loss)
+
+
+def test_the_first_of_several_faults_is_named(impl):
+    given = arguments()
+    given |= {"keys": given["keys"] * math.nan, "labels": -given["labels"] - 1, "beta": math.nan}
+    refuses(impl, given, ValueError, "^(keys|beta) must be finite")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "error"),
+    [
+        ("keys", lambda x: x * math.nan, ValueError),
+        ("keys", lambda x: x * 1e200, ValueError),
+        ("keys", lambda x: x.float(), TypeError),
+        ("keys", lambda x: x[:, :2], ValueError),
+        ("keys", lambda x: x.to("meta"), ValueError),
+        ("labels", lambda x: -1 - x, ValueError),
+        ("labels", lambda x: x[:1], ValueError),
+        ("labels", lambda x: x.int(), TypeError),
+        ("unlabeled_keys", lambda x: x * math.inf, ValueError),
+        ("unlabeled_keys", lambda x: None, TypeError),
+        ("sample_ids", lambda x: -1 - x, ValueError),
+        ("sample_ids", lambda x: x[None], ValueError),
+    ],
+)
+@pytest.mark.parametrize("pending", [False, True], ids=["settled", "waiting"])
+def test_a_refused_batch_leaves_no_trace_in_the_module(name, wrong, error, pending):
+    """Bit for bit: a twin that never saw it goes on to the same loss, gradients and states."""
+    memory = module()
+    given = {name: arguments()[name] for name in BATCH}
+    if pending:
+        memory(**given)
+    twin = copy.deepcopy(memory)
+    for _ in range(2):
+        with pytest.raises(error, match=f"^{name} "):
+            memory(**(given | {name: wrong(given[name])}))
+    for _ in range(2):
+        steps = [m(**given) for m in (memory, twin)]
+        grads = [torch.autograd.grad(s.loss, m.parameters()) for s, m in zip(steps, (memory, twin), strict=True)]
+        assert torch.equal(steps[0].loss, steps[1].loss)
+        assert all(map(torch.equal, *grads))
+    assert all(map(torch.equal, memory.state_dict().values(), twin.state_dict().values()))
+
+
+def test_wrong_weights_and_sets_are_named(impl):
+    keys, slots, occupied = torch.ones(2, 3), torch.ones(4, 3), torch.ones(4, dtype=torch.bool)
+    for name, wrong, error in (
+        ("keys", keys.int(), TypeError),
+        ("keys", keys[0], ValueError),
+        ("keys", keys * math.nan, ValueError),
+        ("keys", keys * 1e30, ValueError),
+        ("keys", None, TypeError),
+        ("slots", slots.double(), TypeError),
+        ("slots", slots[:, :2], ValueError),
+        ("slots", slots.to("meta"), ValueError),
+        ("occupied", occupied[:3], ValueError),
+        ("occupied", occupied.long(), TypeError),
+        ("occupied", occupied.to("meta"), ValueError),
+    ):
+        with pytest.raises(error, match=f"^{name} "):
+            impl.cosine_softmax(**({"keys": keys, "slots": slots, "occupied": occupied} | {name: wrong}))
+    evaluation, labels, pseudo_labels = torch.ones(2, 4), torch.tensor([0, 1, -1, 0]), torch.tensor([0, 1])
+    for name, wrong, error in (
+        ("evaluation", evaluation.long(), TypeError),
+        ("evaluation", evaluation[0], ValueError),
+        ("labels", labels[:3], ValueError),
+        ("labels", labels.int(), TypeError),
+        ("labels", labels.to("meta"), ValueError),
+        ("pseudo_labels", pseudo_labels[:1], ValueError),
+        ("pseudo_labels", pseudo_labels.float(), TypeError),
+        ("pseudo_labels", pseudo_labels.to("meta"), ValueError),
+    ):
+        given = {"evaluation": evaluation, "labels": labels, "pseudo_labels": pseudo_labels}
+        with pytest.raises(error, match=f"^{name} "):
+            impl.false_sample_sets(**(given | {name: wrong}))

@@ -1,0 +1,180 @@
+"""Unusual arguments that are right work like any other: layouts, gradients of the memory, huge ones."""
+
+import numpy as np
+import pytest
+import torch
+
+from dan_fast import MemoryState, _extension, functional, reference
+from dan_fast.functional.memory.row_norms import row_sq_norms
+from dan_fast.functional.memory.stream import memory_combine, memory_scores
+from tests.support.memory_arguments import BATCH, F64, GATES, STATE_FIELDS, arguments, get, module, put, tensors
+from tests.support.memory_problems import agree, in_dtype
+
+
+@pytest.fixture(params=[reference, functional], ids=["reference", "functional"])
+def impl(request):
+    return request.param
+
+
+def views(x):
+    """The values of `x` in every layout that PyTorch has for them."""
+    yield torch.stack([x, x], -1)[..., 0]  # every other number
+    yield torch.cat([x.reshape(-1)[:1], x.reshape(-1)])[1:].reshape(x.shape)  # a storage offset
+    if x.dim() == 2:
+        yield x.T.contiguous().T
+        yield torch.cat([x, x], 1)[:, : x.shape[1]]  # padded rows
+    if x.is_floating_point():
+        yield torch.complex(torch.zeros_like(x), -x).conj().imag  # negated when it is read
+
+
+@pytest.mark.parametrize("name", [*BATCH, *GATES, *STATE_FIELDS])
+def test_layout_does_not_matter(impl, name):
+    given = arguments()
+    plain = impl.memory_step(**given)
+    for view in views(get(given, name)):
+        assert torch.equal(view, get(given, name))
+        step = impl.memory_step(**put(given, name, view))
+        for a, b in zip(tensors(step._asdict()), tensors(plain._asdict()), strict=True):
+            agree(a, b, 1e-13)
+        assert torch.equal(view, get(given, name))
+
+
+def test_expanded_tensors(impl):
+    """One number in memory for many: whatever were written to in place would show."""
+    given = arguments()
+    labeled, unlabeled = given["labeled"], given["unlabeled"]
+    expanded = given | {
+        "keys": given["keys"][:1].expand(2, 3),
+        "labels": torch.tensor(2).expand(2),
+        "unlabeled_keys": given["unlabeled_keys"][:, :1].expand(3, 3),
+        "sample_ids": torch.tensor(7).expand(3),
+        "labeled": labeled._replace(
+            features=labeled.features[:1].expand(5, 3),
+            labels=torch.tensor(1).expand(5),
+            usage=torch.ones(1, dtype=F64).expand(5),
+            evaluation=torch.tensor(0.2, dtype=F64).expand(5),
+            sample_ids=torch.tensor(-1).expand(5),
+        ),
+        "unlabeled": unlabeled._replace(
+            features=unlabeled.features[:, :1].expand(4, 3), usage=torch.zeros(1, dtype=F64).expand(4)
+        ),
+    }
+    copied = {
+        name: MemoryState(*(x.clone() for x in value)) if isinstance(value, MemoryState) else value.clone()
+        for name, value in expanded.items()
+    }
+    results = []
+    for form in (expanded, copied):
+        keys, unlabeled_keys = (form[name].detach().requires_grad_() for name in ("keys", "unlabeled_keys"))
+        step = impl.memory_step(**(form | {"keys": keys, "unlabeled_keys": unlabeled_keys}))
+        results.append([*tensors(step._asdict()), *torch.autograd.grad(step.loss, [keys, unlabeled_keys])])
+    for a, b in zip(*results, strict=True):
+        agree(a.detach(), b.detach(), 1e-12)
+    for a, b in zip(tensors(expanded), tensors(copied), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["keys", "slots", "occupied", "evaluation", "labels", "pseudo_labels"])
+def test_layout_does_not_matter_to_the_weights_and_the_sets(impl, name):
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        "keys": torch.randn(4, 6, generator=generator, dtype=F64),
+        "slots": torch.randn(9, 6, generator=generator, dtype=F64),
+        "occupied": torch.rand(9, generator=generator) < 0.7,
+    }
+    sets = {
+        "evaluation": torch.randint(0, 3, (4, 9), generator=generator).double(),
+        "labels": torch.randint(-1, 2, (9,), generator=generator),
+        "pseudo_labels": torch.tensor([0, 1, 0, -1]),
+    }
+    for function, given in ((impl.cosine_softmax, weights), (impl.false_sample_sets, sets)):
+        if name in given:
+            for view in views(given[name]):
+                for a, b in zip(tuple(function(**(given | {name: view}))), tuple(function(**given)), strict=True):
+                    agree(a, b, 1e-14)
+
+
+def test_a_memory_that_requires_grad_is_a_constant(impl):
+    given = arguments()
+    keys = given["keys"].requires_grad_()
+    leaf = torch.ones((), dtype=F64, requires_grad=True)
+
+    def followed(state):
+        floats = ("features", "usage", "evaluation")
+        return state._replace(**{field: getattr(state, field) * leaf for field in floats})
+
+    states = {name: followed(given[name]) for name in ("labeled", "unlabeled")}
+    plain, step = impl.memory_step(**given), impl.memory_step(**(given | states))
+    assert not any(x.requires_grad for x in (*step.labeled, *step.unlabeled, step.pseudo_labels))
+    by_keys, by_leaf = torch.autograd.grad(step.loss, [keys, leaf], allow_unused=True)
+    assert by_leaf is None
+    assert torch.equal(by_keys, torch.autograd.grad(plain.loss, keys)[0]) and by_keys.abs().sum() > 0
+    assert torch.equal(step.loss, plain.loss)
+
+
+def test_a_memory_advanced_without_gradients_can_be_trained_on():
+    memory, twin = module(), module()
+    given = {name: arguments()[name] for name in BATCH}
+    with torch.no_grad():
+        assert not memory(**given).loss.requires_grad
+    twin(**given)
+    losses = [m(**given).loss for m in (memory, twin)]
+    assert torch.equal(*losses) and losses[0].requires_grad
+    grads = [torch.autograd.grad(x, m.parameters()) for x, m in zip(losses, (memory, twin), strict=True)]
+    assert all(map(torch.equal, *grads))
+
+
+def untouched_zeros(count, dtype):
+    """(count,) zeros that the system only makes up when they are read: `torch.zeros` would write them."""
+    size = torch.empty((), dtype=dtype).element_size()
+    return torch.from_numpy(np.zeros(count * size, dtype=np.uint8)).view(dtype)
+
+
+def far_apart(rows, dtype):
+    """(3, d) with more than 2^31 elements between the first row and the last; what lies between is never touched."""
+    stride = 2**30 + 5
+    storage = untouched_zeros(2 * stride + rows.shape[1], dtype)
+    view = storage.as_strided(rows.shape, (stride, 1))
+    view.copy_(rows)
+    return view
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_more_than_2_to_the_31_elements_apart(dtype):
+    rows = torch.randn(3, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+    view = far_apart(rows, dtype)
+    agree(row_sq_norms(view), row_sq_norms(rows), 1e-6)
+    keys = torch.randn(2, 6, generator=torch.Generator().manual_seed(2)).to(dtype)
+    agree(functional.cosine_softmax(keys, view), functional.cosine_softmax(keys, rows), 1e-6)
+    state = MemoryState.empty(3, 6, dtype)._replace(labels=torch.tensor([0, 1, 2]))
+    state = in_dtype(state, dtype)
+    batch = (keys, torch.tensor([3, 4]), keys.flip(0), torch.tensor([5, 6]), 0.3, -0.2, 0.4)
+    found = [
+        functional.memory_step(state._replace(features=x), state._replace(features=x), *batch) for x in (view, rows)
+    ]
+    for a, b in zip(*(tensors(step._asdict()) for step in found), strict=True):
+        agree(a, b, 1e-6)
+
+
+@pytest.mark.skipif(
+    _extension.why_not() is not None, reason="the PyTorch path makes no index of its own, and copies gigabytes"
+)
+def test_more_than_2_to_the_31_elements():
+    """Only the last rows hold anything: an index of 32 bits would wrap round to the zeros before them.
+
+    Zeros that were never written share one page of memory, so that this needs hardly any.
+    """
+    d, slots = 4099, 2**19 + 3
+    base = untouched_zeros(slots * d, torch.bfloat16).reshape(slots, d)
+    assert base.numel() > 2**31
+    base[-2:] = torch.randn(2, d, generator=torch.Generator().manual_seed(1))
+    key = torch.randn(1, d, generator=torch.Generator().manual_seed(2))
+    assert row_sq_norms(base)[-3:].tolist() == [0, *row_sq_norms(base[-2:]).tolist()]
+    scores, norms = memory_scores(key, base)
+    assert not scores[:, :-2].any() and not norms[:-2].any()
+    torch.testing.assert_close(scores[:, -2:].double(), key.double() @ base[-2:].double().mT, rtol=1e-4, atol=1e-4)
+    agree(norms[-2:], row_sq_norms(base[-2:]), 1e-6)
+    weights = torch.zeros(1, slots)
+    weights[0, -3:] = torch.tensor([5.0, 2.0, -3.0])
+    combined = memory_combine(weights, base)
+    torch.testing.assert_close(combined, weights[:, -2:] @ base[-2:].float(), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,414 @@
+"""`cosine_softmax` and `false_sample_sets`: values, derivatives, which path serves, bits, the compiler."""
+
+import math
+import os
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dan_fast import _extension, functional, reference
+from dan_fast.functional.memory.row_norms import row_sq_norms
+from tests.support.memory_problems import agree
+from tests.test_extension import Called
+
+F64 = torch.float64
+SIZES = (0, 1, 63, 100, 1000, 9000)
+needs_extension = pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
+
+
+class Weights(NamedTuple):
+    """The arguments of `cosine_softmax`, and what its result is multiplied with in a loss."""
+
+    keys: Tensor
+    slots: Tensor
+    occupied: Tensor | None
+    factors: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Weights":
+        return Weights(self.keys.to(dtype), self.slots.to(dtype), self.occupied, self.factors)
+
+
+def weights(
+    slots: int, batch: int = 5, dim: int = 7, fill: float | None = 0.6, seed: int = 0, zeros: bool = True
+) -> Weights:
+    """Random keys; among the slots some equal to a key and some of norm 0. `fill` None: no mask."""
+    generator = torch.Generator().manual_seed(seed)
+    keys, features, factors = (
+        torch.randn(*shape, generator=generator, dtype=F64) for shape in ((batch, dim), (slots, dim), (batch, slots))
+    )
+    if batch:
+        features[1::7] = keys[0]
+        keys[batch // 2] *= 0.1
+    if zeros:
+        features[2::9] = 0.0
+    occupied = None if fill is None else torch.rand(slots, generator=generator) < fill
+    return Weights(keys, features, occupied, factors)
+
+
+def with_gradients(function, problem: Weights) -> tuple[Tensor, ...]:
+    """The weights, and the first and second derivatives of a loss in keys and slots."""
+    keys, slots = (x.detach().clone().requires_grad_() for x in problem[:2])
+    result = function(keys, slots, problem.occupied)
+    loss = (result * problem.factors.to(result.dtype)).sum() + result.square().sum()
+    first = torch.autograd.grad(loss, [keys, slots], create_graph=True)
+    # The derivative in a slot of norm 0 is some 1e12: it would drown the others.
+    long = slots.detach().any(1)
+    squares = first[0].double().square().sum() + first[1][long].double().square().sum()
+    second = torch.autograd.grad(squares, [keys, slots])
+    return result.detach(), *(x.detach() for x in first), *second
+
+
+def scale(tensor: Tensor) -> float:
+    return max(1e-30, tensor.double().abs().max().item()) if tensor.numel() else 1.0
+
+
+@pytest.mark.parametrize("fill", [0.6, None, 0.0])
+@pytest.mark.parametrize("slots", SIZES)
+def test_weights_and_two_derivatives_agree_with_the_reference(slots: int, fill: float | None):
+    problem = weights(slots, fill=fill)
+    actual, expected = (with_gradients(impl.cosine_softmax, problem) for impl in (functional, reference))
+    for a, b in zip(actual, expected, strict=True):
+        agree(a, b, 1e-10)
+    if slots > 1 and fill != 0.0:
+        assert all(x.abs().sum() > 0 for x in expected)
+
+
+@pytest.mark.parametrize("slots, batch, dim", [(9, 0, 3), (9, 2, 0), (0, 0, 0), (1, 1, 1), (513, 1, 2), (1024, 70, 3)])
+def test_shapes_at_the_edges(slots: int, batch: int, dim: int):
+    problem = weights(slots, batch, dim)
+    for a, b in zip(*(with_gradients(impl.cosine_softmax, problem) for impl in (functional, reference)), strict=True):
+        agree(a, b, 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("slots", [63, 2000])
+def test_the_error_is_at_most_twice_that_of_pytorch(slots: int, dtype: torch.dtype):
+    problem = weights(slots, batch=16, dim=64, zeros=False).to(dtype)
+    exact = with_gradients(reference.cosine_softmax, problem.to(F64))
+    same_precision = with_gradients(reference.cosine_softmax, problem)
+    actual = with_gradients(functional.cosine_softmax, problem)
+    assert actual[0].dtype == torch.float32 and all(x.dtype == dtype for x in actual[1:])
+    # Of the second derivatives in half precision the first ones' rounding leaves nothing to compare.
+    for a, b, e in list(zip(actual, same_precision, exact, strict=True))[: 5 if dtype == torch.float32 else 3]:
+        allowed = 2 * (b.double() - e).abs().max() + 1e-7 * scale(e)
+        assert (a.double() - e).abs().max() <= allowed
+
+
+def test_layout_does_not_matter():
+    problem = weights(30, batch=4, dim=6)
+    twice = Weights(*(x.repeat_interleave(2, -1) for x in problem))
+    views = Weights(problem.keys.T.contiguous().T, *(x[..., ::2] for x in twice[1:]))
+    for summed in (False, True):  # the gradient of a sum is one number, expanded
+
+        def function(*arguments: Tensor, summed: bool = summed) -> Tensor:
+            result = functional.cosine_softmax(*arguments)
+            return result[:, :5].sum().expand(4, 30) + result if summed else result.T.contiguous().T
+
+        for a, b in zip(with_gradients(function, views), with_gradients(function, problem), strict=True):
+            agree(a, b, 1e-12)
+    evaluation, labels, pseudo_labels = sets(63, kind="ties")
+    expected = functional.false_sample_sets(evaluation, labels, pseudo_labels)
+    wide = evaluation.repeat_interleave(2, 1)
+    for view in (evaluation.T.contiguous().T, wide[:, ::2]):
+        found = functional.false_sample_sets(view, labels.repeat_interleave(2)[::2], pseudo_labels)
+        assert all(map(torch.equal, found, expected))
+    row = functional.false_sample_sets(evaluation[:1].expand(6, 63), labels, pseudo_labels[:1].expand(6))
+    assert all(torch.equal(x, y[:1].expand(6, 63)) for x, y in zip(row, expected, strict=True))
+
+
+def test_gradgradcheck():
+    # No slots of norm 0: a finite difference would step over the floor that acts there.
+    problem = weights(11, batch=3, dim=4, seed=2, zeros=False)
+    keys, slots = (x.requires_grad_() for x in problem[:2])
+    for occupied in (problem.occupied, None):
+
+        def function(k: Tensor, m: Tensor, occupied: Tensor | None = occupied) -> Tensor:
+            return functional.cosine_softmax(k, m, occupied)
+
+        assert torch.autograd.gradcheck(function, (keys, slots), atol=1e-5)
+        assert torch.autograd.gradgradcheck(function, (keys, slots), atol=1e-5)
+
+
+def test_a_loss_that_is_infinite_at_empty_slots_has_finite_gradients():
+    problem = weights(40)
+    keys = problem.keys.clone().requires_grad_()
+    found = []
+    for impl in (functional, reference):
+        result = impl.cosine_softmax(keys, problem.slots, problem.occupied)
+        found += torch.autograd.grad(torch.log(result).sum(), keys)
+    assert found[0].isfinite().all()
+    agree(*found, 1e-10)
+
+
+@needs_extension
+def test_each_is_one_operator_and_the_pytorch_form_gives_the_same():
+    problem = weights(100)
+    evaluation = functional.cosine_softmax(*problem[:3])
+    labels, pseudo_labels = torch.arange(100) % 4 - 1, torch.tensor([0, 1, 2, -1, 9])
+    with Called() as called:
+        found = with_gradients(functional.cosine_softmax, problem)
+        sets = functional.false_sample_sets(evaluation, labels, pseudo_labels)
+    names = {"slot_softmax", "memory_scores", "row_sq_norms", "false_sample_sets"}
+    assert {f"dan_fast::{name}" for name in names} <= called.names
+    assert not called.names & {"aten::sort.stable", "aten::sort"}
+    with Called() as called, torch.no_grad():
+        functional.cosine_softmax(*problem[:3])
+    assert not called.names & {"aten::_softmax", "aten::mm", "aten::exp"}
+    keys = problem.keys.clone().requires_grad_()
+    with Called() as called:
+        functional.cosine_softmax(keys, *problem[1:3])[0, 0].backward()
+    assert "dan_fast::slot_softmax_backward" in called.names and "aten::_softmax" not in called.names
+    with _extension.disabled(), Called() as called:
+        plain, plain_sets = (
+            with_gradients(functional.cosine_softmax, problem),
+            functional.false_sample_sets(evaluation, labels, pseudo_labels),
+        )
+    assert not [name for name in called.names if name.startswith("dan_fast")]
+    for a, b in zip(found, plain, strict=True):
+        agree(a, b, 1e-10)
+    assert all(map(torch.equal, sets, plain_sets))
+
+
+def operands(dtype: torch.dtype, batch: int = 4, slots: int = 33, seed: int = 0) -> tuple[Tensor, ...]:
+    problem = weights(slots, batch, seed=seed).to(dtype)
+    return problem.keys @ problem.slots.mT, row_sq_norms(problem.slots), row_sq_norms(problem.keys), problem.occupied
+
+
+@needs_extension
+def test_opcheck():
+    ops, (*tensors, occupied) = torch.ops.dan_fast, operands(F64)
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    for mask in (occupied, None):
+        torch.library.opcheck(ops.slot_softmax.default, (*leaves, mask))
+    result = ops.slot_softmax(*tensors, occupied)
+    torch.library.opcheck(ops.slot_softmax_backward.default, (torch.randn_like(result), result, *tensors))
+    labels = torch.arange(33) % 4 - 1
+    torch.library.opcheck(ops.false_sample_sets.default, (result, labels, torch.tensor([0, 2, -1, 7])))
+
+
+@needs_extension
+def test_the_operators_name_what_does_not_fit():
+    ops, (*tensors, occupied) = torch.ops.dan_fast, operands(F64)
+    for wrong, message in (
+        ((tensors[0].half(), *tensors[1:], occupied), "scores must be float32 or float64"),
+        ((tensors[0], tensors[1][1:], tensors[2], occupied), "square_norms has a shape"),
+        ((*tensors[:2], tensors[2].float(), occupied), "key_squares has a dtype"),
+        ((*tensors, occupied[1:]), "occupied has a shape"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.slot_softmax(*wrong)
+    with pytest.raises(RuntimeError, match="evaluation must be float64, float32, float16 or bfloat16"):
+        ops.false_sample_sets(torch.ones(1, 2).long(), torch.tensor([0, 1]), torch.tensor([0]))
+
+
+def test_compiled_whole_with_gradients():
+    problem = weights(65)
+
+    def loss(keys: Tensor, slots: Tensor, occupied: Tensor | None) -> tuple[Tensor, ...]:
+        result = functional.cosine_softmax(keys, slots, occupied)
+        sets = functional.false_sample_sets(result, torch.arange(65) % 3 - 1, torch.arange(5) % 2)
+        return (result * problem.factors).sum(), result, *sets
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found = []
+    for function in (loss, compiled):
+        keys, slots = (x.detach().clone().requires_grad_() for x in problem[:2])
+        total, *rest = function(keys, slots, problem.occupied)
+        found.append((*rest, *torch.autograd.grad(total, [keys, slots])))
+    assert all(map(torch.equal, *found))
+    # What an eager call refuses, a compiled one cannot look at: it shows in the row of that key, and only there.
+    for bad in (math.nan, math.inf, 1e200):
+        keys = problem.keys.clone()
+        keys[1, 0] = bad
+        with pytest.raises(ValueError, match="^keys must be finite"):
+            functional.cosine_softmax(keys, *problem[1:3])
+        result = compiled(keys, *problem[1:3])[1]
+        assert result[1, problem.occupied].isnan().all() and not result[1, ~problem.occupied].any()
+        others = [0, 2, 3, 4]
+        assert torch.equal(result[others], found[0][0][others])
+        with _extension.disabled():
+            plain = functional.memory.weights._slot_softmax(
+                keys @ problem.slots.mT, row_sq_norms(problem.slots), row_sq_norms(keys), problem.occupied
+            )
+        assert torch.equal(plain.isnan(), result.isnan())
+
+
+def test_autocast_does_not_reach_inside():
+    def under_autocast(*arguments: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return functional.cosine_softmax(*arguments)
+
+    problem = weights(100).to(torch.float32)
+    actual, expected = (with_gradients(f, problem) for f in (under_autocast, functional.cosine_softmax))
+    assert all(map(torch.equal, actual, expected))
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+def test_bits_do_not_depend_on_the_run_the_threads_or_the_batch(dtype: torch.dtype):
+    ops = torch.ops.dan_fast
+    *tensors, occupied = operands(dtype, batch=40, slots=1700)
+    grad = torch.randn(40, 1700, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    labels, pseudo_labels = torch.arange(1700) % 60 - 1, torch.arange(40) % 50
+
+    def everything(rows: slice = slice(None)) -> list[Tensor]:
+        scores, norms, squares = tensors[0][rows], tensors[1], tensors[2][rows]
+        result = ops.slot_softmax(scores, norms, squares, occupied)
+        backward = ops.slot_softmax_backward(grad[rows], result, scores, norms, squares)
+        return [result, *backward, *ops.false_sample_sets(result, labels, pseudo_labels[rows])]
+
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(everything())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(all(map(torch.equal, found[0], other)) for other in found[1:])
+    alone = everything(slice(7, 8))
+    for k in (0, 1, 3, 4, 5):  # all but the gradient of the norms, a sum over rows
+        assert torch.equal(alone[k], found[0][k][7:8])
+
+
+# A number for the bits of every result, in a process that has loaded nothing but the library.
+BITS = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+ops, generator = torch.ops.dan_fast, torch.Generator().manual_seed(0)
+for dtype in (torch.float64, torch.float32):
+    scores = torch.randn(4, 700, generator=generator, dtype=dtype)
+    norms, squares = 3 * torch.rand(700, dtype=dtype, generator=generator), torch.ones(4, dtype=dtype)
+    result = ops.slot_softmax(scores, norms, squares, norms > 1)
+    gradients = ops.slot_softmax_backward(scores.sin(), result, scores, norms, squares)
+    sets = ops.false_sample_sets(result, torch.arange(700) % 9 - 1, torch.arange(4))
+    for x in (result, *gradients, *sets):
+        flat = x.reshape(-1).view(torch.uint8).long()
+        print(int((flat * torch.arange(1, flat.numel() + 1)).sum()))
+"""
+
+
+@needs_extension
+def test_every_instruction_set_gives_the_same_bits():
+    found = {}
+    for name in _extension.build_info()["instruction_sets"]:
+        done = subprocess.run(
+            [sys.executable, "-c", BITS, _extension.LIBRARY],
+            capture_output=True, text=True, env=os.environ | {"DAN_FAST_ISA": name},
+        )  # fmt: skip
+        assert len(done.stdout.split()) == 12, done.stderr
+        found[name] = done.stdout
+    assert len(set(found.values())) == 1, found
+
+
+def literal_sets(evaluation: Tensor, labels: Tensor, pseudo_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. (14) by Python's sort, in the order of torch.sort."""
+    false_positive = torch.zeros(evaluation.shape, dtype=torch.bool)
+    false_negative = torch.zeros_like(false_positive)
+    names = labels.tolist()
+    for row, label in enumerate(pseudo_labels.tolist()):
+        values = evaluation[row].double().tolist()
+        occupied = [i for i, name in enumerate(names) if name >= 0]
+        occupied.sort(key=lambda i: (0, 0) if math.isnan(values[i]) else (1, -values[i]))
+        same = {i for i in occupied if names[i] == label}
+        largest = set(occupied[: len(same)])
+        for members, mask in ((same - largest, false_positive), (largest - same, false_negative)):
+            mask[row, list(members)] = True
+    return false_positive, false_negative
+
+
+def sets(slots: int, batch: int = 6, classes: int = 5, seed: int = 0, kind: str = "random") -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    evaluation = torch.rand(batch, slots, generator=generator, dtype=F64)
+    match kind:
+        case "close":  # as weights are
+            evaluation = (evaluation * 2).exp() / 9000
+        case "ties":
+            evaluation = (evaluation * 3).round() / 7
+        case "equal":
+            evaluation = torch.full_like(evaluation, 0.25)
+        case "odd":
+            odd = torch.tensor([math.nan, -math.nan, 0.0, -0.0, math.inf, -1.5, 1e-320, -1e-45, 2.0], dtype=F64)
+            evaluation = odd[torch.randint(0, odd.numel(), (batch, slots), generator=generator)]
+    labels = torch.randint(-1, classes, (slots,), generator=generator)
+    pseudo_labels = torch.randint(-1, classes + 1, (batch,), generator=generator)
+    return evaluation, labels, pseudo_labels
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["random", "close", "ties", "equal", "odd"])
+@pytest.mark.parametrize("slots", [0, 1, 63, 1000])
+def test_the_sets_are_those_of_a_stable_sort(slots: int, kind: str, dtype: torch.dtype):
+    evaluation, labels, pseudo_labels = sets(slots, kind=kind)
+    evaluation = evaluation.to(dtype)
+    expected = literal_sets(evaluation, labels, pseudo_labels)
+    for impl in (functional, reference):
+        found = impl.false_sample_sets(evaluation, labels, pseudo_labels)
+        assert all(map(torch.equal, found, expected)), impl.__name__
+    assert torch.equal(*(x.sum(1) for x in expected))
+    if slots >= 63 and kind != "equal":
+        assert expected[0].any()
+
+
+def test_all_slots_of_the_label_and_all_but_one():
+    evaluation = torch.tensor([[0.4, 0.1, 0.3], [0.1, 0.4, 0.3], [0.4, 0.1, 0.3]])
+    found = functional.false_sample_sets(evaluation, torch.tensor([0, 1, 1]), torch.tensor([1, 1, 0]))
+    assert found[0].int().tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 0]]
+    assert found[1].int().tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 0]]
+    for labels in ([1, 1, 1], [-1, 1, 1]):
+        found = functional.false_sample_sets(evaluation, torch.tensor(labels), torch.tensor([1, 1, 1]))
+        assert not found[0].any() and not found[1].any()
+
+
+def test_the_sets_at_the_size_of_the_paper():
+    for seed, classes in ((0, 2), (1, 750)):
+        problem = sets(9000, batch=3, classes=classes, seed=seed, kind="close")
+        found, expected = functional.false_sample_sets(*problem), literal_sets(*problem)
+        assert all(map(torch.equal, found, expected)) and expected[0].any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), slots=st.integers(1, 30), dtype=st.sampled_from([F64, torch.float32, torch.float16]))
+def test_any_sets(data: st.DataObject, slots: int, dtype: torch.dtype):
+    number = st.floats(width=16).filter(lambda x: x != -math.inf) | st.sampled_from([0.0, -0.0, 0.5, math.nan])
+    evaluation = torch.tensor([data.draw(st.lists(number, min_size=slots, max_size=slots))], dtype=dtype)
+    labels = torch.tensor(data.draw(st.lists(st.integers(-2, 2), min_size=slots, max_size=slots)))
+    pseudo_labels = torch.tensor([data.draw(st.integers(-2, 3))])
+    found, expected = (
+        functional.false_sample_sets(evaluation, labels, pseudo_labels),
+        reference.false_sample_sets(evaluation, labels, pseudo_labels),
+    )
+    assert all(map(torch.equal, found, expected))
+
+
+def test_no_gradient_comes_out_of_the_sets():
+    evaluation, labels, pseudo_labels = sets(20)
+    found = functional.false_sample_sets(evaluation.requires_grad_(), labels, pseudo_labels)
+    assert not any(x.requires_grad for x in found) and all(x.dtype == torch.bool for x in found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("slots", SIZES)
+def test_on_the_gpu(slots: int):
+    problem = weights(slots)
+    on_gpu = Weights(*(None if x is None else x.cuda() for x in problem))
+    with Called() as called:
+        found = with_gradients(functional.cosine_softmax, on_gpu)
+    assert ("dan_fast::slot_softmax" in called.names) == (_extension.why_not_on("cuda") is None)
+    for a, b in zip(found, with_gradients(reference.cosine_softmax, problem), strict=True):
+        agree(a.cpu(), b, 1e-10)
+    assert torch.equal(found[0], functional.cosine_softmax(*on_gpu[:3]))
+    for kind in ("random", "close", "ties", "equal", "odd"):
+        for dtype in (F64, torch.float32, torch.float16, torch.bfloat16):
+            evaluation, labels, pseudo_labels = sets(slots, kind=kind)
+            given = (evaluation.to(dtype), labels, pseudo_labels)
+            expected = reference.false_sample_sets(*given)
+            actual = functional.false_sample_sets(*(x.cuda() for x in given))
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(actual, expected, strict=True))

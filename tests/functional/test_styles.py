@@ -1,0 +1,189 @@
+"""`mix_styles`, and a network whose early maps take a part of their style from other images."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dan_fast import functional, reference
+from dan_fast.core.errors import DanFastError
+from dan_fast.nn import DAN, StyleMixing
+
+F64 = torch.float64
+BOTH = pytest.mark.parametrize("impl", [reference, functional], ids=["reference", "functional"])
+PARTNERS, SHARE = torch.tensor([1, 2, 0, 3]), torch.tensor([0.0, 1.0, 0.3, 0.6], dtype=F64)
+
+
+def maps(dtype: torch.dtype = F64) -> Tensor:
+    scale = torch.tensor([1.0, 5.0, 0.2, 2.0], dtype=F64)[:, None, None, None]
+    return (scale * torch.randn(4, 3, 5, 2, generator=torch.Generator().manual_seed(0), dtype=F64) + scale).to(dtype)
+
+
+def style(features: Tensor) -> tuple[Tensor, Tensor]:
+    return features.mean((2, 3)), features.std((2, 3))
+
+
+@BOTH
+def test_means_and_deviations_lie_between_those_of_the_two_images(impl):
+    features = maps()
+    mixed = impl.mix_styles(features, PARTNERS, SHARE)
+    for own, partner, got in zip(style(features), (x[PARTNERS] for x in style(features)), style(mixed), strict=True):
+        expected = SHARE[:, None] * own + (1 - SHARE[:, None]) * partner
+        assert torch.allclose(got, expected, rtol=1e-4)  # EPSILON beside the variance is 1e-6
+    # What is left of the image is its pattern.
+    own, kept = (((x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), keepdim=True)) for x in (features, mixed))
+    assert torch.allclose(own, kept, atol=1e-4)
+
+
+@BOTH
+def test_a_share_of_one_leaves_an_image_as_it_is(impl):
+    features = maps()
+    mixed = impl.mix_styles(features, PARTNERS, torch.ones(4, dtype=F64))
+    assert torch.allclose(mixed, features, rtol=1e-14, atol=1e-14)
+    assert torch.equal(functional.mix_styles(maps(torch.float32), PARTNERS, torch.ones(4)), maps(torch.float32))
+
+
+def test_values_and_derivatives_agree():
+    def differentiated(impl) -> list[Tensor]:
+        features = maps().requires_grad_()
+        mixed = impl.mix_styles(features, PARTNERS, SHARE)
+        (first,) = torch.autograd.grad(mixed.pow(3).sum(), features, create_graph=True)
+        return [mixed, first, *torch.autograd.grad(first.square().sum(), features)]
+
+    for a, b in zip(differentiated(functional), differentiated(reference), strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_the_statistics_carry_no_gradient():
+    features = maps().requires_grad_()
+    functional.mix_styles(features, PARTNERS, SHARE)[0].sum().backward()
+    deviations = (features.detach().var((2, 3)) + 1e-6).sqrt()
+    ratio = deviations[1] / deviations[0]  # image 0 takes the whole style of image 1
+    assert torch.allclose(features.grad[0], ratio[:, None, None].expand(3, 5, 2))
+    assert features.grad[1:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_precision_and_layout_are_kept(dtype: torch.dtype):
+    features = maps(dtype).contiguous(memory_format=torch.channels_last)
+    mixed = functional.mix_styles(features, PARTNERS, SHARE)
+    assert mixed.dtype == dtype and mixed.is_contiguous(memory_format=torch.channels_last)
+    exact = reference.mix_styles(features.to(F64), PARTNERS, SHARE)
+    assert torch.allclose(mixed.to(F64), exact, rtol=0.02, atol=0.2 if dtype == torch.bfloat16 else 1e-4)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "change, kind, words",
+    [
+        ({"features": torch.zeros(4, 3, 1, 1)}, ValueError, "two positions or more"),
+        ({"features": torch.zeros(4, 3, 5)}, ValueError, r"features must be \(B, C, H, W\)"),
+        ({"partners": PARTNERS.int()}, TypeError, "partners must be an int64 tensor"),
+        ({"partners": PARTNERS[:2]}, ValueError, r"partners must be \(4,\)"),
+        ({"partners": PARTNERS + 1}, ValueError, r"partners must be images 0\.\.3, got values from 1 to 4"),
+        ({"share": SHARE.long()}, TypeError, "share must be a floating tensor"),
+        ({"share": SHARE[:1]}, ValueError, r"share must be \(4,\)"),
+    ],
+)
+def test_bad_input(impl, change: dict, kind: type, words: str):
+    with pytest.raises(kind, match=words):
+        impl.mix_styles(**{"features": maps(), "partners": PARTNERS, "share": SHARE} | change)
+
+
+def tiny(**settings) -> DAN:
+    torch.manual_seed(0)
+    return DAN(5, "resnet18", (64, 32), dropout=0.0, style_mixing=True, **settings)
+
+
+def seen_by(network: DAN, layer: nn.Module, images: Tensor, lenders: int = 0) -> Tensor:
+    """What `layer` is given while the network trains on `images`."""
+    seen: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    network(images, lenders=lenders)
+    handle.remove()
+    return seen[0]
+
+
+def test_lenders_go_no_further_than_the_early_stages():
+    network, images = tiny(), torch.rand(6, 3, 64, 32)
+    output = network(images, torch.tensor([0, 1, 2, 3]), lenders=2)
+    assert output.logits.shape == (4, 5) and output.adversary_loss.shape == (4,)
+    assert seen_by(network, network.backbone.layer2, images, lenders=2).shape[0] == 6
+    assert seen_by(network, network.backbone.layer3, images, lenders=2).shape[0] == 4
+
+
+def test_styles_come_from_the_lenders_and_from_them_alone():
+    network = tiny()
+    # Frozen statistics: the images of a batch meet in the style mixing and nowhere else.
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum, module.track_running_stats = 0.0, True
+            module.eval()
+    images = torch.rand(40, 3, 64, 32)
+
+    def given(lent: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return seen_by(network, network.backbone.layer2, torch.cat([images, lent]), lenders=8)[:40]
+
+    dark, bright = given(torch.zeros(8, 3, 64, 32)), given(torch.full((8, 3, 64, 32), 9.0))
+    changed = (dark - bright).abs().flatten(1).sum(1) > 1e-3
+    assert 8 <= int(changed.sum()) <= 32  # one half on average
+    torch.manual_seed(3)
+    alone = network.backbone.layer1(
+        network.backbone.maxpool(network.backbone.relu(network.backbone.bn1(network.backbone.conv1(images))))
+    )
+    assert torch.allclose(dark[~changed], alone[~changed], atol=1e-5)
+
+
+def test_without_lenders_the_batch_lends_to_itself():
+    network, images = tiny(), torch.rand(6, 3, 64, 32)
+    torch.manual_seed(1)
+    one = network(images).pooled
+    torch.manual_seed(1)
+    same = network(images).pooled
+    assert torch.equal(one, same) and one.shape[0] == 6
+    torch.manual_seed(2)
+    assert not torch.equal(network(images).pooled, one)
+
+
+def test_nothing_is_mixed_in_evaluation():
+    network, images = tiny().eval(), torch.rand(6, 3, 64, 32)
+    plain = DAN(5, "resnet18", (64, 32)).eval()
+    plain.load_state_dict(network.state_dict())
+    assert torch.equal(network.embed(images), plain.embed(images))
+    with pytest.raises(ValueError, match="lenders lend their style in training mode"):
+        network(images, lenders=2)
+
+
+def test_a_copy_mixes_by_itself():
+    network = tiny()
+    twin, images = copy.deepcopy(network), torch.rand(6, 3, 64, 32)
+    assert twin(images, lenders=2).pooled.shape[0] == 4
+    assert network(images, lenders=1).pooled.shape[0] == 5
+
+
+@pytest.mark.parametrize("name", ["timm:test_efficientnet", "timm:test_resnet"])
+def test_models_of_timm(name: str):
+    network = DAN(5, name, (64, 32), style_mixing=True)
+    assert network(torch.rand(6, 3, 64, 32), lenders=2).pooled.shape[0] == 4
+
+
+def test_gradients_of_second_order_meet_no_obstacle():
+    mixing, layer = StyleMixing([early := nn.Conv2d(3, 4, 3)]), nn.Conv2d(4, 5, 3)
+    with mixing.within(lenders=2):
+        loss = layer(early(torch.rand(6, 3, 9, 9))).square().sum()
+    (first,) = torch.autograd.grad(loss, early.weight, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), early.weight)
+    assert second.abs().sum() > 0
+
+
+def test_who_cannot_mix_says_so():
+    # A ViT; stages that timm names and the model has not; a stage whose map is added to that of a whole batch.
+    for name in ("timm:test_vit", "timm:hrnet_w18_small", "timm:legacy_xception"):
+        with pytest.raises(DanFastError, match="Styles are mixed in the early maps of a convolutional network"):
+            DAN(5, name, (64, 32), style_mixing=True)
+    with pytest.raises(DanFastError, match="set model.gradient_checkpointing to false"):
+        tiny(gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="style_mixing serves a backbone given by name"):
+        DAN(5, nn.Conv2d(3, 8, 3), (64, 32), style_mixing=True)

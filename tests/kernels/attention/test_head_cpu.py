@@ -1,0 +1,232 @@
+"""The attention head on the CPU in one call each way, against its formulas in float64 PyTorch and their autograd."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dan_fast import _extension
+from tests.support import ROOT
+from tests.support.head_problems import (
+    DTYPES,
+    LAYOUTS,
+    Case,
+    Outputs,
+    assert_an_infinite_gradient_ends_where_a_unit_is_off,
+    assert_an_unknown_label_has_no_loss_and_no_gradient,
+    assert_closed_channels_have_the_gradients_of_the_formulas,
+    assert_equal_maps_have_no_gradient_of_their_difference,
+    assert_right,
+    assert_the_first_of_several_maxima_leads,
+    assert_what_is_not_finite_spreads,
+    saved,
+)
+
+pytestmark = pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
+ops = torch.ops.dan_fast
+
+# B, C, H, W, units of the bottleneck of channel attention, hidden units of that of spatial attention
+SIZES = [(2, 1, 1, 1, 1, 1), (3, 3, 1, 2, 2, 1), (2, 63, 7, 7, 5, 4), (1, 2048, 7, 7, 170, 4), (5, 40, 16, 8, 3, 10)]
+SIZES += [(3, 130, 3, 5, 11, 15), (2, 1, 7, 7, 1, 49), (2, 2048, 1, 1, 16, 1), (2, 300, 2, 1, 25, 3)]
+SIZES += [(1, 17, 9, 15, 1, 2), (0, 5, 2, 2, 2, 1)]
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """New memory holds NaN, so that a result that is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", range(len(LAYOUTS)))
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_values_and_gradients(size: tuple[int, ...], layout: int, dtype: torch.dtype):
+    case = Case(size, dtype, LAYOUTS[layout])
+    out, grads = case.run()
+    assert_right(case, out, grads)
+    assert grads.features.stride() == torch.empty_like(case.arguments.features).stride()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("missing", [("mean",), ("channel_attention",), ("mean", "channel_attention")], ids=str)
+def test_nothing_comes_back_to_some_outputs(missing: tuple[str, ...], layout: Callable[[Tensor], Tensor]):
+    case = Case((5, 63, 3, 5, 9, 2), torch.float64, layout)
+    case.grads = case.grads._replace(**dict.fromkeys(missing))
+    assert_right(case, *case.run())
+
+
+def test_one_class():
+    case = Case((5, 20, 2, 3, 3, 2), torch.float64, classes=1)
+    assert_right(case, *case.run())
+    assert case.run()[1].cam_weight.all()
+
+
+def test_the_layouts_are_read_as_they_lie():
+    """Pooling gives the same of every layout, but that each adds positions up in its own order; two are not copied."""
+    size = (2, 200, 7, 7, 17, 4)
+    expected, _ = Case(size, torch.float32).run()
+    for layout in LAYOUTS[1:]:
+        found, _ = Case(size, torch.float32, layout).run()
+        for name in ("peak", "peak_position"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        assert (found.mean - expected.mean).abs().max() <= 4 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_of_several_maxima(layout: Callable[[Tensor], Tensor], dtype: torch.dtype):
+    for channels, height, width in ((70, 7, 7), (5, 1, 3), (2100, 2, 1), (33, 9, 8)):
+        case = Case((2, channels, height, width, 6, 2), dtype, layout)
+        assert_the_first_of_several_maxima_leads(Case.run, case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity(layout: Callable[[Tensor], Tensor], dtype: torch.dtype):
+    assert_what_is_not_finite_spreads(Case.run, Case((5, 150, 7, 7, 13, 3), dtype, layout))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_unknown_label_has_no_loss_and_no_gradient(layout: Callable[[Tensor], Tensor], dtype: torch.dtype):
+    assert_an_unknown_label_has_no_loss_and_no_gradient(Case.run, Case((5, 20, 3, 3, 4, 2), dtype, layout))
+
+
+def test_equal_maps_have_no_gradient_of_their_difference():
+    assert_equal_maps_have_no_gradient_of_their_difference(Case.run, Case((3, 4, 2, 2, 2, 2), torch.float64))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_closed_channels(layout: Callable[[Tensor], Tensor]):
+    case = Case((2, 40, 7, 7, 6, 4), torch.float64, layout)
+    assert_closed_channels_have_the_gradients_of_the_formulas(Case.run, case)
+
+
+def test_an_infinite_gradient_ends_where_a_unit_is_off():
+    assert_an_infinite_gradient_ends_where_a_unit_is_off(Case.run, Case((2, 18, 2, 2, 3, 1), torch.float64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_the_same_bits_again_and_whatever_the_number_of_threads(dtype: torch.dtype, layout: Callable[[Tensor], Tensor]):
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 1, 3):
+            torch.set_num_threads(threads)
+            out, grads = Case((9, 517, 7, 7, 43, 12), dtype, layout).run()
+            results.append([*out, *grads])
+    finally:
+        torch.set_num_threads(before)
+    for found in results[1:]:
+        assert all(map(torch.equal, found, results[0]))
+
+
+def test_any_strides_of_the_other_arguments():
+    case = Case((3, 21, 3, 4, 5, 2), torch.float32)
+    expected_out, expected_grads = case.run()
+
+    def spread(x: Tensor) -> Tensor:
+        return x.repeat_interleave(2, x.dim() - 1)[..., ::2]
+
+    features, *others = case.arguments
+    arguments = (features, *map(spread, others))
+    out = Outputs(*ops.attention_head(*arguments))
+    of_outputs = (*map(spread, saved(out)), *map(spread, case.grads))
+    grads = ops.attention_head_backward(*arguments, *of_outputs)
+    assert all(map(torch.equal, (*out, *grads), (*expected_out, *expected_grads)))
+
+
+def _calls(case: Case) -> dict[str, list[Tensor | None]]:
+    """The arguments of each operator."""
+    out, _ = case.run()
+    return {
+        "attention_head": [*case.arguments],
+        "attention_head_backward": [*case.arguments, *saved(out), *case.grads],
+    }
+
+
+def test_the_schemas_tell_what_is_written():
+    for missing in ((), ("mean", "channel_attention")):
+        case = Case((2, 5, 2, 3, 3, 2), torch.float32)
+        case.grads = case.grads._replace(**dict.fromkeys(missing))
+        for op, arguments in _calls(case).items():
+            torch.library.opcheck(getattr(ops, op).default, tuple(arguments), test_utils="test_schema")
+
+
+# Which of several arguments say how many there are of something, and which are then said to be wrong.
+DOUBTFUL = {"wc1": "wc1|wc2", "ws1": "ws1|ws3"}
+
+
+@pytest.mark.parametrize("op", ["attention_head", "attention_head_backward"])
+def test_a_wrong_argument_is_named(op: str):
+    right = _calls(Case((2, 5, 2, 3, 3, 4), torch.float32))[op]
+    names = [argument.name for argument in getattr(ops, op).default._schema.arguments]
+    for i, name in enumerate(names[1:], 1):
+
+        def refused(wrong: Tensor, message: str, i: int = i) -> None:
+            with pytest.raises(RuntimeError, match=message):
+                getattr(ops, op)(*right[:i], wrong, *right[i + 1 :])
+
+        shapes = [right[i][None], right[i][:, 1:] if right[i].dim() > 1 else right[i][:, None]]
+        # Any number of classes will do but none.
+        shapes += [] if name == "cam_weight" else [right[i][1:]]
+        for wrong in shapes:
+            refused(wrong, rf", ({DOUBTFUL.get(name, name)}) must be \(")
+        other = right[i].double() if right[i].is_floating_point() else right[i].short()
+        refused(other, rf", {name} must be (float32|int32|int64), got ")
+        if name in ("peak_position", "peak_channel"):
+            for index in (-1, 6 if name == "peak_position" else 5):
+                refused(torch.full_like(right[i], index), rf", {name} must be what attention_head gave")
+        if name == "cam_weight":
+            refused(right[i][:0], "cam_weight must have at least one row")
+    for wrong, message in (
+        (right[0][0], r"features must be \(B, C, H, W\), got 3 dimensions"),
+        (right[0].int(), "features must be float64, float32, bfloat16 or float16"),
+        (right[0][:, :0], "features must have at least one channel and one position"),
+        (right[0][:, :, :0], "features must have at least one channel and one position"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            getattr(ops, op)(wrong, *right[1:])
+
+
+def test_the_other_instruction_sets(tmp_path: Path):
+    """The same bits, whatever this CPU would choose, but where * and + may be one operation: in the bottleneck."""
+    file = tmp_path / "results.pt"
+    code = f"import torch; from tests.kernels.attention import test_head_cpu as t; torch.save(t._results(), {str(file)!r})"
+    sets, root = _extension.build_info()["instruction_sets"], ROOT
+    exact, rounded = _results()
+    for name in sets[: sets.index(ops.instruction_set())]:
+        environment = os.environ | {"DAN_FAST_ISA": name}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True)
+        assert done.returncode == 0, f"{name}: {done.stderr[-3000:]}"
+        found_exact, found_rounded = torch.load(file)
+        assert all(map(torch.equal, found_exact, exact)), name
+        for found, wanted in zip(found_rounded, rounded, strict=True):
+            limit = 1e-12 if found.dtype == torch.float64 else 2**-7 if found.dtype.itemsize < 4 else 1e-5
+            assert (found - wanted).abs().max() <= limit * (wanted.abs().max() + 1), name
+
+
+def _results() -> tuple[list[Tensor], list[Tensor]]:
+    """What does not depend on whether * and + are one operation, and what does."""
+    _extension.loaded()
+    exact, rounded = [], []
+    for dtype in DTYPES:
+        for layout in LAYOUTS[:2]:
+            for size in SIZES[2:6]:
+                case = Case(size, dtype, layout)
+                out, grads = case.run()
+                rounded += [*out, *grads]
+                # A power of two times a number is not rounded; the gradients of these weights are of other products.
+                for x in case.arguments[1:3]:
+                    x.copy_(x.sign() * torch.exp2(x.abs().log2().round()))
+                out, (by_features, by_wc1, by_wc2, *others) = case.run()
+                exact += [*out, by_features, *others]
+                rounded += [by_wc1, by_wc2]
+    return exact, rounded

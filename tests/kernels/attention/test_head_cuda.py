@@ -1,0 +1,369 @@
+"""The CUDA kernels of the attention head without a GPU: their bodies run on host threads."""
+
+import copy
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dan_fast import _extension
+from tests.kernels.memory.test_scan_cuda import needs, run_under
+from tests.support.head_problems import (
+    Case,
+    Gradients,
+    Outputs,
+    assert_an_infinite_gradient_ends_where_a_unit_is_off,
+    assert_an_unknown_label_has_no_loss_and_no_gradient,
+    assert_closed_channels_have_the_gradients_of_the_formulas,
+    assert_equal_maps_have_no_gradient_of_their_difference,
+    assert_right,
+    assert_the_first_of_several_maxima_leads,
+    assert_what_is_not_finite_spreads,
+    channels_last,
+    contiguous,
+    part,
+    saved,
+    strided,
+)
+
+SOURCE = Path(__file__).resolve().parent / "head_on_host.cpp"
+COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off", "-pthread"]
+on_host = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler on this machine")
+
+
+def on_gpu(test: Callable) -> Callable:
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")(test))
+
+
+# Threads a block, bytes of shared memory for the map, blocks that run at once. The whole of a sample in one block;
+# several blocks a sample, and fewer groups of them than samples; several tiles a block; tiles of few positions, and
+# vectors in global memory.
+WHOLE, SPLIT, TILES, CRAMPED = (64, 48 << 10, 3), (32, 1500, 5), (32, 900, 2), (32, 400, 3)
+GPU = (256, 48 << 10, 2)
+
+
+def build(folder: Path, name: str, *flags: str) -> Path:
+    target = folder / name
+    subprocess.run([COMPILER, *FLAGS, *flags, SOURCE, "-o", target], check=True)
+    return target
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return ctypes.CDLL(str(build(tmp_path_factory.mktemp("host"), "head.so", "-O1", "-shared", "-fPIC")))
+
+
+class Host:
+    """Both directions on host threads; every output has guarded rubbish in it before."""
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        machine: tuple[int, int, int],
+        blocks: int = 3,  # of the kernels that divide what there is among any number
+        grad_layout: torch.memory_format | None = None,  # that of the map
+    ):
+        self.library, self.machine, self.grad_layout = library, (*machine, blocks), grad_layout
+
+    def __call__(self, case: Case) -> tuple[Outputs, Gradients]:
+        batch, channels, height, width = case.arguments.features.shape
+        positions, units, hidden = height * width, case.arguments.wc1.shape[0], case.arguments.ws1.shape[0]
+        self.sizes = batch, channels, positions, units, hidden, case.arguments.cam_weight.shape[0]
+        self.statistics, self.guarded = case.statistics, []
+        arguments = [x.contiguous() for x in case.arguments]
+        # One channel's positions must be adjacent, as the bindings see to.
+        arguments[0] = x = case.arguments.features.contiguous() if channels == 1 else case.arguments.features
+        by_channel, by_position, by_unit = (batch, channels), (batch, positions), (batch, units)
+        out = Outputs(
+            attended=self.empty(by_channel),
+            mean=self.empty(by_channel),
+            channel_attention=self.empty(by_channel),
+            spatial_attention=self.empty(by_position),
+            loss=self.empty((batch,)),
+            of_mean=self.empty(by_unit),
+            of_peak=self.empty(by_unit),
+            peak=self.empty(by_channel),
+            peak_position=self.empty(by_channel, torch.int32),
+            mean_map=self.empty(by_position),
+            peak_map=self.empty(by_position),
+            peak_channel=self.empty(by_position, torch.int32),
+            adversary_map=self.empty(by_position),
+        )
+        self.call("forward", x, x, [*arguments, *out])
+        # Amid other channels of the same layout, which must stay as they are.
+        wide = x.new_full((batch, channels + 16, height, width), 77)
+        own = torch.contiguous_format if self.step(x) == 1 else torch.channels_last
+        wide = wide.contiguous(memory_format=self.grad_layout or own)
+        grads = Gradients(wide[:, 8:-8].fill_(torch.nan), *(self.empty(weight.shape) for weight in arguments[1:-1]))
+        of_outputs = [*saved(out), *(grad if grad is None else grad.contiguous() for grad in case.grads)]
+        self.call("backward", x, grads.features, [*arguments, *of_outputs, *grads])
+        assert (wide[:, :8] == 77).all() and (wide[:, -8:] == 77).all(), "written beyond the map"
+        return out, grads
+
+    def step(self, x: Tensor) -> int:
+        """From one position to the next."""
+        step = x.stride(3) if x.shape[3] > 1 else x.stride(2)
+        return 1 if x.shape[2:].numel() == 1 else step
+
+    def call(self, name: str, x: Tensor, grad: Tensor, tensors: list[Tensor | None]) -> None:
+        strides = [step for map_ in (x, grad) for step in (*map_.stride()[:2], self.step(map_))]
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        kernels = getattr(self.library, f"{name}_{str(x.dtype).removeprefix('torch.')}")
+        numbers = ((ctypes.c_int64 * len(values))(*values) for values in (self.sizes, strides, self.machine))
+        kernels(*numbers, (ctypes.c_void_p * len(pointers))(*pointers))
+        assert all((x[:4] == 77).all() and (x[-4:] == 77).all() for x in self.guarded), "written beyond an output"
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        size = torch.Size(shape).numel()
+        whole = torch.full((size + 8,), 77, dtype=dtype or self.statistics)
+        whole[4 : 4 + size] = -7 if dtype == torch.int32 else torch.nan
+        self.guarded.append(whole)
+        return whole[4 : 4 + size].view(shape)
+
+
+# B, C, H, W, units, h and where it runs
+PROBLEMS = {
+    "one number": ((2, 1, 1, 1, 1, 1), WHOLE),
+    "one position": ((2, 70, 1, 1, 7, 1), SPLIT),
+    "one channel": ((3, 1, 3, 5, 1, 2), WHOLE),
+    "whole": ((5, 40, 3, 7, 17, 3), WHOLE),
+    "blocks": ((3, 83, 3, 3, 9, 2), SPLIT),
+    "aligned blocks": ((5, 96, 2, 4, 8, 2), SPLIT),
+    "tiles": ((2, 130, 3, 4, 34, 2), TILES),
+    "many channels": ((2, 300, 1, 2, 3, 1), WHOLE),
+    "many units": ((3, 20, 1, 2, 70, 1), WHOLE),
+    "more positions than threads": ((2, 9, 5, 7, 2, 2), TILES),
+    "little memory": ((2, 19, 3, 5, 4, 2), CRAMPED),
+    "more positions than a block writes": ((1, 3, 1, 258, 2, 1), WHOLE),
+    "all of a block's threads": ((5, 19, 2, 2, 33, 1), GPU),
+    "empty": ((0, 5, 2, 2, 3, 1), SPLIT),
+}
+LAYOUTS = {
+    "contiguous": contiguous,
+    "channels_last": channels_last,
+    "part": part(contiguous),
+    "part of channels_last": part(channels_last),
+}
+
+
+SMALL = ("blocks", "aligned blocks", "little memory", "one channel", "one position")
+CASES = [
+    (name, layout, torch.float64) for name in PROBLEMS for layout in LAYOUTS if name in SMALL or "part" not in layout
+]
+CASES += [
+    (name, layout, dtype)
+    for name in ("blocks", "aligned blocks", "little memory")
+    for layout in ("contiguous", "channels_last")
+    for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+@on_host
+@pytest.mark.parametrize("name, layout, dtype", CASES)
+def test_values_and_gradients(library: ctypes.CDLL, name: str, layout: str, dtype: torch.dtype):
+    size, machine = PROBLEMS[name]
+    case = Case(size, dtype, LAYOUTS[layout])
+    if size[2] * size[3] > 256:
+        case.arguments.features[:, 1:, -1, -1] += 9  # a maximum that the second block of positions has to find
+    assert_right(case, *Host(library, machine)(case))
+
+
+@on_host
+@pytest.mark.parametrize("missing", [("mean",), ("channel_attention",)], ids=str)
+def test_nothing_comes_back_to_some_outputs(library: ctypes.CDLL, missing: tuple[str, ...]):
+    case = Case((2, 18, 2, 2, 3, 1), torch.float64)
+    case.grads = case.grads._replace(**dict.fromkeys(missing))
+    assert_right(case, *Host(library, SPLIT)(case))
+
+
+@on_host
+@pytest.mark.parametrize("layout, other", [(contiguous, torch.channels_last), (channels_last, torch.contiguous_format)])
+def test_the_gradient_of_the_map_has_a_layout_of_its_own(library: ctypes.CDLL, layout: Callable, other: object):
+    case = Case((2, 35, 2, 2, 3, 1), torch.float64, layout)
+    assert_right(case, *Host(library, SPLIT, grad_layout=other)(case))
+
+
+@on_host
+@pytest.mark.parametrize("classes", [1, 9])
+def test_one_class_and_many(library: ctypes.CDLL, classes: int):
+    case = Case((5, 35, 1, 2, 3, 1), torch.float64, classes=classes)
+    assert_right(case, *Host(library, SPLIT)(case))
+
+
+@on_host
+@pytest.mark.parametrize("machine", [WHOLE, SPLIT, CRAMPED])
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_the_first_of_several_maxima(library: ctypes.CDLL, layout: Callable, machine: tuple):
+    case = Case((2, 66, 2, 4, 3, 2), torch.float32, layout)
+    assert_the_first_of_several_maxima_leads(Host(library, machine), case)
+
+
+@on_host
+@pytest.mark.parametrize("machine", [WHOLE, SPLIT])
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_nan_and_infinity(library: ctypes.CDLL, layout: Callable, machine: tuple):
+    assert_what_is_not_finite_spreads(Host(library, machine), Case((5, 42, 2, 4, 3, 2), torch.float32, layout))
+
+
+@on_host
+def test_what_unusual_numbers_leave_alone(library: ctypes.CDLL):
+    host = Host(library, SPLIT)
+    labelled = Case((5, 20, 2, 2, 3, 2), torch.float32, channels_last)
+    assert_an_unknown_label_has_no_loss_and_no_gradient(host, labelled)
+    assert_equal_maps_have_no_gradient_of_their_difference(host, Case((3, 4, 2, 2, 2, 2), torch.float64))
+    assert_closed_channels_have_the_gradients_of_the_formulas(host, Case((2, 18, 2, 2, 3, 1), torch.float64))
+    assert_an_infinite_gradient_ends_where_a_unit_is_off(host, Case((2, 18, 2, 2, 3, 1), torch.float64))
+
+
+@on_host
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_the_same_bits_again_and_however_many_at_a_time(library: ctypes.CDLL, layout: Callable):
+    """Samples, and blocks of the kernels that divide what there is among any number."""
+    case = Case((5, 50, 1, 4, 11, 2), torch.float32, layout)
+    ways = ((4, 3), (4, 3), (2, 1), (10, 40))
+    results = [Host(library, (32, 600, resident), blocks)(case) for resident, blocks in ways]
+    flat = [(*out, *grads) for out, grads in results]
+    for other in flat[1:]:
+        assert all(map(torch.equal, flat[0], other))
+
+
+THREAD = ("-O0", "-g", "-fsanitize=thread", "-DHEAD_ON_HOST_MAIN")
+ADDRESS = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DHEAD_ON_HOST_MAIN")
+
+
+@pytest.fixture(scope="module")
+def watched_for_races(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    needs(*THREAD)
+    return build(tmp_path_factory.mktemp("thread"), "head", *THREAD)
+
+
+@pytest.fixture(scope="module")
+def watched_for_bounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    needs(*ADDRESS)
+    return build(tmp_path_factory.mktemp("address"), "head", *ADDRESS)
+
+
+@on_host
+def test_no_data_race(watched_for_races: Path):
+    done = run_under(watched_for_races)
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr[:3000]
+
+
+@on_host
+def test_a_barrier_that_orders_nothing_is_reported(watched_for_races: Path):
+    done = run_under(watched_for_races, "racy")
+    assert done.returncode == 66 and "data race" in done.stderr
+
+
+@on_host
+def test_no_access_out_of_bounds_and_no_undefined_behaviour(watched_for_bounds: Path):
+    done = run_under(watched_for_bounds)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
+
+
+@on_host
+def test_an_access_out_of_bounds_is_reported(watched_for_bounds: Path):
+    done = run_under(watched_for_bounds, "short")
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
+
+
+@pytest.mark.skipif(not _extension.has_cuda_kernels(), reason="the extension was built without CUDA")
+@pytest.mark.parametrize("name", ["attention_head", "attention_head_backward"])
+def test_the_operators_are_registered_for_cuda(name: str):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dan_fast::{name}", "CUDA")
+
+
+def on_device(case: Case) -> Case:
+    """The same case, its arguments on the GPU."""
+    moved = copy.copy(case)
+    moved.arguments = case.arguments._make(x.cuda() for x in case.arguments)
+    moved.grads = case.grads._make(x if x is None else x.cuda() for x in case.grads)
+    return moved
+
+
+def run_on_gpu(case: Case) -> tuple[Outputs, Gradients]:
+    out, grads = on_device(case).run()
+    return Outputs(*(x.cpu() for x in out)), Gradients(*(x.cpu() for x in grads))
+
+
+def flat_run(case: Case) -> list[Tensor]:
+    out, grads = case.run()
+    return [*out, *grads]
+
+
+def columns_left_out(x: Tensor) -> Tensor:
+    """channels_last, but not evenly: the kernels read a contiguous copy, and the gradient is channels_last."""
+    return channels_last(torch.cat([x, x], dim=3))[..., : x.shape[3]]
+
+
+GPU_SIZES = [(64, 2048, 7, 7, 170, 4), (5, 63, 7, 7, 5, 4), (3, 130, 16, 8, 11, 10), (2, 40, 40, 40, 3, 30)]
+GPU_SIZES += [(2, 1, 1, 1, 1, 1), (70, 512, 24, 8, 42, 16), (2, 2048, 90, 50, 170, 3), (300, 256, 7, 7, 21, 4)]
+GPU_SIZES += [(0, 5, 2, 2, 2, 1)]
+GPU_CASES = [(size, layout) for size in GPU_SIZES for layout in LAYOUTS.values()]
+GPU_CASES += [(size, layout) for size in GPU_SIZES[1:3] for layout in (strided, columns_left_out)]
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size, layout", GPU_CASES)
+def test_the_gpu_does_what_the_formulas_say(size: tuple[int, ...], layout: Callable, dtype: torch.dtype):
+    here = Case(size, dtype, layout)
+    case = on_device(here)
+    out, grads = case.run()
+    assert grads.features.stride() == torch.empty_like(case.arguments.features).stride()
+    assert all(map(torch.equal, flat_run(case), flat_run(case))), "two runs differ"
+    assert_right(case, out, grads, elsewhere=here)
+
+
+@on_gpu
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_unusual_numbers_on_the_gpu(layout: Callable):
+    assert_the_first_of_several_maxima_leads(run_on_gpu, Case((2, 2100, 7, 7, 6, 2), torch.float32, layout))
+    assert_what_is_not_finite_spreads(run_on_gpu, Case((5, 150, 7, 7, 13, 3), torch.float32, layout))
+    case = Case((5, 20, 3, 3, 4, 2), torch.float32, layout)
+    assert_an_unknown_label_has_no_loss_and_no_gradient(run_on_gpu, case)
+    assert_equal_maps_have_no_gradient_of_their_difference(run_on_gpu, Case((3, 4, 2, 2, 2, 2), torch.float64, layout))
+    case = Case((2, 40, 7, 7, 6, 4), torch.float64, layout)
+    assert_closed_channels_have_the_gradients_of_the_formulas(run_on_gpu, case)
+    case = Case((2, 40, 7, 7, 6, 4), torch.float64, layout)
+    assert_an_infinite_gradient_ends_where_a_unit_is_off(run_on_gpu, case)
+    case = Case((2, 40, 7, 7, 6, 4), torch.float64, layout)
+    case.grads = case.grads._replace(mean=None, channel_attention=None)
+    assert_right(case, *run_on_gpu(case))
+
+
+@on_gpu
+def test_another_stream_and_a_cuda_graph():
+    case = on_device(Case((64, 256, 7, 7, 21, 4), torch.bfloat16, channels_last))
+    expected = flat_run(case)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        aside = flat_run(case)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(map(torch.equal, aside, expected))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = flat_run(case)
+    for _ in range(2):
+        for x in captured:
+            x.zero_()
+        graph.replay()
+        assert all(map(torch.equal, captured, expected))
+
+
+@on_gpu
+def test_the_host_does_not_wait():
+    case = on_device(Case((8, 256, 7, 7, 21, 4), torch.float32, channels_last))
+    flat_run(case)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        flat_run(case)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,62 @@
+"""The CUDA kernels compiled ahead of time: none may spill registers or keep a stack in local memory."""
+
+import runpy
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+
+SCRIPT = ROOT / "scripts/kernel_resources.py"
+REPORT = runpy.run_path(str(SCRIPT))
+NVCC = REPORT["find_nvcc"]()
+pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc on this machine")
+ARCHS = ("8.6", "9.0")
+
+
+@pytest.fixture(scope="module")
+def kernels() -> dict[tuple[str, str], list]:
+    jobs = [(source, arch) for source in REPORT["all_sources"]() for arch in ARCHS]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda job: REPORT["resources"](*job, NVCC), jobs))
+    print("\n" + REPORT["table"](kernel for of_file in found for kernel in of_file))
+    return {(source.name, arch): of_file for (source, arch), of_file in zip(jobs, found, strict=True)}
+
+
+def test_every_file_has_kernels_for_every_architecture(kernels: dict[tuple[str, str], list]):
+    assert {("scan_cuda_float.cu", arch) for arch in ARCHS} < set(kernels)
+    for of_file in kernels.values():
+        assert of_file and all(kernel.registers > 0 for kernel in of_file)
+    for dtype in ("float", "double"):
+        names = {kernel.name for kernel in kernels[f"scan_cuda_{dtype}.cu", "8.6"]}
+        assert names == {f"scan_forward_kernel<{dtype}>", f"scan_backward_kernel<{dtype}>"}
+
+
+def test_nothing_spills(kernels: dict[tuple[str, str], list]):
+    worst = [kernel for of_file in kernels.values() for kernel in of_file if kernel.spilled or kernel.stack]
+    assert not worst, "\n" + REPORT["table"](worst)
+
+
+@pytest.mark.parametrize("at, field", [("(k * step) % 64", "stack"), ("k", "spilled")])
+def test_a_stack_and_spills_are_seen(tmp_path: Path, at: str, field: str):
+    source = tmp_path / "wide.cu"
+    source.write_text(
+        "__global__ void wide(float* x, int step) {\n"
+        "  float own[SIZE];\n"
+        "#pragma unroll\n"
+        "  for (int k = 0; k < SIZE; ++k) own[k] = x[k * step];\n"
+        "  __syncthreads();\n"
+        "#pragma unroll\n"
+        f"  for (int k = 0; k < SIZE; ++k) x[k] = own[{at}];\n"
+        "}\n"
+    )
+    (kernel,) = REPORT["resources"](source, "8.6", NVCC, ["-maxrregcount=24", "-DSIZE=64"])
+    assert kernel.name == "wide" and getattr(kernel, field) > 0
+
+
+def test_what_does_not_compile_is_told(tmp_path: Path):
+    source = tmp_path / "broken.cu"
+    source.write_text("__global__ void broken() { nonsense; }\n")
+    with pytest.raises(RuntimeError, match="nonsense"):
+        REPORT["resources"](source, "8.6", NVCC)

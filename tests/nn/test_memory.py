@@ -1,0 +1,422 @@
+"""The memory module: pending writes, state dict, gates."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dan_fast import MemoryState, functional
+from dan_fast.core.types import MemoryStep
+from dan_fast.functional.memory import pending
+from dan_fast.nn import ProgressiveAugmentedMemory
+
+SLOTS, PSEUDO_SLOTS, DIM = 12, 9, 5
+
+
+def make(**settings):
+    settings = {"dtype": torch.float64} | settings
+    return ProgressiveAugmentedMemory(SLOTS, PSEUDO_SLOTS, DIM, decay=0.9, decay_unlabeled=0.8, **settings)
+
+
+def batches(count, size=3, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    for at in range(count):
+        keys, unlabeled_keys = (torch.randn(size, DIM, generator=generator, dtype=dtype) for _ in range(2))
+        labels = torch.randint(0, 3, (size,), generator=generator)
+        yield keys, labels, unlabeled_keys, torch.arange(size * at, size * at + size)
+
+
+def assert_states_close(actual, expected, **tolerance):
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+def test_starts_as_the_contract_says():
+    memory = make()
+    assert memory.alpha == 0 and memory.alpha_unlabeled == 0
+    torch.testing.assert_close(memory.beta, torch.tensor(0.1, dtype=torch.float64))
+    assert memory.labeled.features.shape == (SLOTS, DIM) and memory.unlabeled.features.shape == (
+        PSEUDO_SLOTS,
+        DIM,
+    )
+    assert {name for name, _ in memory.named_parameters()} == {"alpha", "alpha_unlabeled", "beta_logit"}
+    assert [n.item() for n in memory.occupied_slots()] == [0, 0]
+
+
+@pytest.mark.parametrize("keep", ["nothing", "steps", "graphs", "snapshots"])
+@pytest.mark.parametrize("limit", [4, 10, 1000])
+def test_waiting_writes_equal_writes_settled_at_every_step(monkeypatch, limit, keep):
+    monkeypatch.setattr(pending, "MAX_PENDING", limit)
+    memory = make()
+    labeled, unlabeled = memory.labeled, memory.unlabeled
+    kept, seen = [], []
+    for batch in batches(8):
+        keys = [batch[0].clone().requires_grad_() for _ in range(2)]
+        step = memory(keys[0], *batch[1:])
+        expected = functional.memory_step(
+            labeled, unlabeled, keys[1], *batch[1:], 0.0, 0.0, memory.beta.detach(), 0.9, 0.8
+        )
+        torch.testing.assert_close(step.loss, expected.loss, rtol=1e-11, atol=1e-11)
+        assert torch.equal(step.pseudo_labels, expected.pseudo_labels)
+        (grad,) = torch.autograd.grad(step.loss, keys[0], retain_graph=keep == "graphs")
+        (expected_grad,) = torch.autograd.grad(expected.loss, keys[1])
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-11)
+        labeled, unlabeled = expected.labeled, expected.unlabeled
+        if keep == "steps":
+            kept.append((step, labeled, unlabeled))
+        elif keep == "graphs":
+            kept.append((step.loss, keys[0], grad))
+        elif keep == "snapshots":
+            kept.append((memory.labeled, labeled))
+        seen.append(memory._labeled.pending)
+    # With nobody counting on the features, each step folds in what the step before left.
+    assert seen == {"nothing": [3] * 8, "snapshots": [0] * 8}.get(keep, seen)
+    if keep in ("steps", "graphs"):
+        assert max(seen) > min(limit, 20) and max(seen) <= limit + 3
+    assert_states_close(memory.labeled, labeled, rtol=1e-11, atol=1e-11)
+    assert_states_close(memory.unlabeled, unlabeled, rtol=1e-11, atol=1e-11)
+    assert memory._labeled.pending == 0
+    for entry in kept:
+        if keep == "steps":
+            assert_states_close(entry[0].labeled, entry[1], rtol=1e-11, atol=1e-11)
+            assert_states_close(entry[0].unlabeled, entry[2], rtol=1e-11, atol=1e-11)
+        elif keep == "graphs":
+            (again,) = torch.autograd.grad(*entry[:2])
+            assert torch.equal(again, entry[2])
+        else:
+            assert_states_close(*entry, rtol=1e-11, atol=1e-11)
+
+
+def test_under_autocast_half_precision_keys_are_taken_to_the_memory():
+    memories = [make(dtype=torch.float32) for _ in range(2)]
+    for keys, labels, unlabeled_keys, ids in batches(3, dtype=torch.bfloat16):
+        half = [keys.requires_grad_(), unlabeled_keys.requires_grad_()]
+        with pytest.raises(TypeError, match="keys must be torch.float32"):
+            memories[0](half[0], labels, half[1], ids)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            step = memories[0](half[0], labels, half[1], ids)
+        wide = [x.detach().float().requires_grad_() for x in half]
+        expected = memories[1](wide[0], labels, wide[1], ids)
+        assert step.loss.dtype == torch.float32 and torch.equal(step.loss, expected.loss)
+        grads = torch.autograd.grad(step.loss, half), torch.autograd.grad(expected.loss, wide)
+        for actual, wanted in zip(*grads, strict=True):
+            assert actual.dtype == torch.bfloat16 and torch.equal(actual, wanted.bfloat16())
+    assert_states_close(memories[0].labeled, memories[1].labeled, rtol=0, atol=0)
+
+
+def test_features_are_overwritten_in_place_when_nobody_counts_on_them():
+    memory = make()
+    address = memory._labeled.base.data_ptr()
+    for batch in batches(4):
+        memory(batch[0].requires_grad_(), *batch[1:]).loss.backward()
+        assert memory._labeled.base.data_ptr() == address
+    memory.settle()
+    assert memory._labeled.base.data_ptr() == address and memory._labeled.pending == 0
+    snapshot = memory.labeled
+    copy_of_it = [x.clone() for x in snapshot]
+    for batch in batches(2):
+        memory(*batch)
+    assert memory._labeled.base.data_ptr() != address
+    assert_states_close(snapshot, copy_of_it)
+
+
+def test_a_backward_that_wants_overwritten_features_fails():
+    """What no graph of this package holds, somebody's own graph may."""
+    memory = make()
+    first, second = batches(2)
+    memory(*first)
+    weights = torch.ones(SLOTS, dtype=torch.float64, requires_grad=True)
+    product = weights @ memory._labeled.base
+    memory(*second)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+@pytest.mark.parametrize("order_of_reading", ["never", "between"])
+def test_a_checkpoint_does_not_decide_the_rounding(order_of_reading):
+    """Bit for bit: with and without a state dict taken after every other batch, by the float32 module."""
+    memory = make(dtype=torch.float32)
+    for at, batch in enumerate(batches(8, dtype=torch.float32)):
+        memory(batch[0].requires_grad_(), *batch[1:]).loss.backward()
+        if order_of_reading == "between" and at % 2:
+            memory.state_dict()
+    fresh = make(dtype=torch.float32)
+    for batch in batches(8, dtype=torch.float32):
+        fresh(batch[0].requires_grad_(), *batch[1:]).loss.backward()
+    for a, b in zip((*memory.labeled, *memory.unlabeled), (*fresh.labeled, *fresh.unlabeled), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("settle", [False, True])
+def test_one_backward_through_two_steps(monkeypatch, settle):
+    """As meta learning does: neither the second step nor a reading may overwrite what the first one needs."""
+    monkeypatch.setattr("dan_fast.functional.memory.pending.MAX_PENDING", 4 if settle else 128)
+    warm_up, first, second = batches(3)
+    key = first[0].requires_grad_()
+    results = []
+    for fast in (True, False):
+        memory = make()
+        memory(*warm_up)
+        labeled, unlabeled = memory.labeled, memory.unlabeled
+        alpha = memory.alpha
+        if fast:
+            loss = memory(*first).loss
+            grads = torch.autograd.grad(loss, [key, alpha], create_graph=True)
+            moved = {"alpha": alpha - 0.5 * grads[1]}
+            inner = torch.func.functional_call(memory, moved, (second[0] + 0.1 * grads[0], *second[1:]))
+            if settle:
+                memory.state_dict()
+                memory.labeled, memory.unlabeled = memory.labeled, memory.unlabeled
+        else:
+            gates = (memory.alpha_unlabeled, memory.beta, 0.9, 0.8)
+            step = functional.memory_step(labeled, unlabeled, *first, alpha, *gates)
+            loss = step.loss
+            grads = torch.autograd.grad(loss, [key, alpha], create_graph=True)
+            inner = functional.memory_step(
+                step.labeled,
+                step.unlabeled,
+                second[0] + 0.1 * grads[0],
+                *second[1:],
+                alpha - 0.5 * grads[1],
+                *gates,
+            )
+        results.append(torch.autograd.grad(loss + inner.loss, [key, alpha, memory.alpha_unlabeled, memory.beta_logit]))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+        assert a.abs().sum() > 0
+
+
+def test_functional_call_replaces_gates_and_advances_the_state():
+    memory, twin = make(), make()
+    (batch,) = batches(1)
+    alpha = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    torch.func.functional_call(memory, {"alpha": alpha}, batch)
+    with torch.no_grad():
+        twin.alpha.fill_(1.5)
+    twin(*batch)
+    assert memory.alpha == 0
+    assert_states_close(memory.labeled, twin.labeled)
+
+
+def test_a_step_keeps_its_states_when_the_memory_goes_on():
+    memory = make()
+    first, second = batches(2)
+    step = memory(*first)
+    memory(*second)
+    expected = functional.memory_step(
+        MemoryState.empty(SLOTS, DIM, torch.float64),
+        MemoryState.empty(PSEUDO_SLOTS, DIM, torch.float64),
+        *first, 0.0, 0.0, 0.1, 0.9, 0.8,
+    )  # fmt: skip
+    assert isinstance(step, MemoryStep) and isinstance(step.labeled, MemoryState)
+    assert_states_close(step.labeled, expected.labeled)
+    loss, pseudo_labels, labeled, unlabeled = step
+    assert loss is step.loss and pseudo_labels is step[1]
+    assert_states_close(unlabeled, expected.unlabeled)
+    assert_states_close(step[2:][0], labeled)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_state_dict_round_trip_goes_on_bit_for_bit(tmp_path, dtype):
+    memory = nn.ModuleDict({"memory": make(dtype=dtype)})
+    for batch in batches(3, dtype=torch.float32):
+        memory["memory"](batch[0].to(dtype), batch[1], batch[2].to(dtype), batch[3])
+    torch.save(memory.state_dict(), tmp_path / "memory.pt")
+    other = nn.ModuleDict({"memory": make(dtype=dtype)})
+    other.load_state_dict(torch.load(tmp_path / "memory.pt", weights_only=True))
+    for batch in batches(2, seed=1, dtype=torch.float32):
+        arguments = (batch[0].to(dtype), batch[1], batch[2].to(dtype), batch[3])
+        assert torch.equal(memory["memory"](*arguments).loss, other["memory"](*arguments).loss)
+    for a, b in zip(memory.state_dict().items(), other.state_dict().items(), strict=True):
+        assert a[0] == b[0] and torch.equal(a[1], b[1])
+    assert memory["memory"].unlabeled.usage.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_a_state_dict_that_does_not_fit_changes_nothing():
+    memory, larger = make(), ProgressiveAugmentedMemory(SLOTS + 1, PSEUDO_SLOTS, DIM, dtype=torch.float64)
+    for batch in batches(1):
+        memory(*batch)
+    before = copy.deepcopy(memory.state_dict())
+    with pytest.raises(RuntimeError, match=r"labeled.features must have shape \(12, 5\) like this memory"):
+        memory.load_state_dict(larger.state_dict())
+    partial = {name: value for name, value in make().state_dict().items() if name != "unlabeled.usage"}
+    with pytest.raises(RuntimeError, match="Missing key.*unlabeled.usage"):
+        memory.load_state_dict(partial)
+    with pytest.raises(RuntimeError, match="Unexpected key.*labeled.colour"):
+        memory.load_state_dict(make().state_dict() | {"labeled.colour": torch.zeros(1)})
+    for name in ("labeled", "unlabeled"):
+        assert_states_close(getattr(memory, name), [before[f"{name}.{f}"] for f in MemoryState._fields])
+
+
+def test_states_are_assignable_and_checked():
+    memory, other = make(), make()
+    for batch in batches(2):
+        other(*batch)
+    memory.labeled, memory.unlabeled = other.labeled, other.unlabeled
+    (batch,) = batches(1, seed=4)
+    assert torch.equal(memory(*batch).loss, other(*batch).loss)
+    before = memory.labeled
+    for wrong, error, match in (
+        (
+            MemoryState.empty(SLOTS + 1, DIM, torch.float64),
+            ValueError,
+            r"labeled.features must have shape \(12, 5\)",
+        ),
+        (MemoryState.empty(SLOTS, DIM), TypeError, "labeled.features must be torch.float64"),
+        (before._replace(labels=before.labels[:3]), ValueError, "labeled.labels must have shape"),
+        ("state", TypeError, "labeled must be a MemoryState"),
+        (MemoryState.empty(SLOTS, DIM, torch.float64, "meta"), ValueError, "labeled.features is on meta"),
+    ):
+        with pytest.raises(error, match=match):
+            memory.labeled = wrong
+    assert_states_close(memory.labeled, before)
+
+
+def test_a_wrong_batch_leaves_the_memory_as_it_was():
+    memory = make()
+    first, second = batches(2)
+    memory(*first)
+    before = copy.deepcopy(memory.state_dict())
+    for wrong in (
+        (second[0] * math.nan, *second[1:]),
+        (second[0], -1 - second[1], *second[2:]),
+        (*second[:2], second[2] * math.inf, second[3]),
+        (*second[:3], second[3][:1]),
+    ):
+        with pytest.raises(ValueError):
+            memory(*wrong)
+    for name, value in memory.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_moves_with_its_module():
+    memory = make(dtype=torch.float32)
+    (batch,) = batches(1, dtype=torch.float32)
+    memory(*batch)
+    held = memory.labeled.features
+    memory.double()
+    assert torch.equal(memory.labeled.features, held.double()) and memory.alpha.dtype == torch.float64
+    memory(*next(batches(1, seed=2)))
+    memory.to(torch.bfloat16)
+    assert memory.labeled.features.dtype == torch.bfloat16 and memory.labeled.usage.dtype == torch.float32
+    assert memory.labeled.labels.dtype == torch.int64
+    assert copy.deepcopy(memory).to("meta").labeled.features.device.type == "meta"
+
+
+def test_a_move_to_where_it_is_leaves_what_was_handed_out_alone():
+    memory, (first, *rest) = make(dtype=torch.float32), batches(4, dtype=torch.float32)
+    step = memory(*first)
+    snapshot = memory.labeled
+    kept = snapshot.features.clone()
+    memory.float().cpu()
+    assert memory.labeled.features is snapshot.features  # nor is anything copied for it
+    for batch in rest:
+        memory(*batch)
+    assert torch.equal(snapshot.features, kept) and torch.equal(step.labeled.features, kept)
+
+
+def test_half_precision_is_for_features_only():
+    memory = make(dtype=torch.float32)
+    for batch in batches(3, dtype=torch.float32):
+        memory(*batch)
+    usage, evaluation = memory.labeled.usage, memory.unlabeled.evaluation
+    for _ in range(2):
+        memory.to(torch.bfloat16)
+        assert torch.equal(memory.labeled.usage, usage) and torch.equal(memory.unlabeled.evaluation, evaluation)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_training_goes_on_after_inference_mode(steps):
+    memory, twin = make(), make()
+    for batch in batches(2):
+        memory(*batch), twin(*batch)
+    for batch in batches(steps, seed=1):
+        with torch.inference_mode():
+            assert not memory(*batch).loss.requires_grad
+            memory.to(torch.float64)
+        twin(*batch)
+    with torch.inference_mode():
+        memory.labeled = memory.labeled
+    for batch in batches(2, seed=2):
+        losses = [m(batch[0].clone().requires_grad_(), *batch[1:]).loss for m in (memory, twin)]
+        gradients = [torch.autograd.grad(x, m.alpha)[0] for x, m in zip(losses, (memory, twin), strict=True)]
+        torch.testing.assert_close(losses[0], losses[1])
+        torch.testing.assert_close(gradients[0], gradients[1])
+    assert_states_close(memory.labeled, twin.labeled)
+    with torch.inference_mode():
+        born_there = make()
+    born_there(*batch).loss.backward()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_interrupted_write_is_written_once(monkeypatch, error):
+    memory, twin = make(), make()
+    first, second = batches(2)
+    memory(*first), twin(*first)
+    commit = pending.memory_commit_scores_
+
+    def interrupted(*arguments):
+        if error is KeyboardInterrupt:  # Python raises it when the pass that it came in has ended
+            commit(*arguments)
+        raise error
+
+    monkeypatch.setattr(pending, "memory_commit_scores_", interrupted)
+    with pytest.raises(error):
+        memory(*second)
+    monkeypatch.undo()
+    assert_states_close(memory.labeled, twin.labeled)
+    torch.testing.assert_close(memory(*second).loss, twin(*second).loss)
+    assert_states_close(memory.unlabeled, twin.unlabeled)
+
+
+def test_a_step_of_meta_tensors_has_shapes():
+    memory, (batch,) = make().to("meta"), batches(1)
+    for _ in range(2):
+        step = memory(*(x.to("meta") for x in batch))
+    assert step.pseudo_labels.shape == (3,) and step.labeled.features.shape == (SLOTS, DIM)
+
+
+def test_reliable_samples_names_each_image_once():
+    memory = make()
+    assert [x.tolist() for x in memory.reliable_samples()] == [[], []]
+    full = memory.unlabeled
+    memory.unlabeled = full._replace(
+        labels=torch.tensor([4, -1, 5, 6, 7, 8, -1, -1, 9]),
+        sample_ids=torch.tensor([30, -1, 10, 30, 20, 10, -1, -1, 40]),
+        usage=torch.tensor([1.0, 0, 2, 3, 1, 2, 0, 0, 0.5], dtype=torch.float64),
+    )
+    # Image 30 keeps the more used slot 3, image 10 the lower of two equal ones.
+    ids, labels = memory.reliable_samples()
+    assert ids.tolist() == [10, 30, 20, 40] and labels.tolist() == [5, 6, 7, 9]
+
+
+def test_gates_from_features():
+    memory = make(gates="features")
+    assert not list(memory.parameters())
+    (batch,) = batches(1)
+    features = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    step = memory(*batch, gate_features=features)
+    alpha, alpha_unlabeled, logit = features.mean(0)
+    start = (MemoryState.empty(n, DIM, torch.float64) for n in (SLOTS, PSEUDO_SLOTS))
+    expected = functional.memory_step(*start, *batch, alpha, alpha_unlabeled, logit.sigmoid(), 0.9, 0.8)
+    torch.testing.assert_close(step.loss, expected.loss)
+    torch.testing.assert_close(memory.gate_values(features)[2], logit.sigmoid())
+    (grad,) = torch.autograd.grad(step.loss, features)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.loss, features)[0])
+    assert grad.abs().sum() > 0
+    for wrong in (None, features[:, :2], features[:0]):
+        with pytest.raises(ValueError, match="gate_features must be"):
+            memory(*batch, gate_features=wrong)
+    with pytest.raises(ValueError, match="gate_features are for"):
+        make()(*batch, gate_features=features)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [({"decay": 1.5}, ValueError), ({"gates": "both"}, ValueError), ({"labeled_slots": 0}, ValueError)],
+)
+def test_wrong_settings(settings, error):
+    with pytest.raises(error, match=next(iter(settings))):
+        ProgressiveAugmentedMemory(**({"labeled_slots": 2, "unlabeled_slots": 2, "key_dim": 2} | settings))

@@ -1,0 +1,146 @@
+"""A memory inside of what copies, averages or distributes modules by their parameters and buffers."""
+
+import copy
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.nn.functional import all_gather
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from dan_fast.nn import ProgressiveAugmentedMemory
+from tests.nn.test_memory import assert_states_close, batches, make
+
+
+def assert_memories_equal(actual: ProgressiveAugmentedMemory, expected: ProgressiveAugmentedMemory) -> None:
+    for name in ("labeled", "unlabeled"):
+        assert all(map(torch.equal, getattr(actual, name), getattr(expected, name))), name
+
+
+def test_a_replica_of_data_parallel_is_refused():
+    """`nn.DataParallel` makes them so where it has two devices; with one it calls the module itself."""
+    for gates in ("parameters", "features"):
+        memory = make(gates=gates)
+        (batch,) = batches(1)
+        features = () if gates == "parameters" else (torch.zeros(1, 3, dtype=torch.float64),)
+        before = copy.deepcopy(memory)
+        with pytest.raises(RuntimeError, match="replica of DataParallel .* wrap the backbone alone"):
+            memory._replicate_for_data_parallel()(*batch, *features)
+        assert_memories_equal(memory, before)
+
+
+def test_a_deep_copy_has_memories_of_its_own():
+    memory = make()
+    first, second, third = batches(3)
+    memory(*first)  # its writes still wait
+    twin = copy.deepcopy(memory)
+    assert_memories_equal(twin, memory)
+    before = [x.clone() for x in twin.labeled]
+    memory(*second)
+    assert_states_close(twin.labeled, before, rtol=0, atol=0)
+    twin(*second)
+    for one in (memory, twin):
+        one(*third)
+    assert_memories_equal(twin, memory)
+    file = io.BytesIO()
+    torch.save(copy.deepcopy(twin), file)
+    file.seek(0)
+    assert_memories_equal(torch.load(file, weights_only=False), twin)
+
+
+def averaged_over_a_training() -> tuple[ProgressiveAugmentedMemory, AveragedModel]:
+    memory = make()
+    averaged = AveragedModel(memory)
+    optimizer = torch.optim.SGD(memory.parameters(), lr=0.1)
+    for batch in batches(4):
+        optimizer.zero_grad()
+        memory(*batch).loss.backward()
+        optimizer.step()
+        averaged.update_parameters(memory)
+    return memory, averaged
+
+
+def test_an_average_of_the_gates_is_refused_until_it_has_memories():
+    memory, averaged = averaged_over_a_training()
+    (batch,) = batches(1, seed=9)
+    assert averaged.module.alpha != 0 and averaged.module.occupied_slots()[0] == 0
+    with pytest.raises(
+        RuntimeError, match="as AveragedModel does, .* assign the trained memory's labeled and unlabeled"
+    ):
+        averaged(*batch)
+    averaged.module.labeled, averaged.module.unlabeled = memory.labeled, memory.unlabeled
+    assert_memories_equal(averaged.module, memory)
+    averaged(*batch)
+
+    memory, averaged = averaged_over_a_training()
+    averaged.module.load_state_dict(memory.state_dict())
+    assert torch.equal(averaged(*batch).loss, memory(*batch).loss)
+
+
+def test_a_copy_whose_gates_are_its_own_is_not_refused():
+    memory = make()
+    first, second = batches(2)
+    twin = copy.deepcopy(memory)
+    memory(*first)
+    twin(*first)  # the one it was copied from has gone on, the gates have not
+    assert_memories_equal(twin, memory)
+    with torch.no_grad():
+        twin.alpha.fill_(1.5)
+    twin(*second)
+    early = copy.deepcopy(memory)
+    with torch.no_grad():
+        early.alpha.fill_(1.5)
+    early(*second)  # nothing to fall behind
+    for name in ("labeled", "unlabeled"):
+        assert_states_close(getattr(early, name), getattr(twin, name), rtol=1e-11, atol=1e-11)
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    (whole,) = batches(1, size=4)
+    own = [x[2 * rank : 2 * rank + 2] for x in whole]
+    with pytest.raises(RuntimeError, match="inside of DistributedDataParallel .* call the memory outside"):
+        DistributedDataParallel(make())(*own)
+
+    torch.manual_seed(0)
+    backbone = DistributedDataParallel(nn.Linear(5, 5, dtype=torch.float64))
+    memory = make()
+
+    def of_all(rows: Tensor) -> Tensor:
+        return torch.cat(all_gather(rows))
+
+    for _ in range(2):
+        keys, unlabeled_keys = backbone(torch.cat([own[0], own[2]])).split(2)
+        step = memory(of_all(keys), of_all(own[1]), of_all(unlabeled_keys), of_all(own[3]))
+        step.loss.backward()
+    state = {"memory": memory.state_dict(), "loss": step.loss.detach()}
+    state["gradients"] = [parameter.grad for parameter in (*memory.parameters(), *backbone.parameters())]
+    torch.save(state, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not distributed.is_available() or not distributed.is_gloo_available(), reason="there is no gloo")
+def test_distributed_data_parallel_is_refused_and_its_remedy_holds(tmp_path: Path):
+    """Two processes with the rows of both hold what one process holds, with the same gradients."""
+    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    torch.manual_seed(0)
+    backbone, memory = nn.Linear(5, 5, dtype=torch.float64), make()
+    (whole,) = batches(1, size=4)
+    for _ in range(2):
+        step = memory(backbone(whole[0]), whole[1], backbone(whole[2]), whole[3])
+        step.loss.backward()
+    gradients = [parameter.grad for parameter in (*memory.parameters(), *backbone.parameters())]
+    for rank in ranks:
+        assert rank["memory"].keys() == memory.state_dict().keys()
+        for name, value in memory.state_dict().items():
+            assert torch.equal(rank["memory"][name], ranks[0]["memory"][name]), name
+            torch.testing.assert_close(rank["memory"][name], value)
+        torch.testing.assert_close(rank["loss"], step.loss.detach())
+        for actual, wanted in zip(rank["gradients"], gradients, strict=True):
+            torch.testing.assert_close(actual, wanted)
+            assert wanted.abs().sum() > 0

@@ -1,0 +1,486 @@
+"""`dan-fast report`: which runs are compared, what stands beside the paper, and what is said of what is missing."""
+
+import json
+import re
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from dan_fast.cli import main
+from dan_fast.core.errors import DanFastError
+from dan_fast.data.datasets.known import KNOWN
+from dan_fast.data.synthetic import synthesize
+from dan_fast.evaluation import Evaluation
+from dan_fast.reporting import comparisons, memories
+from dan_fast.reporting.groups import models, swept_settings, target_of, unlabeled_shares
+from dan_fast.reporting.memories import Slots, layout, neighbours_agree, plot_memories, sample, stored_slots
+from dan_fast.reporting.report import report
+from dan_fast.reporting.results import paper_tables, paper_target, result_tables
+from dan_fast.reporting.runs import read_runs
+from dan_fast.reporting.watched import watched_table
+from dan_fast.training import DataConfig, MemoryConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer
+from dan_fast.training.reported import CHOSEN, SEEN
+
+
+def evaluation(dataset: str, rank1: float, mean_precision: float, repeats: int = 1) -> dict:
+    spread = 0.01 if repeats > 1 else None
+    cmc = [rank1, *[rank1 + 0.05] * 9]
+    return {
+        "dataset": dataset,
+        "protocol": "fixed query and gallery" if repeats == 1 else f"{repeats} random splits",
+        "cmc": cmc,
+        "mAP": mean_precision,
+        "mINP": 0.05,
+        "cmc_std": None if spread is None else [spread] * 10,
+        "mAP_std": spread,
+        "mINP_std": spread,
+        "repeats": repeats,
+        "num_query": 30,
+        "num_gallery": 40,
+        "num_valid": 30,
+        "skipped": [],
+    }
+
+
+def fake_run(folder: Path, results=(("street", 0.5, 0.4),), scalars=None, **sections) -> Path:
+    """A run's folder without a checkpoint; of the settings only what is given."""
+    folder.mkdir(parents=True)
+    settings = {"data": {"labeled": ["x/campus"], "unlabeled": ["x/mall"]}}
+    for section, values in sections.items():
+        settings.setdefault(section, {}).update(values)
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    content = {"epochs": 500, "targets": [evaluation(*result) for result in results]}
+    (folder / "results.json").write_text(json.dumps(content))
+    if scalars:
+        with SummaryWriter(folder / "tensorboard") as writer:
+            for tag, values in scalars.items():
+                for step, value in enumerate(values):
+                    writer.add_scalar(tag, value, step)
+    return folder
+
+
+def text_of(page: Path) -> str:
+    text = re.sub(r"<style>.*?</style>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = re.sub(r"</t[dh]>", " | ", re.sub(r"</tr>", "\n", text))
+    return unescape(re.sub(r"<[^>]+>", "", text))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    synthesize(root, ["campus", "mall", "street"], identities=6, cameras=2, images_per_camera=2, image_size=(32, 32),
+               test_fraction=0.5)  # fmt: skip
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    config = TrainConfig(
+        data=DataConfig(
+            labeled=str(images / "campus"), unlabeled=str(images / "mall"), targets=str(images / "street"),
+            image_size=(32, 32), batch_size=8, workers=0,
+        ),
+        model=ModelConfig(backbone="resnet18", weights="none"),
+        memory=MemoryConfig(labeled_slots=12, unlabeled_slots=9),
+        optimizer=OptimizerConfig(epochs=2, lr_scale=10.0),
+        run=RunConfig(out=str(out), device="cpu", log_every=1, evaluate_every=1),
+    )  # fmt: skip
+    Trainer(config).fit()
+    return out
+
+
+def test_a_trained_run_gives_a_full_page(trained, tmp_path, capsys):
+    assert main(["report", str(trained), "--out", str(tmp_path / "page"), "--images", "3"]) == 0
+    page = tmp_path / "page" / "index.html"
+    assert capsys.readouterr().out.strip() == str(page)
+    pictures = {path.name for path in (tmp_path / "page").glob("*.png")}
+    assert pictures == {"gates.png", "01_curves.png", "01_attention.png", "01_memories.png"}
+    for name in pictures:
+        with Image.open(tmp_path / "page" / name) as image:
+            assert image.format == "PNG" and min(image.size) > 100
+    text = text_of(page)
+    assert "campus + mall (unlabelled)" in text and "Results on street" in text
+    assert "of tiny at epoch 2 of 2 over 3 images of street" in text
+    assert "at epoch 2 of 2: M: 12 slots" in text
+    assert "dan-fast sweep --grid fig7" in text
+    assert not re.search(r"tiny \| (curves|gates|heat maps|t-SNE|results)", text)
+
+
+def test_missing_pieces_are_said_in_the_page(trained, tmp_path):
+    bare = fake_run(tmp_path / "bare", results=(), data={"unlabeled": []})
+    (bare / "results.json").write_text("{]")
+    no_attention = fake_run(tmp_path / "none", model={"attention": "none", "adversary": False})
+    (no_attention / "checkpoint.pt").write_bytes((trained / "checkpoint.pt").read_bytes())
+    damaged = fake_run(tmp_path / "damaged")
+    (damaged / "checkpoint.pt").write_bytes(b"PK")
+    text = text_of(report([tmp_path], tmp_path / "page", images=2))
+    assert "bare | results | " in text and "results.json holds no evaluations" in text
+    assert "bare | results | Not evaluated: let it train to its end" in text
+    assert re.search(r"bare \| gates, Fig. 5\(b\) \| It has no memory", text)
+    assert re.search(r"bare \| heat maps and t-SNE, Figs. 9 and 10 \| .*checkpoint.pt does not exist", text)
+    assert "none | heat maps, Fig. 9 | Its network has no attention." in text
+    assert re.search(r"damaged \| heat maps and t-SNE.*truncated or no checkpoint", text)
+    assert "damaged | curves | " in text
+
+
+def test_heat_maps_need_images_that_are_there_and_wanted(trained, tmp_path):
+    text = text_of(report([trained], tmp_path / "a", images=0))
+    assert "tiny | heat maps, Fig. 9 | Images of persons were left out by --images 0." in text
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("checkpoint.pt", "results.json"):
+        (moved / name).write_bytes((trained / name).read_bytes())
+    settings = yaml.safe_load((trained / "config.yaml").read_text())
+    settings["data"].update(targets=["gone/street"], labeled=["gone/campus"])
+    (moved / "config.yaml").write_text(yaml.safe_dump(settings))
+    text = text_of(report([moved], tmp_path / "b"))
+    assert re.search(r"moved \| heat maps, Fig. 9 \| None of its datasets can be read: .*gone", text)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda path: path / "nowhere", "is no folder: name folders of trainings"),
+        (lambda path: path, "holds no training: name folders with a config.yaml"),
+        (lambda path: fake_yaml(path, "[1, 2]"), "is no configuration of a training"),
+        (lambda path: fake_yaml(path, "a: [}"), "is no configuration of a training"),
+    ],
+)
+def test_a_wrong_path_is_one_sentence(make, sentence, tmp_path, capsys):
+    assert main(["report", str(make(tmp_path)), "--out", str(tmp_path / "page")]) == 1
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "page").exists()
+
+
+def fake_yaml(path: Path, text: str) -> Path:
+    (path / "config.yaml").write_text(text)
+    return path
+
+
+def test_runs_have_names_of_their_own(tmp_path):
+    folders = [fake_run(tmp_path / "a" / "run"), fake_run(tmp_path / "b" / "run")]
+    assert [run.name for run in read_runs(folders)] == ["a/run", "b/run"]
+    assert [run.name for run in read_runs([folders[0]])] == ["a/run"]
+    assert [run.name for run in read_runs([tmp_path / "a", folders[0]])] == ["a/run"]
+
+
+def test_baselines_and_later_evaluations_are_read(tmp_path):
+    folder = fake_run(tmp_path / "r")
+    more = [{"features": name, **evaluation("night", 0.3, 0.2, 10)} for name in ("trained", "untrained", "chance")]
+    (folder / "night.json").write_text(json.dumps(more))
+    (folder / "again.json").write_text(json.dumps([{"features": "trained", **evaluation("street", 0.5, 0.4)}]))
+    (folder / "other.json").write_text('{"something": "else"}')
+    [run] = read_runs([folder])
+    assert [each.dataset for each in run.results] == ["street", "night"]
+    assert [name for name, _ in run.baselines] == ["untrained", "chance"]
+    assert run.complaints == ()
+    night = result_tables([run])[1]
+    assert [row[0] for row in night.rows] == ["r (DAML3, B+NL-CBAM+AAN)", "untrained, for r", "chance, for r"]
+    assert night.rows[0][2:] == ["10 random splits", 10, "30.0 ± 1.0", "35.0 ± 1.0", "35.0 ± 1.0", "20.0 ± 1.0",
+                                 "5.0 ± 1.0"]  # fmt: skip
+
+
+def test_a_run_stands_beside_the_table_it_belongs_to(tmp_path):
+    data = {"labeled": ["Market-1501"], "unlabeled": ["MSMT17"]}
+    folders = [
+        fake_run(tmp_path / "dg", [("DukeMTMC-reID", 0.5, 0.4)], data=data),
+        fake_run(tmp_path / "uda", [("dukemtmcreid", 0.6, 0.5)], data={**data, "unlabeled": ["dukemtmc-reid"]}),
+        fake_run(tmp_path / "small", [("VIPeR", 0.4, 0.45, 10)], meta={"procedure": "daml1"}),
+    ]
+    tables = {table.title.split(":")[0]: table for table in paper_tables(read_runs(folders))}
+    own = {title: [row for row in table.rows if not row[0].startswith("paper")] for title, table in tables.items()}
+    assert {title: [row[0].split()[0] for row in rows] for title, rows in own.items() if rows} == {
+        "Table IV, VIPeR": ["small"],
+        "Table IX, VIPeR": ["small"],
+        "Table V, DukeMTMC-reID": ["dg"],
+        "Table VI, DukeMTMC-reID": ["uda"],
+    }
+    assert all(table.folded == (not own[title]) for title, table in tables.items())
+    assert len(tables) == 12
+    viper = tables["Table IV, VIPeR"]
+    assert own["Table IV, VIPeR"][0][1:] == ["campus + mall (unlabelled)", "10 random splits", 10, "40.0 ± 1.0",
+                                             "45.0 ± 1.0", "45.0 ± 1.0", "45.0 ± 1.0"]  # fmt: skip
+    marked = [row for row in viper.rows if any("†" in str(value) for value in row)]
+    assert [(row[0], row[-1]) for row in marked] == [
+        ("paper: Ours (w/o MSMT17)", "60.4 †"),
+        ("paper: Ours (with MSMT17)", "61.6 †"),
+    ]
+    assert "61.6 is below 65.4" in viper.note and "MSMT17 (unlabelled)" in marked[1][1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"metric": "euclidean"},
+        {"ap": "trapezoid"},
+        {"protocol": "10 random splits; k-reciprocal re-ranking (k1 20, k2 6, lambda 0.3)"},
+        {"epoch": f"epoch 3 of 9, {CHOSEN}"},
+        {"seen": f"4 {SEEN}"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_figures_that_are_scored_otherwise_are_not_laid_beside_the_papers_as_equal(tmp_path, change):
+    folder = fake_run(tmp_path / "small", [("VIPeR", 0.4, 0.45, 10)])
+    usual = json.loads((folder / "results.json").read_text())["targets"][0]
+    usual |= {"metric": "cosine", "ap": "standard", "precision": "float32"}
+    (folder / "results.json").write_text(json.dumps({"epochs": 500, "targets": [usual]}))
+    (folder / "figures.json").write_text(json.dumps([{"features": "trained", **usual, "mAP": 0.3, **change}]))
+    [run] = read_runs([folder])
+    [table] = [each for each in paper_tables([run]) if each.title.startswith("Table IV, VIPeR")]
+    plain, marked = [row for row in table.rows if not row[0].startswith("paper")]
+    assert plain[-1] == "45.0 ± 1.0" and all(cell.endswith("± 1.0 ‡") for cell in marked[4:])
+    assert "‡ Not scored as the paper's rows are" in table.note
+    assert marked[2] != plain[2], "and the row says what is otherwise"
+    assert target_of(run.results[1]) != target_of(run.results[0]), "nor are the two drawn together"
+    [table] = [each for each in paper_tables(read_runs([fake_run(tmp_path / "old", [("VIPeR", 0.4, 0.45, 10)])]))
+               if each.title.startswith("Table IV, VIPeR")]  # fmt: skip
+    assert "‡" not in table.note and "‡" not in str(table.rows)
+
+
+@pytest.mark.parametrize("name", ["viper", "GRID", "i-LIDS", "ilids", "prid_2011", "duke", "Market-1501-v15.09.15"])
+def test_the_papers_targets_are_known_by_any_spelling(name):
+    assert paper_target(name) is not None
+
+
+def test_the_papers_targets_are_known_by_their_titles():
+    titles = {name: paper_target(known.title) for name, known in KNOWN.items()}
+    assert {name: title for name, title in titles.items() if title} == {
+        "market1501": "Market1501",
+        "dukemtmc": "DukeMTMC-reID",
+        "viper": "VIPeR",
+        "prid": "PRID",
+        "grid": "GRID",
+        "ilids": "i-LIDS",
+    }
+
+
+@pytest.mark.parametrize("name", ["ilids-vid", "prid450s", "street", "msmt17", "market1501-500k"])
+def test_other_datasets_are_not_taken_for_the_papers(name):
+    assert paper_target(name) is None
+
+
+def test_a_protocol_names_what_was_trained_on(tmp_path):
+    data = {"labeled": [], "unlabeled": [], "protocol": "table6-market-to-duke", "root": "somewhere"}
+    folder = fake_run(tmp_path / "uda", [("DukeMTMC-reID", 0.5, 0.4)], data=data)
+    [run] = read_runs([folder])
+    assert run.sources == "Market-1501 + DukeMTMC-reID (unlabelled)"
+    assert [table.title.split(":")[0] for table in paper_tables([run]) if not table.folded] == [
+        "Table VI, DukeMTMC-reID"
+    ]
+    # What the trainer found to be there says more than the protocol's name.
+    results = json.loads((folder / "results.json").read_text())
+    results["targets"][0] |= {"named_protocol": "table6-market-to-duke", "epoch": "epoch 3 of 9, CHOSEN"}
+    (folder / "results.json").write_text(json.dumps(results | {"labeled": ["Market (V7)"], "unlabeled": []}))
+    [run] = read_runs([folder])
+    assert run.sources == "Market (V7)"
+    row = [table for table in paper_tables([run]) if not table.folded][0].rows[-1]
+    assert row[2] == "table6-market-to-duke; fixed query and gallery; epoch 3 of 9, CHOSEN"
+
+
+def test_protocols_with_and_without_unlabelled_images_are_shares(tmp_path):
+    for number, name in enumerate(("table5-market-to-duke", "table5-market-to-duke-wo-unlabeled")):
+        fake_run(tmp_path / name, data={"labeled": [], "unlabeled": [], "protocol": name, "root": str(number)})
+    [line] = unlabeled_shares(read_runs([tmp_path]))
+    assert list(line.points) == [0.0, 1.0]
+
+
+def test_runs_that_differ_in_one_thing_are_compared(tmp_path):
+    weights = {0.2: "a", 0.6: "b"}
+    for adversary, name in weights.items():
+        for embedding in (0.25, 0.5):
+            fake_run(tmp_path / f"{name}{embedding}", loss={"adversary": adversary, "embedding": embedding})
+    fake_run(tmp_path / "seed", loss={"adversary": 0.2, "embedding": 0.25}, run={"seed": 3})
+    fake_run(tmp_path / "long", optimizer={"epochs": 9}, loss={"adversary": 0.7}, memory={"labeled_slots": 3})
+    swept = swept_settings(read_runs([tmp_path]))
+    assert list(swept) == ["loss.adversary", "loss.embedding"]
+    shape = {
+        name: [
+            (line.label, {value: [run.name for run in runs] for value, runs in line.points.items()}) for line in lines
+        ]
+        for name, lines in swept.items()
+    }
+    assert shape["loss.adversary"] == [
+        ("loss.embedding 0.25", {0.2: ["a0.25", "seed"], 0.6: ["b0.25"]}),
+        ("loss.embedding 0.5", {0.2: ["a0.5"], 0.6: ["b0.5"]}),
+    ]
+    assert [label for label, _ in shape["loss.embedding"]] == ["loss.adversary 0.2", "loss.adversary 0.6"]
+
+
+def test_a_share_of_none_joins_those_with_unlabelled_images(tmp_path):
+    fake_run(tmp_path / "none", data={"unlabeled": []})
+    fake_run(tmp_path / "half", data={"unlabeled_share": 0.5})
+    fake_run(tmp_path / "all")
+    [line] = unlabeled_shares(read_runs([tmp_path]))
+    assert {share: [run.name for run in runs] for share, runs in line.points.items()} == {
+        0.0: ["none"],
+        0.5: ["half"],
+        1.0: ["all"],
+    }
+
+
+def test_networks_are_named_as_in_fig_6(tmp_path):
+    variants = {
+        "B": {"attention": "none", "adversary": False},
+        "B+SA": {"attention": "spatial", "adversary": False},
+        "B+NL": {"attention": "non_local", "adversary": False},
+        "B+NL-CBAM": {"adversary": False},
+        "B+CBAM+AAN": {"attention": "cbam"},
+        "B+NL-CBAM*+AAN": {"reduction": 1},
+        "B+NL-CBAM+AAN": {},
+    }
+    for number, model in enumerate(variants.values()):
+        fake_run(tmp_path / str(9 - number), model=model)
+    [line] = models(read_runs([tmp_path]))
+    assert list(line.points) == list(variants)
+    fake_run(tmp_path / "four", model={"reduction": 4})
+    [line] = models(read_runs([tmp_path]))
+    assert list(line.points)[-1] == "B+NL-CBAM+AAN, r = 4"
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The curves of each panel that is drawn: label -> (x, y)."""
+    panels: dict[str, dict[str, tuple[list, list]]] = {}
+    save = comparisons.save_png
+
+    def note(figure, path):
+        for axes in figure.axes:
+            lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
+            title = axes.get_title(loc="left").replace("\n", ", ")
+            panels[f"{Path(path).stem}: {title}"] = lines
+            assert axes.get_xlabel()
+        return save(figure, path)
+
+    monkeypatch.setattr(comparisons, "save_png", note)
+    return panels
+
+
+def test_pictures_show_the_figures_and_captions_say_them(tmp_path, drawn):
+    for share, precision in ((0.0, 0.1), (0.5, 0.2), (1.0, 0.4)):
+        fake_run(tmp_path / "runs" / f"p{share}", [("street", 0.3, precision)], data={"unlabeled_share": share},
+                 scalars={"memory/beta": [0.1, 0.125, 0.5]})  # fmt: skip
+    fake_run(tmp_path / "runs" / "cbam", [("street", 0.2, 0.35)], model={"attention": "cbam"})
+    fake_run(tmp_path / "runs" / "r1", [("street", 0.6, 0.45)], memory={"labeled_slots": 4000})
+    text = text_of(report([tmp_path / "runs"], tmp_path / "page"))
+    share = drawn["unlabeled_share: street, fixed query and gallery"]
+    assert share["mAP"][0] == [0, 50, 100] and share["mAP"][1] == pytest.approx([10, 20, 40])
+    assert share["R1"][1] == pytest.approx([30, 30, 30])
+    slots = drawn["over_memory.labeled_slots: street, fixed query and gallery"]
+    assert slots["mAP"][0] == [4000, 9000] and slots["mAP"][1] == pytest.approx([45, 40])
+    assert drawn["gates: β, confidence in pseudo labels"]["p0.5"] == ([0, 1, 2], pytest.approx([0.1, 0.125, 0.5]))
+    assert "mAP on street (fixed query and gallery): 10.0 at p = 0 %, 20.0 at p = 50 %, 40.0 at p = 100 %." in text
+    assert "R1 on street (fixed query and gallery): 60.0 at 4000, 30.0 at 9000." in text
+    assert "mAP on street (fixed query and gallery): 35.0 at B+CBAM+AAN, 40.0 at B+NL-CBAM+AAN." in text
+    assert "p0.5: β from 0.100 to 0.500" in text
+
+
+def test_what_to_watch_is_a_table_of_what_was_logged(tmp_path):
+    old = {"competition/backbone_frozen": [0.0, 0.25], "train/loss/total": [3.0, 2.0]}
+    new = {"competition/ties": [1.0, 0.5, 0.125], "competition/backbone_frozen": [0.5, 0.75],
+           "attention/spatial_spread": [1e-6, 0.0123456], "train/loss/labeled_embedding": [2.0, 1.0]}  # fmt: skip
+    fake_run(tmp_path / "silent", scalars={"train/loss/total": [1.0]})
+    runs = [fake_run(tmp_path / name, scalars=each) for name, each in {"old": old, "new": new}.items()]
+    table = watched_table(read_runs([*runs, tmp_path / "silent"]))
+    assert table.columns == ["what", "old", "new", "what to look for", "scalar"]
+    assert {row[-1]: tuple(row[1:3]) for row in table.rows} == {
+        "competition/ties": ("–", "1 → 0.125"),
+        "competition/backbone_frozen": ("0 → 0.25", "0.5 → 0.75"),
+        "attention/spatial_spread": ("–", "1e-06 → 0.0123"),
+        "train/loss/labeled_embedding": ("–", "2 → 1"),
+    }
+    assert all(row[0] and row[-2] for row in table.rows)
+    text = text_of(report(runs, tmp_path / "page"))
+    assert "What to watch in training" in text and "near 0 the spatial attention is flat and does nothing" in text
+    assert watched_table(read_runs([tmp_path / "silent"])) is None
+    assert "What to watch" not in text_of(report([tmp_path / "silent"], tmp_path / "silent_page"))
+
+
+def test_results_of_other_protocols_are_not_drawn_together(tmp_path, drawn):
+    for share, repeats in ((0.0, 10), (0.25, 1), (0.5, 1), (1.0, 1)):
+        fake_run(tmp_path / f"p{share}", [("street", 0.3, share / 2, repeats)], data={"unlabeled_share": share})
+    chosen = json.loads((tmp_path / "p1.0" / "results.json").read_text())
+    chosen["targets"][0]["epoch"] = f"epoch 3 of 9, {CHOSEN}"
+    (tmp_path / "p1.0" / "results.json").write_text(json.dumps(chosen))
+    report([tmp_path], tmp_path / "page")
+    shown = {title: lines["mAP"][0] for title, lines in drawn.items() if title.startswith("unlabeled_share")}
+    assert shown == {"unlabeled_share: street, fixed query and gallery": [25, 50]}
+
+
+def test_models_are_drawn_over_the_epochs_they_were_tested_at(tmp_path, drawn):
+    every = {"evaluate_every": 2}
+    for name, values in (("none", [10.0, 20.0, 25.0]), ("spatial", [15.0, 25.0, 35.0])):
+        fake_run(tmp_path / name, model={"attention": name, "adversary": False}, run=every,
+                 optimizer={"epochs": 5}, scalars={"eval/street/mAP": values})  # fmt: skip
+    report([tmp_path], tmp_path / "page")
+    curves = drawn["models1: street"]
+    assert curves["B+SA"] == ([2, 4, 5], pytest.approx([15, 25, 35]))
+    assert curves["B"][1] == pytest.approx([10, 20, 25])
+
+
+def slots(count: int = 30) -> Slots:
+    generator = np.random.default_rng(0)
+    labels = np.arange(count) % 3
+    return Slots(
+        np.eye(3)[labels] * generator.uniform(1, 9, (count, 1)) + generator.normal(0, 0.01, (count, 3)), labels
+    )
+
+
+def test_tsne_is_seeded_and_puts_like_with_like():
+    here = slots()
+    places = layout(here, seed=1)
+    assert np.array_equal(places, layout(here, seed=1)) and not np.array_equal(places, layout(here, seed=2))
+    centres = np.stack([places[here.labels == label].mean(0) for label in range(3)])
+    nearest = np.linalg.norm(places[:, None] - centres, axis=2).argmin(1)
+    assert (nearest == here.labels).all()
+    assert neighbours_agree(here) == 1.0
+    # By the angle: a long feature is no nearer to another label than a short one.
+    assert (
+        neighbours_agree(Slots(np.array([[1.0, 0.0], [90.0, 1.0], [1.0, 5.0], [1.0, 4.0]]), np.array([0, 0, 1, 1])))
+        == 1
+    )
+
+
+def test_slots_come_from_the_checkpoint_and_empty_ones_do_not(trained):
+    state = torch.load(trained / "checkpoint.pt")
+    stored = stored_slots(state)
+    model = state["model"]
+    for memory in ("labeled", "unlabeled"):
+        used = model[f"memory.{memory}.labels"] >= 0
+        assert len(stored[memory].labels) == int(used.sum())
+        assert np.allclose(stored[memory].features, model[f"memory.{memory}.features"][used])
+    assert stored_slots({"model": {"network.x": torch.zeros(1)}}) is None
+
+
+def test_few_or_bad_slots(tmp_path):
+    assert plot_memories({"labeled": slots(3), "unlabeled": slots(0)}, tmp_path / "few.png").is_file()
+    with pytest.raises(ValueError, match="3 are in use"):
+        layout(slots(3))
+    bad = slots()
+    bad.features[0] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        layout(bad)
+
+
+def test_a_sample_of_slots_is_seeded():
+    some = sample(slots(), 7, seed=3)
+    assert len(some.labels) == 7
+    assert np.array_equal(some.labels, sample(slots(), 7, seed=3).labels)
+    assert sample(slots(), 30) is not None and len(sample(slots(), 30).labels) == 30
+    assert memories.Slots(slots().features, slots().labels).describe() == "30 slots of 3 labels"
+
+
+def test_an_evaluation_is_read_back_as_it_was(tmp_path):
+    given = Evaluation(**{key: tuple(value) if isinstance(value, list) else value
+                          for key, value in evaluation("street", 0.5, 0.4).items()})  # fmt: skip
+    folder = fake_run(tmp_path / "r")
+    (folder / "results.json").write_text(json.dumps({"epochs": 500, "targets": [given.to_dict()]}))
+    assert read_runs([folder])[0].results == (given,)
+    with pytest.raises(DanFastError):
+        read_runs([tmp_path / "r" / "config.yaml"])

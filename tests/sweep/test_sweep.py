@@ -1,0 +1,555 @@
+"""`dan-fast sweep`: which trainings a grid means, and that killed, failed and finished ones are told apart."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dan_fast.cli import main
+from dan_fast.core.errors import DanFastError
+from dan_fast.data.synthetic import synthesize
+from dan_fast.reporting.curves import read_scalars
+from dan_fast.reporting.groups import swept_settings
+from dan_fast.reporting.report import report
+from dan_fast.reporting.runs import read_runs
+from dan_fast.sweep import runner as sweeping
+from dan_fast.sweep.grid import GRIDS, plan_sweep, run_name
+from dan_fast.sweep.runner import sweep
+from dan_fast.training import TrainConfig
+
+BASE = {"data": {"labeled": "market"}}
+
+
+def write(path: Path, content: object) -> Path:
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+@pytest.fixture
+def grid(tmp_path) -> Path:
+    grids = [{"loss.adversary": [0.2, 0.6], "model.reduction": [1, 12]}]
+    return write(tmp_path / "grid.yaml", {"base": BASE, "grids": grids})
+
+
+def names(grid: Path | str, base: Path | None = None) -> list[str]:
+    return [run.name for run in plan_sweep(grid, base, "out")]
+
+
+def test_a_grid_is_every_combination_once(tmp_path, grid):
+    runs = plan_sweep(grid, None, tmp_path / "out")
+    assert [run.name for run in runs] == [
+        "loss.adversary=0.2,model.reduction=1",
+        "loss.adversary=0.2,model.reduction=12",
+        "loss.adversary=0.6,model.reduction=1",
+        "loss.adversary=0.6,model.reduction=12",
+    ]
+    assert [(run.config.loss.adversary, run.config.model.reduction) for run in runs] == [
+        (0.2, 1), (0.2, 12), (0.6, 1), (0.6, 12),
+    ]  # fmt: skip
+    assert all(run.config.data.labeled == ["market"] for run in runs)
+    assert [run.folder for run in runs] == [tmp_path / "out" / run.name for run in runs]
+    # The default is 0.6 and 12: written out or not, it is one training.
+    twice = {
+        "base": {"data": {"labeled": "market"}},
+        "grids": [{"loss.adversary": [0.6]}, {"model.reduction": [12, 4]}],
+    }
+    assert names(write(tmp_path / "twice.yaml", twice)) == ["loss.adversary=0.6", "model.reduction=4"]
+
+
+def test_a_base_is_inline_beside_the_grid_or_named(tmp_path, grid):
+    write(tmp_path / "base.yaml", {"data": {"labeled": "there"}, "optimizer": {"epochs": 3}})
+    beside = write(tmp_path / "beside.yaml", {"base": "base.yaml", "grids": [{"meta.eta": [0.5]}]})
+    [run] = plan_sweep(beside, None, "out")
+    assert (run.config.data.labeled, run.config.optimizer.epochs, run.config.meta.eta) == (["there"], 3, 0.5)
+    assert plan_sweep(grid, tmp_path / "base.yaml", "out")[0].config.data.labeled == ["there"]
+
+
+def test_the_shipped_grids_are_the_papers(tmp_path):
+    base = write(tmp_path / "base.yaml", {"data": {"labeled": "m", "unlabeled": "u"}})
+    planned = {grid: plan_sweep(grid, base, "out") for grid in GRIDS}
+    fig6 = [
+        (run.config.model.attention, run.config.model.adversary, run.config.model.reduction) for run in planned["fig6"]
+    ]
+    assert sorted(fig6) == sorted(
+        [("none", False, 12), ("spatial", False, 12), ("non_local", False, 12), ("nl_cbam", False, 12),
+         ("cbam", True, 12), ("nl_cbam", True, 1), ("nl_cbam", True, 12)]
+    )  # fmt: skip
+    assert all(run.config.data.unlabeled_share == 0 for run in planned["fig6"])
+    assert [run.config.data.unlabeled_share for run in planned["fig7"]] == [0, 0.25, 0.5, 0.75, 1]
+    assert [run.config.meta.procedure for run in planned["table9"]] == ["daml1", "daml2", "daml3"]
+    # The paper's figures are of the paper's training, whatever the default has become.
+    for name in ("fig6", "fig7", "fig8", "table9"):
+        assert {run.config.recipe for run in planned[name]} == {"paper"}
+        assert {run.config.loss.labeled_embedding for run in planned[name]} == {0.0}
+    losses = {
+        (run.config.loss.adversary, run.config.loss.embedding, run.config.loss.regularizer) for run in planned["fig8"]
+    }
+    assert {(0.2, 1.0, 1.0), (0.6, 0.25, 1.0), (0.6, 0.5, 0.2)} <= losses
+    assert [run.name for run in planned["recipes"][:3]] == [f"{arm},run.seed=0" for arm in ("plain", "paper", "dan")]
+    assert len(planned["recipes"]) == 9 and {run.baseline for run in planned["recipes"]} == {"plain"}
+    assert {1, 12, 20} <= {run.config.model.reduction for run in planned["fig8"]}
+    assert {3000, 9000} <= {run.config.memory.labeled_slots for run in planned["fig8"]}
+    assert len({run.name for run in planned["fig8"]}) == len(planned["fig8"])
+
+
+def test_arms_are_trained_once_a_seed(tmp_path):
+    arms = {"plain": {"recipe": "plain"}, "dan2": {"meta.order": 2, "loss": {"adversary": 0.1}}, "dan": None}
+    content = {"base": {**BASE, "loss": {"embedding": 0.4}}, "arms": arms, "seeds": [3, 0], "baseline": "dan"}
+    runs = plan_sweep(write(tmp_path / "arms.yaml", content), None, tmp_path / "out")
+    assert [run.name for run in runs] == [
+        f"{arm},run.seed={seed}" for seed in (3, 0) for arm in ("plain", "dan2", "dan")
+    ]
+    assert [(run.arm, run.config.run.seed) for run in runs[:4]] == [("plain", 3), ("dan2", 3), ("dan", 3), ("plain", 0)]
+    assert {run.baseline for run in runs} == {"dan"}
+    plain, dan2, dan = (run.config for run in runs[:3])
+    assert [config.recipe for config in (plain, dan2, dan)] == ["plain", "dan", "dan"]
+    assert (plain.meta.procedure, plain.loss.adversary, plain.loss.embedding) == ("daml1", 0.0, 0.4)
+    assert (dan2.meta.order, dan2.loss.adversary, dan.meta.order) == (2, 0.1, 1)
+    assert dan2.recipe_words == "recipe dan, with loss.adversary=0.1, loss.embedding=0.4, meta.order=2"
+    assert runs[0].settings == {"recipe": "plain", "run.seed": 3}
+    # Without seeds the base's, without a baseline the first.
+    del content["seeds"], content["baseline"]
+    runs = plan_sweep(write(tmp_path / "arms.yaml", content), None, tmp_path / "out")
+    assert [(run.name, run.baseline, run.config.run.seed) for run in runs] == [
+        (arm, "plain", 0) for arm in ("plain", "dan2", "dan")
+    ]
+
+
+def test_combinations_are_trained_once_a_seed(tmp_path):
+    content = {"base": BASE, "grids": [{"model.reduction": [1, 4]}], "seeds": [0, 1], "baseline": "model.reduction=4"}
+    runs = plan_sweep(write(tmp_path / "grid.yaml", content), None, "out")
+    assert [(run.name, run.arm) for run in runs] == [
+        (f"model.reduction={number},run.seed={seed}", f"model.reduction={number}")
+        for seed in (0, 1)
+        for number in (1, 4)
+    ]
+    assert {run.baseline for run in runs} == {"model.reduction=4"}
+    del content["seeds"], content["baseline"]
+    assert [run.arm for run in plan_sweep(write(tmp_path / "grid.yaml", content), None, "out")] == ["", ""]
+
+
+def test_a_recipe_comes_from_the_arm_the_flag_the_base_or_the_default(tmp_path):
+    content = {"base": BASE, "arms": {"a": {"recipe": "plain"}, "b": {"meta.eta": 0.5}}}
+    path = write(tmp_path / "arms.yaml", content)
+
+    def recipes(**flags: str) -> list[str]:
+        return [run.config.recipe for run in plan_sweep(path, None, "out", **flags)]
+
+    assert recipes() == ["plain", "dan"] and recipes(recipe="paper") == ["plain", "paper"]
+    write(path, {**content, "base": {**BASE, "recipe": "none"}})
+    assert recipes() == ["plain", "none"] and recipes(recipe="paper") == ["plain", "paper"]
+    # The configuration of an older run decides what is learnt; it is no change of today's default.
+    whole = {section: values for section, values in TrainConfig().to_dict().items() if section != "recipe"}
+    write(path, {"base": {**whole, **BASE}, "grids": [{"meta.eta": [0.5]}]})
+    assert recipes() == ["none"]
+
+
+def test_names_are_folders():
+    assert run_name({}) == "base"
+    assert (
+        run_name({"data.unlabeled": ["a", "b"], "model.adversary": True}) == "data.unlabeled=a+b,model.adversary=true"
+    )
+    paths = [run_name({"data.labeled": [path]}) for path in ("/a/b", "-a/b", "/a b")]
+    assert len(set(paths)) == 3 and not any("/" in name or " " in name for name in paths)
+    assert len(run_name({f"section.{number}": number for number in range(99)})) < 200
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"base": BASE, "grids": [{"loss.advrsary": [1]}]}, r"settings of loss.advrsary=1 are no training: .*advrsary"),
+        ({"base": BASE, "grids": [{"model.reduction": ["many"]}]}, "model.reduction=many are no training"),
+        ({"base": BASE, "grids": [{"model.reduction": 4}]}, "model.reduction in [^ ]* has 4: give it a list"),
+        ({"base": BASE, "grids": [{"model.reduction": []}]}, "give it a list of one value or more"),
+        ({"base": BASE, "grids": [{"run.out": ["a"]}]}, "run.out in .* is for the sweep to choose"),
+        ({"base": BASE, "grids": {"model.reduction": [1]}}, "needs a list `grids`"),
+        ({"base": BASE}, "needs a list `grids`"),
+        ({"base": BASE, "grids": [{"model.reduction": [1]}], "arms": {"a": {}}}, "has both `grids` and `arms`"),
+        ({"base": BASE, "arms": []}, "arms in .* must map names to dotted settings"),
+        ({"base": BASE, "arms": {"a/b": {}}}, "The arm 'a/b' in .* cannot be a folder's name"),
+        ({"base": BASE, "arms": {"a": 3}}, "The arm a in .* has 3: give it a mapping"),
+        ({"base": BASE, "arms": {"a": {"run.out": "b"}}}, "run.out in .* is for the sweep to choose"),
+        ({"base": BASE, "arms": {"a": {"loss.advrsary": 1}}}, "settings of a are no training: .*advrsary"),
+        ({"base": BASE, "arms": {"a": {"recipe": "dna"}}}, "There is no recipe 'dna'"),
+        ({"base": {**BASE, "recipe": "dna"}, "arms": {"a": {}}}, "There is no recipe 'dna'"),
+        ({"base": BASE, "arms": {"a": {}, "b": {"recipe": "dan"}}}, "The arms a and b of .* have the same settings"),
+        ({"base": BASE, "arms": {"a": {}}, "baseline": "b"}, "baseline 'b' of .* is none of its arms: name one of a"),
+        ({"base": BASE, "arms": {"a": {}}, "baseline": ["a"]}, "baseline .* of .* is none of its arms"),
+        ({"base": BASE, "recipe": "dna", "arms": {"a": {}}}, "There is no recipe 'dna'"),
+        ({"base": BASE, "arms": {"a": {}}, "seeds": []}, r"seeds in .* has \[\]: give it a list of different"),
+        ({"base": BASE, "arms": {"a": {}}, "seeds": [1, 1]}, "give it a list of different whole numbers"),
+        ({"base": BASE, "arms": {"a": {}}, "seeds": [True, -1]}, "give it a list of different whole numbers"),
+        ({"base": BASE, "arms": {"a": {"run.seed": 3}}, "seeds": [1]}, "has both `seeds` and run.seed"),
+        ({"base": BASE, "grid": []}, "has 'grid'; a grid has a list `grids`"),
+        ({"base": 3, "grids": [{"model.reduction": [1]}]}, "base of .* is neither settings nor a path"),
+        ({"base": "gone.yaml", "grids": [{"model.reduction": [1]}]}, "gone.yaml cannot be read as a configuration"),
+        ({"base": {"model": 3}, "grids": [{"model.reduction": [1]}]}, "model of the sweep's base is no mapping"),
+        ({"grids": [{"model.reduction": [1]}]}, "names no labelled images"),
+        ("[}", "cannot be read as a grid of settings"),
+        ("just words", "is not a grid of settings"),
+    ],
+)
+def test_a_wrong_grid_is_one_sentence(content, sentence, tmp_path, capsys):
+    path = write(tmp_path / "grid.yaml", content)
+    with pytest.raises(DanFastError, match=sentence):
+        plan_sweep(path, None, tmp_path / "out")
+    assert main(["sweep", "--grid", str(path), "--out", str(tmp_path / "out")]) == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_grid_names_the_shipped_ones(tmp_path):
+    with pytest.raises(DanFastError, match="none of the shipped grids: fig6, fig7, fig8, table9, recipes"):
+        plan_sweep(tmp_path / "fig5", None, "out")
+
+
+# A training of no time: what it does stands in the file "plan" of the sweep's folder, by the name of the run.
+TRAINER = """
+import json, os, signal, sys, time, yaml
+from pathlib import Path
+folder = Path(sys.argv[1])
+resumed = (folder / "checkpoint.pt").exists()
+plan = json.loads((folder.parent / "plan").read_text()).get(folder.name, "finish")
+files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+if str(folder.parent.resolve() / ".sweep.lock") not in files:
+    sys.exit("The lock is not held.")
+with open(folder.parent / "calls", "a") as calls:
+    print(folder.name, "resumed" if resumed else "new", file=calls)
+(folder / "checkpoint.pt").touch()
+(folder / "threads").write_text(os.environ.get("OMP_NUM_THREADS", "not set"))
+active = folder.parent / "active"
+active.mkdir(exist_ok=True)
+(active / folder.name).touch()
+(folder / "beside").write_text(str(len(list(active.iterdir()))))
+if plan == "meet":
+    # Comes to its end only if another training is under way at the same time.
+    deadline = time.monotonic() + 60
+    while len(list(active.iterdir())) < 2 and not (folder.parent / "met").exists():
+        if time.monotonic() > deadline:
+            sys.exit("There is no other training.")
+        time.sleep(0.01)
+    (folder.parent / "met").touch()
+if plan == "hold":
+    def leave(number, frame):
+        (folder / "told").touch()
+        (active / folder.name).unlink()
+        sys.exit(130)
+    signal.signal(signal.SIGTERM, leave)
+    (folder / "ready").touch()
+    time.sleep(120)
+(active / folder.name).unlink()
+if plan == "fail":
+    print("dan-fast: There is no such thing.", file=sys.stderr)
+    sys.exit(1)
+if plan == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
+if plan == "wait":
+    time.sleep(60)
+epochs = yaml.safe_load((folder / "config.yaml").read_text())["optimizer"]["epochs"]
+targets = plan if isinstance(plan, list) else []
+(folder / "results.json").write_text(json.dumps({"epochs": epochs, "iterations": 12, "targets": targets}))
+"""
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """Sets what each run does, sweeps, and gives the calls of the trainer so far."""
+    out = tmp_path / "out"
+    out.mkdir()
+    script = write(tmp_path / "trainer.py", TRAINER)
+    monkeypatch.setattr(sweeping, "_command", lambda folder: [sys.executable, str(script), str(folder)])
+
+    def run(grid: Path, parallel: int = 1, **plan: object) -> list[str]:
+        (out / "plan").write_text(json.dumps({name.replace("_", "."): what for name, what in plan.items()}))
+        try:
+            sweep(str(grid), out=str(out), report=False, parallel=parallel)
+        finally:
+            calls = (out / "calls").read_text().splitlines()
+            run.calls = calls
+        return calls
+
+    run.out = out
+    return run
+
+
+@pytest.fixture
+def three(tmp_path) -> Path:
+    return write(tmp_path / "three.yaml", {"base": BASE, "grids": [{"model.reduction": [1, 2, 3]}]})
+
+
+def states(out: Path) -> list[str]:
+    return [entry["state"] for entry in json.loads((out / "sweep.json").read_text())]
+
+
+def reduce(number: int) -> str:
+    return f"model.reduction={number}"
+
+
+def test_finished_runs_are_skipped(quick, three, capsys):
+    assert quick(three) == [f"{reduce(number)} new" for number in (1, 2, 3)]
+    assert quick(three) == quick.calls and len(quick.calls) == 3
+    assert "[3/3] model.reduction=3: finished before." in capsys.readouterr().out
+    assert states(quick.out) == ["finished"] * 3
+    # Runs that a longer grid adds are run, the others are not run again.
+    write(three, {"base": BASE, "grids": [{"model.reduction": [1, 2, 3, 4]}]})
+    assert quick(three)[3:] == ["model.reduction=4 new"]
+    # With other targets the trainer is asked to evaluate again.
+    write(three, {"base": {"data": {"labeled": "market", "targets": "duke"}}, "grids": [{"model.reduction": [1]}]})
+    with pytest.raises(DanFastError, match="1 of 1 trainings failed"):
+        quick(three, **{reduce(1): "fail"})
+    # The results that it had are of the old targets.
+    assert states(quick.out) == ["failed"]
+    assert quick(three)[4:] == ["model.reduction=1 resumed"] * 2
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"), [("fail", "There is no such thing."), ("die", "It was ended by SIGKILL")]
+)
+def test_a_failure_is_recorded_and_the_rest_goes_on(quick, three, what, sentence, capsys):
+    with pytest.raises(DanFastError, match=f"1 of 3 trainings failed, the first being model.reduction=2: {sentence}"):
+        quick(three, **{reduce(2): what})
+    assert states(quick.out) == ["finished", "failed", "finished"]
+    assert sentence in json.loads((quick.out / "sweep.json").read_text())[1]["sentence"]
+    assert f"[2/3] model.reduction=2: failed: {sentence}" in capsys.readouterr().out
+    assert quick(three)[3:] == ["model.reduction=2 resumed"]
+    assert states(quick.out) == ["finished"] * 3
+    assert json.loads((quick.out / "sweep.json").read_text())[1]["sentence"] == ""
+
+
+def test_two_at_a_time_are_two_and_not_three(quick, three, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    calls = quick(three, parallel=2, **{reduce(1): "meet", reduce(2): "meet"})
+    assert sorted(calls) == [f"{reduce(number)} new" for number in (1, 2, 3)]
+    assert states(quick.out) == ["finished"] * 3
+    beside = [int((quick.out / reduce(number) / "beside").read_text()) for number in (1, 2, 3)]
+    assert max(beside) == 2
+    assert [(quick.out / reduce(number) / "threads").read_text() for number in (1, 2, 3)] == ["3"] * 3
+    record = json.loads((quick.out / "sweep.json").read_text())
+    assert [entry["threads"] for entry in record] == [3] * 3 and all(entry["seconds"] > 0 for entry in record)
+    # One that runs alone has what the user gives it.
+    write(three, {"base": BASE, "grids": [{"model.reduction": [4]}]})
+    quick(three)
+    assert (quick.out / reduce(4) / "threads").read_text() == "5"
+
+
+def test_more_at_a_time_than_cores_have_a_thread_each(quick, three, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    quick(three, parallel=8)
+    assert [(quick.out / reduce(number) / "threads").read_text() for number in (1, 2, 3)] == ["1"] * 3
+
+
+def test_one_at_a_time_is_in_order_and_alone(quick, three):
+    assert quick(three) == [f"{reduce(number)} new" for number in (1, 2, 3)]
+    assert [(quick.out / reduce(number) / "beside").read_text() for number in (1, 2, 3)] == ["1"] * 3
+
+
+def test_a_failure_beside_another_training_is_recorded_and_the_rest_goes_on(quick, three):
+    with pytest.raises(DanFastError, match="1 of 3 trainings failed, the first being model.reduction=2: There is no"):
+        quick(three, parallel=2, **{reduce(2): "fail"})
+    assert states(quick.out) == ["finished", "failed", "finished"]
+    assert quick(three, parallel=2)[3:] == ["model.reduction=2 resumed"]
+    assert states(quick.out) == ["finished"] * 3
+
+
+def when(ready: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
+    """Acts once something is so."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 100
+        while time.monotonic() < deadline and not ready():
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_ends_all_trainings_under_way_and_a_later_call_goes_on(quick, three, number):
+    held = [quick.out / reduce(each) for each in (1, 2)]
+    stopper = when(lambda: all((folder / "ready").exists() for folder in held), lambda: os.kill(os.getpid(), number))
+    with pytest.raises(KeyboardInterrupt):
+        quick(three, parallel=2, **{reduce(1): "hold", reduce(2): "hold"})
+    stopper.join()
+    assert all((folder / "told").exists() for folder in held)
+    assert states(quick.out) == ["begun", "begun", "waiting"]
+    spent = [entry["seconds"] for entry in json.loads((quick.out / "sweep.json").read_text())]
+    assert sorted(quick(three, parallel=2)[2:]) == [
+        f"{reduce(1)} resumed", f"{reduce(2)} resumed", f"{reduce(3)} new",
+    ]  # fmt: skip
+    assert states(quick.out) == ["finished"] * 3
+    now = [entry["seconds"] for entry in json.loads((quick.out / "sweep.json").read_text())]
+    assert now[0] > spent[0] and now[1] > spent[1], "the time before the stop counts too"
+    # A call that finds all finished does not forget what they took.
+    quick(three)
+    assert [entry["seconds"] for entry in json.loads((quick.out / "sweep.json").read_text())] == now
+
+
+def scores(mean_precision: float, rank1: float) -> list[dict]:
+    return [
+        {
+            **{"dataset": "street", "protocol": "fixed query and gallery", "cmc": [rank1] * 10, "mAP": mean_precision},
+            **{"mINP": 0.1, "cmc_std": None, "mAP_std": None, "mINP_std": None, "repeats": 1},
+            **{"num_query": 3, "num_gallery": 4, "num_valid": 3},
+        }
+    ]
+
+
+def test_arms_end_in_a_comparison(quick, tmp_path, capsys):
+    arms = {"plain": {"recipe": "plain"}, "dan": {"recipe": "dan", "meta.order": 2}}
+    grid = write(tmp_path / "arms.yaml", {"base": BASE, "arms": arms, "seeds": [0, 1], "baseline": "plain"})
+    plan = {
+        "plain,run.seed=0": scores(0.40, 0.5), "plain,run.seed=1": scores(0.44, 0.5),
+        "dan,run.seed=0": scores(0.41, 0.5), "dan,run.seed=1": "fail",
+    }  # fmt: skip
+    with pytest.raises(DanFastError, match="1 of 4 trainings failed"):
+        quick(grid, parallel=2, **plan)
+    text = re.sub(" +", " ", (quick.out / "comparison.md").read_text())
+    assert "| dan | 1 | 41.0 | 50.0 | +1.0 | +0.0 | 12 |" in text
+    assert "Missing: dan, seed 1: failed: There is no such thing." in text
+    quick(grid, **{**plan, "dan,run.seed=1": scores(0.47, 0.7)})
+    text = re.sub(" +", " ", (quick.out / "comparison.md").read_text())
+    # Differences of 1 and 3: the mean is 2 and the interval 12.706 wide to both sides.
+    assert "| dan | 2 | 44.0 ± 4.2 | 60.0 ± 14.1 | +2.0 [-10.7, +14.7] |" in text and "Missing" not in text
+    assert "dan: recipe dan, with meta.order=2." in text
+    content = json.loads((quick.out / "comparison.json").read_text())
+    assert content["targets"][0]["arms"][1]["mAP"]["difference"]["mean"] == pytest.approx(2.0)
+    printed = capsys.readouterr().out
+    assert "+2.0 [-10.7, +14.7]" in printed
+    page = report([quick.out], out=tmp_path / "page", images=0).read_text()
+    assert "out: street (fixed query and gallery)" in page and "+2.0 [-10.7, +14.7]" in page
+
+
+def test_a_grid_without_seeds_and_arms_compares_nothing(quick, three):
+    quick(three)
+    assert not (quick.out / "comparison.md").exists() and not (quick.out / "comparison.json").exists()
+
+
+def test_the_report_is_on_what_is_finished(quick, three, monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr(sweeping, "write_page", lambda runs, out: told.append((list(runs), out)) or out / "index.html")
+    (quick.out / "plan").write_text(json.dumps({reduce(2): "fail"}))
+    assert main(["sweep", "--grid", str(three), "--out", str(quick.out)]) == 1
+    assert told == [([quick.out / reduce(1), quick.out / reduce(3)], quick.out / "report")]
+    printed = capsys.readouterr()
+    assert f"Report: {quick.out / 'report' / 'index.html'}" in printed.out
+    assert "1 of 3 trainings failed" in printed.err
+    (quick.out / "plan").write_text(json.dumps({reduce(number): "fail" for number in (1, 2)}))
+    write(three, {"base": BASE, "grids": [{"model.reduction": [2]}]})
+    assert main(["sweep", "--grid", str(three), "--out", str(quick.out)]) == 1
+    assert len(told) == 1
+
+
+def test_a_folder_with_other_settings_is_left_alone(quick, three, tmp_path):
+    quick(three)
+    write(three, {"base": {**BASE, "optimizer": {"epochs": 7}}, "grids": [{"model.reduction": [1]}]})
+    with pytest.raises(DanFastError, match=r"optimizer.epochs is 7 here and 500 there\): choose another --out"):
+        quick(three)
+    write(three, {"base": {"data": {"labeled": "duke"}}, "grids": [{"model.reduction": [1]}]})
+    with pytest.raises(DanFastError, match="data.labeled is"):
+        quick(three)
+    (quick.out / reduce(1) / "results.json").unlink()
+    with pytest.raises(DanFastError, match="data.labeled is"):
+        quick(three)
+    (quick.out / reduce(1) / "config.yaml").unlink()
+    with pytest.raises(DanFastError, match="without a readable config.yaml"):
+        quick(three)
+    assert len(quick.calls) == 3
+    # A run that failed before its first checkpoint holds nothing worth keeping: its mistake may be corrected.
+    (quick.out / reduce(1) / "checkpoint.pt").unlink()
+    assert quick(three)[3:] == ["model.reduction=1 new"]
+
+
+def test_the_list_runs_nothing(quick, three, capsys):
+    (quick.out / reduce(1)).mkdir()
+    (quick.out / reduce(1) / "checkpoint.pt").touch()
+    begun = TrainConfig.of_recipe("dan", data={"labeled": ["market"]}, model={"reduction": 1})
+    write(quick.out / reduce(1) / "config.yaml", begun.to_dict())
+    before = sorted(quick.out.rglob("*"))
+    assert main(["sweep", "--grid", str(three), "--out", str(quick.out), "--list"]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines() if "model.reduction" in line]
+    assert [(line[1], line[3]) for line in shown] == [
+        ("model.reduction=1", "begun"), ("model.reduction=2", "waiting"), ("model.reduction=3", "waiting"),
+    ]  # fmt: skip
+    assert sorted(quick.out.rglob("*")) == before
+
+
+def test_two_sweeps_do_not_share_a_folder(quick, three, tmp_path):
+    """The trainer of a sweep that was killed still holds the folder."""
+    (quick.out / "plan").write_text(json.dumps({reduce(1): "wait"}))
+    with sweeping._alone(quick.out) as lock:
+        trainer = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=(lock,))
+    try:
+        with pytest.raises(DanFastError, match="still at work in"):
+            sweep(str(three), out=str(quick.out), report=False)
+    finally:
+        trainer.kill()
+        trainer.wait()
+    assert len(quick(three)) == 3
+
+
+def when_it_trains(folder: Path, act: Callable[[], None]) -> threading.Thread:
+    """Acts once the run has logged its first iteration."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            if any(path.stat().st_size > 200 for path in (folder / "tensorboard").glob("events*")):
+                break
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_two_by_two_trainings_killed_in_the_middle_go_on(tmp_path, capsys):
+    images = tmp_path / "images"
+    synthesize(images, ["campus", "street"], identities=4, cameras=2, image_size=(32, 32), test_fraction=0.5)
+    base = {
+        "data": {"labeled": str(images / "campus"), "targets": str(images / "street"), "image_size": [32, 32],
+                 "batch_size": 4, "workers": 0},
+        "model": {"backbone": "resnet18", "weights": "none"},
+        "optimizer": {"epochs": 3, "lr_scale": 10.0},
+        "run": {"device": "cpu", "log_every": 1},
+    }  # fmt: skip
+    grids = [{"loss.adversary": [0.2, 0.6], "model.reduction": [1, 12]}]
+    out, grid = tmp_path / "out", write(tmp_path / "grid.yaml", {"base": base, "grids": grids})
+    command = ["sweep", "--grid", str(grid), "--out", str(out)]
+    first, second, *others = (run.folder for run in plan_sweep(grid, None, out))
+
+    killer = when_it_trains(second, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert main([*command, "--report", "false"]) == 130
+    killer.join()
+    assert "stopped. The same command goes on from here." in capsys.readouterr().out
+    assert states(out) == ["finished", "begun", "waiting", "waiting"]
+    assert not (second / "results.json").exists() and not any(folder.exists() for folder in others)
+    steps = len(read_scalars(second)["train/loss/total"][0])
+    finished_at = (first / "results.json").stat().st_mtime_ns
+
+    assert main([*command, "--report", "false"]) == 0
+    assert states(out) == ["finished"] * 4
+    assert (first / "results.json").stat().st_mtime_ns == finished_at
+    iterations = [read_scalars(folder)["train/loss/total"][0].tolist() for folder in (first, second, *others)]
+    assert all(each == iterations[0] for each in iterations) and 0 < steps < len(iterations[0])
+    # The second went on from its checkpoint: what it logged before being stopped was not logged again.
+    logged = sorted((second / "tensorboard").iterdir())
+    assert len(logged) == 2
+    assert "Continue with --run.resume true" in (second / "train.log").read_text()
+    runs = read_runs([out])
+    assert [run.settings["loss"]["adversary"] for run in runs] == [0.2, 0.2, 0.6, 0.6]
+    assert list(swept_settings(runs)) == ["loss.adversary", "model.reduction"]
+    assert main([*command, "--list"]) == 0
+    assert capsys.readouterr().out.count("│ finished") == 4

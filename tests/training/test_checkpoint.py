@@ -1,0 +1,255 @@
+"""Checkpoints are whole or not there, and what is no checkpoint is refused in one sentence."""
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import threading
+import zipfile
+
+import pytest
+import torch
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.files import remove_unfinished, write_whole
+from dan_fast.training.checkpoint import CheckpointWriter, load_checkpoint, save_checkpoint
+from dan_fast.training.config import (
+    DataConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+    require_same_training,
+)
+from dan_fast.training.schedule import step_size
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    path = tmp_path / "run" / "checkpoint.pt"
+    save_checkpoint(path, {"weights": torch.arange(5.0), "epoch": 3, "nested": {"ids": [1, 2]}})
+    state = load_checkpoint(path)
+    assert torch.equal(state["weights"], torch.arange(5.0))
+    assert state["epoch"] == 3 and state["nested"] == {"ids": [1, 2]}
+    assert [each.name for each in path.parent.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"epoch": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        with pytest.raises(DanFastError, match=r"checkpoint.pt could not be written \(.*a previous one.*intact"):
+            save_checkpoint(path, {"epoch": 2, "weights": torch.zeros(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert load_checkpoint(path)["epoch"] == 1
+    assert [each.name for each in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_named(tmp_path, keep):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"weights": torch.randn(1000)})
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    with pytest.raises(DanFastError, match="checkpoint.pt is truncated or no checkpoint"):
+        load_checkpoint(path)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(DanFastError, match="does not exist"):
+        load_checkpoint(tmp_path / "none.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(DanFastError, match="truncated or no checkpoint"):
+        load_checkpoint(tmp_path / "text.pt")
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
+    with pytest.raises(DanFastError, match="not a checkpoint of this version"):
+        load_checkpoint(tmp_path / "other.pt")
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+@pytest.mark.parametrize("content", [b"run:\n  out: x\n", b"u", b"\x80\x02."])
+def test_other_files_are_no_checkpoints(tmp_path, content):
+    (tmp_path / "other").write_bytes(content)
+    with pytest.raises(DanFastError, match="other is truncated or no checkpoint"):
+        load_checkpoint(tmp_path / "other")
+
+
+def test_two_that_save_at_once_leave_one_whole_checkpoint(tmp_path):
+    """The second begins, and the first ends, while the other one writes."""
+    path = tmp_path / "checkpoint.pt"
+
+    def write(stream):
+        stream.write(b"first")
+        save_checkpoint(path, {"epoch": 2})
+        assert load_checkpoint(path)["epoch"] == 2
+        stream.write(b", and its end")
+
+    write_whole(path, write)
+    assert path.read_bytes() == b"first, and its end"
+    assert [each.name for each in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_the_remains_of_killed_ones_are_removed_by_name(tmp_path):
+    write_whole(
+        tmp_path / "checkpoint.pt", lambda stream: shutil.copy(next(tmp_path.iterdir()), tmp_path / ".x.1.part")
+    )
+    killed = next(tmp_path.glob(".x*"))
+    remove_unfinished(tmp_path, "y")
+    assert killed.exists()
+    remove_unfinished(tmp_path, "x")
+    assert [each.name for each in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("where", ["open", "fsync"])
+def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path, monkeypatch, where):
+    real = getattr(os, where)
+
+    def refuse(what, *more):
+        if os.path.isdir(what if where == "open" else f"/proc/self/fd/{what}"):
+            raise OSError(errno.EACCES, "Permission denied")
+        return real(what, *more)
+
+    monkeypatch.setattr(os, where, refuse)
+    save_checkpoint(tmp_path / "checkpoint.pt", {"epoch": 1})
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 1
+    assert [each.name for each in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_file_system_that_cannot_sync_is_no_error_and_a_disk_that_fails_is(tmp_path, monkeypatch):
+    for number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EIO, errno.EDQUOT):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda descriptor, number=number: raise_error(number))
+            if number in (errno.EIO, errno.EDQUOT):
+                with pytest.raises(DanFastError, match="could not be written"):
+                    save_checkpoint(tmp_path / "checkpoint.pt", {"number": number})
+            else:
+                save_checkpoint(tmp_path / "checkpoint.pt", {"number": number})
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["number"] == errno.ENOTSUP
+    assert [each.name for each in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def raise_error(number):
+    raise OSError(number, os.strerror(number))
+
+
+def test_a_flipped_byte_is_never_loaded(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    state = {"weights": torch.arange(3000.0), "epoch": 3, "random": torch.get_rng_state()}
+    save_checkpoint(path, state)
+    content, told = path.read_bytes(), 0
+    with zipfile.ZipFile(path) as archive:
+        inside = [each.header_offset + 100 for each in archive.infolist() if each.file_size > 2000]
+    for place in [*inside, *(len(content) * number // 60 for number in range(60))]:
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x10]) + content[place + 1 :])
+        try:
+            loaded = load_checkpoint(path)
+        except DanFastError as error:
+            told += 1
+            assert "\n" not in str(error) and str(path) in str(error)
+            continue
+        # Between the parts of an archive there are bytes that mean nothing.
+        assert all(torch.equal(torch.as_tensor(loaded[name]), torch.as_tensor(value)) for name, value in state.items())
+    assert told >= 50
+    path.write_bytes(content[: inside[0] + 300] + b"x" + content[inside[0] + 301 :])
+    with pytest.raises(DanFastError, match="is damaged, the checksum of .*data/0 in it does not fit: use another one"):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_cut_at_twenty_places_is_named(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"weights": torch.randn(1000), "epoch": 1})
+    content = path.read_bytes()
+    for number in range(20):
+        path.write_bytes(content[: len(content) * number // 20])
+        with pytest.raises(DanFastError, match="checkpoint.pt is truncated or no checkpoint"):
+            load_checkpoint(path)
+
+
+def test_who_saves_waits_for_the_copy_and_not_for_the_disk(tmp_path, monkeypatch):
+    path, slow = tmp_path / "checkpoint.pt", threading.Event()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: slow.wait(60))
+    writer, weights = CheckpointWriter(), torch.arange(5.0)
+    model = torch.nn.BatchNorm1d(2)
+    writer.save(path, {"weights": weights, "nested": [{"same": weights}], "model": model.state_dict(), "epoch": 3})
+    # The training goes on with the same tensors.
+    weights.zero_()
+    assert not writer.is_free() and not path.exists()
+    slow.set()
+    writer.wait()
+    state = load_checkpoint(path)
+    assert torch.equal(state["weights"], torch.arange(5.0)) and torch.equal(
+        state["nested"][0]["same"], state["weights"]
+    )
+    assert state["model"]._metadata == model.state_dict()._metadata and state["epoch"] == 3 and writer.is_free()
+
+
+def test_what_could_not_be_written_beside_the_training_is_told_once(tmp_path, monkeypatch):
+    writer, path = CheckpointWriter(), tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"epoch": 1})
+    for ask in (writer.wait, lambda: writer.save(path, {"epoch": 3}), lambda: [writer.is_free() for _ in range(1000)]):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda descriptor: raise_error(errno.ENOSPC))
+            writer.save(path, {"epoch": 2})
+            writer._writing.exception()
+            with pytest.raises(DanFastError, match=r"could not be written \(No space left on device\)"):
+                ask()
+        assert writer.is_free() and load_checkpoint(path)["epoch"] == 1
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
+    torch.save({"format": "dan_fast checkpoint 1", "evil": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(DanFastError, match="truncated or no checkpoint"):
+        load_checkpoint(tmp_path / "evil.pt")
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_another_configuration_is_refused_by_the_names_that_differ(tmp_path):
+    saved = TrainConfig(data=DataConfig(labeled=["a"])).to_dict()
+    current = TrainConfig(data=DataConfig(labeled=["b"]), optimizer=OptimizerConfig(epochs=7)).to_dict()
+    with pytest.raises(DanFastError, match=r"\(optimizer.epochs is 7 here and 500 there\)"):
+        require_same_training(saved, current, tmp_path / "checkpoint.pt")
+
+
+def test_where_a_run_takes_place_may_change(tmp_path):
+    saved = TrainConfig(data=DataConfig(labeled=["a"])).to_dict()
+    current = TrainConfig(
+        data=DataConfig(labeled="a", workers=7, targets=["t"]),
+        run=RunConfig(out="elsewhere", resume=True, device="cpu", log_every=3),
+    ).to_dict()
+    require_same_training(saved, current, tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize(
+    ("t", "expected"),
+    [
+        (0, 1e-4), (4, 2e-4), (50, 1.35e-3), (51, 1e-3), (200, 1e-3),
+        (201, 1e-4), (350, 1e-4), (351, 1e-5), (500, 1e-5),
+    ],
+)  # fmt: skip
+def test_step_sizes_are_those_of_equation_19(t, expected):
+    assert step_size(t, epochs=500) == pytest.approx(expected)
+    assert step_size(t / 50, epochs=10) == pytest.approx(expected)
+    assert step_size(t, epochs=500, scale=3.0) == pytest.approx(3 * expected)
+
+
+def test_more_epochs_than_the_paper_stay_at_the_last_step_size():
+    assert step_size(900, epochs=1000) == pytest.approx(1e-5)
+    assert step_size(40, epochs=1000) == pytest.approx(1.1e-3)
+
+
+def test_the_step_size_is_constant_within_an_epoch_of_the_full_schedule():
+    assert step_size(7.9, epochs=500) == step_size(7, epochs=500)
+
+
+@pytest.mark.parametrize(("done", "epochs"), [(-1, 10), (0, 0)])
+def test_impossible_epochs_are_an_error(done, epochs):
+    with pytest.raises(ValueError, match="epochs must be positive"):
+        step_size(done, epochs)

@@ -1,0 +1,340 @@
+"""Faults on purpose: what is killed, full, gone or set back in the middle of a training loses nothing.
+
+docs/reliability.md says what was tried how often.
+"""
+
+import errno
+import io
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+import dan_fast.training.trainer as training
+from dan_fast.core.errors import DanFastError
+from dan_fast.data.synthetic import synthesize
+from dan_fast.reporting.curves import read_scalars
+from dan_fast.training import Interrupted, TrainConfig, Trainer
+from dan_fast.training.checkpoint import CheckpointWriter, load_checkpoint
+from tests.support.tiny_training import (
+    Trainings,
+    assert_same_training,
+    has_ended,
+    tiny_config,
+    tiny_network,
+    wait_until,
+    workers_of,
+)
+
+KILLS = int(os.environ.get("DAN_FAST_KILLS", "50"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    synthesize(root, ["campus", "mall"], identities=6, cameras=2, images_per_camera=2, image_size=(32, 16), seed=1,
+               test_fraction=0.34)  # fmt: skip
+    return root
+
+
+@pytest.fixture(scope="module")
+def trainings():
+    with Trainings() as started:
+        yield started
+
+
+@pytest.fixture
+def log(tmp_path) -> Path:
+    return tmp_path / "log"
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Trains the tiny network in this process; called before each iteration is `each`."""
+    monkeypatch.setattr(training, "network_and_random_state", tiny_network)
+
+    def run(setup: TrainConfig, each=lambda trainer: None) -> Trainer:
+        trainer = Trainer(setup)
+        step = trainer.train_iteration
+
+        def with_fault(batch, scalars) -> None:
+            each(trainer)
+            step(batch, scalars)
+
+        trainer.train_iteration = with_fault
+        trainer.fit()
+        return trainer
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield run
+    torch.set_num_threads(threads)
+
+
+def iterations_saved(out: Path, per_epoch: int) -> int:
+    state = load_checkpoint(out / "checkpoint.pt")
+    return state["epoch"] * per_epoch + state["iteration"]
+
+
+def has_logged(out: Path) -> bool:
+    return any(file.stat().st_size > 1000 for file in (out / "tensorboard").glob("*tfevents*"))
+
+
+def test_kills_at_random_moments_change_no_bit(images, trainings, tmp_path, log):
+    epochs = {"epochs": 4}
+    # Once to warm up.
+    for out in ("first", "whole"):
+        trainings.start(tiny_config(images, tmp_path / out, optimizer=epochs), log)
+        started = time.monotonic()
+        assert trainings.wait() == 0, log.read_text()
+    length = time.monotonic() - started
+    moments, kills, folders = random.Random(0), 0, 0
+    while kills < KILLS:
+        folders += 1
+        out, finished = tmp_path / f"killed{folders}", False
+        while not finished:
+            # Images are read in this process, in one worker and in two by turns.
+            setup = tiny_config(images, out, optimizer=epochs, data={"workers": kills % 3}, run={"checkpoint_every": 1})
+            process = trainings.start(setup, log)
+            if kills < KILLS:
+                time.sleep(moments.uniform(0, length / 2))
+                with suppress(ProcessLookupError):  # it was faster
+                    os.kill(process, signal.SIGKILL)
+            code = trainings.wait()
+            assert code in (0, -signal.SIGKILL), log.read_text()
+            finished = code == 0
+            kills += not finished
+        assert_same_training(tmp_path / "whole", out)
+        assert not list(out.glob(".*")), "the remains of those that were killed are gone"
+
+
+def test_sigterm_to_the_process_group_stops_a_run_with_workers_in_order(images, trainings, tmp_path, log):
+    out, data = tmp_path / "run", {"workers": 2, "iterations": 300}
+    # No checkpoint of its own accord: all that is saved is saved by the stop.
+    process = trainings.start(tiny_config(images, out, data=data, optimizer={"epochs": 1}), log)
+    wait_until(lambda: has_logged(out))
+    workers = workers_of(process)
+    os.killpg(process, signal.SIGTERM)
+    assert trainings.wait() == 130, log.read_text()
+    said = log.read_text()
+    saved = iterations_saved(out, 300)
+    assert len(workers) == 2 and 0 < saved < 300
+    assert said.splitlines()[-1] == f"Saved after iteration {saved}." and "Traceback" not in said
+    assert list(read_scalars(out)["train/loss/total"][0]) == list(range(1, saved + 1))
+
+
+def test_a_worker_that_is_killed_ends_the_run_in_a_sentence_and_saved(images, trainings, tmp_path, log):
+    for out in ("whole", "run"):
+        setup = tiny_config(images, tmp_path / out, data={"workers": 2, "iterations": 60}, optimizer={"epochs": 1})
+        process = trainings.start(setup, log)
+        if out == "run":
+            wait_until(lambda: has_logged(tmp_path / "run"))
+            os.kill(workers_of(process)[0], signal.SIGKILL)
+        assert trainings.wait() == (1 if out == "run" else 0), log.read_text()
+    said = log.read_text()
+    assert said.splitlines()[-1].startswith("A process that decodes images has died (")
+    assert "Traceback" not in said and 0 < iterations_saved(tmp_path / "run", 60) < 60
+    trainings.start(setup, log)
+    assert trainings.wait() == 0
+    assert_same_training(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_second_process_is_told_who_trains_and_may_go_on_once_that_is_killed(images, trainings, tmp_path, log, here):
+    out = tmp_path / "run"
+    setup = tiny_config(images, out, data={"workers": 2, "iterations": 300}, optimizer={"epochs": 1})
+    process = trainings.start(setup, log)
+    wait_until(lambda: has_logged(out))
+    sentence = f"{out} is in use by process {process} on {socket.gethostname()}: wait for it, stop it, or choose"
+    with pytest.raises(DanFastError, match=sentence):
+        here(setup)
+    assert not (out / "checkpoint.pt").exists()
+    # Its workers notice only seconds later.
+    workers = workers_of(process)
+    os.kill(process, signal.SIGKILL)
+    assert trainings.wait() == -signal.SIGKILL
+    assert any(Path(f"/proc/{worker}").exists() for worker in workers)
+    trainings.start(tiny_config(images, out, data={"iterations": 3}, optimizer={"epochs": 1}), log)
+    assert trainings.wait() == 0, log.read_text()
+
+
+def test_what_another_process_has_trained_meanwhile_is_not_overwritten(images, tmp_path, here, monkeypatch):
+    setup = tiny_config(images, tmp_path / "run")
+    early = Trainer(setup)
+    here(setup)
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    with pytest.raises(DanFastError, match="Another process has written .*checkpoint.pt since this one began"):
+        early.fit()
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_checkpoint_is_due_by_time_and_does_not_wait_for_the_disk(images, tmp_path, here, monkeypatch, workers):
+    """An iteration takes ten seconds of the clock; the disk is stuck from the first checkpoint to the ninth of them."""
+    now, begun, real, goes_on = [0.0], [], os.fsync, threading.Event()
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+
+    def stuck(descriptor: int) -> None:
+        if ".checkpoint.pt." in os.readlink(f"/proc/self/fd/{descriptor}"):
+            assert goes_on.wait(60)
+        real(descriptor)
+
+    def ten_seconds(trainer: Trainer) -> None:
+        now[0] += 10.0
+        if trainer.iterations_done == 8:
+            goes_on.set()
+
+    save = CheckpointWriter.save
+    monkeypatch.setattr(CheckpointWriter, "save", lambda *arguments: begun.append(now[0]) or save(*arguments))
+    monkeypatch.setattr(os, "fsync", stuck)
+    setup = tiny_config(images, tmp_path / "run", data={"workers": workers, "iterations": 10},
+                        optimizer={"epochs": 1}, run={"checkpoint_every_s": 30})  # fmt: skip
+    trainer = here(setup, ten_seconds)
+    assert begun[0] == 30.0 and all(each >= 90.0 for each in begun[1:]) and trainer.iterations_done == 10
+    assert iterations_saved(tmp_path / "run", 10) == 10
+
+
+class Full(io.FileIO):
+    """A file on a full disk."""
+
+    def write(self, content) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("stage", ["write", "fsync", "replace"])
+@pytest.mark.parametrize("kind", ["config.yaml", "checkpoint.pt", "chosen.pt", "results.json", ".npy", ".npz"])
+def test_a_full_disk_or_quota_is_a_sentence_and_the_run_goes_on_later(images, tmp_path, here, monkeypatch, kind, stage):
+    def setup(out: str) -> TrainConfig:
+        return tiny_config(
+            images,
+            tmp_path / out,
+            data={"iterations": 2, "targets": str(images / "mall"), "cache": str(tmp_path / f"cache of {out}")},
+            run={"evaluate_every": 1, "choose_epoch_on_target": True, "checkpoint_every": 1},
+        )
+
+    here(setup("whole"))
+    fsync, replace, open_path = os.fsync, os.replace, Path.open
+
+    def is_meant(name: str) -> bool:
+        name = Path(name).name
+        return name.endswith(kind) or (name.endswith(".part") and f"{kind}." in name)
+
+    def quota(name: str) -> None:
+        if is_meant(name):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    def opened(path: Path, mode: str = "r", *more, **options):
+        if is_meant(str(path)) and mode == "xb":
+            return io.BufferedWriter(Full(path, "xb"))
+        return open_path(path, mode, *more, **options)
+
+    with monkeypatch.context() as patch:
+        if stage == "write":
+            patch.setattr(Path, "open", opened)
+        elif stage == "fsync":
+            patch.setattr(os, "fsync", lambda number: quota(os.readlink(f"/proc/self/fd/{number}")) or fsync(number))
+        else:
+            patch.setattr(os, "replace", lambda one, other: quota(other) or replace(one, other))
+        reason = "No space left on device" if stage == "write" else "Disk quota exceeded"
+        with pytest.raises(DanFastError, match=rf"{kind} could not be written \({reason}\)"):
+            here(setup("run"))
+    assert not list(tmp_path.rglob("*.part")) and not list((tmp_path / "run").glob("*" + kind))
+    here(setup("run"))
+    assert_same_training(tmp_path / "whole", tmp_path / "run")
+    results = [(tmp_path / out / "results.json").read_text() for out in ("whole", "run")]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("what", ["replaced", "deleted"])
+def test_a_cache_that_is_replaced_or_deleted_is_read_on(images, tmp_path, here, what):
+    here(tiny_config(images, tmp_path / "whole"))
+
+    def tamper(trainer: Trainer) -> None:
+        for file in list((tmp_path / "cache").glob("*.np[yz]")) if trainer.iterations_done == 2 else []:
+            if what == "replaced":
+                other = file.with_suffix(".other")
+                other.write_bytes(bytes(file.stat().st_size))
+                os.replace(other, file)
+            else:
+                file.unlink()
+
+    setup = tiny_config(images, tmp_path / "run", data={"cache": str(tmp_path / "cache")})
+    here(setup, tamper)
+    assert_same_training(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_vanish_during_an_epoch_cost_no_iteration(images, tmp_path, here, workers):
+    own = tmp_path / "images"
+    shutil.copytree(images, own)
+    here(tiny_config(own, tmp_path / "whole", data={"iterations": 12}))
+
+    def vanish(trainer: Trainer) -> None:
+        if trainer.iterations_done == 2:
+            (own / "campus" / "images").rename(own / "gone")
+
+    setup = tiny_config(own, tmp_path / "run", data={"workers": workers, "iterations": 12})
+    with pytest.raises(DanFastError, match=r"campus/images/.* cannot be decoded \(No such file or directory\)"):
+        here(setup, vanish)
+    assert 2 < iterations_saved(tmp_path / "run", 12) < 12
+    (own / "gone").rename(own / "campus" / "images")
+    here(setup)
+    assert_same_training(tmp_path / "whole", tmp_path / "run")
+
+
+def test_single_images_that_vanish_during_an_epoch_are_skipped_and_named(images, tmp_path, here):
+    own = tmp_path / "images"
+    shutil.copytree(images, own)
+
+    def vanish(trainer: Trainer) -> None:
+        if trainer.iterations_done == 2:
+            next((own / "mall" / "images").iterdir()).unlink()
+
+    trainer = here(tiny_config(own, tmp_path / "run", data={"broken_images": "skip"}), vanish)
+    assert trainer.epoch == 2 and len(trainer.skipped) <= 3
+
+
+def test_a_clock_that_jumps_changes_nothing(images, tmp_path, here, monkeypatch):
+    """Forwards and backwards by days during the run, and backwards between its parts."""
+    here(tiny_config(images, tmp_path / "whole"))
+    jumps, base = random.Random(0), [1e9]
+    monkeypatch.setattr(time, "time", lambda: base[0] + jumps.uniform(-1e6, 1e6))
+
+    def stop(trainer: Trainer) -> None:
+        if trainer.iterations_done in (2, 6) and trainer.iterations_done > begun[-1]:
+            begun.append(trainer.iterations_done)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    begun, setup = [0], tiny_config(images, tmp_path / "run", run={"checkpoint_every_s": 1e-3})
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            here(setup, stop)
+        base[0] -= 1e8
+    here(setup)
+    assert_same_training(tmp_path / "whole", tmp_path / "run")
+    for name, (steps, values) in read_scalars(tmp_path / "whole").items():
+        assert [each.tolist() for each in read_scalars(tmp_path / "run")[name]] == [steps.tolist(), values.tolist()]
+
+
+def test_a_worker_leaves_a_sigterm_that_is_not_its_parents(images, here, tmp_path):
+    """That of the parent, by which multiprocessing ends workers at exit, it obeys."""
+    trainer = Trainer(tiny_config(images, tmp_path / "run"))
+    batches = iter(training.training_loader(trainer.training_set, trainer.planner.plan_epoch(0), (16, 16), workers=1))
+    next(batches)
+    (worker,) = (pid for pid in workers_of(os.getpid()) if "pt_data_worker" in Path(f"/proc/{pid}/comm").read_text())
+    subprocess.run(["kill", "-TERM", str(worker)], check=True)
+    assert len(list(batches)) == trainer.planner.iterations - 1
+    batches = iter(training.training_loader(trainer.training_set, trainer.planner.plan_epoch(0), (16, 16), workers=1))
+    next(batches)
+    (worker,) = (pid for pid in workers_of(os.getpid()) if "pt_data_worker" in Path(f"/proc/{pid}/comm").read_text())
+    os.kill(worker, signal.SIGTERM)
+    wait_until(lambda: has_ended(worker), seconds=10)
+    batches.close()

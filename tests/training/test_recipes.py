@@ -1,0 +1,284 @@
+"""Recipes: what they hold, what wins over them, and that a run and its results name them."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dan_fast import cli
+from dan_fast.cli import main
+from dan_fast.commands.quickstart import _config
+from dan_fast.core.errors import DanFastError
+from dan_fast.data.synthetic import synthesize
+from dan_fast.reporting.report import report
+from dan_fast.reporting.runs import read_runs
+from dan_fast.training import DataConfig, MetaConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer
+from dan_fast.training.recipes import RECIPES, recipe_of, recipe_settings, recipe_words
+
+RECIPE_FILES = sorted((Path(cli.__file__).parent / "recipes").iterdir())
+# Where and on what a run takes place, how long and with which step sizes is for the user to say.
+BESIDE_THE_METHOD = {
+    *("data.labeled", "data.unlabeled", "data.targets", "data.protocol", "data.root", "data.image_size"),
+    *("data.batch_size", "data.workers", "data.broken_images", "data.cache", "data.cache_check"),
+    *("model.backbone", "model.weights"),
+}
+
+
+def dotted(settings: dict) -> dict:
+    return {f"{section}.{name}": value for section, values in settings.items() for name, value in values.items()}
+
+
+def parsed(*flags: str) -> TrainConfig:
+    parser, settings = cli._parse(["train", *flags])
+    arguments = vars(parser.instantiate(settings).train)
+    return TrainConfig(**{name: value for name, value in arguments.items() if name != "config"})
+
+
+def method(config: TrainConfig) -> dict:
+    """The settings but for where the run takes place and what it was called."""
+    return {name: value for name, value in config.to_dict().items() if name not in ("recipe", "run", "optimizer")}
+
+
+def test_the_package_has_the_recipes_that_it_names():
+    assert [path.name for path in RECIPE_FILES] == [f"{name}.yaml" for name in sorted(RECIPES)]
+    assert {"dan", "paper", "plain"} == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_sets_what_exists_and_only_the_method(name, tmp_path):
+    content = dotted(recipe_settings(name))
+    assert content
+    defaults = {k: v for k, v in TrainConfig().to_dict().items() if k != "recipe"}
+    assert content.keys() <= dotted(defaults).keys()
+    assert not content.keys() & BESIDE_THE_METHOD
+    assert not any(setting.startswith(("run.", "optimizer.")) for setting in content)
+    # As a file of settings it passes the checks of every flag.
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"recipe": "none", **recipe_settings(name)}))
+    assert method(parsed("--config", str(tmp_path / "recipe.yaml"))) == method(TrainConfig.of_recipe(name))
+
+
+def test_paper_is_the_paper_as_printed():
+    paper, defaults = TrainConfig.of_recipe("paper"), TrainConfig()
+    expected = dotted(method(defaults)) | {"loss.confidence_prior": 0.0, "meta.stall_guard": 0}
+    assert dotted(method(paper)) == expected
+
+
+def test_plain_has_no_part_of_dan():
+    plain = TrainConfig.of_recipe("plain", data={"labeled": "a", "unlabeled": "b"})
+    assert (plain.model.attention, plain.model.adversary, plain.meta.procedure) == ("none", False, "daml1")
+    assert {weight for weight in asdict(plain.loss).values() if isinstance(weight, float)} == {0.0}
+    assert plain.data.unlabeled_share == 0 and plain.data.unlabeled == ["b"]
+    same = {"data.image_size", "data.batch_size", "model.backbone", "model.dropout"}
+    assert {k: v for k, v in dotted(method(plain)).items() if k in same} == {
+        k: v for k, v in dotted(method(TrainConfig())).items() if k in same
+    }
+
+
+def test_python_gets_a_recipe_only_where_it_asks():
+    assert TrainConfig().recipe == "none" and TrainConfig().recipe_words == ""
+    assert TrainConfig() == TrainConfig.of_recipe("none")
+    config = TrainConfig.of_recipe("plain", loss={"regularizer": 0.3}, data={"labeled": "market"})
+    assert (config.recipe, config.loss.regularizer, config.loss.adversary) == ("plain", 0.3, 0.0)
+    assert config.data.labeled == ["market"] and config.data.unlabeled_share == 0
+    with pytest.raises(TypeError, match="optimiser is no section"):
+        TrainConfig.of_recipe("plain", optimiser={})
+    with pytest.raises(TypeError, match="data must be a mapping"):
+        TrainConfig.of_recipe("plain", data=DataConfig())
+    for wrong in (lambda: TrainConfig.of_recipe("dna"), lambda: TrainConfig(recipe="dna")):
+        with pytest.raises(DanFastError, match="There is no recipe 'dna': choose dan, paper, plain"):
+            wrong()
+
+
+def test_defaults_recipe_file_flags_in_this_order(tmp_path):
+    assert parsed().recipe == "dan"
+    assert method(parsed("--recipe", "plain")) == method(TrainConfig.of_recipe("plain"))
+    file = tmp_path / "some.yaml"
+    file.write_text(yaml.safe_dump({"loss": {"adversary": 0.3, "embedding": 0.4}, "meta": {"eta": 0.5}}))
+    config = parsed("--recipe", "plain", "--config", str(file), "--loss.embedding", "0.7")
+    assert (config.loss.adversary, config.loss.embedding, config.loss.regularizer) == (0.3, 0.7, 0.0)
+    assert (config.meta.procedure, config.meta.eta) == ("daml1", 0.5)
+    assert config.recipe_words == ("recipe plain, with loss.adversary=0.3, loss.embedding=0.7, meta.eta=0.5")
+
+
+@pytest.mark.parametrize(
+    "flags", [["--config", "FILE", "--recipe", "paper"], ["--recipe=paper", "--config=FILE"], ["--recipe", "paper"]]
+)
+def test_the_flag_wins_over_the_file_whatever_their_order(flags, tmp_path):
+    file = tmp_path / "some.yaml"
+    file.write_text("recipe: plain\noptimizer: {epochs: 7}\n")
+    config = parsed(*(flag.replace("FILE", str(file)) for flag in flags))
+    assert config.recipe == "paper" and method(config) == method(TrainConfig.of_recipe("paper"))
+    config = parsed("--config", str(file))
+    assert (config.recipe, config.optimizer.epochs) == ("plain", 7)
+    assert method(config) == method(TrainConfig.of_recipe("plain"))
+
+
+def test_the_complete_configuration_is_printed_with_the_recipe(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--recipe", "plain", "--meta.eta", "0.5", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed == TrainConfig.of_recipe("plain", meta={"eta": 0.5}).to_dict()
+
+
+def test_help_explains_recipes(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--recipe", "plain", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("paper is the paper as printed", "default: plain", "default: daml1", "without any part of DAN"):
+        assert words in text, words
+
+
+@pytest.mark.parametrize("command", ["train", "quickstart"])
+def test_a_recipe_that_does_not_exist_is_one_sentence(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([command, "--recipe", "dna"]) == 1
+    assert capsys.readouterr().err == (
+        "dan-fast: There is no recipe 'dna': choose dan, paper, plain or none, the bare defaults.\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_of_a_file_that_does_not_exist_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "some.yaml").write_text("recipe: 3\n")
+    assert main(["train", "--config", str(tmp_path / "some.yaml")]) == 1
+    assert "There is no recipe '3'" in capsys.readouterr().err
+
+
+def test_words_name_what_was_changed_in_the_method_alone():
+    config = TrainConfig.of_recipe(
+        "dan", data={"labeled": "a", "image_size": (96, 48)}, optimizer={"epochs": 3}, model={"dropout": 0.1},
+        memory={"labeled_slots": 5}, run={"seed": 4},
+    )  # fmt: skip
+    defaults = TrainConfig().to_dict()
+    assert config.recipe_words == "recipe dan, with model.dropout=0.1, memory.labeled_slots=5"
+    assert TrainConfig.of_recipe("paper").recipe_words == "recipe paper"
+    # A checkpoint of another version: a setting that it lacks had its default, a recipe may be gone.
+    assert recipe_words({"recipe": "dan", "meta": {"order": 2}}, defaults).startswith("recipe dan, with ")
+    assert recipe_words({"recipe": "bygone"}, defaults) == "recipe bygone, which this version does not have"
+    assert recipe_words({"data": {}}, defaults) == ""
+
+
+def test_a_whole_configuration_without_a_recipe_is_left_as_it_is(tmp_path):
+    """The config.yaml of an older version decides what is learnt; a partial file does not."""
+    old = {section: values for section, values in TrainConfig().to_dict().items() if section != "recipe"}
+    assert recipe_of(old) == "none"
+    del old["loss"]["confidence_prior"]
+    assert recipe_of(old) is None and recipe_of({}) is None and recipe_of("words") is None
+    assert recipe_of({**old, "recipe": "plain"}) == "plain"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    synthesize(root, ["campus", "mall", "street"], identities=4, cameras=2, image_size=(32, 32), test_fraction=0.5)
+    return root
+
+
+def tiny_flags(images: Path, out: Path) -> list[str]:
+    return [
+        *("train", "--data.labeled", str(images / "campus"), "--data.unlabeled", str(images / "mall")),
+        *("--data.targets", str(images / "street"), "--data.image_size", "[32, 32]", "--data.workers", "0"),
+        *("--data.batch_size", "8", "--model.backbone", "resnet18", "--model.weights", "none"),
+        *("--optimizer.epochs", "1", "--run.out", str(out), "--run.device", "cpu"),
+    ]
+
+
+def test_a_run_and_its_results_name_the_recipe(images, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main([*tiny_flags(images, out), "--recipe", "plain", "--loss.regularizer", "0.5"]) == 0
+    words = "recipe plain, with loss.regularizer=0.5"
+    assert words in capsys.readouterr().out
+    assert yaml.safe_load((out / "config.yaml").read_text())["recipe"] == "plain"
+    state = torch.load(out / "checkpoint.pt")
+    assert state["config"]["recipe"] == "plain"
+    assert not any(name.startswith("memory.") for name in state["model"]), "no unlabelled image is used"
+    results = json.loads((out / "results.json").read_text())
+    assert (results["recipe"], results["recipe_changes"]) == ("plain", {"loss.regularizer": 0.5})
+    assert results["targets"][0]["recipe"] == words
+    assert results["iterations"] == state["epoch"] * len(list((images / "campus").rglob("*.jpg"))) // 2 // 8
+    figures = tmp_path / "figures.json"
+    checkpoint = str(out / "checkpoint.pt")
+    assert main(["evaluate", "--checkpoint", checkpoint, "--targets", str(images / "street"), "--workers", "0",
+                 "--out", str(figures)]) == 0  # fmt: skip
+    assert words in capsys.readouterr().out
+    assert json.loads(figures.read_text())[0]["recipe"] == words
+    assert [run.recipe for run in read_runs([out])] == [words]
+    page = report([out], out=tmp_path / "page", images=0)
+    assert "plain, with loss.regularizer=0.5" in page.read_text()
+
+
+def test_a_run_of_an_older_version_goes_on_without_a_recipe(images, tmp_path, monkeypatch):
+    """Its config.yaml and checkpoint name no recipe, and the default of today may hold other settings."""
+    out = tmp_path / "run"
+    data = DataConfig(labeled=str(images / "campus"), image_size=(32, 32), batch_size=8, workers=0)
+    config = TrainConfig(
+        data=data, meta=MetaConfig(stall_guard=3), optimizer=OptimizerConfig(epochs=1), run=RunConfig(out=str(out))
+    )
+    config.model.backbone, config.model.weights = "resnet18", "none"
+    Trainer(config).fit()
+    state = torch.load(out / "checkpoint.pt")
+    del state["config"]["recipe"]
+    torch.save(state, out / "checkpoint.pt")
+    (out / "config.yaml").write_text(yaml.safe_dump(state["config"], sort_keys=False))
+    changed = {**recipe_settings("dan"), "memory": {"decay": 0.5}}
+    read = recipe_settings
+    for module in ("dan_fast.training.config", "dan_fast.training.recipes"):
+        monkeypatch.setattr(f"{module}.recipe_settings", lambda name: changed if name == "dan" else read(name))
+    assert parsed().memory.decay == 0.5
+    resumed = parsed("--config", str(out / "config.yaml"), "--run.resume", "true")
+    assert (resumed.recipe, resumed.memory.decay, resumed.meta.stall_guard) == ("none", 0.99, 3)
+    flags = [*tiny_flags(images, out), "--data.unlabeled", "[]", "--meta.stall_guard", "3", "--run.resume", "true"]
+    assert main(flags) == 0
+    assert yaml.safe_load((out / "config.yaml").read_text())["recipe"] == "none"
+
+
+def test_resume_is_true_false_or_auto_in_flags_and_files(tmp_path):
+    assert parsed().run.resume is False
+    for word, value in (("true", True), ("false", False), ("auto", "auto")):
+        assert parsed("--run.resume", word).run.resume == value
+        (tmp_path / "config.yaml").write_text(f"run: {{resume: {word}, checkpoint_every: 200}}")
+        of_file = parsed("--config", str(tmp_path / "config.yaml")).run
+        assert of_file.resume == value and type(of_file.resume) is type(value) and of_file.checkpoint_every == 200
+    assert main(["train", "--run.resume", "maybe"]) == 2
+
+
+def test_resume_auto_starts_and_goes_on(images, tmp_path, capsys):
+    """A run of another recipe than today's default goes on with its own."""
+    out = tmp_path / "run"
+    command = [*tiny_flags(images, out), "--run.resume", "auto"]
+    assert main([*command, "--recipe", "plain"]) == 0
+    before = torch.load(out / "checkpoint.pt")
+    assert (before["epoch"], before["config"]["run"]["resume"]) == (before["config"]["optimizer"]["epochs"], "auto")
+    (out / "results.json").unlink()
+    assert main(command) == 0
+    assert yaml.safe_load((out / "config.yaml").read_text())["recipe"] == "plain" and (out / "results.json").exists()
+    assert torch.equal(before["random"]["cpu"], torch.load(out / "checkpoint.pt")["random"]["cpu"])
+    # A folder without a checkpoint starts, with the recipe that is asked for.
+    (out / "checkpoint.pt").unlink()
+    assert main(command) == 0
+    assert torch.load(out / "checkpoint.pt")["config"]["recipe"] == "dan"
+    assert main([*command, "--run.resume", "false"]) == 1
+    assert "already holds a run: add --run.resume true" in capsys.readouterr().err
+
+
+def test_quickstart_keeps_what_its_short_run_needs(tmp_path):
+    paper = _config(tmp_path, 3, 0, 0, "paper")
+    assert paper.recipe_words == (
+        "recipe paper, with data.unlabeled_fraction=0.25, data.feedback_fraction=0.25, memory.labeled_slots=600, "
+        "memory.unlabeled_slots=400"
+    )
+    assert (paper.meta.stall_guard, paper.loss.confidence_prior) == (0, 0.0)
+    dan, plain = (_config(tmp_path, 3, 0, 0, name) for name in ("dan", "plain"))
+    assert (dan.optimizer.lr_scale, dan.memory.labeled_slots, dan.meta.stall_guard) == (30.0, 600, 2)
+    assert plain.model.attention == "none" and plain.data.unlabeled_share == 0
+
+
+def test_quickstart_without_attention_draws_none(tmp_path):
+    out = tmp_path / "quick"
+    flags = ["quickstart", "--out", str(out), "--epochs", "1", "--identities", "6", "--recipe", "plain"]
+    assert main(flags) == 0
+    assert json.loads((out / "run" / "results.json").read_text())["recipe"] == "plain"
+    assert "recipe plain" in (out / "index.html").read_text() and not (out / "attention.png").exists()

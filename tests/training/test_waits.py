@@ -1,0 +1,204 @@
+"""Where the host reads from the device within a training iteration, and what it still finds out in time."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dan_fast
+from dan_fast.bench.iteration_contenders import FROZEN, UPDATED, DANIteration, IterationSize
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.types import MemoryStep
+from dan_fast.training.objective import DivergedError
+
+TINY = IterationSize("resnet18", 64, 32, images=8, labeled_slots=24, unlabeled_slots=12, classes=6)
+PACKAGE = Path(dan_fast.__file__).parent
+# Operators whose result, or the size of it, the host has to know. `index` only with a mask, which it counts.
+WAITING = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "index"} | {
+    "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave", "bincount"
+}  # fmt: skip
+# Methods that copy to the host; on the CPU they do not reach an operator.
+COPYING = {"cpu", "tolist", "numpy", "__array__"}
+
+
+class HostReads:
+    """Counts by place ("training/trainer.py") what would make the host wait for a GPU."""
+
+    def __init__(self) -> None:
+        self.places: Counter[str] = Counter()
+
+    def count(self, name: str) -> None:
+        frame = sys._getframe(2)
+        while frame and not (path := Path(frame.f_code.co_filename)).is_relative_to(PACKAGE):
+            frame = frame.f_back
+        self.places[f"{path.relative_to(PACKAGE)}" if frame else name] += 1
+
+    def __enter__(self) -> "HostReads":
+        reads = self
+
+        class Operators(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                name = func.__name__.split(".")[0]
+                masked = name != "index" or any(each is not None and each.dtype == torch.bool for each in args[1])
+                if name in WAITING and masked:
+                    reads.count(name)
+                return func(*args, **(kwargs or {}))
+
+        class Methods(TorchFunctionMode):
+            def __torch_function__(self, func, types, args=(), kwargs=None):
+                name = getattr(func, "__name__", "")
+                to_host = name == "to" and any(str(each) == "cpu" for each in (*args[1:], *(kwargs or {}).values()))
+                if name in COPYING or (to_host and sys._getframe(1).f_code.co_name != "_to_device"):
+                    reads.count(name)
+                return func(*args, **(kwargs or {}))
+
+        self.modes = Operators(), Methods()
+        for mode in self.modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        for mode in reversed(self.modes):
+            mode.__exit__(*error)
+
+
+@pytest.fixture
+def dan(tmp_path) -> DANIteration:
+    return DANIteration(TINY, "cpu", "float32", tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def steady(tmp_path_factory) -> DANIteration:
+    """For tests in which nothing goes wrong."""
+    return DANIteration(TINY, "cpu", "float32", tmp_path_factory.mktemp("waits") / "run")
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: bool(x[0] > 0),
+        lambda x: x[0].item(),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x.to("cpu"),
+        lambda x: x.numpy(),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: float(x[0]),
+        lambda x: torch.equal(x, x),
+        lambda x: x.unique(),
+    ],
+)
+def test_the_counter_sees_a_read(read):
+    with HostReads() as reads:
+        read(torch.ones(2))
+    assert reads.places.total() >= 1
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize(
+    ("procedure", "stage", "expected"),
+    [
+        # Once after S: who won the competition decides what is differentiated next, so the host has to know. Once
+        # before the optimizer's step: a feature or gradient that is not finite may not reach a parameter.
+        ("daml3", UPDATED, 2),
+        ("daml3", FROZEN, 2),
+        # No competition: only the one before the step.
+        ("daml2", UPDATED, 1),
+    ],
+)
+def test_the_host_reads_from_the_device_only_where_it_must(steady, procedure, stage, expected, order):
+    steady.set(order, stage)
+    steady.trainer.config.meta.procedure = procedure
+    with HostReads() as reads:
+        steady.run()
+    # On the CPU, and there only, memory and attention head look at their labels at once: nobody waits for it.
+    at_once = [reads.places.pop(place) for place in ("functional/memory.py", "reference/attention_checks.py")]
+    assert at_once == [2, 2]
+    assert reads.places == {"training/trainer.py": expected}
+
+
+def test_a_window_of_scalars_is_read_once(steady):
+    steady.set(1, UPDATED)
+    steady.run()
+    with HostReads() as reads:
+        means = steady.scalars.flush(1)
+    assert len(means) > 10 and reads.places == {"training/metrics.py": 1}
+
+
+def poisoned(dan: DANIteration, monkeypatch: pytest.MonkeyPatch, field: str, call: int) -> None:
+    """NaN in one sample's `field` of the network's output in the given pass."""
+    calls = iter(range(9))
+    forward = dan.trainer.model.network.forward
+
+    def spoilt(*arguments):
+        out = forward(*arguments)
+        if next(calls) != call:
+            return out
+        value = getattr(out, field).clone()
+        value[0, -1] = torch.nan  # beyond the keys: the memory would not see it
+        return out._replace(**{field: value})
+
+    monkeypatch.setattr(dan.trainer.model.network, "forward", spoilt)
+
+
+@pytest.mark.parametrize("procedure", ["daml3", "daml2"])
+@pytest.mark.parametrize("field", ["attended", "pooled"])
+@pytest.mark.parametrize("call", [0, 1])
+def test_a_feature_that_is_not_finite_reaches_neither_memory_nor_parameters(dan, monkeypatch, procedure, field, call):
+    trainer, memory = dan.trainer, dan.trainer.model.memory
+    dan.set(1, UPDATED)
+    trainer.config.meta.procedure = procedure
+    poisoned(dan, monkeypatch, field, call)
+    params = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    before = memory.labeled, memory.unlabeled
+    advanced = []
+    forward = memory.forward
+    monkeypatch.setattr(memory, "forward", lambda *a, **k: advanced.append(forward(*a, **k)) or advanced[-1])
+    with pytest.raises(DivergedError, match="^features are not finite$"):
+        dan.run()
+    assert all(torch.equal(value, params[name]) for name, value in trainer.model.named_parameters())
+    assert not trainer.optimizer.state
+    # What S has written stays, as before any error in S~; the pass with the error writes nothing.
+    expected = (advanced[-1].labeled, advanced[-1].unlabeled) if call else before
+    assert len(advanced) == call
+    for held, wanted in zip((memory.labeled, memory.unlabeled), expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(held, wanted, strict=True))
+
+
+class FlagLater(torch.nn.Module):
+    """A memory as on a GPU: what it finds is a flag to be read later, beside a loss that is NaN."""
+
+    def __init__(self, memory: torch.nn.Module, faults: list[int]) -> None:
+        super().__init__()
+        self.memory, self.faults, self.gates = memory, faults, memory.gates
+        self.gate_values, self.occupied_slots = memory.gate_values, memory.occupied_slots
+
+    def forward(self, keys: Tensor, labels: Tensor, unlabeled_keys: Tensor, sample_ids: Tensor, gate_features=None):
+        self.fault = torch.tensor(self.faults.pop(0), dtype=torch.int32)
+        if self.fault == 0:
+            return self.memory(keys, labels, unlabeled_keys, sample_ids)
+        return MemoryStep(keys.sum() * torch.nan, torch.full_like(sample_ids, -1), None, None)
+
+    def take_fault(self) -> Tensor:
+        return self.fault
+
+
+@pytest.mark.parametrize("procedure", ["daml3", "daml2"])
+# With S~ at weights that a NaN has moved, its features and its memory step are wrong as well; S is the cause.
+@pytest.mark.parametrize("faults", [[4, 1], [0, 4]], ids=str)
+def test_a_fault_of_the_memory_is_read_with_the_rest_and_named(dan, procedure, faults):
+    trainer = dan.trainer
+    dan.set(1, UPDATED)
+    trainer.config.meta.procedure = procedure
+    trainer.model.memory = FlagLater(trainer.model.memory, list(faults))
+    params = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    with pytest.raises(DanFastError, match="cannot go on at iteration 0: labels must not be negative"):
+        dan.run()
+    assert all(torch.equal(value, params[name]) for name, value in trainer.model.named_parameters())
+    assert not trainer.optimizer.state
