@@ -199,7 +199,9 @@ def test_a_wrong_argument_is_named(op: str):
 def test_the_other_instruction_sets(tmp_path: Path):
     """The same bits, whatever this CPU would choose, but where * and + may be one operation: in the bottleneck."""
     file = tmp_path / "results.pt"
-    code = f"import torch; from tests.kernels.attention import test_head_cpu as t; torch.save(t._results(), {str(file)!r})"
+    code = (
+        f"import torch; from tests.kernels.attention import test_head_cpu as t; torch.save(t._results(), {str(file)!r})"
+    )
     sets, root = _extension.build_info()["instruction_sets"], ROOT
     exact, rounded = _results()
     for name in sets[: sets.index(ops.instruction_set())]:
