@@ -186,8 +186,23 @@ def _add_flags(parser: ArgumentParser, command: str, recipe: str | None) -> None
             parser.add_function_arguments(called, skip={"progress", "console"})
 
 
+def _keep_heap_on_a_cpu(device: str) -> None:
+    from dan_fast.core.heap import keep_heap
+    from dan_fast.training.build import resolve_device
+
+    if resolve_device(device).type == "cpu":
+        keep_heap()
+
+
 def _run(parser: ArgumentParser, parsed: Namespace) -> int:
     command, settings = parsed.command, parser.instantiate(parsed)[parsed.command]
+    match command:
+        case "train":
+            _keep_heap_on_a_cpu(settings.run.device)
+        case "evaluate":
+            _keep_heap_on_a_cpu(settings.device)
+        case "quickstart":
+            _keep_heap_on_a_cpu("auto")
     where = _COMMANDS[command][0]
     if command == "bench":
         where, settings = _BENCHMARKS[settings.what][0], settings[settings.what]

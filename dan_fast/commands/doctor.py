@@ -14,6 +14,7 @@ from rich.table import Table
 import dan_fast
 from dan_fast import __version__, _extension, triton_kernels
 from dan_fast._sources import source_hash
+from dan_fast.core.heap import why_heap_is_left
 
 
 class Report(NamedTuple):
@@ -21,7 +22,7 @@ class Report(NamedTuple):
 
     Attributes:
         versions: name and version of everything that decides how dan_fast runs.
-        built: part of the extension and what is in it.
+        built: part of the extension and what is in it, and what becomes of freed memory.
         paths: operator, device, path it takes there.
         gpus: index, name, compute capability, memory in GiB, whether the kernels run on it.
         advice: for each thing missing, one sentence of what it is and what to do.
@@ -117,10 +118,12 @@ def _driver_version() -> str:
 
 
 def _built(info: dict) -> list[tuple[str, str]]:
+    left = why_heap_is_left()
+    heap = ("heap on a CPU", "freed blocks are kept by train, evaluate and quickstart" if left is None else left)
     if not _extension.loaded():
-        return [("CPU kernels", "no"), ("CUDA kernels", "no")]
+        return [("CPU kernels", "no"), ("CUDA kernels", "no"), heap]
     cuda = f"yes, for {', '.join(info.get('cuda_archs', []))}" if _extension.has_cuda_kernels() else "no"
-    return [("CPU kernels", "yes"), ("CUDA kernels", cuda)]
+    return [("CPU kernels", "yes"), ("CUDA kernels", cuda), heap]
 
 
 def _paths(with_gpu: bool) -> list[tuple[str, str, str]]:

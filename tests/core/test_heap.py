@@ -1,0 +1,88 @@
+"""The heap that commands keep on a CPU: page faults, resident memory, and what is left as the user set it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dan_fast import cli
+from dan_fast.core import heap
+from tests.support import ROOT
+
+# Blocks as large as activations are, freed and allocated again.
+CHURN = """
+import resource
+from dan_fast.core.heap import keep_heap
+kept = keep_heap() if {keep} else False
+import numpy as np
+def churn():
+    return [np.ones(2**22).sum() for _ in range(4)]
+churn()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    churn()
+usage = resource.getrusage(resource.RUSAGE_SELF)
+print(kept, usage.ru_minflt - before, usage.ru_maxrss)
+"""
+
+
+def churned(keep: bool, **environment: str) -> tuple[str, int, int]:
+    # A block that is not backed by huge pages has a fault for each of its pages.
+    code = CHURN.format(keep=keep)
+    left = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=left | environment, capture_output=True, text=True, check=True
+    )
+    kept, faults, resident = ran.stdout.split()
+    return kept, int(faults), int(resident)
+
+
+@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="the C library is not glibc")
+def test_freed_blocks_are_kept():
+    kept, faults, resident = churned(keep=True)
+    _, faults_before, resident_before = churned(keep=False)
+    assert kept == "True" and faults < faults_before / 4
+    assert resident < 1.25 * resident_before
+
+
+@pytest.mark.parametrize(
+    "environment, reason",
+    [
+        ({"MALLOC_TRIM_THRESHOLD_": "1000000"}, "MALLOC_TRIM_THRESHOLD_ is set"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0"}, "GLIBC_TUNABLES is set"),
+    ],
+)
+def test_what_the_user_set_is_left(environment: dict[str, str], reason: str, monkeypatch: pytest.MonkeyPatch):
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: pytest.fail("the heap was changed"))
+    assert heap.why_heap_is_left() == reason and not heap.keep_heap()
+
+
+def test_another_allocator_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
+        monkeypatch.delenv(name)
+    maps = tmp_path / "maps"
+    maps.write_text("7f00-7f01 r-xp 00000000 08:01 1 /usr/lib/x86_64-linux-gnu/libjemalloc.so.2\n")
+    monkeypatch.setattr(heap, "Path", lambda path: maps)
+    assert heap.why_heap_is_left() == "jemalloc is loaded"
+    monkeypatch.setattr(heap.os, "confstr_names", {})
+    assert heap.why_heap_is_left() == "the C library is not glibc"
+
+
+@pytest.mark.parametrize("device, asked", [("cpu", 1), ("cuda", 0)])
+def test_commands_ask_once_and_on_a_cpu_only(device: str, asked: int, monkeypatch: pytest.MonkeyPatch):
+    asks = []
+    monkeypatch.setattr(heap, "keep_heap", lambda: asks.append(True))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert cli.main(["evaluate", "--checkpoint", "missing.pt", "--targets", "missing", "--device", device]) == 1
+    assert len(asks) == asked
+
+
+def test_an_import_leaves_the_heap():
+    code = "import dan_fast.core.heap as heap; heap.ctypes = None; import dan_fast.functional, dan_fast.training"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
