@@ -34,8 +34,6 @@ _OPERATORS = (
     "head_refine_backward",
     "head_adversary",
     "head_adversary_backward",
-    "augment_images",
-    "normalize_images",
 )
 _disabled = 0
 

@@ -86,12 +86,4 @@ inline torch::stable::Tensor kept_empty_like(const torch::stable::Tensor& like) 
                         [&] { return torch::stable::empty_like(like); });
 }
 
-// A contiguous float32 (n, c, h, w) on the CPU.
-inline torch::stable::Tensor kept_images(const torch::stable::Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
-  const int64_t sizes[] = {n, c, h, w}, strides[] = {c * h * w, h * w, w, 1};
-  constexpr auto kFloat = torch::headeronly::ScalarType::Float;
-  return in_kept_memory({sizes, 4}, {strides, 4}, kFloat, static_cast<size_t>(n * c * h * w) * sizeof(float),
-                        [&] { return torch::stable::new_empty(like, {n, c, h, w}, kFloat); });
-}
-
 }  // namespace dan_fast

@@ -140,7 +140,6 @@ def _paths(with_gpu: bool) -> list[tuple[str, str, str]]:
             ("memory_step: scan", device, f"{kernel} kernel" if served else "PyTorch, in score space"),
             ("cosine_softmax, false_sample_sets", device, f"{kernel} kernels" if served else "PyTorch"),
             ("attention_head", device, f"{kernel} kernels" if served else "PyTorch"),
-            ("augmentation of images", device, "C++ kernels" if served and device == "cpu" else "PyTorch"),
         ]
     return rows
 

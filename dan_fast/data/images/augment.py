@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dan_fast import _extension
 from dan_fast.core.preprocessing import IMAGENET, Preprocessing
 from dan_fast.data.images.transforms import FLIP_PROBABILITY, JITTER, padding
 
@@ -79,11 +78,10 @@ def augment(images: Tensor, draws: Draws, preprocessing: Preprocessing = IMAGENE
     """What `train_transform` does after the resizing, for a batch of images at once.
 
     Flip, black padding and crop, brightness, contrast and saturation in the order drawn, to [0, 1], normalised by
-    a mean and a standard deviation. On a CPU the compiled kernel does this, or PyTorch with the same bits; on a
-    GPU PyTorch. Equal bits on repetition. With the draws of the same seeds the result is
-    that of `train_transform`, but for one grey level of 255, seldom two, in less than one pixel in a thousand: after
-    each change of colour a level is cut to a whole number, and where the exact one lies on the edge, the last bit of a
-    float decides.
+    a mean and a standard deviation. Equal bits on repetition. With the draws of the same seeds the result is that of
+    `train_transform`, but for one grey level of 255, seldom two, in less than one pixel in a thousand: after each
+    change of colour a level is cut to a whole number, and where the exact one lies on the edge, the last bit of a float
+    decides.
 
     Args:
         images: (n,3,H,W) uint8, on any device.
@@ -98,11 +96,6 @@ def augment(images: Tensor, draws: Draws, preprocessing: Preprocessing = IMAGENE
         >>> augment(images, draw([1, 2], (8, 4))).shape
         torch.Size([2, 3, 8, 4])
     """
-    if _has_kernel(images):
-        border = padding(tuple(images.shape[2:]))
-        return torch.ops.dan_fast.augment_images.default(
-            images, *draws, border, *_statistics(preprocessing, images.device)
-        )
     result = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     for part in _parts(images):
         drawn = Draws(*(each[part] for each in draws))
@@ -126,16 +119,10 @@ def normalize(images: Tensor, preprocessing: Preprocessing = IMAGENET) -> Tensor
         >>> normalize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8)).flatten()
         tensor([-2.1179, -2.0357, -1.8044])
     """
-    if _has_kernel(images):
-        return torch.ops.dan_fast.normalize_images.default(images, *_statistics(preprocessing, images.device))
     result = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     for part in _parts(images):
         _normalize_(result[part].copy_(images[part]), preprocessing)
     return result
-
-
-def _has_kernel(images: Tensor) -> bool:
-    return images.device.type == "cpu" and _extension.serves("cpu")
 
 
 def _parts(images: Tensor) -> list[slice]:
@@ -191,12 +178,3 @@ def _statistics(preprocessing: Preprocessing, device: torch.device) -> tuple[Ten
 def _normalize_(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     mean, std = (each[:, None, None] for each in _statistics(preprocessing, images.device))
     return images.mul_(1 / 255).sub_(mean).div_(std)
-
-
-def _fake(images: Tensor, *_: Tensor | int) -> Tensor:
-    return images.new_empty(images.shape, dtype=torch.float32)
-
-
-if _extension.loaded():
-    torch.library.register_fake("dan_fast::augment_images")(_fake)
-    torch.library.register_fake("dan_fast::normalize_images")(_fake)

@@ -1,8 +1,5 @@
 """Augmentation of batches against the transform of single images, and the batch ahead."""
 
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,10 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
-from dan_fast import _extension
 from dan_fast.data import test_transform as plain_transform
 from dan_fast.data import train_transform
 from dan_fast.data.images.augment import Draws, augment, draw, normalize
@@ -47,90 +42,8 @@ def grey_levels(difference: Tensor) -> Tensor:
     return difference.abs().cpu() * torch.tensor(STD)[:, None, None] * 255
 
 
-@pytest.fixture(params=["kernels", "PyTorch"])
-def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Which code runs on the CPU."""
-    if request.param == "PyTorch":
-        with _extension.disabled():
-            yield request.param
-    elif _extension.why_not() is not None:
-        pytest.skip(f"no kernels: {_extension.why_not()}")
-    else:
-        yield request.param
-
-
-class Ran(TorchDispatchMode):
-    def __enter__(self) -> "Ran":
-        self.operators: set[str] = set()
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.operators.add(func.name())
-        return func(*args, **(kwargs or {}))
-
-
-def test_which_path_runs(path: str) -> None:
-    images, drawn = pictures(2, (8, 4)), draw([1, 2], (8, 4))
-    with Ran() as ran:
-        augment(images, drawn)
-        normalize(images)
-    own = {name for name in ran.operators if name.startswith("dan_fast::")}
-    assert own == ({"dan_fast::augment_images", "dan_fast::normalize_images"} if path == "kernels" else set())
-
-
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_the_kernel_has_the_bits_of_pytorch(size: tuple[int, int]) -> None:
-    if _extension.why_not() is not None:
-        pytest.skip(f"no kernels: {_extension.why_not()}")
-    images, drawn = pictures(50, size, seed=2), draw(range(50), size)
-    # The ends of a crop, and strides that are not those of contiguous memory.
-    drawn.top[:2], drawn.left[:4:2] = 0, drawn.left.max()
-    for given in (images, images.to(memory_format=torch.channels_last), images.flip(0)):
-        results = augment(given, drawn), normalize(given)
-        with _extension.disabled():
-            expected = augment(given, drawn), normalize(given)
-        assert all(map(torch.equal, results, expected))
-
-
-def test_every_instruction_set_has_the_same_bits() -> None:
-    if "baseline" not in _extension.build_info().get("instruction_sets", []):
-        pytest.skip("the kernels were not compiled for several instruction sets")
-    code = """
-import torch
-from dan_fast.data.images.augment import augment, draw, normalize
-images = torch.randint(0, 256, (20, 3, 33, 17), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-numbers = torch.cat([augment(images, draw(range(20), (33, 17))), normalize(images)]).numpy().tobytes()
-"""
-    here: dict[str, bytes] = {}
-    exec(code, here)
-    there = [sys.executable, "-c", f"{code}import sys\nsys.stdout.buffer.write(numbers)"]
-    found = subprocess.run(there, env=os.environ | {"DAN_FAST_ISA": "baseline"}, capture_output=True, check=True)
-    assert found.stdout == here["numbers"]
-
-
-def test_the_operators(path: str) -> None:
-    if path == "PyTorch":
-        return
-    images, drawn = pictures(3, (8, 4)), draw([1, 2, 3], (8, 4))
-    arguments = (images, *drawn, 1, torch.zeros(3), torch.ones(3))
-    torch.library.opcheck(torch.ops.dan_fast.augment_images.default, arguments)
-    torch.library.opcheck(torch.ops.dan_fast.normalize_images.default, (images, torch.zeros(3), torch.ones(3)))
-    for place, wrong, message in (
-        (0, images.float(), "images must be Byte, got float32"),
-        (0, images[:, :2], r"images must be \(n, 3, H, W\)"),
-        (1, drawn.flip[:2], r"flip must be \(n,\) = \(3\), got \(2\)"),
-        (2, drawn.top.int(), "top must be int64, got int32"),
-        (4, drawn.order + 1, "order holds 3, not 0, 1 or 2"),
-        (5, drawn.factors.double(), "factors must be float32, got float64"),
-        (7, torch.zeros(4), r"mean must be \(3,\)"),
-    ):
-        given = [*arguments[:place], wrong, *arguments[place + 1 :]]
-        with pytest.raises(RuntimeError, match=message):
-            torch.ops.dan_fast.augment_images(*given)
-
-
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_a_batch_is_what_its_images_are_one_by_one(size: tuple[int, int], path: str) -> None:
+def test_a_batch_is_what_its_images_are_one_by_one(size: tuple[int, int]) -> None:
     images, seeds = pictures(96, size), [1000 + 7 * number for number in range(96)]
     difference = grey_levels(augment(images, draw(seeds, size)) - one_by_one(images, seeds))
     assert difference.max() < 2.001
@@ -139,7 +52,7 @@ def test_a_batch_is_what_its_images_are_one_by_one(size: tuple[int, int], path: 
     assert difference.flatten(1).mean(1).max() < 1e-2
 
 
-def test_without_draws_of_colour_the_bits_are_equal(path: str) -> None:
+def test_without_draws_of_colour_the_bits_are_equal() -> None:
     images = pictures(20, (64, 32))
     drawn = draw(range(20), (64, 32))
     neutral = drawn._replace(factors=torch.ones(20, 3))
@@ -151,7 +64,7 @@ def test_without_draws_of_colour_the_bits_are_equal(path: str) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_normalised_as_in_the_evaluation_to_the_last_bit(size: tuple[int, int], path: str) -> None:
+def test_normalised_as_in_the_evaluation_to_the_last_bit(size: tuple[int, int]) -> None:
     images = pictures(5, size)
     assert torch.equal(normalize(images), torch.stack([plain_transform(size)(image) for image in images]))
     every = torch.arange(256, dtype=torch.uint8).expand(3, 16, 256)
@@ -159,7 +72,7 @@ def test_normalised_as_in_the_evaluation_to_the_last_bit(size: tuple[int, int], 
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 25])
-def test_an_image_does_not_depend_on_its_batch(count: int, path: str) -> None:
+def test_an_image_does_not_depend_on_its_batch(count: int) -> None:
     images, drawn = pictures(count, (32, 16)), draw(range(count), (32, 16))
     together = augment(images, drawn)
     assert together.shape == images.shape and together.dtype == torch.float32
@@ -169,7 +82,7 @@ def test_an_image_does_not_depend_on_its_batch(count: int, path: str) -> None:
         assert torch.equal(together[part], augment(images[part], Draws(*(each[part] for each in drawn))))
 
 
-def test_what_comes_in_stays_as_it_is(path: str) -> None:
+def test_what_comes_in_stays_as_it_is() -> None:
     images = pictures(3, (32, 16))
     before, state = images.clone(), torch.get_rng_state()
     augment(images, draw([1, 2, 3], (32, 16)))
