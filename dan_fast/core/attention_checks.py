@@ -38,17 +38,6 @@ def check_variant_weights(weights: AttentionVariantWeights, features: Tensor) ->
         ValueError: a part is there by half, spatial attention is there twice, or a weight has another shape or
             lies on another device.
     """
-    check_variant_parts(weights)
-    _check_shapes({name: weight for name, weight in weights._asdict().items() if weight is not None}, features)
-
-
-def check_variant_parts(weights: AttentionVariantWeights) -> None:
-    """What `check_variant_weights` asks of the weights alone.
-
-    Raises:
-        TypeError: `weights` is not an `AttentionVariantWeights`.
-        ValueError: a part is there by half, or spatial attention is there twice.
-    """
     if not isinstance(weights, AttentionVariantWeights):
         raise TypeError(f"weights must be an AttentionVariantWeights, got {type(weights).__name__}")
     present = {name for name, weight in weights._asdict().items() if weight is not None}
@@ -58,6 +47,7 @@ def check_variant_parts(weights: AttentionVariantWeights) -> None:
             raise ValueError(f"weights must hold all of {', '.join(part)} or none, {', '.join(missing)} is missing")
     if "conv" in present and "ws1" in present:
         raise ValueError("weights must hold conv or ws1, ws3, ws2, ws4 but not both: each is a spatial attention")
+    _check_shapes({name: weight for name, weight in weights._asdict().items() if weight is not None}, features)
 
 
 def _check_shapes(weights: dict[str, Tensor], features: Tensor) -> None:

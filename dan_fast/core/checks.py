@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dan_fast.core.cosine import statistics_dtype
-from dan_fast.core.types import MemoryState
+from dan_fast.core.types import Gates, MemoryBatch, MemoryState
 
 # What may be wrong with the values of a memory step, in the order in which it is looked for.
 _FINITE = "must be finite and so must their squared norms: look for NaN, Inf or huge values"
@@ -114,19 +114,7 @@ def _check_gate(name: str, gate: object, device: torch.device) -> None:
         raise ValueError(f"{name} must be finite, got {gate}")
 
 
-def check_memory_step(
-    labeled: MemoryState,
-    unlabeled: MemoryState,
-    keys: Tensor,
-    labels: Tensor,
-    unlabeled_keys: Tensor,
-    sample_ids: Tensor,
-    alpha: Tensor | float,
-    alpha_unlabeled: Tensor | float,
-    beta: Tensor | float,
-    decay: float,
-    decay_unlabeled: float,
-) -> None:
+def check_memory_step(labeled: MemoryState, unlabeled: MemoryState, batch: MemoryBatch, gates: Gates) -> None:
     """Check the arguments of `memory_step` but for the values in tensors, which `check_step_values` looks at.
 
     Keys and both memories share one floating dtype and one device; labels and sample ids are int64; gates are
@@ -140,51 +128,34 @@ def check_memory_step(
     _state_form("unlabeled", unlabeled)
     memory = labeled.features
     _check_tensor("unlabeled.features", unlabeled.features, ("s", memory.shape[1]), memory.dtype)
-    _check_tensor("keys", keys, ("B", memory.shape[1]), memory.dtype)
-    _check_tensor("labels", labels, (keys.shape[0],), torch.int64)
-    _check_tensor("unlabeled_keys", unlabeled_keys, ("B'", memory.shape[1]), memory.dtype)
-    _check_tensor("sample_ids", sample_ids, (unlabeled_keys.shape[0],), torch.int64)
-    arguments = {
-        "unlabeled.features": unlabeled.features,
-        "keys": keys,
-        "labels": labels,
-        "unlabeled_keys": unlabeled_keys,
-        "sample_ids": sample_ids,
-    }
-    for name, value in arguments.items():
+    _check_tensor("keys", batch.keys, ("B", memory.shape[1]), memory.dtype)
+    _check_tensor("labels", batch.labels, (batch.keys.shape[0],), torch.int64)
+    _check_tensor("unlabeled_keys", batch.unlabeled_keys, ("B'", memory.shape[1]), memory.dtype)
+    _check_tensor("sample_ids", batch.sample_ids, (batch.unlabeled_keys.shape[0],), torch.int64)
+    for name, value in {"unlabeled.features": unlabeled.features, **batch._asdict()}.items():
         _check_device(name, value, memory.device, "labeled.features")
-    for name, rate in (("decay", decay), ("decay_unlabeled", decay_unlabeled)):
+    for name, rate in (("decay", gates.decay), ("decay_unlabeled", gates.decay_unlabeled)):
         if isinstance(rate, bool) or not isinstance(rate, int | float):
             raise TypeError(f"{name} must be a number, got {type(rate).__name__}")
         if not 0 <= rate <= 1:
             raise ValueError(f"{name} must lie in [0, 1], got {rate}")
-    for name, gate in (("alpha", alpha), ("alpha_unlabeled", alpha_unlabeled), ("beta", beta)):
-        _check_gate(name, gate, memory.device)
+    for name in ("alpha", "alpha_unlabeled", "beta"):
+        _check_gate(name, getattr(gates, name), memory.device)
 
 
-def check_step_values(
-    labeled: MemoryState,
-    unlabeled: MemoryState,
-    keys: Tensor,
-    labels: Tensor,
-    unlabeled_keys: Tensor,
-    sample_ids: Tensor,
-    alpha: Tensor | float,
-    alpha_unlabeled: Tensor | float,
-    beta: Tensor | float,
-) -> None:
+def check_step_values(labeled: MemoryState, unlabeled: MemoryState, batch: MemoryBatch, gates: Gates) -> None:
     """Check the values that `check_memory_step` leaves alone, in a single transfer to the host.
 
     Raises:
         ValueError: keys or gates that are not finite, a negative label or sample id, no such least-used slot.
     """
-    gates = (torch.as_tensor(gate, device=keys.device).detach() for gate in (alpha, alpha_unlabeled, beta))
+    values = (gates.alpha, gates.alpha_unlabeled, gates.beta)
     flags = [
-        _not_finite(keys),
-        _not_finite(unlabeled_keys),
-        (labels < 0).any(),
-        (sample_ids < 0).any(),
-        *(~gate.isfinite() for gate in gates),
+        _not_finite(batch.keys),
+        _not_finite(batch.unlabeled_keys),
+        (batch.labels < 0).any(),
+        (batch.sample_ids < 0).any(),
+        *(~torch.as_tensor(gate, device=batch.keys.device).detach().isfinite() for gate in values),
         _not_a_slot(labeled),
         _not_a_slot(unlabeled),
     ]
@@ -228,6 +199,12 @@ def check_false_sample_sets(evaluation: Tensor, labels: Tensor, pseudo_labels: T
 def check_discriminative_loss(
     keys: object, labels: object, slots: object, slot_labels: object, temperature: float
 ) -> None:
+    """Check the arguments of `discriminative_loss`.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape or device, no slot, or a temperature that is not positive.
+    """
     _check_tensor("keys", keys, ("B", "d"), None)
     _check_tensor("labels", labels, (keys.shape[0],), torch.int64)
     _check_tensor("slots", slots, ("s", keys.shape[1]), keys.dtype)

@@ -68,6 +68,40 @@ class MemoryState(NamedTuple):
         return self.labels >= 0
 
 
+class MemoryBatch(NamedTuple):
+    """One mini-batch for both memories, in the order in which `memory_step` takes it.
+
+    Attributes:
+        keys: (B, d) floating, of the labelled samples.
+        labels: (B,) int64, not negative.
+        unlabeled_keys: (B', d), dtype and device of `keys`.
+        sample_ids: (B',) int64, not negative: which image each unlabelled key comes from.
+    """
+
+    keys: Tensor
+    labels: Tensor
+    unlabeled_keys: Tensor
+    sample_ids: Tensor
+
+
+class Gates(NamedTuple):
+    """How strongly a memory step writes and forgets: what follows the batch in the arguments of `memory_step`.
+
+    Attributes:
+        alpha: () raw write gate of M, Eq. (8).
+        alpha_unlabeled: () raw write gate of M'.
+        beta: () confidence in pseudo labels, as it is used, Eqs. (12) and (15).
+        decay: kappa1 of Eq. (5), in [0, 1].
+        decay_unlabeled: kappa2 of Eq. (12), in [0, 1].
+    """
+
+    alpha: Tensor | float
+    alpha_unlabeled: Tensor | float
+    beta: Tensor | float
+    decay: float = 0.99
+    decay_unlabeled: float = 0.99
+
+
 class MemoryStep(NamedTuple):
     """What one mini-batch did to both memories.
 
@@ -126,10 +160,12 @@ class AttentionVariantWeights(NamedTuple):
 
 
 class NLCBAMOutput(NamedTuple):
-    """Attributes:
-    refined: (B, C, H, W), X'' of Sec. III-B.
-    channel_attention: (B, C), A_C of Eq. (2).
-    spatial_attention: (B, HW), A_S of Eq. (3).
+    """What NL-CBAM makes of a map.
+
+    Attributes:
+        refined: (B, C, H, W), X'' of Sec. III-B.
+        channel_attention: (B, C), A_C of Eq. (2).
+        spatial_attention: (B, HW), A_S of Eq. (3).
     """
 
     refined: Tensor
@@ -138,10 +174,12 @@ class NLCBAMOutput(NamedTuple):
 
 
 class AdversaryOutput(NamedTuple):
-    """Attributes:
-    loss: (B,), L_aad of Eq. (4); 0 where the label is -1.
-    refined_map: (B, HW), A_at.
-    adversary_map: (B, HW), A_ad, the class activation map; 0 where the label is -1.
+    """The attention adversary's loss and the two maps that it compares.
+
+    Attributes:
+        loss: (B,), L_aad of Eq. (4); 0 where the label is -1.
+        refined_map: (B, HW), A_at.
+        adversary_map: (B, HW), A_ad, the class activation map; 0 where the label is -1.
     """
 
     loss: Tensor
@@ -150,12 +188,14 @@ class AdversaryOutput(NamedTuple):
 
 
 class AttentionHeadOutput(NamedTuple):
-    """Attributes:
-    attended: (B, C), the spatial mean of X''.
-    pooled: (B, C), the spatial mean of X.
-    channel_attention: (B, C), A_C.
-    spatial_attention: (B, HW), A_S.
-    adversary_loss: (B,), L_aad; 0 where the label is -1.
+    """What the training loss needs of the last map.
+
+    Attributes:
+        attended: (B, C), the spatial mean of X''.
+        pooled: (B, C), the spatial mean of X.
+        channel_attention: (B, C), A_C.
+        spatial_attention: (B, HW), A_S.
+        adversary_loss: (B,), L_aad; 0 where the label is -1.
     """
 
     attended: Tensor

@@ -8,9 +8,9 @@ from dan_fast.core.types import (
     NLCBAMOutput,
     NLCBAMWeights,
 )
-from dan_fast.functional.attention.operators import attention_adversary, attention_head, nl_cbam
+from dan_fast.functional.attention import attention_adversary, attention_head, nl_cbam
 from dan_fast.functional.discriminative import discriminative_loss
-from dan_fast.functional.memory.step import cosine_softmax, false_sample_sets, memory_step
+from dan_fast.functional.memory import cosine_softmax, false_sample_sets, memory_step
 from dan_fast.functional.styles import mix_styles
 
 __all__ = [

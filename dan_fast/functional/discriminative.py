@@ -6,12 +6,14 @@ from torch import Tensor
 
 from dan_fast.core.checks import check_discriminative_loss
 from dan_fast.core.cosine import norm_from_square, statistics_dtype
-from dan_fast.functional.memory.stream import full_precision, memory_scores
+from dan_fast.functional.autocast import outside_autocast
+from dan_fast.functional.memory.passes import memory_scores
 
 # Finite, so that a row without a slot of its own is free of NaN in all derivatives.
 _NOTHING = -1e30
 
 
+@outside_autocast(widen=False)
 def discriminative_loss(keys: Tensor, labels: Tensor, slots: Tensor, slot_labels: Tensor, temperature: float) -> Tensor:
     """-log(P / (P + N)) of Eq. (15) for keys whose label is known, at a temperature.
 
@@ -40,13 +42,12 @@ def discriminative_loss(keys: Tensor, labels: Tensor, slots: Tensor, slot_labels
     check_discriminative_loss(keys, labels, slots, slot_labels, temperature)
     own = (labels[:, None] == slot_labels) & (labels >= 0)[:, None]
     others = (slot_labels >= 0) & ~own
-    with full_precision(keys.device):
-        keys = keys.to(statistics_dtype(keys.dtype))
-        scores, square_norms = memory_scores(keys, slots)
-        lengths = norm_from_square(keys.square().sum(1))[:, None] * norm_from_square(square_norms)
-        logits = scores / (lengths * temperature)
-        positive = _log_sum(logits, own) - own.sum(1).clamp(min=1).to(keys.dtype).log()
-        losses = F.softplus(_log_sum(logits, others) - positive)
+    keys = keys.to(statistics_dtype(keys.dtype))
+    scores, square_norms = memory_scores(keys, slots)
+    lengths = norm_from_square(keys.square().sum(1))[:, None] * norm_from_square(square_norms)
+    logits = scores / (lengths * temperature)
+    positive = _log_sum(logits, own) - own.sum(1).clamp(min=1).to(keys.dtype).log()
+    losses = F.softplus(_log_sum(logits, others) - positive)
     return torch.where(own.any(1), losses, 0.0)
 
 

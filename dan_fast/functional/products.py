@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dan_fast.core.float32 import exact_float32
+from dan_fast.functional.registration import Context, Operator
 
 
 def product(left: Tensor, right: Tensor, addend: Tensor | None = None) -> Tensor:
@@ -28,34 +29,40 @@ def product(left: Tensor, right: Tensor, addend: Tensor | None = None) -> Tensor
         tensor([[11.]])
     """
     if left.dtype == torch.float32:
-        return torch.ops.torch_dan_fast.float32_product.default(left, right, addend)
+        return Float32Product.op(left, right, addend)
     # Nothing rounds float64.
     return left @ right if addend is None else torch.addmm(addend, left, right)
 
 
-def _product(left: Tensor, right: Tensor, addend: Tensor | None) -> Tensor:
-    with exact_float32(left.device.type):
-        return torch.mm(left, right) if addend is None else torch.addmm(addend, left, right)
+class Float32Product(Operator):
+    # A namespace of its own: `dan_fast` holds the kernels, and this product is PyTorch's.
+    namespace, name = "torch_dan_fast", "float32_product"
+    schema = "(Tensor left, Tensor right, Tensor? addend) -> Tensor"
 
+    @staticmethod
+    def form(left: Tensor, right: Tensor, addend: Tensor | None) -> Tensor:
+        with exact_float32(left.device.type):
+            return torch.mm(left, right) if addend is None else torch.addmm(addend, left, right)
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    left, right = ctx.saved_tensors
-    to_left = product(grad, right.mT) if ctx.needs_input_grad[0] else None
-    to_right = None
-    if ctx.needs_input_grad[1]:
-        # In the layout of `right`, as PyTorch's own backward has it: of k @ k.mT two gradients of one layout are added.
-        turned = right.stride(0) == 1
-        to_right = product(grad.mT, left).mT if turned else product(left.mT, grad)
-    return to_left, to_right, grad if ctx.needs_input_grad[2] else None
+    @staticmethod
+    def fake(left: Tensor, right: Tensor, addend: Tensor | None) -> Tensor:
+        return left.new_empty(left.shape[0], right.shape[1])
 
+    @staticmethod
+    def setup(ctx: Context, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:2])
 
-def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-
-
-# A namespace of its own: `dan_fast` holds the kernels, and this product is PyTorch's.
-_NAME = "torch_dan_fast::float32_product"
-torch.library.define(_NAME, "(Tensor left, Tensor right, Tensor? addend) -> Tensor")
-torch.library.impl(_NAME, "CompositeExplicitAutograd")(_product)
-torch.library.register_fake(_NAME)(lambda left, right, addend: left.new_empty(left.shape[0], right.shape[1]))
-torch.library.register_autograd(_NAME, _backward, setup_context=_keep)
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None
+        left, right = ctx.saved_tensors
+        grad_left = product(grad, right.mT) if ctx.needs_input_grad[0] else None
+        grad_right = None
+        if ctx.needs_input_grad[1]:
+            # In the layout of `right`, as PyTorch's own backward has it: of k @ k.mT two gradients of one layout are
+            # added.
+            turned = right.stride(0) == 1
+            grad_right = product(grad.mT, left).mT if turned else product(left.mT, grad)
+        return grad_left, grad_right, grad if ctx.needs_input_grad[2] else None

@@ -12,8 +12,7 @@ from dan_fast.core.types import (
     NLCBAMOutput,
     NLCBAMWeights,
 )
-from dan_fast.functional.attention.operators import attention_head, nl_cbam
-from dan_fast.functional.attention.variants import attention_variant, attention_variant_head
+from dan_fast.functional.attention import attention_head, attention_variant, attention_variant_head, nl_cbam
 
 # The attentions of Fig. 6 and the weights each has: wc for channel attention, ws for the non-local spatial one,
 # conv for CBAM's spatial one.

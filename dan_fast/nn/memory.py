@@ -2,71 +2,21 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dan_fast.core.checks import check_state
 from dan_fast.core.cosine import statistics_dtype
-from dan_fast.core.types import MemoryState, MemoryStep
-from dan_fast.functional.memory.pending import PendingMemory
+from dan_fast.core.types import Gates, MemoryBatch, MemoryState, MemoryStep
+from dan_fast.functional.memory.pending import LazyStep, PendingMemory
 from dan_fast.functional.memory.scan_types import sentence_of
 from dan_fast.functional.memory.step import pending_memory_step
+from dan_fast.nn.memory_copies import Origin, Writes, require_to_be_carried
 
 _INITIAL_BETA = 0.1
-
-
-class _LazyStep(MemoryStep):
-    """A `MemoryStep` that settles a memory's pending writes when that memory is looked at."""
-
-    __slots__ = ()
-
-    @property
-    def labeled(self) -> MemoryState:
-        return self[2]
-
-    @property
-    def unlabeled(self) -> MemoryState:
-        return self[3]
-
-    def __getitem__(self, index: Any) -> Any:
-        return tuple(self)[index] if isinstance(index, slice) else _settled(super().__getitem__(index))
-
-    def __iter__(self) -> Iterator[Any]:
-        return map(_settled, super().__iter__())
-
-
-def _settled(value: Any) -> Any:
-    return value.snapshot() if isinstance(value, PendingMemory) else value
-
-
-@dataclass
-class _Writes:
-    """How many batches a memory has written, known to its copies too."""
-
-    count: int = 0
-
-
-@dataclass
-class _Origin:
-    """What a copy remembers of the moment it was made.
-
-    Attributes:
-        writes, count: of the memory that was copied, and where they stood.
-        gates: the copy's parameters and their versions, by which a change in place is seen.
-    """
-
-    writes: _Writes
-    count: int
-    gates: list[tuple[nn.Parameter, int]]
-
-    def has_been_left_behind(self) -> bool:
-        """Whether the gates were written over while the memory that was copied went on."""
-        return self.writes.count > self.count and any(gate._version != version for gate, version in self.gates)
 
 
 class ProgressiveAugmentedMemory(nn.Module):
@@ -138,8 +88,8 @@ class ProgressiveAugmentedMemory(nn.Module):
         self._labeled = _held(MemoryState.empty(labeled_slots, key_dim, dtype))
         self._unlabeled = _held(MemoryState.empty(unlabeled_slots, key_dim, dtype))
         self._fault: Tensor | None = None
-        self._writes = _Writes()
-        self._origin: _Origin | None = None
+        self._writes = Writes()
+        self._origin: Origin | None = None
         start = {
             "alpha": 0.0,
             "alpha_unlabeled": 0.0,
@@ -200,17 +150,12 @@ class ProgressiveAugmentedMemory(nn.Module):
             RuntimeError: a CUDA graph is being captured (`functional.memory_step` can be), or the memory is inside of
                 a wrapper that would let it fall behind; the sentence says which and what to do.
         """
-        self._require_to_be_carried()
+        require_to_be_carried(self, self._origin)
         result, self._labeled, self._unlabeled = pending_memory_step(
             self._labeled,
             self._unlabeled,
-            keys,
-            labels,
-            unlabeled_keys,
-            sample_ids,
-            *self.gate_values(gate_features),
-            decay=self.decay,
-            decay_unlabeled=self.decay_unlabeled,
+            MemoryBatch(keys, labels, unlabeled_keys, sample_ids),
+            Gates(*self.gate_values(gate_features), self.decay, self.decay_unlabeled),
         )
         self._writes.count += 1
         self._origin = None
@@ -220,7 +165,7 @@ class ProgressiveAugmentedMemory(nn.Module):
             self.settle()
         if result.fault.device.type != "cpu":
             self._fault = result.fault if self._fault is None else self._fault | result.fault
-        return _LazyStep(result.loss, result.pseudo_labels, self._labeled, self._unlabeled)
+        return LazyStep(result.loss, result.pseudo_labels, self._labeled, self._unlabeled)
 
     def check_faults(self) -> None:
         """Raise what was wrong with the values of a batch on the GPU since the last call.
@@ -296,34 +241,13 @@ class ProgressiveAugmentedMemory(nn.Module):
         chosen = by_image[first].sort().values
         return state.sample_ids[chosen], state.labels[chosen]
 
-    def _require_to_be_carried(self) -> None:
-        """Refuse a call in which the memories written are not those that the caller goes on with."""
-        # A replica has no parameters of its own, not even those that are None.
-        if "alpha" not in self._parameters:
-            raise RuntimeError(
-                "a replica of DataParallel would write memories that are thrown away: wrap the backbone alone in "
-                "DataParallel and call the memory outside of it, or use one device"
-            )
-        wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
-        if wrapper is not None and wrapper.process_group.size() > 1:
-            raise RuntimeError(
-                "inside of DistributedDataParallel each process would write its own rows, and the memories would "
-                "diverge: call the memory outside of the wrapped module, in every process with the rows of all of them "
-                "(torch.distributed.nn.functional.all_gather)"
-            )
-        if self._origin is not None and self._origin.has_been_left_behind():
-            raise RuntimeError(
-                "the gates of this copy were changed in place, as AveragedModel does, while its memories stayed what "
-                "they were when it was copied: assign the trained memory's labeled and unlabeled to it first"
-            )
-
     def __deepcopy__(self, memo: dict[int, Any]) -> "ProgressiveAugmentedMemory":
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))
-        copied._writes = _Writes()
+        copied._writes = Writes()
         gates = [(gate, gate._version) for gate in copied.parameters()]
-        copied._origin = _Origin(self._writes, self._writes.count, gates)
+        copied._origin = Origin(self._writes, self._writes.count, gates)
         return copied
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dan_fast.core.preprocessing import IMAGENET, Preprocessing
 from dan_fast.core.types import AttentionHeadOutput
-from dan_fast.functional.memory.stream import full_precision
+from dan_fast.functional.autocast import full_precision
 from dan_fast.nn.attention import NLCBAM
 from dan_fast.nn.backbone import build_backbone
 from dan_fast.nn.styles import style_mixing_of

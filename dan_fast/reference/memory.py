@@ -15,7 +15,7 @@ from dan_fast.core.checks import (
     check_step_values,
 )
 from dan_fast.core.cosine import attention_weights, statistics_dtype
-from dan_fast.core.types import MemoryState, MemoryStep
+from dan_fast.core.types import Gates, MemoryBatch, MemoryState, MemoryStep
 
 
 def cosine_softmax(keys: Tensor, slots: Tensor, occupied: Tensor | None = None) -> Tensor:
@@ -204,13 +204,10 @@ def memory_step(
         >>> step.pseudo_labels, step.unlabeled.labels
         (tensor([7]), tensor([ 7, -1, -1]))
     """
-    check_memory_step(
-        labeled, unlabeled, keys, labels, unlabeled_keys, sample_ids,
-        alpha, alpha_unlabeled, beta, decay, decay_unlabeled,
-    )  # fmt: skip
-    check_step_values(
-        labeled, unlabeled, keys, labels, unlabeled_keys, sample_ids, alpha, alpha_unlabeled, beta
-    )  # fmt: skip
+    batch = MemoryBatch(keys, labels, unlabeled_keys, sample_ids)
+    gates = Gates(alpha, alpha_unlabeled, beta, decay, decay_unlabeled)
+    check_memory_step(labeled, unlabeled, batch, gates)
+    check_step_values(labeled, unlabeled, batch, gates)
     dtype = statistics_dtype(keys.dtype)
     keys, unlabeled_keys = keys.to(dtype), unlabeled_keys.to(dtype)
     alpha, alpha_unlabeled, beta = (

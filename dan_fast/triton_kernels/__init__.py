@@ -95,4 +95,4 @@ def __getattr__(name: str) -> object:
     reason = why_not()
     if reason is not None:
         raise DanFastError(f"{name} on a GPU needs Triton: {reason}")
-    return getattr(importlib.import_module(f"{__name__}.memory_stream"), name)
+    return getattr(importlib.import_module(f"{__name__}.passes"), name)

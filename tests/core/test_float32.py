@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dan_fast import _extension, functional
 from dan_fast.bench.machine import environment
 from dan_fast.core.float32 import exact_float32, float32_rounding, float32_settings
-from dan_fast.functional.products import _product, product
+from dan_fast.functional.products import Float32Product, product
 from dan_fast.nn import ProgressiveAugmentedMemory
 from dan_fast.reference import MemoryState
 
@@ -38,7 +38,7 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, arguments=(), named=None):
         if func.namespace == "torch_dan_fast":
             with self:
-                return _product(*arguments)
+                return Float32Product.form(*arguments)
         tensors = [each for each in arguments if isinstance(each, Tensor)]
         if func._schema.name.removeprefix("aten::") in ROUNDED and tensors[0].dtype == torch.float32:
             self.settings.append(torch.backends.mkldnn.matmul.fp32_precision)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dan_fast.core.attention_checks import check_features, check_variant_parts, check_variant_weights
+from dan_fast.core.attention_checks import check_features, check_variant_weights
 from dan_fast.core.types import AttentionHeadOutput, AttentionVariantWeights, NLCBAMOutput
 from dan_fast.functional.attention.head_torch import (
     adversary_loss,
@@ -14,9 +14,11 @@ from dan_fast.functional.attention.head_torch import (
     spatial_attention_of,
     weighted_channel_sum,
 )
-from dan_fast.functional.attention.operators import _check_cam, _marked, _outside_autocast, _widen
+from dan_fast.functional.attention.labels import check_cam_and_labels, marked
+from dan_fast.functional.autocast import outside_autocast, widened
 
 
+@outside_autocast(widen=True)
 def attention_variant(features: Tensor, weights: AttentionVariantWeights) -> NLCBAMOutput:
     """Channel attention, then spatial attention, each only where its weights are given.
 
@@ -42,10 +44,16 @@ def attention_variant(features: Tensor, weights: AttentionVariantWeights) -> NLC
         >>> attention_variant(torch.ones(1, 3, 2, 2), weights).spatial_attention
         tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
-    check_variant_parts(weights)
-    return NLCBAMOutput(*_variant(features, *weights))
+    check_features("features", features)
+    check_variant_weights(weights, features)
+    x = widened(features).flatten(2)
+    channel_attention, _, spatial_attention = _attentions(x, features.shape[2:], weights, x.mean(dim=2))
+    refined = x * channel_attention.unsqueeze(2) * spatial_attention.unsqueeze(1)
+    output = (refined.unflatten(2, features.shape[2:]), channel_attention, spatial_attention)
+    return NLCBAMOutput(*(value.to(features.dtype) for value in output))
 
 
+@outside_autocast(widen=True)
 def attention_variant_head(
     features: Tensor, weights: AttentionVariantWeights, cam_weight: Tensor, labels: Tensor
 ) -> AttentionHeadOutput:
@@ -73,48 +81,26 @@ def attention_variant_head(
         >>> head.attended
         tensor([[1., 1., 1.]])
     """
-    check_variant_parts(weights)
-    return AttentionHeadOutput(*_variant_head(features, cam_weight, labels, *weights))
-
-
-# Both take the weights one by one: so the guard against autocast reaches each of them.
-
-
-@_outside_autocast
-def _variant(features: Tensor, *parts: Tensor | None) -> tuple[Tensor, ...]:
-    weights = AttentionVariantWeights(*parts)
     check_features("features", features)
     check_variant_weights(weights, features)
-    x = _widen(features).flatten(2)
-    channel_attention, _, spatial_attention = _attentions(x, features.shape[2:], weights, x.mean(dim=2))
-    refined = x * channel_attention.unsqueeze(2) * spatial_attention.unsqueeze(1)
-    output = (refined.unflatten(2, features.shape[2:]), channel_attention, spatial_attention)
-    return tuple(value.to(features.dtype) for value in output)
-
-
-@_outside_autocast
-def _variant_head(features: Tensor, cam_weight: Tensor, labels: Tensor, *parts: Tensor | None) -> tuple[Tensor, ...]:
-    weights = AttentionVariantWeights(*parts)
-    check_features("features", features)
-    check_variant_weights(weights, features)
-    _check_cam(cam_weight, labels, features)
-    x = _widen(features).flatten(2)
+    check_cam_and_labels(cam_weight, labels, features)
+    x = widened(features).flatten(2)
     pooled = x.mean(dim=2)
     channel_attention, g, spatial_attention = _attentions(x, features.shape[2:], weights, pooled)
     attended = channel_attention * pooled
     if weights.ws1 is not None or weights.conv is not None:
         attended = channel_attention * (x @ spatial_attention.unsqueeze(2)).squeeze(2) / x.shape[2]
-    adversary_map = weighted_channel_sum(x, label_rows(_widen(cam_weight), labels))
-    loss = _marked(adversary_loss(g * spatial_attention, adversary_map, labels), labels, cam_weight)
+    adversary_map = weighted_channel_sum(x, label_rows(widened(cam_weight), labels))
+    loss = marked(adversary_loss(g * spatial_attention, adversary_map, labels), labels, cam_weight)
     output = (attended, pooled, channel_attention, spatial_attention, loss)
-    return tuple(value.to(features.dtype) for value in output)
+    return AttentionHeadOutput(*(value.to(features.dtype) for value in output))
 
 
 def _attentions(
     x: Tensor, map_size: torch.Size, weights: AttentionVariantWeights, pooled: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A_C (B, C), the channel mean of X' (B, P) and A_S (B, P), from X (B, C, P) and its spatial mean."""
-    wide = AttentionVariantWeights(*map(_widen, weights))
+    wide = widened(weights)
     channel_attention = torch.ones_like(pooled)
     if wide.wc1 is not None:
         channel_attention = channel_attention_of(x, pooled, wide)

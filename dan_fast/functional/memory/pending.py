@@ -9,13 +9,14 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dan_fast.core.cosine import statistics_dtype
-from dan_fast.core.types import MemoryState
-from dan_fast.functional.memory.stream import memory_combine, memory_commit, memory_commit_scores_, memory_scores
+from dan_fast.core.types import MemoryState, MemoryStep
+from dan_fast.functional.memory.passes import memory_combine, memory_commit, memory_commit_scores_, memory_scores
 from dan_fast.functional.products import product
 
 # Pending writes cost a (T, s) matrix and a product of that size a step; beyond this many one pass over the
@@ -34,11 +35,11 @@ def lasting_tensors() -> Iterator[None]:
 
 
 class _Base:
-    """The features before the pending writes, and who still counts on them staying as they are."""
+    """The features before the pending writes, and what still counts on them staying as they are."""
 
     def __init__(self, features: Tensor) -> None:
         self.features = features
-        self.shared = False  # with somebody outside, who was told that it is a snapshot
+        self.shared = False  # handed out as a snapshot, which may not change
         self.holders: weakref.WeakSet[PendingMemory] = weakref.WeakSet()
         self._readers: list[weakref.ref[Tensor]] = []
 
@@ -70,7 +71,7 @@ class _CommittedScores(torch.autograd.Function):
 class PendingMemory:
     """A `MemoryState` with writes that have not reached its features yet. No tensor in it carries a gradient.
 
-    The features are overwritten only when nobody else counts on them: no graph whose backward is to come, no
+    The features are overwritten only when nothing else counts on them: no graph whose backward is to come, no
     memory of an earlier step, no snapshot handed out.
 
     Attributes:
@@ -106,7 +107,7 @@ class PendingMemory:
         return cls(_Base(state.features), *state[1:])
 
     def __reduce__(self) -> tuple:
-        # Copies and files hold the settled state: who else counts on the features is not theirs.
+        # Copies and files hold the settled state: what else counts on the features is not theirs.
         self.settle()
         return PendingMemory.of, (self.unsettled(),)
 
@@ -200,7 +201,7 @@ class PendingMemory:
         state = state._replace(usage=usage, evaluation=evaluation)
         if state.features is not self.base:
             return PendingMemory.of(state)
-        # Nothing has moved: whoever counts on these features still does.
+        # Nothing has moved: what counted on these features still does.
         rest = {name: value for name, value in state._asdict().items() if name != "features"}
         return replace(self, **rest)
 
@@ -215,3 +216,27 @@ class PendingMemory:
             keys = torch.cat([self.keys, keys])
             kept = self.kept * kept
         return replace(self, kept=kept, weights=weights, keys=keys, **up_to_date)
+
+
+class LazyStep(MemoryStep):
+    """A `MemoryStep` that settles a memory's pending writes when that memory is looked at."""
+
+    __slots__ = ()
+
+    @property
+    def labeled(self) -> MemoryState:
+        return self[2]
+
+    @property
+    def unlabeled(self) -> MemoryState:
+        return self[3]
+
+    def __getitem__(self, index: Any) -> Any:
+        return tuple(self)[index] if isinstance(index, slice) else _settled(super().__getitem__(index))
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(_settled, super().__iter__())
+
+
+def _settled(value: Any) -> Any:
+    return value.snapshot() if isinstance(value, PendingMemory) else value

@@ -6,7 +6,7 @@ One read of the memory and no temporary, where `features.square().sum(1)` writes
 import torch
 from torch import Tensor
 
-from dan_fast import _extension
+from dan_fast.functional.registration import Context, Operator
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -37,33 +37,28 @@ def row_sq_norms(features: Tensor) -> Tensor:
         raise TypeError(f"features must be float64, float32, float16 or bfloat16, got {features.dtype}")
     if features.dim() != 2:
         raise ValueError(f"features must be (s, d), got shape {tuple(features.shape)}")
-    if _extension.serves(features.device.type, features.device.index):
-        return torch.ops.dan_fast.row_sq_norms.default(features)
-    return _row_sq_norms_torch(features)
+    return RowSqNorms.run(features)
+
+
+class RowSqNorms(Operator):
+    name = "row_sq_norms"
+
+    @staticmethod
+    def form(features: Tensor) -> Tensor:
+        return features.to(_result_dtype(features)).square().sum(1)
+
+    @staticmethod
+    def fake(features: Tensor) -> Tensor:
+        return features.new_empty(features.shape[0], dtype=_result_dtype(features))
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor | None) -> Tensor | None:
+        if grad is None:
+            return None
+        # PyTorch operators, not a kernel: they carry the second derivative, which a kernel would cut off.
+        (features,) = ctx.saved_tensors
+        return (2 * grad[:, None] * features).to(features.dtype)
 
 
 def _result_dtype(features: Tensor) -> torch.dtype:
     return torch.float64 if features.dtype == torch.float64 else torch.float32
-
-
-def _row_sq_norms_torch(features: Tensor) -> Tensor:
-    return features.to(_result_dtype(features)).square().sum(1)
-
-
-def _fake(features: Tensor) -> Tensor:
-    return features.new_empty(features.shape[0], dtype=_result_dtype(features))
-
-
-def _keep_features(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
-    # PyTorch operators, not a kernel: they carry the second derivative, which a kernel would cut off.
-    (features,) = ctx.saved_tensors
-    return (2 * grad[:, None] * features).to(features.dtype)
-
-
-if _extension.loaded():
-    torch.library.register_fake("dan_fast::row_sq_norms")(_fake)
-    torch.library.register_autograd("dan_fast::row_sq_norms", _backward, setup_context=_keep_features)

@@ -1,103 +1,91 @@
-"""The scan of a batch through both memories: the kernels where they serve, PyTorch elsewhere.
+"""The scan of a batch through both memories: the kernels where they serve, PyTorch elsewhere."""
 
-A kernel and its backward are one operator each, `torch.ops.dan_fast.memory_scan` and `memory_scan_backward`.
-Where a gradient is itself to be differentiated, the backward is the PyTorch form's, which autograd can follow.
-"""
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from dan_fast import _extension
-from dan_fast.functional.derivatives import through_form
 from dan_fast.functional.memory import scan_torch
-from dan_fast.functional.memory.scan_types import ScanResult, Slots, WrittenSlots
+from dan_fast.functional.memory.scan_types import (
+    RetrievalRecord,
+    ScanInput,
+    ScanResult,
+    Slots,
+    WriteRecord,
+    WrittenSlots,
+)
+from dan_fast.functional.registration import Context, KernelBackward, empty_like
 
-_SLOTS, _WRITTEN = len(Slots._fields), len(WrittenSlots._fields)
-
-
-def scan(
-    scores: Tensor,
-    unlabeled_scores: Tensor,
-    gram: Tensor,
-    gates: Tensor,
-    labels: Tensor,
-    sample_ids: Tensor,
-    labeled: Slots,
-    unlabeled: Slots,
-    decay: float,
-    decay_unlabeled: float,
-    scalar_keys: bool,
-) -> ScanResult:
-    """`scan_torch.scan`, by a kernel where one serves; the same arguments and result."""
-    arguments = (scores, unlabeled_scores, gram, gates, labels, sample_ids)
-    settings = (decay, decay_unlabeled, scalar_keys)
-    if not _extension.serves(scores.device.type, scores.device.index):
-        return scan_torch.scan(*arguments, labeled, unlabeled, *settings)
-    loss, *rest = torch.ops.dan_fast.memory_scan.default(*arguments, list(labeled), list(unlabeled), *settings)
-    pseudo_labels, fault, *rest = (x.detach() for x in rest)
-    written = WrittenSlots(*rest[:_WRITTEN]), WrittenSlots(*rest[_WRITTEN : 2 * _WRITTEN])
-    return ScanResult(loss, pseudo_labels, fault, *written)
+_TENSORS, _SLOTS, _WRITTEN = ScanInput._fields.index("labeled"), len(Slots._fields), len(WrittenSlots._fields)
 
 
-def _fake(
-    scores: Tensor,
-    unlabeled_scores: Tensor,
-    gram: Tensor,
-    gates: Tensor,
-    labels: Tensor,
-    sample_ids: Tensor,
-    labeled: list[Tensor],
-    unlabeled: list[Tensor],
-    decay: float,
-    decay_unlabeled: float,
-    scalar_keys: bool,
-) -> list[Tensor]:
-    steps = labels.shape[0], sample_ids.shape[0]
-    written, records = [], []
-    for memory, count in ((Slots(*labeled), steps[0]), (Slots(*unlabeled), steps[1])):
-        slots = memory.labels.shape[0]
-        per_slot, held = scores.new_empty(slots), scores.new_empty(count, slots)
-        ids = labels.new_empty(slots)
-        written += [*(torch.empty_like(per_slot) for _ in range(4)), held]
-        written += [ids, torch.empty_like(ids), labels.new_empty(())]
-        records += [*(torch.empty_like(held) for _ in range(4)), held.new_empty(held.shape, dtype=torch.uint8)]
-    retrieval = [scores.new_empty(steps[1], width) for width in (scores.shape[1], 4, 2)]
-    fault = labels.new_empty((), dtype=torch.int32)
-    return [scores.new_empty(()), torch.empty_like(sample_ids), fault, *written, *records, *retrieval]
+def scan(given: ScanInput) -> ScanResult:
+    """`scan_torch.scan`, by a kernel where one serves."""
+    if not MemoryScan.serves(given.scores):
+        return scan_torch.scan(given)
+    loss, *rest = MemoryScan.op(*given._replace(labeled=list(given.labeled), unlabeled=list(given.unlabeled)))
+    pseudo_labels, fault, *written = (x.detach() for x in rest[: 2 + 2 * _WRITTEN])
+    memories = WrittenSlots(*written[:_WRITTEN]), WrittenSlots(*written[_WRITTEN:])
+    return ScanResult(loss, pseudo_labels, fault, *memories)
 
 
-def _fake_backward(grad_loss: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in arguments[:4])
+class MemoryScan(KernelBackward):
+    """It gives the fields of `ScanResult`, then what the backward reads: two `WriteRecord` and a `RetrievalRecord`."""
+
+    name = "memory_scan"
+    differentiable = 4
+    constants = (None, None, [None] * _SLOTS, [None] * _SLOTS, None, None, None)
+
+    @staticmethod
+    def fake(*arguments: Tensor | list[Tensor] | float) -> list[Tensor]:
+        given = ScanInput(*arguments)
+        scores, labels, unlabeled_batch = given.scores, given.labels, given.sample_ids.shape[0]
+        written, records = [], []
+        for memory, count in ((given.labeled, labels.shape[0]), (given.unlabeled, unlabeled_batch)):
+            slots = Slots(*memory).labels.shape[0]
+            values, ids = [scores.new_empty(slots) for _ in range(4)], [labels.new_empty(slots) for _ in range(2)]
+            square_norms, usage, evaluation, kept = values
+            held = scores.new_empty(count, slots)
+            written += WrittenSlots(square_norms, usage, evaluation, kept, held, *ids, labels.new_empty(()))
+            events = held.new_empty(held.shape, dtype=torch.uint8)
+            records += WriteRecord(*(torch.empty_like(held) for _ in range(4)), events)
+        retrieval = RetrievalRecord(*(scores.new_empty(unlabeled_batch, width) for width in (scores.shape[1], 4, 2)))
+        fault = labels.new_empty((), dtype=torch.int32)
+        return [scores.new_empty(()), torch.empty_like(given.sample_ids), fault, *written, *records, *retrieval]
+
+    @staticmethod
+    def fake_backward(grad_loss: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(empty_like, arguments[: MemoryScan.differentiable]))
+
+    @staticmethod
+    def setup(ctx: Context, inputs: tuple, output: list[Tensor]) -> None:
+        given = ScanInput(*inputs)
+        ctx.save_for_backward(*given[:_TENSORS], *given.labeled, *given.unlabeled, *output)
+        ctx.settings = given[_TENSORS + 2 :]
+        ctx.set_materialize_grads(False)
+
+    @classmethod
+    def backward(cls, ctx: Context, grads: list[Tensor | None]) -> tuple:
+        return super().backward(ctx, grads[0])
+
+    @classmethod
+    def retraced(cls, ctx: Context, saved: tuple[Tensor, ...]) -> tuple[Callable[..., Sequence[Tensor]], Sequence]:
+        given, _ = _unpacked(ctx, saved)
+        slots_and_settings = given[_TENSORS:]
+        return lambda *tensors: (scan_torch.scan(ScanInput(*tensors, *slots_and_settings)).loss,), given[:_TENSORS]
+
+    @classmethod
+    def grad_by_kernel(
+        cls, ctx: Context, saved: tuple[Tensor, ...], grads: Sequence[Tensor | None]
+    ) -> Sequence[Tensor | None]:
+        given, output = _unpacked(ctx, saved)
+        return cls.backward_op(
+            grads[0], *given._replace(labeled=list(given.labeled), unlabeled=list(given.unlabeled)), output
+        )
 
 
-def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: list[Tensor]) -> None:
-    *tensors, labeled, unlabeled, decay, decay_unlabeled, scalar_keys = inputs
-    ctx.save_for_backward(*tensors, *labeled, *unlabeled, *output)
-    ctx.settings = decay, decay_unlabeled, scalar_keys
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: torch.autograd.function.FunctionCtx, grads: list[Tensor | None]) -> tuple:
-    saved = ctx.saved_tensors  # once: checkpointing makes them anew for whoever asks, and refuses a second time
-    arguments, rest = saved[:6], saved[6:]
-    labeled, unlabeled, output = rest[:_SLOTS], rest[_SLOTS : 2 * _SLOTS], rest[2 * _SLOTS :]
-    none = (None, None, [None] * _SLOTS, [None] * _SLOTS, None, None, None)
-    if grads[0] is None:
-        return (None,) * 4 + none
-    if torch.is_grad_enabled():
-
-        def form(*tensors: Tensor) -> tuple[Tensor]:
-            slots = Slots(*labeled), Slots(*unlabeled)
-            return (scan_torch.scan(*tensors, *slots, *ctx.settings).loss,)
-
-        return (*through_form(form, arguments, ctx.needs_input_grad[:4], grads[:1])[:4], *none)
-    gradients = torch.ops.dan_fast.memory_scan_backward.default(
-        grads[0], *arguments, list(labeled), list(unlabeled), *ctx.settings, list(output)
-    )
-    return (*gradients, *none)
-
-
-if _extension.loaded():
-    torch.library.register_fake("dan_fast::memory_scan")(_fake)
-    torch.library.register_fake("dan_fast::memory_scan_backward")(_fake_backward)
-    torch.library.register_autograd("dan_fast::memory_scan", _backward, setup_context=_keep)
+def _unpacked(ctx: Context, saved: tuple[Tensor, ...]) -> tuple[ScanInput, list[Tensor]]:
+    """What `MemoryScan.setup` kept: the arguments and the results."""
+    tensors, rest = saved[:_TENSORS], saved[_TENSORS:]
+    memories = Slots(*rest[:_SLOTS]), Slots(*rest[_SLOTS : 2 * _SLOTS])
+    return ScanInput(*tensors, *memories, *ctx.settings), list(rest[2 * _SLOTS :])

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dan_fast.core.cosine import norm_from_square, occupied_softmax
-from dan_fast.functional.memory.scan_types import ScanResult, Slots, WrittenSlots
-from dan_fast.functional.memory.weights import false_sets
+from dan_fast.functional.memory.false_sets import FalseSampleSets
+from dan_fast.functional.memory.scan_types import ScanInput, ScanResult, Slots, WrittenSlots
 from dan_fast.functional.products import product
 
 
@@ -142,58 +142,35 @@ def _false_loss(weights: Tensor, false_positive: Tensor, false_negative: Tensor)
     return -torch.log(positive / (positive + negative))
 
 
-def _fault(gram: Tensor, gates: Tensor, labels: Tensor, sample_ids: Tensor, labeled: Slots, unlabeled: Slots) -> Tensor:
+def _fault(given: ScanInput) -> Tensor:
     """() int32, bit i for `STEP_FAULTS[i]`."""
-    finite, gate_finite = gram.detach().diagonal().isfinite(), gates.detach().isfinite()
-    batch = labels.numel()
+    finite, gate_finite = given.gram.detach().diagonal().isfinite(), given.gates.detach().isfinite()
+    batch = given.labels.numel()
     found = [
         ~finite[:batch].all(),
         ~finite[batch:].all(),
-        (labels < 0).any(),
-        (sample_ids < 0).any(),
+        (given.labels < 0).any(),
+        (given.sample_ids < 0).any(),
         *(~gate_finite).unbind(),
-        *((m.least_used < 0) | (m.least_used >= m.labels.numel()) for m in (labeled, unlabeled)),
+        *((m.least_used < 0) | (m.least_used >= m.labels.numel()) for m in (given.labeled, given.unlabeled)),
     ]
-    bits = torch.arange(len(found), device=gram.device)
+    bits = torch.arange(len(found), device=given.gram.device)
     return (torch.stack(found).to(torch.int32) << bits).sum().to(torch.int32)
 
 
-def scan(
-    scores: Tensor,
-    unlabeled_scores: Tensor,
-    gram: Tensor,
-    gates: Tensor,
-    labels: Tensor,
-    sample_ids: Tensor,
-    labeled: Slots,
-    unlabeled: Slots,
-    decay: float,
-    decay_unlabeled: float,
-    scalar_keys: bool,
-) -> ScanResult:
-    """One mini-batch, B labelled keys and B' unlabelled ones, through both memories, Eqs. (5)-(16).
-
-    Args:
-        scores: (B + B', s1) inner products of all keys, the labelled ones first, with the rows of M.
-        unlabeled_scores: (B', s2) of the unlabelled keys with the rows of M'.
-        gram: (B + B', B + B') inner products of the keys; only its lower triangle is read.
-        gates: (3,) raw alpha, raw alpha' and beta as it is used.
-        labels: (B,) int64.
-        sample_ids: (B',) int64.
-        labeled, unlabeled: M and M' before the batch.
-        decay, decay_unlabeled: kappa1 and kappa2.
-        scalar_keys: whether a key is a single number, d = 1.
-    """
+def scan(given: ScanInput) -> ScanResult:
+    """One mini-batch through both memories, Eqs. (5)-(16)."""
+    scores, gram, labels, sample_ids = given.scores, given.gram, given.labels, given.sample_ids
     batch, unlabeled_batch = labels.numel(), sample_ids.numel()
     no_sample = labels.new_full((), -1)
-    alpha, alpha_unlabeled, beta = gates.unbind()
-    fault = _fault(gram, gates, labels, sample_ids, labeled, unlabeled)
+    alpha, alpha_unlabeled, beta = given.gates.unbind()
+    fault = _fault(given)
 
     own_scores, retrieval_scores = scores.split([batch, unlabeled_batch])
-    writes = _Writes(labeled, own_scores, gram[:batch, :batch], scalar_keys)
+    writes = _Writes(given.labeled, own_scores, gram[:batch, :batch], given.scalar_keys)
     gate = torch.sigmoid(alpha)
     for label in labels.unbind():
-        writes.write(label, no_sample, gate, decay)
+        writes.write(label, no_sample, gate, given.decay)
     new_labeled = writes.result(undone=fault != 0)
 
     retrieval_scores = product(gram[batch:, :batch], writes.held(), retrieval_scores * writes.kept())
@@ -202,17 +179,17 @@ def scan(
     pseudo_labels, losses = _retrieve(cosine, writes.labels, writes.occupied)
     undone = (fault != 0) | ~writes.occupied.any()
 
-    writes = _Writes(unlabeled, unlabeled_scores, gram[batch:, batch:], scalar_keys)
+    writes = _Writes(given.unlabeled, given.unlabeled_scores, gram[batch:, batch:], given.scalar_keys)
     gate = torch.sigmoid(alpha_unlabeled)
     false_losses = [losses.new_zeros(0)]
     for pseudo_label, sample_id in zip(pseudo_labels.unbind(), sample_ids.unbind(), strict=True):
         weights = writes.weigh()
-        sets = false_sets(weights[None], writes.labels, pseudo_label[None])
+        sets = FalseSampleSets.form(weights[None], writes.labels, pseudo_label[None])
         false_positive, false_negative = sets[0][0], sets[1][0]
         false_losses.append(_false_loss(weights, false_positive, false_negative)[None])
         false = false_positive | false_negative
         writes.drop(false)
-        writes.write(pseudo_label, sample_id, gate, decay_unlabeled, trust=beta, dropped=false)
+        writes.write(pseudo_label, sample_id, gate, given.decay_unlabeled, trust=beta, dropped=false)
     losses = losses + beta * torch.cat(false_losses)
     loss = losses.sum() / max(unlabeled_batch, 1)
     loss = torch.where(undone, 0.0, loss).masked_fill(fault != 0, torch.nan)

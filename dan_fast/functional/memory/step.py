@@ -7,134 +7,15 @@ from torch import Tensor
 
 from dan_fast.core.checks import check_memory_step
 from dan_fast.core.cosine import statistics_dtype
-from dan_fast.core.types import MemoryState, MemoryStep
+from dan_fast.core.types import Gates, MemoryBatch, MemoryState, MemoryStep
+from dan_fast.functional.autocast import autocasts, full_precision, outside_autocast
+from dan_fast.functional.memory.passes import memory_commit, memory_scores
 from dan_fast.functional.memory.pending import PendingMemory, lasting_tensors
 from dan_fast.functional.memory.scan import scan
-from dan_fast.functional.memory.scan_types import ScanResult, Slots, WrittenSlots, sentence_of
-from dan_fast.functional.memory.stream import full_precision, memory_commit, memory_scores
-from dan_fast.functional.memory.weights import cosine_softmax, false_sample_sets
+from dan_fast.functional.memory.scan_types import ScanInput, ScanResult, Slots, WrittenSlots, sentence_of
 from dan_fast.functional.products import product
 
-__all__ = ["cosine_softmax", "false_sample_sets", "memory_step", "pending_memory_step"]
-
-Gate = Tensor | float
 Read = Callable[[Tensor], tuple[Tensor, Tensor]]  # keys (T, d) -> scores (T, s), |m_i|^2 (s,)
-
-
-def _in_memory_dtype(labeled: MemoryState, *keys: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, keys as the network gives them are stored and compared in the dtype of the memory."""
-    dtype = getattr(getattr(labeled, "features", None), "dtype", None)  # whatever it is will be checked
-
-    def cast(value: Tensor) -> Tensor:
-        if dtype is None or not isinstance(value, Tensor) or not value.is_floating_point():
-            return value
-        device = value.device.type
-        return (
-            value.to(dtype) if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) else value
-        )
-
-    return tuple(map(cast, keys))
-
-
-def _slots(state: MemoryState, square_norms: Tensor) -> Slots:
-    square_norms = square_norms.detach()
-    dtype = square_norms.dtype
-    return Slots(
-        square_norms, state.usage.detach().to(dtype), state.evaluation.detach().to(dtype),
-        state.labels, state.sample_ids, state.least_used,
-    )  # fmt: skip
-
-
-def _storable(keys: Tensor, fault: Tensor) -> Tensor:
-    """The keys as they are written: a batch with a fault has weight 0, and 0 times NaN must be 0."""
-    return keys.detach().masked_fill(fault != 0, 0.0)
-
-
-def _gates(like: Tensor, *gates: Gate) -> Tensor:
-    # A number is filled in on the device: a copy from the host would break the capture of a CUDA graph.
-    return torch.stack([g.to(like.dtype) if isinstance(g, Tensor) else like.new_full((), g) for g in gates])
-
-
-@torch.compiler.disable
-def pending_memory_step(
-    labeled: PendingMemory,
-    unlabeled: PendingMemory,
-    keys: Tensor,
-    labels: Tensor,
-    unlabeled_keys: Tensor,
-    sample_ids: Tensor,
-    alpha: Gate,
-    alpha_unlabeled: Gate,
-    beta: Gate,
-    decay: float = 0.99,
-    decay_unlabeled: float = 0.99,
-) -> tuple[ScanResult, PendingMemory, PendingMemory]:
-    """`memory_step` between memories whose writes may wait; arguments and errors as there.
-
-    Raises:
-        RuntimeError: a CUDA graph is being captured. Which tensors wait is decided here, at every step anew; a
-            replay would start from the same memory each time.
-
-    Returns:
-        `(result, labeled, unlabeled)`; the memories that came in hold what they held, though they may have
-        settled it.
-    """
-    if labeled.base.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "a CUDA graph would replay this step from the same memory: capture functional.memory_step and copy the "
-            "states that it returns into those that it was given"
-        )
-    with lasting_tensors():
-        keys, unlabeled_keys = _in_memory_dtype(labeled.unsettled(), keys, unlabeled_keys)
-        samples, gates = (keys, labels, unlabeled_keys, sample_ids), (alpha, alpha_unlabeled, beta)
-        check_memory_step(labeled.unsettled(), unlabeled.unsettled(), *samples, *gates, decay, decay_unlabeled)
-        result = _scan_batch(
-            labeled.read, unlabeled.read, labeled.unsettled(), unlabeled.unsettled(), *samples, gates,
-            (decay, decay_unlabeled),
-        )  # fmt: skip
-        return (
-            result,
-            _after(labeled, keys, result.labeled, result.fault),
-            _after(unlabeled, unlabeled_keys, result.unlabeled, result.fault),
-        )
-
-
-def _scan_batch(
-    read_labeled: Read,
-    read_unlabeled: Read,
-    labeled: MemoryState,
-    unlabeled: MemoryState,
-    keys: Tensor,
-    labels: Tensor,
-    unlabeled_keys: Tensor,
-    sample_ids: Tensor,
-    gates: tuple[Gate, Gate, Gate],
-    decays: tuple[float, float],
-) -> ScanResult:
-    """What checked samples do to both memories, whose features only `read_labeled`, `read_unlabeled` look at."""
-    with full_precision(keys.device):
-        all_keys = torch.cat([keys, unlabeled_keys]).to(statistics_dtype(keys.dtype))
-        scores, norms = read_labeled(all_keys)
-        unlabeled_scores, unlabeled_norms = read_unlabeled(all_keys[keys.shape[0] :])
-        result = scan(
-            scores, unlabeled_scores, product(all_keys, all_keys.mT), _gates(scores, *gates), labels, sample_ids,
-            _slots(labeled, norms), _slots(unlabeled, unlabeled_norms), *decays, keys.shape[1] == 1,
-        )  # fmt: skip
-    # Elsewhere than on the CPU reading the flag would wait for the device: there it is for the caller to read.
-    if result.fault.device.type == "cpu" and not torch.compiler.is_compiling() and result.fault:
-        raise ValueError(sentence_of(int(result.fault)))
-    return result
-
-
-def _after(memory: PendingMemory, keys: Tensor, written: WrittenSlots, fault: Tensor) -> PendingMemory:
-    if keys.shape[0] == 0:
-        return memory
-    usage, evaluation = (
-        x.to(old.dtype) for x, old in ((written.usage, memory.usage), (written.evaluation, memory.evaluation))
-    )
-    up_to_date = written._asdict() | {"usage": usage, "evaluation": evaluation}
-    kept, held = up_to_date.pop("kept"), up_to_date.pop("held")
-    return memory.after(kept, held, _storable(keys, fault), **up_to_date)
 
 
 def memory_step(
@@ -187,18 +68,123 @@ def memory_step(
         >>> step.pseudo_labels, step.unlabeled.labels
         (tensor([7]), tensor([ 7, -1, -1]))
     """
-    keys, unlabeled_keys = _in_memory_dtype(labeled, keys, unlabeled_keys)
-    samples, gates = (keys, labels, unlabeled_keys, sample_ids), (alpha, alpha_unlabeled, beta)
-    check_memory_step(labeled, unlabeled, *samples, *gates, decay, decay_unlabeled)
+    batch = _in_memory_dtype(labeled, MemoryBatch(keys, labels, unlabeled_keys, sample_ids))
+    gates = Gates(alpha, alpha_unlabeled, beta, decay, decay_unlabeled)
+    check_memory_step(labeled, unlabeled, batch, gates)
     base, unlabeled_base = labeled.features.detach(), unlabeled.features.detach()
-    result = _scan_batch(
-        lambda rows: memory_scores(rows, base), lambda rows: memory_scores(rows, unlabeled_base),
-        labeled, unlabeled, *samples, gates, (decay, decay_unlabeled),
-    )  # fmt: skip
-    with full_precision(keys.device):
-        new_labeled = _new_state(labeled, keys, result.labeled, result.fault)
-        new_unlabeled = _new_state(unlabeled, unlabeled_keys, result.unlabeled, result.fault)
+
+    def read_labeled(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return memory_scores(rows, base)
+
+    def read_unlabeled(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return memory_scores(rows, unlabeled_base)
+
+    result = _scan_batch(batch, gates, labeled, unlabeled, read_labeled, read_unlabeled)
+    with full_precision(base.device):
+        new_labeled = _new_state(labeled, batch.keys, result.labeled, result.fault)
+        new_unlabeled = _new_state(unlabeled, batch.unlabeled_keys, result.unlabeled, result.fault)
     return MemoryStep(result.loss, result.pseudo_labels, new_labeled, new_unlabeled)
+
+
+@torch.compiler.disable
+def pending_memory_step(
+    labeled: PendingMemory, unlabeled: PendingMemory, batch: MemoryBatch, gates: Gates
+) -> tuple[ScanResult, PendingMemory, PendingMemory]:
+    """`memory_step` between memories whose writes may wait; errors as there.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured. Which tensors wait is decided here, at every step anew; a
+            replay would start from the same memory each time.
+
+    Returns:
+        `(result, labeled, unlabeled)`; the memories that came in hold what they held, though they may have
+        settled it.
+    """
+    if labeled.base.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph would replay this step from the same memory: capture functional.memory_step and copy the "
+            "states that it returns into those that it was given"
+        )
+    with lasting_tensors():
+        before, unlabeled_before = labeled.unsettled(), unlabeled.unsettled()
+        batch = _in_memory_dtype(before, batch)
+        check_memory_step(before, unlabeled_before, batch, gates)
+        result = _scan_batch(batch, gates, before, unlabeled_before, labeled.read, unlabeled.read)
+        return (
+            result,
+            _after(labeled, batch.keys, result.labeled, result.fault),
+            _after(unlabeled, batch.unlabeled_keys, result.unlabeled, result.fault),
+        )
+
+
+def _in_memory_dtype(labeled: MemoryState, batch: MemoryBatch) -> MemoryBatch:
+    """Under autocast, keys as the network gives them are stored and compared in the dtype of the memory."""
+    dtype = getattr(getattr(labeled, "features", None), "dtype", None)  # whatever it is will be checked
+
+    def cast(value: Tensor) -> Tensor:
+        if dtype is None or not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return value.to(dtype) if autocasts(value.device.type) else value
+
+    return batch._replace(keys=cast(batch.keys), unlabeled_keys=cast(batch.unlabeled_keys))
+
+
+@outside_autocast(widen=False)
+def _scan_batch(
+    batch: MemoryBatch,
+    gates: Gates,
+    labeled: MemoryState,
+    unlabeled: MemoryState,
+    read_labeled: Read,
+    read_unlabeled: Read,
+) -> ScanResult:
+    """What checked samples do to both memories, whose features only `read_labeled`, `read_unlabeled` look at."""
+    keys = torch.cat([batch.keys, batch.unlabeled_keys]).to(statistics_dtype(batch.keys.dtype))
+    scores, norms = read_labeled(keys)
+    unlabeled_scores, unlabeled_norms = read_unlabeled(keys[batch.keys.shape[0] :])
+    result = scan(
+        ScanInput(
+            scores, unlabeled_scores, product(keys, keys.mT), _stacked(gates, scores), batch.labels, batch.sample_ids,
+            _slots(labeled, norms), _slots(unlabeled, unlabeled_norms),
+            gates.decay, gates.decay_unlabeled, scalar_keys=keys.shape[1] == 1,
+        )
+    )  # fmt: skip
+    # Elsewhere than on the CPU reading the flag would wait for the device: there it is for the caller to read.
+    if result.fault.device.type == "cpu" and not torch.compiler.is_compiling() and result.fault:
+        raise ValueError(sentence_of(int(result.fault)))
+    return result
+
+
+def _slots(state: MemoryState, square_norms: Tensor) -> Slots:
+    square_norms = square_norms.detach()
+    dtype = square_norms.dtype
+    return Slots(
+        square_norms, state.usage.detach().to(dtype), state.evaluation.detach().to(dtype),
+        state.labels, state.sample_ids, state.least_used,
+    )  # fmt: skip
+
+
+def _stacked(gates: Gates, like: Tensor) -> Tensor:
+    """(3,) alpha, alpha' and beta."""
+    # A number is filled in on the device: a copy from the host would break the capture of a CUDA graph.
+    values = (gates.alpha, gates.alpha_unlabeled, gates.beta)
+    return torch.stack([g.to(like.dtype) if isinstance(g, Tensor) else like.new_full((), g) for g in values])
+
+
+def _storable(keys: Tensor, fault: Tensor) -> Tensor:
+    """The keys as they are written: a batch with a fault has weight 0, and 0 times NaN must be 0."""
+    return keys.detach().masked_fill(fault != 0, 0.0)
+
+
+def _after(memory: PendingMemory, keys: Tensor, written: WrittenSlots, fault: Tensor) -> PendingMemory:
+    if keys.shape[0] == 0:
+        return memory
+    usage, evaluation = (
+        x.to(old.dtype) for x, old in ((written.usage, memory.usage), (written.evaluation, memory.evaluation))
+    )
+    up_to_date = written._asdict() | {"usage": usage, "evaluation": evaluation}
+    kept, held = up_to_date.pop("kept"), up_to_date.pop("held")
+    return memory.after(kept, held, _storable(keys, fault), **up_to_date)
 
 
 def _new_state(old: MemoryState, keys: Tensor, written: WrittenSlots, fault: Tensor) -> MemoryState:

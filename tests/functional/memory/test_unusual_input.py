@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from dan_fast import MemoryState, _extension, functional, reference
+from dan_fast.functional.memory.passes import memory_combine, memory_scores
 from dan_fast.functional.memory.row_norms import row_sq_norms
-from dan_fast.functional.memory.stream import memory_combine, memory_scores
 from tests.support.memory_arguments import BATCH, F64, GATES, STATE_FIELDS, arguments, get, module, put, tensors
 from tests.support.memory_problems import agree, in_dtype
 

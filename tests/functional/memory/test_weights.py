@@ -233,7 +233,7 @@ def test_compiled_whole_with_gradients():
         others = [0, 2, 3, 4]
         assert torch.equal(result[others], found[0][0][others])
         with _extension.disabled():
-            plain = functional.memory.weights._slot_softmax(
+            plain = functional.memory.softmax.SlotSoftmax.run(
                 keys @ problem.slots.mT, row_sq_norms(problem.slots), row_sq_norms(keys), problem.occupied
             )
         assert torch.equal(plain.isnan(), result.isnan())

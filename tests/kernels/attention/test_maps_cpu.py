@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dan_fast import NLCBAMWeights, _extension, functional, reference
-from dan_fast.functional.attention import maps
+from dan_fast.functional.attention.adversary import HeadAdversary
 from tests.support.head_problems import DTYPES, LAYOUTS, assert_as_close, assert_varies_alike, channels_last, contiguous
 
 pytestmark = pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
@@ -342,7 +342,7 @@ def test_results_that_are_not_used_have_no_gradient(used: int, create_graph: boo
 def test_no_map_is_made_for_x2_where_only_the_adversary_wants_its_gradient():
     case = Case((2, 6, 3, 3), torch.float32)
     refined = case.refined.requires_grad_()
-    loss = maps.adversary(case.features, refined, case.rows, case.labels).loss
+    loss = HeadAdversary.run(case.features, refined, case.rows, case.labels)[0]
     (grad,) = torch.autograd.grad(loss.sum(), refined)
     assert grad.shape == refined.shape and grad.untyped_storage().nbytes() == 2 * 9 * 4
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dan_fast import MemoryState, _extension, reference
 from dan_fast.functional.memory import scan_torch
-from dan_fast.functional.memory.scan_types import Slots, WrittenSlots
+from dan_fast.functional.memory.scan_types import ScanInput, Slots, WrittenSlots
 from tests.support import ROOT
 
 pytestmark = pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
@@ -98,7 +98,7 @@ def gradients(arguments: list, outputs: list[Tensor], grad_loss: float = 1.0) ->
 
 def in_pytorch(arguments: list, grad_loss: float = 1.0):
     inputs = [x.detach().clone().requires_grad_() for x in arguments[:4]]
-    result = scan_torch.scan(*inputs, *arguments[4:])
+    result = scan_torch.scan(ScanInput(*inputs, *arguments[4:]))
     found = [None] * 4
     if result.loss.requires_grad:
         found = torch.autograd.grad(result.loss, inputs, torch.full_like(result.loss, grad_loss), allow_unused=True)

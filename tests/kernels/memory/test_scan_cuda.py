@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dan_fast import _extension
 from dan_fast.functional.memory import scan_torch
-from dan_fast.functional.memory.scan_types import Slots
+from dan_fast.functional.memory.scan_types import ScanInput, Slots
 
 SOURCE = Path(__file__).resolve().parent / "scan_on_host.cpp"
 COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
@@ -133,7 +133,7 @@ class OnHost:
 
 def expected(p: Problem, grad_loss: float = 1.7):
     tensors = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in p.tensors]
-    result = scan_torch.scan(*tensors, *p.memories, *p.settings)
+    result = scan_torch.scan(ScanInput(*tensors, *p.memories, *p.settings))
     grads = torch.autograd.grad(result.loss * grad_loss, tensors[:4], allow_unused=True)
     return result, [torch.zeros_like(x) if g is None else g for x, g in zip(tensors, grads, strict=False)]
 

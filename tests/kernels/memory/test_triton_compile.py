@@ -93,17 +93,17 @@ def check(resources: Resources, arch: int, title: str, tf32: bool = False) -> No
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 @pytest.mark.parametrize("storage, pending_dtype, pending, steps", PASSES)
 def test_the_pass(storage: torch.dtype, pending_dtype: torch.dtype | None, pending: int | None, steps: int, arch: int):
-    from dan_fast.triton_kernels import memory_stream
+    from dan_fast.triton_kernels import passes
 
     wide = torch.float64 if storage == f64 else torch.float32
-    plan = memory_stream.plan_pass(storage, wide, pending, pending_dtype, steps)
+    plan = passes.plan_pass(storage, wide, pending, pending_dtype, steps)
     types = {"base": "*" + TYPES[storage], "square_norms": "*" + TYPES[wide]}
     if pending is not None:
         types |= {"target": "*" + TYPES[storage], "kept": "*" + TYPES[wide], "weights": "*" + TYPES[wide]}
         types["pending_keys"] = "*" + TYPES[pending_dtype]
     if steps:
         types |= {"keys": "*" + TYPES[wide], "scores": "*" + TYPES[wide]}
-    resources = compiled(memory_stream.memory_pass, plan, types, arch)
+    resources = compiled(passes.memory_pass, plan, types, arch)
     check(resources, arch, f"sm_{arch} pass {TYPES[storage]} pending {pending} keys {steps}")
     tensor_cores = re.search(r"\bw?g?mma\S*\.bf16", resources.ptx)
     assert bool(tensor_cores) == (storage == bf16)
@@ -115,22 +115,22 @@ def test_the_pass(storage: torch.dtype, pending_dtype: torch.dtype | None, pendi
 @pytest.mark.parametrize("steps", [32, 64])
 @pytest.mark.parametrize("storage", COMBINES)
 def test_the_combination(storage: torch.dtype, steps: int, arch: int):
-    from dan_fast.triton_kernels import memory_stream
+    from dan_fast.triton_kernels import passes
 
-    plan = memory_stream.plan_combine(storage, f32, steps)
+    plan = passes.plan_combine(storage, f32, steps)
     types = {"base": "*" + TYPES[storage], "weights": "*fp32", "parts": "*fp32"}
-    check(compiled(memory_stream.combine_pass, plan, types, arch), arch, f"sm_{arch} combine {TYPES[storage]} {steps}")
+    check(compiled(passes.combine_pass, plan, types, arch), arch, f"sm_{arch} combine {TYPES[storage]} {steps}")
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 @pytest.mark.parametrize("pending, steps", [(64, 64), (32, 32), (None, 64), (None, 32)])
 def test_three_products_of_tf32(pending: int | None, steps: int, arch: int):
-    from dan_fast.triton_kernels import float32_products, memory_stream
+    from dan_fast.triton_kernels import float32_products, passes
 
     with float32_products("tf32x3"):
-        plan = memory_stream.plan_pass(f32, f32, pending, pending and f32, steps)
-        combination = memory_stream.plan_combine(f32, f32, steps)
-        assert memory_stream.plan_pass(f64, f64, pending, pending and f64, steps).constants["PRECISION"] == "ieee"
+        plan = passes.plan_pass(f32, f32, pending, pending and f32, steps)
+        combination = passes.plan_combine(f32, f32, steps)
+        assert passes.plan_pass(f64, f64, pending, pending and f64, steps).constants["PRECISION"] == "ieee"
     names = [
         "base",
         "square_norms",
@@ -138,18 +138,18 @@ def test_three_products_of_tf32(pending: int | None, steps: int, arch: int):
         "scores",
         *(["target", "kept", "weights", "pending_keys"] if pending else []),
     ]
-    resources = compiled(memory_stream.memory_pass, plan, dict.fromkeys(names, "*fp32"), arch)
+    resources = compiled(passes.memory_pass, plan, dict.fromkeys(names, "*fp32"), arch)
     check(resources, arch, f"sm_{arch} pass tf32x3 pending {pending} keys {steps}", tf32=True)
     types = dict.fromkeys(("base", "weights", "parts"), "*fp32")
-    resources = compiled(memory_stream.combine_pass, combination, types, arch)
+    resources = compiled(passes.combine_pass, combination, types, arch)
     check(resources, arch, f"sm_{arch} combine tf32x3 {steps}", tf32=True)
 
 
 @pytest.mark.parametrize("keys, tile", [(1, 16), (16, 16), (17, 32), (32, 32), (33, 64), (65, 128), (128, 128)])
 def test_keys_are_padded_to_the_least_tile_that_holds_them(keys: int, tile: int):
-    from dan_fast.triton_kernels import memory_stream
+    from dan_fast.triton_kernels import passes
 
-    assert memory_stream.plan_pass(f32, f32, None, None, keys).constants["BLOCK_T"] == tile
-    assert memory_stream.plan_combine(f32, f32, keys).constants["BLOCK_T"] == min(tile, 64)
-    held = memory_stream.plan_pass(f32, f32, keys, f32, keys).constants
+    assert passes.plan_pass(f32, f32, None, None, keys).constants["BLOCK_T"] == tile
+    assert passes.plan_combine(f32, f32, keys).constants["BLOCK_T"] == min(tile, 64)
+    held = passes.plan_pass(f32, f32, keys, f32, keys).constants
     assert held["HELD_BLOCKS"] * held["BLOCK_P"] == tile

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dan_fast.functional.memory.weights import _slot_softmax_torch
+from dan_fast.functional.memory.softmax import SlotSoftmax
 from tests.functional.memory.test_weights import F64, literal_sets, sets, weights
 
 SOURCE = Path(__file__).resolve().parent / "weights_on_host.cpp"
@@ -57,7 +57,7 @@ def test_weights_and_gradients(kernels, threads: int, slots: int, fill: float | 
     tensors[1][3:4] = 0.0
     name = str(dtype).removeprefix("torch.")
     exact = [x.to(F64).requires_grad_() for x in tensors]
-    expected = _slot_softmax_torch(*exact, problem.occupied)
+    expected = SlotSoftmax.form(*exact, problem.occupied)
     gradients = torch.autograd.grad(expected, exact, factors.to(F64))
     tolerance = 1e-12 if dtype == F64 else 3e-6
 

@@ -1,0 +1,69 @@
+"""Autocast, said once for every operator: it would round what tells slots and channels apart to 8 bits."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from dan_fast.core.types import AttentionVariantWeights, NLCBAMWeights
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device; of meta tensors there is none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """Autocast off."""
+    return torch.autocast(device.type, enabled=False) if autocasts(device.type) else nullcontext()
+
+
+def widened(value: Any) -> Any:
+    """float16 and bfloat16 to float32, in a tensor or in each weight of an attention; anything else as it is."""
+    if isinstance(value, NLCBAMWeights | AttentionVariantWeights):
+        return type(value)(*map(widened, value))
+    if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+        return value.float()
+    return value
+
+
+def _device_type(values: tuple) -> str | None:
+    """Of the first tensor among values and in tuples of them."""
+    for value in values:
+        found = value.device.type if isinstance(value, Tensor) else None
+        if isinstance(value, tuple):
+            found = _device_type(value)
+        if found is not None:
+            return found
+    return None
+
+
+def outside_autocast(*, widen: bool) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Run an operator with autocast off.
+
+    Args:
+        widen: where autocast was on, hand in half-precision arguments as float32, as autocast itself does for softmax
+            and losses.
+    """
+
+    def decorate(op: Callable[_P, _R]) -> Callable[_P, _R]:
+        @wraps(op)
+        def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            device = _device_type((*args, *kwargs.values())) or "cpu"
+            if not autocasts(device):
+                return op(*args, **kwargs)
+            if widen:
+                args = tuple(map(widened, args))
+                kwargs = {name: widened(value) for name, value in kwargs.items()}
+            with torch.autocast(device, enabled=False):
+                return op(*args, **kwargs)
+
+        return run
+
+    return decorate

@@ -1,0 +1,144 @@
+"""What makes a kernel an operator of PyTorch: one class an operator, registered as it is defined.
+
+A class holds the operator's PyTorch form, its fake for `torch.compile`, its backward, and which of kernel and form
+serves a device. `memory/row_norms.py` is the smallest example.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dan_fast import _extension, triton_kernels
+from dan_fast.functional.derivatives import through_form
+
+Context = torch.autograd.function.FunctionCtx
+
+
+class Operator:
+    """`torch.ops.dan_fast.<name>`; never instantiated.
+
+    A subclass gives `name`, `form` and `fake`; if it has a gradient `backward` too, and `setup` where its inputs are
+    not what the backward needs. Nothing is registered where the extension is not loaded: there `form` serves.
+
+    Attributes:
+        name: of the operator in its namespace.
+        triton: whether `triton_kernels` holds the kernel for CUDA tensors under this name. Where Triton cannot serve,
+            `form` does within the same operator.
+        schema: of an operator that has no kernel but is opaque to `torch.compile`: it is defined here, and `form`
+            serves all devices.
+        op: the registered operator.
+    """
+
+    name: ClassVar[str]
+    namespace: ClassVar[str] = "dan_fast"
+    triton: ClassVar[bool] = False
+    schema: ClassVar[str | None] = None
+    op: ClassVar[Callable[..., Any]]
+
+    form: ClassVar[Callable[..., Any]]
+    fake: ClassVar[Callable[..., Any]]
+    backward: ClassVar[Callable[..., Any] | None] = None
+
+    def __init_subclass__(cls) -> None:
+        if "name" in cls.__dict__ and (cls.schema or _extension.loaded()):
+            cls._register()
+
+    @classmethod
+    def _register(cls) -> None:
+        name = f"{cls.namespace}::{cls.name}"
+        if cls.schema:
+            torch.library.define(name, cls.schema)
+            torch.library.impl(name, "CompositeExplicitAutograd")(cls.form)
+        if cls.triton:
+            torch.library.impl(name, "CUDA")(cls._on_gpu)
+        torch.library.register_fake(name)(cls.fake)
+        if cls.backward is not None:
+            torch.library.register_autograd(name, cls.backward, setup_context=cls.setup)
+        cls.op = getattr(getattr(torch.ops, cls.namespace), cls.name).default
+
+    @classmethod
+    def _on_gpu(cls, *arguments: Tensor) -> Any:
+        usable = triton_kernels.why_not(arguments[0].device.index) is None
+        return (getattr(triton_kernels, cls.name) if usable else cls.form)(*arguments)
+
+    @staticmethod
+    def setup(ctx: Context, inputs: tuple[Tensor, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def serves(tensor: Tensor) -> bool:
+        """Whether kernels serve the device of `tensor`."""
+        return _extension.serves(tensor.device.type, tensor.device.index)
+
+    @classmethod
+    def run(cls, *arguments: Any) -> Any:
+        """The operator by its kernel where one serves the first argument, a tensor; else by its form."""
+        return cls.op(*arguments) if cls.serves(arguments[0]) else cls.form(*arguments)
+
+
+class KernelBackward(Operator):
+    """An operator whose gradient is a kernel too, `<name>_backward`, which has no autograd of its own.
+
+    A gradient that is itself to be differentiated goes through the PyTorch form: a kernel would cut the second
+    derivative off, and a loss on gradients would be wrong without an error.
+
+    A subclass gives `fake_backward`, `grad_by_kernel` and, where the saved tensors are more than the arguments of
+    `form`, `retraced`.
+
+    Attributes:
+        differentiable: how many of the inputs, the first ones, may have a gradient.
+        constants: None for each of the other inputs, a list of None for a list of tensors.
+    """
+
+    differentiable: ClassVar[int]
+    constants: ClassVar[tuple] = ()
+    fake_backward: ClassVar[Callable[..., Any]]
+    backward_op: ClassVar[Callable[..., Any]]
+
+    @classmethod
+    def _register(cls) -> None:
+        super()._register()
+        name = f"{cls.name}_backward"
+        torch.library.register_fake(f"dan_fast::{name}")(cls.fake_backward)
+        cls.backward_op = getattr(torch.ops.dan_fast, name).default
+
+    @classmethod
+    def backward(cls, ctx: Context, *grads: Tensor | None) -> tuple:
+        # Once: under activation checkpointing each look at them computes them again.
+        saved = ctx.saved_tensors
+        if all(grad is None for grad in grads):
+            found: Sequence[Tensor | None] = (None,) * cls.differentiable
+        elif torch.is_grad_enabled():
+            found = cls.grad_by_form(ctx, saved, grads)
+        else:
+            found = cls.grad_by_kernel(ctx, saved, grads)
+        return *found, *cls.constants
+
+    @classmethod
+    def grad_by_form(
+        cls, ctx: Context, saved: tuple[Tensor, ...], grads: Sequence[Tensor | None]
+    ) -> Sequence[Tensor | None]:
+        """The gradients as autograd finds them through the form, differentiable in their turn."""
+        form, inputs = cls.retraced(ctx, saved)
+        needed = ctx.needs_input_grad[: cls.differentiable]
+        return through_form(form, inputs, needed, grads)[: cls.differentiable]
+
+    @classmethod
+    def retraced(cls, ctx: Context, saved: tuple[Tensor, ...]) -> tuple[Callable[..., Sequence[Tensor]], Sequence]:
+        """The form of the differentiable results, and what of `saved` goes into it, the differentiable inputs first."""
+        return cls.form, saved
+
+    @classmethod
+    def grad_by_kernel(
+        cls, ctx: Context, saved: tuple[Tensor, ...], grads: Sequence[Tensor | None]
+    ) -> Sequence[Tensor | None]:
+        """The gradients by `backward_op`."""
+        raise NotImplementedError
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """What a kernel makes anew: contiguous whatever the layout of `tensor`."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)

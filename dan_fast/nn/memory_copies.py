@@ -1,0 +1,58 @@
+"""Where a memory module would fall behind: replicas, wrappers and copies that carry parameters but no memories."""
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass
+class Writes:
+    """How many batches a memory has written, known to its copies too."""
+
+    count: int = 0
+
+
+@dataclass
+class Origin:
+    """What a copy remembers of the moment it was made.
+
+    Attributes:
+        writes, count: of the memory that was copied, and where they stood.
+        gates: the copy's parameters and their versions, by which a change in place is seen.
+    """
+
+    writes: Writes
+    count: int
+    gates: list[tuple[nn.Parameter, int]]
+
+    def has_been_left_behind(self) -> bool:
+        """Whether the gates were written over while the memory that was copied went on."""
+        return self.writes.count > self.count and any(gate._version != version for gate, version in self.gates)
+
+
+def require_to_be_carried(memory: nn.Module, origin: Origin | None) -> None:
+    """Refuse a call in which the memories written are not those that the caller goes on with.
+
+    Raises:
+        RuntimeError: `memory` is a replica, stands inside of a wrapper of many processes, or is a copy whose gates went
+            on without its memories.
+    """
+    # A replica has no parameters of its own, not even those that are None.
+    if "alpha" not in memory._parameters:
+        raise RuntimeError(
+            "a replica of DataParallel would write memories that are thrown away: wrap the backbone alone in "
+            "DataParallel and call the memory outside of it, or use one device"
+        )
+    wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if wrapper is not None and wrapper.process_group.size() > 1:
+        raise RuntimeError(
+            "inside of DistributedDataParallel each process would write its own rows, and the memories would "
+            "diverge: call the memory outside of the wrapped module, in every process with the rows of all of them "
+            "(torch.distributed.nn.functional.all_gather)"
+        )
+    if origin is not None and origin.has_been_left_behind():
+        raise RuntimeError(
+            "the gates of this copy were changed in place, as AveragedModel does, while its memories stayed what "
+            "they were when it was copied: assign the trained memory's labeled and unlabeled to it first"
+        )
