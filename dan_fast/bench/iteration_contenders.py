@@ -103,7 +103,7 @@ class DANIteration:
         self._fill_memories(size, seed)
         generator = torch.Generator().manual_seed(seed)
         feedback = tuple(x.cpu() for x in self.trainer.model.memory.reliable_samples())
-        (plan, *_) = self.trainer.planner.plan_epoch(0, feedback)
+        (plan, *_) = self.trainer.batches.planner.plan_epoch(0, feedback)
         parts = [_split(items, image_size, generator) for items in (plan.meta_train, plan.meta_test)]
         if self.trainer.device.type == "cuda":
             parts = [part._replace(images=part.images.pin_memory()) for part in parts]  # as the trainer's loader does

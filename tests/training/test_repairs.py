@@ -79,7 +79,7 @@ def test_a_run_with_every_repair_resumes_bit_for_bit(images, tmp_path):
         saved_after.append(trainer.iterations_done)
         if len(saved_after) == 1:
             parts.mkdir()
-            shutil.copy(trainer.checkpoint, parts)
+            shutil.copy(trainer.folder.checkpoint, parts)
 
     trainer._save = keep_the_first
     trainer.fit()
@@ -197,5 +197,5 @@ class Ignored:
 
 
 def planned(trainer: Trainer) -> list[MiniBatch]:
-    plans = trainer.planner.plan_epoch(0)
+    plans = trainer.batches.planner.plan_epoch(0)
     return list(training_loader(trainer.training_set, plans, IMAGE_SIZE))

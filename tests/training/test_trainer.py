@@ -373,7 +373,7 @@ def iter_batches(trainer: Trainer):
     from dan_fast.data import training_loader
 
     trainer.model.train()
-    return iter(training_loader(trainer.training_set, trainer.planner.plan_epoch(0) * 3, IMAGE_SIZE))
+    return iter(training_loader(trainer.training_set, trainer.batches.planner.plan_epoch(0) * 3, IMAGE_SIZE))
 
 
 def snapshot(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -516,12 +516,12 @@ def test_weights_that_are_not_finite_never_reach_the_checkpoint(images, tmp_path
     setup = config(images, tmp_path / "run", optimizer={"epochs": 1})
     trainer = Trainer(setup)
     trainer.fit()
-    before = trainer.checkpoint.read_bytes()
+    before = trainer.folder.checkpoint.read_bytes()
     with torch.no_grad():
         trainer.model.network.backbone.bn1.running_var[0] = float("inf")
     with pytest.raises(DivergedError, match="weights are not finite"):
         trainer._save()
-    assert trainer.checkpoint.read_bytes() == before
+    assert trainer.folder.checkpoint.read_bytes() == before
 
 
 def test_gradients_that_are_not_finite_do_not_move_the_weights(images, tmp_path, monkeypatch):
