@@ -73,7 +73,7 @@ def test_files_are_written_whole():
         ("sweep/runner.py", 'with (out / ".sweep.lock").open("w") as file:'),
         ("sweep/runner.py", 'with (run.folder / _LOG).open("ab") as log:'),
         ("training/checkpoint.py", 'write_whole(path, lambda stream: torch.save({"format": FORMAT, **state}, stream))'),
-        ("training/trainer.py", "self._writer.save("),
+        ("training/run_folder.py", "self._writer.save(self.checkpoint, state)"),
     }
 
 

@@ -1,4 +1,4 @@
-"""Networks and memories from a configuration or a checkpoint."""
+"""Networks, memories and both as one model, from a configuration or a checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,8 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.core.preprocessing import IMAGENET, Preprocessing
 from dan_fast.nn import DAN, ProgressiveAugmentedMemory
 from dan_fast.training.checkpoint import load_checkpoint
-from dan_fast.training.config import LossConfig, MemoryConfig, ModelConfig
+from dan_fast.training.config import LossConfig, MemoryConfig, ModelConfig, TrainConfig
+from dan_fast.training.objective import TrainingModel
 
 
 def resolve_device(name: str) -> torch.device:
@@ -138,3 +139,22 @@ def build_memory(config: MemoryConfig, key_dim: int) -> ProgressiveAugmentedMemo
         torch.nn.init.constant_(memory.alpha, config.initial_alpha)
         torch.nn.init.constant_(memory.alpha_unlabeled, config.initial_alpha)
     return memory
+
+
+def build_model(config: TrainConfig, network: DAN, unlabeled_images: bool, lending: bool) -> TrainingModel:
+    """What a run trains: the network with a memory, where one is of use.
+
+    Args:
+        config: of the run.
+        network: see `network_and_random_state`.
+        unlabeled_images: whether there are any.
+        lending: whether they lend their styles and serve for that alone.
+
+    Raises:
+        DanFastError: see `build_memory`.
+    """
+    memory = None
+    if (unlabeled_images and not lending) or config.loss.labeled_embedding > 0:
+        memory = build_memory(config.memory, network.key_dim)
+    half = torch.bfloat16 if config.run.precision == "bfloat16" else None
+    return TrainingModel(network, memory, config.loss, half, config.memory.temperature, lending)

@@ -1,9 +1,13 @@
 """Ctrl-C and SIGTERM end a run at the end of an iteration, so that it can be saved whole."""
 
 import signal
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, TracebackType
+from typing import TypeVar
 
 from dan_fast.data.images.workers import is_worker_death
+
+Batch = TypeVar("Batch")
 
 
 class StopRequest:
@@ -27,6 +31,27 @@ class StopRequest:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def until_requested(self, batches: Iterable[Batch], before_error: Callable[[], None]) -> Iterator[Batch]:
+        """The batches until a stop is requested.
+
+        Args:
+            batches: from a loader, whose workers are outlived.
+            before_error: called before an error in a batch is raised, unless a stop is what has ended the workers.
+        """
+        left = iter(batches)
+        self.outlive_workers()
+        while not self.requested:
+            try:
+                batch = next(left, None)
+            except Exception as error:
+                if self.requested and is_worker_death(error):
+                    return
+                before_error()
+                raise
+            if batch is None:
+                return
+            yield batch
 
     def outlive_workers(self) -> None:
         """Keep the death of a loader's worker out of the middle of an iteration; call it once the loader has any.

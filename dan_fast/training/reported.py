@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,20 @@ def describe(datasets: DatasetRoles, unlabeled_share: float = 1.0) -> str:
     if datasets.unlabeled and unlabeled_share > 0:
         parts.append(f"without labels on {titles(datasets.unlabeled)}")
     return "; ".join([*parts, f"tested on {titles(datasets.targets)}"])
+
+
+def opening_lines(config: TrainConfig, datasets: DatasetRoles, device: torch.device) -> Iterator[str]:
+    """What a run says before it starts: its protocol, what it leaves aside, what becomes of float32."""
+    if config.data.protocol:
+        yield f"Protocol {config.data.protocol}: {describe(datasets, config.data.unlabeled_share)}."
+    if datasets.unlabeled and config.data.unlabeled_share == 0:
+        yield (
+            f"{', '.join(dataset.title for dataset in datasets.unlabeled)} is left aside, because "
+            "data.unlabeled_share is 0: --recipe dan and --recipe paper train with unlabelled images."
+        )
+    rounding = float32_rounding(device)
+    if rounding and config.run.precision == "float32":
+        yield f"Float32 on {device}: {rounding}, as torch.backends has it."
 
 
 def say(evaluation: Evaluation, display: Display) -> None:

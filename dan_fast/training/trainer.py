@@ -1,51 +1,32 @@
-"""The training loop: data, meta step, outer step, checkpoints, evaluation."""
+"""The training loop: batches, meta steps, checkpoints, evaluations."""
 
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from dan_fast.core.errors import DanFastError, Interrupted
-from dan_fast.core.files import alone, remove_unfinished, write_text
-from dan_fast.core.float32 import float32_rounding
-from dan_fast.daml import Competition, Stage, accuracies_tie, active_groups, attention_wins, meta_gradients
-from dan_fast.daml.meta import attention_that_serves
-from dan_fast.data import BatchPlanner, ImageCache, MiniBatch, Split, TrainingSet, training_loader
+from dan_fast.data import MiniBatch, TrainingSet
 from dan_fast.data.images.workers import is_worker_death
-from dan_fast.evaluation import Evaluation, evaluate_dataset
-from dan_fast.training.build import build_memory, network_and_random_state, preprocessing_of, resolve_device
-from dan_fast.training.checkpoint import CheckpointWriter, load_checkpoint
-from dan_fast.training.config import TrainConfig, goes_on, require_same_training
+from dan_fast.evaluation import Evaluation
+from dan_fast.training.batches import TrainingBatches
+from dan_fast.training.build import build_model, network_and_random_state, preprocessing_of, resolve_device
+from dan_fast.training.config import TrainConfig
 from dan_fast.training.determinism import deterministic_algorithms, prepare_cublas
 from dan_fast.training.display import Display
 from dan_fast.training.interrupt import StopRequest
-from dan_fast.training.metrics import (
-    Scalars,
-    accuracy,
-    cleared_a_sample,
-    fed_back_right,
-    logit_norm,
-    pseudo_label_accuracy,
-    pseudo_label_purity,
-    target_tags,
-)
-from dan_fast.training.objective import DivergedError, Objective, PassRecord, TrainingModel, all_finite, require_sound
-from dan_fast.training.reported import EpochChoice, describe, epoch_of, say, write_results
+from dan_fast.training.objective import DivergedError, all_finite
+from dan_fast.training.optimizer import build_optimizer, set_step_size
+from dan_fast.training.random_numbers import RunRandomNumbers
+from dan_fast.training.reported import opening_lines
+from dan_fast.training.run_folder import RunFolder
+from dan_fast.training.scalars import Scalars
 from dan_fast.training.schedule import step_size
 from dan_fast.training.sources import load_datasets
+from dan_fast.training.step import MetaStep
+from dan_fast.training.step_scalars import StepScalars
+from dan_fast.training.targets import Targets
 from dan_fast.triton_kernels import float32_products
-
-CAM_WEIGHT = "network.classifier.weight"
-_BACKBONE = "network.backbone."
-# Key of an optimizer's group: the factor on its step size.
-_SCALE = "lr_scale"
 
 
 class Trainer:
@@ -58,9 +39,10 @@ class Trainer:
     only.
 
     A trainer is a guest in its process: it has random numbers of its own, and `fit` puts back the process's generators
-    of the CPU and of the run's GPU, and the handlers of SIGINT and SIGTERM, when it leaves. Who calls
-    `train_iteration` or `gradients` without `fit` draws from the process's generators. What NumPy and Python draw from
-    is not touched.
+    of the CPU and of the run's GPU, and the handlers of SIGINT and SIGTERM, when it leaves. `train_iteration` called
+    without `fit` draws from the process's generators. What NumPy and Python draw from is not touched.
+
+    The step itself, without files, is `MetaStep`; the trainer's is `meta_step`.
 
     Raises:
         DanFastError: data, settings, device or checkpoint do not fit; the sentence says which and what to do.
@@ -72,28 +54,22 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        self.out = Path(config.run.out)
-        self.checkpoint = self.out / "checkpoint.pt"
         self.device = resolve_device(config.run.device)
         if config.run.deterministic and self.device.type == "cuda":
             prepare_cublas()
-        self._found = _mark(self.checkpoint)
-        saved = self._saved_state()
+        self.folder = RunFolder(config.run)
+        saved = self.folder.saved_state(config)
 
         data = config.data
         self.datasets = load_datasets(data)
         self.training_set = TrainingSet(
             self.datasets.labeled, self.datasets.unlabeled, unlabeled_share=data.unlabeled_share, seed=config.run.seed
         )
-        if saved is not None and saved["fingerprint"] != self.training_set.fingerprint:
-            raise DanFastError(
-                f"{self.checkpoint} was trained on other images than data.labeled and data.unlabeled hold now: "
-                "restore them or choose another run.out."
-            )
-        titles = [target.title for target in self.datasets.targets]
-        self.choice = EpochChoice.of_setting(config.run, titles) if config.run.choose_epoch_on_target else None
+        self.folder.require_same_images(saved, self.training_set.fingerprint)
+        self.targets = Targets(config, self.datasets, self.folder, self.device)
 
-        lending = config.model.style_mixing == "unlabeled" and bool(self.training_set.unlabeled_samples)
+        unlabeled_images = len(self.training_set.unlabeled_samples)
+        lending = config.model.style_mixing == "unlabeled" and unlabeled_images > 0
         network, after_weights = network_and_random_state(
             config.to_dict(),
             self.training_set.num_classes,
@@ -102,56 +78,24 @@ class Trainer:
         )
         if saved is not None:
             network.preprocessing = preprocessing_of(saved)
-        self.cache = ImageCache.of_setting(
-            data.cache,
-            network.image_size,
-            data.cache_check,
-            workers=data.workers,
-            say=print,
-            interpolation=network.preprocessing.interpolation,
-        )
-        memory = None
-        if (self.training_set.unlabeled_samples and not lending) or config.loss.labeled_embedding > 0:
-            memory = build_memory(config.memory, network.key_dim)
-        half = torch.bfloat16 if config.run.precision == "bfloat16" else None
-        self.model = TrainingModel(network, memory, config.loss, half, config.memory.temperature, lending)
+        self.batches = TrainingBatches(config, self.training_set, network, self.device)
+        self.model = build_model(config, network, unlabeled_images > 0, lending)
         self.model.to(self.device, memory_format=torch.channels_last)
-        self.true_labels = self.training_set.true_labels.to(self.device)
-        self.true_ids = self.training_set.true_ids.to(self.device)
-        self.objective = Objective(self.model)
-        self.planner = BatchPlanner(
-            self.training_set.labels,
-            len(self.training_set.unlabeled_samples),
-            batch_size=config.data.batch_size,
-            unlabeled_fraction=config.data.unlabeled_fraction,
-            feedback_fraction=config.data.feedback_fraction,
-            split=config.meta.procedure != "daml1",
-            seed=config.run.seed,
-            iterations=config.data.iterations,
-        )
-        self.optimizer = torch.optim.SGD(
-            self._parameter_groups(),
-            lr=1.0,
-            momentum=config.optimizer.momentum,
-            weight_decay=config.optimizer.weight_decay,
-        )
-        self.competition = Competition(config.meta.stall_guard)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.meta_step = MetaStep(self.model, self.optimizer, config.meta)
+        self.random = RunRandomNumbers(self.device, config.run.seed, after_weights)
         self.epoch = 0
         self.iteration = 0
         self.feedback: tuple[Tensor, Tensor] | None = None
         self.skipped: set[str] = set()
-        gpus = [self.device] if self.device.type == "cuda" else []
-        of_gpu = [torch.Generator(gpu).manual_seed(config.run.seed).get_state() for gpu in gpus]
-        self._random_state = {"cpu": after_weights, "cuda": of_gpu}
         if saved is not None:
             self._restore(saved)
-            self._random_state = saved["random"]
-        self._writer = CheckpointWriter()
-        self._saved_at = self.iterations_done, time.monotonic()
+        self._step_scalars = StepScalars(self.training_set, self.device, network.adversary)
+        self.folder.note_saved(self.iterations_done)
 
     @property
     def iterations_done(self) -> int:
-        return self.epoch * self.planner.iterations + self.iteration
+        return self.epoch * self.batches.planner.iterations + self.iteration
 
     def fit(self) -> list[Evaluation]:
         """Train to the last epoch and evaluate on the targets.
@@ -162,31 +106,15 @@ class Trainer:
                 cannot be written; of these all but the first and the last find the run saved. Or another process
                 trains in the folder, or did since this trainer was made.
         """
-        with alone(self.out / ".run.lock"):
-            remove_unfinished(self.out)
-            if _mark(self.checkpoint) != self._found:
-                raise DanFastError(
-                    f"Another process has written {self.checkpoint} since this one began: start it again."
-                )
-            try:
-                return self._fit()
-            except BaseException:
-                # What is being written is whole, and its own error is not the one to tell.
-                with suppress(DanFastError):
-                    self._writer.wait()
-                raise
-            finally:
-                self._found = _mark(self.checkpoint)
+        with self.folder.held():
+            return self._fit()
 
     def _fit(self) -> list[Evaluation]:
-        if self.cache is not None:
-            # Whole train splits, whatever share of them this run takes: others can use them too.
-            for dataset in (*self.datasets.labeled, *self.datasets.unlabeled):
-                self.cache.add([sample.path for sample in dataset.train])
-        write_text(self.out / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
+        self.batches.fill_cache([*self.datasets.labeled, *self.datasets.unlabeled])
+        self.folder.write_settings(self.config)
         epochs = self.config.optimizer.epochs
-        scalars = Scalars(self.out / "tensorboard", steps_done=self.iterations_done)
-        display = Display(epochs * self.planner.iterations, self.iterations_done, self.config.data.batch_size)
+        scalars = Scalars(self.folder.path / "tensorboard", steps_done=self.iterations_done)
+        display = Display(epochs * self.batches.planner.iterations, self.iterations_done, self.config.data.batch_size)
         evaluations: list[Evaluation] = []
         stop = StopRequest()
         try:
@@ -195,25 +123,16 @@ class Trainer:
                 float32_products(self.config.memory.products),
                 stop,
                 display,
-                self._own_random_numbers(),
+                self.random.in_process(),
             ):
-                if self.config.data.protocol:
-                    said = describe(self.datasets, self.config.data.unlabeled_share)
-                    display.say(f"Protocol {self.config.data.protocol}: {said}.")
-                if self.datasets.unlabeled and self.config.data.unlabeled_share == 0:
-                    display.say(
-                        f"{', '.join(dataset.title for dataset in self.datasets.unlabeled)} is left aside, because "
-                        "data.unlabeled_share is 0: --recipe dan and --recipe paper train with unlabelled images."
-                    )
-                rounding = float32_rounding(self.device)
-                if rounding and self.config.run.precision == "float32":
-                    display.say(f"Float32 on {self.device}: {rounding}, as torch.backends has it.")
+                for line in opening_lines(self.config, self.datasets, self.device):
+                    display.say(line)
                 if self.epoch > 0 and self.iteration == 0:
                     # A run that was stopped between an epoch's checkpoint and its evaluation makes up for it.
                     evaluations = self._evaluate_if_due(scalars, display)
                 while self.epoch < epochs:
                     self._train_epoch(scalars, display, stop)
-                    if self._evaluation_is_due():
+                    if self.targets.are_due(self.epoch):
                         # Evaluating may take long, and need the memory that a copy of the run takes.
                         self._save()
                     evaluations = self._evaluate_if_due(scalars, display)
@@ -225,7 +144,7 @@ class Trainer:
         except DivergedError as error:
             raise DanFastError(
                 f"Training diverged at iteration {self.iterations_done} ({error}): start again in another run.out "
-                f"with a lower optimizer.lr_scale; {self.checkpoint} holds the last state saved, if any."
+                f"with a lower optimizer.lr_scale; {self.folder.checkpoint} holds the last state saved, if any."
             ) from error
         finally:
             scalars.close()
@@ -234,72 +153,31 @@ class Trainer:
         return evaluations
 
     def _train_epoch(self, scalars: Scalars, display: Display, stop: StopRequest) -> None:
-        run = self.config.run
         if self.iteration == 0 and self.model.memory is not None and self.config.data.feedback_fraction > 0:
             sample_ids, pseudo_labels = self.model.memory.reliable_samples()
             self.feedback = sample_ids.cpu(), pseudo_labels.cpu()
-        loader = training_loader(
-            self.training_set,
-            islice(self.planner.batches(self.epoch, self.feedback), self.iteration, None),
-            tuple(self.config.data.image_size),
-            workers=self.config.data.workers,
-            broken_images=self.config.data.broken_images,
-            cache=self.cache,
-            device=self.device,
-            preprocessing=self.model.network.preprocessing,
-        )
+        batches = self.batches.of_epoch(self.epoch, self.feedback, self.iteration)
         self.model.train()
-        for batch in self._batches(loader, stop):
+        for batch in stop.until_requested(batches, self._save_what_is_done):
             for path in batch.skipped:
                 if path not in self.skipped:
                     self.skipped.add(path)
                     display.say(f"Skipped {path}: it cannot be decoded.")
             self.train_iteration(batch, scalars)
             self.iteration += 1
-            last = self.iteration == self.planner.iterations
-            means = None
-            if last or self.iterations_done % run.log_every == 0:
-                means = scalars.flush(self.iterations_done)
-            display.advance(self.epoch, means)
+            last = self.iteration == self.batches.planner.iterations
+            log = last or self.iterations_done % self.config.run.log_every == 0
+            display.advance(self.epoch, scalars.flush(self.iterations_done) if log else None)
             if last:
                 self.epoch, self.iteration = self.epoch + 1, 0
-            if self._checkpoint_is_due():
+            if self.folder.checkpoint_is_due(self.iterations_done):
                 self._save(wait=False)
         if stop.requested:
             self._save()
             raise self._interrupted()
 
-    def _batches(self, loader: Iterable[MiniBatch], stop: StopRequest) -> Iterator[MiniBatch]:
-        """The batches of `loader` until a stop is requested; where they end in an error the run is saved before it."""
-        batches = iter(loader)
-        stop.outlive_workers()
-        while not stop.requested:
-            try:
-                batch = next(batches, None)
-            except Exception as error:
-                if stop.requested and is_worker_death(error):
-                    return
-                if self.iterations_done > self._saved_at[0]:
-                    self._save()
-                raise
-            if batch is None:
-                return
-            yield batch
-
     def _interrupted(self) -> Interrupted:
         return Interrupted(f"Saved after iteration {self.iterations_done}.")
-
-    def _checkpoint_is_due(self) -> bool:
-        (iterations, seconds), run = self._saved_at, self.config.run
-        due = time.monotonic() - seconds >= run.checkpoint_every_s or (
-            0 < run.checkpoint_every <= self.iterations_done - iterations
-        )
-        # In this order: what could not be written is told at once.
-        return self._writer.is_free() and due
-
-    def _evaluation_is_due(self) -> bool:
-        last, every = self.epoch == self.config.optimizer.epochs, self.config.run.evaluate_every
-        return last or (every > 0 and self.epoch % every == 0)
 
     def train_iteration(self, batch: MiniBatch, scalars: Scalars) -> None:
         """Take the meta step and the outer step of one iteration; to count it is for the caller.
@@ -309,232 +187,45 @@ class Trainer:
             scalars: told of losses, accuracies, the competition and the memory.
 
         Raises:
-            DivergedError, DanFastError: as `gradients`; no parameter has moved.
+            DivergedError: a feature or a gradient is not finite; no parameter has moved.
+            DanFastError: batch norm or the memory refuses the batch; no parameter has moved.
         """
-        progress = self.epoch + self.iteration / self.planner.iterations
+        progress = self.epoch + self.iteration / self.batches.planner.iterations
         lr = step_size(progress, self.config.optimizer.epochs, self.config.optimizer.lr_scale)
-        grads = self.gradients(batch, lr, scalars)
-        for name, parameter in self.model.named_parameters():
-            # None, not zero: a frozen parameter must not move by momentum or weight decay either.
-            parameter.grad = grads.get(name)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get(_SCALE, 1.0)
-        self.optimizer.step()
+        set_step_size(self.optimizer, lr)
+        try:
+            result = self.meta_step.step(batch.meta_train, batch.meta_test)
+        except ValueError as error:
+            raise DanFastError(f"Training cannot go on at iteration {self.iterations_done}: {error}.") from error
+        self._step_scalars.add(scalars, result)
         scalars.add("train/step_size", lr)
         last_of_window = (self.iterations_done + 1) % self.config.run.log_every == 0
         if self.model.memory is not None and last_of_window:
-            self._log_memory(scalars)
-
-    def gradients(self, batch: MiniBatch, lr: float, scalars: Scalars) -> dict[str, Tensor]:
-        """What the outer step follows, by parameter; parameters that are frozen in this iteration are left out.
-
-        Memory, competition and batch norm's buffers advance by the batch. A GPU is waited for once after S, where
-        the host has to know who won the competition, and once at the end.
-
-        Args:
-            batch: on the device, or on the host.
-            lr: delta_1 of Eq. (19), the size of the inner step.
-            scalars: as in `train_iteration`.
-
-        Raises:
-            DivergedError: a feature or a gradient is not finite.
-            DanFastError: batch norm or the memory refuses the batch.
-        """
-        try:
-            with attention_that_serves(self.config.meta.order):
-                return self._checked_gradients(batch, lr, scalars)
-        except ValueError as error:
-            raise DanFastError(f"Training cannot go on at iteration {self.iterations_done}: {error}.") from error
-
-    def _checked_gradients(self, batch: MiniBatch, lr: float, scalars: Scalars) -> dict[str, Tensor]:
-        meta = self.config.meta
-        params = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-        meta_train = self._to_device(batch.meta_train)
-        train_losses = self.objective(params, meta_train)
-        record = self.objective.record
-        self._log_pass("train", train_losses, record, scalars)
-        scalars.add("train/accuracy/attention", accuracy(record.logits, record.labels))
-        scalars.add("train/accuracy/adversary", accuracy(record.adversary_logits, record.labels))
-        scalars.add("train/logit_norm/attention", logit_norm(record.logits))
-        if self.model.network.adversary:
-            scalars.add("train/logit_norm/adversary", logit_norm(record.adversary_logits))
-        if batch.meta_test is None:
-            values = torch.autograd.grad(train_losses["total"], [*params.values()], materialize_grads=True)
-            _require_sound([record], values)
-            return dict(zip(params, values, strict=True))
-
-        groups, unread = None, [record]
-        if meta.procedure == "daml3":
-            stage = Stage.ATTENTION
-            if self.model.network.adversary:
-                won = attention_wins(record.logits, record.adversary_logits, record.labels)
-                fault, attention_won = _read([record.fault, won])
-                require_sound(fault)
-                unread = []
-                stage = self.competition.decide(bool(attention_won))
-                self._log_stage(stage, scalars)
-                tie = accuracies_tie(record.logits, record.adversary_logits, record.labels)
-                scalars.add("competition/ties", tie)
-            groups = self._groups(stage)
-        result = meta_gradients(
-            self.objective,
-            params,
-            groups,
-            meta_train,
-            self._to_device(batch.meta_test),
-            self._inner_steps(lr, params),
-            meta.eta,
-            meta.order,
-            train_losses=train_losses,
-        )
-        self._log_pass("test", result.test_losses, self.objective.record, scalars)
-        _require_sound([*unread, self.objective.record], result.grads.values())
-        return result.grads
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """The outer step's groups: one unless the backbone's steps are scaled."""
-        scale = self.config.optimizer.backbone_lr_scale
-        named = list(self.model.named_parameters())
-        if scale == 1:
-            return [{"params": [parameter for _, parameter in named]}]
-        backbone = [parameter for name, parameter in named if name.startswith(_BACKBONE)]
-        others = [parameter for name, parameter in named if not name.startswith(_BACKBONE)]
-        return [{"params": backbone, _SCALE: scale}, {"params": others, _SCALE: 1.0}]
-
-    def _inner_steps(self, lr: float, params: Iterable[str]) -> float | dict[str, float]:
-        scale = self.config.optimizer.backbone_lr_scale
-        if scale == 1:
-            return lr
-        return {name: lr * scale if name.startswith(_BACKBONE) else lr for name in params}
-
-    def _groups(self, stage: Stage) -> dict[str, tuple[list[str], str]]:
-        names = self.model.network.parameter_groups()
-        backbone = [f"network.{name}" for name in names["backbone"]]
-        held = () if self.model.memory is None else self.model.memory.named_parameters()
-        memory = [f"memory.{name}" for name, value in held if value.requires_grad]
-        if stage is not Stage.ADVERSARY and self.config.meta.order == 1:
-            # Of L_total the gates move l2 L_lde alone, so their gradient is the same, and one walk of the memory's part
-            # of the graph serves both. With second derivatives they also move what S~ loses at the new backbone.
-            backbone, memory = [*backbone, *memory], []
-        attention = [f"network.{name}" for name in names["attention"]]
-        # A loss that does not reach the classifier would move it by momentum and weight decay alone.
-        reached = self.config.loss.adversary_reach == "all"
-        return active_groups(stage, backbone, attention, memory, CAM_WEIGHT if reached else None)
-
-    def _log_stage(self, stage: Stage, scalars: Scalars) -> None:
-        scalars.add("competition/attention_wins", float(stage is Stage.ATTENTION))
-        scalars.add("competition/backbone_frozen", float(stage is Stage.ADVERSARY))
-        scalars.add("competition/both_updated", float(stage is Stage.BOTH))
-
-    def _log_pass(self, name: str, losses: dict[str, Tensor], record: PassRecord, scalars: Scalars) -> None:
-        for loss, value in losses.items():
-            scalars.add(f"{name}/loss/{loss}", value)
-        if record.gates is not None:
-            alpha, alpha_unlabeled, beta = record.gates
-            scalars.add("memory/sigma_alpha", alpha.sigmoid())
-            scalars.add("memory/sigma_alpha_unlabeled", alpha_unlabeled.sigmoid())
-            scalars.add("memory/beta", beta)
-            scalars.add("memory/cleared_a_sample", *cleared_a_sample(record))
-        if record.spatial_spread is not None:
-            scalars.add("attention/spatial_spread", record.spatial_spread)
-        scalars.add("pseudo/accuracy", *pseudo_label_accuracy(record, self.true_labels))
-        if len(record.fed_back_ids):
-            scalars.add("pseudo/fed_back_right", *fed_back_right(record, self.true_labels, self.true_ids))
-
-    def _log_memory(self, scalars: Scalars) -> None:
-        memory = self.model.memory
-        slots_labeled, slots_unlabeled = memory.occupied_slots()
-        scalars.add("memory/slots_labeled", slots_labeled)
-        scalars.add("memory/slots_unlabeled", slots_unlabeled)
-        purity = pseudo_label_purity(*memory.reliable_samples(), self.training_set)
-        if purity is not None:
-            scalars.add("pseudo/purity", purity)
-
-    def _to_device(self, split: Split) -> Split:
-        return split._replace(
-            images=split.images.to(self.device, memory_format=torch.channels_last, non_blocking=True),
-            labels=split.labels.to(self.device, non_blocking=True),
-            sample_ids=split.sample_ids.to(self.device, non_blocking=True),
-        )
+            self._step_scalars.add_memory(scalars, self.model.memory)
 
     def _evaluate_if_due(self, scalars: Scalars, display: Display) -> list[Evaluation]:
-        if not self._evaluation_is_due():
+        if not self.targets.are_due(self.epoch):
             return []
-        self.model.eval()
-        evaluations, state = [], self._state_of_network()
-        targets = self.datasets.targets
-        for dataset, tag in zip(targets, target_tags(targets), strict=True):
-            evaluation = evaluate_dataset(
-                self.model.network.embed,
-                dataset,
-                tuple(self.config.data.image_size),
-                workers=self.config.data.workers,
-                device=self.device,
-                broken_images=self.config.data.broken_images,
-                cache=self.cache,
-                preprocessing=self.model.network.preprocessing,
-            )
-            evaluation = replace(
-                evaluation,
-                named_protocol=self.config.data.protocol or "",
-                epoch=epoch_of(state),
-                recipe=self.config.recipe_words,
-            )
-            evaluations.append(evaluation)
-            figures = evaluation.percentages()
-            for name in ("R1", "mAP", "mINP"):
-                scalars.add(f"eval/{tag}/{name}", figures[name])
-            say(evaluation, display)
-            for path in evaluation.skipped:
-                display.say(f"Skipped {path}: it cannot be decoded.")
-        scalars.flush(self.iterations_done)
-        if self.choice is not None:
-            self.choice.offer(evaluations, state)
-        if self.epoch < self.config.optimizer.epochs:
-            return evaluations
-        reported = write_results(
-            self.out / "results.json",
-            state,
-            self.datasets,
-            evaluations,
-            self.device,
-            self.choice,
-            self.iterations_done,
-        )
-        if reported is not evaluations:
-            for evaluation in reported:
-                say(evaluation, display)
-        return reported
+        network, state = self.model.eval().network, self._state_of_network()
+        return self.targets.evaluate(network, state, self.batches.cache, self.iterations_done, scalars, display)
 
-    def _saved_state(self) -> dict[str, Any] | None:
-        if not goes_on(self.config.run):
-            if self.checkpoint.exists():
-                raise DanFastError(
-                    f"{self.out} already holds a run: add --run.resume true to continue it or choose another run.out."
-                )
-            return None
-        state = load_checkpoint(self.checkpoint)
-        require_same_training(state["config"], self.config.to_dict(), self.checkpoint)
-        return state
+    def _save_what_is_done(self) -> None:
+        if self.folder.is_behind(self.iterations_done):
+            self._save()
 
     def _save(self, wait: bool = True) -> None:
         if not all_finite(self.model.state_dict().values()):
             raise DivergedError("weights are not finite")
         sample_ids, pseudo_labels = self.feedback or (None, None)
-        self._writer.save(
-            self.checkpoint,
-            {
-                **self._state_of_network(),
-                "skipped": sorted(self.skipped),
-                "optimizer": self.optimizer.state_dict(),
-                "competition": self.competition.state_dict(),
-                "feedback": {"sample_ids": sample_ids, "pseudo_labels": pseudo_labels},
-                "random": self._get_random_state(),
-            },
-        )
-        self._saved_at = self.iterations_done, time.monotonic()
-        if wait:
-            self._writer.wait()
+        state = {
+            **self._state_of_network(),
+            "skipped": sorted(self.skipped),
+            "optimizer": self.optimizer.state_dict(),
+            **self.meta_step.state_dict(),
+            "feedback": {"sample_ids": sample_ids, "pseudo_labels": pseudo_labels},
+            "random": self.random.state_dict(),
+        }
+        self.folder.write_checkpoint(state, self.iterations_done, wait)
 
     def _state_of_network(self) -> dict[str, Any]:
         return {
@@ -551,52 +242,9 @@ class Trainer:
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.competition.load_state_dict(state["competition"])
+        self.meta_step.load_state_dict(state)
+        self.random.load_state_dict(state["random"])
         self.epoch, self.iteration, self.skipped = state["epoch"], state["iteration"], set(state["skipped"])
         feedback = state["feedback"]
         if feedback["sample_ids"] is not None:
             self.feedback = feedback["sample_ids"], feedback["pseudo_labels"]
-
-    @contextmanager
-    def _own_random_numbers(self) -> Iterator[None]:
-        """Inside, the process's generators are those of this run, from where it last left them."""
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            self._set_random_state(self._random_state)
-            try:
-                yield
-            finally:
-                self._random_state = self._get_random_state()
-
-    def _get_random_state(self) -> dict[str, Any]:
-        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
-        return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-    def _set_random_state(self, state: dict[str, Any]) -> None:
-        torch.set_rng_state(state["cpu"])
-        if self.device.type == "cuda" and state["cuda"]:
-            # Older checkpoints hold the states of all GPUs.
-            index = torch.cuda.current_device() if self.device.index is None else self.device.index
-            torch.cuda.set_rng_state(state["cuda"][index % len(state["cuda"])], self.device)
-
-
-def _read(flags: Sequence[Tensor]) -> list[int]:
-    """() integer or bool tensors of one device as numbers; the device is waited for once."""
-    return torch.stack([flag.to(torch.int32) for flag in flags]).tolist()
-
-
-def _require_sound(records: Sequence[PassRecord], grads: Iterable[Tensor]) -> None:
-    *faults, finite = _read([*(record.fault for record in records), all_finite(grads)])
-    # In the order in which it happened: what is wrong with S makes S~ and the gradients wrong too.
-    for fault in faults:
-        require_sound(fault)
-    if not finite:
-        raise DivergedError("gradients are not finite")
-
-
-def _mark(path: Path) -> tuple[int, int, int] | None:
-    """By which a file is told from another one that took its place; None where there is none."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_mtime_ns, status.st_size

@@ -369,7 +369,7 @@ def test_training_reads_images_as_the_network_wants_them(pictures: Path, tmp_pat
         asked.append(options["preprocessing"])
         return training_loader(*arguments, **options)
 
-    monkeypatch.setattr("dan_fast.training.trainer.training_loader", loader)
+    monkeypatch.setattr("dan_fast.training.batches.training_loader", loader)
     trainer = Trainer(config(pictures, tmp_path / "run"))
     seen, real = [], trainer.train_iteration
 
@@ -415,10 +415,10 @@ def test_the_backbones_steps_are_scaled(pictures: Path, tmp_path: Path, monkeypa
         steps.append(arguments[5])
         return meta_gradients(*arguments, **options)
 
-    monkeypatch.setattr("dan_fast.training.trainer.meta_gradients", watched)
-    monkeypatch.setattr(trainer.competition, "decide", lambda won: Stage.BOTH)
+    monkeypatch.setattr("dan_fast.training.step.meta_gradients", watched)
+    monkeypatch.setattr(trainer.meta_step.competition, "decide", lambda won: Stage.BOTH)
     trainer.model.train()
-    plans = trainer.planner.plan_epoch(0)
+    plans = trainer.batches.planner.plan_epoch(0)
     batch = next(iter(training_loader(trainer.training_set, plans, SIZE)))
     before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
     logged = {}

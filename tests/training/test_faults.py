@@ -21,6 +21,7 @@ import torch
 
 import dan_fast.training.trainer as training
 from dan_fast.core.errors import DanFastError
+from dan_fast.data import training_loader
 from dan_fast.data.synthetic import synthesize
 from dan_fast.reporting.curves import read_scalars
 from dan_fast.training import Interrupted, TrainConfig, Trainer
@@ -180,7 +181,7 @@ def test_what_another_process_has_trained_meanwhile_is_not_overwritten(images, t
 def test_a_checkpoint_is_due_by_time_and_does_not_wait_for_the_disk(images, tmp_path, here, monkeypatch, workers):
     """An iteration takes ten seconds of the clock; the disk is stuck from the first checkpoint to the ninth of them."""
     now, begun, real, goes_on = [0.0], [], os.fsync, threading.Event()
-    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
     def stuck(descriptor: int) -> None:
         if ".checkpoint.pt." in os.readlink(f"/proc/self/fd/{descriptor}"):
@@ -327,12 +328,12 @@ def test_a_clock_that_jumps_changes_nothing(images, tmp_path, here, monkeypatch)
 def test_a_worker_leaves_a_sigterm_that_is_not_its_parents(images, here, tmp_path):
     """That of the parent, by which multiprocessing ends workers at exit, it obeys."""
     trainer = Trainer(tiny_config(images, tmp_path / "run"))
-    batches = iter(training.training_loader(trainer.training_set, trainer.planner.plan_epoch(0), (16, 16), workers=1))
+    batches = iter(training_loader(trainer.training_set, trainer.batches.planner.plan_epoch(0), (16, 16), workers=1))
     next(batches)
     (worker,) = (pid for pid in workers_of(os.getpid()) if "pt_data_worker" in Path(f"/proc/{pid}/comm").read_text())
     subprocess.run(["kill", "-TERM", str(worker)], check=True)
-    assert len(list(batches)) == trainer.planner.iterations - 1
-    batches = iter(training.training_loader(trainer.training_set, trainer.planner.plan_epoch(0), (16, 16), workers=1))
+    assert len(list(batches)) == trainer.batches.planner.iterations - 1
+    batches = iter(training_loader(trainer.training_set, trainer.batches.planner.plan_epoch(0), (16, 16), workers=1))
     next(batches)
     (worker,) = (pid for pid in workers_of(os.getpid()) if "pt_data_worker" in Path(f"/proc/{pid}/comm").read_text())
     os.kill(worker, signal.SIGTERM)

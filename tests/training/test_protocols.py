@@ -15,7 +15,7 @@ from dan_fast.data.datasets.fixed_splits import DIGESTS
 from dan_fast.data.synthetic import synthesize
 from dan_fast.evaluation import Evaluation
 from dan_fast.training import DataConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer, trained_network
-from dan_fast.training import trainer as trainer_module
+from dan_fast.training import targets as targets_module
 from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.config import MemoryConfig, ModelConfig, require_same_training
 from dan_fast.training.reported import CHOSEN, SEEN, EpochChoice, epoch_of
@@ -196,14 +196,14 @@ def config(images: Path, out: Path, **run) -> TrainConfig:
 
 def score(monkeypatch: pytest.MonkeyPatch, *values: float) -> list[dict[str, torch.Tensor]]:
     """Has evaluations of the trainer find these mAPs in turn; returns the weights they saw."""
-    evaluate, left, seen = trainer_module.evaluate_dataset, list(values), []
+    evaluate, left, seen = targets_module.evaluate_dataset, list(values), []
 
     def scored(embed, *arguments, **settings):
         network = embed.__self__
         seen.append({name: value.clone() for name, value in network.state_dict().items()})
         return replace(evaluate(embed, *arguments, **settings), mAP=left.pop(0))
 
-    monkeypatch.setattr(trainer_module, "evaluate_dataset", scored)
+    monkeypatch.setattr(targets_module, "evaluate_dataset", scored)
     return seen
 
 

@@ -1,0 +1,79 @@
+"""The mini-batches of a run's epochs, from its datasets through the cache of decoded images to the device."""
+
+from collections.abc import Iterable
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from dan_fast.data import BatchPlanner, ImageCache, MiniBatch, ReIDDataset, TrainingSet, training_loader
+from dan_fast.nn import DAN
+from dan_fast.training.config import TrainConfig
+
+
+class TrainingBatches:
+    """Plans and loads the batches that a run trains with.
+
+    Args:
+        config: of the run.
+        training_set: what the batches are drawn from.
+        network: for which images are read: its size and its preprocessing.
+        device: where the batches are wanted.
+
+    Attributes:
+        planner: who is in which batch; cache: of decoded images, None without one.
+
+    Raises:
+        DanFastError: the cache or the sizes of the batches do not fit.
+    """
+
+    def __init__(self, config: TrainConfig, training_set: TrainingSet, network: DAN, device: torch.device) -> None:
+        data = config.data
+        self._data, self._training_set, self._device = data, training_set, device
+        self._preprocessing = network.preprocessing
+        self.cache = ImageCache.of_setting(
+            data.cache,
+            network.image_size,
+            data.cache_check,
+            workers=data.workers,
+            say=print,
+            interpolation=network.preprocessing.interpolation,
+        )
+        self.planner = BatchPlanner(
+            training_set.labels,
+            len(training_set.unlabeled_samples),
+            batch_size=data.batch_size,
+            unlabeled_fraction=data.unlabeled_fraction,
+            feedback_fraction=data.feedback_fraction,
+            split=config.meta.procedure != "daml1",
+            seed=config.run.seed,
+            iterations=data.iterations,
+        )
+
+    def fill_cache(self, datasets: Iterable[ReIDDataset]) -> None:
+        """Decode into the cache what it lacks of the datasets' train splits.
+
+        Whole splits, whatever share of them the run takes: other runs can use them too.
+        """
+        if self.cache is not None:
+            for dataset in datasets:
+                self.cache.add([sample.path for sample in dataset.train])
+
+    def of_epoch(self, epoch: int, feedback: tuple[Tensor, Tensor] | None, first: int = 0) -> Iterable[MiniBatch]:
+        """The batches of an epoch from iteration `first` on.
+
+        Args:
+            epoch: from 0 on.
+            feedback: sample ids and pseudo labels that M' gives back, (n,) int64 on the host, or None.
+            first: iterations of the epoch that are done already.
+        """
+        return training_loader(
+            self._training_set,
+            islice(self.planner.batches(epoch, feedback), first, None),
+            tuple(self._data.image_size),
+            workers=self._data.workers,
+            broken_images=self._data.broken_images,
+            cache=self.cache,
+            device=self._device,
+            preprocessing=self._preprocessing,
+        )

@@ -1,0 +1,139 @@
+"""The folder of a run: one process at a time writes to it, and its checkpoint is what the run goes on from."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.files import alone, remove_unfinished, write_text
+from dan_fast.training.checkpoint import CheckpointWriter, load_checkpoint
+from dan_fast.training.config import RunConfig, TrainConfig, goes_on, require_same_training
+
+
+class RunFolder:
+    """Where a run keeps its files.
+
+    Args:
+        run: the folder, and when checkpoints are due.
+
+    Attributes:
+        path: the folder; checkpoint: the file checkpoint.pt in it.
+    """
+
+    def __init__(self, run: RunConfig) -> None:
+        self.path = Path(run.out)
+        self.checkpoint = self.path / "checkpoint.pt"
+        self._run = run
+        self._found = _mark(self.checkpoint)
+        self._writer = CheckpointWriter()
+        self.note_saved(0)
+
+    def saved_state(self, config: TrainConfig) -> dict[str, Any] | None:
+        """The state to go on from; None where the run starts.
+
+        Raises:
+            DanFastError: a checkpoint is there and is not to be continued, or the other way round, or it is one of
+                other settings; and as `load_checkpoint`.
+        """
+        if not goes_on(self._run):
+            if self.checkpoint.exists():
+                raise DanFastError(
+                    f"{self.path} already holds a run: add --run.resume true to continue it or choose another run.out."
+                )
+            return None
+        state = load_checkpoint(self.checkpoint)
+        require_same_training(state["config"], config.to_dict(), self.checkpoint)
+        return state
+
+    def require_same_images(self, saved: dict[str, Any] | None, fingerprint: str) -> None:
+        """Refuse to go on from `saved` with other images than it was trained on.
+
+        Raises:
+            DanFastError: the fingerprints of the training sets differ.
+        """
+        if saved is not None and saved["fingerprint"] != fingerprint:
+            raise DanFastError(
+                f"{self.checkpoint} was trained on other images than data.labeled and data.unlabeled hold now: "
+                "restore them or choose another run.out."
+            )
+
+    def write_settings(self, config: TrainConfig) -> None:
+        """Write config.yaml.
+
+        Raises:
+            DanFastError: see `write_text`.
+        """
+        write_text(self.path / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, no other process trains in the folder; what is being written is whole when it is left by an error.
+
+        Raises:
+            DanFastError: another process trains in it, or has since this object was made.
+        """
+        with alone(self.path / ".run.lock"):
+            remove_unfinished(self.path)
+            if _mark(self.checkpoint) != self._found:
+                raise DanFastError(
+                    f"Another process has written {self.checkpoint} since this one began: start it again."
+                )
+            try:
+                yield
+            except BaseException:
+                # The error that led here is the one to tell.
+                with suppress(DanFastError):
+                    self._writer.wait()
+                raise
+            finally:
+                self._found = _mark(self.checkpoint)
+
+    def write_checkpoint(self, state: dict[str, Any], iterations_done: int, wait: bool) -> None:
+        """Write `state` as checkpoint.pt.
+
+        Args:
+            state: see `save_checkpoint`.
+            iterations_done: of the run.
+            wait: whether to wait until it is written, and not for the copy to host memory only.
+
+        Raises:
+            DanFastError: this checkpoint or an earlier one could not be written.
+        """
+        self._writer.save(self.checkpoint, state)
+        self.note_saved(iterations_done)
+        if wait:
+            self._writer.wait()
+
+    def note_saved(self, iterations_done: int) -> None:
+        """The run is saved up to here: the next checkpoint is due so much later."""
+        self._saved_at = iterations_done, time.monotonic()
+
+    def is_behind(self, iterations_done: int) -> bool:
+        """Whether iterations were done since the last checkpoint."""
+        return iterations_done > self._saved_at[0]
+
+    def checkpoint_is_due(self, iterations_done: int) -> bool:
+        """Whether a checkpoint within an epoch is to be written.
+
+        Raises:
+            DanFastError: an earlier one could not be written; told once.
+        """
+        (iterations, seconds), run = self._saved_at, self._run
+        due = time.monotonic() - seconds >= run.checkpoint_every_s or (
+            0 < run.checkpoint_every <= iterations_done - iterations
+        )
+        # In this order: what could not be written is told at once.
+        return self._writer.is_free() and due
+
+
+def _mark(path: Path) -> tuple[int, int, int] | None:
+    """By which a file is told from another one that took its place; None where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size

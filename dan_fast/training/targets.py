@@ -1,0 +1,98 @@
+"""The datasets that a run is tested on: when, and what becomes of the figures."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dan_fast.data import ImageCache
+from dan_fast.data.protocols import DatasetRoles
+from dan_fast.evaluation import Evaluation, evaluate_dataset
+from dan_fast.nn import DAN
+from dan_fast.training.config import TrainConfig
+from dan_fast.training.display import Display
+from dan_fast.training.reported import EpochChoice, epoch_of, say, write_results
+from dan_fast.training.run_folder import RunFolder
+from dan_fast.training.scalars import Scalars, target_tags
+
+
+class Targets:
+    """Evaluates a network on the targets of a run; after the last epoch writes results.json.
+
+    Args:
+        config: of the run.
+        datasets: trained on and tested on.
+        folder: of the run.
+        device: where features are taken.
+
+    Raises:
+        DanFastError: run.choose_epoch_on_target has nothing to choose from.
+    """
+
+    def __init__(self, config: TrainConfig, datasets: DatasetRoles, folder: RunFolder, device: torch.device) -> None:
+        self._config, self._datasets, self._folder, self._device = config, datasets, folder, device
+        titles = [target.title for target in datasets.targets]
+        self._choice = EpochChoice.of_setting(config.run, titles) if config.run.choose_epoch_on_target else None
+
+    def are_due(self, epochs_done: int) -> bool:
+        last, every = epochs_done == self._config.optimizer.epochs, self._config.run.evaluate_every
+        return last or (every > 0 and epochs_done % every == 0)
+
+    def evaluate(
+        self,
+        network: DAN,
+        state: dict[str, Any],
+        cache: ImageCache | None,
+        iterations_done: int,
+        scalars: Scalars,
+        display: Display,
+    ) -> list[Evaluation]:
+        """The figures of a network in eval mode, written and shown.
+
+        Args:
+            network: on the device.
+            state: of the checkpoint that holds the network.
+            cache: of decoded images.
+            iterations_done: of the run.
+            scalars, display: told of the figures.
+
+        Returns:
+            The figures of this epoch; after the last one those that are reported.
+        """
+        evaluations = []
+        targets = self._datasets.targets
+        for dataset, tag in zip(targets, target_tags(targets), strict=True):
+            evaluation = evaluate_dataset(
+                network.embed,
+                dataset,
+                tuple(self._config.data.image_size),
+                workers=self._config.data.workers,
+                device=self._device,
+                broken_images=self._config.data.broken_images,
+                cache=cache,
+                preprocessing=network.preprocessing,
+            )
+            evaluation = replace(
+                evaluation,
+                named_protocol=self._config.data.protocol or "",
+                epoch=epoch_of(state),
+                recipe=self._config.recipe_words,
+            )
+            evaluations.append(evaluation)
+            figures = evaluation.percentages()
+            for name in ("R1", "mAP", "mINP"):
+                scalars.add(f"eval/{tag}/{name}", figures[name])
+            say(evaluation, display)
+            for path in evaluation.skipped:
+                display.say(f"Skipped {path}: it cannot be decoded.")
+        scalars.flush(iterations_done)
+        if self._choice is not None:
+            self._choice.offer(evaluations, state)
+        if state["epoch"] < self._config.optimizer.epochs:
+            return evaluations
+        path = self._folder.path / "results.json"
+        reported = write_results(path, state, self._datasets, evaluations, self._device, self._choice, iterations_done)
+        if reported is not evaluations:
+            for evaluation in reported:
+                say(evaluation, display)
+        return reported
