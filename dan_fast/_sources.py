@@ -8,12 +8,12 @@ ROOMS = ("csrc", "python_bindings")
 _NVCC_FLAGS = ("-O3", "-std=c++17")
 # In csrc/memory a * b + c is never contracted into one rounding: the rules of a slot shall give the same bits on every
 # path. The attention head makes no such promise, and its products are faster contracted.
-_UNCONTRACTED_ROOMS = ("memory",)
+_UNCONTRACTED = "/csrc/memory/"
 
 
 def nvcc_flags(source: Path) -> tuple[str, ...]:
     """How nvcc compiles a file, whatever the GPU."""
-    contracts = source.resolve().parent.name not in _UNCONTRACTED_ROOMS
+    contracts = _UNCONTRACTED not in source.resolve().as_posix()
     return _NVCC_FLAGS if contracts else (*_NVCC_FLAGS, "-fmad=false")
 
 

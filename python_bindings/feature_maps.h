@@ -1,20 +1,10 @@
-// Feature maps and what belongs to them as arguments of operators: checked, and as csrc/attention/head.h wants them,
-// whichever device's kernel is to read them.
+// Feature maps as arguments of operators: checked, and as csrc/attention/head.h takes them on every device.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
+#include "../csrc/attention/head.h"
+#include "dispatch.h"
 
-#include <initializer_list>
-
-#include "../csrc/attention/head_cpu.h"
-#include "tensors.h"
-
-namespace dan_fast::head {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+namespace dan_fast {
 
 // (B, C, H, W) with positions, or channels, adjacent: as the kernels read it.
 struct Layout {
@@ -34,13 +24,19 @@ struct Layout {
   }
 
   template <typename S>
-  dan_fast::FeatureMap<S> map(S* data) const {
-    return {data, batch, channels, positions, sample_stride, channel_stride, position_stride};
+  FeatureMap<S> map(S* elements) const {
+    return {elements, batch, channels, positions, sample_stride, channel_stride, position_stride};
   }
 
   int64_t batch, channels, positions, sample_stride, channel_stride, position_stride;
   bool readable;
 };
+
+// A readable map, of a const S where it is only read.
+template <typename S>
+FeatureMap<S> map_of(const Tensor& map) {
+  return Layout(map).map(data<S>(map));
+}
 
 inline Tensor readable_map(const Tensor& features) {
   STD_TORCH_CHECK(features.dim() == 4, "features must be (B, C, H, W), got ", features.dim(), " dimensions");
@@ -48,10 +44,7 @@ inline Tensor readable_map(const Tensor& features) {
                   "features must have at least one channel and one position");
   STD_TORCH_CHECK(features.size(1) < int64_t{1} << 30 && features.size(2) * features.size(3) < int64_t{1} << 24,
                   "features must have less than 2^30 channels and 2^24 positions");
-  const ScalarType type = features.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::BFloat16 ||
-                      type == ScalarType::Half,
-                  "features must be float64, float32, bfloat16 or float16, got ", dan_fast::dtype_name(type));
+  check_storage("features", features);
   return Layout(features).readable ? features : torch::stable::contiguous(features);
 }
 
@@ -59,17 +52,12 @@ inline Tensor readable_map(const Tensor& features) {
 struct Features {
   explicit Features(const Tensor& features_)
       : features(readable_map(features_)), layout(features), batch(layout.batch), channels(layout.channels),
-        positions(layout.positions),
-        statistics(features.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float) {}
+        positions(layout.positions), statistics(statistics_of(features)) {}
 
-  Tensor empty(std::initializer_list<int64_t> sizes) const {
-    return torch::stable::new_empty(features, sizes, statistics);
-  }
-
+  Tensor empty(Sizes sizes) const { return torch::stable::new_empty(features, sizes, statistics); }
   Tensor indices(int64_t size) const { return torch::stable::new_empty(features, {batch, size}, ScalarType::Int); }
 
-  Tensor fit(const char* name, const Tensor& tensor, const char* shape, std::initializer_list<int64_t> sizes,
-             ScalarType dtype) const {
+  Tensor fit(const char* name, const Tensor& tensor, const char* shape, Sizes sizes, ScalarType dtype) const {
     return checked(name, tensor, shape, sizes, dtype, features, "features");
   }
   Tensor by_channel(const char* name, const Tensor& tensor) const {
@@ -78,25 +66,8 @@ struct Features {
   Tensor by_position(const char* name, const Tensor& tensor) const {
     return fit(name, tensor, "(B, H W)", {batch, positions}, statistics);
   }
-
-  template <typename S>
-  dan_fast::FeatureMap<const S> map() const {
-    return layout.map(data<S>(features));
-  }
-
-  // function(S{}, A{}) for the types of the map and of its statistics.
-  template <typename Function>
-  void for_types(const Function& function) const {
-    switch (features.scalar_type()) {
-      case ScalarType::Double:
-        return function(double{}, double{});
-      case ScalarType::Float:
-        return function(float{}, float{});
-      case ScalarType::BFloat16:
-        return function(BFloat16{}, float{});
-      default:
-        return function(Float16{}, float{});
-    }
+  Tensor by_sample(const char* name, const Tensor& tensor, ScalarType dtype) const {
+    return fit(name, tensor, "(B,)", {batch}, dtype);
   }
 
   const Tensor features;
@@ -105,4 +76,26 @@ struct Features {
   const ScalarType statistics;
 };
 
-}  // namespace dan_fast::head
+// A map to write. Its own, `features`, is the result, or memory for it where kernels cannot write these strides.
+struct Written : Features {
+  explicit Written(const Tensor& wanted_) : Features(wanted_), wanted(wanted_) {}
+
+  // `map`, or a copy of it, with the numbers adjacent that are in the written map.
+  Tensor alike(const Tensor& map) const {
+    const Layout other(map);
+    const bool same = layout.position_stride == 1 ? other.position_stride == 1 : other.channel_stride == 1;
+    if (other.readable && same) return map;
+    Tensor copy = torch::stable::empty_like(features);
+    return torch::stable::copy_(copy, map);
+  }
+
+  Tensor result() const {
+    if (features.const_data_ptr() == wanted.const_data_ptr()) return wanted;
+    Tensor copy = wanted;
+    return torch::stable::copy_(copy, features);
+  }
+
+  const Tensor wanted;
+};
+
+}  // namespace dan_fast

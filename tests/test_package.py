@@ -297,7 +297,7 @@ def test_only_the_memory_is_compiled_without_contraction(build: ModuleType):
     flags = dict(re.findall(r"^build (\S+)\.cu\.o: cuda .*\n  flags = (.*)$", rules, re.MULTILINE))
     exact = {name for name, given in flags.items() if "-fmad=false" in given}
     assert exact == {name for name in flags if name.startswith("csrc_memory_")}
-    assert {"csrc_memory_scan_cuda_float", "csrc_attention_head_cuda_float"} < set(flags)
+    assert {"csrc_memory_scan_scan_cuda_float", "csrc_attention_instantiations_head_float"} < set(flags)
     assert all("-O3" in given for given in flags.values())
 
 

@@ -9,6 +9,9 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+
+#include "../common/scalar.h"
 
 namespace dan_fast {
 
@@ -17,14 +20,24 @@ struct FeatureMap {
   S* data;  // const for a map that is only read
   int64_t batch, channels, positions;
   int64_t sample_stride, channel_stride, position_stride;
+
+  // The same map as one of T, a type of the same size, or void where only its sizes are read.
+  template <typename T>
+  FeatureMap<T> as() const {
+    return {reinterpret_cast<T*>(data), batch, channels, positions, sample_stride, channel_stride, position_stride};
+  }
 };
+
+// What the forward pass writes and the backward reads again: const where A is.
+template <typename A>
+using PeakIndex = std::conditional_t<std::is_const_v<A>, const int32_t, int32_t>;
 
 // Spatial mean and maximum of every channel; where the first maximum is. NaN is the largest, as in torch.max.
 template <typename A>
 struct Pooled {
-  A* mean;                 // (B, C)
-  A* peak;                 // (B, C)
-  int32_t* peak_position;  // (B, C)
+  A* mean;                  // (B, C)
+  A* peak;                  // (B, C)
+  PeakIndex<A>* peak_position;  // (B, C)
 };
 
 // The bottlenecks of spatial attention, h hidden units.
@@ -46,31 +59,20 @@ struct AttendInput {
 };
 
 // g_p = mean over c of X'_cp, m_p = max over c of X'_cp; A, B, C = sigmoid(ws2 relu(ws1 g)), sigmoid(ws2 relu(ws1 m)),
-// sigmoid(ws4 relu(ws3 g)); S_pq = softmax over q of A_p B_q; A_S = S C; A_at = g A_S; A_ad = sum over c of rows_c X_cp;
-// L_aad = sum over p of sigmoid(A_at + A_ad) sigmoid(|A_at - A_ad|), 0 for the label -1.
+// sigmoid(ws4 relu(ws3 g)); S_pq = softmax over q of A_p B_q; A_S = S C; A_at = g A_S; A_ad = sum over c of rows_c
+// X_cp; L_aad = sum over p of sigmoid(A_at + A_ad) sigmoid(|A_at - A_ad|), 0 for the label -1.
 template <typename A>
 struct Attended {
-  A* attended;            // (B, C) A_C,c * mean over p of X_cp A_S,p
-  A* spatial_attention;   // (B, P)
-  A* loss;                // (B,)
-  A* mean_map;            // (B, P) g
-  A* peak_map;            // (B, P) m
-  int32_t* peak_channel;  // (B, P) the first channel of the maximum
-  A* adversary_map;       // (B, P) A_ad
+  A* attended;             // (B, C) A_C,c * mean over p of X_cp A_S,p
+  A* spatial_attention;    // (B, P)
+  A* loss;                 // (B,) no backward pass reads it: it may be null there
+  A* mean_map;             // (B, P) g
+  A* peak_map;             // (B, P) m
+  PeakIndex<A>* peak_channel;  // (B, P) the first channel of the maximum
+  A* adversary_map;        // (B, P) A_ad
 };
 
-// What `attend` left that its backward pass reads.
-template <typename A>
-struct Saved {
-  const A* attended;            // (B, C)
-  const A* spatial_attention;   // (B, P)
-  const A* mean_map;            // (B, P)
-  const A* peak_map;            // (B, P)
-  const int32_t* peak_channel;  // (B, P)
-  const A* adversary_map;       // (B, P)
-};
-
-// What comes back to `attend`.
+// Gradients of the results of `attend`.
 template <typename A>
 struct AttendedGrad {
   const A* attended;           // (B, C)
@@ -102,12 +104,12 @@ struct FeaturesGradInput {
   const A* spatial_attention;     // (B, P)
   const int32_t* peak_channel;    // (B, P)
   const int32_t* peak_position;   // (B, C)
-  const A* attended_grad;         // (B, C)
-  const A* mean_map_grad;         // (B, P)
-  const A* peak_map_grad;         // (B, P)
-  const A* adversary_map_grad;    // (B, P)
-  const A* mean_grad;             // (B, C) of the spatial mean: by way of A_C and of `pooled` itself
-  const A* peak_grad;             // (B, C)
+  const A* grad_attended;         // (B, C)
+  const A* grad_mean_map;         // (B, P)
+  const A* grad_peak_map;         // (B, P)
+  const A* grad_adversary_map;    // (B, P)
+  const A* grad_mean;             // (B, C) of the spatial mean: by way of A_C and of `pooled` itself
+  const A* grad_peak;             // (B, C)
 };
 
 // The whole head, Eqs. (2)-(4): the passes above and between them the bottleneck of channel attention,
@@ -122,6 +124,12 @@ struct HeadInput {
   const A* cam_weight;    // (classes, C)
   const int64_t* labels;  // (B,) -1: unknown
   SpatialWeights<A> spatial;
+
+  // As FeatureMap::as.
+  template <typename T>
+  HeadInput<T, A> as() const {
+    return {features.template as<const T>(), units, wc1, wc2, classes, cam_weight, labels, spatial};
+  }
 };
 
 template <typename A>
@@ -133,19 +141,7 @@ struct HeadOutput {
   Attended<A> attended;
 };
 
-// What the whole head left that its backward pass reads.
-template <typename A>
-struct HeadSaved {
-  const A* mean;
-  const A* peak;
-  const int32_t* peak_position;
-  const A* of_mean;
-  const A* of_peak;
-  const A* channel_attention;
-  Saved<A> attended;
-};
-
-// What comes back to the whole head.
+// Gradients of the results of the whole head.
 template <typename A>
 struct HeadGrad {
   AttendedGrad<A> attended;
@@ -163,6 +159,12 @@ struct HeadInputGrad {
   A* ws2;
   A* ws4;
   A* cam_weight;
+
+  // As FeatureMap::as.
+  template <typename T>
+  HeadInputGrad<T, A> as() const {
+    return {features.template as<T>(), wc1, wc2, ws1, ws3, ws2, ws4, cam_weight};
+  }
 };
 
 }  // namespace dan_fast

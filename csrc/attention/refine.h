@@ -1,14 +1,14 @@
-// X'' = X A_C A_S and the attention adversary of two maps that are there, Eqs. (3)-(4): for who wants X'' itself, which
+// X'' = X A_C A_S and the attention adversary of two given maps, Eqs. (3)-(4): for callers that need X'' itself, which
 // the attention head never forms. This header says what goes in and out; head.h says what the letters mean. Plain
 // C++17.
 #pragma once
 
 #include "head.h"
-#include "head_rules.h"
+#include "rules.h"
 
 namespace dan_fast {
 
-// An element of X''; its gradient times these is what comes back to X.
+// An element of X''; the gradient of X is that of X'' times the same factors.
 template <typename T>
 DAN_FAST_HD T refine(T x, T channel_attention, T spatial_attention) {
   return x * channel_attention * spatial_attention;
@@ -40,14 +40,14 @@ struct Adversary {
   A* adversary_map;  // (B, P) A_ad
 };
 
-// What the forward pass left, and what comes back to it.
+// What the forward pass left, and the gradients of its results.
 template <typename A>
 struct AdversarySaved {
   const A* refined_map;         // (B, P)
   const A* adversary_map;       // (B, P)
-  const A* loss_grad;           // (B,)
-  const A* refined_map_grad;    // (B, P)
-  const A* adversary_map_grad;  // (B, P)
+  const A* grad_loss;           // (B,)
+  const A* grad_refined_map;    // (B, P)
+  const A* grad_adversary_map;  // (B, P)
 };
 
 // dX_cp = rows_c d_A_ad,p; that of X'' is the same in every channel, d_A_at,p / C, and is not written out.
@@ -59,11 +59,11 @@ struct AdversaryInputGrad {
 
 // Gradients of both maps at one position, whatever came back to them included.
 template <typename A>
-DAN_FAST_HD AdversaryGrad<A> adversary_maps_grad(
+DAN_FAST_HD AdversaryGrad<A> grad_adversary_maps(
     const AdversarySaved<A>& in, bool labelled, int64_t sample, int64_t at) {
-  if (!labelled) return {in.refined_map_grad[at], A(0)};
-  const AdversaryGrad<A> term = adversary_term_backward(in.refined_map[at], in.adversary_map[at], in.loss_grad[sample]);
-  return {term.refined + in.refined_map_grad[at], term.adversary + in.adversary_map_grad[at]};
+  if (!labelled) return {in.grad_refined_map[at], A(0)};
+  const AdversaryGrad<A> term = adversary_term_backward(in.refined_map[at], in.adversary_map[at], in.grad_loss[sample]);
+  return {term.refined + in.grad_refined_map[at], term.adversary + in.grad_adversary_map[at]};
 }
 
 }  // namespace dan_fast

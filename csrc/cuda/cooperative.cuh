@@ -1,8 +1,8 @@
 // Cooperative launches: how many blocks of a kernel run at once, which a launch must not exceed, and the launch itself.
 //
 // Every call of the CUDA runtime that may fail, but for launches followed by cudaGetLastError, stands here. The
-// extension links a runtime of its own, which keeps the last error until it is asked for; PyTorch clears its own
-// runtime's only, and the next launch would report what is long told.
+// extension links a runtime of its own, which keeps the last error until cudaGetLastError reads it; PyTorch clears its
+// own runtime's only, and the next launch would report an old error.
 #pragma once
 
 #include <cuda_runtime.h>

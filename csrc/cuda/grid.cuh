@@ -12,7 +12,8 @@ constexpr int kMaxWarps = 1024 / kLanes;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 #ifdef __CUDACC__
-// What this thread, and by way of __syncthreads its block, wrote before is seen by who reads the sum with load_acquire.
+// What this thread, and by way of __syncthreads its block, wrote before is visible to a thread that reads the sum with
+// load_acquire.
 __device__ __forceinline__ void add_release(uint32_t* counter, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
@@ -84,7 +85,7 @@ class GridThreads {
   }
 
   // The total over the block. `shared` has kMaxWarps + 1 elements of shared memory. It may be used again at once:
-  // whoever still reads the result has not reached the next call's first __syncthreads.
+  // a thread that still reads the result has not reached the next call's first __syncthreads.
   template <typename Total>
   __device__ Total block_total(Total value, Total* shared) {
     value = over_warps(value, shared);

@@ -3,33 +3,30 @@
 #include <climits>
 
 #include "false_sets.cuh"
-#include "false_sets_launch.h"
 
 namespace dan_fast {
 namespace {
 
 constexpr int kThreads = 1024;
 
-template <typename Format>
+template <typename S>
 __global__ void __launch_bounds__(kThreads) false_sets_kernel(const FalseSets sets) {
-  __shared__ FalseSetsShared<typename Format::Key> shared;
-  FalseSetsRow<Format>(sets, shared).run();
+  __shared__ FalseSetsShared<ValueKey<S>> shared;
+  FalseSetsRow<S>(sets, shared).run();
 }
 
 }  // namespace
 
-template <typename Format>
+template <typename S>
 int launch_false_sets(const FalseSets& sets, void* stream) {
   if (sets.rows > INT_MAX || sets.slots > INT_MAX) return cudaErrorInvalidValue;
   if (sets.rows == 0 || sets.slots == 0) return cudaSuccess;
-  false_sets_kernel<Format>
+  false_sets_kernel<S>
       <<<static_cast<unsigned>(sets.rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(sets);
   return cudaGetLastError();
 }
 
-template int launch_false_sets<Binary64>(const FalseSets&, void*);
-template int launch_false_sets<Binary32>(const FalseSets&, void*);
-template int launch_false_sets<Binary16>(const FalseSets&, void*);
-template int launch_false_sets<Brain16>(const FalseSets&, void*);
+#define DAN_FAST_INSTANTIATE(S, A) template int launch_false_sets<S>(const FalseSets&, void*);
+DAN_FAST_EACH_STORAGE(DAN_FAST_INSTANTIATE)
 
 }  // namespace dan_fast

@@ -33,11 +33,11 @@ struct FalseSetsShared {
 };
 
 // Row blockIdx.x.
-template <typename Format>
+template <typename S>
 class FalseSetsRow {
  public:
-  using Bits = typename Format::Bits;
-  using Key = typename Format::Key;
+  using Bits = typename FloatBits<S>::Bits;
+  using Key = ValueKey<S>;
 
   __device__ FalseSetsRow(const FalseSets& sets, FalseSetsShared<Key>& shared)
       : sets_(sets),
@@ -51,12 +51,12 @@ class FalseSetsRow {
     if (label_ >= 0) {
       for (int64_t i = threadIdx.x; i < sets_.slots; i += blockDim.x) {
         if (sets_.labels[i] < 0) continue;
-        const Key key = value_key<Format>(evaluation_[i]);
+        const Key key = value_key<S>(evaluation_[i]);
         total.add({sets_.labels[i] == label_ ? 1u : 0u, key, key});
       }
     }
     total = GridThreads(nullptr).block_total(total, shared_.totals);
-    TopN<Key, Format::kKeyBits> top(shared_.top, shared_.histograms, sets_.slots);
+    TopN<Key, kValueKeyBits<S>> top(shared_.top, shared_.histograms, sets_.slots);
     if (total.same > 0) select(total, top);
     for (int64_t i = threadIdx.x; i < sets_.slots; i += blockDim.x) {
       const int64_t label = sets_.labels[i];
@@ -70,18 +70,18 @@ class FalseSetsRow {
   // Weights lie within a factor of e^2, their keys close together: measured from the lowest and moved up until the
   // highest fills its bits, they part in the first pass.
   __device__ Key key(int64_t i, const RowTotal<Key>& total) const {
-    return (value_key<Format>(evaluation_[i]) - total.lowest) << shift_;
+    return (value_key<S>(evaluation_[i]) - total.lowest) << shift_;
   }
 
-  __device__ void select(const RowTotal<Key>& total, TopN<Key, Format::kKeyBits>& top) {
+  __device__ void select(const RowTotal<Key>& total, TopN<Key, kValueKeyBits<S>>& top) {
     const Key span = total.highest - total.lowest;
-    while (span != 0 && ((span << shift_) & (Key(1) << (Format::kKeyBits - 1))) == 0) ++shift_;
+    while (span != 0 && ((span << shift_) & (Key(1) << (kValueKeyBits<S> - 1))) == 0) ++shift_;
     top.start();
     count(total, top);
     for (bool done = top.narrow(total.same); !done; done = top.narrow()) count(total, top);
   }
 
-  __device__ void count(const RowTotal<Key>& total, TopN<Key, Format::kKeyBits>& top) {
+  __device__ void count(const RowTotal<Key>& total, TopN<Key, kValueKeyBits<S>>& top) {
     // The block has its histograms to itself; `publish` has the barrier that this needs.
     for (int bin = threadIdx.x; bin < kHistograms * kBins; bin += blockDim.x) shared_.histograms[bin] = 0;
     for (int64_t i = threadIdx.x; i < sets_.slots; i += blockDim.x) {

@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "scan_cpu_loops.h"
+#include "cpu_loops.h"
 #include "select.h"
 
 namespace dan_fast::DAN_FAST_ISA {
@@ -20,13 +20,13 @@ int64_t count_occupied(const int64_t* labels, int64_t slots) {
   return found;
 }
 
-template <typename Format>
+template <typename S>
 void find_keys(
-    int64_t size, const typename Format::Bits* __restrict evaluation, const int64_t* __restrict labels,
-    typename Format::Key* __restrict keys) {
-  using Key = typename Format::Key;
+    int64_t size, const typename FloatBits<S>::Bits* __restrict evaluation, const int64_t* __restrict labels,
+    ValueKey<S>* __restrict keys) {
+  using Key = ValueKey<S>;
   for (int64_t i = 0; i < size; ++i) {
-    const Key key = value_key<Format>(evaluation[i]);
+    const Key key = value_key<S>(evaluation[i]);
     keys[i] = labels[i] >= 0 ? key : Key(0);
   }
 }
@@ -44,9 +44,9 @@ void find_members(
 
 }  // namespace
 
-template <typename Format>
+template <typename S>
 void find_false_sets(const FalseSets& sets, int64_t first, int64_t last) {
-  using Key = typename Format::Key;
+  using Key = ValueKey<S>;
   const int64_t slots = sets.slots, occupied = count_occupied(sets.labels, slots);
   const Scratch<Key> keys(slots);
   const Scratch<int64_t> places(slots);
@@ -61,17 +61,15 @@ void find_false_sets(const FalseSets& sets, int64_t first, int64_t last) {
       std::memset(false_negative, 0, static_cast<size_t>(slots));
       continue;
     }
-    const auto* evaluation = static_cast<const typename Format::Bits*>(sets.evaluation) + row * slots;
-    find_keys<Format>(slots, evaluation, sets.labels, keys.get());
+    const auto* evaluation = static_cast<const typename FloatBits<S>::Bits*>(sets.evaluation) + row * slots;
+    find_keys<S>(slots, evaluation, sets.labels, keys.get());
     // Empty slots have the key 0, below all others: the `same` largest are never among them.
-    const auto cut = cut_of_largest(keys.get(), slots, same, Format::kKeyBits, places.get());
+    const auto cut = cut_of_largest(keys.get(), slots, same, kValueKeyBits<S>, places.get());
     find_members(slots, keys.get(), sets.labels, label, cut, false_positive, false_negative);
   }
 }
 
-template void find_false_sets<Binary64>(const FalseSets&, int64_t, int64_t);
-template void find_false_sets<Binary32>(const FalseSets&, int64_t, int64_t);
-template void find_false_sets<Binary16>(const FalseSets&, int64_t, int64_t);
-template void find_false_sets<Brain16>(const FalseSets&, int64_t, int64_t);
+#define DAN_FAST_INSTANTIATE(S, A) template void find_false_sets<S>(const FalseSets&, int64_t, int64_t);
+DAN_FAST_EACH_STORAGE(DAN_FAST_INSTANTIATE)
 
 }  // namespace dan_fast::DAN_FAST_ISA

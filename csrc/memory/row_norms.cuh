@@ -1,12 +1,12 @@
-// Squared L2 norms of the rows of a memory, n2_i = |m_i|^2, one warp a row. No PyTorch, and nothing of the CUDA
-// headers but threadIdx, blockIdx, blockDim and __shfl_xor_sync.
+// Squared L2 norms of the rows of a memory, n2_i = |m_i|^2, one warp a row. Of CUDA's headers only what
+// grid.cuh needs.
 #pragma once
 
 #include <cstdint>
 
-namespace dan_fast {
+#include "../cuda/grid.cuh"
 
-constexpr int kWarp = 32;
+namespace dan_fast {
 
 // features: row i starts at features + i * row_stride, its columns are adjacent; norms: (rows,).
 // blockDim.x is a multiple of 32 and blockDim.x / 32 * gridDim.x >= rows.
@@ -19,24 +19,24 @@ template <typename In, typename Out>
 __global__ void row_sq_norms_kernel(
     const In* __restrict__ features, int64_t row_stride, int64_t rows, int64_t columns, Out* __restrict__ norms) {
   constexpr int kChains = 8;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kLanes) + threadIdx.x / kLanes;
   if (row >= rows) return;  // the whole warp leaves together
-  const int lane = threadIdx.x % kWarp;
+  const int lane = threadIdx.x % kLanes;
   const In* x = features + row * row_stride;
 
   Out sums[kChains] = {};
   int64_t c = lane;
-  for (; c + (kChains - 1) * kWarp < columns; c += kChains * kWarp) {
+  for (; c + (kChains - 1) * kLanes < columns; c += kChains * kLanes) {
 #pragma unroll
     for (int k = 0; k < kChains; ++k) {
-      const Out v = static_cast<Out>(x[c + k * kWarp]);
+      const Out v = static_cast<Out>(x[c + k * kLanes]);
       sums[k] += v * v;
     }
   }
 #pragma unroll
   for (int k = 0; k < kChains; ++k) {
-    if (c + k * kWarp < columns) {
-      const Out v = static_cast<Out>(x[c + k * kWarp]);
+    if (c + k * kLanes < columns) {
+      const Out v = static_cast<Out>(x[c + k * kLanes]);
       sums[k] += v * v;
     }
   }
@@ -45,9 +45,7 @@ __global__ void row_sq_norms_kernel(
 #pragma unroll
     for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
   }
-  Out sum = sums[0];
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  const Out sum = warp_sum(sums[0]);
   if (lane == 0) norms[row] = sum;
 }
 

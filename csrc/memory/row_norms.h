@@ -1,7 +1,10 @@
-// Squared L2 norms of the rows of a memory, n2_i = |m_i|^2, on the CPU. Plain C++17, no PyTorch.
+// Squared L2 norms of the rows of a memory, n2_i = |m_i|^2: the loop of the CPU and the launch of row_norms.cuh. Plain
+// C++17.
 #pragma once
 
 #include <cstdint>
+
+#include "../common/scalar.h"
 
 namespace dan_fast {
 
@@ -34,5 +37,10 @@ void row_sq_norms(const In* features, int64_t row_stride, int64_t columns, int64
     norms[row] = static_cast<Out>(sums[0]);
   }
 }
+
+// On CUDA: launches on `stream` (a cudaStream_t) of the current device and does not wait. Returns a cudaError_t.
+template <typename S>
+int launch_row_sq_norms(
+    const S* features, int64_t row_stride, int64_t rows, int64_t columns, Statistic<S>* norms, void* stream);
 
 }  // namespace dan_fast

@@ -1,5 +1,6 @@
-// The rules of the progressive augmentation memory for one slot, in score space (SPEC: "Labelled write", Eqs. (5)-(16)).
-// They stand here once: the CPU and the CUDA scan differ only in how they walk the slots and add them up.
+// The rules of the progressive augmentation memory for one slot, in score space: Eqs. (5)-(16) of the paper, which
+// docs/fidelity.md follows step by step. They are written once: the CPU and the CUDA scan differ only in how they walk
+// the slots and add them up.
 //
 // This room is compiled without contracting a * b + c (-ffp-contract=off, nvcc -fmad=false): usage then has the same
 // bits on every path that is given the same cosines, and equal histories stay exact ties.
@@ -7,16 +8,8 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
-#ifdef __CUDACC__
-#define DAN_FAST_HD __host__ __device__ __forceinline__
-#elif defined(__GNUC__)
-// Always, or a file compiled for one instruction set would link the copy of another.
-#define DAN_FAST_HD inline __attribute__((always_inline))
-#else
-#define DAN_FAST_HD inline
-#endif
+#include "../common/math.h"
 
 namespace dan_fast {
 
@@ -46,15 +39,13 @@ struct Grid;
 template <>
 struct Grid<float> {
   using Key = int32_t;
-  static constexpr float kSteps = 4194304.0f;   // 2^22
-  static constexpr float kWhole = 12582912.0f;  // 1.5 2^23: the numbers about it are whole
+  static constexpr float kSteps = 4194304.0f;  // 2^22
   static constexpr int kKeyBits = 24;
 };
 template <>
 struct Grid<double> {
   using Key = int64_t;
-  static constexpr double kSteps = 1099511627776.0;     // 2^40
-  static constexpr double kWhole = 6755399441055744.0;  // 1.5 2^52
+  static constexpr double kSteps = 1099511627776.0;  // 2^40
   static constexpr int kKeyBits = 42;
 };
 
@@ -76,121 +67,13 @@ DAN_FAST_HD T raw_cosine(T score, T square_norm, T key_length) {
 template <typename T>
 DAN_FAST_HD T on_grid(T cosine) {
   const T bounded = cosine < T(-1) ? T(-1) : cosine > T(1) ? T(1) : cosine;
-  return ((bounded * Grid<T>::kSteps + Grid<T>::kWhole) - Grid<T>::kWhole) / Grid<T>::kSteps;
+  return ((bounded * Grid<T>::kSteps + kWhole<T>) - kWhole<T>) / Grid<T>::kSteps;
 }
 
 // 0 .. 2^(kKeyBits - 1), increasing with the cosine; `cosine` is on the grid.
 template <typename T>
 DAN_FAST_HD typename Grid<T>::Key order_key(T cosine) {
   return static_cast<typename Grid<T>::Key>((cosine + T(1)) * Grid<T>::kSteps);
-}
-
-// exp(x) for x in [-1, 1] by its Taylor series, within 3 units of the last place: needs no maximum subtracted
-// first, no table and no branch, and is the same on every device.
-DAN_FAST_HD float exp_of_cosine(float x) {
-  float y = 1.0f / 479001600.0f;
-  y = y * x + 1.0f / 39916800.0f;
-  y = y * x + 1.0f / 3628800.0f;
-  y = y * x + 1.0f / 362880.0f;
-  y = y * x + 1.0f / 40320.0f;
-  y = y * x + 1.0f / 5040.0f;
-  y = y * x + 1.0f / 720.0f;
-  y = y * x + 1.0f / 120.0f;
-  y = y * x + 1.0f / 24.0f;
-  y = y * x + 1.0f / 6.0f;
-  y = y * x + 0.5f;
-  y = y * x + 1.0f;
-  return y * x + 1.0f;
-}
-
-DAN_FAST_HD double exp_of_cosine(double x) {
-  double y = 1.0 / 2432902008176640000.0;
-  y = y * x + 1.0 / 121645100408832000.0;
-  y = y * x + 1.0 / 6402373705728000.0;
-  y = y * x + 1.0 / 355687428096000.0;
-  y = y * x + 1.0 / 20922789888000.0;
-  y = y * x + 1.0 / 1307674368000.0;
-  y = y * x + 1.0 / 87178291200.0;
-  y = y * x + 1.0 / 6227020800.0;
-  y = y * x + 1.0 / 479001600.0;
-  y = y * x + 1.0 / 39916800.0;
-  y = y * x + 1.0 / 3628800.0;
-  y = y * x + 1.0 / 362880.0;
-  y = y * x + 1.0 / 40320.0;
-  y = y * x + 1.0 / 5040.0;
-  y = y * x + 1.0 / 720.0;
-  y = y * x + 1.0 / 120.0;
-  y = y * x + 1.0 / 24.0;
-  y = y * x + 1.0 / 6.0;
-  y = y * x + 0.5;
-  y = y * x + 1.0;
-  return y * x + 1.0;
-}
-
-// exp(x) within 2 units of the last place for x in [-87, 88], in double [-708, 709]. What lies below counts as the lower
-// end, what lies above gives infinity, NaN stays. Without a branch or a call, so that loops over it become vectors.
-DAN_FAST_HD float exp_of(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 89.0f ? 89.0f : x;
-  const float shifted = x * 1.44269504f + Grid<float>::kWhole, whole = shifted - Grid<float>::kWhole;
-  const float rest = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;  // Cody and Waite's two parts of log 2
-  float y = 1.0f / 5040.0f;
-  y = y * rest + 1.0f / 720.0f;
-  y = y * rest + 1.0f / 120.0f;
-  y = y * rest + 1.0f / 24.0f;
-  y = y * rest + 1.0f / 6.0f;
-  y = y * rest + 0.5f;
-  y = y * rest + 1.0f;
-  y = y * rest + 1.0f;
-  const float base = Grid<float>::kWhole;
-  uint32_t bits, base_bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  std::memcpy(&base_bits, &base, sizeof bits);
-  bits = (bits - base_bits + 127u) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return y * power;
-}
-
-DAN_FAST_HD double exp_of(double x) {
-  x = x < -708.0 ? -708.0 : x;
-  x = x > 710.0 ? 710.0 : x;
-  const double shifted = x * 1.4426950408889634 + Grid<double>::kWhole, whole = shifted - Grid<double>::kWhole;
-  const double rest = (x - whole * 6.93147180369123816490e-01) - whole * 1.90821492927058770002e-10;
-  double y = 1.0 / 6227020800.0;
-  y = y * rest + 1.0 / 479001600.0;
-  y = y * rest + 1.0 / 39916800.0;
-  y = y * rest + 1.0 / 3628800.0;
-  y = y * rest + 1.0 / 362880.0;
-  y = y * rest + 1.0 / 40320.0;
-  y = y * rest + 1.0 / 5040.0;
-  y = y * rest + 1.0 / 720.0;
-  y = y * rest + 1.0 / 120.0;
-  y = y * rest + 1.0 / 24.0;
-  y = y * rest + 1.0 / 6.0;
-  y = y * rest + 0.5;
-  y = y * rest + 1.0;
-  y = y * rest + 1.0;
-  const double base = Grid<double>::kWhole;
-  uint64_t bits, base_bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  std::memcpy(&base_bits, &base, sizeof bits);
-  bits = (bits - base_bits + 1023u) << 52;
-  double power;
-  std::memcpy(&power, &bits, sizeof power);
-  return y * power;
-}
-
-// The gate of Eq. (8) from raw alpha.
-template <typename T>
-DAN_FAST_HD T sigmoid(T x) {
-  return T(1) / (T(1) + exp_of(-x));
-}
-
-// Its derivative, from its value.
-template <typename T>
-DAN_FAST_HD T sigmoid_backward(T gate) {
-  return gate * (T(1) - gate);
 }
 
 // Eq. (8), as lerp: the share of the key that goes to a slot whose last evaluation is `evaluation`.
@@ -202,7 +85,7 @@ DAN_FAST_HD T write_weight(T evaluation, bool is_least_used, T gate) {
 
 // Its derivative in the gate; that in the evaluation is the gate.
 template <typename T>
-DAN_FAST_HD T write_weight_by_gate(T evaluation, bool is_least_used) {
+DAN_FAST_HD T write_weight_grad_gate(T evaluation, bool is_least_used) {
   return evaluation - (is_least_used ? T(1) : T(0));
 }
 
@@ -276,12 +159,12 @@ DAN_FAST_HD T share_loss(T p, T n) {
 }
 
 template <typename T>
-DAN_FAST_HD T share_loss_by_p(T p, T n) {
+DAN_FAST_HD T share_loss_grad_p(T p, T n) {
   return -n / (p * (p + n));
 }
 
 template <typename T>
-DAN_FAST_HD T share_loss_by_n(T p, T n) {
+DAN_FAST_HD T share_loss_grad_n(T p, T n) {
   return T(1) / (p + n);
 }
 

@@ -3,7 +3,6 @@
 #include <climits>
 
 #include "softmax.cuh"
-#include "softmax_launch.h"
 
 namespace dan_fast {
 namespace {
@@ -58,9 +57,10 @@ int launch_slot_softmax_backward(
   return cudaGetLastError();
 }
 
-template int launch_slot_softmax(const SlotScores<float>&, const uint8_t*, float*, void*);
-template int launch_slot_softmax(const SlotScores<double>&, const uint8_t*, double*, void*);
-template int launch_slot_softmax_backward(const SlotScores<float>&, const SoftmaxGradient<float>&, float*, void*);
-template int launch_slot_softmax_backward(const SlotScores<double>&, const SoftmaxGradient<double>&, double*, void*);
+#define DAN_FAST_INSTANTIATE(T)                                                                       \
+  template int launch_slot_softmax(const SlotScores<T>&, const uint8_t*, T*, void*);                  \
+  template int launch_slot_softmax_backward(const SlotScores<T>&, const SoftmaxGradient<T>&, T*, void*);
+DAN_FAST_INSTANTIATE(float)
+DAN_FAST_INSTANTIATE(double)
 
 }  // namespace dan_fast

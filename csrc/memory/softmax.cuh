@@ -56,14 +56,14 @@ __device__ __forceinline__ void slot_softmax_backward_row(
   const T key_square = in.key_squares[row];
   sum = T(0);
   for (int64_t i = threadIdx.x; i < in.slots; i += blockDim.x) {
-    const auto by = attention_backward(weights[i], grad[i], mean, scores[i], in.square_norms[i], key_square);
-    gradient.scores[row * in.slots + i] = by.score;
-    sum += by.key_square;
+    const auto grad_slot = attention_backward(weights[i], grad[i], mean, scores[i], in.square_norms[i], key_square);
+    gradient.scores[row * in.slots + i] = grad_slot.score;
+    sum += grad_slot.key_square;
   }
-  const T by_key_square = threads.block_total(Sum<T>{sum}, shared.sums).value;
+  const T grad_key_square = threads.block_total(Sum<T>{sum}, shared.sums).value;
   if (threadIdx.x == 0) {
     means[row] = mean;
-    gradient.key_squares[row] = by_key_square;
+    gradient.key_squares[row] = grad_key_square;
   }
 }
 

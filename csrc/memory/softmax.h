@@ -52,12 +52,12 @@ DAN_FAST_HD T weighted_gradient(T weight, T grad) {
   return weight == T(0) ? T(0) : weight * grad;
 }
 
-// Derivative in what the cosine of one slot is made of; `mean_grad` is sum_i w_i g_i over the row.
+// Derivative in what the cosine of one slot is made of; `grad_mean` is sum_i w_i g_i over the row.
 template <typename T>
 DAN_FAST_HD CosineGrad<T> attention_backward(
-    T weight, T grad, T mean_grad, T score, T square_norm, T key_square) {
-  const T by_cosine = weight * (grad - mean_grad);
-  const CosineGrad<T> result = raw_cosine_backward(by_cosine, score, square_norm, key_square);
+    T weight, T grad, T grad_mean, T score, T square_norm, T key_square) {
+  const T grad_cosine = weight * (grad - grad_mean);
+  const CosineGrad<T> result = raw_cosine_backward(grad_cosine, score, square_norm, key_square);
   const bool empty = weight == T(0);
   return {empty ? T(0) : result.score, empty ? T(0) : result.square_norm, empty ? T(0) : result.key_square};
 }
@@ -82,5 +82,13 @@ constexpr int64_t kSoftmaxBlock = 512;
   }
 DAN_FAST_EACH_ISA(DAN_FAST_DECLARE_SOFTMAX)
 #undef DAN_FAST_DECLARE_SOFTMAX
+
+// On CUDA: launch on `stream` (a cudaStream_t) of the current device and do not wait. Return a cudaError_t. `means` has
+// room for B numbers.
+template <typename T>
+int launch_slot_softmax(const SlotScores<T>& in, const uint8_t* occupied, T* weights, void* stream);
+template <typename T>
+int launch_slot_softmax_backward(
+    const SlotScores<T>& in, const SoftmaxGradient<T>& gradient, T* means, void* stream);
 
 }  // namespace dan_fast

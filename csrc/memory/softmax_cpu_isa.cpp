@@ -1,4 +1,4 @@
-#include "scan_cpu_loops.h"
+#include "cpu_loops.h"
 #include "softmax.h"
 
 namespace dan_fast::DAN_FAST_ISA {
@@ -29,14 +29,14 @@ void weigh(int64_t size, const T* __restrict weights, const T* __restrict grad, 
 
 template <typename T>
 void differentiate(
-    int64_t size, const T* __restrict weights, const T* __restrict grad, T mean_grad, const T* __restrict scores,
-    const T* __restrict square_norms, T key_square, T* __restrict by_score, double* __restrict by_square_norm,
-    T* __restrict by_key_square) {
+    int64_t size, const T* __restrict weights, const T* __restrict grad, T grad_mean, const T* __restrict scores,
+    const T* __restrict square_norms, T key_square, T* __restrict grad_score, double* __restrict grad_square_norm,
+    T* __restrict grad_key_square) {
   for (int64_t i = 0; i < size; ++i) {
-    const auto result = attention_backward(weights[i], grad[i], mean_grad, scores[i], square_norms[i], key_square);
-    by_score[i] = result.score;
-    by_square_norm[i] += static_cast<double>(result.square_norm);
-    by_key_square[i] = result.key_square;
+    const auto result = attention_backward(weights[i], grad[i], grad_mean, scores[i], square_norms[i], key_square);
+    grad_score[i] = result.score;
+    grad_square_norm[i] += static_cast<double>(result.square_norm);
+    grad_key_square[i] = result.key_square;
   }
 }
 
@@ -86,16 +86,16 @@ void slot_softmax_backward(
   for (int64_t block = first; block < last; ++block) {
     const int64_t begin = block * kSoftmaxBlock, left = in.slots - begin;
     const int64_t size = left < kSoftmaxBlock ? left : kSoftmaxBlock;
-    T by_key_square[kSoftmaxBlock];
-    double by_square_norm[kSoftmaxBlock] = {};
+    T grad_key_square[kSoftmaxBlock];
+    double grad_square_norm[kSoftmaxBlock] = {};
     for (int64_t row = 0; row < in.rows; ++row) {
       const int64_t at = row * in.slots + begin;
       differentiate(
           size, gradient.weights + at, gradient.grad + at, means[row], in.scores + at, in.square_norms + begin,
-          in.key_squares[row], gradient.scores + at, by_square_norm, by_key_square);
-      key_parts[block * in.rows + row] = sum(by_key_square, size);
+          in.key_squares[row], gradient.scores + at, grad_square_norm, grad_key_square);
+      key_parts[block * in.rows + row] = sum(grad_key_square, size);
     }
-    for (int64_t i = 0; i < size; ++i) gradient.square_norms[begin + i] = static_cast<T>(by_square_norm[i]);
+    for (int64_t i = 0; i < size; ++i) gradient.square_norms[begin + i] = static_cast<T>(grad_square_norm[i]);
   }
 }
 

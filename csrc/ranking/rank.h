@@ -9,8 +9,8 @@
 
 #include <cstdint>
 
+#include "../common/scalar.h"
 #include "../cpu/isa.h"
-#include "../memory/stream.h"
 
 namespace dan_fast {
 

@@ -1,5 +1,4 @@
-// How entries are counted. For rank_*_isa.cpp only: everything has internal linkage, so that no instruction set gets
-// another's code.
+// How entries are counted. As internal to an instruction set as ../cpu/vector.h.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +6,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "../memory/stream_tile.h"
+#include "../cpu/tile.h"
 #include "rank.h"
 
 namespace dan_fast::DAN_FAST_ISA {
@@ -26,7 +25,7 @@ struct Matches {
   A* upper;
 };
 
-// The searches add `half` or nothing: a branch would be foreseen wrongly every other time.
+// The searches add `half` or nothing: a branch would be mispredicted every other time.
 inline int64_t if_reached(bool reached, int64_t half) { return half & -static_cast<int64_t>(reached); }
 
 // How many matches do not come after (key, place), its bucket; there is at least one. A match is not before itself.
@@ -154,12 +153,12 @@ inline void take_pairs(const Pairs& pairs, int64_t query, const Matches<A>& matc
   const Scratch<Found> found(matches.count);
   int64_t count = 0;
   for (int64_t p = pairs.offsets[query]; p < pairs.offsets[query + 1]; ++p) {
-    if (!pairs.junk[p]) found.numbers[count++] = {key_of(pairs.gallery[p]), pairs.gallery[p]};
+    if (!pairs.junk[p]) found.get()[count++] = {key_of(pairs.gallery[p]), pairs.gallery[p]};
   }
-  std::sort(found.numbers, found.numbers + count);
+  std::sort(found.get(), found.get() + count);
   for (int64_t m = 0; m < count; ++m) {
-    matches.keys[m] = found.numbers[m].key;
-    matches.places[m] = found.numbers[m].place;
+    matches.keys[m] = found.get()[m].key;
+    matches.places[m] = found.get()[m].place;
   }
   for (int64_t p = pairs.offsets[query]; count > 0 && p < pairs.offsets[query + 1]; ++p) {
     if (pairs.junk[p]) --buckets[exact_bucket(matches, key_of(pairs.gallery[p]), pairs.gallery[p])];

@@ -5,11 +5,6 @@ namespace {
 
 constexpr int64_t kChunk = 1024;
 
-template <typename A, typename S>
-inline A one(const S* from) {
-  return load_some_as<A>(from, 1)[0];
-}
-
 }  // namespace
 
 template <typename S, typename A>
@@ -20,23 +15,23 @@ bool rank_by_distances(const DistanceRows<S>& rows, const Pairs& pairs, int64_t 
   const Scratch<int64_t> places(count), buckets(count + 1);
   const Scratch<A> bounds(count), wide(std::is_same_v<S, A> ? 0 : kChunk);
   // A given distance is exact: nothing lies between the bounds but equal distances.
-  const Matches<A> matches{count, keys.numbers, places.numbers, bounds.numbers, bounds.numbers};
+  const Matches<A> matches{count, keys.get(), places.get(), bounds.get(), bounds.get()};
   bool numbers = true;
-  take_pairs(pairs, query, matches, buckets.numbers, [&](int64_t entry) {
-    const A distance = one<A>(row + entry);
+  take_pairs(pairs, query, matches, buckets.get(), [&](int64_t entry) {
+    const A distance = load_one<A>(row + entry);
     numbers &= distance == distance;
     return static_cast<double>(distance);
   });
   if (!numbers) return false;
-  for (int64_t m = 0; m < count; ++m) bounds.numbers[m] = static_cast<A>(keys.numbers[m]);
+  for (int64_t m = 0; m < count; ++m) bounds.get()[m] = static_cast<A>(keys.get()[m]);
   for (int64_t first = 0; first < rows.gallery; first += kChunk) {
     const int64_t size = std::min(kChunk, rows.gallery - first);
     const A* values;
     if constexpr (std::is_same_v<S, A>) {
       values = row + first;
     } else {
-      widen(row + first, size, wide.numbers);
-      values = wide.numbers;
+      widen(row + first, size, wide.get());
+      values = wide.get();
     }
     if (count == 0) {
       int nans = 0;
@@ -44,19 +39,17 @@ bool rank_by_distances(const DistanceRows<S>& rows, const Pairs& pairs, int64_t 
       numbers &= nans == 0;
       continue;
     }
-    count_values(values, size, first, matches, buckets.numbers, [&](int64_t i) {
+    count_values(values, size, first, matches, buckets.get(), [&](int64_t i) {
       numbers &= values[i] == values[i];
       return static_cast<double>(values[i]);
     });
   }
   int64_t* ranks = pairs.ranks + pairs.match_offsets[query];
-  for (int64_t m = 0, before = 0; m < count; ++m) ranks[m] = 1 + (before += buckets.numbers[m]);
+  for (int64_t m = 0, before = 0; m < count; ++m) ranks[m] = 1 + (before += buckets.get()[m]);
   return numbers;
 }
 
-template bool rank_by_distances<float, float>(const DistanceRows<float>&, const Pairs&, int64_t);
-template bool rank_by_distances<double, double>(const DistanceRows<double>&, const Pairs&, int64_t);
-template bool rank_by_distances<BFloat16, float>(const DistanceRows<BFloat16>&, const Pairs&, int64_t);
-template bool rank_by_distances<Float16, float>(const DistanceRows<Float16>&, const Pairs&, int64_t);
+#define DAN_FAST_INSTANTIATE(S, A) template bool rank_by_distances<S, A>(const DistanceRows<S>&, const Pairs&, int64_t);
+DAN_FAST_EACH_STORAGE(DAN_FAST_INSTANTIATE)
 
 }  // namespace dan_fast::DAN_FAST_ISA

@@ -5,13 +5,6 @@
 namespace dan_fast::DAN_FAST_ISA {
 namespace {
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr int kTileRows = 4, kTileVectors = 3;
-#else
-constexpr int kTileRows = kRegisters == 32 ? 8 : 4, kTileVectors = kRegisters == 32 ? 3 : 2;
-#endif
-template <typename A>
-constexpr int64_t kStrip = kTileVectors * kWidth<A>;  // gallery entries in the lanes of a tile
 constexpr int64_t kStrips = 8;
 constexpr int64_t kQueries = 128;  // whose sums with a gallery block stay in the second-level cache
 
@@ -127,18 +120,18 @@ class GalleryBlock {
     for (int64_t query = 0; query < pairs_.queries; query += kQueries) {
       const int64_t queries = std::min(kQueries, pairs_.queries - query);
       multiply_block(query, queries);
-      for (int64_t q = 0; q < queries; ++q) count(query + q, sums_.numbers + q * kEntries);
+      for (int64_t q = 0; q < queries; ++q) count(query + q, sums_.get() + q * kEntries);
     }
   }
 
  private:
   void pack() {
-    std::fill_n(panels_.numbers, rows_.width * kEntries, A(0));
+    std::fill_n(panels_.get(), rows_.width * kEntries, A(0));
     for (int64_t e = 0; e < entries_; ++e) {
       const double norm = rows_.gallery_norms[first_ + e];
       const double factor = rows_.cosine ? 1 / norm : rows_.scale;
-      bases_.numbers[e] = static_cast<A>(rows_.cosine ? 0 : norm * rows_.scale * rows_.scale / 2);
-      A* panel = panels_.numbers + e / kStrip<A> * kStrip<A> * rows_.width + e % kStrip<A>;
+      bases_.get()[e] = static_cast<A>(rows_.cosine ? 0 : norm * rows_.scale * rows_.scale / 2);
+      A* panel = panels_.get() + e / kStrip<A> * kStrip<A> * rows_.width + e % kStrip<A>;
       scale_row(rows_.gallery + (first_ + e) * rows_.gallery_stride, rows_.width, factor, panel, kStrip<A>);
     }
   }
@@ -148,12 +141,12 @@ class GalleryBlock {
     for (int64_t k = 0; k < rows_.width; k += kChain) {
       const int64_t depth = std::min(kChain, rows_.width - k);
       for (int64_t strip = 0; strip < strips; ++strip) {
-        const A* panel = panels_.numbers + (strip * rows_.width + k) * kStrip<A>;
+        const A* panel = panels_.get() + (strip * rows_.width + k) * kStrip<A>;
         for (int64_t q = 0; q < queries; q += kTileRows) {
           const A* tile[kTileRows];
           point_at<kTileRows>(state_.rows, state_.stride, query + q, query + queries, k, tile);
           multiply<kTileRows, kTileVectors>(
-              tile, depth, panel, k > 0, sums_.numbers + q * kEntries + strip * kStrip<A>, kEntries);
+              tile, depth, panel, k > 0, sums_.get() + q * kEntries + strip * kStrip<A>, kEntries);
         }
       }
     }
@@ -162,10 +155,10 @@ class GalleryBlock {
   void count(int64_t query, A* sums) {
     const int64_t at = pairs_.match_offsets[query], matches = pairs_.match_offsets[query + 1] - at;
     if (matches == 0) return;
-    for (int64_t e = 0; e < entries_; ++e) sums[e] = bases_.numbers[e] - sums[e];
+    for (int64_t e = 0; e < entries_; ++e) sums[e] = bases_.get()[e] - sums[e];
     const Matches<A> found{matches, state_.keys + at, state_.places + at, state_.lower + at, state_.upper + at};
     count_values(sums, entries_, first_, found, counts_ + at + query,
-                 [&](int64_t e) { return key_of(rows_, query, first_ + e, halves_.numbers); });
+                 [&](int64_t e) { return key_of(rows_, query, first_ + e, halves_.get()); });
   }
 
   const FeatureRows<S>& rows_;
@@ -185,7 +178,7 @@ template <typename S>
 void rank_square_norms(const S* rows, int64_t stride, int64_t width, int64_t first, int64_t last, double* out) {
   const Scratch<double> sums(half_of_padded(width));
   for (int64_t row = first; row < last; ++row) {
-    out[row] = dot(rows + row * stride, rows + row * stride, width, sums.numbers);
+    out[row] = dot(rows + row * stride, rows + row * stride, width, sums.get());
   }
 }
 
@@ -195,7 +188,7 @@ void prepare_query(const FeatureRows<S>& rows, const Pairs& pairs, int64_t query
   const Matches<A> matches{count, state.keys + at, state.places + at, state.lower + at, state.upper + at};
   const Scratch<double> sums(half_of_padded(rows.width));
   take_pairs(pairs, query, matches, state.before + at + query,
-             [&](int64_t entry) { return key_of(rows, query, entry, sums.numbers); });
+             [&](int64_t entry) { return key_of(rows, query, entry, sums.get()); });
   const double norm = rows.query_norms[query];
   scale_row(rows.query + query * rows.query_stride, rows.width, rows.cosine ? 1 / norm : rows.scale,
             state.rows + query * state.stride, 1);
@@ -223,15 +216,11 @@ void count_gallery_block(const FeatureRows<S>& rows, const Pairs& pairs, const Q
 template int64_t gallery_block<float>();
 template int64_t gallery_block<double>();
 
-#define DAN_FAST_RANK_FEATURES(S, A)                                                                          \
+#define DAN_FAST_INSTANTIATE(S, A)                                                                            \
   template void rank_square_norms<S>(const S*, int64_t, int64_t, int64_t, int64_t, double*);                  \
   template void prepare_query<S, A>(const FeatureRows<S>&, const Pairs&, int64_t, const QueryState<A>&);      \
   template void count_gallery_block<S, A>(const FeatureRows<S>&, const Pairs&, const QueryState<A>&, int64_t, \
                                           int32_t*);
-DAN_FAST_RANK_FEATURES(float, float)
-DAN_FAST_RANK_FEATURES(double, double)
-DAN_FAST_RANK_FEATURES(BFloat16, float)
-DAN_FAST_RANK_FEATURES(Float16, float)
-#undef DAN_FAST_RANK_FEATURES
+DAN_FAST_EACH_STORAGE(DAN_FAST_INSTANTIATE)
 
 }  // namespace dan_fast::DAN_FAST_ISA

@@ -112,4 +112,4 @@ def test_no_other_call_can_leave_an_error():
             calls |= {(path.name, name) for name in re.findall(r"\b(cuda[A-Z]\w*)\(", path.read_text())}
     # `why_kernels_cannot_run` asks several and clears once.
     names = ("cudaGetDevice", "cudaSetDevice", "cudaFuncGetAttributes", "cudaGetErrorString")
-    assert {call for call in calls if call[1] != "cudaGetLastError"} == {("row_norms.cu", name) for name in names}
+    assert {call for call in calls if call[1] != "cudaGetLastError"} == {("device.cu", name) for name in names}

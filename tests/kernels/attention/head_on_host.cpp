@@ -9,10 +9,10 @@
 #include <random>
 #include <string>
 
-#include "../../../csrc/attention/head_cuda_attend_backward.cuh"
-#include "../../../csrc/attention/head_cuda_bottleneck_backward.cuh"
-#include "../../../csrc/attention/head_cuda_features.cuh"
-#include "../../../csrc/attention/head_cuda_forward.cuh"
+#include "../../../csrc/attention/cuda/head_attend_backward.cuh"
+#include "../../../csrc/attention/cuda/head_bottleneck_backward.cuh"
+#include "../../../csrc/attention/cuda/head_features.cuh"
+#include "../../../csrc/attention/cuda/head_forward.cuh"
 
 using namespace dan_fast;
 
@@ -55,9 +55,12 @@ struct Call {
   }
 
   template <typename A>
-  HeadSaved<A> saved() const {
-    return {array<A>(10), array<A>(15), array<int32_t>(16), array<A>(13), array<A>(14), array<A>(11),
-            {array<A>(9), array<A>(12), array<A>(17), array<A>(18), array<int32_t>(19), array<A>(20)}};
+  HeadOutput<const A> saved() const {
+    return {{array<A>(10), array<A>(15), array<int32_t>(16)},
+            array<A>(13),
+            array<A>(14),
+            array<A>(11),
+            {array<A>(9), array<A>(12), nullptr, array<A>(17), array<A>(18), array<int32_t>(19), array<A>(20)}};
   }
 
   template <typename A>
@@ -66,7 +69,7 @@ struct Call {
   }
 
   template <typename S, typename A>
-  HeadInputGrad<S, A> in_grad() const {
+  HeadInputGrad<S, A> grad_in() const {
     return {map<S>(26, strides + 3), array<A>(27), array<A>(28), array<A>(29),
             array<A>(30),            array<A>(31), array<A>(32), array<A>(33)};
   }
@@ -78,7 +81,7 @@ struct Call {
 template <typename S, bool kChannelsLast>
 class Head {
  public:
-  using A = typename StatisticOf<S>::type;
+  using A = Statistic<S>;
 
   Head(const Call& call, bool backward) : call_(call) {
     // Small shared memory is to make small tiles, not to be filled by what the products hand around.
@@ -104,17 +107,17 @@ class Head {
     const auto in_any_map = call_.in<void, A>();
     const auto saved = call_.saved<A>();
     const auto grad = call_.grad<A>();
-    const auto in_grad = call_.in_grad<void, A>();
+    const auto grad_in = call_.grad_in<void, A>();
     cooperate([&](unsigned char* shared) {
       head_attend_backward_block<S, A, kChannelsLast>(in, saved, grad, plan_, workspace_, shared);
     });
     Rubbish numbers(HeadWeightsBackward<A>::kShared * static_cast<int64_t>(sizeof(A)));
     const unsigned blocks = static_cast<unsigned>(call_.machine[3]);
     on_host::launch(blocks, call_.threads(), [&] {
-      head_weights_backward_block<A>(in_any_map, saved, workspace_, in_grad, reinterpret_cast<A*>(numbers.get()));
+      head_weights_backward_block<A>(in_any_map, saved, workspace_, grad_in, reinterpret_cast<A*>(numbers.get()));
     });
     on_host::launch(blocks, call_.threads(), [&] {
-      head_pooled_backward_block<A>(in_any_map, saved, grad.pooled, workspace_, in_grad);
+      head_pooled_backward_block<A>(in_any_map, saved, grad.pooled, workspace_, grad_in);
     });
     const auto features = features_grad_input(saved, grad, workspace_);
     call_.strides[5] == 1 ? write_features<false>(features) : write_features<true>(features);
@@ -124,7 +127,7 @@ class Head {
   // The map's gradient may lie in memory otherwise than the map.
   template <bool kGradChannelsLast>
   void write_features(const FeaturesGradInput<A>& in) const {
-    const auto map = call_.in_grad<S, A>().features;
+    const auto map = call_.grad_in<S, A>().features;
     const auto shared = std::make_unique<FeaturesGradShared<S, A>>();
     const int64_t tiles = map.batch * ((map.channels + kGradChannels - 1) / kGradChannels) *
                           ((map.positions + kGradPositions - 1) / kGradPositions);

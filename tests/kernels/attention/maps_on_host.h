@@ -1,4 +1,4 @@
-// What the feature maps of a kernel are made of on the host, and memory that nobody has written to.
+// What the feature maps of a kernel are made of on the host, and memory that was not written to.
 #pragma once
 
 #include "../cuda_on_host.h"
@@ -17,15 +17,6 @@ struct Brain {
     std::memcpy(&value, &word, sizeof value);
     return value;
   }
-};
-
-template <typename S>
-struct StatisticOf {
-  using type = float;
-};
-template <>
-struct StatisticOf<double> {
-  using type = double;
 };
 
 // What a kernel finds in memory that nothing was written to: NaN, an index far out. Aligned to 16 bytes.

@@ -7,7 +7,7 @@
 #include <random>
 #include <string>
 
-#include "../../../csrc/attention/adversary_cuda.cuh"
+#include "../../../csrc/attention/cuda/adversary.cuh"
 
 using namespace dan_fast;
 
@@ -39,7 +39,7 @@ struct Call {
 
 template <typename S, bool kChannelsLast>
 struct Kernels {
-  using A = typename StatisticOf<S>::type;
+  using A = Statistic<S>;
 
   // kernel(shared memory)
   template <typename Kernel>
@@ -61,20 +61,20 @@ struct Kernels {
   }
 
   static void refine_backward(const Call& call) {
-    const auto features = call.map<const S>(0), refined_grad = call.map<const S>(1);
-    const auto features_grad = call.map<S>(2);
+    const auto features = call.map<const S>(0), grad_refined = call.map<const S>(1);
+    const auto grad_features = call.map<S>(2);
     const Attentions<A> in = {call.array<A>(3), call.array<A>(4)};
-    A *const by_channel = call.array<A>(5), *const by_position = call.array<A>(6);
+    A *const grad_channel = call.array<A>(5), *const grad_spatial = call.array<A>(6);
     const int64_t parts = map_parts(features.channels), size = features.batch * features.positions;
     Rubbish memory((size * parts - (partial_is_short ? 1 : 0)) * static_cast<int64_t>(sizeof(A)));
     A* const partial = reinterpret_cast<A*>(memory.get());
     launch(call, [&](MapShared<A>& shared) {
       refine_backward_block<S, A, kChannelsLast>(
-          features, in, refined_grad, features_grad, by_channel, partial, shared);
+          features, in, grad_refined, grad_features, grad_channel, partial, shared);
     });
     const unsigned blocks = static_cast<unsigned>((size + kMapThreads - 1) / kMapThreads);
     on_host::launch(blocks, kMapThreads, [&] {
-      add_parts(static_cast<const A*>(partial), parts, features.positions, size, by_position);
+      add_parts(static_cast<const A*>(partial), parts, features.positions, size, grad_spatial);
     });
   }
 
@@ -85,20 +85,20 @@ struct Kernels {
 
   static void adversary_backward(const Call& call) {
     const auto features = call.map<const S>(0);
-    const auto features_grad = call.map<S>(1);
+    const auto grad_features = call.map<S>(1);
     const AdversaryInput<A> in = {call.array<A>(2), call.array<int64_t>(3)};
     const AdversarySaved<A> saved = {call.array<A>(4), call.array<A>(5), call.array<A>(6), call.array<A>(7),
                                      call.array<A>(8)};
     const AdversaryInputGrad<A> out = {call.array<A>(9), call.array<A>(10)};
     launch(call, [&](MapShared<A>& shared) {
-      adversary_backward_block<S, A, kChannelsLast>(features, in, saved, features_grad, out, shared);
+      adversary_backward_block<S, A, kChannelsLast>(features, in, saved, grad_features, out, shared);
     });
   }
 };
 
 template <typename S>
 void adversary(const Call& call) {
-  using A = typename StatisticOf<S>::type;
+  using A = Statistic<S>;
   const int64_t channels = call.sizes[1], positions = call.sizes[2], size = call.blocks() * positions;
   Rubbish memory(2 * size * static_cast<int64_t>(sizeof(A)));
   A *const refined = reinterpret_cast<A*>(memory.get()), *const features = refined + size;

@@ -15,7 +15,7 @@ int run(int64_t rows, int64_t columns, int64_t row_stride) {
   // A spare element on each side shows a kernel that writes beyond its rows.
   std::vector<T> norms(static_cast<size_t>(rows) + 2, T(-1));
   constexpr unsigned kThreads = 64;
-  const unsigned blocks = static_cast<unsigned>((rows + 1) / (kThreads / dan_fast::kWarp));
+  const unsigned blocks = static_cast<unsigned>((rows + 1) / (kThreads / dan_fast::kLanes));
   on_host::launch(blocks, kThreads, [&] {
     dan_fast::row_sq_norms_kernel<T, T>(features.data(), row_stride, rows, columns, norms.data() + 1);
   });

@@ -11,8 +11,8 @@
 #include <random>
 #include <string>
 
-#include "../../../csrc/memory/scan_cuda_backward.cuh"
-#include "../../../csrc/memory/scan_cuda_forward.cuh"
+#include "../../../csrc/memory/scan/scan_cuda_backward.cuh"
+#include "../../../csrc/memory/scan/scan_cuda_forward.cuh"
 
 using namespace dan_fast;
 
@@ -102,11 +102,10 @@ template <typename T>
 class Workspace {
  public:
   Workspace(const Problem<T>& p, unsigned blocks, bool backward) {
-    const ScanSizes sizes = {p.in.batch, p.in.unlabeled_batch, p.in.labeled.slots, p.in.unlabeled.slots};
-    const int64_t bytes = layout_.lay_out(nullptr, sizes, blocks, backward);
+    const int64_t bytes = layout_.lay_out(nullptr, p.in, blocks, backward);
     memory_.reset(static_cast<char*>(std::aligned_alloc(256, static_cast<size_t>(bytes))));
     std::memset(memory_.get(), 0xff, static_cast<size_t>(bytes));
-    layout_.lay_out(memory_.get(), sizes, blocks, backward);
+    layout_.lay_out(memory_.get(), p.in, blocks, backward);
     std::memset(layout_.arrived, 0, kClearedBytes);
   }
   const ScanWorkspace<T>& layout() const { return layout_; }

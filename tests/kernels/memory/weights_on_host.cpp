@@ -32,10 +32,10 @@ void softmax_backward(unsigned threads, const SlotScores<T>& in, const SoftmaxGr
   });
 }
 
-template <typename Format>
+template <typename S>
 void false_sets(unsigned threads, const FalseSets& sets) {
-  const auto shared = std::make_unique<FalseSetsShared<typename Format::Key>>();
-  on_host::launch(static_cast<unsigned>(sets.rows), threads, [&] { FalseSetsRow<Format>(sets, *shared).run(); });
+  const auto shared = std::make_unique<FalseSetsShared<ValueKey<S>>>();
+  on_host::launch(static_cast<unsigned>(sets.rows), threads, [&] { FalseSetsRow<S>(sets, *shared).run(); });
 }
 
 }  // namespace
@@ -48,24 +48,24 @@ void false_sets(unsigned threads, const FalseSets& sets) {
   }                                                                                                                \
   extern "C" void softmax_backward_##name(                                                                         \
       unsigned threads, int64_t rows, int64_t slots, const T* scores, const T* square_norms, const T* key_squares, \
-      const T* grad, const T* weights, T* by_scores, T* by_square_norms, T* by_key_squares, T* means) {            \
+      const T* grad, const T* weights, T* grad_scores, T* grad_square_norms, T* grad_key_squares, T* means) {      \
     softmax_backward<T>(                                                                                           \
         threads, {rows, slots, scores, square_norms, key_squares},                                                 \
-        {grad, weights, by_scores, by_square_norms, by_key_squares}, means);                                       \
+        {grad, weights, grad_scores, grad_square_norms, grad_key_squares}, means);                                 \
   }
 SOFTMAX_ON_HOST(float32, float)
 SOFTMAX_ON_HOST(float64, double)
 
-#define FALSE_SETS_ON_HOST(name, Format)                                                                       \
+#define FALSE_SETS_ON_HOST(name, S)                                                                            \
   extern "C" void false_sets_##name(                                                                           \
       unsigned threads, int64_t rows, int64_t slots, const void* evaluation, const int64_t* labels,            \
       const int64_t* pseudo_labels, uint8_t* false_positive, uint8_t* false_negative) {                        \
-    false_sets<Format>(threads, {rows, slots, evaluation, labels, pseudo_labels, false_positive, false_negative}); \
+    false_sets<S>(threads, {rows, slots, evaluation, labels, pseudo_labels, false_positive, false_negative}); \
   }
-FALSE_SETS_ON_HOST(float64, Binary64)
-FALSE_SETS_ON_HOST(float32, Binary32)
-FALSE_SETS_ON_HOST(float16, Binary16)
-FALSE_SETS_ON_HOST(bfloat16, Brain16)
+FALSE_SETS_ON_HOST(float64, double)
+FALSE_SETS_ON_HOST(float32, float)
+FALSE_SETS_ON_HOST(float16, Float16)
+FALSE_SETS_ON_HOST(bfloat16, BFloat16)
 
 #ifdef WEIGHTS_ON_HOST_MAIN
 int main() {
@@ -79,7 +79,8 @@ int main() {
   };
   const auto scores = numbers(kRows * kSlots, 0.0f), norms = numbers(kSlots, 2.0f), keys = numbers(kRows, 2.0f);
   const auto grad = numbers(kRows * kSlots, 0.0f);
-  std::vector<float> weights(scores.size()), by_scores(scores.size()), by_norms(kSlots), by_keys(kRows), means(kRows);
+  std::vector<float> weights(scores.size()), grad_scores(scores.size()), grad_norms(kSlots);
+  std::vector<float> grad_keys(kRows), means(kRows);
   std::vector<uint8_t> occupied(kSlots), positive(scores.size()), negative(scores.size());
   std::vector<int64_t> labels(kSlots), pseudo_labels = {0, 1, -1};
   for (size_t i = 0; i < labels.size(); ++i) {
@@ -88,8 +89,8 @@ int main() {
   }
   softmax_float32(64, kRows, kSlots, scores.data(), norms.data(), keys.data(), occupied.data(), weights.data());
   softmax_backward_float32(
-      64, kRows, kSlots, scores.data(), norms.data(), keys.data(), grad.data(), weights.data(), by_scores.data(),
-      by_norms.data(), by_keys.data(), means.data());
+      64, kRows, kSlots, scores.data(), norms.data(), keys.data(), grad.data(), weights.data(), grad_scores.data(),
+      grad_norms.data(), grad_keys.data(), means.data());
   // Weights in two steps: equal ones are told apart by their slots.
   for (float& x : weights) x = x > 0.008f ? 0.01f : 0.005f;
   false_sets_float32(

@@ -1,0 +1,7 @@
+#include "../cuda/refine_launch.cuh"
+
+namespace dan_fast {
+
+template struct RefineCuda<float>;
+
+}  // namespace dan_fast

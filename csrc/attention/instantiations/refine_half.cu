@@ -1,0 +1,7 @@
+#include "../cuda/refine_launch.cuh"
+
+namespace dan_fast {
+
+template struct RefineCuda<Float16>;
+
+}  // namespace dan_fast

@@ -1,0 +1,9 @@
+// Whether a device runs the kernels of this library. Plain C++.
+#pragma once
+
+namespace dan_fast {
+
+// Null if the device and its driver can run them, else CUDA's reason.
+const char* why_kernels_cannot_run(int device);
+
+}  // namespace dan_fast

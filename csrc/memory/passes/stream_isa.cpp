@@ -1,0 +1,254 @@
+#include "stream.h"
+
+#include "../../cpu/tile.h"
+
+namespace dan_fast::DAN_FAST_ISA {
+namespace {
+
+constexpr int kStreamRows = 6, kStreamVectors = kRegisters == 32 ? 4 : 2;
+
+template <typename A>
+constexpr int64_t kPanel = kStreamVectors * kWidth<A>;  // queries, or columns of pending keys, at a time
+
+// Queries of a block in whole vectors: a few keys do not cost as much as many.
+template <typename A>
+int64_t padded_queries(int64_t left) {
+  return std::min(kPanel<A>, round_up(left, kWidth<A>));
+}
+
+// Slots that stay in the cache between commit, scores and norms.
+template <typename A>
+int64_t block_rows(int64_t columns) {
+  constexpr int64_t kBlockBytes = 200 << 10;
+  const int64_t rows = kBlockBytes / (std::max<int64_t>(1, columns) * static_cast<int64_t>(sizeof(A)));
+  return std::clamp<int64_t>(rows / kStreamRows, 1, 8) * kStreamRows;
+}
+
+template <typename A>
+void multiply_panel(int64_t width, const A* const* rows, int64_t count, const A* panel, bool add, A* out) {
+  static_assert(kStreamVectors == 2 || kStreamVectors == 4);
+  switch (width / kWidth<A>) {
+    case 1:
+      return multiply<kStreamRows, 1>(rows, count, panel, add, out, kPanel<A>);
+    case 2:
+      return multiply<kStreamRows, 2>(rows, count, panel, add, out, kPanel<A>);
+    case 3:
+      if constexpr (kStreamVectors > 2) return multiply<kStreamRows, 3>(rows, count, panel, add, out, kPanel<A>);
+      break;
+    default:
+      return multiply<kStreamRows, kStreamVectors>(rows, count, panel, add, out, kPanel<A>);
+  }
+}
+
+// Squared norms of R rows: eight partial sums a row in double, added up as ../row_norms.h does; `rows` may repeat.
+template <int R, typename A>
+inline void square_norms_of(const A* const* rows, int64_t columns, A* norms) {
+  constexpr int64_t kSums = 8;
+  constexpr int kVectors = kSums / kWidth<double>;
+  Vector<double> sums[R][kVectors] = {};
+  int64_t c = 0;
+  for (; c + kSums <= columns; c += kSums) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int part = 0; part < kVectors; ++part) {
+        const A* from = rows[r] + c + part * kWidth<double>;
+        if constexpr (std::is_same_v<A, double>) {
+          const Vector<double> x = load(from);
+          sums[r][part] += x * x;
+        } else {
+          using Half = Vector<float, kVectorBytes / 2>;
+          const Vector<double> x = __builtin_convertvector(load_bits<Half>(from), Vector<double>);
+          // The square of a float is exact in double: fused or not, the bits are the same.
+          sums[r][part] = multiply_add(x, x, sums[r][part]);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    double lanes[kSums];
+    std::memcpy(lanes, sums[r], sizeof lanes);
+    for (int64_t at = c, lane = 0; at < columns; ++at, ++lane) {
+      const double x = rows[r][at];
+      lanes[lane] += x * x;
+    }
+    norms[r] = static_cast<A>(add_halves<kSums>(lanes));
+  }
+}
+
+// One thread's blocks of slots.
+template <typename S, typename A>
+class Stream {
+ public:
+  explicit Stream(const StreamPass<S, A>& pass)
+      : pass_(pass),
+        block_(block_rows<A>(pass.columns)),
+        wide_(kIsWide ? 0 : block_ * pass.columns),
+        shares_(pass.stored == nullptr ? 0 : block_ * pass.pending),
+        sums_(block_ * kPanel<A>) {}
+
+  void run(int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row += block_) {
+      const int64_t rows = std::min(block_, last - row);
+      if (pass_.stored != nullptr) commit(row, rows);
+      const A* block;
+      int64_t stride;
+      if constexpr (kIsWide) {
+        stride = pass_.stored == nullptr ? pass_.row_stride : pass_.stored_stride;
+        block = (pass_.stored == nullptr ? pass_.base : pass_.stored) + row * stride;
+      } else {
+        stride = pass_.columns;
+        block = wide_.get();
+        for (int64_t r = 0; pass_.stored == nullptr && r < rows; ++r) {
+          widen(pass_.base + (row + r) * pass_.row_stride, stride, wide_.get() + r * stride);
+        }
+      }
+      scores(block, stride, row, rows);
+      norms(block, stride, row, rows);
+    }
+  }
+
+ private:
+  static constexpr bool kIsWide = std::is_same_v<S, A>;
+
+  void commit(int64_t row, int64_t rows) {
+    const int64_t pending = pass_.pending, columns = pass_.columns;
+    for (int64_t u = 0; u < pending; ++u) {
+      const A* from = pass_.weights + u * pass_.slots + row;
+      for (int64_t r = 0; r < rows; ++r) shares_.get()[r * pending + u] = from[r];
+    }
+    const A* panel = pass_.packed_pending;
+    for (int64_t column = 0; column < columns; column += kPanel<A>, panel += pending * kPanel<A>) {
+      const int64_t width = std::min(kPanel<A>, columns - column);
+      for (int64_t tile = 0; tile < rows; tile += kStreamRows) {
+        const A* tile_rows[kStreamRows];
+        point_at<kStreamRows>(shares_.get(), pending, tile, rows, 0, tile_rows);
+        multiply<kStreamRows, kStreamVectors>(tile_rows, pending, panel, false, sums_.get(), kPanel<A>);
+        for (int64_t r = tile; r < std::min(rows, tile + kStreamRows); ++r) {
+          A* wide = kIsWide ? nullptr : wide_.get() + r * columns + column;
+          keep(row + r, column, width, sums_.get() + (r - tile) * kPanel<A>, wide);
+        }
+      }
+    }
+  }
+
+  // new = kept * base + sum for `width` columns of a slot; `wide` takes what is stored of a half-precision memory.
+  void keep(int64_t row, int64_t column, int64_t width, const A* sum, [[maybe_unused]] A* wide) {
+    const S* from = pass_.base + row * pass_.row_stride + column;
+    S* to = pass_.stored + row * pass_.stored_stride + column;
+    const A kept = pass_.kept[row];
+    const Vector<A> factor = broadcast(kept);
+    int64_t c = 0;
+    for (; c + kWidth<A> <= width; c += kWidth<A>) {
+      Vector<A> values = load(sum + c);
+      if (kept != 0) values = multiply_add(factor, load_as<A>(from + c), values);
+      values = store_as<S, A>(to + c, values);
+      if constexpr (!kIsWide) store(wide + c, values);
+    }
+    if (c == width) return;
+    Vector<A> values = load(sum + c);
+    if (kept != 0) values = multiply_add(factor, load_some_as<A>(from + c, width - c), values);
+    values = store_some_as<S, A>(to + c, values, width - c);
+    if constexpr (!kIsWide) std::memcpy(wide + c, &values, static_cast<size_t>(width - c) * sizeof(A));
+  }
+
+  void scores(const A* block, int64_t stride, int64_t row, int64_t rows) {
+    const A* panel = pass_.packed_keys;
+    for (int64_t query = 0; query < pass_.queries; query += kPanel<A>) {
+      const int64_t width = padded_queries<A>(pass_.queries - query);
+      // A memory without columns has scores, too: one empty chain.
+      for (int64_t k = 0; k == 0 || k < pass_.columns; k += kChain) {
+        const int64_t count = std::min(kChain, pass_.columns - k);
+        for (int64_t tile = 0; tile < rows; tile += kStreamRows) {
+          const A* tile_rows[kStreamRows];
+          point_at<kStreamRows>(block, stride, tile, rows, k, tile_rows);
+          multiply_panel(width, tile_rows, count, panel, k > 0, sums_.get() + tile * kPanel<A>);
+        }
+        panel += count * width;
+      }
+      for (int64_t q = 0; q < std::min(width, pass_.queries - query); ++q) {
+        A* to = pass_.scores + (query + q) * pass_.slots + row;
+        for (int64_t r = 0; r < rows; ++r) to[r] = sums_.get()[r * kPanel<A> + q];
+      }
+    }
+  }
+
+  void norms(const A* block, int64_t stride, int64_t row, int64_t rows) {
+    constexpr int kRows = kVectorBytes == 64 ? 6 : kVectorBytes == 32 ? 4 : 2;
+    for (int64_t tile = 0; tile < rows; tile += kRows) {
+      const A* tile_rows[kRows];
+      A tile_norms[kRows];
+      point_at<kRows>(block, stride, tile, rows, 0, tile_rows);
+      square_norms_of<kRows>(tile_rows, pass_.columns, tile_norms);
+      for (int64_t r = 0; r < std::min<int64_t>(kRows, rows - tile); ++r) {
+        pass_.square_norms[row + tile + r] = tile_norms[r];
+      }
+    }
+  }
+
+  const StreamPass<S, A>& pass_;
+  const int64_t block_;
+  Scratch<A> wide_;    // (block, d) rows of a half-precision memory in A
+  Scratch<A> shares_;  // (block, U) weights of the block's slots
+  Scratch<A> sums_;    // (block, kPanel)
+};
+
+}  // namespace
+
+template <typename A>
+int64_t packed_rows_size(int64_t rows, int64_t columns) {
+  return round_up(rows, kWidth<A>) * columns;
+}
+
+template <typename A>
+int64_t packed_columns_size(int64_t rows, int64_t columns) {
+  return rows * round_up(columns, kPanel<A>);
+}
+
+// Blocks of kPanel rows, transposed, with zeros for the rows that fill up a vector.
+template <typename S, typename A>
+void pack_rows(const S* matrix, int64_t row_stride, int64_t rows, int64_t columns, A* packed) {
+  constexpr int64_t kPiece = kWidth<A>;
+  for (int64_t row = 0; row < rows; row += kPanel<A>) {
+    const int64_t width = padded_queries<A>(rows - row);
+    for (int64_t c = 0; c < columns; c += kPiece) {
+      const int64_t count = std::min(kPiece, columns - c);
+      for (int64_t r = 0; r < width; ++r) {
+        A piece[kPiece] = {};
+        if (row + r < rows) widen(matrix + (row + r) * row_stride + c, count, piece);
+        for (int64_t i = 0; i < count; ++i) packed[(c + i) * width + r] = piece[i];
+      }
+    }
+    packed += columns * width;
+  }
+}
+
+// Strips of kPanel columns, with zeros beyond the last one.
+template <typename S, typename A>
+void pack_columns(const S* matrix, int64_t row_stride, int64_t rows, int64_t columns, A* packed) {
+  for (int64_t column = 0; column < columns; column += kPanel<A>) {
+    const int64_t width = std::min(kPanel<A>, columns - column);
+    for (int64_t row = 0; row < rows; ++row, packed += kPanel<A>) {
+      widen(matrix + row * row_stride + column, width, packed);
+      std::fill(packed + width, packed + kPanel<A>, A(0));
+    }
+  }
+}
+
+template <typename S, typename A>
+void stream_rows(const StreamPass<S, A>& pass, int64_t first, int64_t last) {
+  Stream<S, A>(pass).run(first, last);
+}
+
+template int64_t packed_rows_size<float>(int64_t, int64_t);
+template int64_t packed_rows_size<double>(int64_t, int64_t);
+template int64_t packed_columns_size<float>(int64_t, int64_t);
+template int64_t packed_columns_size<double>(int64_t, int64_t);
+
+#define DAN_FAST_INSTANTIATE(S, A)                                        \
+  template void pack_rows<S, A>(const S*, int64_t, int64_t, int64_t, A*);    \
+  template void pack_columns<S, A>(const S*, int64_t, int64_t, int64_t, A*); \
+  template void stream_rows<S, A>(const StreamPass<S, A>&, int64_t, int64_t);
+DAN_FAST_EACH_STORAGE(DAN_FAST_INSTANTIATE)
+
+}  // namespace dan_fast::DAN_FAST_ISA

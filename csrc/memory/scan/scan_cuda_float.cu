@@ -1,0 +1,7 @@
+#include "scan_cuda_launch.cuh"
+
+namespace dan_fast {
+
+DAN_FAST_SCAN_LAUNCHES(float)
+
+}  // namespace dan_fast
