@@ -1,4 +1,4 @@
-"""A training as a guest in somebody else's program: what belongs to the process is as it was when it leaves."""
+"""A training leaves the process it runs in as it was: generators, handlers, settings."""
 
 import ast
 import random

@@ -77,7 +77,7 @@ def test_the_feature_that_is_tested():
             tiny_network(**{setting: "neither"})
 
 
-def test_nobody_lends_a_style_where_nothing_is_unlabelled(images, tmp_path):
+def test_no_style_is_lent_where_nothing_is_unlabelled(images, tmp_path):
     """A backbone whose styles cannot be mixed is refused only where there are styles to mix."""
     tokens = {"backbone": "timm:vit_tiny_patch16_224", "attention": "none", "adversary": False}
     settings = {"model": {"style_mixing": "unlabeled", **tokens}, "meta": {"procedure": "daml1"}}
