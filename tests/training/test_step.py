@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dan_fast.daml import MetaGradients, Stage, active_groups, meta_gradients
-from dan_fast.training import MetaStep
+from dan_fast.daml import Stage, active_groups, meta_gradients
+from dan_fast.data import Split
+from dan_fast.training import MetaConfig, MetaStep
 from dan_fast.training.objective import DivergedError, Objective
 from tests.support.steps import decide, split, tiny_network, tiny_step, training_model
 from tests.support.training_runs import snapshot
@@ -23,16 +24,26 @@ def groups_of(params: dict[str, Tensor], stage: Stage) -> dict[str, tuple[list[s
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("stage", [None, *Stage])
 def test_a_step_follows_the_meta_gradients_of_its_stage(stage, order):
-    meta_step, model = tiny_step(procedure="daml3" if stage else "daml2", order=order, eta=0.5), training_model()
+    meta = {"procedure": "daml3" if stage else "daml2", "order": order, "eta": 0.5}
+    first, model = training_model(), training_model()
+    backbone = {f"network.backbone.{name}" for name, _ in model.network.backbone.named_parameters()}
+    parts = [[value for name, value in first.named_parameters() if (name in backbone) == inside] for inside in (1, 0)]
+    optimizer = torch.optim.SGD([{"params": part} for part in parts], lr=1.0)
+    meta_step = MetaStep(first, optimizer, MetaConfig(**meta))
+    # The inner steps are as long as those of the optimizer's groups, which loading a state replaces.
+    state = optimizer.state_dict()
+    state["param_groups"][0]["lr"], state["param_groups"][1]["lr"] = 0.02, 0.1
+    optimizer.load_state_dict(state)
     if stage:
         decide(meta_step, stage)
-    params = {name: value.detach().clone() for name, value in model.named_parameters()}
+    params = snapshot(model)
+    sizes = {name: 0.02 if name in backbone else 0.1 for name in params}
 
-    def loss_fn(values: dict[str, Tensor], batch) -> dict[str, Tensor]:
+    def loss_fn(values: dict[str, Tensor], batch: Split) -> dict[str, Tensor]:
         return torch.func.functional_call(model, dict(values), (batch,))[0]
 
     groups = groups_of(params, stage) if stage else None
-    expected = meta_gradients(loss_fn, params, groups, split(1), split(2), inner_lr=0.1, eta=0.5, order=order)
+    expected = meta_gradients(loss_fn, params, groups, split(1), split(2), sizes, eta=0.5, order=order)
     result = meta_step.gradients(split(1), split(2))
     assert result.stage is stage
     for found, wanted in zip(
@@ -130,32 +141,6 @@ def test_a_layer_frozen_before_stays_as_it_is():
     for seed in range(3):
         assert not {CAM_WEIGHT, "network.backbone.conv.weight"} & meta_step.step(split(seed), split(9)).grads.keys()
     assert all(torch.equal(value, old) for value, old in zip(frozen, before, strict=True))
-
-
-def test_the_inner_step_is_as_long_as_that_of_the_optimizers_group(monkeypatch):
-    model, seen = training_model(), []
-    backbone = list(model.network.backbone.parameters())
-    others = [value for value in model.parameters() if all(value is not each for each in backbone)]
-    optimizer = torch.optim.SGD([{"params": backbone, "lr": 0.02}, {"params": others, "lr": 0.1}])
-    meta_step = MetaStep(model, optimizer)
-
-    def watched(*arguments, **settings) -> MetaGradients:
-        seen.append(arguments[5])
-        return meta_gradients(*arguments, **settings)
-
-    monkeypatch.setattr("dan_fast.training.step.meta_gradients", watched)
-    meta_step.gradients(split(1), split(2))
-    state = optimizer.state_dict()
-    state["param_groups"][1]["lr"] = 0.2
-    optimizer.load_state_dict(state)  # which makes new groups
-    meta_step.gradients(split(1), split(2))
-    state["param_groups"][0]["lr"] = 0.2
-    optimizer.load_state_dict(state)
-    meta_step.gradients(split(1), split(2))
-    of_backbone = {f"network.backbone.{name}" for name, _ in model.network.backbone.named_parameters()}
-    for sizes, other in zip(seen[:2], (0.1, 0.2), strict=True):
-        assert sizes == {name: 0.02 if name in of_backbone else other for name, _ in model.named_parameters()}
-    assert seen[2] == 0.2
 
 
 def test_without_an_adversary_attention_is_trained_without_a_competition():

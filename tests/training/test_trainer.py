@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,17 +18,26 @@ import torch
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.synthetic import synthesize
 from dan_fast.reporting.curves import plot_curves, read_scalars
-from dan_fast.training import Interrupted, MetaConfig, TrainConfig, Trainer, trained_network
+from dan_fast.training import Interrupted, TrainConfig, Trainer, trained_network
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.display import Display
 from dan_fast.training.objective import DivergedError
 from dan_fast.training.scalars import Scalars
 from tests.support.training_runs import IMAGE_SIZE, NoScalars, assert_same_training, config, snapshot, stop_after
 
+RESUME, ONE_EPOCH = {"resume": True}, {"epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory) -> Path:
+    """The folder of a run of one epoch, to which no test writes."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    Trainer(config(images, out, optimizer=ONE_EPOCH)).fit()
+    return out
+
 
 def test_training_runs_to_its_end_and_leaves_a_usable_network(images, tmp_path):
-    setup = config(images, tmp_path / "run", data={"targets": str(images / "mall")})
-    trainer = Trainer(setup)
+    trainer = Trainer(config(images, tmp_path / "run", data={"targets": str(images / "mall")}))
     evaluations = trainer.fit()
     assert trainer.epoch == 2 and 0 < evaluations[0].mAP <= 1
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -91,7 +99,7 @@ def test_a_run_says_what_its_device_makes_of_float32(images, tmp_path, capsys):
     ids=str,
 )
 def test_every_procedure_trains(images, tmp_path, change):
-    trainer = Trainer(config(images, tmp_path / "run", optimizer={"epochs": 1}, **change))
+    trainer = Trainer(config(images, tmp_path / "run", optimizer=ONE_EPOCH, **change))
     before = snapshot(trainer.model)
     trainer.fit()
     moved = [name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])]
@@ -102,16 +110,14 @@ def test_every_procedure_trains(images, tmp_path, change):
 def test_a_run_stopped_by_ctrl_c_resumes_bit_for_bit(images, tmp_path):
     handler = signal.getsignal(signal.SIGINT)
     # Few checkpoints: the one of the interruption must not change what comes after it.
-    whole = config(images, tmp_path / "whole")
-    Trainer(whole).fit()
-    parts = config(images, tmp_path / "parts")
+    Trainer(config(images, tmp_path / "whole")).fit()
     for stop in (1, 3):
-        trainer = Trainer(replace(parts, run=replace(parts.run, resume=stop > 1)))
+        trainer = Trainer(config(images, tmp_path / "parts", run={"resume": stop > 1}))
         stop_after(trainer, stop)
         torch.rand(3)
         with pytest.raises(Interrupted, match=f"iteration {stop}"):
             trainer.fit()
-    last = Trainer(replace(parts, run=replace(parts.run, resume=True)))
+    last = Trainer(config(images, tmp_path / "parts", run=RESUME))
     # What a caller draws between making the trainer and starting it must not shift the dropout.
     torch.rand(3)
     last.fit()
@@ -145,53 +151,44 @@ def test_a_killed_run_resumes_bit_for_bit(images, tmp_path):
     assert_same_training(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_a_second_run_in_the_same_folder_is_refused(images, tmp_path):
-    setup = config(images, tmp_path / "run", optimizer={"epochs": 1})
-    Trainer(setup).fit()
-    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+def test_a_second_run_in_the_same_folder_is_refused(images, finished):
+    before = (finished / "checkpoint.pt").read_bytes()
     with pytest.raises(DanFastError, match="already holds a run"):
-        Trainer(setup)
+        Trainer(config(images, finished, optimizer=ONE_EPOCH))
     with pytest.raises(DanFastError, match="meta.eta is 2.0 here and 1.0 there"):
-        Trainer(replace(setup, meta=MetaConfig(eta=2.0), run=replace(setup.run, resume=True)))
-    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+        Trainer(config(images, finished, optimizer=ONE_EPOCH, meta={"eta": 2.0}, run=RESUME))
+    assert (finished / "checkpoint.pt").read_bytes() == before
 
 
-def test_a_dataset_may_move_between_stop_and_resume(images, tmp_path):
-    setup = config(images, tmp_path / "run", optimizer={"epochs": 1})
-    Trainer(setup).fit()
-    moved = tmp_path / "moved"
-    shutil.copytree(images, moved)
-    data = replace(setup.data, labeled=str(moved / "campus"), unlabeled=str(moved / "mall"), broken_images="skip")
-    assert Trainer(replace(setup, data=data, run=replace(setup.run, resume=True))).epoch == 1
+def test_a_dataset_may_move_between_stop_and_resume(images, finished, tmp_path):
+    moved = shutil.copytree(images, tmp_path / "moved")
+    data = {"broken_images": "skip"}
+    assert Trainer(config(moved, finished, optimizer=ONE_EPOCH, data=data, run=RESUME)).epoch == 1
 
 
 def test_what_no_weight_shows_is_in_the_checkpoint_too(images, tmp_path):
-    setup = config(images, tmp_path / "run")
-    trainer = Trainer(setup)
+    trainer = Trainer(config(images, tmp_path / "run"))
     trainer.meta_step.competition.adversary_streak = 7
     trainer.feedback = torch.tensor([3, 1]), torch.tensor([0, 2])
     trainer.skipped = {"b.jpg", "a.jpg"}
     trainer.epoch, trainer.iteration = 1, 0
     trainer._save()
-    resumed = Trainer(replace(setup, run=replace(setup.run, resume=True)))
+    resumed = Trainer(config(images, tmp_path / "run", run=RESUME))
     assert resumed.meta_step.competition.adversary_streak == 7
     assert [each.tolist() for each in resumed.feedback] == [[3, 1], [0, 2]]
     assert resumed.skipped == {"a.jpg", "b.jpg"} and (resumed.epoch, resumed.iteration) == (1, 0)
 
 
-def test_a_run_on_other_images_is_refused(images, tmp_path):
-    setup = config(images, tmp_path / "run", optimizer={"epochs": 1})
-    Trainer(setup).fit()
-    path = tmp_path / "run" / "checkpoint.pt"
-    state = load_checkpoint(path)
-    save_checkpoint(path, {**state, "fingerprint": "of other images"})
+def test_a_run_on_other_images_is_refused(images, finished, tmp_path):
+    state = load_checkpoint(finished / "checkpoint.pt")
+    save_checkpoint(tmp_path / "run" / "checkpoint.pt", {**state, "fingerprint": "of other images"})
     with pytest.raises(DanFastError, match="was trained on other images"):
-        Trainer(replace(setup, run=replace(setup.run, resume=True)))
+        Trainer(config(images, tmp_path / "run", optimizer=ONE_EPOCH, run=RESUME))
 
 
 def test_resuming_without_a_checkpoint_is_an_error(images, tmp_path):
     with pytest.raises(DanFastError, match="checkpoint.pt does not exist"):
-        Trainer(config(images, tmp_path / "run", run={"resume": True}))
+        Trainer(config(images, tmp_path / "run", run=RESUME))
 
 
 def test_no_labelled_images_and_targets_without_test_images_are_errors(images, tmp_path):
@@ -219,10 +216,8 @@ def test_a_diverged_run_says_so_and_keeps_its_checkpoint(images, tmp_path):
     assert all(value.isfinite().all() for value in state["model"].values() if value.is_floating_point())
 
 
-def test_weights_that_are_not_finite_never_reach_the_checkpoint(images, tmp_path):
-    setup = config(images, tmp_path / "run", optimizer={"epochs": 1})
-    trainer = Trainer(setup)
-    trainer.fit()
+def test_weights_that_are_not_finite_never_reach_the_checkpoint(images, finished):
+    trainer = Trainer(config(images, finished, optimizer=ONE_EPOCH, run=RESUME))
     before = trainer.folder.checkpoint.read_bytes()
     with torch.no_grad():
         trainer.model.network.backbone.bn1.running_var[0] = float("inf")
@@ -234,18 +229,6 @@ def test_weights_that_are_not_finite_never_reach_the_checkpoint(images, tmp_path
 def test_a_batch_that_cannot_be_normalised_is_told_apart_from_divergence(images, tmp_path):
     with pytest.raises(DanFastError, match="cannot go on at iteration 0: Expected more than 1 value per channel"):
         Trainer(config(images, tmp_path / "run", data={"batch_size": 2})).fit()
-
-
-@pytest.mark.parametrize("gates", ["parameters", "features"])
-def test_gates_memory_and_competition_are_logged(images, tmp_path, gates):
-    setup = config(images, tmp_path / "run", optimizer={"epochs": 1}, memory={"gates": gates})
-    Trainer(setup).fit()
-    names = set(read_scalars(tmp_path / "run"))
-    assert {
-        *(f"{part}/loss/{loss}" for part in ("train", "test") for loss in ("total", "classification", "adversary")),
-        *("train/accuracy/attention", "train/accuracy/adversary", "competition/attention_wins"),
-        *("memory/sigma_alpha", "memory/sigma_alpha_unlabeled", "memory/beta", "memory/slots_labeled"),
-    } <= names
 
 
 # What to watch in training, and the range that it and the mean over a window cannot leave.
@@ -260,11 +243,17 @@ WATCHED = {
     "pseudo/purity": (0, 1),
     "pseudo/fed_back_right": (0, 0),  # persons of their own
     "train/loss/labeled_embedding": (0, math.inf),
+    **{name: (0, 1) for name in ("train/accuracy/attention", "train/accuracy/adversary", "competition/attention_wins")},
+    **{f"memory/{gate}": (0, 1) for gate in ("sigma_alpha", "sigma_alpha_unlabeled", "beta")},
+    "memory/slots_labeled": (1, 7),
+    **{f"{part}/loss/{loss}": (-math.inf, math.inf) for part in ("train", "test") for loss in ("total", "adversary")},
+    **{f"{part}/loss/classification": (0, math.inf) for part in ("train", "test")},
 }
 
 
-def test_what_to_watch_is_in_the_event_file_and_in_the_picture(images, tmp_path):
-    trainer = Trainer(config(images, tmp_path / "run", loss={"labeled_embedding": 0.5}))
+@pytest.mark.parametrize("gates", ["parameters", "features"])
+def test_what_to_watch_is_in_the_event_file_and_in_the_picture(images, tmp_path, gates):
+    trainer = Trainer(config(images, tmp_path / "run", loss={"labeled_embedding": 0.5}, memory={"gates": gates}))
     assert (trainer.training_set.true_ids >= 0).all() and (trainer.training_set.true_labels == -1).all()
     trainer.fit()
     scalars = read_scalars(tmp_path / "run")
@@ -277,7 +266,7 @@ def test_what_to_watch_is_in_the_event_file_and_in_the_picture(images, tmp_path)
 
 def test_one_branch_has_one_logit_norm_and_no_ties_and_no_attention_no_spread(images, tmp_path):
     model = {"attention": "none", "adversary": False}
-    Trainer(config(images, tmp_path / "run", optimizer={"epochs": 1}, model=model)).fit()
+    Trainer(config(images, tmp_path / "run", optimizer=ONE_EPOCH, model=model)).fit()
     names = set(read_scalars(tmp_path / "run"))
     assert "train/logit_norm/attention" in names
     assert not names & {"train/logit_norm/adversary", "competition/ties", "attention/spatial_spread"}
@@ -312,7 +301,7 @@ def test_a_full_disk_while_logging_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_fit_works_outside_the_main_thread(images, tmp_path):
-    trainer = Trainer(config(images, tmp_path / "run", optimizer={"epochs": 1}))
+    trainer = Trainer(config(images, tmp_path / "run", optimizer=ONE_EPOCH))
     thread = threading.Thread(target=trainer.fit)
     thread.start()
     thread.join()
