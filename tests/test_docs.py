@@ -79,7 +79,7 @@ def test_an_example_of_the_readme_runs(number: int):
 
 def test_the_readme_shows_every_part():
     code = "\n".join(blocks(README, "python"))
-    for name in ("ProgressiveAugmentedMemory", "memory_step", "NLCBAM", "attention_head", "meta_gradients"):
+    for name in ("ProgressiveAugmentedMemory", "memory_step", "NLCBAM", "attention_head", "MetaStep", "meta_gradients"):
         assert name in code
     assert "evaluate_ranking" in code
 

@@ -1,4 +1,4 @@
-"""The competition between attention and adversary branch, Sec. III-B: who wins decides who is trained."""
+"""The competition between attention and adversary branch, Sec. III-B: the winner decides which groups are trained."""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -55,9 +55,11 @@ class Competition:
         return Stage.BOTH if stalled else Stage.ADVERSARY
 
     def state_dict(self) -> dict[str, int]:
+        """The adversary's wins in a row."""
         return {"adversary_streak": self.adversary_streak}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from what `state_dict` gave."""
         self.adversary_streak = state["adversary_streak"]
 
 
@@ -108,7 +110,7 @@ def active_groups(
     """The groups of `meta_gradients` for one iteration (Sec. III-A and III-D).
 
     Args:
-        stage: who is trained.
+        stage: which groups are trained.
         backbone: names of Gb, the classifier included; loss "total".
         attention: names of NL-CBAM's weights in Ga; loss "adversary", that is l1 L_aad.
         memory: names of Gm; loss "embedding", that is l2 L_lde. May be empty.

@@ -14,10 +14,12 @@ Groups = Mapping[str, tuple[Sequence[str], str]]
 
 
 class MetaGradients(NamedTuple):
-    """Attributes:
-    train_losses: name to () tensor, the losses of S at G, detached.
-    test_losses: name to () tensor, the losses of S~ at G', detached.
-    grads: parameter name to gradient, for the parameters of the active groups.
+    """The gradients of the meta objective, and the losses they come from.
+
+    Attributes:
+        train_losses: name to () tensor, the losses of S at G, detached.
+        test_losses: name to () tensor, the losses of S~ at G', detached.
+        grads: parameter name to gradient, for the parameters of the active groups.
     """
 
     train_losses: dict[str, Tensor]

@@ -21,7 +21,7 @@ class TrainingBatches:
         device: where the batches are wanted.
 
     Attributes:
-        planner: who is in which batch; cache: of decoded images, None without one.
+        planner: which images are in which batch; cache: of decoded images, None without one.
 
     Raises:
         DanFastError: the cache or the sizes of the batches do not fit.

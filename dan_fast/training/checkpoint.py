@@ -51,7 +51,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread, one at a time: who saves waits for the copy to host memory only."""
+    """Writes checkpoints in a thread, one at a time: to save waits for the copy to host memory only."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="dan-fast checkpoint")

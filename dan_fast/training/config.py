@@ -33,6 +33,7 @@ def _plain(value: Any) -> Any:
 
 
 def as_list(paths: Paths) -> list[str]:
+    """One path or several, as a list."""
     return [paths] if isinstance(paths, str) else list(paths)
 
 
@@ -104,7 +105,8 @@ class ModelConfig:
             Fig. 6.
         dropout: Dropout rate before the classifier (the paper: 0.5).
         style_mixing: Whose style early maps take a part of in training: none (the paper), that of other images of the
-            batch, or that of its unlabelled images, which then serve for that alone; where there are none, nobody's.
+            batch, or that of its unlabelled images, which then serve for that alone; without such images no styles are
+            mixed.
         feature: What tests compare: attended, the attention branch's (the paper), or pooled, the backbone's own.
         gradient_checkpointing: Compute maps of the backbone again in the backward pass instead of keeping them all:
             less memory, more time, the same gradients.

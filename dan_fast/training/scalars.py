@@ -66,6 +66,7 @@ class Scalars:
         return means
 
     def close(self) -> None:
+        """Close the event file."""
         # Every window was flushed: nothing is lost, and a full disk has had its sentence already.
         with suppress(OSError):
             self._writer.close()

@@ -22,7 +22,7 @@ class StepResult:
 
     Attributes:
         grads: parameter name to gradient, what the outer step follows; frozen parameters are left out.
-        stage: who was trained; None where no competition was held.
+        stage: which groups were trained; None where no competition was held.
         train_losses: name to () float32, the losses of S at G, see `TrainingModel`.
         test_losses: the same of S~ at G'; empty where the batch is not split.
         train_record: what else is known of the pass of S.
@@ -64,7 +64,7 @@ class MetaStep:
 
     Attributes:
         model, optimizer, meta: as given.
-        competition: decides who is trained; its state is the state of the step.
+        competition: decides which groups are trained; its state is the state of the step.
         objective: runs the model with other values for its parameters.
 
     Raises:
@@ -154,6 +154,7 @@ class MetaStep:
         return {"competition": self.competition.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, dict[str, int]]) -> None:
+        """Go on from what `state_dict` gave."""
         self.competition.load_state_dict(state["competition"])
 
     def _gradients(self, meta_train: Split, meta_test: Split | None) -> StepResult:

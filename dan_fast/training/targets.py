@@ -35,6 +35,7 @@ class Targets:
         self._choice = EpochChoice.of_setting(config.run, titles) if config.run.choose_epoch_on_target else None
 
     def are_due(self, epochs_done: int) -> bool:
+        """Whether they are evaluated after so many epochs."""
         last, every = epochs_done == self._config.optimizer.epochs, self._config.run.evaluate_every
         return last or (every > 0 and epochs_done % every == 0)
 

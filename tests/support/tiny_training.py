@@ -18,18 +18,10 @@ from torch import nn
 import dan_fast.training.trainer as training
 from dan_fast.core.errors import DanFastError
 from dan_fast.nn import DAN
-from dan_fast.training import (
-    DataConfig,
-    Interrupted,
-    MemoryConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-    Trainer,
-)
-from dan_fast.training.checkpoint import load_checkpoint
+from dan_fast.training import Interrupted, TrainConfig, Trainer
+from dan_fast.training.recipes import over
 from tests.support import ROOT
+from tests.support.training_runs import config
 
 IMAGE_SIZE = (16, 16)
 
@@ -52,39 +44,9 @@ def tiny_network(settings: dict[str, Any], num_classes: int, **_: bool) -> tuple
 
 
 def tiny_config(images: Path, out: Path, **sections: dict[str, Any]) -> TrainConfig:
-    """A training without workers that goes on by itself; `sections` as in `TrainConfig.of_recipe`."""
-    settings: dict[str, dict[str, Any]] = {
-        "data": {"labeled": str(images / "campus"), "unlabeled": str(images / "mall"), "image_size": IMAGE_SIZE,
-                 "batch_size": 8, "workers": 0, "iterations": 5},
-        "model": {"backbone": "resnet18", "weights": "none"},
-        "memory": {"labeled_slots": 7, "unlabeled_slots": 5},
-        "optimizer": {"epochs": 2, "lr_scale": 10.0},
-        "run": {"out": str(out), "device": "cpu", "log_every": 1, "resume": "auto"},
-    }  # fmt: skip
-    for section, values in sections.items():
-        settings.setdefault(section, {}).update(values)
-    kinds = {"data": DataConfig, "model": ModelConfig, "memory": MemoryConfig, "optimizer": OptimizerConfig}
-    kinds["run"] = RunConfig
-    return TrainConfig(**{section: kinds[section](**values) for section, values in settings.items()})
-
-
-def tensors_and_values(state: object, prefix: str = "") -> dict[str, object]:
-    if isinstance(state, dict):
-        return {k: v for key, value in state.items() for k, v in tensors_and_values(value, f"{prefix}/{key}").items()}
-    if isinstance(state, (list, tuple)):
-        return {k: v for i, value in enumerate(state) for k, v in tensors_and_values(value, f"{prefix}/{i}").items()}
-    return {prefix: state}
-
-
-def assert_same_training(first: Path, second: Path) -> None:
-    """Two runs' folders hold the same checkpoint bit for bit, but for where the training took place."""
-    one, other = (tensors_and_values(load_checkpoint(folder / "checkpoint.pt")) for folder in (first, second))
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        if name.startswith(("/config/run", "/config/data/workers", "/config/data/cache")):
-            continue
-        same = torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
-        assert same, name
+    """A training that goes on by itself; `sections` as in `TrainConfig.of_recipe`."""
+    settings = {"data": {"image_size": IMAGE_SIZE, "iterations": 5}, "run": {"resume": "auto"}}
+    return config(images, out, **over(settings, sections))
 
 
 class Trainings:
@@ -142,9 +104,8 @@ def wait_until(what, seconds: float = 60.0) -> None:
 
 def _train(settings: dict[str, Any]) -> int:
     sections = {name: values for name, values in settings.items() if isinstance(values, dict)}
-    kinds = {each: type(getattr(TrainConfig(), each)) for each in sections}
     try:
-        Trainer(TrainConfig(**{name: kinds[name](**values) for name, values in sections.items()})).fit()
+        Trainer(TrainConfig.of_recipe("none", **sections)).fit()
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 130

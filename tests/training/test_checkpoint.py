@@ -49,22 +49,13 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
-def test_a_truncated_checkpoint_is_named(tmp_path, keep):
-    path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, {"weights": torch.randn(1000)})
-    content = path.read_bytes()
-    path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
-    with pytest.raises(DanFastError, match="checkpoint.pt is truncated or no checkpoint"):
-        load_checkpoint(path)
-
-
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(DanFastError, match="does not exist"):
         load_checkpoint(tmp_path / "none.pt")
-    (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(DanFastError, match="truncated or no checkpoint"):
-        load_checkpoint(tmp_path / "text.pt")
+    for content in (b"hello", b"run:\n  out: x\n", b"u", b"\x80\x02."):
+        (tmp_path / "other").write_bytes(content)
+        with pytest.raises(DanFastError, match="other is truncated or no checkpoint"):
+            load_checkpoint(tmp_path / "other")
     torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
     with pytest.raises(DanFastError, match="not a checkpoint of this version"):
         load_checkpoint(tmp_path / "other.pt")
@@ -73,13 +64,6 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
 class Evil:
     def __reduce__(self):
         return (print, ("code ran",))
-
-
-@pytest.mark.parametrize("content", [b"run:\n  out: x\n", b"u", b"\x80\x02."])
-def test_other_files_are_no_checkpoints(tmp_path, content):
-    (tmp_path / "other").write_bytes(content)
-    with pytest.raises(DanFastError, match="other is truncated or no checkpoint"):
-        load_checkpoint(tmp_path / "other")
 
 
 def test_two_that_save_at_once_leave_one_whole_checkpoint(tmp_path):
@@ -163,12 +147,12 @@ def test_a_flipped_byte_is_never_loaded(tmp_path):
         load_checkpoint(path)
 
 
-def test_a_checkpoint_cut_at_twenty_places_is_named(tmp_path):
+def test_a_truncated_checkpoint_is_named(tmp_path):
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, {"weights": torch.randn(1000), "epoch": 1})
     content = path.read_bytes()
-    for number in range(20):
-        path.write_bytes(content[: len(content) * number // 20])
+    for keep in (10, *(len(content) * number // 20 for number in range(20)), len(content) * 99 // 100):
+        path.write_bytes(content[:keep])
         with pytest.raises(DanFastError, match="checkpoint.pt is truncated or no checkpoint"):
             load_checkpoint(path)
 

@@ -58,7 +58,7 @@ class Watched(Objective):
 
     def __call__(self, params: dict[str, Tensor], split: Split) -> dict[str, Tensor]:
         memory, given, gates = self.model.memory, [], []
-        # Of the kernels' memory nobody reads the states, so that its writes wait as they do in a training.
+        # The states of the kernels' memory are not read, so that its writes wait as they do in a training.
         states = (memory.labeled, memory.unlabeled) if self.remember_states else None
 
         def remember(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:

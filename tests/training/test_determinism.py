@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,11 @@ import torch
 from torch.nn import functional as F
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.data.synthetic import synthesize
-from dan_fast.training import Interrupted, TrainConfig, Trainer
+from dan_fast.training import Interrupted, Trainer
 from dan_fast.training.determinism import deterministic_algorithms, prepare_cublas
 from dan_fast.triton_kernels import products_now
 from tests.support import ROOT
-from tests.training.test_trainer import assert_same_state, stop_after
+from tests.support.training_runs import assert_same_training, config, stop_after
 
 NAME = "CUBLAS_WORKSPACE_CONFIG"
 
@@ -31,24 +29,8 @@ def flags() -> tuple[bool, ...]:
     )
 
 
-def setup(root: Path, device: str, **run: object) -> TrainConfig:
-    images = root / "images"
-    if not images.exists():
-        counts = {"identities": 6, "cameras": 2, "images_per_camera": 2, "test_fraction": 0.34}
-        synthesize(images, ["campus", "mall"], image_size=(32, 32), seed=1, **counts)
-    return TrainConfig.of_recipe(
-        "none",
-        data={"labeled": str(images / "campus"), "unlabeled": str(images / "mall"), "image_size": (32, 32),
-              "batch_size": 8, "workers": 0},
-        model={"backbone": "resnet18", "weights": "none"},
-        memory={"labeled_slots": 7, "unlabeled_slots": 5},
-        optimizer={"epochs": 2, "lr_scale": 10.0},
-        run={"out": str(root / "run"), "device": device, "log_every": 1, **run},
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("wanted", [False, True])
-def test_a_run_sets_it_and_leaves_the_process_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool):
+def test_a_run_sets_it_and_leaves_the_process_as_it_was(images: Path, tmp_path: Path, monkeypatch, wanted: bool):
     before, seen = (*flags(), "float32"), []
     step = Trainer.train_iteration
 
@@ -57,8 +39,8 @@ def test_a_run_sets_it_and_leaves_the_process_as_it_was(tmp_path: Path, monkeypa
         step(trainer, *arguments)
 
     monkeypatch.setattr(Trainer, "train_iteration", watched)
-    config = setup(tmp_path, "cpu", deterministic=wanted)
-    trainer = Trainer(replace(config, memory=replace(config.memory, products="tf32x3" if wanted else "float32")))
+    memory = {"products": "tf32x3" if wanted else "float32"}
+    trainer = Trainer(config(images, tmp_path / "run", memory=memory, run={"deterministic": wanted}))
     assert (*flags(), products_now()) == before
     trainer.fit()
     inside = (True, False, False, False, before[4], "tf32x3") if wanted else before
@@ -92,25 +74,27 @@ def test_cublas_gets_its_workspace_before_the_gpu_is_used(monkeypatch: pytest.Mo
         prepare_cublas()
 
 
-def train(root: str, name: str, device: str, order: int, *stops: int) -> None:
+def train(images: str, out: str, device: str, order: int, *stops: int) -> None:
     """A run that is stopped after some of its iterations and resumed."""
-    config = setup(Path(root), device, deterministic=True, out=str(Path(root) / name))
-    config = replace(config, meta=replace(config.meta, order=order))
-    for iteration in stops:
-        trainer = Trainer(config)
+    run = {"device": device, "deterministic": True}
+    for iteration in (*stops, None):
+        trainer = Trainer(config(Path(images), Path(out), meta={"order": order}, run=run))
+        if iteration is None:
+            trainer.fit()
+            return
         stop_after(trainer, iteration)
         with pytest.raises(Interrupted):
             trainer.fit()
-        config = replace(config, run=replace(config.run, resume=True))
-    Trainer(config).fit()
+        run["resume"] = True
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("order", [1, 2])
-def test_a_run_on_a_gpu_resumes_bit_for_bit(tmp_path: Path, order: int):
+def test_a_run_on_a_gpu_resumes_bit_for_bit(images: Path, tmp_path: Path, order: int):
     """Each in a process of its own, which has not used the GPU before."""
-    for arguments in (("whole", "cuda", order), ("parts", "cuda", order, 2, 3)):
-        code = f"from tests.training.test_determinism import train; train({str(tmp_path)!r}, *{arguments})"
+    for out, stops in (("whole", ()), ("parts", (2, 3))):
+        arguments = (str(images), str(tmp_path / out), "cuda", order, *stops)
+        code = f"from tests.training.test_determinism import train; train(*{arguments})"
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    assert_same_state(tmp_path / "whole/checkpoint.pt", tmp_path / "parts/checkpoint.pt")
+    assert_same_training(tmp_path / "whole", tmp_path / "parts")

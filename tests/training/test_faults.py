@@ -22,29 +22,20 @@ import torch
 import dan_fast.training.trainer as training
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import training_loader
-from dan_fast.data.synthetic import synthesize
 from dan_fast.reporting.curves import read_scalars
 from dan_fast.training import Interrupted, TrainConfig, Trainer
 from dan_fast.training.checkpoint import CheckpointWriter, load_checkpoint
 from tests.support.tiny_training import (
     Trainings,
-    assert_same_training,
     has_ended,
     tiny_config,
     tiny_network,
     wait_until,
     workers_of,
 )
+from tests.support.training_runs import assert_same_training
 
 KILLS = int(os.environ.get("DAN_FAST_KILLS", "50"))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("images")
-    synthesize(root, ["campus", "mall"], identities=6, cameras=2, images_per_camera=2, image_size=(32, 16), seed=1,
-               test_fraction=0.34)  # fmt: skip
-    return root
 
 
 @pytest.fixture(scope="module")

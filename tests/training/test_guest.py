@@ -1,4 +1,4 @@
-"""A training as a guest in somebody else's program: what belongs to the process is as it was when it leaves."""
+"""A training leaves the process it runs in as it was: generators, handlers, settings."""
 
 import ast
 import random
@@ -15,8 +15,7 @@ from dan_fast.training import TrainConfig, Trainer, trained_network
 from dan_fast.training.build import initial_network
 from dan_fast.training.checkpoint import load_checkpoint
 from tests.support import ROOT
-from tests.training.test_trainer import assert_same_state, config, stop_after
-from tests.training.test_trainer import images as images  # the fixture
+from tests.support.training_runs import assert_same_training, config, stop_after
 
 PACKAGE = ROOT / "dan_fast"
 
@@ -58,7 +57,7 @@ def test_a_stopped_trainer_goes_on_with_its_own_random_numbers(images: Path, tmp
     torch.rand(3)
     trainer.train_iteration = step
     trainer.fit()
-    assert_same_state(tmp_path / "whole" / "checkpoint.pt", tmp_path / "parts" / "checkpoint.pt")
+    assert_same_training(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_weights_depend_on_the_seed_of_the_run_alone():

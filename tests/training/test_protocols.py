@@ -12,17 +12,14 @@ import yaml
 from dan_fast.cli import main
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.datasets.fixed_splits import DIGESTS
-from dan_fast.data.synthetic import synthesize
 from dan_fast.evaluation import Evaluation
-from dan_fast.training import DataConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer, trained_network
+from dan_fast.training import DataConfig, TrainConfig, Trainer, trained_network
 from dan_fast.training import targets as targets_module
 from dan_fast.training.checkpoint import load_checkpoint
-from dan_fast.training.config import MemoryConfig, ModelConfig, require_same_training
+from dan_fast.training.config import require_same_training
 from dan_fast.training.reported import CHOSEN, SEEN, EpochChoice, epoch_of
 from tests.support.dataset_shelf import full_shelf
-from tests.training.test_trainer import assert_same_state
-
-SIZE = (32, 32)
+from tests.support.training_runs import IMAGE_SIZE, assert_same_training, config
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +29,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flags(root: Path, out: Path, protocol: str) -> list[str]:
     return [
-        *("train", "--data.protocol", protocol, "--data.root", str(root), "--data.image_size", str(list(SIZE))),
+        *("train", "--data.protocol", protocol, "--data.root", str(root), "--data.image_size", str(list(IMAGE_SIZE))),
         *("--data.batch_size", "8", "--data.workers", "0", "--model.backbone", "resnet18", "--model.weights", "none"),
         *("--optimizer.epochs", "1", "--run.out", str(out), "--run.device", "cpu"),
     ]
@@ -109,7 +106,7 @@ def test_evaluate_by_protocol_gives_what_the_training_gave(root: Path, tmp_path:
 
 def test_a_training_in_bfloat16_evaluates_as_the_command_does(images: Path, tmp_path: Path) -> None:
     out, figures = tmp_path / "run", tmp_path / "figures.json"
-    trainer = Trainer(config(images, out, precision="bfloat16", choose_epoch_on_target=False))
+    trainer = Trainer(chosen(images, out, precision="bfloat16", choose_epoch_on_target=False))
     trainer.epoch = trainer.config.optimizer.epochs
     trainer._save()
     trainer.config.run.resume = True
@@ -175,23 +172,16 @@ def test_what_is_missing_stops_a_training_before_it_writes(tmp_path: Path, capsy
 # Epochs chosen on the target
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    synthesize(folder, ["campus", "mall"], identities=6, cameras=2, images_per_camera=2, image_size=SIZE, seed=1,
-               test_fraction=0.34)  # fmt: skip
-    return folder
-
-
-def config(images: Path, out: Path, **run) -> TrainConfig:
-    return TrainConfig(
-        data=DataConfig(labeled=str(images / "campus"), unlabeled=str(images / "mall"), targets=str(images / "mall"),
-                        image_size=SIZE, batch_size=16, workers=0),
-        model=ModelConfig(backbone="resnet18", weights="none"),
-        memory=MemoryConfig(labeled_slots=7, unlabeled_slots=5),
-        optimizer=OptimizerConfig(epochs=3, lr_scale=10.0),
-        run=RunConfig(out=str(out), device="cpu", **{"evaluate_every": 1, "choose_epoch_on_target": True, **run}),
-    )  # fmt: skip
+def chosen(images: Path, out: Path, **run) -> TrainConfig:
+    """Three epochs, each of them evaluated, of which one is chosen on the target."""
+    data = {"targets": str(images / "mall"), "batch_size": 16}
+    return config(
+        images,
+        out,
+        data=data,
+        optimizer={"epochs": 3},
+        run={"evaluate_every": 1, "choose_epoch_on_target": True, **run},
+    )
 
 
 def score(monkeypatch: pytest.MonkeyPatch, *values: float) -> list[dict[str, torch.Tensor]]:
@@ -219,7 +209,7 @@ def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     out = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch:
         seen = score(patch, 0.2, 0.5, 0.4)
-        return Whole(out, Trainer(config(images, out)).fit(), seen)
+        return Whole(out, Trainer(chosen(images, out)).fit(), seen)
 
 
 def test_the_best_epoch_is_reported_with_its_weights_and_says_so(
@@ -248,7 +238,7 @@ def test_the_last_epoch_is_reported_unless_asked_otherwise(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score(monkeypatch, 0.9, 0.5, 0.4)
-    (reported,) = Trainer(config(images, tmp_path / "run", choose_epoch_on_target=False)).fit()
+    (reported,) = Trainer(chosen(images, tmp_path / "run", choose_epoch_on_target=False)).fit()
     assert (reported.mAP, reported.epoch) == (0.4, "epoch 3 of 3")
     assert not (tmp_path / "run/chosen.pt").exists()
     assert "CHOSEN" not in (tmp_path / "run/results.json").read_text()
@@ -275,19 +265,19 @@ def test_a_run_killed_around_its_best_evaluation_chooses_the_same_epoch(
         score(patch, 0.2, 0.5)
         patch.setattr(EpochChoice, "offer", killed)
         with pytest.raises(Killed):
-            Trainer(config(images, tmp_path / "parts")).fit()
+            Trainer(chosen(images, tmp_path / "parts")).fit()
     with monkeypatch.context() as patch:
         # The second epoch is evaluated again.
         score(patch, 0.5, 0.4)
         capsys.readouterr()
-        (reported,) = Trainer(config(images, tmp_path / "parts", resume=True)).fit()
+        (reported,) = Trainer(chosen(images, tmp_path / "parts", resume=True)).fit()
     assert reported.epoch == f"epoch 2 of 3, {CHOSEN}"
     # Said once, at the end: that the second epoch will be chosen is not known before.
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.count(CHOSEN) == 1 and f"epoch 2 of 3, {CHOSEN}): R1 " in printed
     assert (tmp_path / "parts/results.json").read_text() == (whole.out / "results.json").read_text()
     for name in ("checkpoint.pt", "chosen.pt"):
-        assert_same_state(whole.out / name, tmp_path / "parts" / name)
+        assert_same_training(whole.out / name, tmp_path / "parts" / name)
 
 
 def evaluation(**values) -> Evaluation:
@@ -316,11 +306,11 @@ def test_the_epoch_of_a_checkpoint_within_one() -> None:
 
 
 def test_a_choice_needs_something_to_choose_from(images: Path, tmp_path: Path) -> None:
-    setup = config(images, tmp_path / "run", evaluate_every=0)
+    setup = chosen(images, tmp_path / "run", evaluate_every=0)
     with pytest.raises(DanFastError, match="nothing to choose from: add run.evaluate_every, such as 10"):
         Trainer(setup)
     with pytest.raises(DanFastError, match="nothing to choose from: add data.targets or data.protocol"):
-        Trainer(replace(config(images, tmp_path / "run"), data=replace(setup.data, targets=[])))
+        Trainer(replace(chosen(images, tmp_path / "run"), data=replace(setup.data, targets=[])))
     assert not (tmp_path / "run").exists()
 
 

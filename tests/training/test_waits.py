@@ -3,6 +3,7 @@
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dan_fast
-from dan_fast.bench.iteration_contenders import FROZEN, UPDATED, DANIteration, IterationSize
-from dan_fast.core.errors import DanFastError
 from dan_fast.core.types import MemoryStep
+from dan_fast.daml import Stage
+from dan_fast.nn import DAN
 from dan_fast.training.objective import DivergedError
+from dan_fast.training.scalars import Scalars
+from dan_fast.training.step_scalars import StepScalars
+from tests.support.steps import decide, split, tiny_step
+from tests.support.training_runs import snapshot
 
-TINY = IterationSize("resnet18", 64, 32, images=8, labeled_slots=24, unlabeled_slots=12, classes=6)
 PACKAGE = Path(dan_fast.__file__).parent
 # Operators whose result, or the size of it, the host has to know. `index` only with a mask, which it counts.
 WAITING = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "index"} | {
@@ -67,17 +71,6 @@ class HostReads:
             mode.__exit__(*error)
 
 
-@pytest.fixture
-def dan(tmp_path) -> DANIteration:
-    return DANIteration(TINY, "cpu", "float32", tmp_path / "run")
-
-
-@pytest.fixture(scope="module")
-def steady(tmp_path_factory) -> DANIteration:
-    """For tests in which nothing goes wrong."""
-    return DANIteration(TINY, "cpu", "float32", tmp_path_factory.mktemp("waits") / "run")
-
-
 @pytest.mark.parametrize(
     "read",
     [
@@ -100,41 +93,53 @@ def test_the_counter_sees_a_read(read):
     assert reads.places.total() >= 1
 
 
+@pytest.fixture
+def scalars(tmp_path) -> Scalars:
+    return Scalars(tmp_path)
+
+
+@pytest.fixture
+def step_scalars() -> StepScalars:
+    """As the trainer has them; with true labels and identities of ten unlabelled images."""
+    truth = SimpleNamespace(true_labels=torch.arange(10) % 3, true_ids=torch.arange(10))
+    return StepScalars(truth, torch.device("cpu"), adversary=True)
+
+
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize(
     ("procedure", "stage", "expected"),
     [
         # Once after S: who won the competition decides what is differentiated next, so the host has to know. Once
         # before the optimizer's step: a feature or gradient that is not finite may not reach a parameter.
-        ("daml3", UPDATED, 2),
-        ("daml3", FROZEN, 2),
+        ("daml3", Stage.ATTENTION, 2),
+        ("daml3", Stage.ADVERSARY, 2),
         # No competition: only the one before the step.
-        ("daml2", UPDATED, 1),
+        ("daml2", None, 1),
     ],
 )
-def test_the_host_reads_from_the_device_only_where_it_must(steady, procedure, stage, expected, order):
-    steady.set(order, stage)
-    steady.trainer.config.meta.procedure = procedure
+def test_the_host_reads_from_the_device_only_where_it_must(scalars, step_scalars, procedure, stage, expected, order):
+    meta_step = tiny_step(procedure=procedure, order=order)
+    decide(meta_step, stage)
+    batch = split(1), split(2)
     with HostReads() as reads:
-        steady.run()
-    # On the CPU, and there only, memory and attention head look at their labels at once: nobody waits for it.
+        step_scalars.add(scalars, meta_step.step(*batch))
+    # On the CPU, and there only, memory and attention head look at their labels at once, without a wait.
     at_once = [reads.places.pop(place) for place in ("functional/memory/step.py", "core/attention_checks.py")]
     assert at_once == [2, 2]
     assert reads.places == {"training/step.py": expected}
 
 
-def test_a_window_of_scalars_is_read_once(steady):
-    steady.set(1, UPDATED)
-    steady.run()
+def test_a_window_of_scalars_is_read_once(scalars, step_scalars):
+    step_scalars.add(scalars, tiny_step().step(split(1), split(2)))
     with HostReads() as reads:
-        means = steady.scalars.flush(1)
+        means = scalars.flush(1)
     assert len(means) > 10 and reads.places == {"training/scalars.py": 1}
 
 
-def poisoned(dan: DANIteration, monkeypatch: pytest.MonkeyPatch, field: str, call: int) -> None:
+def poisoned(network: DAN, monkeypatch: pytest.MonkeyPatch, field: str, call: int) -> None:
     """NaN in one sample's `field` of the network's output in the given pass."""
     calls = iter(range(9))
-    forward = dan.trainer.model.network.forward
+    forward = network.forward
 
     def spoilt(*arguments):
         out = forward(*arguments)
@@ -144,26 +149,26 @@ def poisoned(dan: DANIteration, monkeypatch: pytest.MonkeyPatch, field: str, cal
         value[0, -1] = torch.nan  # beyond the keys: the memory would not see it
         return out._replace(**{field: value})
 
-    monkeypatch.setattr(dan.trainer.model.network, "forward", spoilt)
+    monkeypatch.setattr(network, "forward", spoilt)
 
 
 @pytest.mark.parametrize("procedure", ["daml3", "daml2"])
 @pytest.mark.parametrize("field", ["attended", "pooled"])
 @pytest.mark.parametrize("call", [0, 1])
-def test_a_feature_that_is_not_finite_reaches_neither_memory_nor_parameters(dan, monkeypatch, procedure, field, call):
-    trainer, memory = dan.trainer, dan.trainer.model.memory
-    dan.set(1, UPDATED)
-    trainer.config.meta.procedure = procedure
-    poisoned(dan, monkeypatch, field, call)
-    params = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+def test_a_feature_that_is_not_finite_reaches_neither_memory_nor_parameters(monkeypatch, procedure, field, call):
+    meta_step = tiny_step(procedure=procedure)
+    decide(meta_step, Stage.ATTENTION)
+    memory = meta_step.model.memory
+    poisoned(meta_step.model.network, monkeypatch, field, call)
+    params = snapshot(meta_step.model)
     before = memory.labeled, memory.unlabeled
     advanced = []
     forward = memory.forward
     monkeypatch.setattr(memory, "forward", lambda *a, **k: advanced.append(forward(*a, **k)) or advanced[-1])
     with pytest.raises(DivergedError, match="^features are not finite$"):
-        dan.run()
-    assert all(torch.equal(value, params[name]) for name, value in trainer.model.named_parameters())
-    assert not trainer.optimizer.state
+        meta_step.step(split(1), split(2))
+    assert all(torch.equal(value, params[name]) for name, value in meta_step.model.named_parameters())
+    assert not meta_step.optimizer.state
     # What S has written stays, as before any error in S~; the pass with the error writes nothing.
     expected = (advanced[-1].labeled, advanced[-1].unlabeled) if call else before
     assert len(advanced) == call
@@ -192,13 +197,12 @@ class FlagLater(torch.nn.Module):
 @pytest.mark.parametrize("procedure", ["daml3", "daml2"])
 # With S~ at weights that a NaN has moved, its features and its memory step are wrong as well; S is the cause.
 @pytest.mark.parametrize("faults", [[4, 1], [0, 4]], ids=str)
-def test_a_fault_of_the_memory_is_read_with_the_rest_and_named(dan, procedure, faults):
-    trainer = dan.trainer
-    dan.set(1, UPDATED)
-    trainer.config.meta.procedure = procedure
-    trainer.model.memory = FlagLater(trainer.model.memory, list(faults))
-    params = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
-    with pytest.raises(DanFastError, match="cannot go on at iteration 0: labels must not be negative"):
-        dan.run()
-    assert all(torch.equal(value, params[name]) for name, value in trainer.model.named_parameters())
-    assert not trainer.optimizer.state
+def test_a_fault_of_the_memory_is_read_with_the_rest_and_named(procedure, faults):
+    meta_step = tiny_step(procedure=procedure)
+    decide(meta_step, Stage.ATTENTION)
+    meta_step.model.memory = FlagLater(meta_step.model.memory, list(faults))
+    params = snapshot(meta_step.model)
+    with pytest.raises(ValueError, match="^labels must not be negative"):
+        meta_step.step(split(1), split(2))
+    assert all(torch.equal(value, params[name]) for name, value in meta_step.model.named_parameters())
+    assert not meta_step.optimizer.state

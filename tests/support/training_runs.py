@@ -1,0 +1,82 @@
+"""Short trainings on tiny images: their settings, how to stop one, and whether two have learnt the same."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dan_fast.data import MiniBatch, training_loader
+from dan_fast.training import TrainConfig, Trainer
+from dan_fast.training.checkpoint import load_checkpoint
+from dan_fast.training.recipes import over
+
+IMAGE_SIZE = (32, 32)
+
+
+def config(images: Path, out: Path, **sections: dict[str, Any]) -> TrainConfig:
+    """A training of few iterations on `images`; `sections` as in `TrainConfig.of_recipe`."""
+    settings = {
+        "data": {"labeled": str(images / "campus"), "unlabeled": str(images / "mall"), "image_size": IMAGE_SIZE,
+                 "batch_size": 8, "workers": 0},
+        "model": {"backbone": "resnet18", "weights": "none"},
+        "memory": {"labeled_slots": 7, "unlabeled_slots": 5},
+        "optimizer": {"epochs": 2, "lr_scale": 10.0},
+        "run": {"out": str(out), "device": "cpu", "log_every": 1},
+    }  # fmt: skip
+    return TrainConfig.of_recipe("none", **over(settings, sections))
+
+
+class NoScalars:
+    """Takes scalars and forgets them."""
+
+    def add(self, name: str, value: object, counts: object = True) -> None:
+        pass
+
+
+def batches_of(trainer: Trainer) -> Iterator[MiniBatch]:
+    """Batches of the first epoch, in train mode, again and again."""
+    trainer.model.train()
+    return iter(training_loader(trainer.training_set, trainer.batches.planner.plan_epoch(0) * 3, IMAGE_SIZE))
+
+
+def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def stop_after(trainer: Trainer, iterations: int) -> None:
+    """Send this process SIGINT, as Ctrl-C does, in the given iteration of the run."""
+    step = trainer.train_iteration
+
+    def interrupted(batch: MiniBatch, scalars: object) -> None:
+        step(batch, scalars)
+        if trainer.iterations_done + 1 == iterations:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer.train_iteration = interrupted
+
+
+def assert_same_training(first: Path, second: Path) -> None:
+    """Two runs' folders, or two checkpoints, hold the same bit for bit, but for where the training took place."""
+    one, other = (tensors_and_values(load_checkpoint(_checkpoint(path))) for path in (first, second))
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if name.startswith(("/config/run", "/config/data/workers", "/config/data/cache")):
+            continue
+        same = torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
+        assert same, name
+
+
+def tensors_and_values(state: object, prefix: str = "") -> dict[str, object]:
+    """The leaves of nested dicts, lists and tuples by their paths."""
+    if isinstance(state, dict):
+        return {k: v for key, value in state.items() for k, v in tensors_and_values(value, f"{prefix}/{key}").items()}
+    if isinstance(state, (list, tuple)):
+        return {k: v for i, value in enumerate(state) for k, v in tensors_and_values(value, f"{prefix}/{i}").items()}
+    return {prefix: state}
+
+
+def _checkpoint(path: Path) -> Path:
+    return path / "checkpoint.pt" if path.is_dir() else path

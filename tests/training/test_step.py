@@ -1,0 +1,234 @@
+"""A meta step on tensors alone: whose gradients it follows, who is frozen, what it keeps and what it refuses."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dan_fast.daml import Stage, active_groups, meta_gradients
+from dan_fast.data import Split
+from dan_fast.training import MetaConfig, MetaStep
+from dan_fast.training.objective import DivergedError, Objective
+from tests.support.steps import decide, split, tiny_network, tiny_step, training_model
+from tests.support.training_runs import snapshot
+
+CAM_WEIGHT = "network.classifier.weight"
+
+
+def groups_of(params: dict[str, Tensor], stage: Stage) -> dict[str, tuple[list[str], str]]:
+    gates = [name for name in params if name.startswith("memory.")]
+    attention = [name for name in params if ".attention." in name]
+    backbone = [name for name in params if name not in (*gates, *attention)]
+    return active_groups(stage, backbone, attention, gates, CAM_WEIGHT)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("stage", [None, *Stage])
+def test_a_step_follows_the_meta_gradients_of_its_stage(stage, order):
+    meta = {"procedure": "daml3" if stage else "daml2", "order": order, "eta": 0.5}
+    first, model = training_model(), training_model()
+    backbone = {f"network.backbone.{name}" for name, _ in model.network.backbone.named_parameters()}
+    parts = [[value for name, value in first.named_parameters() if (name in backbone) == inside] for inside in (1, 0)]
+    optimizer = torch.optim.SGD([{"params": part} for part in parts], lr=1.0)
+    meta_step = MetaStep(first, optimizer, MetaConfig(**meta))
+    # The inner steps are as long as those of the optimizer's groups, which loading a state replaces.
+    state = optimizer.state_dict()
+    state["param_groups"][0]["lr"], state["param_groups"][1]["lr"] = 0.02, 0.1
+    optimizer.load_state_dict(state)
+    if stage:
+        decide(meta_step, stage)
+    params = snapshot(model)
+    sizes = {name: 0.02 if name in backbone else 0.1 for name in params}
+
+    def loss_fn(values: dict[str, Tensor], batch: Split) -> dict[str, Tensor]:
+        return torch.func.functional_call(model, dict(values), (batch,))[0]
+
+    groups = groups_of(params, stage) if stage else None
+    expected = meta_gradients(loss_fn, params, groups, split(1), split(2), sizes, eta=0.5, order=order)
+    result = meta_step.gradients(split(1), split(2))
+    assert result.stage is stage
+    for found, wanted in zip(
+        (result.train_losses, result.test_losses, result.grads),
+        (expected.train_losses, expected.test_losses, expected.grads),
+        strict=True,
+    ):
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, msg=name)
+            assert not found[name].requires_grad
+    assert all(torch.equal(value, params[name]) for name, value in meta_step.model.named_parameters())
+
+
+def test_without_a_second_part_it_is_plain_sgd():
+    meta_step, model = tiny_step(procedure="daml1"), training_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    for seed in (1, 2):
+        result = meta_step.step(split(seed))
+        losses, _ = model(split(seed))
+        optimizer.zero_grad()
+        losses["total"].backward()
+        optimizer.step()
+        assert result.stage is None and result.test_record is None and not result.test_losses
+        torch.testing.assert_close(result.train_losses["total"], losses["total"].detach())
+    for (name, value), expected in zip(meta_step.model.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(value, expected, msg=name)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("stage", [Stage.ATTENTION, Stage.BOTH])
+def test_gates_follow_the_same_gradient_in_the_group_of_the_backbone_with_order_1(monkeypatch, stage, order):
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)  # all of it in float64
+
+    def gradients(joined: bool) -> dict[str, Tensor]:
+        model, batch = training_model().double(), split()
+        batch = batch._replace(images=batch.images.double())
+        model(batch)  # so that no memory is empty
+        params = dict(model.named_parameters())
+        groups = groups_of(params, stage)
+        if joined:
+            gates, _ = groups.pop("memory")
+            groups["backbone"] = ([*groups["backbone"][0], *gates], "total")
+        return meta_gradients(Objective(model), params, groups, batch, batch, inner_lr=0.1, order=order).grads
+
+    apart, joined = gradients(joined=False), gradients(joined=True)
+    assert apart.keys() == joined.keys() and apart["memory.alpha"] != 0
+    assert all(torch.equal(joined[name], value) for name, value in apart.items()) == (order == 1)
+
+
+@pytest.mark.parametrize(("order", "walks"), [(1, 2), (2, 4)])
+def test_one_walk_of_a_graph_serves_backbone_and_gates_with_order_1(monkeypatch, order, walks):
+    meta_step = tiny_step(order=order)
+    decide(meta_step, Stage.ATTENTION)
+    outer, grad = [], torch.autograd.grad
+
+    def counted(*arguments, **settings):
+        # A backward may itself ask for gradients.
+        outer.append(torch._C._current_graph_task_id() == -1)
+        return grad(*arguments, **settings)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    meta_step.step(split(1), split(2))
+    assert sum(outer) == walks
+
+
+@pytest.mark.parametrize("reach", ["all", "attention"])
+def test_what_is_frozen_does_not_move_by_momentum_or_decay_either(reach):
+    meta_step = tiny_step(training_model(network=tiny_network(adversary_reach=reach)))
+    decide(meta_step, Stage.ATTENTION, Stage.ADVERSARY, Stage.ATTENTION)
+    snapshots = [snapshot(meta_step.model)]
+    for seed in range(3):
+        meta_step.step(split(seed), split(seed + 10))
+        snapshots.append(snapshot(meta_step.model))
+
+    def moved(name: str) -> list[bool]:
+        return [not torch.equal(a[name], b[name]) for a, b in zip(snapshots, snapshots[1:], strict=False)]
+
+    for name in ("network.backbone.conv.weight", "network.backbone.conv.bias"):
+        assert moved(name) == [True, False, True]
+    assert moved("network.attention.wc1") == [False, True, False]
+    # CAM uses the classifier: the adversary's loss moves it too, where it reaches it.
+    assert moved(CAM_WEIGHT) == [True, reach == "all", True]
+    assert all(moved("memory.alpha")[1:])
+
+
+def test_a_layer_frozen_before_stays_as_it_is():
+    model = training_model()
+    frozen = [model.network.backbone.conv.weight, model.network.classifier.weight]
+    for value in frozen:
+        value.requires_grad_(False)
+    before = [value.clone() for value in frozen]
+    meta_step = tiny_step(model)
+    decide(meta_step, *Stage)
+    for seed in range(3):
+        assert not {CAM_WEIGHT, "network.backbone.conv.weight"} & meta_step.step(split(seed), split(9)).grads.keys()
+    assert all(torch.equal(value, old) for value, old in zip(frozen, before, strict=True))
+
+
+def test_without_an_adversary_attention_is_trained_without_a_competition():
+    network = tiny_network(adversary=False)
+    meta_step = tiny_step(training_model(network=network))
+    decide(meta_step)  # which would end in an error
+    result = meta_step.step(split(1), split(2))
+    assert result.stage is None and result.grads.keys() == dict(meta_step.model.named_parameters()).keys()
+
+
+def test_the_stall_guard_goes_on_from_its_state(monkeypatch):
+    monkeypatch.setattr("dan_fast.training.step.attention_wins", lambda *_: torch.tensor(False))
+    first = tiny_step(stall_guard=2)
+    stages = [first.step(split(1), split(2)).stage for _ in range(2)]
+    second = tiny_step(stall_guard=2)
+    second.load_state_dict(first.state_dict())
+    assert [*stages, second.step(split(1), split(2)).stage] == [Stage.ADVERSARY, Stage.ADVERSARY, Stage.BOTH]
+
+
+def test_what_is_reported_is_of_the_batch_and_not_of_the_weights_afterwards():
+    meta_step = tiny_step(lr=10.0)
+    result = meta_step.step(split(1), split(2))
+    alpha, alpha_unlabeled, beta = result.train_record.gates
+    assert (alpha, alpha_unlabeled) == (0.5, 0.5) and beta == pytest.approx(0.1)
+    labels = split(1).labels[:3]
+    for branch, logits in (
+        ("attention", result.train_record.logits),
+        ("adversary", result.train_record.adversary_logits),
+    ):
+        assert result.accuracies[branch] == (logits.argmax(1) == labels).float().mean()
+    assert meta_step.model.memory.alpha != 0
+
+
+def test_gradients_that_are_not_finite_do_not_move_the_weights(monkeypatch):
+    meta_step = tiny_step()
+
+    def poisoned(*arguments, **settings):
+        result = meta_gradients(*arguments, **settings)
+        next(iter(result.grads.values())).fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr("dan_fast.training.step.meta_gradients", poisoned)
+    before = snapshot(meta_step.model)
+    with pytest.raises(DivergedError, match="gradients are not finite"):
+        meta_step.step(split(1), split(2))
+    assert all(torch.equal(value, before[name]) for name, value in snapshot(meta_step.model).items())
+
+
+@pytest.mark.parametrize(
+    ("procedure", "parts", "sentence"),
+    [
+        ("daml1", 2, "daml1 takes batches of one part, S"),
+        ("daml2", 1, "daml2 takes batches of two parts"),
+        ("daml3", 1, "daml3 takes batches of two parts"),
+    ],
+)
+def test_a_batch_that_is_split_otherwise_is_refused(procedure, parts, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        tiny_step(procedure=procedure).gradients(*[split()] * parts)
+
+
+def test_a_parameter_that_the_optimizer_lacks_is_named():
+    model = training_model()
+    with pytest.raises(ValueError, match="the optimizer lacks 'memory.alpha': add it, or freeze it"):
+        MetaStep(model, torch.optim.SGD(model.network.parameters(), lr=0.1))
+
+
+class Tied(nn.Module):
+    """Two layers of one weight, in the place of a training model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, batch: Tensor) -> tuple[dict[str, Tensor], None]:
+        if batch.isnan().any():
+            raise ValueError("nan")
+        return {"total": self.second(self.first(batch)).sum()}, None
+
+
+def test_other_values_stand_in_for_parameters_wherever_these_sit_and_only_during_the_call():
+    model, batch = Tied(), torch.ones(1, 2)
+    own, other = model.first.weight, torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    objective = Objective(model)
+    loss = objective({"first.weight": other}, batch)["total"]
+    assert loss == (other @ other @ batch.T).sum()
+    assert torch.autograd.grad(loss, other)[0].any()
+    with pytest.raises(ValueError, match="nan"):
+        objective({"first.weight": other}, batch * torch.nan)
+    assert model.first.weight is own and model.second.weight is own
