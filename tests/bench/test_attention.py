@@ -102,6 +102,7 @@ def test_what_disagrees_has_no_ratio(monkeypatch, capsys, tmp_path):
     assert eager["speedup"] == kernels["speedup"] == {}
 
 
+@pytest.mark.slow
 def test_the_command_writes_everything_down(tmp_path, capsys):
     out = tmp_path / "figures.json"
     assert main(tiny_command("--threads", "1", "--json", str(out))) == 0

@@ -133,6 +133,7 @@ def tiny_command(*arguments: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_the_command_writes_everything_down(tmp_path, capsys):
     out = tmp_path / "figures.json"
     names = "literal_autograd,literal_in_place,score_space,kernels"
@@ -316,6 +317,7 @@ def test_both_floors_are_printed_and_written():
     assert floors[FORWARD]["operations"] < floors[BACKWARD]["operations"]
 
 
+@pytest.mark.slow
 def test_the_rate_is_of_what_is_multiplied_in_float32(monkeypatch):
     monkeypatch.setattr(memory, "float32_rate", lambda device: 1e12)
     for dtype, products, known in ((torch.float32, "float32", True), (torch.bfloat16, "float32", False),
@@ -386,6 +388,7 @@ def test_disabled_takes_the_pytorch_path_without_a_warning():
     assert _extension.serves("cpu") == before
 
 
+@pytest.mark.compile
 @pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
 def test_disabled_holds_when_a_function_is_traced():
     features = torch.ones(3, 4)

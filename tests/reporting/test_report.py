@@ -96,6 +96,7 @@ def trained(images, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_trained_run_gives_a_full_page(trained, tmp_path, capsys):
     assert main(["report", str(trained), "--out", str(tmp_path / "page"), "--images", "3"]) == 0
     page = tmp_path / "page" / "index.html"
@@ -130,6 +131,7 @@ def test_missing_pieces_are_said_in_the_page(trained, tmp_path):
     assert "damaged | curves | " in text
 
 
+@pytest.mark.slow
 def test_heat_maps_need_images_that_are_there_and_wanted(trained, tmp_path):
     text = text_of(report([trained], tmp_path / "a", images=0))
     assert "tiny | heat maps, Fig. 9 | Images of persons were left out by --images 0." in text

@@ -16,6 +16,8 @@ from dan_fast.triton_kernels import products_now
 from tests.support import ROOT
 from tests.support.training_runs import assert_same_training, config, stop_after
 
+pytestmark = pytest.mark.slow
+
 NAME = "CUBLAS_WORKSPACE_CONFIG"
 
 

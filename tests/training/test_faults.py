@@ -35,6 +35,8 @@ from tests.support.tiny_training import (
 )
 from tests.support.training_runs import assert_same_training
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("DAN_FAST_KILLS", "50"))
 
 

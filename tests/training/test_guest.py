@@ -17,6 +17,8 @@ from dan_fast.training.checkpoint import load_checkpoint
 from tests.support import ROOT
 from tests.support.training_runs import assert_same_training, config, stop_after
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = ROOT / "dan_fast"
 
 

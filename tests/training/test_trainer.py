@@ -36,6 +36,7 @@ def finished(images, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_training_runs_to_its_end_and_leaves_a_usable_network(images, tmp_path):
     trainer = Trainer(config(images, tmp_path / "run", data={"targets": str(images / "mall")}))
     evaluations = trainer.fit()
@@ -85,6 +86,7 @@ def test_a_run_says_what_its_device_makes_of_float32(images, tmp_path, capsys):
     assert "Float32 on" not in half
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -131,6 +133,7 @@ def command_line(setup: TrainConfig, *more: str) -> list[str]:
     return [sys.executable, "-m", "dan_fast", "train", "--config", str(path), *more]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(images, tmp_path):
     whole = config(images, tmp_path / "whole", optimizer={"epochs": 6})
     threads = torch.get_num_threads()
@@ -264,6 +267,7 @@ def test_what_to_watch_is_in_the_event_file_and_in_the_picture(images, tmp_path,
     assert plot_curves(tmp_path / "run", tmp_path / "curves.png").is_file()
 
 
+@pytest.mark.slow
 def test_one_branch_has_one_logit_norm_and_no_ties_and_no_attention_no_spread(images, tmp_path):
     model = {"attention": "none", "adversary": False}
     Trainer(config(images, tmp_path / "run", optimizer=ONE_EPOCH, model=model)).fit()
@@ -300,6 +304,7 @@ def test_a_full_disk_while_logging_is_one_sentence(tmp_path, monkeypatch):
     scalars.close()
 
 
+@pytest.mark.slow
 def test_fit_works_outside_the_main_thread(images, tmp_path):
     trainer = Trainer(config(images, tmp_path / "run", optimizer=ONE_EPOCH))
     thread = threading.Thread(target=trainer.fit)

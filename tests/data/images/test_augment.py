@@ -108,7 +108,6 @@ def test_the_distribution_of_the_draws() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_gpu_gives_what_the_cpu_gives() -> None:
     device = torch.device("cuda")
     images, drawn = pictures(64, (64, 32)), draw(range(64), (64, 32))

@@ -452,6 +452,7 @@ def test_loaders_give_the_same_with_a_cache_and_without(tmp_path: Path, source: 
         image_loader(source.labeled_samples, (8, 8), cache=opened.cache)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_cache_resumes_one_without_bit_for_bit(tmp_path: Path) -> None:
     synthesize(tmp_path / "images", ["campus", "mall"], identities=4, cameras=2, image_size=(32, 32), seed=1)
 

@@ -152,6 +152,7 @@ def test_registration(layout):
     torch.library.opcheck(torch.ops.dan_fast.attention_head.default, (*inputs, labels))
 
 
+@pytest.mark.compile
 def test_compiled_whole():
     inputs, labels = problem(torch.float32)
     compiled = torch.compile(functional.attention_head, fullgraph=True, backend="aot_eager")

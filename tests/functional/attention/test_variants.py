@@ -323,6 +323,7 @@ def runs(images, tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", FIGURE_6)
 def test_each_model_of_figure_6_trains(runs, tmp_path, model):
     network, settings = trained_network(runs / model / "checkpoint.pt")

@@ -57,6 +57,7 @@ def derivatives(step, inputs):
     return [step.loss, *first, *second]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     slots=st.tuples(st.integers(1, 9), st.integers(1, 9)),

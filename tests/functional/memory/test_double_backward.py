@@ -240,6 +240,7 @@ def test_a_gradient_penalty_through_the_module(case, look):
             agree(a.detach(), b.detach(), 1e-9)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_without_a_graph_break(backend):
     """`fullgraph=True` refuses whatever reads a value back on the host. Inductor compiles one small case."""

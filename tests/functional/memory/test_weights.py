@@ -15,7 +15,7 @@ from torch import Tensor
 from dan_fast import _extension, functional, reference
 from dan_fast.functional.memory.row_norms import row_sq_norms
 from tests.support.memory_problems import agree
-from tests.test_extension import Called
+from tests.support.running import Called
 
 F64 = torch.float64
 SIZES = (0, 1, 63, 100, 1000, 9000)
@@ -207,6 +207,7 @@ def test_the_operators_name_what_does_not_fit():
         ops.false_sample_sets(torch.ones(1, 2).long(), torch.tensor([0, 1]), torch.tensor([0]))
 
 
+@pytest.mark.compile
 def test_compiled_whole_with_gradients():
     problem = weights(65)
 

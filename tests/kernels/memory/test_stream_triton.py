@@ -178,6 +178,7 @@ def run_all() -> None:
     check_overlap_refused()
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_under_the_interpreter():
     code = "import test_stream_triton; test_stream_triton.run_all(); print('all ran')"
