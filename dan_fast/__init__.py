@@ -5,20 +5,27 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dan_fast import reference
+    from dan_fast.core.errors import DanFastError, Interrupted
     from dan_fast.core.types import MemoryState, NLCBAMWeights
 
 __version__ = "0.1.0"
-__all__ = ["MemoryState", "NLCBAMWeights", "__version__", "reference"]
+__all__ = ["DanFastError", "Interrupted", "MemoryState", "NLCBAMWeights", "__version__", "reference"]
+
+# Imported when a name is first used: all but `core.errors` import PyTorch, which takes more than a second.
+_MODULES = {
+    "DanFastError": "dan_fast.core.errors",
+    "Interrupted": "dan_fast.core.errors",
+    "MemoryState": "dan_fast.reference",
+    "NLCBAMWeights": "dan_fast.reference",
+}
 
 
 def __getattr__(name: str) -> object:
-    # With the first of them comes PyTorch, for which the list of commands and their `--version` need not wait.
-    if name not in __all__:
+    if name == "reference":
+        return import_module("dan_fast.reference")
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = import_module("dan_fast.reference")
-    if name != "reference":
-        found = getattr(found, name)
-        globals()[name] = found
+    found = globals()[name] = getattr(import_module(_MODULES[name]), name)
     return found
 
 

@@ -1,14 +1,11 @@
 """The command line: `dan-fast COMMAND --help` explains every setting, with its default and the paper's.
 
-Commands are imported when they are given, most of them with PyTorch: `--help`, `--version` and a wrong command wait for
-none of them.
+A command is imported when it runs, most of them with PyTorch: `--help`, `--version` and a wrong command import none.
 """
 
-import argparse
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
-from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
@@ -21,7 +18,7 @@ EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
-# What a command calls, and its line in the list of commands.
+# The function or settings of each command, and its line in the list of commands.
 _COMMANDS = {
     "quickstart": (
         "dan_fast.commands.quickstart:quickstart",
@@ -73,24 +70,6 @@ _BENCHMARKS = {
 }
 
 
-def _asked_recipe(argv: Sequence[str]) -> str | None:
-    """The recipe that flags or YAML files of a `train` name; None where they leave it open.
-
-    It has to be known before they are read, because its settings are what they change.
-    """
-    from dan_fast.training.recipes import recipe_of_file
-
-    scan = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    scan.add_argument("--recipe")
-    scan.add_argument("--config", action="append", default=[])
-    try:
-        found, _ = scan.parse_known_args(argv)
-    except ArgumentError:
-        return None  # a flag without its value, of which the parser of all flags complains
-    of_files = [recipe for path in found.config if (recipe := recipe_of_file(path)) is not None]
-    return found.recipe or (of_files[-1] if of_files else None)
-
-
 def _parse(argv: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
     """The parser and what it made of the flags; the settings of a recipe are the defaults of `train`.
 
@@ -101,20 +80,17 @@ def _parse(argv: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
     if "train" not in argv[:1]:
         parser = _parser(argv)
         return parser, parser.parse_args(argv)
-    from dan_fast.training.config import goes_on
-    from dan_fast.training.recipes import DEFAULT_RECIPE, recipe_of_file
+    from dan_fast.commands.train import recipe_asked_for, recipe_of_run
 
-    asked = _asked_recipe(argv)
-    # At the end, where it also wins over a file that names another one.
+    asked = recipe_asked_for(argv)
+    # Appended, so that the recipe of a flag also wins over a file that names another one.
     argv = [*argv, "--recipe", asked] if asked is not None else argv
     parser = _parser(argv, asked)
     parsed = parser.parse_args(argv)
-    if asked is None and goes_on(parsed.train.run):
-        # A run that goes on keeps its recipe, or the lack of one: the default of today is not what it was started with.
-        begun = recipe_of_file(Path(parsed.train.run.out) / "config.yaml")
-        if begun not in (None, DEFAULT_RECIPE):
-            parser = _parser(argv, begun)
-            parsed = parser.parse_args(argv)
+    continued = recipe_of_run(parsed.train.run) if asked is None else None
+    if continued is not None:
+        parser = _parser(argv, continued)
+        parsed = parser.parse_args(argv)
     return parser, parsed
 
 
@@ -122,8 +98,8 @@ def _parser(argv: Sequence[str], recipe: str | None = None) -> ArgumentParser:
     """Every command, and the flags of the one that `argv` names.
 
     Args:
-        argv: what is going to be parsed.
-        recipe: what has the settings that `train` is not told; None: the default one.
+        argv: the command line that will be parsed.
+        recipe: gives the defaults of the flags of `train`; None: the default recipe.
     """
     parser = ArgumentParser(
         prog="dan-fast",
@@ -148,19 +124,14 @@ def _add_command(group: Any, name: str, summary: str) -> ArgumentParser:
 
 
 def _add_flags(parser: ArgumentParser, command: str, recipe: str | None) -> None:
-    """Imports the command, whose signature names its flags."""
+    """Import the command, whose signature names its flags."""
     called = resolve_name(_COMMANDS[command][0])
     match command:
         case "train":
-            from dan_fast.training.recipes import DEFAULT_RECIPE, recipe_settings
+            from dan_fast.commands.train import flag_defaults
 
             parser.add_class_arguments(called)
-            of_recipe = {
-                f"{section}.{name}": value
-                for section, values in recipe_settings(recipe or DEFAULT_RECIPE).items()
-                for name, value in values.items()
-            }
-            parser.set_defaults({"recipe": recipe or DEFAULT_RECIPE, **of_recipe})
+            parser.set_defaults(flag_defaults(recipe))
         case "datasets":
             parser.add_argument(
                 "roots", nargs="+", type=str, metavar="ROOT", help="Folder to look in, two levels deep."
@@ -209,9 +180,9 @@ def _run(parser: ArgumentParser, parsed: Namespace) -> int:
     result = resolve_name(where)(**{name: value for name, value in vars(settings).items() if name != "config"})
     match command:
         case "train":
-            from dan_fast.training import Trainer
+            from dan_fast.commands.train import train
 
-            Trainer(result).fit()
+            train(result)
         case "synthesize":
             print(*result, sep="\n")
         case "report":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What every CUDA kernel of the extension needs of a GPU, asked of the compiler: no GPU is needed.
+"""The registers, shared memory and spills of every CUDA kernel, as the compiler reports them: no GPU is needed.
 
     python scripts/kernel_resources.py [--arch 8.6 9.0] [FILE.cu ...]
 

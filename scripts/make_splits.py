@@ -2,9 +2,9 @@
 
     python scripts/make_splits.py [FOLDER]
 
-What is drawn first is what has the smallest SHA-256 of a text that names the seed, the split and the person: no
-library's next version can draw otherwise, and the files come out bit for bit the same on every machine. Their
-digests, which this prints, stand in `dan_fast.data.datasets.fixed_splits.DIGESTS`.
+Persons are drawn in the order of the SHA-256 of a text with the seed, the split and the person: the files do not depend
+on the version of a library and are the same, bit for bit, on every machine. Their digests, which this prints, stand in
+`dan_fast.data.datasets.fixed_splits.DIGESTS`.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ ILIDS_IMAGES = (
 
 
 def draw(items: Iterable[Any], *purpose: Any) -> list[Any]:
-    """The items in an order that the purpose alone decides."""
+    """The items in an order that depends on the purpose only."""
     return sorted(items, key=lambda item: hashlib.sha256(f"{SEED}/{purpose}/{item}".encode()).digest())
 
 

@@ -3,7 +3,7 @@
     python scripts/worker_memory.py [--entries 200000] [--epochs 20] [--workers 2] [--batches 0]
 
 The entries are names of files that do not exist. Decoding and what is drawn for the augmentation are replaced by zeros,
-so that what is measured is what the loader itself keeps, and soon. Prints a line an epoch and, last, how far
+so that only the memory of the loader itself is measured, and quickly. Prints a line an epoch and, last, how far
 from flat all these are.
 """
 
@@ -21,8 +21,8 @@ IMAGE_SIZE = (8, 4)
 
 
 def pss_mib(process: int | str) -> float:
-    """Of a process its own pages, and its share of those that it has in common with its relatives; without the
-    libraries, which it may have in common with anybody on the machine.
+    """A process's own pages and its share of those that it shares with its parent and children, without the libraries,
+    which unrelated processes may share too.
     """
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) / 1024

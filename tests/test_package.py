@@ -139,6 +139,11 @@ assert NLCBAMWeights is dan_fast.core.types.NLCBAMWeights
     assert "torch" in imported_by(code)
 
 
+def test_the_errors_of_the_package_come_without_pytorch():
+    modules = imported_by("from dan_fast import DanFastError, Interrupted")
+    assert "dan_fast.core.errors" in modules and "torch" not in modules
+
+
 def test_one_version():
     assert re.fullmatch(r"\d+\.\d+\.\d+", dan_fast.__version__)
     assert importlib.metadata.version("dan-fast") == dan_fast.__version__

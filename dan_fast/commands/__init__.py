@@ -1,1 +1,1 @@
-"""What `dan-fast COMMAND` does, where it is not the whole of another room."""
+"""What `dan-fast COMMAND` does, where the command is not a room of its own as `sweep`, `report` and `bench` are."""

@@ -12,14 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dan_fast.core.errors import DanFastError
-from dan_fast.data.datasets.cuhk03_archive import extract_cuhk03
-from dan_fast.data.datasets.cuhk_sysu import extract_cuhk_sysu
+from dan_fast.commands.terminal import PLAIN
 from dan_fast.data.datasets.known import KNOWN, FoundDataset, KnownDataset, find_datasets
-
-# Sentences are neither broken into lines nor coloured: they name paths to copy.
-PLAIN: dict[str, bool] = {"soft_wrap": True, "highlight": False, "markup": False}
-_EXTRACTORS = {"cuhk03": extract_cuhk03, "cuhk_sysu": extract_cuhk_sysu}
 
 
 def list_datasets(
@@ -38,15 +32,9 @@ def list_datasets(
         DanFastError: a folder that is absent or cannot be read, or an archive that cannot be extracted.
     """
     folders = [Path(root).expanduser() for root in roots]
-    for folder in folders:
-        if not folder.is_dir():
-            raise DanFastError(f"There is no folder {folder}; check the path for a typing mistake.")
-    try:
+    found = _search(folders)
+    if extract and _extract(found):
         found = _search(folders)
-        if extract and _extract(found):
-            found = _search(folders)
-    except OSError as error:
-        raise DanFastError(f"{error.filename} cannot be read ({error.strerror}); check permissions.") from error
     missing = [known for known in KNOWN.values() if known not in [each.known for each in found]]
     console = console or Console()
     if json:
@@ -65,10 +53,11 @@ def list_datasets(
 def _extract(found: Sequence[FoundDataset]) -> list[Path]:
     written = []
     for name, folder in dict.fromkeys((each.known.name, each.path) for each in found):
-        if name in _EXTRACTORS:
+        extract = KNOWN[name].extract
+        if extract is not None:
             # To the error output: the listing may be JSON.
             print(f"{folder}: extracting the images that are not there as files.", file=sys.stderr)
-            written += _EXTRACTORS[name](folder)
+            written += extract(folder)
     return written
 
 

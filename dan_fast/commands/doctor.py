@@ -43,7 +43,7 @@ class Report(NamedTuple):
 
 
 def report() -> Report:
-    """Looks at the machine; loads the extension, changes nothing.
+    """Find out what was built and what is missing; loads the extension, changes nothing.
 
     Example:
         >>> report().versions[0][0]
@@ -166,5 +166,5 @@ def _table(title: str, columns: Iterable[str], rows: Iterable[tuple[str, ...]]) 
 
 
 def _plain(text: str) -> str:
-    """Rich takes "[...]" for markup, compilers print it."""
+    """Text with escaped brackets, which compilers print and rich would read as markup."""
     return text.replace("[", r"\[")

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import write_text
 from dan_fast.data import ImageCache, ReIDDataset, load_dataset
-from dan_fast.data.protocols import resolve_protocol
+from dan_fast.data.named_protocols import resolve_protocol
 from dan_fast.evaluation import Evaluation, Reranking, evaluate_dataset, require_whole_splits
 from dan_fast.training import TrainConfig
 from dan_fast.training.build import initial_network, network_of, resolve_device
@@ -116,7 +116,7 @@ def evaluate(
                 evaluation = replace(evaluation, **conditions, seen=seen_of(state, dataset))
             results.append((name, evaluation))
 
-    # Folded: a variant that is cut short in a narrow window says nothing.
+    # Folded: a variant must stay readable in a narrow window.
     table = Table(Column("target", overflow="fold"), "features", *results[0][1].percentages())
     for name, evaluation in results:
         table.add_row(evaluation.title, name, *evaluation.row())
@@ -151,7 +151,7 @@ def _load_targets(paths: Sequence[str], protocol: str | None, root: str | None) 
 
 
 def _tested_by(protocol: str | None, settings: dict[str, Any]) -> str:
-    """What to call the protocol of a checkpoint's figures: only a network trained by it has its figures."""
+    """The name of the protocol beside a checkpoint's figures, marked where the network was not trained by it."""
     if protocol is None or settings["data"].get("protocol") == protocol:
         return protocol or ""
     return f"targets of {protocol}, NOT TRAINED BY IT"

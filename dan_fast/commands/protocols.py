@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from dan_fast.commands.datasets import PLAIN
-from dan_fast.data.protocols import PROTOCOLS, Part, Protocol, Shelf
+from dan_fast.commands.terminal import PLAIN
+from dan_fast.data.named_protocols import PROTOCOLS, Part, Protocol, Shelf
 
 
 def list_protocols(root: str | None = None, json: bool = False, console: Console | None = None) -> None:

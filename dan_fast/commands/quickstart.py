@@ -1,6 +1,8 @@
 """A whole experiment in minutes: synthetic domains, a small DAN, an unseen domain, a report."""
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,9 +10,10 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 from rich.table import Table as ConsoleTable
 
+from dan_fast.commands.terminal import PLAIN, progress_line
 from dan_fast.data import ReIDDataset, image_loader, load_dataset
 from dan_fast.data.synthetic import synthesize
-from dan_fast.evaluation import evaluate_features, extract_dataset
+from dan_fast.evaluation import DatasetFeatures, Evaluation, evaluate_features, extract_dataset
 from dan_fast.nn import DAN
 from dan_fast.reporting import Figure, Table, plot_attention, plot_curves, plot_ranked_lists, write_report
 from dan_fast.training import TrainConfig, Trainer
@@ -33,7 +36,7 @@ def quickstart(
 ) -> None:
     """Train a small ResNet-18 on synthetic domains and test it on an unseen one.
 
-    Two domains are labelled; a third one is unlabelled, for recipes that have a use for it.
+    Two domains are labelled; a third one is unlabelled, for recipes that train on unlabelled images.
 
     An interrupted quickstart continues when it is started again.
 
@@ -43,8 +46,8 @@ def quickstart(
         identities: Persons in each domain.
         seed: Seed of images, weights and batches.
         workers: Processes that decode images; 0 decodes in this one.
-        recipe: Settings of the method by a name: dan, paper or plain, as for `dan-fast train`; what a small network
-            and a short training need is changed on top, and the results say so.
+        recipe: Settings of the method by a name: dan, paper or plain, as for `dan-fast train`. The settings that a
+            small network and a short training need are changed on top, and the results list them.
 
     Raises:
         DanFastError: there is no such recipe, or `out` holds a quickstart with other settings.
@@ -53,36 +56,23 @@ def quickstart(
     started = time.monotonic()
     console = Console()
     folder = Path(out)
-    console.print(
-        f"Recipe {recipe}. Drawing {identities} persons in each of {len(LABELED) + len(UNLABELED) + 1} domains ..."
-    )
-    domains = [*LABELED, *UNLABELED, UNSEEN]
+    console.print(f"Recipe {recipe}.", **PLAIN)
     # All persons of the unseen domain are test persons, and none of the others.
-    synthesize(
-        folder / "data",
-        domains=domains[:-1],
-        identities=identities,
-        seed=seed,
-        image_size=IMAGE_SIZE,
-        test_fraction=0.0,
-    )
-    synthesize(
-        folder / "data",
-        domains=[UNSEEN],
-        identities=identities,
-        seed=seed,
-        image_size=IMAGE_SIZE,
-        test_fraction=1.0,
-    )
+    draw = partial(synthesize, folder / "data", identities=identities, seed=seed, image_size=IMAGE_SIZE)
+    for domains, test_fraction in (((*LABELED, *UNLABELED), 0.0), ((UNSEEN,), 1.0)):
+        with progress_line(console, f"Drawing {identities} persons in each of {', '.join(domains)}") as progress:
+            draw(domains=domains, test_fraction=test_fraction, progress=progress)
     config = _config(folder, epochs, seed, workers, recipe)
     trainer = Trainer(config)
     unseen = load_dataset(folder / "data" / UNSEEN)
 
     untrained = initial_network(config.to_dict(), trainer.training_set.num_classes).eval()
-    before, _ = _evaluate(untrained, unseen, workers)
+    with progress_line(console, f"Testing the untrained network on {UNSEEN}") as progress:
+        before, _ = _evaluate(untrained, unseen, workers, progress)
     trainer.fit()
     network = trainer.model.network.eval()
-    after, features = _evaluate(network, unseen, workers)
+    with progress_line(console, f"Testing the trained network on {UNSEEN}") as progress:
+        after, features = _evaluate(network, unseen, workers, progress)
 
     columns = ["network", *after.percentages()]
     rows = [["untrained", *before.row()], ["trained", *after.row()]]
@@ -114,7 +104,7 @@ def quickstart(
         [Table(title, columns, rows, "In percent: CMC at ranks 1, 5 and 10, mAP and mINP.")],
         figures,
     )
-    console.print(f"Report: {page} ({time.monotonic() - started:.0f} s)", highlight=False, soft_wrap=True)
+    console.print(f"Report: {page} ({time.monotonic() - started:.0f} s)", **PLAIN)
 
 
 def _config(folder: Path, epochs: int, seed: int, workers: int, recipe: str) -> TrainConfig:
@@ -134,20 +124,23 @@ def _config(folder: Path, epochs: int, seed: int, workers: int, recipe: str) -> 
         optimizer={"epochs": epochs, "lr_scale": 30.0},
         run={"out": str(run), "resume": "auto", "seed": seed},
     )
-    # Where images are fed back at all, a few hundred iterations are few for pseudo labels to become good.
+    # Within a few hundred iterations pseudo labels stay poor, so few images are fed back.
     config.data.feedback_fraction = min(config.data.feedback_fraction, 0.25)
     # A long guard seldom acts in so short a run, and a backbone frozen half the time learns little. A recipe without
-    # a guard is left without one.
+    # a guard gets none.
     config.meta.stall_guard = min(config.meta.stall_guard, 2)
     return config
 
 
-def _evaluate(network: DAN, dataset: ReIDDataset, workers: int):
+def _evaluate(
+    network: DAN, dataset: ReIDDataset, workers: int, progress: Callable[[int, int], None]
+) -> tuple[Evaluation, DatasetFeatures]:
     features = extract_dataset(
         network.embed,
         dataset,
         IMAGE_SIZE,
         workers=workers,
+        progress=progress,
         device=next(network.parameters()).device,
         preprocessing=network.preprocessing,
     )

@@ -1,4 +1,4 @@
-"""What the command line answers with a sentence and an exit code of its own."""
+"""The exceptions that the command line reports as one sentence, each with an exit code of its own."""
 
 
 class DanFastError(Exception):
@@ -6,4 +6,4 @@ class DanFastError(Exception):
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; it has been saved."""
+    """The run was stopped by a signal and has been saved."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders that one process at a time writes to."""
+"""Files that appear whole or not at all, and folders that one process at a time writes to."""
 
 import errno
 import os
@@ -13,17 +13,17 @@ from filelock import FileLock, Timeout
 
 from dan_fast.core.errors import DanFastError
 
-# Where a file system knows no locks.
+# The errors of a file system without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
-# What a file system answers that cannot sync, which is no reason to lose what has been written.
+# The errors of a file system that cannot sync; what has been written is kept.
 _NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
 def write_whole(path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
     """Have `write` fill a file beside `path`, sync it, then put it in the place of `path`.
 
-    The file beside it has a name that no other process or thread uses: of two that write the same `path` one comes
-    last. A process that is killed leaves the old file as it was, and remains that `remove_unfinished` removes.
+    The file beside it has a name that no other process or thread uses: of two that write the same `path` the later
+    one wins. A process that is killed leaves the old file as it was, and remains that `remove_unfinished` removes.
 
     Raises:
         DanFastError: the disk is full or the folder cannot be written; an earlier file at `path` is intact.
@@ -67,7 +67,7 @@ def write_text(path: str | Path, text: str) -> None:
 def remove_unfinished(folder: Path, name: str = "*") -> None:
     """Remove what killed processes left of `write_whole` in `folder`, of the files that are called `name`.
 
-    Only for one who knows that nobody writes such files now, because of a lock.
+    To be called under a lock that keeps other processes from writing such files.
     """
     for remains in folder.glob(f".{name}.*.part"):
         with suppress(OSError):
@@ -76,13 +76,13 @@ def remove_unfinished(folder: Path, name: str = "*") -> None:
 
 @contextmanager
 def alone(lock_file: Path) -> Iterator[None]:
-    """Inside, no other process is inside with the same lock file, which is made, and removed at the end.
+    """A context that one process at a time enters for a lock file, which is made, and removed at the end.
 
-    The system lets go of the lock when a process is killed; workers that outlive it do not hold it. A file system
-    without locks is taken as it is.
+    The system releases the lock when a process is killed; workers that outlive it do not hold it. On a file system
+    without locks nothing is locked.
 
     Raises:
-        DanFastError: another process is inside, the sentence says which one; or the file cannot be made.
+        DanFastError: another process holds the lock, the sentence names it; or the file cannot be made.
     """
     lock, holder, folder = FileLock(lock_file), lock_file.with_suffix(".holder"), lock_file.parent
     try:
@@ -90,7 +90,7 @@ def alone(lock_file: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise DanFastError(
-            f"{folder} is in use by {_said(holder)}: wait for it, stop it, or choose another folder."
+            f"{folder} is in use by {_named_in(holder)}: wait for it, stop it, or choose another folder."
         ) from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:
@@ -101,14 +101,15 @@ def alone(lock_file: Path) -> Iterator[None]:
         write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
-        # The lock file last, and before it is free: who opens it now sees that it is gone.
+        # The lock file last, and before its lock is released: a process that opens it later makes a new one.
         for file in (holder, lock_file):
             with suppress(OSError):
                 file.unlink()
         lock.release()
 
 
-def _said(holder: Path) -> str:
+def _named_in(holder: Path) -> str:
+    """The process that holds a lock, in words, as the file beside the lock names it."""
     try:
         return holder.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -124,8 +125,8 @@ def _sync(descriptor: int) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    # Without this a power cut could forget the rename though the file's bytes are safe. The file is in its place, so
-    # a folder that cannot be opened or synced, as on some network mounts, is no error.
+    # Without this a power cut could undo the rename although the file's bytes are on the disk. The file is in its
+    # place, so a folder that cannot be opened or synced, as on some network mounts, is no error.
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

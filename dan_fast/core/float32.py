@@ -1,4 +1,4 @@
-"""What PyTorch makes of float32: products of TF32 or bfloat16 numbers on some devices, unless it is told otherwise."""
+"""How PyTorch multiplies float32 numbers: on some devices as TF32 or bfloat16, unless settings forbid it."""
 
 import threading
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import torch
 
 _EXACT = ("none", "ieee")
 _NAMES = {"tf32": "TF32", "bf16": "bfloat16"}
-# Process-wide settings: two threads that took turns in setting and restoring them would undo each other's.
+# Process-wide settings: two threads that set and restore them at the same time would undo each other's changes.
 _LOCK = threading.Lock()
 
 
@@ -32,7 +32,7 @@ def float32_settings(device: torch.device) -> dict[str, str]:
 
 
 def float32_rounding(device: torch.device) -> str:
-    """What of `float32_settings` is no float32, in words: "TF32 in convolutions", or "" where all is.
+    """The products of `float32_settings` that are rounded, in words: "TF32 in convolutions", or "" for none.
 
     Example:
         >>> float32_rounding(torch.device("cpu"))
@@ -58,7 +58,7 @@ def exact_float32(device_type: str) -> Iterator[None]:
             return
         devices = [_matrix_products(each) for each in ("cuda", "cpu")]
         found = [each.fp32_precision for each in devices]
-        # By the name that the settings came by: where old and new ones disagree PyTorch refuses to read the old ones,
+        # By the name that was used before: where old and new settings disagree PyTorch refuses to read the old ones,
         # which TunableOp does in the middle of a product.
         old_name = _matmul_precision()
         if old_name is None:
@@ -75,7 +75,7 @@ def exact_float32(device_type: str) -> Iterator[None]:
 
 
 def _matmul_precision() -> str | None:
-    """What `torch.set_float32_matmul_precision` was told; None where settings came by other names."""
+    """The setting of `torch.set_float32_matmul_precision`; None where it was set by other names."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""How a network wants its images: the one thing that backbones, loaders and pictures have to agree on."""
+"""How images are resized and normalised for a network, which backbones, loaders and pictures share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 # Mean and standard deviation of ImageNet's red, green and blue, which torchvision's pretrained weights expect.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-# What torchvision resizes uint8 tensors by with antialiasing.
+# The modes in which torchvision resizes uint8 tensors with antialiasing.
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 

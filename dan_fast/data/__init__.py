@@ -1,6 +1,6 @@
 """Datasets, training sets, batch plans, transforms and loaders."""
 
-from dan_fast.data.datasets.dataset import ReIDDataset, Sample, all_images, load_dataset
+from dan_fast.data.datasets.load import ReIDDataset, Sample, all_images, load_dataset
 from dan_fast.data.images.cache import ImageCache
 from dan_fast.data.images.loader import ImageSamples, MiniBatch, Split, image_loader, training_loader
 from dan_fast.data.images.reading import read_image

@@ -1,4 +1,4 @@
-"""Which images make up each mini-batch: planned for a whole epoch at once, without touching an image."""
+"""Which images make up each mini-batch: planned for a whole epoch at once, without reading an image."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class BatchPlanner:
     S takes half the batch and S~ the other half (S the larger of an odd one). Each has its share of
     unlabelled places; without unlabelled images all places are labelled. Fed-back samples take labelled
     places of S~, and for each a random labelled image of its pseudo class takes one of S, so that S~ tests
-    what S has just taught. The other labelled places go through all labelled images in random order, anew
+    the classes that S trains. The other labelled places go through all labelled images in random order, anew
     each epoch. The unlabelled places go through all unlabelled images in random order, on from one epoch to
     the next, so that none is left behind however short an epoch is.
 
@@ -130,7 +130,7 @@ class BatchPlanner:
         return list(self.batches(epoch, feedback))
 
     def batches(self, epoch: int, feedback: tuple[Tensor, Tensor] | None = None) -> Iterator[BatchPlan]:
-        """`plan_epoch` one by one, for an epoch of which nobody needs all at once."""
+        """The batches of `plan_epoch` one by one, which keeps one batch in memory."""
         sample_ids, pseudo_labels = self._checked(feedback)
         fed_places = min(self._feedback_places, len(sample_ids))
         unlabeled_places = self._train_places[1] + self._test_places[1]

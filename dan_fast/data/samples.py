@@ -1,4 +1,4 @@
-"""What every reader of a dataset returns, samples and the splits they belong to, and how it describes itself."""
+"""What every reader of a dataset returns, samples and splits, and the description by which the dataset is found."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FixedSplit(NamedTuple):
 
 @dataclass(frozen=True)
 class FixedSplits:
-    """The splits of a dataset that everyone who compares results has to share.
+    """The splits of a dataset, by which results of different papers can be compared.
 
     Attributes:
         name: of the list.
@@ -102,14 +102,16 @@ class KnownDataset:
     Attributes:
         name: the word that selects it, such as "market1501".
         title: what the literature calls it.
-        find: the dataset's own folder for a folder that is it, holds it or lies one level inside it; None for
-            any other.
+        find: from a folder that is the dataset's own, contains it or lies one level inside it to the dataset's own
+            folder; None for any other.
         read: (folder, name, variant) to the dataset; `folder` is what `find` gave, `variant` one of `variants`.
         counts: for each variant the counts of each split; a variant that it lacks is not checked.
         source: the paper or page that the counts are from.
-        origin: where the dataset can be asked for, in words; "" where it no longer can.
-        note: what whoever uses it has to know; "" for nothing.
+        origin: where the dataset can be requested, in words; "" where it is no longer distributed.
+        note: a warning that is printed wherever the dataset is listed; "" for none.
         variants: the variants that a folder holds.
+        extract: writes the images of an archive in a folder as files beside it and gives what was written; None where
+            the dataset is distributed as image files.
     """
 
     name: str
@@ -121,3 +123,4 @@ class KnownDataset:
     origin: str
     note: str = ""
     variants: Callable[[Path], tuple[str, ...]] = one_variant
+    extract: Callable[[Path], list[Path]] | None = None

@@ -1,4 +1,4 @@
-"""The train images of all source datasets fused into one set (Sec. III-D), the unlabelled ones beside."""
+"""The train images of all source datasets merged into one labelled and one unlabelled set (Sec. III-D)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.images.packed import Packed
+from dan_fast.data.overlap import root_of
 from dan_fast.data.samples import ReIDDataset, Sample
-from dan_fast.data.strangers import root_of
 
 _Identity = tuple[str, int]  # (real path of the dataset's root, pid)
 
@@ -25,7 +25,7 @@ class TrainingSet:
 
     An identity is a (dataset root, pid): pids of different datasets never mix, and gaps between pids do no
     harm. The position of an image in `unlabeled_samples` is its sample id, the one the memory stores. The
-    truth about unlabelled images is for measuring only; no loss sees it.
+    true identities of unlabelled images are for measuring only and enter no loss.
 
     Args:
         labeled: datasets whose train images of known identity train the classifier.

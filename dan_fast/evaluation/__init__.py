@@ -1,16 +1,7 @@
 """Features of images, rankings and the figures of a whole dataset."""
 
+from dan_fast.evaluation.dataset_features import DatasetFeatures, extract_dataset, random_split, require_whole_splits
 from dan_fast.evaluation.features import Features, extract_features
-from dan_fast.evaluation.protocol import (
-    COLUMNS,
-    DatasetFeatures,
-    Evaluation,
-    evaluate_dataset,
-    evaluate_features,
-    extract_dataset,
-    random_split,
-    require_whole_splits,
-)
 from dan_fast.evaluation.ranking import (
     NoMatchError,
     RankingResult,
@@ -19,6 +10,8 @@ from dan_fast.evaluation.ranking import (
     rank_distances,
 )
 from dan_fast.evaluation.reranking import Reranking, evaluate_reranked, reranked_distances
+from dan_fast.evaluation.result import COLUMNS, Evaluation
+from dan_fast.evaluation.scoring import evaluate_dataset, evaluate_features
 from dan_fast.evaluation.single_shot import evaluate_single_shot
 
 __all__ = [
@@ -33,7 +26,6 @@ __all__ = [
     "evaluate_features",
     "evaluate_ranking",
     "evaluate_reranked",
-    "evaluate_single_shot",
     "evaluate_single_shot",
     "extract_dataset",
     "extract_features",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dan_fast import _extension
 from dan_fast.evaluation import counting_torch
-from dan_fast.evaluation.keys import Metric, key_scale
+from dan_fast.evaluation.distances import Metric, distance_scale
 from dan_fast.evaluation.pairs import Labels, Pairs, pairs_in_blocks
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -88,8 +88,8 @@ def ranks_by_features(
 ) -> Iterator[tuple[Pairs, np.ndarray]]:
     """As :func:`ranks_by_distances`, of (Q, d) and (G, d) features of one dtype and device.
 
-    The kernels compare almost all pairs by a product in float32 whose error they bound, and the few it leaves open by
-    their exact keys: the ranks are those of float64.
+    The kernels compare almost all pairs by a product in float32 with an error bound, and the few it leaves undecided by
+    their exact distances: the ranks are those of float64.
 
     Args:
         check: called with the squared norms of both before anything is compared; raises if they do not fit.
@@ -102,7 +102,7 @@ def ranks_by_features(
     array, dtype = _array(gallery)
     squares = module.square_norms(*_array(query), threads), module.square_norms(array, dtype, threads)
     check(*squares)
-    scale = key_scale(*squares, metric)
+    scale = distance_scale(*squares, metric)
     size = 8 if dtype == "float64" else 4
     query_bytes = _QUERY_BYTES + size * (query.shape[1] + 32)
     for pairs in pairs_in_blocks(labels, query_bytes, _PAIR_BYTES + _THREAD_BYTES * threads, budget):
@@ -123,13 +123,13 @@ def ranks_by_features(
 
 
 def _adjacent(matrix: Tensor) -> Tensor:
-    """The matrix itself if the kernels can walk over it, else a copy."""
+    """The matrix itself where its layout suits the kernels, else a copy."""
     rows, columns = matrix.shape
     adjacent = matrix.stride(1) == 1 or columns == 1
     return matrix if adjacent and (matrix.stride(0) >= columns or rows == 1) else matrix.contiguous()
 
 
 def _array(matrix: Tensor) -> tuple[np.ndarray, str]:
-    """The same memory as an array, and the name of its dtype; NumPy knows no bfloat16."""
+    """The same memory as an array, and the name of its dtype; NumPy has no bfloat16."""
     name = str(matrix.dtype).removeprefix("torch.")
     return (matrix.view(torch.uint16) if matrix.dtype == torch.bfloat16 else matrix).numpy(), name

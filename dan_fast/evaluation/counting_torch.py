@@ -9,7 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dan_fast.evaluation.keys import KeyScale, Metric, key_scale, keys_of_dots, square_norms, tree_dots
+from dan_fast.evaluation.distances import (
+    DistanceScale,
+    Metric,
+    distance_scale,
+    distances_of_dots,
+    on_grid,
+    square_norms,
+    tree_dots,
+)
 from dan_fast.evaluation.pairs import Labels, Pairs, pairs_in_blocks
 
 # Bytes of temporaries for each pair of a query and a gallery image that is compared at once.
@@ -21,12 +29,12 @@ class _Matches(NamedTuple):
     """True matches of a block of queries, nearest first, padded to the query with the most.
 
     Attributes:
-        keys: (b, M) int64 or float64.
+        distances: (b, M) int64 or float64.
         places: (b, M) int64 places in the gallery.
         counts: (b,) int64 matches of each query.
     """
 
-    keys: Tensor
+    distances: Tensor
     places: Tensor
     counts: Tensor
 
@@ -48,7 +56,13 @@ def ranks_by_distances(distances: Tensor, labels: Labels, budget: int) -> Iterat
         for first in range(0, gallery, _columns(budget)):
             values = block[:, first : first + _columns(budget)].to(wide)
             _count(
-                values, first, matches, matches.keys, matches.keys, buckets, lambda q, g, v=values, f=first: v[q, g - f]
+                values,
+                first,
+                matches,
+                matches.distances,
+                matches.distances,
+                buckets,
+                lambda q, g, v=values, f=first: v[q, g - f],
             )
         yield pairs, _ranks(buckets, matches)
 
@@ -63,7 +77,7 @@ def ranks_by_features(
     """
     squares = square_norms(query, budget), square_norms(gallery, budget)
     check(*squares)
-    scale = key_scale(*squares, metric)
+    scale = distance_scale(*squares, metric)
     width, columns = query.shape[1], max(1, min(_columns(budget), budget // (32 * query.shape[1])))
     gallery_norms = torch.from_numpy(scale.gallery_norms).to(gallery.device)
     query_bytes = _ENTRY_BYTES * min(len(gallery), columns) + 16 * width
@@ -75,8 +89,8 @@ def ranks_by_features(
             parts = []
             for part in torch.arange(len(queries), device=queries.device).split(max(1, budget // (32 * width))):
                 q, g = queries[part], places[part]
-                keys = keys_of_dots(tree_dots(block[q], gallery[g]), norms[q], gallery_norms[g], scale.cosine)
-                parts.append(torch.round(keys / steps[q]) * steps[q])
+                distances = distances_of_dots(tree_dots(block[q], gallery[g]), norms[q], gallery_norms[g], scale.cosine)
+                parts.append(on_grid(distances, steps[q]))
             return torch.cat(parts) if parts else norms[:0]
 
         matches, buckets = _prepare(pairs, exact(*_indices(pairs, query.device)))
@@ -84,8 +98,8 @@ def ranks_by_features(
         for first in range(0, len(gallery), columns):
             last = slice(first, first + columns)
             dots = block @ gallery[last].to(torch.float64).T
-            values = keys_of_dots(dots, norms[:, None], gallery_norms[last], scale.cosine)
-            _count(values, first, matches, matches.keys - doubt, matches.keys + doubt, buckets, exact)
+            values = distances_of_dots(dots, norms[:, None], gallery_norms[last], scale.cosine)
+            _count(values, first, matches, matches.distances - doubt, matches.distances + doubt, buckets, exact)
         yield pairs, _ranks(buckets, matches)
 
 
@@ -97,8 +111,8 @@ def _indices(pairs: Pairs, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(pairs.queries).to(device), torch.from_numpy(pairs.places).to(device)
 
 
-def _uncertainty(scale: KeyScale, pairs: Pairs, width: int) -> Tensor:
-    """How far a key from a matrix product in float64 may be from the exact one, for each query."""
+def _uncertainty(scale: DistanceScale, pairs: Pairs, width: int) -> Tensor:
+    """How far a distance from a matrix product in float64 may be from the exact one, for each query."""
     unit, steps = 2.0**-53, torch.from_numpy(scale.steps[pairs.rows])
     if scale.cosine:
         return steps + 1.02 * (width + 8) * unit + 2.0**-46
@@ -106,34 +120,36 @@ def _uncertainty(scale: KeyScale, pairs: Pairs, width: int) -> Tensor:
     return steps + 2.04 * (width + 8) * unit * (query * gallery).sqrt() + 2.0**-46 * (query + gallery)
 
 
-def _prepare(pairs: Pairs, keys: Tensor) -> tuple[_Matches, Tensor]:
+def _prepare(pairs: Pairs, distances: Tensor) -> tuple[_Matches, Tensor]:
     """Matches in order, and the (b, M + 1) buckets with the junk taken out beforehand."""
-    queries, places = _indices(pairs, keys.device)
-    counts = torch.from_numpy(pairs.match_counts).to(keys.device)
-    junk = torch.from_numpy(pairs.junk).to(keys.device).bool()
+    queries, places = _indices(pairs, distances.device)
+    counts = torch.from_numpy(pairs.match_counts).to(distances.device)
+    junk = torch.from_numpy(pairs.junk).to(distances.device).bool()
     most = int(pairs.match_counts.max())
-    q, k, p = queries[~junk], keys[~junk], places[~junk]
-    # Pairs come by query and place: two stable sorts leave them by query, key and place.
-    by_key = torch.argsort(k, stable=True)
-    order = by_key[torch.argsort(q[by_key], stable=True)]
-    column = torch.arange(len(q), device=keys.device) - torch.from_numpy(pairs.match_offsets).to(keys.device)[q]
-    largest = torch.inf if keys.is_floating_point() else torch.iinfo(keys.dtype).max
-    sorted_keys = keys.new_full((len(counts), most), largest)
-    sorted_places = torch.full((len(counts), most), torch.iinfo(torch.int64).max, device=keys.device)
-    sorted_keys[q, column], sorted_places[q, column] = k[order], p[order]
-    matches = _Matches(sorted_keys, sorted_places, counts)
-    buckets = torch.zeros(len(counts), most + 1, dtype=torch.int64, device=keys.device)
-    _add(buckets, queries[junk], _exact_bucket(matches, queries[junk], keys[junk], places[junk]), -1)
+    q, d, p = queries[~junk], distances[~junk], places[~junk]
+    # Pairs come by query and place: two stable sorts leave them by query, distance and place.
+    by_distance = torch.argsort(d, stable=True)
+    order = by_distance[torch.argsort(q[by_distance], stable=True)]
+    offsets = torch.from_numpy(pairs.match_offsets).to(distances.device)
+    column = torch.arange(len(q), device=distances.device) - offsets[q]
+    largest = torch.inf if distances.is_floating_point() else torch.iinfo(distances.dtype).max
+    sorted_distances = distances.new_full((len(counts), most), largest)
+    sorted_places = torch.full((len(counts), most), torch.iinfo(torch.int64).max, device=distances.device)
+    sorted_distances[q, column], sorted_places[q, column] = d[order], p[order]
+    matches = _Matches(sorted_distances, sorted_places, counts)
+    buckets = torch.zeros(len(counts), most + 1, dtype=torch.int64, device=distances.device)
+    _add(buckets, queries[junk], _exact_bucket(matches, queries[junk], distances[junk], places[junk]), -1)
     return matches, buckets
 
 
-def _exact_bucket(matches: _Matches, queries: Tensor, keys: Tensor, places: Tensor) -> Tensor:
-    """How many of a query's matches do not come after each (key, place)."""
+def _exact_bucket(matches: _Matches, queries: Tensor, distances: Tensor, places: Tensor) -> Tensor:
+    """How many of a query's matches do not come after each (distance, place)."""
     low, high = torch.zeros_like(queries), matches.counts[queries]
-    for _ in range(matches.keys.shape[1].bit_length()):
-        middle = ((low + high) // 2).clamp(max=max(0, matches.keys.shape[1] - 1))
-        match_key, match_place = matches.keys[queries, middle], matches.places[queries, middle]
-        reached = ((match_key < keys) | ((match_key == keys) & (match_place <= places))) & (low < high)
+    for _ in range(matches.distances.shape[1].bit_length()):
+        middle = ((low + high) // 2).clamp(max=max(0, matches.distances.shape[1] - 1))
+        match_distance, match_place = matches.distances[queries, middle], matches.places[queries, middle]
+        before = (match_distance < distances) | ((match_distance == distances) & (match_place <= places))
+        reached = before & (low < high)
         low, high = torch.where(reached, middle + 1, low), torch.where(reached, high, middle.minimum(high))
     return low
 
@@ -157,7 +173,7 @@ def _count(
     Below `lower` a value comes before the match for certain, above `upper` after it; between them
     `exact(queries, places)` decides.
     """
-    if matches.keys.shape[1] == 0:
+    if matches.distances.shape[1] == 0:
         return
     bucket = torch.searchsorted(lower.contiguous(), values.contiguous(), right=True)
     bucket = bucket.minimum(matches.counts[:, None])

@@ -68,7 +68,7 @@ def extract_features(
         broken_images: an unreadable image is an error, or is left out of the result.
         progress: called with (images read, images in all) at each batch.
         cache: holds or takes the decoded images; the features are the same.
-        preprocessing: how the network wants its images: ``DAN.preprocessing``.
+        preprocessing: how images are resized and normalised for the network: ``DAN.preprocessing``.
 
     Raises:
         DanFastError: no samples, none readable, or one unreadable where ``broken_images`` is ``"error"``.

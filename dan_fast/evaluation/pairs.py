@@ -1,4 +1,4 @@
-"""Which gallery images are of a query's identity, and how many queries are taken at a time."""
+"""The gallery images of each query's identity, in blocks of queries that fit a memory budget."""
 
 from __future__ import annotations
 

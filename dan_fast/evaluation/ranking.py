@@ -2,8 +2,8 @@
 
 The rules are those of Market-1501 (Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV
 2015): a gallery image of the query's identity taken by the query's own camera is junk and is removed from
-that query's list; an identity that no query carries (0 by convention) is a distractor, wrong for everyone; a
-query left without a match counts nowhere. Equal distances keep the order of the gallery.
+that query's list; an identity that no query has (0 by convention) is a distractor, wrong for every query; a query
+without a match is left out of all figures. Equal distances keep the order of the gallery.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dan_fast.evaluation.counting import ranks_by_distances, ranks_by_features
-from dan_fast.evaluation.keys import Metric, key_scale, keys_of_dots
+from dan_fast.evaluation.distances import Metric, distance_scale, distances_of_dots, on_grid
 from dan_fast.evaluation.pairs import Labels, Pairs
 
 ArrayLike: TypeAlias = Tensor | np.ndarray | Sequence
@@ -66,8 +66,8 @@ def evaluate_ranking(
     """Rank the gallery by feature distance for every query and score the lists.
 
     Works in blocks, so the whole query x gallery matrix never exists. Tensors and arrays may be on any device and of
-    any floating dtype, and the ranks are those of distances in float64: see :mod:`dan_fast.evaluation.keys`. On the
-    CPU as many threads work as `torch.get_num_threads()` says.
+    any floating dtype, and the ranks are those of distances in float64: see :mod:`dan_fast.evaluation.distances`. On
+    the CPU the work is divided among `torch.get_num_threads()` threads.
 
     Args:
         query_features: (Q, d) finite features.
@@ -118,7 +118,7 @@ def rank_distances(
     ap: AveragePrecision = "standard",
     block_bytes: int = BLOCK_BYTES,
 ) -> RankingResult:
-    """Score given distances, for metrics :func:`evaluate_ranking` does not know (re-ranking, for example).
+    """Score given distances, for metrics that :func:`evaluate_ranking` does not have.
 
     Args:
         distances: (Q, G), smaller is nearer, any real dtype, infinite allowed.
@@ -145,11 +145,11 @@ def rank_distances(
 
 
 def pairwise_distances(query: Tensor, gallery: Tensor, metric: Metric = "cosine") -> Tensor:
-    """Ranking keys of every pair, (Q, G) float64: 1 - cos, or the squared Euclidean distance.
+    """Distances of every pair, (Q, G) float64: 1 - cos, or the squared Euclidean distance.
 
-    The keys of a query lie on a grid of 2^-40 of the largest possible one. In which order a matrix product
+    The distances of a query lie on a grid of 2^-40 of the largest possible one. In which order a matrix product
     sums depends on where a row stands in the matrix; without the grid, copies of one image would differ in
-    the last bit and the order among them would be an accident of the machine.
+    the last bit and their order would depend on the machine.
 
     Example:
         >>> import torch
@@ -159,19 +159,19 @@ def pairwise_distances(query: Tensor, gallery: Tensor, metric: Metric = "cosine"
     """
     query, gallery = query.to(torch.float64), gallery.to(torch.float64)
     squares = [features.square().sum(1).cpu().numpy() for features in (query, gallery)]
-    scale = key_scale(*squares, metric)
+    scale = distance_scale(*squares, metric)
     query_norms, gallery_norms, steps = (
         torch.from_numpy(x).to(query.device) for x in (scale.query_norms, scale.gallery_norms, scale.steps)
     )
-    keys = keys_of_dots(query @ gallery.T, query_norms[:, None], gallery_norms, scale.cosine)
-    return torch.round(keys / steps[:, None]) * steps[:, None]
+    distances = distances_of_dots(query @ gallery.T, query_norms[:, None], gallery_norms, scale.cosine)
+    return on_grid(distances, steps[:, None])
 
 
 def check_features(query_features: ArrayLike, gallery_features: ArrayLike) -> tuple[Tensor, Tensor]:
     """Both feature matrices as tensors on one device, or a ValueError naming the one that does not fit."""
     query, gallery = _check_shapes(query_features, gallery_features)
     for name, value in (("query_features", query), ("gallery_features", gallery)):
-        # In parts: the check takes memory of its own.
+        # In parts, to bound the temporary memory of the check.
         if not all(bool(torch.isfinite(part).all()) for part in value.split(1024)):
             raise _not_finite(name)
     return query, gallery
@@ -201,7 +201,7 @@ def _not_finite(name: str) -> ValueError:
 
 
 def _check_squares(name: str, features: Tensor, squares: np.ndarray) -> None:
-    """Squared norms tell of NaN and Inf, and need no copy of the features."""
+    """Find NaN and Inf by the squared norms, without a copy of the features."""
     broken = np.flatnonzero(~np.isfinite(squares))
     if not len(broken):
         return
@@ -245,13 +245,13 @@ def check_labels(
 
 
 def check_metric(metric: Metric) -> None:
-    """A ValueError for one that there is not."""
+    """Raise ValueError for an unknown metric."""
     if metric not in ("cosine", "euclidean"):
         raise ValueError(f"metric is {metric!r}; it must be 'cosine' or 'euclidean'.")
 
 
 def check_settings(max_rank: int, ap: AveragePrecision, block_bytes: int) -> None:
-    """A ValueError names a setting that is out of its range."""
+    """Raise ValueError for a setting that is out of its range."""
     if max_rank < 1:
         raise ValueError(f"max_rank is {max_rank}; it must be at least 1.")
     if ap not in ("standard", "trapezoid"):

@@ -1,9 +1,10 @@
 """k-reciprocal re-ranking in bounded memory (Zhong et al., "Re-ranking Person Re-identification with k-reciprocal
 Encoding", CVPR 2017).
 
-An image is encoded by the images that are among its nearest ones and have it among theirs; the final distance mixes
-the Jaccard distance of two such encodings with the original one. The authors' code keeps several matrices of all
-images by all images; here the nearest neighbours of each image are kept, and the encodings as sparse rows.
+An image is encoded by its reciprocal neighbours: its nearest images that have it among their own nearest ones. The
+final distance mixes the Jaccard distance of two such encodings with the original one. The authors' code keeps several
+matrices of all images by all images; here the nearest neighbours of each image are kept, and the encodings as sparse
+rows.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from scipy import sparse
 from torch import Tensor
 
 from dan_fast.evaluation.counting import ranks_by_distances
-from dan_fast.evaluation.keys import Metric, key_scale, keys_of_dots, square_norms, tree_dots
+from dan_fast.evaluation.distances import Metric, distance_scale, distances_of_dots, on_grid, square_norms, tree_dots
 from dan_fast.evaluation.pairs import Labels, Pairs
 from dan_fast.evaluation.ranking import (
     BLOCK_BYTES,
@@ -31,7 +32,7 @@ from dan_fast.evaluation.ranking import (
     score,
 )
 
-# How protocols call it.
+# Its name in protocols.
 RERANKED = "k-reciprocal re-ranking"
 # Rows of sparse products at a time: their results are many times as large as what is kept of them.
 _SPARSE_ROWS = 2048
@@ -134,32 +135,32 @@ def reranked_distances(
             raise ValueError(f"{name} is {value}; it must be at least 1.")
     if not 0 <= weight <= 1:
         raise ValueError(f"weight is {weight}; it must lie between 0 and 1.")
-    keys = _Keys(*check_features(query_features, gallery_features), metric, block_bytes)
-    neighbours, largest = _neighbours(keys, max(k1 + 1, k2))
-    encodings = _encodings(keys, neighbours, largest, k1)
+    original = _Distances(*check_features(query_features, gallery_features), metric, block_bytes)
+    neighbours, largest = _neighbours(original, max(k1 + 1, k2))
+    encodings = _encodings(original, neighbours, largest, k1)
     if k2 > 1:
         nearest = neighbours[:, :k2]
         means = np.full(nearest.size, 1 / nearest.shape[1], dtype=np.float32)
         begin = np.arange(len(nearest) + 1) * nearest.shape[1]
         encodings = sparse.csr_array((means, nearest.ravel(), begin), shape=encodings.shape) @ encodings
-    queries = len(keys.parts[0])
+    queries = len(original.parts[0])
     of_queries, of_gallery = encodings[:queries], encodings[queries:].tocsc()
     del encodings, neighbours
-    for rows in keys.blocks(queries):
-        distances = keys.of_rows(rows)[:, queries:].cpu().numpy() / largest[rows, None]
+    for rows in original.blocks(queries):
+        distances = original.of_rows(rows)[:, queries:].cpu().numpy() / largest[rows, None]
         distances *= weight
         for row, query in enumerate(range(rows.start, rows.stop)):
             distances[row] += (1 - weight) * _jaccard(of_queries, query, of_gallery)
         yield rows, distances
 
 
-class _Keys:
-    """Ranking keys among all images, the queries first, a block of rows at a time."""
+class _Distances:
+    """Distances among all images, the queries first, a block of rows at a time."""
 
     def __init__(self, query: Tensor, gallery: Tensor, metric: Metric, budget: int) -> None:
         self.parts, self.budget = (query, gallery), budget
         squares = np.concatenate([square_norms(part, budget) for part in self.parts])
-        self.scale = key_scale(squares, squares, metric)
+        self.scale = distance_scale(squares, squares, metric)
         self.norms, self.steps = (
             torch.from_numpy(x).to(query.device) for x in (self.scale.query_norms, self.scale.steps)
         )
@@ -182,45 +183,41 @@ class _Keys:
         return found
 
     def of_rows(self, rows: slice) -> Tensor:
-        """(rows, N) keys."""
-        keys = self.norms.new_empty(rows.stop - rows.start, len(self))
-        left = self.images(torch.arange(rows.start, rows.stop, device=keys.device))
+        """(rows, N) distances."""
+        distances = self.norms.new_empty(rows.stop - rows.start, len(self))
+        left = self.images(torch.arange(rows.start, rows.stop, device=distances.device))
         columns, first = max(1, self.budget // (_NUMBER_BYTES * left.shape[1])), 0
         for part in self.parts:
             for chunk in part.split(columns):
                 last = slice(first, first + len(chunk))
                 dots = left @ chunk.to(torch.float64).T
                 norms = self.norms[rows, None], self.norms[last]
-                keys[:, last] = self._on_grid(keys_of_dots(dots, *norms, self.scale.cosine), self.steps[rows, None])
+                distances[:, last] = on_grid(distances_of_dots(dots, *norms, self.scale.cosine), self.steps[rows, None])
                 first = last.stop
-        return keys
+        return distances
 
     def of_pairs(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """(n,) keys of pairs of places."""
+        """(n,) distances of pairs of places."""
         found = np.empty(len(left))
         size = max(1, self.budget // (2 * _NUMBER_BYTES * self.parts[0].shape[1]))
         for first in range(0, len(left), size):
             last = slice(first, first + size)
             i, j = (torch.from_numpy(x[last].astype(np.int64)).to(self.norms.device) for x in (left, right))
             dots = tree_dots(self.images(i), self.images(j))
-            keys = self._on_grid(keys_of_dots(dots, self.norms[i], self.norms[j], self.scale.cosine), self.steps[i])
-            found[last] = keys.cpu().numpy()
+            distances = on_grid(distances_of_dots(dots, self.norms[i], self.norms[j], self.scale.cosine), self.steps[i])
+            found[last] = distances.cpu().numpy()
         return found
 
-    @staticmethod
-    def _on_grid(keys: Tensor, steps: Tensor) -> Tensor:
-        return torch.round(keys / steps) * steps
 
-
-def _neighbours(keys: _Keys, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(N, count) int32 nearest images of each, nearest first, equal ones by place; and (N,) the largest key."""
-    count = min(count, len(keys))
-    neighbours, largest = np.empty((len(keys), count), dtype=np.int32), np.empty(len(keys))
-    for rows in keys.blocks(len(keys)):
-        block = keys.of_rows(rows)
+def _neighbours(original: _Distances, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N, count) int32 nearest images of each, nearest first, equal ones by place; and (N,) the largest distance."""
+    count = min(count, len(original))
+    neighbours, largest = np.empty((len(original), count), dtype=np.int32), np.empty(len(original))
+    for rows in original.blocks(len(original)):
+        block = original.of_rows(rows)
         largest[rows] = block.amax(1).cpu().numpy()
         last = block.topk(count, dim=1, largest=False).values[:, -1:]
-        # As many as equal the last one take part, so that place decides among them.
+        # All images as near as the last one are candidates, so that place decides among them.
         row, place = (block <= last).nonzero(as_tuple=True)
         order = torch.argsort(block[row, place], stable=True)
         order = order[torch.argsort(row[order], stable=True)]
@@ -242,14 +239,14 @@ def _reciprocal(neighbours: np.ndarray) -> sparse.csr_array:
     return sparse.csr_array((np.ones(begin[-1], np.float32), neighbours[mutual], begin), shape=(images, images))
 
 
-def _encodings(keys: _Keys, neighbours: np.ndarray, largest: np.ndarray, k1: int) -> sparse.csr_array:
+def _encodings(original: _Distances, neighbours: np.ndarray, largest: np.ndarray, k1: int) -> sparse.csr_array:
     """(N, N) rows of weights exp(-distance) over an image's expanded reciprocal neighbours, each with sum 1."""
     reciprocal = _reciprocal(neighbours[:, : k1 + 1])
     # As NumPy rounds in the authors' code: a half goes to the even neighbour.
     half = _reciprocal(neighbours[:, : int(np.around(k1 / 2)) + 1])
     sizes, turned = half.sum(1), half.T.tocsr()
     encoded = []
-    for first in range(0, len(keys), _SPARSE_ROWS):
+    for first in range(0, len(original), _SPARSE_ROWS):
         own = reciprocal[first : first + _SPARSE_ROWS]
         common = own.multiply(own @ turned).tocoo()
         # A neighbour's own half-size set joins if more than two thirds of it are in the image's set.
@@ -258,7 +255,7 @@ def _encodings(keys: _Keys, neighbours: np.ndarray, largest: np.ndarray, k1: int
         expanded = (own + joining @ half).tocsr()
         expanded.sort_indices()
         rows = np.repeat(np.arange(own.shape[0]), np.diff(expanded.indptr))
-        weights = np.exp(-keys.of_pairs(rows + first, expanded.indices) / largest[rows + first])
+        weights = np.exp(-original.of_pairs(rows + first, expanded.indices) / largest[rows + first])
         sums = np.bincount(rows, weights, minlength=own.shape[0])
         expanded.data = (weights / sums[rows]).astype(np.float32)
         encoded.append(expanded)

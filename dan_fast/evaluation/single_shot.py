@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dan_fast.evaluation.keys import Metric
+from dan_fast.evaluation.distances import Metric
 from dan_fast.evaluation.pairs import Labels
 from dan_fast.evaluation.ranking import (
     BLOCK_BYTES,

@@ -1,7 +1,7 @@
 """The network and its parts as modules."""
 
 from dan_fast.nn.attention import NLCBAM
-from dan_fast.nn.backbone import BACKBONES, build_backbone
+from dan_fast.nn.backbones.build import BACKBONES, build_backbone
 from dan_fast.nn.memory import ProgressiveAugmentedMemory
 from dan_fast.nn.network import DAN, DANOutput
 from dan_fast.nn.styles import StyleMixing

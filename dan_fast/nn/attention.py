@@ -37,7 +37,7 @@ class NLCBAM(nn.Module):
         positions: HW of the map. Non-local attention is fully connected, so it serves one map size.
         reduction: r, the bottlenecks have `max(1, size // r)` units; 1 is NL-CBAM* of Fig. 6.
         variant: "nl_cbam"; "cbam", whose spatial attention is a 7 x 7 convolution; "non_local" and "spatial",
-            the spatial attentions of these two alone; or "none", which attends to nothing.
+            the spatial attentions of these two alone; or "none", without attention.
 
     Raises:
         ValueError: an argument below 1 or an unknown variant, or in `forward` a map that does not fit.
@@ -75,7 +75,7 @@ class NLCBAM(nn.Module):
         for weight in self.parameters():
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         # The map of a ReLU backbone is nowhere negative and no bias can lift a unit: one that starts below 0
-        # would be dead for good, and a map of fewer than 2r positions has one unit for A and B and one for C.
+        # would stay dead, and a map of fewer than 2r positions has one unit for A and B and one for C.
         with torch.no_grad():
             for name, weight in self.named_parameters():
                 if name in ("wc1", "ws1", "ws3"):

@@ -11,21 +11,24 @@ from dan_fast.core.preprocessing import IMAGENET, Preprocessing
 from dan_fast.core.types import AttentionHeadOutput
 from dan_fast.functional.autocast import full_precision
 from dan_fast.nn.attention import NLCBAM
-from dan_fast.nn.backbone import build_backbone
+from dan_fast.nn.backbones.build import build_backbone
+from dan_fast.nn.backbones.trial import trial
 from dan_fast.nn.styles import style_mixing_of
 
 GATES = 3
 
 
 class DANOutput(NamedTuple):
-    """Attributes:
-    attended: (B, C), the spatial mean of X'': the feature of the attention branch, the one used in tests.
-    pooled: (B, C), the spatial mean of X: the feature of the adversary branch; it holds the key.
-    channel_attention: (B, C), A_C.
-    spatial_attention: (B, HW), A_S.
-    adversary_loss: (B,), L_aad; 0 where the label is -1, there are no labels or there is no adversary.
-    logits: (B, c), the classifier on `attended`.
-    adversary_logits: (B, c), the classifier on `pooled`.
+    """What both branches make of a batch of B images.
+
+    Attributes:
+        attended: (B, C), the spatial mean of X'': the feature of the attention branch, the one used in tests.
+        pooled: (B, C), the spatial mean of X: the feature of the adversary branch; it contains the key.
+        channel_attention: (B, C), A_C.
+        spatial_attention: (B, HW), A_S.
+        adversary_loss: (B,), L_aad; 0 where the label is -1, there are no labels or there is no adversary.
+        logits: (B, c), the classifier on `attended`.
+        adversary_logits: (B, c), the classifier on `pooled`.
     """
 
     attended: Tensor
@@ -53,8 +56,8 @@ class DAN(nn.Module):
         attention: the variant of `NLCBAM`; "none" leaves the backbone alone, its two branches being one.
         adversary: False leaves out the attention adversary network, AAN: there is no L_aad, and the attention is
             trained together with the backbone.
-        adversary_reach: whom the gradient of L_aad reaches: "all" of the network, as Eq. (4) is printed, or the
-            "attention" alone: the map and the classifier's weight are constants in it then.
+        adversary_reach: what the gradient of L_aad reaches: "all" of the network, as Eq. (4) is printed, or only the
+            "attention", with the map and the classifier's weight as constants.
         feature: what `embed` gives: "attended" or "pooled".
         style_mixing: in training mode early maps take a part of their style from other images, see `StyleMixing`; for
             a backbone given by name.
@@ -65,7 +68,7 @@ class DAN(nn.Module):
         image_size: (H, W); map_size: (h, w); key_dim: C - 3, the size of the memory's keys.
         adversary: whether there is an attention adversary.
         preprocessing: how images are to be resized and normalised: the backbone's, or torchvision's for a module
-            that does not say.
+            without that attribute.
 
     Raises:
         DanFastError: the backbone's name or weights, see `build_backbone`.
@@ -127,7 +130,7 @@ class DAN(nn.Module):
         self.feature = feature
         self.dropout = nn.Dropout(dropout)
         # Without a bias, as a class activation map reads it. A_C and A_S scale the attention branch's features
-        # down; beside a bias that would cost it the competition whatever it has learnt.
+        # down; beside a bias the smaller features would lose the competition whatever they have learnt.
         self.classifier = nn.Linear(channels, num_classes, bias=False)
 
     def forward(self, images: Tensor, labels: Tensor | None = None, lenders: int = 0) -> DANOutput:
@@ -136,16 +139,16 @@ class DAN(nn.Module):
         Args:
             images: (B + lenders, 3, H, W) floating.
             labels: (B,) int64, the class of each image, -1 where it is unknown; None if all are.
-            lenders: with `style_mixing`, how many images at the end lend their style to the others alone; they are not
-                among the B of the output.
+            lenders: with `style_mixing`, how many images at the end are used for their style only; they are not among
+                the B of the output.
 
         Raises:
             ValueError: images of another size than `image_size`, or labels that do not fit.
             TypeError: labels that are not int64.
         """
         head = self._head(images, labels, lenders)
-        # Logits of eight bits often tie, and argmax then takes the lowest class: who won the competition would hang on
-        # how persons are numbered.
+        # Logits of eight bits often tie, and argmax then takes the lowest class: the winner of the competition would
+        # depend on how persons are numbered.
         with full_precision(images.device):
             return DANOutput(
                 *head,
@@ -209,18 +212,11 @@ class DAN(nn.Module):
 
 def _map_shape(backbone: nn.Module, image_size: tuple[int, int]) -> tuple[int, int, int]:
     """(C, h, w) of the map, from one image of zeros; the backbone and the random state stay as they are."""
-    like = next(backbone.parameters(), torch.empty(0))
-    modes = {module: module.training for module in backbone.modules()}
-    devices = [like.device] if like.device.type == "cuda" else []
-    backbone.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            features = backbone(torch.zeros(1, 3, *image_size, dtype=like.dtype, device=like.device))
+        with trial(backbone) as like:
+            features = backbone(like.new_zeros(1, 3, *image_size))
     except RuntimeError as error:
         raise ValueError(f"backbone takes no images of image_size {image_size} ({error})") from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if not isinstance(features, Tensor) or features.ndim != 4 or 0 in features.shape:
         got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ValueError(f"backbone must map (B, 3, H, W) images to a (B, C, h, w) map, got {got}")

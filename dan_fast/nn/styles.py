@@ -1,4 +1,4 @@
-"""Style-variant images in a network: its early maps take a part of their style from other images."""
+"""Style mixing: the early maps of a network take a part of their style from other images."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,19 +8,17 @@ from torch import Tensor, nn
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.functional.styles import mix_styles
-from dan_fast.nn.backbones.resnet import ResNetMap
-from dan_fast.nn.backbones.timm import TimmMap
+from dan_fast.nn.backbones.trial import trial
 
-_STAGES = 2
-# Of MixStyle (Zhou et al. 2021): how often an image is mixed, and Beta(0.1, 0.1), mostly nearly all or nothing.
+# Of MixStyle (Zhou et al. 2021): the share of mixed images, and Beta(0.1, 0.1), whose draws are mostly near 0 or 1.
 _PROBABILITY, _CONCENTRATION = 0.5, 0.1
 
 
 class StyleMixing:
-    """Mixes the style of the maps after the first two stages of a backbone, where `within` says so.
+    """Mixes the style of the maps after the first two stages of a backbone, inside of `within`.
 
-    Each image takes a part of the style of another one drawn at random: of those that lend theirs, where there are
-    such, else of any. Those that lend go no further than the last of these stages.
+    Each image takes a part of the style of another one drawn at random: of the lenders, where there are any, else of
+    all images. Lenders are used for their style only and leave the batch after the last of these stages.
 
     Args:
         stages: modules of a backbone, in the order in which they run, each giving a (B, C, H, W) map.
@@ -41,7 +39,7 @@ class StyleMixing:
 
     @contextmanager
     def within(self, lenders: int = 0) -> Iterator[None]:
-        """Inside, forward passes mix styles; the last `lenders` images of a batch lend theirs alone."""
+        """Inside, forward passes mix styles; the last `lenders` images of a batch are used for their style only."""
         self._lenders = lenders
         try:
             yield
@@ -76,35 +74,19 @@ def style_mixing_of(backbone: nn.Module, image_size: tuple[int, int]) -> StyleMi
             "Styles cannot be mixed where maps are computed again: set model.gradient_checkpointing to false or "
             "model.style_mixing to none."
         )
-    stages = _early_stages(backbone)
+    stages = getattr(backbone, "early_stages", None)
     if not stages:
         raise _cannot_mix()
     mixing = StyleMixing(stages)
-    modes = {module: module.training for module in backbone.modules()}
-    backbone.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), mixing.within(lenders=1):
-            rows = backbone(torch.zeros(3, 3, *image_size)).shape[0]
+        with trial(backbone) as like, mixing.within(lenders=1):
+            rows = backbone(like.new_zeros(3, 3, *image_size)).shape[0]
     # The map of a stage may be a list, too small, or one of several branches that are added up again.
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise _cannot_mix() from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if rows != 2:
         raise _cannot_mix()
     return mixing
-
-
-def _early_stages(backbone: nn.Module) -> list[nn.Module]:
-    """The first two stages, as far as the backbone says which they are."""
-    if isinstance(backbone, ResNetMap):
-        return [backbone.layer1, backbone.layer2]
-    stages = getattr(backbone.model, "feature_info", None) if isinstance(backbone, TimmMap) else None
-    if not isinstance(stages, list) or backbone.grid is not None or backbone.channels_last or len(stages) < _STAGES:
-        return []
-    named = dict(backbone.model.named_modules())
-    return [named[stage["module"]] for stage in stages[:_STAGES] if stage.get("module") in named]
 
 
 def _cannot_mix() -> DanFastError:

@@ -10,18 +10,17 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-# Of scipy.stats the import alone would take longer than all that is done here.
+# Not from scipy.stats, whose import takes longer than everything that is done here.
 from scipy.special import stdtrit
 
 from dan_fast.evaluation import Evaluation
 from dan_fast.reporting.groups import Target, target_of
-from dan_fast.reporting.html import Table
+from dan_fast.reporting.html import ABSENT, Table
 
 METRICS = ("mAP", "R1")
 CONFIDENCE = 0.95
 FINISHED = "finished"
 MEAN_OF_TARGETS = Target("Mean of the unseen targets", "")
-_ABSENT = "–"
 _ENTRY = {"name", "arm", "seed", "baseline", "recipe", "state", "sentence", "seconds"}
 
 
@@ -30,7 +29,7 @@ class PairedDifference(NamedTuple):
 
     Attributes:
         mean: of the differences.
-        low, high: the ends of its 95 % interval; None for one seed, which says nothing about the spread.
+        low, high: the ends of its 95 % interval; None for one seed, from which no spread can be estimated.
         seeds: that both have, in order.
     """
 
@@ -43,8 +42,8 @@ class PairedDifference(NamedTuple):
 def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> PairedDifference | None:
     """The mean of the differences seed by seed, with Student's interval; None where no seed is in both.
 
-    Runs of one seed share their batches and, for equal networks, their first weights: what a seed does to both is not
-    part of the difference, so the interval is narrower than one from the two spreads.
+    Runs of one seed share their batches and, for equal networks, their first weights: an effect of the seed on both is
+    not part of the difference, so the interval is narrower than one from the two spreads.
 
     Args:
         values, baseline: figures by seed.
@@ -70,8 +69,8 @@ class ArmRun(NamedTuple):
 
     Attributes:
         scores: for each target the figures in percent, by the names of :data:`METRICS`.
-        iterations: of the training; None where it did not say.
-        seconds: that it took, evaluation included; None where that is not known.
+        iterations: of the training; None where they were not recorded.
+        seconds: that it took, evaluation included; None where they were not recorded.
         trained_on: titles of the datasets it learnt from, labelled or not.
     """
 
@@ -190,7 +189,7 @@ class Comparison:
         parts = []
         for table in self.tables():
             lines = [[str(cell).replace("|", "\\|") for cell in line] for line in (table.columns, *table.rows)]
-            # Of one width each, so that it can be read on a terminal too.
+            # Columns of equal width, so that the table can be read on a terminal too.
             widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
             lines.insert(1, ["-" * width for width in widths])
             drawn = (" | ".join(map(str.ljust, line, widths)) for line in lines)
@@ -221,15 +220,15 @@ class Comparison:
         ran = [run for run in arm.runs.values() if target in run.scores]
         iterations = sorted({run.iterations for run in ran if run.iterations is not None})
         # One number, unless the arm's runs differ in it.
-        told = " to ".join(str(each) for each in dict.fromkeys((*iterations[:1], *iterations[-1:])))
+        span = " to ".join(str(each) for each in dict.fromkeys((*iterations[:1], *iterations[-1:])))
         seconds = [run.seconds for run in ran if run.seconds is not None]
         return [
             arm.name,
             str(seeds),
             *means,
             *differences,
-            told or _ABSENT,
-            f"{fmean(seconds):.0f}" if seconds else _ABSENT,
+            span or ABSENT,
+            f"{fmean(seconds):.0f}" if seconds else ABSENT,
         ]
 
 
@@ -284,7 +283,7 @@ def _read_run(folder: Path, entry: Mapping[str, Any]) -> ArmRun | str:
 def _with_mean(runs: Mapping[tuple[str, int], ArmRun]) -> dict[tuple[str, int], ArmRun]:
     """The runs with the mean over the targets that all were tested on and none learnt from, where there are several.
 
-    The test images of a set whose train images were learnt from say little about cameras that were never seen.
+    A set whose train images were learnt from is no measure of generalisation to unseen cameras.
     """
     tested = [run.scores.keys() for run in runs.values()]
     seen = frozenset().union(*(run.trained_on for run in runs.values()))
@@ -308,13 +307,13 @@ def _with_mean(runs: Mapping[tuple[str, int], ArmRun]) -> dict[tuple[str, int], 
 
 def _spread(values: Sequence[float]) -> str:
     if not values:
-        return _ABSENT
+        return ABSENT
     return f"{fmean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
 
 def _difference(difference: PairedDifference | None, seeds: int) -> str:
     if difference is None:
-        return _ABSENT
+        return ABSENT
     words = f"{difference.mean:+.1f}"
     if difference.low is not None:
         words += f" [{difference.low:+.1f}, {difference.high:+.1f}]"

@@ -1,4 +1,4 @@
-"""What all pictures have in common: colours, text sizes and how a picture reaches the disk."""
+"""What all pictures have in common: colours, text sizes and how they are written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from dan_fast.core.files import write_whole
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
+# Okabe and Ito's colours, which colour-blind readers can distinguish too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 RIGHT, WRONG, NEUTRAL = "#009E73", "#D55E00", "#5B6470"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ def read_scalars(run_dir: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]
 
     After a crash a run goes on from its last checkpoint and logs some steps a second time. At each point that
     steps back all that was logged for this step and later ones is forgotten. The order is that of writing, and of the
-    numbers of the files, whatever the clock said.
+    numbers of the files; timestamps are not used.
 
     Args:
         run_dir: a run's folder, with event files in its ``tensorboard`` folder.
@@ -66,7 +67,7 @@ def read_scalars(run_dir: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]
     if not folder.is_dir():
         raise DanFastError(f"{folder} does not exist; name the folder of a run that has been trained.")
     logged: dict[str, list[ScalarEvent]] = defaultdict(list)
-    for file in sorted(folder.glob("*tfevents*"), key=lambda file: (part_of_run(file), file.name)):
+    for file in sorted(folder.glob("*tfevents*"), key=_order_of_writing):
         # 0: all of them, not a sample.
         events = EventAccumulator(str(file), size_guidance={"scalars": 0})
         events.Reload()
@@ -115,6 +116,11 @@ def plot_curves(run_dir: str | Path, out_png: str | Path) -> Path:
         for axes in grid[len(panels) :]:
             axes.set_visible(False)
         return save_png(figure, out_png)
+
+
+def _order_of_writing(file: Path) -> tuple[int, list[int], str]:
+    # TensorBoard's names end in a number without leading zeros: as text 10 would come before 9.
+    return part_of_run(file), [int(digits) for digits in re.findall(r"\d+", file.name)], file.name
 
 
 def _without_replays(events: Sequence[ScalarEvent]) -> tuple[np.ndarray, np.ndarray]:

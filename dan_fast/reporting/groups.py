@@ -74,7 +74,7 @@ def unlabeled_shares(runs: Sequence[Run]) -> list[Line]:
 
 
 def swept_settings(runs: Sequence[Run]) -> dict[str, list[Line]]:
-    """Fig. 8: for each numeric setting in which runs differ alone, the lines; that of Fig. 7 is left out."""
+    """Fig. 8: for each numeric setting that is the only difference of some runs, the lines; without that of Fig. 7."""
     learning = [run.learning() for run in runs]
     names = [
         name
@@ -128,16 +128,16 @@ def _lines(runs: Sequence[Run], value: Callable[[Run], Any], rest: Callable[[Run
 def _labelled(
     groups: Sequence[Sequence[Run]], value: Callable[[Run], Any], rest: Callable[[Run], Mapping[str, Any]]
 ) -> list[Line]:
-    """The groups in which `value` differs, each named by the settings that tell it from the others."""
+    """The groups in which `value` differs, each named by the settings that distinguish it from the others."""
     kept = [group for group in groups if len({value(run) for run in group}) > 1]
     rests = [rest(group[0]) for group in kept]
-    telling = [name for name in (rests[0] if rests else ()) if len({_key(each.get(name)) for each in rests}) > 1]
+    differing = [name for name in (rests[0] if rests else ()) if len({_key(each.get(name)) for each in rests}) > 1]
     lines = []
     for group, others in zip(kept, rests, strict=True):
         points: dict[Any, list[Run]] = {}
         for run in group:
             points.setdefault(value(run), []).append(run)
-        label = ", ".join(f"{name} {others[name]}" for name in telling)
+        label = ", ".join(f"{name} {others[name]}" for name in differing)
         lines.append(Line(label, {each: tuple(points[each]) for each in sorted(points)}))
     return lines
 

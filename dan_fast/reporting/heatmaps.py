@@ -1,4 +1,4 @@
-"""Where the attention branch looks: heat maps over the images, in the manner of Fig. 9."""
+"""Heat maps of the spatial attention over images, in the manner of Fig. 9."""
 
 from __future__ import annotations
 

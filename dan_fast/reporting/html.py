@@ -14,6 +14,8 @@ import jinja2
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import write_text
 
+# In a cell without a value.
+ABSENT = "–"
 # 63.2, 63.2 ± 1.1, 61.6 † or a dash: what is set in a column of numbers.
 _NUMBER = re.compile(r"[-–+]?[\d.,]*( ± [\d.]+)?( †)?")
 

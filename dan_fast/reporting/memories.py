@@ -81,7 +81,7 @@ def layout(slots: Slots, seed: int = 0) -> np.ndarray:
         raise ValueError(f"slots: {len(slots.labels)} are in use; t-SNE needs at least {_FEWEST}.")
     if not np.isfinite(slots.features).all():
         raise ValueError("slots: features hold NaN or Inf; the network that made them has diverged.")
-    # Here and not above: it takes as long to import as all of this package, and most commands have no use for it.
+    # Imported here: it takes as long to import as all of this package, and most commands do not need it.
     from sklearn.manifold import TSNE
 
     perplexity = min(30.0, (len(slots.labels) - 1) / 3)
@@ -106,7 +106,7 @@ def plot_memories(slots: dict[str, Slots], out_png: str | Path, seed: int = 0) -
     """Fig. 10: the slots of M by label and of M' by pseudo label, in two panels.
 
     The most frequent labels of both have a colour and a marker, the same in both panels; the others are grey.
-    Distances in the plane say who is near whom, and nothing of how far apart groups are: there are no units.
+    Distances in the plane show which slots are neighbours, but not how far apart groups are: there are no units.
 
     Args:
         slots: as :func:`stored_slots` gives them.

@@ -1,4 +1,4 @@
-"""The figures that the paper prints, and what is wrong with some of them."""
+"""The figures that the paper prints, and those of them that contradict others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ROUNDING = 0.05
 
 @dataclass(frozen=True)
 class PaperRow:
-    """What one row of a table says of one target.
+    """The values of one row of a table for one target.
 
     Attributes:
         method: as printed.
@@ -58,7 +58,7 @@ class PaperTable:
         targets: the datasets tested on.
         one_match: the targets with one gallery image of each person, where a query has one match.
         rows: for each method and target.
-        claims: what the text says of the table's differences.
+        claims: the differences that the text states.
     """
 
     number: str
@@ -186,9 +186,9 @@ def find_contradictions(table: PaperTable) -> list[Contradiction]:
 
 
 def _row_faults(row: PaperRow, one_match: bool) -> list[tuple[str, str]]:
-    who = f"{row.method} on {row.target}"
+    name = f"{row.method} on {row.target}"
     faults = [
-        (column, f"{who}: {column} is {value:.1f}, no share in percent.")
+        (column, f"{name}: {column} is {value:.1f}, no share in percent.")
         for column, value in row.values.items()
         if not 0 <= value <= 100
     ]
@@ -199,7 +199,7 @@ def _row_faults(row: PaperRow, one_match: bool) -> list[tuple[str, str]]:
             faults.append(
                 (
                     f"R{high}",
-                    f"{who}: R{low} is {cmc[low]:.1f} and R{high} {cmc[high]:.1f}, though a match within the first "
+                    f"{name}: R{low} is {cmc[low]:.1f} and R{high} {cmc[high]:.1f}, though a match within the first "
                     f"{low} is one within the first {high}.",
                 )
             )
@@ -211,6 +211,6 @@ def _row_faults(row: PaperRow, one_match: bool) -> list[tuple[str, str]]:
     if not least - 2 * _ROUNDING - 1e-9 <= printed <= largest + 2 * _ROUNDING + 1e-9:
         given = ", ".join(f"R{rank} {cmc[rank]:.1f}" for rank in ranks)
         side = f"below {least:.1f}, the least" if printed < least else f"above {largest:.1f}, the most"
-        reason = f"{who}: mAP {printed:.1f} is {side} possible with one match for each query at {given}."
+        reason = f"{name}: mAP {printed:.1f} is {side} possible with one match for each query at {given}."
         faults.append(("mAP", reason))
     return faults

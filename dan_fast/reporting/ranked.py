@@ -38,7 +38,7 @@ def plot_ranked_lists(
 ) -> Path:
     """Draw one row a query: its image, then its nearest gallery images, right ones ticked, wrong crossed.
 
-    The queries are spread evenly over those that have a match, so the picture favours nobody. Gallery images
+    The queries are spread evenly over those that have a match. Gallery images
     of the query's identity by its own camera are left out, as in the figures of merit.
 
     Args:
@@ -115,7 +115,7 @@ def _show_found(axes: Axes, path: Path, right: bool) -> None:
 
 
 def _badge(right: bool) -> dict[str, Any]:
-    """A white mark on its colour, as arguments of a text: for who cannot tell the colours apart."""
+    """A white mark on its colour, as arguments of a text; the mark also serves colour-blind readers."""
     box = {"boxstyle": "round,pad=0.18", "facecolor": RIGHT if right else WRONG, "edgecolor": "none"}
     return {"s": "✓" if right else "✗", "color": "white", "fontsize": 8, "fontweight": "bold", "bbox": box}
 

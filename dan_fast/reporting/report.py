@@ -8,7 +8,12 @@ from pathlib import Path
 from jsonargparse.typing import NonNegativeInt
 
 from dan_fast.reporting.arms import read_comparison
-from dan_fast.reporting.comparisons import (
+from dan_fast.reporting.groups import SYMBOLS, Line, compared, models, swept_settings, titles, unlabeled_shares
+from dan_fast.reporting.html import Figure, Table, write_report
+from dan_fast.reporting.result_tables import contradictions_table, paper_tables, result_tables
+from dan_fast.reporting.run_figures import Missing, no_scalars, run_figures
+from dan_fast.reporting.runs import Run, read_runs
+from dan_fast.reporting.side_by_side import (
     GATES,
     METRICS,
     describe,
@@ -18,11 +23,6 @@ from dan_fast.reporting.comparisons import (
     plot_models,
     plot_over_setting,
 )
-from dan_fast.reporting.groups import SYMBOLS, Line, compared, models, swept_settings, titles, unlabeled_shares
-from dan_fast.reporting.html import Figure, Table, write_report
-from dan_fast.reporting.results import contradictions_table, paper_tables, result_tables
-from dan_fast.reporting.run_figures import Missing, no_scalars, run_figures
-from dan_fast.reporting.runs import Run, read_runs
 from dan_fast.reporting.watched import watched_table
 
 
@@ -34,7 +34,7 @@ def report(
 ) -> Path:
     """Lay trainings beside the paper's Tables IV-VI and IX and Figs. 5(b) to 10, in one page with pictures.
 
-    What a training lacks is said in the page.
+    The page lists what a training lacks.
 
     Args:
         runs: Folders of trainings, or folders of such folders.

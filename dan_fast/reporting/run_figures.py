@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import image_loader, load_dataset
-from dan_fast.data.protocols import resolve_protocol
+from dan_fast.data.named_protocols import resolve_protocol
 from dan_fast.data.samples import ReIDDataset, Sample
 from dan_fast.reporting.curves import plot_curves
 from dan_fast.reporting.heatmaps import plot_attention
@@ -23,10 +23,10 @@ from dan_fast.training.build import network_of
 from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.reported import epoch_of
 
-# t-SNE of more takes minutes and shows no more.
+# t-SNE of more slots takes minutes.
 _MOST_SLOTS = 2000
 _FLAT = 1e-6
-_TOLD = {
+_CAPTIONED = {
     "train/loss/total": "L_total on S",
     "test/loss/total": "L_total on S~",
     "train/accuracy/attention": "accuracy of the attention branch",
@@ -39,7 +39,7 @@ _TOLD = {
 
 
 class Missing(NamedTuple):
-    """Something a page lacks: whose it is, what, and why and what to do about it."""
+    """Something that a page lacks: of which run, what, and the reason with the remedy."""
 
     run: str
     what: str
@@ -98,12 +98,12 @@ def _agreement(slots: Slots) -> str:
 
 def _from_to(run: Run) -> str:
     """What a run logged, in words: the first and the last value of what matters most."""
-    told = [
+    shown = [
         f"{title} from {run.scalars[tag][1][0]:.3g} to {run.scalars[tag][1][-1]:.3g}"
-        for tag, title in _TOLD.items()
+        for tag, title in _CAPTIONED.items()
         if tag in run.scalars and (run.settings["model"]["adversary"] or "adversary" not in tag)
     ]
-    return f"All that the run logged, over its iterations; first to last value: {', '.join(told) or 'none'}."
+    return f"All that the run logged, over its iterations; first to last value: {', '.join(shown) or 'none'}."
 
 
 def _heat_maps(run: Run, state: dict[str, Any], path: Path, images: int, missing: list[Missing]) -> list[Figure]:
@@ -157,4 +157,5 @@ def _images_of(run: Run, count: int) -> tuple[str, list[Sample]]:
 
 
 def no_scalars(run: Run) -> str:
+    """The sentence for a run that has logged no scalars of a kind."""
     return f"{run.folder / 'tensorboard'} holds no such scalars: the run has logged nothing of the kind."

@@ -13,13 +13,13 @@ import numpy as np
 import yaml
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.data.protocols import PROTOCOLS
+from dan_fast.data.named_protocols import PROTOCOLS
 from dan_fast.evaluation import Evaluation
 from dan_fast.reporting.curves import read_scalars
 from dan_fast.training.config import TrainConfig
 from dan_fast.training.recipes import recipe_words
 
-# They say where a run takes place and what it is tested on, not what it learns.
+# Settings of where a run takes place and what it is tested on: they do not change what it learns.
 _BESIDE_LEARNING = {
     f"data.{name}" for name in ("workers", "targets", "broken_images", "protocol", "root", "cache", "cache_check")
 }
@@ -47,9 +47,9 @@ class Run:
         folder: where it lies.
         settings: section -> name -> value, complete; what config.yaml does not name has its default.
         labeled, unlabeled: the datasets it was trained on, by their titles, or by the names of their folders where it
-            did not say; no unlabelled ones where none of their images is used.
+            did not record them; no unlabelled ones where none of their images is used.
         results: evaluations of the trained network, one for each target and protocol.
-        baselines: (features, evaluation) of the untrained network and of chance, where they were asked for.
+        baselines: (features, evaluation) of the untrained network and of chance, where they were evaluated.
         complaints: whole sentences on files that are there and cannot be read.
         recipe: its recipe and what was changed on top of it, in words; "" for none.
     """
@@ -150,13 +150,13 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of the paths, as many as tell the folders apart."""
+    """The last parts of the paths, as many as distinguish the folders."""
     parts = [folder.resolve().parts for folder in folders]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-count:]) for each in parts]
         if len(set(names)) == len(names):
             break
-    # A quickstart's folder says nothing by itself.
+    # The folder of a quickstart's run is always called `run`.
     return ["/".join(each[-2:]) if name == "run" else name for name, each in zip(names, parts, strict=True)]
 
 
@@ -166,7 +166,7 @@ def _read_run(folder: Path, name: str) -> Run:
     baselines: list[tuple[str, Evaluation]] = []
     complaints: list[str] = []
     sources = _sources(settings["data"])
-    # What the trainer wrote first.
+    # The trainer's own results first.
     for path in sorted(folder.glob("*.json"), key=lambda path: (path.name != "results.json", path.name)):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What to watch in training: the scalars that tell early what goes wrong, and what to look for in each."""
+"""What to watch in training: the scalars that show problems early, and what to look for in each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dan_fast.reporting.html import Table
+from dan_fast.reporting.html import ABSENT, Table
 from dan_fast.reporting.runs import Run
 
 # Scalar: what it is, and what to look for.
@@ -66,4 +66,4 @@ def watched_table(runs: Sequence[Run]) -> Table | None:
 
 
 def _from_to(curve: tuple[np.ndarray, np.ndarray] | None) -> str:
-    return "–" if curve is None else f"{curve[1][0]:.3g} → {curve[1][-1]:.3g}"
+    return ABSENT if curve is None else f"{curve[1][0]:.3g} → {curve[1][-1]:.3g}"

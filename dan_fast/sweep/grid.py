@@ -1,4 +1,4 @@
-"""Grids of settings and named arms: which trainings a sweep consists of."""
+"""Grids of settings and named arms: the trainings that a sweep consists of."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dan_fast.training.recipes import DEFAULT_RECIPE, over, recipe_of, recipe_se
 GRIDS = ("fig6", "fig7", "fig8", "table9", "recipes")
 _KEYS = ("base", "recipe", "grids", "arms", "seeds", "baseline")
 _LONGEST_NAME = 120
-# What is also a folder's name, and stays readable beside ",run.seed=0".
+# Also a folder's name, followed by ",run.seed=0".
 _ARM_NAME = re.compile(r"[A-Za-z0-9][\w.+=,-]{0,79}")
 
 
@@ -95,13 +95,13 @@ def plan_sweep(
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrainConfig)
     planned: dict[str, PlannedRun] = {}
-    # Seed by seed: a sweep that is stopped halfway has whole pairs to compare.
+    # Seed by seed, so that a sweep that is stopped halfway has complete pairs to compare.
     for seed, (arm, of_arm) in itertools.product(seeds or [None], arms.items()):
         settings = of_arm if seed is None else {**of_arm, "run.seed": seed}
         name = run_name(settings) if not named else arm if seed is None else f"{arm},run.seed={seed}"
         config = _configured(parser, start, settings, name)
         config.run.out, config.run.resume = "", False
-        # Settings count, not the recipe's name by which they came.
+        # Two trainings are the same where their settings are, whatever the recipe.
         key = json.dumps({**config.to_dict(), "recipe": ""}, sort_keys=True)
         config.run.out = str(Path(out) / name)
         same = planned.setdefault(key, PlannedRun(name, settings, config, arm if baseline else "", baseline))
@@ -153,7 +153,7 @@ def _read_grid(grid: str | Path) -> tuple[dict[str, Any], Path]:
     unknown = sorted(map(str, content.keys() - set(_KEYS)))
     if unknown:
         raise DanFastError(
-            f"{place} has {unknown[0]!r}; a grid has a list `grids` or a mapping `arms` and, if it wants, `base`, "
+            f"{place} has {unknown[0]!r}; a grid has a list `grids` or a mapping `arms` and, optionally, `base`, "
             "`recipe`, `seeds` and `baseline`."
         )
     if "grids" in content and "arms" in content:

@@ -69,7 +69,7 @@ def sweep(
     Raises:
         DanFastError: the grid cannot be read; a folder holds a training with other settings; another sweep is at
             work in the folder; or trainings failed, after all others were run.
-        KeyboardInterrupt: it was asked to stop; the trainings that were under way have been saved.
+        KeyboardInterrupt: it was interrupted; the trainings that were running have been saved.
     """
     runs = plan_sweep(grid, base, out, recipe)
     for run in runs:
@@ -87,7 +87,7 @@ def sweep(
         failed = _run_all(runs, record, Path(out), lock, console, parallel)
         comparison = read_comparison(out)
         if comparison is not None:
-            _tell(comparison, Path(out), console)
+            _write_comparison(comparison, Path(out), console)
     if report:
         finished = [run.folder for run in runs if state_of(run) == FINISHED]
         if finished:
@@ -114,7 +114,7 @@ def state_of(run: PlannedRun) -> str:
 
 @dataclass(frozen=True)
 class _Training:
-    """One that is under way."""
+    """A training that is running."""
 
     where: str
     run: PlannedRun
@@ -137,7 +137,7 @@ def _run_all(
     )
     active: list[_Training] = []
     threads = _threads_of_each(parallel)
-    told = False
+    signalled = False
     _write_record(out, record)
     with StopRequest() as stop:
         try:
@@ -151,10 +151,10 @@ def _run_all(
                     console.print(f"{where}: {'goes on' if begun else 'starts'} ...")
                     entry["threads"] = threads
                     active.append(_Training(where, run, entry, _start(run, lock, threads), time.monotonic()))
-                if stop.requested and not told:
+                if stop.requested and not signalled:
                     for training in active:
                         training.process.send_signal(signal.SIGTERM)
-                    told = True
+                    signalled = True
                 for training in [each for each in active if each.process.poll() is not None]:
                     active.remove(training)
                     _note_end(training, stop.requested, console)
@@ -174,12 +174,12 @@ def _run_all(
 
 def _start(run: PlannedRun, lock: int, threads: int | None) -> subprocess.Popen[bytes]:
     """Start a training in a process of its own, which saves itself when it is sent SIGTERM."""
-    # Those of other targets: beside the new settings they would pass for theirs.
+    # Results of other targets must not stand beside the new settings.
     (run.folder / "results.json").unlink(missing_ok=True)
     write_text(run.folder / "config.yaml", yaml.safe_dump(run.config.to_dict(), sort_keys=False))
     limits = {} if threads is None else dict.fromkeys(_THREADS, str(threads))
     with (run.folder / _LOG).open("ab") as log:
-        # The lock is the child's too: should this process be killed, no other sweep starts beside it.
+        # The child inherits the lock: if this process is killed, no other sweep starts while the child runs.
         return subprocess.Popen(
             _command(run.folder),
             stdin=subprocess.DEVNULL,
@@ -191,9 +191,9 @@ def _start(run: PlannedRun, lock: int, threads: int | None) -> subprocess.Popen[
 
 
 def _note_end(training: _Training, stopped: bool, console: Console) -> None:
-    """Record how a training ended, and say it."""
+    """Record how a training ended, and print it."""
     run, entry = training.run, training.entry
-    # What it took in earlier calls counts too.
+    # The time of earlier calls is included.
     entry["seconds"] = round((entry["seconds"] or 0.0) + time.monotonic() - training.started, 2)
     entry["state"] = state_of(run)
     if entry["state"] != FINISHED and stopped:
@@ -206,15 +206,15 @@ def _note_end(training: _Training, stopped: bool, console: Console) -> None:
 
 
 def _threads_of_each(parallel: int) -> int | None:
-    """An equal share of the cores that this process may use; None leaves a training that runs alone its own choice."""
+    """An equal share of the cores that this process may use; None for a single training, which takes its default."""
     if parallel == 1:
         return None
-    # Not every system tells a process its cores.
+    # Not every system has this call.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // parallel)
 
 
-def _tell(comparison: Comparison, out: Path, console: Console) -> None:
+def _write_comparison(comparison: Comparison, out: Path, console: Console) -> None:
     """Write a comparison beside its trainings, and print it."""
     write_text(out / "comparison.json", json.dumps(comparison.to_dict(), indent=2) + "\n")
     write_text(out / "comparison.md", comparison.markdown())
@@ -232,8 +232,8 @@ def _sentence(run: PlannedRun, code: int | None) -> str:
     if code is not None and code < 0:
         return f"It was ended by {signal.Signals(-code).name}; SIGKILL often means that memory ran out."
     lines = (run.folder / _LOG).read_text(encoding="utf-8", errors="replace").split("\n")
-    said = [line.strip() for line in lines if line.strip()]
-    return said[-1].removeprefix("dan-fast: ") if said else f"It ended with exit code {code}."
+    written = [line.strip() for line in lines if line.strip()]
+    return written[-1].removeprefix("dan-fast: ") if written else f"It ended with exit code {code}."
 
 
 def _results(run: PlannedRun) -> str:
@@ -245,14 +245,14 @@ def _results(run: PlannedRun) -> str:
 
 
 def _require_same_settings(run: PlannedRun) -> None:
-    """A folder with a training of other settings is neither taken for this one nor overwritten."""
+    """Refuse a folder with a training of other settings, which is neither continued nor overwritten."""
     if not any((run.folder / name).exists() for name in ("checkpoint.pt", "results.json")):
         return
     saved, wanted, defaults = _saved_settings(run), run.config.to_dict(), TrainConfig().to_dict()
     if saved is None:
         raise DanFastError(f"{run.folder} holds a training without a readable config.yaml: choose another --out.")
     differences = training_differences(saved, wanted)
-    # Of these a trainer that goes on sees to itself; a finished training has to be told from another one here.
+    # A continued training checks these itself; a finished one is not started again, so they are checked here.
     for section, name in (*(("data", role) for role in ("labeled", "unlabeled", "protocol")), _CHOICE):
         now, before = wanted[section][name], saved.get(section, {}).get(name, defaults[section][name])
         if before != now:
@@ -272,7 +272,7 @@ def _saved_settings(run: PlannedRun) -> dict[str, Any] | None:
 
 
 def _entry(run: PlannedRun, state: str, before: Mapping[str, Any]) -> dict[str, Any]:
-    """What sweep.json says of a training; the time that it has taken so far is kept, unless it starts anew."""
+    """The entry of a training in sweep.json; its time so far is kept, unless it starts anew."""
     entry = {"name": run.name, "settings": dict(run.settings), "state": state, "sentence": ""}
     kept = {name: before.get(name) if state != WAITING else None for name in ("seconds", "threads")}
     if not run.arm:
@@ -301,8 +301,8 @@ def _write_record(out: Path, record: list[dict[str, Any]]) -> None:
 
 @contextmanager
 def _alone(out: Path) -> Iterator[int]:
-    """Holds the folder's lock, which the trainings that are started inherit; gives its descriptor."""
-    # Here and not above: all other commands do without, and so does Windows.
+    """Hold the folder's lock, which the trainings that are started inherit; yields its descriptor."""
+    # Imported here: Windows does not have it, and no other command needs it.
     import fcntl
 
     out.mkdir(parents=True, exist_ok=True)

@@ -14,8 +14,8 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import write_text
 from dan_fast.core.float32 import float32_rounding
 from dan_fast.data import ReIDDataset
-from dan_fast.data.protocols import DatasetRoles
-from dan_fast.data.strangers import persons_in_both
+from dan_fast.data.named_protocols import DatasetRoles
+from dan_fast.data.overlap import persons_in_both
 from dan_fast.evaluation import COLUMNS, Evaluation
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.config import RunConfig, TrainConfig, goes_on

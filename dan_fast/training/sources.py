@@ -2,8 +2,8 @@
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import load_dataset
-from dan_fast.data.protocols import DatasetRoles, resolve_protocol
-from dan_fast.data.strangers import require_strangers
+from dan_fast.data.named_protocols import DatasetRoles, resolve_protocol
+from dan_fast.data.overlap import require_disjoint_persons
 from dan_fast.evaluation import require_whole_splits
 from dan_fast.training.config import DataConfig
 
@@ -54,5 +54,5 @@ def _by_path(data: DataConfig) -> DatasetRoles:
     # Unlabelled images of which no share is taken are left aside.
     unlabeled = roles.unlabeled if data.unlabeled_share > 0 else ()
     remedy = "name other datasets or variants in data.labeled, data.unlabeled or data.targets"
-    require_strangers((*roles.labeled, *unlabeled), roles.targets, "This training", remedy)
+    require_disjoint_persons((*roles.labeled, *unlabeled), roles.targets, "This training", remedy)
     return roles

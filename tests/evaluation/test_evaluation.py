@@ -9,19 +9,13 @@ import torch
 from PIL import Image
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.data.datasets.dataset import all_images
+from dan_fast.data.datasets.load import all_images
 from dan_fast.data.samples import ReIDDataset, Sample
+from dan_fast.evaluation.dataset_features import DatasetFeatures, extract_dataset, random_split
 from dan_fast.evaluation.features import extract_features
-from dan_fast.evaluation.protocol import (
-    COLUMNS,
-    DatasetFeatures,
-    Evaluation,
-    evaluate_dataset,
-    evaluate_features,
-    extract_dataset,
-    random_split,
-)
 from dan_fast.evaluation.ranking import evaluate_ranking
+from dan_fast.evaluation.result import COLUMNS, Evaluation
+from dan_fast.evaluation.scoring import evaluate_dataset, evaluate_features
 from dan_fast.evaluation.single_shot import evaluate_single_shot
 
 SIZE = (8, 4)

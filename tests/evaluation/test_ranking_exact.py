@@ -12,7 +12,7 @@ import torch
 from dan_fast import _extension
 from dan_fast.bench.machine import peak_above
 from dan_fast.evaluation import counting
-from dan_fast.evaluation.keys import tree_dots
+from dan_fast.evaluation.distances import tree_dots
 from dan_fast.evaluation.ranking import evaluate_ranking, rank_distances
 from tests.support.running import by_threads
 

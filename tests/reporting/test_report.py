@@ -17,11 +17,11 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.data.datasets.known import KNOWN
 from dan_fast.data.synthetic import synthesize
 from dan_fast.evaluation import Evaluation
-from dan_fast.reporting import comparisons, memories
+from dan_fast.reporting import memories, side_by_side
 from dan_fast.reporting.groups import models, swept_settings, target_of, unlabeled_shares
 from dan_fast.reporting.memories import Slots, layout, neighbours_agree, plot_memories, sample, stored_slots
 from dan_fast.reporting.report import report
-from dan_fast.reporting.results import paper_tables, paper_target, result_tables
+from dan_fast.reporting.result_tables import paper_tables, paper_target, result_tables
 from dan_fast.reporting.runs import read_runs
 from dan_fast.reporting.watched import watched_table
 from dan_fast.training import DataConfig, MemoryConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer
@@ -350,7 +350,7 @@ def test_networks_are_named_as_in_fig_6(tmp_path):
 def drawn(monkeypatch):
     """The curves of each panel that is drawn: label -> (x, y)."""
     panels: dict[str, dict[str, tuple[list, list]]] = {}
-    save = comparisons.save_png
+    save = side_by_side.save_png
 
     def note(figure, path):
         for axes in figure.axes:
@@ -360,7 +360,7 @@ def drawn(monkeypatch):
             assert axes.get_xlabel()
         return save(figure, path)
 
-    monkeypatch.setattr(comparisons, "save_png", note)
+    monkeypatch.setattr(side_by_side, "save_png", note)
     return panels
 
 

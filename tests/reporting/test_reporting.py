@@ -11,8 +11,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.core.preprocessing import Preprocessing
-from dan_fast.data.images.transforms import MEAN, STD
+from dan_fast.core.preprocessing import MEAN, STD, Preprocessing
 from dan_fast.evaluation.features import Features
 from dan_fast.reporting import curves, heatmaps, ranked
 from dan_fast.reporting.canvas import RIGHT, WRONG

@@ -1,7 +1,7 @@
 """CUHK03: people in boxes drawn by hand (labeled) or by a detector (detected), under a classic or a new protocol.
 
-The four combinations give figures that lie far apart, and which one a figure belongs to is often not said: none
-of them is a default here, and the variant goes with every result.
+The four combinations give figures that lie far apart, and papers often do not state which one they used: none of them
+is a default here, and the variant goes with every result.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.data.datasets.cuhk03_archive import ARCHIVE, RELEASE, archive_of
+from dan_fast.data.datasets.cuhk03_archive import ARCHIVE, RELEASE, archive_of, extract_cuhk03
 from dan_fast.data.datasets.finding import locate
 from dan_fast.data.datasets.market1501 import is_market1501, read_market1501
 from dan_fast.data.samples import Counts, KnownDataset, ReIDDataset, Sample
@@ -40,7 +40,7 @@ def _holds(folder: Path) -> bool:
 
 def _find(folder: Path) -> Path | None:
     parts = (*(f"images_{box}" for box in BOXES), *BOXES, RELEASE)
-    # The archive's folder is a dataset of its own, but less of one than the folder it lies in.
+    # The archive's folder can be read by itself, but the folder above it also has the extracted images.
     above = folder.absolute().parent
     if folder.absolute().name == RELEASE and any(_images(above, box).is_dir() for box in BOXES):
         return above
@@ -48,7 +48,7 @@ def _find(folder: Path) -> Path | None:
 
 
 def _new_split(folder: Path, box: str) -> Path:
-    """The file that says which images the new protocol uses for what, or would if it were there."""
+    """The file with the split of the new protocol; where there is none, the path that it should have."""
     config = _CONFIG.format(box)
     files = (folder / f"splits_new_{box}.json", folder / config, folder / RELEASE / config)
     return next((file for file in files if file.is_file()), files[1])
@@ -200,4 +200,5 @@ CUHK03 = KnownDataset(
     origin="the CUHK person re-identification page of Xiaogang Wang, on request; the new protocol's splits are part "
     "of Zhong et al.'s person-re-ranking",
     variants=_variants,
+    extract=extract_cuhk03,
 )

@@ -1,4 +1,4 @@
-"""CUHK03 as it is distributed, one MATLAB 7.3 file with all pixels in it, and how images come out of it."""
+"""CUHK03 as it is distributed, one MATLAB 7.3 file with all pixels in it, and the extraction of its images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def archive_of(folder: Path) -> Path | None:
 def extract_cuhk03(folder: Path) -> list[Path]:
     """Writes images_detected, images_labeled and the 20 classic splits of both, as torchreid names them.
 
-    Each appears whole or not at all, and what is already there is left alone. The new protocol's split is not
+    Each appears whole or not at all, and what already exists is not changed. The new protocol's split is not
     part of the archive.
 
     Args:
@@ -61,7 +61,7 @@ def extract_cuhk03(folder: Path) -> list[Path]:
                     write_text(path, json.dumps(_classic_splits(content, box, folder / f"images_{box}")))
                 else:
                     _write_images(content, box, path)
-    # h5py raises these on a file that is none of its own, cut short, or that lacks a part.
+    # h5py raises these on a file of another kind, a truncated one, or one that lacks a part.
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         raise DanFastError(f"{archive} cannot be read ({error}); unpack the original archive anew.") from error
     return wanted
@@ -93,20 +93,20 @@ def _write_images(content: Any, box: str, target: Path) -> None:
 
 
 def _classic_splits(content: Any, box: str, images: Path) -> list[dict[str, list]]:
-    everybody = [(pair, person, [number for number, _ in numbered]) for pair, person, numbered in _people(content, box)]
+    people = [(pair, person, [number for number, _ in numbered]) for pair, person, numbered in _people(content, box)]
     splits = []
     for reference in content["testsets"][0]:
         test_people = {(int(pair), int(person)) for pair, person in content[reference][:].T}
         train: list[list] = []
         test: list[list] = []
-        people = {True: 0, False: 0}
-        for pair, person, numbers in everybody:
+        labels = {True: 0, False: 0}
+        for pair, person, numbers in people:
             tested = (pair, person) in test_people
             entries = test if tested else train
             # torchreid's form: path, label from 0 within the part, camera from 0.
             for number in numbers:
                 path = str(images / _name(pair, person, number))
-                entries.append([path, people[tested], _camera(number) - 1])
-            people[tested] += 1
+                entries.append([path, labels[tested], _camera(number) - 1])
+            labels[tested] += 1
         splits.append({"train": train, "query": test, "gallery": test})
     return splits

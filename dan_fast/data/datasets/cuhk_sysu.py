@@ -1,4 +1,4 @@
-"""CUHK-SYSU: a person search set of street snaps and films, of which ReID trains on the crops of its people."""
+"""CUHK-SYSU: a person search set of street snaps and films; for ReID the crops of its people are used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FRAMES = Path("Image", "SSM")
 _PEOPLE = Path("annotation", "Person.mat")
 # p11422_s16929_1.jpg: person, scene, number.
 _NAME = re.compile(r"p(\d+)_s(\d+)_\d+\.")
-# Every scene has a camera of its own, which nobody recorded; as the code bases do, one number stands for all.
+# Every scene has a camera of its own, which is not recorded; as in the usual code bases, all have one number.
 _CAMID = 1
 _QUALITY = 95
 
@@ -53,7 +53,7 @@ def extract_cuhk_sysu(folder: Path) -> list[Path]:
     """Crops the people of the original archive into `cropped_images`, which appears whole or not at all.
 
     Every appearance in annotation/Person.mat becomes p<person>_s<scene>_<number>.jpg, as the code bases name
-    them. Crops that are already there are left alone.
+    them. Existing crops are not changed.
 
     Returns:
         The folders written.
@@ -122,4 +122,5 @@ CUHK_SYSU = KnownDataset(
     source="the annotations of Xiao et al., CVPR 2017",
     origin="the person search page of Shuang Li and Tong Xiao, on request",
     note="It has no query and gallery of crops: it is for training only.",
+    extract=extract_cuhk_sysu,
 )

@@ -1,10 +1,9 @@
-"""DukeMTMC-reID, for those who already have it: it was withdrawn in 2019.
+"""DukeMTMC-reID, which was withdrawn in 2019, read from a copy that already exists.
 
 Its makers took it down in June 2019: the people on the campus had been filmed and published without having
 consented, beyond what the university's review board had allowed, and the images had found their way into
-surveillance products (Exposing.ai, "Duke MTMC", 2019). It may not be handed on, and results on it are
-discouraged by the conferences of the field; it is read here so that older figures can be checked by whoever
-holds a copy. Nothing here tells where to get one.
+surveillance products (Exposing.ai, "Duke MTMC", 2019). It may not be redistributed, and the conferences of the field
+discourage results on it; it is read here so that older figures can be checked on existing copies. No source is given.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writing the images of an archive as files: a folder of them that is whole or not there."""
+"""Writing the images of an archive as files, into a folder that appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dan_fast.core.files import alone
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `target` when the block ends and vanishes when it raises.
+    """A folder to fill, which becomes `target` when the block ends and is removed when the block raises.
 
     Raises:
         DanFastError: the folder cannot be made, or another process makes it.

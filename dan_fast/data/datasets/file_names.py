@@ -1,4 +1,4 @@
-"""Images whose file names say who is on them."""
+"""Images whose file names contain the identity."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def named_images(folder: Path, pattern: re.Pattern[str], example: str) -> list[t
 
 
 def are_named(folder: Path, pattern: re.Pattern[str]) -> bool:
-    """Whether there is a folder with images of which the first is named as the pattern asks."""
+    """Whether there is a folder with images of which the first matches the pattern."""
     return any(pattern.match(path.name) for path in image_files(folder)[:1])
 
 
 def by_key(samples: Iterable[tuple[str, Sample]]) -> dict[str, Sample]:
-    """One image a key.
+    """The images by their keys, one for each.
 
     Raises:
         DanFastError: two images of one key.

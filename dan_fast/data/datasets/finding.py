@@ -1,4 +1,4 @@
-"""Where a dataset's own folder is, seen from a folder a level above it, in it, or a level inside it."""
+"""Finding a dataset's own folder from a folder one level above it, from itself, or from one level inside it."""
 
 from __future__ import annotations
 

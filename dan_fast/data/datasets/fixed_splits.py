@@ -40,7 +40,7 @@ def read_lists(name: str) -> tuple[str, list[dict[str, list[Any]]]]:
     if digest != DIGESTS[name]:
         raise DanFastError(
             f"The list of splits {file} was changed: its SHA-256 begins with {digest[:8]} instead of "
-            f"{DIGESTS[name][:8]}, so results would compare with nobody's; install again."
+            f"{DIGESTS[name][:8]}, so results could not be compared with others; install again."
         )
     return digest, json.loads(content)["splits"]
 
@@ -50,7 +50,7 @@ def fixed_splits(
     samples: Mapping[Hashable, Sample],
     keys: Callable[[dict[str, list[Any]]], tuple[Iterable[Hashable], Iterable[Hashable], Iterable[Hashable]]],
 ) -> FixedSplits:
-    """The shipped splits with the images of a folder in the place of what they name.
+    """The shipped splits, made of the images of a folder.
 
     Args:
         name: of the list, a key of :data:`DIGESTS`.

@@ -1,6 +1,7 @@
 """QMUL underGround Re-IDentification (GRID): 250 pairs of images from 8 cameras, and 775 people without one.
 
-The file names of the originals tell six cameras apart, not the eight of the literature."""
+The original file names distinguish six cameras, not the eight of the literature.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def read_grid(folder: Path, name: str, variant: str = "") -> ReIDDataset:
     """Reads the folder underground_reid; all images are test images, the distractors have pid 0.
 
     The archive has the folders `probe` and `gallery`. fast-reid has all in `images`; there the earlier frame of a pair
-    is taken for the probe.
+    is the probe.
 
     The ten splits are 125 of the 250 people for training and 125 for testing; a probe is searched for among the 125
     gallery images of the test people and the 775 distractors. The splits are those of this package: they have
@@ -90,7 +91,7 @@ GRID = KnownDataset(
     title="GRID",
     find=_find,
     read=read_grid,
-    # The literature has 8 cameras, the file names of the originals 6 of them: of a whole set as of any other.
+    # Cameras are not checked: the literature has 8, the original file names 6.
     counts={"": {"test": Counts(251, None, 1275)}},
     source="Loy, Xiang and Gong, CVPR 2009 (250 pairs, and 775 distractors that count as one identity)",
     origin="the page of Chen Change Loy, QMUL underGround Re-IDentification",

@@ -17,8 +17,8 @@ _NAME = re.compile(r"(0(?!000)[01]\d\d)(00[1-9])\.")
 def read_ilids(folder: Path, name: str, variant: str = "") -> ReIDDataset:
     """Reads the folder Persons; all images are test images.
 
-    The files do not say which camera took them. The number of an image among those of its person stands in for it,
-    so that any image of a person can be found by any other, as is usual. The ten splits are 59 people for training
+    The file names do not contain the camera. The number of an image among those of its person takes its place, so that
+    any image of a person is a match of any other, as is usual. The ten splits are 59 people for training
     and 60 for testing, of each of whom the list names one image to search for and another one to find.
 
     Raises:

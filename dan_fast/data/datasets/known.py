@@ -1,4 +1,4 @@
-"""The datasets of the literature that are recognised, what they should hold, and which of them lie where."""
+"""The datasets of the literature that are recognised: their variants, their counts, and where they lie."""
 
 from __future__ import annotations
 
@@ -55,17 +55,17 @@ class FoundDataset:
 
 
 def choose_variant(known: KnownDataset, folder: Path, wanted: str | None = None) -> str:
-    """The variant that `wanted` means; without it the only one there is.
+    """The variant that `wanted` selects; without it the only one there is.
 
-    `wanted` may leave words out that are not needed to tell the variants apart: "new, labeled" is CUHK03's
+    `wanted` may leave out words that are not needed to distinguish the variants: "new, labeled" is CUHK03's
     "labeled, new protocol".
 
     Raises:
-        DanFastError: several variants and no choice, or a choice that means none or several; the choices are named.
+        DanFastError: several variants and no choice, or a choice that selects none or several; the choices are named.
     """
     variants = known.variants(folder)
     if not variants:
-        # The reader knows what it lacks.
+        # The reader raises the error that names what is missing.
         known.read(folder, known.title, "")
     words = set(_WORD.findall((wanted or "").lower()))
     fitting = [variant for variant in variants if words <= set(_WORD.findall(variant.lower()))]
@@ -108,9 +108,8 @@ def count_samples(samples: Sequence[Sample]) -> Counts:
 
 
 def check_counts(dataset: ReIDDataset, known: KnownDataset) -> list[str]:
-    """What differs from the literature: counts, a sentence a split, and images that fixed splits need; else nothing."""
+    """Sentences on the differences from the literature: counts of each split, images that fixed splits lack."""
     expected = known.counts.get(dataset.variant, {})
-    what = f"{dataset.name} ({dataset.variant})" if dataset.variant else dataset.name
     sentences = []
     for split in SPLITS if expected else ():
         found = count_samples(getattr(dataset, split))
@@ -121,18 +120,30 @@ def check_counts(dataset: ReIDDataset, known: KnownDataset) -> list[str]:
             if right is not None and number != right
         ]
         if wrong:
-            sentences.append(f"The {split} split of {what} differs from {known.source}: {', '.join(wrong)}.")
+            sentences.append(f"The {split} split of {dataset.title} differs from {known.source}: {', '.join(wrong)}.")
     if dataset.splits is not None and dataset.splits.missing:
-        sentences.append(f"{what} cannot be scored on its fixed splits: {dataset.splits.missing}.")
+        sentences.append(f"{dataset.title} cannot be scored on its fixed splits: {dataset.splits.missing}.")
     return sentences
 
 
 def find_datasets(root: Path) -> list[FoundDataset]:
-    """Every variant of every known dataset at `root`, in one of its folders, or in one of theirs.
+    """Every variant of every known dataset at `root`, in its folders, and in their folders.
 
     Of the 20 splits of CUHK03's classic protocol the first stands for all. A dataset that cannot be read is
     listed with the reason; nothing is changed or downloaded.
+
+    Raises:
+        DanFastError: there is no such folder, or a folder in it cannot be read.
     """
+    if not root.is_dir():
+        raise DanFastError(f"There is no folder {root}; check the path for a typing mistake.")
+    try:
+        return _find(root)
+    except OSError as error:
+        raise DanFastError(f"{error.filename} cannot be read ({error.strerror}); check permissions.") from error
+
+
+def _find(root: Path) -> list[FoundDataset]:
     found: list[FoundDataset] = []
     own: dict[str, list[Path]] = {name: [] for name in KNOWN}
     pending = [(root, 2)]
@@ -144,7 +155,7 @@ def find_datasets(root: Path) -> list[FoundDataset]:
                 new = [_inspect(known, place, variant) for variant in main_variants(known.variants(place)) or [""]]
                 own[known.name] += [each.path.resolve() for each in new]
                 found += new
-        # What lies within a dataset are its own parts, often tens of thousands of files.
+        # Folders inside a dataset are its own parts, often with tens of thousands of files.
         if depth and not any(folder.resolve() in places for places in own.values()):
             pending += [(child, depth - 1) for child in sorted(folder.iterdir()) if child.is_dir()]
     return found

@@ -6,21 +6,20 @@ import csv
 from pathlib import Path
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.data.samples import ReIDDataset, Sample
+from dan_fast.data.samples import SPLITS, ReIDDataset, Sample
 
 COLUMNS = ("path", "pid", "camid", "split")
-SPLITS = ("train", "query", "gallery", "test")
 
 
 def read_manifest(file: Path, name: str) -> ReIDDataset:
-    """Reads a manifest; samples keep the order of its rows, columns other than the four are ignored.
+    """Read a manifest; samples keep the order of its rows, columns other than the four are ignored.
 
     `path` is relative to the manifest. `pid` may be empty or -1: in `train` such an image can serve as an
     unlabelled one, from the other splits it is left out.
 
     Raises:
-        DanFastError: a missing column, an unknown split, a number that is none (with the line), a path listed
-            twice, image files that do not exist, a file that is no CSV text.
+        DanFastError: a missing column, an unknown split, an invalid number (with its line), a path listed
+            twice, image files that do not exist, a file that is not CSV text.
     """
     try:
         with open(file, newline="", encoding="utf-8-sig") as stream:

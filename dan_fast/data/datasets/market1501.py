@@ -10,7 +10,7 @@ from dan_fast.data.datasets.finding import image_files, locate
 from dan_fast.data.samples import Counts, KnownDataset, ReIDDataset, Sample
 
 PARTS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
-# 0001_c1s1_000151_01.jpg: person 1, camera 1; the sets that borrowed the layout differ after the camera.
+# 0001_c1s1_000151_01.jpg: person 1, camera 1; other sets with this layout differ after the camera.
 _NAME = re.compile(r"(-?\d+)_c(\d+)")
 _OWN_NAME = re.compile(r"-?\d+_c\d+s\d+_")
 
@@ -31,7 +31,7 @@ def read_market1501(folder: Path, name: str, variant: str = "") -> ReIDDataset:
 
 
 def layout_with(folder: Path, name: re.Pattern[str]) -> bool:
-    """Whether the folder has the layout, and an image whose name begins as `name` asks in its first part."""
+    """Whether the folder has the layout and contains an image whose name matches `name`."""
     parts = (folder / part for part in PARTS.values() if (folder / part).is_dir())
     return any(name.match(path.name) for part in parts for path in part.iterdir())
 

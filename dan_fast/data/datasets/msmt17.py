@@ -23,7 +23,7 @@ def _homes(folder: Path) -> dict[str, Path]:
     for version, (train, _) in _IMAGES.items():
         below = folder / f"MSMT17_{version}"
         for home in (folder, below, below / below.name):
-            # "train" alone is a name that any dataset might use.
+            # The name "train" is not enough: any dataset might use it.
             if (home / train).is_dir() and any((home / name).is_file() for name in _LISTS):
                 homes[version] = home
                 break
@@ -95,7 +95,7 @@ def _read_list(file: Path, images: Path, first_pid: int = 0) -> tuple[Sample, ..
 
 
 def _missing(paths: Sequence[Path]) -> list[Path]:
-    # Each folder is listed once: asking for each of 126,441 images takes seconds, on a network drive minutes.
+    # Each folder is listed once: testing each of 126,441 files takes seconds, on a network drive minutes.
     there: dict[str, set[str]] = {}
     missing = []
     for path in paths:

@@ -28,8 +28,8 @@ def read_prid(folder: Path, name: str, variant: str = "") -> ReIDDataset:
     """
 
     def sample(path: Path, number: int, camera: str) -> Sample:
-        stranger = camera == "cam_b" and number > _IN_BOTH
-        return Sample(path, number + 1000 if stranger else number, _CAMERAS[camera])
+        only_in_b = camera == "cam_b" and number > _IN_BOTH
+        return Sample(path, number + 1000 if only_in_b else number, _CAMERAS[camera])
 
     images = by_key(
         (_key(camera, int(match[1])), sample(path, int(match[1]), camera))

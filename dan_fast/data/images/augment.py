@@ -18,12 +18,12 @@ _BRIGHTNESS, _CONTRAST, _SATURATION = range(3)
 _SHUFFLED = 4
 # Red, green and blue in the grey of ITU-R 601-2, as torchvision rounds them.
 _GREY = (0.2989, 0.587, 0.114)
-# On a CPU so many images at a time: what is done to them one after the other finds them in its cache.
+# Images at a time on a CPU, few enough to stay in its cache from one change to the next.
 _CHUNK = 8
 
 
 class Draws(NamedTuple):
-    """What chance decides about n images.
+    """The random choices for n images.
 
     Attributes:
         flip: (n,) bool: mirrored left to right.
@@ -126,7 +126,7 @@ def normalize(images: Tensor, preprocessing: Preprocessing = IMAGENET) -> Tensor
 
 
 def _parts(images: Tensor) -> list[slice]:
-    """A GPU takes the whole batch at once, a CPU as much as its cache holds."""
+    """The whole batch at once on a GPU, and what fits into the cache of a CPU."""
     size = _CHUNK if images.device.type == "cpu" else max(1, len(images))
     return [slice(start, start + size) for start in range(0, len(images), size)]
 
@@ -170,7 +170,7 @@ def _jitter_(images: Tensor, draws: Draws) -> None:
 
 @functools.cache
 def _statistics(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
-    # Once a device: a copy of numbers to a GPU waits for it.
+    # Cached for each device: a copy of numbers to a GPU waits for the device.
     mean, std = preprocessing.mean, preprocessing.std
     return tuple(torch.tensor(each, dtype=torch.float32, device=device) for each in (mean, std))
 

@@ -41,9 +41,9 @@ Say = Callable[[str], None]
 NO_CACHE, USER_CACHE = "none", "user"
 
 _LOG = logging.getLogger(__name__)
-# Part of every name: raised when the pixels or the files would be others.
+# Part of every name: to be raised with every change of the pixels or of the file format.
 _FORMAT = 1
-# Other versions may decode and resize to other levels.
+# Other versions may decode and resize to other pixel values.
 _MADE_BY = f"Pillow {PIL.__version__}, torchvision {torchvision.__version__}"
 _BATCH = 32
 
@@ -74,21 +74,22 @@ class ImageCache:
     interpolation. Each opening of a set checks sizes and modification times of the images and of the file against the
     header. Where one differs, contents are compared: images that were only touched keep their pixels, any other change
     has the set made anew, as other versions of Pillow or torchvision have. `check="full"` compares all contents, of the
-    images and of every row of the file, and so finds damage that no modification time tells of.
+    images and of every row of the file, and so finds damage that left the modification time as it was.
 
-    One process makes a set while others that want it wait. A process that is killed leaves nothing that is read. A
-    file in use may be replaced or deleted: those who read it keep what they have. To free the space, delete the folder.
+    One process makes a set while others that need it wait. What a killed process leaves is never read. A file in use
+    may be replaced or deleted: processes that have opened it go on with what they opened. To free the space, delete the
+    folder.
 
     Args:
         folder: where the files lie; made if need be.
         image_size: (height, width) to which images are resized.
         check: "quick" or "full", see above.
         workers: processes that decode; 0 decodes in this one.
-        say: told in a sentence what takes its time and why; a log by default.
+        say: called with a sentence on every long step and its reason; a log by default.
         interpolation: with which they are resized, see `dan_fast.core.preprocessing.Preprocessing`.
 
     Raises:
-        DanFastError: `check` or the size is none.
+        DanFastError: an unknown `check` or an invalid size.
 
     Example:
         >>> import tempfile
@@ -133,9 +134,9 @@ class ImageCache:
         return os.path.abspath(path) in self._places
 
     def add(self, paths: Sequence[str | Path]) -> None:
-        """Opens the file of a set of images, which is decoded first if there is none or it is not to be used.
+        """Open the file of a set of images, which is decoded first where there is no valid file.
 
-        An image that cannot be decoded is kept in mind and is an error where it is read.
+        An image that cannot be decoded is remembered and raises when it is read.
 
         Raises:
             DanFastError: the folder cannot be used or is full; what was there is as it was.
@@ -155,7 +156,7 @@ class ImageCache:
 
         Raises:
             DanFastError: an image that cannot be decoded, as `read_image` puts it.
-            KeyError: of no set that was added.
+            KeyError: an image of no set that was added.
         """
         name = os.path.abspath(path)
         if name in self._broken:
@@ -175,7 +176,7 @@ class ImageCache:
             return found
         try:
             with self._alone(key):
-                # Another process may have been faster.
+                # Another process may have made the set before this one held the lock.
                 found = self._inspect(file, header, names, self.check)
                 if isinstance(found, _Opened) and found.touched:
                     write_header(header, found.header)
@@ -184,7 +185,7 @@ class ImageCache:
                     self._build(file, header, names, why=found)
                     found = self._inspect(file, header, names, "quick")
         except DanFastError:
-            # A folder that may only be read is good enough where all contents are as they were.
+            # A read-only folder is enough where all contents are unchanged.
             if not isinstance(found, _Opened):
                 raise
         if isinstance(found, _Opened):
@@ -193,7 +194,7 @@ class ImageCache:
 
     @contextmanager
     def _alone(self, key: str) -> Iterator[None]:
-        """Inside, no other process makes this set; the system lets go of the lock when a process is killed."""
+        """Inside, no other process makes this set; the system releases the lock when a process is killed."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.folder / f"{key}.lock")
@@ -218,11 +219,11 @@ class ImageCache:
         try:
             header = read_header(header_file)
             status = file.stat()
-            # Copy on write: PyTorch wants memory that could be written, and nobody writes it.
+            # Copy on write: PyTorch requires writable memory; it is never written to.
             images = np.load(file, mmap_mode="c", allow_pickle=False)
         except FileNotFoundError:
             return "" if not file.exists() and not header_file.exists() else f"a part of {file} is missing"
-        # What is no NumPy file raises many kinds of exception, zipfile's and pickle's too.
+        # A file of another kind raises many kinds of exception, zipfile's and pickle's too.
         except Exception as error:
             return f"{file} or its header is corrupt: {' '.join(str(error).split())}"
         if images.shape != shape or images.dtype != np.uint8 or len(header.sources) != len(names):
@@ -273,7 +274,7 @@ class ImageCache:
                 for each in batch:
                     image = blank if each.image is None else each.image
                     stream.write(image.numpy().data)
-                    # Without the image, of which there may be more than memory holds.
+                    # Without the image: all images together may exceed the memory.
                     decoded.append(each._replace(image=None, row=digest(image.numpy())))
 
         write_whole(file, write)

@@ -1,4 +1,4 @@
-"""What a cache of images knows of its files: sizes, times and hashes of what was read and of what was written."""
+"""The header of a cache of images: sizes, times and hashes of the files read and of the pixels written."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ class Source(NamedTuple):
 
 
 class Header(NamedTuple):
-    """Attributes:
-    sources: (n,2) int64, size and modification time of each image file.
-    digests: (n,16) uint8, hash of its content.
-    rows: (n,16) uint8, hash of its pixels in the file.
-    written: modification time of the file.
-    made_by: the libraries that decoded and resized.
-    broken: row -> sentence for images that cannot be decoded.
+    """What a file of cached images was made of.
+
+    Attributes:
+        sources: (n,2) int64, size and modification time of each image file.
+        digests: (n,16) uint8, hash of its content.
+        rows: (n,16) uint8, hash of its pixels in the file.
+        written: modification time of the file.
+        made_by: the libraries that decoded and resized.
+        broken: row -> sentence for images that cannot be decoded.
     """
 
     sources: np.ndarray
@@ -53,7 +55,7 @@ def status_of(name: str) -> tuple[int, int]:
 
 
 def read_source(name: str) -> Source:
-    """The content of a file and what is known of it."""
+    """The content of a file, its status and its hash."""
     try:
         with open(name, "rb") as stream:
             # Of the open file, and before it is read: a later change is seen as one.
@@ -70,12 +72,12 @@ def digest(content: bytes | np.ndarray) -> bytes:
 
 
 def as_rows(digests: list[bytes]) -> np.ndarray:
-    """(n,16) uint8."""
+    """Hashes as (n,16) uint8."""
     return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(len(digests), DIGEST_SIZE)
 
 
 def write_header(path: Path, header: Header) -> None:
-    """Whole or not at all.
+    """Write a header; the file appears whole or not at all.
 
     Raises:
         DanFastError: the file cannot be written.

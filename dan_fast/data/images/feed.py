@@ -16,10 +16,10 @@ Ready = TypeVar("Ready")
 
 
 def one_ahead(items: Iterator[Raw], prepare: Callable[[Raw], Ready], device: torch.device) -> Iterator[Ready]:
-    """`map(prepare, items)` with one result under way in a thread, in order.
+    """`map(prepare, items)`, in order, with the next result prepared in a thread.
 
-    On a GPU the thread puts its work on a stream of its own, so that copies and kernels run beside those of the
-    caller; the caller's stream waits for the result, the host does not.
+    On a GPU the thread's work is launched on a stream of its own, so that copies and kernels overlap with the caller's;
+    the caller's stream waits for the result, the host does not.
 
     Args:
         items: read in the thread, one at a time.
@@ -63,7 +63,7 @@ def one_ahead(items: Iterator[Raw], prepare: Callable[[Raw], Ready], device: tor
             if event is not None:
                 current = torch.cuda.current_stream(device)
                 current.wait_event(event)
-                # Its memory belongs to the other stream, which must not use it again before this one is done.
+                # Allocated on the other stream: its memory must not be reused before this stream is done with it.
                 for tensor in _tensors(ready):
                     tensor.record_stream(current)
             yield ready

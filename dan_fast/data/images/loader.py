@@ -89,8 +89,8 @@ class Loader:
 
     Args:
         source: batches with uint8 images on the host.
-        prepare: from such a batch to what is wanted, on the device.
-        device: where.
+        prepare: from such a batch to the one that is returned, on the device.
+        device: of the returned batches.
     """
 
     def __init__(self, source: Collection[Any], prepare: Callable[[Any], Any], device: str | torch.device) -> None:
@@ -121,11 +121,11 @@ def image_loader(
         samples: what to read.
         image_size: (height, width) in pixels.
         batch_size: images at a time.
-        workers: processes that decode; 0 decodes in this one. None is needed to read from a cache.
+        workers: processes that decode; 0 decodes in this one. None is started to read from a cache.
         broken_images: "error" raises DanFastError at a broken image, "skip" leaves it out of the batch.
         cache: holds or takes the decoded images; the result is the same to the last bit.
         device: where the images go.
-        preprocessing: how the network wants its images.
+        preprocessing: how images are resized and normalised for the network.
 
     Returns:
         A loader of (images (n,3,H,W) float32 on `device`, indices (n,) int64 into `samples` on the CPU).
@@ -159,12 +159,12 @@ def training_loader(
         training_set: the samples the plan refers to.
         plans: what `BatchPlanner.plan_epoch` or `batches` returned, or the end of it.
         image_size: (height, width) in pixels.
-        workers: processes that decode; 0 decodes in this one. None is needed to read from a cache.
+        workers: processes that decode; 0 decodes in this one. None is started to read from a cache.
         broken_images: "error" raises DanFastError at a broken image, "skip" leaves it out and names it in
             `skipped`.
         cache: holds or takes the decoded images of the set.
         device: where the batches go and images are augmented; to a GPU by way of page-locked memory.
-        preprocessing: how the network wants its images.
+        preprocessing: how images are resized and normalised for the network.
 
     Returns:
         A loader of one `MiniBatch` per plan. A part that is left without any labelled or fed-back image

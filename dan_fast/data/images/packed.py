@@ -1,4 +1,4 @@
-"""Many objects in one buffer, which forked processes share for good."""
+"""Many objects in one buffer, which forked processes share without copying it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Item = TypeVar("Item")
 
 
 class Packed(Sequence[Item]):
-    """A sequence of objects that are pickled, end to end, in one buffer, and made anew each time they are asked for.
+    """A sequence of objects that are pickled, end to end, in one buffer, and unpickled at each access.
 
-    To look at a Python object is to write to it, its reference count, and a process that writes to memory that it
-    shares since a fork gets a copy of the page. Workers that read a list of names through so come to own a copy of it,
-    each of them (PyTorch issue 13246).
+    Reading a Python object writes to its reference count, and a process that writes to memory that it has shared since
+    a fork gets a copy of the page. Each worker that reads a list of names thus ends up with a copy of it (PyTorch issue
+    13246).
 
     Args:
         items: what can be pickled.
@@ -28,7 +28,7 @@ class Packed(Sequence[Item]):
     """
 
     def __init__(self, items: Iterable[Item]) -> None:
-        # One by one: as a list they would take several times the room, in pieces that are long in coming back.
+        # One by one: a list of all pickles would take several times the memory, in fragments that are freed late.
         buffer, bounds = io.BytesIO(), array("q", [0])
         for item in items:
             buffer.write(pickle.dumps(item, pickle.HIGHEST_PROTOCOL))

@@ -26,7 +26,7 @@ def read_image(path: Path) -> Tensor:
 
 
 def decode_image(content: bytes, path: Path) -> Tensor:
-    """`read_image` for the content of a file that was read already; `path` is for the message."""
+    """`read_image` for the content of a file that has been read; `path` is for the message."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             return F.pil_to_tensor(image.convert("RGB"))

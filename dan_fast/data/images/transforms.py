@@ -8,7 +8,6 @@ from torchvision.transforms import v2
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.preprocessing import IMAGENET, Preprocessing
 
-MEAN, STD = IMAGENET.mean, IMAGENET.std
 FLIP_PROBABILITY = 0.5
 # Largest change of brightness, contrast and saturation: a factor of 1 - x to 1 + x.
 JITTER = (0.2, 0.15, 0.15)
@@ -19,13 +18,13 @@ def train_transform(image_size: tuple[int, int], preprocessing: Preprocessing = 
 
     No random erasing: it helps within a domain and is known to harm on unseen ones (Luo et al., "Bag of
     Tricks and a Strong Baseline for Deep Person Re-identification", 2019, Sec. 5), which is what this network
-    is for. No change of hue: clothes are told apart by it, and it costs more than all the rest together.
+    is for. No change of hue: it distinguishes clothes, and changing it takes longer than all other steps together.
 
     One image at a time; `dan_fast.data.images.augment` does the same to a batch, from the same random draws.
 
     Args:
         image_size: (height, width) in pixels.
-        preprocessing: how the network wants its images.
+        preprocessing: how images are resized and normalised for the network.
 
     Returns:
         A transform of a uint8 (3,h,w) image into a float32 (3,height,width) one, normalised by the mean and standard
@@ -60,7 +59,7 @@ test_transform.__test__ = False
 
 
 def resize(image_size: tuple[int, int], interpolation: str = "bilinear") -> v2.Resize:
-    """What comes before all else, and what a cache keeps: uint8 (3,h,w) to uint8 (3,height,width).
+    """The first step of both transforms, whose result a cache keeps: uint8 (3,h,w) to uint8 (3,height,width).
 
     Raises:
         DanFastError: as `train_transform`.

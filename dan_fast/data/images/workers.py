@@ -16,14 +16,14 @@ from dan_fast.core.errors import DanFastError
 
 
 class WorkerDied(DanFastError):
-    """A process that reads items for a `SentenceLoader` has ended before its time."""
+    """A process that reads items for a `SentenceLoader` has ended before its last item."""
 
 
 class SentenceLoader(DataLoader):
     """A DataLoader that raises the DanFastError of an item itself, with workers and without.
 
-    The state of the global generators stays as it is. A worker that was killed raises `WorkerDied` at the batch that
-    it owes; in the main thread PyTorch's SIGCHLD handler may raise RuntimeError before that.
+    The state of the global generators stays as it is. A worker that was killed raises `WorkerDied` at the
+    batch that it was reading; in the main thread PyTorch's SIGCHLD handler may raise RuntimeError before that.
 
     Args:
         dataset: what to read.
@@ -44,12 +44,12 @@ class SentenceLoader(DataLoader):
         )
 
     def __iter__(self) -> Iterator[Any]:
-        # Not a generator: the worker processes are forked here, by the caller's thread, not at the first batch.
-        return map(_raised, _Told(super().__iter__()) if self.num_workers else super().__iter__())
+        # Not a generator, so that the worker processes are forked here, by the caller's thread, not at the first batch.
+        return map(_raised, _OfWorkers(super().__iter__()) if self.num_workers else super().__iter__())
 
 
 class _Sentences(Dataset):
-    """Hands a DanFastError on as an item: raised in a worker, it would arrive with its traceback as text."""
+    """Returns a DanFastError as an item: raised in a worker, it would arrive with its traceback as text."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -82,13 +82,13 @@ def _raised(batch: Any) -> Any:
     return batch
 
 
-class _Told:
-    """The batches of a loader with workers, whose death is told in a sentence."""
+class _OfWorkers:
+    """The batches of a loader with workers; the death of a worker raises `WorkerDied`."""
 
     def __init__(self, batches: Iterator[Any]) -> None:
         self.batches = batches
 
-    def __iter__(self) -> _Told:
+    def __iter__(self) -> _OfWorkers:
         return self
 
     def __next__(self) -> Any:
@@ -97,15 +97,15 @@ class _Told:
         except (RuntimeError, EOFError, OSError) as error:
             if not (is_worker_death(error) or _is_lost_connection(error)):
                 raise
-            told = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise WorkerDied(
-                f"A process that decodes images has died ({told}): often memory ran out; free some or have fewer "
+                f"A process that decodes images has died ({reason}): often memory ran out; free some or have fewer "
                 "workers."
             ) from error
 
 
 def is_worker_death(error: BaseException) -> bool:
-    """Whether an error is PyTorch's, or this module's, for a worker that ended before its time."""
+    """Whether an error is PyTorch's, or this module's, for a worker that ended before its last item."""
     return isinstance(error, WorkerDied) or (
         isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
     )
@@ -114,14 +114,14 @@ def is_worker_death(error: BaseException) -> bool:
 def _is_lost_connection(error: BaseException) -> bool:
     """Whether a batch's tensors could not be fetched, from a socket that ends with its worker.
 
-    What an item raises in a worker arrives as an error of the same kind; PyTorch says then where it was caught.
+    What an item raises in a worker arrives as an error of the same kind, whose message begins with "Caught".
     """
     kinds = (ConnectionError, EOFError, FileNotFoundError)
     return isinstance(error, kinds) and not str(error).startswith("Caught ")
 
 
 def _start_worker(worker: int) -> None:
-    # What was inherited is looked through by no garbage collection: it would write to, and so copy, every page of it.
+    # Garbage collection would write to every page inherited from the parent, and so copy it.
     gc.freeze()
     # Both may reach the whole process group; the main process decides what to save and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -14,7 +14,7 @@ from dan_fast.data.synthetic.domains import Color
 Facing = Literal["front", "right", "back", "left"]
 FACINGS: tuple[Facing, ...] = ("front", "right", "back", "left")
 
-# Few colours a garment: many people share them, so pattern, build and bags must tell people apart.
+# Few colours a garment: many people share them, so that people differ by pattern, build and bags.
 _UPPER = ((28, 28, 32), (228, 228, 224), (176, 44, 44), (48, 76, 150), (128, 130, 134), (196, 164, 60))
 _LOWER = ((32, 32, 36), (52, 66, 104), (116, 116, 118), (186, 168, 134))
 _BAG = ((36, 34, 34), (160, 40, 48), (122, 84, 50), (50, 110, 120))
@@ -176,7 +176,7 @@ def draw_person(
 
     Args:
         image: RGB image; what falls outside is cut off.
-        identity: Who.
+        identity: The traits of the person.
         pose: Facing and walking phase.
         x: Pixel column of the body's middle.
         top: Pixel row of the top of the head.
@@ -185,8 +185,8 @@ def draw_person(
 
     Example:
         >>> canvas = Image.new("RGB", (64, 128), "grey")
-        >>> who = sample_identity(np.random.default_rng(0))
-        >>> draw_person(canvas, who, Pose("front", 0.0), x=32, top=8, height=112)
+        >>> person = sample_identity(np.random.default_rng(0))
+        >>> draw_person(canvas, person, Pose("front", 0.0), x=32, top=8, height=112)
     """
     pen = _Pen(image, x, top, height, elevation)
     side = {"right": 1, "left": -1}.get(pose.facing, 0)

@@ -51,7 +51,7 @@ class View:
     occluder_side: int
     occluder_size: float
     seed: int
-    """For what has no trait of its own: noise, colour of a car, who the other pedestrian is."""
+    """Of the noise, the colour of a car and the identity of an occluding pedestrian."""
 
 
 def sample_camera(domain: Domain, rng: np.random.Generator) -> Camera:
@@ -130,7 +130,7 @@ def scenery(domain: Domain, camera: Camera, image_size: tuple[int, int]) -> Imag
     while x < span:
         step = width * rng.uniform(0.35, 0.8)
         draw.rectangle((x, 0, x + step, horizon), fill=wall())
-        _structure(draw, domain, rng, x, step, horizon, height, wall(), tint)
+        _structure(draw, domain, rng, (x, step), horizon, height, wall(), tint)
         x += step
     return panorama
 
@@ -139,14 +139,14 @@ def _structure(
     draw: ImageDraw.ImageDraw,
     domain: Domain,
     rng: np.random.Generator,
-    x: float,
-    step: float,
+    columns: tuple[float, float],
     horizon: float,
     height: int,
     color: Color,
     tint: Callable[..., Color],
 ) -> None:
-    """One piece of the background, in the columns from x to x + step."""
+    """Draw one piece of the background; `columns` are its left edge and its width."""
+    x, step = columns
     match domain.structure:
         case "trees":
             draw.rectangle((x + 0.45 * step, 0.2 * horizon, x + 0.57 * step, horizon), fill=tint((92, 68, 48)))
@@ -223,7 +223,7 @@ def render(
 
     Args:
         domain: Style of the image: quality and tone.
-        identity: Who is in it.
+        identity: The person in it.
         camera: Which camera took it.
         view: What is particular to this image.
         image_size: Height and width in pixels.
@@ -239,7 +239,7 @@ def render(
     image = panorama.crop((left, 0, left + width, height))
     body = height * view.fill * identity.height / 1.1
     x = width * (0.5 + view.shift[0])
-    # Everyone stands on the same ground: a shorter person's head is lower in the box.
+    # All persons stand on the same ground: a shorter person's head is lower in the box.
     ground = height * (0.5 + view.shift[1] + 0.5 * view.fill)
     ImageDraw.Draw(image).ellipse(
         (x - 0.2 * body, ground - 0.025 * body, x + 0.2 * body, ground + 0.02 * body),

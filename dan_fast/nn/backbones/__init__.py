@@ -1,1 +1,1 @@
-"""The kinds of backbones, a file each, and what they share: weights files and gradient checkpointing."""
+"""The kinds of backbones, a file for each, and what they share: weights files and gradient checkpointing."""

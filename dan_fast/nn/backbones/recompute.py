@@ -1,4 +1,4 @@
-"""Gradient checkpointing that knows which weights a pass was made with."""
+"""Gradient checkpointing that recomputes with the weights of the forward pass."""
 
 import copy
 from collections.abc import Callable

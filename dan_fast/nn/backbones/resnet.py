@@ -37,6 +37,11 @@ class ResNetMap(nn.Sequential):
         self.out_channels: int = resnet.fc.in_features
         self.gradient_checkpointing = gradient_checkpointing
 
+    @property
+    def early_stages(self) -> list[nn.Module]:
+        """The first two stages, whose maps `StyleMixing` changes."""
+        return [self.layer1, self.layer2]
+
     def forward(self, images: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return with_weights_kept(self, lambda twin: _block_by_block(twin, images))

@@ -1,4 +1,4 @@
-"""Models of timm up to their last map; timm is imported only where one is asked for."""
+"""Models of timm up to their last map; timm is imported only when such a model is built."""
 
 import difflib
 import sys
@@ -18,6 +18,7 @@ from dan_fast.nn.backbones.weights import load_fitting, read_state_dict
 
 PREFIX = "timm:"
 _NEAREST = 3
+_EARLY_STAGES = 2
 
 
 class TimmMap(nn.Module):
@@ -48,6 +49,15 @@ class TimmMap(nn.Module):
         self.out_channels: int = self._as_map(features).shape[1]
         _drop_unused(model, features)
 
+    @property
+    def early_stages(self) -> list[nn.Module]:
+        """The first two stages, whose maps `StyleMixing` changes; empty where the model does not name its stages."""
+        stages = getattr(self.model, "feature_info", None)
+        if not isinstance(stages, list) or self.grid is not None or self.channels_last or len(stages) < _EARLY_STAGES:
+            return []
+        named = dict(self.model.named_modules())
+        return [named[stage["module"]] for stage in stages[:_EARLY_STAGES] if stage.get("module") in named]
+
     def forward(self, images: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             features = with_weights_kept(self.model, lambda twin: twin.forward_features(images))
@@ -77,7 +87,7 @@ def build_timm(
     model, sized = _created(timm, name, image_size)
     if weights == "imagenet":
         model = _downloaded(timm, name, sized)
-    # Whatever timm keeps fixed in some models: here every parameter of the backbone is trained.
+    # timm freezes parameters of some models; here every parameter of the backbone is trained.
     model.requires_grad_()
     whole = set(model.state_dict())
     if state is not None:
@@ -104,7 +114,7 @@ def _import_timm(name: str) -> ModuleType:
 
 def _require_known(timm: ModuleType, name: str) -> None:
     plain = timm.list_models()
-    # A tag names one of several sets of weights; timm knows a model's without it as well.
+    # A tag names one of several sets of weights; timm accepts the name without it as well.
     tagged = timm.list_models(include_tags=True)
     if name in plain or name in tagged:
         return
@@ -142,7 +152,7 @@ def _downloaded(timm: ModuleType, name: str, sized: Mapping[str, Any]) -> nn.Mod
 
 
 def _features_of_zeros(model: nn.Module, image_size: tuple[int, int], name: str) -> Tensor:
-    """What the model makes of one image of zeros, with its graph; its mode and the random state stay as they are."""
+    """The features of one image of zeros, with their graph; the model's mode and the random state do not change."""
     training = model.training
     model.eval()
     try:
@@ -174,7 +184,7 @@ def _grid(model: nn.Module, image_size: tuple[int, int], tokens: int) -> tuple[i
 def _drop_unused(model: nn.Module, features: Tensor) -> None:
     """Take out what the features do not depend on: pooling, norms and layers after the last map.
 
-    A training asks for the gradient of every parameter, and weight decay would move those that have none.
+    Training needs the gradient of every parameter, and weight decay would move those that have none.
     """
     parameters = list(model.parameters())
     grads = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
@@ -198,13 +208,13 @@ def _preprocessing_of(model: nn.Module) -> Preprocessing:
 
     settings = timm.data.resolve_model_data_config(model)
     interpolation = settings["interpolation"]
-    # timm also resizes by what Pillow alone has, and at random: bicubic is nearest to all of them.
+    # Some of timm's models use a filter that only Pillow has, or a random one: bicubic is nearest to all of them.
     interpolation = interpolation if interpolation in INTERPOLATIONS else "bicubic"
     return Preprocessing(tuple(map(float, settings["mean"])), tuple(map(float, settings["std"])), interpolation)
 
 
 def _classifiers(model: nn.Module) -> list[str]:
-    """With what the names of the classifier's tensors start."""
+    """The prefixes of the names of the classifier's tensors."""
     named = model.pretrained_cfg.get("classifier") or ()
     return [f"{name}." for name in ((named,) if isinstance(named, str) else named)]
 
@@ -218,7 +228,7 @@ def _converted(
         return state
     try:
         return dict(convert(state, model))
-    # Written for files of its own model, it fails in any way it can on others.
+    # Written for files of its own model, it raises many kinds of exception on others.
     except Exception as error:
         raise DanFastError(
             f"the weights {weights} do not fit {PREFIX}{name} ({' '.join(str(error).split())}); "

@@ -16,8 +16,8 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.data.datasets import fixed_splits as module
 from dan_fast.data.datasets.fixed_splits import DIGESTS, fixed_splits, read_lists
 from dan_fast.data.samples import FixedSplit, FixedSplits, ReIDDataset, Sample
+from dan_fast.evaluation import DatasetFeatures, evaluate_dataset, evaluate_features, require_whole_splits
 from dan_fast.evaluation.features import Features
-from dan_fast.evaluation.protocol import DatasetFeatures, evaluate_dataset, evaluate_features, require_whole_splits
 from dan_fast.evaluation.ranking import evaluate_ranking
 from dan_fast.training.config import DataConfig
 from dan_fast.training.sources import load_datasets

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.data.datasets.dataset import all_images, load_dataset
 from dan_fast.data.datasets.fixed_splits import read_lists
 from dan_fast.data.datasets.grid import GRID
 from dan_fast.data.datasets.ilids import ILIDS
 from dan_fast.data.datasets.known import KNOWN, check_counts, find_datasets
+from dan_fast.data.datasets.load import all_images, load_dataset
 from dan_fast.data.datasets.prid import PRID
 from dan_fast.data.datasets.viper import VIPER
 from dan_fast.data.samples import FixedSplit, KnownDataset, ReIDDataset, Sample

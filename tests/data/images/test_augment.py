@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from dan_fast.core.preprocessing import STD
 from dan_fast.data import test_transform as plain_transform
 from dan_fast.data import train_transform
 from dan_fast.data.images.augment import Draws, augment, draw, normalize
 from dan_fast.data.images.feed import one_ahead
-from dan_fast.data.images.transforms import STD
 
 CPU = torch.device("cpu")
 # What is left of the transforms for an image that is resized already.

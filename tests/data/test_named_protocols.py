@@ -13,10 +13,10 @@ from rich.console import Console
 from dan_fast.commands.protocols import list_protocols
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import ReIDDataset, TrainingSet
-from dan_fast.data import protocols as module
+from dan_fast.data import named_protocols as module
 from dan_fast.data.datasets.fixed_splits import DIGESTS
 from dan_fast.data.datasets.known import KNOWN
-from dan_fast.data.protocols import PROTOCOLS, Part, protocol_of, resolve_protocol
+from dan_fast.data.named_protocols import PROTOCOLS, Part, protocol_of, resolve_protocol
 from tests.support.dataset_shelf import CUHK02, CUHK03, CUHK_SYSU, DUKE, MARKET, MSMT17, Shelf, full_shelf
 
 NAMES = {
@@ -175,7 +175,7 @@ def test_all_that_is_missing_is_said_at_once(tmp_path: Path) -> None:
     assert message.startswith(f"Protocol table4 lacks in {tmp_path / 'empty'}: CUHK02, which can be asked for at ")
     for name in ("cuhk02", "cuhk03", "cuhk_sysu", "market1501", "msmt17", "viper", "prid", "grid", "ilids"):
         assert KNOWN[name].title in message and KNOWN[name].origin in message
-    assert "DukeMTMC-reID, which is given to nobody any more (It was withdrawn in 2019" in message
+    assert "DukeMTMC-reID, which is no longer distributed (It was withdrawn in 2019" in message
     assert "CUHK03 (detected, new protocol)" in message
     short = sentence("p1", tmp_path / "empty", targets_only=True)
     assert "CUHK" not in short and "VIPeR" in short

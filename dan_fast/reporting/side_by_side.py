@@ -1,4 +1,4 @@
-"""Runs side by side: gates over training, models, shares of unlabelled images, swept settings."""
+"""Pictures of several runs side by side: gates over training, models, shares of unlabelled images, swept settings."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def plot_over_setting(lines: Sequence[Line], label: str, out_png: str | Path, pe
 
 
 def means(line: Line, target: Target, metric: str) -> dict[object, float]:
-    """For each value of what a line's runs differ in the mean of R1 or mAP over them, in percent."""
+    """The mean of R1 or mAP in percent for each value of the setting in which a line's runs differ."""
     found = {}
     for value, runs in line.points.items():
         results = [result for run in runs if (result := result_on(run, target)) is not None]

@@ -1,9 +1,10 @@
-"""Ranking keys: by what features are nearer, in the same bits on every path and device.
+"""Distances that galleries are ranked by, with the same bits on every path and device.
 
-The key of a pair is 1 - cos or the squared Euclidean distance, formed in float64. The dot product is a tree: the d
+The distance of a pair is 1 - cos or the squared Euclidean distance, formed in float64. The dot product is a tree: the d
 products, padded with zeros to a power of two, are halved by adding the second half to the first until one number is
-left. That takes elementwise operations only, so equal features have equal keys wherever they stand, which a matrix
-product does not promise. Keys lie on a grid of 2^-40 of the largest possible one: what is equal but for rounding ties.
+left. That takes elementwise operations only, so equal features have equal distances wherever they stand, which a matrix
+product does not guarantee. Distances are rounded to a grid of 2^-40 of the largest possible one, so that distances that
+differ by rounding errors only are ties.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ SMALLEST_NORM = 1e-12
 _GRID_BITS = 40
 
 
-class KeyScale(NamedTuple):
-    """What turns dot products into keys.
+class DistanceScale(NamedTuple):
+    """Norms and grid by which dot products become distances.
 
     Attributes:
-        cosine: whether the key is 1 - cos.
+        cosine: whether the distance is 1 - cos.
         query_norms, gallery_norms: (Q,), (G,) float64; norms of at least 1e-12 where cosine, else squared norms.
-        steps: (Q,) float64, the grid of each query's keys.
+        steps: (Q,) float64, the grid of each query's distances.
         scale: a power of two that brings the largest norm near 1.
     """
 
@@ -37,17 +38,17 @@ class KeyScale(NamedTuple):
     scale: float
 
 
-def key_scale(query_squares: np.ndarray, gallery_squares: np.ndarray, metric: Metric) -> KeyScale:
+def distance_scale(query_squares: np.ndarray, gallery_squares: np.ndarray, metric: Metric) -> DistanceScale:
     """Norms and grid from the (Q,) and (G,) squared norms of the features."""
     largest = float(gallery_squares.max())
     exponent = int(np.frexp(np.sqrt(max(largest, float(query_squares.max()))))[1])
     if metric == "cosine":
         query, gallery = (np.maximum(np.sqrt(x), SMALLEST_NORM) for x in (query_squares, gallery_squares))
-        return KeyScale(True, query, gallery, np.full(len(query), np.ldexp(1.0, -_GRID_BITS)), 1.0)
+        return DistanceScale(True, query, gallery, np.full(len(query), np.ldexp(1.0, -_GRID_BITS)), 1.0)
     # A power of two, so that going to the grid and back is exact.
     fraction, power = np.frexp(np.maximum(query_squares + largest, 1e-300))
     steps = np.ldexp(1.0, power - (fraction == 0.5) - _GRID_BITS)
-    return KeyScale(False, query_squares, gallery_squares, steps, float(np.ldexp(1.0, -exponent)))
+    return DistanceScale(False, query_squares, gallery_squares, steps, float(np.ldexp(1.0, -exponent)))
 
 
 def tree_dots(left: Tensor, right: Tensor) -> Tensor:
@@ -72,8 +73,13 @@ def square_norms(features: Tensor, budget: int) -> np.ndarray:
     return np.concatenate([tree_dots(block, block).cpu().numpy() for block in features.split(rows)])
 
 
-def keys_of_dots(dots: Tensor, query_norms: Tensor, gallery_norms: Tensor, cosine: bool) -> Tensor:
-    """Keys, not yet on the grid, of dot products and the norms of :class:`KeyScale`; shapes broadcast."""
+def distances_of_dots(dots: Tensor, query_norms: Tensor, gallery_norms: Tensor, cosine: bool) -> Tensor:
+    """Distances, not yet on the grid, from dot products and the norms of :class:`DistanceScale`; shapes broadcast."""
     if cosine:
         return 1 - dots / (query_norms * gallery_norms)
     return query_norms + gallery_norms - 2 * dots
+
+
+def on_grid(distances: Tensor, steps: Tensor) -> Tensor:
+    """Distances rounded to the grid of :class:`DistanceScale`; shapes broadcast."""
+    return torch.round(distances / steps) * steps

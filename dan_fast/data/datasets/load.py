@@ -1,4 +1,4 @@
-"""One door to every dataset: `load_dataset` finds out how a path is laid out and reads it."""
+"""`load_dataset` finds out which dataset lies at a path, in which layout, and reads it."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _LOG = logging.getLogger(__name__)
 
 
 def load_dataset(path: str | Path, name: str | None = None, variant: str | None = None) -> ReIDDataset:
-    """Reads the dataset at a path: a known one in any layout it is found in, or a Market-1501 folder or manifest.
+    """Read the dataset at a path: a known one in any layout it is found in, or a Market-1501 folder or manifest.
 
     The known ones are those of `dan_fast.data.datasets.known.KNOWN`, in the folders of torchreid, of fast-reid or of
-    their archives; a folder a level above or within one is as good. What such a dataset has other than the literature
-    says is logged as a warning. Any other dataset is a folder in the Market-1501 layout, a folder with a
+    their archives; a folder one level above or inside is accepted too. Where such a dataset differs from the
+    literature, a warning is logged. Any other dataset is a folder in the Market-1501 layout, a folder with a
     manifest.csv, or a .csv manifest.
 
     The order of the samples depends on the files alone: by name in a folder, by row in a manifest or list. A
-    split that is absent is empty; whoever needs it says so.
+    split that is absent is empty.
 
     Args:
         path: folder or manifest; "PATH@VARIANT" also chooses a variant, where only a path can be given.
         name: what to call the dataset; by default the known dataset's title, else the name of the folder, or of
             the manifest where it has one of its own. A folder in the Market-1501 layout always gives its name.
-        variant: which variant of a dataset that has several; enough of its words to tell it apart, such as
+        variant: which variant of a dataset that has several; enough of its words to select one, such as
             "detected new" for CUHK03's "detected, new protocol". None is a default.
 
     Raises:
@@ -125,7 +125,7 @@ def _known_at(path: Path) -> list[tuple[KnownDataset, Path]]:
 
 
 def _load_known(known: KnownDataset, place: Path, name: str | None, variant: str | None) -> ReIDDataset:
-    # A subset in this layout is often told from the whole by its folder only.
+    # Often only the folder distinguishes a subset in this layout from the whole dataset.
     own_name = place.absolute().name if is_market1501(place) else known.title
     dataset = known.read(place, name or own_name, choose_variant(known, place, variant))
     for sentence in check_counts(dataset, known):

@@ -1,4 +1,4 @@
-"""The backbones: networks up to their last map, by name."""
+"""`build_backbone` makes a backbone, a network up to its last map, by name."""
 
 from os import PathLike
 
@@ -29,7 +29,7 @@ def build_backbone(
 
     Returns:
         A module of (B, 3, H, W) to (B, C, h, w), with C as its `out_channels`; for a ResNet h and w are H/32 and
-        W/32, rounded up. Its `preprocessing` is how it wants its images.
+        W/32, rounded up. Its `preprocessing` is how its images are to be resized and normalised.
 
     Raises:
         DanFastError: an unknown name, timm is not installed, a model without a map or of another size, a failed

@@ -7,7 +7,7 @@ import pytest
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import ReIDDataset, Sample, TrainingSet
-from dan_fast.data.strangers import persons_in_both, persons_tested
+from dan_fast.data.overlap import persons_in_both, persons_tested
 from dan_fast.training.config import DataConfig
 from dan_fast.training.reported import SEEN, seen_of
 from dan_fast.training.sources import load_datasets

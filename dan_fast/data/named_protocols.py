@@ -1,6 +1,6 @@
 """The protocols of the literature by name: which datasets are trained on and which are tested on.
 
-What had to be decided:
+Decisions where the papers leave a choice:
 
 - Table IV follows the splits of DIMN and DualNorm, whose 18,530 people and 121,765 images are all images of the five
   sources with CUHK03's detected boxes (14,097) and without Market-1501's distractors: whole datasets, then, and the
@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.data.datasets.dataset import all_images
 from dan_fast.data.datasets.known import KNOWN, FoundDataset, find_datasets
+from dan_fast.data.datasets.load import all_images
+from dan_fast.data.overlap import require_disjoint_persons
 from dan_fast.data.samples import ReIDDataset
-from dan_fast.data.strangers import require_strangers
 
 _LOG = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def resolve_protocol(name: str, root: str | Path, targets_only: bool = False) ->
 
     Raises:
         DanFastError: no such protocol or folder; datasets that are missing or cannot be read or scored, all of them
-            in one sentence with where they can be asked for; a person who is both trained on and tested on.
+            in one sentence with where they can be requested; a person who is both trained on and tested on.
 
     Example:
         roles = resolve_protocol("p1", "~/datasets")
@@ -177,7 +177,7 @@ def resolve_protocol(name: str, root: str | Path, targets_only: bool = False) ->
     if missing:
         raise DanFastError(f"Protocol {name} lacks in {shelf.root}: {'; '.join(missing.values())}.")
     roles = shelf.roles(protocol, targets_only)
-    require_strangers(
+    require_disjoint_persons(
         (*roles.labeled, *roles.unlabeled), roles.targets, f"Protocol {name}", "restore the dataset as published"
     )
     shelf.warn(protocol, targets_only)
@@ -193,16 +193,11 @@ class Shelf:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).expanduser()
-        if not self.root.is_dir():
-            raise DanFastError(f"There is no folder {self.root}; check the path for a typing mistake.")
-        try:
-            self._found = find_datasets(self.root)
-        except OSError as error:
-            raise DanFastError(f"{error.filename} cannot be read ({error.strerror}); check permissions.") from error
+        self._found = find_datasets(self.root)
         self._read: dict[Part, ReIDDataset] = {}
 
     def missing(self, protocol: Protocol, targets_only: bool = False) -> dict[Part, str]:
-        """What a protocol lacks here, with a clause for each dataset that says why and where to ask for it."""
+        """The missing datasets of a protocol, each with a clause on the reason and where it can be requested."""
         clauses = {part: self._lack(part, part in protocol.targets) for part in _parts(protocol, targets_only)}
         return {part: clause for part, clause in clauses.items() if clause}
 
@@ -219,7 +214,7 @@ class Shelf:
         return DatasetRoles(sources(protocol.labeled), sources(protocol.unlabeled), targets)
 
     def warn(self, protocol: Protocol, targets_only: bool = False) -> None:
-        """Log what the datasets of a protocol have other than the literature says."""
+        """Log where the datasets of a protocol differ from the literature."""
         for part in _parts(protocol, targets_only):
             for sentence in self._places(part)[0].differences:
                 _LOG.warning("%s", sentence)
@@ -235,7 +230,7 @@ class Shelf:
                 return f"{part.title}: {has}"
             if known.origin:
                 return f"{part.title}, which can be asked for at {known.origin}"
-            return f"{part.title}, which is given to nobody any more ({known.note.rstrip('.')})"
+            return f"{part.title}, which is no longer distributed ({known.note.rstrip('.')})"
         if len({each.path.resolve() for each in places}) > 1:
             return f"one {part.title}, as it lies at {' and at '.join(str(each.path) for each in places)}"
         if places[0].error:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from dan_fast.evaluation import Evaluation
+from dan_fast.evaluation import COLUMNS, Evaluation
 from dan_fast.evaluation.reranking import RERANKED
 from dan_fast.reporting.groups import titles
-from dan_fast.reporting.html import Table
+from dan_fast.reporting.html import ABSENT, Table
 from dan_fast.reporting.paper_tables import PAPER_TABLES, Contradiction, PaperTable, find_contradictions, paper_table
 from dan_fast.reporting.runs import Run
 from dan_fast.training.reported import CHOSEN, SEEN
 
-_COLUMNS = ("R1", "R5", "R10", "mAP", "mINP")
-_ABSENT = "–"
 _MARK = "†"
 _APART = "‡"
-# How datasets are called in papers, archives and other code bases; letters and digits only.
+# The names of datasets in papers, archives and other code bases; letters and digits only.
 _ALIASES = {
     "VIPeR": ("viper",),
     "PRID": ("prid", "prid2011"),
@@ -45,15 +43,15 @@ def result_tables(runs: Sequence[Run]) -> list[Table]:
     for target in titles(runs):
         tested = [(run, each) for run in runs for each in run.results if each.title == target]
         if paper_target(tested[0][1].dataset) is None:
-            rows = [_run_row(run, each, _COLUMNS) for run, each in tested]
+            rows = [_run_row(run, each, COLUMNS) for run, each in tested]
             rows += [
-                _run_row(run, each, _COLUMNS, features)
+                _run_row(run, each, COLUMNS, features)
                 for run in runs
                 for features, each in run.baselines
                 if each.title == target
             ]
             note = f"The paper has no figures for {target}. {_counts(tested[0][1])}"
-            tables.append(Table(f"Results on {target}", _header(_COLUMNS), rows, note))
+            tables.append(Table(f"Results on {target}", _header(COLUMNS), rows, note))
     return tables
 
 
@@ -68,7 +66,7 @@ def paper_tables(runs: Sequence[Run]) -> list[Table]:
         table = paper_table(number)
         faults = find_contradictions(table)
         tables += [_paper_table(table, target, faults, runs) for target in table.targets]
-    # Those with a run first: they are what the page is for.
+    # Those with a run first.
     return sorted(tables, key=lambda each: each.folded)
 
 
@@ -93,7 +91,7 @@ def belongs(run: Run, table: PaperTable, target: str) -> bool:
 
 
 def _paper_table(table: PaperTable, target: str, faults: Sequence[Contradiction], runs: Sequence[Run]) -> Table:
-    columns = [column for column in _COLUMNS if column in table.columns]
+    columns = [column for column in COLUMNS if column in table.columns]
     mine = [each for each in faults if each.target == target]
     marks = {(method, each.column) for each in mine for method in each.methods}
     rows: list[list[object]] = []
@@ -101,11 +99,11 @@ def _paper_table(table: PaperTable, target: str, faults: Sequence[Contradiction]
         values = [
             f"{row.values[column]:.1f}{f' {_MARK}' if (row.method, column) in marks else ''}"
             if column in row.values
-            else _ABSENT
+            else ABSENT
             for column in columns
         ]
         name = row.method if row.venue in ("", "This paper") else f"{row.method}, {row.venue}"
-        rows.append([f"paper: {name}", row.sources, "not stated", _ABSENT, *values])
+        rows.append([f"paper: {name}", row.sources, "not stated", ABSENT, *values])
     tested = [
         (run, each)
         for run in runs
@@ -131,7 +129,7 @@ def _header(columns: Sequence[str]) -> list[str]:
 def _run_row(
     run: Run, evaluation: Evaluation, columns: Sequence[str], baseline: str = "", mark: str = ""
 ) -> list[object]:
-    values = dict(zip(_COLUMNS, evaluation.row(), strict=True))
+    values = dict(zip(COLUMNS, evaluation.row(), strict=True))
     how = "; ".join(filter(None, (evaluation.variant, evaluation.conditions_and_recipe)))
     trained = f"{run.name} ({run.settings['meta']['procedure'].upper()}, {run.model})", run.sources
     name, sources = (f"{baseline}, for {run.name}", "nothing") if baseline else trained

@@ -1,4 +1,4 @@
-"""Nobody is both trained on and tested on: who is who across the variants and the paths of a dataset."""
+"""Persons that are both trained on and tested on, identified by the dataset's root and their number."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dan_fast.data.samples import ReIDDataset
 
 
 def root_of(dataset: ReIDDataset) -> str:
-    """The real path of a dataset's root: the same however it was reached, and for all its variants."""
+    """The real path of a dataset's root: the same by whatever path it was named, and for all its variants."""
     return os.path.realpath(dataset.root)
 
 
 def persons_tested(dataset: ReIDDataset) -> set[int]:
-    """The persons that are searched for or can be found; distractors, pid 0 that no query has, are nobody."""
+    """The pids that are searched for or can be found; distractors, pid 0 without a query, are left out."""
     searched = {sample.pid for sample in dataset.query if sample.pid >= 0}
     return searched | {sample.pid for sample in (*dataset.gallery, *dataset.test) if sample.pid > 0}
 
@@ -30,14 +30,16 @@ def persons_in_both(trained: Mapping[str, Set[int]], target: ReIDDataset) -> lis
     return sorted(trained.get(root_of(target), frozenset()) & persons_tested(target))
 
 
-def require_strangers(trained_on: Iterable[ReIDDataset], targets: Iterable[ReIDDataset], who: str, remedy: str) -> None:
+def require_disjoint_persons(
+    trained_on: Iterable[ReIDDataset], targets: Iterable[ReIDDataset], who: str, remedy: str
+) -> None:
     """Refuse to train on persons who are tested on.
 
     Args:
-        trained_on: datasets whose train images are learnt from, with labels or without.
+        trained_on: datasets whose train images are trained on, with labels or without.
         targets: datasets that are tested on.
-        who: would train, for the sentence.
-        remedy: what to do about it.
+        who: the subject of the error sentence, such as "This training".
+        remedy: how the error sentence ends.
 
     Raises:
         DanFastError: names the first dataset and target with a person in common.

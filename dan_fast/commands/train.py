@@ -1,0 +1,52 @@
+"""`dan-fast train`: a training, with the settings of its recipe as the defaults of the flags."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import ArgumentError
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dan_fast.training import TrainConfig, Trainer, recipes
+from dan_fast.training.config import RunConfig, goes_on
+
+
+def train(config: TrainConfig) -> None:
+    """Train to the last epoch, evaluate on the targets and write the results into the folder of the run."""
+    Trainer(config).fit()
+
+
+def recipe_asked_for(argv: Sequence[str]) -> str | None:
+    """The recipe that the flags of a command line or its YAML files name; None where they name none.
+
+    It must be known before the other flags are parsed, because its settings are their defaults.
+    """
+    scan = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    scan.add_argument("--recipe")
+    scan.add_argument("--config", action="append", default=[])
+    try:
+        found, _ = scan.parse_known_args(argv)
+    except ArgumentError:
+        return None  # a flag without its value, which the parser of all flags reports
+    of_files = [recipe for path in found.config if (recipe := recipes.recipe_of_file(path)) is not None]
+    return found.recipe or (of_files[-1] if of_files else None)
+
+
+def recipe_of_run(run: RunConfig | Any) -> str | None:
+    """The recipe of the run that these settings continue; None for a new run, and where it is the default one.
+
+    A continued run keeps its recipe, or the lack of one: today's default may differ from the one it was started with.
+    """
+    if not goes_on(run):
+        return None
+    recipe = recipes.recipe_of_file(Path(run.out) / "config.yaml")
+    return None if recipe == recipes.DEFAULT_RECIPE else recipe
+
+
+def flag_defaults(recipe: str | None) -> dict[str, Any]:
+    """The defaults of the flags that a recipe sets, by dotted names, and the recipe's own; None: the default recipe."""
+    recipe = recipe or recipes.DEFAULT_RECIPE
+    settings = recipes.recipe_settings(recipe)
+    of_recipe = {f"{section}.{name}": value for section in settings for name, value in settings[section].items()}
+    return {"recipe": recipe, **of_recipe}

@@ -1,0 +1,151 @@
+"""Features of a dataset's evaluation images, and how they are parted into query and gallery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.float32 import float32_rounding
+from dan_fast.data.samples import FixedSplits, ReIDDataset, Sample
+from dan_fast.evaluation.features import Features, extract_features
+
+
+class DatasetFeatures(NamedTuple):
+    """Features of a dataset's evaluation images: a fixed query and gallery, or images yet to be split.
+
+    Attributes:
+        name: the dataset's name.
+        query, gallery: of the fixed split, None where there is none.
+        test: of the images to be split, each embedded once for all splits; None where there are none.
+        variant: of the dataset, in words.
+        splits: how `test` is split; None for random splits.
+        single_shot: whether one image of each person is drawn from the gallery, many times.
+        precision, rounding: in which the features were made, as `Evaluation` has them; "" where that is not known.
+    """
+
+    name: str
+    query: Features | None
+    gallery: Features | None
+    test: Features | None
+    variant: str = ""
+    splits: FixedSplits | None = None
+    single_shot: bool = False
+    precision: str = ""
+    rounding: str = ""
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """The files that could not be decoded."""
+        parts = (part for part in (self.query, self.gallery, self.test) if part is not None)
+        return tuple(str(path) for part in parts for path in part.skipped)
+
+    def split(self, seed: int = 0, repeat: int = 0) -> tuple[Features, Features]:
+        """Query and gallery: the fixed ones, or those of the given repeat of the fixed or random splits.
+
+        Images that could not be decoded are in neither; random splits alone depend on `seed`.
+        """
+        if self.test is None:
+            return self.query, self.gallery
+        if self.splits is not None:
+            chosen = self.splits.splits[repeat]
+            query, gallery = self._places(chosen.query), self._places(chosen.gallery)
+        else:
+            query, gallery = random_split(self.test.pids, self.test.camids, seed, repeat)
+        return self.test.select(query), self.test.select(gallery)
+
+    def _places(self, samples: tuple[Sample, ...]) -> Tensor:
+        place = {path: index for index, path in enumerate(self.test.paths)}
+        return torch.tensor([place[each.path] for each in samples if each.path in place], dtype=torch.int64)
+
+
+def random_split(pids: Tensor, camids: Tensor, seed: int = 0, repeat: int = 0) -> tuple[Tensor, Tensor]:
+    """Draw one image of each identity in each camera as a query; the rest is the gallery.
+
+    An identity that would have all of its images drawn keeps one of them, drawn at random, in the gallery.
+    With one image in each of two cameras, as in VIPeR, one is thus searched for and the other is to be found.
+
+    Args:
+        pids: (n,) int64 identities.
+        camids: (n,) int64 cameras.
+        seed: seed of the whole series of splits.
+        repeat: which split of the series.
+
+    Returns:
+        (query, gallery): ascending int64 indices, disjoint, together all of ``range(n)``.
+
+    Example:
+        >>> import torch
+        >>> query, gallery = random_split(torch.tensor([1, 1, 1, 2]), torch.tensor([1, 1, 2, 1]))
+        >>> len(query), len(gallery)
+        (2, 2)
+    """
+    order = np.random.default_rng([seed, repeat]).permutation(len(pids))
+    people, cameras = pids.numpy()[order], camids.numpy()[order]
+    # `unique` gives the first place of each pair, and the places are in random order.
+    _, drawn = np.unique(np.stack([people, cameras], axis=1), axis=0, return_index=True)
+    _, first, group, images = np.unique(people, return_index=True, return_inverse=True, return_counts=True)
+    queries = np.bincount(group[drawn], minlength=len(images))
+    drawn = np.setdiff1d(drawn, first[queries == images])
+    is_query = np.zeros(len(pids), dtype=bool)
+    is_query[order[drawn]] = True
+    return torch.from_numpy(np.flatnonzero(is_query)), torch.from_numpy(np.flatnonzero(~is_query))
+
+
+def require_whole_splits(dataset: ReIDDataset) -> None:
+    """Refuse a dataset that lacks images that its fixed splits name; one without fixed splits is never refused.
+
+    Raises:
+        DanFastError: some of these images are missing; the sentence says which.
+    """
+    if dataset.splits is not None and dataset.splits.missing:
+        raise DanFastError(
+            f"{dataset.name} ({dataset.root}) cannot be scored on its fixed splits ({dataset.splits.label}): "
+            f"{dataset.splits.missing}; complete the folder, results on other splits cannot be compared."
+        )
+
+
+def extract_dataset(
+    embed: Callable[[Tensor], Tensor],
+    dataset: ReIDDataset,
+    image_size: tuple[int, int],
+    *,
+    device: str | torch.device = "cpu",
+    precision: Literal["float32", "bfloat16"] = "float32",
+    **options: Any,
+) -> DatasetFeatures:
+    """Embed every evaluation image of a dataset once.
+
+    Args:
+        embed, image_size, device, precision, options: as in :func:`extract_features`.
+        dataset: with query and gallery images, or test images.
+
+    Raises:
+        DanFastError: the dataset has neither a query and a gallery nor a test split, or not all the images that its
+            fixed splits name.
+    """
+
+    def extract(samples: tuple[Sample, ...]) -> Features:
+        return extract_features(embed, samples, image_size, device=device, precision=precision, **options)
+
+    rounding = float32_rounding(torch.device(device)) if precision == "float32" else ""
+    made = {"precision": precision, "rounding": rounding}
+    if dataset.query and dataset.gallery:
+        query = extract(dataset.query)
+        gallery = query if dataset.gallery == dataset.query else extract(dataset.gallery)
+        return DatasetFeatures(
+            dataset.name, query, gallery, None, variant=dataset.variant, single_shot=dataset.single_shot, **made
+        )
+    if dataset.query or dataset.gallery:
+        missing = "gallery" if dataset.query else "query"
+        raise DanFastError(f"{dataset.name} has no {missing} images; add them or evaluate on another dataset.")
+    if not dataset.test:
+        raise DanFastError(
+            f"{dataset.name} has nothing to evaluate on; give it query and gallery images, or a test split."
+        )
+    require_whole_splits(dataset)
+    return DatasetFeatures(dataset.name, None, None, extract(dataset.test), dataset.variant, dataset.splits, **made)

@@ -1,0 +1,154 @@
+"""Scoring an embedding on a dataset: ranking each of its splits, and the mean of their figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.data.samples import ReIDDataset
+from dan_fast.evaluation.dataset_features import DatasetFeatures, extract_dataset
+from dan_fast.evaluation.features import Features
+from dan_fast.evaluation.ranking import AveragePrecision, Metric, NoMatchError, RankingResult, evaluate_ranking
+from dan_fast.evaluation.reranking import Reranking, evaluate_reranked
+from dan_fast.evaluation.result import Evaluation
+from dan_fast.evaluation.single_shot import evaluate_single_shot
+
+
+def evaluate_features(
+    features: DatasetFeatures,
+    repeats: int = 10,
+    seed: int = 0,
+    metric: Metric = "cosine",
+    max_rank: int = 50,
+    ap: AveragePrecision = "standard",
+    reranking: Reranking | None = None,
+) -> Evaluation:
+    """Score features: once on a fixed query and gallery, on all of a dataset's fixed splits, or on random ones.
+
+    Figures are means over the splits, with their standard deviations; of random splits, drawn by ``seed``, there are
+    ``repeats``. Under a single-shot protocol the gallery is drawn by ``seed``, 100 times: see
+    :func:`dan_fast.evaluation.single_shot.evaluate_single_shot`, over which there is no standard deviation.
+    With ``reranking`` the lists are re-ranked first, and the protocol says so.
+
+    Raises:
+        DanFastError: no identity can be found again in another camera, or a single-shot protocol with ``reranking``
+            or an ``ap`` other than the standard one.
+        ValueError: features that are not finite, or ``repeats`` below 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}; it must be at least 1.")
+    if features.test is None:
+        repeats = 1
+    elif features.splits is not None:
+        repeats = len(features.splits.splits)
+    options = {"metric": metric, "max_rank": max_rank, "ap": ap}
+    if features.single_shot and reranking is not None:
+        raise DanFastError(
+            f"{features.name} is scored single-shot, with a gallery drawn anew many times, which is not re-ranked; "
+            "leave out rerank."
+        )
+    if features.single_shot and ap != "standard":
+        raise DanFastError(f"{features.name} is scored single-shot, for which ap {ap} is not defined; leave it out.")
+    rank = evaluate_ranking if reranking is None else partial(evaluate_reranked, reranking=reranking)
+    results: list[RankingResult] = []
+    for repeat in range(repeats):
+        query, gallery = features.split(seed, repeat)
+        if features.single_shot:
+            results.append(
+                _rank(evaluate_single_shot, features.name, query, gallery, seed=seed, metric=metric, max_rank=max_rank)
+            )
+        else:
+            results.append(_rank(rank, features.name, query, gallery, **options))
+    cmc = torch.stack([result.cmc for result in results])
+    precision = torch.tensor([result.mAP for result in results], dtype=torch.float64)
+    penalty = torch.tensor([result.mINP for result in results], dtype=torch.float64)
+    spread = len(results) > 1
+    return Evaluation(
+        dataset=features.name,
+        protocol="; ".join(filter(None, (_describe(features, len(results), seed), str(reranking or "")))),
+        cmc=tuple(cmc.mean(0).tolist()),
+        mAP=float(precision.mean()),
+        mINP=float(penalty.mean()),
+        cmc_std=tuple(cmc.std(0).tolist()) if spread else None,
+        mAP_std=float(precision.std()) if spread else None,
+        mINP_std=float(penalty.std()) if spread else None,
+        repeats=len(results),
+        num_query=len(query.paths),
+        num_gallery=len(gallery.paths),
+        num_valid=results[-1].num_valid,
+        skipped=features.skipped,
+        variant=features.variant,
+        splits="" if features.splits is None else features.splits.label,
+        metric=metric,
+        ap=ap,
+        precision=features.precision,
+        rounding=features.rounding,
+    )
+
+
+def evaluate_dataset(
+    embed: Callable[[Tensor], Tensor],
+    dataset: ReIDDataset,
+    image_size: tuple[int, int],
+    *,
+    repeats: int = 10,
+    seed: int = 0,
+    metric: Metric = "cosine",
+    max_rank: int = 50,
+    ap: AveragePrecision = "standard",
+    reranking: Reranking | None = None,
+    **options: Any,
+) -> Evaluation:
+    """Embed a dataset and score it: :func:`extract_dataset`, then :func:`evaluate_features`.
+
+    A dataset with query and gallery images is scored once, on them. One with a test split only is split as its fixed
+    splits say, all of them, and where it has none at random, ``repeats`` times, by :func:`random_split`. Each image is
+    embedded once. The caller puts the model into evaluation mode.
+
+    Args:
+        embed, image_size, options: as in :func:`dan_fast.evaluation.extract_features`.
+        dataset: what to embed and score.
+        repeats, seed, metric, max_rank, ap, reranking: as in :func:`evaluate_features`.
+
+    Raises:
+        DanFastError, ValueError: as the two functions do.
+    """
+    features = extract_dataset(embed, dataset, image_size, **options)
+    return evaluate_features(features, repeats, seed, metric, max_rank, ap, reranking)
+
+
+def _rank(
+    evaluate: Callable[..., RankingResult], name: str, query: Features, gallery: Features, **options: Any
+) -> RankingResult:
+    try:
+        if not query.paths:
+            raise NoMatchError
+        return evaluate(
+            query.features,
+            gallery.features,
+            query.pids,
+            gallery.pids,
+            query.camids,
+            gallery.camids,
+            **options,
+        )
+    except NoMatchError as error:
+        raise DanFastError(
+            f"{name} has no person seen by two cameras in its evaluation images, so none can be found again; "
+            "check the identities and cameras."
+        ) from error
+
+
+def _describe(features: DatasetFeatures, repeats: int, seed: int) -> str:
+    if features.single_shot:
+        return f"single shot: one gallery image of each person, drawn 100 times, seed {seed}"
+    if features.test is None:
+        return "fixed query and gallery"
+    if features.splits is not None:
+        return f"{repeats} fixed splits, {features.splits.label}"
+    return f"one query per identity and camera, {repeats} random split{'s' * (repeats > 1)}, seed {seed}"
