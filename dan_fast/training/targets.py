@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from dan_fast.data import ImageCache
-from dan_fast.data.protocols import DatasetRoles
+from dan_fast.data.named_protocols import DatasetRoles
 from dan_fast.evaluation import Evaluation, evaluate_dataset
 from dan_fast.nn import DAN
 from dan_fast.training.config import TrainConfig
