@@ -60,7 +60,8 @@ void for_real(const Tensor& tensor, const Function& function) {
 // PyTorch's allocator when it returns, for what is queued on this stream later.
 template <typename OnCpu, typename Launch>
 void on_device_of(
-    const Tensor& like, [[maybe_unused]] const char* what, const OnCpu& on_cpu, [[maybe_unused]] const Launch& launch) {
+    [[maybe_unused]] const Tensor& like, [[maybe_unused]] const char* what, const OnCpu& on_cpu,
+    [[maybe_unused]] const Launch& launch) {
 #ifdef DAN_FAST_CUDA
   if (like.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());

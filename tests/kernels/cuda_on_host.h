@@ -34,7 +34,7 @@ class Barrier {
 };
 
 // The lanes of a warp exchange values by way of a barrier, as the hardware does within one instruction. There are two
-// places for them: who still reads one has not arrived at the barrier that lets the others write to it again.
+// places for them: a lane that still reads one has not arrived at the barrier after which the others write to it again.
 struct Warp {
   Barrier barrier{32};
   uint64_t lanes[2][32];
@@ -94,7 +94,7 @@ void launch_cooperative(unsigned blocks, unsigned threads, const Kernel& kernel)
   run_blocks(0, blocks, blocks, threads, kernel);
 }
 
-// Whether the barrier of a grid orders nothing, to see that ThreadSanitizer notices.
+// Whether the barrier of a grid orders nothing, which ThreadSanitizer must report.
 inline bool barrier_is_broken = false;
 
 }  // namespace on_host

@@ -1,6 +1,6 @@
 // The CUDA kernels of the attention head on host threads. As a library: a function for each direction and type of map,
 // over arrays that the caller owns, in the order of the operators' schemas. As a program (compiled with
-// -DHEAD_ON_HOST_MAIN): a few samples through all kernels, for the sanitizers to watch.
+// -DHEAD_ON_HOST_MAIN): a few samples through all kernels, under the sanitizers.
 #include "maps_on_host.h"
 
 #include <algorithm>
@@ -18,7 +18,7 @@ using namespace dan_fast;
 
 namespace {
 
-// Whether the workspace is shorter than it should be, to see that AddressSanitizer notices.
+// Whether the workspace is shorter than it should be, which AddressSanitizer must report.
 bool workspace_is_short = false;
 
 struct Call {
@@ -38,7 +38,7 @@ struct Call {
     return {static_cast<S*>(arrays[at]), sizes[0], sizes[1], sizes[2], steps[0], steps[1], steps[2]};
   }
 
-  // The map of S, or one that nobody looks into.
+  // The map of S; of void where only its sizes are read.
   template <typename S, typename A>
   HeadInput<S, A> in() const {
     return {map<const S>(0, strides), sizes[3],         array<A>(1), array<A>(2), sizes[5], array<A>(7),
@@ -84,7 +84,7 @@ class Head {
   using A = Statistic<S>;
 
   Head(const Call& call, bool backward) : call_(call) {
-    // Small shared memory is to make small tiles, not to be filled by what the products hand around.
+    // A small limit shall make small tiles: the numbers that the products exchange are added to it.
     const int64_t shared = call.machine[1] + (backward ? 0 : kHeadProductNumbers * static_cast<int64_t>(sizeof(A)));
     const HeadPlanning planning = {sizeof(S), sizeof(A), kChannelsLast, call.machine[0], shared};
     plan_ = plan_head<A>(planning, call.head_sizes(), backward, call.machine[2]);

@@ -1,6 +1,6 @@
 // The CUDA kernels of refine.h on host threads. As a library: a function for each operator and type of map, over arrays
-// that the caller owns. As a program (compiled with -DREFINE_ON_HOST_MAIN): a few samples through each operator, for
-// the sanitizers to watch.
+// that the caller owns. As a program (compiled with -DREFINE_ON_HOST_MAIN): a few samples through each operator, under
+// the sanitizers.
 #include "maps_on_host.h"
 
 #include <cstdio>
@@ -14,7 +14,7 @@ using namespace dan_fast;
 namespace {
 
 // Whether the memory for partial sums is shorter than it should be, and whether all blocks have the same shared memory
-// at a time, to see that the sanitizers notice.
+// at a time, which the sanitizers must report.
 bool partial_is_short = false, blocks_collide = false;
 
 struct Call {

@@ -1,6 +1,6 @@
 // The CUDA scan on host threads. As a library: two functions for each type, over arrays that the caller owns. As a
-// program (compiled with -DSCAN_ON_HOST_MAIN=float or double): random batches, each forward and backward twice, for the
-// sanitizers to watch; it fails if a bit differs.
+// program (compiled with -DSCAN_ON_HOST_MAIN=float or double): random batches, each forward and backward twice, under
+// the sanitizers; it fails if a bit differs.
 //
 // usage: scan_on_host BLOCKS THREADS [short | racy]     with one output too small, or a barrier that orders nothing
 #include "../cuda_on_host.h"

@@ -1,6 +1,6 @@
 // The CUDA kernels of the weights and of the false sets on host threads. As a library: a function for each kernel and
 // type, over arrays that the caller owns. As a program (compiled with -DWEIGHTS_ON_HOST_MAIN): a few rows through each
-// kernel, for the sanitizers to watch.
+// kernel, under the sanitizers.
 #include "../cuda_on_host.h"
 
 #include <memory>
