@@ -14,13 +14,7 @@ import torch
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import remove_unfinished, write_whole
 from dan_fast.training.checkpoint import CheckpointWriter, load_checkpoint, save_checkpoint
-from dan_fast.training.config import (
-    DataConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-    require_same_training,
-)
+from dan_fast.training.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig, require_same_training
 from dan_fast.training.schedule import step_size
 
 

@@ -13,9 +13,10 @@ from dan_fast.bench.iteration_contenders import literal_operators
 from dan_fast.core.types import MemoryState
 from dan_fast.data import Split
 from dan_fast.data.synthetic import synthesize
-from dan_fast.training import TrainConfig, Trainer
+from dan_fast.training import Trainer
 from dan_fast.training.objective import Objective
 from tests.support.memory_problems import Batch, closest_calls
+from tests.support.training_runs import config
 
 pytestmark = pytest.mark.slow
 
@@ -77,23 +78,15 @@ class Watched(Objective):
 
 
 def train(root: Path, out: Path, literal: bool) -> list[Pass]:
-    config = TrainConfig.of_recipe(
-        "paper",
-        data={
-            "labeled": str(root / "campus"),
-            "unlabeled": str(root / "others" / "campus"),
-            "image_size": (32, 32),
-            "batch_size": 16,
-            "workers": 0,
-        },
-        model={"weights": "none", "reduction": 4, "dropout": 0.0},
-        memory={"labeled_slots": 24, "unlabeled_slots": 16},
-        loss={"confidence_prior": 0.1},
-        meta={"procedure": "daml2"},
-        optimizer={"epochs": EPOCHS, "lr_scale": 50.0},
-        run={"out": str(out), "device": "cpu"},
-    )
-    trainer = Trainer(config)
+    settings = {
+        "data": {"unlabeled": str(root / "others" / "campus"), "batch_size": 16},
+        "model": {"reduction": 4, "dropout": 0.0},
+        "memory": {"labeled_slots": 24, "unlabeled_slots": 16},
+        "meta": {"procedure": "daml2"},
+        "optimizer": {"epochs": EPOCHS, "lr_scale": 50.0},
+        "run": {"log_every": 10},
+    }
+    trainer = Trainer(config(root, out, **settings))
     trainer.meta_step.objective = watched = Watched(trainer, remember_states=literal)
     with literal_operators(trainer) if literal else nullcontext():
         trainer.fit()

@@ -25,14 +25,7 @@ from dan_fast.data import training_loader
 from dan_fast.reporting.curves import read_scalars
 from dan_fast.training import Interrupted, TrainConfig, Trainer
 from dan_fast.training.checkpoint import CheckpointWriter, load_checkpoint
-from tests.support.tiny_training import (
-    Trainings,
-    has_ended,
-    tiny_config,
-    tiny_network,
-    wait_until,
-    workers_of,
-)
+from tests.support.tiny_training import Trainings, has_ended, tiny_config, tiny_network, wait_until, workers_of
 from tests.support.training_runs import assert_same_training
 
 pytestmark = pytest.mark.slow

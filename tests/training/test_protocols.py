@@ -45,7 +45,7 @@ def p1(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # By protocol
 
 
-def test_p1_from_its_name_to_four_targets_in_ten_splits_each(p1: Path, root: Path) -> None:
+def test_p1_from_its_name_to_four_targets_in_ten_splits_each(p1, root):
     results = json.loads((p1 / "results.json").read_text())
     assert (results["protocol"], results["epoch"], results["epochs"]) == ("p1", "epoch 1 of 1", 1)
     assert results["labeled"] == [
@@ -65,9 +65,7 @@ def test_p1_from_its_name_to_four_targets_in_ten_splits_each(p1: Path, root: Pat
     assert load_checkpoint(p1 / "checkpoint.pt")["num_classes"] == 14
 
 
-def test_a_run_by_protocol_says_what_it_is_and_goes_on_when_the_datasets_move(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_by_protocol_says_what_it_is_and_goes_on_when_the_datasets_move(root, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(flags(root, out, "p2-market1501")) == 0
     printed = " ".join(capsys.readouterr().out.split())
@@ -83,7 +81,7 @@ def test_a_run_by_protocol_says_what_it_is_and_goes_on_when_the_datasets_move(
     assert "was trained on other images" in capsys.readouterr().err
 
 
-def test_unlabelled_datasets_of_a_protocol_fill_the_memory(root: Path, tmp_path: Path) -> None:
+def test_unlabelled_datasets_of_a_protocol_fill_the_memory(root, tmp_path):
     settings = ("--recipe", "paper", "--memory.unlabeled_slots", "5")
     assert main([*flags(root, tmp_path / "run", "table6-market-to-duke"), *settings]) == 0
     results = json.loads((tmp_path / "run/results.json").read_text())
@@ -92,7 +90,7 @@ def test_unlabelled_datasets_of_a_protocol_fill_the_memory(root: Path, tmp_path:
     assert load_checkpoint(tmp_path / "run/checkpoint.pt")["model"]["memory.unlabeled.labels"].shape == (5,)
 
 
-def test_evaluate_by_protocol_gives_what_the_training_gave(root: Path, tmp_path: Path) -> None:
+def test_evaluate_by_protocol_gives_what_the_training_gave(root, tmp_path):
     out, figures = tmp_path / "run", tmp_path / "figures.json"
     assert main(flags(root, out, "p2-cuhk03")) == 0
     arguments = ["--root", str(root), "--workers", "0", "--device", "cpu", "--out", str(figures)]
@@ -104,7 +102,7 @@ def test_evaluate_by_protocol_gives_what_the_training_gave(root: Path, tmp_path:
     assert (row["metric"], row["ap"], row["precision"], row["rounding"]) == ("cosine", "standard", "float32", "")
 
 
-def test_a_training_in_bfloat16_evaluates_as_the_command_does(images: Path, tmp_path: Path) -> None:
+def test_a_training_in_bfloat16_evaluates_as_the_command_does(images, tmp_path):
     out, figures = tmp_path / "run", tmp_path / "figures.json"
     trainer = Trainer(chosen(images, out, precision="bfloat16", choose_epoch_on_target=False))
     trainer.epoch = trainer.config.optimizer.epochs
@@ -124,9 +122,7 @@ def test_a_training_in_bfloat16_evaluates_as_the_command_does(images: Path, tmp_
     assert row.pop("features") == "trained" and [row] == results["targets"]
 
 
-def test_a_network_trained_otherwise_has_no_figures_of_a_protocol(
-    p1: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_network_trained_otherwise_has_no_figures_of_a_protocol(p1, root, tmp_path, capsys):
     figures = tmp_path / "figures.json"
     arguments = ["--checkpoint", str(p1 / "checkpoint.pt"), "--protocol", "p2-market1501", "--root", str(root)]
     assert main(["evaluate", *arguments, "--baselines", "true", "--workers", "0", "--out", str(figures)]) == 0
@@ -155,13 +151,13 @@ def test_a_network_trained_otherwise_has_no_figures_of_a_protocol(
         ("protocols --root /nowhere", "There is no folder /nowhere"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_sentence(arguments: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_one_sentence(arguments, sentence, capsys):
     assert main(arguments.split()) == 1
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
 
 
-def test_what_is_missing_stops_a_training_before_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_missing_stops_a_training_before_it_writes(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(flags(tmp_path / "empty", tmp_path / "run", "p1")) == 1
     error = capsys.readouterr().err
@@ -212,9 +208,7 @@ def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
         return Whole(out, Trainer(chosen(images, out)).fit(), seen)
 
 
-def test_the_best_epoch_is_reported_with_its_weights_and_says_so(
-    whole: Whole, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_best_epoch_is_reported_with_its_weights_and_says_so(whole, images, tmp_path, capsys):
     out, (reported,), seen = whole
     assert (reported.mAP, reported.epoch) == (0.5, f"epoch 2 of 3, {CHOSEN}")
     assert CHOSEN == "CHOSEN ON THE TARGET: not comparable"
@@ -234,9 +228,7 @@ def test_the_best_epoch_is_reported_with_its_weights_and_says_so(
         assert ("CHOSEN" in table) == (name == "chosen.pt")
 
 
-def test_the_last_epoch_is_reported_unless_asked_otherwise(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_last_epoch_is_reported_unless_asked_otherwise(images, tmp_path, monkeypatch):
     score(monkeypatch, 0.9, 0.5, 0.4)
     (reported,) = Trainer(chosen(images, tmp_path / "run", choose_epoch_on_target=False)).fit()
     assert (reported.mAP, reported.epoch) == (0.4, "epoch 3 of 3")
@@ -249,10 +241,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_run_killed_around_its_best_evaluation_chooses_the_same_epoch(
-    whole: Whole, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+def test_a_run_killed_at_its_best_evaluation_chooses_that_epoch(whole, images, tmp_path, monkeypatch, moment, capsys):
     offer = EpochChoice.offer
 
     def killed(self, evaluations, state):
@@ -286,7 +275,7 @@ def evaluation(**values) -> Evaluation:
     return Evaluation(**(given | values))
 
 
-def test_the_mean_over_the_targets_decides_and_figures_on_other_targets_are_dropped(tmp_path: Path) -> None:
+def test_the_mean_over_the_targets_decides_and_figures_on_other_targets_are_dropped(tmp_path):
     state = {"config": TrainConfig().to_dict(), "iteration": 0}
     choice = EpochChoice(tmp_path / "chosen.pt", resume=False, targets=["mall", "street"])
     choice.offer([evaluation(mAP=0.1), evaluation(mAP=0.4, dataset="street")], {**state, "epoch": 1})
@@ -300,12 +289,12 @@ def test_the_mean_over_the_targets_decides_and_figures_on_other_targets_are_drop
     assert EpochChoice(tmp_path / "chosen.pt", resume=False, targets=["mall", "street"]).evaluations == []
 
 
-def test_the_epoch_of_a_checkpoint_within_one() -> None:
+def test_the_epoch_of_a_checkpoint_within_one():
     state = {"epoch": 3, "iteration": 40, "config": {"optimizer": {"epochs": 150}}}
     assert epoch_of(state) == "epoch 3 of 150 and 40 iterations"
 
 
-def test_a_choice_needs_something_to_choose_from(images: Path, tmp_path: Path) -> None:
+def test_a_choice_needs_something_to_choose_from(images, tmp_path):
     setup = chosen(images, tmp_path / "run", evaluate_every=0)
     with pytest.raises(DanFastError, match="nothing to choose from: add run.evaluate_every, such as 10"):
         Trainer(setup)
@@ -314,6 +303,6 @@ def test_a_choice_needs_something_to_choose_from(images: Path, tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
-def test_protocol_and_root_are_no_settings_of_what_is_learnt(tmp_path: Path) -> None:
+def test_protocol_and_root_are_no_settings_of_what_is_learnt(tmp_path):
     saved = TrainConfig(data=DataConfig(protocol="p1", root="a")).to_dict()
     require_same_training(saved, TrainConfig(data=DataConfig(protocol="p1", root="b")).to_dict(), tmp_path)

@@ -12,9 +12,9 @@ Module = TypeVar("Module", bound=nn.Module)
 def with_weights_kept(module: Module, run: Callable[[Module], Tensor]) -> Tensor:
     """`run(module)`, where what `torch.utils.checkpoint` computes again sees the module as it is now.
 
-    A checkpointed segment runs again in the backward pass. By then `torch.func.functional_call`, with which the meta
-    step evaluates other weights, has put the module's own weights back, and the segment would silently be computed
-    with them. And batch norm would count the same batch twice. So the segments are those of a copy: modules that hold
+    A checkpointed segment runs again in the backward pass. By then the meta step, which evaluates other weights in their
+    place as `torch.func.functional_call` does, has put the module's own weights back, and the segment would silently be
+    computed with them. And batch norm would count the same batch twice. So the segments are those of a copy: modules that hold
     the very tensors the module's hold now, parameters and buffers, until the pass is over; from then on its buffers
     are others, and what is computed again updates those.
 
@@ -32,7 +32,7 @@ def with_weights_kept(module: Module, run: Callable[[Module], Tensor]) -> Tensor
 def _copied(module: Module, known: dict[nn.Module, nn.Module]) -> Module:
     if module not in known:
         twin = known[module] = copy.copy(module)
-        # A shallow copy shares the dictionaries, which functional_call writes to.
+        # A shallow copy shares the dictionaries, which the meta step writes to.
         twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)
         twin._modules = {
             name: None if child is None else _copied(child, known) for name, child in module._modules.items()
