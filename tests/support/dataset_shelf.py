@@ -5,13 +5,15 @@ import runpy
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
 
 from dan_fast.data.datasets.grid import GRID
 from dan_fast.data.datasets.ilids import ILIDS
 from dan_fast.data.datasets.prid import PRID
 from dan_fast.data.datasets.viper import VIPER
-from dan_fast.data.samples import KnownDataset
+from dan_fast.data.samples import KnownDataset, Sample
 from tests.support import ROOT
 
 COLOURS = 24
@@ -95,6 +97,25 @@ def tiny_image(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (4, 8)).save(path)
     return path
+
+
+def coloured_people(folder: Path, people: int, shots: int, noise: float, rng: np.random.Generator) -> list[Sample]:
+    """So many images of each person in each of two cameras: a colour a person, and noise."""
+    samples = []
+    for pid in range(1, people + 1):
+        colour = rng.integers(60, 200, 3)
+        for camid in (1, 2):
+            for shot in range(shots):
+                pixel = np.clip(colour + rng.normal(0, noise, 3), 0, 255).astype(np.uint8)
+                path = folder / f"{pid}_{camid}_{shot}.png"
+                Image.fromarray(np.broadcast_to(pixel, (8, 4, 3)).copy()).save(path)
+                samples.append(Sample(path, pid, camid))
+    return samples
+
+
+def colours(images: torch.Tensor) -> torch.Tensor:
+    """A network that tells `coloured_people` apart: (B, 3, H, W) to (B, 3)."""
+    return images.mean(dim=(2, 3))
 
 
 class Shelf:
