@@ -32,7 +32,7 @@ def progress_line(console: Console, task: str) -> Iterator[Callable[[int, int], 
         console.print(f"{task} ...", **PLAIN)
         yield lambda done, total: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         shown = bar.add_task(task, total=None)
         yield lambda done, total: bar.update(shown, completed=done, total=total)

@@ -1,4 +1,7 @@
-"""CUHK02: five pairs of cameras, P1 to P5, of two images a person and camera."""
+"""CUHK02: five pairs of cameras, P1 to P5, of two images a person and camera.
+
+The pattern of a reader, see "Add a dataset" in CONTRIBUTING.md.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torchvision's ResNets up to their last map."""
+"""torchvision's ResNets up to their last map; the pattern of a backbone, see "Add a backbone" in CONTRIBUTING.md."""
 
 import http.client
 from collections import OrderedDict
