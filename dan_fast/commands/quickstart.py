@@ -23,7 +23,7 @@ from dan_fast.training.recipes import DEFAULT_RECIPE, require_recipe
 LABELED = ("campus", "station")
 UNLABELED = ("mall",)
 UNSEEN = "street"
-IMAGE_SIZE = (96, 48)
+IMAGE_SIZE = (64, 32)
 
 
 def quickstart(
