@@ -197,13 +197,13 @@ def test_the_operators_name_what_does_not_fit():
     ops, (*tensors, occupied) = torch.ops.dan_fast, operands(F64)
     for wrong, message in (
         ((tensors[0].half(), *tensors[1:], occupied), "scores must be float32 or float64"),
-        ((tensors[0], tensors[1][1:], tensors[2], occupied), "square_norms has a shape"),
-        ((*tensors[:2], tensors[2].float(), occupied), "key_squares has a dtype"),
-        ((*tensors, occupied[1:]), "occupied has a shape"),
+        ((tensors[0], tensors[1][1:], tensors[2], occupied), r"square_norms must be \(s,\) = \(33\), got \(32\)"),
+        ((*tensors[:2], tensors[2].float(), occupied), "key_squares must be float64, got float32"),
+        ((*tensors, occupied[1:]), r"occupied must be \(s,\) = \(33\), got \(32\)"),
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.slot_softmax(*wrong)
-    with pytest.raises(RuntimeError, match="evaluation must be float64, float32, float16 or bfloat16"):
+    with pytest.raises(RuntimeError, match="evaluation must be float64, float32, bfloat16 or float16"):
         ops.false_sample_sets(torch.ones(1, 2).long(), torch.tensor([0, 1]), torch.tensor([0]))
 
 
