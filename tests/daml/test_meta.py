@@ -230,15 +230,6 @@ def test_without_a_guard_the_backbone_stays_frozen():
     assert {competition.decide(False) for _ in range(50)} == {Stage.ADVERSARY}
 
 
-def test_the_competition_continues_from_its_state():
-    first = Competition(stall_guard=2)
-    for _ in range(2):
-        first.decide(False)
-    second = Competition(stall_guard=2)
-    second.load_state_dict(first.state_dict())
-    assert second.decide(False) is Stage.BOTH
-
-
 def test_groups_of_each_stage_list_every_parameter_at_most_once():
     names = {"backbone": ["b", "cam"], "attention": ["a1", "a2"], "memory": ["alpha"], "cam_weight": "cam"}
     assert active_groups(Stage.ADVERSARY, **names) == {

@@ -1,4 +1,4 @@
-"""Gradient checkpointing that recomputes with the weights of the forward pass."""
+"""Gradient checkpointing that knows which weights a pass was made with."""
 
 import copy
 from collections.abc import Callable
@@ -13,10 +13,10 @@ def with_weights_kept(module: Module, run: Callable[[Module], Tensor]) -> Tensor
     """`run(module)`, where what `torch.utils.checkpoint` computes again sees the module as it is now.
 
     A checkpointed segment runs again in the backward pass. By then the meta step, which evaluates other weights in
-    their place as `torch.func.functional_call` does, has put the module's own weights back, and the segment would
-    silently be computed with them. And batch norm would count the same batch twice. So the segments are those of a
-    copy: modules that hold the very tensors the module's hold now, parameters and buffers, until the pass is over; from
-    then on its buffers are others, and what is computed again updates those.
+    place of the module's as `torch.func.functional_call` does, has put the module's own weights back, and the segment
+    would silently be computed with them. And batch norm would count the same batch twice. So the segments are those of
+    a copy: modules that hold the very tensors the module's hold now, parameters and buffers, until the pass is over;
+    from then on its buffers are others, and what is computed again updates those.
 
     Args:
         module: what is run; its modules are copied, its tensors are not.
