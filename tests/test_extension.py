@@ -55,6 +55,7 @@ def test_a_set_of_instructions_the_compiler_does_not_know_is_left_out(tmp_path: 
     assert list(sets([str(old)])) == ["baseline", "avx2"]
 
 
+@pytest.mark.slow
 @needs_extension
 def test_the_instruction_set_is_one_that_was_built_and_an_unknown_one_is_refused():
     built = _extension.build_info()["instruction_sets"]

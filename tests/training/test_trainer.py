@@ -43,6 +43,8 @@ from dan_fast.training.metrics import Scalars, accuracy
 from dan_fast.training.objective import DivergedError, Objective, TrainingModel
 from tests.support.tiny_training import tensors_and_values
 
+pytestmark = pytest.mark.slow
+
 IMAGE_SIZE = (32, 32)
 
 
@@ -267,7 +269,6 @@ def test_without_memory_nothing_of_it_is_in_the_loss():
     assert record.cleared is None
 
 
-@pytest.mark.slow
 def test_training_runs_to_its_end_and_leaves_a_usable_network(images, tmp_path):
     setup = config(images, tmp_path / "run", data={"targets": str(images / "mall")})
     trainer = Trainer(setup)
@@ -318,7 +319,6 @@ def test_a_run_says_what_its_device_makes_of_float32(images, tmp_path, capsys):
     assert "Float32 on" not in half
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -393,7 +393,6 @@ def stop_after(trainer: Trainer, iterations: int) -> None:
     trainer.train_iteration = interrupted
 
 
-@pytest.mark.slow
 def test_a_run_stopped_by_ctrl_c_resumes_bit_for_bit(images, tmp_path):
     handler = signal.getsignal(signal.SIGINT)
     # Few checkpoints: the one of the interruption must not change what comes after it.
@@ -420,7 +419,6 @@ def command_line(setup: TrainConfig, *more: str) -> list[str]:
     return [sys.executable, "-m", "dan_fast", "train", "--config", str(path), *more]
 
 
-@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(images, tmp_path):
     whole = config(images, tmp_path / "whole", optimizer={"epochs": 6})
     threads = torch.get_num_threads()
@@ -547,7 +545,6 @@ def test_a_batch_that_cannot_be_normalised_is_told_apart_from_divergence(images,
         Trainer(config(images, tmp_path / "run", data={"batch_size": 2})).fit()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("gates", ["parameters", "features"])
 def test_gates_memory_and_competition_are_logged(images, tmp_path, gates):
     setup = config(images, tmp_path / "run", optimizer={"epochs": 1}, memory={"gates": gates})
@@ -575,7 +572,6 @@ WATCHED = {
 }
 
 
-@pytest.mark.slow
 def test_what_to_watch_is_in_the_event_file_and_in_the_picture(images, tmp_path):
     trainer = Trainer(config(images, tmp_path / "run", loss={"labeled_embedding": 0.5}))
     assert (trainer.training_set.true_ids >= 0).all() and (trainer.training_set.true_labels == -1).all()
@@ -588,7 +584,6 @@ def test_what_to_watch_is_in_the_event_file_and_in_the_picture(images, tmp_path)
     assert plot_curves(tmp_path / "run", tmp_path / "curves.png").is_file()
 
 
-@pytest.mark.slow
 def test_one_branch_has_one_logit_norm_and_no_ties_and_no_attention_no_spread(images, tmp_path):
     model = {"attention": "none", "adversary": False}
     Trainer(config(images, tmp_path / "run", optimizer={"epochs": 1}, model=model)).fit()
@@ -625,7 +620,6 @@ def test_a_full_disk_while_logging_is_one_sentence(tmp_path, monkeypatch):
     scalars.close()
 
 
-@pytest.mark.slow
 def test_fit_works_outside_the_main_thread(images, tmp_path):
     trainer = Trainer(config(images, tmp_path / "run", optimizer={"epochs": 1}))
     thread = threading.Thread(target=trainer.fit)

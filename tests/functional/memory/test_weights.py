@@ -295,6 +295,7 @@ for dtype in (torch.float64, torch.float32):
 """
 
 
+@pytest.mark.slow
 @needs_extension
 def test_every_instruction_set_gives_the_same_bits():
     found = {}
