@@ -160,6 +160,7 @@ def test_the_gradient_has_the_type_of_the_features(dtype: torch.dtype):
     assert features.grad.tolist() == [[1.0, -6.0], [-8.0, -1.0]]
 
 
+@pytest.mark.compile
 @needs_extension
 def test_opcheck():
     features = torch.randn(6, 11)

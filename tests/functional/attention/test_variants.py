@@ -136,6 +136,7 @@ def test_functional_is_the_reference(variant, shape):
         assert_agree(got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["cbam", "non_local", "spatial"])
 def test_derivatives_are_those_of_finite_differences(variant):
     features, weights, cam, labels = problem(variant, (2, 3, 2, 2))

@@ -180,6 +180,7 @@ def operands(dtype: torch.dtype, batch: int = 4, slots: int = 33, seed: int = 0)
     return problem.keys @ problem.slots.mT, row_sq_norms(problem.slots), row_sq_norms(problem.keys), problem.occupied
 
 
+@pytest.mark.compile
 @needs_extension
 def test_opcheck():
     ops, (*tensors, occupied) = torch.ops.dan_fast, operands(F64)

@@ -117,6 +117,7 @@ def arguments(case: Case) -> dict[str, list[Tensor]]:
     }
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 @pytest.mark.parametrize("op", OPERATORS)
 def test_registration(op: str, layout: Callable[[Tensor], Tensor]):
