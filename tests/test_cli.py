@@ -39,6 +39,7 @@ def test_train_writes_the_settings_it_was_given(run, images):
     assert settings["optimizer"] == expected
 
 
+@pytest.mark.slow
 def test_the_written_settings_start_the_same_run(run, images, tmp_path):
     assert main(["train", "--config", str(run / "config.yaml"), "--run.out", str(tmp_path / "again")]) == 0
     first, second = (torch.load(folder / "checkpoint.pt") for folder in (run, tmp_path / "again"))
@@ -129,6 +130,7 @@ def test_a_truncated_checkpoint_is_named(run, images, tmp_path, capsys):
     assert "half.pt is truncated or no checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_broken_image_stops_or_is_skipped_with_a_count(images, tmp_path, capsys):
     root = tmp_path / "broken"
     synthesize(root, ["campus"], identities=6, cameras=2, image_size=(32, 32), test_fraction=0.5)

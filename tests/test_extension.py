@@ -55,6 +55,7 @@ def test_a_set_of_instructions_the_compiler_does_not_know_is_left_out(tmp_path: 
     assert list(sets([str(old)])) == ["baseline", "avx2"]
 
 
+@pytest.mark.slow
 @needs_extension
 def test_the_instruction_set_is_one_that_was_built_and_an_unknown_one_is_refused():
     built = _extension.build_info()["instruction_sets"]
@@ -159,6 +160,7 @@ def test_the_gradient_has_the_type_of_the_features(dtype: torch.dtype):
     assert features.grad.tolist() == [[1.0, -6.0], [-8.0, -1.0]]
 
 
+@pytest.mark.compile
 @needs_extension
 def test_opcheck():
     features = torch.randn(6, 11)

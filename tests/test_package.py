@@ -152,6 +152,7 @@ def test_the_list_of_commands_waits_for_no_command(arguments: list[str]):
     assert len(modules) < 600  # of PyTorch 1200; jsonargparse and the standard library make 300 of it
 
 
+@pytest.mark.slow
 def test_the_package_costs_no_more_than_pytorch_and_its_names_are_there_when_they_are_asked_for():
     code = """
 import sys

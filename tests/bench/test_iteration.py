@@ -31,6 +31,8 @@ from dan_fast.cli import main
 from dan_fast.nn import NLCBAM, ProgressiveAugmentedMemory
 from dan_fast.training import Trainer
 
+pytestmark = pytest.mark.slow
+
 TINY = IterationSize("resnet18", 64, 32, images=8, labeled_slots=24, unlabeled_slots=12, classes=6)
 
 
@@ -76,7 +78,6 @@ def test_the_stage_decides_what_an_iteration_moves(dan, order):
     assert not torch.equal(held.features, dan.trainer.model.memory.labeled.features)
 
 
-@pytest.mark.slow
 def test_gradients_leave_the_memories_as_they_are(dan):
     dan.set(1, UPDATED)
     before = dan.trainer.model.memory.labeled
@@ -102,7 +103,6 @@ def test_inside_the_literal_operators_none_of_the_package_runs(dan):
     assert "head" not in vars(dan.trainer.model.network.attention) and "forward" not in vars(dan.trainer.model.memory)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize("backbone", [UPDATED, FROZEN])
 @pytest.mark.parametrize("order", [1, 2])
@@ -139,7 +139,6 @@ def leaky_memory(memory, *arguments, **settings):
 HEAD, STEP, TINY_KEYS = NLCBAM.head, ProgressiveAugmentedMemory.forward, 509
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "backbone", "group"),
     [
@@ -195,7 +194,6 @@ def test_the_profile_adds_up_and_leaves_no_hook(dan, backbone):
     assert (profile.seconds["backward S~: backbone"] > 0) == (backbone == UPDATED)
 
 
-@pytest.mark.slow
 def test_the_command_writes_everything_down(tmp_path, capsys):
     out = tmp_path / "figures.json"
     assert main(tiny_command("--json", str(out), "--threads", "1")) == 0
@@ -224,7 +222,6 @@ def test_the_command_writes_everything_down(tmp_path, capsys):
         assert part in printed
 
 
-@pytest.mark.slow
 def test_what_disagrees_has_no_ratio(monkeypatch, capsys, tmp_path):
     head = NLCBAM.head
     monkeypatch.setattr(

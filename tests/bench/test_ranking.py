@@ -148,6 +148,7 @@ def test_the_command_writes_everything_down(tmp_path, capsys):
         assert part in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [

@@ -114,6 +114,7 @@ def test_a_trained_run_gives_a_full_page(trained, tmp_path, capsys):
     assert not re.search(r"tiny \| (curves|gates|heat maps|t-SNE|results)", text)
 
 
+@pytest.mark.slow
 def test_missing_pieces_are_said_in_the_page(trained, tmp_path):
     bare = fake_run(tmp_path / "bare", results=(), data={"unlabeled": []})
     (bare / "results.json").write_text("{]")
@@ -449,6 +450,7 @@ def test_tsne_is_seeded_and_puts_like_with_like():
     )
 
 
+@pytest.mark.slow
 def test_slots_come_from_the_checkpoint_and_empty_ones_do_not(trained):
     state = torch.load(trained / "checkpoint.pt")
     stored = stored_slots(state)

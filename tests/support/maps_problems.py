@@ -12,6 +12,16 @@ ops = torch.ops.dan_fast
 OPERATORS = ("head_refine", "head_refine_backward", "head_adversary", "head_adversary_backward")
 
 
+def wrong_maps(right: Tensor) -> tuple[tuple[Tensor, str], ...]:
+    """Features that are refused, and the sentence."""
+    return (
+        (right[0], r"features must be \(B, C, H, W\), got 3 dimensions"),
+        (right.int(), "features must be float64, float32, bfloat16 or float16"),
+        (right[:, :0], "features must have at least one channel and one position"),
+        (right[:, :, :0], "features must have at least one channel and one position"),
+    )
+
+
 class Results(NamedTuple):
     refined: Tensor
     grad_features: Tensor

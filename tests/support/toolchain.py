@@ -5,9 +5,12 @@ import os
 import runpy
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from dan_fast import _extension
 from tests.support import ROOT
@@ -34,6 +37,24 @@ def build_on_host(source: str, target: Path, *flags: str) -> Path:
 
 def library_on_host(source: str, folder: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(build_on_host(source, folder / "kernels.so", "-O1", "-shared", "-fPIC")))
+
+
+class Guarded:
+    """Outputs for a kernel: full of rubbish, each between numbers that must stay as they are."""
+
+    def __init__(self) -> None:
+        self._wholes: list[Tensor] = []
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        size = torch.Size(shape).numel()
+        whole = torch.full((size + 8,), 77, dtype=dtype)
+        if dtype != torch.uint8:
+            whole[4 : 4 + size] = torch.nan if dtype.is_floating_point else -7
+        self._wholes.append(whole)
+        return whole[4 : 4 + size].view(shape)
+
+    def assert_untouched(self) -> None:
+        assert all((x[:4] == 77).all() and (x[-4:] == 77).all() for x in self._wholes), "written beyond an output"
 
 
 def why_no_sanitizer(flag: str) -> str | None:

@@ -516,7 +516,7 @@ def test_trainings_killed_in_the_middle_go_on(tmp_path, capsys):
         "optimizer": {"epochs": 3, "lr_scale": 10.0},
         "run": {"device": "cpu", "log_every": 1},
     }  # fmt: skip
-    grids = [{"loss.adversary": [0.2, 0.4]}, {"model.reduction": [1]}]
+    grids = [{"loss.adversary": [0.2, 0.6]}, {"model.reduction": [1]}]
     out, grid = tmp_path / "out", write(tmp_path / "grid.yaml", {"base": base, "grids": grids})
     command = ["sweep", "--grid", str(grid), "--out", str(out)]
     first, second, third = (run.folder for run in plan_sweep(grid, None, out))
@@ -540,7 +540,7 @@ def test_trainings_killed_in_the_middle_go_on(tmp_path, capsys):
     assert len(logged) == 2
     assert "Continue with --run.resume true" in (second / "train.log").read_text()
     runs = read_runs([out])
-    assert [run.settings["loss"]["adversary"] for run in runs] == [0.2, 0.4, 0.6]
+    assert [run.settings["loss"]["adversary"] for run in runs] == [0.2, 0.6, 0.6]
     assert list(swept_settings(runs)) == ["loss.adversary", "model.reduction"]
     assert main([*command, "--list"]) == 0
     assert capsys.readouterr().out.count("│ finished") == 3

@@ -25,6 +25,8 @@ from dan_fast.training.objective import DivergedError
 from dan_fast.training.scalars import Scalars
 from tests.support.training_runs import IMAGE_SIZE, NoScalars, assert_same_training, config, snapshot, stop_after
 
+pytestmark = pytest.mark.slow
+
 RESUME, ONE_EPOCH = {"resume": True}, {"epochs": 1}
 
 
@@ -36,7 +38,6 @@ def finished(images, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.slow
 def test_training_runs_to_its_end_and_leaves_a_usable_network(images, tmp_path):
     trainer = Trainer(config(images, tmp_path / "run", data={"targets": str(images / "mall")}))
     evaluations = trainer.fit()
@@ -86,7 +87,6 @@ def test_a_run_says_what_its_device_makes_of_float32(images, tmp_path, capsys):
     assert "Float32 on" not in half
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -133,7 +133,6 @@ def command_line(setup: TrainConfig, *more: str) -> list[str]:
     return [sys.executable, "-m", "dan_fast", "train", "--config", str(path), *more]
 
 
-@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(images, tmp_path):
     whole = config(images, tmp_path / "whole", optimizer={"epochs": 6})
     threads = torch.get_num_threads()
@@ -267,7 +266,6 @@ def test_what_to_watch_is_in_the_event_file_and_in_the_picture(images, tmp_path,
     assert plot_curves(tmp_path / "run", tmp_path / "curves.png").is_file()
 
 
-@pytest.mark.slow
 def test_one_branch_has_one_logit_norm_and_no_ties_and_no_attention_no_spread(images, tmp_path):
     model = {"attention": "none", "adversary": False}
     Trainer(config(images, tmp_path / "run", optimizer=ONE_EPOCH, model=model)).fit()
@@ -304,7 +302,6 @@ def test_a_full_disk_while_logging_is_one_sentence(tmp_path, monkeypatch):
     scalars.close()
 
 
-@pytest.mark.slow
 def test_fit_works_outside_the_main_thread(images, tmp_path):
     trainer = Trainer(config(images, tmp_path / "run", optimizer=ONE_EPOCH))
     thread = threading.Thread(target=trainer.fit)

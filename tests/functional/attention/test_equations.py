@@ -130,6 +130,7 @@ def test_adversary_by_hand(ops):
     assert loss.item() == pytest.approx(2 * sigmoid(3.0) * sigmoid(1.0))
 
 
+@pytest.mark.slow
 @FORMS
 @pytest.mark.parametrize("name", ["nl_cbam", "attention_adversary", "attention_head"])
 def test_derivatives_are_those_of_finite_differences(ops, name):

@@ -143,6 +143,7 @@ def example(impl, seed=11, slots=(5, 5), d=3, batch=(2, 3), classes=2):
     return loss, inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", [reference, functional], ids=["reference", "functional"])
 def test_gradcheck_and_gradgradcheck(impl):
     loss, inputs = example(impl)

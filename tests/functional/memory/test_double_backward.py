@@ -109,6 +109,7 @@ def test_the_cases_are_what_they_are_called():
     assert not CASES["from empty"].clears()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", "half full", "from empty"])
 def test_gradcheck_and_gradgradcheck(name):
     case = CASES[name]

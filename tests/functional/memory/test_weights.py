@@ -180,6 +180,7 @@ def operands(dtype: torch.dtype, batch: int = 4, slots: int = 33, seed: int = 0)
     return problem.keys @ problem.slots.mT, row_sq_norms(problem.slots), row_sq_norms(problem.keys), problem.occupied
 
 
+@pytest.mark.compile
 @needs_extension
 def test_opcheck():
     ops, (*tensors, occupied) = torch.ops.dan_fast, operands(F64)
@@ -295,6 +296,7 @@ for dtype in (torch.float64, torch.float32):
 """
 
 
+@pytest.mark.slow
 @needs_extension
 def test_every_instruction_set_gives_the_same_bits():
     found = {}

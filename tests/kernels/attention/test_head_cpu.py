@@ -20,6 +20,7 @@ from tests.support.head_problems import (
     assert_what_is_not_finite_spreads,
     saved,
 )
+from tests.support.maps_problems import wrong_maps
 from tests.support.running import by_threads
 from tests.support.toolchain import needs_extension
 
@@ -170,12 +171,7 @@ def test_a_wrong_argument_is_named(op: str):
                 refused(torch.full_like(right[i], index), rf", {name} must be what attention_head gave")
         if name == "cam_weight":
             refused(right[i][:0], "cam_weight must have at least one row")
-    for wrong, message in (
-        (right[0][0], r"features must be \(B, C, H, W\), got 3 dimensions"),
-        (right[0].int(), "features must be float64, float32, bfloat16 or float16"),
-        (right[0][:, :0], "features must have at least one channel and one position"),
-        (right[0][:, :, :0], "features must have at least one channel and one position"),
-    ):
+    for wrong, message in wrong_maps(right[0]):
         with pytest.raises(RuntimeError, match=message):
             getattr(ops, op)(wrong, *right[1:])
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from dan_fast import NLCBAMWeights, _extension, functional, reference
 from dan_fast.functional.attention.adversary import HeadAdversary
 from tests.support.head_problems import DTYPES, LAYOUTS, assert_varies_alike, channels_last, contiguous
-from tests.support.maps_problems import OPERATORS, Case, check
+from tests.support.maps_problems import OPERATORS, Case, check, wrong_maps
 from tests.support.running import by_threads
 from tests.support.toolchain import needs_extension
 
@@ -117,6 +117,7 @@ def arguments(case: Case) -> dict[str, list[Tensor]]:
     }
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 @pytest.mark.parametrize("op", OPERATORS)
 def test_registration(op: str, layout: Callable[[Tensor], Tensor]):
@@ -143,12 +144,7 @@ def test_a_wrong_argument_is_named(op: str):
         other = right[i].double() if right[i].is_floating_point() else right[i].short()
         with pytest.raises(RuntimeError, match=f"{name} must {'have the dtype' if is_map else 'be (float|int)'}"):
             call(i, other)
-    for wrong, message in (
-        (right[0][0], r"features must be \(B, C, H, W\), got 3 dimensions"),
-        (right[0].int(), "features must be float64, float32, bfloat16 or float16"),
-        (right[0][:, :0], "features must have at least one channel and one position"),
-        (right[0][:, :, :0], "features must have at least one channel and one position"),
-    ):
+    for wrong, message in wrong_maps(right[0]):
         with pytest.raises(RuntimeError, match=message):
             call(0, wrong)
 

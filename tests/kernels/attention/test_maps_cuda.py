@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.support.head_problems import NAMED_LAYOUTS, channels_last, contiguous, part
 from tests.support.maps_problems import OPERATORS, Case, Results, check
-from tests.support.toolchain import library_on_host, needs_compiler, needs_cuda_kernels
+from tests.support.toolchain import Guarded, library_on_host, needs_compiler, needs_cuda_kernels
 
 pytestmark = [pytest.mark.compile, needs_compiler]
 
@@ -25,7 +25,7 @@ class Host:
     def __init__(self, library: ctypes.CDLL, case: Case):
         self.library, self.case = library, case
         self.sizes = (*case.features.shape[:2], case.features.shape[2:].numel())
-        self.guarded: list[Tensor] = []
+        self.guarded = Guarded()
 
     def strides(self, map_: Tensor) -> tuple[int, ...]:
         step = map_.stride(3) if map_.shape[3] > 1 else map_.stride(2)
@@ -37,14 +37,10 @@ class Host:
         strides = [step for map_ in maps for step in self.strides(map_)]
         kernel = getattr(self.library, f"{name}_{str(self.case.dtype).removeprefix('torch.')}")
         kernel((ctypes.c_int64 * 3)(*self.sizes), (ctypes.c_int64 * len(strides))(*strides), pointers)
-        assert all((x[:4] == 77).all() and (x[-4:] == 77).all() for x in self.guarded), "written beyond an output"
+        self.guarded.assert_untouched()
 
     def empty(self, *shape: int) -> Tensor:
-        size = torch.Size(shape).numel()
-        whole = torch.full((size + 8,), 77, dtype=self.case.statistics)
-        whole[4 : 4 + size] = torch.nan
-        self.guarded.append(whole)
-        return whole[4 : 4 + size].view(shape)
+        return self.guarded.empty(shape, self.case.statistics)
 
     def map_to_write(self) -> tuple[Tensor, Tensor]:
         """One amid other channels, which must stay as they are, and both together; packs of it are aligned."""

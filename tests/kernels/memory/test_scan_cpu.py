@@ -320,6 +320,7 @@ def test_the_same_bits_whatever_the_number_of_threads():
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("batch", [(3, 2), (0, 2), (3, 0)])
 def test_opcheck(batch):
     scores, unlabeled_scores, gram, gates, *rest = Problem((7, 5), batch, classes=2).arguments()

@@ -226,6 +226,7 @@ def test_more_than_two_to_the_31_numbers():
     assert torch.equal(base, stored) and torch.equal(square_norms, same_norms)
 
 
+@pytest.mark.compile
 def test_opcheck():
     case = Case(9, 11, 3, torch.float32)
     for op, arguments in (

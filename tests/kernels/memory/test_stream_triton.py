@@ -237,6 +237,7 @@ def test_a_machine_without_triton_gets_one_sentence(monkeypatch: pytest.MonkeyPa
         triton_kernels.why_not.cache_clear()
 
 
+@pytest.mark.slow
 def test_importing_needs_no_triton():
     code = """
 import sys

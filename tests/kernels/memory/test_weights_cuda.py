@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dan_fast.functional.memory.softmax import SlotSoftmax
 from tests.functional.memory.test_weights import F64, literal_sets, sets, weights
-from tests.support.toolchain import library_on_host, needs_compiler
+from tests.support.toolchain import Guarded, library_on_host, needs_compiler
 
 pytestmark = [pytest.mark.compile, needs_compiler]
 
@@ -21,17 +21,6 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def call(kernels: ctypes.CDLL, name: str, threads: int, rows: int, slots: int, *arrays: Tensor | None) -> None:
     pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in arrays]
     getattr(kernels, name)(ctypes.c_uint(threads), ctypes.c_int64(rows), ctypes.c_int64(slots), *pointers)
-
-
-def guarded(*shape: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """An output filled with rubbish, and the whole allocation: a few elements more on either side."""
-    size = torch.Size(shape).numel()
-    whole = torch.full((size + 8,), 77, dtype=dtype)
-    return whole[4 : 4 + size].view(shape), whole
-
-
-def untouched(*wholes: Tensor) -> bool:
-    return all((x[:4] == 77).all() and (x[-4:] == 77).all() for x in wholes)
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
@@ -51,12 +40,13 @@ def test_weights_and_gradients(kernels, threads: int, slots: int, fill: float | 
 
     found = []
     for _ in range(2):
-        result, whole = guarded(5, slots, dtype=dtype)
+        guarded = Guarded()
+        result = guarded.empty((5, slots), dtype)
         call(kernels, f"softmax_{name}", threads, 5, slots, *tensors, problem.occupied, result)
         shapes = ((5, slots), (slots,), (5,), (5,))
-        outputs, wholes = zip(*(guarded(*shape, dtype=dtype) for shape in shapes), strict=True)
+        outputs = [guarded.empty(shape, dtype) for shape in shapes]
         call(kernels, f"softmax_backward_{name}", threads, 5, slots, *tensors, factors, result, *outputs)
-        assert untouched(whole, *wholes)
+        guarded.assert_untouched()
         found.append((result, *outputs))
     for a, b in zip(found[0], (expected, *gradients), strict=False):
         b = b.detach()
@@ -89,10 +79,12 @@ def test_an_empty_slot_takes_no_infinite_gradient_and_a_bad_key_shows_in_its_row
 def test_sets(kernels, threads: int, slots: int, kind: str, dtype: torch.dtype):
     evaluation, labels, pseudo_labels = sets(slots, kind=kind, batch=4)
     evaluation = evaluation.to(dtype)
-    outputs, wholes = zip(*(guarded(4, slots, dtype=torch.uint8) for _ in range(2)), strict=True)
+    guarded = Guarded()
+    outputs = [guarded.empty((4, slots), torch.uint8) for _ in range(2)]
     name = f"false_sets_{str(dtype).removeprefix('torch.')}"
     call(kernels, name, threads, 4, slots, evaluation, labels, pseudo_labels, *outputs)
-    assert untouched(*wholes) and all((x <= 1).all() for x in outputs)
+    guarded.assert_untouched()
+    assert all((x <= 1).all() for x in outputs)
     expected = literal_sets(evaluation, labels, pseudo_labels)
     for found, members in zip(outputs, expected, strict=True):
         assert torch.equal(found.bool(), members)
