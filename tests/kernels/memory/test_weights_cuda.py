@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dan_fast.functional.memory.softmax import SlotSoftmax
-from tests.functional.memory.test_weights import F64, literal_sets, sets, weights
+from tests.support.slot_problems import F64, literal_sets, sets, weights
 
 SOURCE = Path(__file__).resolve().parent / "weights_on_host.cpp"
 COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
