@@ -10,7 +10,6 @@ from torch import Tensor
 from dan_fast import functional, reference
 
 F64 = torch.float64
-BOTH = pytest.mark.parametrize("impl", [reference, functional], ids=["reference", "functional"])
 # A label with two slots, one with one, no label, a label without a slot.
 LABELS = torch.tensor([2, 0, -1, 4, 2])
 SLOT_LABELS = torch.tensor([2, 0, -1, 1, 2, 1, -1])
@@ -22,7 +21,6 @@ def problem(dtype: torch.dtype = F64, seed: int = 0) -> tuple[Tensor, Tensor]:
     return keys.to(dtype), slots.to(dtype)
 
 
-@BOTH
 def test_the_loss_is_eq_15_with_the_mean_of_its_own_slots_and_the_sum_of_the_others(impl):
     keys, slots = problem()
     losses = impl.discriminative_loss(keys, LABELS, slots, SLOT_LABELS, temperature=0.3)
@@ -55,7 +53,6 @@ def test_derivatives_against_finite_differences():
     assert torch.autograd.gradgradcheck(loss, inputs)
 
 
-@BOTH
 def test_who_takes_no_part_has_no_gradient(impl):
     keys, slots = (x.requires_grad_() for x in problem())
     impl.discriminative_loss(keys, LABELS, slots, SLOT_LABELS, 0.2).sum().backward()
@@ -79,7 +76,6 @@ def test_autocast_does_not_round_it():
         assert torch.equal(functional.discriminative_loss(keys, LABELS, slots, SLOT_LABELS, 0.05), expected)
 
 
-@BOTH
 def test_degenerate_memories_and_keys(impl):
     keys, slots = problem()
     assert impl.discriminative_loss(keys[:0], LABELS[:0], slots, SLOT_LABELS, 0.2).shape == (0,)
@@ -104,7 +100,6 @@ def test_the_compiler_traces_it_whole():
     assert torch.allclose(compiled(keys, LABELS, slots, SLOT_LABELS, 0.2), expected, rtol=1e-12)
 
 
-@BOTH
 @pytest.mark.parametrize(
     "change, kind, words",
     [

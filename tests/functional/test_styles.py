@@ -11,7 +11,6 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.nn import DAN, StyleMixing
 
 F64 = torch.float64
-BOTH = pytest.mark.parametrize("impl", [reference, functional], ids=["reference", "functional"])
 PARTNERS, SHARE = torch.tensor([1, 2, 0, 3]), torch.tensor([0.0, 1.0, 0.3, 0.6], dtype=F64)
 
 
@@ -24,7 +23,6 @@ def style(features: Tensor) -> tuple[Tensor, Tensor]:
     return features.mean((2, 3)), features.std((2, 3))
 
 
-@BOTH
 def test_means_and_deviations_lie_between_those_of_the_two_images(impl):
     features = maps()
     mixed = impl.mix_styles(features, PARTNERS, SHARE)
@@ -36,7 +34,6 @@ def test_means_and_deviations_lie_between_those_of_the_two_images(impl):
     assert torch.allclose(own, kept, atol=1e-4)
 
 
-@BOTH
 def test_a_share_of_one_leaves_an_image_as_it_is(impl):
     features = maps()
     mixed = impl.mix_styles(features, PARTNERS, torch.ones(4, dtype=F64))
@@ -73,7 +70,6 @@ def test_precision_and_layout_are_kept(dtype: torch.dtype):
     assert torch.allclose(mixed.to(F64), exact, rtol=0.02, atol=0.2 if dtype == torch.bfloat16 else 1e-4)
 
 
-@BOTH
 @pytest.mark.parametrize(
     "change, kind, words",
     [

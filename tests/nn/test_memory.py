@@ -11,26 +11,7 @@ from dan_fast import MemoryState, functional
 from dan_fast.core.types import MemoryStep
 from dan_fast.functional.memory import pending
 from dan_fast.nn import ProgressiveAugmentedMemory
-
-SLOTS, PSEUDO_SLOTS, DIM = 12, 9, 5
-
-
-def make(**settings):
-    settings = {"dtype": torch.float64} | settings
-    return ProgressiveAugmentedMemory(SLOTS, PSEUDO_SLOTS, DIM, decay=0.9, decay_unlabeled=0.8, **settings)
-
-
-def batches(count, size=3, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    for at in range(count):
-        keys, unlabeled_keys = (torch.randn(size, DIM, generator=generator, dtype=dtype) for _ in range(2))
-        labels = torch.randint(0, 3, (size,), generator=generator)
-        yield keys, labels, unlabeled_keys, torch.arange(size * at, size * at + size)
-
-
-def assert_states_close(actual, expected, **tolerance):
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b, **tolerance)
+from tests.support.memory_modules import DIM, PSEUDO_SLOTS, SLOTS, assert_states_close, batches, make
 
 
 def test_starts_as_the_contract_says():
@@ -71,7 +52,7 @@ def test_waiting_writes_equal_writes_settled_at_every_step(monkeypatch, limit, k
         elif keep == "snapshots":
             kept.append((memory.labeled, labeled))
         seen.append(memory._labeled.pending)
-    # With nobody counting on the features, each step folds in what the step before left.
+    # Where nothing counts on the features, each step folds in what the step before left.
     assert seen == {"nothing": [3] * 8, "snapshots": [0] * 8}.get(keep, seen)
     if keep in ("steps", "graphs"):
         assert max(seen) > min(limit, 20) and max(seen) <= limit + 3
@@ -106,7 +87,7 @@ def test_under_autocast_half_precision_keys_are_taken_to_the_memory():
     assert_states_close(memories[0].labeled, memories[1].labeled, rtol=0, atol=0)
 
 
-def test_features_are_overwritten_in_place_when_nobody_counts_on_them():
+def test_features_are_overwritten_in_place_when_nothing_counts_on_them():
     memory = make()
     address = memory._labeled.base.data_ptr()
     for batch in batches(4):
@@ -123,7 +104,7 @@ def test_features_are_overwritten_in_place_when_nobody_counts_on_them():
 
 
 def test_a_backward_that_wants_overwritten_features_fails():
-    """What no graph of this package holds, somebody's own graph may."""
+    """What no graph of this package holds, a graph of the caller may."""
     memory = make()
     first, second = batches(2)
     memory(*first)

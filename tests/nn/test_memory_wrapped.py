@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from dan_fast.nn import ProgressiveAugmentedMemory
-from tests.nn.test_memory import assert_states_close, batches, make
+from tests.support.memory_modules import assert_states_close, batches, make
 
 
 def assert_memories_equal(actual: ProgressiveAugmentedMemory, expected: ProgressiveAugmentedMemory) -> None:

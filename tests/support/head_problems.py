@@ -218,8 +218,8 @@ def assert_right(case: Case, out: Outputs, grads: Gradients, elsewhere: Case | N
     features, *of_weights = grads
     assert features.dtype == case.dtype
     assert all(x.is_contiguous() and x.dtype == case.statistics for x in of_weights)
-    nobodys = [i for i in range(grads.cam_weight.shape[0]) if i not in case.arguments.labels]
-    assert not grads.cam_weight[nobodys].any(), "a class without samples has a gradient"
+    without_samples = [i for i in range(grads.cam_weight.shape[0]) if i not in case.arguments.labels]
+    assert not grads.cam_weight[without_samples].any(), "a class without samples has a gradient"
 
 
 Run = Callable[[Case], tuple[Outputs, Gradients]]
@@ -294,8 +294,8 @@ def assert_equal_maps_have_no_gradient_of_their_difference(run: Run, case: Case)
     out, grads = run(case)
     labels, cam_weight = case.arguments.labels, case.arguments.cam_weight
     rows = cam_weight[labels.clamp(min=0)][:, :, None]
-    by_mean_map = out.spatial_attention[:, None] * out.channel_attention[:, :, None] / rows.shape[1]
-    expected = torch.where(labels >= 0, 0.125, 0.0)[:, None, None] * (rows + by_mean_map)
+    grad_mean_map = out.spatial_attention[:, None] * out.channel_attention[:, :, None] / rows.shape[1]
+    expected = torch.where(labels >= 0, 0.125, 0.0)[:, None, None] * (rows + grad_mean_map)
     torch.testing.assert_close(grads.features.flatten(2), expected.to(case.dtype))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dan_fast import MemoryState, reference
 from dan_fast.core.cosine import norm_from_square
+from dan_fast.core.types import Gates, MemoryBatch
 
 KINDS = (
     "random",
@@ -32,15 +33,6 @@ KINDS = (
 _STEPS = 2.0**40  # cosines in one, in float64
 FILLS = ("empty", "one", "half", "full")
 GATES = (-30.0, -3.0, 0.0, 2.0, 30.0)
-
-
-class Batch(NamedTuple):
-    """keys (B, d), labels (B,), unlabeled_keys (B', d), sample_ids (B',)."""
-
-    keys: Tensor
-    labels: Tensor
-    unlabeled_keys: Tensor
-    sample_ids: Tensor
 
 
 def agree(actual: Tensor, expected: Tensor, tolerance: float = 1e-10, floor: float = 0.0) -> None:
@@ -115,17 +107,21 @@ def in_dtype(state: MemoryState, dtype: torch.dtype) -> MemoryState:
 
 @dataclass(frozen=True)
 class Problem:
-    """`slots` and `batch` are (M, M') and the largest (B, B'); `gates` raw alpha, raw alpha', beta."""
+    """`slots` and `batch` are (M, M') and the largest (B, B'); `values` raw alpha, raw alpha', beta."""
 
     slots: tuple[int, int]
     d: int
     batch: tuple[int, int]
     classes: int
     fill: tuple[str, str]
-    gates: tuple[float, float, float]
+    values: tuple[float, float, float]
     decays: tuple[float, float]
     count: int
     seed: int
+
+    @property
+    def gates(self) -> Gates:
+        return Gates(*self.values, *self.decays)
 
     @property
     def kind(self) -> str:
@@ -138,14 +134,14 @@ class Problem:
             for fill, slots in zip(self.fill, self.slots, strict=True)
         ]
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[MemoryBatch]:
         """`count` batches, one in three of another size than `batch`."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         for at in range(self.count):
             sizes = [
                 size if at % 3 else int(torch.randint(0, size + 1, (), generator=generator)) for size in self.batch
             ]
-            yield Batch(
+            yield MemoryBatch(
                 make_keys(self.kind, sizes[0], self.d, generator),
                 make_labels(sizes[0], self.classes, generator),
                 make_keys(self.kind, sizes[1], self.d, generator),
@@ -165,7 +161,7 @@ def problems(max_slots: int = 70, max_dim: int = 17, counts: tuple[int, int] = (
         batch=st.tuples(size, size),
         classes=st.integers(1, 4),
         fill=st.tuples(st.sampled_from(FILLS), st.sampled_from(FILLS)),
-        gates=st.tuples(st.sampled_from(GATES), st.sampled_from(GATES), st.sampled_from([0.0, 0.3, 1.0])),
+        values=st.tuples(st.sampled_from(GATES), st.sampled_from(GATES), st.sampled_from([0.0, 0.3, 1.0])),
         decays=st.tuples(decay, decay),
         count=st.integers(*counts),
         seed=st.integers(0, 2**20),
@@ -229,30 +225,22 @@ class Calls(NamedTuple):
     unlabeled: Closeness
 
 
-def closest_call(
-    states: Sequence[MemoryState], batch: Batch, gates: Sequence[Tensor | float], decays: Sequence[float]
-) -> Closeness:
+def closest_call(states: Sequence[MemoryState], batch: MemoryBatch, gates: Gates) -> Closeness:
     """The closest decision in a batch, where ties hold; see `closest_calls`."""
-    calls = closest_calls(states, batch, gates, decays)
+    calls = closest_calls(states, batch, gates)
     closest = calls.labeled.least(calls.unlabeled)
     return closest._replace(cosine=min([closest.cosine, *calls.retrieval]))
 
 
-def closest_calls(
-    states: Sequence[MemoryState],
-    batch: Batch,
-    gates: Sequence[Tensor | float],
-    decays: Sequence[float],
-    ties_hold: bool = True,
-) -> Calls:
+def closest_calls(states: Sequence[MemoryState], batch: MemoryBatch, gates: Gates, ties_hold: bool = True) -> Calls:
     """The closest decisions in a batch, which `reference` replays in float64 one sample at a time.
 
     `ties_hold`: an exact tie stays one on the other path, as the grid of cosines sees to in float64.
     """
     labeled, unlabeled = (in_dtype(state, torch.float64) for state in states)
-    batch = Batch(*(x.detach().double() if x.is_floating_point() else x for x in batch))
-    none = Batch(*(x[:0] for x in batch))
-    gates = [float(gate) for gate in gates]
+    batch = MemoryBatch(*(x.detach().double() if x.is_floating_point() else x for x in batch))
+    none = MemoryBatch(*(x[:0] for x in batch))
+    gates = Gates(*map(float, gates))
     in_labeled = in_unlabeled = Closeness(math.inf, math.inf, 1.0)
     retrieval = [math.inf] * len(batch.sample_ids)
 
@@ -270,15 +258,14 @@ def closest_calls(
         return Closeness(usage_gap(after.usage), math.inf, left.min().item())
 
     for at in range(batch.keys.shape[0]):
-        one = slice(at, at + 1)
-        arguments = (batch.keys[one], batch.labels[one], none.unlabeled_keys, none.sample_ids)
-        new = reference.memory_step(labeled, unlabeled, *arguments, *gates, *decays).labeled
+        one = none._replace(keys=batch.keys[at : at + 1], labels=batch.labels[at : at + 1])
+        new = reference.memory_step(labeled, unlabeled, *one, *gates).labeled
         in_labeled = in_labeled.least(written(labeled.features, new, labeled.least_used))
         labeled = new
     for at in range(batch.unlabeled_keys.shape[0]):
-        one = slice(at, at + 1)
-        arguments = (none.keys, none.labels, batch.unlabeled_keys[one], batch.sample_ids[one])
-        step = reference.memory_step(labeled, unlabeled, *arguments, *gates, *decays)
+        rows = slice(at, at + 1)
+        one = none._replace(unlabeled_keys=batch.unlabeled_keys[rows], sample_ids=batch.sample_ids[rows])
+        step = reference.memory_step(labeled, unlabeled, *one, *gates)
         if step.pseudo_labels[0] < 0:
             continue
         key = batch.unlabeled_keys[at]

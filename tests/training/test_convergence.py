@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dan_fast.bench.iteration_contenders import literal_operators
-from dan_fast.core.types import MemoryState
+from dan_fast.core.types import Gates, MemoryBatch, MemoryState
 from dan_fast.data import Split
 from dan_fast.data.synthetic import synthesize
 from dan_fast.training import Trainer
 from dan_fast.training.objective import Objective
-from tests.support.memory_problems import Batch, closest_calls
+from tests.support.memory_problems import closest_calls
 from tests.support.training_runs import config
 
 pytestmark = pytest.mark.slow
@@ -48,7 +48,7 @@ class Pass(NamedTuple):
     losses: dict[str, float]
     pseudo_labels: Tensor
     cleared: int
-    given: tuple[tuple[MemoryState, MemoryState], Batch, tuple[Tensor, ...]] | None
+    given: tuple[tuple[MemoryState, MemoryState], MemoryBatch, tuple[Tensor, ...]] | None
 
 
 class Watched(Objective):
@@ -71,7 +71,7 @@ class Watched(Objective):
         with memory.register_forward_pre_hook(remember):
             losses = super().__call__(params, split)
         record = self.record
-        of_states = (states, Batch(*given), tuple(gates)) if states else None
+        of_states = (states, MemoryBatch(*given), tuple(gates)) if states else None
         values = {name: value.item() for name, value in losses.items()}
         self.passes.append(Pass(values, record.pseudo_labels, int(record.cleared), of_states))
         return losses
@@ -117,7 +117,7 @@ def mean(passes: list[Pass], loss: str, fifth: int) -> float:
 def first_near_call(passes: list[Pass]) -> int:
     """The first pass in which a decision was nearly taken otherwise; the number of passes if there is none."""
     for number, each in enumerate(passes):
-        calls = closest_calls(*each.given, (0.99, 0.99), ties_hold=False)
+        calls = closest_calls(*each.given[:2], Gates(*each.given[2]), ties_hold=False)
         nearest = [calls.labeled.usage, calls.unlabeled.usage, calls.unlabeled.cosine, *calls.retrieval]
         if min(nearest) < NEAR:
             return number

@@ -8,41 +8,18 @@ import torch
 import dan_fast.functional as functional
 import dan_fast.reference as reference
 from dan_fast import NLCBAMWeights
+from tests.support.attention_problems import assert_agree, problem, two_derivatives
 
-FORMS = pytest.mark.parametrize("ops", [reference, functional], ids=["reference", "functional"])
 SIZES = {"several": (4, 7, 3, 2), "one": (1, 1, 1, 1), "row": (2, 3, 1, 5), "column": (2, 1, 4, 1)}
 
 
-def problem(shape=(4, 7, 3, 2), hidden=(2, 3), classes=5, dtype=torch.float64, seed=0):
-    """Random (features, weights, cam_weight, labels) without ties; the second label is -1."""
-    make = torch.Generator().manual_seed(seed)
-    (batch, channels, height, width), (hc, hs) = shape, hidden
-    positions = height * width
-    shapes = [
-        (hc, channels),
-        (channels, hc),
-        (hs, positions),
-        (hs, positions),
-        (positions, hs),
-        (positions, hs),
-    ]
-    features = torch.randn(shape, generator=make, dtype=torch.float64) + 0.3
-    weights = [torch.randn(s, generator=make, dtype=torch.float64) for s in shapes]
-    # Of a map like that of a ReLU no hidden unit is off, which would make A_S the same at all positions.
-    weights[2:4] = [w.abs() for w in weights[2:4]]
-    cam_weight = torch.randn(classes, channels, generator=make, dtype=torch.float64)
-    labels = torch.randint(classes, (batch,), generator=make)
-    labels[1:2] = -1
-    return features.to(dtype), NLCBAMWeights(*(w.to(dtype) for w in weights)), cam_weight.to(dtype), labels
-
-
-def call(ops, name, features, *rest):
+def call(impl, name, features, *rest):
     """The named operator as a function of a flat list of tensors, the labels last."""
     if name == "nl_cbam":
-        return ops.nl_cbam(features, NLCBAMWeights(*rest[:6]))
+        return impl.nl_cbam(features, NLCBAMWeights(*rest[:6]))
     if name == "attention_adversary":
-        return ops.attention_adversary(features, *rest)
-    return ops.attention_head(features, NLCBAMWeights(*rest[:6]), *rest[6:])
+        return impl.attention_adversary(features, *rest)
+    return impl.attention_head(features, NLCBAMWeights(*rest[:6]), *rest[6:])
 
 
 def flat_arguments(name, features, weights, cam_weight, labels):
@@ -54,25 +31,11 @@ def flat_arguments(name, features, weights, cam_weight, labels):
     }[name]
 
 
-def derivatives(ops, name, arguments):
-    """Outputs, first gradients and second gradients of a loss that weighs every output entry differently."""
-    leaves = [a.detach().clone().requires_grad_() if a.is_floating_point() else a for a in arguments]
-    wanted = [a for a in leaves if a.requires_grad]
-    outputs = call(ops, name, *leaves)
-    loss = sum((torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype) * o.flatten().sin()).sum() for o in outputs)
-    first = torch.autograd.grad(loss, wanted, create_graph=True)
-    second = torch.autograd.grad(sum((g.sin() * (i + 1)).sum() for i, g in enumerate(first)), wanted)
-    return [t.detach() for t in (*outputs, *first, *second)]
+def derivatives(impl, name, arguments):
+    return two_derivatives(lambda *tensors: call(impl, name, *tensors), arguments)
 
 
-def assert_agree(got, expected, tolerance=1e-10):
-    for a, b in zip(got, expected, strict=True):
-        assert a.shape == b.shape and a.dtype == b.dtype
-        assert torch.all((a - b).abs() <= tolerance * (1 + b.abs()))
-
-
-@FORMS
-def test_channel_attention_by_hand(ops):
+def test_channel_attention_by_hand(impl):
     # Means (2, -1), maxima (3, 1); hidden = relu(mean0 + 2 mean1) = 0 and relu(3 + 2) = 5.
     features = torch.tensor([[[[1.0, 3.0]], [[-3.0, 1.0]]]], dtype=torch.float64)
     zero = torch.zeros(1, 2, dtype=torch.float64)
@@ -81,15 +44,14 @@ def test_channel_attention_by_hand(ops):
         wc2=torch.tensor([[0.2], [-0.4]], dtype=torch.float64),
         ws1=zero, ws3=zero, ws2=zero.T, ws4=zero.T,
     )  # fmt: skip
-    refined, channel, spatial = ops.nl_cbam(features, weights)
+    refined, channel, spatial = impl.nl_cbam(features, weights)
     expected = torch.tensor([[1.0, -2.0]], dtype=torch.float64).sigmoid()
     torch.testing.assert_close(channel, expected)
     torch.testing.assert_close(spatial, torch.full((1, 2), 0.5, dtype=torch.float64))
     torch.testing.assert_close(refined, features * expected[:, :, None, None] * 0.5)
 
 
-@FORMS
-def test_spatial_attention_by_hand(ops):
+def test_spatial_attention_by_hand(impl):
     def sigmoid(v):
         return 1 / (1 + math.exp(-v))
 
@@ -110,35 +72,32 @@ def test_spatial_attention_by_hand(ops):
     for p in range(2):
         weight = [math.exp(a[p] * b[q]) for q in range(2)]
         expected.append(sum(w * v for w, v in zip(weight, c, strict=True)) / sum(weight))
-    output = ops.nl_cbam(features, weights)
+    output = impl.nl_cbam(features, weights)
     torch.testing.assert_close(output.spatial_attention, torch.tensor([expected], dtype=torch.float64))
     refined = torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=torch.float64) * torch.tensor(expected)
     torch.testing.assert_close(output.refined, refined.view(1, 2, 1, 2), check_dtype=False, rtol=1e-6, atol=0)
 
 
-@FORMS
-def test_adversary_by_hand(ops):
+def test_adversary_by_hand(impl):
     def sigmoid(v):
         return 1 / (1 + math.exp(-v))
 
     features = torch.tensor([[[[1.0, 2.0]], [[0.0, -1.0]]]], dtype=torch.float64)
     refined = torch.tensor([[[[0.5, 1.0]], [[1.5, 3.0]]]], dtype=torch.float64)
     cam_weight = torch.tensor([[9.0, 9.0], [2.0, 3.0]], dtype=torch.float64)
-    loss, refined_map, adversary_map = ops.attention_adversary(features, refined, cam_weight, torch.tensor([1]))
+    loss, refined_map, adversary_map = impl.attention_adversary(features, refined, cam_weight, torch.tensor([1]))
     assert refined_map.tolist() == [[1.0, 2.0]]
     assert adversary_map.tolist() == [[2.0, 1.0]]
     assert loss.item() == pytest.approx(2 * sigmoid(3.0) * sigmoid(1.0))
 
 
-@pytest.mark.slow
-@FORMS
 @pytest.mark.parametrize("name", ["nl_cbam", "attention_adversary", "attention_head"])
-def test_derivatives_are_those_of_finite_differences(ops, name):
+def test_derivatives_are_those_of_finite_differences(impl, name):
     arguments = flat_arguments(name, *problem((2, 3, 2, 2), hidden=(2, 2), classes=3))
     arguments = [a.requires_grad_() if a.is_floating_point() else a for a in arguments]
 
     def function(*tensors):
-        return tuple(o for o in call(ops, name, *tensors) if o.requires_grad)
+        return tuple(o for o in call(impl, name, *tensors) if o.requires_grad)
 
     assert torch.autograd.gradcheck(function, arguments)
     assert torch.autograd.gradgradcheck(function, arguments)
@@ -162,9 +121,8 @@ def test_functional_is_the_reference_on_ties(name):
     assert_agree(derivatives(functional, name, arguments), derivatives(reference, name, arguments))
 
 
-@FORMS
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_gradient_of_a_max_goes_to_the_first(ops, layout):
+def test_gradient_of_a_max_goes_to_the_first(impl, layout):
     # Only the spatial maximum can reach A_C here: wc1 sees one channel with mean 0 and hidden relu(mean) = 0.
     features = torch.zeros(1, 2, 3, 40, dtype=torch.float64)
     features[0, 0, 1, 7] = features[0, 0, 1, 30] = features[0, 0, 2, 0] = 2.0
@@ -176,13 +134,12 @@ def test_gradient_of_a_max_goes_to_the_first(ops, layout):
         wc1=torch.tensor([[1.0, 0.0]], dtype=torch.float64), wc2=torch.ones(2, 1, dtype=torch.float64),
         ws1=zero, ws3=zero, ws2=zero.T, ws4=zero.T,
     )  # fmt: skip
-    (gradient,) = torch.autograd.grad(ops.nl_cbam(features, weights).channel_attention.sum(), features)
+    (gradient,) = torch.autograd.grad(impl.nl_cbam(features, weights).channel_attention.sum(), features)
     assert gradient.nonzero().tolist() == [[0, 0, 1, 7]]
 
 
-@FORMS
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_gradient_of_a_channel_max_goes_to_the_first(ops, layout):
+def test_gradient_of_a_channel_max_goes_to_the_first(impl, layout):
     features = torch.ones(1, 40, 2, 2, dtype=torch.float64)
     features[0, :3, 0, 1] = 0.0
     features = features.contiguous(memory_format=layout).requires_grad_()
@@ -191,7 +148,7 @@ def test_gradient_of_a_channel_max_goes_to_the_first(ops, layout):
         ws1=torch.eye(4, dtype=torch.float64), ws2=torch.eye(4, dtype=torch.float64),
         ws3=torch.eye(4, dtype=torch.float64), ws4=torch.eye(4, dtype=torch.float64),
     )  # fmt: skip
-    (gradient,) = torch.autograd.grad(ops.nl_cbam(features, weights).spatial_attention[0, 0], features)
+    (gradient,) = torch.autograd.grad(impl.nl_cbam(features, weights).spatial_attention[0, 0], features)
     # The mean touches all channels alike, so what stands out from the last channel is the maximum's share.
     first = (gradient - gradient[:, -1:]).abs().argmax(dim=1).flatten()
     assert first.tolist() == [0, 3, 0, 0]
@@ -231,43 +188,40 @@ def test_head_forms_no_refined_map():
     assert maps and all(t.data_ptr() == features.data_ptr() for t in maps)
 
 
-@FORMS
-def test_head_is_its_parts(ops):
+def test_head_is_its_parts(impl):
     features, weights, cam_weight, labels = problem()
-    head = ops.attention_head(features, weights, cam_weight, labels)
-    refined, channel, spatial = ops.nl_cbam(features, weights)
-    adversary = ops.attention_adversary(features, refined, cam_weight, labels)
+    head = impl.attention_head(features, weights, cam_weight, labels)
+    refined, channel, spatial = impl.nl_cbam(features, weights)
+    adversary = impl.attention_adversary(features, refined, cam_weight, labels)
     expected = (refined.mean((2, 3)), features.mean((2, 3)), channel, spatial, adversary.loss)
     assert_agree(head, expected)
 
 
-@FORMS
-def test_unknown_label_has_no_loss_and_no_gradient(ops):
+def test_unknown_label_has_no_loss_and_no_gradient(impl):
     features, weights, cam_weight, _ = problem((3, 4, 2, 2))
     labels = torch.tensor([2, -1, -1])
     features.requires_grad_(), cam_weight.requires_grad_()
     refined = features.detach().flip(1).requires_grad_()
-    loss, _, adversary_map = ops.attention_adversary(features, refined, cam_weight, labels)
+    loss, _, adversary_map = impl.attention_adversary(features, refined, cam_weight, labels)
     assert loss[0] > 0 and loss[1:].tolist() == [0, 0]
     assert adversary_map[1:].abs().sum() == 0 and adversary_map[0].abs().sum() > 0
     for gradient in torch.autograd.grad(loss.sum(), [features, refined], retain_graph=True):
         assert gradient[0].abs().sum() > 0 and gradient[1:].abs().sum() == 0
     (gradient,) = torch.autograd.grad(adversary_map.sum() + loss.sum(), cam_weight)
     assert [row.abs().sum().item() > 0 for row in gradient] == [False, False, True, False, False]
-    head = ops.attention_head(features, weights, cam_weight, labels)
+    head = impl.attention_head(features, weights, cam_weight, labels)
     assert head.adversary_loss[1:].tolist() == [0, 0]
     (gradient,) = torch.autograd.grad(head.adversary_loss.sum(), features)
     assert gradient[1:].abs().sum() == 0
 
 
-@FORMS
-def test_equal_maps_have_finite_second_derivatives_and_no_push(ops):
+def test_equal_maps_have_finite_second_derivatives_and_no_push(impl):
     # X'' = X and cam_weight = 1/C make A_at = A_ad everywhere: only sigmoid(A_at + A_ad) / 2 has a gradient.
     features = torch.tensor([[[[1.0, -2.0]], [[3.0, 0.5]]]], dtype=torch.float64, requires_grad=True)
     refined = features.detach().clone().requires_grad_()
     cam_weight = torch.full((1, 2), 0.5, dtype=torch.float64, requires_grad=True)
     leaves = [features, refined, cam_weight]
-    loss, a_at, a_ad = ops.attention_adversary(features, refined, cam_weight, torch.tensor([0]))
+    loss, a_at, a_ad = impl.attention_adversary(features, refined, cam_weight, torch.tensor([0]))
     assert torch.equal(a_at, a_ad)
     first = torch.autograd.grad(loss.sum(), leaves, create_graph=True)
     slope = torch.sigmoid(2 * a_at) * torch.sigmoid(-2 * a_at) / 2 / 2
@@ -276,12 +230,11 @@ def test_equal_maps_have_finite_second_derivatives_and_no_push(ops):
         assert gradient.isfinite().all()
 
 
-@FORMS
 @pytest.mark.parametrize("name", ["nl_cbam", "attention_adversary", "attention_head"])
-def test_empty_batch(ops, name):
+def test_empty_batch(impl, name):
     arguments = flat_arguments(name, *problem((0, 7, 3, 2)))
-    full = call(ops, name, *flat_arguments(name, *problem((2, 7, 3, 2))))
-    outputs = call(ops, name, *[a.requires_grad_() if a.is_floating_point() else a for a in arguments])
+    full = call(impl, name, *flat_arguments(name, *problem((2, 7, 3, 2))))
+    outputs = call(impl, name, *[a.requires_grad_() if a.is_floating_point() else a for a in arguments])
     assert [o.shape for o in outputs] == [(0, *o.shape[1:]) for o in full]
 
 
@@ -296,9 +249,8 @@ def test_empty_batch_has_zero_gradients():
         assert gradient.abs().sum() == 0
 
 
-@FORMS
-def test_arguments_are_left_as_they_were(ops):
+def test_arguments_are_left_as_they_were(impl):
     features, weights, cam_weight, labels = problem()
     before = [t.clone() for t in (features, *weights, cam_weight, labels)]
-    ops.attention_head(features, weights, cam_weight, labels)
+    impl.attention_head(features, weights, cam_weight, labels)
     assert all(torch.equal(a, b) for a, b in zip(before, (features, *weights, cam_weight, labels), strict=True))

@@ -238,7 +238,7 @@ def test_autocast_takes_half_precision_to_float32():
 
 
 def test_large_gradients_are_memory_of_their_own():
-    """Memory that is kept for the next gradient is not that of one that somebody still holds."""
+    """Memory that is kept for the next gradient is not that of one that is still held."""
     inputs, _ = problem(torch.float32, batch=64, channels=512, size=(7, 7), layout=torch.channels_last)
     labels = torch.arange(64) % 4 - 1
     assert inputs[0].nbytes > 4 << 20

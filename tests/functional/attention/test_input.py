@@ -7,7 +7,7 @@ import dan_fast.functional as functional
 import dan_fast.reference as reference
 from dan_fast import NLCBAMWeights
 from dan_fast.nn import NLCBAM
-from tests.functional.attention.test_equations import FORMS, assert_agree, problem
+from tests.support.attention_problems import assert_agree, problem
 from tests.support.head_problems import assert_varies_alike
 
 # Relative to 1 + |b|: rounding of the result for half types, of the sums for float32.
@@ -100,9 +100,8 @@ def set_weight(arguments, **weight):
     arguments["weights"] = arguments["weights"]._replace(**weight)
 
 
-@FORMS
 @pytest.mark.parametrize("message", BROKEN)
-def test_what_does_not_fit_is_named(ops, message):
+def test_what_does_not_fit_is_named(impl, message):
     features, weights, cam_weight, labels = problem()
     arguments = {"features": features, "weights": weights, "cam_weight": cam_weight, "labels": labels}
     arguments["refined"] = features
@@ -111,13 +110,13 @@ def test_what_does_not_fit_is_named(ops, message):
     wrong_type = ("floating", "is torch", "int64", "an NLCBAMWeights")
     kind = TypeError if any(word in message for word in wrong_type) else ValueError
     calls = {
-        "nl_cbam": (lambda: ops.nl_cbam(features, weights), message.startswith(("features", "weights"))),
+        "nl_cbam": (lambda: impl.nl_cbam(features, weights), message.startswith(("features", "weights"))),
         "adversary": (
-            lambda: ops.attention_adversary(features, refined, cam_weight, labels),
+            lambda: impl.attention_adversary(features, refined, cam_weight, labels),
             not message.startswith("weights"),
         ),
         "head": (
-            lambda: ops.attention_head(features, weights, cam_weight, labels),
+            lambda: impl.attention_head(features, weights, cam_weight, labels),
             not message.startswith("refined"),
         ),
     }

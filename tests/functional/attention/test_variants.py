@@ -21,6 +21,7 @@ from dan_fast.reporting.heatmaps import plot_attention
 from dan_fast.training import LossConfig, ModelConfig, TrainConfig, trained_network
 from dan_fast.training.build import initial_network
 from dan_fast.training.objective import TrainingModel
+from tests.support.attention_problems import assert_agree, two_derivatives
 from tests.support.head_problems import assert_varies_alike
 
 FORMS = pytest.mark.parametrize("ops", [reference, functional], ids=["reference", "functional"])
@@ -60,22 +61,13 @@ def problem(variant, shape=(3, 5, 4, 2), seed=0, dtype=torch.float64):
 
 
 def derivatives(op, features, weights, *rest):
-    """Outputs, first and second gradients of a loss that weighs every output entry differently."""
-    leaves = {name: weight.clone().requires_grad_() for name, weight in weights._asdict().items() if weight is not None}
-    features = features.clone().requires_grad_()
-    cam, labels = [value.clone().requires_grad_() if value.is_floating_point() else value for value in rest] or (0, 0)
-    outputs = op(features, AttentionVariantWeights(**leaves), *([cam, labels] if rest else []))
-    wanted = [features, *leaves.values(), *([cam] if rest else [])]
-    loss = sum((torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype) * o.flatten().sin()).sum() for o in outputs)
-    first = torch.autograd.grad(loss, wanted, create_graph=True)
-    second = torch.autograd.grad(sum((g.sin() * (i + 1)).sum() for i, g in enumerate(first)), wanted)
-    return [value.detach() for value in (*outputs, *first, *second)]
+    names = [name for name, weight in weights._asdict().items() if weight is not None]
 
+    def of_tensors(features, *tensors):
+        given = dict(zip(names, tensors, strict=False))
+        return op(features, AttentionVariantWeights(**given), *tensors[len(names) :])
 
-def assert_agree(got, expected, tolerance=1e-10):
-    for a, b in zip(got, expected, strict=True):
-        assert a.shape == b.shape and a.dtype == b.dtype
-        assert torch.all((a - b).abs() <= tolerance * (1 + b.abs()))
+    return two_derivatives(of_tensors, [features, *(getattr(weights, name) for name in names), *rest])
 
 
 @FORMS

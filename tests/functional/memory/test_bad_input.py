@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from dan_fast import MemoryState, functional, reference
+from dan_fast import MemoryState
 from tests.support.memory_arguments import (
     BATCH,
     F64,
@@ -21,11 +21,6 @@ from tests.support.memory_arguments import (
     refuses,
 )
 from tests.support.memory_problems import in_dtype
-
-
-@pytest.fixture(params=[reference, functional], ids=["reference", "functional"])
-def impl(request):
-    return request.param
 
 
 @pytest.mark.parametrize("name", [*BATCH, *GATES, *STATE_FIELDS])
@@ -44,6 +39,12 @@ def test_a_memory_on_another_device_is_named(impl, memory):
     given = arguments()
     moved = given | {memory: MemoryState(*(x.to("meta") for x in given[memory]))}
     refuses(impl, moved, ValueError, "^unlabeled.features is on (meta|cpu), labeled.features on (meta|cpu)")
+
+
+def test_memories_of_two_precisions_are_named(impl):
+    given = arguments()
+    single = in_dtype(given["unlabeled"], torch.float32)
+    refuses(impl, given | {"unlabeled": single}, TypeError, "^unlabeled.features must be torch.float64")
 
 
 @pytest.mark.parametrize("name", FLOATS)

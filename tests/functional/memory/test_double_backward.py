@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dan_fast import MemoryState, functional, reference
+from dan_fast.core.types import Gates, MemoryBatch
 from dan_fast.nn import ProgressiveAugmentedMemory
-from tests.support.memory_problems import Batch, agree, closest_call
+from tests.support.memory_problems import agree, closest_call
 
 F64 = torch.float64
 NAMES = ("keys", "unlabeled_keys", "alpha", "alpha_unlabeled", "beta")
@@ -52,8 +53,8 @@ class Case:
         return self.step(impl, *inputs).loss
 
     def closest(self):
-        batch = Batch(self.values[0], self.labels, self.values[1], self.ids)
-        return closest_call(self.states, batch, self.values[2:], (0.99, 0.99))
+        batch = MemoryBatch(self.values[0], self.labels, self.values[1], self.ids)
+        return closest_call(self.states, batch, Gates(*self.values[2:]))
 
     def clears(self):
         after = self.step(reference, *self.values).unlabeled

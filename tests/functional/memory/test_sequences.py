@@ -20,10 +20,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from dan_fast import MemoryState, functional, reference
+from dan_fast.core.types import Gates, MemoryBatch
 from dan_fast.nn import ProgressiveAugmentedMemory
 from tests.support.memory_problems import (
     KINDS,
-    Batch,
     Calls,
     Closeness,
     agree,
@@ -111,11 +111,12 @@ def assert_sums_agree(actual, expected, tolerance):
 
 def leaves(batch, gates):
     keys = [x.clone().requires_grad_() for x in (batch.keys, batch.unlabeled_keys)]
-    return [*keys, *(torch.tensor(gate, dtype=torch.float64).requires_grad_() for gate in gates)]
+    return [*keys, *(torch.tensor(gate, dtype=torch.float64).requires_grad_() for gate in gates[:3])]
 
 
-def run(impl, states, batch, inputs, decays):
-    return impl.memory_step(*states, inputs[0], batch.labels, inputs[1], batch.sample_ids, *inputs[2:], *decays)
+def run(impl, states, batch, inputs, gates):
+    """`inputs` replace the keys of the batch and the values of the gates."""
+    return impl.memory_step(*states, inputs[0], batch.labels, inputs[1], batch.sample_ids, *inputs[2:], *gates[3:])
 
 
 def rounding_of_slopes(batch, *states):
@@ -164,8 +165,8 @@ def assert_enough_was_reached(reached, least=3):
 
 def test_only_what_follows_from_a_close_call_may_differ():
     empty = [MemoryState.empty(3, 2, torch.float64) for _ in range(2)]
-    batch = Batch(torch.eye(2).double(), torch.tensor([4, 5]), torch.eye(2).double(), torch.tensor([0, 1]))
-    step = run(reference, empty, batch, leaves(batch, (0.0, 0.0, 0.3)), (0.99, 0.99))
+    batch = MemoryBatch(torch.eye(2).double(), torch.tensor([4, 5]), torch.eye(2).double(), torch.tensor([0, 1]))
+    step = run(reference, empty, batch, leaves(batch, Gates(0.0, 0.0, 0.3)), Gates(0.0, 0.0, 0.3))
     assert step.pseudo_labels.tolist() == [4, 5]
     far, near = Closeness(1.0, 1.0, 1.0), Closeness(0.0, math.inf, 1.0)
 
@@ -209,10 +210,10 @@ def test_sequences_agree_in_float64():
         states = {impl: problem.start() for impl in (reference, functional)}
         for at, batch in enumerate(problem.batches()):
             inputs = {impl: leaves(batch, problem.gates) for impl in states}
-            steps = {impl: run(impl, states[impl], batch, inputs[impl], problem.decays) for impl in states}
+            steps = {impl: run(impl, states[impl], batch, inputs[impl], problem.gates) for impl in states}
             literal, fast = steps[reference], steps[functional]
             count_what_was_reached(reached, problem, states[reference], batch, literal)
-            calls = closest_calls(states[reference], batch, problem.gates, problem.decays)
+            calls = closest_calls(states[reference], batch, problem.gates)
             cancelled = calls.labeled.cancellation, min(calls.labeled.cancellation, calls.unlabeled.cancellation)
             slack = [magnified(each, 2e-3) for each in cancelled]
             reached["magnified"] += slack[1] > 1
@@ -251,20 +252,20 @@ def test_the_module_agrees_whenever_it_is_looked_at(problem, data):
     memory, states = make(), problem.start()
     waiting, steps, snapshots = [], [], []
     memory.labeled, memory.unlabeled = states
-    logit = 3.0 if problem.gates[2] else -30.0
+    logit = 3.0 if problem.gates.beta else -30.0
     with torch.no_grad():
-        memory.alpha.fill_(problem.gates[0])
-        memory.alpha_unlabeled.fill_(problem.gates[1])
+        memory.alpha.fill_(problem.gates.alpha)
+        memory.alpha_unlabeled.fill_(problem.gates.alpha_unlabeled)
         memory.beta_logit.fill_(logit)
-    gates = (*problem.gates[:2], 1 / (1 + math.exp(-logit)))
+    gates = problem.gates._replace(beta=1 / (1 + math.exp(-logit)))
     for batch in problem.batches():
-        closest = closest_call(states, batch, gates, problem.decays)
+        closest = closest_call(states, batch, gates)
         if closest.usage < 1e-13 or closest.cosine < 1e-14 or closest.cancellation < 2e-3:
             break  # rounding may decide this batch, and no later one could be compared
         inputs = [x.clone().requires_grad_() for x in (batch.keys, batch.unlabeled_keys)]
         fast = memory(inputs[0], batch.labels, inputs[1], batch.sample_ids)
         expected_inputs = leaves(batch, gates)
-        literal = run(reference, states, batch, expected_inputs, problem.decays)
+        literal = run(reference, states, batch, expected_inputs, gates)
         assert torch.equal(fast.pseudo_labels, literal.pseudo_labels)
         agree(fast.loss, literal.loss)
         states = [literal.labeled, literal.unlabeled]
@@ -322,7 +323,7 @@ def test_lower_precision_agrees_step_by_step(dtype, unit):
     @given(problem=problems(counts=(2, 4)))
     def check(problem):
         # In float32 sigmoid(30) is 1, and nothing is left for the least-used slot.
-        problem = replace(problem, gates=tuple(min(gate, 2.0) for gate in problem.gates))
+        problem = replace(problem, values=tuple(min(value, 2.0) for value in problem.values))
         states = [state._replace(features=0.1 * state.features) for state in problem.start()]
         for batch in problem.batches():
             # Sums of keys of length 1e4 would overflow float16.
@@ -330,13 +331,13 @@ def test_lower_precision_agrees_step_by_step(dtype, unit):
             states = [in_dtype(in_dtype(state, dtype), torch.float64) for state in states]
             batch = batch._replace(keys=keys[0].detach().double(), unlabeled_keys=keys[1].detach().double())
             inputs = leaves(batch, problem.gates)
-            exact = run(reference, states, batch, inputs, problem.decays)
+            exact = run(reference, states, batch, inputs, problem.gates)
             given_states = [in_dtype(state, dtype) for state in states]
-            step = run(functional, given_states, batch, [*keys, *problem.gates], problem.decays)
+            step = run(functional, given_states, batch, [*keys, *problem.values], problem.gates)
             before, states = states, [exact.labeled, exact.unlabeled]
             reached["batches"] += 1
             assert step.loss.dtype == torch.float32 and step.pseudo_labels.dtype == torch.int64
-            calls = closest_calls(before, batch, problem.gates, problem.decays, ties_hold=False)
+            calls = closest_calls(before, batch, problem.gates, ties_hold=False)
             cancelled = calls.labeled.cancellation, min(calls.labeled.cancellation, calls.unlabeled.cancellation)
             slack = [magnified(each, 0.02) for each in cancelled]
             reached["magnified"] += slack[1] > 1

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dan_fast.functional.memory.softmax import SlotSoftmax
-from tests.functional.memory.test_weights import F64, literal_sets, sets, weights
+from tests.support.slot_problems import F64, literal_sets, sets, weights
 from tests.support.toolchain import Guarded, library_on_host, needs_compiler
 
 pytestmark = [pytest.mark.compile, needs_compiler]

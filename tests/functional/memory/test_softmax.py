@@ -1,54 +1,21 @@
-"""`cosine_softmax` and `false_sample_sets`: values, derivatives, which path serves, bits, the compiler."""
+"""`cosine_softmax`, with the sets made of it: values, derivatives, which path serves, bits, the compiler."""
 
 import math
 import os
 import subprocess
 import sys
-from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from dan_fast import _extension, functional, reference
 from dan_fast.functional.memory.row_norms import row_sq_norms
 from tests.support.memory_problems import agree
 from tests.support.running import Called
+from tests.support.slot_problems import F64, SIZES, Weights, weights
 
-F64 = torch.float64
-SIZES = (0, 1, 63, 100, 1000, 9000)
 needs_extension = pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
-
-
-class Weights(NamedTuple):
-    """The arguments of `cosine_softmax`, and what its result is multiplied with in a loss."""
-
-    keys: Tensor
-    slots: Tensor
-    occupied: Tensor | None
-    factors: Tensor
-
-    def to(self, dtype: torch.dtype) -> "Weights":
-        return Weights(self.keys.to(dtype), self.slots.to(dtype), self.occupied, self.factors)
-
-
-def weights(
-    slots: int, batch: int = 5, dim: int = 7, fill: float | None = 0.6, seed: int = 0, zeros: bool = True
-) -> Weights:
-    """Random keys; among the slots some equal to a key and some of norm 0. `fill` None: no mask."""
-    generator = torch.Generator().manual_seed(seed)
-    keys, features, factors = (
-        torch.randn(*shape, generator=generator, dtype=F64) for shape in ((batch, dim), (slots, dim), (batch, slots))
-    )
-    if batch:
-        features[1::7] = keys[0]
-        keys[batch // 2] *= 0.1
-    if zeros:
-        features[2::9] = 0.0
-    occupied = None if fill is None else torch.rand(slots, generator=generator) < fill
-    return Weights(keys, features, occupied, factors)
 
 
 def with_gradients(function, problem: Weights) -> tuple[Tensor, ...]:
@@ -112,14 +79,6 @@ def test_layout_does_not_matter():
 
         for a, b in zip(with_gradients(function, views), with_gradients(function, problem), strict=True):
             agree(a, b, 1e-12)
-    evaluation, labels, pseudo_labels = sets(63, kind="ties")
-    expected = functional.false_sample_sets(evaluation, labels, pseudo_labels)
-    wide = evaluation.repeat_interleave(2, 1)
-    for view in (evaluation.T.contiguous().T, wide[:, ::2]):
-        found = functional.false_sample_sets(view, labels.repeat_interleave(2)[::2], pseudo_labels)
-        assert all(map(torch.equal, found, expected))
-    row = functional.false_sample_sets(evaluation[:1].expand(6, 63), labels, pseudo_labels[:1].expand(6))
-    assert all(torch.equal(x, y[:1].expand(6, 63)) for x, y in zip(row, expected, strict=True))
 
 
 def test_gradgradcheck():
@@ -189,8 +148,6 @@ def test_opcheck():
         torch.library.opcheck(ops.slot_softmax.default, (*leaves, mask))
     result = ops.slot_softmax(*tensors, occupied)
     torch.library.opcheck(ops.slot_softmax_backward.default, (torch.randn_like(result), result, *tensors))
-    labels = torch.arange(33) % 4 - 1
-    torch.library.opcheck(ops.false_sample_sets.default, (result, labels, torch.tensor([0, 2, -1, 7])))
 
 
 @needs_extension
@@ -204,8 +161,6 @@ def test_the_operators_name_what_does_not_fit():
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.slot_softmax(*wrong)
-    with pytest.raises(RuntimeError, match="evaluation must be float64, float32, bfloat16 or float16"):
-        ops.false_sample_sets(torch.ones(1, 2).long(), torch.tensor([0, 1]), torch.tensor([0]))
 
 
 @pytest.mark.compile
@@ -310,92 +265,6 @@ def test_every_instruction_set_gives_the_same_bits():
     assert len(set(found.values())) == 1, found
 
 
-def literal_sets(evaluation: Tensor, labels: Tensor, pseudo_labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. (14) by Python's sort, in the order of torch.sort."""
-    false_positive = torch.zeros(evaluation.shape, dtype=torch.bool)
-    false_negative = torch.zeros_like(false_positive)
-    names = labels.tolist()
-    for row, label in enumerate(pseudo_labels.tolist()):
-        values = evaluation[row].double().tolist()
-        occupied = [i for i, name in enumerate(names) if name >= 0]
-        occupied.sort(key=lambda i: (0, 0) if math.isnan(values[i]) else (1, -values[i]))
-        same = {i for i in occupied if names[i] == label}
-        largest = set(occupied[: len(same)])
-        for members, mask in ((same - largest, false_positive), (largest - same, false_negative)):
-            mask[row, list(members)] = True
-    return false_positive, false_negative
-
-
-def sets(slots: int, batch: int = 6, classes: int = 5, seed: int = 0, kind: str = "random") -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(seed)
-    evaluation = torch.rand(batch, slots, generator=generator, dtype=F64)
-    match kind:
-        case "close":  # as weights are
-            evaluation = (evaluation * 2).exp() / 9000
-        case "ties":
-            evaluation = (evaluation * 3).round() / 7
-        case "equal":
-            evaluation = torch.full_like(evaluation, 0.25)
-        case "odd":
-            odd = torch.tensor([math.nan, -math.nan, 0.0, -0.0, math.inf, -1.5, 1e-320, -1e-45, 2.0], dtype=F64)
-            evaluation = odd[torch.randint(0, odd.numel(), (batch, slots), generator=generator)]
-    labels = torch.randint(-1, classes, (slots,), generator=generator)
-    pseudo_labels = torch.randint(-1, classes + 1, (batch,), generator=generator)
-    return evaluation, labels, pseudo_labels
-
-
-@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["random", "close", "ties", "equal", "odd"])
-@pytest.mark.parametrize("slots", [0, 1, 63, 1000])
-def test_the_sets_are_those_of_a_stable_sort(slots: int, kind: str, dtype: torch.dtype):
-    evaluation, labels, pseudo_labels = sets(slots, kind=kind)
-    evaluation = evaluation.to(dtype)
-    expected = literal_sets(evaluation, labels, pseudo_labels)
-    for impl in (functional, reference):
-        found = impl.false_sample_sets(evaluation, labels, pseudo_labels)
-        assert all(map(torch.equal, found, expected)), impl.__name__
-    assert torch.equal(*(x.sum(1) for x in expected))
-    if slots >= 63 and kind != "equal":
-        assert expected[0].any()
-
-
-def test_all_slots_of_the_label_and_all_but_one():
-    evaluation = torch.tensor([[0.4, 0.1, 0.3], [0.1, 0.4, 0.3], [0.4, 0.1, 0.3]])
-    found = functional.false_sample_sets(evaluation, torch.tensor([0, 1, 1]), torch.tensor([1, 1, 0]))
-    assert found[0].int().tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 0]]
-    assert found[1].int().tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 0]]
-    for labels in ([1, 1, 1], [-1, 1, 1]):
-        found = functional.false_sample_sets(evaluation, torch.tensor(labels), torch.tensor([1, 1, 1]))
-        assert not found[0].any() and not found[1].any()
-
-
-def test_the_sets_at_the_size_of_the_paper():
-    for seed, classes in ((0, 2), (1, 750)):
-        problem = sets(9000, batch=3, classes=classes, seed=seed, kind="close")
-        found, expected = functional.false_sample_sets(*problem), literal_sets(*problem)
-        assert all(map(torch.equal, found, expected)) and expected[0].any()
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data(), slots=st.integers(1, 30), dtype=st.sampled_from([F64, torch.float32, torch.float16]))
-def test_any_sets(data: st.DataObject, slots: int, dtype: torch.dtype):
-    number = st.floats(width=16).filter(lambda x: x != -math.inf) | st.sampled_from([0.0, -0.0, 0.5, math.nan])
-    evaluation = torch.tensor([data.draw(st.lists(number, min_size=slots, max_size=slots))], dtype=dtype)
-    labels = torch.tensor(data.draw(st.lists(st.integers(-2, 2), min_size=slots, max_size=slots)))
-    pseudo_labels = torch.tensor([data.draw(st.integers(-2, 3))])
-    found, expected = (
-        functional.false_sample_sets(evaluation, labels, pseudo_labels),
-        reference.false_sample_sets(evaluation, labels, pseudo_labels),
-    )
-    assert all(map(torch.equal, found, expected))
-
-
-def test_no_gradient_comes_out_of_the_sets():
-    evaluation, labels, pseudo_labels = sets(20)
-    found = functional.false_sample_sets(evaluation.requires_grad_(), labels, pseudo_labels)
-    assert not any(x.requires_grad for x in found) and all(x.dtype == torch.bool for x in found)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("slots", SIZES)
@@ -408,10 +277,3 @@ def test_on_the_gpu(slots: int):
     for a, b in zip(found, with_gradients(reference.cosine_softmax, problem), strict=True):
         agree(a.cpu(), b, 1e-10)
     assert torch.equal(found[0], functional.cosine_softmax(*on_gpu[:3]))
-    for kind in ("random", "close", "ties", "equal", "odd"):
-        for dtype in (F64, torch.float32, torch.float16, torch.bfloat16):
-            evaluation, labels, pseudo_labels = sets(slots, kind=kind)
-            given = (evaluation.to(dtype), labels, pseudo_labels)
-            expected = reference.false_sample_sets(*given)
-            actual = functional.false_sample_sets(*(x.cuda() for x in given))
-            assert all(torch.equal(a.cpu(), b) for a, b in zip(actual, expected, strict=True))

@@ -1,0 +1,98 @@
+"""`false_sample_sets`: the sets of a stable sort, in any layout and on any device."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dan_fast import _extension, functional, reference
+from tests.support.slot_problems import F64, KINDS, SIZES, literal_sets, sets
+
+needs_extension = pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
+DTYPES = (F64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("slots", [0, 1, 63, 1000])
+def test_the_sets_are_those_of_a_stable_sort(slots: int, kind: str, dtype: torch.dtype):
+    evaluation, labels, pseudo_labels = sets(slots, kind=kind)
+    evaluation = evaluation.to(dtype)
+    expected = literal_sets(evaluation, labels, pseudo_labels)
+    for impl in (functional, reference):
+        found = impl.false_sample_sets(evaluation, labels, pseudo_labels)
+        assert all(map(torch.equal, found, expected)), impl.__name__
+    assert torch.equal(*(x.sum(1) for x in expected))
+    if slots >= 63 and kind != "equal":
+        assert expected[0].any()
+
+
+def test_all_slots_of_the_label_and_all_but_one():
+    evaluation = torch.tensor([[0.4, 0.1, 0.3], [0.1, 0.4, 0.3], [0.4, 0.1, 0.3]])
+    found = functional.false_sample_sets(evaluation, torch.tensor([0, 1, 1]), torch.tensor([1, 1, 0]))
+    assert found[0].int().tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 0]]
+    assert found[1].int().tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 0]]
+    for labels in ([1, 1, 1], [-1, 1, 1]):
+        found = functional.false_sample_sets(evaluation, torch.tensor(labels), torch.tensor([1, 1, 1]))
+        assert not found[0].any() and not found[1].any()
+
+
+def test_the_sets_at_the_size_of_the_paper():
+    for seed, classes in ((0, 2), (1, 750)):
+        problem = sets(9000, batch=3, classes=classes, seed=seed, kind="close")
+        found, expected = functional.false_sample_sets(*problem), literal_sets(*problem)
+        assert all(map(torch.equal, found, expected)) and expected[0].any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), slots=st.integers(1, 30), dtype=st.sampled_from([F64, torch.float32, torch.float16]))
+def test_any_sets(data: st.DataObject, slots: int, dtype: torch.dtype):
+    number = st.floats(width=16).filter(lambda x: x != -math.inf) | st.sampled_from([0.0, -0.0, 0.5, math.nan])
+    evaluation = torch.tensor([data.draw(st.lists(number, min_size=slots, max_size=slots))], dtype=dtype)
+    labels = torch.tensor(data.draw(st.lists(st.integers(-2, 2), min_size=slots, max_size=slots)))
+    pseudo_labels = torch.tensor([data.draw(st.integers(-2, 3))])
+    found, expected = (
+        functional.false_sample_sets(evaluation, labels, pseudo_labels),
+        reference.false_sample_sets(evaluation, labels, pseudo_labels),
+    )
+    assert all(map(torch.equal, found, expected))
+
+
+def test_no_gradient_comes_out_of_the_sets():
+    evaluation, labels, pseudo_labels = sets(20)
+    found = functional.false_sample_sets(evaluation.requires_grad_(), labels, pseudo_labels)
+    assert not any(x.requires_grad for x in found) and all(x.dtype == torch.bool for x in found)
+
+
+def test_layout_does_not_matter():
+    evaluation, labels, pseudo_labels = sets(63, kind="ties")
+    expected = functional.false_sample_sets(evaluation, labels, pseudo_labels)
+    wide = evaluation.repeat_interleave(2, 1)
+    for view in (evaluation.T.contiguous().T, wide[:, ::2]):
+        found = functional.false_sample_sets(view, labels.repeat_interleave(2)[::2], pseudo_labels)
+        assert all(map(torch.equal, found, expected))
+    row = functional.false_sample_sets(evaluation[:1].expand(6, 63), labels, pseudo_labels[:1].expand(6))
+    assert all(torch.equal(x, y[:1].expand(6, 63)) for x, y in zip(row, expected, strict=True))
+
+
+@needs_extension
+def test_the_operator():
+    op, (evaluation, *labels) = torch.ops.dan_fast.false_sample_sets, sets(33, batch=4)
+    torch.library.opcheck(op.default, (evaluation, *labels))
+    with pytest.raises(RuntimeError, match="evaluation must be float64, float32, bfloat16 or float16"):
+        op(torch.ones(1, 2).long(), torch.tensor([0, 1]), torch.tensor([0]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("slots", SIZES)
+def test_on_the_gpu(slots: int):
+    for kind in KINDS:
+        for dtype in DTYPES:
+            evaluation, labels, pseudo_labels = sets(slots, kind=kind)
+            given = (evaluation.to(dtype), labels, pseudo_labels)
+            expected = reference.false_sample_sets(*given)
+            actual = functional.false_sample_sets(*(x.cuda() for x in given))
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(actual, expected, strict=True))

@@ -1,0 +1,50 @@
+"""Every operator that is built has its class, and no gradient that is a kernel is without its second derivative."""
+
+import pytest
+import torch
+
+from dan_fast import _extension
+from dan_fast.functional.registration import KernelBackward, Operator
+
+pytestmark = pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
+# Of images, which have no gradient.
+ELSEWHERE = {"augment_images", "normalize_images"}
+
+
+def operators(base: type[Operator]) -> set[str]:
+    names = {base.name} if "name" in vars(base) else set()
+    return names.union(*map(operators, base.__subclasses__()))
+
+
+def test_each_operator_has_a_class():
+    gradients = {name for name in _extension._OPERATORS if name.endswith("_backward")}
+    assert {f"{name}_backward" for name in operators(KernelBackward)} == gradients
+    assert operators(Operator) - {"float32_product"} == set(_extension._OPERATORS) - gradients - ELSEWHERE
+
+
+def test_a_gradient_that_is_differentiated_is_not_a_kernels():
+    class Doubled(KernelBackward):
+        differentiable = 1
+
+        @staticmethod
+        def form(x):
+            return (x.square() * 2,)
+
+        @classmethod
+        def grad_by_kernel(cls, ctx, saved, grads):
+            return (4 * saved[0] * grads[0]).detach(), None
+
+    class Squared(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return Doubled.form(x)[0]
+
+        @staticmethod
+        def backward(ctx, grad):
+            return Doubled.backward(ctx, grad)[0]
+
+    x = torch.tensor([3.0], requires_grad=True)
+    (first,) = torch.autograd.grad(Squared.apply(x), x, create_graph=True)
+    assert first == 12 and torch.autograd.grad(first, x)[0] == 4
+    assert torch.autograd.grad(Squared.apply(x), x)[0] == 12
