@@ -32,8 +32,8 @@ from dan_fast.training import (
     TrainConfig,
     Trainer,
 )
-from dan_fast.training.metrics import Scalars
 from dan_fast.training.objective import Objective
+from dan_fast.training.scalars import Scalars
 
 UPDATED, FROZEN = "updated", "frozen"
 # Large enough for S~ to see that S has moved the weights.
@@ -123,7 +123,7 @@ class DANIteration:
     def set(self, order: int, stage: str) -> None:
         """Which kind of iteration comes next."""
         self.trainer.config.meta.order = order
-        self.trainer.competition = DecidedCompetition(STAGES[stage])
+        self.trainer.meta_step.competition = DecidedCompetition(STAGES[stage])
 
     def run(self) -> None:
         """One iteration: `Trainer`'s own, from the batch on the host to the optimizer's step."""
@@ -137,14 +137,16 @@ class DANIteration:
         Args:
             moved: see S~ at these values, whatever S has moved the weights to; G' is differentiated as ever.
         """
-        memory, objective = self.trainer.model.memory, self.trainer.objective
+        memory, meta_step = self.trainer.model.memory, self.trainer.meta_step
+        objective = meta_step.objective
         before = memory.labeled, memory.unlabeled
         torch.manual_seed(0)
-        self.trainer.objective = given = _ObjectiveAt(objective.model, moved=moved)
+        meta_step.objective = given = _ObjectiveAt(objective.model, moved=moved)
+        meta_step.optimizer.param_groups[0]["lr"] = _INNER_STEP
         try:
-            return self.trainer.gradients(self.batch, _INNER_STEP, self.scalars), given.moved
+            return meta_step.gradients(self.batch.meta_train, self.batch.meta_test).grads, given.moved
         finally:
-            self.trainer.objective = objective
+            meta_step.objective = objective
             memory.labeled, memory.unlabeled = before
 
 

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.reporting.canvas import COLOURS, save_png, style
-from dan_fast.training.metrics import part_of_run
+from dan_fast.training.scalars import part_of_run
 
 # Tags that belong on one panel although their first two parts differ.
 _TOGETHER = {

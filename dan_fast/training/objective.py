@@ -1,6 +1,7 @@
 """The losses of one part of a mini-batch, Eq. (1), as `meta_gradients` wants them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,13 +17,13 @@ from dan_fast.training.config import LossConfig
 
 
 class PassRecord(NamedTuple):
-    """What the trainer wants to know of a pass beside its losses; every tensor is detached.
+    """What is known of a pass beside its losses; every tensor is detached.
 
     Attributes:
         logits, adversary_logits: (num_labeled, c), of the labelled samples, for the competition.
         labels: (num_labeled,) int64.
         pseudo_labels, sample_ids: (B',) int64, of the unlabelled samples; empty without a memory.
-        gates: () raw alpha and alpha', and beta; None without a memory.
+        gates: () sigmoid of alpha and of alpha', and beta; None without a memory.
         fault: () integer on the device, 0 if all was well: what `require_sound` takes, read from the device.
         fed_back_labels, fed_back_ids: (num_fed_back,) int64, pseudo label and sample id of each fed-back sample.
         spatial_spread: () float32, the mean over all images of max - min of A_S; None without an attention.
@@ -148,7 +149,7 @@ class TrainingModel(nn.Module):
         embedding, labeled_embedding, gates, cleared = zero, zero, None, None
         pseudo_labels = split.sample_ids.new_empty(0)
         if self.memory is not None:
-            # A memory refuses keys that are not finite, so it stays as it is if any feature is not, and nobody waits.
+            # A memory refuses keys that are not finite: it stays as it is if any feature is not, without a wait.
             keys = self.network.keys(out).float() + torch.where(finite, 0.0, torch.nan)
             gate_features = self.network.gate_features(out).float() if self.memory.gates == "features" else None
             if self.weights.labeled_embedding > 0 and labeled > 0:
@@ -180,7 +181,7 @@ class TrainingModel(nn.Module):
             pseudo_labels = step.pseudo_labels
             # Each sample that is not skipped fills one slot, so what M' does not hold in addition has left it.
             cleared = occupied_before + (pseudo_labels >= 0).sum() - self.memory.occupied_slots()[1]
-            gates = alpha.detach(), alpha_unlabeled.detach(), beta.detach()
+            gates = alpha.detach().sigmoid(), alpha_unlabeled.detach().sigmoid(), beta.detach()
 
         losses = {
             "total": classification + adversary + embedding + regularizer + labeled_embedding,
@@ -222,6 +223,8 @@ def _negative_entropy(logits: Tensor) -> Tensor:
 class Objective:
     """`loss_fn` of `meta_gradients` over a `TrainingModel`: runs it with other values for its parameters.
 
+    As `torch.func.functional_call` does it, but where the parameters sit is looked up once, not in every call.
+
     Attributes:
         model: the training model; its buffers (batch norm, memory) advance with every call.
         record: the record of the last call.
@@ -230,6 +233,40 @@ class Objective:
     model: TrainingModel
     record: PassRecord | None = None
 
+    def __post_init__(self) -> None:
+        self._places = parameter_places(self.model)
+
     def __call__(self, params: Mapping[str, Tensor], split: Split) -> dict[str, Tensor]:
-        losses, self.record = torch.func.functional_call(self.model, dict(params), (split,))
+        with _in_place_of(self._places, params):
+            losses, self.record = self.model(split)
         return losses
+
+
+# The dictionary of a module's own parameters, and the name of one in it.
+Place = tuple[dict[str, Tensor | None], str]
+
+
+def parameter_places(model: nn.Module) -> dict[str, list[Place]]:
+    """Where each parameter of `model` sits, by its name in `named_parameters`; a tied one sits in several places."""
+    places: dict[int, list[Place]] = {}
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                places.setdefault(id(value), []).append((module._parameters, name))
+    return {name: places[id(value)] for name, value in model.named_parameters()}
+
+
+@contextmanager
+def _in_place_of(places: Mapping[str, Sequence[Place]], params: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the parameters named in `params` are those values."""
+    replaced = []
+    try:
+        for name, value in params.items():
+            for parameters, key in places[name]:
+                if parameters[key] is not value:
+                    replaced.append((parameters, key, parameters[key]))
+                    parameters[key] = value
+        yield
+    finally:
+        for parameters, key, own in replaced:
+            parameters[key] = own

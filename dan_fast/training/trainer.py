@@ -1,7 +1,7 @@
 """The training loop: data, meta step, outer step, checkpoints, evaluation."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
@@ -15,9 +15,7 @@ from torch import Tensor
 from dan_fast.core.errors import DanFastError, Interrupted
 from dan_fast.core.files import alone, remove_unfinished, write_text
 from dan_fast.core.float32 import float32_rounding
-from dan_fast.daml import Competition, Stage, accuracies_tie, active_groups, attention_wins, meta_gradients
-from dan_fast.daml.meta import attention_that_serves
-from dan_fast.data import BatchPlanner, ImageCache, MiniBatch, Split, TrainingSet, training_loader
+from dan_fast.data import BatchPlanner, ImageCache, MiniBatch, TrainingSet, training_loader
 from dan_fast.data.images.workers import is_worker_death
 from dan_fast.evaluation import Evaluation, evaluate_dataset
 from dan_fast.training.build import build_memory, network_and_random_state, preprocessing_of, resolve_device
@@ -26,23 +24,15 @@ from dan_fast.training.config import TrainConfig, goes_on, require_same_training
 from dan_fast.training.determinism import deterministic_algorithms, prepare_cublas
 from dan_fast.training.display import Display
 from dan_fast.training.interrupt import StopRequest
-from dan_fast.training.metrics import (
-    Scalars,
-    accuracy,
-    cleared_a_sample,
-    fed_back_right,
-    logit_norm,
-    pseudo_label_accuracy,
-    pseudo_label_purity,
-    target_tags,
-)
-from dan_fast.training.objective import DivergedError, Objective, PassRecord, TrainingModel, all_finite, require_sound
+from dan_fast.training.objective import DivergedError, TrainingModel, all_finite
 from dan_fast.training.reported import EpochChoice, describe, epoch_of, say, write_results
+from dan_fast.training.scalars import Scalars, target_tags
 from dan_fast.training.schedule import step_size
 from dan_fast.training.sources import load_datasets
+from dan_fast.training.step import MetaStep
+from dan_fast.training.step_scalars import StepScalars
 from dan_fast.triton_kernels import float32_products
 
-CAM_WEIGHT = "network.classifier.weight"
 _BACKBONE = "network.backbone."
 # Key of an optimizer's group: the factor on its step size.
 _SCALE = "lr_scale"
@@ -59,7 +49,7 @@ class Trainer:
 
     A trainer is a guest in its process: it has random numbers of its own, and `fit` puts back the process's generators
     of the CPU and of the run's GPU, and the handlers of SIGINT and SIGTERM, when it leaves. Who calls
-    `train_iteration` or `gradients` without `fit` draws from the process's generators. What NumPy and Python draw from
+    `train_iteration` without `fit` draws from the process's generators. What NumPy and Python draw from
     is not touched.
 
     Raises:
@@ -116,9 +106,6 @@ class Trainer:
         half = torch.bfloat16 if config.run.precision == "bfloat16" else None
         self.model = TrainingModel(network, memory, config.loss, half, config.memory.temperature, lending)
         self.model.to(self.device, memory_format=torch.channels_last)
-        self.true_labels = self.training_set.true_labels.to(self.device)
-        self.true_ids = self.training_set.true_ids.to(self.device)
-        self.objective = Objective(self.model)
         self.planner = BatchPlanner(
             self.training_set.labels,
             len(self.training_set.unlabeled_samples),
@@ -135,7 +122,8 @@ class Trainer:
             momentum=config.optimizer.momentum,
             weight_decay=config.optimizer.weight_decay,
         )
-        self.competition = Competition(config.meta.stall_guard)
+        self.meta_step = MetaStep(self.model, self.optimizer, config.meta)
+        self._step_scalars = StepScalars(self.training_set, self.device, network.adversary)
         self.epoch = 0
         self.iteration = 0
         self.feedback: tuple[Tensor, Tensor] | None = None
@@ -309,87 +297,22 @@ class Trainer:
             scalars: told of losses, accuracies, the competition and the memory.
 
         Raises:
-            DivergedError, DanFastError: as `gradients`; no parameter has moved.
+            DivergedError: a feature or a gradient is not finite; no parameter has moved.
+            DanFastError: batch norm or the memory refuses the batch; no parameter has moved.
         """
         progress = self.epoch + self.iteration / self.planner.iterations
         lr = step_size(progress, self.config.optimizer.epochs, self.config.optimizer.lr_scale)
-        grads = self.gradients(batch, lr, scalars)
-        for name, parameter in self.model.named_parameters():
-            # None, not zero: a frozen parameter must not move by momentum or weight decay either.
-            parameter.grad = grads.get(name)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get(_SCALE, 1.0)
-        self.optimizer.step()
+        try:
+            result = self.meta_step.step(batch.meta_train, batch.meta_test)
+        except ValueError as error:
+            raise DanFastError(f"Training cannot go on at iteration {self.iterations_done}: {error}.") from error
+        self._step_scalars.add(scalars, result)
         scalars.add("train/step_size", lr)
         last_of_window = (self.iterations_done + 1) % self.config.run.log_every == 0
         if self.model.memory is not None and last_of_window:
-            self._log_memory(scalars)
-
-    def gradients(self, batch: MiniBatch, lr: float, scalars: Scalars) -> dict[str, Tensor]:
-        """What the outer step follows, by parameter; parameters that are frozen in this iteration are left out.
-
-        Memory, competition and batch norm's buffers advance by the batch. A GPU is waited for once after S, where
-        the host has to know who won the competition, and once at the end.
-
-        Args:
-            batch: on the device, or on the host.
-            lr: delta_1 of Eq. (19), the size of the inner step.
-            scalars: as in `train_iteration`.
-
-        Raises:
-            DivergedError: a feature or a gradient is not finite.
-            DanFastError: batch norm or the memory refuses the batch.
-        """
-        try:
-            with attention_that_serves(self.config.meta.order):
-                return self._checked_gradients(batch, lr, scalars)
-        except ValueError as error:
-            raise DanFastError(f"Training cannot go on at iteration {self.iterations_done}: {error}.") from error
-
-    def _checked_gradients(self, batch: MiniBatch, lr: float, scalars: Scalars) -> dict[str, Tensor]:
-        meta = self.config.meta
-        params = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-        meta_train = self._to_device(batch.meta_train)
-        train_losses = self.objective(params, meta_train)
-        record = self.objective.record
-        self._log_pass("train", train_losses, record, scalars)
-        scalars.add("train/accuracy/attention", accuracy(record.logits, record.labels))
-        scalars.add("train/accuracy/adversary", accuracy(record.adversary_logits, record.labels))
-        scalars.add("train/logit_norm/attention", logit_norm(record.logits))
-        if self.model.network.adversary:
-            scalars.add("train/logit_norm/adversary", logit_norm(record.adversary_logits))
-        if batch.meta_test is None:
-            values = torch.autograd.grad(train_losses["total"], [*params.values()], materialize_grads=True)
-            _require_sound([record], values)
-            return dict(zip(params, values, strict=True))
-
-        groups, unread = None, [record]
-        if meta.procedure == "daml3":
-            stage = Stage.ATTENTION
-            if self.model.network.adversary:
-                won = attention_wins(record.logits, record.adversary_logits, record.labels)
-                fault, attention_won = _read([record.fault, won])
-                require_sound(fault)
-                unread = []
-                stage = self.competition.decide(bool(attention_won))
-                self._log_stage(stage, scalars)
-                tie = accuracies_tie(record.logits, record.adversary_logits, record.labels)
-                scalars.add("competition/ties", tie)
-            groups = self._groups(stage)
-        result = meta_gradients(
-            self.objective,
-            params,
-            groups,
-            meta_train,
-            self._to_device(batch.meta_test),
-            self._inner_steps(lr, params),
-            meta.eta,
-            meta.order,
-            train_losses=train_losses,
-        )
-        self._log_pass("test", result.test_losses, self.objective.record, scalars)
-        _require_sound([*unread, self.objective.record], result.grads.values())
-        return result.grads
+            self._step_scalars.add_memory(scalars, self.model.memory)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """The outer step's groups: one unless the backbone's steps are scaled."""
@@ -400,62 +323,6 @@ class Trainer:
         backbone = [parameter for name, parameter in named if name.startswith(_BACKBONE)]
         others = [parameter for name, parameter in named if not name.startswith(_BACKBONE)]
         return [{"params": backbone, _SCALE: scale}, {"params": others, _SCALE: 1.0}]
-
-    def _inner_steps(self, lr: float, params: Iterable[str]) -> float | dict[str, float]:
-        scale = self.config.optimizer.backbone_lr_scale
-        if scale == 1:
-            return lr
-        return {name: lr * scale if name.startswith(_BACKBONE) else lr for name in params}
-
-    def _groups(self, stage: Stage) -> dict[str, tuple[list[str], str]]:
-        names = self.model.network.parameter_groups()
-        backbone = [f"network.{name}" for name in names["backbone"]]
-        held = () if self.model.memory is None else self.model.memory.named_parameters()
-        memory = [f"memory.{name}" for name, value in held if value.requires_grad]
-        if stage is not Stage.ADVERSARY and self.config.meta.order == 1:
-            # Of L_total the gates move l2 L_lde alone, so their gradient is the same, and one walk of the memory's part
-            # of the graph serves both. With second derivatives they also move what S~ loses at the new backbone.
-            backbone, memory = [*backbone, *memory], []
-        attention = [f"network.{name}" for name in names["attention"]]
-        # A loss that does not reach the classifier would move it by momentum and weight decay alone.
-        reached = self.config.loss.adversary_reach == "all"
-        return active_groups(stage, backbone, attention, memory, CAM_WEIGHT if reached else None)
-
-    def _log_stage(self, stage: Stage, scalars: Scalars) -> None:
-        scalars.add("competition/attention_wins", float(stage is Stage.ATTENTION))
-        scalars.add("competition/backbone_frozen", float(stage is Stage.ADVERSARY))
-        scalars.add("competition/both_updated", float(stage is Stage.BOTH))
-
-    def _log_pass(self, name: str, losses: dict[str, Tensor], record: PassRecord, scalars: Scalars) -> None:
-        for loss, value in losses.items():
-            scalars.add(f"{name}/loss/{loss}", value)
-        if record.gates is not None:
-            alpha, alpha_unlabeled, beta = record.gates
-            scalars.add("memory/sigma_alpha", alpha.sigmoid())
-            scalars.add("memory/sigma_alpha_unlabeled", alpha_unlabeled.sigmoid())
-            scalars.add("memory/beta", beta)
-            scalars.add("memory/cleared_a_sample", *cleared_a_sample(record))
-        if record.spatial_spread is not None:
-            scalars.add("attention/spatial_spread", record.spatial_spread)
-        scalars.add("pseudo/accuracy", *pseudo_label_accuracy(record, self.true_labels))
-        if len(record.fed_back_ids):
-            scalars.add("pseudo/fed_back_right", *fed_back_right(record, self.true_labels, self.true_ids))
-
-    def _log_memory(self, scalars: Scalars) -> None:
-        memory = self.model.memory
-        slots_labeled, slots_unlabeled = memory.occupied_slots()
-        scalars.add("memory/slots_labeled", slots_labeled)
-        scalars.add("memory/slots_unlabeled", slots_unlabeled)
-        purity = pseudo_label_purity(*memory.reliable_samples(), self.training_set)
-        if purity is not None:
-            scalars.add("pseudo/purity", purity)
-
-    def _to_device(self, split: Split) -> Split:
-        return split._replace(
-            images=split.images.to(self.device, memory_format=torch.channels_last, non_blocking=True),
-            labels=split.labels.to(self.device, non_blocking=True),
-            sample_ids=split.sample_ids.to(self.device, non_blocking=True),
-        )
 
     def _evaluate_if_due(self, scalars: Scalars, display: Display) -> list[Evaluation]:
         if not self._evaluation_is_due():
@@ -527,7 +394,7 @@ class Trainer:
                 **self._state_of_network(),
                 "skipped": sorted(self.skipped),
                 "optimizer": self.optimizer.state_dict(),
-                "competition": self.competition.state_dict(),
+                **self.meta_step.state_dict(),
                 "feedback": {"sample_ids": sample_ids, "pseudo_labels": pseudo_labels},
                 "random": self._get_random_state(),
             },
@@ -551,7 +418,7 @@ class Trainer:
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.competition.load_state_dict(state["competition"])
+        self.meta_step.load_state_dict(state)
         self.epoch, self.iteration, self.skipped = state["epoch"], state["iteration"], set(state["skipped"])
         feedback = state["feedback"]
         if feedback["sample_ids"] is not None:
@@ -577,20 +444,6 @@ class Trainer:
             # Older checkpoints hold the states of all GPUs.
             index = torch.cuda.current_device() if self.device.index is None else self.device.index
             torch.cuda.set_rng_state(state["cuda"][index % len(state["cuda"])], self.device)
-
-
-def _read(flags: Sequence[Tensor]) -> list[int]:
-    """() integer or bool tensors of one device as numbers; the device is waited for once."""
-    return torch.stack([flag.to(torch.int32) for flag in flags]).tolist()
-
-
-def _require_sound(records: Sequence[PassRecord], grads: Iterable[Tensor]) -> None:
-    *faults, finite = _read([*(record.fault for record in records), all_finite(grads)])
-    # In the order in which it happened: what is wrong with S makes S~ and the gradients wrong too.
-    for fault in faults:
-        require_sound(fault)
-    if not finite:
-        raise DivergedError("gradients are not finite")
 
 
 def _mark(path: Path) -> tuple[int, int, int] | None:

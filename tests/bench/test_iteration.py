@@ -79,10 +79,10 @@ def test_the_stage_decides_what_an_iteration_moves(dan, order):
 def test_gradients_leave_the_memories_as_they_are(dan):
     dan.set(1, UPDATED)
     before = dan.trainer.model.memory.labeled
-    objective = dan.trainer.objective
+    objective = dan.trainer.meta_step.objective
     (first, moved), (second, _) = dan.gradients(), dan.gradients()
     assert torch.equal(before.features, dan.trainer.model.memory.labeled.features)
-    assert dan.trainer.objective is objective
+    assert dan.trainer.meta_step.objective is objective
     assert set(group_errors(first, second).values()) == {0.0}
     here, moved_to = dan.gradients(moved)
     assert set(group_errors(here, first).values()) == {0.0} and moved_to is moved

@@ -418,8 +418,8 @@ def test_the_backbones_steps_are_scaled(pictures: Path, tmp_path: Path, monkeypa
         steps.append(arguments[5])
         return meta_gradients(*arguments, **options)
 
-    monkeypatch.setattr("dan_fast.training.trainer.meta_gradients", watched)
-    monkeypatch.setattr(trainer.competition, "decide", lambda won: Stage.BOTH)
+    monkeypatch.setattr("dan_fast.training.step.meta_gradients", watched)
+    monkeypatch.setattr(trainer.meta_step.competition, "decide", lambda won: Stage.BOTH)
     trainer.model.train()
     plans = trainer.planner.plan_epoch(0)
     batch = next(iter(training_loader(trainer.training_set, plans, SIZE)))

@@ -57,13 +57,18 @@ class Watched(Objective):
         self.remember_states = remember_states
 
     def __call__(self, params: dict[str, Tensor], split: Split) -> dict[str, Tensor]:
-        memory, given = self.model.memory, []
+        memory, given, gates = self.model.memory, [], []
         # Of the kernels' memory nobody reads the states, so that its writes wait as they do in a training.
         states = (memory.labeled, memory.unlabeled) if self.remember_states else None
-        with memory.register_forward_pre_hook(lambda module, arguments: given.extend(arguments)):
+
+        def remember(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            given.extend(x.detach() for x in arguments)
+            gates.extend(x.detach().clone() for x in module.gate_values())
+
+        with memory.register_forward_pre_hook(remember):
             losses = super().__call__(params, split)
         record = self.record
-        of_states = (states, Batch(*(x.detach() for x in given)), record.gates) if states else None
+        of_states = (states, Batch(*given), tuple(gates)) if states else None
         values = {name: value.item() for name, value in losses.items()}
         self.passes.append(Pass(values, record.pseudo_labels, int(record.cleared), of_states))
         return losses
@@ -87,7 +92,7 @@ def train(root: Path, out: Path, literal: bool) -> list[Pass]:
         run={"out": str(out), "device": "cpu"},
     )
     trainer = Trainer(config)
-    trainer.objective = watched = Watched(trainer, remember_states=literal)
+    trainer.meta_step.objective = watched = Watched(trainer, remember_states=literal)
     with literal_operators(trainer) if literal else nullcontext():
         trainer.fit()
     return watched.passes

@@ -8,7 +8,6 @@ from PIL import Image
 
 from dan_fast.data import TrainingSet, load_dataset
 from dan_fast.training.metrics import (
-    Scalars,
     accuracy,
     cleared_a_sample,
     fed_back_right,
@@ -17,6 +16,7 @@ from dan_fast.training.metrics import (
     pseudo_label_purity,
 )
 from dan_fast.training.objective import spatial_spread
+from dan_fast.training.scalars import Scalars
 
 # Six unlabelled images: persons 0, 0, 1, 1, 2 and one unknown; the first three persons' classes are 4, 7 and none.
 TRUTH = SimpleNamespace(true_ids=torch.tensor([0, 0, 1, 1, 2, -1]), true_labels=torch.tensor([4, 4, 7, 7, -1, -1]))

@@ -165,11 +165,11 @@ def test_a_classifier_that_no_loss_reaches_is_frozen_too(images, tmp_path, monke
     trainer = Trainer(config(images, tmp_path / "run", **settings))
     classifier = trainer.model.network.classifier.weight
     # An iteration that moves it, so that it has momentum; then one that the adversary wins.
-    monkeypatch.setattr("dan_fast.training.trainer.attention_wins", lambda *_: torch.tensor(True))
+    monkeypatch.setattr("dan_fast.training.step.attention_wins", lambda *_: torch.tensor(True))
     batches = planned(trainer)
     trainer.train_iteration(batches[0], Ignored())
     before = classifier.detach().clone()
-    monkeypatch.setattr("dan_fast.training.trainer.attention_wins", lambda *_: torch.tensor(False))
+    monkeypatch.setattr("dan_fast.training.step.attention_wins", lambda *_: torch.tensor(False))
     attention = trainer.model.network.attention.wc1.detach().clone()
     trainer.train_iteration(batches[1], Ignored())
     assert torch.equal(classifier, before)

@@ -39,8 +39,9 @@ from dan_fast.training import (
 )
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.display import Display
-from dan_fast.training.metrics import Scalars, accuracy
+from dan_fast.training.metrics import accuracy
 from dan_fast.training.objective import DivergedError, Objective, TrainingModel
+from dan_fast.training.scalars import Scalars
 from tests.support.tiny_training import tensors_and_values
 
 IMAGE_SIZE = (32, 32)
@@ -239,7 +240,7 @@ def test_gates_follow_the_same_gradient_in_the_group_of_the_backbone_with_order_
 @pytest.mark.parametrize(("order", "walks"), [(1, 2), (2, 4)])
 def test_one_walk_of_a_graph_serves_backbone_and_gates_with_order_1(images, tmp_path, monkeypatch, order, walks):
     trainer = Trainer(config(images, tmp_path / "run", meta={"order": order}))
-    trainer.competition.decide = lambda attention_won: Stage.ATTENTION
+    trainer.meta_step.competition.decide = lambda attention_won: Stage.ATTENTION
     outer, grad = [], torch.autograd.grad
 
     def counted(*arguments, **settings):
@@ -343,8 +344,8 @@ def test_a_frozen_backbone_does_not_move_by_momentum_or_decay_either(images, tmp
     trainer = Trainer(config(images, tmp_path / "run"))
     attention_wins = iter([True, False, True])
 
-    real = trainer.competition.decide
-    trainer.competition.decide = lambda attention_won: real(next(attention_wins))
+    real = trainer.meta_step.competition.decide
+    trainer.meta_step.competition.decide = lambda attention_won: real(next(attention_wins))
     plans = iter_batches(trainer)
     snapshots = [snapshot(trainer)]
     for _ in range(3):
@@ -460,13 +461,13 @@ def test_a_dataset_may_move_between_stop_and_resume(images, tmp_path):
 def test_what_no_weight_shows_is_in_the_checkpoint_too(images, tmp_path):
     setup = config(images, tmp_path / "run")
     trainer = Trainer(setup)
-    trainer.competition.adversary_streak = 7
+    trainer.meta_step.competition.adversary_streak = 7
     trainer.feedback = torch.tensor([3, 1]), torch.tensor([0, 2])
     trainer.skipped = {"b.jpg", "a.jpg"}
     trainer.epoch, trainer.iteration = 1, 0
     trainer._save()
     resumed = Trainer(replace(setup, run=replace(setup.run, resume=True)))
-    assert resumed.competition.adversary_streak == 7
+    assert resumed.meta_step.competition.adversary_streak == 7
     assert [each.tolist() for each in resumed.feedback] == [[3, 1], [0, 2]]
     assert resumed.skipped == {"a.jpg", "b.jpg"} and (resumed.epoch, resumed.iteration) == (1, 0)
 
@@ -531,7 +532,7 @@ def test_gradients_that_are_not_finite_do_not_move_the_weights(images, tmp_path,
         next(iter(result.grads.values())).fill_(float("nan"))
         return result
 
-    monkeypatch.setattr("dan_fast.training.trainer.meta_gradients", poisoned)
+    monkeypatch.setattr("dan_fast.training.step.meta_gradients", poisoned)
     before = snapshot(trainer)
     with pytest.raises(DivergedError, match="gradients are not finite"):
         trainer.train_iteration(next(iter_batches(trainer)), NoScalars())

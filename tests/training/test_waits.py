@@ -27,7 +27,7 @@ COPYING = {"cpu", "tolist", "numpy", "__array__"}
 
 
 class HostReads:
-    """Counts by place ("training/trainer.py") what would make the host wait for a GPU."""
+    """Counts by place ("training/step.py") what would make the host wait for a GPU."""
 
     def __init__(self) -> None:
         self.places: Counter[str] = Counter()
@@ -118,9 +118,9 @@ def test_the_host_reads_from_the_device_only_where_it_must(steady, procedure, st
     with HostReads() as reads:
         steady.run()
     # On the CPU, and there only, memory and attention head look at their labels at once: nobody waits for it.
-    at_once = [reads.places.pop(place) for place in ("functional/memory.py", "reference/attention_checks.py")]
+    at_once = [reads.places.pop(place) for place in ("functional/memory/step.py", "core/attention_checks.py")]
     assert at_once == [2, 2]
-    assert reads.places == {"training/trainer.py": expected}
+    assert reads.places == {"training/step.py": expected}
 
 
 def test_a_window_of_scalars_is_read_once(steady):
@@ -128,7 +128,7 @@ def test_a_window_of_scalars_is_read_once(steady):
     steady.run()
     with HostReads() as reads:
         means = steady.scalars.flush(1)
-    assert len(means) > 10 and reads.places == {"training/metrics.py": 1}
+    assert len(means) > 10 and reads.places == {"training/scalars.py": 1}
 
 
 def poisoned(dan: DANIteration, monkeypatch: pytest.MonkeyPatch, field: str, call: int) -> None:

@@ -1,0 +1,116 @@
+"""What a run writes down: means over a window of iterations, as TensorBoard scalars."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.data import ReIDDataset
+
+
+class Scalars:
+    """Collects scalars and writes their means to `folder` every so often.
+
+    Tensors are kept as they are until `flush`, so that a GPU is waited for once a window and not once a value.
+
+    Args:
+        folder: TensorBoard's folder.
+        steps_done: iterations done when the run continues; what it wrote of later ones before is dropped.
+
+    Raises:
+        DanFastError: `folder` cannot be written, here or in `flush`.
+    """
+
+    def __init__(self, folder: Path, steps_done: int = 0) -> None:
+        self._folder = folder
+        part = max(map(part_of_run, folder.glob("*tfevents*")), default=0) + 1
+        with self._named_errors():
+            self._writer = SummaryWriter(
+                str(folder),
+                purge_step=steps_done + 1 if steps_done else None,
+                # The names begin with the time, and clocks are set back.
+                filename_suffix=f".part{part}",
+            )
+        self._window: list[tuple[str, Tensor | float, Tensor | bool]] = []
+
+    def add(self, name: str, value: Tensor | float, counts: Tensor | bool = True) -> None:
+        """Put a value into the window.
+
+        Args:
+            value: () tensor or number.
+            counts: () bool, whether the value is part of the mean; a tensor where the host does not know yet.
+        """
+        self._window.append((name, value.detach() if isinstance(value, Tensor) else value, counts))
+
+    def flush(self, step: int) -> dict[str, float]:
+        """Write the means of the window as of `step`, forget it, and return them."""
+        names = [name for name, _, _ in self._window]
+        numbers = _on_host([each for _, *pair in self._window for each in pair])
+        self._window.clear()
+        values: dict[str, list[float]] = defaultdict(list)
+        for name, value, counts in zip(names, numbers[::2], numbers[1::2], strict=True):
+            if counts:
+                values[name].append(value)
+        means = {name: fmean(each) for name, each in values.items()}
+        with self._named_errors():
+            for name, mean in means.items():
+                self._writer.add_scalar(name, mean, step)
+            self._writer.flush()
+        return means
+
+    def close(self) -> None:
+        # Every window was flushed: nothing is lost, and a full disk has had its sentence already.
+        with suppress(OSError):
+            self._writer.close()
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DanFastError(
+                f"Scalars could not be written to {self._folder} ({error.strerror}): "
+                "make room or choose another run.out."
+            ) from error
+
+
+def target_tags(targets: Sequence[ReIDDataset]) -> list[str]:
+    """What scalars call the datasets that are tested on: their names, told apart where several have the same one.
+
+    Two variants of a dataset, or two folders of one name, would else be averaged as one.
+
+    Example:
+        >>> root = Path("cuhk03")
+        >>> boxes = [ReIDDataset("CUHK03", root, variant=f"{box}, new protocol") for box in ("labeled", "detected")]
+        >>> target_tags([*boxes, ReIDDataset("street", Path("street"))])
+        ['CUHK03-labeled_new_protocol', 'CUHK03-detected_new_protocol', 'street']
+    """
+    names = [target.name for target in targets]
+    tags: list[str] = []
+    for target in targets:
+        tag = target.name
+        if names.count(tag) > 1 and target.variant:
+            tag += "-" + re.sub(r"[^\w.-]+", "_", target.variant)  # TensorBoard knows no other characters
+        alike = sum(each == tag or re.fullmatch(rf"{re.escape(tag)}-\d+", each) is not None for each in tags)
+        tags.append(f"{tag}-{alike + 1}" if alike else tag)
+    return tags
+
+
+def part_of_run(events: Path) -> int:
+    """The number of an event file of `Scalars` in its folder, from 1 on; 0 for files of others, or older ones."""
+    found = re.search(r"\.part(\d+)$", events.name)
+    return int(found[1]) if found else 0
+
+
+def _on_host(values: Sequence[Tensor | float]) -> list[float]:
+    """The values as numbers; waits for the device once, not once a value."""
+    tensors = [value.to(torch.float64) for value in values if isinstance(value, Tensor)]
+    read = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [next(read) if isinstance(value, Tensor) else float(value) for value in values]

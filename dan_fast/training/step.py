@@ -1,0 +1,228 @@
+"""One meta step of a DAN: gradients, competition and outer step, without a file, a folder or a display."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dan_fast.daml import Competition, Stage, active_groups, attention_wins, meta_gradients
+from dan_fast.daml.meta import attention_that_serves
+from dan_fast.data import Split
+from dan_fast.training.config import MetaConfig
+from dan_fast.training.metrics import accuracy
+from dan_fast.training.objective import DivergedError, Objective, PassRecord, TrainingModel, all_finite, require_sound
+
+_CAM_WEIGHT = "network.classifier.weight"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step has found; every tensor is detached and on the device, which is not waited for.
+
+    Attributes:
+        grads: parameter name to gradient, what the outer step follows; frozen parameters are left out.
+        stage: who was trained; None where no competition was held.
+        train_losses: name to () float32, the losses of S at G, see `TrainingModel`.
+        test_losses: the same of S~ at G'; empty where the batch is not split.
+        train_record: what else is known of the pass of S.
+        test_record: the same of S~; None where the batch is not split.
+    """
+
+    grads: dict[str, Tensor]
+    stage: Stage | None
+    train_losses: dict[str, Tensor]
+    test_losses: dict[str, Tensor]
+    train_record: PassRecord
+    test_record: PassRecord | None
+
+    @property
+    def accuracies(self) -> dict[str, Tensor]:
+        """The share of S's labelled samples that each branch, attention and adversary, classifies rightly, ()."""
+        record = self.train_record
+        logits = {"attention": record.logits, "adversary": record.adversary_logits}
+        return {branch: accuracy(each, record.labels) for branch, each in logits.items()}
+
+
+class MetaStep:
+    """The training step of data assimilation meta-learning, Sec. III-D and Algorithm 1.
+
+    `step` takes one: the losses of S, the competition, the losses of S~ after the inner step, and the outer step
+    along both gradients. `gradients` and `apply` are its two halves, for a caller that changes the gradients between
+    them.
+
+    The inner step of a parameter is as long as the optimizer's step, its group's "lr": delta_1 = delta_2 in Eq. (19).
+
+    Args:
+        model: network, memory and weights of the losses. It is used in the mode it is in, so call `train()` first.
+        optimizer: of every parameter of `model` that requires a gradient. Parameters that are frozen in a step have the
+            gradient None there, so that neither momentum nor weight decay moves them.
+        meta: procedure, order, eta and stall guard; the paper's settings by default. "daml3" holds the competition;
+            without an adversary attention always wins.
+
+    Names and places of the parameters are looked up here, once: freeze, replace and add modules before.
+
+    Attributes:
+        model, optimizer, meta: as given.
+        competition: decides who is trained; its state is the state of the step.
+        objective: runs the model with other values for its parameters.
+
+    Raises:
+        ValueError: the optimizer lacks a parameter that requires a gradient.
+
+    Example:
+        >>> from dan_fast.nn import DAN, ProgressiveAugmentedMemory
+        >>> from dan_fast.training import LossConfig
+        >>> network = DAN(num_classes=2, backbone="resnet18", image_size=(64, 32))
+        >>> memory = ProgressiveAugmentedMemory(labeled_slots=4, unlabeled_slots=4, key_dim=network.key_dim)
+        >>> model = TrainingModel(network, memory, LossConfig())
+        >>> meta_step = MetaStep(model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
+        >>> labels, sample_ids = torch.tensor([0, 1, -1, -1]), torch.tensor([-1, -1, 0, 1])
+        >>> def split():
+        ...     return Split(torch.randn(4, 3, 64, 32), labels, sample_ids, num_labeled=2, num_fed_back=0)
+        >>> result = meta_step.step(split(), split())
+        >>> result.train_losses["total"].shape, sorted(result.accuracies)
+        (torch.Size([]), ['adversary', 'attention'])
+    """
+
+    def __init__(self, model: TrainingModel, optimizer: torch.optim.Optimizer, meta: MetaConfig | None = None) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.meta = MetaConfig() if meta is None else meta
+        self.competition = Competition(self.meta.stall_guard)
+        self.objective = Objective(model)
+        self._params = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        group_of = {id(each): index for index, group in enumerate(optimizer.param_groups) for each in group["params"]}
+        for name, value in self._params.items():
+            if id(value) not in group_of:
+                raise ValueError(f"the optimizer lacks {name!r}: add it, or freeze it with requires_grad_(False)")
+        # By index, because the optimizer makes new groups when it loads a state.
+        self._group_of = {name: group_of[id(value)] for name, value in self._params.items()}
+        names = model.network.parameter_groups()
+        self._backbone, self._attention = (
+            [f"network.{name}" for name in names[group] if f"network.{name}" in self._params]
+            for group in ("backbone", "attention")
+        )
+        self._gates = [name for name in self._params if name.startswith("memory.")]
+        # A loss that does not reach the classifier would move it by momentum and weight decay alone.
+        reached = model.network.adversary_reach == "all" and _CAM_WEIGHT in self._params
+        self._cam_weight = _CAM_WEIGHT if reached else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def step(self, meta_train: Split, meta_test: Split | None = None) -> StepResult:
+        """Take the meta step and the outer step.
+
+        Args, Raises: as `gradients`; no parameter has moved where an error is raised.
+        """
+        result = self.gradients(meta_train, meta_test)
+        self.apply(result.grads)
+        return result
+
+    def gradients(self, meta_train: Split, meta_test: Split | None = None) -> StepResult:
+        """What the outer step follows, without taking it.
+
+        Memory, competition and batch norm's buffers advance by the batch. A GPU is waited for once after S, where
+        the host has to know who won the competition, and once at the end.
+
+        Args:
+            meta_train: S, on the model's device or on the host; images in pinned memory are copied without waiting.
+            meta_test: S~; None for "daml1", which does not split its batches.
+
+        Raises:
+            DivergedError: a feature or a gradient is not finite.
+            ValueError: batch norm or the memory refuses the batch, or the procedure wants it split otherwise.
+        """
+        if (meta_test is None) != (self.meta.procedure == "daml1"):
+            split = "one part, S" if self.meta.procedure == "daml1" else "two parts, S and S~"
+            raise ValueError(f"the procedure {self.meta.procedure} takes batches of {split}")
+        with attention_that_serves(self.meta.order):
+            return self._gradients(self._to_device(meta_train), meta_test)
+
+    def apply(self, grads: Mapping[str, Tensor]) -> None:
+        """Take the outer step along `grads`, as `StepResult` holds them."""
+        for name, parameter in self._params.items():
+            # None, not zero: a frozen parameter must not move by momentum or weight decay either.
+            parameter.grad = grads.get(name)
+        self.optimizer.step()
+
+    def state_dict(self) -> dict[str, dict[str, int]]:
+        """What model and optimizer do not hold of a training's state."""
+        return {"competition": self.competition.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, dict[str, int]]) -> None:
+        self.competition.load_state_dict(state["competition"])
+
+    def _gradients(self, meta_train: Split, meta_test: Split | None) -> StepResult:
+        train_losses = self.objective(self._params, meta_train)
+        train_record = self.objective.record
+        if meta_test is None:
+            values = torch.autograd.grad(train_losses["total"], [*self._params.values()], materialize_grads=True)
+            _require_sound([train_record], values)
+            detached = {name: value.detach() for name, value in train_losses.items()}
+            grads = dict(zip(self._params, values, strict=True))
+            return StepResult(grads, None, detached, {}, train_record, None)
+
+        stage, groups, unread = None, None, [train_record]
+        if self.meta.procedure == "daml3":
+            if self.model.network.adversary:
+                stage, unread = self._compete(train_record), []
+            groups = self._groups(stage or Stage.ATTENTION)
+        found = meta_gradients(
+            self.objective,
+            self._params,
+            groups,
+            meta_train,
+            self._to_device(meta_test),
+            self._inner_steps(),
+            self.meta.eta,
+            self.meta.order,
+            train_losses=train_losses,
+        )
+        test_record = self.objective.record
+        _require_sound([*unread, test_record], found.grads.values())
+        return StepResult(found.grads, stage, found.train_losses, found.test_losses, train_record, test_record)
+
+    def _compete(self, record: PassRecord) -> Stage:
+        """The stage that the samples of S decide; the pass is known to be sound afterwards."""
+        won = attention_wins(record.logits, record.adversary_logits, record.labels)
+        fault, attention_won = _read([record.fault, won])
+        require_sound(fault)
+        return self.competition.decide(bool(attention_won))
+
+    def _groups(self, stage: Stage) -> dict[str, tuple[list[str], str]]:
+        backbone, gates = self._backbone, self._gates
+        if stage is not Stage.ADVERSARY and self.meta.order == 1:
+            # Of L_total the gates move l2 L_lde alone, so their gradient is the same, and one walk of the memory's part
+            # of the graph serves both. With second derivatives they also move what S~ loses at the new backbone.
+            backbone, gates = [*backbone, *gates], []
+        return active_groups(stage, backbone, self._attention, gates, self._cam_weight)
+
+    def _inner_steps(self) -> float | dict[str, float]:
+        sizes = [group["lr"] for group in self.optimizer.param_groups]
+        return sizes[0] if len(set(sizes)) == 1 else {name: sizes[group] for name, group in self._group_of.items()}
+
+    def _to_device(self, split: Split) -> Split:
+        device = self.device
+        return split._replace(
+            images=split.images.to(device, memory_format=torch.channels_last, non_blocking=True),
+            labels=split.labels.to(device, non_blocking=True),
+            sample_ids=split.sample_ids.to(device, non_blocking=True),
+        )
+
+
+def _read(flags: Sequence[Tensor]) -> list[int]:
+    """() integer or bool tensors of one device as numbers; the device is waited for once."""
+    return torch.stack([flag.to(torch.int32) for flag in flags]).tolist()
+
+
+def _require_sound(records: Sequence[PassRecord], grads: Iterable[Tensor]) -> None:
+    *faults, finite = _read([*(record.fault for record in records), all_finite(grads)])
+    # In the order in which it happened: what is wrong with S makes S~ and the gradients wrong too.
+    for fault in faults:
+        require_sound(fault)
+    if not finite:
+        raise DivergedError("gradients are not finite")
