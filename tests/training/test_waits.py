@@ -11,10 +11,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dan_fast
-from dan_fast.bench.iteration_contenders import FROZEN, UPDATED, DANIteration, IterationSize
-from dan_fast.core.errors import DanFastError
+from dan_fast.bench.iteration.contenders import FROZEN, UPDATED, DANIteration, IterationSize
 from dan_fast.core.types import MemoryStep
+from dan_fast.data import ReIDDataset, Sample, TrainingSet
 from dan_fast.training.objective import DivergedError
+from dan_fast.training.scalars import Scalars
+from dan_fast.training.step_scalars import StepScalars
 
 TINY = IterationSize("resnet18", 64, 32, images=8, labeled_slots=24, unlabeled_slots=12, classes=6)
 PACKAGE = Path(dan_fast.__file__).parent
@@ -68,14 +70,14 @@ class HostReads:
 
 
 @pytest.fixture
-def dan(tmp_path) -> DANIteration:
-    return DANIteration(TINY, "cpu", "float32", tmp_path / "run")
+def dan() -> DANIteration:
+    return DANIteration(TINY, torch.device("cpu"), "float32")
 
 
 @pytest.fixture(scope="module")
-def steady(tmp_path_factory) -> DANIteration:
+def steady() -> DANIteration:
     """For tests in which nothing goes wrong."""
-    return DANIteration(TINY, "cpu", "float32", tmp_path_factory.mktemp("waits") / "run")
+    return DANIteration(TINY, torch.device("cpu"), "float32")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,7 @@ def test_the_counter_sees_a_read(read):
 )
 def test_the_host_reads_from_the_device_only_where_it_must(steady, procedure, stage, expected, order):
     steady.set(order, stage)
-    steady.trainer.config.meta.procedure = procedure
+    steady.step.meta.procedure = procedure
     with HostReads() as reads:
         steady.run()
     # On the CPU, and there only, memory and attention head look at their labels at once: nobody waits for it.
@@ -123,18 +125,24 @@ def test_the_host_reads_from_the_device_only_where_it_must(steady, procedure, st
     assert reads.places == {"training/step.py": expected}
 
 
-def test_a_window_of_scalars_is_read_once(steady):
+def test_a_window_of_scalars_is_read_once(steady, tmp_path):
     steady.set(1, UPDATED)
-    steady.run()
+    steady.step.meta.procedure = "daml3"
+    samples = [Sample(Path(f"{number}.jpg"), number % TINY.classes, 0) for number in range(40)]
+    images = [ReIDDataset(name, tmp_path, train=samples) for name in ("labeled", "unlabeled")]
+    scalars = Scalars(tmp_path)
+    StepScalars(TrainingSet(images[:1], images[1:]), steady.step.device, adversary=True).add(
+        scalars, steady.step.step(*steady.batch)
+    )
     with HostReads() as reads:
-        means = steady.scalars.flush(1)
+        means = scalars.flush(1)
     assert len(means) > 10 and reads.places == {"training/scalars.py": 1}
 
 
 def poisoned(dan: DANIteration, monkeypatch: pytest.MonkeyPatch, field: str, call: int) -> None:
     """NaN in one sample's `field` of the network's output in the given pass."""
     calls = iter(range(9))
-    forward = dan.trainer.model.network.forward
+    forward = dan.model.network.forward
 
     def spoilt(*arguments):
         out = forward(*arguments)
@@ -144,26 +152,26 @@ def poisoned(dan: DANIteration, monkeypatch: pytest.MonkeyPatch, field: str, cal
         value[0, -1] = torch.nan  # beyond the keys: the memory would not see it
         return out._replace(**{field: value})
 
-    monkeypatch.setattr(dan.trainer.model.network, "forward", spoilt)
+    monkeypatch.setattr(dan.model.network, "forward", spoilt)
 
 
 @pytest.mark.parametrize("procedure", ["daml3", "daml2"])
 @pytest.mark.parametrize("field", ["attended", "pooled"])
 @pytest.mark.parametrize("call", [0, 1])
 def test_a_feature_that_is_not_finite_reaches_neither_memory_nor_parameters(dan, monkeypatch, procedure, field, call):
-    trainer, memory = dan.trainer, dan.trainer.model.memory
+    model, memory = dan.model, dan.model.memory
     dan.set(1, UPDATED)
-    trainer.config.meta.procedure = procedure
+    dan.step.meta.procedure = procedure
     poisoned(dan, monkeypatch, field, call)
-    params = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    params = {name: value.detach().clone() for name, value in model.named_parameters()}
     before = memory.labeled, memory.unlabeled
     advanced = []
     forward = memory.forward
     monkeypatch.setattr(memory, "forward", lambda *a, **k: advanced.append(forward(*a, **k)) or advanced[-1])
     with pytest.raises(DivergedError, match="^features are not finite$"):
         dan.run()
-    assert all(torch.equal(value, params[name]) for name, value in trainer.model.named_parameters())
-    assert not trainer.optimizer.state
+    assert all(torch.equal(value, params[name]) for name, value in model.named_parameters())
+    assert not dan.step.optimizer.state
     # What S has written stays, as before any error in S~; the pass with the error writes nothing.
     expected = (advanced[-1].labeled, advanced[-1].unlabeled) if call else before
     assert len(advanced) == call
@@ -193,12 +201,12 @@ class FlagLater(torch.nn.Module):
 # With S~ at weights that a NaN has moved, its features and its memory step are wrong as well; S is the cause.
 @pytest.mark.parametrize("faults", [[4, 1], [0, 4]], ids=str)
 def test_a_fault_of_the_memory_is_read_with_the_rest_and_named(dan, procedure, faults):
-    trainer = dan.trainer
+    model = dan.model
     dan.set(1, UPDATED)
-    trainer.config.meta.procedure = procedure
-    trainer.model.memory = FlagLater(trainer.model.memory, list(faults))
-    params = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
-    with pytest.raises(DanFastError, match="cannot go on at iteration 0: labels must not be negative"):
+    dan.step.meta.procedure = procedure
+    model.memory = FlagLater(model.memory, list(faults))
+    params = {name: value.detach().clone() for name, value in model.named_parameters()}
+    with pytest.raises(ValueError, match="^labels must not be negative"):
         dan.run()
-    assert all(torch.equal(value, params[name]) for name, value in trainer.model.named_parameters())
-    assert not trainer.optimizer.state
+    assert all(torch.equal(value, params[name]) for name, value in model.named_parameters())
+    assert not dan.step.optimizer.state
