@@ -9,23 +9,15 @@ the paper's batch; `dan-fast bench attention` has the whole of it, torch.compile
 import pytest
 import torch
 
-from dan_fast.bench.attention_contenders import (
-    EAGER,
-    KERNELS,
-    LAYOUTS,
-    HeadOutcome,
-    HeadProblem,
-    MapSize,
-    compare_heads,
-    make_head_problem,
-    reference_outcome,
-    start,
-)
+from dan_fast.bench.attention.contenders import EAGER, KERNELS, HeadOutcome, compare_heads, reference_outcome, start
+from dan_fast.bench.attention.problem import LAYOUTS, HeadProblem, MapSize, make_head_problem
+
+SIZE = MapSize(batch=16)
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def expected(request) -> tuple[HeadProblem, HeadOutcome]:
-    problem = make_head_problem(MapSize(batch=16), torch.float32, request.param, "cpu")
+    problem = make_head_problem(SIZE, torch.float32, request.param, "cpu")
     return problem, reference_outcome(problem)
 
 
@@ -37,5 +29,5 @@ def test_attention_head(benchmark, expected: tuple[HeadProblem, HeadOutcome], co
     assert compare_heads(runner.outcome(), reference, problem.features.dtype).disagrees is None
     layout = next(name for name, layout in LAYOUTS.items() if problem.features.is_contiguous(memory_format=layout))
     benchmark.group = f"{kind}, {layout}"
-    benchmark.extra_info.update(torch=torch.__version__, threads=torch.get_num_threads(), size=problem.size)
+    benchmark.extra_info.update(torch=torch.__version__, threads=torch.get_num_threads(), size=SIZE)
     benchmark.pedantic(runner.run, args=(kind == "forward_backward",), rounds=5, warmup_rounds=1)

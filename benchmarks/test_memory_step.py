@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dan_fast import _extension
-from dan_fast.bench import Size, compare, make_problem, select
-from dan_fast.bench.contenders import KERNELS, Contender, Outcome
-from dan_fast.bench.problem import Problem
+from dan_fast.bench.memory.agreement import compare
+from dan_fast.bench.memory.contenders import KERNELS, Contender, Outcome, select
+from dan_fast.bench.memory.problem import Problem, Size, make_problem
 
 SHARES_OF_THE_PAPER = [1 / 64, 1 / 16]
 STEPS = 4

@@ -44,29 +44,13 @@ _COMMANDS = {
         "Train a grid of settings, each in its own folder; go on where an earlier call stopped.",
     ),
     "bench": (
-        "dan_fast.bench",
+        "dan_fast.bench:BENCHMARKS",
         "Time dan_fast beside plain PyTorch, after checking that both give the same result.",
     ),
     "doctor": (
         "dan_fast.commands.doctor:print_report",
         "What was built, which paths will run, and what to do about anything missing.",
     ),
-}
-_BENCHMARKS = {
-    "memory": (
-        "dan_fast.bench:bench_memory",
-        "The memory step: literal, in score space, compiled, and kernels.",
-    ),
-    "attention": ("dan_fast.bench:bench_attention", "The attention head: eager, compiled, and kernels."),
-    "iteration": (
-        "dan_fast.bench:bench_iteration",
-        "A training iteration: plain ResNet, DAN with literal operators, and DAN.",
-    ),
-    "data": (
-        "dan_fast.bench:bench_data",
-        "Feeding images: a plain DataLoader, decoding without a cache, and from the cache.",
-    ),
-    "ranking": ("dan_fast.bench:bench_ranking", "Evaluating a ranking: by sorting in NumPy, and by counting."),
 }
 
 
@@ -150,9 +134,9 @@ def _add_flags(parser: ArgumentParser, command: str, recipe: str | None) -> None
             parser.add_argument("--list", action="store_true", help="Only show what would run, and what is finished.")
         case "bench":
             subjects = parser.add_subcommands(dest="what")
-            for name, (where, summary) in _BENCHMARKS.items():
+            for name, (benchmark, summary) in called.items():
                 subject = _add_command(subjects, name, summary)
-                subject.add_function_arguments(resolve_name(where), skip={"console"})
+                subject.add_class_arguments(benchmark)
         case "quickstart" | "synthesize" | "evaluate" | "protocols":
             parser.add_function_arguments(called, skip={"progress", "console"})
 
@@ -174,10 +158,10 @@ def _run(parser: ArgumentParser, parsed: Namespace) -> int:
             _keep_heap_on_a_cpu(settings.device)
         case "quickstart":
             _keep_heap_on_a_cpu("auto")
-    where = _COMMANDS[command][0]
+    called = resolve_name(_COMMANDS[command][0])
     if command == "bench":
-        where, settings = _BENCHMARKS[settings.what][0], settings[settings.what]
-    result = resolve_name(where)(**{name: value for name, value in vars(settings).items() if name != "config"})
+        called, settings = called[settings.what][0], settings[settings.what]
+    result = called(**{name: value for name, value in vars(settings).items() if name != "config"})
     match command:
         case "train":
             from dan_fast.commands.train import train
@@ -187,6 +171,8 @@ def _run(parser: ArgumentParser, parsed: Namespace) -> int:
             print(*result, sep="\n")
         case "report":
             print(result)
+        case "bench":
+            result.run()
         case "doctor":
             return result
     return 0

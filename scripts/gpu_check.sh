@@ -66,7 +66,8 @@ part() {
 small_step='
 import torch
 from dan_fast import _extension
-from dan_fast.bench import Size, make_problem, select
+from dan_fast.bench.memory.contenders import select
+from dan_fast.bench.memory.problem import Size, make_problem
 from dan_fast.nn import NLCBAM
 reason = _extension.why_not_on("cuda")
 assert reason is None, reason

@@ -1,22 +1,16 @@
 """Benchmarks that check that the results agree before they compare times."""
 
-from dan_fast.bench.agreement import compare
-from dan_fast.bench.attention_command import bench_attention
-from dan_fast.bench.command import bench_memory
-from dan_fast.bench.contenders import select
-from dan_fast.bench.data_command import bench_data
-from dan_fast.bench.iteration_command import bench_iteration
-from dan_fast.bench.problem import Size, make_problem
-from dan_fast.bench.ranking_command import bench_ranking
+from dan_fast.bench.attention.benchmark import AttentionBenchmark
+from dan_fast.bench.data.benchmark import DataBenchmark
+from dan_fast.bench.iteration.benchmark import IterationBenchmark
+from dan_fast.bench.memory.benchmark import MemoryBenchmark
+from dan_fast.bench.ranking.benchmark import RankingBenchmark
 
-__all__ = [
-    "Size",
-    "bench_attention",
-    "bench_data",
-    "bench_iteration",
-    "bench_memory",
-    "bench_ranking",
-    "compare",
-    "make_problem",
-    "select",
-]
+# `dan-fast bench NAME`, and its line in the list of benchmarks.
+BENCHMARKS = {
+    "memory": (MemoryBenchmark, "The memory step: literal, in score space, compiled, and kernels."),
+    "attention": (AttentionBenchmark, "The attention head: eager, compiled, and kernels."),
+    "iteration": (IterationBenchmark, "A training iteration: plain ResNet, DAN with literal operators, and DAN."),
+    "data": (DataBenchmark, "Feeding images: a plain DataLoader, decoding without a cache, and from the cache."),
+    "ranking": (RankingBenchmark, "Evaluating a ranking: by sorting in NumPy, and by counting."),
+}

@@ -10,31 +10,27 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 
-from dan_fast.bench.contenders import Contender, select
-from dan_fast.bench.problem import Size, make_problem
+from dan_fast.bench.rows import Row, plain
 
 
-def compile_seconds(
-    contender: Contender, size: Size, dtype: torch.dtype, device: torch.device, budget_s: float
-) -> float | str:
-    """Seconds that the first calls of a compiled contender take, forward and with backward; or why they fail."""
-    request = {
-        "contender": contender.name,
-        "size": size,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-    }
-    return trial("from dan_fast.bench.compiled import main; main()", request, budget_s)
+def compile_trial(row: Row, prepare: Callable[..., Callable], budget_s: float, **arguments: Any) -> str | None:
+    """Writes into the row how long the first calls take, forward and with backward; or returns why they fail.
 
-
-def trial(statement: str, request: dict[str, Any], budget_s: float) -> float | str:
-    """Seconds that `statement` prints in a process whose first argument is `request` as JSON; or why it fails."""
-    command = [sys.executable, "-c", statement, json.dumps(request)]
+    Args:
+        row: of a compiled contender.
+        prepare: a function of a module; returns what starts the contender's runner.
+        budget_s: seconds it may take.
+        arguments: of `prepare`, which gets them as JSON has them.
+    """
+    where = f"{prepare.__module__}:{prepare.__qualname__}"
+    request = {"prepare": where, "arguments": plain(arguments), "threads": torch.get_num_threads()}
+    command = [sys.executable, "-c", "from dan_fast.bench.compiled import main; main()", json.dumps(request)]
     # A session of its own: the compiler starts helpers, which have to stop too.
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
@@ -46,7 +42,8 @@ def trial(statement: str, request: dict[str, Any], budget_s: float) -> float | s
             os.killpg(child.pid, signal.SIGKILL)
             child.communicate()
     if child.returncode == 0:
-        return float(output.split()[-1])
+        row.compile_seconds = float(output.split()[-1])
+        return None
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     # The exception stands first, what it is about may follow in many lines.
     named = [line for line in lines if "Error" in line.partition(":")[0] or "Exception" in line.partition(":")[0]]
@@ -57,10 +54,9 @@ def main() -> None:
     """Compiles what the first argument asks for and prints the seconds."""
     request = json.loads(sys.argv[1])
     torch.set_num_threads(request["threads"])
-    problem = make_problem(Size(*request["size"]), getattr(torch, request["dtype"]), request["device"], batches=1)
-    (contender,) = select([request["contender"]])
+    begin = resolve_name(request["prepare"])(**request["arguments"])
     start = time.perf_counter()
-    runner = contender.start(problem, 1)
+    runner = begin()
     runner.outcome()
     runner.run(False)
     print(time.perf_counter() - start)

@@ -23,6 +23,8 @@ PEAK_MEANING = {
     ),
     "cuda": "torch.cuda.max_memory_allocated during the run, less what was allocated before; tensors only",
 }
+_STATUS = "/proc/self/status"
+_DRIVER = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -38,45 +40,43 @@ def environment(device: torch.device) -> dict[str, Any]:
         "nvcc": info.get("nvcc"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cpu": _cpu(),
+        "cpu": _of_file("/proc/cpuinfo", r"model name\s*:\s*(.+)") or platform.processor() or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "float32": float32_rounding(device) or "IEEE",
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cuda": torch.version.cuda,
-        "driver": _driver() if device.type == "cuda" else None,
+        "driver": _output(*_DRIVER) if device.type == "cuda" else None,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
 
 
-def _output(*command: str) -> str | None:
+def _of_file(path: str, pattern: str) -> str | None:
+    """The group of the pattern in a file of the system; None where it has none."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        found = re.search(pattern, Path(path).read_text())
+    except OSError:
+        return None
+    return found[1] if found else None
+
+
+def _output(*command: str) -> str | None:
+    """The first line of what a program prints."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
+    return next(iter(done.stdout.splitlines()), None)
 
 
 def _commit() -> str | None:
     """The commit of the checkout dan_fast lies in, with "-dirty" if files differ from it; None elsewhere."""
     root = Path(dan_fast.__file__).resolve().parents[1]
-    # An installed package may lie inside somebody else's checkout.
+    # An installed package may lie inside the checkout of another project.
     if not (root / ".git").exists() or not (root / "csrc").is_dir():
         return None
     return _output("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-
-
-def _cpu() -> str:
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def _driver() -> str | None:
-    versions = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return versions.splitlines()[0] if versions else None
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -84,16 +84,22 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        available = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
-    except (OSError, TypeError):
+    if (available := _of_file("/proc/meminfo", r"MemAvailable:\s+(\d+)")) is None:
         return None
     try:
         group = Path("/sys/fs/cgroup")
         left = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
     except (OSError, ValueError):  # no cgroup, or no limit: "max"
-        return available
-    return min(available, left)
+        return int(available) * 1024
+    return min(int(available) * 1024, left)
+
+
+def why_too_large(device: torch.device, needed: float, what: str) -> str | None:
+    """A sentence where `what` would need more bytes than are free."""
+    free = free_memory(device)
+    if free is None or needed <= free:
+        return None
+    return f"{what} would need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
 
 
 def float32_rate(device: torch.device) -> float | None:
@@ -118,7 +124,10 @@ class CacheFlush:
         if device.type == "cuda":
             size = torch.cuda.get_device_properties(device).L2_cache_size
         else:
-            size = _largest_cpu_cache()
+            found = (
+                each.read_text().strip() for each in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+            )
+            size = max((int(each[:-1]) * 1024 for each in found if each.endswith("K")), default=32 * 2**20)
         self.buffer = torch.empty(2 * size, dtype=torch.uint8, device=device)
 
     def __call__(self) -> None:
@@ -126,28 +135,15 @@ class CacheFlush:
 
 
 class Copy:
-    """The yardstick: `destination.copy_(source)`, which reads and writes `nbytes` each."""
+    """The yardstick: a copy as long as a problem, within bounds, which reads and writes `moved_bytes`."""
 
-    def __init__(self, device: torch.device, nbytes: int) -> None:
-        self.source = torch.ones(nbytes // 4, device=device)
+    def __init__(self, device: torch.device, problem_bytes: int) -> None:
+        self.source = torch.ones(min(max(problem_bytes, 16 * 2**20), 512 * 2**20) // 4, device=device)
         self.destination = torch.empty_like(self.source)
+        self.moved_bytes = 2 * self.source.nbytes
 
-    @property
-    def moved_bytes(self) -> int:
-        return 2 * self.source.nbytes
-
-    def run(self) -> None:
+    def __call__(self) -> None:
         self.destination.copy_(self.source)
-
-
-def _largest_cpu_cache() -> int:
-    """Bytes, as Linux says; 32 MiB where it does not."""
-    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max((int(size[:-1]) * 1024 for size in sizes if size.endswith("K")), default=32 * 2**20)
-
-
-def _status(field: str) -> int:
-    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def peak_above(device: torch.device, run: Callable[[], object]) -> tuple[object, int | None]:
@@ -166,9 +162,9 @@ def peak_above(device: torch.device, run: Callable[[], object]) -> tuple[object,
     try:
         # Freed pages that the allocator keeps would be used again unseen.
         ctypes.CDLL(None).malloc_trim(0)
-        before = _status("VmRSS")
+        before = int(_of_file(_STATUS, r"VmRSS:\s+(\d+)"))
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError, TypeError):
         return run(), None
     result = run()
-    return result, max(0, _status("VmHWM") - before)
+    return result, 1024 * max(0, int(_of_file(_STATUS, r"VmHWM:\s+(\d+)")) - before)

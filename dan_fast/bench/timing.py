@@ -1,47 +1,19 @@
-"""Repetitions in turn, their times, and which of the package's operators ran."""
+"""Repetitions in turn, and which of the package's operators ran."""
 
 import gc
-import statistics
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dan_fast.bench.machine import synchronize
+from dan_fast.bench.machine import CacheFlush, Copy, synchronize
+from dan_fast.bench.rows import Row, Timing
 
-FORWARD, BACKWARD = "forward", "forward_backward"
-
-_Turn = TypeVar("_Turn", bound=Hashable)
-
-
-@dataclass
-class Timing:
-    """Seconds a step, one number for each repetition.
-
-    Example:
-        >>> Timing([3.0, 1.0, 2.0]).median
-        2.0
-    """
-
-    seconds: list[float] = field(default_factory=list)
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        if len(self.seconds) < 2:
-            return self.seconds[0], self.seconds[0]
-        lower, _, upper = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return lower, upper
-
-    def to_dict(self) -> dict[str, Any]:
-        lower, upper = self.quartiles
-        return {"median": self.median, "q1": lower, "q3": upper, "repeats": len(self.seconds), "all": self.seconds}
+Say = Callable[[str], None]
+_T = TypeVar("_T", bound=Hashable)
 
 
 def once(device: torch.device, run: Callable[[], object], flush: Callable[[], None] = lambda: None) -> float:
@@ -51,7 +23,7 @@ def once(device: torch.device, run: Callable[[], object], flush: Callable[[], No
     try:
         synchronize(device)
         start = time.perf_counter()
-        # What comes back is freed within the time: somebody has to.
+        # What it returns is freed within the time, as it is in use.
         run()
         synchronize(device)
         return time.perf_counter() - start
@@ -59,12 +31,12 @@ def once(device: torch.device, run: Callable[[], object], flush: Callable[[], No
         gc.enable()
 
 
-def repetitions(first: Mapping[_Turn, float], repeat: int, budget_s: float) -> dict[_Turn, int]:
-    """How often each may run, from the seconds that a first run took: as often as the budget allows, once at least."""
-    return {turn: min(repeat, max(1, int(budget_s / max(seconds, 1e-9)))) for turn, seconds in first.items()}
+def repetitions(seconds: float, repeat: int, budget_s: float) -> int:
+    """How often something may run whose first run took `seconds`: as often as the budget allows, once at least."""
+    return min(repeat, max(1, int(budget_s / max(seconds, 1e-9))))
 
 
-def rounds(turns: Mapping[_Turn, int]) -> Iterator[list[_Turn]]:
+def rounds(turns: Mapping[_T, int]) -> Iterator[list[_T]]:
     """The order of each round: repetitions in turn, so that a noisy neighbour meets all of them.
 
     Each round begins with another.
@@ -77,6 +49,61 @@ def rounds(turns: Mapping[_Turn, int]) -> Iterator[list[_Turn]]:
         due = [turn for turn, count in turns.items() if count > number]
         shift = number % len(due)
         yield due[shift:] + due[:shift]
+
+
+def first_outcome(row: Row, runner: Any, compiled: bool = False) -> Any:
+    """The result that is compared; the row gets to know which operators ran, or whether one graph was compiled."""
+    if compiled:
+        counters.clear()
+        outcome = runner.outcome()
+        breaks = sum(counters["graph_break"].values())
+        row.notes.append(f"{breaks} graph breaks" if breaks else "one graph")
+        return outcome
+    with Operators() as operators:
+        outcome = runner.outcome()
+    row.operators = sorted(operators.names)
+    return outcome
+
+
+class Turn(NamedTuple):
+    """A pass of a contender that is going to be timed `count` times."""
+
+    row: Row
+    kind: str
+    call: Callable[[], object]
+    count: int
+
+
+def take_turns(
+    device: torch.device, turns: Sequence[Turn], say: Say, copy_bytes: int | None = None, warm: bool = False
+) -> None:
+    """Times all passes in turn, with empty caches, into their rows.
+
+    Args:
+        device: where they run.
+        turns: the passes.
+        say: told what is going on.
+        copy_bytes: also time a copy of about so many bytes in each round, the rows' `bandwidth`.
+        warm: call once untimed before each timed call: memory that another contender freed may have gone back to the
+            system, and getting it anew takes time.
+    """
+    flush = CacheFlush(device)
+    bandwidth = Timing()
+    copy = Copy(device, copy_bytes) if copy_bytes and turns else None
+    if copy:
+        copy()
+    for number, due in enumerate(rounds({index: turn.count for index, turn in enumerate(turns)}), start=1):
+        gc.collect()
+        if copy:
+            bandwidth.seconds.append(once(device, copy, flush))
+        for row, kind, call, _ in (turns[index] for index in due):
+            say(f"round {number}: {row.name}")
+            if warm:
+                call()
+            row.seconds.setdefault(kind, Timing()).seconds.append(once(device, call, flush) / row.steps)
+    if copy:
+        for turn in turns:
+            turn.row.bandwidth = copy.moved_bytes / bandwidth.median
 
 
 class Operators(TorchDispatchMode):

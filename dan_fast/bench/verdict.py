@@ -1,23 +1,13 @@
 """What a benchmark requires, and whether it was met."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
-
-from rich.console import Console
-from rich.table import Table
+from typing import Any, NamedTuple
 
 from dan_fast.core.errors import DanFastError
 
 
 class Bar(NamedTuple):
-    """One requirement.
-
-    Attributes:
-        name: what is required.
-        limit: as a sentence.
-        value: the figure, None if it was not measured.
-        met: whether it is; False where it was not measured.
-    """
+    """A requirement, its limit as a sentence, the figure (None if it was not measured), and whether it is met."""
 
     name: str
     limit: str
@@ -28,6 +18,9 @@ class Bar(NamedTuple):
     def verdict(self) -> str:
         return "not measured" if self.value is None else "met" if self.met else "NOT met"
 
+    def to_dict(self) -> dict[str, Any]:
+        return self._asdict() | {"verdict": self.verdict}
+
 
 def at_least(name: str, least: float, value: float | None) -> Bar:
     """A ratio that must not be smaller."""
@@ -37,15 +30,6 @@ def at_least(name: str, least: float, value: float | None) -> Bar:
 def at_most(name: str, limit: str, most: float, value: float | None) -> Bar:
     """A figure that must not be larger; `limit` says so in its unit."""
     return Bar(name, limit, value, value is not None and value <= most)
-
-
-def print_bars(console: Console, title: str, bars: Sequence[Bar]) -> None:
-    table = Table(title=title, title_justify="left")
-    for name in ("bar", "limit", "measured", "verdict"):
-        table.add_column(name)
-    for bar in bars:
-        table.add_row(bar.name, bar.limit, "-" if bar.value is None else f"{bar.value:.3g}", bar.verdict)
-    console.print(table)
 
 
 def all_met(bars: Sequence[Bar], check: bool) -> bool:

@@ -1,0 +1,49 @@
+"""What the tests of the benchmarks share: each as a command on a tiny problem, and what every file holds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dan_fast.cli import main
+from tests.support import ROOT
+
+TINY = {
+    "memory": {"labeled_slots": 60, "unlabeled_slots": 44, "key_dim": 24, "batch": 4, "repeat": 2, "steps": 2,
+               "slots_scale": "1", "dtype": "float32"},
+    "attention": {"batch": 3, "channels": 24, "height": 3, "width": 2, "reduction": 2, "classes": 5, "repeat": 2,
+                  "contenders": "eager,kernels"},
+    "iteration": {"backbone": "resnet18", "height": 64, "width": 32, "images": 8, "labeled_slots": 24,
+                  "unlabeled_slots": 12, "classes": 6, "repeat": 1},
+    "data": {"files": "32x16", "image_size": "[40,20]", "images": 12, "batch": 4, "workers": 1, "repeat": 2},
+    "ranking": {"queries": 70, "gallery": 300, "width": 16, "ids": 20, "cams": 3, "repeat": 2, "threads": 1,
+                "memory_queries": 200, "memory_gallery": 4000, "memory_width": 8},
+}  # fmt: skip
+ENVIRONMENT = {"torch", "commit", "cpu", "threads", "date", "gpu", "driver"}
+
+
+def command(name: str, *arguments: str) -> list[str]:
+    flags = [word for flag, value in TINY[name].items() for word in (f"--{flag}", str(value))]
+    return ["bench", name, "--device", "cpu", *flags, *arguments]
+
+
+def written(name: str, folder: Path, *arguments: str) -> dict[str, Any]:
+    """The file of a command that succeeds; what is true of every one is checked."""
+    out = folder / "figures.json"
+    assert main(command(name, *arguments, "--json", str(out))) == 0
+    content = json.loads(out.read_text())
+    assert (content["schema"], content["benchmark"], content["complete"]) == (1, name, True)
+    assert content["environment"].keys() >= ENVIRONMENT and content["meaning"].keys() >= {"seconds"}
+    for row in content["rows"]:
+        timings = row["seconds"]
+        for timing in [timings] if timings and "median" in timings else (timings or {}).values():
+            assert timing["repeats"] == len(timing["all"]) == content["settings"]["repeat"]
+            assert 0 < timing["q1"] <= timing["median"] <= timing["q3"]
+        assert row["peak_bytes"] is None or row["peak_bytes"] >= 0
+        assert row["extra_bytes"] is None or row["extra_bytes"] >= 0
+    for path in ROOT.glob("benchmarks/results/[ch]*/*.json"):
+        # What reads a new file also reads those that are committed.
+        before = json.loads(path.read_text())
+        if before["benchmark"] == name:
+            assert before.keys() <= content.keys() and before["settings"].keys() <= content["settings"].keys()
+            assert before["rows"][0].keys() <= content["rows"][0].keys()
+    return content

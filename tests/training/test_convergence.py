@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dan_fast.bench.iteration_contenders import literal_operators
+from dan_fast.bench.iteration.contenders import literal_operators
 from dan_fast.core.types import Gates, MemoryBatch, MemoryState
 from dan_fast.data import Split
 from dan_fast.data.synthetic import synthesize
@@ -88,7 +88,7 @@ def train(root: Path, out: Path, literal: bool) -> list[Pass]:
     }
     trainer = Trainer(config(root, out, **settings))
     trainer.meta_step.objective = watched = Watched(trainer, remember_states=literal)
-    with literal_operators(trainer) if literal else nullcontext():
+    with literal_operators(trainer.model) if literal else nullcontext():
         trainer.fit()
     return watched.passes
 

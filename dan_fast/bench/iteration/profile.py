@@ -1,4 +1,4 @@
-"""Where the time of one training iteration goes, from hooks on the trainer's own modules."""
+"""Where the time of one training iteration goes, from hooks on the step's own modules."""
 
 import time
 from collections import defaultdict
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from dan_fast.bench.machine import synchronize
-from dan_fast.training import Trainer
+from dan_fast.training import MetaStep
 
 TRAIN, TEST = "S", "S~"
 PROFILE_MEANING = (
-    "seconds of one iteration, the device waited for at every mark; forward: of the network's parts, losses is the "
+    "seconds of one iteration, the device is waited for at every mark; forward: of the network's parts, losses is the "
     "rest of the pass; backward: heads is from its begin to the gradient of the last map (losses, memory and attention "
     "head), backbone what follows; with order 2 the backward of S~ goes through the backward of S as well; rest is "
     "everything outside of passes and optimizer"
@@ -24,30 +24,30 @@ class Profile:
     """Seconds by part: "forward S: backbone", "backward S~: heads", "optimizer", "rest" and so on.
 
     Args:
-        trainer: whose next iterations are looked at, inside `recording`.
+        step: whose next step is looked at, inside `recording`.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
+    def __init__(self, step: MetaStep) -> None:
+        self.step = step
         self.seconds: dict[str, float] = defaultdict(float)
         self.part = ""
         self.begun: dict[str, float] = {}
         self.map_done: float | None = None
 
     def _now(self) -> float:
-        synchronize(self.trainer.device)
+        synchronize(self.step.device)
         return time.perf_counter()
 
     def _begin(self, what: str) -> None:
         self.begun[what] = self._now()
 
     def _end(self, what: str) -> None:
-        self.seconds[f"{what}"] += self._now() - self.begun.pop(what)
+        self.seconds[what] += self._now() - self.begun.pop(what)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """One iteration of the trainer."""
-        model, optimizer = self.trainer.model, self.trainer.optimizer
+        """One step."""
+        model, optimizer = self.step.model, self.step.optimizer
         attention, functional_grad = model.network.attention, torch.autograd.grad
         head = attention.head
         parts = {"backbone": model.network.backbone, "memory": model.memory}
@@ -63,7 +63,7 @@ class Profile:
                 module.register_forward_hook(lambda *_, name=name: self._end(f"forward {self.part}: {name}")),
             ]
         attention.head = self._timed_head(head)
-        # The trainer's only way to a gradient; its begin and end have no hook.
+        # The step's only way to a gradient; its begin and end have no hook.
         torch.autograd.grad = self._timed_grad(functional_grad)
         start = self._now()
         try:
@@ -112,3 +112,8 @@ class Profile:
             return result
 
         return timed
+
+
+def in_order(part: str) -> tuple[bool, bool, bool, bool]:
+    """S before S~, forward before backward, what belongs to neither last."""
+    return part == "sum", ":" not in part, "S~" in part, part.startswith("backward")

@@ -6,25 +6,23 @@ import torch
 from torch import Tensor
 
 from dan_fast.core.cosine import statistics_dtype
-from dan_fast.core.types import MemoryState
+from dan_fast.core.types import Gates, MemoryBatch, MemoryState
 
-# Table II and Sec. IV-B.
-LABELED_SLOTS, UNLABELED_SLOTS, KEY_DIM, BATCH = 9000, 5500, 2045, 32
-ALPHA, ALPHA_UNLABELED, BETA = 0.0, 0.0, 0.1
+GATES = Gates(0.0, 0.0, 0.1)
 
 _SLOTS_PER_PERSON = 12
-# One slot in so many holds somebody else's pseudo label, so that FP and FN of Eq. (14) are not empty.
+# One slot in so many holds the pseudo label of another person, so that FP and FN of Eq. (14) are not empty.
 _MISLABELED_EVERY = 20
 _ROWS = 4096
 
 
 class Size(NamedTuple):
-    """Slots of M and M', numbers a key, samples a batch of each kind."""
+    """Slots of M and M', numbers a key, samples a batch of each kind: those of Table II and Sec. IV-B."""
 
-    labeled_slots: int = LABELED_SLOTS
-    unlabeled_slots: int = UNLABELED_SLOTS
-    key_dim: int = KEY_DIM
-    batch: int = BATCH
+    labeled_slots: int = 9000
+    unlabeled_slots: int = 5500
+    key_dim: int = 2045
+    batch: int = 32
 
     def scaled(self, scale: float) -> "Size":
         """The same with `scale` times the slots, at least one."""
@@ -36,13 +34,7 @@ class Size(NamedTuple):
         return self.labeled_slots + self.unlabeled_slots
 
 
-class Batch(NamedTuple):
-    """Keys (B, d) and labels (B,); unlabelled keys (B', d) and sample ids (B',)."""
-
-    keys: Tensor
-    labels: Tensor
-    unlabeled_keys: Tensor
-    sample_ids: Tensor
+PAPER = Size()
 
 
 class Problem(NamedTuple):
@@ -51,7 +43,7 @@ class Problem(NamedTuple):
     size: Size
     labeled: MemoryState
     unlabeled: MemoryState
-    batches: list[Batch]
+    batches: list[MemoryBatch]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,10 +100,10 @@ def make_problem(
         ids = torch.arange(slots, device=device) if mislabeled else torch.full_like(labels, -1)
         return MemoryState(draw(who), labels, usage, evaluation / evaluation.sum(), usage.argmin(), ids)
 
-    def batch(number: int) -> Batch:
+    def batch(number: int) -> MemoryBatch:
         labels, hidden = torch.randint(persons, (2, size.batch), generator=generator, device=device)
         ids = torch.arange(size.batch, device=device) + size.unlabeled_slots + number * size.batch
-        return Batch(draw(labels), labels, draw(hidden), ids)
+        return MemoryBatch(draw(labels), labels, draw(hidden), ids)
 
     labeled, unlabeled = memory(size.labeled_slots, False), memory(size.unlabeled_slots, True)
     return Problem(size, labeled, unlabeled, [batch(number) for number in range(batches)])

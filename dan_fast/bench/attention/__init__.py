@@ -1,0 +1,1 @@
+"""The attention head: eager, compiled, and kernels."""

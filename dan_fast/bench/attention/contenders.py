@@ -1,0 +1,118 @@
+"""Ways to run the attention head on one map, each as a user of it would call it, and do they say the same."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dan_fast import _extension, functional, reference
+from dan_fast.bench.agreement import Agreement, judge, relative_error
+from dan_fast.bench.attention.problem import HeadProblem, MapSize, make_head_problem
+from dan_fast.core.types import AttentionHeadOutput, NLCBAMWeights
+
+# The paper in PyTorch, sample by sample and with X''; the package's own PyTorch form, as it is and compiled; kernels.
+REFERENCE, EAGER, COMPILED, KERNELS = CONTENDERS = ("reference", "eager", "compiled", "kernels")
+
+# What the training loss reads; both attentions are by-products.
+_TRAINED = ("attended", "pooled", "adversary_loss")
+_GRADIENTS = ("features", *NLCBAMWeights._fields, "cam_weight")
+
+# How far a result may be from the reference in float64, as a share of its largest number and of its norm. In half
+# precision the statistics are float32 still; only the map's gradient is rounded to 8 or 11 bits.
+TOLERANCES = {
+    torch.float64: {"results": 1e-10, "gradients": 1e-10, "map_gradient": 1e-10},
+    torch.float32: {"results": 1e-5, "gradients": 1e-4, "map_gradient": 1e-4},
+    torch.bfloat16: {"results": 1e-5, "gradients": 1e-4, "map_gradient": 2**-8},
+    torch.float16: {"results": 1e-5, "gradients": 1e-4, "map_gradient": 2**-10},
+}
+
+
+class HeadOutcome(NamedTuple):
+    """Everything the head returns, and the gradients as in `_GRADIENTS`."""
+
+    results: AttentionHeadOutput
+    gradients: tuple[Tensor, ...]
+
+
+class HeadRunner:
+    """A contender on one problem; half-precision maps meet float32 weights under autocast, as in training.
+
+    Args:
+        problem: what to run on.
+        head: `attention_head` or what was compiled of it.
+        context: entered around every call.
+    """
+
+    def __init__(
+        self,
+        problem: HeadProblem,
+        head: Callable[..., AttentionHeadOutput],
+        context: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        self.problem, self.head, self.context = problem, head, context
+
+    def run(self, backward: bool) -> AttentionHeadOutput | HeadOutcome:
+        """Forward without autograd, or forward and all gradients; returns what a caller would hold."""
+        features, weights, cam_weight, labels, slopes = self.problem
+        with self.context(), torch.set_grad_enabled(backward):
+            if backward:
+                features = features.detach().requires_grad_()
+            with torch.autocast(features.device.type, features.dtype, enabled=features.dtype.itemsize < 4):
+                results = self.head(features, weights, cam_weight, labels)
+            if not backward:
+                return results
+            trained = [getattr(results, name) for name in _TRAINED]
+            slopes = [slope.to(of.dtype) for slope, of in zip(slopes, trained, strict=True)]
+            gradients = torch.autograd.grad(trained, [features, *weights, cam_weight], slopes)
+            return HeadOutcome(AttentionHeadOutput(*(x.detach() for x in results)), gradients)
+
+    def outcome(self) -> HeadOutcome:
+        return self.run(True)
+
+
+def start(name: str, problem: HeadProblem) -> HeadRunner:
+    """The runner of a contender."""
+    if name == KERNELS:
+        return HeadRunner(problem, functional.attention_head)
+    if name == REFERENCE:
+        return HeadRunner(problem, _literal)
+    if name == EAGER:
+        return HeadRunner(problem, functional.attention_head, _extension.disabled)
+    # Whatever was traced for another map would only be in the way, and is no part of the time to compile this one.
+    torch.compiler.reset()
+    return HeadRunner(problem, torch.compile(functional.attention_head, dynamic=False), _extension.disabled)
+
+
+def prepare_compiled(size: Sequence[int], dtype: str, layout: str, device: str) -> Callable[[], HeadRunner]:
+    """For `dan_fast.bench.compiled`."""
+    problem = make_head_problem(MapSize(*size), getattr(torch, dtype), layout, device)
+    return lambda: start(COMPILED, problem)
+
+
+def _literal(x: Tensor, weights: NLCBAMWeights, cam_weight: Tensor, labels: Tensor) -> AttentionHeadOutput:
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.attention_head(x.to(cam_weight.dtype), weights, cam_weight, labels)
+
+
+def reference_outcome(problem: HeadProblem) -> HeadOutcome:
+    """What the paper's form gives in float64 for the numbers of the problem."""
+    return HeadRunner(problem.double(), reference.attention_head).outcome()
+
+
+def compare_heads(outcome: HeadOutcome, expected: HeadOutcome, dtype: torch.dtype) -> Agreement:
+    """All five results and all gradients; an error is a share of the largest number or of the norm, whichever is more.
+
+    Example:
+        >>> problem = make_head_problem(MapSize(2, 24, 3, 2, 2, 5), torch.float64, "contiguous", "cpu")
+        >>> compare_heads(start("eager", problem).outcome(), reference_outcome(problem), torch.float64).disagrees
+    """
+    errors, allowed = {}, {}
+    names = [*AttentionHeadOutput._fields, *(f"gradient of {name}" for name in _GRADIENTS)]
+    kinds = ["results"] * 5 + ["map_gradient"] + ["gradients"] * (len(_GRADIENTS) - 1)
+    pairs = zip((*outcome[0], *outcome[1]), (*expected[0], *expected[1]), strict=True)
+    for name, kind, (actual, wanted) in zip(names, kinds, pairs, strict=True):
+        errors[name], allowed[name] = relative_error(actual, wanted, 2, math.inf), TOLERANCES[dtype][kind]
+    return judge(errors, allowed)

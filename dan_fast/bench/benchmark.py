@@ -1,0 +1,223 @@
+"""What all benchmarks have in common: from settings to groups of rows, tables, a file, bars and the verdict."""
+
+import json as json_text
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jsonargparse.typing import NonNegativeInt
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dan_fast.bench.machine import PEAK_MEANING, environment
+from dan_fast.bench.rows import Row, plain, shown
+from dan_fast.bench.timing import Say
+from dan_fast.bench.verdict import Bar, all_met
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.files import write_text
+from dan_fast.training.build import resolve_device
+
+SCHEMA = 1
+MEANING = {
+    "seconds": "of a pass; forward is without recording for autograd; repetitions of the contenders in turn",
+    "model_bytes": "a model: the bytes that a pass cannot do without",
+    "bandwidth_share": "model_bytes / copy bandwidth / time; above 1 where a cache serves",
+    "bandwidth": "bytes/s read and written by Tensor.copy_, taken in turn with the contenders",
+    "speedup": "median of the other / median of this one, pass by pass; none without agreement",
+    "extra_bytes": "peak_bytes less returned_bytes, the result",
+    "compile_seconds": "of the first calls, which are in no other figure",
+    "errors": "the difference of each result",
+}
+LEGEND = (
+    "ms: median (quartiles, repetitions) of a step or call. Two figures: forward / forward + backward.",
+    "of copy: model bytes at the measured copy bandwidth over the time. vs: how many times as long that one takes.",
+)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(kw_only=True)
+class Benchmark:
+    """A subject: its settings, which are the flags of `dan-fast bench NAME`, and what it measures.
+
+    Args:
+        device: auto takes the GPU where there is one; or cpu, cuda, cuda:1.
+        json: Also write everything into this file, anew after every table.
+        threads: CPU threads of this process; 0 leaves PyTorch's own number.
+        check: Fail if a bar is missed or was not measured.
+
+    Raises:
+        DanFastError: a setting does not fit.
+    """
+
+    name: ClassVar[str]
+    # What the keys of the file mean; MEANING has those that all benchmarks share.
+    meaning: ClassVar[dict[str, str]]
+    bars_title: ClassVar[str] = "Bars"
+    # What tells the rows of a table apart: these of `Row.of`.
+    columns: ClassVar[tuple[str, ...]] = ()
+
+    device: str = "auto"
+    json: str | None = None
+    threads: NonNegativeInt = 0
+    check: bool = False
+
+    def __post_init__(self) -> None:
+        self.place = resolve_device(self.device)
+
+    @property
+    def peak_meaning(self) -> str:
+        return PEAK_MEANING[self.place.type]
+
+    def groups(self, say: Say) -> Iterator[list[Row]]:
+        """Measures; each group is a table. A contender that cannot run leaves the reason in its row."""
+        raise NotImplementedError
+
+    def title(self, rows: Sequence[Row]) -> str:
+        raise NotImplementedError
+
+    def bars(self, rows: Sequence[Row]) -> list[Bar]:
+        """What the rows have to reach; a row that disagrees has no figure."""
+        raise NotImplementedError
+
+    def figures(self, row: Row) -> dict[str, Any]:
+        """Figures of a row beyond those that all have, by their keys in the file."""
+        return {}
+
+    def cells(self, row: Row) -> dict[str, str]:
+        """Further columns of a table."""
+        return {}
+
+    def more(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """What is written into the file beside the rows."""
+        return {}
+
+    def more_tables(self, rows: Sequence[Row]) -> dict[str, list[dict[str, str]]]:
+        """Title -> rows of column -> cell."""
+        return {}
+
+    def legend(self, rows: Sequence[Row]) -> list[str]:
+        """Lines below the tables."""
+        return []
+
+    def settings(self) -> dict[str, Any]:
+        """As they are written into the file, what was made of them included."""
+        found = {name: value for name, value in vars(self).items() if name[0] != "_"}
+        return found | {"device": found.pop("place")}
+
+    def run(self, console: Console | None = None) -> bool:
+        """Measures, prints and writes.
+
+        Returns:
+            Whether every bar is met.
+
+        Raises:
+            DanFastError: the file cannot be written, or with `check` a bar is missed.
+        """
+        # Wide enough for the tables where the output goes into a file.
+        console = console or (Console() if Console().is_terminal else Console(width=200))
+        rows: list[Row] = []
+        with cpu_threads(self.threads):
+            found = environment(self.place)
+            # Before minutes of measuring: the folder may not be writable.
+            self._write(found, rows, complete=False)
+            with console.status("") as status:
+                for group in self.groups(status.update):
+                    rows += group
+                    self.print_rows(console, group)
+                    self._write(found, rows, complete=False)
+            self._write(found, rows, complete=True)
+        bars = self.bars(rows)
+        for title, table in self.more_tables(rows).items():
+            print_table(console, title, table)
+        for line in (*LEGEND, f"extra MB: {self.peak_meaning}; less the result.", *self.legend(rows)):
+            console.print(line, highlight=False)
+        verdicts = [
+            {"bar": b.name, "limit": b.limit, "measured": shown(b.value, ".3g"), "verdict": b.verdict} for b in bars
+        ]
+        print_table(console, self.bars_title, verdicts)
+        known = (f"{name} {value}" for name, value in found.items() if value is not None)
+        console.print(escape(", ".join(known)), highlight=False)
+        return all_met(bars, self.check)
+
+    def _write(self, found: dict[str, Any], rows: Sequence[Row], complete: bool) -> None:
+        """The file as it is so far: `complete` is false in one that an interrupted run leaves."""
+        if self.json is None:
+            return
+        content = {
+            "schema": SCHEMA,
+            "benchmark": self.name,
+            "complete": complete,
+            "environment": found,
+            "settings": self.settings(),
+            "meaning": MEANING | self.meaning | {"peak_bytes": self.peak_meaning},
+            **self.more(rows),
+            "rows": [row.to_dict() | self.figures(row) for row in rows],
+            "bars": [bar.to_dict() for bar in self.bars(rows)],
+        }
+        write_text(Path(self.json), json_text.dumps(plain(content), indent=2) + "\n")
+
+    def print_rows(self, console: Console, rows: Sequence[Row]) -> None:
+        """The table of a group and what is to be said of its rows."""
+        table = []
+        for row in rows:
+            words = {"contender": row.contender} | {name: str(row.of[name] or "-") for name in self.columns}
+            table.append(words | row.cells() | self.cells(row))
+        print_table(console, self.title(rows), table)
+        bandwidth = next((row.bandwidth for row in rows if row.bandwidth), None)
+        if bandwidth:
+            console.print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s, read and written")
+        for row in rows:
+            for remark in row.remarks():
+                console.print(f"{row.name}: {escape(remark)}", highlight=False)
+
+
+def print_table(console: Console, title: str, rows: Sequence[dict[str, str]]) -> None:
+    """Words stand on the left and numbers on the right, "-" where a row lacks a column; empty columns are left out."""
+    table = Table(title=title, title_justify="left")
+    columns = {name: [row.get(name, "-") for row in rows] for row in rows for name in row}
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
+    for name, cells in columns.items():
+        words = any(cell[:1].isalpha() for cell in cells)
+        table.add_column(name, justify="left" if words else "right", no_wrap=not any(" " in cell for cell in cells))
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*map(escape, cells))
+    console.print(table)
+
+
+def one_of(option: str, text: str, choices: Iterable[str]) -> list[str]:
+    """The words of an option, with commas between, each once.
+
+    Raises:
+        DanFastError: one is not among the choices; names the option.
+    """
+    words = [word.strip() for word in text.split(",")]
+    for word in words:
+        if word not in choices:
+            raise DanFastError(f"{option}: {word!r} is not one of {', '.join(choices)}.")
+    return list(dict.fromkeys(words))
+
+
+def dtypes_of(text: str) -> list[torch.dtype]:
+    """The types of `--dtype float32,bfloat16`."""
+    return [getattr(torch, name) for name in one_of("dtype", text, DTYPES)]
+
+
+def contenders_of(text: str, choices: Iterable[str]) -> list[str]:
+    """The contenders of `--contenders`; "all" stands for all of them."""
+    return list(choices) if text == "all" else one_of("contenders", text, choices)
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """PyTorch's CPU threads inside; 0 leaves its own number."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

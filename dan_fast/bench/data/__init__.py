@@ -1,0 +1,1 @@
+"""Feeding images: a plain DataLoader, decoding without a cache, and from the cache."""

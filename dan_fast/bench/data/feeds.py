@@ -1,0 +1,137 @@
+"""Ways to feed images: torchvision's, and this package's with and without its cache."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dan_fast.core.preprocessing import STD
+from dan_fast.data import (
+    BatchPlanner,
+    ImageCache,
+    ReIDDataset,
+    Sample,
+    TrainingSet,
+    image_loader,
+    load_dataset,
+    read_image,
+    test_transform,
+    train_transform,
+    training_loader,
+)
+from dan_fast.data.synthetic import synthesize
+
+PLAIN, DECODED, CACHED = CONTENDERS = ("plain", "decoded", "cached")
+TRAINING, EVALUATION = USES = ("training", "evaluation")
+# So many images are drawn; the files beyond them are copies, which are decoded like others.
+_DRAWN = 64
+
+
+class PlainImages(Dataset):
+    """Files as torchvision users read them: decoded by Pillow and transformed one at a time.
+
+    Args:
+        samples: the files.
+        transform: of an image.
+        seeds: a seed for each file, so that augmented images can be compared; None draws as it comes.
+    """
+
+    def __init__(self, samples: Sequence[Sample], transform: Any, seeds: dict[int, int] | None) -> None:
+        self.samples, self.transform, self.seeds = samples, transform, seeds
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, pid, _ = self.samples[index]
+        if self.seeds is not None:
+            torch.default_generator.manual_seed(self.seeds[index])
+        return self.transform(read_image(path)), pid
+
+
+class Feeds:
+    """The loaders of all contenders on files of one size.
+
+    Args:
+        folder: an empty one, for files and cache.
+        file_size: height and width of the files, which are drawn.
+        image_size: height and width they are resized to.
+        images, batch, workers: how many.
+        device: where the batches go.
+    """
+
+    def __init__(self, folder: Path, file_size: tuple[int, int], image_size: tuple[int, int], images: int,
+                 batch: int, workers: int, device: torch.device) -> None:  # fmt: skip
+        self.image_size, self.batch, self.workers, self.device = image_size, batch, workers, device
+        self.samples = _draw_files(folder / "images", file_size, images)
+        self.training_set = TrainingSet([ReIDDataset("drawn", folder / "images", train=self.samples)])
+        self.plans = BatchPlanner(self.training_set.labels, 0, batch_size=batch).plan_epoch(0)
+        self.items = [plan.meta_train + (plan.meta_test or ()) for plan in self.plans]
+        self.cache = ImageCache(folder / "cache", image_size, workers=workers)
+
+    def loader(self, contender: str, use: str) -> Any:
+        """What a user would go through."""
+        if contender == PLAIN:
+            return self.plain(use, persistent_workers=self.workers > 0)
+        cache = self.cache if contender == CACHED else None
+        options = {"workers": self.workers, "cache": cache, "device": self.device}
+        if use == TRAINING:
+            return training_loader(self.training_set, self.plans, self.image_size, **options)
+        return image_loader(self.samples, self.image_size, self.batch, **options)
+
+    def plain(self, use: str, seeds: dict[int, int] | None = None, **options: Any) -> DataLoader:
+        """torch's loader of `PlainImages`."""
+        if use == TRAINING:
+            samples, transform = self.training_set.labeled_samples, train_transform(self.image_size)
+            options["batch_sampler"] = [[item.index for item in items] for items in self.items]
+        else:
+            samples, transform = self.samples, test_transform(self.image_size)
+            options["batch_size"] = self.batch
+        options |= {"num_workers": self.workers, "pin_memory": self.device.type == "cuda"}
+        return DataLoader(PlainImages(samples, transform, seeds), **options)
+
+    def go_through(self, loader: Any) -> None:
+        """One pass through all images."""
+        for batch in loader:
+            if isinstance(loader, DataLoader):
+                batch = [part.to(self.device, non_blocking=True) for part in batch]
+            del batch
+
+    def apart(self, loader: Any, use: str) -> tuple[float, float] | str:
+        """How far its images are from the plain loader's on the same draws.
+
+        Returns:
+            The largest difference in grey levels, and the share of numbers that differ; or which shape is another.
+        """
+        seeds = {item.index: item.seed for items in self.items for item in items}
+        largest, different, numbers = 0.0, 0, 0
+        with torch.random.fork_rng(devices=[]):
+            for (one, _), other in zip(self.plain(use, seeds), map(_images, loader), strict=True):
+                if one.shape != other.shape:
+                    return f"a batch is {tuple(other.shape)} and not {tuple(one.shape)}"
+                levels = (one - other.cpu()).abs() * torch.tensor(STD)[:, None, None] * 255
+                largest = max(largest, levels.max().item())
+                different += int((levels > 1e-3).sum())
+                numbers += levels.numel()
+        return largest, different / numbers
+
+
+def _images(batch: Any) -> Tensor:
+    first, second, *_ = batch
+    if isinstance(first, Tensor):
+        return first
+    return first.images if second is None else torch.cat([first.images, second.images])
+
+
+def _draw_files(root: Path, size: tuple[int, int], images: int) -> tuple[Sample, ...]:
+    (manifest,) = synthesize(root / "drawn", ["campus"], identities=_DRAWN // 4, cameras=2, images_per_camera=2,
+                             image_size=size, test_fraction=0)  # fmt: skip
+    people = load_dataset(manifest).train
+    samples = [people[number % len(people)]._replace(path=root / f"{number:06d}.jpg") for number in range(images)]
+    for number, sample in enumerate(samples):
+        shutil.copyfile(people[number % len(people)].path, sample.path)
+    return tuple(samples)

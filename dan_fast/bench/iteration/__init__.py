@@ -1,0 +1,1 @@
+"""A training iteration: plain ResNet, DAN with literal operators, and DAN."""

@@ -1,0 +1,267 @@
+"""`dan-fast bench iteration`: whole training iterations beside plain ResNet's, Table VIII."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from jsonargparse.typing import PositiveFloat, PositiveInt
+from torch.utils.flop_counter import FlopCounterMode
+
+from dan_fast.bench.benchmark import Benchmark, contenders_of, one_of
+from dan_fast.bench.iteration.agreement import TOLERANCES, compare_iteration
+from dan_fast.bench.iteration.contenders import (
+    FROZEN,
+    UPDATED,
+    DANIteration,
+    IterationSize,
+    PlainIteration,
+    literal_operators,
+)
+from dan_fast.bench.iteration.profile import PROFILE_MEANING, Profile, in_order
+from dan_fast.bench.machine import peak_above, why_too_large
+from dan_fast.bench.memory import benchmark as memory
+from dan_fast.bench.memory.contenders import LITERAL as LITERAL_STEP
+from dan_fast.bench.memory.contenders import select
+from dan_fast.bench.memory.problem import Size
+from dan_fast.bench.rows import WHOLE, Row, Timing, set_speedups, shown
+from dan_fast.bench.timing import Operators, Say, Turn, repetitions, take_turns
+from dan_fast.bench.verdict import Bar, at_most
+from dan_fast.core.errors import DanFastError
+from dan_fast.training.config import Precision
+
+PLAIN, LITERAL, DAN = CONTENDERS = ("plain", "literal", "dan")
+# Table VIII: 137.908 s an epoch against ResNet-50's 32.609 s.
+PAPER_RATIO = 137.908 / 32.609
+EPOCH_IMAGES = 12_936
+_CPU_RATIO, _GPU_RATIO = 1.20, 1.15
+# S and S~ each need a labelled and an unlabelled image, and batch norm two of a map of one position.
+_FEWEST_IMAGES = 8
+# The literal operators and the package's are compared on so many images and slots.
+_CHECK = {"images": 8, "labeled_slots": 120, "unlabeled_slots": 80}
+
+
+def row_of(contender: str, order: int | None, backbone: str, images: int, **figures: Any) -> Row:
+    """The row of a kind of iteration; its order is None for PLAIN."""
+    of = {"order": order, "backbone": backbone, "images": images, "gflop": None}
+    of |= {"rounding": {}, "allowed": {}, "profile": {}, "ratio": None, "round_ratios": []}
+    name = contender if order is None else f"{contender}, order {order}, {backbone}"
+    return Row(contender, of, (WHOLE,), name, **figures)
+
+
+def set_ratios(rows: Sequence[Row]) -> None:
+    """Each row's median over plain ResNet's, and round by round; none for a row that disagrees."""
+    plain = [row for row in rows if row.contender == PLAIN]
+    set_speedups(rows, lambda row: {PLAIN: plain})
+    for row in rows:
+        ratio = row.ratio(PLAIN)
+        rounds = zip(row.whole.seconds, plain[0].whole.seconds, strict=False) if ratio else ()
+        row.of |= {"ratio": ratio and 1 / ratio, "round_ratios": [own / other for own, other in rounds]}
+
+
+@dataclass(kw_only=True)
+class IterationBenchmark(Benchmark):
+    """Time whole training iterations beside plain ResNet's, Table VIII, after checking the gradients.
+
+    Args:
+        backbone: torchvision ResNet (the paper: resnet50).
+        height: Rows of an image in pixels (the paper: 224).
+        width: Columns of an image in pixels (the paper: 224).
+        images: Images of an iteration, S and S~ together (the paper: 64).
+        order: Orders of the meta gradients, with commas between: 1, 2.
+        contenders: Some of plain, literal and dan, with commas between; or all.
+        precision: float32, or bfloat16 autocast for the network.
+        labeled_slots: Slots of M, all of them filled (the paper: 9000).
+        unlabeled_slots: Slots of M', all of them filled (the paper: 5500).
+        classes: Persons of the classifier (Market-1501: 751).
+        repeat: Repetitions of each contender.
+        budget_s: Seconds that a contender may take in all its repetitions; a literal iteration that would take longer
+            for a single one is left out.
+    """
+
+    name: ClassVar[str] = "iteration"
+    bars_title: ClassVar[str] = "Bar"
+    columns: ClassVar[tuple[str, ...]] = ("order", "backbone")
+    meaning: ClassVar[dict[str, str]] = {
+        "plain": "the backbone with a linear classifier: forward, cross-entropy, backward and SGD step on these images",
+        "literal": "DAN in the same step with reference.memory_step and reference.attention_head, order 1",
+        "dan": "DAN with this package, the trainer's own meta step from the batch on the host to the optimizer's step",
+        "updated": "the attention branch wins: backbone, classifier and gates are updated",
+        "frozen": "the adversary branch wins: NL-CBAM, CAM weight and gates are updated",
+        "seconds": "an iteration; images are drawn, not decoded; repetitions of the contenders in turn",
+        "epoch_seconds": f"for {EPOCH_IMAGES} images, those of Market-1501's training set",
+        "gflop": (
+            "1e9 operations of an iteration by torch.utils.flop_counter, products and convolutions only; those inside "
+            "the package's compiled operators are not counted"
+        ),
+        "errors": (
+            "distance of the gradients an iteration would follow from those with the literal operators, as a share of "
+            "their norm, on few images and slots in the same run, with S~ at the same weights"
+        ),
+        "rounding": "the same between literal gradients with and without the last bit of the last feature map changed",
+        "allowed": "the largest error that is no disagreement: tolerance, or 4 times rounding where that is more",
+        "ratio": "median over the median of plain; round_ratios: round by round; none without agreement",
+        "paper_ratio": "Table VIII: 137.908 s an epoch against 32.609 s",
+        "profile": PROFILE_MEANING,
+    }
+
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
+    height: PositiveInt = 224
+    width: PositiveInt = 224
+    images: PositiveInt = 64
+    order: str = "1,2"
+    contenders: str = "all"
+    precision: Precision = "float32"
+    labeled_slots: PositiveInt = 9000
+    unlabeled_slots: PositiveInt = 5500
+    classes: PositiveInt = 751
+    repeat: PositiveInt = 5
+    budget_s: PositiveFloat = 300.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.order = [int(word) for word in one_of("order", self.order, ("1", "2"))]
+        self.contenders = contenders_of(self.contenders, CONTENDERS)
+        for name, least, reason in (
+            ("images", _FEWEST_IMAGES, f"are too few: S and S~ need {_FEWEST_IMAGES} together, or more"),
+            ("classes", 2, "is too few: a classifier needs 2 persons or more"),
+        ):
+            if getattr(self, name) < least:
+                raise DanFastError(f"{name}: {getattr(self, name)} {reason}.")
+        self.size = IterationSize(*(getattr(self, name) for name in IterationSize._fields))
+
+    def groups(self, say: Say) -> Iterator[list[Row]]:
+        kinds = [(PLAIN, None, UPDATED), (LITERAL, 1, UPDATED)]
+        kinds += [(DAN, order, backbone) for order in self.order for backbone in (UPDATED, FROZEN)]
+        rows = [row_of(*kind, self.images) for kind in kinds if kind[0] in self.contenders]
+        self._compare([row for row in rows if row.contender == DAN], say)
+        say("making the networks and memories")
+        dan = DANIteration(self.size, self.place, self.precision)
+        plain = PlainIteration(self.size, dan) if PLAIN in self.contenders else None
+        turns = []
+        for row in rows:
+            say(f"first runs: {row.name}")
+            turns += self._first_runs(row, dan, plain)
+        take_turns(self.place, turns, say)
+        set_ratios(rows)
+        yield rows
+
+    def _compare(self, rows: list[Row], say: Say) -> None:
+        """The gradients that an iteration would follow, with the package's operators and with the literal ones."""
+        if not rows:
+            return
+        few = {name: min(value, getattr(self.size, name)) for name, value in _CHECK.items()}
+        dan = DANIteration(self.size._replace(**few), self.place, self.precision)
+        for row in rows:
+            say(f"comparing with the literal operators: {row.name}")
+            dan.set(row.of["order"], row.of["backbone"])
+            row.compared_with = "the literal operators"
+            (row.disagrees, row.errors), rounding, allowed = compare_iteration(dan, TOLERANCES[self.precision])
+            row.of |= {"rounding": rounding, "allowed": allowed}
+            if row.errors:
+                group = max(row.errors, key=row.errors.get)
+                row.agreement = (
+                    f", largest difference {row.errors[group]:.1e} in {group}, "
+                    f"what rounding alone does {rounding[group]:.1e}, allowed {allowed[group]:.1e}"
+                )
+
+    def _first_runs(self, row: Row, dan: DANIteration, plain: PlainIteration | None) -> list[Turn]:
+        """The operations of an iteration, its memory, where its time goes, and how often there is time for it."""
+        if row.contender == LITERAL and (reason := self._too_costly(dan)):
+            row.leave_out(reason)
+            return []
+
+        def iterate() -> None:
+            if row.contender == PLAIN:
+                return plain.run()
+            dan.set(row.of["order"], row.of["backbone"])
+            with literal_operators(dan.model) if row.contender == LITERAL else nullcontext():
+                dan.run()
+
+        try:
+            with FlopCounterMode(display=False) as counter, Operators() as found:
+                iterate()
+            row.operators, row.of["gflop"] = sorted(found.names), counter.get_total_flops() / 1e9
+            start = time.perf_counter()
+            _, row.peak_bytes = peak_above(self.place, iterate)
+            seconds = time.perf_counter() - start
+            if row.contender == DAN:
+                profile = Profile(dan.step)
+                with profile.recording():
+                    iterate()
+                row.of["profile"] = dict(profile.seconds)
+        except (MemoryError, torch.OutOfMemoryError):
+            row.leave_out("out of memory")
+            return []
+        return [Turn(row, WHOLE, iterate, repetitions(seconds, self.repeat, self.budget_s))]
+
+    def _too_costly(self, dan: DANIteration) -> str | None:
+        """Why a literal iteration is left out: its two memory steps are foreseen from steps with few slots."""
+        key_dim, few = dan.model.network.key_dim, max(1, self.images // 4)
+        slots = Size(self.labeled_slots, self.unlabeled_slots, key_dim, few)
+        (step,) = select([LITERAL_STEP])
+        seconds, needed = (2 * x for x in memory.foresee(step, slots, torch.float32, self.place))
+        if seconds > self.budget_s:
+            return f"its memory steps alone would take about {seconds:.0f} s, the budget is {self.budget_s:.0f} s"
+        return why_too_large(self.place, needed, "its memory steps")
+
+    def title(self, rows: Sequence[Row]) -> str:
+        return (
+            f"{self.backbone}, {self.images} images of {self.height} x {self.width}, {self.precision}, "
+            f"{self.labeled_slots} and {self.unlabeled_slots} slots: one training iteration"
+        )
+
+    def figures(self, row: Row) -> dict[str, Any]:
+        seconds, gflop = row.whole.median if row.whole else None, row.of["gflop"]
+        return {
+            "images_per_second": seconds and self.images / seconds,
+            "epoch_seconds": seconds and EPOCH_IMAGES / self.images * seconds,
+            "gflop_per_second": seconds and gflop and gflop / seconds,
+        }
+
+    def cells(self, row: Row) -> dict[str, str]:
+        figures, by_round = self.figures(row), row.of["round_ratios"]
+        spread = [f"{ratio:.3f}" for ratio in (Timing(by_round).quartiles if by_round else ())]
+        return {
+            "images/s": shown(figures["images_per_second"], ".1f"),
+            "s/epoch": shown(figures["epoch_seconds"], ".1f"),
+            "GFLOP": shown(row.of["gflop"], ".1f"),
+            "GFLOP/s": shown(figures["gflop_per_second"], ".1f"),
+            "over plain": shown(row.of["ratio"], ".3f"),
+            "by round": "..".join(spread) or "-",
+        }
+
+    def legend(self, rows: Sequence[Row]) -> list[str]:
+        return [
+            f"s/epoch: for {EPOCH_IMAGES} images. The paper's DAN takes {PAPER_RATIO:.2f} times as long as its "
+            "ResNet-50 (Table VIII)."
+        ]
+
+    def more_tables(self, rows: Sequence[Row]) -> dict[str, list[dict[str, str]]]:
+        profiles = {
+            f"order {row.of['order']}, {row.of['backbone']}": row.of["profile"]
+            | {"sum": sum(row.of["profile"].values())}
+            for row in rows
+            if row.of["profile"]
+        }
+        parts = dict.fromkeys(part for profile in profiles.values() for part in sorted(profile, key=in_order))
+        table = [
+            {"part": part} | {kind: shown(profile.get(part), ".1f", 1e-3) for kind, profile in profiles.items()}
+            for part in parts
+        ]
+        return {"Where the time of one iteration goes, ms": table} if profiles else {}
+
+    def more(self, rows: Sequence[Row]) -> dict[str, Any]:
+        return {"tolerance": TOLERANCES[self.precision], "paper_ratio": PAPER_RATIO}
+
+    def bars(self, rows: Sequence[Row]) -> list[Bar]:
+        """DAN of order 1 that updates the backbone, against plain ResNet."""
+        row = next((r for r in rows if (r.contender, r.of["order"], r.of["backbone"]) == (DAN, 1, UPDATED)), None)
+        name = f"order 1, backbone updated, over plain {self.backbone} ({self.precision}, {self.images} images)"
+        value = row.of["ratio"] if row else None
+        if self.place.type == "cpu":
+            return [at_most(name, f"at most {_CPU_RATIO:.2f} times", _CPU_RATIO, value)]
+        value = value if self.precision == "bfloat16" else None
+        return [at_most(name, f"at most {_GPU_RATIO:.2f} times in bfloat16", _GPU_RATIO, value)]

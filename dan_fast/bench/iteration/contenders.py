@@ -1,0 +1,190 @@
+"""What a training iteration is compared with: plain ResNet, and DAN with the paper's literal operators."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dan_fast import reference
+from dan_fast.bench.memory.problem import Size, make_problem
+from dan_fast.core.types import AttentionHeadOutput, MemoryStep
+from dan_fast.daml import Stage
+from dan_fast.data import BatchPlanner, Split
+from dan_fast.data.sampler import PlannedItem
+from dan_fast.nn import ProgressiveAugmentedMemory, build_backbone
+from dan_fast.training import DataConfig, LossConfig, MemoryConfig, MetaStep, ModelConfig, TrainConfig, TrainingModel
+from dan_fast.training.build import build_memory, initial_network
+from dan_fast.training.objective import Objective
+
+UPDATED, FROZEN = "updated", "frozen"
+_STAGES = {UPDATED: Stage.ATTENTION, FROZEN: Stage.ADVERSARY}
+# Large enough for S~ to see that S has moved the weights.
+_INNER_STEP = 1e-2
+_STEP = 1e-4
+
+
+class IterationSize(NamedTuple):
+    """What the cost of an iteration depends on; `images` are those of S and S~ together, all slots are filled."""
+
+    backbone: str = "resnet50"
+    height: int = 224
+    width: int = 224
+    images: int = 64
+    labeled_slots: int = 9000
+    unlabeled_slots: int = 5500
+    classes: int = 751
+
+
+class DANIteration:
+    """A meta step of a DAN whose memories are full, and one mini-batch for it; images are drawn instead of read.
+
+    Args:
+        size: of everything.
+        device: where it runs; the batch lies on the host, in pinned memory for a GPU.
+        precision: float32, or bfloat16 autocast for the network.
+        seed: of weights, memories and images.
+    """
+
+    def __init__(self, size: IterationSize, device: torch.device, precision: str, seed: int = 0) -> None:
+        settings = TrainConfig(
+            data=DataConfig(image_size=(size.height, size.width)),
+            model=ModelConfig(backbone=size.backbone, weights="none"),
+            memory=MemoryConfig(labeled_slots=size.labeled_slots, unlabeled_slots=size.unlabeled_slots),
+        )
+        network = initial_network(settings.to_dict(), size.classes)
+        memory = build_memory(settings.memory, network.key_dim).to(device)
+        slots = Size(size.labeled_slots, size.unlabeled_slots, network.key_dim, batch=1)
+        problem = make_problem(slots, torch.float32, device, batches=0, seed=seed)
+        memory.labeled, memory.unlabeled = (
+            state._replace(labels=state.labels % size.classes) for state in (problem.labeled, problem.unlabeled)
+        )
+        half = torch.bfloat16 if precision == "bfloat16" else None
+        self.model = TrainingModel(network, memory, LossConfig(), half)
+        self.model.to(device, memory_format=torch.channels_last).train()
+        self.step = MetaStep(self.model, _sgd(self.model))
+        labels = torch.arange(max(size.classes, size.images)) % size.classes
+        planner = BatchPlanner(labels, size.unlabeled_slots + size.images, batch_size=size.images, seed=seed)
+        (plan, *_) = planner.plan_epoch(0, tuple(x.cpu() for x in memory.reliable_samples()))
+        generator = torch.Generator().manual_seed(seed)
+        self.batch = [_split(items, size, generator, device) for items in (plan.meta_train, plan.meta_test)]
+
+    def set(self, order: int, backbone: str) -> None:
+        """Which kind of iteration comes next; the step still finds out who would have won the competition."""
+        self.step.meta.order = order
+        self.step.competition.decide = lambda attention_won: _STAGES[backbone]
+
+    def run(self) -> None:
+        """One iteration, from the batch on the host to the optimizer's step."""
+        self.step.step(*self.batch)
+
+    def gradients(self, moved: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What an iteration would follow, and G', the weights at which it saw S~.
+
+        Dropout draws the same in every call, and the memories stay as they are.
+
+        Args:
+            moved: see S~ at these values, whatever S has moved the weights to; G' is differentiated as ever.
+        """
+        step, memory, objective = self.step, self.model.memory, self.step.objective
+        before = memory.labeled, memory.unlabeled
+        torch.manual_seed(0)
+        step.objective = given = _ObjectiveAt(self.model, moved=moved)
+        step.optimizer.param_groups[0]["lr"] = _INNER_STEP
+        try:
+            return step.gradients(*self.batch).grads, given.moved
+        finally:
+            step.objective, step.optimizer.param_groups[0]["lr"] = objective, _STEP
+            memory.labeled, memory.unlabeled = before
+
+
+@dataclass
+class _ObjectiveAt(Objective):
+    """The objective of one iteration, whose second pass, that of S~, takes its parameters' values from `moved`."""
+
+    moved: dict[str, Tensor] | None = None
+
+    def __call__(self, params: Mapping[str, Tensor], split: Split) -> dict[str, Tensor]:
+        if self.record is not None:
+            self.moved = self.moved or {name: value.detach() for name, value in params.items()}
+            # The values of one, the graph of the other.
+            params = {name: self.moved[name] + (value - value.detach()) for name, value in params.items()}
+        return super().__call__(params, split)
+
+
+@contextmanager
+def literal_operators(model: TrainingModel, last_bit: torch.Generator | None = None) -> Iterator[None]:
+    """Inside, the model uses `reference.attention_head` and `reference.memory_step`.
+
+    With `last_bit` every number of the last feature map is made larger or smaller by the rounding of its type.
+    """
+    attention, memory = model.network.attention, model.memory
+
+    def head(features: Tensor, cam_weight: Tensor, labels: Tensor) -> AttentionHeadOutput:
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.to(cam_weight.dtype)
+            if last_bit is not None:
+                sign = torch.randint(0, 2, features.shape, generator=last_bit).to(features) * 2 - 1
+                features = features * (1 + torch.finfo(features.dtype).eps * sign)
+            return reference.attention_head(features, attention.weights, cam_weight, labels)
+
+    attention.head, memory.forward = head, MethodType(_literal_memory, memory)
+    try:
+        yield
+    finally:
+        del attention.head, memory.forward
+
+
+def _literal_memory(memory: ProgressiveAugmentedMemory, *batch: Tensor, **gate_features: Tensor) -> MemoryStep:
+    gates = (*memory.gate_values(**gate_features), memory.decay, memory.decay_unlabeled)
+    step = reference.memory_step(memory.labeled, memory.unlabeled, *batch, *gates)
+    memory.labeled, memory.unlabeled = step.labeled, step.unlabeled
+    return step
+
+
+class PlainIteration:
+    """The backbone with a linear classifier: forward, cross-entropy, backward, SGD step on the same images."""
+
+    def __init__(self, size: IterationSize, dan: DANIteration) -> None:
+        self.device, self.half = dan.step.device, dan.model.autocast_dtype
+        self.backbone = build_backbone(size.backbone)
+        self.classifier = nn.Linear(self.backbone.out_channels, size.classes)
+        model = nn.ModuleList([self.backbone, self.classifier])
+        model.to(self.device, memory_format=torch.channels_last).train()
+        self.images = torch.cat([split.images for split in dan.batch])
+        if self.device.type == "cuda":
+            self.images = self.images.pin_memory()
+        self.labels = torch.arange(len(self.images)) % size.classes
+        self.optimizer = _sgd(model)
+
+    def run(self) -> None:
+        images = self.images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        labels = self.labels.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, self.half, enabled=self.half is not None):
+            logits = self.classifier(self.backbone(images).mean((2, 3)))
+        self.optimizer.zero_grad()
+        F.cross_entropy(logits.float(), labels).backward()
+        self.optimizer.step()
+
+
+def _sgd(model: nn.Module) -> torch.optim.SGD:
+    settings = TrainConfig().optimizer
+    return torch.optim.SGD(model.parameters(), _STEP, settings.momentum, weight_decay=settings.weight_decay)
+
+
+def _split(
+    items: tuple[PlannedItem, ...], size: IterationSize, generator: torch.Generator, device: torch.device
+) -> Split:
+    kinds = [item.kind for item in items]
+    images = torch.randn(len(items), 3, size.height, size.width, generator=generator)
+    return Split(
+        images=images.pin_memory() if device.type == "cuda" else images,
+        labels=torch.tensor([item.label for item in items]),
+        sample_ids=torch.tensor([-1 if item.kind == "labeled" else item.index for item in items]),
+        num_labeled=kinds.count("labeled"),
+        num_fed_back=kinds.count("fed_back"),
+    )

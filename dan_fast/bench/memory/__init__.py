@@ -1,0 +1,1 @@
+"""The memory step: literal, in score space, compiled, and kernels."""

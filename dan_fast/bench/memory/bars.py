@@ -1,0 +1,128 @@
+"""Models of a memory step's bytes and operations, what the kernels have to reach, and a prediction for GPUs."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from dan_fast.bench.memory.contenders import IN_PLACE, KERNELS, LITERAL, MODULE, STEP
+from dan_fast.bench.memory.problem import Size
+from dan_fast.bench.rows import BACKWARD, FORWARD, Row
+from dan_fast.bench.verdict import Bar, at_least, at_most
+
+BEST_PYTORCH = "best_pytorch"
+# Of Table II's memory on two CPU cores, or on any GPU.
+_CPU_SPEEDUP, _GPU_SPEEDUP, _IN_PLACE_SPEEDUP, _PYTORCH_SPEEDUP = 150, 100, 20, 2
+_PEAK_MEGABYTES = 100
+_LINEAR_TO, _LINEAR_SLACK = 16, 1.25
+_FLOOR_FACTOR, _STEP_SECONDS = 2.5, 4e-6
+
+
+# Data sheets: bytes a second, and operations a second on tensor cores without sparsity, added in float32.
+_GPUS = (
+    {"name": "RTX 3090", "bandwidth": 936e9, "float32": 35.6e12, "tf32": 35.6e12, "bfloat16": 71e12},
+    {"name": "H100 SXM", "bandwidth": 3.35e12, "float32": 66.9e12, "tf32": 494.7e12, "bfloat16": 989.4e12},
+)
+
+
+def model_bytes(size: Size, itemsize: int, use: str, kind: str) -> int:
+    """The bytes a step cannot do without, a model: passes over both memories of s1 + s2 rows of d numbers.
+
+    A memory that keeps its state is read and written once, by commit and scores in one pass, and read once more by
+    the backward. A pure step reads it for the scores, reads and writes it for the new state.
+
+    Example:
+        >>> model_bytes(Size(), 4, "module", "forward_backward") / 1e6
+        355.83
+    """
+    passes = (2 if use == MODULE else 3) + (kind == BACKWARD)
+    return passes * size.slots * size.key_dim * itemsize
+
+
+def product_flop(size: Size, kind: str) -> int:
+    """Operations of the products in score space: scores, the commit of the writes, and the backward's product."""
+    scores = 2 * size.batch * (2 * size.labeled_slots + size.unlabeled_slots) * size.key_dim
+    commit = 2 * size.batch * size.slots * size.key_dim
+    return scores * (2 if kind == BACKWARD else 1) + commit
+
+
+def floors(row: Row, kind: str) -> dict[str, float]:
+    """Seconds that no run of this pass can go below: "bytes", and "operations" where their rate is known."""
+    found = {"bytes": row.model_bytes[kind] / row.bandwidth} if row.bandwidth else {}
+    if rate := row.of["float32_rate"]:
+        found["operations"] = product_flop(row.of["size"], kind) / rate
+    return found
+
+
+def _scan_seconds(size: Size) -> float:
+    return _STEP_SECONDS * 2 * size.batch
+
+
+def memory_bars(rows: Sequence[Row], device_type: str) -> list[Bar]:
+    """The bars of the memory step on this kind of device, of float32 at scale 1; rows that disagree do not count."""
+    found = {
+        (row.of["use"], row.of["scale"]): row
+        for row in rows
+        if row.contender == KERNELS and row.of["dtype"] == "float32" and not row.disagrees
+    }
+    bars = []
+
+    def faster(name: str, least: float, rival: str, kind: str, *uses: str) -> None:
+        for use in uses:
+            row = found.get((use, 1))
+            bars.append(at_least(f"{name} ({use})", least, row.ratio(rival, kind) if row else None))
+
+    least, name = _CPU_SPEEDUP if device_type == "cpu" else _GPU_SPEEDUP, "forward + backward against"
+    faster(f"{name} {LITERAL}", least, LITERAL, BACKWARD, STEP, MODULE)
+    if device_type != "cpu":
+        row, limit, value = found.get((MODULE, 1)), math.nan, None
+        if row and row.bandwidth:
+            limit = (_FLOOR_FACTOR * floors(row, BACKWARD)["bytes"] + _scan_seconds(row.of["size"])) * 1e3
+            value = row.seconds[BACKWARD].median * 1e3 if BACKWARD in row.seconds else None
+        text = f"at most {limit:.3g} ms: 2.5 x 3 (s1+s2) d bytes / copy bandwidth + 4 us x dependent steps"
+        return [*bars, at_most("forward + backward in ms (module)", text, limit, value)]
+    faster(f"forward against {IN_PLACE}", _IN_PLACE_SPEEDUP, IN_PLACE, FORWARD, MODULE)
+    faster(f"{name} the best PyTorch path", _PYTORCH_SPEEDUP, BEST_PYTORCH, BACKWARD, STEP, MODULE)
+    for use in (STEP, MODULE):
+        row = found.get((use, 1))
+        value = None if row is None or row.extra_bytes is None else row.extra_bytes / 1e6
+        bars.append(at_most(f"peak memory above the memories in MB ({use})", "at most 100 MB", _PEAK_MEGABYTES, value))
+    for use in (STEP, MODULE):
+        both = [row for scale in (1, _LINEAR_TO) if (row := found.get((use, scale))) and BACKWARD in row.seconds]
+        per_slot = [row.seconds[BACKWARD].median / row.of["size"].slots for row in both]
+        limit = f"time a slot at x {_LINEAR_TO} at most {_LINEAR_SLACK} times that at x 1"
+        value = per_slot[1] / per_slot[0] if len(per_slot) == 2 else None
+        bars.append(at_most(f"linear in slots ({use})", limit, _LINEAR_SLACK, value))
+    return bars
+
+
+def predict(size: Size, scales: Sequence[float]) -> dict[str, Any]:
+    """The roofline model of forward + backward for GPUs by their data sheets: a prediction, nothing of it is measured.
+
+    Example:
+        >>> rows = predict(Size(), [1.0])["rows"]
+        >>> [(row["dtype"], round(row["bytes_ms"], 2), round(row["operations_ms"], 2)) for row in rows[:3]]
+        [('float32', 0.38, 0.23), ('float32 as tf32x3', 0.38, 0.68), ('bfloat16', 0.19, 0.34)]
+    """
+    rows = []
+    # Type, bytes a number, the products that each one takes, and at which rate.
+    forms = (("float32", 4, 1, "float32"), ("float32 as tf32x3", 4, 3, "tf32"), ("bfloat16", 2, 3, "bfloat16"))
+    for gpu in _GPUS:
+        for name, itemsize, products, rate in forms:
+            for scale in scales:
+                scaled = size.scaled(scale)
+                moved = model_bytes(scaled, itemsize, MODULE, BACKWARD)
+                flop = products * product_flop(scaled, BACKWARD)
+                figures = {"bytes_ms": moved / gpu["bandwidth"] * 1e3, "operations_ms": flop / gpu[rate] * 1e3}
+                floor = max(figures.values())
+                figures |= {"floor_ms": floor, "with_scan_ms": floor + _scan_seconds(scaled) * 1e3}
+                problem = {"gpu": gpu["name"], "dtype": name, "scale": scale, "bytes": moved, "flop": flop}
+                rows.append(problem | figures)
+    return {
+        "what": "a prediction by a model, not a measurement",
+        "gpus": _GPUS,
+        "formula": (
+            "bytes: 3 (s1 + s2) d numbers at the memory's bandwidth; operations: of the products of scores, commit and "
+            "backward, thrice where each takes three; with scan = the longer one + 4 us x (B + B') dependent steps"
+        ),
+        "rows": rows,
+    }

@@ -1,0 +1,274 @@
+"""`dan-fast bench memory`: the memory step's contenders at each size and type."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+
+from dan_fast import _extension
+from dan_fast.bench.benchmark import Benchmark, dtypes_of
+from dan_fast.bench.compiled import compile_trial
+from dan_fast.bench.machine import float32_rate, peak_above, synchronize, why_too_large
+from dan_fast.bench.memory import bars, contenders
+from dan_fast.bench.memory.agreement import TOLERANCES, compare
+from dan_fast.bench.memory.contenders import IN_PLACE, KERNELS, LITERAL, SCORE_SPACE, Contender, Outcome
+from dan_fast.bench.memory.problem import PAPER, Problem, Size, make_problem
+from dan_fast.bench.rows import BACKWARD, FORWARD, Row, pair, plain, set_speedups
+from dan_fast.bench.timing import Say, Turn, first_outcome, once, repetitions, take_turns
+from dan_fast.bench.verdict import Bar
+from dan_fast.core.errors import DanFastError
+from dan_fast.triton_kernels import Products, float32_products
+
+# The literal forms are tried at so many slots of M to foresee their time and memory, which are linear in the slots.
+_PROBE_SLOTS = 140
+_MARGIN = 1.2
+
+
+def foresee(contender: Contender, size: Size, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """Seconds and bytes of one run of a literal contender, from a run with few slots; zeros where `size` has few."""
+    ratio = size.labeled_slots / _PROBE_SLOTS
+    if ratio <= 2:
+        return 0.0, 0.0
+    problem = make_problem(size.scaled(1 / ratio), dtype, device, batches=1)
+    contender.start(problem, 1).outcome()
+    runner = contender.start(problem, 1)
+    start = time.perf_counter()
+    _, peak = peak_above(device, runner.outcome)
+    synchronize(device)
+    return ratio * (time.perf_counter() - start), ratio * (peak or 0)
+
+
+@dataclass(kw_only=True)
+class MemoryBenchmark(Benchmark):
+    """Time the ways to make a memory step side by side, after checking that they agree.
+
+    Args:
+        slots_scale: Sizes as multiples of the slots, with commas between.
+        dtype: Types of keys and memories, with commas between: float32, bfloat16, float16, float64.
+        contenders: Some of literal_autograd, literal_in_place, score_space, score_space_compiled and kernels, with
+            commas between; or all.
+        repeat: Repetitions of each pass of each contender.
+        steps: Steps of a module in a repetition, before what it left pending is written.
+        budget_s: Seconds that a pass of a contender may take in all its repetitions; one that would take longer for
+            a single one is left out.
+        compile_budget_s: Seconds that torch.compile may take at one size and type; after a failure it is not tried
+            again. What was compiled is kept by PyTorch's cache for the next run.
+        labeled_slots: Slots of M at scale 1 (the paper: 9000).
+        unlabeled_slots: Slots of M' at scale 1 (the paper: 5500).
+        key_dim: Numbers of a key (the paper: 2045).
+        batch: Labelled samples a step, and as many unlabelled ones (the paper: 32).
+        products: How the kernels multiply float32 on a GPU, as memory.products of a training: float32 or tf32x3.
+    """
+
+    name: ClassVar[str] = "memory"
+    bars_title: ClassVar[str] = "Bars: float32, 1 x slots"
+    columns: ClassVar[tuple[str, ...]] = ("use",)
+    meaning: ClassVar[dict[str, str]] = {
+        "seconds": "a step; forward is without recording for autograd; repetitions of the contenders in turn",
+        "step": "pure: from one common state, the new memories are returned",
+        "module": "the memory steps its own state; `steps` steps and the write of what they left pending, over `steps`",
+        "model_bytes": (
+            "a model: what a step cannot do without, 2 (module) or 3 (step) passes over (s1+s2) d numbers forward, "
+            "one more with backward"
+        ),
+        "floor_seconds": "model_bytes / copy bandwidth, and operations of gflops / float32_rate: the longer one bounds",
+        "float32_rate": "of a GPU by its multiprocessors and highest clock; null where products are not of float32",
+        "gflops": "of the products of score space, scores, commit and backward; not of the literal loops",
+        "speedup": (
+            "median of the other / median of this one, pass by pass; best_pytorch: the faster of score_space and "
+            "score_space_compiled in the same use; none without agreement"
+        ),
+        "peak_extra_bytes": "peak_bytes less returned_bytes, the new memories that a pure step returns",
+    }
+
+    slots_scale: str = "1,0.25,4,16"
+    dtype: str = "float32,bfloat16"
+    contenders: str = "all"
+    repeat: PositiveInt = 7
+    steps: PositiveInt = 8
+    budget_s: PositiveFloat = 90.0
+    compile_budget_s: NonNegativeFloat = 300.0
+    labeled_slots: PositiveInt = PAPER.labeled_slots
+    unlabeled_slots: PositiveInt = PAPER.unlabeled_slots
+    key_dim: PositiveInt = PAPER.key_dim
+    batch: PositiveInt = PAPER.batch
+    products: Products = "float32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.slots_scale = [_scale(part) for part in self.slots_scale.split(",")]
+        self.dtype = dtypes_of(self.dtype)
+        self._chosen = contenders.select(
+            None if self.contenders == "all" else map(str.strip, self.contenders.split(","))
+        )
+        self.contenders = list(dict.fromkeys(contender.name for contender in self._chosen))
+        self.size = Size(self.labeled_slots, self.unlabeled_slots, self.key_dim, self.batch)
+        # Why a contender is not tried again, by its name.
+        self._gave_up: dict[str, str] = {}
+
+    def groups(self, say: Say) -> Iterator[list[Row]]:
+        for dtype in self.dtype:
+            for scale in self.slots_scale:
+                with float32_products(self.products):
+                    group = self.group(scale, dtype, say)
+                yield group
+
+    def group(self, scale: float, dtype: torch.dtype, say: Say = lambda _: None) -> list[Row]:
+        """All contenders on one problem; one that fails leaves the reason in its row."""
+        size, memories = self.size.scaled(scale), self.size.scaled(scale).slots * self.key_dim * dtype.itemsize
+        in_float32 = self.products == "float32" and dtype in (torch.float32, torch.float16)
+        of = {"dtype": plain(dtype), "itemsize": dtype.itemsize, "scale": scale, "size": size}
+        of["float32_rate"] = float32_rate(self.place) if in_float32 else None
+        rows = [row_of(each, of) for each in self._chosen]
+        if reason := why_too_large(self.place, 2 * memories, "the memories"):
+            for row in rows:
+                row.leave_out(reason)
+            return rows
+        problem = make_problem(size, dtype, self.place, batches=self.steps)
+        turns, outcome, expected, compared_with = [], None, None, ""
+        # Every contender's first step is compared with the literal one, or with score space where that is left out.
+        for row, contender in zip(rows, self._chosen, strict=True):
+            say(f"{of['dtype']}, {scale:g} x slots: {row.name}")
+            try:
+                if reason := self._why_not(row, contender, dtype):
+                    row.leave_out(reason)
+                    continue
+                outcome, own_turns = self._first_runs(row, contender, problem)
+            except (MemoryError, torch.OutOfMemoryError):
+                row.leave_out("out of memory")
+                continue
+            turns += own_turns
+            if expected is not None:
+                row.compared_with = compared_with
+                row.disagrees, row.errors = compare(outcome, expected, dtype)
+            elif BACKWARD in row.passes:
+                expected, compared_with = outcome, contender.name
+            else:
+                row.notes.append("nothing to compare with")
+        del outcome, expected
+        take_turns(self.place, turns, say, memories)
+        set_memory_speedups(rows)
+        for row in rows:
+            row.notes += floors_in_words(row)
+        return rows
+
+    def _why_not(self, row: Row, contender: Contender, dtype: torch.dtype) -> str | None:
+        """Why the contender does not run at all."""
+        if contender.name in self._gave_up:
+            return self._gave_up[contender.name]
+        if contender.name == KERNELS:
+            return _extension.why_not_on(self.place.type, self.place.index)
+        if contender.literal:
+            seconds, needed = foresee(contender, row.of["size"], dtype, self.place)
+            if seconds > self.budget_s:
+                return f"a run would take about {seconds:.0f} s, the budget is {self.budget_s:.0f} s"
+            return why_too_large(self.place, _MARGIN * needed, "a run") if needed else None
+        if contender.compiled:
+            request = {"size": row.of["size"][:], "dtype": dtype, "device": self.place}
+            if reason := compile_trial(row, contenders.prepare_compiled, self.compile_budget_s, **request):
+                self._gave_up[contender.name] = f"{reason}, at {row.of['scale']:g} x slots in {plain(dtype)}"
+                return reason
+        return None
+
+    def _first_runs(self, row: Row, contender: Contender, problem: Problem) -> tuple[Outcome, list[Turn]]:
+        """The step that is compared, the memory of a run, and the turns that a first time of each pass leaves room."""
+        runner = contender.start(problem, self.steps)
+        row.steps, row.returned_bytes = runner.steps, runner.returned_bytes
+        calls = {kind: partial(runner.run, kind == BACKWARD) for kind in row.passes}
+        if contender.literal:
+            # So slow that the run to compare has to serve for memory and time as well.
+            start = time.perf_counter()
+            outcome, row.peak_bytes = peak_above(self.place, runner.outcome)
+            first = dict.fromkeys(calls, time.perf_counter() - start)
+        else:
+            outcome = first_outcome(row, runner, contender.compiled)
+            runner.run(False)
+            _, row.peak_bytes = peak_above(self.place, calls[BACKWARD])
+            first = {kind: once(self.place, call) for kind, call in calls.items()}
+        turns = []
+        for kind, seconds in first.items():
+            if seconds > self.budget_s and not contender.literal:
+                row.leave_out(f"a run takes {seconds:.0f} s, the budget is {self.budget_s:.0f} s", kind)
+            else:
+                turns.append(Turn(row, kind, calls[kind], repetitions(seconds, self.repeat, self.budget_s)))
+        return outcome, turns
+
+    def title(self, rows: Sequence[Row]) -> str:
+        of, size = rows[0].of, rows[0].of["size"]
+        return (
+            f"{of['dtype']}, {of['scale']:g} x slots: {size.labeled_slots} and {size.unlabeled_slots} slots of "
+            f"{size.key_dim}, {size.batch} + {size.batch} samples a step"
+        )
+
+    def figures(self, row: Row) -> dict[str, Any]:
+        floor_seconds = {kind: bars.floors(row, kind) for kind in row.seconds}
+        return {"peak_extra_bytes": row.extra_bytes, "floor_seconds": floor_seconds, "gflops": gflops(row)}
+
+    def cells(self, row: Row) -> dict[str, str]:
+        return {"GFLOP/s": pair(gflops(row), ".1f")}
+
+    def bars(self, rows: Sequence[Row]) -> list[Bar]:
+        return bars.memory_bars(rows, self.place.type)
+
+    def more(self, rows: Sequence[Row]) -> dict[str, Any]:
+        tolerances = {dtype: TOLERANCES[dtype] for dtype in self.dtype}
+        return {"tolerances": tolerances, "prediction": bars.predict(self.size, self.slots_scale)}
+
+    def more_tables(self, rows: Sequence[Row]) -> dict[str, list[dict[str, str]]]:
+        found = bars.predict(self.size, self.slots_scale)
+        table = [
+            {key: value if isinstance(value, str) else f"{value:.4g}" for key, value in row.items()}
+            for row in found["rows"]
+        ]
+        return {f"PREDICTION, nothing here was measured: forward + backward. {found['formula']}": table}
+
+
+def row_of(contender: Contender, of: dict[str, Any], **figures: Any) -> Row:
+    """The row of a contender on a problem."""
+    bytes_of = {kind: bars.model_bytes(of["size"], of["itemsize"], contender.use, kind) for kind in (FORWARD, BACKWARD)}
+    name = f"{contender.name} ({contender.use})"
+    return Row(contender.name, of | {"use": contender.use}, contender.passes, name, model_bytes=bytes_of, **figures)
+
+
+def gflops(row: Row) -> dict[str, float | None]:
+    """Of each pass; the literal loops make other products, sample by sample."""
+    if row.contender in (LITERAL, IN_PLACE):
+        return dict.fromkeys(row.seconds)
+    return {kind: bars.product_flop(row.of["size"], kind) / each.median / 1e9 for kind, each in row.seconds.items()}
+
+
+def floors_in_words(row: Row) -> list[str]:
+    """For kernels on a GPU whose rate is known."""
+    floor = bars.floors(row, BACKWARD)
+    if row.contender != KERNELS or "operations" not in floor:
+        return []
+    by_bytes, by_operations = (f"{floor[by] * 1e3:.2f} ms by {by}" for by in ("bytes", "operations"))
+    rate = f"{row.of['float32_rate'] / 1e12:.1f} TFLOP/s in float32"
+    return [f"floors of forward + backward: {by_bytes} at that bandwidth, {by_operations} at {rate}"]
+
+
+def set_memory_speedups(rows: Sequence[Row]) -> None:
+    """Against the literal forms, and for kernels against the faster of the PyTorch paths in the same use."""
+
+    def rivals(row: Row) -> dict[str, list[Row]]:
+        found = {name: [other for other in rows if other.contender == name] for name in (LITERAL, IN_PLACE)}
+        if row.contender == KERNELS:
+            paths = [other for other in rows if other.contender in (SCORE_SPACE, contenders.COMPILED)]
+            found[bars.BEST_PYTORCH] = [other for other in paths if other.of["use"] == row.of["use"]]
+        return found
+
+    set_speedups(rows, rivals)
+
+
+def _scale(part: str) -> float:
+    try:
+        scale = float(part)
+    except ValueError:
+        scale = 0.0
+    if not 0 < scale < float("inf"):
+        raise DanFastError(f"slots_scale: {part.strip()!r} is no positive number: write them as 0.25,1,4,16.")
+    return scale

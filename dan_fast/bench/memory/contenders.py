@@ -1,0 +1,175 @@
+"""Five ways to make the same memory step, each as a user of it would call it."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dan_fast import _extension, functional, reference
+from dan_fast.bench.memory.literal import InPlaceMemory
+from dan_fast.bench.memory.problem import GATES, Problem, Size, make_problem
+from dan_fast.bench.rows import BACKWARD, FORWARD
+from dan_fast.core.cosine import statistics_dtype
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.types import MemoryBatch, MemoryState, MemoryStep
+from dan_fast.nn import ProgressiveAugmentedMemory
+
+# "step": pure, the new states are returned. "module": the memory keeps its own state.
+STEP, MODULE = "step", "module"
+LITERAL, IN_PLACE, SCORE_SPACE, KERNELS = "literal_autograd", "literal_in_place", "score_space", "kernels"
+COMPILED = "score_space_compiled"
+
+GRADIENTS = ("keys", "unlabeled_keys", "alpha", "alpha_unlabeled", "beta")
+
+Context = Callable[[], AbstractContextManager]
+
+
+class Outcome(NamedTuple):
+    """What a step from the common state with the first batch gave; `gradients` as in GRADIENTS, None without."""
+
+    loss: Tensor
+    pseudo_labels: Tensor
+    labeled: MemoryState
+    unlabeled: MemoryState
+    gradients: tuple[Tensor, ...] | None
+
+
+class Runner:
+    """A contender on one problem, whose run is one step; what it returns is all that a caller would hold.
+
+    `outcome` is called once, before any `run`: a memory that keeps its state steps from the common one there.
+
+    Args:
+        problem: what to run on.
+        step: one step with a batch.
+        gates: leaves of the graph, in the order of GRADIENTS; None: it has no gradients.
+        context: entered around every call.
+    """
+
+    steps = 1
+    # New memories that a run returns: a result, not an overhead.
+    returned_bytes = 0
+
+    def __init__(
+        self,
+        problem: Problem,
+        step: Callable[[MemoryBatch], MemoryStep],
+        gates: Sequence[Tensor] | None = None,
+        context: Context = nullcontext,
+    ) -> None:
+        self.problem, self.step, self.gates, self.context, self.next = problem, step, gates, context, 0
+
+    def call(self, batch: MemoryBatch, backward: bool) -> tuple[MemoryStep, tuple[Tensor, ...] | None]:
+        with self.context(), torch.set_grad_enabled(backward):
+            if not backward:
+                return self.step(batch), None
+            leaves = [keys.detach().requires_grad_() for keys in (batch.keys, batch.unlabeled_keys)]
+            step = self.step(batch._replace(keys=leaves[0], unlabeled_keys=leaves[1]))
+            return step, torch.autograd.grad(step.loss, [*leaves, *self.gates])
+
+    def outcome(self) -> Outcome:
+        step, gradients = self.call(self.problem.batches[0], self.gates is not None)
+        return Outcome(step.loss.detach(), step.pseudo_labels, step.labeled, step.unlabeled, gradients)
+
+    def run(self, backward: bool) -> object:
+        for _ in range(self.steps):
+            self.next = (self.next + 1) % len(self.problem.batches)
+            result = self.call(self.problem.batches[self.next], backward)
+        return result
+
+
+def _pure_step(problem: Problem, memory_step: Callable[..., MemoryStep], context: Context = nullcontext) -> Runner:
+    """A function that returns the new states; always from the common state."""
+    kind = {"dtype": statistics_dtype(problem.dtype), "device": problem.device}
+    # One object for all calls, as a module's parameters are: a compiled function would guard on new ones anew.
+    gates = [torch.tensor(value, requires_grad=True, **kind) for value in GATES[:3]]
+    states = problem.labeled, problem.unlabeled
+    runner = Runner(problem, lambda batch: memory_step(*states, *batch, *gates), gates, context)
+    runner.returned_bytes = sum(state.features.nbytes for state in states)
+    return runner
+
+
+def _in_place(problem: Problem, steps: int) -> Runner:
+    """The literal loop on a memory of its own."""
+    memory = InPlaceMemory(*(MemoryState(*(x.clone() for x in state)) for state in problem[1:3]))
+    return Runner(problem, lambda batch: memory.step(batch, GATES))
+
+
+class _Module(Runner):
+    """`nn.ProgressiveAugmentedMemory`: a run is several steps and the write of all that they left pending."""
+
+    def __init__(self, problem: Problem, steps: int, context: Context = nullcontext) -> None:
+        with context():
+            memory = ProgressiveAugmentedMemory(*problem.size[:3], dtype=problem.dtype).to(problem.device)
+            memory.labeled, memory.unlabeled = problem.labeled, problem.unlabeled
+        gates = (memory.alpha, memory.alpha_unlabeled, memory.beta_logit)
+        super().__init__(problem, lambda batch: memory(*batch), gates, context)
+        self.memory, self.steps = memory, steps
+
+    def outcome(self) -> Outcome:
+        with self.context():
+            outcome, beta = super().outcome(), self.memory.beta.detach()
+        # The module's parameter is the logit; the others are compared in beta.
+        return outcome._replace(gradients=(*outcome.gradients[:4], outcome.gradients[4] / (beta * (1 - beta))))
+
+    def run(self, backward: bool) -> object:
+        result = super().run(backward)
+        with self.context():
+            self.memory.settle()
+        return result
+
+
+def _compiled_step(problem: Problem, steps: int) -> Runner:
+    # Whatever was traced for another size would only be in the way, and is no part of the time to compile this one.
+    torch.compiler.reset()
+    return _pure_step(problem, torch.compile(functional.memory_step, dynamic=False), _extension.disabled)
+
+
+def prepare_compiled(size: Sequence[int], dtype: str, device: str) -> Callable[[], Runner]:
+    """For `dan_fast.bench.compiled`."""
+    problem = make_problem(Size(*size), getattr(torch, dtype), device, batches=1)
+    return lambda: _compiled_step(problem, 1)
+
+
+class Contender(NamedTuple):
+    """A way of making the step in one use, STEP or MODULE; `start` takes a problem and the steps of a module's run.
+
+    The cost of a `literal` one, which goes through the memory once a sample, is estimated before it is run; the first
+    calls of a `compiled` one compile.
+    """
+
+    name: str
+    use: str
+    start: Callable[[Problem, int], Runner]
+    passes: tuple[str, ...] = (FORWARD, BACKWARD)
+    literal: bool = False
+    compiled: bool = False
+
+
+CONTENDERS: tuple[Contender, ...] = (
+    Contender(LITERAL, STEP, lambda problem, steps: _pure_step(problem, reference.memory_step), literal=True),
+    Contender(IN_PLACE, MODULE, _in_place, (FORWARD,), literal=True),
+    Contender(
+        SCORE_SPACE, STEP, lambda problem, steps: _pure_step(problem, functional.memory_step, _extension.disabled)
+    ),
+    Contender(COMPILED, STEP, _compiled_step, compiled=True),
+    Contender(KERNELS, STEP, lambda problem, steps: _pure_step(problem, functional.memory_step)),
+    Contender(SCORE_SPACE, MODULE, lambda problem, steps: _Module(problem, steps, _extension.disabled)),
+    Contender(KERNELS, MODULE, _Module),
+)
+
+
+def select(names: Iterable[str] | None = None) -> tuple[Contender, ...]:
+    """The contenders of these names, in the table's order; all of them without names.
+
+    Raises:
+        DanFastError: there is no contender of a name.
+    """
+    known = dict.fromkeys(contender.name for contender in CONTENDERS)
+    wanted = list(known if names is None else names)
+    for name in wanted:
+        if name not in known:
+            raise DanFastError(f"contenders: there is no contender {name!r}: choose from {', '.join(known)}.")
+    return tuple(contender for contender in CONTENDERS if contender.name in wanted)

@@ -1,0 +1,1 @@
+"""Evaluating a ranking: by sorting in NumPy, and by counting."""

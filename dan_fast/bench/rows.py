@@ -1,0 +1,184 @@
+"""The figures of a contender, what is computed from its times, and how a row shows them."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+FORWARD, BACKWARD, WHOLE = "forward", "forward_backward", "whole"
+
+
+@dataclass
+class Timing:
+    """Seconds of one pass, one number for each repetition.
+
+    Example:
+        >>> Timing([3.0, 1.0, 2.0]).median
+        2.0
+    """
+
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        if len(self.seconds) < 2:
+            return self.seconds[0], self.seconds[0]
+        lower, _, upper = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return lower, upper
+
+    def to_dict(self) -> dict[str, Any]:
+        lower, upper = self.quartiles
+        return {"median": self.median, "q1": lower, "q3": upper, "repeats": len(self.seconds), "all": self.seconds}
+
+
+@dataclass
+class Row:
+    """A contender on one problem, and its figures; `dan_fast.bench.benchmark.MEANING` says what those are.
+
+    Attributes:
+        of: what it is measured on, and the subject's own figures.
+        passes: what it can do.
+        name: what remarks call it, its contender unless given.
+        steps: steps of a call; times are of one step.
+        left_out: why a pass was not measured.
+        compared_with: what its result was compared with; None: with nothing, or it is the measure itself.
+        disagrees: what differs, None if nothing does. A row that disagrees has no speed-up.
+        agreement: how it agrees, in words; the largest error unless given.
+        operators: the operators of dan_fast that the first call ran, none on a PyTorch path.
+        speedup: other contender -> pass -> how many times as long that one takes.
+    """
+
+    contender: str
+    of: dict[str, Any] = field(default_factory=dict)
+    passes: tuple[str, ...] = (FORWARD, BACKWARD)
+    name: str = ""
+    steps: int = 1
+    seconds: dict[str, Timing] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    compared_with: str | None = None
+    disagrees: str | None = None
+    errors: dict[str, float] = field(default_factory=dict)
+    agreement: str = ""
+    notes: list[str] = field(default_factory=list)
+    operators: list[str] = field(default_factory=list)
+    compile_seconds: float | None = None
+    peak_bytes: int | None = None
+    returned_bytes: int = 0
+    model_bytes: dict[str, int] = field(default_factory=dict)
+    bandwidth: float | None = None
+    speedup: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.name = self.name or self.contender
+
+    @property
+    def whole(self) -> Timing | None:
+        """Of a contender with one pass."""
+        return self.seconds.get(WHOLE)
+
+    @property
+    def extra_bytes(self) -> int | None:
+        return None if self.peak_bytes is None else max(0, self.peak_bytes - self.returned_bytes)
+
+    def ratio(self, rival: str, kind: str = WHOLE) -> float | None:
+        return self.speedup.get(rival, {}).get(kind)
+
+    def bandwidth_share(self, kind: str) -> float | None:
+        """Time that the model's bytes take at the copy bandwidth, as a share of the time measured."""
+        if kind not in self.seconds or not self.bandwidth or kind not in self.model_bytes:
+            return None
+        return self.model_bytes[kind] / self.bandwidth / self.seconds[kind].median
+
+    def leave_out(self, reason: str, *kinds: str) -> None:
+        self.left_out |= dict.fromkeys(kinds or self.passes, reason)
+
+    def to_dict(self) -> dict[str, Any]:
+        content = vars(self) | self.of
+        del content["of"]
+        shares = {kind: self.bandwidth_share(kind) for kind in self.seconds}
+        if self.passes == (WHOLE,):
+            content |= {"seconds": self.whole, "left_out": self.left_out.get(WHOLE)}
+        return content | {"extra_bytes": self.extra_bytes, "bandwidth_share": shares}
+
+    def cells(self) -> dict[str, str]:
+        """Column -> cell of the table, "-" for what is not known."""
+        columns = {FORWARD: "forward ms", BACKWARD: "fwd + bwd ms", WHOLE: "ms"}
+        return {
+            **{columns[kind]: milliseconds(self.seconds.get(kind)) for kind in self.passes},
+            "extra MB": shown(self.extra_bytes, ".1f", 1e6),
+            "model MB": pair({kind: count / 1e6 for kind, count in self.model_bytes.items()}, ".3g"),
+            "of copy": pair({kind: self.bandwidth_share(kind) for kind in self.seconds}, ".1%"),
+            **{f"vs {rival}": pair(ratios, ".3g") for rival, ratios in self.speedup.items()},
+        }
+
+    def remarks(self) -> list[str]:
+        """What is said below the table."""
+        found = []
+        if self.disagrees:
+            found.append(f"disagrees with {self.compared_with}: {self.disagrees}; no ratio is given")
+        elif self.compared_with:
+            how = self.agreement
+            if self.errors and not how:
+                largest = max(self.errors, key=self.errors.get)
+                how = f", largest difference {self.errors[largest]:.1e} ({largest})"
+            found.append(f"agrees with {self.compared_with}{how}")
+        for reason in dict.fromkeys(self.left_out.values()):
+            kinds = [kind.replace("_", " + ") for kind, why in self.left_out.items() if why == reason]
+            which = "" if kinds == [WHOLE] else f" ({', '.join(kinds)})"
+            found.append(f"left out{which}: {reason}")
+        if self.operators:
+            found.append(f"operators {', '.join(self.operators)}")
+        if self.compile_seconds is not None:
+            found.append(f"compiled in {self.compile_seconds:.1f} s, not counted")
+        return found + self.notes
+
+
+def set_speedups(rows: Sequence[Row], rivals: Callable[[Row], Mapping[str, Sequence[Row]]]) -> None:
+    """Ratios of medians to the fastest of each kind of rivals, pass by pass; none with a row that disagrees."""
+    for row in rows:
+        row.speedup = {}
+        for name, others in {} if row.disagrees else rivals(row).items():
+            others = [other for other in others if other is not row and not other.disagrees]
+            for kind, timing in row.seconds.items():
+                times = [other.seconds[kind].median for other in others if kind in other.seconds]
+                if times:
+                    row.speedup.setdefault(name, {})[kind] = min(times) / timing.median
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: named tuples by name, types and devices as words."""
+    if isinstance(value, Timing):
+        return value.to_dict()
+    if isinstance(value, (torch.dtype, torch.device)):
+        return str(value).removeprefix("torch.")
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {plain(key): plain(each) for key, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def milliseconds(timing: Timing | None) -> str:
+    """The cell of a table: median (quartiles, repetitions)."""
+    if timing is None:
+        return "-"
+    median, lower, upper = (f"{seconds * 1e3:.4g}" for seconds in (timing.median, *timing.quartiles))
+    return f"{median} ({lower}..{upper}, n={len(timing.seconds)})"
+
+
+def shown(value: float | None, form: str, unit: float = 1) -> str:
+    """A number in units; "-" for None."""
+    return "-" if value is None else format(value / unit, form)
+
+
+def pair(values: Mapping[str, float | None], form: str) -> str:
+    """Forward / forward + backward, a "-" where only the other was measured; or the value of the only pass."""
+    kinds = (WHOLE,) if WHOLE in values else (FORWARD, BACKWARD)
+    cells = [shown(values.get(kind), form) for kind in kinds]
+    return "-" if set(cells) == {"-"} else " / ".join(cells)

@@ -1,0 +1,216 @@
+"""What all benchmarks have in common: settings, turns, figures, files, and the script that runs them on a GPU."""
+
+import math
+import os
+import shutil
+import subprocess
+import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dan_fast import _extension
+from dan_fast.bench.agreement import relative_error
+from dan_fast.bench.machine import environment, float32_rate, free_memory, peak_above
+from dan_fast.bench.rows import BACKWARD, FORWARD, Row, Timing, plain
+from dan_fast.bench.timing import repetitions, rounds
+from dan_fast.cli import main
+from dan_fast.functional.memory.row_norms import row_sq_norms
+from tests.bench import command
+from tests.support import ROOT
+
+CPU = torch.device("cpu")
+SCRIPT = ROOT / "scripts" / "gpu_check.sh"
+
+MISTAKES = {
+    "memory": [
+        ("--slots_scale 1,x", 1, "slots_scale: 'x'"),
+        ("--slots_scale 0", 1, "slots_scale: '0'"),
+        ("--dtype int8", 1, "dtype: 'int8'"),
+        ("--contenders fastest", 1, "contenders: there is no contender 'fastest'"),
+        ("--budget_s -1", 2, '"budget_s"'),
+        ("--contenders literal_in_place --check true", 1, "bars are missed"),
+    ],
+    "attention": [
+        ("--dtype int8", 1, "dtype: 'int8'"),
+        ("--layout rows", 1, "layout: 'rows' is not one of contiguous, channels_last"),
+        ("--contenders fastest", 1, "contenders: 'fastest'"),
+        ("--height 0", 2, '"height"'),
+        ("--threads -1", 2, '"threads"'),
+        ("--contenders eager --dtype float32 --check true", 1, "6 of 6 bars are missed"),
+    ],
+    "iteration": [
+        ("--order 1,3", 1, "order: '3' is not one of 1, 2"),
+        ("--contenders fastest", 1, "contenders: 'fastest'"),
+        ("--images 7", 1, "images: 7 are too few"),
+        ("--classes 1", 1, "classes: 1 is too few"),
+        ("--backbone vgg", 2, '"backbone"'),
+        ("--precision int8", 2, '"precision"'),
+        ("--contenders plain --check true", 1, "1 of 1 bars are missed"),
+    ],
+    "data": [
+        ("--files 128", 1, "files: '128' is not a height and a width of at least 32x16, such as 128x64"),
+        ("--files 32x16,16x16", 1, "files: '16x16' is not"),
+        ("--batch 13", 1, "batch is 13; it must be from 2 to images, 12"),
+    ],
+    "ranking": [("--queries 0", 2, '"queries"'), ("--check true", 1, "3 of 3 bars are missed")],
+}
+
+
+def mistakes() -> Iterator[tuple[str, str, int, str]]:
+    for name, cases in MISTAKES.items():
+        yield from ((name, *case) for case in cases)
+        yield name, "--repeat 0", 2, '"repeat"'
+        yield name, "--device mps", 1, "mps"
+        yield name, "--json /proc/none/x.json", 1, "/proc/none/x.json"
+
+
+@pytest.mark.parametrize(("name", "arguments", "code", "sentence"), list(mistakes()))
+def test_a_mistake_names_the_option(name, arguments, code, sentence, capsys):
+    assert main(command(name, *arguments.split())) == code
+    errors = capsys.readouterr().err
+    assert sentence in errors and "Traceback" not in errors
+
+
+def test_a_row_is_written_flat():
+    row = Row("kernels", {"dtype": torch.float32}, seconds={FORWARD: Timing([2.0])}, model_bytes={FORWARD: 8})
+    row.bandwidth, row.peak_bytes, row.returned_bytes = 8.0, 7, 9
+    content = plain(row.to_dict())
+    assert (
+        content["dtype"] == "float32" and content["bandwidth_share"] == {FORWARD: 0.5} and content["extra_bytes"] == 0
+    )
+    row.leave_out("no time", BACKWARD)
+    assert row.remarks() == ["left out (forward + backward): no time"]
+
+
+def test_quartiles():
+    timing = Timing([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert (timing.median, timing.quartiles) == (3.0, (2.0, 4.0))
+    assert Timing([2.0]).quartiles == (2.0, 2.0)
+
+
+def test_turns():
+    assert [repetitions(seconds, 5, 10.0) for seconds in (1.0, 40.0, 0.0)] == [5, 1, 5]
+    order = list(rounds({"a": 3, "b": 1, "c": 3}))
+    assert order == [["a", "b", "c"], ["c", "a"], ["a", "c"]] and list(rounds({})) == []
+
+
+def test_an_error_is_relative_to_what_is_wanted():
+    wanted = torch.ones(10_000, 2)
+    actual = wanted.clone()
+    actual[9_999, 1] += 0.5
+    assert relative_error(actual, wanted, math.inf) == 0.5
+    assert relative_error(actual, wanted, 2) == pytest.approx(0.5 / 20_000**0.5)
+    assert relative_error(actual, wanted, 2, math.inf) == 0.5
+    assert math.isnan(relative_error(actual[1:], wanted, 2)) and math.isnan(
+        relative_error(actual * torch.nan, wanted, 2)
+    )
+    assert relative_error(torch.ones(()), torch.zeros(()), 2) > 1e30 and relative_error(wanted[:0], wanted[:0], 2) == 0
+
+
+@pytest.mark.parametrize("gpu, tera", [((8, 6, 82, 1.695), 35.6), ((8, 0, 108, 1.41), 19.5), ((9, 0, 132, 1.98), 66.9)])
+def test_the_float32_rate_of_a_gpu_is_that_of_its_data_sheet(monkeypatch, gpu, tera):
+    major, minor, count, clock = gpu
+    found = SimpleNamespace(major=major, minor=minor, multi_processor_count=count, clock_rate=round(clock * 1e6))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    assert float32_rate(torch.device("cuda")) == pytest.approx(tera * 1e12, rel=2e-3)
+    assert float32_rate(CPU) is None
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not tell the peak")
+def test_the_peak_counts_what_is_freed_again():
+    def run() -> torch.Tensor:
+        torch.ones(10_000_000)
+        return torch.ones(1000)
+
+    result, peak = peak_above(CPU, run)
+    assert len(result) == 1000 and 39e6 <= peak < 44e6
+
+
+def test_the_machine_is_described():
+    found = environment(CPU)
+    assert found["torch"] == torch.__version__ and found["gpu"] is None and found["cpu"]
+    free = free_memory(CPU)
+    assert free is None or 0 < free < math.inf
+
+
+def test_disabled_takes_the_pytorch_path_without_a_warning():
+    before = _extension.serves("cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with _extension.disabled():
+            with _extension.disabled():
+                assert not _extension.serves("cpu")
+            assert not _extension.serves("cpu"), "the inner one must not end the outer one"
+    assert _extension.serves("cpu") == before
+    with pytest.raises(KeyError), _extension.disabled():
+        raise KeyError
+    assert _extension.serves("cpu") == before
+
+
+@pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
+def test_disabled_holds_when_a_function_is_traced():
+    features = torch.ones(3, 4)
+    graphs: list[str] = []
+
+    def keep(graph, inputs):
+        graphs.append(graph.code)
+        return graph
+
+    torch.compiler.reset()
+    with _extension.disabled():
+        torch.compile(row_sq_norms, backend=keep)(features)
+    torch.compiler.reset()
+    torch.compile(row_sq_norms, backend=keep)(features)
+    torch.compiler.reset()
+    assert ["dan_fast" in code for code in graphs] == [False, True]
+
+
+def test_the_gpu_check_says_what_it_would_do(tmp_path):
+    done = subprocess.run(
+        ["bash", SCRIPT, "--dry-run"], env=os.environ | {"OUT": str(tmp_path / "out")}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "pip install",
+        "-m gpu",
+        "memcheck",
+        "racecheck",
+        "synccheck",
+        "bench memory --device cuda",
+        "bench attention",
+        "bench iteration",
+        "quickstart",
+    ):
+        assert part in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_gpu_check_goes_on_after_a_failure(tmp_path):
+    """With programs that fail, hang or succeed in place of the real ones."""
+    tools, out = tmp_path / "tools", tmp_path / "out"
+    tools.mkdir()
+    scripts = {
+        "python": 'case "$*" in *"pip install"*) exit 3;; *"-m gpu"*) sleep 60;; *) echo "ran $*";; esac',
+        "compute-sanitizer": 'case "$*" in *racecheck*) echo "ERROR SUMMARY: 2 errors"; exit 9;; esac',
+        "nvidia-smi": "echo GPU",
+    }
+    for name, body in scripts.items():
+        (tools / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tools / name).chmod(0o755)
+    settings = {"OUT": str(out), "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": "python", "GPU_TESTS_S": "1"}
+    done = subprocess.run(["bash", SCRIPT], env=os.environ | settings, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    summary = (out / "summary.txt").read_text()
+    assert summary in done.stdout
+    verdicts = dict(reversed(line.split(None, 2)[:2]) for line in summary.splitlines() if line[:4] in ("ok  ", "FAIL"))
+    assert verdicts["build"] == verdicts["gpu_tests"] == verdicts["racecheck"] == "FAIL"
+    assert verdicts["memcheck"] == verdicts["synccheck"] == verdicts["bench"] == "ok"
+    assert "time limit" in summary and "ran -m dan_fast bench memory" in (out / "bench.log").read_text()
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_the_gpu_check_is_clean():
+    subprocess.run(["shellcheck", SCRIPT], check=True)
