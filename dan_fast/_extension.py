@@ -6,6 +6,8 @@ extension cannot serve, the operators take their PyTorch path and the user is wa
 
 import functools
 import json
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 
+_PACKAGE = f"{Path(__file__).parent}{os.sep}"
 LIBRARY = Path(__file__).with_name("_native.so")
 BUILD_INFO = Path(__file__).with_name("_build_info.json")
 _AGAIN = "run `pip install -e .` again"
@@ -113,7 +116,11 @@ def why_not_on(device_type: str, index: int | None = None) -> str | None:
 
 @functools.cache
 def _warn_once(device_type: str, reason: str) -> None:
-    warnings.warn(f"dan_fast takes its PyTorch path on {device_type}: {reason}", RuntimeWarning, stacklevel=4)
+    # At the line that called into the package.
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"dan_fast takes its PyTorch path on {device_type}: {reason}", RuntimeWarning, stacklevel=level)
 
 
 @contextmanager
