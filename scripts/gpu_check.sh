@@ -105,7 +105,9 @@ part iteration_bench "$ITERATION_BENCH_S" "$python" -m dan_fast bench iteration 
   --json "$out/iteration.json"
 part ranking_bench "$RANKING_BENCH_S" "$python" -m dan_fast bench ranking --device cuda --queries 1000 --repeat 3 \
   --memory_queries 2000 --memory_gallery 20000 --budget_s 5 --json "$out/ranking.json"
-part gpu_tests "$GPU_TESTS_S" "$python" -m pytest -q -m gpu -p no:cacheprovider tests
+# In one process: tests of memory, of streams and of a host that does not wait have the GPU to themselves, and Triton
+# compiles each kernel once.
+part gpu_tests "$GPU_TESTS_S" "$python" -m pytest -q -n 0 -m gpu -p no:cacheprovider tests
 part quickstart "$QUICKSTART_S" "$python" -m dan_fast quickstart --out "$out/quickstart" --epochs 1 --identities 12
 for tool in memcheck racecheck synccheck; do
   part "$tool" "$SANITIZER_S" compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -c "$small_step"

@@ -208,6 +208,5 @@ def test_examples_of_the_docstrings(name: str, tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_examples_of_the_docstrings_on_a_gpu():
     assert run_examples("dan_fast.triton_kernels.passes", on_gpu=True) >= 4

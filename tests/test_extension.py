@@ -16,44 +16,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dan_fast import _extension
 from dan_fast.functional.memory.row_norms import row_sq_norms
+from tests.support.running import Called, by_threads, new_memory_poisoned
+from tests.support.toolchain import COMPILER, build_on_host, needs_compiler, needs_extension
 
 HERE = Path(__file__).resolve().parent
-COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler on this machine")
-needs_extension = pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-class Called(TorchDispatchMode):
-    """Collects the operators that run, so that a test can tell a kernel from PyTorch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 def literal(features: Tensor) -> Tensor:
     """The definition, in float64, with none of the code under test."""
     return torch.tensor([sum(v * v for v in row) for row in features.double().tolist()], dtype=torch.float64)
-
-
-@pytest.fixture
-def forget():
-    """Forgets what is known of the extension, before and after, so that a test can take it away."""
-    caches = (_extension.build_info, _extension._load, _extension.why_not_on, _extension._warn_once)
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
 
 
 @needs_compiler
@@ -68,6 +43,7 @@ def test_a_machine_with_nvcc_has_the_cuda_kernels():
     assert _extension.build_info()["cuda_archs"]
 
 
+@pytest.mark.compile
 @needs_compiler
 def test_a_set_of_instructions_the_compiler_does_not_know_is_left_out(tmp_path: Path):
     sets = runpy.run_path(str(HERE.parent / "setup.py"))["instruction_sets"]
@@ -79,19 +55,16 @@ def test_a_set_of_instructions_the_compiler_does_not_know_is_left_out(tmp_path: 
     assert list(sets([str(old)])) == ["baseline", "avx2"]
 
 
+@pytest.mark.slow
 @needs_extension
-def test_the_instruction_set_is_one_that_was_built_and_can_be_capped():
+def test_the_instruction_set_is_one_that_was_built_and_an_unknown_one_is_refused():
     built = _extension.build_info()["instruction_sets"]
     program = f"import torch; torch.ops.load_library({str(_extension.LIBRARY)!r}); "
-    program += "print(torch.ops.dan_fast.instruction_set())"
-
-    def chosen(cap: str) -> subprocess.CompletedProcess:
-        environment = os.environ | {"DAN_FAST_ISA": cap}
-        return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-
+    program += "torch.ops.dan_fast.instruction_set()"
+    environment = os.environ | {"DAN_FAST_ISA": "sse9"}
+    refused = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert torch.ops.dan_fast.instruction_set() in built
-    assert chosen("baseline").stdout.strip() == "baseline"
-    assert "'sse9'; set it to baseline, avx2 or avx512, or unset it" in chosen("sse9").stderr
+    assert "'sse9'; set it to baseline, avx2 or avx512, or unset it" in refused.stderr
 
 
 @needs_extension
@@ -146,12 +119,9 @@ def test_any_strides():
 
 
 def test_every_result_is_written():
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
+    with new_memory_poisoned():
         for columns in (0, 1, 2045):
             assert torch.isfinite(row_sq_norms(torch.ones(63, columns))).all()
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def test_nan_and_overflow_stay_in_their_row():
@@ -162,14 +132,8 @@ def test_nan_and_overflow_stay_in_their_row():
 
 def test_the_same_bits_whatever_the_number_of_threads():
     features = torch.randn(700, 301, generator=torch.Generator().manual_seed(2))
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 1):
-            torch.set_num_threads(threads)
-            results.append(row_sq_norms(features))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(result, results[0]) for result in results)
+    first, *others = by_threads(lambda: row_sq_norms(features))
+    assert all(torch.equal(result, first) for result in others)
 
 
 @pytest.mark.parametrize("path", ["kernel", "pytorch"])
@@ -196,6 +160,7 @@ def test_the_gradient_has_the_type_of_the_features(dtype: torch.dtype):
     assert features.grad.tolist() == [[1.0, -6.0], [-8.0, -1.0]]
 
 
+@pytest.mark.compile
 @needs_extension
 def test_opcheck():
     features = torch.randn(6, 11)
@@ -203,6 +168,7 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.dan_fast.row_sq_norms.default, (sample,))
 
 
+@pytest.mark.compile
 def test_compiles_as_one_graph():
     features = torch.randn(7, 9, dtype=torch.float64, requires_grad=True)
     compiled = torch.compile(lambda x: row_sq_norms(x).log().sum(), fullgraph=True, backend="aot_eager")
@@ -262,13 +228,10 @@ def test_other_devices_take_pytorch_without_a_warning(forget: None):
 
 @pytest.fixture(scope="module")
 def kernel_on_host(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    program = tmp_path_factory.mktemp("host") / "row_norms"
-    source = HERE / "kernels/memory/row_norms_on_host.cpp"
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread"]
-    subprocess.run([COMPILER, *flags, source, "-o", program], check=True)
-    return program
+    return build_on_host("memory/row_norms_on_host.cpp", tmp_path_factory.mktemp("host") / "row_norms", "-O1")
 
 
+@pytest.mark.compile
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("rows, columns, stride", [(1, 1, 1), (2, 31, 32), (5, 33, 33), (3, 2045, 2048), (4, 0, 3)])
@@ -286,7 +249,6 @@ def test_the_cuda_kernel_run_on_host_threads(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_on_the_gpu(dtype: torch.dtype):
     features = torch.randn(1000, 2045, generator=torch.Generator().manual_seed(5)).to(dtype).cuda()

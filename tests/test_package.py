@@ -11,6 +11,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +23,7 @@ import dan_fast
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dan_fast"
+PATH, COMPILER = os.environ["PATH"], shutil.which("c++")
 # A room imports from its own level and the levels before it.
 LEVELS = [
     {"core", "_extension", "_sources"},
@@ -31,6 +33,41 @@ LEVELS = [
     {"training", "reporting", "bench", "sweep"},
     {"cli", "commands", "__main__"},
 ]
+
+ROOMS = ("dan_fast", "csrc", "python_bindings", "tests")
+CODE = {".py", ".cpp", ".cu", ".h", ".cuh"}
+# What is over a limit and is being split; each of these is to be empty.
+STILL_CROWDED = {"csrc/attention"}
+STILL_LONG = {"trainer.py", "protocol.py", "scan_cuda_forward.cuh"}
+STILL_WITHOUT_A_SENTENCE = {
+    *("Agreement", "DANOutput", "HeadAgreement", "HeadProblem", "Header"),
+    *("IterationSize", "MetaGradients"),
+}
+
+
+def code_files() -> list[Path]:
+    return [path for room in ROOMS for path in sorted((ROOT / room).rglob("*")) if path.suffix in CODE]
+
+
+def test_no_folder_has_more_than_40_files():
+    count = Counter(str(path.parent.relative_to(ROOT)) for path in code_files())
+    assert {folder for folder, files in count.items() if files > 40} <= STILL_CROWDED
+
+
+def test_no_file_has_more_than_400_lines():
+    code = [path for path in code_files() if not path.is_relative_to(ROOT / "tests")]
+    assert {path.name for path in code if len(path.read_text().splitlines()) > 400} <= STILL_LONG
+
+
+def test_every_docstring_begins_with_a_sentence():
+    without = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                summary = (ast.get_docstring(node) or "None.").split("\n\n")[0].rstrip()
+                if not summary.endswith(".") or re.match(r"\w+:\n", summary):
+                    without.add(getattr(node, "name", path.name))
+    assert without <= STILL_WITHOUT_A_SENTENCE
 
 
 def rooms_imported(path: Path) -> set[str]:
@@ -115,16 +152,16 @@ def test_the_list_of_commands_waits_for_no_command(arguments: list[str]):
     assert len(modules) < 600  # of PyTorch 1200; jsonargparse and the standard library make 300 of it
 
 
-def test_the_package_costs_no_more_than_pytorch():
-    modules = imported_by("import dan_fast")
-    assert [name for name in modules if name.split(".")[0] in ("dan_fast", "torch")] == ["dan_fast"]
-    pytorch, with_a_name = map(imported_by, ("import torch", "from dan_fast import MemoryState"))
-    assert "dan_fast.reference" in with_a_name and len(with_a_name) <= 1.05 * len(pytorch)
-
-
-def test_names_of_the_package_are_there_when_they_are_asked_for():
+@pytest.mark.slow
+def test_the_package_costs_no_more_than_pytorch_and_its_names_are_there_when_they_are_asked_for():
     code = """
+import sys
 import dan_fast
+assert [name for name in sys.modules if name.split(".")[0] in ("dan_fast", "torch")] == ["dan_fast"]
+import torch
+pytorch = len(sys.modules)
+from dan_fast import MemoryState
+assert "dan_fast.reference" in sys.modules and len(sys.modules) <= 1.05 * pytorch
 assert {"MemoryState", "NLCBAMWeights", "reference", "__version__"} <= set(dir(dan_fast))
 try:
     dan_fast.MemoryStat
@@ -132,7 +169,7 @@ except AttributeError as error:
     assert "'dan_fast' has no attribute 'MemoryStat'" in str(error)
 else:
     raise AssertionError("a name that is not there")
-assert dan_fast.MemoryState is dan_fast.reference.MemoryState
+assert MemoryState is dan_fast.MemoryState is dan_fast.reference.MemoryState
 from dan_fast import *
 assert NLCBAMWeights is dan_fast.core.types.NLCBAMWeights
 """
@@ -163,9 +200,8 @@ def build() -> ModuleType:
 
 @pytest.fixture
 def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A PATH that holds what a test puts there: name -> body of a script, or None for the real program."""
-    folder, real = tmp_path / "tools", os.environ["PATH"]
-    which = shutil.which
+    """A PATH that holds what a test puts there: name -> body of a script."""
+    folder, which = tmp_path / "tools", shutil.which
     folder.mkdir()
     for name in ("CXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(name, raising=False)
@@ -173,11 +209,9 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # What is given by an absolute path outside the test's folders, /usr/local/cuda, is not there either.
     monkeypatch.setattr(shutil, "which", lambda name: which(name) if (folder / name).is_relative_to(tmp_path) else None)
 
-    def put(**scripts: str | None) -> Path:
+    def put(**scripts: str) -> Path:
         for name, body in scripts.items():
             program = folder / name
-            if body is None:
-                body = f'PATH="{real}" exec "{which(name, path=real)}" "$@"'
             program.write_text(f"#!/bin/sh\n{body}\n")
             program.chmod(program.stat().st_mode | stat.S_IXUSR)
         return folder
@@ -263,11 +297,15 @@ def test_no_compiler_leaves_no_library_and_the_reason(build: ModuleType, tools, 
     assert sentence.startswith("no compiled extension: no C++ compiler was found")
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler on this machine")
+@pytest.mark.compile
+@pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler on this machine")
 def test_a_cuda_toolkit_that_fails_leaves_the_cpu_part(build: ModuleType, tools, tmp_path: Path):
-    tools(**{"c++": None, "nvcc": "echo 'fatal error: cuda_runtime.h: No such file or directory'; exit 1"})
+    # Optimised, this takes several times as long. And an older compiler does not know every set of instructions.
+    compiler = f'case "$*" in *avx512*) exit 1;; esac\nPATH="{PATH}" exec "{COMPILER}" "$@" -O0'
+    tools(**{"c++": compiler, "nvcc": "echo 'fatal error: cuda_runtime.h: No such file or directory'; exit 1"})
     info = build.build_native(tmp_path / "package", tmp_path / "scratch")
     assert info["built"] == ["CPU"] and info["cuda_archs"] == [] and info["ranking"]
+    assert "baseline" in info["instruction_sets"] and "avx512" not in info["instruction_sets"]
     (sentence,) = info["missing"]
     assert sentence.startswith("no CUDA kernels: the compiler failed") and "cuda_runtime.h" in sentence
     check = f"""

@@ -85,6 +85,7 @@ def test_a_planted_difference_is_named(what, dtype):
     assert disagrees is not None and disagrees.startswith(f"{what} by") and ";" not in disagrees
 
 
+@pytest.mark.slow
 def test_what_disagrees_has_no_ratio(monkeypatch, capsys, tmp_path):
     head = functional.attention_head
 
@@ -102,6 +103,7 @@ def test_what_disagrees_has_no_ratio(monkeypatch, capsys, tmp_path):
     assert eager["speedup"] == kernels["speedup"] == {}
 
 
+@pytest.mark.slow
 def test_the_command_writes_everything_down(tmp_path, capsys):
     out = tmp_path / "figures.json"
     assert main(tiny_command("--threads", "1", "--json", str(out))) == 0
@@ -134,6 +136,7 @@ def test_the_command_writes_everything_down(tmp_path, capsys):
         assert part in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [

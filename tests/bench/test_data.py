@@ -22,6 +22,7 @@ def small_plan(**changes) -> FeedPlan:
     return FeedPlan(**settings | {"repeat": 1} | changes)
 
 
+@pytest.mark.slow
 def test_figures_bars_and_file(tmp_path: Path) -> None:
     console = Console(record=True, width=200)
     met = bench_data(json=str(tmp_path / "data.json"), workers=1, console=console, **SMALL)

@@ -31,6 +31,8 @@ from dan_fast.cli import main
 from dan_fast.nn import NLCBAM, ProgressiveAugmentedMemory
 from dan_fast.training import Trainer
 
+pytestmark = pytest.mark.slow
+
 TINY = IterationSize("resnet18", 64, 32, images=8, labeled_slots=24, unlabeled_slots=12, classes=6)
 
 

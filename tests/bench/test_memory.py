@@ -110,6 +110,7 @@ def test_a_planted_difference_is_named(what, dtype):
     assert disagrees is not None and what in disagrees
 
 
+@pytest.mark.slow
 def test_what_disagrees_has_no_ratio(monkeypatch, capsys, tmp_path):
     step = functional.memory_step
     monkeypatch.setattr(functional, "memory_step", lambda *a, **k: (r := step(*a, **k))._replace(loss=r.loss * 1.01))
@@ -133,6 +134,7 @@ def tiny_command(*arguments: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_the_command_writes_everything_down(tmp_path, capsys):
     out = tmp_path / "figures.json"
     names = "literal_autograd,literal_in_place,score_space,kernels"
@@ -186,6 +188,7 @@ def test_what_takes_too_long_is_left_out_with_the_reason(monkeypatch):
     assert "a run would take about" in rows[0].left_out[FORWARD] and "the budget is" in rows[1].left_out[BACKWARD]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_left_out_with_the_reason(monkeypatch):
     monkeypatch.setattr(memory, "_PROBE_SLOTS", 10)
     monkeypatch.setattr(Group, "_estimate", lambda self, contender: (0.0, 5e9))
@@ -199,6 +202,7 @@ def test_what_does_not_fit_is_left_out_with_the_reason(monkeypatch):
     assert "the memories would need" in rows[0].left_out[FORWARD]
 
 
+@pytest.mark.slow
 def test_repetitions_end_with_the_budget(monkeypatch):
     group = Group(tiny_plan("score_space", repeat=6), 1.0, torch.float32)
     real = Group._once
@@ -316,6 +320,7 @@ def test_both_floors_are_printed_and_written():
     assert floors[FORWARD]["operations"] < floors[BACKWARD]["operations"]
 
 
+@pytest.mark.slow
 def test_the_rate_is_of_what_is_multiplied_in_float32(monkeypatch):
     monkeypatch.setattr(memory, "float32_rate", lambda device: 1e12)
     for dtype, products, known in ((torch.float32, "float32", True), (torch.bfloat16, "float32", False),
@@ -357,6 +362,7 @@ def test_a_compile_that_takes_too_long_is_stopped():
     assert again.left_out[FORWARD].endswith("at 1 x slots in float32")
 
 
+@pytest.mark.slow
 def test_without_the_extension_kernels_are_not_timed(monkeypatch):
     monkeypatch.setattr(_extension, "why_not_on", lambda *device: "it was not built")
     rows = Group(tiny_plan("score_space", "kernels"), 1.0, torch.float32).measure()
@@ -365,6 +371,7 @@ def test_without_the_extension_kernels_are_not_timed(monkeypatch):
     assert not any(row.seconds for row in kernels)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
 def test_each_row_says_which_operators_ran():
     rows = Group(tiny_plan("score_space", "kernels"), 1.0, torch.float32).measure()
@@ -386,6 +393,7 @@ def test_disabled_takes_the_pytorch_path_without_a_warning():
     assert _extension.serves("cpu") == before
 
 
+@pytest.mark.compile
 @pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
 def test_disabled_holds_when_a_function_is_traced():
     features = torch.ones(3, 4)

@@ -58,6 +58,7 @@ def test_sorting_by_hand():
     assert (result.mAP, result.mINP, result.num_valid) == (pytest.approx(0.5), 0.5, 1)
 
 
+@pytest.mark.slow
 def test_all_contenders_are_timed_and_agree():
     rows, extra, seconds = measure_ranking(PLAN)
     assert [(row.source, row.contender) for row in rows] == [
@@ -95,6 +96,7 @@ def test_a_difference_is_named():
         assert difference(result._replace(**{field: value}), result) == sentence
 
 
+@pytest.mark.slow
 def test_what_disagrees_has_no_ratio(monkeypatch, capsys):
     def wrong(*arguments):
         result = rank_distances(*arguments)
@@ -128,6 +130,7 @@ def test_bars():
     assert verdicts(PLAN) == ["not measured"] * 3
 
 
+@pytest.mark.slow
 def test_the_command_writes_everything_down(tmp_path, capsys):
     out = tmp_path / "figures.json"
     assert main(tiny_command("--json", str(out))) == 0
@@ -145,6 +148,7 @@ def test_the_command_writes_everything_down(tmp_path, capsys):
         assert part in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [

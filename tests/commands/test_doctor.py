@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,17 +10,9 @@ from rich.console import Console
 
 from dan_fast import __version__, _extension
 from dan_fast.commands import doctor
+from tests.support.toolchain import needs_extension
 
-
-@pytest.fixture(autouse=True)
-def forget():
-    """Forgets what is known of the extension, before and after, so that a test can take it away."""
-    caches = (_extension.build_info, _extension._load, _extension.why_not_on, _extension._warn_once)
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
+pytestmark = pytest.mark.usefixtures("forget")
 
 
 def printed(width: int = 200) -> tuple[str, int]:
@@ -32,13 +25,7 @@ def test_the_report_names_versions_paths_and_parts():
     found = doctor.report()
     versions = dict(found.versions)
     assert versions["dan_fast"] == __version__ and versions["torch"] == torch.__version__
-    assert {
-        "Python",
-        "torchvision",
-        "triton",
-        "compiler of the build",
-        "nvcc of the build",
-    } <= versions.keys()
+    assert {"Python", "torchvision", "triton", "compiler of the build", "nvcc of the build"} <= versions.keys()
     operators = " ".join(operator for operator, _, _ in found.paths)
     for name in ("row_sq_norms", "memory_step: passes", "memory_step: scan", "cosine_softmax, false_sample_sets",
                  "attention_head"):  # fmt: skip
@@ -48,7 +35,7 @@ def test_the_report_names_versions_paths_and_parts():
         assert cell in text
 
 
-@pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
+@needs_extension
 def test_with_the_extension_the_kernel_serves_and_nothing_is_broken():
     found = doctor.report()
     assert found.broken == [], "is the extension older than csrc?"
@@ -112,15 +99,17 @@ def test_the_source_hash_sees_every_change(tmp_path: Path):
     assert write("elsewhere/d.cu", "1") == hashes[-1]
 
 
-def test_a_gpu_that_the_kernels_do_not_cover_is_named(monkeypatch: pytest.MonkeyPatch):
-    class Properties:
-        name, major, minor, total_memory = "Old GPU", 6, 1, 8 * 2**30
-
-    reason = "the CUDA kernels, built for 8.6, do not run on Old GPU (no kernel image)"
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, name: str, major: int, minor: int) -> None:
+    properties = SimpleNamespace(name=name, major=major, minor=minor, total_memory=8 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+
+def test_a_gpu_that_the_kernels_do_not_cover_is_named(monkeypatch: pytest.MonkeyPatch):
+    reason = "the CUDA kernels, built for 8.6, do not run on Old GPU (no kernel image)"
+    pretend_gpu(monkeypatch, "Old GPU", 6, 1)
     monkeypatch.setattr(_extension, "why_not_on", lambda kind, index=None: reason if kind == "cuda" else None)
     found = doctor.report()
     assert found.gpus == [("0", "Old GPU", "6.1", "8.0 GiB", "do not run")]
@@ -129,14 +118,8 @@ def test_a_gpu_that_the_kernels_do_not_cover_is_named(monkeypatch: pytest.Monkey
 
 
 def test_a_gpu_without_triton_takes_pytorch_for_the_passes(monkeypatch: pytest.MonkeyPatch):
-    class Properties:
-        name, major, minor, total_memory = "GPU", 8, 6, 8 * 2**30
-
     reason = "Triton is not installed; run `pip install triton` (it exists for Linux only)"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    pretend_gpu(monkeypatch, "GPU", 8, 6)
     monkeypatch.setattr(_extension, "why_not_on", lambda kind, index=None: None)
     monkeypatch.setattr(doctor.triton_kernels, "why_not", lambda index=None: reason)
     found = doctor.report()

@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.datasets.dataset import all_images
@@ -23,32 +22,19 @@ from dan_fast.evaluation.protocol import (
 )
 from dan_fast.evaluation.ranking import evaluate_ranking
 from dan_fast.evaluation.single_shot import evaluate_single_shot
+from tests.support.dataset_shelf import coloured_people, colours
 
 SIZE = (8, 4)
 
 
-def embed(images):
-    return images.mean(dim=(2, 3))
-
-
 @pytest.fixture(scope="module")
 def people(tmp_path_factory):
-    """Three images of each of six people in each of two cameras: a colour a person, and noise."""
-    folder, rng, samples = tmp_path_factory.mktemp("people"), np.random.default_rng(0), []
-    for pid in range(1, 7):
-        colour = rng.integers(60, 200, 3)
-        for camid in (1, 2):
-            for shot in range(3):
-                pixel = np.clip(colour + rng.normal(0, 35, 3), 0, 255).astype(np.uint8)
-                path = folder / f"{pid}_{camid}_{shot}.png"
-                Image.fromarray(np.broadcast_to(pixel, (8, 4, 3)).copy()).save(path)
-                samples.append(Sample(path, pid, camid))
-    return tuple(samples)
+    return tuple(coloured_people(tmp_path_factory.mktemp("people"), 6, 3, 35, np.random.default_rng(0)))
 
 
 def test_features_follow_the_samples(people):
     seen = []
-    result = extract_features(embed, people, SIZE, batch_size=5, progress=lambda *done: seen.append(done))
+    result = extract_features(colours, people, SIZE, batch_size=5, progress=lambda *done: seen.append(done))
     assert result.features.shape == (36, 3)
     assert result.features.dtype == torch.float32
     assert not result.features.is_inference()
@@ -57,7 +43,7 @@ def test_features_follow_the_samples(people):
     assert result.paths == tuple(sample.path for sample in people)
     assert seen[0] == (5, 36)
     assert seen[-1] == (36, 36)
-    alone = torch.cat([extract_features(embed, [sample], SIZE).features for sample in people[::7]])
+    alone = torch.cat([extract_features(colours, [sample], SIZE).features for sample in people[::7]])
     torch.testing.assert_close(result.features[::7], alone)
     chosen = result.select(torch.tensor([4, 0]))
     assert chosen.paths == (people[4].path, people[0].path)
@@ -66,14 +52,14 @@ def test_features_follow_the_samples(people):
 
 def test_no_gradient_is_recorded(people):
     weight = torch.ones(3, requires_grad=True)
-    assert not extract_features(lambda images: embed(images) * weight, people[:2], SIZE).features.requires_grad
+    assert not extract_features(lambda images: colours(images) * weight, people[:2], SIZE).features.requires_grad
 
 
 def test_bfloat16_runs_under_autocast(people):
     layer, seen = torch.nn.Linear(3, 2), []
 
     def half(images):
-        seen.append(layer(embed(images)))
+        seen.append(layer(colours(images)))
         return seen[-1]
 
     result = extract_features(half, people[:3], SIZE, precision="bfloat16")
@@ -88,21 +74,21 @@ def test_broken_images_are_named_or_left_out(people, tmp_path):
     broken.write_bytes(b"not an image")
     samples = [people[0], Sample(broken, 9, 1), Sample(broken, 9, 1), people[20]]
     with pytest.raises(DanFastError, match="broken.jpg"):
-        extract_features(embed, samples, SIZE)
-    result = extract_features(embed, samples, SIZE, batch_size=1, broken_images="skip")
+        extract_features(colours, samples, SIZE)
+    result = extract_features(colours, samples, SIZE, batch_size=1, broken_images="skip")
     assert result.pids.tolist() == [people[0].pid, people[20].pid]
     assert result.paths == (people[0].path, people[20].path)
     with pytest.raises(DanFastError, match="None of the 2 images can be read"):
-        extract_features(embed, samples[1:3], SIZE, broken_images="skip")
+        extract_features(colours, samples[1:3], SIZE, broken_images="skip")
 
 
 def test_extraction_errors(people):
     with pytest.raises(DanFastError, match="no images to embed"):
-        extract_features(embed, [], SIZE)
+        extract_features(colours, [], SIZE)
     with pytest.raises(ValueError, match=r"embed made \(2, 3, 8, 4\) of 2 images"):
         extract_features(lambda images: images, people[:2], SIZE)
     with pytest.raises(ValueError, match="precision is 'half'"):
-        extract_features(embed, people[:2], SIZE, precision="half")
+        extract_features(colours, people[:2], SIZE, precision="half")
 
 
 def test_random_split_draws_one_image_of_each_pair():
@@ -136,8 +122,8 @@ def test_random_split_leaves_someone_to_find():
 
 def test_fixed_split_is_scored_once(people):
     query, gallery = people[::3], tuple(sample for place, sample in enumerate(people) if place % 3)
-    result = evaluate_dataset(embed, ReIDDataset("tiny", people[0].path.parent, (), query, gallery), SIZE)
-    q, g = extract_features(embed, query, SIZE), extract_features(embed, gallery, SIZE)
+    result = evaluate_dataset(colours, ReIDDataset("tiny", people[0].path.parent, (), query, gallery), SIZE)
+    q, g = extract_features(colours, query, SIZE), extract_features(colours, gallery, SIZE)
     expected = evaluate_ranking(q.features, g.features, q.pids, g.pids, q.camids, g.camids)
     assert result.cmc == tuple(expected.cmc.tolist())
     assert (result.mAP, result.mINP, result.num_valid) == expected[1:]
@@ -152,12 +138,12 @@ def test_random_splits_are_averaged(people):
 
     def counted(images):
         calls.append(len(images))
-        return embed(images)
+        return colours(images)
 
     dataset = ReIDDataset("tiny", people[0].path.parent, test=people)
     result = evaluate_dataset(counted, dataset, SIZE, repeats=4, seed=3)
     assert sum(calls) == len(people)
-    features = extract_features(embed, people, SIZE)
+    features = extract_features(colours, people, SIZE)
     each = []
     for repeat in range(4):
         query, gallery = random_split(features.pids, features.camids, 3, repeat)
@@ -176,25 +162,25 @@ def test_random_splits_are_averaged(people):
     assert result.row()[0] == f"{100 * result.cmc[0]:.1f} ± {100 * result.cmc_std[0]:.1f}"
     assert result.protocol == "one query per identity and camera, 4 random splits, seed 3"
     assert (result.num_query, result.num_gallery, result.num_valid) == (12, 24, 12)
-    again = evaluate_dataset(embed, dataset, SIZE, repeats=4, seed=3)
+    again = evaluate_dataset(colours, dataset, SIZE, repeats=4, seed=3)
     assert json.loads(json.dumps(again.to_dict())) == result.to_dict()
-    assert evaluate_dataset(embed, dataset, SIZE, repeats=4, seed=8).mAP != result.mAP
+    assert evaluate_dataset(colours, dataset, SIZE, repeats=4, seed=8).mAP != result.mAP
 
 
 def test_figures_say_how_they_were_scored_where_it_is_not_as_usual(people):
     query, gallery = people[::3], tuple(sample for place, sample in enumerate(people) if place % 3)
     dataset = ReIDDataset("tiny", people[0].path.parent, (), query, gallery)
-    usual = evaluate_dataset(embed, dataset, SIZE)
+    usual = evaluate_dataset(colours, dataset, SIZE)
     assert (usual.metric, usual.ap, usual.precision, usual.rounding) == ("cosine", "standard", "float32", "")
     assert (usual.conditions, usual.scoring) == ("fixed query and gallery", "")
-    other = evaluate_dataset(embed, dataset, SIZE, metric="euclidean", ap="trapezoid", precision="bfloat16")
+    other = evaluate_dataset(colours, dataset, SIZE, metric="euclidean", ap="trapezoid", precision="bfloat16")
     assert other.scoring == "euclidean distance; trapezoid AP; bfloat16"
     assert other.conditions == f"fixed query and gallery; {other.scoring}"
     assert Evaluation.from_dict(json.loads(json.dumps(other.to_dict()))) == other
     for metric, ap, words in (("euclidean", "standard", "euclidean distance"), ("cosine", "trapezoid", "trapezoid AP")):
-        assert evaluate_dataset(embed, dataset, SIZE, metric=metric, ap=ap).conditions.endswith(f"; {words}")
+        assert evaluate_dataset(colours, dataset, SIZE, metric=metric, ap=ap).conditions.endswith(f"; {words}")
     # Features of which nobody knows the precision, and figures of versions that did not record any of it.
-    features = extract_dataset(embed, dataset, SIZE)._replace(precision="")
+    features = extract_dataset(colours, dataset, SIZE)._replace(precision="")
     assert (evaluate_features(features).precision, evaluate_features(features).scoring) == ("", "")
     old = {
         name: value
@@ -208,8 +194,8 @@ def test_figures_say_what_the_device_made_of_float32(people):
     dataset = ReIDDataset("tiny", people[0].path.parent, test=people)
     torch.set_float32_matmul_precision("medium")
     try:
-        rounded = evaluate_dataset(embed, dataset, SIZE, repeats=1)
-        half = evaluate_dataset(embed, dataset, SIZE, repeats=1, precision="bfloat16")
+        rounded = evaluate_dataset(colours, dataset, SIZE, repeats=1)
+        half = evaluate_dataset(colours, dataset, SIZE, repeats=1, precision="bfloat16")
     finally:
         torch.set_float32_matmul_precision("highest")
     assert rounded.conditions.endswith("; bfloat16 in matrix products")
@@ -217,7 +203,7 @@ def test_figures_say_what_the_device_made_of_float32(people):
 
 
 def test_split_of_extracted_features(people):
-    features = extract_dataset(embed, ReIDDataset("tiny", people[0].path.parent, test=people), SIZE)
+    features = extract_dataset(colours, ReIDDataset("tiny", people[0].path.parent, test=people), SIZE)
     query, gallery = features.split(seed=1, repeat=2)
     expected = random_split(features.test.pids, features.test.camids, 1, 2)
     assert torch.equal(query.features, features.test.features[expected[0]])
@@ -227,7 +213,7 @@ def test_split_of_extracted_features(people):
 
 
 def test_short_curve_has_no_rank_10(people):
-    features = extract_dataset(embed, ReIDDataset("tiny", people[0].path.parent, test=people), SIZE)
+    features = extract_dataset(colours, ReIDDataset("tiny", people[0].path.parent, test=people), SIZE)
     percent = evaluate_features(features, repeats=1, max_rank=5).percentages()
     assert percent["R5"] > 0
     assert np.isnan(percent["R10"])
@@ -236,18 +222,18 @@ def test_short_curve_has_no_rank_10(people):
 def test_datasets_that_cannot_be_scored(people):
     root = people[0].path.parent
     with pytest.raises(DanFastError, match="tiny has nothing to evaluate on"):
-        evaluate_dataset(embed, ReIDDataset("tiny", root, train=people), SIZE)
+        evaluate_dataset(colours, ReIDDataset("tiny", root, train=people), SIZE)
     with pytest.raises(DanFastError, match="tiny has no gallery images"):
-        evaluate_dataset(embed, ReIDDataset("tiny", root, query=people), SIZE)
+        evaluate_dataset(colours, ReIDDataset("tiny", root, query=people), SIZE)
     with pytest.raises(DanFastError, match="tiny has no query images"):
-        evaluate_dataset(embed, ReIDDataset("tiny", root, gallery=people), SIZE)
+        evaluate_dataset(colours, ReIDDataset("tiny", root, gallery=people), SIZE)
     for lone in ([sample for sample in people if sample.camid == 1], people[:1]):
         with pytest.raises(DanFastError, match="tiny has no person seen by two cameras"):
-            evaluate_dataset(embed, ReIDDataset("tiny", root, test=tuple(lone)), SIZE)
+            evaluate_dataset(colours, ReIDDataset("tiny", root, test=tuple(lone)), SIZE)
     with pytest.raises(ValueError, match="query_features holds NaN"):
-        evaluate_dataset(lambda images: embed(images) * np.nan, ReIDDataset("tiny", root, test=people), SIZE)
+        evaluate_dataset(lambda images: colours(images) * np.nan, ReIDDataset("tiny", root, test=people), SIZE)
     with pytest.raises(ValueError, match="repeats is 0"):
-        evaluate_dataset(embed, ReIDDataset("tiny", root, test=people), SIZE, repeats=0)
+        evaluate_dataset(colours, ReIDDataset("tiny", root, test=people), SIZE, repeats=0)
 
 
 def test_a_single_shot_dataset(people):
@@ -255,23 +241,23 @@ def test_a_single_shot_dataset(people):
 
     def counted(images):
         calls.append(len(images))
-        return embed(images)
+        return colours(images)
 
     root = people[0].path.parent
     classic = ReIDDataset("tiny", root, query=people, gallery=people, variant="classic", single_shot=True)
     result = evaluate_dataset(counted, classic, SIZE, seed=3, metric="euclidean", max_rank=6)
     assert sum(calls) == len(people), "query and gallery are the same images"
-    features = extract_features(embed, people, SIZE)
+    features = extract_features(colours, people, SIZE)
     labels = (features.pids, features.pids, features.camids, features.camids)
     expected = evaluate_single_shot(features.features, features.features, *labels, "euclidean", 6, 100, 3)
     assert (result.cmc, result.mAP, result.num_valid) == (tuple(expected.cmc.tolist()), expected.mAP, 36)
     assert result.protocol == "single shot: one gallery image of each person, drawn 100 times, seed 3"
     assert result.title == "tiny (classic)"
-    plain = evaluate_dataset(embed, dataclasses.replace(classic, single_shot=False), SIZE, metric="euclidean")
+    plain = evaluate_dataset(colours, dataclasses.replace(classic, single_shot=False), SIZE, metric="euclidean")
     assert plain.mAP != pytest.approx(result.mAP, abs=1e-3)
     with pytest.raises(DanFastError, match="tiny is scored single-shot, for which ap trapezoid is not defined"):
-        evaluate_dataset(embed, classic, SIZE, ap="trapezoid")
+        evaluate_dataset(colours, classic, SIZE, ap="trapezoid")
     lone = tuple(sample for sample in people if sample.camid == 1)
     with pytest.raises(DanFastError, match="tiny has no person seen by two cameras"):
-        evaluate_dataset(embed, dataclasses.replace(classic, query=lone, gallery=lone), SIZE)
+        evaluate_dataset(colours, dataclasses.replace(classic, query=lone, gallery=lone), SIZE)
     assert (all_images(classic).train, all_images(classic).single_shot) == (people, False)

@@ -111,6 +111,7 @@ def test_of_a_dataset():
         evaluate_features(dataset._replace(single_shot=True), reranking=Reranking())
 
 
+@pytest.mark.slow
 def test_memory_is_bounded():
     """Of 8000 images a matrix in float64 would take 512 MB."""
     (query, gallery), labels = problem(500, 7500, 400, 16)

@@ -92,6 +92,7 @@ def test_degenerate_memories_and_keys(impl):
     assert keys.grad.isfinite().all()
 
 
+@pytest.mark.compile
 def test_the_compiler_traces_it_whole():
     keys, slots = problem()
     compiled = torch.compile(functional.discriminative_loss, fullgraph=True, backend="aot_eager")

@@ -1,17 +1,14 @@
 """The CUDA kernels compiled ahead of time: none may spill registers or keep a stack in local memory."""
 
-import runpy
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT
+from tests.support.toolchain import KERNEL_RESOURCES as REPORT
+from tests.support.toolchain import NVCC, needs_nvcc
 
-SCRIPT = ROOT / "scripts/kernel_resources.py"
-REPORT = runpy.run_path(str(SCRIPT))
-NVCC = REPORT["find_nvcc"]()
-pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc on this machine")
+pytestmark = [pytest.mark.compile, needs_nvcc]
 ARCHS = ("8.6", "9.0")
 
 

@@ -1,8 +1,6 @@
 """A refused CUDA call leaves nothing behind for the next launch to report."""
 
 import re
-import runpy
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,9 +8,7 @@ import pytest
 import torch
 
 from tests.support import ROOT
-
-NVCC = runpy.run_path(str(ROOT / "scripts/kernel_resources.py"))["find_nvcc"]()
-COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+from tests.support.toolchain import COMPILER, NVCC, needs_compiler, needs_nvcc
 
 # Of the runtime, what cooperative.cuh calls: call number `refused` fails, and an error is kept until it is asked for.
 FAKE_RUNTIME = r"""
@@ -83,7 +79,8 @@ int main() {
 """
 
 
-@pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler on this machine")
+@pytest.mark.compile
+@needs_compiler
 def test_a_refused_call_is_forgotten(tmp_path: Path):
     (tmp_path / "cuda_runtime.h").write_text(FAKE_RUNTIME)
     source, program = tmp_path / "refused.cpp", tmp_path / "refused"
@@ -93,8 +90,8 @@ def test_a_refused_call_is_forgotten(tmp_path: Path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-@pytest.mark.skipif(NVCC is None, reason="there is no nvcc on this machine")
+@pytest.mark.compile
+@needs_nvcc
 def test_a_launch_that_the_gpu_refused_is_forgotten(tmp_path: Path):
     source, program = tmp_path / "refused.cu", tmp_path / "refused"
     source.write_text(ON_GPU)

@@ -236,6 +236,7 @@ def passes(name: str, order: int, gradient_checkpointing: bool):
     return result.grads, {name: value.clone() for name, value in backbone.state_dict().items()}, len(ran)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("name", ["resnet18", "timm:test_resnet", "timm:test_vit"])
 def test_gradient_checkpointing_changes_no_gradient_and_no_statistics(name: str, order: int):

@@ -123,6 +123,7 @@ def _rank(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not distributed.is_available() or not distributed.is_gloo_available(), reason="there is no gloo")
 def test_distributed_data_parallel_is_refused_and_its_remedy_holds(tmp_path: Path):
     """Two processes with the rows of both hold what one process holds, with the same gradients."""

@@ -96,6 +96,7 @@ def trained(images, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_trained_run_gives_a_full_page(trained, tmp_path, capsys):
     assert main(["report", str(trained), "--out", str(tmp_path / "page"), "--images", "3"]) == 0
     page = tmp_path / "page" / "index.html"
@@ -113,6 +114,7 @@ def test_a_trained_run_gives_a_full_page(trained, tmp_path, capsys):
     assert not re.search(r"tiny \| (curves|gates|heat maps|t-SNE|results)", text)
 
 
+@pytest.mark.slow
 def test_missing_pieces_are_said_in_the_page(trained, tmp_path):
     bare = fake_run(tmp_path / "bare", results=(), data={"unlabeled": []})
     (bare / "results.json").write_text("{]")
@@ -130,6 +132,7 @@ def test_missing_pieces_are_said_in_the_page(trained, tmp_path):
     assert "damaged | curves | " in text
 
 
+@pytest.mark.slow
 def test_heat_maps_need_images_that_are_there_and_wanted(trained, tmp_path):
     text = text_of(report([trained], tmp_path / "a", images=0))
     assert "tiny | heat maps, Fig. 9 | Images of persons were left out by --images 0." in text
@@ -447,6 +450,7 @@ def test_tsne_is_seeded_and_puts_like_with_like():
     )
 
 
+@pytest.mark.slow
 def test_slots_come_from_the_checkpoint_and_empty_ones_do_not(trained):
     state = torch.load(trained / "checkpoint.pt")
     stored = stored_slots(state)

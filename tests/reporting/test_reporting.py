@@ -55,6 +55,7 @@ def test_long_runs_are_read_whole(tmp_path):
     assert read_scalars(tmp_path)["train/loss/total"][0].tolist() == list(range(10_100))
 
 
+@pytest.mark.slow
 def test_panels_are_grouped(tmp_path, monkeypatch):
     tags = (
         "train/loss/total",

@@ -1,12 +1,20 @@
 """A folder with all datasets of the named protocols: those trained on tiny, the small four whole, in plain colours."""
 
 import os
-from collections.abc import Iterable, Sequence
+import runpy
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
 
-from tests.data.datasets.test_small_sets import WHOLE
+from dan_fast.data.datasets.grid import GRID
+from dan_fast.data.datasets.ilids import ILIDS
+from dan_fast.data.datasets.prid import PRID
+from dan_fast.data.datasets.viper import VIPER
+from dan_fast.data.samples import KnownDataset, Sample
+from tests.support import ROOT
 
 COLOURS = 24
 SMALL = {
@@ -42,6 +50,72 @@ MSMT17 = {
     "list_query.txt": [(0, "0000/0000_000_02_0303morning_0020_0.jpg")],
     "list_gallery.txt": [(0, "0000/0000_003_07_0303noon_0020_1.jpg"), (2, "0002/0002_003_07_0303noon_0020_1.jpg")],
 }
+
+SCRIPT = runpy.run_path(str(ROOT / "scripts/make_splits.py"))
+# Numbers with gaps, as VIPeR's are.
+VIPER_NUMBERS = [n if n < 300 else n + 242 for n in range(632)]
+
+
+def touch(folder: Path, names: list[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    # In reverse: a listing in the order of creation would be unsorted.
+    for name in reversed(names):
+        (folder / name).touch()
+
+
+def whole_viper(folder: Path) -> None:
+    touch(folder / "cam_a", [f"{n:03}_{45 * (n % 3)}.bmp" for n in VIPER_NUMBERS])
+    touch(folder / "cam_b", [f"{n:03}_{90 + 45 * (n % 3)}.bmp" for n in VIPER_NUMBERS])
+
+
+def whole_prid(folder: Path) -> None:
+    touch(folder / "cam_a", [f"person_{n:04}.png" for n in range(1, 386)])
+    touch(folder / "cam_b", [f"person_{n:04}.png" for n in range(1, 750)])
+
+
+def whole_grid(folder: Path) -> None:
+    # Six cameras, as in the names of the originals.
+    touch(folder / "probe", [f"{n:04}_{n % 3 + 1}_25004_1_2_3_4.jpeg" for n in range(1, 251)])
+    touch(folder / "gallery", [f"{n:04}_{n % 3 + 4}_25023_1_2_3_4.jpeg" for n in range(1, 251)])
+    touch(folder / "gallery", [f"0000_{n % 6 + 1}_{30000 + n}_1_2_3_4.jpeg" for n in range(775)])
+
+
+def whole_ilids(folder: Path) -> None:
+    images = enumerate(SCRIPT["ILIDS_IMAGES"], start=1)
+    touch(folder, [f"{pid:04}{image:03}.jpg" for pid, last in images for image in range(1, last + 1)])
+
+
+SMALL_SETS: dict[str, tuple[KnownDataset, Callable[[Path], None]]] = {
+    "viper": (VIPER, whole_viper),
+    "prid": (PRID, whole_prid),
+    "grid": (GRID, whole_grid),
+    "ilids": (ILIDS, whole_ilids),
+}
+
+
+def tiny_image(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 8)).save(path)
+    return path
+
+
+def coloured_people(folder: Path, people: int, shots: int, noise: float, rng: np.random.Generator) -> list[Sample]:
+    """So many images of each person in each of two cameras: a colour a person, and noise."""
+    samples = []
+    for pid in range(1, people + 1):
+        colour = rng.integers(60, 200, 3)
+        for camid in (1, 2):
+            for shot in range(shots):
+                pixel = np.clip(colour + rng.normal(0, noise, 3), 0, 255).astype(np.uint8)
+                path = folder / f"{pid}_{camid}_{shot}.png"
+                Image.fromarray(np.broadcast_to(pixel, (8, 4, 3)).copy()).save(path)
+                samples.append(Sample(path, pid, camid))
+    return samples
+
+
+def colours(images: torch.Tensor) -> torch.Tensor:
+    """A network that tells `coloured_people` apart: (B, 3, H, W) to (B, 3)."""
+    return images.mean(dim=(2, 3))
 
 
 class Shelf:
@@ -100,7 +174,7 @@ class Shelf:
     def small(self, name: str) -> None:
         """VIPeR, PRID, GRID or i-LIDS with every image that its splits name."""
         folder = self.root / SMALL[name]
-        WHOLE[name][1](folder)
+        SMALL_SETS[name][1](folder)
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         self.draw(SMALL[name], files)
 

@@ -38,6 +38,7 @@ def strided(x: Tensor) -> Tensor:
 
 
 LAYOUTS = (contiguous, channels_last, part(contiguous), part(channels_last), strided)
+NAMED_LAYOUTS = dict(zip(("contiguous", "channels_last", "part", "part of channels_last"), LAYOUTS[:4], strict=True))
 
 
 class Arguments(NamedTuple):

@@ -365,7 +365,7 @@ def when(ready: Callable[[], bool], act: Callable[[], None]) -> threading.Thread
     """Acts once something is so."""
 
     def wait() -> None:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline and not ready():
             time.sleep(0.02)
         act()
@@ -375,6 +375,7 @@ def when(ready: Callable[[], bool], act: Callable[[], None]) -> threading.Thread
     return thread
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_ends_all_trainings_under_way_and_a_later_call_goes_on(quick, three, number):
     held = [quick.out / reduce(each) for each in (1, 2)]
@@ -499,23 +500,13 @@ def test_two_sweeps_do_not_share_a_folder(quick, three, tmp_path):
     assert len(quick(three)) == 3
 
 
-def when_it_trains(folder: Path, act: Callable[[], None]) -> threading.Thread:
-    """Acts once the run has logged its first iteration."""
-
-    def wait() -> None:
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline:
-            if any(path.stat().st_size > 200 for path in (folder / "tensorboard").glob("events*")):
-                break
-            time.sleep(0.02)
-        act()
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    return thread
+def has_trained(folder: Path) -> bool:
+    """Whether the run has logged its first iteration."""
+    return any(path.stat().st_size > 200 for path in (folder / "tensorboard").glob("events*"))
 
 
-def test_two_by_two_trainings_killed_in_the_middle_go_on(tmp_path, capsys):
+@pytest.mark.slow
+def test_trainings_killed_in_the_middle_go_on(tmp_path, capsys):
     images = tmp_path / "images"
     synthesize(images, ["campus", "street"], identities=4, cameras=2, image_size=(32, 32), test_fraction=0.5)
     base = {
@@ -525,31 +516,31 @@ def test_two_by_two_trainings_killed_in_the_middle_go_on(tmp_path, capsys):
         "optimizer": {"epochs": 3, "lr_scale": 10.0},
         "run": {"device": "cpu", "log_every": 1},
     }  # fmt: skip
-    grids = [{"loss.adversary": [0.2, 0.6], "model.reduction": [1, 12]}]
+    grids = [{"loss.adversary": [0.2, 0.6]}, {"model.reduction": [1]}]
     out, grid = tmp_path / "out", write(tmp_path / "grid.yaml", {"base": base, "grids": grids})
     command = ["sweep", "--grid", str(grid), "--out", str(out)]
-    first, second, *others = (run.folder for run in plan_sweep(grid, None, out))
+    first, second, third = (run.folder for run in plan_sweep(grid, None, out))
 
-    killer = when_it_trains(second, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    killer = when(lambda: has_trained(second), lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert main([*command, "--report", "false"]) == 130
     killer.join()
     assert "stopped. The same command goes on from here." in capsys.readouterr().out
-    assert states(out) == ["finished", "begun", "waiting", "waiting"]
-    assert not (second / "results.json").exists() and not any(folder.exists() for folder in others)
+    assert states(out) == ["finished", "begun", "waiting"]
+    assert not (second / "results.json").exists() and not third.exists()
     steps = len(read_scalars(second)["train/loss/total"][0])
     finished_at = (first / "results.json").stat().st_mtime_ns
 
     assert main([*command, "--report", "false"]) == 0
-    assert states(out) == ["finished"] * 4
+    assert states(out) == ["finished"] * 3
     assert (first / "results.json").stat().st_mtime_ns == finished_at
-    iterations = [read_scalars(folder)["train/loss/total"][0].tolist() for folder in (first, second, *others)]
+    iterations = [read_scalars(folder)["train/loss/total"][0].tolist() for folder in (first, second, third)]
     assert all(each == iterations[0] for each in iterations) and 0 < steps < len(iterations[0])
     # The second went on from its checkpoint: what it logged before being stopped was not logged again.
     logged = sorted((second / "tensorboard").iterdir())
     assert len(logged) == 2
     assert "Continue with --run.resume true" in (second / "train.log").read_text()
     runs = read_runs([out])
-    assert [run.settings["loss"]["adversary"] for run in runs] == [0.2, 0.2, 0.6, 0.6]
+    assert [run.settings["loss"]["adversary"] for run in runs] == [0.2, 0.6, 0.6]
     assert list(swept_settings(runs)) == ["loss.adversary", "model.reduction"]
     assert main([*command, "--list"]) == 0
-    assert capsys.readouterr().out.count("│ finished") == 4
+    assert capsys.readouterr().out.count("│ finished") == 3

@@ -17,6 +17,8 @@ from dan_fast.training import TrainConfig, Trainer
 from dan_fast.training.objective import Objective
 from tests.support.memory_problems import closest_calls
 
+pytestmark = pytest.mark.slow
+
 EPOCHS, PASSES = 20, 320  # 8 iterations an epoch, each with S and S~
 # How far a loss by the kernels may be from that by the literal operators, as a share of 1 + |loss|, before a decision
 # of the memory lay between numbers that are `NEAR`; after it, of the means over a fifth of the training.

@@ -18,6 +18,8 @@ from dan_fast.triton_kernels import products_now
 from tests.support import ROOT
 from tests.training.test_trainer import assert_same_state, stop_after
 
+pytestmark = pytest.mark.slow
+
 NAME = "CUBLAS_WORKSPACE_CONFIG"
 
 

@@ -35,6 +35,8 @@ from tests.support.tiny_training import (
     workers_of,
 )
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("DAN_FAST_KILLS", "50"))
 
 

@@ -18,6 +18,8 @@ from tests.support import ROOT
 from tests.training.test_trainer import assert_same_state, config, stop_after
 from tests.training.test_trainer import images as images  # the fixture
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = ROOT / "dan_fast"
 
 

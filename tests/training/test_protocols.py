@@ -22,6 +22,8 @@ from dan_fast.training.reported import CHOSEN, SEEN, EpochChoice, epoch_of
 from tests.support.dataset_shelf import full_shelf
 from tests.training.test_trainer import assert_same_state
 
+pytestmark = pytest.mark.slow
+
 SIZE = (32, 32)
 
 

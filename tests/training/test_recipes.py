@@ -186,6 +186,7 @@ def tiny_flags(images: Path, out: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_a_run_and_its_results_name_the_recipe(images, tmp_path, capsys):
     out = tmp_path / "run"
     assert main([*tiny_flags(images, out), "--recipe", "plain", "--loss.regularizer", "0.5"]) == 0
@@ -210,6 +211,7 @@ def test_a_run_and_its_results_name_the_recipe(images, tmp_path, capsys):
     assert "plain, with loss.regularizer=0.5" in page.read_text()
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version_goes_on_without_a_recipe(images, tmp_path, monkeypatch):
     """Its config.yaml and checkpoint name no recipe, and the default of today may hold other settings."""
     out = tmp_path / "run"
@@ -245,6 +247,7 @@ def test_resume_is_true_false_or_auto_in_flags_and_files(tmp_path):
     assert main(["train", "--run.resume", "maybe"]) == 2
 
 
+@pytest.mark.slow
 def test_resume_auto_starts_and_goes_on(images, tmp_path, capsys):
     """A run of another recipe than today's default goes on with its own."""
     out = tmp_path / "run"
@@ -276,6 +279,7 @@ def test_quickstart_keeps_what_its_short_run_needs(tmp_path):
     assert plain.model.attention == "none" and plain.data.unlabeled_share == 0
 
 
+@pytest.mark.slow
 def test_quickstart_without_attention_draws_none(tmp_path):
     out = tmp_path / "quick"
     flags = ["quickstart", "--out", str(out), "--epochs", "1", "--identities", "6", "--recipe", "plain"]

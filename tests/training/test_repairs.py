@@ -19,6 +19,8 @@ from dan_fast.training.config import MemoryConfig
 from dan_fast.training.objective import TrainingModel
 from tests.training.test_trainer import IMAGE_SIZE, TinyMap, assert_same_state, config, split
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:

@@ -43,6 +43,8 @@ from dan_fast.training.metrics import Scalars, accuracy
 from dan_fast.training.objective import DivergedError, Objective, TrainingModel
 from tests.support.tiny_training import tensors_and_values
 
+pytestmark = pytest.mark.slow
+
 IMAGE_SIZE = (32, 32)
 
 

@@ -16,6 +16,8 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.core.types import MemoryStep
 from dan_fast.training.objective import DivergedError
 
+pytestmark = pytest.mark.slow
+
 TINY = IterationSize("resnet18", 64, 32, images=8, labeled_slots=24, unlabeled_slots=12, classes=6)
 PACKAGE = Path(dan_fast.__file__).parent
 # Operators whose result, or the size of it, the host has to know. `index` only with a mask, which it counts.

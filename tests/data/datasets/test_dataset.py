@@ -3,16 +3,10 @@
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import Sample, load_dataset
-
-
-def save(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (4, 8)).save(path)
-    return path
+from tests.support.dataset_shelf import tiny_image
 
 
 @pytest.fixture
@@ -20,17 +14,17 @@ def market(tmp_path: Path) -> Path:
     root = tmp_path / "market"
     # Written in reverse order: a listing in the order of creation would be unsorted.
     for name in ("0010_c2s1_000002_01.jpg", "0002_c6s3_000001_00.jpg", "0002_c1s1_000001_00.jpg"):
-        save(root / "bounding_box_train" / name)
+        tiny_image(root / "bounding_box_train" / name)
     for name in ("0003_c1s1_000001_00.png", "0000_c2s1_000001_00.jpg", "-1_c3s1_000001_00.jpg"):
-        save(root / "bounding_box_test" / name)
-    save(root / "query" / "0003_c4s1_000001_00.jpg")
+        tiny_image(root / "bounding_box_test" / name)
+    tiny_image(root / "query" / "0003_c4s1_000001_00.jpg")
     (root / "query" / "Thumbs.db").write_bytes(b"what Windows leaves behind")
     return root
 
 
 def write_manifest(folder: Path, *rows: str, header: str = "path,pid,camid,split") -> Path:
     for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg"):
-        save(folder / "images" / name)
+        tiny_image(folder / "images" / name)
     file = folder / "manifest.csv"
     file.write_text("\n".join((header, *rows)) + "\n")
     return file
@@ -64,7 +58,7 @@ def test_market_folder_gives_all_parts_sorted_by_name(market: Path) -> None:
 
 
 def test_market_folder_with_the_train_part_only(tmp_path: Path) -> None:
-    save(tmp_path / "bounding_box_train" / "0001_c2_f0001.jpg")
+    tiny_image(tmp_path / "bounding_box_train" / "0001_c2_f0001.jpg")
     dataset = load_dataset(tmp_path)
     assert [len(part) for part in (dataset.train, dataset.query, dataset.gallery, dataset.test)] == [
         1,
@@ -75,7 +69,7 @@ def test_market_folder_with_the_train_part_only(tmp_path: Path) -> None:
 
 
 def test_market_image_with_another_name(market: Path) -> None:
-    save(market / "query" / "person.jpg")
+    tiny_image(market / "query" / "person.jpg")
     assert "person.jpg is not named like a Market-1501 image" in sentence(market)
 
 
@@ -153,12 +147,12 @@ def test_manifest_with_missing_images_names_the_first_and_counts(tmp_path: Path)
 def test_paths_that_are_no_dataset(tmp_path: Path) -> None:
     assert "There is no dataset at" in sentence(tmp_path / "absent")
     assert "holds no dataset: neither bounding_box_train" in sentence(tmp_path)
-    assert "is a file but no .csv manifest" in sentence(save(tmp_path / "photo.jpg"))
+    assert "is a file but no .csv manifest" in sentence(tiny_image(tmp_path / "photo.jpg"))
 
 
 def test_a_folder_one_level_too_low(market: Path, tmp_path: Path) -> None:
     assert load_dataset(market / "query") == load_dataset(market)
-    other = save(tmp_path / "other" / "query" / "0003_c4_000001.jpg").parent
+    other = tiny_image(tmp_path / "other" / "query" / "0003_c4_000001.jpg").parent
     assert f"one part of the Market-1501 folder {other.parent}; give that folder" in sentence(other)
     file = write_manifest(tmp_path / "shop", "images/a.jpg,1,1,train")
     assert f"seems to hold the images of the manifest {file}; give {file.parent}" in sentence(file.parent / "images")

@@ -22,6 +22,7 @@ from dan_fast.evaluation.ranking import evaluate_ranking
 from dan_fast.training.config import DataConfig
 from dan_fast.training.sources import load_datasets
 from tests.support import ROOT
+from tests.support.dataset_shelf import coloured_people, colours
 
 SCRIPT = ROOT / "scripts/make_splits.py"
 SIZE = (8, 4)
@@ -106,16 +107,9 @@ def test_the_lists_are_package_data() -> None:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> ReIDDataset:
     """Twelve people in two cameras, a colour a person, and ten splits: six of them and two strangers."""
-    folder, rng, pairs, samples = tmp_path_factory.mktemp("people"), np.random.default_rng(0), [], []
-    for pid in range(1, 15):
-        colour = rng.integers(60, 200, 3)
-        for camid in (1, 2):
-            pixel = np.clip(colour + rng.normal(0, 30, 3), 0, 255).astype(np.uint8)
-            path = folder / f"{pid}_{camid}.png"
-            Image.fromarray(np.broadcast_to(pixel, (8, 4, 3)).copy()).save(path)
-            samples.append(Sample(path, pid, camid))
-        pairs.append(samples[-2:])
-    splits = []
+    folder, rng, splits = tmp_path_factory.mktemp("people"), np.random.default_rng(0), []
+    samples = coloured_people(folder, 14, 1, 30, rng)
+    pairs = [samples[place : place + 2] for place in range(0, len(samples), 2)]
     for _ in range(10):
         chosen = sorted(rng.permutation(12)[:6].tolist())
         query = tuple(pairs[person][0] for person in chosen)
@@ -124,10 +118,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> ReIDDataset:
         splits.append(FixedSplit(rest, query, gallery))
     fixed = FixedSplits("tiny", "0123456789abcdef" * 4, tuple(splits))
     return ReIDDataset("people", folder, test=tuple(samples), variant="detected, new protocol", splits=fixed)
-
-
-def colours(images: torch.Tensor) -> torch.Tensor:
-    return images.mean(dim=(2, 3))
 
 
 def test_all_ten_are_scored_on_images_embedded_once(dataset: ReIDDataset) -> None:

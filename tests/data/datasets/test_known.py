@@ -21,12 +21,7 @@ from dan_fast.data.datasets.cuhk_sysu import extract_cuhk_sysu
 from dan_fast.data.datasets.extraction import whole_folder
 from dan_fast.data.datasets.known import KNOWN, check_counts, choose_variant, find_datasets
 from dan_fast.data.samples import SPLITS, Counts
-
-
-def save(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (4, 8)).save(path)
-    return path
+from tests.support.dataset_shelf import tiny_image
 
 
 def people(*numbers: tuple[int, int], folder: str = "x") -> tuple[Sample, ...]:
@@ -37,17 +32,17 @@ def people(*numbers: tuple[int, int], folder: str = "x") -> tuple[Sample, ...]:
 def shelf(tmp_path: Path) -> Path:
     """As fast-reid keeps its datasets: all in one folder; and one of torchreid's, a level lower."""
     root = tmp_path / "datasets"
-    save(root / "Market-1501-v15.09.15" / "bounding_box_train" / "0002_c1s1_000451_03.jpg")
-    save(root / "DukeMTMC-reID" / "bounding_box_train" / "0001_c2_f0046182.jpg")
+    tiny_image(root / "Market-1501-v15.09.15" / "bounding_box_train" / "0002_c1s1_000451_03.jpg")
+    tiny_image(root / "DukeMTMC-reID" / "bounding_box_train" / "0001_c2_f0046182.jpg")
     for version, train in (("V1", "train"), ("V2", "mask_train_v2")):
         home = root / f"MSMT17_{version}"
-        save(home / train / "0000" / "0000_000_01_0303morning_0015_0.jpg")
+        tiny_image(home / train / "0000" / "0000_000_01_0303morning_0015_0.jpg")
         for name in ("list_train.txt", "list_val.txt", "list_query.txt", "list_gallery.txt"):
             line = "0000/0000_000_01_0303morning_0015_0.jpg 0\n" if name == "list_train.txt" else ""
             (home / name).write_text(line)
-    save(root / "cuhk03" / "images_detected" / "1_001_1_01.png")
-    save(root / "torchreid" / "cuhk02" / "Dataset" / "P5" / "cam1" / "007_1.png")
-    save(root / "synthetic" / "street" / "query" / "0001_c2_000001.jpg")
+    tiny_image(root / "cuhk03" / "images_detected" / "1_001_1_01.png")
+    tiny_image(root / "torchreid" / "cuhk02" / "Dataset" / "P5" / "cam1" / "007_1.png")
+    tiny_image(root / "synthetic" / "street" / "query" / "0001_c2_000001.jpg")
     return root
 
 
@@ -75,15 +70,15 @@ def test_everything_is_found_once_where_it_lies(shelf: Path) -> None:
 
 def test_a_dataset_is_not_searched_for_others(shelf: Path) -> None:
     inner = shelf / "Market-1501-v15.09.15" / "gt_bbox"
-    save(inner / "query" / "0001_c2_f0046182.jpg")
+    tiny_image(inner / "query" / "0001_c2_f0046182.jpg")
     assert len(find_datasets(shelf)) == 6
-    save(shelf / "a" / "b" / "c" / "query" / "0001_c2_f0046182.jpg")
+    tiny_image(shelf / "a" / "b" / "c" / "query" / "0001_c2_f0046182.jpg")
     assert len(find_datasets(shelf)) == 6
     assert len(find_datasets(shelf / "a")) == 1
 
 
 def test_of_twenty_splits_the_first_is_listed(tmp_path: Path) -> None:
-    save(tmp_path / "images_detected" / "1_001_1_01.png")
+    tiny_image(tmp_path / "images_detected" / "1_001_1_01.png")
     part = {"train": [["1_001_1_01.png", 0, 0]], "query": [], "gallery": []}
     (tmp_path / "splits_classic_detected.json").write_text(json.dumps([part] * 20))
     assert [each.variant for each in find_datasets(tmp_path)] == ["detected, classic protocol, split 1"]

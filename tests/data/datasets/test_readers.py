@@ -7,17 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from scipy.io import savemat
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import ReIDDataset, load_dataset, read_image
-
-
-def save(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (4, 8)).save(path)
-    return path
+from tests.support.dataset_shelf import tiny_image
 
 
 def rows(samples: Sequence) -> list[tuple[str, int, int]]:
@@ -48,7 +42,7 @@ def msmt17(home: Path, train: str = "train", test: str = "test") -> Path:
         "list_gallery.txt": (test, "0002/0002_003_07_0303noon_0020_1.jpg 2"),
     }
     for name, (images, line) in lists.items():
-        save(home / images / line.split()[0])
+        tiny_image(home / images / line.split()[0])
         (home / name).write_text(line + "\n")
     return home
 
@@ -98,9 +92,9 @@ def test_msmt17_with_mistakes(tmp_path: Path) -> None:
 def test_cuhk02(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     home = tmp_path / "CUHK02" / "Dataset"
     for name in ("P1/cam1/001_2.png", "P1/cam1/001_1.png", "P1/cam2/001_1.png", "P4/cam2/001_1.png"):
-        save(home / name)
+        tiny_image(home / name)
     for name in ("P5/cam1/007_1.png", "P5/cam2/007_1.png"):
-        save(home / name)
+        tiny_image(home / name)
     (home / "P1" / "cam1" / "Thumbs.db").write_bytes(b"")
     # An image that is none is an error when it is read, not before.
     (home / "P1" / "cam1" / "001_1.png").write_bytes(b"no image")
@@ -126,7 +120,7 @@ def test_cuhk02(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         "3 instead of 8 cameras, 4 instead of 6308 images." in caplog.messages
     )
     assert len(caplog.messages) == 3
-    save(home / "P3" / "cam1" / "person.png")
+    tiny_image(home / "P3" / "cam1" / "person.png")
     assert "person.png is not named like the images beside it" in sentence(home)
 
 
@@ -139,8 +133,8 @@ def cuhk03(tmp_path: Path) -> Path:
     home = tmp_path / "cuhk03"
     names = [f"{pair}_001_{camera}_{5 * camera:02d}.png" for pair in (1, 2, 3) for camera in (1, 2)]
     for name in names:
-        save(home / "images_detected" / name)
-        save(home / "images_labeled" / name)
+        tiny_image(home / "images_detected" / name)
+        tiny_image(home / "images_labeled" / name)
 
     def entries(folder: str, chosen: Sequence[str]) -> list[list]:
         # As written on another machine, with labels that restart in every part.
@@ -211,11 +205,11 @@ def test_cuhk03_new_protocol_from_the_published_mat(cuhk03: Path) -> None:
 
 def test_cuhk03_np_and_its_levels(tmp_path: Path) -> None:
     home = tmp_path / "CUHK03-NP"
-    save(home / "detected" / "bounding_box_train" / "0003_c1_21.png")
+    tiny_image(home / "detected" / "bounding_box_train" / "0003_c1_21.png")
     dataset = load_dataset(home)  # only one variant is there
     assert dataset.variant == "detected, new protocol" and rows(dataset.train) == [("0003_c1_21.png", 3, 1)]
     assert_found_from([tmp_path, home / "detected"], dataset)
-    save(home / "labeled" / "bounding_box_train" / "0003_c1_21.png")
+    tiny_image(home / "labeled" / "bounding_box_train" / "0003_c1_21.png")
     assert "choose 'detected, new protocol' or 'labeled, new protocol'" in sentence(home)
 
 
@@ -237,8 +231,8 @@ def test_cuhk03_with_mistakes(cuhk03: Path) -> None:
 @pytest.mark.parametrize("layout", ["cuhksysu", "cuhk_sysu", "CUHK-SYSU"])
 def test_cuhk_sysu_crops(tmp_path: Path, layout: str, caplog: pytest.LogCaptureFixture) -> None:
     crops = tmp_path / layout / "cropped_images"
-    save(crops / "p11422_s16929_1.jpg")
-    save(crops / "p2_s16929_2.jpg")
+    tiny_image(crops / "p11422_s16929_1.jpg")
+    tiny_image(crops / "p2_s16929_2.jpg")
     with caplog.at_level(logging.WARNING):
         dataset = load_dataset(crops.parent)
     assert dataset.name == "CUHK-SYSU"
@@ -249,7 +243,7 @@ def test_cuhk_sysu_crops(tmp_path: Path, layout: str, caplog: pytest.LogCaptureF
         "2 instead of 11934 identities, 2 instead of 34574 images."
     ]
     assert_found_from([tmp_path, crops], dataset)
-    save(crops / "somebody.jpg")
+    tiny_image(crops / "somebody.jpg")
     assert "somebody.jpg is not named like the images beside it" in sentence(crops)
 
 
@@ -258,8 +252,8 @@ def test_cuhk_sysu_crops(tmp_path: Path, layout: str, caplog: pytest.LogCaptureF
 
 def test_dukemtmc(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     home = tmp_path / "dukemtmc-reid" / "DukeMTMC-reID"
-    save(home / "bounding_box_train" / "0001_c2_f0046182.jpg")
-    save(home / "query" / "0005_c1_f0049747.jpg")
+    tiny_image(home / "bounding_box_train" / "0001_c2_f0046182.jpg")
+    tiny_image(home / "query" / "0005_c1_f0049747.jpg")
     with caplog.at_level(logging.WARNING):
         dataset = load_dataset(home)
     assert rows(dataset.train) == [("0001_c2_f0046182.jpg", 1, 2)]
@@ -272,7 +266,7 @@ def test_dukemtmc(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_market1501_as_torchreid_has_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     home = tmp_path / "market1501" / "Market-1501-v15.09.15"
-    save(home / "bounding_box_train" / "0002_c1s1_000451_03.jpg")
+    tiny_image(home / "bounding_box_train" / "0002_c1s1_000451_03.jpg")
     with caplog.at_level(logging.WARNING):
         dataset = load_dataset(home)
     assert (dataset.name, rows(dataset.train)) == (home.name, [("0002_c1s1_000451_03.jpg", 2, 1)])

@@ -1,11 +1,8 @@
 """VIPeR, PRID, GRID and i-LIDS: every layout, what the literature counts, and one sentence for each mistake."""
 
-import runpy
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.datasets.dataset import all_images, load_dataset
@@ -16,65 +13,18 @@ from dan_fast.data.datasets.known import KNOWN, check_counts, find_datasets
 from dan_fast.data.datasets.prid import PRID
 from dan_fast.data.datasets.viper import VIPER
 from dan_fast.data.samples import FixedSplit, KnownDataset, ReIDDataset, Sample
-from tests.support import ROOT
-
-SCRIPT = runpy.run_path(str(ROOT / "scripts/make_splits.py"))
-# Numbers with gaps, as VIPeR's are.
-VIPER_NUMBERS = [n if n < 300 else n + 242 for n in range(632)]
-
-
-def touch(folder: Path, names: list[str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    # In reverse: a listing in the order of creation would be unsorted.
-    for name in reversed(names):
-        (folder / name).touch()
-
-
-def whole_viper(folder: Path) -> None:
-    touch(folder / "cam_a", [f"{n:03}_{45 * (n % 3)}.bmp" for n in VIPER_NUMBERS])
-    touch(folder / "cam_b", [f"{n:03}_{90 + 45 * (n % 3)}.bmp" for n in VIPER_NUMBERS])
-
-
-def whole_prid(folder: Path) -> None:
-    touch(folder / "cam_a", [f"person_{n:04}.png" for n in range(1, 386)])
-    touch(folder / "cam_b", [f"person_{n:04}.png" for n in range(1, 750)])
-
-
-def whole_grid(folder: Path) -> None:
-    # Six cameras, as in the names of the originals.
-    touch(folder / "probe", [f"{n:04}_{n % 3 + 1}_25004_1_2_3_4.jpeg" for n in range(1, 251)])
-    touch(folder / "gallery", [f"{n:04}_{n % 3 + 4}_25023_1_2_3_4.jpeg" for n in range(1, 251)])
-    touch(folder / "gallery", [f"0000_{n % 6 + 1}_{30000 + n}_1_2_3_4.jpeg" for n in range(775)])
-
-
-def whole_ilids(folder: Path) -> None:
-    images = enumerate(SCRIPT["ILIDS_IMAGES"], start=1)
-    touch(folder, [f"{pid:04}{image:03}.jpg" for pid, last in images for image in range(1, last + 1)])
-
-
-WHOLE: dict[str, tuple[KnownDataset, Callable[[Path], None]]] = {
-    "viper": (VIPER, whole_viper),
-    "prid": (PRID, whole_prid),
-    "grid": (GRID, whole_grid),
-    "ilids": (ILIDS, whole_ilids),
-}
+from tests.support.dataset_shelf import SMALL_SETS, VIPER_NUMBERS, tiny_image, touch
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ReIDDataset]:
     datasets = {}
-    for name, (known, make) in WHOLE.items():
+    for name, (known, make) in SMALL_SETS.items():
         folder = tmp_path_factory.mktemp(name)
         make(folder)
         assert known.find(folder) == folder
         datasets[name] = known.read(folder, known.title, "")
     return datasets
-
-
-def image(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (4, 8)).save(path)
-    return path
 
 
 @pytest.mark.parametrize(
@@ -103,7 +53,7 @@ def image(path: Path) -> Path:
 )
 def test_every_layout_is_found(tmp_path: Path, known: KnownDataset, layout: str, files: tuple[str, ...]) -> None:
     own = tmp_path / layout
-    parts = {image(own / file).parent for file in files}
+    parts = {tiny_image(own / file).parent for file in files}
     place = own
     while place != tmp_path.parent:
         assert known.find(place) == own
@@ -118,23 +68,23 @@ def test_every_layout_is_found(tmp_path: Path, known: KnownDataset, layout: str,
     assert (found.known, found.path, found.error) == (known, own, "") and len(found.differences) == 2
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", SMALL_SETS)
 def test_other_folders_are_none_of_them(tmp_path: Path, name: str) -> None:
-    known = WHOLE[name][0]
+    known = SMALL_SETS[name][0]
     assert known.find(tmp_path) is None and known.find(tmp_path / "absent") is None
     for other in ("cam_a/s1.png", "cam_b/s2.png", "probe/1.jpeg", "gallery/2.jpeg", "Persons/0000001.jpg", "x.jpg"):
-        image(tmp_path / other)
+        tiny_image(tmp_path / other)
     # PRID's other half: a folder a person, in the same cameras.
-    image(tmp_path / "multi_shot/cam_a/person_0001/0001.png")
-    image(tmp_path / "multi_shot/cam_b/person_0001/0001.png")
+    tiny_image(tmp_path / "multi_shot/cam_a/person_0001/0001.png")
+    tiny_image(tmp_path / "multi_shot/cam_b/person_0001/0001.png")
     assert known.find(tmp_path) is None
     assert known.find(tmp_path / "multi_shot") is None
     assert known.find(tmp_path / "x.jpg") is None
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", SMALL_SETS)
 def test_the_counts_of_the_literature(whole: dict[str, ReIDDataset], name: str) -> None:
-    known, dataset = WHOLE[name][0], whole[name]
+    known, dataset = SMALL_SETS[name][0], whole[name]
     assert check_counts(dataset, known) == []
     assert dataset.splits is not None and dataset.splits.missing == ""
     assert [sample.path for sample in dataset.test] == sorted(
@@ -217,7 +167,7 @@ def test_grid_searches_among_all_distractors(whole: dict[str, ReIDDataset]) -> N
 
 
 def test_grid_with_all_images_in_one_folder(whole: dict[str, ReIDDataset], tmp_path: Path) -> None:
-    whole_grid(tmp_path)
+    SMALL_SETS["grid"][1](tmp_path)
     one = tmp_path / "images"
     one.mkdir()
     for part in ("probe", "gallery"):
@@ -259,7 +209,7 @@ def test_ilids_names_the_images(whole: dict[str, ReIDDataset]) -> None:
 def test_a_folder_that_lacks_images_can_be_read_but_has_no_splits(
     tmp_path: Path, name: str, file: str, missing: str
 ) -> None:
-    known, make = WHOLE[name]
+    known, make = SMALL_SETS[name]
     make(tmp_path)
     removed = list(tmp_path.glob(file.replace("541", str(VIPER_NUMBERS[299]))))
     assert removed
@@ -273,7 +223,7 @@ def test_a_folder_that_lacks_images_can_be_read_but_has_no_splits(
 
 
 def test_ilids_without_an_image_that_is_named(tmp_path: Path) -> None:
-    whole_ilids(tmp_path)
+    SMALL_SETS["ilids"][1](tmp_path)
     named = read_lists("ilids")[1][3]["gallery"][7]
     (tmp_path / f"{named}.jpg").unlink()
     dataset = ILIDS.read(tmp_path, "i-LIDS", "")

@@ -1,8 +1,5 @@
 """Augmentation of batches against the transform of single images, and the batch ahead."""
 
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +7,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 from dan_fast import _extension
@@ -19,6 +15,7 @@ from dan_fast.data import train_transform
 from dan_fast.data.images.augment import Draws, augment, draw, normalize
 from dan_fast.data.images.feed import one_ahead
 from dan_fast.data.images.transforms import STD
+from tests.support.running import Called
 
 CPU = torch.device("cpu")
 # What is left of the transforms for an image that is resized already.
@@ -59,22 +56,12 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-class Ran(TorchDispatchMode):
-    def __enter__(self) -> "Ran":
-        self.operators: set[str] = set()
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.operators.add(func.name())
-        return func(*args, **(kwargs or {}))
-
-
 def test_which_path_runs(path: str) -> None:
     images, drawn = pictures(2, (8, 4)), draw([1, 2], (8, 4))
-    with Ran() as ran:
+    with Called() as called:
         augment(images, drawn)
         normalize(images)
-    own = {name for name in ran.operators if name.startswith("dan_fast::")}
+    own = {name for name in called.names if name.startswith("dan_fast::")}
     assert own == ({"dan_fast::augment_images", "dan_fast::normalize_images"} if path == "kernels" else set())
 
 
@@ -90,22 +77,6 @@ def test_the_kernel_has_the_bits_of_pytorch(size: tuple[int, int]) -> None:
         with _extension.disabled():
             expected = augment(given, drawn), normalize(given)
         assert all(map(torch.equal, results, expected))
-
-
-def test_every_instruction_set_has_the_same_bits() -> None:
-    if "baseline" not in _extension.build_info().get("instruction_sets", []):
-        pytest.skip("the kernels were not compiled for several instruction sets")
-    code = """
-import torch
-from dan_fast.data.images.augment import augment, draw, normalize
-images = torch.randint(0, 256, (20, 3, 33, 17), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-numbers = torch.cat([augment(images, draw(range(20), (33, 17))), normalize(images)]).numpy().tobytes()
-"""
-    here: dict[str, bytes] = {}
-    exec(code, here)
-    there = [sys.executable, "-c", f"{code}import sys\nsys.stdout.buffer.write(numbers)"]
-    found = subprocess.run(there, env=os.environ | {"DAN_FAST_ISA": "baseline"}, capture_output=True, check=True)
-    assert found.stdout == here["numbers"]
 
 
 def test_the_operators(path: str) -> None:
@@ -195,7 +166,6 @@ def test_the_distribution_of_the_draws() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_gpu_gives_what_the_cpu_gives() -> None:
     device = torch.device("cuda")
     images, drawn = pictures(64, (64, 32)), draw(range(64), (64, 32))

@@ -269,14 +269,14 @@ def test_a_broken_image_is_an_error_where_it_is_read(tmp_path: Path, paths: list
     assert Opened(folder, [*paths, absent]).holds([*paths, absent])
 
 
-def slowly(monkeypatch: pytest.MonkeyPatch, log: Path, seconds: float) -> None:
-    """Has each decoding take its time and leave a line."""
+def slowly(monkeypatch: pytest.MonkeyPatch, log: Path, seconds: Callable[[int], float]) -> None:
+    """Has each decoding leave a line and take so many seconds, of the number of lines."""
     decode = cache.decode_image
 
     def slow(content: bytes, path: Path):
         with log.open("a") as stream:
             stream.write(f"{os.getpid()}\n")
-        time.sleep(seconds)
+        time.sleep(seconds(len(log.read_text().splitlines())))
         return decode(content, path)
 
     monkeypatch.setattr(cache, "decode_image", slow)
@@ -284,7 +284,7 @@ def slowly(monkeypatch: pytest.MonkeyPatch, log: Path, seconds: float) -> None:
 
 def test_two_processes_at_once_decode_once(tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, log = tmp_path / "cache", tmp_path / "log"
-    slowly(monkeypatch, log, 0.05)
+    slowly(monkeypatch, log, lambda number: 0.2)
     barrier, results = FORK.Barrier(2), FORK.Queue()
 
     def work() -> None:
@@ -310,7 +310,7 @@ def test_a_process_killed_while_it_decodes(tmp_path: Path, paths: list[Path], mo
     # Batches of one image: some are in the file when the process is killed.
     monkeypatch.setattr(cache, "_BATCH", 1)
     with monkeypatch.context() as patch:
-        slowly(patch, log, 0.1)
+        slowly(patch, log, lambda number: 60 if number == 3 else 0)
         process = FORK.Process(target=Opened, args=(folder, paths))
         process.start()
         deadline = time.monotonic() + 60
@@ -452,6 +452,7 @@ def test_loaders_give_the_same_with_a_cache_and_without(tmp_path: Path, source: 
         image_loader(source.labeled_samples, (8, 8), cache=opened.cache)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_cache_resumes_one_without_bit_for_bit(tmp_path: Path) -> None:
     synthesize(tmp_path / "images", ["campus", "mall"], identities=4, cameras=2, image_size=(32, 32), seed=1)
 

@@ -146,12 +146,14 @@ def test_only_the_wanted_gradients():
     torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 def test_registration(layout):
     inputs, labels = problem(layout=layout, batch=2)
     torch.library.opcheck(torch.ops.dan_fast.attention_head.default, (*inputs, labels))
 
 
+@pytest.mark.compile
 def test_compiled_whole():
     inputs, labels = problem(torch.float32)
     compiled = torch.compile(functional.attention_head, fullgraph=True, backend="aot_eager")

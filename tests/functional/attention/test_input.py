@@ -65,6 +65,7 @@ def test_autocast_computes_in_float32():
     assert_agree([adversary.loss], [expected.adversary_loss], 1e-5)
 
 
+@pytest.mark.compile
 def test_compiles_into_one_graph():
     arguments = problem()
     compiled = torch.compile(functional.attention_head, fullgraph=True, backend="aot_eager")

@@ -128,6 +128,7 @@ def test_functional_is_the_reference(variant, shape):
         assert_agree(got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["cbam", "non_local", "spatial"])
 def test_derivatives_are_those_of_finite_differences(variant):
     features, weights, cam, labels = problem(variant, (2, 3, 2, 2))
@@ -315,6 +316,7 @@ def runs(images, tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", FIGURE_6)
 def test_each_model_of_figure_6_trains(runs, tmp_path, model):
     network, settings = trained_network(runs / model / "checkpoint.pt")
@@ -337,12 +339,14 @@ def test_each_model_of_figure_6_trains(runs, tmp_path, model):
     assert torch.equal(output.attended, output.pooled) == (model == "B")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--meta.order", "2"], ["--meta.procedure", "daml1"], ["--meta.procedure", "daml2"],
                                    ["--run.precision", "bfloat16"]], ids=" ".join)  # fmt: skip
 def test_each_procedure_trains_cbam(images, tmp_path, flags):
     assert train(images, tmp_path / "run", "--model.attention", "cbam", "--model.adversary", "false", *flags) == 0
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_attention_only(runs, images, capsys):
     out, resume = runs / "B+CBAM+AAN", ("--run.resume", "true")
     assert train(images, out, *FIGURE_6["B+CBAM+AAN"], *resume) == 0

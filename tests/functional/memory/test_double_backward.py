@@ -110,6 +110,7 @@ def test_the_cases_are_what_they_are_called():
     assert not CASES["from empty"].clears()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", "half full", "from empty"])
 def test_gradcheck_and_gradgradcheck(name):
     case = CASES[name]
@@ -241,6 +242,7 @@ def test_a_gradient_penalty_through_the_module(case, look):
             agree(a.detach(), b.detach(), 1e-9)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_without_a_graph_break(backend):
     """`fullgraph=True` refuses whatever reads a value back on the host. Inductor compiles one small case."""

@@ -200,6 +200,7 @@ def test_only_what_follows_from_a_close_call_may_differ():
             excused(other, near, (0.0, 0.0))
 
 
+@pytest.mark.slow
 def test_sequences_agree_in_float64():
     reached = Counter()
 
@@ -240,6 +241,7 @@ def test_sequences_agree_in_float64():
     assert_enough_was_reached(reached)
 
 
+@pytest.mark.slow
 @examples(18)
 @given(problem=problems(max_slots=17, max_dim=6, counts=(4, 14)), data=st.data())
 def test_the_module_agrees_whenever_it_is_looked_at(problem, data):
@@ -309,6 +311,7 @@ def assert_memory_is_rounded(memory, exact, unit, magnification, cancellation):
     assert (error <= rounded + 1e-6 * largest).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "unit"), [(torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)], ids=str
 )

@@ -12,8 +12,8 @@ from torch import Tensor
 from dan_fast import _extension, functional, reference
 from dan_fast.functional.memory.row_norms import row_sq_norms
 from tests.support.memory_problems import agree
+from tests.support.running import Called
 from tests.support.slot_problems import F64, SIZES, Weights, weights
-from tests.test_extension import Called
 
 needs_extension = pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
 
@@ -139,6 +139,7 @@ def operands(dtype: torch.dtype, batch: int = 4, slots: int = 33, seed: int = 0)
     return problem.keys @ problem.slots.mT, row_sq_norms(problem.slots), row_sq_norms(problem.keys), problem.occupied
 
 
+@pytest.mark.compile
 @needs_extension
 def test_opcheck():
     ops, (*tensors, occupied) = torch.ops.dan_fast, operands(F64)
@@ -162,6 +163,7 @@ def test_the_operators_name_what_does_not_fit():
             ops.slot_softmax(*wrong)
 
 
+@pytest.mark.compile
 def test_compiled_whole_with_gradients():
     problem = weights(65)
 
@@ -249,6 +251,7 @@ for dtype in (torch.float64, torch.float32):
 """
 
 
+@pytest.mark.slow
 @needs_extension
 def test_every_instruction_set_gives_the_same_bits():
     found = {}

@@ -151,6 +151,7 @@ def test_rows_more_than_2_to_the_31_elements_apart(dtype):
         agree(a, b, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     _extension.why_not() is not None, reason="the PyTorch path makes no index of its own, and copies gigabytes"
 )

@@ -1,17 +1,11 @@
 """The attention head on the CPU in one call each way, against its formulas in float64 PyTorch and their autograd."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from dan_fast import _extension
-from tests.support import ROOT
 from tests.support.head_problems import (
     DTYPES,
     LAYOUTS,
@@ -26,22 +20,17 @@ from tests.support.head_problems import (
     assert_what_is_not_finite_spreads,
     saved,
 )
+from tests.support.maps_problems import wrong_maps
+from tests.support.running import by_threads
+from tests.support.toolchain import needs_extension
 
-pytestmark = pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
+pytestmark = [needs_extension, pytest.mark.usefixtures("poison")]
 ops = torch.ops.dan_fast
 
 # B, C, H, W, units of the bottleneck of channel attention, hidden units of that of spatial attention
 SIZES = [(2, 1, 1, 1, 1, 1), (3, 3, 1, 2, 2, 1), (2, 63, 7, 7, 5, 4), (1, 2048, 7, 7, 170, 4), (5, 40, 16, 8, 3, 10)]
 SIZES += [(3, 130, 3, 5, 11, 15), (2, 1, 7, 7, 1, 49), (2, 2048, 1, 1, 16, 1), (2, 300, 2, 1, 25, 3)]
 SIZES += [(1, 17, 9, 15, 1, 2), (0, 5, 2, 2, 2, 1)]
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    """New memory holds NaN, so that a result that is not written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,16 +105,12 @@ def test_an_infinite_gradient_ends_where_a_unit_is_off():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 def test_the_same_bits_again_and_whatever_the_number_of_threads(dtype: torch.dtype, layout: Callable[[Tensor], Tensor]):
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 1, 3):
-            torch.set_num_threads(threads)
-            out, grads = Case((9, 517, 7, 7, 43, 12), dtype, layout).run()
-            results.append([*out, *grads])
-    finally:
-        torch.set_num_threads(before)
-    for found in results[1:]:
-        assert all(map(torch.equal, found, results[0]))
+    def run() -> list[Tensor]:
+        out, grads = Case((9, 517, 7, 7, 43, 12), dtype, layout).run()
+        return [*out, *grads]
+
+    first, *others = by_threads(run)
+    assert all(all(map(torch.equal, found, first)) for found in others)
 
 
 def test_any_strides_of_the_other_arguments():
@@ -186,38 +171,13 @@ def test_a_wrong_argument_is_named(op: str):
                 refused(torch.full_like(right[i], index), rf", {name} must be what attention_head gave")
         if name == "cam_weight":
             refused(right[i][:0], "cam_weight must have at least one row")
-    for wrong, message in (
-        (right[0][0], r"features must be \(B, C, H, W\), got 3 dimensions"),
-        (right[0].int(), "features must be float64, float32, bfloat16 or float16"),
-        (right[0][:, :0], "features must have at least one channel and one position"),
-        (right[0][:, :, :0], "features must have at least one channel and one position"),
-    ):
+    for wrong, message in wrong_maps(right[0]):
         with pytest.raises(RuntimeError, match=message):
             getattr(ops, op)(wrong, *right[1:])
 
 
-def test_the_other_instruction_sets(tmp_path: Path):
-    """The same bits, whatever this CPU would choose, but where * and + may be one operation: in the bottleneck."""
-    file = tmp_path / "results.pt"
-    code = (
-        f"import torch; from tests.kernels.attention import test_head_cpu as t; torch.save(t._results(), {str(file)!r})"
-    )
-    sets, root = _extension.build_info()["instruction_sets"], ROOT
-    exact, rounded = _results()
-    for name in sets[: sets.index(ops.instruction_set())]:
-        environment = os.environ | {"DAN_FAST_ISA": name}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True)
-        assert done.returncode == 0, f"{name}: {done.stderr[-3000:]}"
-        found_exact, found_rounded = torch.load(file)
-        assert all(map(torch.equal, found_exact, exact)), name
-        for found, wanted in zip(found_rounded, rounded, strict=True):
-            limit = 1e-12 if found.dtype == torch.float64 else 2**-7 if found.dtype.itemsize < 4 else 1e-5
-            assert (found - wanted).abs().max() <= limit * (wanted.abs().max() + 1), name
-
-
-def _results() -> tuple[list[Tensor], list[Tensor]]:
+def results() -> tuple[list[Tensor], list[Tensor]]:
     """What does not depend on whether * and + are one operation, and what does."""
-    _extension.loaded()
     exact, rounded = [], []
     for dtype in DTYPES:
         for layout in LAYOUTS[:2]:
@@ -228,7 +188,7 @@ def _results() -> tuple[list[Tensor], list[Tensor]]:
                 # A power of two times a number is not rounded; the gradients of these weights are of other products.
                 for x in case.arguments[1:3]:
                     x.copy_(x.sign() * torch.exp2(x.abs().log2().round()))
-                out, (by_features, by_wc1, by_wc2, *others) = case.run()
-                exact += [*out, by_features, *others]
-                rounded += [by_wc1, by_wc2]
+                out, (grad_features, grad_wc1, grad_wc2, *others) = case.run()
+                exact += [*out, grad_features, *others]
+                rounded += [grad_wc1, grad_wc2]
     return exact, rounded

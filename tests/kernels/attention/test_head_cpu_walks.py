@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dan_fast import _extension
 from tests.support.head_problems import LAYOUTS, Case, assert_as_close, assert_right
+from tests.support.toolchain import needs_extension
 
-pytestmark = pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
+pytestmark = needs_extension
 
 # Shorter and longer than a vector of every type, and than the positions that are added up in one go.
 LENGTHS = [*range(1, 38), 48, 63, 64, 65, 127, 128, 129, 132, 133, 144, 256, 258, 270]

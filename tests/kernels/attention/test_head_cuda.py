@@ -2,18 +2,14 @@
 
 import copy
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from dan_fast import _extension
-from tests.kernels.memory.test_scan_cuda import needs, run_under
 from tests.support.head_problems import (
+    NAMED_LAYOUTS,
     Case,
     Gradients,
     Outputs,
@@ -26,20 +22,12 @@ from tests.support.head_problems import (
     assert_what_is_not_finite_spreads,
     channels_last,
     contiguous,
-    part,
     saved,
     strided,
 )
+from tests.support.toolchain import Guarded, library_on_host, needs_compiler, needs_cuda_kernels
 
-SOURCE = Path(__file__).resolve().parent / "head_on_host.cpp"
-COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off", "-pthread"]
-on_host = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler on this machine")
-
-
-def on_gpu(test: Callable) -> Callable:
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")(test))
-
+pytestmark = [pytest.mark.compile, needs_compiler]
 
 # Threads a block, bytes of shared memory for the map, blocks that run at once. The whole of a sample in one block;
 # several blocks a sample, and fewer groups of them than samples; several tiles a block; tiles of few positions, and
@@ -48,15 +36,9 @@ WHOLE, SPLIT, TILES, CRAMPED = (64, 48 << 10, 3), (32, 1500, 5), (32, 900, 2), (
 GPU = (256, 48 << 10, 2)
 
 
-def build(folder: Path, name: str, *flags: str) -> Path:
-    target = folder / name
-    subprocess.run([COMPILER, *FLAGS, *flags, SOURCE, "-o", target], check=True)
-    return target
-
-
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return ctypes.CDLL(str(build(tmp_path_factory.mktemp("host"), "head.so", "-O1", "-shared", "-fPIC")))
+    return library_on_host("attention/head_on_host.cpp", tmp_path_factory.mktemp("host"))
 
 
 class Host:
@@ -75,7 +57,7 @@ class Host:
         batch, channels, height, width = case.arguments.features.shape
         positions, units, hidden = height * width, case.arguments.wc1.shape[0], case.arguments.ws1.shape[0]
         self.sizes = batch, channels, positions, units, hidden, case.arguments.cam_weight.shape[0]
-        self.statistics, self.guarded = case.statistics, []
+        self.statistics, self.guarded = case.statistics, Guarded()
         arguments = [x.contiguous() for x in case.arguments]
         # One channel's positions must be adjacent, as the bindings see to.
         arguments[0] = x = case.arguments.features.contiguous() if channels == 1 else case.arguments.features
@@ -117,14 +99,10 @@ class Host:
         kernels = getattr(self.library, f"{name}_{str(x.dtype).removeprefix('torch.')}")
         numbers = ((ctypes.c_int64 * len(values))(*values) for values in (self.sizes, strides, self.machine))
         kernels(*numbers, (ctypes.c_void_p * len(pointers))(*pointers))
-        assert all((x[:4] == 77).all() and (x[-4:] == 77).all() for x in self.guarded), "written beyond an output"
+        self.guarded.assert_untouched()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        size = torch.Size(shape).numel()
-        whole = torch.full((size + 8,), 77, dtype=dtype or self.statistics)
-        whole[4 : 4 + size] = -7 if dtype == torch.int32 else torch.nan
-        self.guarded.append(whole)
-        return whole[4 : 4 + size].view(shape)
+        return self.guarded.empty(shape, dtype or self.statistics)
 
 
 # B, C, H, W, units, h and where it runs
@@ -144,17 +122,14 @@ PROBLEMS = {
     "all of a block's threads": ((5, 19, 2, 2, 33, 1), GPU),
     "empty": ((0, 5, 2, 2, 3, 1), SPLIT),
 }
-LAYOUTS = {
-    "contiguous": contiguous,
-    "channels_last": channels_last,
-    "part": part(contiguous),
-    "part of channels_last": part(channels_last),
-}
 
 
 SMALL = ("blocks", "aligned blocks", "little memory", "one channel", "one position")
 CASES = [
-    (name, layout, torch.float64) for name in PROBLEMS for layout in LAYOUTS if name in SMALL or "part" not in layout
+    (name, layout, torch.float64)
+    for name in PROBLEMS
+    for layout in NAMED_LAYOUTS
+    if name in SMALL or "part" not in layout
 ]
 CASES += [
     (name, layout, dtype)
@@ -164,17 +139,15 @@ CASES += [
 ]
 
 
-@on_host
 @pytest.mark.parametrize("name, layout, dtype", CASES)
 def test_values_and_gradients(library: ctypes.CDLL, name: str, layout: str, dtype: torch.dtype):
     size, machine = PROBLEMS[name]
-    case = Case(size, dtype, LAYOUTS[layout])
+    case = Case(size, dtype, NAMED_LAYOUTS[layout])
     if size[2] * size[3] > 256:
         case.arguments.features[:, 1:, -1, -1] += 9  # a maximum that the second block of positions has to find
     assert_right(case, *Host(library, machine)(case))
 
 
-@on_host
 @pytest.mark.parametrize("missing", [("mean",), ("channel_attention",)], ids=str)
 def test_nothing_comes_back_to_some_outputs(library: ctypes.CDLL, missing: tuple[str, ...]):
     case = Case((2, 18, 2, 2, 3, 1), torch.float64)
@@ -182,21 +155,18 @@ def test_nothing_comes_back_to_some_outputs(library: ctypes.CDLL, missing: tuple
     assert_right(case, *Host(library, SPLIT)(case))
 
 
-@on_host
 @pytest.mark.parametrize("layout, other", [(contiguous, torch.channels_last), (channels_last, torch.contiguous_format)])
 def test_the_gradient_of_the_map_has_a_layout_of_its_own(library: ctypes.CDLL, layout: Callable, other: object):
     case = Case((2, 35, 2, 2, 3, 1), torch.float64, layout)
     assert_right(case, *Host(library, SPLIT, grad_layout=other)(case))
 
 
-@on_host
 @pytest.mark.parametrize("classes", [1, 9])
 def test_one_class_and_many(library: ctypes.CDLL, classes: int):
     case = Case((5, 35, 1, 2, 3, 1), torch.float64, classes=classes)
     assert_right(case, *Host(library, SPLIT)(case))
 
 
-@on_host
 @pytest.mark.parametrize("machine", [WHOLE, SPLIT, CRAMPED])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_the_first_of_several_maxima(library: ctypes.CDLL, layout: Callable, machine: tuple):
@@ -204,14 +174,12 @@ def test_the_first_of_several_maxima(library: ctypes.CDLL, layout: Callable, mac
     assert_the_first_of_several_maxima_leads(Host(library, machine), case)
 
 
-@on_host
 @pytest.mark.parametrize("machine", [WHOLE, SPLIT])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_nan_and_infinity(library: ctypes.CDLL, layout: Callable, machine: tuple):
     assert_what_is_not_finite_spreads(Host(library, machine), Case((5, 42, 2, 4, 3, 2), torch.float32, layout))
 
 
-@on_host
 def test_what_unusual_numbers_leave_alone(library: ctypes.CDLL):
     host = Host(library, SPLIT)
     labelled = Case((5, 20, 2, 2, 3, 2), torch.float32, channels_last)
@@ -221,7 +189,6 @@ def test_what_unusual_numbers_leave_alone(library: ctypes.CDLL):
     assert_an_infinite_gradient_ends_where_a_unit_is_off(host, Case((2, 18, 2, 2, 3, 1), torch.float64))
 
 
-@on_host
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_the_same_bits_again_and_however_many_at_a_time(library: ctypes.CDLL, layout: Callable):
     """Samples, and blocks of the kernels that divide what there is among any number."""
@@ -233,47 +200,7 @@ def test_the_same_bits_again_and_however_many_at_a_time(library: ctypes.CDLL, la
         assert all(map(torch.equal, flat[0], other))
 
 
-THREAD = ("-O0", "-g", "-fsanitize=thread", "-DHEAD_ON_HOST_MAIN")
-ADDRESS = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DHEAD_ON_HOST_MAIN")
-
-
-@pytest.fixture(scope="module")
-def watched_for_races(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    needs(*THREAD)
-    return build(tmp_path_factory.mktemp("thread"), "head", *THREAD)
-
-
-@pytest.fixture(scope="module")
-def watched_for_bounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    needs(*ADDRESS)
-    return build(tmp_path_factory.mktemp("address"), "head", *ADDRESS)
-
-
-@on_host
-def test_no_data_race(watched_for_races: Path):
-    done = run_under(watched_for_races)
-    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr[:3000]
-
-
-@on_host
-def test_a_barrier_that_orders_nothing_is_reported(watched_for_races: Path):
-    done = run_under(watched_for_races, "racy")
-    assert done.returncode == 66 and "data race" in done.stderr
-
-
-@on_host
-def test_no_access_out_of_bounds_and_no_undefined_behaviour(watched_for_bounds: Path):
-    done = run_under(watched_for_bounds)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
-
-
-@on_host
-def test_an_access_out_of_bounds_is_reported(watched_for_bounds: Path):
-    done = run_under(watched_for_bounds, "short")
-    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
-
-
-@pytest.mark.skipif(not _extension.has_cuda_kernels(), reason="the extension was built without CUDA")
+@needs_cuda_kernels
 @pytest.mark.parametrize("name", ["attention_head", "attention_head_backward"])
 def test_the_operators_are_registered_for_cuda(name: str):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dan_fast::{name}", "CUDA")
@@ -305,11 +232,11 @@ def columns_left_out(x: Tensor) -> Tensor:
 GPU_SIZES = [(64, 2048, 7, 7, 170, 4), (5, 63, 7, 7, 5, 4), (3, 130, 16, 8, 11, 10), (2, 40, 40, 40, 3, 30)]
 GPU_SIZES += [(2, 1, 1, 1, 1, 1), (70, 512, 24, 8, 42, 16), (2, 2048, 90, 50, 170, 3), (300, 256, 7, 7, 21, 4)]
 GPU_SIZES += [(0, 5, 2, 2, 2, 1)]
-GPU_CASES = [(size, layout) for size in GPU_SIZES for layout in LAYOUTS.values()]
+GPU_CASES = [(size, layout) for size in GPU_SIZES for layout in NAMED_LAYOUTS.values()]
 GPU_CASES += [(size, layout) for size in GPU_SIZES[1:3] for layout in (strided, columns_left_out)]
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size, layout", GPU_CASES)
 def test_the_gpu_does_what_the_formulas_say(size: tuple[int, ...], layout: Callable, dtype: torch.dtype):
@@ -321,7 +248,7 @@ def test_the_gpu_does_what_the_formulas_say(size: tuple[int, ...], layout: Calla
     assert_right(case, out, grads, elsewhere=here)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_unusual_numbers_on_the_gpu(layout: Callable):
     assert_the_first_of_several_maxima_leads(run_on_gpu, Case((2, 2100, 7, 7, 6, 2), torch.float32, layout))
@@ -338,7 +265,7 @@ def test_unusual_numbers_on_the_gpu(layout: Callable):
     assert_right(case, *run_on_gpu(case))
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_another_stream_and_a_cuda_graph():
     case = on_device(Case((64, 256, 7, 7, 21, 4), torch.bfloat16, channels_last))
     expected = flat_run(case)
@@ -358,7 +285,7 @@ def test_another_stream_and_a_cuda_graph():
         assert all(map(torch.equal, captured, expected))
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_the_host_does_not_wait():
     case = on_device(Case((8, 256, 7, 7, 21, 4), torch.float32, channels_last))
     flat_run(case)

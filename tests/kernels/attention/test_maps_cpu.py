@@ -1,10 +1,6 @@
 """X'' and the attention adversary of given maps: the kernels against float64 formulas, and the operators over them."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,99 +8,16 @@ from torch import Tensor
 
 from dan_fast import NLCBAMWeights, _extension, functional, reference
 from dan_fast.functional.attention.adversary import HeadAdversary
-from tests.support.head_problems import DTYPES, LAYOUTS, assert_as_close, assert_varies_alike, channels_last, contiguous
+from tests.support.head_problems import DTYPES, LAYOUTS, assert_varies_alike, channels_last, contiguous
+from tests.support.maps_problems import OPERATORS, Case, check, wrong_maps
+from tests.support.running import by_threads
+from tests.support.toolchain import needs_extension
 
-pytestmark = pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
+pytestmark = [needs_extension, pytest.mark.usefixtures("poison")]
 ops = torch.ops.dan_fast
-OPERATORS = ("head_refine", "head_refine_backward", "head_adversary", "head_adversary_backward")
 # B, C, H, W: fewer and more numbers a row than a vector and a chain of sums hold, and ends within a vector.
 SIZES = [(2, 1, 1, 1), (3, 3, 1, 2), (2, 63, 7, 7), (1, 2048, 7, 7), (2, 40, 16, 8), (3, 130, 3, 5), (2, 1, 7, 7)]
 SIZES += [(2, 2100, 1, 1), (2, 300, 2, 1), (1, 17, 9, 15), (2, 20, 4, 4), (0, 5, 2, 2)]
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    """New memory holds NaN, so that a result that is not written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-class Results(NamedTuple):
-    refined: Tensor
-    by_features: Tensor
-    by_channel_attention: Tensor
-    by_spatial_attention: Tensor
-    loss: Tensor
-    refined_map: Tensor
-    adversary_map: Tensor
-    by_features_of_adversary: Tensor
-    by_refined_map: Tensor
-    by_rows: Tensor
-
-
-class Case:
-    """Random arguments of the four operators, and what their formulas make of them in a dtype.
-
-    The second map, and the gradient of the first, lie as `other` says.
-    """
-
-    def __init__(
-        self,
-        size: tuple[int, ...],
-        dtype: torch.dtype,
-        layout: Callable[[Tensor], Tensor] = contiguous,
-        other: Callable[[Tensor], Tensor] | None = None,
-    ):
-        batch, channels, height, width = size
-        positions = height * width
-        generator = torch.Generator().manual_seed(sum(size) * 7 + channels)
-        statistics = torch.float64 if dtype == torch.float64 else torch.float32
-
-        def random(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(statistics)
-
-        self.dtype, self.statistics, self.other = dtype, statistics, other or layout
-        self.features = layout((random(*size) + 0.3).to(dtype))
-        self.refined, self.grad_refined = (self.other(random(*size).to(dtype)) for _ in range(2))
-        self.attentions = torch.sigmoid(random(batch, channels)), torch.sigmoid(random(batch, positions))
-        self.labels = torch.arange(batch) % 3 - 1
-        self.rows = random(batch, channels, scale=channels**-0.5) * (self.labels >= 0)[:, None]
-        self.grads = random(batch), random(batch, positions), random(batch, positions)
-
-    def run(self) -> Results:
-        refined = ops.head_refine(self.features, *self.attentions)
-        by_refine = ops.head_refine_backward(self.features, *self.attentions, self.grad_refined)
-        loss, *maps = ops.head_adversary(self.features, self.refined, self.rows, self.labels)
-        by_adversary = ops.head_adversary_backward(self.features, self.rows, self.labels, *maps, *self.grads)
-        return Results(refined, *by_refine, loss, *maps, *by_adversary)
-
-    def formulas(self, dtype: torch.dtype) -> Results:
-        x, y, by_y = (v.detach().to(dtype).flatten(2) for v in (self.features, self.refined, self.grad_refined))
-        inputs = [v.to(dtype).requires_grad_() for v in (x, *self.attentions, self.rows.clone())]
-        x, a_c, a_s, rows = inputs
-        refined = x * a_c[:, :, None] * a_s[:, None, :]
-        by_refine = torch.autograd.grad((refined * by_y).sum(), inputs[:3])
-        refined_map = y.mean(dim=1).requires_grad_()
-        adversary_map = (rows[:, :, None] * x).sum(dim=1)
-        loss = torch.sigmoid(refined_map + adversary_map) * torch.sigmoid((refined_map - adversary_map).abs())
-        known = self.labels >= 0
-        results = torch.where(known, loss.sum(dim=1), 0), refined_map, torch.where(known[:, None], adversary_map, 0)
-        total = sum((value * grad.to(dtype)).sum() for value, grad in zip(results, self.grads, strict=True))
-        by_x, by_map, by_rows = torch.autograd.grad(total, (x, refined_map, rows))
-        shape = self.features.shape
-        return Results(
-            refined.view(shape), by_refine[0].view(shape), *by_refine[1:], *results, by_x.view(shape), by_map, by_rows
-        )
-
-
-def check(case: Case, found: Results, what: object) -> None:
-    exact, pytorch = case.formulas(torch.float64), case.formulas(case.statistics)
-    for name, value, *expected in zip(Results._fields, found, exact, pytorch, strict=True):
-        assert_as_close(f"{name} of {what}", value, *(x.detach() for x in expected))
-        is_map = value.dim() == 4
-        assert value.dtype == (case.dtype if is_map else case.statistics), name
-        assert value.stride() == torch.empty_like(case.features).stride() if is_map else value.is_contiguous(), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -146,9 +59,9 @@ def test_nan_and_infinity_stay_in_their_sample(layout: Callable[[Tensor], Tensor
     others = [0, 3]
     assert all(torch.equal(a[others], b[others]) for a, b in zip(found, clean, strict=True))
     assert found.refined[1].isnan().sum() == 1 and found.refined[2].isinf().sum() == 1
-    assert found.by_channel_attention[1].isnan().nonzero().flatten().tolist() == [20]
-    assert found.by_spatial_attention[1].isnan().nonzero().flatten().tolist() == [23]
-    assert found.by_spatial_attention[2].isinf().nonzero().flatten().tolist() == [48]
+    assert found.grad_channel_attention[1].isnan().nonzero().flatten().tolist() == [20]
+    assert found.grad_spatial_attention[1].isnan().nonzero().flatten().tolist() == [23]
+    assert found.grad_spatial_attention[2].isinf().nonzero().flatten().tolist() == [48]
     assert found.loss[1].isnan() and found.adversary_map[1].isnan().nonzero().flatten().tolist() == [23]
 
 
@@ -160,8 +73,8 @@ def test_an_unknown_label_has_no_loss_and_no_gradient(layout: Callable[[Tensor],
     found = case.run()
     assert (found.loss[[0, 2]] == 0).all() and found.loss[1] > 0
     assert (found.adversary_map[[0, 2]] == 0).all() and (found.adversary_map[1] != 0).all()
-    assert (found.by_rows[[0, 2]] == 0).all() and (found.by_features_of_adversary[[0, 2]] == 0).all()
-    assert torch.equal(found.by_refined_map[[0, 2]], case.grads[1][[0, 2]]) and (found.by_rows[1] != 0).all()
+    assert (found.grad_rows[[0, 2]] == 0).all() and (found.grad_features_of_adversary[[0, 2]] == 0).all()
+    assert torch.equal(found.grad_refined_map[[0, 2]], case.grads[1][[0, 2]]) and (found.grad_rows[1] != 0).all()
 
 
 def test_equal_maps_have_no_gradient_of_the_difference():
@@ -171,21 +84,15 @@ def test_equal_maps_have_no_gradient_of_the_difference():
     case.grads = (torch.ones(3).double(), torch.zeros(3, 4).double(), torch.zeros(3, 4).double())
     found = case.run()
     slope = torch.where(case.labels >= 0, 0.125, 0.0)[:, None].double()
-    torch.testing.assert_close(found.by_refined_map, slope.expand(3, 4))
+    torch.testing.assert_close(found.grad_refined_map, slope.expand(3, 4))
     expected = (case.rows * slope)[:, :, None, None].expand(3, 4, 2, 2)
-    torch.testing.assert_close(found.by_features_of_adversary, expected)
+    torch.testing.assert_close(found.grad_features_of_adversary, expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 def test_the_same_bits_again_and_whatever_the_number_of_threads(layout: Callable[[Tensor], Tensor]):
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(Case((9, 517, 7, 7), torch.float32, layout).run())
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(x, y) for found in results[1:] for x, y in zip(found, results[0], strict=True))
+    first, *others = by_threads(lambda: Case((9, 517, 7, 7), torch.float32, layout).run())
+    assert all(torch.equal(x, y) for found in others for x, y in zip(found, first, strict=True))
 
 
 def test_any_strides_of_the_other_arguments():
@@ -210,6 +117,7 @@ def arguments(case: Case) -> dict[str, list[Tensor]]:
     }
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 @pytest.mark.parametrize("op", OPERATORS)
 def test_registration(op: str, layout: Callable[[Tensor], Tensor]):
@@ -236,34 +144,14 @@ def test_a_wrong_argument_is_named(op: str):
         other = right[i].double() if right[i].is_floating_point() else right[i].short()
         with pytest.raises(RuntimeError, match=f"{name} must {'have the dtype' if is_map else 'be (float|int)'}"):
             call(i, other)
-    for wrong, message in (
-        (right[0][0], r"features must be \(B, C, H, W\), got 3 dimensions"),
-        (right[0].int(), "features must be float64, float32, bfloat16 or float16"),
-        (right[0][:, :0], "features must have at least one channel and one position"),
-        (right[0][:, :, :0], "features must have at least one channel and one position"),
-    ):
+    for wrong, message in wrong_maps(right[0]):
         with pytest.raises(RuntimeError, match=message):
             call(0, wrong)
 
 
-def _results() -> list[Tensor]:
-    _extension.loaded()
+def results() -> list[Tensor]:
     layouts = [(dtype, layout) for dtype in DTYPES for layout in (contiguous, channels_last)]
     return [x for dtype, layout in layouts for size in SIZES[2:6] for x in Case(size, dtype, layout).run()]
-
-
-def test_the_other_instruction_sets(tmp_path):
-    """The same bits, whatever this CPU would choose."""
-    file = tmp_path / "results.pt"
-    code = f"import torch, {__name__} as m; torch.save(m._results(), {str(file)!r})"
-    sets = _extension.build_info()["instruction_sets"]
-    expected = _results()
-    for name in sets[: sets.index(ops.instruction_set())]:
-        environment = os.environ | {"DAN_FAST_ISA": name, "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{name}: {done.stderr[-3000:]}"
-        for found, wanted in zip(torch.load(file), expected, strict=True):
-            assert torch.equal(found, wanted), name
 
 
 def problem(dtype: torch.dtype = torch.float64, layout: torch.memory_format = torch.contiguous_format):
@@ -376,6 +264,7 @@ def test_autocast_takes_half_precision_to_float32():
     assert all(x.dtype == torch.float32 for x in found)
 
 
+@pytest.mark.compile
 def test_compiled_whole():
     inputs, labels = problem(torch.float32, torch.channels_last)
     expected = both(inputs, labels)

@@ -1,32 +1,22 @@
 """The CUDA kernels of X'' and of the attention adversary without a GPU: their bodies run on host threads."""
 
 import ctypes
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from dan_fast import _extension
-from tests.kernels.attention.test_head_cuda import COMPILER, FLAGS, LAYOUTS, on_gpu, on_host
-from tests.kernels.attention.test_maps_cpu import OPERATORS, Case, Results, check
-from tests.kernels.memory.test_scan_cuda import needs, run_under
-from tests.support.head_problems import channels_last, contiguous, part
+from tests.support.head_problems import NAMED_LAYOUTS, channels_last, contiguous, part
+from tests.support.maps_problems import OPERATORS, Case, Results, check
+from tests.support.toolchain import Guarded, library_on_host, needs_compiler, needs_cuda_kernels
 
-SOURCE = Path(__file__).resolve().parent / "refine_on_host.cpp"
-
-
-def build(folder: Path, name: str, *flags: str) -> Path:
-    target = folder / name
-    subprocess.run([COMPILER, *FLAGS, *flags, SOURCE, "-o", target], check=True)
-    return target
+pytestmark = [pytest.mark.compile, needs_compiler]
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return ctypes.CDLL(str(build(tmp_path_factory.mktemp("host"), "refine.so", "-O1", "-shared", "-fPIC")))
+    return library_on_host("attention/refine_on_host.cpp", tmp_path_factory.mktemp("host"))
 
 
 class Host:
@@ -35,7 +25,7 @@ class Host:
     def __init__(self, library: ctypes.CDLL, case: Case):
         self.library, self.case = library, case
         self.sizes = (*case.features.shape[:2], case.features.shape[2:].numel())
-        self.guarded: list[Tensor] = []
+        self.guarded = Guarded()
 
     def strides(self, map_: Tensor) -> tuple[int, ...]:
         step = map_.stride(3) if map_.shape[3] > 1 else map_.stride(2)
@@ -47,14 +37,10 @@ class Host:
         strides = [step for map_ in maps for step in self.strides(map_)]
         kernel = getattr(self.library, f"{name}_{str(self.case.dtype).removeprefix('torch.')}")
         kernel((ctypes.c_int64 * 3)(*self.sizes), (ctypes.c_int64 * len(strides))(*strides), pointers)
-        assert all((x[:4] == 77).all() and (x[-4:] == 77).all() for x in self.guarded), "written beyond an output"
+        self.guarded.assert_untouched()
 
     def empty(self, *shape: int) -> Tensor:
-        size = torch.Size(shape).numel()
-        whole = torch.full((size + 8,), 77, dtype=self.case.statistics)
-        whole[4 : 4 + size] = torch.nan
-        self.guarded.append(whole)
-        return whole[4 : 4 + size].view(shape)
+        return self.guarded.empty(shape, self.case.statistics)
 
     def map_to_write(self) -> tuple[Tensor, Tensor]:
         """One amid other channels, which must stay as they are, and both together; packs of it are aligned."""
@@ -73,17 +59,24 @@ class Host:
     def run(self) -> Results:
         case, (batch, channels, positions) = self.case, self.sizes
         refined = self.write("refine", [case.features], *case.attentions)
-        by_attentions = self.empty(batch, channels), self.empty(batch, positions)
-        by_features = self.write(
-            "refine_backward", [case.features, case.grad_refined], *case.attentions, *by_attentions
+        grad_attentions = self.empty(batch, channels), self.empty(batch, positions)
+        grad_features = self.write(
+            "refine_backward", [case.features, case.grad_refined], *case.attentions, *grad_attentions
         )
         results = self.empty(batch), self.empty(batch, positions), self.empty(batch, positions)
         self.call("adversary", [case.features, case.refined], case.rows, case.labels, *results)
-        by_rows, by_map = self.empty(batch, channels), self.empty(batch, positions)
-        by_x = self.write(
-            "adversary_backward", [case.features], case.rows, case.labels, *results[1:], *case.grads, by_rows, by_map
+        grad_rows, grad_map = self.empty(batch, channels), self.empty(batch, positions)
+        grad_x = self.write(
+            "adversary_backward",
+            [case.features],
+            case.rows,
+            case.labels,
+            *results[1:],
+            *case.grads,
+            grad_rows,
+            grad_map,
         )
-        return Results(refined, by_features, *by_attentions, *results, by_x, by_map, by_rows)
+        return Results(refined, grad_features, *grad_attentions, *results, grad_x, grad_map, grad_rows)
 
 
 # B, C, H, W: one block a sample and several; whole packs, ends within one; tiles of positions, whole and not.
@@ -98,14 +91,13 @@ SIZES = {
     "empty": (0, 5, 2, 2),
 }
 CASES = [(name, layout, torch.float64) for name in SIZES for layout in ("contiguous", "channels_last")]
-CASES += [("packs over rows", layout, torch.bfloat16) for layout in LAYOUTS]
-CASES += [("tiles", layout, torch.float32) for layout in LAYOUTS]
+CASES += [("packs over rows", layout, torch.bfloat16) for layout in NAMED_LAYOUTS]
+CASES += [("tiles", layout, torch.float32) for layout in NAMED_LAYOUTS]
 
 
-@on_host
 @pytest.mark.parametrize("name, layout, dtype", CASES)
 def test_values_and_gradients(library: ctypes.CDLL, name: str, layout: str, dtype: torch.dtype):
-    case = Case(SIZES[name], dtype, LAYOUTS[layout])
+    case = Case(SIZES[name], dtype, NAMED_LAYOUTS[layout])
     check(case, Host(library, case).run(), name)
 
 
@@ -114,7 +106,6 @@ def padded(x: Tensor) -> Tensor:
     return channels_last(torch.cat([x, torch.full_like(x[:, :2], torch.nan)], dim=1))[:, :-2]
 
 
-@on_host
 @pytest.mark.parametrize(
     "layout, other", [(contiguous, part(contiguous)), (channels_last, part(channels_last)), (channels_last, padded)]
 )
@@ -123,59 +114,18 @@ def test_maps_with_strides_of_their_own(library: ctypes.CDLL, layout: Callable, 
     check(case, Host(library, case).run(), "strides")
 
 
-@on_host
 def test_an_unknown_label_has_no_loss_and_no_gradient(library: ctypes.CDLL):
     case = Case((2, 20, 3, 3), torch.float32)
     case.rows, case.labels = case.rows + 1, torch.tensor([-1, 0])
     case.features[0, 3, 1, 1] = torch.inf
     found = Host(library, case).run()
     assert found.loss[0] == 0 and found.loss[1] > 0
-    assert (found.adversary_map[0] == 0).all() and (found.by_rows[0] == 0).all()
-    assert (found.by_features_of_adversary[0] == 0).all() and (found.by_rows[1] != 0).all()
-    assert torch.equal(found.by_refined_map[0], case.grads[1][0])
+    assert (found.adversary_map[0] == 0).all() and (found.grad_rows[0] == 0).all()
+    assert (found.grad_features_of_adversary[0] == 0).all() and (found.grad_rows[1] != 0).all()
+    assert torch.equal(found.grad_refined_map[0], case.grads[1][0])
 
 
-THREAD = ("-O0", "-g", "-fsanitize=thread", "-DREFINE_ON_HOST_MAIN")
-ADDRESS = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DREFINE_ON_HOST_MAIN")
-
-
-@pytest.fixture(scope="module")
-def watched_for_races(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    needs(*THREAD)
-    return build(tmp_path_factory.mktemp("thread"), "refine", *THREAD)
-
-
-@pytest.fixture(scope="module")
-def watched_for_bounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    needs(*ADDRESS)
-    return build(tmp_path_factory.mktemp("address"), "refine", *ADDRESS)
-
-
-@on_host
-def test_no_data_race(watched_for_races: Path):
-    done = run_under(watched_for_races)
-    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr[:3000]
-
-
-@on_host
-def test_blocks_that_share_memory_are_reported(watched_for_races: Path):
-    done = run_under(watched_for_races, "racy")
-    assert done.returncode == 66 and "data race" in done.stderr
-
-
-@on_host
-def test_no_access_out_of_bounds_and_no_undefined_behaviour(watched_for_bounds: Path):
-    done = run_under(watched_for_bounds)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
-
-
-@on_host
-def test_an_access_out_of_bounds_is_reported(watched_for_bounds: Path):
-    done = run_under(watched_for_bounds, "short")
-    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
-
-
-@pytest.mark.skipif(not _extension.has_cuda_kernels(), reason="the extension was built without CUDA")
+@needs_cuda_kernels
 @pytest.mark.parametrize("name", OPERATORS)
 def test_the_operators_are_registered_for_cuda(name: str):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dan_fast::{name}", "CUDA")
@@ -194,18 +144,18 @@ def on_device(case: Case) -> Case:
 GPU_SIZES = [(64, 2048, 7, 7), (5, 63, 7, 7), (3, 130, 16, 8), (2, 40, 40, 40), (2, 1, 1, 1), (70, 512, 24, 8)]
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", NAMED_LAYOUTS)
 @pytest.mark.parametrize("size", GPU_SIZES, ids=str)
 def test_the_gpu_does_what_the_formulas_say(size: tuple[int, ...], layout: str, dtype: torch.dtype):
-    case = on_device(Case(size, dtype, LAYOUTS[layout]))
+    case = on_device(Case(size, dtype, NAMED_LAYOUTS[layout]))
     found = case.run()
     assert all(map(torch.equal, found, case.run())), "two runs differ"
     check(case, found, size)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_a_cuda_graph_and_a_host_that_does_not_wait():
     case = on_device(Case((64, 256, 7, 7), torch.bfloat16, channels_last))
     expected = case.run()

@@ -1,41 +1,28 @@
 """The CUDA scan without a GPU: the kernels' bodies run on host threads, all blocks of the grid at once."""
 
 import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from dan_fast import _extension
-from dan_fast.functional.memory import scan_torch
-from dan_fast.functional.memory.scan_types import ScanInput, Slots
+from dan_fast.functional.memory.scan_types import Slots
+from tests.support.scan_problems import Problem, in_pytorch
+from tests.support.toolchain import library_on_host, needs_compiler, needs_cuda_kernels
 
-SOURCE = Path(__file__).resolve().parent / "scan_on_host.cpp"
-COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off", "-pthread"]
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler on this machine")
+pytestmark = [pytest.mark.compile, needs_compiler]
 
 # Blocks and threads: one warp; blocks that must wait for each other; more slots than threads in most problems.
 ONE_WARP, MANY_BLOCKS, STRIDED = (1, 32), (3, 64), (2, 32)
 
 
-def build(folder: Path, name: str, *flags: str) -> Path:
-    target = folder / name
-    subprocess.run([COMPILER, *FLAGS, *flags, SOURCE, "-o", target], check=True)
-    return target
-
-
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return ctypes.CDLL(str(build(tmp_path_factory.mktemp("host"), "scan.so", "-O1", "-shared", "-fPIC")))
+    return library_on_host("memory/scan_on_host.cpp", tmp_path_factory.mktemp("host"))
 
 
-class Problem(NamedTuple):
+class Arguments(NamedTuple):
     """The arguments of `scan` but the two memories and the scalars, those, and those."""
 
     tensors: tuple[Tensor, ...]
@@ -43,54 +30,9 @@ class Problem(NamedTuple):
     settings: tuple[float, float, bool]
 
 
-def problem(
-    slots: tuple[int, int],
-    batch: tuple[int, int],
-    seed: int = 0,
-    fill: tuple[float, float] = (0.7, 0.7),
-    classes: int = 3,
-    dim: int = 4,
-    kind: str = "random",
-    dtype: torch.dtype = torch.float64,
-) -> Problem:
-    generator = torch.Generator().manual_seed(seed)
-
-    def vectors(count: int) -> Tensor:
-        values = torch.randn(count, dim, generator=generator, dtype=torch.float64)
-        chosen = torch.randint(0, 2, (count, 1), generator=generator)
-        match kind:
-            case "repeated":
-                return torch.where(chosen == 0, torch.ones(dim), torch.arange(dim) - 1.0).double()
-            case "zero":
-                return values * chosen
-            case "close":  # cosines that differ late: the selection needs many digits
-                return 1 + 1e-4 * values
-        return values
-
-    keys = vectors(sum(batch)).to(dtype)
-    memories = []
-    features = []
-    for count, share in zip(slots, fill, strict=True):
-        occupied = torch.rand(count, generator=generator) < share
-        rows = (vectors(count) * occupied[:, None]).to(dtype)
-        labels = torch.randint(0, classes, (count,), generator=generator)
-        features.append(rows)
-        memories.append(
-            Slots(
-                square_norms=rows.square().sum(1),
-                usage=(torch.randint(0, 3, (count,), generator=generator) * occupied).to(dtype),
-                evaluation=torch.rand(count, generator=generator, dtype=torch.float64).to(dtype) / count,
-                labels=torch.where(occupied, labels, -1),
-                sample_ids=torch.where(occupied, torch.arange(count), -1),
-                least_used=torch.randint(0, count, (), generator=generator),
-            )
-        )
-    gates = torch.tensor([0.3, -0.4, 0.6], dtype=dtype)
-    labels = torch.randint(0, classes, (batch[0],), generator=generator)
-    ids = torch.randint(0, 99, (batch[1],), generator=generator)
-    scores, unlabeled_scores = keys @ features[0].mT, keys[batch[0] :] @ features[1].mT
-    tensors = (scores, unlabeled_scores, keys @ keys.mT, gates, labels, ids)
-    return Problem(tensors, (memories[0], memories[1]), (0.97, 0.9, dim == 1))
+def problem(slots: tuple[int, int], batch: tuple[int, int], **options: Any) -> Arguments:
+    arguments = Problem(slots, batch, **options).arguments()
+    return Arguments(tuple(arguments[:6]), tuple(arguments[6:8]), tuple(arguments[8:]))
 
 
 def poisoned(*shape: int, like: Tensor) -> Tensor:
@@ -100,7 +42,7 @@ def poisoned(*shape: int, like: Tensor) -> Tensor:
 class OnHost:
     """The outputs of the kernels and the gradients, as `scan_on_host.cpp` takes them."""
 
-    def __init__(self, library: ctypes.CDLL, p: Problem, grid: tuple[int, int], grad_loss: float = 1.7) -> None:
+    def __init__(self, library: ctypes.CDLL, p: Arguments, grid: tuple[int, int], grad_loss: float = 1.7) -> None:
         scores, unlabeled_scores, gram, gates, labels, ids = p.tensors
         # The kernels may not read above the diagonal.
         gram = gram.masked_fill(torch.ones_like(gram).triu(1) > 0, torch.nan)
@@ -131,16 +73,9 @@ class OnHost:
             getattr(library, f"scan_{name}_{suffix}")(sizes, decays, pointers, *grid)
 
 
-def expected(p: Problem, grad_loss: float = 1.7):
-    tensors = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in p.tensors]
-    result = scan_torch.scan(ScanInput(*tensors, *p.memories, *p.settings))
-    grads = torch.autograd.grad(result.loss * grad_loss, tensors[:4], allow_unused=True)
-    return result, [torch.zeros_like(x) if g is None else g for x, g in zip(tensors, grads, strict=False)]
-
-
-def compare(library: ctypes.CDLL, p: Problem, grid: tuple[int, int]) -> OnHost:
+def compare(library: ctypes.CDLL, p: Arguments, grid: tuple[int, int]) -> OnHost:
     """Values and gradients against the PyTorch form, a 1e-10 or, in float32, what its rounding leaves."""
-    result, grads = expected(p)
+    result, grads = in_pytorch([*p.tensors, *p.memories, *p.settings], 1.7)
     actual = OnHost(library, p, grid)
     exact = actual.loss.dtype == torch.float64
     tolerance = {"rtol": 1e-10, "atol": 1e-10} if exact else {"rtol": 2e-3, "atol": 2e-4}
@@ -173,12 +108,12 @@ PROBLEMS = {
     "full": (problem((33, 65), (3, 5), seed=6, fill=(1, 1)), STRIDED),
     "fewer slots than samples": (problem((3, 2), (6, 7), seed=7), ONE_WARP),
     "one slot": (problem((1, 1), (3, 3), seed=8), ONE_WARP),
-    "scalar keys": (problem((20, 30), (4, 5), seed=9, dim=1), ONE_WARP),
-    "scalar keys, some zero": (problem((20, 30), (4, 5), seed=10, dim=1, kind="zero"), ONE_WARP),
+    "scalar keys": (problem((20, 30), (4, 5), seed=9, d=1), ONE_WARP),
+    "scalar keys, some zero": (problem((20, 30), (4, 5), seed=10, d=1, kind="zero"), ONE_WARP),
     "ties": (problem((40, 300), (3, 5), seed=11, fill=(1, 1), kind="repeated"), STRIDED),
-    "ties over blocks": (problem((40, 180), (2, 4), seed=12, fill=(1, 1), kind="repeated", dim=2), MANY_BLOCKS),
+    "ties over blocks": (problem((40, 180), (2, 4), seed=12, fill=(1, 1), kind="repeated", d=2), MANY_BLOCKS),
     "zero keys": (problem((20, 30), (4, 6), seed=13, kind="zero"), ONE_WARP),
-    "close keys": (problem((20, 90), (3, 6), seed=14, fill=(1, 1), kind="close"), STRIDED),
+    "close keys": (problem((20, 90), (3, 6), seed=14, fill=(1, 1), kind="closer"), STRIDED),
     "one class": (problem((20, 30), (3, 4), seed=15, classes=1), ONE_WARP),
     "no labelled sample": (problem((20, 30), (0, 4), seed=16), ONE_WARP),
     "no unlabelled sample": (problem((20, 30), (4, 0), seed=17), ONE_WARP),
@@ -211,7 +146,7 @@ def test_float32(library: ctypes.CDLL, name: str):
         return x.float() if x.is_floating_point() else x
 
     memories = [Slots(*map(narrow, memory)) for memory in memories]
-    compare(library, Problem(tuple(map(narrow, tensors)), tuple(memories), settings), grid)
+    compare(library, Arguments(tuple(map(narrow, tensors)), tuple(memories), settings), grid)
 
 
 @pytest.mark.parametrize("bit", range(9))
@@ -237,7 +172,7 @@ def test_faults(library: ctypes.CDLL, bit: int):
     assert actual.fault == 1 << bit
 
 
-def compare_fault(library: ctypes.CDLL, p: Problem) -> OnHost:
+def compare_fault(library: ctypes.CDLL, p: Arguments) -> OnHost:
     """Nothing written, loss NaN; unlike the PyTorch form's, the gradients are 0 whatever the values."""
     actual = OnHost(library, p, STRIDED)
     assert actual.loss.isnan() and (actual.pseudo_labels == -1).all()
@@ -270,76 +205,16 @@ def test_the_grid_changes_rounding_only(library: ctypes.CDLL):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def run_under(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    # ThreadSanitizer cannot place its shadow memory under some settings of address randomisation.
-    unrandomised = [shutil.which("setarch"), os.uname().machine, "-R"] if shutil.which("setarch") else []
-    environment = os.environ | {
-        "TSAN_OPTIONS": "halt_on_error=1 exitcode=66",
-        "ASAN_OPTIONS": "detect_leaks=0 exitcode=67",
-        "UBSAN_OPTIONS": "halt_on_error=1 print_stacktrace=1",
-    }
-    # setarch may be forbidden in a container, where the program then runs as it is.
-    if unrandomised and subprocess.run([*unrandomised, "true"], capture_output=True).returncode != 0:
-        unrandomised = []
-    return subprocess.run([*unrandomised, program, *arguments], capture_output=True, text=True, env=environment)
-
-
-THREAD = ("-O0", "-g", "-fsanitize=thread", "-DSCAN_ON_HOST_MAIN=double")
-ADDRESS = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DSCAN_ON_HOST_MAIN=float")
-
-
-def needs(*flags: str) -> None:
-    """Skips where the compiler comes without this sanitizer's library."""
-    probe = subprocess.run(
-        [COMPILER, "-x", "c++", *flags, "-", "-o", os.devnull], input="int main() {}", capture_output=True, text=True
-    )
-    if probe.returncode != 0:
-        pytest.skip(f"the compiler has no {flags[2]}")
-
-
-@pytest.fixture(scope="module")
-def watched_for_races(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    needs(*THREAD)
-    return build(tmp_path_factory.mktemp("thread"), "scan", *THREAD)
-
-
-@pytest.fixture(scope="module")
-def watched_for_bounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    needs(*ADDRESS)
-    return build(tmp_path_factory.mktemp("address"), "scan", *ADDRESS)
-
-
-def test_no_data_race(watched_for_races: Path):
-    done = run_under(watched_for_races, "2", "64")
-    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr[:3000]
-
-
-def test_a_barrier_that_orders_nothing_is_reported(watched_for_races: Path):
-    done = run_under(watched_for_races, "2", "32", "racy")
-    assert done.returncode == 66 and "data race" in done.stderr
-
-
-def test_no_access_out_of_bounds_and_no_undefined_behaviour(watched_for_bounds: Path):
-    done = run_under(watched_for_bounds, "2", "64")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
-
-
-def test_an_access_out_of_bounds_is_reported(watched_for_bounds: Path):
-    done = run_under(watched_for_bounds, "1", "32", "short")
-    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
-
-
-@pytest.mark.skipif(not _extension.has_cuda_kernels(), reason="the extension was built without CUDA")
+@needs_cuda_kernels
 @pytest.mark.parametrize("name", ["memory_scan", "memory_scan_backward"])
 def test_the_operators_are_registered_for_cuda(name: str):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dan_fast::{name}", "CUDA")
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("slots", [(20, 30), (1000, 700), (9000, 5500), (400_000, 3)])
 def test_the_gpu_does_what_the_host_does(slots: tuple[int, int]):
-    p = problem(slots, (5, 6), seed=25, fill=(1, 1), classes=20, dim=16)
+    p = problem(slots, (5, 6), seed=25, fill=(1, 1), classes=20, d=16)
 
     def run(device: str) -> list[Tensor]:
         tensors = [x.to(device) for x in p.tensors]
@@ -355,7 +230,6 @@ def test_the_gpu_does_what_the_host_does(slots: tuple[int, int]):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_cuda_graph_captures_it():
     p = problem((900, 550), (4, 5), seed=26)
     tensors = [x.cuda() for x in p.tensors]

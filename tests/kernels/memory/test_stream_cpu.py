@@ -1,9 +1,6 @@
 """One pass over a memory on the CPU: scores and norms, the backward product, and the commit of pending writes."""
 
 import mmap
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import cycle
 
@@ -12,9 +9,10 @@ import torch
 from torch import Tensor
 
 import dan_fast.functional  # noqa: F401 - registers what torch.compile and opcheck need of the operators
-from dan_fast import _extension
+from tests.support.running import by_threads
+from tests.support.toolchain import needs_extension
 
-pytestmark = pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
+pytestmark = [needs_extension, pytest.mark.usefixtures("poison")]
 ops = torch.ops.dan_fast
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -22,14 +20,6 @@ SLOTS, COLUMNS, QUERIES = (1, 5, 6, 7, 100, 1001), (1, 2, 63, 2045), (0, 1, 31, 
 _queries = cycle(QUERIES)
 SHAPES = [(s, d, next(_queries)) for s in SLOTS for d in COLUMNS]
 SHAPES += [(37, 200, t) for t in QUERIES] + [(0, 3, 4), (4, 0, 3), (0, 0, 0)]
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    """New memory holds NaN, so that a result that is not written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def statistics(dtype: torch.dtype) -> torch.dtype:
@@ -182,19 +172,16 @@ def test_equal_rows_have_equal_bits_wherever_they_are(dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_same_bits_again_and_whatever_the_number_of_threads(dtype: torch.dtype):
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 1, 3):
-            torch.set_num_threads(threads)
-            case = Case(1001, 301, 65, dtype)
-            found = [*ops.memory_scores(case.keys, case.base), ops.memory_combine(case.weights, case.base)]
-            found += ops.memory_commit(case.base, *case.writes())
-            found += ops.memory_commit_scores_(case.base, *case.writes(), case.keys)
-            results.append([*found, case.base.clone()])
-    finally:
-        torch.set_num_threads(before)
-    for found in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(found, results[0], strict=True))
+    def run() -> list[Tensor]:
+        case = Case(1001, 301, 65, dtype)
+        found = [*ops.memory_scores(case.keys, case.base), ops.memory_combine(case.weights, case.base)]
+        found += ops.memory_commit(case.base, *case.writes())
+        found += ops.memory_commit_scores_(case.base, *case.writes(), case.keys)
+        return [*found, case.base]
+
+    first, *others = by_threads(run)
+    for found in others:
+        assert all(torch.equal(x, y) for x, y in zip(found, first, strict=True))
 
 
 def test_any_strides():
@@ -239,6 +226,7 @@ def test_more_than_two_to_the_31_numbers():
     assert torch.equal(base, stored) and torch.equal(square_norms, same_norms)
 
 
+@pytest.mark.compile
 def test_opcheck():
     case = Case(9, 11, 3, torch.float32)
     for op, arguments in (
@@ -289,18 +277,3 @@ def test_a_wrong_argument_is_named(call: Callable[[], object], message: str):
     with pytest.raises(RuntimeError, match=message):
         call()
     assert (BASE == 1).all()
-
-
-def test_it_runs_what_it_was_told_to():
-    assert ops.instruction_set() == os.environ.get("DAN_FAST_ISA", ops.instruction_set())
-
-
-def test_the_other_instruction_sets():
-    """This file again with what this CPU would not choose."""
-    sets = _extension.build_info()["instruction_sets"]
-    for name in sets[: sets.index(ops.instruction_set())]:
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        command += ["-k", "not other_instruction_sets and not wrong_argument and not schemas"]
-        environment = os.environ | {"DAN_FAST_ISA": name}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{name}: {done.stdout[-3000:]}"

@@ -178,6 +178,7 @@ def run_all() -> None:
     check_overlap_refused()
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_under_the_interpreter():
     code = "import test_stream_triton; test_stream_triton.run_all(); print('all ran')"
@@ -236,6 +237,7 @@ def test_a_machine_without_triton_gets_one_sentence(monkeypatch: pytest.MonkeyPa
         triton_kernels.why_not.cache_clear()
 
 
+@pytest.mark.slow
 def test_importing_needs_no_triton():
     code = """
 import sys

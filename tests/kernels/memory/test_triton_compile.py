@@ -24,7 +24,7 @@ def why_not_compile() -> str | None:
 
 
 REASON = why_not_compile()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = [pytest.mark.compile, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
 SHARED_LIMIT = {86: 99 * 1024, 90: 227 * 1024}
 TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -1,0 +1,42 @@
+"""How the tests run: the long files first, each worker with its share of the cores, one file in this process."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# Before anything imports PyTorch or NumPy; the processes that a test starts inherit it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """None where a single file is asked for: it imports PyTorch once, and a debugger works."""
+    files = {argument.partition("::")[0] for argument in config.args}
+    return 0 if len(files) == 1 and os.path.isfile(files.pop()) else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    long = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("compile")}
+    items.sort(key=lambda item: item.path not in long)
+    of_a_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if of_a_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in of_a_gpu:
+                item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+
+
+@pytest.fixture
+def forget() -> Iterator[None]:
+    """Forgets what is known of the extension, before and after, so that a test can take it away."""
+    from dan_fast import _extension
+
+    caches = (_extension.build_info, _extension._load, _extension.why_not_on, _extension._warn_once)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
