@@ -91,6 +91,7 @@ def test_adversary_by_hand(impl):
     assert loss.item() == pytest.approx(2 * sigmoid(3.0) * sigmoid(1.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nl_cbam", "attention_adversary", "attention_head"])
 def test_derivatives_are_those_of_finite_differences(impl, name):
     arguments = flat_arguments(name, *problem((2, 3, 2, 2), hidden=(2, 2), classes=3))

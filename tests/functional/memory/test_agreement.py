@@ -98,6 +98,7 @@ def example(impl, seed=11, slots=(5, 5), d=3, batch=(2, 3), classes=2):
     return loss, inputs
 
 
+@pytest.mark.slow
 def test_gradcheck_and_gradgradcheck(impl):
     loss, inputs = example(impl)
     # Every input matters in this example: a path that was cut off would show.
