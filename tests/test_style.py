@@ -12,9 +12,7 @@ MOST_PARAMETERS = 8
 MORE_PARAMETERS = {
     ("pass_kernels.py", "memory_pass"): "a Triton kernel is launched with pointers and sizes one by one",
     ("pass_kernels.py", "combine_pass"): "as above",
-    ("literal.py", "InPlaceMemory.step"): "the arguments of `memory_step`, in its order",
     ("evaluate.py", "evaluate"): "a command: its parameters are its flags",
-    ("scene.py", "_structure"): "what is drawn, where and in which colours",
 }
 
 

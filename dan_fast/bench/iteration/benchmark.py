@@ -59,6 +59,7 @@ def set_ratios(rows: Sequence[Row]) -> None:
         ratio = row.ratio(PLAIN)
         rounds = zip(row.whole.seconds, plain[0].whole.seconds, strict=False) if ratio else ()
         row.of |= {"ratio": ratio and 1 / ratio, "round_ratios": [own / other for own, other in rounds]}
+        row.speedup = {}  # it is said the other way round
 
 
 @dataclass(kw_only=True)
