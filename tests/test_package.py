@@ -36,7 +36,6 @@ LEVELS = [
 
 ROOMS = ("dan_fast", "csrc", "python_bindings", "tests")
 CODE = {".py", ".cpp", ".cu", ".h", ".cuh"}
-# What is over a limit and is being split; each of these is to be empty.
 
 
 def code_files() -> list[Path]:
