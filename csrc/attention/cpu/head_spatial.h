@@ -11,7 +11,8 @@ namespace {
 template <typename A>
 class SpatialAttention {
  public:
-  SpatialAttention(const SpatialWeights<A>& weights, int64_t positions)
+  // Inlined, it takes registers from the loops over the map.
+  __attribute__((noinline)) SpatialAttention(const SpatialWeights<A>& weights, int64_t positions)
       : weights_(weights), positions_(positions), padded_(round_up(positions, kLanes<A>)), size_(weights.hidden),
         ws2_(size_ * padded_), ws4_(size_ * padded_), gates_(3 * padded_), hidden_(3 * size_), totals_(padded_),
         weighted_(padded_), terms_(padded_), shares_(padded_), grad_gates_(3 * padded_) {
