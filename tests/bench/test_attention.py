@@ -99,6 +99,7 @@ def test_what_disagrees_has_no_ratio(monkeypatch, capsys, tmp_path):
     assert eager["speedup"] == kernels["speedup"] == {}
 
 
+@pytest.mark.slow
 def test_the_command_writes_everything_down(tmp_path, capsys):
     content = written("attention", tmp_path, "--threads", "1")
     assert content["settings"]["layout"] == ["contiguous", "channels_last"]

@@ -67,6 +67,7 @@ def mistakes() -> Iterator[tuple[str, str, int, str]]:
         yield name, "--json /proc/none/x.json", 1, "/proc/none/x.json"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "arguments", "code", "sentence"), list(mistakes()))
 def test_a_mistake_names_the_option(name, arguments, code, sentence, capsys):
     assert main(command(name, *arguments.split())) == code

@@ -14,6 +14,7 @@ def small(**changes) -> DataBenchmark:
     return DataBenchmark(**{"device": "cpu"} | settings | changes)
 
 
+@pytest.mark.slow
 def test_figures_bars_and_file(tmp_path, capsys):
     content = written("data", tmp_path)
     assert content["settings"]["files"] == [[32, 16]] and content["settings"]["image_size"] == [40, 20]

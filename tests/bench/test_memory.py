@@ -114,6 +114,7 @@ def test_what_disagrees_has_no_ratio(monkeypatch, capsys, tmp_path):
     assert rows[SCORE_SPACE, MODULE]["speedup"].keys() == {LITERAL, IN_PLACE}
 
 
+@pytest.mark.slow
 def test_the_command_writes_everything_down(tmp_path, capsys):
     names = "literal_autograd,literal_in_place,score_space,kernels"
     content = written("memory", tmp_path, "--contenders", names, "--slots_scale", "1,2", "--threads", "1")
@@ -261,6 +262,7 @@ def test_both_floors_are_printed_and_written():
     assert floors[FORWARD]["operations"] < floors[BACKWARD]["operations"]
 
 
+@pytest.mark.slow
 def test_the_rate_is_of_what_is_multiplied_in_float32(monkeypatch):
     monkeypatch.setattr(memory, "float32_rate", lambda device: 1e12)
     for dtype, products, known in ((torch.float32, "float32", True), (torch.bfloat16, "float32", False),
@@ -276,6 +278,7 @@ def test_a_compile_that_takes_too_long_is_stopped():
     assert again.left_out[FORWARD].endswith("at 1 x slots in float32")
 
 
+@pytest.mark.slow
 def test_without_the_extension_kernels_are_not_timed(monkeypatch):
     monkeypatch.setattr(_extension, "why_not_on", lambda *device: "it was not built")
     rows = tiny(SCORE_SPACE, KERNELS).group(1.0, torch.float32)

@@ -47,6 +47,7 @@ def test_sorting_by_hand():
     assert (result.mAP, result.mINP, result.num_valid) == (pytest.approx(0.5), 0.5, 1)
 
 
+@pytest.mark.slow
 def test_all_contenders_are_timed_and_agree():
     rows = measure()
     assert [(row.of["source"], row.contender) for row in rows] == [
@@ -83,6 +84,7 @@ def test_a_difference_is_named():
         assert difference(result._replace(**{field: value}), result) == sentence
 
 
+@pytest.mark.slow
 def test_what_disagrees_has_no_ratio(monkeypatch, capsys, tmp_path):
     def wrong(*arguments):
         result = rank_distances(*arguments)
@@ -116,6 +118,7 @@ def test_bars():
         assert [bar.verdict for bar in bars(**useless)] == ["not measured"] * 3
 
 
+@pytest.mark.slow
 def test_the_command_writes_everything_down(tmp_path, capsys):
     content = written("ranking", tmp_path)
     assert content["environment"]["threads"] == 1 and content["settings"]["size"] == tiny().size._asdict()

@@ -142,6 +142,7 @@ def test_a_product_and_its_derivatives_are_those_of_matmul(addend: bool) -> None
     torch.testing.assert_close(*both)
 
 
+@pytest.mark.slow
 def test_the_operator() -> None:
     rows, extra = torch.randn(3, 4, requires_grad=True), torch.randn(3, 3, requires_grad=True)
     for arguments in ((rows, rows.mT, None), (rows, rows.mT.contiguous(), extra)):

@@ -83,6 +83,7 @@ def test_commands_ask_once_and_on_a_cpu_only(device: str, asked: int, monkeypatc
     assert len(asks) == asked
 
 
+@pytest.mark.slow
 def test_an_import_leaves_the_heap():
     code = "import dan_fast.core.heap as heap; heap.ctypes = None; import dan_fast.functional, dan_fast.training"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -21,6 +21,8 @@ from dan_fast.training.reported import CHOSEN, SEEN, EpochChoice, epoch_of
 from tests.support.dataset_shelf import full_shelf
 from tests.support.training_runs import IMAGE_SIZE, assert_same_training, config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -14,6 +14,8 @@ from dan_fast.training.config import MemoryConfig
 from tests.support.steps import tiny_network
 from tests.support.training_runs import assert_same_training, config
 
+pytestmark = pytest.mark.slow
+
 
 def test_without_unlabelled_images_the_memory_serves_the_labelled_ones(images, tmp_path):
     settings = {"data": {"unlabeled": []}, "loss": {"labeled_embedding": 1.0}, "memory": {"temperature": 0.1}}

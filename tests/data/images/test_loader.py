@@ -139,6 +139,7 @@ def test_global_random_numbers_stay_as_they_are(source: TrainingSet, workers: in
     assert (np.random.get_state()[1] == numpy_state).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("kind", ["truncated", "text"])
 def test_a_broken_image_is_an_error_of_one_sentence(source: TrainingSet, workers: int, kind: str) -> None:
@@ -156,6 +157,7 @@ def test_a_broken_image_is_an_error_of_one_sentence(source: TrainingSet, workers
         assert message.endswith("or set broken_images to skip.") and "\n" not in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_broken_images_are_skipped_and_named(source: TrainingSet, workers: int) -> None:
     plans = planner(source).plan_epoch(0, FEEDBACK)

@@ -356,6 +356,7 @@ def test_a_run_goes_on_with_its_own_attention_only(runs, images, capsys):
     assert "model.adversary is False here and True there" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_older_than_the_setting_is_the_full_model(runs, images, tmp_path):
     state = torch.load(runs / "B+NL-CBAM+AAN" / "checkpoint.pt")
     for name in ("attention", "adversary"):

@@ -134,6 +134,7 @@ def far_apart(rows, dtype):
     return view
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_more_than_2_to_the_31_elements_apart(dtype):
     rows = torch.randn(3, 6, generator=torch.Generator().manual_seed(1)).to(dtype)

@@ -57,6 +57,7 @@ def check(problem: Problem, tolerance: float = 1e-10, slope: float = 0.0) -> lis
     return outputs
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     slots=st.tuples(*[st.one_of(st.integers(1, 9), st.sampled_from([17, 33, 70]))] * 2),
