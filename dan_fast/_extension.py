@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-_PACKAGE = f"{Path(__file__).parent}{os.sep}"
+_INSIDE = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 LIBRARY = Path(__file__).with_name("_native.so")
 BUILD_INFO = Path(__file__).with_name("_build_info.json")
 _AGAIN = "run `pip install -e .` again"
@@ -116,16 +116,16 @@ def why_not_on(device_type: str, index: int | None = None) -> str | None:
 
 @functools.cache
 def _warn_once(device_type: str, reason: str) -> None:
-    # At the line that called into the package.
+    # At the caller's line, past the frames of the package and of PyTorch.
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
         level, frame = level + 1, frame.f_back
     warnings.warn(f"dan_fast takes its PyTorch path on {device_type}: {reason}", RuntimeWarning, stacklevel=level)
 
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Inside, operators take their PyTorch path, as where there is no extension, and nobody is warned.
+    """Inside, operators take their PyTorch path, as where there is no extension, without a warning.
 
     It holds for the whole process, not for one thread: a backward pass on a GPU runs on threads of its own.
     `torch.compile` takes the answer of the moment when it traces: what is compiled inside must be called inside,

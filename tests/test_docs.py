@@ -27,6 +27,7 @@ PAGES = [
         "docs/reliability.md",
     )
 ]
+ROOMS_PAGES = [ROOT / "csrc/README.md", ROOT / "benchmarks/results/h200/README.md"]
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w.]*\w")
 COMMANDS = ("pip install -e . && dan-fast quickstart", "pip install -e '.[test]' && pytest")
 
@@ -149,10 +150,18 @@ def test_relative_links_resolve(page: Path):
         assert not anchor or anchor in anchors(target), link
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *ROOMS_PAGES], ids=lambda page: str(page.relative_to(ROOT)))
 def test_names_resolve(page: Path):
-    for name in re.findall(r"`(dan_fast(?:\.\w+)*)`", page.read_text()):
+    text = page.read_text()
+    for name in re.findall(r"`(dan_fast(?:\.\w+)*)`", text):
         resolve(name)
+    tests = {
+        name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    assert set(re.findall(r"`(test_\w+)`", text)) <= tests
+    rooms = "csrc|python_bindings|dan_fast|tests|benchmarks|scripts|docs"
+    for file in re.findall(rf"`((?:{rooms})/[\w./*-]+\.\w+)`", text):
+        assert any(ROOT.glob(file)), file
 
 
 def test_a_wrong_name_does_not_resolve():

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dan_fast import _extension
 from dan_fast.functional.memory.row_norms import row_sq_norms
+from dan_fast.nn import ProgressiveAugmentedMemory
 from tests.support.running import Called, by_threads, new_memory_poisoned
 from tests.support.toolchain import COMPILER, build_on_host, needs_compiler, needs_extension
 
@@ -206,6 +207,11 @@ def test_without_the_extension_pytorch_serves_and_one_warning_says_why(
         "dan_fast takes its PyTorch path on cpu: no compiled extension: there is no C++ compiler; get g++"
     ]
     assert caught[0].filename == __file__
+    _extension._warn_once.cache_clear()
+    memory = ProgressiveAugmentedMemory(labeled_slots=2, unlabeled_slots=2, key_dim=3)
+    with pytest.warns(RuntimeWarning, match="PyTorch path on cpu") as caught:
+        memory(torch.ones(1, 3), torch.tensor([0]), torch.ones(1, 3), torch.tensor([0]))
+    assert caught[0].filename == __file__, "a module is called by way of PyTorch"
     assert "dan_fast::row_sq_norms" not in called.names
     assert results[0].tolist() == [5.0, 50.0] and results[0].dtype == torch.float32
     assert not _extension.loaded() and not _extension.has_cuda_kernels()

@@ -52,7 +52,7 @@ def rounds(turns: Mapping[_T, int]) -> Iterator[list[_T]]:
 
 
 def first_outcome(row: Row, runner: Any, compiled: bool = False) -> Any:
-    """The result that is compared; the row gets to know which operators ran, or whether one graph was compiled."""
+    """The result that is compared; the row records which operators ran, or that it was compiled as one graph."""
     if compiled:
         counters.clear()
         outcome = runner.outcome()

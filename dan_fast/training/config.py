@@ -104,8 +104,8 @@ class ModelConfig:
         reduction: Dimension reduction ratio r of the attention's bottlenecks (the paper: 12); 1 is NL-CBAM* of
             Fig. 6.
         dropout: Dropout rate before the classifier (the paper: 0.5).
-        style_mixing: Whose style early maps take a part of in training: none (the paper), that of other images of the
-            batch, or that of its unlabelled images, which then serve for that alone; without such images no styles are
+        style_mixing: The images whose style early maps take a part of in training: none (the paper), other images of
+            the batch, or its unlabelled images, which then serve for that alone; without such images no styles are
             mixed.
         feature: What tests compare: attended, the attention branch's (the paper), or pooled, the backbone's own.
         gradient_checkpointing: Compute maps of the backbone again in the backward pass instead of keeping them all:
@@ -165,7 +165,7 @@ class LossConfig:
         regularizer: lambda3 of R (the paper: 0.2).
         confidence_prior: Weight of -log(beta) added to L_lde, so that beta rises as pseudo labels become
             reliable (Fig. 5b); the paper: 0, with which beta can only fall.
-        adversary_reach: Whom the gradient of L_aad reaches: all of the network (the paper), or the attention alone,
+        adversary_reach: What the gradient of L_aad reaches: all of the network (the paper), or the attention alone,
             which it is to correct.
         labeled_embedding: Weight of the first term of Eq. (15) for labelled images too, by their own labels (the
             paper: 0).

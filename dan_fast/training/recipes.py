@@ -91,7 +91,7 @@ def recipe_of(content: Any) -> str | None:
 
 
 def recipe_of_file(path: str | Path) -> str | None:
-    """`recipe_of` a YAML file; None where it cannot be read, which whoever reads its settings complains of.
+    """`recipe_of` a YAML file; None where it cannot be read: reading its settings raises the error.
 
     Example:
         >>> recipe_of_file("/nowhere/config.yaml")

@@ -205,7 +205,7 @@ def test_what_is_there_but_of_no_use_is_said_with_its_place(tmp_path: Path) -> N
     assert "PRID, which can be asked for" in message
 
 
-# Nobody is trained on and tested on
+# No person is both trained on and tested on
 
 
 def test_a_target_person_among_the_train_images_is_refused(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_target_person_among_the_train_images_is_refused(tmp_path: Path) -> No
     shelf.draw("Market-1501-v15.09.15/bounding_box_train", ["0006_c4s1_000001_00.jpg"])
     message = sentence("table6-duke-to-market", shelf.root)
     assert "table6-duke-to-market would train on people of its target Market-1501: 1 of them, person 6" in message
-    # Who is in the gallery only can be found too; a distractor is nobody.
+    # A person in the gallery only is found too; a distractor is no person.
     (shelf.root / "Market-1501-v15.09.15/bounding_box_train/0006_c4s1_000001_00.jpg").unlink()
     shelf.draw("Market-1501-v15.09.15/bounding_box_train", ["0000_c4s1_000001_00.jpg"])
     assert resolve_protocol("table6-duke-to-market", shelf.root)

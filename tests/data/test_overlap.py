@@ -1,4 +1,4 @@
-"""Nobody is trained on and tested on, by whatever path, link or variant the two datasets are named."""
+"""No person is both trained on and tested on, by whatever path, link or variant the two datasets are named."""
 
 import json
 from pathlib import Path

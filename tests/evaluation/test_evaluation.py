@@ -173,7 +173,7 @@ def test_figures_say_how_they_were_scored_where_it_is_not_as_usual(people):
     assert Evaluation.from_dict(json.loads(json.dumps(other.to_dict()))) == other
     for metric, ap, words in (("euclidean", "standard", "euclidean distance"), ("cosine", "trapezoid", "trapezoid AP")):
         assert evaluate_dataset(colours, dataset, SIZE, metric=metric, ap=ap).conditions.endswith(f"; {words}")
-    # Features of which nobody knows the precision, and figures of versions that did not record any of it.
+    # Features of unknown precision, and figures of versions that did not record any of it.
     features = extract_dataset(colours, dataset, SIZE)._replace(precision="")
     assert (evaluate_features(features).precision, evaluate_features(features).scoring) == ("", "")
     old = {

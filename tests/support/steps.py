@@ -54,6 +54,6 @@ def tiny_step(model: TrainingModel | None = None, lr: float = 0.1, **meta: Any) 
 
 
 def decide(meta_step: MetaStep, *stages: Stage) -> None:
-    """Have the competition end in these stages in turn, whoever wins."""
+    """Have the competition end in these stages in turn, whatever the accuracies."""
     left = iter(stages)
     meta_step.competition.decide = lambda attention_won: next(left)

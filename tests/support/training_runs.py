@@ -2,13 +2,12 @@
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dan_fast.data import MiniBatch, training_loader
+from dan_fast.data import MiniBatch
 from dan_fast.training import TrainConfig, Trainer
 from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.recipes import over
@@ -34,12 +33,6 @@ class NoScalars:
 
     def add(self, name: str, value: object, counts: object = True) -> None:
         pass
-
-
-def batches_of(trainer: Trainer) -> Iterator[MiniBatch]:
-    """Batches of the first epoch, in train mode, again and again."""
-    trainer.model.train()
-    return iter(training_loader(trainer.training_set, trainer.batches.planner.plan_epoch(0) * 3, IMAGE_SIZE))
 
 
 def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -151,7 +151,7 @@ def test_a_truncated_checkpoint_is_named(tmp_path):
             load_checkpoint(path)
 
 
-def test_who_saves_waits_for_the_copy_and_not_for_the_disk(tmp_path, monkeypatch):
+def test_saving_waits_for_the_copy_and_not_for_the_disk(tmp_path, monkeypatch):
     path, slow = tmp_path / "checkpoint.pt", threading.Event()
     monkeypatch.setattr(os, "fsync", lambda descriptor: slow.wait(60))
     writer, weights = CheckpointWriter(), torch.arange(5.0)

@@ -144,7 +144,7 @@ def test_labelled_images_are_told_apart_by_the_memory_as_it_was_before_them():
 
 
 @pytest.mark.parametrize("reach, touched", [("all", True), ("attention", False)])
-def test_whom_the_adversary_loss_reaches(reach, touched):
+def test_what_the_adversary_loss_reaches(reach, touched):
     network = tiny_network(adversary_reach=reach)
     batch = split()
     output = network(batch.images, batch.labels)
@@ -154,7 +154,7 @@ def test_whom_the_adversary_loss_reaches(reach, touched):
     outside = {"backbone.conv.weight", "backbone.conv.bias", "classifier.weight"}
     assert reached & outside == (outside if touched else set())
     assert any(name.startswith("attention.") for name in reached)
-    # The loss itself and both branches are the same whomever it reaches.
+    # The loss itself and both branches are the same whatever it reaches.
     paper = tiny_network()(batch.images, batch.labels)
     for name in ("adversary_loss", "attended", "pooled", "logits"):
         torch.testing.assert_close(getattr(output, name), getattr(paper, name))

@@ -1,4 +1,4 @@
-"""A meta step on tensors alone: whose gradients it follows, who is frozen, what it keeps and what it refuses."""
+"""A meta step on tensors alone: whose gradients it follows, what is frozen, what it keeps and what it refuses."""
 
 import pytest
 import torch

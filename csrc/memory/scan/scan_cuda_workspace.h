@@ -9,8 +9,8 @@
 
 namespace dan_fast {
 
-// The counter of the grid's barrier and the histograms of the top-n selection lie first, each on multiples of 256 bytes:
-// they start at 0, the rest is written before it is read.
+// The counter of the grid's barrier and the histograms of the top-n selection lie first, each on multiples of 256
+// bytes: they start at 0, the rest is written before it is read.
 constexpr int64_t kCounters = 64, kHistogramCounts = 3 * 256;
 constexpr int64_t kClearedBytes = (kCounters + kHistogramCounts) * static_cast<int64_t>(sizeof(uint32_t));
 

@@ -57,7 +57,7 @@ class Problem(NamedTuple):
 def make_problem(
     size: Size, dtype: torch.dtype, device: torch.device | str, batches: int = 8, seed: int = 0
 ) -> Problem:
-    """Memories in which a slot looks like the others of its person, as after a ReLU, and like no one else's.
+    """Memories in which a slot looks like the others of its person, as after a ReLU, and unlike those of others.
 
     The gap between persons is what makes contenders comparable: which slots a step clears does not hang on the last
     bit of a cosine. Some slots of M' hold each other's pseudo labels.

@@ -1,4 +1,4 @@
-"""The cache of decoded images: right pixels, or made anew; whoever else writes, is killed or damages it."""
+"""The cache of decoded images: right pixels, or made anew, whatever other processes write, damage or leave."""
 
 import multiprocessing
 import os
@@ -344,7 +344,7 @@ def unprivileged(run: Callable[[], str]) -> str:
 
 
 def test_a_folder_that_may_only_be_read() -> None:
-    # Not in pytest's own folder, into which nobody else may look.
+    # Not in pytest's own folder, which other users may not read.
     root = Path(tempfile.mkdtemp())
     root.chmod(0o755)
     try:

@@ -45,7 +45,7 @@ def check(problem: Problem, tolerance: float = 1e-10, slope: float = 0.0) -> lis
     assert torch.equal(outputs[1], expected.pseudo_labels) and torch.equal(outputs[2], expected.fault)
     for at, memory, before in ((3, expected.labeled, arguments[6]), (11, expected.unlabeled, arguments[7])):
         for name, a, b in zip(WrittenSlots._fields, outputs[at : at + 8], memory, strict=True):
-            # What an empty slot holds of it is nobody's business; a memory without a write keeps it.
+            # What an empty slot holds of it is not read; a memory without a write keeps it.
             untouched = name == "evaluation" and memory.held.shape[0] == 0
             agree(a, before.evaluation if untouched else b, tolerance, name)
     names = ("scores", "unlabeled_scores", "gram", "gates")
