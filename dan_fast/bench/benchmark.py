@@ -1,6 +1,7 @@
 """What all benchmarks have in common: from settings to groups of rows, tables, a file, bars and the verdict."""
 
 import json as json_text
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(kw_only=True)
-class Benchmark:
+class Benchmark(ABC):
     """A subject: its settings, which are the flags of `dan-fast bench NAME`, and what it measures.
 
     Args:
@@ -72,16 +73,17 @@ class Benchmark:
     def peak_meaning(self) -> str:
         return PEAK_MEANING[self.place.type]
 
+    @abstractmethod
     def groups(self, say: Say) -> Iterator[list[Row]]:
         """Measures; each group is a table. A contender that cannot run leaves the reason in its row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def title(self, rows: Sequence[Row]) -> str:
-        raise NotImplementedError
+        """What stands above the table of a group."""
 
+    @abstractmethod
     def bars(self, rows: Sequence[Row]) -> list[Bar]:
         """What the rows have to reach; a row that disagrees has no figure."""
-        raise NotImplementedError
 
     def figures(self, row: Row) -> dict[str, Any]:
         """Figures of a row beyond those that all have, by their keys in the file."""

@@ -48,7 +48,6 @@ def test_contenders_agree_with_the_reference(contender, dtype, layout):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_contenders_agree_on_a_gpu(dtype):
     rows = measure(EAGER, KERNELS, dtype=dtype, layout="channels_last", device="cuda")

@@ -41,7 +41,6 @@ def test_contenders_agree_with_the_reference(contender, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_contenders_agree_on_a_gpu(dtype):
     rows = tiny(*dict.fromkeys(each.name for each in EAGER), device="cuda").group(1.0, dtype)

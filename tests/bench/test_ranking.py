@@ -64,7 +64,6 @@ def test_all_contenders_are_timed_and_agree():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_gpu_agrees():
     rows = measure(device="cuda")
     assert all(row.disagrees is None for row in rows)

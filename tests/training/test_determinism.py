@@ -91,7 +91,6 @@ def train(images: str, out: str, device: str, order: int, *stops: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("order", [1, 2])
 def test_a_run_on_a_gpu_resumes_bit_for_bit(images: Path, tmp_path: Path, order: int):
     """Each in a process of its own, which has not used the GPU before."""

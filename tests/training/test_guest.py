@@ -89,7 +89,6 @@ def test_no_generator_is_forked_or_seeded_but_those_that_are_named():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_training_on_a_gpu_leaves_its_generators_as_they_were(images: Path, tmp_path: Path):
     torch.manual_seed(7)
     before = state_of_the_process()

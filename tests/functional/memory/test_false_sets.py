@@ -86,7 +86,6 @@ def test_the_operator():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("slots", SIZES)
 def test_on_the_gpu(slots: int):
     for kind in KINDS:

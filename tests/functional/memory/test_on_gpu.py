@@ -11,7 +11,6 @@ from dan_fast.nn import ProgressiveAugmentedMemory
 from tests.support.memory_arguments import BATCH, GATES, arguments, module, refuses, tensors
 from tests.support.memory_problems import agree
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")
 
 
@@ -23,7 +22,6 @@ def on(device, given):
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("name", [*BATCH, *GATES])
 def test_cpu_and_cuda_tensors_mixed_are_named(name):
     given = on("cuda", arguments())
@@ -44,7 +42,6 @@ def test_two_gpus():
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_a_stream_other_than_the_current_one():
     """Keys arrive late on a side stream: kernels on the default one would read what was there before."""
     expected = functional.memory_step(**arguments())
@@ -63,7 +60,6 @@ def test_a_stream_other_than_the_current_one():
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("name", ["keys", "unlabeled_keys"])
 def test_a_key_that_is_not_finite_on_the_gpu_is_told_later_and_not_written(name):
     memory = module().cuda()
@@ -80,7 +76,6 @@ def test_a_key_that_is_not_finite_on_the_gpu_is_told_later_and_not_written(name)
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_a_memory_that_would_be_replayed_from_the_same_state_is_not_captured():
     memory = module().cuda()
     given = {name: arguments()[name].cuda() for name in BATCH}
@@ -97,7 +92,6 @@ def test_a_memory_that_would_be_replayed_from_the_same_state_is_not_captured():
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_a_captured_step_follows_its_arguments():
     given = on("cuda", arguments())
     for _ in range(2):  # what is compiled and allocated at first may not be captured
@@ -114,7 +108,6 @@ def test_a_captured_step_follows_its_arguments():
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("path", ["kernels", "torch"])
 def test_a_memory_is_not_rounded_to_tf32(path):
     def steps() -> list[torch.Tensor]:

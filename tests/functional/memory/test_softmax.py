@@ -266,7 +266,6 @@ def test_every_instruction_set_gives_the_same_bits():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("slots", SIZES)
 def test_on_the_gpu(slots: int):
     problem = weights(slots)
