@@ -232,8 +232,12 @@ active.mkdir(exist_ok=True)
 (folder / "beside").write_text(str(len(list(active.iterdir()))))
 if plan == "meet":
     # Comes to its end only if another training is under way at the same time.
+    def counted():
+        # Not before the other one has counted this one too.
+        there = [each.name for each in active.iterdir()]
+        return len(there) > 1 and all((folder.parent / name / "beside").exists() for name in there)
     deadline = time.monotonic() + 60
-    while len(list(active.iterdir())) < 2 and not (folder.parent / "met").exists():
+    while not counted() and not (folder.parent / "met").exists():
         if time.monotonic() > deadline:
             sys.exit("There is no other training.")
         time.sleep(0.01)
