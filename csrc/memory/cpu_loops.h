@@ -13,7 +13,7 @@ namespace {
 
 // Slots a piece of work: its temporaries stay in the first cache. Sums are made per chunk, then over chunks in order.
 constexpr int64_t kChunk = 512;
-// Below 16384 slots a task costs less than waking a thread.
+// Below 16384 slots a walk costs less than waking a thread.
 constexpr int64_t kGrain = 16384 / kChunk;
 
 struct Chunk {
@@ -22,9 +22,9 @@ struct Chunk {
 
 inline int64_t chunks_of(int64_t slots) { return (slots + kChunk - 1) / kChunk; }
 
-// body(Chunk) for all chunks of [0, slots).
+// body(Chunk) for all chunks of [0, slots), each of which is walked `walks` times.
 template <typename Body>
-void for_chunks(int64_t slots, ParallelFor parallel, const Body& body) {
+void for_chunks(int64_t slots, ParallelFor parallel, const Body& body, int64_t walks = 1) {
   struct Work {
     const Body& body;
     int64_t slots;
@@ -36,11 +36,11 @@ void for_chunks(int64_t slots, ParallelFor parallel, const Body& body) {
       work.body(Chunk{index, begin, left < kChunk ? left : kChunk});
     }
   };
-  const int64_t chunks = chunks_of(slots);
-  if (chunks <= kGrain) {
+  const int64_t chunks = chunks_of(slots), grain = walks < kGrain ? kGrain / walks : 1;
+  if (chunks <= grain) {
     task(&work, 0, chunks);
   } else {
-    parallel(chunks, kGrain, task, &work);
+    parallel(chunks, grain, task, &work);
   }
 }
 

@@ -82,11 +82,7 @@ class Combination {
     const int64_t next_slot = row_ends ? slot + kChain : slot, next = row_ends ? first_ : end_of(group);
     const int64_t count = std::clamp<int64_t>(slots_ - next_slot, 0, kChain);
     for (int64_t k = count * part / parts; k < count * (part + 1) / parts; ++k) {
-      const S* row = base_ + (next_slot + k) * row_stride_;
-      const char* line = reinterpret_cast<const char*>(row + next);
-      const char* end = reinterpret_cast<const char*>(row + end_of(next));
-      for (; line < end; line += 64) __builtin_prefetch(line, 0, 2);
-      __builtin_prefetch(end - 1, 0, 2);
+      prefetch(base_ + (next_slot + k) * row_stride_ + next, end_of(next) - next);
     }
   }
 

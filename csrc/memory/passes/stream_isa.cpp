@@ -103,7 +103,7 @@ class Stream {
           widen(pass_.base + (row + r) * pass_.row_stride, stride, wide_.get() + r * stride);
         }
       }
-      scores(block, stride, row, rows);
+      scores(block, stride, row, rows, last);
       norms(block, stride, row, rows);
     }
   }
@@ -152,7 +152,7 @@ class Stream {
     if constexpr (!kIsWide) std::memcpy(wide + c, &values, static_cast<size_t>(width - c) * sizeof(A));
   }
 
-  void scores(const A* block, int64_t stride, int64_t row, int64_t rows) {
+  void scores(const A* block, int64_t stride, int64_t row, int64_t rows, int64_t last) {
     const A* panel = pass_.packed_keys;
     for (int64_t query = 0; query < pass_.queries; query += kPanel<A>) {
       const int64_t width = padded_queries<A>(pass_.queries - query);
@@ -162,6 +162,7 @@ class Stream {
         for (int64_t tile = 0; tile < rows; tile += kStreamRows) {
           const A* tile_rows[kStreamRows];
           point_at<kStreamRows>(block, stride, tile, rows, k, tile_rows);
+          if (query == 0 && count > 0) prefetch_tile(row + block_ + tile, last, k, count);
           multiply_panel(width, tile_rows, count, panel, k > 0, sums_.get() + tile * kPanel<A>);
         }
         panel += count * width;
@@ -170,6 +171,13 @@ class Stream {
         A* to = pass_.scores + (query + q) * pass_.slots + row;
         for (int64_t r = 0; r < rows; ++r) to[r] = sums_.get()[r * kPanel<A> + q];
       }
+    }
+  }
+
+  // A piece of the next block: the hardware does not predict as many rows at a time.
+  void prefetch_tile(int64_t row, int64_t last, int64_t column, int64_t count) const {
+    for (int64_t r = row; r < std::min(last, row + kStreamRows); ++r) {
+      prefetch(pass_.base + r * pass_.row_stride + column, count);
     }
   }
 

@@ -64,7 +64,7 @@ void retrieve_backward(
     for (int64_t b = 0; b < queries; ++b) {
       for (int64_t i = 0; i < chunk.size; ++i) grad_score[b * slots + i] *= kept[i];
     }
-  });
+  }, queries);
   for (int64_t c = 0; c < chunks; ++c) {
     const double* of_chunk = sums.get() + c * queries * width;
     for (int64_t b = 0; b < queries; ++b) {

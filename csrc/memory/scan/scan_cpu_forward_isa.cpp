@@ -89,7 +89,7 @@ double retrieve(const ScanInput<T>& in, const ScanOutput<T>& out, const T* occup
       farthest[at] = least(opposite, chunk.size);
       label_there[at] = out.labeled.labels[chunk.begin + place_of(farthest[at], opposite, chunk.size)];
     }
-  });
+  }, queries);
   for (int64_t b = 0; b < queries; ++b) {
     const T* of_chunks = farthest.get() + b * chunks;
     const int64_t best = place_of(least(of_chunks, chunks), of_chunks, chunks);
@@ -117,7 +117,7 @@ double retrieve(const ScanInput<T>& in, const ScanOutput<T>& out, const T* occup
       result[2] = sum(count, chunk.size);
       result[3] = filled - result[2];
     }
-  });
+  }, queries);
   double losses = 0.0;
   for (int64_t b = 0; b < queries; ++b) {
     double total[4] = {0.0, 0.0, 0.0, 0.0};
