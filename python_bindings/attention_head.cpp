@@ -6,7 +6,6 @@
 #include "../csrc/attention/cpu/head_whole.h"
 #include "../csrc/attention/cuda/head_launch.h"
 #include "feature_maps.h"
-#include "reused_blocks.h"
 
 namespace {
 
@@ -174,14 +173,9 @@ Tensors<8> attention_head_backward(const HeadBackwardCall& call) {
   const auto grad_pooled = if_given("grad_pooled", call.grad_pooled);
   const auto grad_channel_attention = if_given("grad_channel_attention", call.grad_channel_attention);
 
-  const bool on_cpu = x.features.is_cpu();
-  const Layout wanted(call.forward.features);
-  const bool reused = on_cpu && wanted.readable && wanted.dense();
   // Where no kernel writes the strides of the map, what was written is copied.
-  const Written grad_features(
-      reused ? reused_empty_like(call.forward.features) : torch::stable::empty_like(call.forward.features));
-  const Tensor grad_cam_weight =
-      on_cpu ? reused_empty_like(x.cam_weight) : torch::stable::empty_like(x.cam_weight);
+  const Written grad_features(torch::stable::empty_like(call.forward.features));
+  const Tensor grad_cam_weight = torch::stable::empty_like(x.cam_weight);
   const Tensor grad_wc1 = x.empty({x.units, x.channels}), grad_wc2 = x.empty({x.channels, x.units});
   const Tensor grad_ws1 = x.empty({x.hidden, x.positions}), grad_ws3 = x.empty({x.hidden, x.positions});
   const Tensor grad_ws2 = x.empty({x.positions, x.hidden}), grad_ws4 = x.empty({x.positions, x.hidden});

@@ -16,13 +16,6 @@ struct Layout {
     readable = even && (position_stride == 1 || (channel_stride == 1 && channels > 1));
   }
 
-  // Whether a readable map lies in memory without gaps and no two elements share theirs.
-  bool dense() const {
-    const bool in_sample = position_stride == 1 ? channels == 1 || channel_stride == positions
-                                                : position_stride == channels;
-    return in_sample && sample_stride == channels * positions;
-  }
-
   template <typename S>
   FeatureMap<S> map(S* elements) const {
     return {elements, batch, channels, positions, sample_stride, channel_stride, position_stride};
