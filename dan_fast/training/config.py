@@ -240,6 +240,9 @@ class RunConfig:
             float32).
         deterministic: Let the GPU use only operators that give the same bits in every run, which takes longer; one that
             has no such form ends the run and is named. On a CPU runs repeat themselves anyway.
+        compile: Compile the backbone (torch.compile) after two iterations and keep that where 16 more, in pairs with
+            and without it, are faster; results say what was taken. It rounds otherwise, so that runs repeat themselves
+            up to rounding only. Not with meta.order 2 or model.gradient_checkpointing.
         checkpoint_every_s: Seconds between checkpoints, which is what a run that is killed loses at most; one that is
             asked to stop, and the epochs that are evaluated, have theirs anyway.
         checkpoint_every: Iterations after which there is a checkpoint before that; 0: none.
@@ -256,6 +259,7 @@ class RunConfig:
     device: str = "auto"
     precision: Precision = "float32"
     deterministic: bool = False
+    compile: bool = False
     checkpoint_every_s: PositiveFloat = 300.0
     checkpoint_every: NonNegativeInt = 0
     log_every: PositiveInt = 10

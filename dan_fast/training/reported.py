@@ -172,6 +172,8 @@ def write_results(
         "epoch": reported[0].epoch if reported else epoch_of(state),
         "targets": [each.to_dict() for each in reported],
     }
+    if settings["run"].get("compile"):
+        results["compiled"] = state.get("compiled") or "The run ended before it was known whether that is faster."
     if choice is not None:
         results["last_epoch"] = [each.to_dict() for each in last]
     write_text(path, json.dumps(results, indent=2) + "\n")

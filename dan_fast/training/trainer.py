@@ -11,6 +11,7 @@ from dan_fast.data.images.workers import is_worker_death
 from dan_fast.evaluation import Evaluation
 from dan_fast.training.batches import TrainingBatches
 from dan_fast.training.build import build_model, network_and_random_state, preprocessing_of, resolve_device
+from dan_fast.training.compiling import CompiledWhereFaster, require_compilable
 from dan_fast.training.config import TrainConfig
 from dan_fast.training.determinism import deterministic_algorithms, prepare_cublas
 from dan_fast.training.display import Display
@@ -53,6 +54,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig) -> None:
+        require_compilable(config)
         self.config = config
         self.device = resolve_device(config.run.device)
         if config.run.deterministic and self.device.type == "cuda":
@@ -83,6 +85,7 @@ class Trainer:
         self.model.to(self.device, memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.meta_step = MetaStep(self.model, self.optimizer, config.meta)
+        self._compiled = CompiledWhereFaster(self.meta_step, config.run.compile)
         self.random = RunRandomNumbers(self.device, config.run.seed, after_weights)
         self.epoch = 0
         self.iteration = 0
@@ -125,6 +128,7 @@ class Trainer:
                 display,
                 self.random.in_process(),
             ):
+                self._compiled.say = display.say
                 for line in opening_lines(self.config, self.datasets, self.device):
                     display.say(line)
                 if self.epoch > 0 and self.iteration == 0:
@@ -194,7 +198,7 @@ class Trainer:
         lr = step_size(progress, self.config.optimizer.epochs, self.config.optimizer.lr_scale)
         set_step_size(self.optimizer, lr)
         try:
-            result = self.meta_step.step(batch.meta_train, batch.meta_test)
+            result = self._compiled.step(batch.meta_train, batch.meta_test)
         except ValueError as error:
             raise DanFastError(f"Training cannot go on at iteration {self.iterations_done}: {error}.") from error
         self._step_scalars.add(scalars, result)
@@ -237,6 +241,8 @@ class Trainer:
             "epoch": self.epoch,
             "iteration": self.iteration,
             "model": self.model.state_dict(),
+            # For what is reported; nothing goes on from it.
+            **({"compiled": self._compiled.outcome} if self.config.run.compile else {}),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from dan_fast.bench.iteration.contenders import (
     PlainIteration,
     literal_operators,
 )
-from dan_fast.bench.iteration.profile import Profile
+from dan_fast.bench.iteration.profile import Profile, share_beside
 from dan_fast.bench.rows import WHOLE, Row, Timing
 from dan_fast.bench.timing import Operators
 from dan_fast.nn import NLCBAM, ProgressiveAugmentedMemory
@@ -169,6 +169,15 @@ def test_a_parameter_without_a_gradient_is_a_difference(still, monkeypatch):
     assert compare_iteration(still, 1.0)[0].disagrees == "the parameters that have a gradient"
 
 
+def test_a_recipe_decides_how_an_iteration_is_split_and_what_it_trains():
+    of_recipe = DANIteration(TINY, torch.device("cpu"), "float32", recipe="dan")
+    profile = Profile(of_recipe.step)
+    with profile.recording():
+        of_recipe.run()
+    assert len(of_recipe.batch) == 1 and of_recipe.model.lending and not of_recipe.model.network.adversary
+    assert profile.seconds["forward S: memory"] > 0 and not any("S~" in part for part in profile.seconds)
+
+
 def test_plain_resnet_sees_the_same_images(dan):
     plain = PlainIteration(TINY, dan)
     before = plain.classifier.weight.detach().clone()
@@ -187,9 +196,11 @@ def test_the_profile_adds_up_and_leaves_no_hook(dan, backbone):
     assert torch.autograd.grad is grad and "head" not in vars(dan.model.network.attention)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in dan.model.modules())
     parts = [f"forward {part}: {name}" for part in ("S", "S~") for name in ("backbone", "head", "memory", "losses")]
-    parts += [f"backward {part}: {name}" for part in ("S", "S~") for name in ("heads", "backbone")]
+    parts += [f"backward {part}: {name}" for part in ("S", "S~") for name in ("backbone", "head", "memory", "losses")]
     assert profile.seconds.keys() == {*parts, "optimizer", "rest"}
-    assert all(profile.seconds[part] > 0 for part in (*parts[:8], "optimizer", "rest", "backward S: heads"))
+    assert all(profile.seconds[part] > 0 for part in (*parts[:8], "optimizer", "rest", "backward S: losses"))
+    network = sum(value for part, value in profile.seconds.items() if part.endswith(("backbone", "head", "memory")))
+    assert share_beside(profile.seconds) == pytest.approx(1 - network / sum(profile.seconds.values()))
     # A frozen backbone gets no backward pass.
     assert (profile.seconds["backward S~: backbone"] > 0) == (backbone == UPDATED)
 

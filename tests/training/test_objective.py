@@ -10,6 +10,7 @@ from dan_fast.nn import ProgressiveAugmentedMemory
 from dan_fast.reference import memory as literal
 from dan_fast.training import LossConfig, TrainingModel
 from dan_fast.training.metrics import accuracy
+from dan_fast.training.objective import all_finite
 from tests.support.steps import split, tiny_network, training_model
 
 
@@ -159,3 +160,20 @@ def test_what_the_adversary_loss_reaches(reach, touched):
     for name in ("adversary_loss", "attended", "pooled", "logits"):
         torch.testing.assert_close(getattr(output, name), getattr(paper, name))
     assert torch.autograd.grad(output.logits.sum(), network.backbone.conv.weight)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("copies", [0, 1])
+def test_what_is_not_finite_is_found_however_a_tensor_lies_and_dense_ones_are_not_copied(monkeypatch, copies):
+    lying = {
+        0: [torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last), torch.zeros(3, 4).mT, torch.zeros(())],
+        1: [torch.zeros(6, 8)[::2, 1::3], torch.zeros(3, 1).expand(3, 4)],
+    }[copies]
+    seen, aminmax = [], torch.aminmax
+    monkeypatch.setattr(torch, "aminmax", lambda given: seen.append(given.is_contiguous()) or aminmax(given))
+    assert all_finite([*lying, torch.tensor([7]), torch.empty(0)])
+    assert seen == [not copies] * len(lying)
+    for tensor in lying:
+        for value in (torch.nan, torch.inf, -torch.inf):
+            tensor[(-1,) * tensor.dim()] = value
+            assert not all_finite(lying)
+            tensor[(-1,) * tensor.dim()] = 0.0

@@ -17,8 +17,8 @@ from dan_fast.daml import Stage
 from dan_fast.data import BatchPlanner, Split
 from dan_fast.data.sampler import PlannedItem
 from dan_fast.nn import ProgressiveAugmentedMemory, build_backbone
-from dan_fast.training import DataConfig, LossConfig, MemoryConfig, MetaStep, ModelConfig, TrainConfig, TrainingModel
-from dan_fast.training.build import build_memory, initial_network
+from dan_fast.training import MetaStep, TrainConfig, TrainingModel
+from dan_fast.training.build import build_model, network_and_random_state
 from dan_fast.training.objective import Objective
 
 UPDATED, FROZEN = "updated", "frozen"
@@ -48,30 +48,43 @@ class DANIteration:
         device: where it runs; the batch lies on the host, in pinned memory for a GPU.
         precision: float32, or bfloat16 autocast for the network.
         seed: of weights, memories and images.
+        recipe: all other settings, by name; one that has a memory.
     """
 
-    def __init__(self, size: IterationSize, device: torch.device, precision: str, seed: int = 0) -> None:
-        settings = TrainConfig(
-            data=DataConfig(image_size=(size.height, size.width)),
-            model=ModelConfig(backbone=size.backbone, weights="none"),
-            memory=MemoryConfig(labeled_slots=size.labeled_slots, unlabeled_slots=size.unlabeled_slots),
+    def __init__(
+        self, size: IterationSize, device: torch.device, precision: str, seed: int = 0, recipe: str = "none"
+    ) -> None:
+        settings = TrainConfig.of_recipe(
+            recipe,
+            data={"image_size": (size.height, size.width)},
+            model={"backbone": size.backbone, "weights": "none"},
+            memory={"labeled_slots": size.labeled_slots, "unlabeled_slots": size.unlabeled_slots},
+            run={"precision": precision},
         )
-        network = initial_network(settings.to_dict(), size.classes)
-        memory = build_memory(settings.memory, network.key_dim).to(device)
+        lending = settings.model.style_mixing == "unlabeled"
+        network, _ = network_and_random_state(settings.to_dict(), size.classes, mixes_styles=lending)
+        self.model = build_model(settings, network, unlabeled_images=True, lending=lending)
+        self.model.to(device, memory_format=torch.channels_last).train()
+        memory = self.model.memory
         slots = Size(size.labeled_slots, size.unlabeled_slots, network.key_dim, batch=1)
         problem = make_problem(slots, torch.float32, device, batches=0, seed=seed)
         memory.labeled, memory.unlabeled = (
             state._replace(labels=state.labels % size.classes) for state in (problem.labeled, problem.unlabeled)
         )
-        half = torch.bfloat16 if precision == "bfloat16" else None
-        self.model = TrainingModel(network, memory, LossConfig(), half)
-        self.model.to(device, memory_format=torch.channels_last).train()
-        self.step = MetaStep(self.model, _sgd(self.model))
+        self.step = MetaStep(self.model, _sgd(self.model), settings.meta)
         labels = torch.arange(max(size.classes, size.images)) % size.classes
-        planner = BatchPlanner(labels, size.unlabeled_slots + size.images, batch_size=size.images, seed=seed)
+        planner = BatchPlanner(
+            labels,
+            size.unlabeled_slots + size.images,
+            size.images,
+            settings.data.unlabeled_fraction,
+            settings.data.feedback_fraction,
+            split=settings.meta.procedure != "daml1",
+            seed=seed,
+        )
         (plan, *_) = planner.plan_epoch(0, tuple(x.cpu() for x in memory.reliable_samples()))
         generator = torch.Generator().manual_seed(seed)
-        self.batch = [_split(items, size, generator, device) for items in (plan.meta_train, plan.meta_test)]
+        self.batch = [_split(items, size, generator, device) for items in plan if items is not None]
 
     def set(self, order: int, backbone: str) -> None:
         """Which kind of iteration comes next; the step still finds out who would have won the competition."""

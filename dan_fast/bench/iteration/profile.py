@@ -2,26 +2,37 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dan_fast.bench.machine import synchronize
+from dan_fast.core.types import MemoryStep
 from dan_fast.training import MetaStep
 
 TRAIN, TEST = "S", "S~"
 PROFILE_MEANING = (
     "seconds of one iteration, the device is waited for at every mark; forward: of the network's parts, losses is the "
-    "rest of the pass; backward: heads is from its begin to the gradient of the last map (losses, memory and attention "
-    "head), backbone what follows; with order 2 the backward of S~ goes through the backward of S as well; rest is "
-    "everything outside of passes and optimizer"
+    "rest of the pass; backward: memory and head are from the gradient of their results to that of their inputs, "
+    "backbone what follows the gradient of the last map, losses the rest; with order 2 the backward of S~ goes through "
+    "the backward of S as well; rest is everything outside of passes and optimizer: batch, competition, finite checks, "
+    "inner step, sums of gradients"
 )
+# Parts with models and bars of their own; what is left is what a step does beside them.
+_OF_THE_NETWORK = ("backbone", "head", "memory")
+
+
+def share_beside(seconds: Mapping[str, float]) -> float:
+    """Which share of an iteration's time is in no part of the network: losses, optimizer and rest."""
+    beside = sum(value for part, value in seconds.items() if part.rpartition(" ")[2] not in _OF_THE_NETWORK)
+    return beside / sum(seconds.values())
 
 
 class Profile:
-    """Seconds by part: "forward S: backbone", "backward S~: heads", "optimizer", "rest" and so on.
+    """Seconds by part: "forward S: backbone", "backward S~: losses", "optimizer", "rest" and so on.
 
     Args:
         step: whose next step is looked at, inside `recording`.
@@ -30,9 +41,10 @@ class Profile:
     def __init__(self, step: MetaStep) -> None:
         self.step = step
         self.seconds: dict[str, float] = defaultdict(float)
-        self.part = ""
+        self.part, self.passes = "", 0
         self.begun: dict[str, float] = {}
-        self.map_done: float | None = None
+        # In a backward pass, the part that it is in.
+        self.part_of_backward: str | None = None
 
     def _now(self) -> float:
         synchronize(self.step.device)
@@ -50,7 +62,9 @@ class Profile:
         model, optimizer = self.step.model, self.step.optimizer
         attention, functional_grad = model.network.attention, torch.autograd.grad
         head = attention.head
-        parts = {"backbone": model.network.backbone, "memory": model.memory}
+        parts = {"backbone": model.network.backbone}
+        if model.memory is not None:
+            parts["memory"] = model.memory
         handles = [
             model.register_forward_pre_hook(self._pass_begins),
             model.register_forward_hook(lambda *_: self._end(f"forward {self.part}: losses")),
@@ -62,6 +76,8 @@ class Profile:
                 module.register_forward_pre_hook(lambda *_, name=name: self._begin(f"forward {self.part}: {name}")),
                 module.register_forward_hook(lambda *_, name=name: self._end(f"forward {self.part}: {name}")),
             ]
+        if model.memory is not None:
+            handles.append(model.memory.register_forward_hook(self._memory_is_left))
         attention.head = self._timed_head(head)
         # The step's only way to a gradient; its begin and end have no hook.
         torch.autograd.grad = self._timed_grad(functional_grad)
@@ -74,42 +90,57 @@ class Profile:
             del attention.head
             for handle in handles:
                 handle.remove()
-        for part in (TRAIN, TEST):
+        for part in (TRAIN, TEST)[: self.passes]:
             inside = [f"forward {part}: {name}" for name in (*parts, "head")]
             self.seconds[f"forward {part}: losses"] -= sum(self.seconds[name] for name in inside)
+            for name in parts:
+                self.seconds[f"backward {part}: {name}"] += 0.0  # in the table also where no gradient came there
         self.seconds["rest"] = total - sum(self.seconds.values())
 
     def _pass_begins(self, *_: Any) -> None:
         self.part = TEST if self.part == TRAIN else TRAIN
+        self.passes += 1
         self._begin(f"forward {self.part}: losses")
 
     def _timed_head(self, head: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(features: torch.Tensor, *arguments: Any) -> Any:
+        def timed(features: Tensor, *arguments: Any) -> Any:
             self._begin(f"forward {self.part}: head")
-            if features.requires_grad:
-                features.register_hook(self._map_is_done)
             result = head(features, *arguments)
+            self._watch([features], "backbone")
+            self._watch(result, "head")
             self._end(f"forward {self.part}: head")
             return result
 
         return timed
 
-    def _map_is_done(self, gradient: torch.Tensor) -> None:
-        self.map_done = self.map_done or self._now()
+    def _memory_is_left(self, memory: Any, inputs: tuple[Tensor, ...], step: MemoryStep) -> None:
+        keys, _, unlabeled_keys, _ = inputs
+        self._watch([keys, unlabeled_keys], "losses")
+        self._watch([step.loss], "memory")
+
+    def _watch(self, tensors: Iterable[Tensor], part: str) -> None:
+        """A backward pass is in `part` from the gradient of one of `tensors` on."""
+        for tensor in tensors:
+            # A parameter, or a leaf, would keep its hook.
+            if tensor.grad_fn is not None:
+                tensor.register_hook(lambda _: self._backward_enters(part))
+
+    def _backward_enters(self, part: str | None) -> None:
+        now = self._now()
+        if self.part_of_backward is not None:
+            self.seconds[f"backward {self.part}: {self.part_of_backward}"] += now - self.entered
+        self.part_of_backward, self.entered = part, now
 
     def _timed_grad(self, grad: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any, **settings: Any) -> Any:
             # A backward may itself ask for gradients.
-            if "grad" in self.begun:
+            if self.part_of_backward is not None:
                 return grad(*arguments, **settings)
-            self.map_done = None
-            self._begin("grad")
-            result = grad(*arguments, **settings)
-            begin, end = self.begun.pop("grad"), self._now()
-            middle = self.map_done or end
-            self.seconds[f"backward {self.part}: heads"] += middle - begin
-            self.seconds[f"backward {self.part}: backbone"] += end - middle
-            return result
+            self._backward_enters("losses")
+            try:
+                return grad(*arguments, **settings)
+            finally:
+                self._backward_enters(None)
 
         return timed
 
