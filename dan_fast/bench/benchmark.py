@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +27,8 @@ SCHEMA = 1
 MEANING = {
     "seconds": "of a pass; forward is without recording for autograd; repetitions of the contenders in turn",
     "model_bytes": "a model: the bytes that a pass cannot do without",
+    "limit_seconds": "model_bytes / bandwidth and flop / rate, which no run can go below; over_limit: over the larger",
+    "rate": "operations/s of the fastest of torch's and NumPy's products of 2048 x 2048, in the type of the arithmetic",
     "bandwidth_share": "model_bytes / copy bandwidth / time; above 1 where a cache serves",
     "bandwidth": "bytes/s read and written by Tensor.copy_, taken in turn with the contenders",
     "speedup": "median of the other / median of this one, pass by pass; none without agreement",
@@ -35,6 +38,7 @@ MEANING = {
 }
 LEGEND = (
     "ms: median (quartiles, repetitions) of a step or call. Two figures: forward / forward + backward.",
+    "over limit: time over the larger of model bytes at the copy bandwidth and operations at the best product's rate.",
     "of copy: model bytes at the measured copy bandwidth over the time. vs: how many times as long that one takes.",
 )
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -169,9 +173,11 @@ class Benchmark(ABC):
             words = {"contender": row.contender} | {name: str(row.of[name] or "-") for name in self.columns}
             table.append(words | row.cells() | self.cells(row))
         print_table(console, self.title(rows), table)
-        bandwidth = next((row.bandwidth for row in rows if row.bandwidth), None)
-        if bandwidth:
-            console.print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s, read and written")
+        bandwidth, rate = (next((x for x in map(attrgetter(of), rows) if x), None) for of in ("bandwidth", "rate"))
+        measured = [f"copy bandwidth {bandwidth / 1e9:.1f} GB/s, read and written"] if bandwidth else []
+        measured += [f"matrix products {rate / 1e9:.1f} GFLOP/s"] if rate else []
+        if measured:
+            console.print(", ".join(measured), highlight=False)
         for row in rows:
             for remark in row.remarks():
                 console.print(f"{row.name}: {escape(remark)}", highlight=False)

@@ -1,5 +1,6 @@
 """`dan-fast bench data`: images a second of each loader in each use, on files of each size."""
 
+import math
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -66,6 +67,7 @@ class DataBenchmark(Benchmark):
         "files": "synthetic pedestrians as JPEG, in the page cache of the system like the cache itself",
         "apart": "largest difference from plain in grey levels, and the share of numbers that differ, on equal draws",
         "speedup": "median of plain / median of this one in the same use; none without agreement",
+        "model_bytes": "a model: pixels read as uint8 and written as float32; decoding and augmenting are not in it",
         "build_seconds": "to decode all images into the cache, once, in no other figure",
     }
 
@@ -90,7 +92,13 @@ class DataBenchmark(Benchmark):
         """All contenders in both uses, on files of one size."""
         of = {"file_size": file_size, "image_size": self.image_size, "images": self.images}
         of |= {"apart": None, "build_seconds": None, "cache_bytes": None}
-        rows = [Row(name, of | {"use": use}, (WHOLE,), f"{name}, {use}") for use in USES for name in CONTENDERS]
+        # Bytes read as uint8 and written as float32.
+        moved = {WHOLE: self.images * 3 * math.prod(self.image_size) * (1 + 4)}
+        rows = [
+            Row(name, of | {"use": use}, (WHOLE,), f"{name}, {use}", model_bytes=moved)
+            for use in USES
+            for name in CONTENDERS
+        ]
         with TemporaryDirectory(prefix="dan-fast-bench-") as folder:
             say(f"{_name(file_size)}: drawing images")
             feeds = Feeds(Path(folder), file_size, self.image_size, self.images, self.batch, self.workers, self.place)
@@ -111,7 +119,7 @@ class DataBenchmark(Benchmark):
                 # The first pass starts the workers.
                 run()
                 turns.append(Turn(row, WHOLE, run, self.repeat))
-            take_turns(self.place, turns, say)
+            take_turns(self.place, turns, say, moved[WHOLE])
         set_feed_speedups(rows)
         return rows
 
