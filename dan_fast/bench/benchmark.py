@@ -1,6 +1,7 @@
 """What all benchmarks have in common: from settings to groups of rows, tables, a file, bars and the verdict."""
 
 import json as json_text
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -107,7 +108,7 @@ class Benchmark(ABC):
 
     def legend(self, rows: Sequence[Row]) -> list[str]:
         """Lines below the tables."""
-        return []
+        return [*LEGEND, f"extra MB: {self.peak_meaning}; less the result."]
 
     def settings(self) -> dict[str, Any]:
         """As they are written into the file, what was made of them included."""
@@ -139,7 +140,7 @@ class Benchmark(ABC):
         bars = self.bars(rows)
         for title, table in self.more_tables(rows).items():
             print_table(console, title, table)
-        for line in (*LEGEND, f"extra MB: {self.peak_meaning}; less the result.", *self.legend(rows)):
+        for line in self.legend(rows):
             console.print(line, highlight=False)
         verdicts = [
             {"bar": b.name, "limit": b.limit, "measured": shown(b.value, ".3g"), "verdict": b.verdict} for b in bars
@@ -212,6 +213,21 @@ def one_of(option: str, text: str, choices: Iterable[str]) -> list[str]:
 def dtypes_of(text: str) -> list[torch.dtype]:
     """The types of `--dtype float32,bfloat16`."""
     return [getattr(torch, name) for name in one_of("dtype", text, DTYPES)]
+
+
+def sizes_of(option: str, text: str) -> list[tuple[int, int]]:
+    """The heights and widths of `--files 128x64,256x128`.
+
+    Raises:
+        DanFastError: one is not a size of an image that can be drawn; names the option.
+    """
+    sizes = []
+    for word in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)x(\d+)\s*", word)
+        if found is None or int(found[1]) < 32 or int(found[2]) < 16:
+            raise DanFastError(f"{option}: {word!r} is not a height and a width of at least 32x16, such as 128x64.")
+        sizes.append((int(found[1]), int(found[2])))
+    return list(dict.fromkeys(sizes))
 
 
 def contenders_of(text: str, choices: Iterable[str]) -> list[str]:

@@ -56,6 +56,13 @@ MISTAKES = {
         ("--files 32x16,16x16", 1, "files: '16x16' is not"),
         ("--batch 13", 1, "batch is 13; it must be from 2 to images, 12"),
     ],
+    "epoch": [
+        ("--files 128", 1, "files: '128' is not a height and a width of at least 32x16, such as 128x64"),
+        ("--backbone vgg", 1, "backbone: 'vgg' is not one of resnet18"),
+        ("--recipe plain", 1, "recipe: 'plain' is not one of paper, dan"),
+        ("--order 3", 1, "order: '3' is not one of 1, 2"),
+        ("--batch 7", 1, "batch is 7; it must be from 8 to images, 48"),
+    ],
     "ranking": [("--queries 0", 2, '"queries"'), ("--check true", 1, "3 of 3 bars are missed")],
 }
 

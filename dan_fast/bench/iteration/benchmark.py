@@ -255,8 +255,9 @@ class IterationBenchmark(Benchmark):
 
     def legend(self, rows: Sequence[Row]) -> list[str]:
         return [
+            *super().legend(rows),
             f"s/epoch: for {EPOCH_IMAGES} images. The paper's DAN takes {PAPER_RATIO:.2f} times as long as its "
-            "ResNet-50 (Table VIII)."
+            "ResNet-50 (Table VIII).",
         ]
 
     def more_tables(self, rows: Sequence[Row]) -> dict[str, list[dict[str, str]]]:

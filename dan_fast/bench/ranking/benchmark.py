@@ -169,8 +169,9 @@ class RankingBenchmark(Benchmark):
     def legend(self, rows: Sequence[Row]) -> list[str]:
         size = self.memory_size
         return [
+            *super().legend(rows),
             f"memory at {size.queries} x {size.gallery}, {size.width} wide: {shown(self._extra_bytes, '.1f', 1e6)} MB "
-            f"beyond the features, in {self._memory_seconds:.1f} s ({self.peak_meaning})"
+            f"beyond the features, in {self._memory_seconds:.1f} s ({self.peak_meaning})",
         ]
 
     def more(self, rows: Sequence[Row]) -> dict[str, Any]:
