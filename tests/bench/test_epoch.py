@@ -4,12 +4,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dan_fast.bench.data.feeds import PlainImages
 from dan_fast.bench.epoch import benchmark as epoch
 from dan_fast.bench.epoch import contenders
 from dan_fast.bench.epoch.benchmark import EpochBenchmark, set_epoch_ratios
-from dan_fast.bench.epoch.contenders import CACHED, PLAIN, Epoch, Feed, compare_losses, draw_files, drawn_images
+from dan_fast.bench.epoch.contenders import (
+    CACHED,
+    PLAIN,
+    Epoch,
+    Feed,
+    compare_losses,
+    draw_files,
+    drawn_images,
+    operations,
+)
 from dan_fast.bench.process import ProcessFailed
 from dan_fast.bench.rows import WHOLE, Timing
 from dan_fast.nn import build_backbone
@@ -67,6 +77,13 @@ def test_both_feeds_have_the_same_images_and_a_wrong_one_is_seen(drawn, monkeypa
     assert "of the pixels differ" in feed.compare()[0]
     monkeypatch.setattr(contenders, "read_image", lambda path: torch.zeros(3, 64, 32, dtype=torch.uint8))
     assert feed.compare()[0] == "16 of 16 decoded images are not equal"
+
+
+def test_operations_of_grouped_convolutions_are_not_counted_as_dense():
+    images, layer = torch.ones(2, 8, 6, 6, requires_grad=True), torch.nn.Conv2d(8, 8, 3, padding=1, groups=8)
+    with FlopCounterMode(display=False) as counter:
+        layer(images).sum().backward()
+    assert operations(counter) == 3 * 2 * (2 * 8 * 36) * 9 < counter.get_total_flops()
 
 
 def test_losses_that_differ_are_a_difference():
