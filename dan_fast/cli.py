@@ -158,6 +158,8 @@ def _run(parser: ArgumentParser, parsed: Namespace) -> int:
             _keep_heap_on_a_cpu(settings.device)
         case "quickstart":
             _keep_heap_on_a_cpu("auto")
+        case "bench":
+            _keep_heap_on_a_cpu(settings[settings.what].device)
     called = resolve_name(_COMMANDS[command][0])
     if command == "bench":
         called, settings = called[settings.what][0], settings[settings.what]

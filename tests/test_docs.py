@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dan_fast import cli
+from dan_fast.bench import BENCHMARKS
 from dan_fast.data import load_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,7 +124,7 @@ def test_the_manifest_of_the_readme_is_read(tmp_path: Path):
 def known_flags() -> set[str]:
     """The flags that the help of any command lists."""
     shown = io.StringIO()
-    benches = ("bench memory", "bench attention", "bench iteration", "bench data", "bench ranking")
+    benches = [f"bench {name}" for name in BENCHMARKS]
     commands = "quickstart synthesize train evaluate datasets protocols report sweep doctor".split()
     for command in (*commands, *benches):
         with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):

@@ -2,6 +2,7 @@
 
 from dan_fast.bench.attention.benchmark import AttentionBenchmark
 from dan_fast.bench.data.benchmark import DataBenchmark
+from dan_fast.bench.epoch.benchmark import EpochBenchmark
 from dan_fast.bench.iteration.benchmark import IterationBenchmark
 from dan_fast.bench.memory.benchmark import MemoryBenchmark
 from dan_fast.bench.ranking.benchmark import RankingBenchmark
@@ -11,6 +12,7 @@ BENCHMARKS = {
     "memory": (MemoryBenchmark, "The memory step: literal, in score space, compiled, and kernels."),
     "attention": (AttentionBenchmark, "The attention head: eager, compiled, and kernels."),
     "iteration": (IterationBenchmark, "A training iteration: plain ResNet, DAN with literal operators, and DAN."),
+    "epoch": (EpochBenchmark, "An epoch from JPEG files: a plain PyTorch loop, the same from the cache, and DAN."),
     "data": (DataBenchmark, "Feeding images: a plain DataLoader, decoding without a cache, and from the cache."),
     "ranking": (RankingBenchmark, "Evaluating a ranking: by sorting in NumPy, and by counting."),
 }

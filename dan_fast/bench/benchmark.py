@@ -1,10 +1,12 @@
 """What all benchmarks have in common: from settings to groups of rows, tables, a file, bars and the verdict."""
 
 import json as json_text
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +28,8 @@ SCHEMA = 1
 MEANING = {
     "seconds": "of a pass; forward is without recording for autograd; repetitions of the contenders in turn",
     "model_bytes": "a model: the bytes that a pass cannot do without",
+    "limit_seconds": "model_bytes / bandwidth and flop / rate, which no run can go below; over_limit: over the larger",
+    "rate": "operations/s of the fastest of torch's and NumPy's products of 2048 x 2048, in the type of the arithmetic",
     "bandwidth_share": "model_bytes / copy bandwidth / time; above 1 where a cache serves",
     "bandwidth": "bytes/s read and written by Tensor.copy_, taken in turn with the contenders",
     "speedup": "median of the other / median of this one, pass by pass; none without agreement",
@@ -35,6 +39,7 @@ MEANING = {
 }
 LEGEND = (
     "ms: median (quartiles, repetitions) of a step or call. Two figures: forward / forward + backward.",
+    "over limit: time over the larger of model bytes at the copy bandwidth and operations at the best product's rate.",
     "of copy: model bytes at the measured copy bandwidth over the time. vs: how many times as long that one takes.",
 )
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -103,7 +108,7 @@ class Benchmark(ABC):
 
     def legend(self, rows: Sequence[Row]) -> list[str]:
         """Lines below the tables."""
-        return []
+        return [*LEGEND, f"extra MB: {self.peak_meaning}; less the result."]
 
     def settings(self) -> dict[str, Any]:
         """As they are written into the file, what was made of them included."""
@@ -135,7 +140,7 @@ class Benchmark(ABC):
         bars = self.bars(rows)
         for title, table in self.more_tables(rows).items():
             print_table(console, title, table)
-        for line in (*LEGEND, f"extra MB: {self.peak_meaning}; less the result.", *self.legend(rows)):
+        for line in self.legend(rows):
             console.print(line, highlight=False)
         verdicts = [
             {"bar": b.name, "limit": b.limit, "measured": shown(b.value, ".3g"), "verdict": b.verdict} for b in bars
@@ -169,9 +174,11 @@ class Benchmark(ABC):
             words = {"contender": row.contender} | {name: str(row.of[name] or "-") for name in self.columns}
             table.append(words | row.cells() | self.cells(row))
         print_table(console, self.title(rows), table)
-        bandwidth = next((row.bandwidth for row in rows if row.bandwidth), None)
-        if bandwidth:
-            console.print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s, read and written")
+        bandwidth, rate = (next((x for x in map(attrgetter(of), rows) if x), None) for of in ("bandwidth", "rate"))
+        measured = [f"copy bandwidth {bandwidth / 1e9:.1f} GB/s, read and written"] if bandwidth else []
+        measured += [f"matrix products {rate / 1e9:.1f} GFLOP/s"] if rate else []
+        if measured:
+            console.print(", ".join(measured), highlight=False)
         for row in rows:
             for remark in row.remarks():
                 console.print(f"{row.name}: {escape(remark)}", highlight=False)
@@ -206,6 +213,21 @@ def one_of(option: str, text: str, choices: Iterable[str]) -> list[str]:
 def dtypes_of(text: str) -> list[torch.dtype]:
     """The types of `--dtype float32,bfloat16`."""
     return [getattr(torch, name) for name in one_of("dtype", text, DTYPES)]
+
+
+def sizes_of(option: str, text: str) -> list[tuple[int, int]]:
+    """The heights and widths of `--files 128x64,256x128`.
+
+    Raises:
+        DanFastError: one is not a size of an image that can be drawn; names the option.
+    """
+    sizes = []
+    for word in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)x(\d+)\s*", word)
+        if found is None or int(found[1]) < 32 or int(found[2]) < 16:
+            raise DanFastError(f"{option}: {word!r} is not a height and a width of at least 32x16, such as 128x64.")
+        sizes.append((int(found[1]), int(found[2])))
+    return list(dict.fromkeys(sizes))
 
 
 def contenders_of(text: str, choices: Iterable[str]) -> list[str]:

@@ -4,19 +4,13 @@ Stopped inside, the compiler would go on tracing the functions that it had begun
 has compiled is found again in PyTorch's cache.
 """
 
-import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pkgutil import resolve_name
 from typing import Any
 
-import torch
-
-from dan_fast.bench.rows import Row, plain
+from dan_fast.bench.process import ProcessFailed, in_own_process
+from dan_fast.bench.rows import Row
 
 
 def compile_trial(row: Row, prepare: Callable[..., Callable], budget_s: float, **arguments: Any) -> str | None:
@@ -29,34 +23,20 @@ def compile_trial(row: Row, prepare: Callable[..., Callable], budget_s: float, *
         arguments: of `prepare`, which gets them as JSON has them.
     """
     where = f"{prepare.__module__}:{prepare.__qualname__}"
-    request = {"prepare": where, "arguments": plain(arguments), "threads": torch.get_num_threads()}
-    command = [sys.executable, "-c", "from dan_fast.bench.compiled import main; main()", json.dumps(request)]
-    # A session of its own: the compiler starts helpers, which have to stop too.
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        output, errors = child.communicate(timeout=budget_s)
-    except subprocess.TimeoutExpired:
+        row.compile_seconds = in_own_process(first_calls, budget_s, prepare=where, arguments=arguments)
+    except TimeoutError:
         return f"torch.compile took more than {budget_s:.0f} s"
-    finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.communicate()
-    if child.returncode == 0:
-        row.compile_seconds = float(output.split()[-1])
-        return None
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    # The exception stands first, what it is about may follow in many lines.
-    named = [line for line in lines if "Error" in line.partition(":")[0] or "Exception" in line.partition(":")[0]]
-    return f"torch.compile failed: {(named or lines or [f'exit code {child.returncode}'])[-1][:300]}"
+    except ProcessFailed as error:
+        return f"torch.compile failed: {error}"
+    return None
 
 
-def main() -> None:
-    """Compiles what the first argument asks for and prints the seconds."""
-    request = json.loads(sys.argv[1])
-    torch.set_num_threads(request["threads"])
-    begin = resolve_name(request["prepare"])(**request["arguments"])
+def first_calls(prepare: str, arguments: dict[str, Any]) -> float:
+    """The seconds of the calls in which a contender is compiled."""
+    begin = resolve_name(prepare)(**arguments)
     start = time.perf_counter()
     runner = begin()
     runner.outcome()
     runner.run(False)
-    print(time.perf_counter() - start)
+    return time.perf_counter() - start

@@ -15,6 +15,7 @@ import torch
 import dan_fast
 from dan_fast import _extension
 from dan_fast.core.float32 import float32_rounding
+from dan_fast.core.heap import heap_in_force
 
 PEAK_MEANING = {
     "cpu": (
@@ -24,6 +25,7 @@ PEAK_MEANING = {
     "cuda": "torch.cuda.max_memory_allocated during the run, less what was allocated before; tensors only",
 }
 _STATUS = "/proc/self/status"
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 _DRIVER = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 
 
@@ -42,9 +44,10 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cpu": _of_file("/proc/cpuinfo", r"model name\s*:\s*(.+)") or platform.processor() or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": CORES,
         "threads": torch.get_num_threads(),
         "float32": float32_rounding(device) or "IEEE",
+        "heap": heap_in_force() if device.type == "cpu" else None,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cuda": torch.version.cuda,
         "driver": _output(*_DRIVER) if device.type == "cuda" else None,
@@ -102,16 +105,6 @@ def why_too_large(device: torch.device, needed: float, what: str) -> str | None:
     return f"{what} would need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
 
 
-def float32_rate(device: torch.device) -> float | None:
-    """Float32 operations a second of a GPU, two for each multiply-add, at its highest clock; None for a CPU."""
-    if device.type != "cuda":
-        return None
-    found = torch.cuda.get_device_properties(device)
-    # NVIDIA's compute capabilities: these have 64 lanes in a multiprocessor, those that came after them 128.
-    lanes = 64 if (found.major, found.minor) in ((7, 0), (7, 5), (8, 0)) else 128
-    return 2.0 * lanes * found.multi_processor_count * found.clock_rate * 1e3
-
-
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -146,6 +139,12 @@ class Copy:
         self.destination.copy_(self.source)
 
 
+def resident_peak() -> int | None:
+    """The highest resident memory of this process since it began or since it was reset; None where nothing tells."""
+    found = _of_file(_STATUS, r"VmHWM:\s+(\d+)")
+    return None if found is None else 1024 * int(found)
+
+
 def peak_above(device: torch.device, run: Callable[[], object]) -> tuple[object, int | None]:
     """Runs and says how far memory rose above where it stood, in bytes; see PEAK_MEANING.
 
@@ -167,4 +166,4 @@ def peak_above(device: torch.device, run: Callable[[], object]) -> tuple[object,
     except (OSError, AttributeError, TypeError):
         return run(), None
     result = run()
-    return result, 1024 * max(0, int(_of_file(_STATUS, r"VmHWM:\s+(\d+)")) - before)
+    return result, max(0, resident_peak() - 1024 * before)

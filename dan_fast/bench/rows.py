@@ -51,6 +51,8 @@ class Row:
         disagrees: what differs, None if nothing does. A row that disagrees has no speed-up.
         agreement: how it agrees, in words; the largest error unless given.
         operators: the operators of dan_fast that the first call ran, none on a PyTorch path.
+        model_bytes, flop: pass -> what it cannot do without: bytes moved, and operations of its products.
+        bandwidth, rate: bytes and operations a second that were measured on this machine in the same run.
         speedup: other contender -> pass -> how many times as long that one takes.
     """
 
@@ -71,7 +73,9 @@ class Row:
     peak_bytes: int | None = None
     returned_bytes: int = 0
     model_bytes: dict[str, int] = field(default_factory=dict)
+    flop: dict[str, float] = field(default_factory=dict)
     bandwidth: float | None = None
+    rate: float | None = None
     speedup: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -95,6 +99,16 @@ class Row:
             return None
         return self.model_bytes[kind] / self.bandwidth / self.seconds[kind].median
 
+    def limits(self, kind: str) -> dict[str, float]:
+        """Seconds that no run of a pass can go below: by "bytes" and by "operations", where their rates are known."""
+        parts = {"bytes": (self.model_bytes, self.bandwidth), "operations": (self.flop, self.rate)}
+        return {name: needed[kind] / rate for name, (needed, rate) in parts.items() if rate and needed.get(kind)}
+
+    def over_limit(self, kind: str) -> float | None:
+        """Time over the larger limit."""
+        limits = self.limits(kind)
+        return self.seconds[kind].median / max(limits.values()) if limits and kind in self.seconds else None
+
     def leave_out(self, reason: str, *kinds: str) -> None:
         self.left_out |= dict.fromkeys(kinds or self.passes, reason)
 
@@ -102,17 +116,23 @@ class Row:
         content = vars(self) | self.of
         del content["of"]
         shares = {kind: self.bandwidth_share(kind) for kind in self.seconds}
+        limits = {kind: self.limits(kind) for kind in self.seconds}
+        over = {kind: self.over_limit(kind) for kind in self.seconds}
         if self.passes == (WHOLE,):
             content |= {"seconds": self.whole, "left_out": self.left_out.get(WHOLE)}
-        return content | {"extra_bytes": self.extra_bytes, "bandwidth_share": shares}
+        content |= {"extra_bytes": self.extra_bytes, "bandwidth_share": shares}
+        return content | {"limit_seconds": limits, "over_limit": over}
 
     def cells(self) -> dict[str, str]:
         """Column -> cell of the table, "-" for what is not known."""
         columns = {FORWARD: "forward ms", BACKWARD: "fwd + bwd ms", WHOLE: "ms"}
+        limits = {kind: max(self.limits(kind).values(), default=None) for kind in self.seconds}
         return {
             **{columns[kind]: milliseconds(self.seconds.get(kind)) for kind in self.passes},
+            "limit ms": pair(limits, ".3g", 1e-3),
+            "over limit": pair({kind: self.over_limit(kind) for kind in self.seconds}, ".3g"),
             "extra MB": shown(self.extra_bytes, ".1f", 1e6),
-            "model MB": pair({kind: count / 1e6 for kind, count in self.model_bytes.items()}, ".3g"),
+            "model MB": pair(self.model_bytes, ".3g", 1e6),
             "of copy": pair({kind: self.bandwidth_share(kind) for kind in self.seconds}, ".1%"),
             **{f"vs {rival}": pair(ratios, ".3g") for rival, ratios in self.speedup.items()},
         }
@@ -177,8 +197,8 @@ def shown(value: float | None, form: str, unit: float = 1) -> str:
     return "-" if value is None else format(value / unit, form)
 
 
-def pair(values: Mapping[str, float | None], form: str) -> str:
+def pair(values: Mapping[str, float | None], form: str, unit: float = 1) -> str:
     """Forward / forward + backward, a "-" where only the other was measured; or the value of the only pass."""
     kinds = (WHOLE,) if WHOLE in values else (FORWARD, BACKWARD)
-    cells = [shown(values.get(kind), form) for kind in kinds]
+    cells = [shown(values.get(kind), form, unit) for kind in kinds]
     return "-" if set(cells) == {"-"} else " / ".join(cells)

@@ -1,19 +1,24 @@
 """Repetitions in turn, and which of the package's operators ran."""
 
+import functools
 import gc
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dan_fast.bench.machine import CacheFlush, Copy, synchronize
+from dan_fast.bench.machine import CORES, CacheFlush, Copy, synchronize
 from dan_fast.bench.rows import Row, Timing
+from dan_fast.core.heap import heap_in_force
 
 Say = Callable[[str], None]
 _T = TypeVar("_T", bound=Hashable)
+# Rows of the square matrices whose product says how fast the machine multiplies, and how often it is tried.
+_PRODUCT, _PRODUCTS = 2048, 5
 
 
 def once(device: torch.device, run: Callable[[], object], flush: Callable[[], None] = lambda: None) -> float:
@@ -29,6 +34,27 @@ def once(device: torch.device, run: Callable[[], object], flush: Callable[[], No
         return time.perf_counter() - start
     finally:
         gc.enable()
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a matrix product, the best that was measured of torch's and, on a CPU, NumPy's.
+
+    Example:
+        >>> product_rate(torch.device("cpu"), torch.float32) > 1e9
+        True
+    """
+    return _product_rate(device, dtype, torch.get_num_threads())
+
+
+@functools.cache
+def _product_rate(device: torch.device, dtype: torch.dtype, threads: int) -> float:
+    matrices = [torch.rand(_PRODUCT, _PRODUCT, device=device).to(dtype) for _ in range(2)]
+    products = [lambda: matrices[0] @ matrices[1]]
+    # NumPy's library takes all cores, whatever torch's number of threads is.
+    if device.type == "cpu" and threads >= CORES and dtype in (torch.float32, torch.float64):
+        arrays = [matrix.numpy() for matrix in matrices]
+        products.append(lambda: np.matmul(*arrays))
+    return 2 * _PRODUCT**3 / min(once(device, product) for product in products for _ in range(_PRODUCTS))
 
 
 def repetitions(seconds: float, repeat: int, budget_s: float) -> int:
@@ -75,7 +101,12 @@ class Turn(NamedTuple):
 
 
 def take_turns(
-    device: torch.device, turns: Sequence[Turn], say: Say, copy_bytes: int | None = None, warm: bool = False
+    device: torch.device,
+    turns: Sequence[Turn],
+    say: Say,
+    copy_bytes: int | None = None,
+    dtype: torch.dtype | None = None,
+    warm: bool = False,
 ) -> None:
     """Times all passes in turn, with empty caches, into their rows.
 
@@ -84,10 +115,14 @@ def take_turns(
         turns: the passes.
         say: told what is going on.
         copy_bytes: also time a copy of about so many bytes in each round, the rows' `bandwidth`.
+        dtype: of the arithmetic, whose `product_rate` is the rows' `rate`.
         warm: call once untimed before each timed call: memory that another contender freed may have gone back to the
             system, and getting it anew takes time.
     """
     flush = CacheFlush(device)
+    if device.type == "cpu" and heap_in_force() == "kept":
+        # `peak_above` gave free pages back to the system: they are fetched before the first round.
+        torch.empty(max((turn.row.peak_bytes or 0 for turn in turns), default=0), dtype=torch.uint8).zero_()
     bandwidth = Timing()
     copy = Copy(device, copy_bytes) if copy_bytes and turns else None
     if copy:
@@ -101,9 +136,9 @@ def take_turns(
             if warm:
                 call()
             row.seconds.setdefault(kind, Timing()).seconds.append(once(device, call, flush) / row.steps)
-    if copy:
-        for turn in turns:
-            turn.row.bandwidth = copy.moved_bytes / bandwidth.median
+    for turn in turns:
+        turn.row.bandwidth = copy.moved_bytes / bandwidth.median if copy else None
+        turn.row.rate = product_rate(device, dtype) if dtype else None
 
 
 class Operators(TorchDispatchMode):

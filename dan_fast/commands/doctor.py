@@ -119,7 +119,7 @@ def _driver_version() -> str:
 
 def _built(info: dict) -> list[tuple[str, str]]:
     left = why_heap_is_left()
-    heap = ("heap on a CPU", "freed blocks are kept by train, evaluate and quickstart" if left is None else left)
+    heap = ("heap on a CPU", "freed blocks are kept by train, evaluate, quickstart and bench" if left is None else left)
     if not _extension.loaded():
         return [("CPU kernels", "no"), ("CUDA kernels", "no"), heap]
     cuda = f"yes, for {', '.join(info.get('cuda_archs', []))}" if _extension.has_cuda_kernels() else "no"

@@ -7,6 +7,8 @@ from pathlib import Path
 # mallopt's names for them, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _OTHER_ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
+# Whether `keep_heap` has been granted what it asked for, which cannot be taken back.
+_kept = False
 
 
 def keep_heap() -> bool:
@@ -21,11 +23,23 @@ def keep_heap() -> bool:
         >>> keep_heap() == (why_heap_is_left() is None)
         True
     """
+    global _kept
     if why_heap_is_left() is not None:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     # No block has a mapping of its own, and the end of the heap is never trimmed.
-    return all([mallopt(_M_MMAP_MAX, 0) == 1, mallopt(_M_TRIM_THRESHOLD, -1) == 1])
+    _kept = all([mallopt(_M_MMAP_MAX, 0) == 1, mallopt(_M_TRIM_THRESHOLD, -1) == 1])
+    return _kept
+
+
+def heap_in_force() -> str:
+    """What is in force in this process: "kept", "not kept", or why `keep_heap` leaves it as the user has set it.
+
+    Example:
+        >>> heap_in_force() in ("kept", "not kept", why_heap_is_left())
+        True
+    """
+    return "kept" if _kept else why_heap_is_left() or "not kept"
 
 
 def why_heap_is_left() -> str | None:

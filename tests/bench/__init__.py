@@ -15,6 +15,8 @@ TINY = {
     "iteration": {"backbone": "resnet18", "height": 64, "width": 32, "images": 8, "labeled_slots": 24,
                   "unlabeled_slots": 12, "classes": 6, "repeat": 1},
     "data": {"files": "32x16", "image_size": "[40,20]", "images": 12, "batch": 4, "workers": 1, "repeat": 2},
+    "epoch": {"files": "64x32", "backbone": "resnet18", "images": 48, "batch": 8, "iterations": 2, "workers": 1,
+              "order": "1", "repeat": 1, "threads": 1},
     "ranking": {"queries": 70, "gallery": 300, "width": 16, "ids": 20, "cams": 3, "repeat": 2, "threads": 1,
                 "memory_queries": 200, "memory_gallery": 4000, "memory_width": 8},
 }  # fmt: skip

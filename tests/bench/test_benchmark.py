@@ -6,17 +6,18 @@ import shutil
 import subprocess
 import warnings
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dan_fast import _extension
+from dan_fast.bench import timing
 from dan_fast.bench.agreement import relative_error
-from dan_fast.bench.machine import environment, float32_rate, free_memory, peak_above
-from dan_fast.bench.rows import BACKWARD, FORWARD, Row, Timing, plain
-from dan_fast.bench.timing import repetitions, rounds
+from dan_fast.bench.machine import environment, free_memory, peak_above
+from dan_fast.bench.rows import BACKWARD, FORWARD, WHOLE, Row, Timing, plain
+from dan_fast.bench.timing import Turn, product_rate, repetitions, rounds, take_turns
 from dan_fast.cli import main
+from dan_fast.core import heap
 from dan_fast.functional.memory.row_norms import row_sq_norms
 from tests.bench import command
 from tests.support import ROOT
@@ -55,6 +56,13 @@ MISTAKES = {
         ("--files 32x16,16x16", 1, "files: '16x16' is not"),
         ("--batch 13", 1, "batch is 13; it must be from 2 to images, 12"),
     ],
+    "epoch": [
+        ("--files 128", 1, "files: '128' is not a height and a width of at least 32x16, such as 128x64"),
+        ("--backbone vgg", 1, "backbone: 'vgg' is not one of resnet18"),
+        ("--recipe plain", 1, "recipe: 'plain' is not one of paper, dan"),
+        ("--order 3", 1, "order: '3' is not one of 1, 2"),
+        ("--batch 7", 1, "batch is 7; it must be from 8 to images, 48"),
+    ],
     "ranking": [("--queries 0", 2, '"queries"'), ("--check true", 1, "3 of 3 bars are missed")],
 }
 
@@ -87,8 +95,8 @@ def test_a_row_is_written_flat():
 
 
 def test_quartiles():
-    timing = Timing([5.0, 1.0, 2.0, 4.0, 3.0])
-    assert (timing.median, timing.quartiles) == (3.0, (2.0, 4.0))
+    five = Timing([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert (five.median, five.quartiles) == (3.0, (2.0, 4.0))
     assert Timing([2.0]).quartiles == (2.0, 2.0)
 
 
@@ -111,13 +119,35 @@ def test_an_error_is_relative_to_what_is_wanted():
     assert relative_error(torch.ones(()), torch.zeros(()), 2) > 1e30 and relative_error(wanted[:0], wanted[:0], 2) == 0
 
 
-@pytest.mark.parametrize("gpu, tera", [((8, 6, 82, 1.695), 35.6), ((8, 0, 108, 1.41), 19.5), ((9, 0, 132, 1.98), 66.9)])
-def test_the_float32_rate_of_a_gpu_is_that_of_its_data_sheet(monkeypatch, gpu, tera):
-    major, minor, count, clock = gpu
-    found = SimpleNamespace(major=major, minor=minor, multi_processor_count=count, clock_rate=round(clock * 1e6))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
-    assert float32_rate(torch.device("cuda")) == pytest.approx(tera * 1e12, rel=2e-3)
-    assert float32_rate(CPU) is None
+def test_the_limit_is_the_larger_of_bytes_and_operations():
+    row = Row("kernels", seconds={FORWARD: Timing([6.0]), BACKWARD: Timing([6.0])}, bandwidth=4.0, rate=10.0)
+    row.model_bytes, row.flop = {FORWARD: 8, BACKWARD: 8}, {FORWARD: 10.0, BACKWARD: 30.0}
+    assert row.limits(FORWARD) == {"bytes": 2.0, "operations": 1.0} and row.over_limit(FORWARD) == 3.0
+    assert row.to_dict()["over_limit"] == {FORWARD: 3.0, BACKWARD: 2.0}
+    assert row.cells()["limit ms"] == "2e+03 / 3e+03" and row.cells()["over limit"] == "3 / 2"
+    row.bandwidth = row.rate = None
+    assert row.limits(FORWARD) == {} and row.over_limit(FORWARD) is None and row.cells()["limit ms"] == "-"
+
+
+def test_the_rate_is_that_of_the_fastest_product(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(timing, "_PRODUCT", 4)
+    monkeypatch.setattr(timing, "_PRODUCTS", 2)
+    # Two products of torch, and two of NumPy where it has no more threads than torch.
+    for cores, best in ((threads, 3.0), (threads + 1, 5.0)):
+        seconds = iter([9.0, 5.0, 4.0, 3.0])
+        monkeypatch.setattr(timing, "once", lambda device, product, seconds=seconds: next(seconds))
+        monkeypatch.setattr(timing, "CORES", cores)
+        timing._product_rate.cache_clear()
+        assert product_rate(CPU, torch.float32) == 2 * 4**3 / best
+    timing._product_rate.cache_clear()
+
+
+def test_what_is_measured_of_the_machine_is_in_the_rows(monkeypatch):
+    monkeypatch.setattr(timing, "product_rate", lambda device, dtype: {torch.float32: 7.0}[dtype])
+    rows = [Row("one"), Row("other")]
+    take_turns(CPU, [Turn(row, WHOLE, lambda: None, 1) for row in rows], print, 2**20, torch.float32)
+    assert all(row.rate == 7.0 and row.bandwidth > 0 and row.whole for row in rows)
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not tell the peak")
@@ -133,6 +163,7 @@ def test_the_peak_counts_what_is_freed_again():
 def test_the_machine_is_described():
     found = environment(CPU)
     assert found["torch"] == torch.__version__ and found["gpu"] is None and found["cpu"]
+    assert found["heap"] == heap.heap_in_force() and environment(torch.device("meta"))["heap"] is None
     free = free_memory(CPU)
     assert free is None or 0 < free < math.inf
 

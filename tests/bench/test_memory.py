@@ -10,7 +10,7 @@ from dan_fast import MemoryState, _extension, functional, reference
 from dan_fast.bench.memory import benchmark as memory
 from dan_fast.bench.memory.agreement import TOLERANCES, compare
 from dan_fast.bench.memory.bars import memory_bars, model_bytes, predict
-from dan_fast.bench.memory.benchmark import MemoryBenchmark, floors_in_words, row_of, set_memory_speedups
+from dan_fast.bench.memory.benchmark import MemoryBenchmark, row_of, set_memory_speedups
 from dan_fast.bench.memory.contenders import IN_PLACE, KERNELS, LITERAL, MODULE, SCORE_SPACE, STEP, select
 from dan_fast.bench.memory.literal import InPlaceMemory
 from dan_fast.bench.memory.problem import Size, make_problem
@@ -171,7 +171,7 @@ def test_the_estimate_grows_with_the_slots(monkeypatch):
 
 
 def row(contender: str, use: str, forward: float, backward: float | None, scale: float = 1.0, **fields) -> Row:
-    of = {"dtype": "float32", "itemsize": 4, "scale": scale, "size": Size().scaled(scale), "float32_rate": None}
+    of = {"dtype": "float32", "itemsize": 4, "scale": scale, "size": Size().scaled(scale)}
     seconds = {FORWARD: Timing([forward])} | ({} if backward is None else {BACKWARD: Timing([backward])})
     (found,) = (each for each in select([contender]) if each.use == use)
     return row_of(found, of, seconds=seconds, **fields)
@@ -244,30 +244,22 @@ def test_models():
     assert hopper["floor_ms"] == hopper["operations_ms"] > hopper["bytes_ms"]
 
 
-def test_both_floors_are_printed_and_written():
+def test_both_limits_are_printed_and_written():
     step, module = some_rows(peak=0)[5:7]
-    module.of["float32_rate"] = 35.6e12
-    (sentence,) = floors_in_words(module)
-    assert sentence.endswith("17.79 ms by bytes at that bandwidth, 0.23 ms by operations at 35.6 TFLOP/s in float32")
-    module.notes.append(sentence)
+    module.rate = 1e12
     console = Console(width=200, file=io.StringIO())
     tiny().print_rows(console, [step, module])
-    assert floors_in_words(step) == [] and f"kernels (module): {sentence}" in console.file.getvalue()
-    floors = tiny().figures(module)["floor_seconds"]
-    assert floors[BACKWARD] == {
-        "bytes": pytest.approx(0.01779, rel=1e-3),
-        "operations": pytest.approx(2.26e-4, rel=1e-3),
-    }
-    assert floors[FORWARD]["operations"] < floors[BACKWARD]["operations"]
+    # 8.05 GFLOP at 1 TFLOP/s; 100 ms are 5.62 times the 17.79 ms of the bytes.
+    limits = {"bytes": pytest.approx(0.01779, rel=1e-3), "operations": pytest.approx(8.05e-3, rel=1e-3)}
+    assert tiny().figures(module)["floor_seconds"][BACKWARD] == module.limits(BACKWARD) == limits
+    assert "operations" not in step.limits(BACKWARD)
+    assert "matrix products 1000.0 GFLOP/s" in console.file.getvalue() and "/ 5.62" in console.file.getvalue()
 
 
-@pytest.mark.slow
-def test_the_rate_is_of_what_is_multiplied_in_float32(monkeypatch):
-    monkeypatch.setattr(memory, "float32_rate", lambda device: 1e12)
-    for dtype, products, known in ((torch.float32, "float32", True), (torch.bfloat16, "float32", False),
-                                   (torch.float32, "tf32x3", False)):  # fmt: skip
-        rows = tiny(SCORE_SPACE, products=products).group(1.0, dtype)
-        assert all((row.of["float32_rate"] is not None) == known for row in rows), (dtype, products)
+@pytest.mark.parametrize("dtype, arithmetic", [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_the_rate_is_that_of_the_arithmetic(monkeypatch, dtype, arithmetic):
+    monkeypatch.setattr("dan_fast.bench.timing.product_rate", lambda device, of: {arithmetic: 1e12}[of])
+    assert {row.rate for row in tiny(SCORE_SPACE).group(1.0, dtype)} == {1e12}
 
 
 def test_a_compile_that_takes_too_long_is_stopped():

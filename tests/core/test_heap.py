@@ -14,8 +14,9 @@ from tests.support import ROOT
 # Blocks as large as activations are, freed and allocated again.
 CHURN = """
 import resource
-from dan_fast.core.heap import keep_heap
+from dan_fast.core.heap import heap_in_force, keep_heap
 kept = keep_heap() if {keep} else False
+assert (heap_in_force() == "kept") == kept
 import numpy as np
 def churn():
     return [np.ones(2**22).sum() for _ in range(4)]
@@ -75,11 +76,12 @@ def test_another_allocator_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 @pytest.mark.parametrize("device, asked", [("cpu", 1), ("cuda", 0)])
-def test_commands_ask_once_and_on_a_cpu_only(device: str, asked: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("command", ["evaluate --checkpoint missing.pt --targets missing", "bench data --files 1x1"])
+def test_commands_ask_once_and_on_a_cpu_only(command: str, device: str, asked: int, monkeypatch: pytest.MonkeyPatch):
     asks = []
     monkeypatch.setattr(heap, "keep_heap", lambda: asks.append(True))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    assert cli.main(["evaluate", "--checkpoint", "missing.pt", "--targets", "missing", "--device", device]) == 1
+    assert cli.main([*command.split(), "--device", device]) == 1
     assert len(asks) == asked
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
+from torch.utils.flop_counter import FlopCounterMode
 
 from dan_fast.bench.attention.contenders import (
     COMPILED,
@@ -27,6 +28,7 @@ from dan_fast.bench.machine import peak_above, why_too_large
 from dan_fast.bench.rows import BACKWARD, FORWARD, Row, plain, set_speedups
 from dan_fast.bench.timing import Say, Turn, first_outcome, take_turns
 from dan_fast.bench.verdict import Bar, at_least, at_most
+from dan_fast.core.cosine import statistics_dtype
 
 _EAGER_SPEEDUP, _COMPILED_SPEEDUP, _EXTRA_BYTES, _FLOOR_FACTOR = 8, 3, 5e6, 2
 # The copy that measures the bandwidth is so many maps long: a cache must not hold it.
@@ -45,6 +47,16 @@ def head_bytes(size: MapSize, itemsize: int, kind: str) -> int:
         77.070336
     """
     return size.numel * itemsize * (3 if kind == BACKWARD else 1)
+
+
+def head_flop(problem: HeadProblem) -> dict[str, int]:
+    """Operations of the head's products in each pass, counted in the PyTorch form."""
+    runner, found = start(EAGER, problem), {}
+    for kind in (FORWARD, BACKWARD):
+        with FlopCounterMode(display=False) as counter:
+            runner.run(kind == BACKWARD)
+        found[kind] = counter.get_total_flops()
+    return found
 
 
 @dataclass(kw_only=True)
@@ -76,6 +88,7 @@ class AttentionBenchmark(Benchmark):
             "largest number and of the norm"
         ),
         "model_bytes": "a model: what the head cannot do without, X read forward, X read and dX written backward",
+        "flop": "of the products of eager, by torch.utils.flop_counter",
         "extra_bytes": "peak_bytes less returned_bytes, the results and gradients, dX among them",
     }
 
@@ -104,6 +117,7 @@ class AttentionBenchmark(Benchmark):
 
     def group(self, dtype: torch.dtype, layout: str, say: Say = lambda _: None) -> list[Row]:
         """All contenders on one map; one that cannot run leaves the reason in its row."""
+        rated = statistics_dtype(dtype)
         of = {"dtype": plain(dtype), "layout": layout, "size": self.size, "itemsize": dtype.itemsize}
         rows = [row_of(each, of) for each in self.contenders]
         if reason := why_too_large(self.place, 8 * _REFERENCE_MAPS * self.size.numel, "the comparison"):
@@ -111,12 +125,13 @@ class AttentionBenchmark(Benchmark):
                 row.leave_out(reason)
             return rows
         problem, turns = make_head_problem(self.size, dtype, layout, self.place), []
-        expected = reference_outcome(problem)
+        expected, flop = reference_outcome(problem), head_flop(problem)
         for row in rows:
+            row.flop = flop
             say(f"{of['dtype']}, {layout}: {row.name}")
             turns += self._first_runs(row, problem, expected)
         del expected
-        take_turns(self.place, turns, say, _COPY_MAPS * problem.features.nbytes, warm=True)
+        take_turns(self.place, turns, say, _COPY_MAPS * problem.features.nbytes, rated, warm=True)
         set_head_speedups(rows)
         return rows
 

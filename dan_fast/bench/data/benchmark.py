@@ -1,6 +1,6 @@
 """`dan-fast bench data`: images a second of each loader in each use, on files of each size."""
 
-import re
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from dan_fast.bench.benchmark import Benchmark
-from dan_fast.bench.data.feeds import CACHED, CONTENDERS, EVALUATION, PLAIN, USES, Feeds
+from dan_fast.bench.benchmark import Benchmark, sizes_of
+from dan_fast.bench.data.feeds import CACHED, CONTENDERS, EVALUATION, PLAIN, USES, Feeds, too_far
 from dan_fast.bench.rows import WHOLE, Row, set_speedups
 from dan_fast.bench.timing import Say, Turn, take_turns
 from dan_fast.bench.verdict import Bar, at_least
@@ -20,9 +20,6 @@ from dan_fast.core.errors import DanFastError
 
 # The factor over the plain DataLoader that the cache must reach.
 _SPEEDUP = 5
-# Of the pixels of augmented images, the share that may be apart, and by how many grey levels; see
-# `dan_fast.data.images.augment.augment`.
-_APART, _LEVELS = 1e-3, 2
 
 Size = tuple[int, int]
 
@@ -66,6 +63,7 @@ class DataBenchmark(Benchmark):
         "files": "synthetic pedestrians as JPEG, in the page cache of the system like the cache itself",
         "apart": "largest difference from plain in grey levels, and the share of numbers that differ, on equal draws",
         "speedup": "median of plain / median of this one in the same use; none without agreement",
+        "model_bytes": "a model: pixels read as uint8 and written as float32; decoding and augmenting are not in it",
         "build_seconds": "to decode all images into the cache, once, in no other figure",
     }
 
@@ -80,7 +78,7 @@ class DataBenchmark(Benchmark):
         super().__post_init__()
         if not 2 <= self.batch <= self.images:
             raise DanFastError(f"batch is {self.batch}; it must be from 2 to images, {self.images}.")
-        self.files: list[Size] = list(dict.fromkeys(map(_size, self.files.split(","))))
+        self.files: list[Size] = sizes_of("files", self.files)
 
     def groups(self, say: Say) -> Iterator[list[Row]]:
         for file_size in self.files:
@@ -90,7 +88,13 @@ class DataBenchmark(Benchmark):
         """All contenders in both uses, on files of one size."""
         of = {"file_size": file_size, "image_size": self.image_size, "images": self.images}
         of |= {"apart": None, "build_seconds": None, "cache_bytes": None}
-        rows = [Row(name, of | {"use": use}, (WHOLE,), f"{name}, {use}") for use in USES for name in CONTENDERS]
+        # Bytes read as uint8 and written as float32.
+        moved = {WHOLE: self.images * 3 * math.prod(self.image_size) * (1 + 4)}
+        rows = [
+            Row(name, of | {"use": use}, (WHOLE,), f"{name}, {use}", model_bytes=moved)
+            for use in USES
+            for name in CONTENDERS
+        ]
         with TemporaryDirectory(prefix="dan-fast-bench-") as folder:
             say(f"{_name(file_size)}: drawing images")
             feeds = Feeds(Path(folder), file_size, self.image_size, self.images, self.batch, self.workers, self.place)
@@ -111,7 +115,7 @@ class DataBenchmark(Benchmark):
                 # The first pass starts the workers.
                 run()
                 turns.append(Turn(row, WHOLE, run, self.repeat))
-            take_turns(self.place, turns, say)
+            take_turns(self.place, turns, say, moved[WHOLE])
         set_feed_speedups(rows)
         return rows
 
@@ -125,8 +129,8 @@ class DataBenchmark(Benchmark):
         row.of["apart"] = largest, share = found
         if row.of["use"] == EVALUATION and self.place.type == "cpu" and largest > 0:
             row.disagrees = f"pixels are not equal, by {largest:.2g} grey levels"
-        elif largest > _LEVELS + 1e-3 or share > _APART:
-            row.disagrees = f"{share:.1e} of the pixels differ, by up to {largest:.2g} grey levels"
+        else:
+            row.disagrees = too_far(largest, share)
         some = f": up to {largest:.2g} grey levels in {share:.1e} of the pixels"
         row.agreement = some if largest else ": equal pixels"
 
@@ -143,7 +147,10 @@ class DataBenchmark(Benchmark):
         return {"images/s": spread, "us an image": f"{1e6 / rate['median']:.0f}"}
 
     def legend(self, rows: Sequence[Row]) -> list[str]:
-        return ["plain: a torchvision DataLoader; decoded: without a cache; cached: from it, without workers."]
+        return [
+            *super().legend(rows),
+            "plain: a torchvision DataLoader; decoded: without a cache; cached: from it, without workers.",
+        ]
 
     def bars(self, rows: Sequence[Row]) -> list[Bar]:
         found = {(row.of["use"], row.of["file_size"]): row.ratio(PLAIN) for row in rows if row.contender == CACHED}
@@ -156,10 +163,3 @@ class DataBenchmark(Benchmark):
 
 def _name(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
-
-
-def _size(word: str) -> Size:
-    found = re.fullmatch(r"\s*(\d+)x(\d+)\s*", word)
-    if found is None or int(found[1]) < 32 or int(found[2]) < 16:
-        raise DanFastError(f"files: {word!r} is not a height and a width of at least 32x16, such as 128x64.")
-    return int(found[1]), int(found[2])

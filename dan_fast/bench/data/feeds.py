@@ -1,7 +1,7 @@
 """Ways to feed images: torchvision's, and this package's with and without its cache."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ PLAIN, DECODED, CACHED = CONTENDERS = ("plain", "decoded", "cached")
 TRAINING, EVALUATION = USES = ("training", "evaluation")
 # So many images are drawn; the files beyond them are copies, which are decoded like others.
 _DRAWN = 64
+# Of the pixels of augmented images, the share that may be apart, and by how many grey levels; see
+# `dan_fast.data.images.augment.augment`.
+_APART, _LEVELS = 1e-3, 2
 
 
 class PlainImages(Dataset):
@@ -40,7 +43,9 @@ class PlainImages(Dataset):
         seeds: a seed for each file, so that augmented images can be compared; None draws as it comes.
     """
 
-    def __init__(self, samples: Sequence[Sample], transform: Any, seeds: dict[int, int] | None) -> None:
+    def __init__(
+        self, samples: Sequence[Sample], transform: Any, seeds: Mapping[int, int] | Sequence[int] | None
+    ) -> None:
         self.samples, self.transform, self.seeds = samples, transform, seeds
 
     def __len__(self) -> int:
@@ -102,22 +107,39 @@ class Feeds:
             del batch
 
     def apart(self, loader: Any, use: str) -> tuple[float, float] | str:
-        """How far its images are from the plain loader's on the same draws.
-
-        Returns:
-            The largest difference in grey levels, and the share of numbers that differ; or which shape is another.
-        """
+        """How far its images are from the plain loader's on the same draws, see `apart`."""
         seeds = {item.index: item.seed for items in self.items for item in items}
-        largest, different, numbers = 0.0, 0, 0
-        with torch.random.fork_rng(devices=[]):
-            for (one, _), other in zip(self.plain(use, seeds), map(_images, loader), strict=True):
-                if one.shape != other.shape:
-                    return f"a batch is {tuple(other.shape)} and not {tuple(one.shape)}"
-                levels = (one - other.cpu()).abs() * torch.tensor(STD)[:, None, None] * 255
-                largest = max(largest, levels.max().item())
-                different += int((levels > 1e-3).sum())
-                numbers += levels.numel()
-        return largest, different / numbers
+        return apart(self.plain(use, seeds), loader)
+
+
+def apart(plain: Iterable[Any], loader: Iterable[Any], std: Sequence[float] = STD) -> tuple[float, float] | str:
+    """How far a loader's images are from those of a plain one.
+
+    Args:
+        plain: batches of torch's loader of `PlainImages`.
+        loader: batches of this package's.
+        std: by which both have divided.
+
+    Returns:
+        The largest difference in grey levels, and the share of numbers that differ; or which shape is another.
+    """
+    largest, different, numbers = 0.0, 0, 0
+    with torch.random.fork_rng(devices=[]):
+        for (one, _), other in zip(plain, map(_images, loader), strict=True):
+            if one.shape != other.shape:
+                return f"a batch is {tuple(other.shape)} and not {tuple(one.shape)}"
+            levels = (one - other.cpu()).abs() * torch.tensor(std)[:, None, None] * 255
+            largest = max(largest, levels.max().item())
+            different += int((levels > 1e-3).sum())
+            numbers += levels.numel()
+    return largest, different / numbers
+
+
+def too_far(largest: float, share: float) -> str | None:
+    """Why augmented images that are so far `apart` are not the same."""
+    if largest > _LEVELS + 1e-3 or share > _APART:
+        return f"{share:.1e} of the pixels differ, by up to {largest:.2g} grey levels"
+    return None
 
 
 def _images(batch: Any) -> Tensor:

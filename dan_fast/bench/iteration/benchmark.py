@@ -24,9 +24,9 @@ from dan_fast.bench.iteration.profile import PROFILE_MEANING, Profile, in_order
 from dan_fast.bench.machine import peak_above, why_too_large
 from dan_fast.bench.memory import benchmark as memory
 from dan_fast.bench.memory.contenders import LITERAL as LITERAL_STEP
-from dan_fast.bench.memory.contenders import select
+from dan_fast.bench.memory.contenders import MODULE, select
 from dan_fast.bench.memory.problem import Size
-from dan_fast.bench.rows import WHOLE, Row, Timing, set_speedups, shown
+from dan_fast.bench.rows import BACKWARD, WHOLE, Row, Timing, set_speedups, shown
 from dan_fast.bench.timing import Operators, Say, Turn, repetitions, take_turns
 from dan_fast.bench.verdict import Bar, at_most
 from dan_fast.core.errors import DanFastError
@@ -97,6 +97,12 @@ class IterationBenchmark(Benchmark):
             "1e9 operations of an iteration by torch.utils.flop_counter, products and convolutions only; those inside "
             "the package's compiled operators are not counted"
         ),
+        "model_bytes": (
+            "a model: the images and, where the backbone is updated, eight passes over the parameters: read forward "
+            "and backward, gradients written and read, weights and momentum read and written by the step; of dan also "
+            "its two memory steps; activations are not in it"
+        ),
+        "flop": "gflop, and of dan its two memory steps",
         "errors": (
             "distance of the gradients an iteration would follow from those with the literal operators, as a share of "
             "their norm, on few images and slots in the same run, with S~ at the same weights"
@@ -145,7 +151,8 @@ class IterationBenchmark(Benchmark):
         for row in rows:
             say(f"first runs: {row.name}")
             turns += self._first_runs(row, dan, plain)
-        take_turns(self.place, turns, say)
+        bytes_moved = max((turn.row.model_bytes[WHOLE] for turn in turns), default=0)
+        take_turns(self.place, turns, say, bytes_moved, getattr(torch, self.precision))
         set_ratios(rows)
         yield rows
 
@@ -185,6 +192,7 @@ class IterationBenchmark(Benchmark):
             with FlopCounterMode(display=False) as counter, Operators() as found:
                 iterate()
             row.operators, row.of["gflop"] = sorted(found.names), counter.get_total_flops() / 1e9
+            row.model_bytes, row.flop = self._needed(row, dan)
             start = time.perf_counter()
             _, row.peak_bytes = peak_above(self.place, iterate)
             seconds = time.perf_counter() - start
@@ -197,6 +205,17 @@ class IterationBenchmark(Benchmark):
             row.leave_out("out of memory")
             return []
         return [Turn(row, WHOLE, iterate, repetitions(seconds, self.repeat, self.budget_s))]
+
+    def _needed(self, row: Row, dan: DANIteration) -> tuple[dict[str, int], dict[str, float]]:
+        """The bytes and operations that an iteration cannot do without."""
+        count = sum(parameter.numel() for parameter in dan.model.network.parameters())
+        moved = 3 * self.images * self.height * self.width + count * (8 if row.of["backbone"] == UPDATED else 1)
+        moved, flop = 4 * moved, row.of["gflop"] * 1e9
+        if row.contender == DAN:
+            slots = Size(self.labeled_slots, self.unlabeled_slots, dan.model.network.key_dim, max(1, self.images // 4))
+            moved += 2 * memory.bars.model_bytes(slots, 4, MODULE, BACKWARD)
+            flop += 2 * memory.bars.product_flop(slots, BACKWARD)
+        return {WHOLE: moved}, {WHOLE: flop}
 
     def _too_costly(self, dan: DANIteration) -> str | None:
         """Why a literal iteration is left out: its two memory steps are foreseen from steps with few slots."""
@@ -236,8 +255,9 @@ class IterationBenchmark(Benchmark):
 
     def legend(self, rows: Sequence[Row]) -> list[str]:
         return [
+            *super().legend(rows),
             f"s/epoch: for {EPOCH_IMAGES} images. The paper's DAN takes {PAPER_RATIO:.2f} times as long as its "
-            "ResNet-50 (Table VIII)."
+            "ResNet-50 (Table VIII).",
         ]
 
     def more_tables(self, rows: Sequence[Row]) -> dict[str, list[dict[str, str]]]:

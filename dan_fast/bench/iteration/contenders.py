@@ -66,11 +66,7 @@ class DANIteration:
         self.model = build_model(settings, network, unlabeled_images=True, lending=lending)
         self.model.to(device, memory_format=torch.channels_last).train()
         memory = self.model.memory
-        slots = Size(size.labeled_slots, size.unlabeled_slots, network.key_dim, batch=1)
-        problem = make_problem(slots, torch.float32, device, batches=0, seed=seed)
-        memory.labeled, memory.unlabeled = (
-            state._replace(labels=state.labels % size.classes) for state in (problem.labeled, problem.unlabeled)
-        )
+        fill_memory(memory, size.classes, seed)
         self.step = MetaStep(self.model, _sgd(self.model), settings.meta)
         labels = torch.arange(max(size.classes, size.images)) % size.classes
         planner = BatchPlanner(
@@ -113,6 +109,16 @@ class DANIteration:
         finally:
             step.objective, step.optimizer.param_groups[0]["lr"] = objective, _STEP
             memory.labeled, memory.unlabeled = before
+
+
+def fill_memory(memory: ProgressiveAugmentedMemory, classes: int, seed: int = 0) -> None:
+    """Fills every slot, as after some epochs, with keys of persons whose labels are below `classes`."""
+    labeled, key_dim = memory.labeled.features.shape
+    slots = Size(labeled, len(memory.unlabeled.features), key_dim, batch=1)
+    problem = make_problem(slots, torch.float32, memory.labeled.features.device, batches=0, seed=seed)
+    memory.labeled, memory.unlabeled = (
+        state._replace(labels=state.labels % classes) for state in (problem.labeled, problem.unlabeled)
+    )
 
 
 @dataclass
@@ -159,29 +165,53 @@ def _literal_memory(memory: ProgressiveAugmentedMemory, *batch: Tensor, **gate_f
     return step
 
 
-class PlainIteration:
-    """The backbone with a linear classifier: forward, cross-entropy, backward, SGD step on the same images."""
+class PlainNetwork:
+    """A backbone with a linear classifier, as one trains it in a plain PyTorch loop.
+
+    Args:
+        backbone: its name.
+        size: height and width of the images.
+        classes: persons.
+        device: where it is.
+        half: of autocast; None without.
+    """
+
+    def __init__(
+        self, backbone: str, size: tuple[int, int], classes: int, device: torch.device, half: torch.dtype | None = None
+    ) -> None:
+        self.device, self.half = device, half
+        self.backbone = build_backbone(backbone, image_size=size)
+        self.classifier = nn.Linear(self.backbone.out_channels, classes)
+        model = nn.ModuleList([self.backbone, self.classifier])
+        model.to(device, memory_format=torch.channels_last).train()
+        self.optimizer = _sgd(model)
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Forward, cross-entropy, backward, SGD step; returns the loss, (), detached."""
+        images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, self.half, enabled=self.half is not None):
+            logits = self.classifier(self.backbone(images).mean((2, 3)))
+        self.optimizer.zero_grad()
+        loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+class PlainIteration(PlainNetwork):
+    """The plain network on the images of a DAN's iteration."""
 
     def __init__(self, size: IterationSize, dan: DANIteration) -> None:
-        self.device, self.half = dan.step.device, dan.model.autocast_dtype
-        self.backbone = build_backbone(size.backbone)
-        self.classifier = nn.Linear(self.backbone.out_channels, size.classes)
-        model = nn.ModuleList([self.backbone, self.classifier])
-        model.to(self.device, memory_format=torch.channels_last).train()
+        image_size, half = (size.height, size.width), dan.model.autocast_dtype
+        super().__init__(size.backbone, image_size, size.classes, dan.step.device, half)
         self.images = torch.cat([split.images for split in dan.batch])
         if self.device.type == "cuda":
             self.images = self.images.pin_memory()
         self.labels = torch.arange(len(self.images)) % size.classes
-        self.optimizer = _sgd(model)
 
     def run(self) -> None:
-        images = self.images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-        labels = self.labels.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, self.half, enabled=self.half is not None):
-            logits = self.classifier(self.backbone(images).mean((2, 3)))
-        self.optimizer.zero_grad()
-        F.cross_entropy(logits.float(), labels).backward()
-        self.optimizer.step()
+        self.step(self.images, self.labels)
 
 
 def _sgd(model: nn.Module) -> torch.optim.SGD:

@@ -45,14 +45,6 @@ def product_flop(size: Size, kind: str) -> int:
     return scores * (2 if kind == BACKWARD else 1) + commit
 
 
-def floors(row: Row, kind: str) -> dict[str, float]:
-    """Seconds that no run of this pass can go below: "bytes", and "operations" where their rate is known."""
-    found = {"bytes": row.model_bytes[kind] / row.bandwidth} if row.bandwidth else {}
-    if rate := row.of["float32_rate"]:
-        found["operations"] = product_flop(row.of["size"], kind) / rate
-    return found
-
-
 def _scan_seconds(size: Size) -> float:
     return _STEP_SECONDS * 2 * size.batch
 
@@ -76,7 +68,7 @@ def memory_bars(rows: Sequence[Row], device_type: str) -> list[Bar]:
     if device_type != "cpu":
         row, limit, value = found.get((MODULE, 1)), math.nan, None
         if row and row.bandwidth:
-            limit = (_FLOOR_FACTOR * floors(row, BACKWARD)["bytes"] + _scan_seconds(row.of["size"])) * 1e3
+            limit = (_FLOOR_FACTOR * row.limits(BACKWARD)["bytes"] + _scan_seconds(row.of["size"])) * 1e3
             value = row.seconds[BACKWARD].median * 1e3 if BACKWARD in row.seconds else None
         text = f"at most {limit:.3g} ms: 2.5 x 3 (s1+s2) d bytes / copy bandwidth + 4 us x dependent steps"
         return [*bars, at_most("forward + backward in ms (module)", text, limit, value)]

@@ -12,7 +12,7 @@ from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from dan_fast import _extension
 from dan_fast.bench.benchmark import Benchmark, dtypes_of
 from dan_fast.bench.compiled import compile_trial
-from dan_fast.bench.machine import float32_rate, peak_above, synchronize, why_too_large
+from dan_fast.bench.machine import peak_above, synchronize, why_too_large
 from dan_fast.bench.memory import bars, contenders
 from dan_fast.bench.memory.agreement import TOLERANCES, compare
 from dan_fast.bench.memory.contenders import IN_PLACE, KERNELS, LITERAL, SCORE_SPACE, Contender, Outcome
@@ -20,6 +20,7 @@ from dan_fast.bench.memory.problem import PAPER, Problem, Size, make_problem
 from dan_fast.bench.rows import BACKWARD, FORWARD, Row, pair, plain, set_speedups
 from dan_fast.bench.timing import Say, Turn, first_outcome, once, repetitions, take_turns
 from dan_fast.bench.verdict import Bar
+from dan_fast.core.cosine import statistics_dtype
 from dan_fast.core.errors import DanFastError
 from dan_fast.triton_kernels import Products, float32_products
 
@@ -75,8 +76,8 @@ class MemoryBenchmark(Benchmark):
             "a model: what a step cannot do without, 2 (module) or 3 (step) passes over (s1+s2) d numbers forward, "
             "one more with backward"
         ),
-        "floor_seconds": "model_bytes / copy bandwidth, and operations of gflops / float32_rate: the longer one bounds",
-        "float32_rate": "of a GPU by its multiprocessors and highest clock; null where products are not of float32",
+        "floor_seconds": "as limit_seconds; its operations are those of gflops, whatever a contender makes beyond them",
+        "float32_rate": "as rate; null where a GPU's products are not of float32",
         "gflops": "of the products of score space, scores, commit and backward; not of the literal loops",
         "speedup": (
             "median of the other / median of this one, pass by pass; best_pytorch: the faster of score_space and "
@@ -120,9 +121,10 @@ class MemoryBenchmark(Benchmark):
     def group(self, scale: float, dtype: torch.dtype, say: Say = lambda _: None) -> list[Row]:
         """All contenders on one problem; one that fails leaves the reason in its row."""
         size, memories = self.size.scaled(scale), self.size.scaled(scale).slots * self.key_dim * dtype.itemsize
-        in_float32 = self.products == "float32" and dtype in (torch.float32, torch.float16)
+        # On a GPU others go through tensor cores, three products for each one.
+        in_float32 = self.products == "float32" and dtype != torch.bfloat16
+        rated = statistics_dtype(dtype) if in_float32 or self.place.type == "cpu" else None
         of = {"dtype": plain(dtype), "itemsize": dtype.itemsize, "scale": scale, "size": size}
-        of["float32_rate"] = float32_rate(self.place) if in_float32 else None
         rows = [row_of(each, of) for each in self._chosen]
         if reason := why_too_large(self.place, 2 * memories, "the memories"):
             for row in rows:
@@ -150,10 +152,8 @@ class MemoryBenchmark(Benchmark):
             else:
                 row.notes.append("nothing to compare with")
         del outcome, expected
-        take_turns(self.place, turns, say, memories)
+        take_turns(self.place, turns, say, memories, rated)
         set_memory_speedups(rows)
-        for row in rows:
-            row.notes += floors_in_words(row)
         return rows
 
     def _why_not(self, row: Row, contender: Contender, dtype: torch.dtype) -> str | None:
@@ -205,8 +205,9 @@ class MemoryBenchmark(Benchmark):
         )
 
     def figures(self, row: Row) -> dict[str, Any]:
-        floor_seconds = {kind: bars.floors(row, kind) for kind in row.seconds}
-        return {"peak_extra_bytes": row.extra_bytes, "floor_seconds": floor_seconds, "gflops": gflops(row)}
+        floor_seconds = {kind: row.limits(kind) for kind in row.seconds}
+        figures = {"floor_seconds": floor_seconds, "float32_rate": row.rate, "gflops": gflops(row)}
+        return figures | {"peak_extra_bytes": row.extra_bytes}
 
     def cells(self, row: Row) -> dict[str, str]:
         return {"GFLOP/s": pair(gflops(row), ".1f")}
@@ -229,26 +230,19 @@ class MemoryBenchmark(Benchmark):
 
 def row_of(contender: Contender, of: dict[str, Any], **figures: Any) -> Row:
     """The row of a contender on a problem."""
-    bytes_of = {kind: bars.model_bytes(of["size"], of["itemsize"], contender.use, kind) for kind in (FORWARD, BACKWARD)}
-    name = f"{contender.name} ({contender.use})"
-    return Row(contender.name, of | {"use": contender.use}, contender.passes, name, model_bytes=bytes_of, **figures)
+    name, passes = f"{contender.name} ({contender.use})", (FORWARD, BACKWARD)
+    figures["model_bytes"] = {
+        kind: bars.model_bytes(of["size"], of["itemsize"], contender.use, kind) for kind in passes
+    }
+    figures["flop"] = {kind: bars.product_flop(of["size"], kind) for kind in passes}
+    return Row(contender.name, of | {"use": contender.use}, contender.passes, name, **figures)
 
 
 def gflops(row: Row) -> dict[str, float | None]:
     """Of each pass; the literal loops make other products, sample by sample."""
     if row.contender in (LITERAL, IN_PLACE):
         return dict.fromkeys(row.seconds)
-    return {kind: bars.product_flop(row.of["size"], kind) / each.median / 1e9 for kind, each in row.seconds.items()}
-
-
-def floors_in_words(row: Row) -> list[str]:
-    """For kernels on a GPU whose rate is known."""
-    floor = bars.floors(row, BACKWARD)
-    if row.contender != KERNELS or "operations" not in floor:
-        return []
-    by_bytes, by_operations = (f"{floor[by] * 1e3:.2f} ms by {by}" for by in ("bytes", "operations"))
-    rate = f"{row.of['float32_rate'] / 1e12:.1f} TFLOP/s in float32"
-    return [f"floors of forward + backward: {by_bytes} at that bandwidth, {by_operations} at {rate}"]
+    return {kind: row.flop[kind] / each.median / 1e9 for kind, each in row.seconds.items()}
 
 
 def set_memory_speedups(rows: Sequence[Row]) -> None:

@@ -72,6 +72,7 @@ class RankingBenchmark(Benchmark):
         "seconds": "of one evaluation: CMC, mAP and mINP; repetitions of the contenders in turn, after one of each",
         "given distances": "float32, 1 - cos",
         "features": "float32; the matrix product is PyTorch's, in float32, and ranks nothing; sorting forms float64",
+        "model_bytes": "to read the distances, or the features; flop: of the matrix product of the features",
         "agreement": f"with sorting: CMC in every bit, mAP and mINP within {TOLERANCE:g}",
         "speedup": "median of the other / median of dan_fast; none without agreement",
         "extra_bytes": "as peak_bytes, of an evaluation of `memory_size`; the features were there before",
@@ -143,7 +144,7 @@ class RankingBenchmark(Benchmark):
         for contender, run in runs.items():
             say(f"{source}: {contender}")
             of = {"source": source, "path": ranking_path(self.place) if contender == COUNTING else ""}
-            rows[contender] = Row(contender, of, (WHOLE,), source)
+            rows[contender] = Row(contender, of, (WHOLE,), source, **self._needed(source))
             begin = time.perf_counter()
             results[contender] = run()
             count = repetitions(time.perf_counter() - begin, self.repeat, self.budget_s)
@@ -152,8 +153,15 @@ class RankingBenchmark(Benchmark):
         rows[COUNTING].agreement = f" (CMC in every bit, mAP and mINP within {TOLERANCE:g})"
         rows[COUNTING].disagrees = difference(results[COUNTING], results[SORTING])
         results.clear()
-        take_turns(self.place, turns, say)
+        take_turns(self.place, turns, say, rows[COUNTING].model_bytes[WHOLE], torch.float32)
         return list(rows.values())
+
+    def _needed(self, source: str) -> dict[str, Any]:
+        """What an evaluation cannot do without: to read what is given and, from features, to multiply it."""
+        queries, gallery, width, *_ = self.size
+        if source == DISTANCES:
+            return {"model_bytes": {WHOLE: 4 * queries * gallery}}
+        return {"model_bytes": {WHOLE: 4 * (queries + gallery) * width}, "flop": {WHOLE: 2 * queries * gallery * width}}
 
     def title(self, rows: Sequence[Row]) -> str:
         return f"{self.size.queries} queries x {self.size.gallery} gallery images, {self.size.width} wide"
@@ -161,8 +169,9 @@ class RankingBenchmark(Benchmark):
     def legend(self, rows: Sequence[Row]) -> list[str]:
         size = self.memory_size
         return [
+            *super().legend(rows),
             f"memory at {size.queries} x {size.gallery}, {size.width} wide: {shown(self._extra_bytes, '.1f', 1e6)} MB "
-            f"beyond the features, in {self._memory_seconds:.1f} s ({self.peak_meaning})"
+            f"beyond the features, in {self._memory_seconds:.1f} s ({self.peak_meaning})",
         ]
 
     def more(self, rows: Sequence[Row]) -> dict[str, Any]:

@@ -1,0 +1,270 @@
+"""`dan-fast bench epoch`: an epoch from files on disk, Table VIII."""
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
+
+import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+from dan_fast.bench.benchmark import LEGEND, Benchmark, one_of, sizes_of
+from dan_fast.bench.epoch.contenders import (
+    CACHED,
+    PLAIN,
+    PLAIN_RECIPE,
+    Epoch,
+    compare_feeds,
+    compare_losses,
+    draw_files,
+    drawn_images,
+    measure,
+)
+from dan_fast.bench.iteration.benchmark import EPOCH_IMAGES
+from dan_fast.bench.machine import CORES, Copy
+from dan_fast.bench.process import ProcessFailed, in_own_process
+from dan_fast.bench.rows import WHOLE, Row, Timing, set_speedups, shown
+from dan_fast.bench.timing import Say, once, product_rate, rounds
+from dan_fast.bench.verdict import Bar, at_most
+from dan_fast.core.errors import DanFastError
+from dan_fast.nn.backbones.resnet import BACKBONES
+from dan_fast.nn.backbones.timm import PREFIX
+from dan_fast.training.recipes import recipe_settings
+
+# Table VIII: ResNet-50, and DAN.
+PAPER_SECONDS = {"plain": 32.609, "dan": 137.908}
+_RATIO = 1.05
+_COPIES = 5
+_PAPER = "paper"
+# S and S~ each need a labelled and an unlabelled image, and batch norm two of a map of one position.
+_SMALLEST_BATCH = 8
+
+
+def set_epoch_ratios(rows: Sequence[Row]) -> None:
+    """Each row's median over those of both plain loops; none with a row that disagrees."""
+    rivals = {name: [row for row in rows if row.contender == name] for name in (PLAIN, CACHED)}
+    set_speedups(rows, lambda row: rivals)
+    for row in rows:
+        row.of["ratio"] = {name: 1 / ratios[WHOLE] for name, ratios in row.speedup.items()}
+        row.speedup = {}  # it is said the other way round
+
+
+@dataclass(kw_only=True)
+class EpochBenchmark(Benchmark):
+    """Time an epoch from JPEG files: a plain PyTorch loop, the same from the cache, and DAN as the trainer runs it.
+
+    Args:
+        files: Height and width of the images, as files and in the network, with commas between.
+        backbone: Backbones, with commas between: torchvision ResNets, or timm:NAME.
+        recipe: Recipes of DAN, with commas between: paper, which Table VIII times, or dan.
+        order: Orders of the meta gradients, with commas between: 1, 2; for recipes that take meta steps.
+        images: Images of an epoch (Market-1501's training set: 12936); as many are drawn, or a few more.
+        iterations: Mini-batches that are measured, to which the epoch is extrapolated; 0: all of them.
+        batch: Images of a mini-batch (the paper: 64).
+        workers: Processes of the plain DataLoader; by default as many as there are cores.
+        repeat: Epochs by each contender.
+        folder: Folder for images and cache, which are used again; by default one that is removed at the end.
+    """
+
+    name: ClassVar[str] = "epoch"
+    columns: ClassVar[tuple[str, ...]] = ("order",)
+    meaning: ClassVar[dict[str, str]] = {
+        "plain": "a plain PyTorch loop fed by torch's DataLoader: backbone, linear classifier, cross-entropy, SGD",
+        "cached": "the same loop on the same mini-batches, fed by dan_fast from its cache of decoded images",
+        "paper, dan": "the trainer's own feed from the cache, meta step and scalars with the recipe of that name; the "
+        "memories are full, and the attention branch wins, so that the backbone is updated; no checkpoint is written",
+        "seconds": "of an epoch: those of the pass through measured_iterations, start and end of workers included, "
+        "times epoch_iterations / measured_iterations; the pass comes after two mini-batches that are not timed",
+        "extrapolated": "whether fewer mini-batches were measured than an epoch has",
+        "images": "files of an epoch, drawn by dan_fast.data.synthetic, half of each domain; plain and cached see all "
+        "with labels, recipes one domain without; every mini-batch has as many images",
+        "waiting_share": "of the time, in which the loop waited for the next mini-batch",
+        "cpu_seconds": "user and system, of the loop's process and the workers', extrapolated like seconds",
+        "peak_bytes": "of a process of its own, from its start to its end",
+        "ratio": "median over the median of plain and of cached; none without agreement",
+        "flop": "of products and convolutions, by torch.utils.flop_counter, without those in compiled operators",
+        "model_bytes": "a model: pixels read as uint8 and written as float32",
+        "agreement": "images of two mini-batches with those of plain's DataLoader on the same draws, decoded bit for "
+        "bit, augmented as `bench data` has it; of cached also the losses of the first steps; that DAN's gradients are "
+        "the literal ones is what `bench iteration` compares",
+        "paper_seconds": "Table VIII, on the authors' machine",
+        "build_seconds": "to fill the cache, once, in no other figure; nearly 0 where an earlier run has filled it",
+    }
+
+    files: str = "128x64,256x128"
+    backbone: str = "resnet50,resnet18,timm:efficientnet_lite0"
+    recipe: str = _PAPER
+    order: str = "1,2"
+    images: PositiveInt = EPOCH_IMAGES
+    iterations: NonNegativeInt = 0
+    batch: PositiveInt = 64
+    workers: NonNegativeInt = CORES
+    repeat: PositiveInt = 1
+    folder: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.files = sizes_of("files", self.files)
+        self.recipe = one_of("recipe", self.recipe, (_PAPER, "dan"))
+        self.order = [int(word) for word in one_of("order", self.order, ("1", "2"))]
+        self.backbone = [word.strip() for word in self.backbone.split(",")]
+        for word in self.backbone:
+            if not word.startswith(PREFIX):
+                one_of("backbone", word, (*BACKBONES, f"{PREFIX}NAME"))
+        self.images = drawn_images(self.images)
+        if not _SMALLEST_BATCH <= self.batch <= self.images:
+            raise DanFastError(f"batch is {self.batch}; it must be from {_SMALLEST_BATCH} to images, {self.images}.")
+        self._epoch_iterations = self.images // self.batch
+        self._measured = min(self.iterations or self._epoch_iterations, self._epoch_iterations)
+
+    @property
+    def peak_meaning(self) -> str:
+        if self.place.type == "cuda":
+            return "torch.cuda.max_memory_allocated of the contender's own process; tensors only"
+        return (
+            "highest resident memory of the contender's own process (VmHWM), libraries and what is mapped of the cache "
+            "included, workers not"
+        )
+
+    def groups(self, say: Say) -> Iterator[list[Row]]:
+        with TemporaryDirectory(prefix="dan-fast-bench-") as removed:
+            root = Path(self.folder or removed)
+            for size in self.files:
+                words = f"{size[0]}x{size[1]}: drawing images"
+
+                def progress(done: int, total: int, words: str = words) -> None:
+                    say(f"{words}, {done} of {total}")
+
+                folder = draw_files(root, size, self.images, progress)
+                for backbone in self.backbone:
+                    sizes = (*size, self.batch, self._measured, self.workers)
+                    yield self._group(Epoch(str(folder), str(root / "cache"), backbone, *sizes, str(self.place)), say)
+
+    def _group(self, epoch: Epoch, say: Say) -> list[Row]:
+        """All contenders with one backbone on files of one size."""
+        kinds = [(PLAIN, None), (CACHED, None)]
+        for recipe in self.recipe:
+            meta_steps = recipe_settings(recipe)["meta"]["procedure"] != "daml1"
+            kinds += [(recipe, order) for order in (self.order if meta_steps else [None])]
+        rows = [self._row(*kind, epoch) for kind in kinds]
+        agreements: dict[str, Any] = {}
+        for row in rows[1:]:
+            say(f"{epoch.backbone}: {row.name} is compared")
+            self._compare(row, epoch, agreements)
+        losses: dict[str, list[float]] = {}
+        for due in rounds(dict.fromkeys(range(len(rows)), self.repeat)):
+            for row in (rows[index] for index in due if not rows[index].left_out):
+                say(f"{epoch.backbone}, {epoch.height}x{epoch.width}: {row.name}")
+                try:
+                    found = in_own_process(measure, contender=row.contender, order=row.of["order"], epoch=epoch[:])
+                except ProcessFailed as error:
+                    row.leave_out(str(error))
+                    continue
+                self._take(row, found)
+                losses.setdefault(row.contender, found["losses"])
+        if losses.keys() >= {PLAIN, CACHED} and not rows[1].disagrees:
+            rows[1].disagrees, words = compare_losses(losses[CACHED], losses[PLAIN])
+            rows[1].agreement += f", {words}"
+        self._measure_machine(rows)
+        set_epoch_ratios(rows)
+        return rows
+
+    def _row(self, contender: str, order: int | None, epoch: Epoch) -> Row:
+        of = {"order": order, "backbone": epoch.backbone, "image_size": [epoch.height, epoch.width]}
+        of |= {"images": self.images, "epoch_iterations": self._epoch_iterations}
+        of |= {"measured_iterations": self._measured, "extrapolated": self._measured < self._epoch_iterations}
+        of |= {"waiting_share": None, "cpu_seconds": None, "build_seconds": None, "passes": [], "ratio": {}}
+        moved = self._epoch_iterations * self.batch * 3 * epoch.height * epoch.width * (1 + 4)
+        name = contender if order is None else f"{contender}, order {order}"
+        return Row(contender, of, (WHOLE,), name, model_bytes={WHOLE: moved})
+
+    def _compare(self, row: Row, epoch: Epoch, agreements: dict[str, Any]) -> None:
+        """Its images with those of a plain DataLoader; once a recipe, which leaves the cache full."""
+        recipe = PLAIN_RECIPE if row.contender == CACHED else row.contender
+        try:
+            if recipe not in agreements:
+                agreements[recipe] = in_own_process(compare_feeds, recipe=recipe, epoch=epoch[:])
+        except ProcessFailed as error:
+            row.leave_out(str(error))
+            return
+        row.disagrees, words, row.of["build_seconds"] = agreements[recipe]
+        row.compared_with, row.agreement = "plain's DataLoader", f": {words}"
+
+    def _take(self, row: Row, found: dict[str, Any]) -> None:
+        """A pass into its row."""
+        scale = self._epoch_iterations / self._measured
+        row.seconds.setdefault(WHOLE, Timing()).seconds.append(found["seconds"] * scale)
+        row.of["passes"].append({name: value for name, value in found.items() if name != "losses"})
+        passes = row.of["passes"]
+        row.of["waiting_share"] = statistics.median(each["waiting"] / each["seconds"] for each in passes)
+        row.of["cpu_seconds"] = {
+            kind: scale * statistics.median(each[kind] for each in passes) for kind in ("user", "system")
+        }
+        row.flop = {WHOLE: found["flop"] * self._epoch_iterations}
+        row.peak_bytes = max(each["peak_bytes"] or 0 for each in passes) or None
+
+    def _measure_machine(self, rows: Sequence[Row]) -> None:
+        copy = Copy(self.place, math.inf)
+        seconds = Timing([once(self.place, copy) for _ in range(1 + _COPIES)][1:])
+        for row in rows:
+            row.bandwidth, row.rate = copy.moved_bytes / seconds.median, product_rate(self.place, torch.float32)
+
+    def title(self, rows: Sequence[Row]) -> str:
+        of = rows[0].of
+        how = f"measured: {self._measured} of {self._epoch_iterations} mini-batches, EXTRAPOLATED to the epoch"
+        return (
+            f"{of['backbone']}, {self.images} JPEG files of {' x '.join(map(str, of['image_size']))}, "
+            f"mini-batches of {self.batch}, {self.workers} workers of plain; recipe {', '.join(self.recipe)}"
+            + (f"; {how}" if of["extrapolated"] else "")
+        )
+
+    def figures(self, row: Row) -> dict[str, Any]:
+        seconds = row.whole and row.whole.median
+        return {"images_per_second": seconds and self._epoch_iterations * self.batch / seconds}
+
+    def cells(self, row: Row) -> dict[str, str]:
+        of, spread, cpu = row.of, row.whole, row.of["cpu_seconds"] or {}
+        epoch = f"{spread.median:.4g}" if spread else "-"
+        if spread and self.repeat > 1:
+            epoch += " ({:.4g}..{:.4g})".format(*spread.quartiles)
+        # In place of columns that are for milliseconds.
+        return dict.fromkeys(("ms", "limit ms", "extra MB", "model MB", "of copy"), "-") | {
+            "s/epoch": epoch,
+            "images/s": shown(self.figures(row)["images_per_second"], ".1f"),
+            "limit s": shown(max(row.limits(WHOLE).values(), default=None), ".3g"),
+            "waiting": shown(of["waiting_share"], ".1%"),
+            "CPU s user": shown(cpu.get("user"), ".4g"),
+            "system": shown(cpu.get("system"), ".3g"),
+            "peak MB": shown(row.peak_bytes, ".0f", 1e6),
+            **{f"over {name}": shown(of["ratio"].get(name), ".3f") for name in (PLAIN, CACHED)},
+        }
+
+    def legend(self, rows: Sequence[Row]) -> list[str]:
+        plain, dan = PAPER_SECONDS.values()
+        return [
+            LEGEND[1],
+            "waiting: for the next mini-batch, as a share of the time. CPU s: of the loop and its workers, an epoch.",
+            f"peak MB: {self.peak_meaning}.",
+            f"The paper (Table VIII, ANOTHER MACHINE, with RTX 3090 GPUs): ResNet-50 {plain:.1f} s, DAN {dan:.1f} s an "
+            "epoch of Market-1501.",
+        ]
+
+    def more(self, rows: Sequence[Row]) -> dict[str, Any]:
+        return {"paper_seconds": PAPER_SECONDS}
+
+    def bars(self, rows: Sequence[Row]) -> list[Bar]:
+        """The paper's DAN of order 1 against the plain loop with its own DataLoader."""
+        found = {
+            (row.of["backbone"], *row.of["image_size"]): row.of["ratio"].get(PLAIN)
+            for row in rows
+            if (row.contender, row.of["order"]) == (_PAPER, 1)
+        }
+        return [
+            at_most(f"{_PAPER}, order 1, over {PLAIN}: {backbone}, {size[0]}x{size[1]}", f"at most {_RATIO} times",
+                    _RATIO, found.get((backbone, *size)))
+            for size in self.files
+            for backbone in self.backbone
+        ]  # fmt: skip

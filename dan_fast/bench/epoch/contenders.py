@@ -1,0 +1,262 @@
+"""Loops through an epoch's mini-batches: a plain one fed by torch or by this package's cache, and the trainer's."""
+
+import resource
+import time
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from dan_fast.bench.data.feeds import PlainImages, apart, too_far
+from dan_fast.bench.iteration.contenders import PlainNetwork, fill_memory
+from dan_fast.bench.machine import resident_peak, synchronize
+from dan_fast.daml import Stage
+from dan_fast.data import MiniBatch, TrainingSet, read_image, train_transform
+from dan_fast.data.images.transforms import resize
+from dan_fast.data.synthetic import synthesize
+from dan_fast.nn import build_backbone
+from dan_fast.training import TrainConfig, Trainer
+from dan_fast.training.batches import TrainingBatches
+from dan_fast.training.scalars import Scalars
+from dan_fast.training.sources import load_datasets
+
+PLAIN, CACHED = "plain", "cached"
+# The recipe of which the plain loops take their images: all of them labelled.
+PLAIN_RECIPE = "plain"
+# Half of the persons are labelled where a recipe has a use for others.
+_DOMAINS = ("campus", "station")
+_CAMERAS, _IMAGES_PER_CAMERA = 6, 2
+_PER_PERSON = len(_DOMAINS) * _CAMERAS * _IMAGES_PER_CAMERA
+# Mini-batches before those that are timed, whose images and losses are compared: what rounding does grows with a step.
+_FIRST = 2
+
+
+class Epoch(NamedTuple):
+    """What is gone through.
+
+    Attributes:
+        folder: with the folders of the drawn domains, see `draw_files`.
+        cache: folder of the cache.
+        backbone, height, width: of the network.
+        batch: images of a mini-batch.
+        iterations: mini-batches.
+        workers: processes of the plain DataLoader.
+        device: where the network is.
+    """
+
+    folder: str
+    cache: str
+    backbone: str
+    height: int
+    width: int
+    batch: int
+    iterations: int
+    workers: int
+    device: str
+
+    def settings(self, recipe: str, order: int = 1, out: str = "unused") -> TrainConfig:
+        """Of a training from random weights."""
+        domains = [str(Path(self.folder) / name) for name in _DOMAINS]
+        labeled = domains if recipe == PLAIN_RECIPE else domains[:1]
+        data = {"labeled": labeled, "unlabeled": domains[len(labeled) :], "image_size": (self.height, self.width)}
+        data |= {"batch_size": self.batch, "iterations": self.iterations, "workers": self.workers, "cache": self.cache}
+        model = {"backbone": self.backbone, "weights": "none"}
+        run = {"out": out, "device": self.device}
+        return TrainConfig.of_recipe(recipe, data=data, model=model, meta={"order": order}, run=run)
+
+
+def drawn_images(images: int) -> int:
+    """How many are drawn where so many are wanted: two persons or more in each domain, and no less than wanted."""
+    return max(2, -(-images // _PER_PERSON)) * _PER_PERSON
+
+
+def draw_files(root: Path, size: tuple[int, int], images: int, progress: Any = None) -> Path:
+    """The folder of the domains below `root`, drawn unless they are there."""
+    persons = drawn_images(images) // _PER_PERSON
+    folder = root / f"{size[0]}x{size[1]}-{persons}-persons"
+    # A manifest is there where its domain is whole.
+    missing = [name for name in _DOMAINS if not (folder / name / "manifest.csv").is_file()]
+    if missing:
+        shape = (persons, _CAMERAS, _IMAGES_PER_CAMERA)
+        synthesize(folder, missing, *shape, image_size=size, test_fraction=0.0, progress=progress)
+    return folder
+
+
+class Feed:
+    """The mini-batches of a recipe, by the trainer's own way and by torch's DataLoader.
+
+    Args:
+        epoch: what is gone through.
+        recipe: decides which images a mini-batch has.
+        network: says how images are resized and normalised.
+    """
+
+    def __init__(self, epoch: Epoch, recipe: str, network: torch.nn.Module) -> None:
+        # What the batches of a training read of its network.
+        network.image_size = self.image_size = (epoch.height, epoch.width)
+        config, self.epoch, self.preprocessing = epoch.settings(recipe), epoch, network.preprocessing
+        self.datasets = load_datasets(config.data)
+        self.training_set = TrainingSet(self.datasets.labeled, self.datasets.unlabeled,
+                                        unlabeled_share=config.data.unlabeled_share)  # fmt: skip
+        self.batches = TrainingBatches(config, self.training_set, network, torch.device(epoch.device))
+
+    def cached(self, number: int, first: int = 0) -> Iterable[MiniBatch]:
+        """The trainer's, from the cache."""
+        return self.batches.of_epoch(number, None, first)
+
+    def plain(self, number: int, first: int = 0) -> DataLoader:
+        """torch's: the images of each mini-batch, S before S~, with their classes, on the same draws."""
+        plans = islice(self.batches.planner.batches(number), first, None)
+        items = [item for plan in plans for part in plan for item in part or ()]
+        kinds = {"labeled": self.training_set.labeled_samples}
+        samples = [
+            kinds.get(item.kind, self.training_set.unlabeled_samples)[item.index]._replace(pid=item.label)
+            for item in items
+        ]
+        images = PlainImages(samples, train_transform(self.image_size, self.preprocessing), [i.seed for i in items])
+        pin = self.epoch.device != "cpu"
+        return DataLoader(images, self.epoch.batch, num_workers=self.epoch.workers, pin_memory=pin)
+
+    def compare(self) -> tuple[str | None, str]:
+        """What of the first mini-batches differs between both ways, None if nothing does, and how they agree."""
+        first = max(0, self.epoch.iterations - _FIRST)
+        plain, cache, resized = (
+            self.plain(0, first),
+            self.batches.cache,
+            resize(self.image_size, self.preprocessing.interpolation),
+        )
+        paths = [sample.path for sample in plain.dataset.samples]
+        unequal = sum(not torch.equal(cache.read(path), resized(read_image(path))) for path in paths)
+        if unequal:
+            return f"{unequal} of {len(paths)} decoded images are not equal", ""
+        found = apart(plain, self.cached(0, first), self.preprocessing.std)
+        if isinstance(found, str):
+            return found, ""
+        words = f"{len(paths)} images equal bit for bit as decoded"
+        return too_far(*found), f"{words}, augmented up to {found[0]:.2g} grey levels in {found[1]:.1e} of the pixels"
+
+
+def compare_feeds(recipe: str, epoch: list[Any]) -> tuple[str | None, str, float]:
+    """`Feed.compare`, and the seconds that the cache was filled in before."""
+    epoch = Epoch(*epoch)
+    feed = Feed(epoch, recipe, build_backbone(epoch.backbone, image_size=(epoch.height, epoch.width)))
+    start = time.perf_counter()
+    feed.batches.fill_cache([*feed.datasets.labeled, *feed.datasets.unlabeled])
+    return *feed.compare(), time.perf_counter() - start
+
+
+def compare_losses(losses: list[float], expected: list[float], tolerance: float = 1e-3) -> tuple[str | None, str]:
+    """What differs between the losses of two plain loops, None if nothing does, and how they agree."""
+    pairs = list(zip(losses, expected, strict=True))
+    # The sum and not the maximum, which may pass over NaN.
+    largest = sum(abs(one - other) / abs(other) for one, other in pairs)
+    words = f"losses of the first {len(pairs)} steps by {largest:.1e}"
+    # `not <=` so that NaN is a difference.
+    return (None if largest <= tolerance else f"{words} (allowed {tolerance:.0e})"), words
+
+
+class PlainLoop:
+    """The plain network, fed by torch's DataLoader or from the cache."""
+
+    def __init__(self, epoch: Epoch, contender: str) -> None:
+        torch.manual_seed(0)
+        size = (epoch.height, epoch.width)
+        self.feed = Feed(epoch, PLAIN_RECIPE, build_backbone(epoch.backbone, image_size=size))
+        classes = self.feed.training_set.num_classes
+        self.network = PlainNetwork(epoch.backbone, size, classes, torch.device(epoch.device))
+        if contender == CACHED:
+            self.feed.batches.fill_cache(self.feed.datasets.labeled)
+        self.batches = self.feed.cached if contender == CACHED else self.feed.plain
+
+    def train(self, batch: Any) -> Tensor:
+        images, labels, *_ = batch[0] if isinstance(batch, MiniBatch) else batch
+        return self.network.step(images, labels)
+
+
+class TrainerLoop:
+    """The trainer's batches, steps and scalars; full memories, and the attention branch wins each competition."""
+
+    def __init__(self, epoch: Epoch, recipe: str, order: int, out: str) -> None:
+        self.trainer = Trainer(epoch.settings(recipe, order, out))
+        datasets, model = self.trainer.datasets, self.trainer.model
+        self.trainer.batches.fill_cache([*datasets.labeled, *datasets.unlabeled])
+        if model.memory is not None:
+            fill_memory(model.memory, self.trainer.training_set.num_classes)
+        # The dearer kind: the backbone is updated.
+        self.trainer.meta_step.competition.decide = lambda attention_won: Stage.ATTENTION
+        self.scalars = Scalars(Path(out) / "tensorboard")
+        model.train()
+
+    def batches(self, number: int, first: int = 0) -> Iterable[MiniBatch]:
+        self.trainer.epoch, self.trainer.iteration = number, first
+        return self.trainer.batches.of_epoch(number, None, first)
+
+    def train(self, batch: MiniBatch) -> None:
+        trainer = self.trainer
+        trainer.train_iteration(batch, self.scalars)
+        trainer.iteration += 1
+        if trainer.iterations_done % trainer.config.run.log_every == 0:
+            self.scalars.flush(trainer.iterations_done)
+
+
+def measure(contender: str, order: int | None, epoch: list[Any]) -> dict[str, Any]:
+    """One pass of a contender in this process, after some mini-batches of another epoch; see `EpochBenchmark.meaning`.
+
+    Args:
+        contender: PLAIN, CACHED, or a recipe of the trainer's.
+        order: of its meta gradients.
+        epoch: an `Epoch`.
+    """
+    epoch = Epoch(*epoch)
+    with TemporaryDirectory(prefix="dan-fast-bench-") as out:
+        if contender in (PLAIN, CACHED):
+            loop = PlainLoop(epoch, contender)
+        else:
+            loop = TrainerLoop(epoch, contender, order or 1, out)
+        losses = []
+        for batch in loop.batches(0, max(0, epoch.iterations - _FIRST)):
+            with FlopCounterMode(display=False) as counter:
+                losses.append(loop.train(batch))
+        found = go_through(loop, epoch)
+    cuda = torch.device(epoch.device).type == "cuda"
+    found |= {"flop": operations(counter), "losses": [loss.item() for loss in losses if loss is not None]}
+    return found | {"peak_bytes": torch.cuda.max_memory_allocated() if cuda else resident_peak()}
+
+
+def operations(counter: FlopCounterMode) -> int:
+    """Those counted; a backward of convolutions is at most twice the forward, which the counter misses in groups."""
+    counts = counter.get_flop_counts()["Global"]
+    forward, backward = (counts.get(op, 0) for op in (torch.ops.aten.convolution, torch.ops.aten.convolution_backward))
+    return counter.get_total_flops() - max(0, backward - 2 * forward)
+
+
+def go_through(loop: Any, epoch: Epoch) -> dict[str, Any]:
+    """Seconds of a pass, of waiting for batches in it, and CPU seconds of all its processes."""
+    device, count, waiting = torch.device(epoch.device), 0, 0.0
+    synchronize(device)
+    before, start = cpu_seconds(), time.perf_counter()
+    waits = start
+    for batch in loop.batches(1):
+        waiting += time.perf_counter() - waits
+        loop.train(batch)
+        count += 1
+        waits = time.perf_counter()
+    waiting += time.perf_counter() - waits
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    user, system = (after - each for after, each in zip(cpu_seconds(), before, strict=True))
+    if count != epoch.iterations:
+        raise RuntimeError(f"{count} mini-batches came, {epoch.iterations} were planned")
+    return {"seconds": seconds, "waiting": waiting, "user": user, "system": system}
+
+
+def cpu_seconds() -> tuple[float, float]:
+    """User and system seconds of this process and of those that it has started and that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime for usage in usages), sum(usage.ru_stime for usage in usages)

@@ -1,0 +1,131 @@
+"""`dan-fast bench epoch` on few and small images: what it compares, what it extrapolates, and what is left out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dan_fast.bench.data.feeds import PlainImages
+from dan_fast.bench.epoch import benchmark as epoch
+from dan_fast.bench.epoch import contenders
+from dan_fast.bench.epoch.benchmark import EpochBenchmark, set_epoch_ratios
+from dan_fast.bench.epoch.contenders import (
+    CACHED,
+    PLAIN,
+    Epoch,
+    Feed,
+    compare_losses,
+    draw_files,
+    drawn_images,
+    operations,
+)
+from dan_fast.bench.process import ProcessFailed
+from dan_fast.bench.rows import WHOLE, Timing
+from dan_fast.nn import build_backbone
+from tests.bench import TINY, written
+
+
+def tiny(**settings) -> EpochBenchmark:
+    return EpochBenchmark(**{"device": "cpu"} | TINY["epoch"] | settings)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> Epoch:
+    root = tmp_path_factory.mktemp("epoch")
+    folder = draw_files(root, (64, 32), 48)
+    return Epoch(str(folder), str(root / "cache"), "resnet18", 64, 32, batch=8, iterations=3, workers=0, device="cpu")
+
+
+@pytest.mark.slow
+def test_the_command_writes_everything_down(tmp_path, capsys):
+    content = written("epoch", tmp_path, "--recipe", "paper,dan", "--folder", str(tmp_path / "kept"))
+    plain, cached, paper, dan = content["rows"]
+    assert [row["contender"] for row in content["rows"]] == [PLAIN, CACHED, "paper", "dan"]
+    assert (paper["order"], dan["order"]) == (1, None) and content["paper_seconds"] == {"plain": 32.609, "dan": 137.908}
+    for row in content["rows"]:
+        (found,) = row["passes"]
+        assert row["disagrees"] is None and row["left_out"] is None
+        assert row["extrapolated"] and (row["measured_iterations"], row["epoch_iterations"]) == (2, 6)
+        assert row["seconds"]["median"] == pytest.approx(3 * found["seconds"])
+        assert row["images_per_second"] == pytest.approx(48 / row["seconds"]["median"])
+        assert row["cpu_seconds"] == pytest.approx({each: 3 * found[each] for each in ("user", "system")})
+        assert 0 < row["waiting_share"] == found["waiting"] / found["seconds"] < 1
+        assert row["peak_bytes"] > 1e8 and row["over_limit"]["whole"] > 1 and row["cpu_seconds"]["user"] > 0
+    assert paper["ratio"][PLAIN] == pytest.approx(paper["seconds"]["median"] / plain["seconds"]["median"])
+    # A DAN's products are of as many images; the plain loops' are the same.
+    assert plain["flop"] == cached["flop"] == pytest.approx(paper["flop"], rel=0.02)
+    (manifest, _) = sorted((tmp_path / "kept").glob("64x32-2-persons/*/manifest.csv"))
+    assert len(manifest.read_text().splitlines()) == 1 + 24
+    printed = capsys.readouterr().out
+    for part in ("measured: 2 of 6 mini-batches, EXTRAPOLATED", "16 images equal bit for bit as decoded",
+                 "losses of the first 2 steps", "ANOTHER MACHINE", "recipe paper, dan", "over plain"):  # fmt: skip
+        assert part in " ".join(printed.split())
+
+
+def test_both_feeds_have_the_same_images_and_a_wrong_one_is_seen(drawn, monkeypatch):
+    for recipe in ("plain", "paper"):
+        feed = Feed(drawn, recipe, build_backbone("resnet18"))
+        feed.batches.fill_cache([*feed.datasets.labeled, *feed.datasets.unlabeled])
+        disagrees, words = feed.compare()
+        assert disagrees is None and words.startswith("16 images equal bit for bit as decoded, augmented up to")
+        (batch, *others), plain = feed.cached(0), next(iter(feed.plain(0)))
+        labels = torch.cat([part.labels for part in batch[:2] if part is not None])
+        assert torch.equal(plain[1], labels) and len(others) == 2 and ((labels < 0).any() == (recipe == "paper"))
+    brighter = PlainImages.__getitem__
+    monkeypatch.setattr(PlainImages, "__getitem__", lambda *at: (brighter(*at)[0] + 0.1, 0))
+    assert "of the pixels differ" in feed.compare()[0]
+    monkeypatch.setattr(contenders, "read_image", lambda path: torch.zeros(3, 64, 32, dtype=torch.uint8))
+    assert feed.compare()[0] == "16 of 16 decoded images are not equal"
+
+
+def test_operations_of_grouped_convolutions_are_not_counted_as_dense():
+    images, layer = torch.ones(2, 8, 6, 6, requires_grad=True), torch.nn.Conv2d(8, 8, 3, padding=1, groups=8)
+    with FlopCounterMode(display=False) as counter:
+        layer(images).sum().backward()
+    assert operations(counter) == 3 * 2 * (2 * 8 * 36) * 9 < counter.get_total_flops()
+
+
+def test_losses_that_differ_are_a_difference():
+    assert compare_losses([2.0, 3.0], [2.0, 3.001]) == (None, "losses of the first 2 steps by 3.3e-04")
+    for wrong in ([2.0, 3.01], [float("nan"), 3.0]):
+        assert "(allowed 1e-03)" in compare_losses(wrong, [2.0, 3.0])[0]
+
+
+def measured(monkeypatch, **changes: float) -> list:
+    """The rows of a benchmark whose processes take no time."""
+
+    def answer(function, contender="", order=None, **arguments):
+        if function is epoch.compare_feeds:
+            return None, "equal", 0.5
+        if (contender, order) == ("paper", 2):
+            raise ProcessFailed("exit code -9")
+        found = {"seconds": 2.0, "waiting": 0.5, "user": 3.0, "system": 0.25, "flop": 1e9, "peak_bytes": 7}
+        return found | {"losses": [changes.get("loss", 1.0) if contender == CACHED else 1.0]}
+
+    monkeypatch.setattr(epoch, "in_own_process", answer)
+    monkeypatch.setattr(epoch, "draw_files", lambda *arguments: "files")
+    benchmark = tiny(order="1,2", iterations=3)
+    monkeypatch.setattr(benchmark, "_measure_machine", lambda rows: None)
+    ((*rows,),) = benchmark.groups(lambda words: None)
+    return [benchmark, *rows]
+
+
+def test_what_fails_is_left_out_and_what_disagrees_has_no_ratio(monkeypatch):
+    benchmark, plain, cached, first, second = measured(monkeypatch)
+    assert second.left_out[WHOLE] == "exit code -9" and not second.seconds and second.of["ratio"] == {}
+    assert first.whole.seconds == [4.0] and first.of["waiting_share"] == 0.25 and first.flop == {WHOLE: 6e9}
+    assert first.of["cpu_seconds"] == {"user": 6.0, "system": 0.5} and first.of["ratio"] == {PLAIN: 1.0, CACHED: 1.0}
+    assert [bar.verdict for bar in benchmark.bars([plain, cached, first, second])] == ["met"]
+    first.seconds[WHOLE] = Timing([4.3])
+    set_epoch_ratios([plain, first])
+    assert [bar.verdict for bar in benchmark.bars([plain, first])] == ["NOT met"]
+    benchmark, plain, cached, first, second = measured(monkeypatch, loss=1.1)
+    assert cached.disagrees.startswith("losses") and cached.of["ratio"] == {} and first.of["ratio"] == {PLAIN: 1.0}
+
+
+def test_images_are_drawn_once_and_are_whole_persons(drawn, monkeypatch):
+    assert [drawn_images(count) for count in (1, 48, 49, 12_936)] == [48, 48, 72, 12_936]
+    monkeypatch.setattr(contenders, "synthesize", lambda *arguments, **options: pytest.fail("drawn again"))
+    root = Path(drawn.folder).parent
+    assert str(draw_files(root, (64, 32), 48)) == drawn.folder
