@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from dan_fast.daml.dual_norm import DualBatchNorm
+from dan_fast.daml.dual_mode import DualMode
 
 Params = Mapping[str, Tensor]
 
@@ -240,7 +240,7 @@ class SecondOrder:
                 terms += [product for product in products if product.requires_grad]
         found: dict[str, Tensor] = {}
         carried = self._through_head(terms, behind, found, {name: leaves[name] for name in trunk})
-        for cotangent in carried:
+        for cotangent in carried if trunk else ():
             grads = _gradients(features, [leaves[name] for name in trunk], cotangent)
             _accumulate(found, dict(zip(trunk, grads, strict=True)))
         return found
@@ -289,13 +289,13 @@ class SecondOrder:
             duals = {name: _dual(self.params[name], tangents.get(name)) for name in names}
             others = {name: value for name, value in duals.items() if name not in trunk}
             if trunk:
-                with DualBatchNorm():
+                with DualMode():
                     features, pull = torch.func.vjp(
                         lambda *values: self.losses.again({**others, **dict(zip(trunk, values, strict=True))}),
                         *(duals[name] for name in trunk),
                     )
             else:
-                with torch.no_grad(), DualBatchNorm():
+                with DualMode():
                     features = self.losses.again(duals)
             primal, tangent = forward_ad.unpack_dual(features)
             self._require_same(primal)

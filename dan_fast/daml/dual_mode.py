@@ -1,8 +1,8 @@
-"""Batch norm whose forward-mode derivatives take few passes over the maps.
+"""What a trunk needs to run with tangents, beside PyTorch's forward mode: a faster batch norm, and constants.
 
-PyTorch composes them of elementwise operators, which is half of the time of forward over reverse through a ResNet.
-Both derivatives can be had from the two kernels that batch norm has anyway: the Jacobian of the normalised map by the
-map is symmetric, so the kernel of the backward pass applies it to a tangent as it does to a gradient.
+PyTorch composes both derivatives of batch norm of elementwise operators, which is half of the time of forward over
+reverse through a ResNet. They can be had from the two kernels that batch norm has anyway: the Jacobian of the
+normalised map by the map is symmetric, so the kernel of the backward pass applies it to a tangent as to a gradient.
 """
 
 from typing import Any
@@ -12,18 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 _native = torch.ops.aten.native_batch_norm.default
 _native_backward = torch.ops.aten.native_batch_norm_backward.default
 
 
-class DualBatchNorm(TorchFunctionMode):
-    """Inside, `torch.nn.functional.batch_norm` in training is the one of this module."""
+class DualMode(TorchFunctionMode):
+    """Inside, batch norm is the one of this module, and what is computed without gradients carries no tangent.
+
+    PyTorch's forward mode goes through `torch.no_grad()`, reverse mode does not: the two would differ.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is F.batch_norm:
-            return _batch_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        result = (_batch_norm if func is F.batch_norm else func)(*args, **(kwargs or {}))
+        return result if torch.is_grad_enabled() else tree_map_only(Tensor, Tensor.detach, result)
 
 
 def _batch_norm(
