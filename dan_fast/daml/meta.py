@@ -1,12 +1,14 @@
 """Gradients of the meta-optimisation objective, Eqs. (17)-(18) and Algorithm 1."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dan_fast.daml.second_order import SecondOrder, TracedLosses, each_gradient, traced_losses
 
 Params = Mapping[str, Tensor]
 Losses = Mapping[str, Tensor]
@@ -82,31 +84,78 @@ def meta_gradients(
     if isinstance(inner_lr, Mapping) and active - inner_lr.keys():
         raise ValueError(f"inner_lr names no step size for {min(active - inner_lr.keys())!r}")
     with attention_that_serves(order):
+        if order == 2:
+            return _total_derivatives(loss_fn, params, groups, (meta_train, meta_test), inner_lr, eta, train_losses)
         if train_losses is None:
-            current = {name: value.detach().requires_grad_(name in active) for name, value in params.items()}
+            current = _current(params, active)
             train_losses = loss_fn(current, meta_train)
         else:
             current = dict(params)
-        constants = {name: value.detach() for name, value in current.items() if name not in active}
-
-        train_grads = _group_gradients(train_losses, current, groups, create_graph=order == 2, keep_graph=order == 2)
-        if order == 1:
-            with torch.no_grad():
-                moved = _stepped(current, train_grads, inner_lr)
-            moved = {name: value.requires_grad_() for name, value in moved.items()}
-        else:
-            moved = {name: current[name] - _step(inner_lr, name) * grad for name, grad in train_grads.items()}
-        test_losses = loss_fn({**constants, **moved}, meta_test)
-
-        if order == 1:
-            test_grads = _group_gradients(test_losses, moved, groups)
-            grads = _added(train_grads, test_grads, eta)
-        else:
-            objective = {
-                name: _loss(train_losses, name) + eta * _loss(test_losses, name) for _, name in groups.values()
-            }
-            grads = _group_gradients(objective, current, groups)
+        train_grads = _group_gradients(train_losses, current, groups)
+        moved, test_losses = _test_pass(loss_fn, current, train_grads, inner_lr, meta_test)
+        grads = _added(train_grads, _group_gradients(test_losses, moved, groups), eta)
     return MetaGradients(_detached(train_losses), _detached(test_losses), grads)
+
+
+def _total_derivatives(
+    loss_fn: Callable[[Params, Any], Losses],
+    params: Params,
+    groups: Groups,
+    batches: tuple[Any, Any],
+    inner_lr: float | Mapping[str, float],
+    eta: float,
+    train_losses: Losses | None,
+) -> MetaGradients:
+    """`meta_gradients` with second derivatives; `batches` are S and S~."""
+    followers: dict[str, list[str]] = {}
+    for names, loss in groups.values():
+        followers.setdefault(loss, []).extend(names)
+    active = [name for names in followers.values() for name in names]
+    if train_losses is None:
+        current = _current(params, active)
+        traced = traced_losses(loss_fn, current, batches[0], active)
+    else:
+        current = dict(params)
+        traced = train_losses if isinstance(train_losses, TracedLosses) else TracedLosses.whole(train_losses)
+    for loss in followers:
+        _loss(traced, loss)
+    second = SecondOrder(traced, {name: current[name] for name in active}, followers)
+    train_grads = second.gradients()
+    moved, test_losses = _test_pass(loss_fn, current, train_grads, inner_lr, batches[1])
+    by_test = each_gradient([_loss(test_losses, loss) for loss in followers], [moved[name] for name in active])
+    del moved
+
+    grads: dict[str, Tensor] = {}
+    for names, found in zip(followers.values(), by_test, strict=True):
+        lost = {name: grad for name, grad in zip(active, found, strict=True) if grad is not None}
+        tangents = {
+            other: {name: _step(inner_lr, name) * lost[name] for name in each if name in lost}
+            for other, each in followers.items()
+        }
+        inner = second.product(loss_fn, {other: along for other, along in tangents.items() if along}, names)
+        for name in names:
+            at_test = [sign * part[name] for part, sign in ((lost, eta), (inner, -eta)) if name in part]
+            grads[name] = sum(at_test, start=train_grads[name])
+    return MetaGradients(_detached(traced), _detached(test_losses), {name: grads[name] for name in active})
+
+
+def _current(params: Params, active: Collection[str]) -> dict[str, Tensor]:
+    return {name: value.detach().requires_grad_(name in active) for name, value in params.items()}
+
+
+def _test_pass(
+    loss_fn: Callable[[Params, Any], Losses],
+    current: Params,
+    train_grads: Params,
+    inner_lr: float | Mapping[str, float],
+    meta_test: Any,
+) -> tuple[dict[str, Tensor], Losses]:
+    """G' of the parameters in `train_grads`, and the losses of S~ there."""
+    constants = {name: value.detach() for name, value in current.items() if name not in train_grads}
+    with torch.no_grad():
+        moved = _stepped(current, train_grads, inner_lr)
+    moved = {name: value.requires_grad_() for name, value in moved.items()}
+    return moved, loss_fn({**constants, **moved}, meta_test)
 
 
 def attention_that_serves(order: int) -> AbstractContextManager[None]:
@@ -135,9 +184,7 @@ def _loss(losses: Losses, name: str) -> Tensor:
     return losses[name]
 
 
-def _group_gradients(
-    losses: Losses, params: Params, groups: Groups, create_graph: bool = False, keep_graph: bool = False
-) -> dict[str, Tensor]:
+def _group_gradients(losses: Losses, params: Params, groups: Groups) -> dict[str, Tensor]:
     """The gradient of each group's loss in its own parameters; zero where it does not depend on one."""
     grads: dict[str, Tensor] = {}
     remaining = len(groups)
@@ -148,14 +195,8 @@ def _group_gradients(
         if not loss.requires_grad or not inputs:
             grads.update((name, torch.zeros_like(value)) for name, value in zip(names, inputs, strict=True))
             continue
-        values = torch.autograd.grad(
-            loss,
-            inputs,
-            # The groups' losses share one graph: only the last may free it.
-            retain_graph=keep_graph or remaining > 0,
-            create_graph=create_graph,
-            materialize_grads=True,
-        )
+        # The groups' losses share one graph: only the last may free it.
+        values = torch.autograd.grad(loss, inputs, retain_graph=remaining > 0, materialize_grads=True)
         grads.update(zip(names, values, strict=True))
     return grads
 

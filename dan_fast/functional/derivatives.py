@@ -5,6 +5,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may carry tangents (`torch.func.jvp`, `forward_ad.dual_level`): kernels have no rule for them."""
+    return forward_ad._current_level >= 0
 
 
 def through_form(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dan_fast import _extension, triton_kernels
-from dan_fast.functional.derivatives import through_form
+from dan_fast.functional.derivatives import in_forward_mode, through_form
 
 Context = torch.autograd.function.FunctionCtx
 
@@ -70,8 +70,8 @@ class Operator:
 
     @staticmethod
     def serves(tensor: Tensor) -> bool:
-        """Whether kernels serve the device of `tensor`."""
-        return _extension.serves(tensor.device.type, tensor.device.index)
+        """Whether kernels serve the device of `tensor`; in forward mode the PyTorch forms do."""
+        return not in_forward_mode() and _extension.serves(tensor.device.type, tensor.device.index)
 
     @classmethod
     def run(cls, *arguments: Any) -> Any:

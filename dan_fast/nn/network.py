@@ -146,10 +146,31 @@ class DAN(nn.Module):
             ValueError: images of another size than `image_size`, or labels that do not fit.
             TypeError: labels that are not int64.
         """
-        head = self._head(images, labels, lenders)
+        return self.branches(self.maps(images, lenders), labels)
+
+    def maps(self, images: Tensor, lenders: int = 0) -> Tensor:
+        """The backbone's last map (B, C, h, w) of (B + lenders, 3, H, W) images.
+
+        Args, Raises: as `forward`.
+        """
+        mixing = self.styles is not None and self.training
+        if lenders and not mixing:
+            raise ValueError("lenders lend their style in training mode, to a network with style_mixing")
+        with self.styles.within(lenders) if mixing else nullcontext():
+            features = self.backbone(images)
+        if features.shape[-2:] != self.map_size:
+            raise ValueError(
+                f"images of {tuple(images.shape[-2:])} give a map of {tuple(features.shape[-2:])} but "
+                f"image_size {self.image_size} gives {self.map_size}; resize them or change image_size"
+            )
+        return features
+
+    def branches(self, features: Tensor, labels: Tensor | None = None) -> DANOutput:
+        """What `forward` makes of the maps (B, C, h, w) that `maps` gave."""
+        head = self._head(features, labels)
         # Logits of eight bits often tie, and argmax then takes the lowest class: the winner of the competition would
         # depend on how persons are numbered.
-        with full_precision(images.device):
+        with full_precision(features.device):
             return DANOutput(
                 *head,
                 logits=self._classify(head.attended),
@@ -163,7 +184,7 @@ class DAN(nn.Module):
 
         It follows the module's mode: call `eval()` first, or batch norm takes the statistics of these images.
         """
-        return getattr(self._head(images, None), self.feature)
+        return getattr(self._head(self.maps(images), None), self.feature)
 
     def keys(self, output: DANOutput) -> Tensor:
         """(B, key_dim), what the memory stores: the backbone's outputs but for the last three (Sec. IV-B)."""
@@ -189,17 +210,7 @@ class DAN(nn.Module):
     def _classify(self, features: Tensor) -> Tensor:
         return self.classifier(self.dropout(features.to(self.classifier.weight.dtype)))
 
-    def _head(self, images: Tensor, labels: Tensor | None, lenders: int = 0) -> AttentionHeadOutput:
-        mixing = self.styles is not None and self.training
-        if lenders and not mixing:
-            raise ValueError("lenders lend their style in training mode, to a network with style_mixing")
-        with self.styles.within(lenders) if mixing else nullcontext():
-            features = self.backbone(images)
-        if features.shape[-2:] != self.map_size:
-            raise ValueError(
-                f"images of {tuple(images.shape[-2:])} give a map of {tuple(features.shape[-2:])} but "
-                f"image_size {self.image_size} gives {self.map_size}; resize them or change image_size"
-            )
+    def _head(self, features: Tensor, labels: Tensor | None) -> AttentionHeadOutput:
         unknown = torch.full(features.shape[:1], -1, dtype=torch.int64, device=features.device)
         if labels is None or not self.adversary:
             return self.attention.head(features, self.classifier.weight, unknown)

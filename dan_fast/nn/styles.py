@@ -55,8 +55,8 @@ class StyleMixing:
             partners = takers + torch.randint(self._lenders, (count,), device=device)
         else:
             partners = torch.randperm(count, device=device)
-        concentration = torch.full((count,), _CONCENTRATION, device=device)
-        share = torch.distributions.Beta(concentration, concentration, validate_args=False).sample()
+        # What torch.distributions.Beta draws, whose own function cannot run under torch.func.
+        share = torch._sample_dirichlet(torch.full((count, 2), _CONCENTRATION, device=device))[:, 0]
         left_alone = (torch.rand(count, device=device) >= _PROBABILITY) | (torch.arange(count, device=device) >= takers)
         mixed = mix_styles(features, partners, share.masked_fill(left_alone, 1.0))
         return mixed[:takers] if stage is self._last else mixed

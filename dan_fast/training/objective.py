@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dan_fast.daml.second_order import TracedLosses, random_state
 from dan_fast.data import Split
 from dan_fast.functional import discriminative_loss
 from dan_fast.functional.memory.scan_types import sentence_of
@@ -48,6 +49,7 @@ class DivergedError(ArithmeticError):
     """A feature, loss, gradient or weight is not finite any more."""
 
 
+_BACKBONE = "network.backbone."
 # `PassRecord.fault` where features are not finite; the memory's own faults are positive.
 _NOT_FINITE = -1
 
@@ -128,13 +130,21 @@ class TrainingModel(nn.Module):
         self.autocast_dtype = autocast_dtype
 
     def forward(self, split: Split) -> tuple[dict[str, Tensor], PassRecord]:
+        return self.losses(self.maps(split), split)
+
+    def maps(self, split: Split) -> Tensor:
+        """The last map of the backbone (B, C, h, w), all that the losses take from its parameters."""
+        lenders = len(split.labels) - split.num_labeled - split.num_fed_back if self.lending else 0
+        with self._autocast(split.images.device):
+            return self.network.maps(split.images, lenders)
+
+    def losses(self, maps: Tensor, split: Split) -> tuple[dict[str, Tensor], PassRecord]:
+        """What `forward` gives, of the maps that `maps` gave for the split; the memory advances."""
         labeled, known = split.num_labeled, split.num_labeled + split.num_fed_back
-        images, lenders = split.images, 0
         if self.lending:
-            lenders = len(split.labels) - known
             split = split._replace(labels=split.labels[:known], sample_ids=split.sample_ids[:known])
-        with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            out = self.network(images, split.labels, lenders)
+        with self._autocast(maps.device):
+            out = self.network.branches(maps, split.labels)
         finite = all_finite([out.pooled, out.attended])
         fault = torch.where(finite, 0, _NOT_FINITE)
         logits, adversary_logits = out.logits.float(), out.adversary_logits.float()
@@ -211,6 +221,9 @@ class TrainingModel(nn.Module):
         )
         return losses, record
 
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+
 
 def spatial_spread(spatial_attention: Tensor) -> Tensor:
     """How far A_S (B, HW) is from flat: the mean over the images of its max - min, () float32, detached."""
@@ -224,7 +237,7 @@ def _negative_entropy(logits: Tensor) -> Tensor:
     return (log_probability.exp() * log_probability).sum(1).mean()
 
 
-@dataclass
+@dataclass(eq=False)
 class Objective:
     """`loss_fn` of `meta_gradients` over a `TrainingModel`: runs it with other values for its parameters.
 
@@ -245,6 +258,20 @@ class Objective:
         with _in_place_of(self._places, params):
             losses, self.record = self.model(split)
         return losses
+
+    def traced(self, params: Mapping[str, Tensor], split: Split) -> TracedLosses:
+        """The same losses for second derivatives: the backbone is the trunk, and its last map the features."""
+        random = random_state(split.images.device)
+        with _in_place_of(self._places, params):
+            maps = self.model.maps(split)
+            losses, self.record = self.model.losses(maps, split)
+        constants = {name: value.detach() for name, value in params.items() if name.startswith(_BACKBONE)}
+
+        def again(values: Mapping[str, Tensor]) -> Tensor:
+            with _in_place_of(self._places, {**constants, **values}):
+                return self.model.maps(split)
+
+        return TracedLosses(losses, maps, constants, again, random)
 
 
 # The dictionary of a module's own parameters, and the name of one in it.

@@ -158,7 +158,8 @@ class MetaStep:
         self.competition.load_state_dict(state["competition"])
 
     def _gradients(self, meta_train: Split, meta_test: Split | None) -> StepResult:
-        train_losses = self.objective(self._params, meta_train)
+        second = self.meta.order == 2 and meta_test is not None
+        train_losses = (self.objective.traced if second else self.objective)(self._params, meta_train)
         train_record = self.objective.record
         if meta_test is None:
             values = torch.autograd.grad(train_losses["total"], [*self._params.values()], materialize_grads=True)

@@ -94,9 +94,8 @@ def test_gates_follow_the_same_gradient_in_the_group_of_the_backbone_with_order_
     assert all(torch.equal(joined[name], value) for name, value in apart.items()) == (order == 1)
 
 
-@pytest.mark.parametrize(("order", "walks"), [(1, 2), (2, 4)])
-def test_one_walk_of_a_graph_serves_backbone_and_gates_with_order_1(monkeypatch, order, walks):
-    meta_step = tiny_step(order=order)
+def test_one_walk_of_a_graph_serves_backbone_and_gates_with_order_1(monkeypatch):
+    meta_step = tiny_step(order=1)
     decide(meta_step, Stage.ATTENTION)
     outer, grad = [], torch.autograd.grad
 
@@ -107,7 +106,7 @@ def test_one_walk_of_a_graph_serves_backbone_and_gates_with_order_1(monkeypatch,
 
     monkeypatch.setattr(torch.autograd, "grad", counted)
     meta_step.step(split(1), split(2))
-    assert sum(outer) == walks
+    assert sum(outer) == 2
 
 
 @pytest.mark.parametrize("reach", ["all", "attention"])

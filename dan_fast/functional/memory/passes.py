@@ -80,9 +80,7 @@ class _HalfProduct(torch.autograd.Function):
     """The product with a constant half-precision memory, widened piece by piece."""
 
     @staticmethod
-    def forward(ctx, left: Tensor, base: Tensor, transposed: bool) -> Tensor:
-        ctx.save_for_backward(base)
-        ctx.transposed = transposed
+    def forward(left: Tensor, base: Tensor, transposed: bool) -> Tensor:
         pieces = base.split(_ROWS)
         if transposed:
             return torch.cat([product(left, piece.to(left.dtype).mT) for piece in pieces], dim=1)
@@ -90,7 +88,17 @@ class _HalfProduct(torch.autograd.Function):
         return sum(product(part, piece.to(left.dtype)) for part, piece in zip(parts, pieces, strict=True))
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+        _, base, ctx.transposed = inputs
+        ctx.save_for_backward(base)
+        ctx.save_for_forward(base)
+
+    @staticmethod
+    def jvp(ctx: Context, tangent: Tensor, *_: None) -> Tensor:
+        return _HalfProduct.apply(tangent, *ctx.saved_tensors, ctx.transposed)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
         # Linear in `left`: the backward is the same operator turned round, hence differentiable in its turn.
         (base,) = ctx.saved_tensors
         return _HalfProduct.apply(grad, base, not ctx.transposed), None, None

@@ -9,6 +9,7 @@ from dan_fast.core.checks import check_memory_step
 from dan_fast.core.cosine import statistics_dtype
 from dan_fast.core.types import Gates, MemoryBatch, MemoryState, MemoryStep
 from dan_fast.functional.autocast import autocasts, full_precision, outside_autocast
+from dan_fast.functional.derivatives import in_forward_mode
 from dan_fast.functional.memory.passes import memory_commit, memory_scores
 from dan_fast.functional.memory.pending import PendingMemory, lasting_tensors
 from dan_fast.functional.memory.scan import scan
@@ -93,6 +94,7 @@ def pending_memory_step(
     """`memory_step` between memories whose writes may wait; errors as there.
 
     Raises:
+        NotImplementedError: forward mode: the memories advance, so a pass that is repeated would start from others.
         RuntimeError: a CUDA graph is being captured. Which tensors wait is decided here, at every step anew; a
             replay would start from the same memory each time.
 
@@ -100,6 +102,10 @@ def pending_memory_step(
         `(result, labeled, unlabeled)`; the memories that came in hold what they held, though they may have
         settled it.
     """
+    if in_forward_mode():
+        raise NotImplementedError(
+            "a memory that advances has no forward mode; functional.memory_step, which leaves its memories alone, has"
+        )
     if labeled.base.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a CUDA graph would replay this step from the same memory: capture functional.memory_step and copy the "

@@ -1,0 +1,419 @@
+"""Second derivatives times a vector: what the inner step adds to the gradients of the meta objective, Eq. (18).
+
+The inner step of group h is minus its gradient of S, so what S~ loses in it, v_h, moves the parameters of every
+group by the derivative of <v_h, dL_h/dG_h>: a product of a matrix with a vector, never the matrix. Forward over reverse
+takes it as the forward-mode derivative of a backward pass: first derivatives of convolutions are all it needs, and it
+keeps no graph of a gradient. Double backward differentiates the backward pass in reverse.
+
+Both see the network in two parts. The trunk makes features of images; what follows, the head, is small, has forms that
+are differentiable twice, and keeps its graph from the first pass.
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from dan_fast.daml.dual_mode import DualMode
+
+Params = Mapping[str, Tensor]
+
+_by_double_backward: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+class TracedLosses(dict[str, Tensor]):
+    """Losses that depend on the parameters of a trunk through one tensor, and how to have that tensor again.
+
+    A `loss_fn` with a method `traced(params, batch)` that returns them serves second derivatives although it keeps a
+    state, as a memory does: only its trunk runs again.
+
+    Args:
+        losses: name to () tensor.
+        features: floating, in the graph of the losses.
+        trunk: of which parameters `features` is a function, by name. No loss depends on them in another way.
+        again: parameters of the trunk, by name, to `features`. It may update running statistics, which are left out,
+            and draw random numbers, which are those of the first time.
+        random: the state of the random numbers before the first time, see `random_state`.
+        trusted: `again` gives the same features for the same parameters. If that is not known the graph of the losses
+            is kept, and double backward goes through it where they differ.
+    """
+
+    def __init__(
+        self,
+        losses: Mapping[str, Tensor],
+        features: Tensor,
+        trunk: Collection[str],
+        again: Callable[[Params], Tensor],
+        random: Mapping[str, Tensor],
+        trusted: bool = True,
+    ) -> None:
+        super().__init__(losses)
+        self.features = features
+        self.trunk = frozenset(trunk)
+        self.trusted = trusted
+        self._again = again
+        self._random = random
+
+    @classmethod
+    def whole(cls, losses: Mapping[str, Tensor]) -> Self:
+        """Losses of which nothing can be had again: there is no trunk, and double backward goes through their graph."""
+        return cls(losses, torch.zeros(()), (), lambda params: torch.zeros(()), {})
+
+    def again(self, params: Params) -> Tensor:
+        """The features for other values of the trunk's parameters; nothing else changes."""
+        with _random_numbers(self._random), _statistics_kept():
+            return self._again(params)
+
+
+def traced_losses(
+    loss_fn: Callable[[Params, Any], Mapping[str, Tensor]], params: Params, batch: Any, active: Collection[str]
+) -> TracedLosses:
+    """The losses of a batch as second derivatives need them.
+
+    Args:
+        loss_fn: see `meta_gradients`. Of one without a method `traced` everything is trunk, and the losses are its
+            features: it is called again as a whole.
+        params: name to tensor.
+        batch: for `loss_fn`.
+        active: the parameters that require a gradient.
+    """
+    if hasattr(loss_fn, "traced"):
+        return loss_fn.traced(params, batch)
+    random = random_state(next(iter(params.values())).device)
+    losses = loss_fn(params, batch)
+    names = list(losses)
+    features = torch.stack([losses[name] for name in names])
+    constants = {name: value.detach() for name, value in params.items()}
+
+    def again(values: Params) -> Tensor:
+        found = loss_fn({**constants, **values}, batch)
+        return torch.stack([found[name] for name in names])
+
+    return TracedLosses(
+        dict(zip(names, features.unbind(), strict=True)), features, active, again, random, trusted=False
+    )
+
+
+class Head:
+    """The gradient of one loss of S in the features and in the parameters behind them, differentiable in its turn.
+
+    Args:
+        losses: of S.
+        name: of the loss.
+        params: the parameters that follow this loss, by name.
+        features: whether the gradient in the features is wanted.
+    """
+
+    def __init__(self, losses: TracedLosses, name: str, params: Params, features: bool) -> None:
+        behind = {each: value for each, value in params.items() if each not in losses.trunk}
+        inputs = [*([losses.features] if features else []), *behind.values()]
+        found = _gradients(losses[name], inputs, create_graph=True)
+        self.by_features = found[0] if features else None
+        self.by_params = dict(zip(behind, found[len(found) - len(behind) :], strict=True))
+
+    def product(self, features_tangent: Tensor | None, tangents: Params) -> list[Tensor]:
+        """Terms, each () and differentiable, whose sum is this gradient times the tangents."""
+        pairs = [(self.by_features, features_tangent)]
+        pairs += [(grad, tangents.get(name)) for name, grad in self.by_params.items()]
+        terms = [(grad * tangent).sum() for grad, tangent in pairs if grad is not None and tangent is not None]
+        return [term for term in terms if term.requires_grad]
+
+
+class SecondOrder:
+    """The graph of S as products of its second derivatives need it.
+
+    Args:
+        losses: of S, computed with `params`.
+        params: the parameters that are trained, by name.
+        names: of each loss, the parameters that follow it.
+
+    Attributes:
+        heads: loss name to `Head`.
+    """
+
+    def __init__(self, losses: TracedLosses, params: Params, names: Mapping[str, Sequence[str]]) -> None:
+        self.losses = losses
+        self.params = params
+        self._followers = names
+        trunk = losses.features.requires_grad and any(name in losses.trunk for name in params)
+        self.heads = {
+            loss: Head(losses, loss, {name: params[name] for name in each}, trunk) for loss, each in names.items()
+        }
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradient of each loss in the parameters that follow it, zero where it depends on none of them.
+
+        What the trunk kept for its backward pass is freed if its features can surely be had again.
+        """
+        found: dict[str, Tensor] = {}
+        through = [loss for loss, head in self.heads.items() if head.by_features is not None]
+        for loss, names in self._followers.items():
+            head = self.heads[loss]
+            trunk, _ = self._parted(names)
+            _accumulate(found, head.by_params)
+            if trunk and loss in through:
+                features = self.losses.features
+                inputs = [self.params[name] for name in trunk]
+                seed = head.by_features.detach()
+                (grads,) = each_gradient(
+                    [features], inputs, [seed], retain_graph=not self.losses.trusted or loss != through[-1]
+                )
+                _accumulate(found, dict(zip(trunk, grads, strict=True)))
+        return {name: found.get(name, torch.zeros_like(value)) for name, value in self.params.items()}
+
+    def product(self, loss_fn: Any, tangents: Mapping[str, Params], wanted: Sequence[str]) -> dict[str, Tensor]:
+        """`by_forward_over_reverse`, or `by_double_backward` where that cannot be.
+
+        It is found by trying; it is said once of a `loss_fn`, and not tried again.
+        """
+        if loss_fn not in _by_double_backward:
+            try:
+                return self.by_forward_over_reverse(tangents, wanted)
+            except torch.OutOfMemoryError:
+                raise
+            except (NotImplementedError, RuntimeError) as error:
+                _by_double_backward.add(loss_fn)
+                reason = str(error).strip().partition("\n")[0]
+                warnings.warn(
+                    "order 2 goes by double backward, which takes more time and memory, since forward over reverse "
+                    f"cannot serve: {reason}",
+                    stacklevel=4,
+                )
+        if self.losses.trusted:
+            return self.by_double_backward(tangents, wanted)
+        return SecondOrder(TracedLosses.whole(self.losses), self.params, self._followers).by_double_backward(
+            tangents, wanted
+        )
+
+    def by_forward_over_reverse(self, tangents: Mapping[str, Params], wanted: Sequence[str]) -> dict[str, Tensor]:
+        """The sum over the losses of the derivative, along the tangents of a loss, of its gradient in `wanted`.
+
+        Args:
+            tangents: loss name to (parameter name to tangent, of the parameter's shape).
+            wanted: names of parameters.
+
+        Returns:
+            Name to a tensor of the parameter's shape; what does not depend on the tangents is left out.
+
+        Raises:
+            NotImplementedError, RuntimeError: an operator of the trunk has no forward mode.
+        """
+        trunk, behind = self._parted(wanted)
+        found: dict[str, Tensor] = {}
+        carried: list[Tensor] = []
+        # What moves the trunk comes last and takes along what the other losses have to say to its output.
+        for loss in sorted(tangents, key=lambda name: self._moves_trunk(tangents[name])):
+            moves = self._moves_trunk(tangents[loss])
+            if not moves:
+                carried += self._through_head(self.heads[loss].product(None, tangents[loss]), behind, found)
+            elif self.heads[loss].by_features is not None:
+                carried = self._dual_pass(loss, tangents[loss], trunk, behind, carried, found)
+        if carried and trunk:
+            self._dual_pass(None, {}, trunk, behind, carried, found)
+        return found
+
+    def by_double_backward(self, tangents: Mapping[str, Params], wanted: Sequence[str]) -> dict[str, Tensor]:
+        """The same by a second graph: the trunk's gradient is differentiated in reverse.
+
+        Args, Returns: as `by_forward_over_reverse`.
+        """
+        trunk, behind = self._parted(wanted)
+        moved = {name for each in tangents.values() for name in each if name in self.losses.trunk}
+        leaves = {name: self.params[name].detach().requires_grad_() for name in dict.fromkeys([*trunk, *moved])}
+        features = self.losses.again(leaves) if leaves else None
+        terms: list[Tensor] = []
+        for loss, along in tangents.items():
+            head = self.heads[loss]
+            terms += head.product(None, along)
+            names = [name for name in along if name in leaves]
+            if names and head.by_features is not None:
+                grads = _gradients(features, [leaves[name] for name in names], head.by_features, create_graph=True)
+                products = [
+                    (grad * along[name]).sum() for name, grad in zip(names, grads, strict=True) if grad is not None
+                ]
+                terms += [product for product in products if product.requires_grad]
+        found: dict[str, Tensor] = {}
+        carried = self._through_head(terms, behind, found, {name: leaves[name] for name in trunk})
+        for cotangent in carried if trunk else ():
+            grads = _gradients(features, [leaves[name] for name in trunk], cotangent)
+            _accumulate(found, dict(zip(trunk, grads, strict=True)))
+        return found
+
+    def _parted(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Those of the trunk and those behind it."""
+        trunk = self.losses.trunk
+        return [name for name in names if name in trunk], [name for name in names if name not in trunk]
+
+    def _moves_trunk(self, tangents: Params) -> bool:
+        return any(name in self.losses.trunk for name in tangents)
+
+    def _through_head(
+        self, terms: Sequence[Tensor], behind: Sequence[str], found: dict[str, Tensor], leaves: Params | None = None
+    ) -> list[Tensor]:
+        """Add the gradient of the terms' sum to `found`; what it is in the features, none or one tensor.
+
+        Args:
+            leaves: more tensors to differentiate in, by name.
+        """
+        if not terms:
+            return []
+        inputs = {name: self.params[name] for name in behind} | dict(leaves or {})
+        by_features, *grads = _gradients(torch.stack(terms).sum(), [self.losses.features, *inputs.values()])
+        _accumulate(found, dict(zip(inputs, grads, strict=True)))
+        return [] if by_features is None else [by_features.detach()]
+
+    def _dual_pass(
+        self,
+        loss: str | None,
+        tangents: Params,
+        trunk: Sequence[str],
+        behind: Sequence[str],
+        carried: Sequence[Tensor],
+        found: dict[str, Tensor],
+    ) -> list[Tensor]:
+        """Forward and backward through the trunk with numbers that carry their derivative along `tangents`.
+
+        Returns:
+            What of `carried` is left to do: all of it where nothing of the trunk is wanted.
+        """
+        names = [name for name in dict.fromkeys([*trunk, *tangents]) if name in self.losses.trunk]
+        with forward_ad.dual_level(), warnings.catch_warnings():
+            # PyTorch compiles some of its own rules by what it advises others against.
+            warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")
+            duals = {name: _dual(self.params[name], tangents.get(name)) for name in names}
+            others = {name: value for name, value in duals.items() if name not in trunk}
+            if trunk:
+                with DualMode():
+                    features, pull = torch.func.vjp(
+                        lambda *values: self.losses.again({**others, **dict(zip(trunk, values, strict=True))}),
+                        *(duals[name] for name in trunk),
+                    )
+            else:
+                with DualMode():
+                    features = self.losses.again(duals)
+            primal, tangent = forward_ad.unpack_dual(features)
+            self._require_same(primal)
+            cotangents = list(carried)
+            seed = None
+            if loss is not None:
+                terms = self.heads[loss].product(tangent, tangents)
+                cotangents += self._through_head(terms, behind, found)
+                seed = self.heads[loss].by_features.detach()
+            if not trunk:
+                return cotangents
+            if seed is None:
+                seed = torch.zeros_like(cotangents[0])
+            if cotangents:
+                seed = forward_ad.make_dual(seed, torch.stack(cotangents).sum(0))
+            grads = pull(seed, retain_graph=False, create_graph=False)
+            _accumulate(
+                found, {name: forward_ad.unpack_dual(grad).tangent for name, grad in zip(trunk, grads, strict=True)}
+            )
+        return []
+
+    def _require_same(self, features: Tensor) -> None:
+        if self.losses.trusted:
+            return
+        rounding = 1e3 * torch.finfo(features.dtype).eps
+        if not torch.allclose(features, self.losses.features.detach(), rounding, rounding):
+            raise RuntimeError(
+                "loss_fn gave other losses when it was called again with the same parameters and batch, so it keeps a "
+                "state, which has now advanced by this batch twice; give loss_fn a method traced, see TracedLosses"
+            )
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The states of the generators that a pass on `device` draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    return state if device.type == "cpu" else {**state, str(device): torch.cuda.get_rng_state(device)}
+
+
+def each_gradient(
+    values: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    seeds: Sequence[Tensor] | None = None,
+    *,
+    create_graph: bool = False,
+    retain_graph: bool = False,
+) -> list[list[Tensor | None]]:
+    """The gradients of each of the values in the inputs, None where there is none.
+
+    Args:
+        values: of one graph.
+        inputs: floating.
+        seeds: the gradient of each value; may be left out for () tensors.
+        create_graph: see `torch.autograd.grad`.
+        retain_graph: the last of the values leaves the graph as it is too.
+    """
+    wanted = [index for index, each in enumerate(inputs) if each.requires_grad]
+    results: list[list[Tensor | None]] = []
+    for position, value in enumerate(values, start=1):
+        grads: list[Tensor | None] = [None] * len(inputs)
+        if value.requires_grad and wanted:
+            found = torch.autograd.grad(
+                value,
+                [inputs[index] for index in wanted],
+                None if seeds is None else seeds[position - 1],
+                retain_graph=retain_graph or position < len(values),
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+            for index, each in zip(wanted, found, strict=True):
+                grads[index] = each
+        results.append(grads)
+    return results
+
+
+def _gradients(
+    value: Tensor, inputs: Sequence[Tensor], seed: Tensor | None = None, create_graph: bool = False
+) -> list[Tensor | None]:
+    """`each_gradient` of one value whose graph is kept."""
+    seeds = None if seed is None else [seed]
+    return each_gradient([value], inputs, seeds, create_graph=create_graph, retain_graph=True)[0]
+
+
+def _accumulate(total: dict[str, Tensor], more: Mapping[str, Tensor | None]) -> None:
+    for name, value in more.items():
+        if value is not None:
+            total[name] = total[name] + value.detach() if name in total else value.detach()
+
+
+def _dual(value: Tensor, tangent: Tensor | None) -> Tensor:
+    value = value.detach()
+    return value if tangent is None else forward_ad.make_dual(value, tangent)
+
+
+@contextmanager
+def _random_numbers(state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the process's generators go on from `state`; outside they are as they were."""
+    devices = [device for device in state if device != "cpu"]
+    with torch.random.fork_rng(devices=devices):
+        torch.set_rng_state(state["cpu"])
+        for device in devices:
+            torch.cuda.set_rng_state(state[device], device)
+        yield
+
+
+@contextmanager
+def _statistics_kept() -> Iterator[None]:
+    """Inside, layers in training mode normalise by the batch and leave their running statistics alone."""
+    frozen: list[nn.Module] = []
+
+    def freeze(module: nn.Module, _: Any) -> None:
+        if module.training and getattr(module, "track_running_stats", False):
+            module.track_running_stats = False
+            frozen.append(module)
+
+    handle = register_module_forward_pre_hook(freeze)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for module in frozen:
+            module.track_running_stats = True

@@ -1,0 +1,260 @@
+"""Second derivatives times a vector, by forward over reverse and by double backward."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dan_fast.core.types import MemoryState, NLCBAMWeights
+from dan_fast.daml import Stage, meta_gradients
+from dan_fast.daml.second_order import SecondOrder
+from dan_fast.functional import attention_head, discriminative_loss, memory_step
+from dan_fast.nn import DAN
+from dan_fast.training.objective import TrainingModel
+from tests.support.steps import decide, split, tiny_network, tiny_step, training_model
+
+METHODS = ("by_forward_over_reverse", "by_double_backward")
+
+
+@pytest.fixture(autouse=True)
+def no_fallback():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="order 2 goes by double backward")
+        yield
+
+
+@pytest.fixture
+def doubles(monkeypatch):
+    """What is cast to float32 stays in float64."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
+
+
+def by(method: str, monkeypatch) -> None:
+    monkeypatch.setattr(SecondOrder, "product", lambda self, loss_fn, *arguments: getattr(self, method)(*arguments))
+
+
+def both_ways(model: TrainingModel, stage: Stage, monkeypatch, images: Tensor | None = None) -> list[dict[str, Tensor]]:
+    """The gradients of one step by each method, from equal models."""
+    found = []
+    for method in METHODS:
+        by(method, monkeypatch)
+        meta_step = tiny_step(copy.deepcopy(model).train(), order=2)
+        decide(meta_step, stage)
+        halves = [split(seed) for seed in (1, 2)]
+        if images is not None:
+            halves = [half._replace(images=each) for half, each in zip(halves, images, strict=True)]
+        halves = [half._replace(images=half.images.to(next(model.parameters()).dtype)) for half in halves]
+        torch.manual_seed(3)
+        found.append(meta_step.gradients(*halves).grads)
+    return found
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], limit: float) -> None:
+    assert found.keys() == expected.keys()
+    scale = max(float(value.norm()) for value in expected.values())
+    for name, value in expected.items():
+        assert float((found[name] - value).norm()) <= limit * max(float(value.norm()), 1e-3 * scale), name
+
+
+def network(backbone: str | nn.Module, **settings) -> DAN:
+    torch.manual_seed(0)
+    return DAN(num_classes=3, backbone=backbone, image_size=(64, 32), reduction=2, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backbone", "settings", "stage"),
+    [
+        *(("resnet18", {"adversary_reach": "attention", "style_mixing": True}, stage) for stage in Stage),
+        ("resnet18", {"dropout": 0.5}, Stage.BOTH),
+        ("timm:efficientnet_lite0", {"attention": "none", "adversary": False}, Stage.ATTENTION),
+        ("timm:test_vit", {}, Stage.BOTH),
+    ],
+)
+def test_both_methods_agree_on_whole_models(backbone, settings, stage, doubles, monkeypatch):
+    model = training_model(network=network(backbone, **settings)).double()
+    images = torch.randn(2, 7, 3, 64, 32)
+    found, expected = both_ways(model, stage, monkeypatch, images)
+    assert_close(found, expected, 1e-9)
+    if stage is not Stage.ADVERSARY:
+        first = first_order(model, stage, images)
+        assert any(not torch.allclose(first[name], value, rtol=1e-6) for name, value in expected.items())
+
+
+def first_order(model: TrainingModel, stage: Stage, images: Tensor) -> dict[str, Tensor]:
+    meta_step = tiny_step(copy.deepcopy(model).train(), order=1)
+    decide(meta_step, stage)
+    torch.manual_seed(3)
+    return meta_step.gradients(*(split(seed)._replace(images=images[seed - 1].double()) for seed in (1, 2))).grads
+
+
+def test_both_methods_agree_under_autocast(monkeypatch):
+    model = training_model(network=network("resnet18", dropout=0.0))
+    model.autocast_dtype = torch.bfloat16
+    found, expected = both_ways(model, Stage.BOTH, monkeypatch, torch.randn(2, 7, 3, 64, 32))
+    flat = [torch.cat([grads[name].flatten() for name in found]) for grads in (found, expected)]
+    assert (flat[0] - flat[1]).norm() < 0.1 * flat[1].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weight", [True, False])
+def test_a_trunk_that_is_run_again_leaves_statistics_and_random_numbers(dtype, weight, monkeypatch):
+    trunk = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=weight), nn.Dropout(0.3)).to(dtype)
+    params = {name: value.detach() for name, value in trunk.named_parameters()}
+    batches = torch.randn(2, 5, 3, 6, 6, dtype=dtype)
+
+    def loss_fn(values: dict[str, Tensor], batch: Tensor) -> dict[str, Tensor]:
+        return {"total": functional_call(trunk, values, batch).pow(3).mean()}
+
+    found = {}
+    start = copy.deepcopy(trunk.state_dict())
+    for key, order in [(METHODS[0], 2), (METHODS[1], 2), ("first", 1)]:
+        if order == 2:
+            by(key, monkeypatch)
+        trunk.load_state_dict(start)
+        torch.manual_seed(0)
+        grads = meta_gradients(loss_fn, params, None, *batches, inner_lr=0.1, order=order).grads
+        found[key] = grads, copy.deepcopy(trunk.state_dict()), torch.rand(1)
+    for key in METHODS:
+        _, state, drawn = found[key]
+        assert all(torch.equal(state[name], value) for name, value in found["first"][1].items())
+        assert torch.equal(drawn, found["first"][2])
+    assert_close(found[METHODS[0]][0], found[METHODS[1]][0], 1e-9 if dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize(("stage", "passes"), [(Stage.ATTENTION, 4), (Stage.ADVERSARY, 2), (Stage.BOTH, 5)])
+def test_the_trunk_runs_again_only_where_it_moves(stage, passes, monkeypatch):
+    """S and S~, then once for each group whose loss of S~ depends on the backbone."""
+    meta_step = tiny_step(order=2)
+    decide(meta_step, stage)
+    calls = []
+    maps = meta_step.model.maps
+    monkeypatch.setattr(meta_step.model, "maps", lambda batch: calls.append(batch) or maps(batch))
+    meta_step.step(split(1), split(2))
+    assert len(calls) == passes
+
+
+def test_what_a_trunk_computes_without_gradients_carries_no_tangent():
+    def loss_fn(params: dict[str, Tensor], batch: float) -> dict[str, Tensor]:
+        with torch.no_grad():
+            constant = params["w"].square() + 1
+        return {"total": (params["w"].pow(3) * constant * batch).sum()}
+
+    w = torch.tensor([0.5, -0.3], dtype=torch.float64)
+    c = w.square() + 1
+    moved = w - 0.1 * 3 * w.square() * c
+    expected = 3 * w.square() * c + 2 * 3 * moved.square() * (moved.square() + 1) * (1 - 0.1 * 6 * w * c)
+    found = meta_gradients(loss_fn, {"w": w}, None, 1.0, 2.0, inner_lr=0.1).grads["w"]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+class NoForwardMode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
+def cubes(params: dict[str, Tensor], batch: float) -> dict[str, Tensor]:
+    return {"total": (params["w"] * params["w"].square() * batch).sum()}
+
+
+@pytest.mark.parametrize("trouble", ["no forward mode", "a state", "a mutation"])
+def test_what_cannot_go_forward_goes_back_and_says_so_once(trouble):
+    calls, counter = [], torch.zeros(())
+
+    def loss_fn(params: dict[str, Tensor], batch: float) -> dict[str, Tensor]:
+        calls.append(batch)
+        scale = 1.0
+        if trouble == "a state":
+            scale = 1.0 + (len(calls) > 2)
+        elif trouble == "a mutation":
+            counter.add_(params["w"].detach().sum())
+        square = NoForwardMode.apply(params["w"]) if trouble == "no forward mode" else params["w"].square()
+        return {"total": scale * (params["w"] * square * batch).sum()}
+
+    params = {"w": torch.tensor([0.5, -2.0], dtype=torch.float64)}
+    expected = meta_gradients(cubes, params, None, 1.0, 2.0, inner_lr=0.1).grads["w"]
+    with pytest.warns(UserWarning, match="order 2 goes by double backward, .* since .* cannot serve: .") as said:
+        found = meta_gradients(loss_fn, params, None, 1.0, 2.0, inner_lr=0.1).grads["w"]
+    assert len(said) == 1
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    calls.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = meta_gradients(loss_fn, params, None, 1.0, 2.0, inner_lr=0.1).grads["w"]
+    torch.testing.assert_close(again, expected, rtol=1e-12, atol=0)
+    assert len(calls) == 2
+
+
+def test_running_out_of_memory_is_not_taken_for_a_missing_rule(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(SecondOrder, "by_forward_over_reverse", full)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        meta_gradients(cubes, {"w": torch.ones(2)}, None, 1.0, 2.0, inner_lr=0.1)
+
+
+def operator_losses(dtype: torch.dtype):
+    """A loss through memory step, attention head and the loss of labelled keys, of one tensor of parameters."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    memories = [
+        MemoryState.empty(5, 4, dtype=dtype)._replace(features=draw(5, 4), labels=torch.arange(5)) for _ in range(2)
+    ]
+    weights = [draw(*shape) for shape in [(2, 4), (4, 2), (2, 6), (2, 6), (6, 2), (6, 2)]]
+    classes, labels = draw(3, 4), torch.tensor([0, 1, -1])
+
+    def loss_fn(params: dict[str, Tensor], batch: Tensor) -> dict[str, Tensor]:
+        maps = torch.einsum("oc,bchw->bohw", params["w"], batch)
+        head = attention_head(maps, NLCBAMWeights(*weights), classes, labels)
+        keys = head.attended + head.pooled
+        step = memory_step(*memories, keys[:1], labels[:1], keys[1:], torch.tensor([3, 4]), params["gate"], 0.1, 0.3)
+        labeled = discriminative_loss(keys, torch.tensor([0, 1, 2]), memories[0].features, memories[0].labels, 1.0)
+        return {"total": step.loss + head.adversary_loss.sum() + labeled.sum()}
+
+    params = {"w": draw(4, 4), "gate": draw(1)[0]}
+    return loss_fn, params, draw(2, 3, 4, 2, 3)
+
+
+def test_operators_go_forward_by_their_forms(monkeypatch):
+    loss_fn, params, batches = operator_losses(torch.float64)
+    found, ran = {}, {}
+    for method in METHODS:
+        by(method, monkeypatch)
+        ran[method] = []
+        dispatched = SecondOrder._dual_pass
+
+        def watched(self, *arguments, _run=dispatched, _ran=ran[method]):
+            with torch.profiler.profile() as profile:
+                result = _run(self, *arguments)
+            _ran.extend(event.key for event in profile.key_averages() if event.key.startswith("dan_fast::"))
+            return result
+
+        with monkeypatch.context() as patched:
+            patched.setattr(SecondOrder, "_dual_pass", watched)
+            found[method] = meta_gradients(loss_fn, params, None, *batches, inner_lr=0.01).grads
+    assert_close(found[METHODS[0]], found[METHODS[1]], 1e-9)
+    kernels = {name for name in ran[METHODS[0]] if not name.endswith("_form")}
+    assert not kernels, f"kernels without a rule for tangents ran: {kernels}"
+
+
+def test_a_memory_that_advances_is_not_run_again():
+    model = training_model(network=tiny_network())
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="advances .* no forward mode"),
+    ):
+        model(split(1))
