@@ -25,6 +25,7 @@ PAGES = [
         "docs/fidelity.md",
         "docs/experiments.md",
         "docs/reliability.md",
+        "docs/scaling.md",
     )
 ]
 ROOMS_PAGES = [ROOT / "csrc/README.md", ROOT / "benchmarks/results/h200/README.md"]
