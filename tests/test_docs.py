@@ -27,6 +27,7 @@ PAGES = [
         "docs/experiments.md",
         "docs/reliability.md",
         "docs/limits.md",
+        "docs/scaling.md",
     )
 ]
 ROOMS_PAGES = [ROOT / "csrc/README.md", ROOT / "benchmarks/results/h200/README.md"]

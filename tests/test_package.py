@@ -27,7 +27,7 @@ PATH, COMPILER = os.environ["PATH"], shutil.which("c++")
 # A room imports from its own level and the levels before it.
 LEVELS = [
     {"core", "_extension", "_sources"},
-    {"reference", "triton_kernels"},
+    {"distributed", "reference", "triton_kernels"},
     {"functional"},
     {"daml", "data", "evaluation", "nn"},
     {"training", "reporting", "bench", "sweep"},

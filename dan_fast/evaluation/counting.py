@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dan_fast import _extension
+from dan_fast.distributed.collectives import ProcessGroup, all_gather, gather_parts
 from dan_fast.evaluation import counting_torch
 from dan_fast.evaluation.distances import Metric, distance_scale
 from dan_fast.evaluation.pairs import Labels, Pairs, pairs_in_blocks
@@ -103,9 +104,7 @@ def ranks_by_features(
     squares = module.square_norms(*_array(query), threads), module.square_norms(array, dtype, threads)
     check(*squares)
     scale = distance_scale(*squares, metric)
-    size = 8 if dtype == "float64" else 4
-    query_bytes = _QUERY_BYTES + size * (query.shape[1] + 32)
-    for pairs in pairs_in_blocks(labels, query_bytes, _PAIR_BYTES + _THREAD_BYTES * threads, budget):
+    for pairs in _feature_blocks(query, labels, budget):
         ranks = module.features_ranks(
             _array(query[pairs.rows])[0],
             array,
@@ -120,6 +119,61 @@ def ranks_by_features(
             threads,
         )
         yield pairs, ranks
+
+
+def _feature_blocks(query: Tensor, labels: Labels, budget: int) -> Iterator[Pairs]:
+    query_bytes = _QUERY_BYTES + (8 if query.dtype == torch.float64 else 4) * (query.shape[1] + 32)
+    return pairs_in_blocks(labels, query_bytes, _PAIR_BYTES + _THREAD_BYTES * torch.get_num_threads(), budget)
+
+
+def ranks_by_shards(
+    group: ProcessGroup,
+    query: Tensor,
+    shard: Tensor,
+    metric: Metric,
+    labels: Labels,
+    budget: int,
+    check: Callable[[np.ndarray, np.ndarray], None],
+) -> Iterator[tuple[Pairs, np.ndarray]]:
+    """As :func:`ranks_by_features`, in PyTorch operations, of a gallery that is divided over ranks; collective.
+
+    Blocks are those of :func:`ranks_by_features` of the whole, so that what is averaged is added in one order.
+
+    Args:
+        query: (Q, d) features, all of them on every rank.
+        shard: (n, d) features of this rank's gallery images, n >= 1.
+        labels: of the queries and of this rank's images.
+    """
+    refused, squares = None, [np.zeros(len(x)) for x in (query, shard)]
+    try:
+        squares = [counting_torch.square_norms(x, budget) for x in (query, shard)]
+        check(*squares)
+    except ValueError as error:
+        refused = error
+    told = all_gather(group, torch.tensor([refused is not None, len(shard)], device=shard.device))[0].tolist()
+    if refused is not None:
+        raise refused
+    if any(faulty for faulty, _ in told):
+        raise ValueError("another rank of process_group refused its part of the gallery and says why in its own error.")
+    sizes = [size for _, size in told]
+    own = [torch.from_numpy(x).to(shard.device) for x in (labels.gallery_ids, labels.gallery_cams, squares[1])]
+    ids, cams, gallery_squares = (x.cpu().numpy() for x in gather_parts(group, own, [sizes] * 3, 0))
+    labels = labels._replace(gallery_ids=ids, gallery_cams=cams)
+    scale = distance_scale(squares[0], gallery_squares, metric)
+
+    def add_up(part: Tensor) -> Tensor:
+        torch.distributed.all_reduce(part, group=group)
+        return part
+
+    found = counting_torch.ranks_of_part(query, shard, scale, labels, budget, sum(sizes[: group.rank()]), add_up)
+    if _kernels_for(query) is None:
+        yield from found
+        return
+    ranks, start = np.concatenate([ranks for _, ranks in found]), 0
+    for pairs in _feature_blocks(query, labels, budget):
+        stop = start + int(pairs.match_offsets[-1])
+        yield pairs, ranks[start:stop]
+        start = stop
 
 
 def _adjacent(matrix: Tensor) -> Tensor:

@@ -78,29 +78,59 @@ def ranks_by_features(
     squares = square_norms(query, budget), square_norms(gallery, budget)
     check(*squares)
     scale = distance_scale(*squares, metric)
+    yield from ranks_of_part(query, gallery, scale, labels, budget, 0, lambda whole: whole)
+
+
+def ranks_of_part(
+    query: Tensor,
+    part: Tensor,
+    scale: DistanceScale,
+    labels: Labels,
+    budget: int,
+    start: int,
+    add_up: Callable[[Tensor], Tensor],
+) -> Iterator[tuple[Pairs, np.ndarray]]:
+    """As `ranks_by_features`, for who holds a part of the gallery: counts of all parts add up to ranks.
+
+    Args:
+        query: (Q, d) features.
+        part: (n, d) features of adjacent gallery images.
+        scale: of the whole gallery.
+        labels: of the whole gallery.
+        budget: bytes that may be allocated at a time.
+        start: which image of the gallery is the first of `part`.
+        add_up: the sum of a tensor over all parts; called twice for each block.
+    """
     width, columns = query.shape[1], max(1, min(_columns(budget), budget // (32 * query.shape[1])))
-    gallery_norms = torch.from_numpy(scale.gallery_norms).to(gallery.device)
-    query_bytes = _ENTRY_BYTES * min(len(gallery), columns) + 16 * width
+    gallery_norms = torch.from_numpy(scale.gallery_norms).to(part.device)
+    part_norms = gallery_norms[start : start + len(part)]
+    query_bytes = _ENTRY_BYTES * min(len(labels.gallery_ids), columns) + 16 * width
     for pairs in pairs_in_blocks(labels, query_bytes, _PAIR_BYTES, budget):
         block = query[pairs.rows].to(torch.float64)
         norms, steps = (torch.from_numpy(x[pairs.rows]).to(query.device) for x in (scale.query_norms, scale.steps))
 
         def exact(queries: Tensor, places: Tensor, block=block, norms=norms, steps=steps) -> Tensor:
-            parts = []
-            for part in torch.arange(len(queries), device=queries.device).split(max(1, budget // (32 * width))):
-                q, g = queries[part], places[part]
-                distances = distances_of_dots(tree_dots(block[q], gallery[g]), norms[q], gallery_norms[g], scale.cosine)
-                parts.append(on_grid(distances, steps[q]))
-            return torch.cat(parts) if parts else norms[:0]
+            found = []
+            for some in torch.arange(len(queries), device=queries.device).split(max(1, budget // (32 * width))):
+                q, g = queries[some], places[some]
+                dots = tree_dots(block[q], part[g - start])
+                found.append(on_grid(distances_of_dots(dots, norms[q], gallery_norms[g], scale.cosine), steps[q]))
+            return torch.cat(found) if found else norms[:0]
 
-        matches, buckets = _prepare(pairs, exact(*_indices(pairs, query.device)))
+        queries, places = _indices(pairs, query.device)
+        held = (places >= start) & (places < start + len(part))
+        distances = norms.new_zeros(len(places))
+        distances[held] = exact(queries[held], places[held])
+        matches, buckets = _prepare(pairs, add_up(distances))
+        if start > 0:  # the junk of all parts is taken out once
+            buckets.zero_()
         doubt = _uncertainty(scale, pairs, width).to(query.device)[:, None]
-        for first in range(0, len(gallery), columns):
+        for first in range(0, len(part), columns):
             last = slice(first, first + columns)
-            dots = block @ gallery[last].to(torch.float64).T
-            values = distances_of_dots(dots, norms[:, None], gallery_norms[last], scale.cosine)
-            _count(values, first, matches, matches.distances - doubt, matches.distances + doubt, buckets, exact)
-        yield pairs, _ranks(buckets, matches)
+            dots = block @ part[last].to(torch.float64).T
+            values = distances_of_dots(dots, norms[:, None], part_norms[last], scale.cosine)
+            _count(values, start + first, matches, matches.distances - doubt, matches.distances + doubt, buckets, exact)
+        yield pairs, _ranks(add_up(buckets), matches)
 
 
 def _columns(budget: int) -> int:

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from dan_fast.core.checks import check_state
 from dan_fast.core.cosine import statistics_dtype
 from dan_fast.core.types import Gates, MemoryBatch, MemoryState, MemoryStep
+from dan_fast.distributed.collectives import ProcessGroup
+from dan_fast.distributed.shards import check_group
 from dan_fast.functional.memory.pending import LazyStep, PendingMemory
 from dan_fast.functional.memory.scan_types import sentence_of
-from dan_fast.functional.memory.step import pending_memory_step
+from dan_fast.functional.memory.sharded import ShardedMemory
+from dan_fast.functional.memory.step import pending_memory_step, sharded_memory_step
 from dan_fast.nn.memory_copies import Origin, Writes, require_to_be_carried
 
 _INITIAL_BETA = 0.1
@@ -32,13 +35,21 @@ class ProgressiveAugmentedMemory(nn.Module):
     carry them:
 
     - `DistributedDataParallel` keeps gates equal, not memories: each process would write its own rows. Forward refuses
-      it beyond one process. Call the memory outside of the wrapped module, in every process with the rows of all of
-      them, gathered with gradients (`torch.distributed.nn.functional.all_gather`). Then all memories stay equal, and
-      so do the gates' gradients. FSDP and other wrappers are alike, but forward cannot tell.
+      it beyond one process. Call the memory outside of the wrapped module, with `process_group` and each process's own
+      rows. FSDP and other wrappers are alike, but forward cannot tell.
     - `DataParallel` hands every device a copy and throws it away; forward refuses it. Wrap the backbone alone.
     - `AveragedModel` averages the gates of a copy whose memories stay what they were when it was made; forward refuses
       that copy. Give it memories first: `averaged.labeled, averaged.unlabeled = memory.labeled, memory.unlabeled`.
       Averages over a state dict, as timm's `ModelEmaV2`, mix slots of different samples: leave the memory out.
+
+    With `process_group` the slots are divided over its ranks, each of which keeps the features of its share and hands
+    in its own rows; rows of a batch may be divided in any way, none for some. The batch is rank 0's labelled rows,
+    rank 1's, ..., then the unlabelled ones likewise. The loss is the whole batch's, the same on every rank and counted
+    once: its gradient in a rank's own rows is that of the whole loss, and so are the gates' gradients, equal on all
+    ranks. So sum, not average, over the ranks the gradients of what made the rows, and leave the gates' as they are.
+    Second derivatives follow the same rule. Where kernels run, the memory is bit for bit that of a single rank.
+    Forward, backward through it, `labeled`, `unlabeled`, `state_dict` and a step's states are collective: all ranks
+    call them in one order. Assigning and loading states, `reliable_samples`, `occupied_slots` and `settle` are not.
 
     Args:
         labeled_slots: s1, slots of M.
@@ -51,10 +62,12 @@ class ProgressiveAugmentedMemory(nn.Module):
             `beta_logit` (`beta` is its sigmoid; beta starts at 0.1). `"features"`: Sec. IV-B's last three
             outputs of the backbone, averaged over the rows given, are the two raw gates and the logit of
             beta; the three parameters are then None.
+        process_group: the ranks that share the memory, each making this module with the same settings; None: one
+            process holds all of it.
 
     Raises:
-        ValueError: no slot, no key, a decay not in [0, 1], or an unknown `gates`.
-        TypeError: `dtype` is not a floating type.
+        ValueError: no slot, no key, a decay not in [0, 1], an unknown `gates`, or fewer slots than ranks.
+        TypeError: `dtype` is not a floating type, or `process_group` is no group of this process.
 
     Example:
         >>> memory = ProgressiveAugmentedMemory(labeled_slots=4, unlabeled_slots=4, key_dim=2)
@@ -73,6 +86,7 @@ class ProgressiveAugmentedMemory(nn.Module):
         decay_unlabeled: float = 0.99,
         dtype: torch.dtype = torch.float32,
         gates: str = "parameters",
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         for name, rate in (("decay", decay), ("decay_unlabeled", decay_unlabeled)):
@@ -84,9 +98,16 @@ class ProgressiveAugmentedMemory(nn.Module):
                 raise ValueError(f"{name} must be positive, got {size}")
         if gates not in ("parameters", "features"):
             raise ValueError(f'gates must be "parameters" or "features", got {gates!r}')
+        if process_group is not None:
+            check_group(process_group, labeled_slots=labeled_slots, unlabeled_slots=unlabeled_slots)
+        self.process_group = process_group
         self.decay, self.decay_unlabeled, self.gates = decay, decay_unlabeled, gates
-        self._labeled = _held(MemoryState.empty(labeled_slots, key_dim, dtype))
-        self._unlabeled = _held(MemoryState.empty(unlabeled_slots, key_dim, dtype))
+        self._labeled, self._unlabeled = (
+            _held(MemoryState.empty(slots, key_dim, dtype))
+            if process_group is None
+            else ShardedMemory.empty(process_group, slots, key_dim, dtype)
+            for slots in (labeled_slots, unlabeled_slots)
+        )
         self._fault: Tensor | None = None
         self._writes = Writes()
         self._origin: Origin | None = None
@@ -124,6 +145,9 @@ class ProgressiveAugmentedMemory(nn.Module):
         alpha, alpha_unlabeled, beta_logit = gate_features.mean(0).unbind()
         return alpha, alpha_unlabeled, torch.sigmoid(beta_logit)
 
+    def _gates(self, gate_features: Tensor | None) -> Gates:
+        return Gates(*self.gate_values(gate_features), self.decay, self.decay_unlabeled)
+
     def forward(
         self,
         keys: Tensor,
@@ -134,29 +158,31 @@ class ProgressiveAugmentedMemory(nn.Module):
     ) -> MemoryStep:
         """Write a mini-batch and return L_lde, Eqs. (5)-(16); the rules are `functional.memory_step`'s.
 
+        Collective with a `process_group`; the arguments and `pseudo_labels` are then this rank's own rows.
+
         Args:
             keys: (B, d), labelled samples.
             labels: (B,) int64.
             unlabeled_keys: (B', d).
             sample_ids: (B',) int64, which image each unlabelled key comes from.
-            gate_features: (N, 3), the backbone's last three outputs; `gates="features"` only.
+            gate_features: (N, 3), the backbone's last three outputs, on each rank N >= 1; `gates="features"` only.
 
         Returns:
             `MemoryStep`; reading its states settles the memories.
 
         Raises:
-            TypeError, ValueError: an argument does not fit; both memories are as they were. What is wrong with
-                the values in tensors on a GPU is for `check_faults` or `take_fault` to say.
+            TypeError, ValueError: an argument does not fit, here or on another rank; both memories are as they were.
+                What is wrong with the values in tensors on a GPU is for `check_faults` or `take_fault` to say.
             RuntimeError: a CUDA graph is being captured (`functional.memory_step` can be), or the memory is inside of
                 a wrapper that would let it fall behind; the sentence says which and what to do.
         """
         require_to_be_carried(self, self._origin)
-        result, self._labeled, self._unlabeled = pending_memory_step(
-            self._labeled,
-            self._unlabeled,
-            MemoryBatch(keys, labels, unlabeled_keys, sample_ids),
-            Gates(*self.gate_values(gate_features), self.decay, self.decay_unlabeled),
-        )
+        memories, batch = (self._labeled, self._unlabeled), MemoryBatch(keys, labels, unlabeled_keys, sample_ids)
+        if self.process_group is None:
+            stepped = pending_memory_step(*memories, batch, self._gates(gate_features))
+        else:
+            stepped = sharded_memory_step(*memories, batch, gate_features, self._gates)
+        result, self._labeled, self._unlabeled = stepped
         self._writes.count += 1
         self._origin = None
         if self._labeled.base.is_cuda and torch.are_deterministic_algorithms_enabled():
@@ -192,7 +218,10 @@ class ProgressiveAugmentedMemory(nn.Module):
 
     @property
     def labeled(self) -> MemoryState:
-        """M. Assigning copies a state of the same shape, dtype and device."""
+        """M. Assigning copies a state of the same shape, dtype and device.
+
+        With a `process_group` reading is collective and gives the whole on every rank; assign the whole on each.
+        """
         return self._labeled.snapshot()
 
     @labeled.setter
@@ -202,7 +231,7 @@ class ProgressiveAugmentedMemory(nn.Module):
 
     @property
     def unlabeled(self) -> MemoryState:
-        """M'. Assigning copies a state of the same shape, dtype and device."""
+        """M'. Assigning copies a state of the same shape, dtype and device; collective as `labeled` is."""
         return self._unlabeled.snapshot()
 
     @unlabeled.setter
@@ -223,7 +252,7 @@ class ProgressiveAugmentedMemory(nn.Module):
         return (self._labeled.labels >= 0).sum(), (self._unlabeled.labels >= 0).sum()
 
     def reliable_samples(self) -> tuple[Tensor, Tensor]:
-        """The content of M' to feed back as labelled samples, in the order of the slots.
+        """The content of M' to feed back as labelled samples, in the order of the slots; never collective.
 
         An image that sits in several slots is returned once, with the pseudo label of its most used slot (the
         lowest among equals).
@@ -244,6 +273,7 @@ class ProgressiveAugmentedMemory(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> "ProgressiveAugmentedMemory":
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
+        memo[id(self.process_group)] = self.process_group  # belongs to the ranks, not to a memory
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))
         copied._writes = Writes()
         gates = [(gate, gate._version) for gate in copied.parameters()]
@@ -251,7 +281,7 @@ class ProgressiveAugmentedMemory(nn.Module):
         return copied
 
     def extra_repr(self) -> str:
-        (labeled_slots, key_dim), unlabeled_slots = self._labeled.base.shape, self._unlabeled.base.shape[0]
+        (labeled_slots, key_dim), unlabeled_slots = self._labeled.shape, self._unlabeled.shape[0]
         return (
             f"labeled_slots={labeled_slots}, unlabeled_slots={unlabeled_slots}, key_dim={key_dim}, "
             f"decay={self.decay}, decay_unlabeled={self.decay_unlabeled}, "
@@ -265,6 +295,7 @@ class ProgressiveAugmentedMemory(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        # Collective with a process group: every rank gets the whole.
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for memory, state in (("labeled", self.labeled), ("unlabeled", self.unlabeled)):
             for field, value in state._asdict().items():
@@ -305,21 +336,26 @@ class ProgressiveAugmentedMemory(nn.Module):
 
 
 def _held(state: MemoryState) -> PendingMemory:
+    return PendingMemory.of(_with_statistics(state))
+
+
+def _with_statistics(state: MemoryState) -> MemoryState:
     dtype = statistics_dtype(state.features.dtype)
-    return PendingMemory.of(state._replace(usage=state.usage.to(dtype), evaluation=state.evaluation.to(dtype)))
+    return state._replace(usage=state.usage.to(dtype), evaluation=state.evaluation.to(dtype))
 
 
 def _replacement(name: str, held: PendingMemory, state: MemoryState) -> PendingMemory:
     """A copy of `state`, if it fits where `held` is; for `name` in the error else."""
     check_state(name, state)
     old, new = held.base, state.features
-    if new.shape != old.shape:
+    if new.shape != held.shape:
         raise ValueError(
-            f"{name}.features must have shape {tuple(old.shape)} like this memory, got {tuple(new.shape)}: "
+            f"{name}.features must have shape {held.shape} like this memory, got {tuple(new.shape)}: "
             "make the memory with as many slots and the same key_dim"
         )
     if new.dtype != old.dtype:
         raise TypeError(f"{name}.features must be {old.dtype} like this memory, got {new.dtype}")
     if new.device != old.device:
         raise ValueError(f"{name}.features is on {new.device}, this memory on {old.device}: move one with .to()")
-    return _held(MemoryState(*(x.detach().clone() for x in state)))
+    own = state._replace(features=new[held.rows])
+    return held.like(_with_statistics(MemoryState(*(x.detach().clone() for x in own))))

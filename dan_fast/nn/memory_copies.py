@@ -48,8 +48,8 @@ def require_to_be_carried(memory: nn.Module, origin: Origin | None) -> None:
     if wrapper is not None and wrapper.process_group.size() > 1:
         raise RuntimeError(
             "inside of DistributedDataParallel each process would write its own rows, and the memories would "
-            "diverge: call the memory outside of the wrapped module, in every process with the rows of all of them "
-            "(torch.distributed.nn.functional.all_gather)"
+            "diverge, and gradients be averaged that are to be added up: call the memory outside of the wrapped "
+            "module, made with a process_group, in every process with its own rows"
         )
     if origin is not None and origin.has_been_left_behind():
         raise RuntimeError(

@@ -139,7 +139,7 @@ def test_a_window_of_scalars_is_read_once(scalars, step_scalars):
 def poisoned(network: DAN, monkeypatch: pytest.MonkeyPatch, field: str, call: int) -> None:
     """NaN in one sample's `field` of the network's output in the given pass."""
     calls = iter(range(9))
-    forward = network.forward
+    forward = network.branches
 
     def spoilt(*arguments):
         out = forward(*arguments)
@@ -149,7 +149,7 @@ def poisoned(network: DAN, monkeypatch: pytest.MonkeyPatch, field: str, call: in
         value[0, -1] = torch.nan  # beyond the keys: the memory would not see it
         return out._replace(**{field: value})
 
-    monkeypatch.setattr(network, "forward", spoilt)
+    monkeypatch.setattr(network, "branches", spoilt)
 
 
 @pytest.mark.parametrize("procedure", ["daml3", "daml2"])

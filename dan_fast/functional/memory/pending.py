@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -97,19 +97,33 @@ class PendingMemory:
         self._base.holders.add(self)
 
     @classmethod
-    def of(cls, state: MemoryState) -> "PendingMemory":
+    def of(cls, state: MemoryState, **fields: Any) -> Self:
         """Without copying: the features are given away, to be overwritten in later steps.
 
         Only tensors of inference mode are copied.
         """
         with lasting_tensors():
             state = MemoryState(*(x.clone() if x.is_inference() else x.detach() for x in state))
-        return cls(_Base(state.features), *state[1:])
+        return cls(_Base(state.features), *state[1:], **fields)
 
     def __reduce__(self) -> tuple:
         # Copies and files hold the settled state: what else counts on the features is not theirs.
         self.settle()
         return PendingMemory.of, (self.unsettled(),)
+
+    def like(self, state: MemoryState) -> "PendingMemory":
+        """`of`, for a state that takes the place of this memory; its features are those of `rows`."""
+        return PendingMemory.of(state)
+
+    @property
+    def rows(self) -> slice:
+        """The slots whose features are held here."""
+        return slice(None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(s, d), whatever part of it is held here."""
+        return self.labels.numel(), self.base.shape[1]
 
     @property
     def base(self) -> Tensor:
@@ -129,55 +143,67 @@ class PendingMemory:
 
         `keys` are in the dtype of statistics.
         """
-        if not self.pending:
-            scores, norms = memory_scores(keys, self._base.for_graph())
-            self.square_norms = norms.detach()
-            return scores, self.square_norms
-        if self._is_counted_on() and self.pending <= MAX_PENDING:
-            scores, _ = memory_scores(keys, self._base.for_graph())
-            with_pending = product(keys, self.keys.to(self.dtype).mT)
-            scores = product(with_pending, self.weights, scores * self.kept)
-            return scores, self.square_norms
-        if self._is_counted_on() or self._base.shared:
+        return self.completed(keys, *self.read_base(keys, self.has_to_wait()))
+
+    def has_to_wait(self) -> bool:
+        """Whether what is pending goes on waiting because something counts on the features as they are."""
+        return 0 < self.pending <= MAX_PENDING and self.is_counted_on()
+
+    def read_base(self, keys: Tensor, waits: bool) -> tuple[Tensor, Tensor]:
+        """Scores and square norms of the rows of `base`, with the pending writes unless these go on waiting."""
+        if self.pending and not waits:
+            if not (self.is_counted_on() or self._base.shared):
+                scores, norms = self._commit_in_place(keys)
+                if keys.requires_grad and torch.is_grad_enabled():
+                    scores = _CommittedScores.apply(keys, self._base.for_graph(), scores)
+                return scores, norms
             self._settle_into_new()
-            return self.read(keys)
-        scores = self._commit_in_place(keys)
-        if keys.requires_grad and torch.is_grad_enabled():
-            scores = _CommittedScores.apply(keys, self._base.for_graph(), scores)
+        return memory_scores(keys, self._base.for_graph())
+
+    def completed(self, keys: Tensor, scores: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+        """What `read` returns, from what `read_base` found."""
+        if self.pending:
+            with_pending = product(keys, self.keys.to(self.dtype).mT)
+            return product(with_pending, self.weights, scores * self.kept), self.square_norms
+        self.square_norms = norms.detach()
         return scores, self.square_norms
 
-    def _is_counted_on(self) -> bool:
+    def is_counted_on(self) -> bool:
         """Whether a graph or the memory of another step needs the features as they are.
 
         Snapshots are no part of it: a checkpoint takes one, and may not decide in which order numbers are added.
         """
         return len(self._base.holders) > 1 or self._base.is_read_by_a_graph()
 
-    def _commit_in_place(self, keys: Tensor) -> Tensor:
+    def _commit_in_place(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         pending, norms = (self.kept, self.weights, self.keys), self.square_norms
         # Before the pass, not after it: Ctrl-C during the pass is raised when it has ended, and writes that still
         # waited would then be written a second time.
         self.kept = self.weights = self.keys = self.square_norms = None
         try:
-            scores, self.square_norms = memory_commit_scores_(self.base, *pending, keys.detach())
+            scores, norms_of_rows = memory_commit_scores_(self.base, *self._of_rows(*pending), keys.detach())
         except Exception:  # refused, or out of memory: nothing has been written
             (self.kept, self.weights, self.keys), self.square_norms = pending, norms
             raise
-        return scores
+        return scores, norms_of_rows
+
+    def _of_rows(self, kept: Tensor, weights: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is pending for the rows of `base`."""
+        return kept, weights, keys
 
     def _settle_into_new(self) -> None:
-        features, square_norms = memory_commit(self.base, self.kept, self.weights, self.keys)
+        features, _ = memory_commit(self.base, *self._of_rows(self.kept, self.weights, self.keys))
         old, new = self._base, _Base(features)
         new.holders.add(self)
         # No call in between, where Ctrl-C could leave one changed without the other.
-        self._base, self.square_norms = new, square_norms
-        self.kept = self.weights = self.keys = None
+        self._base = new
+        self.kept = self.weights = self.keys = self.square_norms = None
         old.holders.discard(self)
 
     def settle(self) -> None:
         """Write what is pending."""
         with lasting_tensors():
-            if self.pending and (self._is_counted_on() or self._base.shared):
+            if self.pending and (self.is_counted_on() or self._base.shared):
                 self._settle_into_new()
             elif self.pending:
                 self._commit_in_place(self.keys.new_empty((0, self.keys.shape[1]), dtype=self.dtype))
@@ -200,7 +226,7 @@ class PendingMemory:
         )
         state = state._replace(usage=usage, evaluation=evaluation)
         if state.features is not self.base:
-            return PendingMemory.of(state)
+            return self.like(state)
         # Nothing has moved: what counted on these features still does.
         rest = {name: value for name, value in state._asdict().items() if name != "features"}
         return replace(self, **rest)

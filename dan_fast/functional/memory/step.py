@@ -14,9 +14,11 @@ from dan_fast.functional.memory.passes import memory_commit, memory_scores
 from dan_fast.functional.memory.pending import PendingMemory, lasting_tensors
 from dan_fast.functional.memory.scan import scan
 from dan_fast.functional.memory.scan_types import ScanInput, ScanResult, Slots, WrittenSlots, sentence_of
+from dan_fast.functional.memory.sharded import GatesOf, ShardedMemory, exchange, read_shards
 from dan_fast.functional.products import product
 
-Read = Callable[[Tensor], tuple[Tensor, Tensor]]  # keys (T, d) -> scores (T, s), |m_i|^2 (s,)
+# Keys (T, d), and the last B' of them -> scores (T, s1), |m_i|^2 (s1,) of M; scores (B', s2), |m_i|^2 (s2,) of M'.
+Read = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 def memory_step(
@@ -74,13 +76,10 @@ def memory_step(
     check_memory_step(labeled, unlabeled, batch, gates)
     base, unlabeled_base = labeled.features.detach(), unlabeled.features.detach()
 
-    def read_labeled(rows: Tensor) -> tuple[Tensor, Tensor]:
-        return memory_scores(rows, base)
+    def read(keys: Tensor, unlabeled_keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return *memory_scores(keys, base), *memory_scores(unlabeled_keys, unlabeled_base)
 
-    def read_unlabeled(rows: Tensor) -> tuple[Tensor, Tensor]:
-        return memory_scores(rows, unlabeled_base)
-
-    result = _scan_batch(batch, gates, labeled, unlabeled, read_labeled, read_unlabeled)
+    result = _scan_batch(batch, gates, labeled, unlabeled, read)
     with full_precision(base.device):
         new_labeled = _new_state(labeled, batch.keys, result.labeled, result.fault)
         new_unlabeled = _new_state(unlabeled, batch.unlabeled_keys, result.unlabeled, result.fault)
@@ -115,9 +114,48 @@ def pending_memory_step(
         before, unlabeled_before = labeled.unsettled(), unlabeled.unsettled()
         batch = _in_memory_dtype(before, batch)
         check_memory_step(before, unlabeled_before, batch, gates)
-        result = _scan_batch(batch, gates, before, unlabeled_before, labeled.read, unlabeled.read)
+
+        def read(keys: Tensor, unlabeled_keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            return *labeled.read(keys), *unlabeled.read(unlabeled_keys)
+
+        result = _scan_batch(batch, gates, before, unlabeled_before, read)
         return (
             result,
+            _after(labeled, batch.keys, result.labeled, result.fault),
+            _after(unlabeled, batch.unlabeled_keys, result.unlabeled, result.fault),
+        )
+
+
+@torch.compiler.disable
+def sharded_memory_step(
+    labeled: ShardedMemory,
+    unlabeled: ShardedMemory,
+    batch: MemoryBatch,
+    gate_features: Tensor | None,
+    gates_of: GatesOf,
+) -> tuple[ScanResult, ShardedMemory, ShardedMemory]:
+    """`pending_memory_step` of the rows of all ranks, each of which hands in its own; collective.
+
+    Args:
+        labeled, unlabeled: divided over the same ranks.
+        batch: this rank's rows, B and B' of its own.
+        gate_features: (N, 3), this rank's, or None on all ranks.
+        gates_of: the gates, from the gate features of all ranks or from None.
+
+    Returns:
+        As `pending_memory_step`; the loss is that of the whole batch, the pseudo labels are those of `batch`.
+    """
+    with lasting_tensors():
+        batch = _in_memory_dtype(labeled.unsettled(), batch)
+        given = exchange(labeled, unlabeled, batch, gate_features, gates_of)
+        batch = given.batch
+
+        def read(keys: Tensor, unlabeled_keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            return read_shards(labeled, unlabeled, given.waits, keys, unlabeled_keys)
+
+        result = _scan_batch(batch, given.gates, labeled.unsettled(), unlabeled.unsettled(), read)
+        return (
+            result._replace(pseudo_labels=result.pseudo_labels[given.own_unlabeled]),
             _after(labeled, batch.keys, result.labeled, result.fault),
             _after(unlabeled, batch.unlabeled_keys, result.unlabeled, result.fault),
         )
@@ -141,13 +179,11 @@ def _scan_batch(
     gates: Gates,
     labeled: MemoryState,
     unlabeled: MemoryState,
-    read_labeled: Read,
-    read_unlabeled: Read,
+    read: Read,
 ) -> ScanResult:
-    """What checked samples do to both memories, whose features only `read_labeled`, `read_unlabeled` look at."""
+    """What checked samples do to both memories, whose features only `read` looks at."""
     keys = torch.cat([batch.keys, batch.unlabeled_keys]).to(statistics_dtype(batch.keys.dtype))
-    scores, norms = read_labeled(keys)
-    unlabeled_scores, unlabeled_norms = read_unlabeled(keys[batch.keys.shape[0] :])
+    scores, norms, unlabeled_scores, unlabeled_norms = read(keys, keys[batch.keys.shape[0] :])
     result = scan(
         ScanInput(
             scores, unlabeled_scores, product(keys, keys.mT), _stacked(gates, scores), batch.labels, batch.sample_ids,

@@ -1,0 +1,57 @@
+"""Processes that stay and run one function after another as the ranks of a gloo group."""
+
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.multiprocessing import get_context
+
+
+class Ranks:
+    """`world` processes; to import PyTorch in each takes seconds, so that a file of tests shares them."""
+
+    def __init__(self, world: int, store: Path) -> None:
+        context = get_context("spawn")
+        self.world = world
+        self._tasks, self._results = [context.Queue() for _ in range(world)], context.Queue()
+        self._processes = [
+            context.Process(target=_work, args=(rank, world, store, self._tasks[rank], self._results), daemon=True)
+            for rank in range(world)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What `function(group, *arguments)` returns on each rank; what one raises is raised here."""
+        for tasks in self._tasks:
+            tasks.put((function, arguments))
+        results = sorted((self._results.get(timeout=100) for _ in self._tasks), key=lambda result: result[0])
+        failed = [f"rank {rank}: {error}" for rank, _, error in results if error]
+        assert not failed, "\n".join(failed)
+        return [value for _, value, _ in results]
+
+    def close(self) -> None:
+        for tasks in self._tasks:
+            tasks.put(None)
+        for process in self._processes:
+            process.join(10)
+            process.kill()
+
+
+def _work(rank: int, world: int, store: Path, tasks: Queue, results: Queue) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=store.as_uri(), rank=rank, world_size=world, timeout=timedelta(seconds=20)
+    )
+    while (task := tasks.get()) is not None:
+        function, arguments = task
+        try:
+            results.put((rank, function(distributed.group.WORLD, *arguments), None))
+        except BaseException:
+            results.put((rank, None, traceback.format_exc()))
+    distributed.destroy_process_group()
