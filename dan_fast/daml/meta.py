@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dan_fast.daml.second_order import SecondOrder, TracedLosses, each_gradient, traced_losses
+from dan_fast.daml.second_order import SecondOrder, each_gradient
+from dan_fast.daml.traced import TracedLosses, traced_losses
 
 Params = Mapping[str, Tensor]
 Losses = Mapping[str, Tensor]

@@ -11,93 +11,17 @@ are differentiable twice, and keeps its graph from the first pass.
 
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dan_fast.daml.dual_mode import DualMode
-
-Params = Mapping[str, Tensor]
+from dan_fast.daml.traced import Params, TracedLosses
 
 _by_double_backward: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-class TracedLosses(dict[str, Tensor]):
-    """Losses that depend on the parameters of a trunk through one tensor, and how to have that tensor again.
-
-    A `loss_fn` with a method `traced(params, batch)` that returns them serves second derivatives although it keeps a
-    state, as a memory does: only its trunk runs again.
-
-    Args:
-        losses: name to () tensor.
-        features: floating, in the graph of the losses.
-        trunk: of which parameters `features` is a function, by name. No loss depends on them in another way.
-        again: parameters of the trunk, by name, to `features`. It may update running statistics, which are left out,
-            and draw random numbers, which are those of the first time.
-        random: the state of the random numbers before the first time, see `random_state`.
-        trusted: `again` gives the same features for the same parameters. If that is not known the graph of the losses
-            is kept, and double backward goes through it where they differ.
-    """
-
-    def __init__(
-        self,
-        losses: Mapping[str, Tensor],
-        features: Tensor,
-        trunk: Collection[str],
-        again: Callable[[Params], Tensor],
-        random: Mapping[str, Tensor],
-        trusted: bool = True,
-    ) -> None:
-        super().__init__(losses)
-        self.features = features
-        self.trunk = frozenset(trunk)
-        self.trusted = trusted
-        self._again = again
-        self._random = random
-
-    @classmethod
-    def whole(cls, losses: Mapping[str, Tensor]) -> Self:
-        """Losses of which nothing can be had again: there is no trunk, and double backward goes through their graph."""
-        return cls(losses, torch.zeros(()), (), lambda params: torch.zeros(()), {})
-
-    def again(self, params: Params) -> Tensor:
-        """The features for other values of the trunk's parameters; nothing else changes."""
-        with _random_numbers(self._random), _statistics_kept():
-            return self._again(params)
-
-
-def traced_losses(
-    loss_fn: Callable[[Params, Any], Mapping[str, Tensor]], params: Params, batch: Any, active: Collection[str]
-) -> TracedLosses:
-    """The losses of a batch as second derivatives need them.
-
-    Args:
-        loss_fn: see `meta_gradients`. Of one without a method `traced` everything is trunk, and the losses are its
-            features: it is called again as a whole.
-        params: name to tensor.
-        batch: for `loss_fn`.
-        active: the parameters that require a gradient.
-    """
-    if hasattr(loss_fn, "traced"):
-        return loss_fn.traced(params, batch)
-    random = random_state(next(iter(params.values())).device)
-    losses = loss_fn(params, batch)
-    names = list(losses)
-    features = torch.stack([losses[name] for name in names])
-    constants = {name: value.detach() for name, value in params.items()}
-
-    def again(values: Params) -> Tensor:
-        found = loss_fn({**constants, **values}, batch)
-        return torch.stack([found[name] for name in names])
-
-    return TracedLosses(
-        dict(zip(names, features.unbind(), strict=True)), features, active, again, random, trusted=False
-    )
 
 
 class Head:
@@ -328,12 +252,6 @@ class SecondOrder:
             )
 
 
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The states of the generators that a pass on `device` draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    return state if device.type == "cpu" else {**state, str(device): torch.cuda.get_rng_state(device)}
-
-
 def each_gradient(
     values: Sequence[Tensor],
     inputs: Sequence[Tensor],
@@ -387,33 +305,3 @@ def _accumulate(total: dict[str, Tensor], more: Mapping[str, Tensor | None]) -> 
 def _dual(value: Tensor, tangent: Tensor | None) -> Tensor:
     value = value.detach()
     return value if tangent is None else forward_ad.make_dual(value, tangent)
-
-
-@contextmanager
-def _random_numbers(state: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, the process's generators go on from `state`; outside they are as they were."""
-    devices = [device for device in state if device != "cpu"]
-    with torch.random.fork_rng(devices=devices):
-        torch.set_rng_state(state["cpu"])
-        for device in devices:
-            torch.cuda.set_rng_state(state[device], device)
-        yield
-
-
-@contextmanager
-def _statistics_kept() -> Iterator[None]:
-    """Inside, layers in training mode normalise by the batch and leave their running statistics alone."""
-    frozen: list[nn.Module] = []
-
-    def freeze(module: nn.Module, _: Any) -> None:
-        if module.training and getattr(module, "track_running_stats", False):
-            module.track_running_stats = False
-            frozen.append(module)
-
-    handle = register_module_forward_pre_hook(freeze)
-    try:
-        yield
-    finally:
-        handle.remove()
-        for module in frozen:
-            module.track_running_stats = True

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dan_fast.daml.second_order import TracedLosses, random_state
+from dan_fast.daml.traced import TracedLosses, random_state
 from dan_fast.data import Split
 from dan_fast.functional import discriminative_loss
 from dan_fast.functional.memory.scan_types import sentence_of
