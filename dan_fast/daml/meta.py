@@ -52,6 +52,12 @@ def meta_gradients(
     Batch-norm buffers that `loss_fn` updates are updated by both passes, first with S at G, then with S~ at
     G'; nothing here rewinds them.
 
+    Second derivatives are taken by forward over reverse: `loss_fn` is called again with `meta_train`, by numbers that
+    carry a tangent, for each pair of groups with losses of their own. Those calls draw the random numbers of the first
+    one and leave the statistics of batch norm alone. A `loss_fn` that gives other losses then, since it keeps another
+    state, or whose operators lack forward mode, goes by double backward, with a warning the first time; one with a
+    method `traced` has only a part of it run again, see `dan_fast.daml.TracedLosses`.
+
     Args:
         loss_fn: maps (name to tensor, batch) to a dict of scalar losses; called once with `meta_train`, then
             once with `meta_test`.
@@ -64,7 +70,8 @@ def meta_gradients(
         eta: the balance of Eq. (17).
         order: 1 or 2.
         train_losses: what `loss_fn(params, meta_train)` returned, if the caller has computed it already with
-            tensors of `params` that require grad; `loss_fn` is then called for S~ only.
+            tensors of `params` that require grad; `loss_fn` is then called for S~ only. With `order=2`, what `traced`
+            returned, or double backward goes through the graph of these losses.
 
     Raises:
         ValueError: `order` is not 1 or 2, a parameter stands in two groups or is unknown or has no `inner_lr`, or a
@@ -124,6 +131,8 @@ def _total_derivatives(
     train_grads = second.gradients()
     moved, test_losses = _test_pass(loss_fn, current, train_grads, inner_lr, batches[1])
     by_test = each_gradient([_loss(test_losses, loss) for loss in followers], [moved[name] for name in active])
+    # The graph of S~ would keep G' while that of the tangents grows.
+    test_losses = _detached(test_losses)
     del moved
 
     grads: dict[str, Tensor] = {}
@@ -137,7 +146,7 @@ def _total_derivatives(
         for name in names:
             at_test = [sign * part[name] for part, sign in ((lost, eta), (inner, -eta)) if name in part]
             grads[name] = sum(at_test, start=train_grads[name])
-    return MetaGradients(_detached(traced), _detached(test_losses), {name: grads[name] for name in active})
+    return MetaGradients(_detached(traced), test_losses, {name: grads[name] for name in active})
 
 
 def _current(params: Params, active: Collection[str]) -> dict[str, Tensor]:

@@ -21,7 +21,8 @@ from torch.autograd import forward_ad
 from dan_fast.daml.dual_mode import DualMode
 from dan_fast.daml.traced import Params, TracedLosses
 
-_by_double_backward: weakref.WeakSet[Any] = weakref.WeakSet()
+# By identity: a loss_fn need not be hashable.
+_by_double_backward: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 class Head:
@@ -96,13 +97,13 @@ class SecondOrder:
 
         It is found by trying; it is said once of a `loss_fn`, and not tried again.
         """
-        if loss_fn not in _by_double_backward:
+        if _by_double_backward.get(id(loss_fn)) is not loss_fn:
             try:
                 return self.by_forward_over_reverse(tangents, wanted)
             except torch.OutOfMemoryError:
                 raise
             except (NotImplementedError, RuntimeError) as error:
-                _by_double_backward.add(loss_fn)
+                _by_double_backward[id(loss_fn)] = loss_fn
                 reason = str(error).strip().partition("\n")[0]
                 warnings.warn(
                     "order 2 goes by double backward, which takes more time and memory, since forward over reverse "

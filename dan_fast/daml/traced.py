@@ -26,6 +26,22 @@ class TracedLosses(dict[str, Tensor]):
         random: the state of the random numbers before the first time, see `random_state`.
         trusted: `again` gives the same features for the same parameters. If that is not known the graph of the losses
             is kept, and double backward goes through it where they differ.
+
+    Example:
+        >>> from dan_fast.daml import meta_gradients, random_state
+        >>> seen = []  # a state: what a loss_fn without `traced` would change once more
+        >>> def features(params, batch):
+        ...     return params["w"] * batch
+        >>> def loss_fn(params, batch):
+        ...     return loss_fn.traced(params, batch)
+        >>> def traced(params, batch):
+        ...     random, found = random_state(batch.device), features(params, batch)
+        ...     seen.append(len(seen))
+        ...     losses = {"total": found.square().sum()}
+        ...     return TracedLosses(losses, found, ["w"], lambda values: features(values, batch), random)
+        >>> loss_fn.traced, batch = traced, torch.ones(1, dtype=torch.float64)
+        >>> meta_gradients(loss_fn, {"w": torch.ones_like(batch)}, None, batch, batch, inner_lr=0.1).grads["w"], seen
+        (tensor([3.2800], dtype=torch.float64), [0, 1])
     """
 
     def __init__(

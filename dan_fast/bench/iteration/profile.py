@@ -11,15 +11,17 @@ from torch import Tensor
 
 from dan_fast.bench.machine import synchronize
 from dan_fast.core.types import MemoryStep
+from dan_fast.data import Split
+from dan_fast.functional.derivatives import in_forward_mode
 from dan_fast.training import MetaStep
 
-TRAIN, TEST = "S", "S~"
+TRAIN, TEST, AGAIN = "S", "S~", "S again"
 PROFILE_MEANING = (
     "seconds of one iteration, the device is waited for at every mark; forward: of the network's parts, losses is the "
     "rest of the pass; backward: memory and head are from the gradient of their results to that of their inputs, "
-    "backbone what follows the gradient of the last map, losses the rest; with order 2 the backward of S~ goes through "
-    "the backward of S as well; rest is everything outside of passes and optimizer: batch, competition, finite checks, "
-    "inner step, sums of gradients"
+    "backbone what follows the gradient of the last map, losses the rest; S again: with order 2, the backbone with "
+    "tangents and the second derivatives of what follows it; rest is everything outside of passes and optimizer: "
+    "batch, competition, finite checks, inner step, sums of gradients"
 )
 # Parts with models and bars of their own; what is left is what a step does beside them.
 _OF_THE_NETWORK = ("backbone", "head", "memory")
@@ -66,8 +68,6 @@ class Profile:
         if model.memory is not None:
             parts["memory"] = model.memory
         handles = [
-            model.register_forward_pre_hook(self._pass_begins),
-            model.register_forward_hook(lambda *_: self._end(f"forward {self.part}: losses")),
             optimizer.register_step_pre_hook(lambda *_: self._begin("optimizer")),
             optimizer.register_step_post_hook(lambda *_: self._end("optimizer")),
         ]
@@ -79,6 +79,7 @@ class Profile:
         if model.memory is not None:
             handles.append(model.memory.register_forward_hook(self._memory_is_left))
         attention.head = self._timed_head(head)
+        model.maps, model.losses = self._timed_maps(model.maps), self._timed_losses(model.losses)
         # The step's only way to a gradient; its begin and end have no hook.
         torch.autograd.grad = self._timed_grad(functional_grad)
         start = self._now()
@@ -87,7 +88,7 @@ class Profile:
         finally:
             total = self._now() - start
             torch.autograd.grad = functional_grad
-            del attention.head
+            del attention.head, model.maps, model.losses
             for handle in handles:
                 handle.remove()
         for part in (TRAIN, TEST)[: self.passes]:
@@ -97,10 +98,25 @@ class Profile:
                 self.seconds[f"backward {part}: {name}"] += 0.0  # in the table also where no gradient came there
         self.seconds["rest"] = total - sum(self.seconds.values())
 
-    def _pass_begins(self, *_: Any) -> None:
-        self.part = TEST if self.part == TRAIN else TRAIN
-        self.passes += 1
-        self._begin(f"forward {self.part}: losses")
+    def _timed_maps(self, maps: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(split: Split) -> Tensor:
+            if in_forward_mode():
+                self.part = AGAIN
+            else:
+                self.part = (TRAIN, TEST)[self.passes]
+                self.passes += 1
+                self._begin(f"forward {self.part}: losses")
+            return maps(split)
+
+        return timed
+
+    def _timed_losses(self, losses: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            result = losses(*arguments)
+            self._end(f"forward {self.part}: losses")
+            return result
+
+        return timed
 
     def _timed_head(self, head: Callable[..., Any]) -> Callable[..., Any]:
         def timed(features: Tensor, *arguments: Any) -> Any:
@@ -136,7 +152,8 @@ class Profile:
             # A backward may itself ask for gradients.
             if self.part_of_backward is not None:
                 return grad(*arguments, **settings)
-            self._backward_enters("losses")
+            # torch.func, which takes second derivatives through the backbone, hands in a list.
+            self._backward_enters("losses" if isinstance(arguments[0], Tensor) else "backbone")
             try:
                 return grad(*arguments, **settings)
             finally:
@@ -145,6 +162,6 @@ class Profile:
         return timed
 
 
-def in_order(part: str) -> tuple[bool, bool, bool, bool]:
-    """S before S~, forward before backward, what belongs to neither last."""
-    return part == "sum", ":" not in part, "S~" in part, part.startswith("backward")
+def in_order(part: str) -> tuple[bool, ...]:
+    """S before S~ and S again, forward before backward, what belongs to neither last."""
+    return part == "sum", ":" not in part, AGAIN in part, TEST in part, part.startswith("backward")
