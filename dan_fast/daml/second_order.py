@@ -9,9 +9,11 @@ Both see the network in two parts. The trunk makes features of images; what foll
 are differentiable twice, and keeps its graph from the first pass.
 """
 
+import importlib
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -134,11 +136,10 @@ class SecondOrder:
         carried: list[Tensor] = []
         # What moves the trunk comes last and takes along what the other losses have to say to its output.
         for loss in sorted(tangents, key=lambda name: self._moves_trunk(tangents[name])):
-            moves = self._moves_trunk(tangents[loss])
-            if not moves:
-                carried += self._through_head(self.heads[loss].product(None, tangents[loss]), behind, found)
-            elif self.heads[loss].by_features is not None:
+            if self._moves_trunk(tangents[loss]) and self.heads[loss].by_features is not None:
                 carried = self._dual_pass(loss, tangents[loss], trunk, behind, carried, found)
+            else:
+                carried += self._through_head(self.heads[loss].product(None, tangents[loss]), behind, found)
         if carried and trunk:
             self._dual_pass(None, {}, trunk, behind, carried, found)
         return found
@@ -208,19 +209,17 @@ class SecondOrder:
             What of `carried` is left to do: all of it where nothing of the trunk is wanted.
         """
         names = [name for name in dict.fromkeys([*trunk, *tangents]) if name in self.losses.trunk]
-        with forward_ad.dual_level(), warnings.catch_warnings():
-            # PyTorch compiles some of its own rules by what it advises others against.
-            warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")
+        _load_rules()
+        with forward_ad.dual_level():
             duals = {name: _dual(self.params[name], tangents.get(name)) for name in names}
             others = {name: value for name, value in duals.items() if name not in trunk}
-            if trunk:
-                with DualMode():
+            with DualMode():
+                if trunk:
                     features, pull = torch.func.vjp(
                         lambda *values: self.losses.again({**others, **dict(zip(trunk, values, strict=True))}),
                         *(duals[name] for name in trunk),
                     )
-            else:
-                with DualMode():
+                else:
                     features = self.losses.again(duals)
             primal, tangent = forward_ad.unpack_dual(features)
             self._require_same(primal)
@@ -251,6 +250,14 @@ class SecondOrder:
                 "loss_fn gave other losses when it was called again with the same parameters and batch, so it keeps a "
                 "state, which has now advanced by this batch twice; give loss_fn a method traced, see TracedLosses"
             )
+
+
+@cache
+def _load_rules() -> None:
+    """Import PyTorch's rules of forward mode, which it would do by itself, but with a warning about its own code."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
 def each_gradient(

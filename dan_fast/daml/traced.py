@@ -103,7 +103,7 @@ def traced_losses(
 def random_state(device: torch.device) -> dict[str, Tensor]:
     """The states of the generators that a pass on `device` draws from."""
     state = {"cpu": torch.get_rng_state()}
-    return state if device.type == "cpu" else {**state, str(device): torch.cuda.get_rng_state(device)}
+    return {**state, str(device): torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
 
 
 @contextmanager
