@@ -101,10 +101,7 @@ def pending_memory_step(
         `(result, labeled, unlabeled)`; the memories that came in hold what they held, though they may have
         settled it.
     """
-    if in_forward_mode():
-        raise NotImplementedError(
-            "a memory that advances has no forward mode; functional.memory_step, which leaves its memories alone, has"
-        )
+    _require_no_tangents()
     if labeled.base.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a CUDA graph would replay this step from the same memory: capture functional.memory_step and copy the "
@@ -145,6 +142,7 @@ def sharded_memory_step(
     Returns:
         As `pending_memory_step`; the loss is that of the whole batch, the pseudo labels are those of `batch`.
     """
+    _require_no_tangents()
     with lasting_tensors():
         batch = _in_memory_dtype(labeled.unsettled(), batch)
         given = exchange(labeled, unlabeled, batch, gate_features, gates_of)
@@ -158,6 +156,13 @@ def sharded_memory_step(
             result._replace(pseudo_labels=result.pseudo_labels[given.own_unlabeled]),
             _after(labeled, batch.keys, result.labeled, result.fault),
             _after(unlabeled, batch.unlabeled_keys, result.unlabeled, result.fault),
+        )
+
+
+def _require_no_tangents() -> None:
+    if in_forward_mode():
+        raise NotImplementedError(
+            "a memory that advances has no forward mode; functional.memory_step, which leaves its memories alone, has"
         )
 
 
