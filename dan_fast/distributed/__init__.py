@@ -1,1 +1,1 @@
-"""Collectives that can be differentiated any number of times, and how slots are divided over ranks."""
+"""Processes that work together: how they join, collectives with derivatives of any order, division of slots."""

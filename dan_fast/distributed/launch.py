@@ -1,0 +1,115 @@
+"""The processes that torchrun started: how one joins the others, and what they tell each other on the host."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import distributed
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.distributed.collectives import ProcessGroup
+
+# What torchrun sets, and what a launcher of another kind has to.
+_NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def number_of_ranks() -> int:
+    """How many processes torchrun, or a launcher like it, has started for one job; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if all(name in os.environ for name in _NEEDED) else 1
+
+
+def own_rank() -> int:
+    """Which of `number_of_ranks` this process is, from 0 on."""
+    return int(os.environ["RANK"]) if number_of_ranks() > 1 else 0
+
+
+def local_rank() -> int:
+    """Which of the ranks on its machine this process is: the GPU that it takes."""
+    return int(os.environ["LOCAL_RANK"]) if number_of_ranks() > 1 else 0
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[ProcessGroup | None]:
+    """Join the other ranks of the job: nccl for tensors on GPUs, gloo for those on the host.
+
+    Yields:
+        The group of all ranks; None where there is one alone, which needs none.
+
+    Raises:
+        DanFastError: the ranks do not find each other, or one of them was lost inside.
+    """
+    if number_of_ranks() == 1:
+        yield None
+        return
+    of_gpus = device.type == "cuda"
+    if of_gpus:
+        torch.cuda.set_device(device)
+    try:
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if of_gpus else "gloo")
+    except (distributed.DistError, RuntimeError, ValueError) as error:
+        raise DanFastError(
+            f"The {number_of_ranks()} ranks do not find each other at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} ({_first_line(error)}): choose a free port (torchrun --master-port) that "
+            "every machine reaches, and start all ranks."
+        ) from error
+    try:
+        yield distributed.group.WORLD
+    except RuntimeError as error:
+        if not is_loss_of_a_rank(error):
+            raise
+        raise DanFastError(
+            f"The other ranks were lost ({_first_line(error)}): see what they said, and continue from the last "
+            "checkpoint (run.resume auto)."
+        ) from error
+    # Not where an error was raised: NCCL would wait for what the others do not take part in any more.
+    distributed.destroy_process_group()
+
+
+def is_loss_of_a_rank(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone or does not answer."""
+    # Gloo raises plain RuntimeErrors that name its source files.
+    return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+
+
+def gathered(group: ProcessGroup | None, value: Any) -> list[Any]:
+    """What each rank has: plain values and tensors of the host, pickled, so for small ones outside of iterations."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * group.size()
+    distributed.all_gather_object(values, value, group=group)
+    return values
+
+
+def largest(group: ProcessGroup | None, *numbers: int) -> list[int]:
+    """The largest of all ranks for each of the integers, in one collective on the host."""
+    if group is None:
+        return list(numbers)
+    found = torch.tensor(numbers)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX, group=group)
+    return found.tolist()
+
+
+def require_same(group: ProcessGroup | None, named: Sequence[tuple[str, Any]], remedy: str) -> None:
+    """Refuse ranks that differ, on all of them.
+
+    Args:
+        named: name and plain value of what has to be the same on all ranks.
+        remedy: what to do about it.
+
+    Raises:
+        DanFastError: names the first that differs, and a rank that has it otherwise than rank 0.
+    """
+    first, *others = gathered(group, list(named))
+    of_first = dict(first)
+    for rank, its in enumerate(others, start=1):
+        for name, value in dict(its).items():
+            if value != of_first.get(name):
+                raise DanFastError(
+                    f"{name} is {value!r} on rank {rank} and {of_first.get(name)!r} on rank 0: {remedy}."
+                )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
