@@ -69,11 +69,13 @@ def check_group(group: object, **slots: int) -> None:
             )
 
 
-def check_backend(group: ProcessGroup, device: torch.device) -> None:
-    """Raise ValueError where the group's backend does not carry tensors of `device`."""
+def check_backend(
+    group: ProcessGroup, device: torch.device, held: str = "this memory is", remedy: str = "move the memory with .to()"
+) -> None:
+    """Raise ValueError where the group's backend does not carry tensors of `device`, where `held` is kept."""
     config = distributed.get_backend_config(group)
     if device.type not in (entry.partition(":")[0] for entry in config.split(",")):
         raise ValueError(
-            f"process_group has the backends {config}, which carry no tensor on {device}, where this memory is: "
-            "use nccl for CUDA tensors and gloo for CPU tensors, or move the memory with .to()"
+            f"process_group has the backends {config}, which carry no tensor on {device}, where {held}: "
+            f"use nccl for CUDA tensors and gloo for CPU tensors, or {remedy}"
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 
 import numpy as np
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from dan_fast import _extension
-from dan_fast.distributed.collectives import ProcessGroup, all_gather, gather_parts
+from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.evaluation import counting_torch
-from dan_fast.evaluation.distances import Metric, distance_scale
+from dan_fast.evaluation.distances import Metric, PartDistances, distance_scale, square_norms
+from dan_fast.evaluation.divided import Division, refused_by_all
 from dan_fast.evaluation.pairs import Labels, Pairs, pairs_in_blocks
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -141,36 +142,47 @@ def ranks_by_shards(
 
     Args:
         query: (Q, d) features, all of them on every rank.
-        shard: (n, d) features of this rank's gallery images, n >= 1.
+        shard: (n, d) features of this rank's gallery images.
         labels: of the queries and of this rank's images.
     """
-    refused, squares = None, [np.zeros(len(x)) for x in (query, shard)]
-    try:
-        squares = [counting_torch.square_norms(x, budget) for x in (query, shard)]
-        check(*squares)
-    except ValueError as error:
-        refused = error
-    told = all_gather(group, torch.tensor([refused is not None, len(shard)], device=shard.device))[0].tolist()
-    if refused is not None:
-        raise refused
-    if any(faulty for faulty, _ in told):
-        raise ValueError("another rank of process_group refused its part of the gallery and says why in its own error.")
-    sizes = [size for _, size in told]
-    own = [torch.from_numpy(x).to(shard.device) for x in (labels.gallery_ids, labels.gallery_cams, squares[1])]
-    ids, cams, gallery_squares = (x.cpu().numpy() for x in gather_parts(group, own, [sizes] * 3, 0))
-    labels = labels._replace(gallery_ids=ids, gallery_cams=cams)
-    scale = distance_scale(squares[0], gallery_squares, metric)
+    division, labels, squares = whole_gallery(group, query, shard, labels, budget, check)
+    distances = PartDistances(query, shard, distance_scale(*squares, metric), budget, division.rows.start)
+    query_bytes = counting_torch.features_bytes(distances, len(division))
+    found = counting_torch.ranks_of_part(distances, labels, budget, query_bytes, division)
+    yield from found if _kernels_for(query) is None else in_blocks(found, _feature_blocks(query, labels, budget))
 
-    def add_up(part: Tensor) -> Tensor:
-        torch.distributed.all_reduce(part, group=group)
-        return part
 
-    found = counting_torch.ranks_of_part(query, shard, scale, labels, budget, sum(sizes[: group.rank()]), add_up)
-    if _kernels_for(query) is None:
-        yield from found
-        return
+def whole_gallery(
+    group: ProcessGroup | None,
+    query: Tensor,
+    shard: Tensor,
+    labels: Labels,
+    budget: int,
+    check: Callable[[np.ndarray, np.ndarray], None],
+) -> tuple[Division, Labels, tuple[np.ndarray, np.ndarray]]:
+    """How a gallery is divided, its labels, and the squared norms of the queries and of it; collective.
+
+    Args:
+        group, query, shard, labels: as of :func:`ranks_by_shards`; without a group the shard is the whole.
+        budget: bytes that may be allocated at a time.
+        check: called with the squared norms of the queries and of the shard; raises if they do not fit.
+    """
+    with refused_by_all(group, ValueError, "check its part of the gallery"):
+        own = square_norms(query, budget), square_norms(shard, budget)
+        check(*own)
+    division = Division.of_part(group, shard)
+    ids, cams, squares = (
+        division.gather_array(x, shard.device) for x in (labels.gallery_ids, labels.gallery_cams, own[1])
+    )
+    if not len(division):
+        raise ValueError("gallery_features has no image on any rank; at least one of them needs some.")
+    return division, labels._replace(gallery_ids=ids, gallery_cams=cams), (own[0], squares)
+
+
+def in_blocks(found: Iterable[tuple[Pairs, np.ndarray]], blocks: Iterable[Pairs]) -> Iterator[tuple[Pairs, np.ndarray]]:
+    """The same ranks in other blocks of queries."""
     ranks, start = np.concatenate([ranks for _, ranks in found]), 0
-    for pairs in _feature_blocks(query, labels, budget):
+    for pairs in blocks:
         stop = start + int(pairs.match_offsets[-1])
         yield pairs, ranks[start:stop]
         start = stop

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dan_fast.evaluation.distances import (
-    DistanceScale,
-    Metric,
-    distance_scale,
-    distances_of_dots,
-    on_grid,
-    square_norms,
-    tree_dots,
-)
+from dan_fast.evaluation.distances import Metric, PartDistances, distance_scale, square_norms
+from dan_fast.evaluation.divided import Division
 from dan_fast.evaluation.pairs import Labels, Pairs, pairs_in_blocks
 
 # Bytes of temporaries for each pair of a query and a gallery image that is compared at once.
@@ -25,7 +18,7 @@ _ENTRY_BYTES = 64
 _PAIR_BYTES = 160
 
 
-class _Matches(NamedTuple):
+class Matches(NamedTuple):
     """True matches of a block of queries, nearest first, padded to the query with the most.
 
     Attributes:
@@ -52,7 +45,7 @@ def ranks_by_distances(distances: Tensor, labels: Labels, budget: int) -> Iterat
     for pairs in pairs_in_blocks(labels, _ENTRY_BYTES * min(gallery, _columns(budget)), _PAIR_BYTES, budget):
         block = distances[pairs.rows]
         queries, places = _indices(pairs, distances.device)
-        matches, buckets = _prepare(pairs, block[queries, places].to(wide))
+        matches, buckets = prepare(pairs, block[queries, places].to(wide))
         for first in range(0, gallery, _columns(budget)):
             values = block[:, first : first + _columns(budget)].to(wide)
             _count(
@@ -78,59 +71,62 @@ def ranks_by_features(
     squares = square_norms(query, budget), square_norms(gallery, budget)
     check(*squares)
     scale = distance_scale(*squares, metric)
-    yield from ranks_of_part(query, gallery, scale, labels, budget, 0, lambda whole: whole)
+    distances = PartDistances(query, gallery, scale, budget)
+    yield from ranks_of_part(
+        distances, labels, budget, features_bytes(distances, len(gallery)), Division(None, [len(gallery)])
+    )
+
+
+def features_bytes(distances: PartDistances, images: int) -> int:
+    """What a query takes that is compared with so many images by its features."""
+    columns = max(1, min(_columns(distances.budget), distances.columns))
+    return _ENTRY_BYTES * min(images, columns) + 16 * distances.query.shape[1]
+
+
+class Comparable(Protocol):
+    """What ranks are counted by: see :class:`dan_fast.evaluation.distances.PartDistances`, which is one."""
+
+    images: slice
+    columns: int
+    uncertainty: Tensor
+
+    def of_rows(self, rows: slice) -> Comparable: ...
+    def near(self, columns: slice) -> Tensor: ...
+    def exact(self, queries: Tensor, places: Tensor) -> Tensor: ...
 
 
 def ranks_of_part(
-    query: Tensor,
-    part: Tensor,
-    scale: DistanceScale,
-    labels: Labels,
-    budget: int,
-    start: int,
-    add_up: Callable[[Tensor], Tensor],
+    distances: Comparable, labels: Labels, budget: int, query_bytes: int, division: Division
 ) -> Iterator[tuple[Pairs, np.ndarray]]:
-    """As `ranks_by_features`, for who holds a part of the gallery: counts of all parts add up to ranks.
+    """As `ranks_by_features`, for who holds a part of the gallery: counts of all parts add up to ranks; collective.
 
     Args:
-        query: (Q, d) features.
-        part: (n, d) features of adjacent gallery images.
-        scale: of the whole gallery.
+        distances: of the queries and the part.
         labels: of the whole gallery.
         budget: bytes that may be allocated at a time.
-        start: which image of the gallery is the first of `part`.
-        add_up: the sum of a tensor over all parts; called twice for each block.
+        query_bytes: that a query takes beside its pairs.
+        division: of the gallery.
     """
-    width, columns = query.shape[1], max(1, min(_columns(budget), budget // (32 * query.shape[1])))
-    gallery_norms = torch.from_numpy(scale.gallery_norms).to(part.device)
-    part_norms = gallery_norms[start : start + len(part)]
-    query_bytes = _ENTRY_BYTES * min(len(labels.gallery_ids), columns) + 16 * width
+    images, columns = distances.images, max(1, min(_columns(budget), distances.columns))
     for pairs in pairs_in_blocks(labels, query_bytes, _PAIR_BYTES, budget):
-        block = query[pairs.rows].to(torch.float64)
-        norms, steps = (torch.from_numpy(x[pairs.rows]).to(query.device) for x in (scale.query_norms, scale.steps))
-
-        def exact(queries: Tensor, places: Tensor, block=block, norms=norms, steps=steps) -> Tensor:
-            found = []
-            for some in torch.arange(len(queries), device=queries.device).split(max(1, budget // (32 * width))):
-                q, g = queries[some], places[some]
-                dots = tree_dots(block[q], part[g - start])
-                found.append(on_grid(distances_of_dots(dots, norms[q], gallery_norms[g], scale.cosine), steps[q]))
-            return torch.cat(found) if found else norms[:0]
-
-        queries, places = _indices(pairs, query.device)
-        held = (places >= start) & (places < start + len(part))
-        distances = norms.new_zeros(len(places))
-        distances[held] = exact(queries[held], places[held])
-        matches, buckets = _prepare(pairs, add_up(distances))
-        if start > 0:  # the junk of all parts is taken out once
+        block = distances.of_rows(pairs.rows)
+        matches, buckets = prepare(pairs, exact_of_pairs(block, pairs, division))
+        if division.rank > 0:  # the junk of all parts is taken out once
             buckets.zero_()
-        doubt = _uncertainty(scale, pairs, width).to(query.device)[:, None]
-        for first in range(0, len(part), columns):
-            last = slice(first, first + columns)
-            dots = block @ part[last].to(torch.float64).T
-            values = distances_of_dots(dots, norms[:, None], part_norms[last], scale.cosine)
-            _count(values, start + first, matches, matches.distances - doubt, matches.distances + doubt, buckets, exact)
-        yield pairs, _ranks(add_up(buckets), matches)
+        bounds = matches.distances - block.uncertainty, matches.distances + block.uncertainty
+        for first in range(0, images.stop - images.start, columns):
+            values = block.near(slice(first, first + columns))
+            _count(values, images.start + first, matches, *bounds, buckets, block.exact)
+        yield pairs, _ranks(division.add_up(buckets), matches)
+
+
+def exact_of_pairs(block: Comparable, pairs: Pairs, division: Division) -> Tensor:
+    """(pairs,) distances of a block's queries, each from who holds its image of the gallery; collective."""
+    queries, places = _indices(pairs, block.uncertainty.device)
+    held = (places >= block.images.start) & (places < block.images.stop)
+    distances = torch.zeros(len(places), dtype=torch.float64, device=places.device)
+    distances[held] = block.exact(queries[held], places[held])
+    return division.add_up(distances)
 
 
 def _columns(budget: int) -> int:
@@ -141,16 +137,7 @@ def _indices(pairs: Pairs, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(pairs.queries).to(device), torch.from_numpy(pairs.places).to(device)
 
 
-def _uncertainty(scale: DistanceScale, pairs: Pairs, width: int) -> Tensor:
-    """How far a distance from a matrix product in float64 may be from the exact one, for each query."""
-    unit, steps = 2.0**-53, torch.from_numpy(scale.steps[pairs.rows])
-    if scale.cosine:
-        return steps + 1.02 * (width + 8) * unit + 2.0**-46
-    query, gallery = torch.from_numpy(scale.query_norms[pairs.rows]), float(scale.gallery_norms.max())
-    return steps + 2.04 * (width + 8) * unit * (query * gallery).sqrt() + 2.0**-46 * (query + gallery)
-
-
-def _prepare(pairs: Pairs, distances: Tensor) -> tuple[_Matches, Tensor]:
+def prepare(pairs: Pairs, distances: Tensor) -> tuple[Matches, Tensor]:
     """Matches in order, and the (b, M + 1) buckets with the junk taken out beforehand."""
     queries, places = _indices(pairs, distances.device)
     counts = torch.from_numpy(pairs.match_counts).to(distances.device)
@@ -166,13 +153,13 @@ def _prepare(pairs: Pairs, distances: Tensor) -> tuple[_Matches, Tensor]:
     sorted_distances = distances.new_full((len(counts), most), largest)
     sorted_places = torch.full((len(counts), most), torch.iinfo(torch.int64).max, device=distances.device)
     sorted_distances[q, column], sorted_places[q, column] = d[order], p[order]
-    matches = _Matches(sorted_distances, sorted_places, counts)
+    matches = Matches(sorted_distances, sorted_places, counts)
     buckets = torch.zeros(len(counts), most + 1, dtype=torch.int64, device=distances.device)
     _add(buckets, queries[junk], _exact_bucket(matches, queries[junk], distances[junk], places[junk]), -1)
     return matches, buckets
 
 
-def _exact_bucket(matches: _Matches, queries: Tensor, distances: Tensor, places: Tensor) -> Tensor:
+def _exact_bucket(matches: Matches, queries: Tensor, distances: Tensor, places: Tensor) -> Tensor:
     """How many of a query's matches do not come after each (distance, place)."""
     low, high = torch.zeros_like(queries), matches.counts[queries]
     for _ in range(matches.distances.shape[1].bit_length()):
@@ -192,7 +179,7 @@ def _add(buckets: Tensor, queries: Tensor, columns: Tensor, number: int) -> None
 def _count(
     values: Tensor,
     first: int,
-    matches: _Matches,
+    matches: Matches,
     lower: Tensor,
     upper: Tensor,
     buckets: Tensor,
@@ -205,9 +192,7 @@ def _count(
     """
     if matches.distances.shape[1] == 0:
         return
-    bucket = torch.searchsorted(lower.contiguous(), values.contiguous(), right=True)
-    bucket = bucket.minimum(matches.counts[:, None])
-    near = (bucket > 0) & ~(values > upper.gather(1, (bucket - 1).clamp(min=0)))
+    bucket, near = near_matches(values, matches, lower, upper)
     queries, columns = near.nonzero(as_tuple=True)
     places = columns + first
     bucket[queries, columns] = _exact_bucket(matches, queries, exact(queries, places), places)
@@ -219,7 +204,17 @@ def _count(
     )
 
 
-def _ranks(buckets: Tensor, matches: _Matches) -> np.ndarray:
+def near_matches(values: Tensor, matches: Matches, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """How many matches' `lower` each of the (b, c) values reaches, and whether it is not above the last one's `upper`.
+
+    Where it is above, it is nowhere between a match's `lower` and `upper`.
+    """
+    bucket = torch.searchsorted(lower.contiguous(), values.contiguous(), right=True)
+    bucket = bucket.minimum(matches.counts[:, None])
+    return bucket, (bucket > 0) & ~(values > upper.gather(1, (bucket - 1).clamp(min=0)))
+
+
+def _ranks(buckets: Tensor, matches: Matches) -> np.ndarray:
     ranks = 1 + buckets.cumsum(1)[:, :-1]
     taken = torch.arange(ranks.shape[1], device=ranks.device) < matches.counts[:, None]
     return ranks[taken].cpu().numpy()

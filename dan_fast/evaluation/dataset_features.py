@@ -12,11 +12,15 @@ from torch import Tensor
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.float32 import float32_rounding
 from dan_fast.data.samples import FixedSplits, ReIDDataset, Sample
+from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.evaluation.features import Features, extract_features
 
 
 class DatasetFeatures(NamedTuple):
     """Features of a dataset's evaluation images: a fixed query and gallery, or images yet to be split.
+
+    Where the images were divided over ranks, each rank holds all features of the queries, and its own of the gallery
+    and of the images to be split.
 
     Attributes:
         name: the dataset's name.
@@ -44,10 +48,14 @@ class DatasetFeatures(NamedTuple):
         parts = (part for part in (self.query, self.gallery, self.test) if part is not None)
         return tuple(str(path) for part in parts for path in part.skipped)
 
-    def split(self, seed: int = 0, repeat: int = 0) -> tuple[Features, Features]:
+    def split(
+        self, seed: int = 0, repeat: int = 0, process_group: ProcessGroup | None = None
+    ) -> tuple[Features, Features]:
         """Query and gallery: the fixed ones, or those of the given repeat of the fixed or random splits.
 
-        Images that could not be decoded are in neither; random splits alone depend on `seed`.
+        Images that could not be decoded are in neither; random splits alone depend on `seed`. With `process_group`,
+        over which the images are divided, features are exchanged: every rank gets the queries whole and as many images
+        of the gallery, in its order, as the others.
         """
         if self.test is None:
             return self.query, self.gallery
@@ -56,7 +64,7 @@ class DatasetFeatures(NamedTuple):
             query, gallery = self._places(chosen.query), self._places(chosen.gallery)
         else:
             query, gallery = random_split(self.test.pids, self.test.camids, seed, repeat)
-        return self.test.select(query), self.test.select(gallery)
+        return self.test.select(query, process_group), self.test.select(gallery, process_group, divided=True)
 
     def _places(self, samples: tuple[Sample, ...]) -> Tensor:
         place = {path: index for index, path in enumerate(self.test.paths)}
@@ -116,12 +124,13 @@ def extract_dataset(
     *,
     device: str | torch.device = "cpu",
     precision: Literal["float32", "bfloat16"] = "float32",
+    process_group: ProcessGroup | None = None,
     **options: Any,
 ) -> DatasetFeatures:
     """Embed every evaluation image of a dataset once.
 
     Args:
-        embed, image_size, device, precision, options: as in :func:`extract_features`.
+        embed, image_size, device, precision, process_group, options: as in :func:`extract_features`.
         dataset: with query and gallery images, or test images.
 
     Raises:
@@ -130,13 +139,17 @@ def extract_dataset(
     """
 
     def extract(samples: tuple[Sample, ...]) -> Features:
-        return extract_features(embed, samples, image_size, device=device, precision=precision, **options)
+        given = {"device": device, "precision": precision, "process_group": process_group}
+        return extract_features(embed, samples, image_size, **given, **options)
 
     rounding = float32_rounding(torch.device(device)) if precision == "float32" else ""
     made = {"precision": precision, "rounding": rounding}
     if dataset.query and dataset.gallery:
         query = extract(dataset.query)
         gallery = query if dataset.gallery == dataset.query else extract(dataset.gallery)
+        if process_group is not None:
+            every = torch.arange(len(query.paths))
+            query = query.select(every, process_group)._replace(skipped=query.skipped)
         return DatasetFeatures(
             dataset.name, query, gallery, None, variant=dataset.variant, single_shot=dataset.single_shot, **made
         )

@@ -67,6 +67,71 @@ def tree_dots(left: Tensor, right: Tensor) -> Tensor:
     return sums[:, 0]
 
 
+class PartDistances:
+    """Distances from queries to a part of the gallery: by products of matrices, up to a known error, and exactly.
+
+    Args:
+        query: (Q, d) features.
+        part: (n, d) features of adjacent images of the gallery.
+        scale: of the queries and the whole gallery.
+        budget: bytes of temporaries at a time.
+        start: which image of the gallery is the first of `part`.
+
+    Attributes:
+        images: of the gallery, which are in the part.
+        columns: of how many images of the part `near` should be asked at a time.
+        steps: (Q,) float64 grid of each query's distances.
+        error: (Q, 1) float64, how far a distance of `near` may be from what `exact` rounds to the grid.
+        uncertainty: (Q, 1) float64, how far a distance of `near`, on the grid or not, may be from that of `exact`.
+    """
+
+    def __init__(self, query: Tensor, part: Tensor, scale: DistanceScale, budget: int, start: int = 0) -> None:
+        self.query, self.part, self.scale, self.budget = query, part, scale, budget
+        self.images = slice(start, start + len(part))
+        self.columns = max(1, budget // (32 * query.shape[1]))
+        query_norms, norms, self.steps = (
+            torch.from_numpy(x).to(query.device)
+            for x in (scale.query_norms, scale.gallery_norms[self.images], scale.steps)
+        )
+        self._query_norms, self._norms = query_norms, norms
+        unit, width, largest = 2.0**-53, query.shape[1], float(scale.gallery_norms.max())
+        if scale.cosine:
+            error = torch.full_like(query_norms, 1.02 * (width + 8) * unit + 2.0**-46)
+        else:
+            error = 2.04 * (width + 8) * unit * (query_norms * largest).sqrt() + 2.0**-46 * (query_norms + largest)
+        self.error = error[:, None]
+        self.uncertainty = self.error + self.steps[:, None]
+
+    def of_rows(self, rows: slice | np.ndarray) -> PartDistances:
+        """Those of some of the queries, whose features are held in float64."""
+        chosen = rows if isinstance(rows, slice) else torch.from_numpy(rows).to(self.query.device)
+        scale = self.scale._replace(query_norms=self.scale.query_norms[rows], steps=self.scale.steps[rows])
+        return PartDistances(
+            self.query[chosen].to(torch.float64), self.part, scale, self.budget, start=self.images.start
+        )
+
+    def near(self, columns: slice) -> Tensor:
+        """(Q, columns) distances of images of the part, not on the grid."""
+        part = self.part[columns]
+        distances = self._norms.new_empty(len(self.query), len(part))
+        for first in range(0, len(part), self.columns):
+            last = slice(first, first + self.columns)
+            dots = self.query @ part[last].to(torch.float64).T
+            norms = self._query_norms[:, None], self._norms[columns][last]
+            distances[:, last] = distances_of_dots(dots, *norms, self.scale.cosine)
+        return distances
+
+    def exact(self, queries: Tensor, places: Tensor) -> Tensor:
+        """(n,) distances on the grid of queries and images of the part, these by their (n,) places in the gallery."""
+        found = [self._norms[:0]]
+        for some in torch.arange(len(queries), device=queries.device).split(self.columns):
+            q, g = queries[some], places[some] - self.images.start
+            dots = tree_dots(self.query[q], self.part[g])
+            distances = distances_of_dots(dots, self._query_norms[q], self._norms[g], self.scale.cosine)
+            found.append(on_grid(distances, self.steps[q]))
+        return torch.cat(found)
+
+
 def square_norms(features: Tensor, budget: int) -> np.ndarray:
     """(n,) float64 squared norms of the rows, some rows at a time."""
     rows = max(1, budget // (24 * features.shape[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -14,17 +15,25 @@ from dan_fast.core.preprocessing import IMAGENET, Preprocessing
 from dan_fast.data.images.cache import ImageCache
 from dan_fast.data.images.loader import image_loader
 from dan_fast.data.samples import Sample
+from dan_fast.distributed.collectives import ProcessGroup
+from dan_fast.distributed.launch import gathered, require_same
+from dan_fast.evaluation.divided import Division, refused_by_all
+
+# Bytes of features that travel at a time.
+_TRAVEL_BYTES = 64 * 2**20
 
 
 class Features(NamedTuple):
     """Embedded images.
 
     Attributes:
-        features: (n, d) float32 on the CPU.
-        pids: (n,) int64 identities.
+        features: (n, d) float32 on the CPU; where images are divided over ranks, those of this rank only.
+        pids: (n,) int64 identities, of all images like all that follows.
         camids: (n,) int64 cameras.
         paths: the n image files.
         skipped: the files that could not be decoded and were left out.
+        sizes: the features of how many images, consecutive ones, each rank of a process group holds; empty where all
+            are here.
     """
 
     features: Tensor
@@ -32,11 +41,38 @@ class Features(NamedTuple):
     camids: Tensor
     paths: tuple[Path, ...]
     skipped: tuple[Path, ...] = ()
+    sizes: tuple[int, ...] = ()
 
-    def select(self, indices: Tensor) -> Features:
-        """The images at the given (k,) int64 indices, in that order."""
-        paths = tuple(self.paths[index] for index in indices.tolist())
-        return Features(self.features[indices], self.pids[indices], self.camids[indices], paths)
+    def select(self, indices: Tensor, process_group: ProcessGroup | None = None, divided: bool = False) -> Features:
+        """The images at the given (k,) int64 indices, in that order.
+
+        Args:
+            indices: of the images; the same on all ranks.
+            process_group: over which the features are divided; all its ranks have to call this.
+            divided: whether the result is divided over the ranks, too, or whole on each of them.
+
+        Raises:
+            ValueError: the features are divided, and not over `process_group`.
+        """
+        own = self.division(process_group)
+        parts = Division.of_images(process_group, len(indices))
+        chosen = parts.rows if divided else slice(0, len(indices))
+        return Features(
+            own.select(self.features, indices, chosen, _TRAVEL_BYTES),
+            self.pids[indices],
+            self.camids[indices],
+            tuple(self.paths[index] for index in indices.tolist()),
+            sizes=tuple(parts.sizes) if divided and process_group is not None else (),
+        )
+
+    def division(self, process_group: ProcessGroup | None) -> Division:
+        """How the images are divided over the ranks of a group."""
+        if len(self.sizes) != (0 if process_group is None else process_group.size()):
+            raise ValueError(
+                f"the features are in {max(1, len(self.sizes))} parts: hand in the process_group that they were "
+                "extracted with, or none where there was none."
+            )
+        return Division(process_group, self.sizes or (len(self.features),))
 
 
 def extract_features(
@@ -51,11 +87,15 @@ def extract_features(
     progress: Callable[[int, int], None] | None = None,
     cache: ImageCache | None = None,
     preprocessing: Preprocessing = IMAGENET,
+    process_group: ProcessGroup | None = None,
 ) -> Features:
     """Embed images in order, without gradients.
 
     The caller puts the model into evaluation mode: with batch normalisation or dropout in training mode the
     features would depend on the batch.
+
+    With ``process_group`` the batches, which are those of one rank, are divided over the ranks: each reads and embeds
+    consecutive ones and keeps their features; labels, paths and what was skipped are known to all.
 
     Args:
         embed: maps (B, 3, H, W) float32 images on ``device`` to (B, d) features; ``DAN.embed``, for example.
@@ -66,12 +106,14 @@ def extract_features(
         device: where ``embed`` runs.
         precision: ``"bfloat16"`` runs ``embed`` under autocast.
         broken_images: an unreadable image is an error, or is left out of the result.
-        progress: called with (images read, images in all) at each batch.
-        cache: holds or takes the decoded images; the features are the same.
+        progress: called with (images read, images in all) at each batch, of this rank's.
+        cache: holds or takes the decoded images, of all ranks; the features are the same.
         preprocessing: how images are resized and normalised for the network: ``DAN.preprocessing``.
+        process_group: ranks that are all given the same images and settings, and a network of the same weights.
 
     Raises:
-        DanFastError: no samples, none readable, or one unreadable where ``broken_images`` is ``"error"``.
+        DanFastError: no samples, none readable, or one unreadable where ``broken_images`` is ``"error"``; ranks that
+            differ in their images; on the other ranks whatever is raised on one.
         ValueError: ``embed`` does not return (B, d), or ``precision`` is unknown.
 
     Example:
@@ -84,20 +126,29 @@ def extract_features(
         >>> extract_features(colour, [Sample(path, pid=1, camid=1)], (16, 8)).features.shape
         torch.Size([1, 3])
     """
+    if process_group is not None:
+        labels = torch.tensor([(sample.pid, sample.camid) for sample in samples])
+        given = ("batch_size", batch_size), ("the checksum of the labels", zlib.crc32(labels.numpy().tobytes()))
+        require_same(process_group, given, "evaluate the same images in the same batches on all ranks")
     if precision not in ("float32", "bfloat16"):
         raise ValueError(f"precision is {precision!r}; it must be 'float32' or 'bfloat16'.")
     if not samples:
         raise DanFastError("There are no images to embed; check that the split asked for is not empty.")
-    device = torch.device(device)
+    device, part = torch.device(device), range(len(samples))
+    if process_group is not None:
+        batches = Division.of_images(process_group, len(range(0, len(samples), batch_size))).rows
+        part = part[batches.start * batch_size : batches.stop * batch_size]
     rows, kept = [], []
     with (
+        refused_by_all(process_group, DanFastError, "embed its images"),
         torch.inference_mode(),
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"),
     ):
-        loader = image_loader(samples, image_size, batch_size, workers, broken_images, cache, device, preprocessing)
+        reading = broken_images, cache, device, preprocessing, part
+        loader = image_loader(samples, image_size, batch_size, workers, *reading)
         for number, (images, indices) in enumerate(loader, start=1):
             if progress is not None:
-                progress(min(number * batch_size, len(samples)), len(samples))
+                progress(min(number * batch_size, len(part)), len(part))
             if len(images) == 0:
                 continue
             features = embed(images)
@@ -105,13 +156,16 @@ def extract_features(
                 raise ValueError(f"embed made {tuple(features.shape)} of {len(images)} images; it must make (B, d).")
             rows.append(features.to("cpu", torch.float32))
             kept.extend(indices.tolist())
-    if not kept:
+    told = gathered(process_group, (kept, rows[0].shape[1] if rows else 0))
+    everywhere = [index for own, _ in told for index in own]
+    if not everywhere:
         raise DanFastError(f"None of the {len(samples)} images can be read; the first is {samples[0].path}.")
     # Joined outside of inference mode, so that the result is an ordinary tensor.
     return Features(
-        torch.cat(rows),
-        torch.tensor([samples[index].pid for index in kept], dtype=torch.int64),
-        torch.tensor([samples[index].camid for index in kept], dtype=torch.int64),
-        tuple(Path(samples[index].path) for index in kept),
-        tuple(Path(samples[index].path) for index in sorted(set(range(len(samples))) - set(kept))),
+        torch.cat(rows) if rows else torch.empty(0, max(width for _, width in told)),
+        torch.tensor([samples[index].pid for index in everywhere], dtype=torch.int64),
+        torch.tensor([samples[index].camid for index in everywhere], dtype=torch.int64),
+        tuple(Path(samples[index].path) for index in everywhere),
+        tuple(Path(samples[index].path) for index in sorted(set(range(len(samples))) - set(everywhere))),
+        () if process_group is None else tuple(len(own) for own, _ in told),
     )

@@ -8,7 +8,7 @@ without a match is left out of all figures. Equal distances keep the order of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.evaluation.counting import ranks_by_distances, ranks_by_features, ranks_by_shards
 from dan_fast.evaluation.distances import Metric, distance_scale, distances_of_dots, on_grid
+from dan_fast.evaluation.divided import refused_by_all
 from dan_fast.evaluation.pairs import Labels, Pairs
 
 ArrayLike: TypeAlias = Tensor | np.ndarray | Sequence
@@ -84,9 +85,10 @@ def evaluate_ranking(
             MATLAB code of Market-1501, which averages the precision at a match with that one place before.
         block_bytes: about how much memory a block of queries may take; a few MB a thread and 50 bytes an image come
             on top. Features of two dtypes, or whose columns are not adjacent, are copied.
-        process_group: ranks that each hand in all queries and at least one gallery image of their own: the gallery is
-            rank 0's images, rank 1's, ... Every rank returns the figures of the whole, to the last bit. Identities,
-            cameras and norms are gathered, features are not. The counting is in PyTorch operations.
+        process_group: ranks that each hand in all queries and gallery images of their own, some of them none: the
+            gallery is rank 0's images, rank 1's, ... Every rank returns the figures of the whole, to the last bit.
+            Identities, cameras and norms are gathered, features are not. The counting is in PyTorch operations. What
+            one rank refuses all of them do.
 
     Raises:
         ValueError: an argument of wrong shape, length or content; :class:`NoMatchError` if no query matches.
@@ -98,19 +100,12 @@ def evaluate_ranking(
         >>> result.cmc.tolist(), result.mAP, result.num_valid
         ([1.0, 1.0], 1.0, 1)
     """
-    query, gallery = _check_shapes(query_features, gallery_features)
-    check_metric(metric)
-    labels = check_labels(query_ids, gallery_ids, query_cams, gallery_cams, len(query), len(gallery))
-    check_settings(max_rank, ap, block_bytes)
-
-    def check(query_squares: np.ndarray, gallery_squares: np.ndarray) -> None:
-        for name, features, squares in (
-            ("query_features", query, query_squares),
-            ("gallery_features", gallery, gallery_squares),
-        ):
-            _check_squares(name, features, squares)
-
-    given = (query, gallery, metric, labels, block_bytes, check)
+    with refused_by_all(process_group, ValueError, "check its arguments"):
+        query, gallery = check_shapes(query_features, gallery_features, process_group is not None)
+        check_metric(metric)
+        labels = check_labels(query_ids, gallery_ids, query_cams, gallery_cams, len(query), len(gallery))
+        check_settings(max_rank, ap, block_bytes)
+    given = (query, gallery, metric, labels, block_bytes, check_of_squares(query, gallery))
     blocks = ranks_by_features(*given) if process_group is None else ranks_by_shards(process_group, *given)
     return score(blocks, max_rank, ap)
 
@@ -176,7 +171,7 @@ def pairwise_distances(query: Tensor, gallery: Tensor, metric: Metric = "cosine"
 
 def check_features(query_features: ArrayLike, gallery_features: ArrayLike) -> tuple[Tensor, Tensor]:
     """Both feature matrices as tensors on one device, or a ValueError naming the one that does not fit."""
-    query, gallery = _check_shapes(query_features, gallery_features)
+    query, gallery = check_shapes(query_features, gallery_features)
     for name, value in (("query_features", query), ("gallery_features", gallery)):
         # In parts, to bound the temporary memory of the check.
         if not all(bool(torch.isfinite(part).all()) for part in value.split(1024)):
@@ -184,13 +179,17 @@ def check_features(query_features: ArrayLike, gallery_features: ArrayLike) -> tu
     return query, gallery
 
 
-def _check_shapes(query_features: ArrayLike, gallery_features: ArrayLike) -> tuple[Tensor, Tensor]:
+def check_shapes(
+    query_features: ArrayLike, gallery_features: ArrayLike, may_be_part: bool = False
+) -> tuple[Tensor, Tensor]:
+    """As `check_features`, without a look at the numbers; the part of a gallery may be empty."""
     query, gallery = (
         _as_tensor(query_features, "query_features"),
         _as_tensor(gallery_features, "gallery_features"),
     )
     for name, value in (("query_features", query), ("gallery_features", gallery)):
-        if value.ndim != 2 or 0 in value.shape:
+        may_be_empty = may_be_part and value is gallery
+        if value.ndim != 2 or 0 in value.shape[may_be_empty:]:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be a non-empty (images, width).")
     if query.shape[1] != gallery.shape[1]:
         raise ValueError(
@@ -207,14 +206,23 @@ def _not_finite(name: str) -> ValueError:
     return ValueError(f"{name} holds NaN or Inf; the embedding that made it has diverged or is broken.")
 
 
-def _check_squares(name: str, features: Tensor, squares: np.ndarray) -> None:
-    """Find NaN and Inf by the squared norms, without a copy of the features."""
-    broken = np.flatnonzero(~np.isfinite(squares))
-    if not len(broken):
-        return
-    if not bool(torch.isfinite(features[broken[0]]).all()):
-        raise _not_finite(name)
-    raise ValueError(f"{name} holds numbers whose squares overflow float64; divide the features by a constant.")
+def check_of_squares(query: Tensor, gallery: Tensor) -> Callable[[np.ndarray, np.ndarray], None]:
+    """What finds NaN and Inf by the squared norms, without a copy of the features."""
+
+    def check(query_squares: np.ndarray, gallery_squares: np.ndarray) -> None:
+        for name, features, squares in (
+            ("query_features", query, query_squares),
+            ("gallery_features", gallery, gallery_squares),
+        ):
+            broken = np.flatnonzero(~np.isfinite(squares))
+            if len(broken) and not bool(torch.isfinite(features[broken[0]]).all()):
+                raise _not_finite(name)
+            if len(broken):
+                raise ValueError(
+                    f"{name} holds numbers whose squares overflow float64; divide the features by a constant."
+                )
+
+    return check
 
 
 def _as_tensor(value: ArrayLike, name: str) -> Tensor:

@@ -17,27 +17,32 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from dan_fast.evaluation.counting import ranks_by_distances
-from dan_fast.evaluation.distances import Metric, distance_scale, distances_of_dots, on_grid, square_norms, tree_dots
-from dan_fast.evaluation.pairs import Labels, Pairs
+from dan_fast.distributed.collectives import ProcessGroup
+from dan_fast.evaluation.counting import in_blocks, whole_gallery
+from dan_fast.evaluation.counting_torch import ranks_of_part
+from dan_fast.evaluation.distances import Metric, PartDistances, on_grid
+from dan_fast.evaluation.divided import Division, refused_by_all
+from dan_fast.evaluation.pairs import Labels, pairs_in_blocks
 from dan_fast.evaluation.ranking import (
     BLOCK_BYTES,
     ArrayLike,
     AveragePrecision,
     RankingResult,
-    check_features,
     check_labels,
     check_metric,
+    check_of_squares,
     check_settings,
+    check_shapes,
     score,
 )
+from dan_fast.evaluation.reciprocal import Images, averaged, encodings, nearest, row_rounds
 
 # Its name in protocols.
 RERANKED = "k-reciprocal re-ranking"
-# Rows of sparse products at a time: their results are many times as large as what is kept of them.
-_SPARSE_ROWS = 2048
-# Bytes of temporaries for each distance of a block, and for each number of the pairs that are compared at once.
-_ENTRY_BYTES, _NUMBER_BYTES = 64, 32
+# Bytes of temporaries for each distance of a block.
+_ENTRY_BYTES = 64
+# Below any distance that is not 0.
+_SMALLEST = 1e-300
 
 
 class Reranking(NamedTuple):
@@ -72,8 +77,13 @@ def evaluate_reranked(
     ap: AveragePrecision = "standard",
     block_bytes: int = BLOCK_BYTES,
     reranking: Reranking = PAPER,
+    process_group: ProcessGroup | None = None,
 ) -> RankingResult:
     """As :func:`dan_fast.evaluation.evaluate_ranking`, by the distances of :func:`reranked_distances`.
+
+    With ``process_group`` a rank encodes its own part of the gallery and a share of the queries. Features of the others
+    go past it in blocks, twice, and their encodings once; of each image of the whole it keeps labels, norm, nearest
+    images and half-size sets: 4 (k1 + 1) + 8 k1 + 80 bytes at most, 324 by the paper's settings.
 
     Raises:
         ValueError: an argument of wrong shape, length or content; `NoMatchError` if no query matches.
@@ -84,19 +94,18 @@ def evaluate_reranked(
         >>> evaluate_reranked(query, gallery, [7], [7, 8], [1], [2, 2]).mAP
         1.0
     """
-    query, gallery = check_features(query_features, gallery_features)
-    labels = check_labels(query_ids, gallery_ids, query_cams, gallery_cams, len(query), len(gallery))
-    check_settings(max_rank, ap, block_bytes)
-
-    def broken() -> ValueError:
-        return ValueError("the re-ranked distances hold NaN; the features may be too large.")
-
-    def ranked() -> Iterator[tuple[Pairs, np.ndarray]]:
-        for rows, distances in reranked_distances(query, gallery, metric, reranking, block_bytes):
-            part = Labels(labels.query_ids[rows], labels.gallery_ids, labels.query_cams[rows], labels.gallery_cams)
-            yield from ranks_by_distances(torch.from_numpy(distances), part, block_bytes, broken)
-
-    return score(ranked(), max_rank, ap)
+    with refused_by_all(process_group, ValueError, "check its arguments"):
+        query, gallery = check_shapes(query_features, gallery_features, process_group is not None)
+        check_metric(metric)
+        _check_reranking(reranking)
+        labels = check_labels(query_ids, gallery_ids, query_cams, gallery_cams, len(query), len(gallery))
+        check_settings(max_rank, ap, block_bytes)
+    distances, labels, division = _reranked(query, gallery, labels, metric, reranking, block_bytes, process_group)
+    # All images of the largest part at a time, as a query's Jaccard distances come together.
+    found = ranks_of_part(distances, labels, block_bytes, _ENTRY_BYTES * max(division.sizes), division)
+    # Blocks that do not depend on the ranks, so that what is averaged is added in one order.
+    blocks = pairs_in_blocks(labels, _ENTRY_BYTES * (len(query) + len(division)), 0, block_bytes)
+    return score(in_blocks(found, blocks), max_rank, ap)
 
 
 def reranked_distances(
@@ -129,137 +138,106 @@ def reranked_distances(
         ((3, 3), True)
     """
     check_metric(metric)
-    k1, k2, weight = reranking
-    for name, value in (("k1", k1), ("k2", k2)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1.")
-    if not 0 <= weight <= 1:
-        raise ValueError(f"weight is {weight}; it must lie between 0 and 1.")
-    original = _Distances(*check_features(query_features, gallery_features), metric, block_bytes)
-    neighbours, largest = _neighbours(original, max(k1 + 1, k2))
-    encodings = _encodings(original, neighbours, largest, k1)
-    if k2 > 1:
-        nearest = neighbours[:, :k2]
-        means = np.full(nearest.size, 1 / nearest.shape[1], dtype=np.float32)
-        begin = np.arange(len(nearest) + 1) * nearest.shape[1]
-        encodings = sparse.csr_array((means, nearest.ravel(), begin), shape=encodings.shape) @ encodings
-    queries = len(original.parts[0])
-    of_queries, of_gallery = encodings[:queries], encodings[queries:].tocsc()
-    del encodings, neighbours
-    for rows in original.blocks(queries):
-        distances = original.of_rows(rows)[:, queries:].cpu().numpy() / largest[rows, None]
-        distances *= weight
-        for row, query in enumerate(range(rows.start, rows.stop)):
-            distances[row] += (1 - weight) * _jaccard(of_queries, query, of_gallery)
-        yield rows, distances
+    _check_reranking(reranking)
+    query, gallery = check_shapes(query_features, gallery_features)
+    labels = Labels(*(np.zeros(len(x), dtype=np.int64) for x in (query, gallery) * 2))
+    distances, _, division = _reranked(query, gallery, labels, metric, reranking, block_bytes, None)
+    each = max(1, block_bytes // (_ENTRY_BYTES * (len(query) + len(division))))
+    for first in range(0, len(query), each):
+        rows = slice(first, min(first + each, len(query)))
+        yield rows, distances.of_rows(rows).near(slice(None)).cpu().numpy()
 
 
-class _Distances:
-    """Distances among all images, the queries first, a block of rows at a time."""
-
-    def __init__(self, query: Tensor, gallery: Tensor, metric: Metric, budget: int) -> None:
-        self.parts, self.budget = (query, gallery), budget
-        squares = np.concatenate([square_norms(part, budget) for part in self.parts])
-        self.scale = distance_scale(squares, squares, metric)
-        self.norms, self.steps = (
-            torch.from_numpy(x).to(query.device) for x in (self.scale.query_norms, self.scale.steps)
-        )
-
-    def __len__(self) -> int:
-        return len(self.norms)
-
-    def blocks(self, count: int) -> Iterator[slice]:
-        rows = max(1, self.budget // (_ENTRY_BYTES * len(self)))
-        for start in range(0, count, rows):
-            yield slice(start, min(start + rows, count))
-
-    def images(self, places: Tensor) -> Tensor:
-        """(n, d) features of the images at the given places, in float64."""
-        queries = len(self.parts[0])
-        found = self.norms.new_empty(len(places), self.parts[0].shape[1])
-        of_query = places < queries
-        found[of_query] = self.parts[0][places[of_query]].to(torch.float64)
-        found[~of_query] = self.parts[1][places[~of_query] - queries].to(torch.float64)
-        return found
-
-    def of_rows(self, rows: slice) -> Tensor:
-        """(rows, N) distances."""
-        distances = self.norms.new_empty(rows.stop - rows.start, len(self))
-        left = self.images(torch.arange(rows.start, rows.stop, device=distances.device))
-        columns, first = max(1, self.budget // (_NUMBER_BYTES * left.shape[1])), 0
-        for part in self.parts:
-            for chunk in part.split(columns):
-                last = slice(first, first + len(chunk))
-                dots = left @ chunk.to(torch.float64).T
-                norms = self.norms[rows, None], self.norms[last]
-                distances[:, last] = on_grid(distances_of_dots(dots, *norms, self.scale.cosine), self.steps[rows, None])
-                first = last.stop
-        return distances
-
-    def of_pairs(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """(n,) distances of pairs of places."""
-        found = np.empty(len(left))
-        size = max(1, self.budget // (2 * _NUMBER_BYTES * self.parts[0].shape[1]))
-        for first in range(0, len(left), size):
-            last = slice(first, first + size)
-            i, j = (torch.from_numpy(x[last].astype(np.int64)).to(self.norms.device) for x in (left, right))
-            dots = tree_dots(self.images(i), self.images(j))
-            distances = on_grid(distances_of_dots(dots, self.norms[i], self.norms[j], self.scale.cosine), self.steps[i])
-            found[last] = distances.cpu().numpy()
-        return found
+def _check_reranking(reranking: Reranking) -> None:
+    for name in ("k1", "k2"):
+        if getattr(reranking, name) < 1:
+            raise ValueError(f"{name} is {getattr(reranking, name)}; it must be at least 1.")
+    if not 0 <= reranking.weight <= 1:
+        raise ValueError(f"weight is {reranking.weight}; it must lie between 0 and 1.")
 
 
-def _neighbours(original: _Distances, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(N, count) int32 nearest images of each, nearest first, equal ones by place; and (N,) the largest distance."""
-    count = min(count, len(original))
-    neighbours, largest = np.empty((len(original), count), dtype=np.int32), np.empty(len(original))
-    for rows in original.blocks(len(original)):
-        block = original.of_rows(rows)
-        largest[rows] = block.amax(1).cpu().numpy()
-        last = block.topk(count, dim=1, largest=False).values[:, -1:]
-        # All images as near as the last one are candidates, so that place decides among them.
-        row, place = (block <= last).nonzero(as_tuple=True)
-        order = torch.argsort(block[row, place], stable=True)
-        order = order[torch.argsort(row[order], stable=True)]
-        begin = torch.searchsorted(row, torch.arange(len(block), device=row.device))
-        taken = order[(begin[:, None] + torch.arange(count, device=row.device)).reshape(-1)]
-        neighbours[rows] = place[taken].view(-1, count).cpu().numpy()
-    return neighbours, np.maximum(largest, 1e-300)
+def _reranked(
+    query: Tensor,
+    gallery: Tensor,
+    labels: Labels,
+    metric: Metric,
+    reranking: Reranking,
+    budget: int,
+    group: ProcessGroup | None,
+) -> tuple[_Reranked, Labels, Division]:
+    """Distances of queries and the part of the gallery, and labels and division of the whole; collective."""
+    check = check_of_squares(query, gallery)
+
+    def check_sums(*squares: np.ndarray) -> None:
+        # A distance adds up four terms of the size of a squared norm at most.
+        with np.errstate(over="ignore"):
+            check(*(4 * x for x in squares))
+
+    division, labels, squares = whole_gallery(group, query, gallery, labels, budget, check_sums)
+    images = Images(query, gallery, squares, metric, budget, division)
+    found = nearest(images, max(reranking.k1 + 1, reranking.k2))
+    neighbours = images.gather(*(each.places.to(torch.int32).cpu().numpy() for each in found))
+    largest = [np.maximum(each.largest.cpu().numpy(), _SMALLEST) for each in found]
+    del found
+    own = encodings(images, neighbours, np.concatenate(largest), reranking.k1)
+    if reranking.k2 > 1:
+        own = averaged(images, own, neighbours, reranking.k2)
+    queries, device = images.divisions[0], query.device
+    count = len(images.shares[0].places)
+    of_queries = sparse.vstack([rows for _, rows in row_rounds(queries, own[:count], device)], format="csr")
+    of_gallery = own[count:].tocsc()
+    original = PartDistances(query, gallery, images.scale_to_gallery, budget, division.rows.start)
+    mixed = _Reranked(original, queries.gather_array(largest[0], device), of_queries, of_gallery, reranking.weight)
+    return mixed, labels, division
 
 
-def _reciprocal(neighbours: np.ndarray) -> sparse.csr_array:
-    """(N, N) with 1 where two images are neighbours of each other."""
-    images, count = neighbours.shape
-    mutual = np.empty(neighbours.shape, dtype=bool)
-    for first in range(0, images, _SPARSE_ROWS):
-        block = neighbours[first : first + _SPARSE_ROWS]
-        own = np.arange(first, first + len(block))[:, None, None]
-        mutual[first : first + len(block)] = (neighbours[block] == own).any(2)
-    begin = np.concatenate([[0], np.cumsum(mutual.sum(1))])
-    return sparse.csr_array((np.ones(begin[-1], np.float32), neighbours[mutual], begin), shape=(images, images))
+class _Reranked:
+    """The mean of original and Jaccard distances, as `ranks_of_part` takes them.
+
+    Args:
+        original: distances of the queries and the part of the gallery.
+        largest: (Q,) largest original distance of each query.
+        of_queries: (Q, N) encodings.
+        of_gallery: (n, N) encodings of the part.
+        weight: lambda, the share of the original distance.
+    """
+
+    def __init__(
+        self,
+        original: PartDistances,
+        largest: np.ndarray,
+        of_queries: sparse.csr_array,
+        of_gallery: sparse.csc_array,
+        weight: float,
+    ) -> None:
+        self.original, self.images, self.columns = original, original.images, max(1, len(original.part))
+        self.largest, self.of_queries, self.of_gallery, self.weight = largest, of_queries, of_gallery, weight
+
+    def of_rows(self, rows: slice) -> _RerankedRows:
+        jaccard = np.stack([_jaccard(self.of_queries, q, self.of_gallery) for q in range(rows.start, rows.stop)])
+        device, largest = self.original.steps.device, self.largest[rows, None]
+        # Where all original distances are 0 they have no share, whatever a product of matrices makes of them.
+        weight = np.where(largest > _SMALLEST, self.weight, 0.0)
+        mixed = (1 - self.weight) * jaccard, np.where(largest > _SMALLEST, largest, 1.0), weight
+        return _RerankedRows(self.original.of_rows(rows), *(torch.from_numpy(x).to(device) for x in mixed))
 
 
-def _encodings(original: _Distances, neighbours: np.ndarray, largest: np.ndarray, k1: int) -> sparse.csr_array:
-    """(N, N) rows of weights exp(-distance) over an image's expanded reciprocal neighbours, each with sum 1."""
-    reciprocal = _reciprocal(neighbours[:, : k1 + 1])
-    # As NumPy rounds in the authors' code: a half goes to the even neighbour.
-    half = _reciprocal(neighbours[:, : int(np.around(k1 / 2)) + 1])
-    sizes, turned = half.sum(1), half.T.tocsr()
-    encoded = []
-    for first in range(0, len(original), _SPARSE_ROWS):
-        own = reciprocal[first : first + _SPARSE_ROWS]
-        common = own.multiply(own @ turned).tocoo()
-        # A neighbour's own half-size set joins if more than two thirds of it are in the image's set.
-        joins = 3 * common.data > 2 * sizes[common.col]
-        joining = sparse.csr_array((common.data[joins], (common.row[joins], common.col[joins])), shape=own.shape)
-        expanded = (own + joining @ half).tocsr()
-        expanded.sort_indices()
-        rows = np.repeat(np.arange(own.shape[0]), np.diff(expanded.indptr))
-        weights = np.exp(-original.of_pairs(rows + first, expanded.indices) / largest[rows + first])
-        sums = np.bincount(rows, weights, minlength=own.shape[0])
-        expanded.data = (weights / sums[rows]).astype(np.float32)
-        encoded.append(expanded)
-    return sparse.vstack(encoded, format="csr")
+class _RerankedRows:
+    """Those of some queries: (b, n) shares of the Jaccard distances, (b, 1) largest distances and weights."""
+
+    def __init__(self, original: PartDistances, jaccard: Tensor, largest: Tensor, weight: Tensor) -> None:
+        self.original, self.jaccard, self.largest, self.weight = original, jaccard, largest, weight
+        self.images = original.images
+        # Beside the original's, what rounding makes of numbers up to 1.
+        self.uncertainty = 1.01 * weight * original.uncertainty / largest + 2.0**-48
+
+    def near(self, columns: slice) -> Tensor:
+        distances = on_grid(self.original.near(columns), self.original.steps[:, None])
+        return distances / self.largest * self.weight + self.jaccard[:, columns]
+
+    def exact(self, queries: Tensor, places: Tensor) -> Tensor:
+        distances = self.original.exact(queries, places) / self.largest[queries, 0] * self.weight[queries, 0]
+        return distances + self.jaccard[queries, places - self.images.start]
 
 
 def _jaccard(of_queries: sparse.csr_array, query: int, of_gallery: sparse.csc_array) -> np.ndarray:

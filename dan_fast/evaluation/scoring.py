@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.samples import ReIDDataset
+from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.evaluation.dataset_features import DatasetFeatures, extract_dataset
 from dan_fast.evaluation.features import Features
 from dan_fast.evaluation.ranking import AveragePrecision, Metric, NoMatchError, RankingResult, evaluate_ranking
@@ -27,13 +28,15 @@ def evaluate_features(
     max_rank: int = 50,
     ap: AveragePrecision = "standard",
     reranking: Reranking | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Evaluation:
     """Score features: once on a fixed query and gallery, on all of a dataset's fixed splits, or on random ones.
 
     Figures are means over the splits, with their standard deviations; of random splits, drawn by ``seed``, there are
     ``repeats``. Under a single-shot protocol the gallery is drawn by ``seed``, 100 times: see
     :func:`dan_fast.evaluation.single_shot.evaluate_single_shot`, over which there is no standard deviation.
-    With ``reranking`` the lists are re-ranked first, and the protocol says so.
+    With ``reranking`` the lists are re-ranked first, and the protocol says so. ``process_group`` is the one that the
+    features were extracted with; the result is the same on all ranks, and equal to that of one rank to the last bit.
 
     Raises:
         DanFastError: no identity can be found again in another camera, or a single-shot protocol with ``reranking``
@@ -46,7 +49,7 @@ def evaluate_features(
         repeats = 1
     elif features.splits is not None:
         repeats = len(features.splits.splits)
-    options = {"metric": metric, "max_rank": max_rank, "ap": ap}
+    options = {"metric": metric, "max_rank": max_rank, "process_group": process_group}
     if features.single_shot and reranking is not None:
         raise DanFastError(
             f"{features.name} is scored single-shot, with a gallery drawn anew many times, which is not re-ranked; "
@@ -57,13 +60,11 @@ def evaluate_features(
     rank = evaluate_ranking if reranking is None else partial(evaluate_reranked, reranking=reranking)
     results: list[RankingResult] = []
     for repeat in range(repeats):
-        query, gallery = features.split(seed, repeat)
+        query, gallery = features.split(seed, repeat, process_group)
         if features.single_shot:
-            results.append(
-                _rank(evaluate_single_shot, features.name, query, gallery, seed=seed, metric=metric, max_rank=max_rank)
-            )
+            results.append(_rank(evaluate_single_shot, features.name, query, gallery, seed=seed, **options))
         else:
-            results.append(_rank(rank, features.name, query, gallery, **options))
+            results.append(_rank(rank, features.name, query, gallery, ap=ap, **options))
     cmc = torch.stack([result.cmc for result in results])
     precision = torch.tensor([result.mAP for result in results], dtype=torch.float64)
     penalty = torch.tensor([result.mINP for result in results], dtype=torch.float64)
@@ -102,6 +103,7 @@ def evaluate_dataset(
     max_rank: int = 50,
     ap: AveragePrecision = "standard",
     reranking: Reranking | None = None,
+    process_group: ProcessGroup | None = None,
     **options: Any,
 ) -> Evaluation:
     """Embed a dataset and score it: :func:`extract_dataset`, then :func:`evaluate_features`.
@@ -110,21 +112,32 @@ def evaluate_dataset(
     splits say, all of them, and where it has none at random, ``repeats`` times, by :func:`random_split`. Each image is
     embedded once. The caller puts the model into evaluation mode.
 
+    With ``process_group`` the batches are divided over its ranks, and each keeps the features of its own images, all
+    queries excepted, which every rank holds. Images yet to be split are divided like a gallery; for each split the
+    ranks exchange features, so that each has all queries and an equal share of that gallery.
+
     Args:
-        embed, image_size, options: as in :func:`dan_fast.evaluation.extract_features`.
+        embed, image_size, process_group, options: as in :func:`dan_fast.evaluation.extract_features`.
         dataset: what to embed and score.
         repeats, seed, metric, max_rank, ap, reranking: as in :func:`evaluate_features`.
 
     Raises:
         DanFastError, ValueError: as the two functions do.
     """
-    features = extract_dataset(embed, dataset, image_size, **options)
-    return evaluate_features(features, repeats, seed, metric, max_rank, ap, reranking)
+    features = extract_dataset(embed, dataset, image_size, process_group=process_group, **options)
+    return evaluate_features(features, repeats, seed, metric, max_rank, ap, reranking, process_group)
 
 
 def _rank(
-    evaluate: Callable[..., RankingResult], name: str, query: Features, gallery: Features, **options: Any
+    evaluate: Callable[..., RankingResult],
+    name: str,
+    query: Features,
+    gallery: Features,
+    *,
+    process_group: ProcessGroup | None,
+    **options: Any,
 ) -> RankingResult:
+    own = gallery.division(process_group).rows
     try:
         if not query.paths:
             raise NoMatchError
@@ -132,9 +145,10 @@ def _rank(
             query.features,
             gallery.features,
             query.pids,
-            gallery.pids,
+            gallery.pids[own],
             query.camids,
-            gallery.camids,
+            gallery.camids[own],
+            process_group=process_group,
             **options,
         )
     except NoMatchError as error:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from dan_fast.evaluation.distances import Metric
-from dan_fast.evaluation.pairs import Labels
+from dan_fast.distributed.collectives import ProcessGroup
+from dan_fast.evaluation.counting import whole_gallery
+from dan_fast.evaluation.counting_torch import exact_of_pairs, near_matches, prepare
+from dan_fast.evaluation.distances import Metric, PartDistances, distance_scale
+from dan_fast.evaluation.divided import Division, refused_by_all
+from dan_fast.evaluation.pairs import Labels, pairs_in_blocks
 from dan_fast.evaluation.ranking import (
     BLOCK_BYTES,
     NO_MATCH,
     ArrayLike,
     NoMatchError,
     RankingResult,
-    check_features,
     check_labels,
     check_metric,
+    check_of_squares,
     check_settings,
-    pairwise_distances,
+    check_shapes,
 )
 
 
@@ -34,6 +37,7 @@ def evaluate_single_shot(
     repeats: int = 100,
     seed: int = 0,
     block_bytes: int = BLOCK_BYTES,
+    process_group: ProcessGroup | None = None,
 ) -> RankingResult:
     """Rank one image of each gallery identity, drawn anew for each repeat; the figures are means.
 
@@ -48,6 +52,7 @@ def evaluate_single_shot(
         repeats: how often the gallery is drawn.
         seed: of all draws; the same seed draws the same images, whatever the features are.
         block_bytes: about how much memory a block of queries may take.
+        process_group: ranks over which the gallery is divided, as in :func:`dan_fast.evaluation.evaluate_ranking`.
 
     Raises:
         ValueError: an argument of wrong shape, length or content; `NoMatchError` if no query matches.
@@ -58,20 +63,23 @@ def evaluate_single_shot(
         >>> evaluate_single_shot(query, gallery, [7], [7, 8, 7], [1], [2, 2, 2]).mAP
         1.0
     """
-    query, gallery = check_features(query_features, gallery_features)
-    check_metric(metric)
-    check_settings(max_rank, "standard", block_bytes)
-    if repeats < 1:
-        raise ValueError(f"repeats is {repeats}; it must be at least 1.")
-    labels = check_labels(query_ids, gallery_ids, query_cams, gallery_cams, len(query), len(gallery))
+    with refused_by_all(process_group, ValueError, "check its arguments"):
+        query, gallery = check_shapes(query_features, gallery_features, process_group is not None)
+        check_metric(metric)
+        check_settings(max_rank, "standard", block_bytes)
+        if repeats < 1:
+            raise ValueError(f"repeats is {repeats}; it must be at least 1.")
+        labels = check_labels(query_ids, gallery_ids, query_cams, gallery_cams, len(query), len(gallery))
+    given = query, gallery, labels, block_bytes, check_of_squares(query, gallery)
+    division, labels, squares = whole_gallery(process_group, *given)
+    distances = PartDistances(query, gallery, distance_scale(*squares, metric), block_bytes, division.rows.start)
     found: list[np.ndarray] = []
-    rows = max(1, block_bytes // (64 * len(gallery)))
+    rows = max(1, block_bytes // (64 * len(division)))
     for cam in np.unique(labels.query_cams):
         draws = [_draw(labels, cam, seed, repeat) for repeat in range(repeats)]
         queries = np.flatnonzero((labels.query_cams == cam) & np.isin(labels.query_ids, labels.gallery_ids[draws[0]]))
         for block in np.split(queries, range(rows, len(queries), rows)) if len(queries) else ():
-            distances = pairwise_distances(query[torch.from_numpy(block).to(query.device)], gallery, metric)
-            found += [_ranks(distances, labels, block, drawn) for drawn in draws]
+            found.append(_ranks(distances, labels, division, block, draws))
     if not found:
         raise NoMatchError(NO_MATCH)
     ranks = np.concatenate(found)
@@ -88,12 +96,29 @@ def _draw(labels: Labels, cam: int, seed: int, repeat: int) -> np.ndarray:
     return order[first]
 
 
-def _ranks(distances: Tensor, labels: Labels, queries: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """Ranks of the queries' matches among the drawn images."""
-    places = torch.from_numpy(drawn).to(distances.device)
-    column = torch.from_numpy(np.searchsorted(labels.gallery_ids[drawn], labels.query_ids[queries]))
-    column = column.to(distances.device)
-    values = distances[:, places]
-    match, match_place = values.gather(1, column[:, None]), places[column][:, None]
-    before = (values < match) | ((values == match) & (places < match_place))
-    return 1 + before.sum(1).cpu().numpy()
+def _ranks(
+    distances: PartDistances, labels: Labels, division: Division, queries: np.ndarray, draws: list[np.ndarray]
+) -> np.ndarray:
+    """Ranks of the queries' matches among the images of each draw, draw by draw; collective."""
+    own, block = division.rows, distances.of_rows(queries)
+    of_block = labels._replace(query_ids=labels.query_ids[queries], query_cams=labels.query_cams[queries])
+    (pairs,) = pairs_in_blocks(of_block, 0, 0, 1)
+    pair_distances = exact_of_pairs(block, pairs, division)
+    matches, _ = prepare(pairs, pair_distances)
+    # Where a product of matrices cannot tell whether an image comes before a match, its exact distance is taken.
+    values = block.near(slice(None))
+    bounds = matches.distances - block.uncertainty, matches.distances + block.uncertainty
+    rows, columns = near_matches(values, matches, *bounds)[1].nonzero(as_tuple=True)
+    values[rows, columns] = block.exact(rows, columns + own.start)
+    # Ascending, as pairs come by query and place.
+    keys = pairs.queries * len(division) + pairs.places
+    before = []
+    for drawn in draws:
+        match_places = drawn[np.searchsorted(labels.gallery_ids[drawn], of_block.query_ids)]
+        found = np.searchsorted(keys, np.arange(len(queries)) * len(division) + match_places)
+        match = pair_distances[torch.from_numpy(found).to(values.device), None]
+        places = torch.from_numpy(drawn[(drawn >= own.start) & (drawn < own.stop)]).to(values.device)
+        match_place = torch.from_numpy(match_places).to(values.device)[:, None]
+        compared = values[:, places - own.start]
+        before.append(((compared < match) | ((compared == match) & (places < match_place))).sum(1))
+    return 1 + division.add_up(torch.cat(before)).cpu().numpy()

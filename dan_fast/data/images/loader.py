@@ -114,6 +114,7 @@ def image_loader(
     cache: ImageCache | None = None,
     device: str | torch.device = "cpu",
     preprocessing: Preprocessing = IMAGENET,
+    part: range | None = None,
 ) -> Loader:
     """Reads samples in their order for the evaluation, without augmentation.
 
@@ -126,6 +127,7 @@ def image_loader(
         cache: holds or takes the decoded images; the result is the same to the last bit.
         device: where the images go.
         preprocessing: how images are resized and normalised for the network.
+        part: which of the samples are read; all of them where it is None. A cache holds all of them.
 
     Returns:
         A loader of (images (n,3,H,W) float32 on `device`, indices (n,) int64 into `samples` on the CPU).
@@ -135,7 +137,7 @@ def image_loader(
     # A partial, not a closure: workers that are not forked need to pickle it.
     collate = partial(_collate_samples, image_size=tuple(image_size))
     workers = workers if cache is None else 0
-    source = SentenceLoader(dataset, collate, workers, batch_size=batch_size)
+    source = SentenceLoader(dataset, collate, workers, batch_size=batch_size, sampler=part)
     prepare = partial(_normalized, device=torch.device(device), preprocessing=preprocessing)
     return Loader(source, prepare, device)
 
