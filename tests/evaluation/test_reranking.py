@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from dan_fast import _extension
 from dan_fast.bench.machine import peak_above
 from dan_fast.core.errors import DanFastError
 from dan_fast.evaluation import (
@@ -15,9 +16,13 @@ from dan_fast.evaluation import (
     evaluate_features,
     evaluate_ranking,
     evaluate_reranked,
+    evaluate_single_shot,
     rank_distances,
     reranked_distances,
 )
+from dan_fast.evaluation.distances import PartDistances, square_norms
+from dan_fast.evaluation.divided import Division
+from dan_fast.evaluation.reciprocal import Images, encodings, nearest
 
 
 def dense(query, gallery, metric, k1, k2, weight):
@@ -109,6 +114,37 @@ def test_of_a_dataset():
     assert evaluate_features(dataset).protocol == "fixed query and gallery"
     with pytest.raises(DanFastError, match="tiny is scored single-shot, .* leave out rerank"):
         evaluate_features(dataset._replace(single_shot=True), reranking=Reranking())
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_what_products_of_matrices_round_decides_nothing(metric, monkeypatch):
+    """Their last bits depend on shapes and threads, hence on how images are divided over ranks."""
+    rng = np.random.default_rng(2)
+    few = rng.normal(size=(40, 1500))  # so that many distances are ties, of neighbours too
+    query, gallery = (torch.from_numpy(few[rng.integers(0, 40, n)]) for n in (30, 120))
+    labels = [rng.integers(0, of, n) for of in (5, 3) for n in (30, 120)]
+
+    def found():
+        squares = square_norms(query, 1 << 20), square_norms(gallery, 1 << 20)
+        images = Images(query, gallery, squares, metric, 1 << 20, Division(None, [120]))
+        lists = nearest(images, 8)
+        neighbours, largest = (np.concatenate([part[at] for part in lists]) for at in (1, 2))
+        with _extension.disabled():
+            ranked = [
+                str(evaluate(query, gallery, *labels, metric=metric))
+                for evaluate in (evaluate_ranking, evaluate_single_shot, evaluate_reranked)
+            ]
+        return neighbours.tolist(), largest.tolist(), encodings(images, neighbours, largest, 7).data.tolist(), ranked
+
+    expected, near = found(), PartDistances.near
+
+    def rounded_otherwise(self, columns):
+        distances = near(self, columns)
+        return distances + (1.8 * torch.rand(distances.shape, dtype=torch.float64) - 0.9) * self.error
+
+    monkeypatch.setattr(PartDistances, "near", rounded_otherwise)
+    for _ in range(2):
+        assert found() == expected
 
 
 @pytest.mark.slow
