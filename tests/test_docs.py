@@ -28,6 +28,7 @@ PAGES = [
         "docs/reliability.md",
         "docs/limits.md",
         "docs/scaling.md",
+        "docs/feeding.md",
     )
 ]
 ROOMS_PAGES = [ROOT / "csrc/README.md", ROOT / "benchmarks/results/h200/README.md"]
