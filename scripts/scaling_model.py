@@ -37,7 +37,7 @@ class Machine:
         return self.nodes * self.gpus
 
     def _ring(self, rounds: int, size: float) -> float:
-        """`size` bytes that pass every link `rounds` times, in as many times as there are other ranks pieces."""
+        """`rounds` times around the ring, but for the last hop; each hop hands on `size` bytes."""
         between = rounds * (self.nodes - 1)
         latency = RING + between * NETWORK_HOP + (rounds * (self.ranks - 1) - between) * self.hop
         slowest = min(self.link, self.network) if self.nodes > 1 else self.link
