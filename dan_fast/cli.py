@@ -3,6 +3,7 @@
 A command is imported when it runs, most of them with PyTorch: `--help`, `--version` and a wrong command import none.
 """
 
+import os
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -190,14 +191,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DanFastError as error:
         print(f"dan-fast: {error}", file=sys.stderr)
         return EXIT_ERROR
+    # As torchrun sets them; to import PyTorch for it would make `--help` slow.
+    ranks, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
+    name = f"dan-fast, rank {rank}" if ranks > 1 else "dan-fast"
     try:
         return _run(parser, parsed)
     except (DanFastError, OSError) as error:
-        print(f"dan-fast: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return EXIT_ERROR
     except Interrupted as stop:
-        print(f"dan-fast: {stop} Continue with --run.resume true.", file=sys.stderr)
+        if rank == 0:
+            print(f"dan-fast: {stop} Continue with --run.resume true.", file=sys.stderr)
         return EXIT_INTERRUPTED
     except KeyboardInterrupt:
-        print("dan-fast: interrupted.", file=sys.stderr)
+        print(f"{name}: interrupted.", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -5,6 +5,7 @@ import doctest
 import importlib
 import io
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -28,6 +29,7 @@ PAGES = [
         "docs/reliability.md",
         "docs/limits.md",
         "docs/scaling.md",
+        "docs/feeding.md",
     )
 ]
 ROOMS_PAGES = [ROOT / "csrc/README.md", ROOT / "benchmarks/results/h200/README.md"]
@@ -187,6 +189,12 @@ def test_fidelity_leaves_out_nothing():
     tables = ["I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX"]
     assert [row for row in rows("Tables") if row in tables] == tables
     assert [row for row in rows("Figures") if row.isdigit()] == [str(n) for n in range(1, 11)]
+
+
+def test_the_predictions_are_what_the_script_computes():
+    page = (ROOT / "docs/scaling.md").read_text()
+    tables = runpy.run_path(str(ROOT / "scripts/scaling_model.py"))["tables"]()
+    assert tables and all(f"\n\n{table}\n" in page for table in tables)
 
 
 def test_pictures_are_small():

@@ -1,4 +1,4 @@
-"""What is known and measured of the machine: its name, free memory, copy bandwidth, and how high memory rises."""
+"""What is known and measured of the machine: its name, copy bandwidth, and how high memory rises."""
 
 import ctypes
 import datetime
@@ -80,29 +80,6 @@ def _commit() -> str | None:
     if not (root / ".git").exists() or not (root / "csrc").is_dir():
         return None
     return _output("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on the device; None if the system does not tell."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    if (available := _of_file("/proc/meminfo", r"MemAvailable:\s+(\d+)")) is None:
-        return None
-    try:
-        group = Path("/sys/fs/cgroup")
-        left = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-    except (OSError, ValueError):  # no cgroup, or no limit: "max"
-        return int(available) * 1024
-    return min(int(available) * 1024, left)
-
-
-def why_too_large(device: torch.device, needed: float, what: str) -> str | None:
-    """A sentence where `what` would need more bytes than are free."""
-    free = free_memory(device)
-    if free is None or needed <= free:
-        return None
-    return f"{what} would need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
 
 
 def synchronize(device: torch.device) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import distributed
 
 import dan_fast
 from dan_fast import __version__, _extension, triton_kernels
@@ -105,8 +106,19 @@ def _versions(info: dict) -> list[tuple[str, str]]:
         ("compiler of the build", info.get("compiler", "none")),
         ("nvcc of the build", info.get("nvcc", "none")),
         ("torch of the build", info.get("torch_headers", "none")),
+        ("between processes", _backends()),
     ]
     return rows
+
+
+def _backends() -> str:
+    """What carries tensors between the processes that torchrun starts."""
+    if not distributed.is_available():
+        return "nothing, this torch lacks torch.distributed"
+    found = ["gloo on CPUs"] if distributed.is_gloo_available() else []
+    if distributed.is_nccl_available() and torch.cuda.is_available():
+        found.append(f"nccl {'.'.join(map(str, torch.cuda.nccl.version()))} on GPUs")
+    return ", ".join(found) or "nothing"
 
 
 def _driver_version() -> str:

@@ -8,13 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dan_fast.distributed.launch import joined
 from dan_fast.training import TrainConfig, Trainer, recipes
+from dan_fast.training.build import resolve_device
 from dan_fast.training.config import RunConfig, goes_on
 
 
 def train(config: TrainConfig) -> None:
-    """Train to the last epoch, evaluate on the targets and write the results into the folder of the run."""
-    Trainer(config).fit()
+    """Train to the last epoch, evaluate on the targets and write the results into the folder of the run.
+
+    Together with the other ranks where torchrun has started several.
+    """
+    with joined(resolve_device(config.run.device)) as process_group:
+        Trainer(config, process_group).fit()
 
 
 def recipe_asked_for(argv: Sequence[str]) -> str | None:

@@ -41,6 +41,7 @@ def meta_gradients(
     order: int = 2,
     *,
     train_losses: Losses | None = None,
+    add_up: Callable[[Params], Params] = dict,
 ) -> MetaGradients:
     """Derivatives of L_g(S, G) + eta L_g(S~, G') for every group g in its own parameters.
 
@@ -72,6 +73,8 @@ def meta_gradients(
         train_losses: what `loss_fn(params, meta_train)` returned, if the caller has computed it already with
             tensors of `params` that require grad; `loss_fn` is then called for S~ only. With `order=2`, what `traced`
             returned, or double backward goes through the graph of these losses.
+        add_up: where `loss_fn` gives a rank's own summand of the losses, adds gradients up over all ranks: called
+            with name to tensor, the same names on each, for S, for S~ and for products of second derivatives.
 
     Raises:
         ValueError: `order` is not 1 or 2, a parameter stands in two groups or is unknown or has no `inner_lr`, or a
@@ -93,15 +96,16 @@ def meta_gradients(
         raise ValueError(f"inner_lr names no step size for {min(active - inner_lr.keys())!r}")
     with attention_that_serves(order):
         if order == 2:
-            return _total_derivatives(loss_fn, params, groups, (meta_train, meta_test), inner_lr, eta, train_losses)
+            given = (meta_train, meta_test)
+            return _total_derivatives(loss_fn, params, groups, given, inner_lr, eta, train_losses, add_up)
         if train_losses is None:
             current = _current(params, active)
             train_losses = loss_fn(current, meta_train)
         else:
             current = dict(params)
-        train_grads = _group_gradients(train_losses, current, groups)
+        train_grads = add_up(_group_gradients(train_losses, current, groups))
         moved, test_losses = _test_pass(loss_fn, current, train_grads, inner_lr, meta_test)
-        grads = _added(train_grads, _group_gradients(test_losses, moved, groups), eta)
+        grads = _added(train_grads, add_up(_group_gradients(test_losses, moved, groups)), eta)
     return MetaGradients(_detached(train_losses), _detached(test_losses), grads)
 
 
@@ -113,6 +117,7 @@ def _total_derivatives(
     inner_lr: float | Mapping[str, float],
     eta: float,
     train_losses: Losses | None,
+    add_up: Callable[[Params], Params],
 ) -> MetaGradients:
     """`meta_gradients` with second derivatives; `batches` are S and S~."""
     followers: dict[str, list[str]] = {}
@@ -128,7 +133,7 @@ def _total_derivatives(
     for loss in followers:
         _loss(traced, loss)
     second = SecondOrder(traced, {name: current[name] for name in active}, followers)
-    train_grads = second.gradients()
+    train_grads = add_up(second.gradients())
     moved, test_losses = _test_pass(loss_fn, current, train_grads, inner_lr, batches[1])
     by_test = each_gradient([_loss(test_losses, loss) for loss in followers], [moved[name] for name in active])
     # The graph of S~ would keep G' while that of the tangents grows.
@@ -137,12 +142,12 @@ def _total_derivatives(
 
     grads: dict[str, Tensor] = {}
     for names, found in zip(followers.values(), by_test, strict=True):
-        lost = {name: grad for name, grad in zip(active, found, strict=True) if grad is not None}
+        lost = add_up({name: grad for name, grad in zip(active, found, strict=True) if grad is not None})
         tangents = {
             other: {name: _step(inner_lr, name) * lost[name] for name in each if name in lost}
             for other, each in followers.items()
         }
-        inner = second.product(loss_fn, {other: along for other, along in tangents.items() if along}, names)
+        inner = add_up(second.product(loss_fn, {other: along for other, along in tangents.items() if along}, names))
         for name in names:
             at_test = [sign * part[name] for part, sign in ((lost, eta), (inner, -eta)) if name in part]
             grads[name] = sum(at_test, start=train_grads[name])

@@ -65,6 +65,7 @@ class BatchPlanner:
 
     Attributes:
         iterations: batches of an epoch, one or more.
+        places: of each part of a batch, S and S~ if it is split, how many labelled and unlabelled places it has.
 
     Raises:
         DanFastError: a batch size or fraction outside its range.
@@ -115,6 +116,11 @@ class BatchPlanner:
         self._members: dict[int, list[int]] = {}
         for index, label in enumerate(self.labels):
             self._members.setdefault(label, []).append(index)
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        parts = [self._train_places, self._test_places]
+        return parts if self.split else [(parts[0][0] + parts[1][0], parts[0][1] + parts[1][1])]
 
     def plan_epoch(self, epoch: int, feedback: tuple[Tensor, Tensor] | None = None) -> list[BatchPlan]:
         """Plans the `iterations` batches of an epoch.

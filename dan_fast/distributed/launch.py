@@ -1,6 +1,7 @@
 """The processes that torchrun started: how one joins the others, and what they tell each other on the host."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -47,11 +48,15 @@ def joined(device: torch.device) -> Iterator[ProcessGroup | None]:
     if of_gpus:
         torch.cuda.set_device(device)
     try:
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if of_gpus else "gloo")
+        store, rank, ranks = next(distributed.rendezvous("env://"))
+        # torchrun's own store outlives a restart, and would give the addresses of the processes that are gone.
+        store = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "cpu:gloo,cuda:nccl" if of_gpus else "gloo"
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=ranks)
     except (distributed.DistError, RuntimeError, ValueError) as error:
         raise DanFastError(
             f"The {number_of_ranks()} ranks do not find each other at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']} ({_first_line(error)}): choose a free port (torchrun --master-port) that "
+            f"{os.environ['MASTER_PORT']} ({_reason(error)}): choose a free port (torchrun --master-port) that "
             "every machine reaches, and start all ranks."
         ) from error
     try:
@@ -60,7 +65,7 @@ def joined(device: torch.device) -> Iterator[ProcessGroup | None]:
         if not is_loss_of_a_rank(error):
             raise
         raise DanFastError(
-            f"The other ranks were lost ({_first_line(error)}): see what they said, and continue from the last "
+            f"The other ranks were lost ({_reason(error)}): see what they said, and continue from the last "
             "checkpoint (run.resume auto)."
         ) from error
     # Not where an error was raised: NCCL would wait for what the others do not take part in any more.
@@ -111,5 +116,7 @@ def require_same(group: ProcessGroup | None, named: Sequence[tuple[str, Any]], r
                 )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _reason(error: BaseException) -> str:
+    """What went wrong, without the places in PyTorch's sources that gloo and the store name."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"\[[^\]]*\](:\d+)?:?\s*", "", line).partition(". ")[0]

@@ -1,13 +1,17 @@
 """L_lde for samples of known identity, a whole batch at once, by one product of keys and slots."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dan_fast.core.checks import check_discriminative_loss
 from dan_fast.core.cosine import norm_from_square, statistics_dtype
+from dan_fast.distributed.collectives import gather_parts, hand_out
 from dan_fast.functional.autocast import outside_autocast
 from dan_fast.functional.memory.passes import memory_scores
+from dan_fast.functional.memory.sharded import ShardedMemory
 
 # So far below the smallest logit of its row lies what is left out of a sum: exp(-80) is lost beside 1 in every type, a
 # row without members stays free of NaN in all derivatives, and exp of -1e30 takes several times as long.
@@ -41,16 +45,48 @@ def discriminative_loss(keys: Tensor, labels: Tensor, slots: Tensor, slot_labels
         tensor([0.3133])
     """
     check_discriminative_loss(keys, labels, slots, slot_labels, temperature)
+    keys = keys.to(statistics_dtype(keys.dtype))
+    return losses_of_scores(*memory_scores(keys, slots), keys, labels, slot_labels, temperature)
+
+
+def losses_of_scores(
+    scores: Tensor, square_norms: Tensor, keys: Tensor, labels: Tensor, slot_labels: Tensor, temperature: float
+) -> Tensor:
+    """`discriminative_loss` (B,) of keys (B, d) whose products with the slots (B, s), and these' norms (s,), are known.
+
+    All floating ones are in the dtype of statistics.
+    """
     own = (labels[:, None] == slot_labels) & (labels >= 0)[:, None]
     others = (slot_labels >= 0) & ~own
-    keys = keys.to(statistics_dtype(keys.dtype))
-    scores, square_norms = memory_scores(keys, slots)
     lengths = norm_from_square(keys.square().sum(1))[:, None] * norm_from_square(square_norms)
     logits = scores / (lengths * temperature)
     positive = _log_sum(logits, own) - own.sum(1).clamp(min=1).to(keys.dtype).log()
     losses = F.softplus(_log_sum(logits, others) - positive)
     # Without others P / (P + N) is 1.
     return torch.where(own.any(1) & others.any(1), losses, 0.0)
+
+
+def sharded_discriminative_loss(
+    memory: ShardedMemory, keys: Tensor, labels: Tensor, sizes: Sequence[int], temperature: float
+) -> Tensor:
+    """`discriminative_loss` of the rows of all ranks, by the slots of all of them; two collectives.
+
+    Args:
+        memory: M, as it is.
+        keys: (b, d), this rank's rows; on all ranks with a gradient, or on none.
+        labels: (b,) int64.
+        sizes: b of each rank.
+        temperature: positive.
+
+    Returns:
+        (B,), whole; the gradient in this rank's keys is that of what is made of the whole.
+    """
+    group, shard = memory.shard.group, memory.shard
+    memory.settle()
+    keys, labels = gather_parts(group, [keys.to(memory.dtype), labels], [sizes, sizes], 0)
+    own = memory.read_base(hand_out(group, keys), waits=False)
+    found = memory.completed(keys, *gather_parts(group, own, [shard.sizes] * 2, -1))
+    return losses_of_scores(*found, keys, labels, memory.labels, temperature)
 
 
 def _log_sum(logits: Tensor, members: Tensor) -> Tensor:

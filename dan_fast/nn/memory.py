@@ -2,22 +2,24 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dan_fast.core.checks import check_state
 from dan_fast.core.cosine import statistics_dtype
 from dan_fast.core.types import Gates, MemoryBatch, MemoryState, MemoryStep
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.distributed.shards import check_group
+from dan_fast.functional.discriminative import discriminative_loss, sharded_discriminative_loss
 from dan_fast.functional.memory.pending import LazyStep, PendingMemory
 from dan_fast.functional.memory.scan_types import sentence_of
 from dan_fast.functional.memory.sharded import ShardedMemory
 from dan_fast.functional.memory.step import pending_memory_step, sharded_memory_step
 from dan_fast.nn.memory_copies import Origin, Writes, require_to_be_carried
+from dan_fast.nn.memory_states import held_memory, joined, parted, replacement
 
 _INITIAL_BETA = 0.1
 
@@ -103,7 +105,7 @@ class ProgressiveAugmentedMemory(nn.Module):
         self.process_group = process_group
         self.decay, self.decay_unlabeled, self.gates = decay, decay_unlabeled, gates
         self._labeled, self._unlabeled = (
-            _held(MemoryState.empty(slots, key_dim, dtype))
+            held_memory(MemoryState.empty(slots, key_dim, dtype))
             if process_group is None
             else ShardedMemory.empty(process_group, slots, key_dim, dtype)
             for slots in (labeled_slots, unlabeled_slots)
@@ -193,6 +195,25 @@ class ProgressiveAugmentedMemory(nn.Module):
             self._fault = result.fault if self._fault is None else self._fault | result.fault
         return LazyStep(result.loss, result.pseudo_labels, self._labeled, self._unlabeled)
 
+    def labeled_loss(
+        self, keys: Tensor, labels: Tensor, temperature: float, sizes: Sequence[int] | None = None
+    ) -> Tensor:
+        """`functional.discriminative_loss` of labelled keys by M as it is, which is not written to.
+
+        Args:
+            keys: (B, d); labels: (B,) int64; this rank's own rows with a `process_group`, where this is collective.
+            temperature: positive.
+            sizes: with a `process_group`, B of each rank.
+
+        Returns:
+            (B,), of the rows of all ranks with a `process_group`: whole, as the loss of `forward` is.
+        """
+        if self.process_group is not None:
+            return sharded_discriminative_loss(self._labeled, keys, labels, sizes, temperature)
+        # It has to be settled to be read, so the next write copies M.
+        state = self.labeled
+        return discriminative_loss(keys, labels, state.features, state.labels, temperature)
+
     def check_faults(self) -> None:
         """Raise what was wrong with the values of a batch on the GPU since the last call.
 
@@ -226,7 +247,7 @@ class ProgressiveAugmentedMemory(nn.Module):
 
     @labeled.setter
     def labeled(self, state: MemoryState) -> None:
-        self._labeled = _replacement("labeled", self._labeled, state)
+        self._labeled = replacement("labeled", self._labeled, state)
         self._origin = None
 
     @property
@@ -236,7 +257,7 @@ class ProgressiveAugmentedMemory(nn.Module):
 
     @unlabeled.setter
     def unlabeled(self, state: MemoryState) -> None:
-        self._unlabeled = _replacement("unlabeled", self._unlabeled, state)
+        self._unlabeled = replacement("unlabeled", self._unlabeled, state)
         self._origin = None
 
     def settle(self) -> None:
@@ -294,6 +315,36 @@ class ProgressiveAugmentedMemory(nn.Module):
         self._fault = None if self._fault is None else fn(self._fault)
         return self
 
+    def parted_state_dict(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The state dict in two: what every rank holds, and the features of this rank's slots; not collective."""
+        whole: dict[str, Tensor] = {name: value.detach() for name, value in self.named_parameters()}
+        features = {}
+        for memory, held in (("labeled", self._labeled), ("unlabeled", self._unlabeled)):
+            rest, features[f"{memory}.features"] = parted(held)
+            whole |= {f"{memory}.{field}": value for field, value in rest.items()}
+        return whole, features
+
+    def load_parted_state_dict(self, whole: Mapping[str, Tensor], read: Callable[[str, slice], Tensor]) -> None:
+        """Go on from what `parted_state_dict` gave on any number of ranks; not collective.
+
+        Args:
+            whole: its first part.
+            read: features of a range of slots, by their name in the second part.
+
+        Raises:
+            ValueError: a memory of another number of slots.
+        """
+        loaded = {}
+        for memory, held in (("labeled", self._labeled), ("unlabeled", self._unlabeled)):
+            prefix = f"{memory}."
+            fields = {name.removeprefix(prefix): x for name, x in whole.items() if name.startswith(prefix)}
+            loaded[memory] = joined(memory, held, fields, partial(read, f"{memory}.features"))
+        with torch.no_grad():
+            for name, value in self.named_parameters():
+                value.copy_(whole[name])
+        self._labeled, self._unlabeled = loaded["labeled"], loaded["unlabeled"]
+        self._origin = None
+
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         # Collective with a process group: every rank gets the whole.
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -324,7 +375,7 @@ class ProgressiveAugmentedMemory(nn.Module):
             # As PyTorch does with parameters: the file's values in the dtype and on the device of the module.
             values = {field: state_dict[name].to(fields[field]) for field, name in names.items()}
             try:
-                loaded[memory] = _replacement(f"{prefix}{memory}", held, MemoryState(**values))
+                loaded[memory] = replacement(f"{prefix}{memory}", held, MemoryState(**values))
             except (TypeError, ValueError) as error:
                 error_msgs.append(str(error))
         rest = {name: value for name, value in state_dict.items() if name not in own}
@@ -333,29 +384,3 @@ class ProgressiveAugmentedMemory(nn.Module):
         if not refused and len(loaded) == 2:
             self._labeled, self._unlabeled = loaded["labeled"], loaded["unlabeled"]
             self._origin = None
-
-
-def _held(state: MemoryState) -> PendingMemory:
-    return PendingMemory.of(_with_statistics(state))
-
-
-def _with_statistics(state: MemoryState) -> MemoryState:
-    dtype = statistics_dtype(state.features.dtype)
-    return state._replace(usage=state.usage.to(dtype), evaluation=state.evaluation.to(dtype))
-
-
-def _replacement(name: str, held: PendingMemory, state: MemoryState) -> PendingMemory:
-    """A copy of `state`, if it fits where `held` is; for `name` in the error else."""
-    check_state(name, state)
-    old, new = held.base, state.features
-    if new.shape != held.shape:
-        raise ValueError(
-            f"{name}.features must have shape {held.shape} like this memory, got {tuple(new.shape)}: "
-            "make the memory with as many slots and the same key_dim"
-        )
-    if new.dtype != old.dtype:
-        raise TypeError(f"{name}.features must be {old.dtype} like this memory, got {new.dtype}")
-    if new.device != old.device:
-        raise ValueError(f"{name}.features is on {new.device}, this memory on {old.device}: move one with .to()")
-    own = state._replace(features=new[held.rows])
-    return held.like(_with_statistics(MemoryState(*(x.detach().clone() for x in own))))

@@ -6,7 +6,10 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from dan_fast.core.errors import DanFastError
 from dan_fast.data import BatchPlanner, ImageCache, MiniBatch, ReIDDataset, TrainingSet, training_loader
+from dan_fast.data.shares import share_of
+from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.nn import DAN
 from dan_fast.training.config import TrainConfig
 
@@ -19,16 +22,27 @@ class TrainingBatches:
         training_set: what the batches are drawn from.
         network: for which images are read: its size and its preprocessing.
         device: where the batches are wanted.
+        group: ranks that each take a share of every batch; a plan does not depend on how many there are.
 
     Attributes:
         planner: which images are in which batch; cache: of decoded images, None without one.
+        batch_size: images of a whole batch.
 
     Raises:
         DanFastError: the cache or the sizes of the batches do not fit.
     """
 
-    def __init__(self, config: TrainConfig, training_set: TrainingSet, network: DAN, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        training_set: TrainingSet,
+        network: DAN,
+        device: torch.device,
+        group: ProcessGroup | None = None,
+    ) -> None:
         data = config.data
+        self._rank, self._ranks = (0, 1) if group is None else (group.rank(), group.size())
+        self.batch_size = data.batch_size * (self._ranks if data.batch_size_per_rank else 1)
         self._data, self._training_set, self._device = data, training_set, device
         self._preprocessing = network.preprocessing
         self.cache = ImageCache.of_setting(
@@ -36,19 +50,20 @@ class TrainingBatches:
             network.image_size,
             data.cache_check,
             workers=data.workers,
-            say=print,
+            say=print if self._rank == 0 else lambda line: None,
             interpolation=network.preprocessing.interpolation,
         )
         self.planner = BatchPlanner(
             training_set.labels,
             len(training_set.unlabeled_samples),
-            batch_size=data.batch_size,
+            batch_size=self.batch_size,
             unlabeled_fraction=data.unlabeled_fraction,
             feedback_fraction=data.feedback_fraction,
             split=config.meta.procedure != "daml1",
             seed=config.run.seed,
             iterations=data.iterations,
         )
+        self._require_an_image_each(lending=config.model.style_mixing == "unlabeled")
 
     def fill_cache(self, datasets: Iterable[ReIDDataset]) -> None:
         """Decode into the cache what it lacks of the datasets' train splits.
@@ -67,9 +82,10 @@ class TrainingBatches:
             feedback: sample ids and pseudo labels that M' gives back, (n,) int64 on the host, or None.
             first: iterations of the epoch that are done already.
         """
+        plans = islice(self.planner.batches(epoch, feedback), first, None)
         return training_loader(
             self._training_set,
-            islice(self.planner.batches(epoch, feedback), first, None),
+            (share_of(plan, self._rank, self._ranks) for plan in plans) if self._ranks > 1 else plans,
             tuple(self._data.image_size),
             workers=self._data.workers,
             broken_images=self._data.broken_images,
@@ -77,3 +93,12 @@ class TrainingBatches:
             device=self._device,
             preprocessing=self._preprocessing,
         )
+
+    def _require_an_image_each(self, lending: bool) -> None:
+        labeled, unlabeled = map(min, zip(*self.planner.places, strict=True))
+        fewest = min(labeled, unlabeled) if lending and self.planner.num_unlabeled else labeled
+        if fewest < self._ranks:
+            raise DanFastError(
+                f"A batch of {self.batch_size} images cannot be divided over {self._ranks} ranks, S or S~ has {fewest} "
+                "labelled or unlabelled places: raise data.batch_size or use fewer ranks."
+            )

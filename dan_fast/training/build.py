@@ -7,6 +7,8 @@ import torch
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.preprocessing import IMAGENET, Preprocessing
+from dan_fast.distributed.collectives import ProcessGroup
+from dan_fast.distributed.launch import local_rank, number_of_ranks
 from dan_fast.nn import DAN, ProgressiveAugmentedMemory
 from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.config import LossConfig, MemoryConfig, ModelConfig, TrainConfig
@@ -14,13 +16,18 @@ from dan_fast.training.objective import TrainingModel
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device a setting names; "auto" is the GPU where there is one.
+    """The device a setting names; "auto" is the GPU where there is one, of several ranks on a machine one for each.
 
     Raises:
-        DanFastError: not a device, or one this machine lacks.
+        DanFastError: not a device, one this machine lacks, or the same GPU for several ranks.
     """
+    ranks = number_of_ranks()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks > 1 and name.startswith("cuda:"):
+        raise DanFastError(f"The device {name} cannot serve {ranks} ranks: set it to cuda, and each takes its own GPU.")
+    if ranks > 1 and name == "cuda":
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -116,12 +123,21 @@ def preprocessing_of(state: dict[str, Any]) -> Preprocessing:
     return Preprocessing.from_dict(state["preprocessing"]) if "preprocessing" in state else IMAGENET
 
 
-def build_memory(config: MemoryConfig, key_dim: int) -> ProgressiveAugmentedMemory:
-    """An empty memory pair for keys of `key_dim` numbers.
+def build_memory(
+    config: MemoryConfig, key_dim: int, process_group: ProcessGroup | None = None
+) -> ProgressiveAugmentedMemory:
+    """An empty memory pair for keys of `key_dim` numbers, divided over the ranks of a process group, if any.
 
     Raises:
-        DanFastError: a start for gates that are no parameters.
+        DanFastError: a start for gates that are no parameters, or fewer slots than ranks.
     """
+    ranks = 1 if process_group is None else process_group.size()
+    for name in ("labeled_slots", "unlabeled_slots"):
+        if getattr(config, name) < ranks:
+            raise DanFastError(
+                f"memory.{name} {getattr(config, name)} cannot be divided over {ranks} ranks: use more slots or fewer "
+                "ranks."
+            )
     memory = ProgressiveAugmentedMemory(
         labeled_slots=config.labeled_slots,
         unlabeled_slots=config.unlabeled_slots,
@@ -129,6 +145,7 @@ def build_memory(config: MemoryConfig, key_dim: int) -> ProgressiveAugmentedMemo
         decay=config.decay,
         decay_unlabeled=config.decay_unlabeled,
         gates=config.gates,
+        process_group=process_group,
     )
     if config.gates == "features" and config.initial_alpha != 0:
         raise DanFastError(
@@ -141,7 +158,13 @@ def build_memory(config: MemoryConfig, key_dim: int) -> ProgressiveAugmentedMemo
     return memory
 
 
-def build_model(config: TrainConfig, network: DAN, unlabeled_images: bool, lending: bool) -> TrainingModel:
+def build_model(
+    config: TrainConfig,
+    network: DAN,
+    unlabeled_images: bool,
+    lending: bool,
+    process_group: ProcessGroup | None = None,
+) -> TrainingModel:
     """What a run trains: the network with a memory, where one is of use.
 
     Args:
@@ -149,12 +172,31 @@ def build_model(config: TrainConfig, network: DAN, unlabeled_images: bool, lendi
         network: see `network_and_random_state`.
         unlabeled_images: whether there are any.
         lending: whether they lend their styles and serve for that alone.
+        process_group: ranks that train together, over which a memory is divided.
 
     Raises:
-        DanFastError: see `build_memory`.
+        DanFastError: see `build_memory`; or batch norm that cannot be synchronised.
     """
+    if process_group is not None and _synchronises(config, process_group):
+        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network, process_group)
     memory = None
     if (unlabeled_images and not lending) or config.loss.labeled_embedding > 0:
-        memory = build_memory(config.memory, network.key_dim)
+        memory = build_memory(config.memory, network.key_dim, process_group)
     half = torch.bfloat16 if config.run.precision == "bfloat16" else None
     return TrainingModel(network, memory, config.loss, half, config.memory.temperature, lending)
+
+
+def _synchronises(config: TrainConfig, group: ProcessGroup) -> bool:
+    on_gpus = "nccl" in torch.distributed.get_backend_config(group)
+    second_order = config.meta.order == 2 and config.meta.procedure != "daml1"
+    wanted = config.model.sync_batch_norm
+    if wanted == "auto":
+        return on_gpus and not second_order
+    if wanted and not on_gpus:
+        raise DanFastError("PyTorch's SyncBatchNorm is for GPUs alone: set model.sync_batch_norm to false or auto.")
+    if wanted and second_order:
+        raise DanFastError(
+            "PyTorch's SyncBatchNorm has no second derivatives: set model.sync_batch_norm to false or auto, or "
+            "meta.order to 1."
+        )
+    return bool(wanted)

@@ -13,6 +13,7 @@ from torch import Tensor
 from dan_fast.core.errors import DanFastError
 from dan_fast.daml import Stage
 from dan_fast.data import Split
+from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.training.config import TrainConfig
 from dan_fast.training.step import MetaStep, StepResult
 
@@ -23,14 +24,17 @@ _TOLERANCES = {None: 1e-3, torch.bfloat16: 3e-2}
 _OPTIONS = {"fallback_random": True}
 
 
-def require_compilable(config: TrainConfig) -> None:
+def require_compilable(config: TrainConfig, process_group: ProcessGroup | None = None) -> None:
     """Refuse what a compiled backbone cannot do.
 
     Raises:
-        DanFastError: second derivatives or maps that are computed again are asked for together with `run.compile`.
+        DanFastError: second derivatives, maps that are computed again or several ranks, which would have to agree on
+            what is faster, are asked for together with `run.compile`.
     """
     if not config.run.compile:
         return
+    if process_group is not None:
+        raise DanFastError("A backbone is compiled for one process alone: set run.compile to false with several ranks.")
     if config.meta.order == 2 and config.meta.procedure != "daml1":
         raise DanFastError(
             "A compiled backbone has no second derivatives: set run.compile to false or meta.order to 1."

@@ -52,7 +52,8 @@ class DataConfig:
         root: Folder in which the protocol's datasets lie, up to two levels deep.
         unlabeled_share: Share p of the unlabelled images that is used (Fig. 7; the paper: 1).
         image_size: Height and width to which images are resized (the paper: 224 224).
-        batch_size: Images an iteration, S and S~ together (the paper: 64).
+        batch_size: Images an iteration, S and S~ together (the paper: 64), on however many ranks.
+        batch_size_per_rank: Whether batch_size is for each rank, and the whole batch as many times as large.
         iterations: Iterations of an epoch, with which trainings of other batches are compared at equal length; 0: as
             many as the labelled images fill.
         unlabeled_fraction: Share of unlabelled images in a batch.
@@ -75,6 +76,7 @@ class DataConfig:
     unlabeled_share: ClosedUnitInterval = 1.0
     image_size: tuple[PositiveInt, PositiveInt] = (224, 224)
     batch_size: PositiveInt = 64
+    batch_size_per_rank: bool = False
     iterations: NonNegativeInt = 0
     unlabeled_fraction: ClosedUnitInterval = 0.5
     feedback_fraction: ClosedUnitInterval = 0.5
@@ -110,6 +112,9 @@ class ModelConfig:
         feature: What tests compare: attended, the attention branch's (the paper), or pooled, the backbone's own.
         gradient_checkpointing: Compute maps of the backbone again in the backward pass instead of keeping them all:
             less memory, more time, the same gradients.
+        sync_batch_norm: Where several ranks train, whether batch norm takes its statistics from the images of all of
+            them, for which PyTorch needs GPUs, or of each; auto is true on GPUs, but for meta.order 2, whose
+            derivatives it lacks.
     """
 
     backbone: str = "resnet50"
@@ -121,6 +126,7 @@ class ModelConfig:
     style_mixing: Literal["none", "batch", "unlabeled"] = "none"
     feature: Literal["attended", "pooled"] = "attended"
     gradient_checkpointing: bool = False
+    sync_batch_norm: Literal["auto"] | bool = "auto"
 
     __post_init__ = _make_plain
 

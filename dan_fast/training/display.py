@@ -16,10 +16,11 @@ class Display:
         total: iterations of the whole run.
         done: iterations already done when it continues.
         images_per_iteration: images of a mini-batch.
+        shown: whether anything is printed: one of several ranks does.
     """
 
-    def __init__(self, total: int, done: int, images_per_iteration: int) -> None:
-        self.console = Console()
+    def __init__(self, total: int, done: int, images_per_iteration: int, shown: bool = True) -> None:
+        self.console = Console(quiet=not shown)
         self._images = images_per_iteration
         self._total, self._done, self._first = total, done, done
         self._started = self._last_line = time.monotonic()
@@ -33,7 +34,7 @@ class Display:
             TimeRemainingColumn(),
             TextColumn("{task.fields[losses]}"),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=not (shown and self.console.is_terminal),
         )
         self._task = self._progress.add_task("training", total=total, completed=done, rate="", losses="")
 

@@ -5,16 +5,25 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, TracebackType
 from typing import TypeVar
 
+from dan_fast.core.errors import DanFastError
 from dan_fast.data.images.workers import is_worker_death
+from dan_fast.distributed.collectives import ProcessGroup
+from dan_fast.distributed.launch import largest
 
 Batch = TypeVar("Batch")
 
 
 class StopRequest:
-    """While entered, notes SIGINT and SIGTERM in `requested`; a second SIGINT stops at once."""
+    """While entered, notes SIGINT and SIGTERM in `requested`; a second SIGINT stops at once.
+
+    Attributes:
+        requested: whether this process is to stop.
+        agreed: whether the batches have ended because a process of the run is to stop.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self.agreed = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -32,24 +41,32 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def until_requested(self, batches: Iterable[Batch], before_error: Callable[[], None]) -> Iterator[Batch]:
-        """The batches until a stop is requested.
+    def until_requested(
+        self, batches: Iterable[Batch], before_error: Callable[[], None], group: ProcessGroup | None = None
+    ) -> Iterator[Batch]:
+        """The batches until a stop is requested, of this process or of another rank.
 
         Args:
-            batches: from a loader, whose workers are outlived.
-            before_error: called before an error in a batch is raised, unless a stop is what has ended the workers.
+            batches: from a loader, whose workers are outlived; on all ranks as many.
+            before_error: called before an error in a batch is raised, on all ranks, unless a stop is what has ended the
+                workers.
+            group: the ranks that go through their batches together.
         """
         left = iter(batches)
         self.outlive_workers()
-        while not self.requested:
+        while True:
+            batch, error = None, None
             try:
-                batch = next(left, None)
-            except Exception as error:
-                if self.requested and is_worker_death(error):
-                    return
+                batch = None if self.requested else next(left, None)
+            except Exception as caught:
+                error = None if self.requested and is_worker_death(caught) else caught
+            own = 0 if error is None else 1 + (0 if group is None else group.rank())
+            stops, failed = largest(group, self.requested, own)
+            self.agreed = bool(stops)
+            if failed:
                 before_error()
-                raise
-            if batch is None:
+                raise error or DanFastError(f"Rank {failed - 1} could not read a batch and says why in its own error.")
+            if self.agreed or batch is None:
                 return
             yield batch
 

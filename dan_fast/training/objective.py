@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dan_fast.daml.traced import TracedLosses, random_state
 from dan_fast.data import Split
-from dan_fast.functional import discriminative_loss
+from dan_fast.distributed.collectives import gather_parts
 from dan_fast.functional.memory.scan_types import sentence_of
 from dan_fast.nn import DAN, ProgressiveAugmentedMemory
 from dan_fast.training.config import LossConfig
@@ -100,6 +100,10 @@ class TrainingModel(nn.Module):
     to be able to classify. Without an adversary there is the attention branch alone, and no L_aad. Fed-back
     samples are not written to M, which holds true labels only.
 
+    Of a split that is a rank's share, `split.shares`, classification, adversary and regularizer are the rank's summands
+    of the losses of the whole, and embedding and labeled_embedding are whole; the record is of the rank's own images.
+    All ranks have to run the same passes, forward and backward.
+
     Args:
         network: the DAN.
         memory: None trains without unlabelled images. Its gates are frozen where l2 is 0.
@@ -141,7 +145,9 @@ class TrainingModel(nn.Module):
     def losses(self, maps: Tensor, split: Split) -> tuple[dict[str, Tensor], PassRecord]:
         """What `forward` gives, of the maps that `maps` gave for the split; the memory advances."""
         labeled, known = split.num_labeled, split.num_labeled + split.num_fed_back
+        whole_labeled, whole_fed_back, whole_unlabeled = split.whole_counts
         if self.lending:
+            whole_unlabeled = 0
             split = split._replace(labels=split.labels[:known], sample_ids=split.sample_ids[:known])
         with self._autocast(maps.device):
             out = self.network.branches(maps, split.labels)
@@ -154,12 +160,15 @@ class TrainingModel(nn.Module):
         branches = (logits, adversary_logits) if self.network.adversary else (logits,)
         classification = adversary = zero
         if known > 0:
+            share = known / (whole_labeled + whole_fed_back)
             classification = torch.stack([F.cross_entropy(branch[:known], targets) for branch in branches]).mean()
-            adversary = self.weights.adversary * out.adversary_loss[:known].float().mean()
+            classification = share * classification
+            adversary = share * self.weights.adversary * out.adversary_loss[:known].float().mean()
         regularizer = zero
         if known < len(split.labels):
+            share = (len(split.labels) - known) / whole_unlabeled
             negative_entropies = torch.stack([_negative_entropy(branch[known:]) for branch in branches])
-            regularizer = self.weights.regularizer * negative_entropies.mean()
+            regularizer = share * self.weights.regularizer * negative_entropies.mean()
 
         embedding, labeled_embedding, gates, cleared = zero, zero, None, None
         pseudo_labels = split.sample_ids.new_empty(0)
@@ -167,11 +176,9 @@ class TrainingModel(nn.Module):
             # A memory refuses keys that are not finite: it stays as it is if any feature is not, without a wait.
             keys = self.network.keys(out).float() + torch.where(finite, 0.0, torch.nan)
             gate_features = self.network.gate_features(out).float() if self.memory.gates == "features" else None
-            if self.weights.labeled_embedding > 0 and labeled > 0:
-                # It has to be settled to be read, so the next write copies M.
-                state = self.memory.labeled
-                terms = discriminative_loss(
-                    keys[:labeled], split.labels[:labeled], state.features, state.labels, self.temperature
+            if self.weights.labeled_embedding > 0 and whole_labeled > 0:
+                terms = self.memory.labeled_loss(
+                    keys[:labeled], split.labels[:labeled], self.temperature, [each[0] for each in split.shares]
                 )
                 labeled_embedding = self.weights.labeled_embedding * terms.mean()
             occupied_before = self.memory.occupied_slots()[1]
@@ -190,8 +197,11 @@ class TrainingModel(nn.Module):
             memory_fault = self.memory.take_fault()
             if memory_fault is not None:
                 fault = torch.where(finite, memory_fault, fault)
+            if gate_features is not None and self.memory.process_group is not None:
+                sizes = [labeled + fed_back + (0 if self.lending else rest) for labeled, fed_back, rest in split.shares]
+                (gate_features,) = gather_parts(self.memory.process_group, [gate_features], [sizes], 0)
             alpha, alpha_unlabeled, beta = self.memory.gate_values(gate_features)
-            if known < len(split.labels):
+            if whole_unlabeled > 0:
                 embedding = self.weights.embedding * (step.loss.float() - self.weights.confidence_prior * beta.log())
             pseudo_labels = step.pseudo_labels
             # Each sample that is not skipped fills one slot, so what M' does not hold in addition has left it.

@@ -1,5 +1,6 @@
 """The random numbers of a run, apart from those of the process it is a guest in."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,12 +15,21 @@ class RunRandomNumbers:
     Args:
         device: of the run.
         seed: of the run; the GPU's generator starts from it.
-        after_weights: the state of the CPU's generator once the weights are drawn.
+        after_weights: the state of the CPU's generator once the weights are drawn, from where rank 0 goes on.
+        rank: of several that train together; each has numbers of its own.
+        iterations_done: of the run, where a rank joins it that has not been there before.
     """
 
-    def __init__(self, device: torch.device, seed: int, after_weights: Tensor) -> None:
+    def __init__(
+        self, device: torch.device, seed: int, after_weights: Tensor, rank: int = 0, iterations_done: int = 0
+    ) -> None:
         self._device = device
         self._gpus = [device] if device.type == "cuda" else []
+        if rank > 0:
+            # Hashed: neighbouring seeds and ranks must not give related streams.
+            digest = hashlib.sha256(repr((seed, rank, iterations_done)).encode()).digest()
+            seed = int.from_bytes(digest[:4], "big")
+            after_weights = torch.Generator().manual_seed(seed).get_state()
         of_gpu = [torch.Generator(gpu).manual_seed(seed).get_state() for gpu in self._gpus]
         self._state: dict[str, Any] = {"cpu": after_weights, "cuda": of_gpu}
 

@@ -59,20 +59,22 @@ class EpochChoice:
         path: where the epoch's figures and weights are kept, in a checkpoint to evaluate, not to continue.
         resume: whether an earlier part of the training kept some there.
         targets: titles of the datasets tested on; figures kept from others are dropped.
+        writes: whether this process, of several ranks, keeps the file.
 
     Raises:
         DanFastError: see `load_checkpoint`.
     """
 
-    def __init__(self, path: Path, resume: bool, targets: Sequence[str]) -> None:
+    def __init__(self, path: Path, resume: bool, targets: Sequence[str], writes: bool = True) -> None:
         self.path = path
+        self._writes = writes
         self.evaluations: list[Evaluation] = []
         if resume and path.is_file():
             kept = [Evaluation.from_dict(each) for each in load_checkpoint(path)["evaluations"]]
             self.evaluations = kept if [each.title for each in kept] == list(targets) else []
 
     @classmethod
-    def of_setting(cls, run: RunConfig, targets: Sequence[str]) -> EpochChoice:
+    def of_setting(cls, run: RunConfig, targets: Sequence[str], writes: bool = True) -> EpochChoice:
         """The choice for run.choose_epoch_on_target.
 
         Raises:
@@ -81,7 +83,7 @@ class EpochChoice:
         if not targets or run.evaluate_every == 0:
             what = "run.evaluate_every, such as 10" if targets else "data.targets or data.protocol"
             raise DanFastError(f"run.choose_epoch_on_target has nothing to choose from: add {what}.")
-        return cls(Path(run.out) / "chosen.pt", goes_on(run), targets)
+        return cls(Path(run.out) / "chosen.pt", goes_on(run), targets, writes)
 
     def offer(self, evaluations: Sequence[Evaluation], state: dict[str, Any]) -> None:
         """Take an epoch, its figures and its checkpoint's state, if it is the best so far.
@@ -93,7 +95,8 @@ class EpochChoice:
             return
         state = {**state, "chosen": True}
         chosen = [replace(each, epoch=epoch_of(state)) for each in evaluations]
-        save_checkpoint(self.path, {**state, "evaluations": [each.to_dict() for each in chosen]})
+        if self._writes:
+            save_checkpoint(self.path, {**state, "evaluations": [each.to_dict() for each in chosen]})
         self.evaluations = chosen
 
 

@@ -1,17 +1,21 @@
 """The folder of a run: one process at a time writes to it, and its checkpoint is what the run goes on from."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import alone, remove_unfinished, write_text
+from dan_fast.distributed.collectives import ProcessGroup
+from dan_fast.distributed.launch import gathered, largest
 from dan_fast.training.checkpoint import CheckpointWriter, load_checkpoint
 from dan_fast.training.config import RunConfig, TrainConfig, goes_on, require_same_training
+from dan_fast.training.memory_shards import remove_shards, write_checkpoint_of_ranks
 
 
 class RunFolder:
@@ -19,12 +23,15 @@ class RunFolder:
 
     Args:
         run: the folder, and when checkpoints are due.
+        group: ranks that train together, with one folder; rank 0 writes, but for what only another one has.
 
     Attributes:
         path: the folder; checkpoint: the file checkpoint.pt in it.
     """
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, group: ProcessGroup | None = None) -> None:
+        self._group = group
+        self._writes = group is None or group.rank() == 0
         self.path = Path(run.out)
         self.checkpoint = self.path / "checkpoint.pt"
         self._run = run
@@ -65,9 +72,18 @@ class RunFolder:
         """Write config.yaml.
 
         Raises:
-            DanFastError: see `write_text`.
+            DanFastError: see `write_text`; or a rank does not see the folder of rank 0.
         """
-        write_text(self.path / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+        file = self.path / "config.yaml"
+        if self._writes:
+            write_text(file, yaml.safe_dump(config.to_dict(), sort_keys=False))
+        largest(self._group, 0)  # from here on it is there
+        missing = [rank for rank, seen in enumerate(gathered(self._group, file.is_file())) if not seen]
+        if missing:
+            raise DanFastError(
+                f"Rank {missing[0]} does not see {file}, which rank 0 has written: "
+                "put run.out on a file system that all machines share."
+            )
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -76,9 +92,10 @@ class RunFolder:
         Raises:
             DanFastError: another process trains in it, or has since this object was made.
         """
-        with alone(self.path / ".run.lock"):
-            remove_unfinished(self.path)
-            if _mark(self.checkpoint) != self._found:
+        with alone(self.path / ".run.lock") if self._writes else nullcontext():
+            if self._writes:
+                remove_unfinished(self.path)
+            if self._writes and _mark(self.checkpoint) != self._found:
                 raise DanFastError(
                     f"Another process has written {self.checkpoint} since this one began: start it again."
                 )
@@ -90,20 +107,28 @@ class RunFolder:
                     self._writer.wait()
                 raise
             finally:
-                self._found = _mark(self.checkpoint)
+                found, self._found = self._found, _mark(self.checkpoint)
+                if self._group is None and self._found != found:
+                    remove_shards(self.path)  # of ranks that trained here before
 
-    def write_checkpoint(self, state: dict[str, Any], iterations_done: int, wait: bool) -> None:
-        """Write `state` as checkpoint.pt.
+    def write_checkpoint(
+        self, state: dict[str, Any], features: Mapping[str, Tensor], iterations_done: int, wait: bool
+    ) -> None:
+        """Write `state` as checkpoint.pt; collective, and waited for, where there are several ranks.
 
         Args:
             state: see `save_checkpoint`.
+            features: of the memory's slots that this rank holds of several, see `parted_state`.
             iterations_done: of the run.
             wait: whether to wait until it is written, and not for the copy to host memory only.
 
         Raises:
             DanFastError: this checkpoint or an earlier one could not be written.
         """
-        self._writer.save(self.checkpoint, state)
+        if self._group is None:
+            self._writer.save(self.checkpoint, state)
+        else:
+            write_checkpoint_of_ranks(self._group, self.checkpoint, state, features, iterations_done)
         self.note_saved(iterations_done)
         if wait:
             self._writer.wait()
@@ -117,7 +142,7 @@ class RunFolder:
         return iterations_done > self._saved_at[0]
 
     def checkpoint_is_due(self, iterations_done: int) -> bool:
-        """Whether a checkpoint within an epoch is to be written.
+        """Whether a checkpoint within an epoch is to be written; by rank 0's clock, and collective.
 
         Raises:
             DanFastError: an earlier one could not be written; told once.
@@ -127,7 +152,7 @@ class RunFolder:
             0 < run.checkpoint_every <= iterations_done - iterations
         )
         # In this order: what could not be written is told at once.
-        return self._writer.is_free() and due
+        return bool(largest(self._group, self._writes and self._writer.is_free() and due)[0])
 
 
 def _mark(path: Path) -> tuple[int, int, int] | None:

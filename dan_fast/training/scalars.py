@@ -21,15 +21,19 @@ class Scalars:
     Tensors are kept as they are until `flush`, so that a GPU is waited for once a window and not once a value.
 
     Args:
-        folder: TensorBoard's folder.
+        folder: TensorBoard's folder; None: nothing is collected, as by all ranks but one.
         steps_done: iterations done when the run continues; what it wrote of later ones before is dropped.
 
     Raises:
         DanFastError: `folder` cannot be written, here or in `flush`.
     """
 
-    def __init__(self, folder: Path, steps_done: int = 0) -> None:
+    def __init__(self, folder: Path | None, steps_done: int = 0) -> None:
         self._folder = folder
+        self._window: list[tuple[str, Tensor | float, Tensor | bool]] = []
+        self._writer = None
+        if folder is None:
+            return
         part = max(map(part_of_run, folder.glob("*tfevents*")), default=0) + 1
         with self._named_errors():
             self._writer = SummaryWriter(
@@ -38,7 +42,6 @@ class Scalars:
                 # The names begin with the time, and clocks are set back.
                 filename_suffix=f".part{part}",
             )
-        self._window: list[tuple[str, Tensor | float, Tensor | bool]] = []
 
     def add(self, name: str, value: Tensor | float, counts: Tensor | bool = True) -> None:
         """Put a value into the window.
@@ -47,10 +50,13 @@ class Scalars:
             value: () tensor or number.
             counts: () bool, whether the value is part of the mean; a tensor where the host does not know yet.
         """
-        self._window.append((name, value.detach() if isinstance(value, Tensor) else value, counts))
+        if self._writer is not None:
+            self._window.append((name, value.detach() if isinstance(value, Tensor) else value, counts))
 
     def flush(self, step: int) -> dict[str, float]:
         """Write the means of the window as of `step`, forget it, and return them."""
+        if self._writer is None:
+            return {}
         names = [name for name, _, _ in self._window]
         numbers = _on_host([each for _, *pair in self._window for each in pair])
         self._window.clear()
@@ -69,7 +75,8 @@ class Scalars:
         """Close the event file."""
         # Every window was flushed: nothing is lost, and a full disk has had its sentence already.
         with suppress(OSError):
-            self._writer.close()
+            if self._writer is not None:
+                self._writer.close()
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:

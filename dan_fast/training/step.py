@@ -9,9 +9,12 @@ from torch import Tensor
 from dan_fast.daml import Competition, Stage, active_groups, attention_wins, meta_gradients
 from dan_fast.daml.meta import attention_that_serves
 from dan_fast.data import Split
+from dan_fast.distributed.buckets import add_up
+from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.training.config import MetaConfig
 from dan_fast.training.metrics import accuracy
 from dan_fast.training.objective import DivergedError, Objective, PassRecord, TrainingModel, all_finite, require_sound
+from dan_fast.training.ranks import WholePass, whole_pass, with_shares
 
 _CAM_WEIGHT = "network.classifier.weight"
 
@@ -59,16 +62,20 @@ class MetaStep:
             gradient None there, so that neither momentum nor weight decay moves them.
         meta: procedure, order, eta and stall guard; the paper's settings by default. "daml3" holds the competition;
             without an adversary attention always wins.
+        process_group: ranks that each hand in a share of S and of S~, with at least one labelled or fed-back image, and
+            take the step that one rank would take with all of them; a memory has to be made with the same group.
+            Gradients are added up, batch norm's running statistics averaged; batch norm itself and style mixing are of
+            a rank's own images. What is found is the same on every rank. None: one process.
 
     Names and places of the parameters are looked up here, once: freeze, replace and add modules before.
 
     Attributes:
-        model, optimizer, meta: as given.
+        model, optimizer, meta, process_group: as given.
         competition: decides which groups are trained; its state is the state of the step.
         objective: runs the model with other values for its parameters.
 
     Raises:
-        ValueError: the optimizer lacks a parameter that requires a gradient.
+        ValueError: the optimizer lacks a parameter that requires a gradient, or the memory has another process group.
 
     Example:
         >>> from dan_fast.nn import DAN, ProgressiveAugmentedMemory
@@ -85,8 +92,17 @@ class MetaStep:
         (torch.Size([]), ['adversary', 'attention'])
     """
 
-    def __init__(self, model: TrainingModel, optimizer: torch.optim.Optimizer, meta: MetaConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: TrainingModel,
+        optimizer: torch.optim.Optimizer,
+        meta: MetaConfig | None = None,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        if model.memory is not None and model.memory.process_group is not process_group:
+            raise ValueError("process_group must be that of the model's memory: make both with the same group")
         self.model = model
+        self.process_group = process_group
         self.optimizer = optimizer
         self.meta = MetaConfig() if meta is None else meta
         self.competition = Competition(self.meta.stall_guard)
@@ -140,7 +156,12 @@ class MetaStep:
             split = "one part, S" if self.meta.procedure == "daml1" else "two parts, S and S~"
             raise ValueError(f"the procedure {self.meta.procedure} takes batches of {split}")
         with attention_that_serves(self.meta.order):
-            return self._gradients(self._to_device(meta_train), meta_test)
+            meta_train = self._to_device(meta_train)
+            if self.process_group is not None:
+                meta_train, meta_test = with_shares(self.process_group, (meta_train, meta_test))
+            result = self._gradients(meta_train, meta_test)
+            self._average_statistics()
+            return result
 
     def apply(self, grads: Mapping[str, Tensor]) -> None:
         """Take the outer step along `grads`, as `StepResult` holds them."""
@@ -160,33 +181,58 @@ class MetaStep:
     def _gradients(self, meta_train: Split, meta_test: Split | None) -> StepResult:
         second = self.meta.order == 2 and meta_test is not None
         train_losses = (self.objective.traced if second else self.objective)(self._params, meta_train)
-        train_record = self.objective.record
+        train = self._whole(train_losses, meta_train)
         if meta_test is None:
             values = torch.autograd.grad(train_losses["total"], [*self._params.values()], materialize_grads=True)
-            _require_sound([train_record], values)
-            detached = {name: value.detach() for name, value in train_losses.items()}
-            grads = dict(zip(self._params, values, strict=True))
-            return StepResult(grads, None, detached, {}, train_record, None)
+            grads = self._added_up(dict(zip(self._params, values, strict=True)))
+            _require_sound([train.record], grads.values())
+            return StepResult(grads, None, train.losses, {}, train.record, None)
 
-        stage, groups, unread = None, None, [train_record]
+        stage, groups, unread = None, None, [train.record]
         if self.meta.procedure == "daml3":
             if self.model.network.adversary:
-                stage, unread = self._compete(train_record), []
+                stage, unread = self._compete(train.record), []
             groups = self._groups(stage or Stage.ATTENTION)
+        meta_test = self._to_device(meta_test)
         found = meta_gradients(
             self.objective,
             self._params,
             groups,
             meta_train,
-            self._to_device(meta_test),
+            meta_test,
             self._inner_steps(),
             self.meta.eta,
             self.meta.order,
             train_losses=train_losses,
+            add_up=self._added_up,
         )
-        test_record = self.objective.record
-        _require_sound([*unread, test_record], found.grads.values())
-        return StepResult(found.grads, stage, found.train_losses, found.test_losses, train_record, test_record)
+        test = self._whole(found.test_losses, meta_test)
+        _require_sound([*unread, test.record], found.grads.values())
+        return StepResult(found.grads, stage, train.losses, test.losses, train.record, test.record)
+
+    def _whole(self, losses: Mapping[str, Tensor], split: Split) -> WholePass:
+        """The last pass of all ranks."""
+        record = self.objective.record
+        if self.process_group is None:
+            return WholePass({name: value.detach() for name, value in losses.items()}, record)
+        return whole_pass(self.process_group, losses, record, split, self.model.lending)
+
+    def _added_up(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients of the whole batch from each rank's own; the gates' are whole on every rank."""
+        if self.process_group is None:
+            return dict(grads)
+        own = [name for name in grads if name not in self._gates]
+        sums = add_up(self.process_group, [grads[name] for name in own], [self._params[name] for name in own])
+        return {**grads, **dict(zip(own, sums, strict=True))}
+
+    def _average_statistics(self) -> None:
+        """Make batch norm's running statistics the mean of the ranks', so that all go on with the same."""
+        if self.process_group is None:
+            return
+        statistics = [each for each in self.model.network.buffers() if each.is_floating_point()]
+        with torch.no_grad():
+            for each, total in zip(statistics, add_up(self.process_group, statistics, statistics), strict=True):
+                each.copy_(total / self.process_group.size())
 
     def _compete(self, record: PassRecord) -> Stage:
         """The stage that the samples of S decide; the pass is known to be sound afterwards."""

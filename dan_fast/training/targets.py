@@ -7,6 +7,7 @@ import torch
 
 from dan_fast.data import ImageCache
 from dan_fast.data.named_protocols import DatasetRoles
+from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.evaluation import Evaluation, evaluate_dataset
 from dan_fast.nn import DAN
 from dan_fast.training.config import TrainConfig
@@ -24,15 +25,26 @@ class Targets:
         datasets: trained on and tested on.
         folder: of the run.
         device: where features are taken.
+        process_group: ranks that evaluate together, of which rank 0 prints and writes.
 
     Raises:
         DanFastError: run.choose_epoch_on_target has nothing to choose from.
     """
 
-    def __init__(self, config: TrainConfig, datasets: DatasetRoles, folder: RunFolder, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        datasets: DatasetRoles,
+        folder: RunFolder,
+        device: torch.device,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        self._group, self._writes = process_group, process_group is None or process_group.rank() == 0
         self._config, self._datasets, self._folder, self._device = config, datasets, folder, device
         titles = [target.title for target in datasets.targets]
-        self._choice = EpochChoice.of_setting(config.run, titles) if config.run.choose_epoch_on_target else None
+        self._choice = (
+            EpochChoice.of_setting(config.run, titles, self._writes) if config.run.choose_epoch_on_target else None
+        )
 
     def are_due(self, epochs_done: int) -> bool:
         """Whether they are evaluated after so many epochs."""
@@ -92,6 +104,8 @@ class Targets:
         if state["epoch"] < self._config.optimizer.epochs:
             return evaluations
         path = self._folder.path / "results.json"
+        if not self._writes:
+            return evaluations if self._choice is None else self._choice.evaluations
         reported = write_results(path, state, self._datasets, evaluations, self._device, self._choice, iterations_done)
         if reported is not evaluations:
             for evaluation in reported:

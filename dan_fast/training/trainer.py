@@ -8,7 +8,10 @@ from torch import Tensor
 from dan_fast.core.errors import DanFastError, Interrupted
 from dan_fast.data import MiniBatch, TrainingSet
 from dan_fast.data.images.workers import is_worker_death
+from dan_fast.distributed.collectives import ProcessGroup
+from dan_fast.distributed.launch import gathered, largest
 from dan_fast.evaluation import Evaluation
+from dan_fast.training.alike import require_same_run, require_same_settings
 from dan_fast.training.batches import TrainingBatches
 from dan_fast.training.build import build_model, network_and_random_state, preprocessing_of, resolve_device
 from dan_fast.training.compiling import CompiledWhereFaster, require_compilable
@@ -16,6 +19,7 @@ from dan_fast.training.config import TrainConfig
 from dan_fast.training.determinism import deterministic_algorithms, prepare_cublas
 from dan_fast.training.display import Display
 from dan_fast.training.interrupt import StopRequest
+from dan_fast.training.memory_shards import load_state, parted_state, require_room
 from dan_fast.training.objective import DivergedError, all_finite
 from dan_fast.training.optimizer import build_optimizer, set_step_size
 from dan_fast.training.random_numbers import RunRandomNumbers
@@ -45,6 +49,14 @@ class Trainer:
 
     The step itself, without files, is `MetaStep`; the trainer's is `meta_step`.
 
+    With a `process_group` its ranks train one network, each with a trainer of its own, of the same settings: they take
+    a share of each batch and of the memory's slots, and rank 0 prints, logs and writes. `dan-fast train` makes the
+    group where torchrun has started several processes. All of this class is then collective.
+
+    Args:
+        config: what to train and how.
+        process_group: the ranks; None: this process alone.
+
     Raises:
         DanFastError: data, settings, device or checkpoint do not fit; the sentence says which and what to do.
 
@@ -53,13 +65,16 @@ class Trainer:
         evaluations = trainer.fit()
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        require_compilable(config)
+    def __init__(self, config: TrainConfig, process_group: ProcessGroup | None = None) -> None:
+        require_compilable(config, process_group)
+        require_same_settings(process_group, config)
         self.config = config
+        self.process_group = process_group
+        self._is_first = process_group is None or process_group.rank() == 0
         self.device = resolve_device(config.run.device)
         if config.run.deterministic and self.device.type == "cuda":
             prepare_cublas()
-        self.folder = RunFolder(config.run)
+        self.folder = RunFolder(config.run, process_group)
         saved = self.folder.saved_state(config)
 
         data = config.data
@@ -67,8 +82,9 @@ class Trainer:
         self.training_set = TrainingSet(
             self.datasets.labeled, self.datasets.unlabeled, unlabeled_share=data.unlabeled_share, seed=config.run.seed
         )
+        require_same_run(process_group, self.training_set.fingerprint, self.datasets.targets, saved)
         self.folder.require_same_images(saved, self.training_set.fingerprint)
-        self.targets = Targets(config, self.datasets, self.folder, self.device)
+        self.targets = Targets(config, self.datasets, self.folder, self.device, process_group)
 
         unlabeled_images = len(self.training_set.unlabeled_samples)
         lending = config.model.style_mixing == "unlabeled" and unlabeled_images > 0
@@ -80,13 +96,16 @@ class Trainer:
         )
         if saved is not None:
             network.preprocessing = preprocessing_of(saved)
-        self.batches = TrainingBatches(config, self.training_set, network, self.device)
-        self.model = build_model(config, network, unlabeled_images > 0, lending)
+            ranks = 1 if process_group is None else process_group.size()
+            require_room(saved, self.folder.path, ranks, self.device)
+        self.batches = TrainingBatches(config, self.training_set, network, self.device, process_group)
+        self.model = build_model(config, network, unlabeled_images > 0, lending, process_group)
         self.model.to(self.device, memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.meta_step = MetaStep(self.model, self.optimizer, config.meta)
+        self.meta_step = MetaStep(self.model, self.optimizer, config.meta, process_group)
         self._compiled = CompiledWhereFaster(self.meta_step, config.run.compile)
-        self.random = RunRandomNumbers(self.device, config.run.seed, after_weights)
+        rank = 0 if process_group is None else process_group.rank()
+        self.random = RunRandomNumbers(self.device, config.run.seed, after_weights, rank)
         self.epoch = 0
         self.iteration = 0
         self.feedback: tuple[Tensor, Tensor] | None = None
@@ -116,8 +135,9 @@ class Trainer:
         self.batches.fill_cache([*self.datasets.labeled, *self.datasets.unlabeled])
         self.folder.write_settings(self.config)
         epochs = self.config.optimizer.epochs
-        scalars = Scalars(self.folder.path / "tensorboard", steps_done=self.iterations_done)
-        display = Display(epochs * self.batches.planner.iterations, self.iterations_done, self.config.data.batch_size)
+        scalars = Scalars(self.folder.path / "tensorboard" if self._is_first else None, self.iterations_done)
+        total = epochs * self.batches.planner.iterations
+        display = Display(total, self.iterations_done, self.batches.batch_size, shown=self._is_first)
         evaluations: list[Evaluation] = []
         stop = StopRequest()
         try:
@@ -162,7 +182,7 @@ class Trainer:
             self.feedback = sample_ids.cpu(), pseudo_labels.cpu()
         batches = self.batches.of_epoch(self.epoch, self.feedback, self.iteration)
         self.model.train()
-        for batch in stop.until_requested(batches, self._save_what_is_done):
+        for batch in stop.until_requested(batches, self._save_what_is_done, self.process_group):
             for path in batch.skipped:
                 if path not in self.skipped:
                     self.skipped.add(path)
@@ -174,11 +194,20 @@ class Trainer:
             display.advance(self.epoch, scalars.flush(self.iterations_done) if log else None)
             if last:
                 self.epoch, self.iteration = self.epoch + 1, 0
+            if last:
+                self._tell_skipped(display)
             if self.folder.checkpoint_is_due(self.iterations_done):
                 self._save(wait=False)
-        if stop.requested:
+        if stop.agreed:
             self._save()
             raise self._interrupted()
+
+    def _tell_skipped(self, display: Display) -> None:
+        """Say which images other ranks have skipped."""
+        skipped = set().union(*gathered(self.process_group, self.skipped))
+        for path in sorted(skipped - self.skipped):
+            display.say(f"Skipped {path}: it cannot be decoded.")
+        self.skipped |= skipped
 
     def _interrupted(self) -> Interrupted:
         return Interrupted(f"Saved after iteration {self.iterations_done}.")
@@ -201,6 +230,8 @@ class Trainer:
             result = self._compiled.step(batch.meta_train, batch.meta_test)
         except ValueError as error:
             raise DanFastError(f"Training cannot go on at iteration {self.iterations_done}: {error}.") from error
+        if not self._is_first:
+            return
         self._step_scalars.add(scalars, result)
         scalars.add("train/step_size", lr)
         last_of_window = (self.iterations_done + 1) % self.config.run.log_every == 0
@@ -210,7 +241,7 @@ class Trainer:
     def _evaluate_if_due(self, scalars: Scalars, display: Display) -> list[Evaluation]:
         if not self.targets.are_due(self.epoch):
             return []
-        network, state = self.model.eval().network, self._state_of_network()
+        network, state = self.model.eval().network, self._state_of_network(parted_state(self.model)[0])
         return self.targets.evaluate(network, state, self.batches.cache, self.iterations_done, scalars, display)
 
     def _save_what_is_done(self) -> None:
@@ -218,20 +249,23 @@ class Trainer:
             self._save()
 
     def _save(self, wait: bool = True) -> None:
-        if not all_finite(self.model.state_dict().values()):
+        of_model, features = parted_state(self.model)
+        if any(largest(self.process_group, not all_finite([*of_model.values(), *features.values()]))):
             raise DivergedError("weights are not finite")
         sample_ids, pseudo_labels = self.feedback or (None, None)
+        random = gathered(self.process_group, self.random.state_dict())
         state = {
-            **self._state_of_network(),
+            **self._state_of_network(of_model),
             "skipped": sorted(self.skipped),
             "optimizer": self.optimizer.state_dict(),
             **self.meta_step.state_dict(),
             "feedback": {"sample_ids": sample_ids, "pseudo_labels": pseudo_labels},
-            "random": self.random.state_dict(),
+            "random": random[0],
+            "random_of_other_ranks": random[1:],
         }
-        self.folder.write_checkpoint(state, self.iterations_done, wait)
+        self.folder.write_checkpoint(state, features, self.iterations_done, wait)
 
-    def _state_of_network(self) -> dict[str, Any]:
+    def _state_of_network(self, of_model: dict[str, Tensor]) -> dict[str, Any]:
         return {
             "config": self.config.to_dict(),
             "fingerprint": self.training_set.fingerprint,
@@ -240,17 +274,25 @@ class Trainer:
             "persons": self.training_set.persons,
             "epoch": self.epoch,
             "iteration": self.iteration,
-            "model": self.model.state_dict(),
+            "model": of_model,
             # For what is reported; nothing goes on from it.
             **({"compiled": self._compiled.outcome} if self.config.run.compile else {}),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        load_state(self.model, state, self.folder.path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.meta_step.load_state_dict(state)
-        self.random.load_state_dict(state["random"])
         self.epoch, self.iteration, self.skipped = state["epoch"], state["iteration"], set(state["skipped"])
+        self._restore_random([state["random"], *state.get("random_of_other_ranks", [])])
         feedback = state["feedback"]
         if feedback["sample_ids"] is not None:
             self.feedback = feedback["sample_ids"], feedback["pseudo_labels"]
+
+    def _restore_random(self, of_ranks: list[dict[str, Any]]) -> None:
+        rank, ranks = (0, 1) if self.process_group is None else (self.process_group.rank(), self.process_group.size())
+        if rank == 0 or ranks == len(of_ranks):
+            self.random.load_state_dict(of_ranks[rank])
+        else:
+            seed, done = self.config.run.seed, self.iterations_done
+            self.random = RunRandomNumbers(self.device, seed, torch.empty(0), rank, done)

@@ -129,7 +129,7 @@ def test_a_compile_that_takes_too_long_is_left_out():
 
 
 def test_what_does_not_fit_is_left_out(monkeypatch):
-    monkeypatch.setattr("dan_fast.bench.machine.free_memory", lambda device: 1)
+    monkeypatch.setattr("dan_fast.core.free_memory.free_memory", lambda device: 1)
     (row,) = measure(EAGER)
     assert not row.seconds and row.left_out[BACKWARD].startswith("the comparison would need about")
 

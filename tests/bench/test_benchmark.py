@@ -13,11 +13,12 @@ import torch
 from dan_fast import _extension
 from dan_fast.bench import timing
 from dan_fast.bench.agreement import relative_error
-from dan_fast.bench.machine import environment, free_memory, peak_above
+from dan_fast.bench.machine import environment, peak_above
 from dan_fast.bench.rows import BACKWARD, FORWARD, WHOLE, Row, Timing, plain
 from dan_fast.bench.timing import Turn, product_rate, repetitions, rounds, take_turns
 from dan_fast.cli import main
 from dan_fast.core import heap
+from dan_fast.core.free_memory import free_memory
 from dan_fast.functional.memory.row_norms import row_sq_norms
 from tests.bench import command
 from tests.support import ROOT

@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_left_out_with_the_reason(monkeypatch):
     monkeypatch.setattr(memory, "_PROBE_SLOTS", 10)
     monkeypatch.setattr(memory, "foresee", lambda *of: (0.0, 5e9))
     free = 10 * TINY.slots * TINY.key_dim * 4
-    monkeypatch.setattr("dan_fast.bench.machine.free_memory", lambda device: free)
+    monkeypatch.setattr("dan_fast.core.free_memory.free_memory", lambda device: free)
     rows = tiny(LITERAL, IN_PLACE, SCORE_SPACE).group(1.0, torch.float32)
     assert rows[0].left_out[FORWARD].startswith("a run would need about 6.0 GB")
     assert rows[2].seconds.keys() == {FORWARD, BACKWARD}

@@ -1,9 +1,11 @@
-"""Two and four processes, shared by the tests of a file."""
+"""Two and four processes, and images, shared by the tests of a file."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from dan_fast.data.synthetic import synthesize
 from tests.support.ranks import Ranks
 
 
@@ -12,3 +14,10 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     ranks = Ranks(request.param, tmp_path_factory.mktemp("ranks") / "store")
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    synthesize(root, ("campus", "mall"), identities=5, image_size=(32, 16))
+    return root

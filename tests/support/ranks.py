@@ -13,16 +13,17 @@ from torch.multiprocessing import get_context
 
 
 class Ranks:
-    """`world` processes; to import PyTorch in each takes seconds, so that a file of tests shares them."""
+    """`world` processes; to import PyTorch in each takes seconds, so that a file of tests shares them.
 
-    def __init__(self, world: int, store: Path) -> None:
+    A collective in which a rank is not heard of for so many `seconds` fails.
+    """
+
+    def __init__(self, world: int, store: Path, seconds: int = 20) -> None:
         context = get_context("spawn")
         self.world = world
         self._tasks, self._results = [context.Queue() for _ in range(world)], context.Queue()
-        self._processes = [
-            context.Process(target=_work, args=(rank, world, store, self._tasks[rank], self._results), daemon=True)
-            for rank in range(world)
-        ]
+        given = [(rank, world, store, seconds, tasks, self._results) for rank, tasks in enumerate(self._tasks)]
+        self._processes = [context.Process(target=_work, args=each, daemon=True) for each in given]
         for process in self._processes:
             process.start()
 
@@ -43,10 +44,10 @@ class Ranks:
             process.kill()
 
 
-def _work(rank: int, world: int, store: Path, tasks: Queue, results: Queue) -> None:
+def _work(rank: int, world: int, store: Path, seconds: int, tasks: Queue, results: Queue) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=store.as_uri(), rank=rank, world_size=world, timeout=timedelta(seconds=20)
+        "gloo", init_method=store.as_uri(), rank=rank, world_size=world, timeout=timedelta(seconds=seconds)
     )
     while (task := tasks.get()) is not None:
         function, arguments = task

@@ -24,11 +24,12 @@ from dan_fast.bench.attention.contenders import (
 from dan_fast.bench.attention.problem import LAYOUTS, HeadProblem, MapSize, make_head_problem
 from dan_fast.bench.benchmark import Benchmark, contenders_of, dtypes_of, one_of
 from dan_fast.bench.compiled import compile_trial
-from dan_fast.bench.machine import peak_above, why_too_large
+from dan_fast.bench.machine import peak_above
 from dan_fast.bench.rows import BACKWARD, FORWARD, Row, plain, set_speedups
 from dan_fast.bench.timing import Say, Turn, first_outcome, take_turns
 from dan_fast.bench.verdict import Bar, at_least, at_most
 from dan_fast.core.cosine import statistics_dtype
+from dan_fast.core.free_memory import why_too_large
 
 _EAGER_SPEEDUP, _COMPILED_SPEEDUP, _EXTRA_BYTES, _FLOOR_FACTOR = 8, 3, 5e6, 2
 # The copy that measures the bandwidth is so many maps long: a cache must not hold it.

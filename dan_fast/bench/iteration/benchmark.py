@@ -21,7 +21,7 @@ from dan_fast.bench.iteration.contenders import (
     literal_operators,
 )
 from dan_fast.bench.iteration.profile import PROFILE_MEANING, Profile, in_order
-from dan_fast.bench.machine import peak_above, why_too_large
+from dan_fast.bench.machine import peak_above
 from dan_fast.bench.memory import benchmark as memory
 from dan_fast.bench.memory.contenders import LITERAL as LITERAL_STEP
 from dan_fast.bench.memory.contenders import MODULE, select
@@ -30,6 +30,7 @@ from dan_fast.bench.rows import BACKWARD, WHOLE, Row, Timing, set_speedups, show
 from dan_fast.bench.timing import Operators, Say, Turn, repetitions, take_turns
 from dan_fast.bench.verdict import Bar, at_most
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.free_memory import why_too_large
 from dan_fast.training.config import Precision
 
 PLAIN, LITERAL, DAN = CONTENDERS = ("plain", "literal", "dan")

@@ -38,6 +38,8 @@ class Split(NamedTuple):
         sample_ids: (n,) int64: place in `TrainingSet.unlabeled_samples`, -1 for a labelled image.
         num_labeled: number of labelled images.
         num_fed_back: number of fed-back images.
+        shares: where the split is one rank's share, how many labelled, fed-back and unlabelled images each rank has;
+            () where it is the whole.
     """
 
     images: Tensor
@@ -45,6 +47,18 @@ class Split(NamedTuple):
     sample_ids: Tensor
     num_labeled: int
     num_fed_back: int
+    shares: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """How many labelled, fed-back and unlabelled images it holds itself."""
+        return self.num_labeled, self.num_fed_back, len(self.labels) - self.num_labeled - self.num_fed_back
+
+    @property
+    def whole_counts(self) -> tuple[int, int, int]:
+        """The same of the whole of which it is a share."""
+        labeled, fed_back, unlabeled = map(sum, zip(*(self.shares or (self.counts,)), strict=True))
+        return labeled, fed_back, unlabeled
 
 
 class MiniBatch(NamedTuple):

@@ -1,0 +1,58 @@
+"""What the ranks of a training have to agree on before the first step."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dan_fast import __version__, _extension
+from dan_fast.data import ReIDDataset
+from dan_fast.distributed.collectives import ProcessGroup
+from dan_fast.distributed.launch import require_same
+from dan_fast.training.config import TrainConfig
+
+# Where images lie and are decoded may differ from machine to machine; which they are is compared by fingerprint.
+_OF_A_MACHINE = {
+    *(f"data.{name}" for name in ("labeled", "unlabeled", "targets", "root", "workers", "cache", "cache_check")),
+    "run.device",
+}
+
+
+def require_same_settings(group: ProcessGroup | None, config: TrainConfig) -> None:
+    """Refuse ranks of other settings or versions, on all of them.
+
+    Raises:
+        DanFastError: names the setting or package that differs.
+    """
+    plain = config.to_dict()
+    sections = {name: values for name, values in plain.items() if isinstance(values, dict)}
+    settings = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+    versions = {
+        "The version of dan_fast": __version__,
+        "The version of torch": torch.__version__,
+        "The source of the extension": _extension.build_info().get("source_hash"),
+    }
+    require_same(group, list(versions.items()), "install the same versions on all machines")
+    given = [(name, value) for name, value in settings.items() if name not in _OF_A_MACHINE]
+    require_same(group, given, "start all ranks with the same settings")
+
+
+def require_same_run(
+    group: ProcessGroup | None, fingerprint: str, targets: Sequence[ReIDDataset], saved: Mapping[str, Any] | None
+) -> None:
+    """Refuse ranks that see other images or go on from another checkpoint, on all of them.
+
+    Args:
+        fingerprint: of the training set.
+        targets: that are tested on.
+        saved: the checkpoint to go on from, or None.
+
+    Raises:
+        DanFastError: names what differs.
+    """
+    of_targets = [(each.title, *(len(part) for part in (each.query, each.gallery, each.test))) for each in targets]
+    images = [("The fingerprint of the training images", fingerprint), ("The size of data.targets", of_targets)]
+    require_same(group, images, "give all ranks the same data.labeled, data.unlabeled and data.targets")
+    state = None if saved is None else (saved["epoch"], saved["iteration"])
+    place = [("The epoch and iteration to continue from", state)]
+    require_same(group, place, "put run.out on a file system that all machines share")

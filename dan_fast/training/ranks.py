@@ -1,0 +1,80 @@
+"""What the ranks of a training tell each other beside their gradients: counts of images, and what a pass has found."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dan_fast.data import Split
+from dan_fast.distributed.collectives import ProcessGroup, all_gather, gather_parts
+from dan_fast.training.objective import PassRecord
+
+# Losses of which each rank has a summand; the others are whole on every rank.
+_SUMMANDS = ("classification", "adversary", "regularizer")
+_PARTS = (*_SUMMANDS, "embedding", "labeled_embedding")
+
+
+class WholePass(NamedTuple):
+    """Losses and record of a pass of all ranks, detached: the same numbers on each of them."""
+
+    losses: dict[str, Tensor]
+    record: PassRecord
+
+
+def with_shares(group: ProcessGroup, splits: tuple[Split, Split | None]) -> tuple[Split, Split | None]:
+    """The splits, told how many images of each kind every rank has; one collective."""
+    counts = torch.tensor([split.counts for split in splits if split is not None])
+    (of_ranks,) = all_gather(group, counts.to(splits[0].labels.device))
+    shares = [tuple(map(tuple, of_split)) for of_split in of_ranks.transpose(0, 1).tolist()]
+    meta_train, meta_test = splits
+    return (
+        meta_train._replace(shares=shares[0]),
+        None if meta_test is None else meta_test._replace(shares=shares[1]),
+    )
+
+
+def whole_pass(
+    group: ProcessGroup, losses: Mapping[str, Tensor], record: PassRecord, split: Split, lending: bool
+) -> WholePass:
+    """What a single rank would have found of all images; one collective.
+
+    Args:
+        losses, record: of this rank's share, as `TrainingModel` gives them.
+        split: the share.
+        lending: whether unlabelled images are in no loss.
+    """
+    labeled, fed_back, unlabeled = map(list, zip(*split.shares, strict=True))
+    if lending:
+        unlabeled = [0] * len(unlabeled)
+    images = [sum(counts) for counts in zip(labeled, fed_back, unlabeled, strict=True)]
+    pseudo = unlabeled if record.gates is not None else [0] * len(unlabeled)
+    spread = record.fault.new_zeros((), dtype=torch.float32) if record.spatial_spread is None else record.spatial_spread
+    spread = spread * (images[group.rank()] / sum(images))
+    numbers = torch.stack([*(losses[name].detach() for name in _SUMMANDS), spread, record.fault.to(spread.dtype)])
+    tensors = [
+        record.logits, record.adversary_logits, record.labels, record.pseudo_labels, record.sample_ids,
+        record.fed_back_labels, record.fed_back_ids, numbers[None],
+    ]  # fmt: skip
+    sizes = [labeled, labeled, labeled, pseudo, unlabeled, fed_back, fed_back, [1] * group.size()]
+    logits, adversary_logits, labels, pseudo_labels, sample_ids, fed_back_labels, fed_back_ids, of_ranks = gather_parts(
+        group, tensors, sizes, 0
+    )
+    *summands, whole_spread = of_ranks[:, :-1].sum(0)
+    faults = of_ranks[:, -1].to(record.fault.dtype)
+    cleared = record.cleared
+    if cleared is not None:
+        cleared = cleared - (record.pseudo_labels >= 0).sum() + (pseudo_labels >= 0).sum()
+    whole = {name: value.detach() for name, value in losses.items()} | dict(zip(_SUMMANDS, summands, strict=True))
+    whole["total"] = torch.stack([whole[name] for name in _PARTS]).sum()
+    return WholePass(
+        whole,
+        PassRecord(
+            logits, adversary_logits, labels, pseudo_labels, sample_ids, record.gates,
+            # Features that are not finite are what is told first, as of one rank.
+            torch.where((faults < 0).any(), faults.min(), faults.max()),
+            fed_back_labels, fed_back_ids,
+            None if record.spatial_spread is None else whole_spread,
+            cleared,
+        ),
+    )  # fmt: skip

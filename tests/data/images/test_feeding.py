@@ -1,0 +1,83 @@
+"""The examples of docs/feeding.md run, and what other stores give is what the files give."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from dan_fast import DanFastError
+from dan_fast.data import BatchPlanner, TrainingSet, load_dataset, read_image, training_loader
+from dan_fast.data.images.transforms import resize
+from dan_fast.data.synthetic import synthesize
+from tests.support import ROOT
+from tests.support.tiny_training import OneConvolution
+from tests.test_docs import blocks
+
+SIZE = (16, 16)
+
+
+def example(number: int) -> dict:
+    namespace = {"__name__": "feeding"}
+    code = blocks((ROOT / "docs/feeding.md").read_text(), "python")[number]
+    exec(compile(code, f"feeding.md, example {number}", "exec"), namespace)
+    return namespace
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    synthesize(tmp_path / "images", ["campus", "mall"], identities=4, cameras=2, image_size=(32, 32), seed=1)
+    return [tmp_path / "images/campus", tmp_path / "images/mall"]
+
+
+def training_set(folders: list[Path]) -> TrainingSet:
+    labeled, unlabeled = map(load_dataset, folders)
+    return TrainingSet([labeled], [unlabeled])
+
+
+@pytest.mark.slow
+def test_a_training_from_litdata_is_that_from_files(
+    tmp_path: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from litdata_images import SAMPLES, LitDataImages, write
+
+    def trained(source: TrainingSet, images: LitDataImages | None = None) -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        return example(0)["train"](source, SIZE, images, backbone=OneConvolution(), epochs=2).state_dict()
+
+    from_files = trained(training_set(folders))
+    write(list(map(load_dataset, folders)), tmp_path / "chunks", SIZE)
+    write([load_dataset(folders[1])], tmp_path / "others", SIZE)
+    for folder in folders:
+        shutil.rmtree(folder)
+    # As from a bucket: by way of a folder that LitData keeps.
+    for where, options in ((None, {}), (f"local:{tmp_path}/chunks", {"cache_dir": str(tmp_path / "kept")})):
+        images = LitDataImages(tmp_path / "chunks" / SAMPLES, where, **options)
+        labeled, unlabeled = images.datasets
+        found = trained(TrainingSet([labeled], [unlabeled]), images)
+        assert found.keys() == from_files.keys()
+        for name, value in from_files.items():
+            assert torch.equal(found[name], value), name
+    assert any((tmp_path / "kept").rglob("*.bin"))
+
+    others = LitDataImages(tmp_path / "others" / SAMPLES, str(tmp_path / "chunks"))
+    with pytest.raises(DanFastError, match="samples.json is of other chunks"):
+        others.read(unlabeled.train[0].path)
+    with pytest.raises(DanFastError, match=f"The chunks lack {len(labeled.train)} images, .* write them anew"):
+        training_loader(TrainingSet([labeled], [unlabeled]), [], SIZE, cache=others)
+
+
+def test_mini_batches_of_whole_batches_are_those_of_the_loader(folders: list[Path]) -> None:
+    source = training_set(folders)
+    planner = BatchPlanner(source.labels, len(source.unlabeled_samples), batch_size=8)
+    plans = planner.plan_epoch(1, (torch.tensor([2]), torch.tensor([1])))
+    assert any(item.kind == "fed_back" for item in plans[0].meta_test)
+
+    def read_batch(paths: list[Path]) -> torch.Tensor:
+        return torch.stack([resize(SIZE)(read_image(path)) for path in paths])
+
+    found = example(1)["mini_batches"](source, plans, read_batch, SIZE)
+    for batch, expected in zip(found, training_loader(source, plans, SIZE), strict=True):
+        for split, wanted in zip(batch[:2], expected[:2], strict=True):
+            assert all(map(torch.equal, split[:3], wanted[:3])) and split[3:] == wanted[3:]

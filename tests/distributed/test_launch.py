@@ -1,0 +1,115 @@
+"""Processes of torchrun: one that is killed, and what a rank says of a port, of the others and of its own GPU."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.data.synthetic import synthesize
+from dan_fast.distributed import launch
+from dan_fast.training import trained_network
+from dan_fast.training.build import resolve_device
+from dan_fast.training.checkpoint import load_checkpoint
+from tests.support import ROOT
+from tests.support.tiny_training import wait_until
+from tests.support.training_runs import assert_same_training
+
+
+def started_ranks(images: Path, out: Path, *flags: str) -> subprocess.Popen:
+    """Two ranks under torchrun, in a process group of their own; what they say is in the log beside `out`."""
+    settings = {
+        "data.labeled": images / "campus", "data.unlabeled": images / "mall", "data.targets": images / "harbour",
+        "data.image_size": "[32,16]", "data.batch_size": 12, "data.iterations": 6, "data.workers": 1,
+        "model.backbone": "resnet18", "model.weights": "none", "memory.labeled_slots": 60, "memory.unlabeled_slots": 40,
+        "optimizer.epochs": 2, "run.out": out, "run.device": "cpu", "run.resume": "auto", "run.checkpoint_every": 1,
+    }  # fmt: skip
+    given = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *flags]
+    with open(out.with_suffix(".log"), "w") as log:
+        return subprocess.Popen(
+            [*launcher, "-m", "dan_fast", "train", "--recipe", "paper", *given],
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+
+
+def rank_of(agent: int, rank: int) -> int | None:
+    """The process of a rank, by its environment."""
+    for child in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
+        if f"\0RANK={rank}\0" in "\0" + Path(f"/proc/{child}/environ").read_text():
+            return int(child)
+    return None
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_by_itself_after_a_rank_is_killed(tmp_path: Path):
+    images, killed, straight = (tmp_path / name for name in ("images", "killed", "straight"))
+    synthesize(images, ("campus", "mall", "harbour"), identities=5, image_size=(32, 16))
+    job = started_ranks(images, killed, "--max-restarts", "1")
+    try:
+        wait_until(lambda: list(killed.glob("memory-[89]-*")), seconds=120)
+        os.kill(rank_of(job.pid, 1), signal.SIGKILL)
+        assert job.wait(180) == 0, killed.with_suffix(".log").read_text()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+    said = killed.with_suffix(".log").read_text()
+    assert "dan-fast, rank 0: The other ranks were lost (" in said and "run.resume auto" in said
+    assert said.count("mAP") == 1  # rank 0 alone prints
+    assert started_ranks(images, straight).wait(180) == 0
+    assert_same_training(killed, straight)
+    for file in straight.glob("memory-*"):
+        assert (killed / file.name).read_bytes() == file.read_bytes()
+    network, _ = trained_network(straight / "checkpoint.pt")
+    assert torch.isfinite(network.embed(torch.zeros(1, 3, 32, 16))).all()
+    assert len(load_checkpoint(straight / "checkpoint.pt")["random_of_other_ranks"]) == 1
+
+
+def as_rank(monkeypatch: pytest.MonkeyPatch, port: int, rank: int = 0) -> None:
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in given.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        as_rank(monkeypatch, port)
+        with (
+            pytest.raises(
+                DanFastError, match=rf"^The 2 ranks do not find each other at 127.0.0.1:{port} \(.*\): choose"
+            ),
+            launch.joined(torch.device("cpu")),
+        ):
+            pass
+
+
+def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as other programs set it
+    with launch.joined(torch.device("cpu")) as group:
+        assert group is None and launch.number_of_ranks() == 1
+    assert launch.gathered(None, "x") == ["x"] and launch.largest(None, 3, 1) == [3, 1]
+
+
+def test_each_rank_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    as_rank(monkeypatch, 1, rank=1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(resolve_device(name)) for name in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+    with pytest.raises(DanFastError, match="The device cuda:0 cannot serve 2 ranks: set it to cuda"):
+        resolve_device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(DanFastError, match="There is no device cuda:1"):
+        resolve_device("auto")

@@ -1,0 +1,197 @@
+"""What ranks do not do together: each of them says so, nothing is half-written, and none is left waiting."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed
+
+import dan_fast.training.alike as alike
+import dan_fast.training.memory_shards as memory_shards
+from dan_fast.core.errors import DanFastError
+from dan_fast.distributed.launch import is_loss_of_a_rank
+from dan_fast.training import TrainConfig
+from dan_fast.training.checkpoint import load_checkpoint
+from tests.support.rank_trainings import settings, trainer_of
+from tests.support.ranks import Ranks
+
+Group = distributed.ProcessGroup
+
+
+def refused(group: Group, config: TrainConfig, match: str, of_last: dict[str, dict[str, Any]]) -> None:
+    """A trainer whose last rank has other settings than the rest."""
+    if group.rank() == group.size() - 1:
+        for section, values in of_last.items():
+            for name, value in values.items():
+                setattr(getattr(config, section), name, value)
+    with pytest.raises(DanFastError, match=match.format(last=group.size() - 1)):
+        trainer_of(config, group)
+    assert not Path(config.run.out).exists()
+
+
+@pytest.mark.parametrize(
+    ("match", "of_last"),
+    [
+        ("^meta.eta is 0.5 on rank {last} and 1.0 on rank 0: start all ranks with the same", {"meta": {"eta": 0.5}}),
+        ("^run.out is 'x' on rank {last} and '.*' on rank 0", {"run": {"out": "x"}}),
+        ("^The fingerprint of the training images is .* on rank {last} and .* give all ranks the same data.labeled",
+         {"data": {"unlabeled": []}}),
+    ],
+    ids=["settings", "folder", "images"],
+)  # fmt: skip
+def test_ranks_that_differ_are_refused_on_all(ranks: Ranks, images: Path, tmp_path: Path, match: str, of_last: dict):
+    ranks.run(refused, settings(images, tmp_path / "run", loss={"labeled_embedding": 0.0}), match, of_last)
+
+
+def other_version(group: Group, config: TrainConfig) -> None:
+    before, alike.__version__ = alike.__version__, f"0.0.{group.rank()}"
+    try:
+        refused(group, config, "^The version of dan_fast is '0.0.1' on rank 1 and '0.0.0' on rank 0: install", {})
+    finally:
+        alike.__version__ = before
+
+
+def test_unequal_versions_are_refused_on_all(ranks: Ranks, images: Path, tmp_path: Path):
+    ranks.run(other_version, settings(images, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("sections", "match"),
+    [
+        ({"data": {"batch_size": 4, "feedback_fraction": 0.0, "unlabeled_fraction": 0.6}},
+         "^A batch of 4 images cannot be divided over . ranks, S or S~ has 1 labelled"),
+        ({"memory": {"unlabeled_slots": 1}}, "^memory.unlabeled_slots 1 cannot be divided over . ranks: use more"),
+        ({"run": {"compile": True}}, "^A backbone is compiled for one process alone: set run.compile to false"),
+        ({"model": {"sync_batch_norm": True}}, "^PyTorch's SyncBatchNorm is for GPUs alone: set model.sync_batch_norm"),
+    ],
+    ids=["batch", "slots", "compile", "sync"],
+)  # fmt: skip
+def test_what_several_ranks_cannot_do_is_refused(
+    ranks: Ranks, images: Path, tmp_path: Path, sections: dict, match: str
+):
+    ranks.run(refused, settings(images, tmp_path / "run", **sections), match, {})
+
+
+def full_disk(group: Group, config: TrainConfig, full: int) -> None:
+    """The second checkpoint cannot be written by one rank."""
+    trainer = trainer_of(config, group)
+    write, written = memory_shards.write_whole, []
+
+    def fails(path: Path, fill: Callable) -> None:
+        written.append(path)
+        if group.rank() == full and len(written) > 1:
+            raise DanFastError(f"{path} could not be written (No space left on device); a previous one is intact.")
+        write(path, fill)
+
+    memory_shards.write_whole = fails
+    try:
+        own = "could not be written" if group.rank() == full else f"^Rank {full} could not write its part of the check"
+        with pytest.raises(DanFastError, match=own):
+            trainer.fit()
+    finally:
+        memory_shards.write_whole = write
+    again = trainer_of(config, group)
+    assert again.iterations_done == 1
+    if group.rank() == 0:
+        shards = {shard["file"] for shard in load_checkpoint(trainer.folder.checkpoint)["memory_shards"]}
+        assert shards <= {file.name for file in trainer.folder.path.iterdir()}
+
+
+def test_a_full_disk_of_one_rank_leaves_the_checkpoint_before(ranks: Ranks, images: Path, tmp_path: Path):
+    config = settings(images, tmp_path / "run", run={"checkpoint_every": 1, "resume": "auto"})
+    ranks.run(full_disk, config, 1)
+
+
+def broken_image(group: Group, config: TrainConfig) -> None:
+    trainer = trainer_of(config, group)
+    of_epoch = trainer.batches.of_epoch
+
+    def breaks(*arguments: Any):
+        for number, batch in enumerate(of_epoch(*arguments)):
+            if number == 2 and group.rank() == 1:
+                raise DanFastError("it.jpg cannot be decoded")
+            yield batch
+
+    trainer.batches.of_epoch = breaks
+    own = "^it.jpg cannot" if group.rank() == 1 else "^Rank 1 could not read a batch and says why in its own error"
+    with pytest.raises(DanFastError, match=own):
+        trainer.fit()
+    assert load_checkpoint(trainer.folder.checkpoint)["iteration"] == 2
+
+
+def test_a_broken_image_of_one_rank_ends_all_and_they_are_saved(ranks: Ranks, images: Path, tmp_path: Path):
+    ranks.run(broken_image, settings(images, tmp_path / "run"))
+
+
+def out_of_memory(group: Group, config: TrainConfig) -> None:
+    trainer = trainer_of(config, group)
+    step = trainer.train_iteration
+
+    def fails(*arguments: Any) -> None:
+        if group.rank() == 1 and trainer.iteration == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        step(*arguments)
+
+    trainer.train_iteration = fails
+    expected = torch.OutOfMemoryError if group.rank() == 1 else RuntimeError
+    with pytest.raises(expected) as raised:
+        trainer.fit()
+    assert group.rank() == 1 or is_loss_of_a_rank(raised.value)
+
+
+@pytest.mark.slow
+def test_a_rank_out_of_memory_does_not_leave_the_others_waiting(images: Path, tmp_path: Path):
+    ranks = Ranks(2, tmp_path / "store", seconds=5)
+    ranks.run(out_of_memory, settings(images, tmp_path / "run"))
+    ranks.close()
+
+
+def not_finite(group: Group, config: TrainConfig) -> None:
+    trainer = trainer_of(config, group)
+    step = trainer.train_iteration
+
+    def poisoned(batch: Any, scalars: Any) -> None:
+        if group.rank() == 1 and trainer.iteration == 1:
+            batch = batch._replace(meta_train=batch.meta_train._replace(images=batch.meta_train.images * torch.nan))
+        step(batch, scalars)
+
+    trainer.train_iteration = poisoned
+    with pytest.raises(DanFastError, match="features are not finite" if group.rank() == 1 else "be finite|not finite"):
+        trainer.fit()
+
+
+@pytest.mark.parametrize("loss", [{"embedding": 0.0, "labeled_embedding": 0.0}, {}], ids=["no memory", "memory"])
+def test_a_rank_whose_features_are_not_finite_ends_all(ranks: Ranks, images: Path, tmp_path: Path, loss: dict):
+    ranks.run(
+        not_finite,
+        settings(images, tmp_path / "run", loss=loss, data={"unlabeled": [] if loss else str(images / "mall")}),
+    )
+
+
+def two_ranks_wrote(group: Group, config: TrainConfig) -> None:
+    trainer_of(config, group).fit()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_ranks_that_cannot_be_read_is_refused(tmp_path: Path, images: Path, monkeypatch):
+    ranks = Ranks(2, tmp_path / "store")
+    config = settings(images, tmp_path / "run", optimizer={"epochs": 1}, run={"resume": "auto"})
+    ranks.run(two_ranks_wrote, config)
+    ranks.close()
+    config.optimizer.epochs = 1
+    with monkeypatch.context() as little:
+        little.setattr("dan_fast.core.free_memory.free_memory", lambda device: 4 * 150 * 3)
+        with pytest.raises(DanFastError, match="147 slots on 1 ranks, while read, would need about .* start as"):
+            trainer_of(config, None)
+    second = next(tmp_path.glob("run/memory-*-2of2.safetensors"))
+    content = second.read_bytes()
+    second.write_bytes(content[:-100])
+    with pytest.raises(DanFastError, match=rf"{second.name} is damaged \(.*\): continue from another checkpoint"):
+        trainer_of(config, None)
+    second.unlink()
+    with pytest.raises(DanFastError, match=f"{second.name} does not exist: keep the files of all ranks"):
+        trainer_of(config, None)
+    second.write_bytes(content)
+    assert trainer_of(config, None).epoch == 1

@@ -1,0 +1,107 @@
+"""A meta step of several ranks, against the one that a single rank takes with all images."""
+
+import pytest
+import torch
+from torch import Tensor, distributed
+
+from dan_fast.daml import Stage
+from dan_fast.data import Split
+from dan_fast.nn import ProgressiveAugmentedMemory
+from dan_fast.training import LossConfig, MetaConfig, MetaStep, StepResult, TrainingModel
+from tests.support.ranks import Ranks
+from tests.support.steps import decide, tiny_network
+
+Group = distributed.ProcessGroup
+
+
+def whole_split(seed: int, counts: tuple[int, int, int]) -> Split:
+    generator = torch.Generator().manual_seed(seed)
+    labeled, fed_back, unlabeled = counts
+    known = labeled + fed_back
+    labels = torch.cat([torch.randint(0, 3, (known,), generator=generator), torch.full((unlabeled,), -1)])
+    ids = torch.cat([torch.full((labeled,), -1), torch.arange(fed_back + unlabeled) + 100 * seed])
+    images = torch.randn(len(labels), 3, 8, 8, generator=generator, dtype=torch.float64)
+    return Split(images, labels, ids, labeled, fed_back)
+
+
+def share(split: Split, rank: int, sizes: tuple[list[int], ...]) -> Split:
+    """The rank's images, `sizes` of each kind on each rank."""
+    places, start = [], 0
+    for of_kind, count in zip(sizes, split.counts, strict=True):
+        first = start + sum(of_kind[:rank])
+        places += range(first, first + of_kind[rank])
+        start += count
+    at = torch.tensor(places)
+    return Split(split.images[at], split.labels[at], split.sample_ids[at], sizes[0][rank], sizes[1][rank])
+
+
+def uneven(count: int, ranks: int, turn: int) -> list[int]:
+    """Shares of which some are empty if there are fewer than `ranks`."""
+    sizes = torch.bincount(torch.arange(count) ** 2 % ranks, minlength=ranks).tolist()
+    return sizes[turn:] + sizes[:turn]
+
+
+def step_of(group: Group | None, meta: MetaConfig, gates: str, attention: str, **network) -> MetaStep:
+    dan = tiny_network(attention=attention, adversary=attention != "none", **network).double()
+    memory = ProgressiveAugmentedMemory(7, 6, dan.key_dim, dtype=torch.float64, gates=gates, process_group=group)
+    model = TrainingModel(dan, memory, LossConfig(labeled_embedding=0.7, embedding=2.0), temperature=0.4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9, weight_decay=5e-4)
+    return MetaStep(model, optimizer, meta, process_group=group)
+
+
+def assert_close(found: object, expected: object, name: str) -> None:
+    if isinstance(expected, Tensor):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10, msg=lambda text: f"{name}: {text}")
+
+
+def assert_same(found: StepResult, expected: StepResult) -> None:
+    assert found.grads.keys() == expected.grads.keys() and found.stage == expected.stage
+    for which in ("grads", "train_losses", "test_losses", "accuracies"):
+        for name, value in getattr(expected, which).items():
+            assert_close(getattr(found, which)[name], value, f"{which}[{name}]")
+    for which in ("train_record", "test_record"):
+        record = getattr(expected, which)
+        for field in record._fields if record else ():
+            assert_close(getattr(getattr(found, which), field), getattr(record, field), f"{which}.{field}")
+
+
+def same_steps(group: Group, procedure: str, order: int, gates: str, attention: str) -> None:
+    float_ = Tensor.float
+    # What is cast to float32 stays in float64.
+    Tensor.float = lambda tensor: tensor if tensor.is_floating_point() else float_(tensor)
+    try:
+        meta = MetaConfig(procedure=procedure, order=order, eta=0.7)
+        mine, alone = (step_of(each, meta, gates, attention) for each in (group, None))
+        for each in (mine, alone):
+            decide(each, *([Stage.ATTENTION, Stage.ADVERSARY, Stage.BOTH] * 2))
+        ranks = group.size()
+        for seed in range(4):
+            parts = []
+            for half in range(1 if procedure == "daml1" else 2):
+                # With fewer unlabelled and fed-back images than ranks, at times, and none of them.
+                counts = (ranks + 3, half * (seed % 3), (2 * ranks + 1, 1, 0, 2)[seed])
+                split = whole_split(10 * seed + half, counts)
+                labeled = [1 + extra for extra in uneven(3, ranks, 0)]
+                sizes = (labeled, uneven(counts[1], ranks, 1), uneven(counts[2], ranks, seed % ranks))
+                parts.append((share(split, group.rank(), sizes), split))
+            found = mine.step(*(part for part, _ in parts))
+            assert_same(found, alone.step(*(split for _, split in parts)))
+        for one, other in zip(mine.model.parameters(), alone.model.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    finally:
+        Tensor.float = float_
+
+
+@pytest.mark.parametrize(
+    ("procedure", "order", "gates", "attention"),
+    [
+        ("daml1", 1, "parameters", "nl_cbam"),
+        ("daml2", 1, "features", "nl_cbam"),
+        ("daml2", 2, "parameters", "none"),
+        ("daml3", 1, "parameters", "nl_cbam"),
+        ("daml3", 2, "parameters", "nl_cbam"),
+        ("daml3", 2, "features", "nl_cbam"),
+    ],
+)
+def test_steps_are_those_of_one_rank(ranks: Ranks, procedure: str, order: int, gates: str, attention: str):
+    ranks.run(same_steps, procedure, order, gates, attention)

@@ -1,0 +1,88 @@
+"""Trainings of several ranks: against one rank, stopped and continued, on other numbers of ranks, refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, distributed
+
+from dan_fast.core.errors import Interrupted
+from dan_fast.training import TrainConfig
+from dan_fast.training.checkpoint import load_checkpoint
+from tests.support.rank_trainings import settings, trainer_of
+from tests.support.ranks import Ranks
+from tests.support.training_runs import assert_same_training, stop_after
+
+Group = distributed.ProcessGroup
+
+
+def trained(group: Group | None, config: TrainConfig, dropout: float = 0.0) -> dict[str, Tensor]:
+    trainer = trainer_of(config, group, dropout)
+    trainer.fit()
+    return trainer.model.state_dict()
+
+
+def as_one_rank(group: Group, images: Path, out: Path, procedure: str) -> None:
+    meta = {"procedure": procedure}
+    found = trained(group, settings(images, out / "ranks", meta=meta))
+    expected = trained(None, settings(images, out / f"one{group.rank()}", meta=meta))
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=2e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert (expected["memory.unlabeled.labels"] >= 0).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("procedure", ["daml1", "daml3"])
+def test_a_training_is_that_of_one_rank(ranks: Ranks, images: Path, tmp_path: Path, procedure: str):
+    ranks.run(as_one_rank, images, tmp_path, procedure)
+
+
+def interrupted(group: Group, config: TrainConfig, iterations: int) -> None:
+    trainer = trainer_of(config, group, dropout=0.5)
+    if group.rank() == group.size() - 1:
+        stop_after(trainer, iterations)
+    with pytest.raises(Interrupted, match=f"Saved after iteration {iterations}"):
+        trainer.fit()
+
+
+def same_memory(group: Group | None, config: TrainConfig, whole: dict[str, Tensor]) -> None:
+    """What a training starts from is what another number of ranks has written; and it goes on."""
+    trainer = trainer_of(config, group, dropout=0.5)
+    state = trainer.model.state_dict()
+    assert trainer.iterations_done == 3 and all(torch.equal(state[name], value) for name, value in whole.items())
+    trainer.fit()
+    assert trainer.epoch == 2
+
+
+def state_at(group: Group | None, config: TrainConfig) -> dict[str, Tensor]:
+    return trainer_of(config, group, dropout=0.5).model.state_dict()
+
+
+@pytest.mark.slow
+def test_a_stop_on_one_rank_stops_all_and_they_go_on_bit_for_bit(ranks: Ranks, images: Path, tmp_path: Path):
+    straight, stopped = (settings(images, tmp_path / name) for name in ("straight", "stopped"))
+    ranks.run(trained, straight, 0.5)
+    ranks.run(interrupted, stopped, 3)
+    again = settings(images, tmp_path / "stopped", run={"resume": True})
+    whole = ranks.run(state_at, again)[0]
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in (tmp_path / "stopped").glob("*.*"):
+        (other / file.name).write_bytes(file.read_bytes())
+    ranks.run(trained, again, 0.5)
+    assert_same_training(tmp_path / "straight", tmp_path / "stopped")
+    shards = [load_checkpoint(tmp_path / name / "checkpoint.pt")["memory_shards"] for name in ("straight", "stopped")]
+    for one, two in zip(*shards, strict=True):
+        assert (tmp_path / "straight" / one["file"]).read_bytes() == (tmp_path / "stopped" / two["file"]).read_bytes()
+    files = {file.name for file in (tmp_path / "stopped").glob("memory-*")}
+    assert files == {shard["file"] for shard in shards[1]}  # those of earlier checkpoints are gone
+    # One process goes on with what the ranks have written, and leaves a whole checkpoint.
+    alone = settings(images, other, run={"resume": True})
+    same_memory(None, alone, whole)
+    assert not list(other.glob("memory-*"))
+    # And the ranks with what one process has written.
+    one = load_checkpoint(other / "checkpoint.pt")["model"]
+    for state in ranks.run(state_at, alone):
+        assert all(torch.equal(state[name], value) for name, value in one.items())
