@@ -1,6 +1,9 @@
 """The command line: what each command leaves behind, and one sentence and an exit code for each mistake."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ import yaml
 
 from dan_fast.cli import main
 from dan_fast.data.synthetic import synthesize
+from tests.support import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +63,28 @@ def test_evaluate_prints_a_table_and_writes_json(run, images, tmp_path, capsys):
     ]
     assert all(0 <= row["mAP"] <= 1 for row in rows)
     assert "untrained" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_evaluate_under_torchrun_says_and_writes_what_one_process_does(run, images, tmp_path, capsys):
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    shutil.copytree(images / "street", tmp_path / "street")
+    (tmp_path / "street/images/500005_c2_01.jpg").write_bytes(b"not an image")
+    command = ["evaluate", "--checkpoint", str(run / "checkpoint.pt"), "--targets", str(tmp_path / "street")]
+    command += ["--baselines", "true", "--broken_images", "skip", "--batch_size", "4", "--workers", "0"]
+    command += ["--device", "cpu", "--rerank", "true", "--cache", str(tmp_path / "cache"), "--out"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun's ranks have; features depend on it
+    try:
+        assert main([*command, str(one)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ranks = subprocess.run([*launcher, "-m", "dan_fast", *command, str(two)], cwd=ROOT, capture_output=True, text=True)
+    assert ranks.returncode == 0, ranks.stderr
+    assert json.loads(two.read_text()) == json.loads(one.read_text())
+    said = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("Decoding")]
+    assert sorted(ranks.stdout.splitlines()) == sorted(said) and any(line.startswith("Skipped") for line in said)
 
 
 def test_evaluate_prints_and_writes_how_it_scored(run, images, tmp_path, capsys):

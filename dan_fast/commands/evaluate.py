@@ -1,6 +1,7 @@
 """`dan-fast evaluate`: CMC, mAP and mINP of a trained network on target sets."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -14,13 +15,25 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import write_text
 from dan_fast.data import ImageCache, ReIDDataset, load_dataset
 from dan_fast.data.named_protocols import resolve_protocol
-from dan_fast.evaluation import Evaluation, Reranking, evaluate_dataset, require_whole_splits
+from dan_fast.distributed.collectives import ProcessGroup
+from dan_fast.distributed.launch import joined, own_rank
+from dan_fast.evaluation import (
+    DatasetFeatures,
+    Evaluation,
+    Features,
+    Reranking,
+    evaluate_features,
+    extract_dataset,
+    require_whole_splits,
+)
 from dan_fast.training import TrainConfig
 from dan_fast.training.build import initial_network, network_of, resolve_device
 from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.config import BrokenImages, CacheCheck, Paths, Precision, as_list
 from dan_fast.training.recipes import recipe_words
 from dan_fast.training.reported import epoch_of, seen_of
+
+_LOG = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -44,6 +57,8 @@ def evaluate(
     out: str | None = None,
 ) -> None:
     """Print CMC, mAP and mINP of a trained network on target sets.
+
+    Together with the other ranks where torchrun has started several: the figures are those of one.
 
     Args:
         checkpoint: The checkpoint.pt of a run, or its chosen.pt.
@@ -70,51 +85,60 @@ def evaluate(
     paths = as_list(targets or [])
     _require_targets(paths, protocol, root)
     place = resolve_device(device)
-    state = load_checkpoint(checkpoint)
-    datasets = _load_targets(paths, protocol, root)
-    for dataset in datasets:
-        require_whole_splits(dataset)
-    network, settings = network_of(state), state["config"]
-    conditions = {
-        "named_protocol": _tested_by(protocol, settings),
-        "epoch": epoch_of(state),
-        "recipe": recipe_words(settings, TrainConfig().to_dict()),
-    }
-    image_size = tuple(settings["data"]["image_size"])
-    preprocessing = network.preprocessing
-    decoded = ImageCache.of_setting(
-        cache, image_size, cache_check, workers=workers, say=print, interpolation=preprocessing.interpolation
-    )
-    embeddings: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"trained": network.to(place).embed}
-    if baselines:
-        untrained = initial_network(settings, network.classifier.out_features).to(place).eval()
+    with joined(place) as process_group:
+        state = load_checkpoint(checkpoint)
+        datasets = _load_targets(paths, protocol, root)
+        for dataset in datasets:
+            require_whole_splits(dataset)
+        network, settings = network_of(state), state["config"]
+        conditions = {
+            "named_protocol": _tested_by(protocol, settings),
+            "epoch": epoch_of(state),
+            "recipe": recipe_words(settings, TrainConfig().to_dict()),
+        }
+        image_size = tuple(settings["data"]["image_size"])
+        preprocessing = network.preprocessing
+        decoded = ImageCache.of_setting(
+            cache,
+            image_size,
+            cache_check,
+            workers=workers,
+            say=print if own_rank() == 0 else _LOG.info,
+            interpolation=preprocessing.interpolation,
+        )
+        embeddings: dict[str, Callable[[torch.Tensor], torch.Tensor] | None] = {"trained": network.to(place).embed}
+        if baselines:
+            embeddings["untrained"] = initial_network(settings, network.classifier.out_features).to(place).eval().embed
+            embeddings["chance"] = None
         generator = torch.Generator().manual_seed(seed)
-        embeddings["untrained"] = untrained.embed
-        embeddings["chance"] = lambda images: torch.randn(len(images), 64, generator=generator)
 
-    results: list[tuple[str, Evaluation]] = []
-    for dataset in datasets:
-        for name, embed in embeddings.items():
-            evaluation = evaluate_dataset(
-                embed,
-                dataset,
-                image_size,
-                batch_size=batch_size,
-                workers=workers,
-                device=place,
-                precision=precision,
-                broken_images=broken_images,
-                repeats=repeats,
-                seed=seed,
-                metric=metric,
-                ap=ap,
-                cache=decoded,
-                reranking=Reranking() if rerank else None,
-                preprocessing=preprocessing,
-            )
-            if name == "trained":
-                evaluation = replace(evaluation, **conditions, seen=seen_of(state, dataset))
-            results.append((name, evaluation))
+        results: list[tuple[str, Evaluation]] = []
+        for dataset in datasets:
+            features = None
+            for name, embed in embeddings.items():
+                if embed is None:
+                    features = _random_features(features, generator, process_group)
+                else:
+                    features = extract_dataset(
+                        embed,
+                        dataset,
+                        image_size,
+                        batch_size=batch_size,
+                        workers=workers,
+                        device=place,
+                        precision=precision,
+                        process_group=process_group,
+                        broken_images=broken_images,
+                        cache=decoded,
+                        preprocessing=preprocessing,
+                    )
+                scoring = {"metric": metric, "ap": ap, "reranking": Reranking() if rerank else None}
+                evaluation = evaluate_features(features, repeats, seed, **scoring, process_group=process_group)
+                if name == "trained":
+                    evaluation = replace(evaluation, **conditions, seen=seen_of(state, dataset))
+                results.append((name, evaluation))
+    if own_rank() > 0:
+        return
 
     # Folded: a variant must stay readable in a narrow window.
     table = Table(Column("target", overflow="fold"), "features", *results[0][1].percentages())
@@ -128,6 +152,24 @@ def evaluate(
     if out is not None:
         content = [{"features": name, **evaluation.to_dict()} for name, evaluation in results]
         write_text(out, json.dumps(content, indent=2) + "\n")
+
+
+def _random_features(
+    features: DatasetFeatures, generator: torch.Generator, process_group: ProcessGroup | None
+) -> DatasetFeatures:
+    """Random numbers in place of features; each rank keeps its own of what one rank would draw."""
+
+    def drawn(part: Features) -> torch.Tensor:
+        return torch.randn(len(part.paths), 64, generator=generator)
+
+    def own(part: Features, numbers: torch.Tensor) -> Features:
+        return part._replace(features=numbers[part.division(process_group).rows].clone())
+
+    if features.test is not None:
+        return features._replace(test=own(features.test, drawn(features.test)))
+    query = drawn(features.query)
+    gallery = query if features.gallery.paths == features.query.paths else drawn(features.gallery)
+    return features._replace(query=features.query._replace(features=query), gallery=own(features.gallery, gallery))
 
 
 def _require_targets(paths: Sequence[str], protocol: str | None, root: str | None) -> None:
