@@ -83,7 +83,7 @@ def evaluate_reranked(
 
     With ``process_group`` a rank encodes its own part of the gallery and a share of the queries. Features of the others
     go past it in blocks, twice, and their encodings once; of each image of the whole it keeps labels, norm, nearest
-    images and half-size sets: 4 (k1 + 1) + 8 k1 + 80 bytes at most, 324 by the paper's settings.
+    images and half-size sets: about 4 (k1 + 1) + 8 (k1 + 2) + 100 bytes, 360 by the paper's settings.
 
     Raises:
         ValueError: an argument of wrong shape, length or content; `NoMatchError` if no query matches.
