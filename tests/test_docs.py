@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from dan_fast import cli
 from dan_fast.bench import BENCHMARKS
@@ -106,6 +107,13 @@ def test_a_command_of_the_readme_parses(words: list[str], tmp_path: Path, monkey
     assert parsed.command == words[0]
 
 
+@pytest.mark.parametrize("line", re.findall(r"^torchrun (.+)$", README, re.MULTILINE))
+def test_a_job_of_the_readme_parses(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    job = torchrun_parser().parse_args(shlex.split(line))
+    assert job.module and job.training_script == "dan_fast"
+    test_a_command_of_the_readme_parses(job.training_script_args, tmp_path, monkeypatch)
+
+
 def test_the_readme_shows_every_command():
     shown = {words[0] for words in command_lines()}
     inline = set(re.findall(r"dan-fast (\w+)", README))
@@ -133,7 +141,7 @@ def known_flags() -> set[str]:
         with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
             arguments = [*command.split(), "--help"]
             cli._parser(arguments).parse_args(arguments)
-    return {*FLAG.findall(shown.getvalue()), "--version"}
+    return {*FLAG.findall(shown.getvalue()), *FLAG.findall(torchrun_parser().format_help()), "--version"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

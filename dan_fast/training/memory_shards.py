@@ -6,6 +6,7 @@ that it holds. checkpoint.pt names them and is written last: until then the earl
 """
 
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -104,9 +105,10 @@ def write_checkpoint_of_ranks(
         DanFastError: a rank could not write, on all of them; the earlier checkpoint is whole.
     """
     own = path.parent / f"memory-{iterations_done}-{group.rank() + 1}of{group.size()}.safetensors"
-    sizes = {name: len(part) for name, part in features.items()}
     _on_all(group, lambda: write_whole(own, lambda stream: _save(features, stream.name)) if features else None)
-    shards = [{"file": file, "rows": rows} for file, rows in gathered(group, (own.name, sizes))] if features else []
+    rows = {name: len(part) for name, part in features.items()}
+    shard = {"file": own.name, "rows": rows, "crc32": _checksum(own)} if features else None
+    shards = gathered(group, shard) if features else []
 
     def write() -> None:
         save_checkpoint(path, {**state, "memory_shards": shards})
@@ -151,7 +153,9 @@ def _rows_of_shards(folder: Path, shards: list[dict[str, Any]], name: str, rows:
         stop = start + shard["rows"][name]
         first, last = max(start, rows.start), min(stop, rows.stop)
         if first < last:
-            parts.append(_read(folder / shard["file"], name, slice(first - start, last - start)))
+            _require_whole(folder / shard["file"], shard["crc32"])
+            with _opened(folder / shard["file"]) as file:
+                parts.append(file.get_slice(name)[first - start : last - start])
         start = stop
     if start < rows.stop:
         raise DanFastError(f"{folder}: the checkpoint holds {start} slots of {name} and not {rows.stop}: use another.")
@@ -163,9 +167,17 @@ def _shape(file: Path, name: str) -> list[int]:
         return shard.get_slice(name).get_shape()
 
 
-def _read(file: Path, name: str, rows: slice) -> Tensor:
-    with _opened(file) as shard:
-        return shard.get_slice(name)[rows]
+def _require_whole(file: Path, checksum: int) -> None:
+    if file.is_file() and _checksum(file) != checksum:  # safetensors keeps none
+        raise DanFastError(f"{file} is damaged, its checksum does not fit: continue from another checkpoint.")
+
+
+def _checksum(file: Path) -> int:
+    found = 0
+    with file.open("rb") as stream:
+        while part := stream.read(1 << 24):
+            found = zlib.crc32(part, found)
+    return found
 
 
 @contextmanager

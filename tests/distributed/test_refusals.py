@@ -187,6 +187,9 @@ def test_a_checkpoint_of_ranks_that_cannot_be_read_is_refused(tmp_path: Path, im
             trainer_of(config, None)
     second = next(tmp_path.glob("run/memory-*-2of2.safetensors"))
     content = second.read_bytes()
+    second.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DanFastError, match=f"{second.name} is damaged, its checksum does not fit"):
+        trainer_of(config, None)
     second.write_bytes(content[:-100])
     with pytest.raises(DanFastError, match=rf"{second.name} is damaged \(.*\): continue from another checkpoint"):
         trainer_of(config, None)
