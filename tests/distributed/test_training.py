@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, distributed
 
 from dan_fast.core.errors import DanFastError, Interrupted
+from dan_fast.reporting.memories import stored_slots
 from dan_fast.training import TrainConfig
 from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.random_numbers import RunRandomNumbers
@@ -98,6 +100,9 @@ def test_a_stop_on_one_rank_stops_all_and_they_go_on_bit_for_bit(ranks: Ranks, i
     files = {file.name for file in (tmp_path / "stopped").glob("memory-*")}
     assert files == {shard["file"] for shard in shards[1]}  # those of earlier checkpoints are gone
     # One process goes on with what the ranks have written, and leaves a whole checkpoint.
+    slots = stored_slots(load_checkpoint(other / "checkpoint.pt"), other)["unlabeled"]
+    used = whole["memory.unlabeled.labels"] >= 0
+    assert used.any() and np.array_equal(slots.features, whole["memory.unlabeled.features"][used].double().numpy())
     alone = settings(images, other, run={"resume": True})
     same_memory(None, alone, whole)
     assert not list(other.glob("memory-*"))
