@@ -69,12 +69,18 @@ def check_group(group: object, **slots: int) -> None:
             )
 
 
+def carries(group: ProcessGroup, device_type: str) -> bool:
+    """Whether the group's backends carry tensors of "cpu" or "cuda"."""
+    config = distributed.get_backend_config(group)
+    return device_type in (entry.partition(":")[0] for entry in config.split(","))
+
+
 def check_backend(
     group: ProcessGroup, device: torch.device, held: str = "this memory is", remedy: str = "move the memory with .to()"
 ) -> None:
     """Raise ValueError where the group's backend does not carry tensors of `device`, where `held` is kept."""
-    config = distributed.get_backend_config(group)
-    if device.type not in (entry.partition(":")[0] for entry in config.split(",")):
+    if not carries(group, device.type):
+        config = distributed.get_backend_config(group)
         raise ValueError(
             f"process_group has the backends {config}, which carry no tensor on {device}, where {held}: "
             f"use nccl for CUDA tensors and gloo for CPU tensors, or {remedy}"

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dan_fast.reporting.canvas import COLOURS, NEUTRAL, save_png, style
+from dan_fast.training.memory_shards import stored_features
 
 _MARKERS = ("o", "s", "^")
 _LABELS_SHOWN = len(COLOURS) * 2
@@ -36,21 +37,24 @@ class Slots:
         return f"{len(self.labels)} slots of {len(counts)} labels" if len(counts) else "no slot in use"
 
 
-def stored_slots(state: dict[str, Any]) -> dict[str, Slots] | None:
+def stored_slots(state: dict[str, Any], folder: Path) -> dict[str, Slots] | None:
     """The occupied slots of M ("labeled") and M' ("unlabeled") in a checkpoint; None if it has no memory.
 
     Args:
         state: what `dan_fast.training.checkpoint.load_checkpoint` gives.
+        folder: in which the checkpoint is, and what ranks have written of its memory.
+
+    Raises:
+        DanFastError: what a rank has written is missing or damaged.
     """
-    model = state["model"]
-    if "memory.labeled.features" not in model:
-        return None
     slots = {}
     for memory in MEMORIES:
-        labels = model[f"memory.{memory}.labels"]
+        features = stored_features(state, folder, memory)
+        if features is None:
+            return None
+        labels = state["model"][f"memory.{memory}.labels"]
         used = labels >= 0
-        features = model[f"memory.{memory}.features"][used].double()
-        slots[memory] = Slots(features.numpy(), labels[used].numpy())
+        slots[memory] = Slots(features[used].double().numpy(), labels[used].numpy())
     return slots
 
 

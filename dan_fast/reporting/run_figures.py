@@ -67,7 +67,11 @@ def run_figures(run: Run, out: Path, stem: str, images: int, seed: int, missing:
         missing.append(Missing(run.name, "heat maps and t-SNE, Figs. 9 and 10", str(error)))
         return figures
     figures += _heat_maps(run, state, out / f"{stem}_attention.png", images, missing)
-    slots = stored_slots(state)
+    try:
+        slots = stored_slots(state, run.checkpoint.parent)
+    except DanFastError as error:
+        missing.append(Missing(run.name, "t-SNE, Fig. 10", str(error)))
+        return figures
     if slots is None:
         why = "It has no memory, as it was trained without unlabelled images."
         missing.append(Missing(run.name, "t-SNE, Fig. 10", why))

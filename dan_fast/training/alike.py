@@ -6,9 +6,11 @@ from typing import Any
 import torch
 
 from dan_fast import __version__, _extension
+from dan_fast.core.errors import DanFastError
 from dan_fast.data import ReIDDataset
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.distributed.launch import require_same
+from dan_fast.distributed.shards import carries
 from dan_fast.training.config import TrainConfig
 
 # Where images lie and are decoded may differ from machine to machine; which they are is compared by fingerprint.
@@ -22,8 +24,12 @@ def require_same_settings(group: ProcessGroup | None, config: TrainConfig) -> No
     """Refuse ranks of other settings or versions, on all of them.
 
     Raises:
-        DanFastError: names the setting or package that differs.
+        DanFastError: names the setting or package that differs; or the group has no backend for the host.
     """
+    if group is not None and not carries(group, "cpu"):
+        raise DanFastError(
+            "The process group carries no tensors on the host: make it with init_process_group('cpu:gloo,cuda:nccl')."
+        )
     plain = config.to_dict()
     sections = {name: values for name, values in plain.items() if isinstance(values, dict)}
     settings = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}

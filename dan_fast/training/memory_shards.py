@@ -90,6 +90,22 @@ def load_state(model: TrainingModel, state: Mapping[str, Any], folder: Path) -> 
     model.memory.load_parted_state_dict(parts[_MEMORY], read)
 
 
+def stored_features(state: Mapping[str, Any], folder: Path, memory: str) -> Tensor | None:
+    """All (s, d) features of "labeled" or "unlabeled" in a checkpoint, whole or in shards; None if it has no memory.
+
+    Args:
+        state: of `load_checkpoint`.
+        folder: in which the checkpoint is.
+
+    Raises:
+        DanFastError: a shard is missing or damaged.
+    """
+    if shards := state.get("memory_shards"):
+        name = f"{memory}.features"
+        return _rows_of_shards(folder, shards, name, slice(0, sum(shard["rows"][name] for shard in shards)))
+    return state["model"].get(f"{_MEMORY}{memory}.features")
+
+
 def write_checkpoint_of_ranks(
     group: ProcessGroup, path: Path, state: dict[str, Any], features: Mapping[str, Tensor], iterations_done: int
 ) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dan_fast.data import Split
 from dan_fast.distributed.collectives import ProcessGroup, all_gather, gather_parts
+from dan_fast.distributed.shards import carries
 from dan_fast.training.objective import PassRecord
 
 # Losses of which each rank has a summand; the others are whole on every rank.
@@ -25,7 +26,8 @@ class WholePass(NamedTuple):
 def with_shares(group: ProcessGroup, splits: tuple[Split, Split | None]) -> tuple[Split, Split | None]:
     """The splits, told how many images of each kind every rank has; one collective."""
     counts = torch.tensor([split.counts for split in splits if split is not None])
-    (of_ranks,) = all_gather(group, counts.to(splits[0].labels.device))
+    # On the host, if the group can: a GPU would be waited for.
+    (of_ranks,) = all_gather(group, counts if carries(group, "cpu") else counts.to(splits[0].labels.device))
     shares = [tuple(map(tuple, of_split)) for of_split in of_ranks.transpose(0, 1).tolist()]
     meta_train, meta_test = splits
     return (

@@ -55,7 +55,7 @@ class Trainer:
 
     Args:
         config: what to train and how.
-        process_group: the ranks; None: this process alone.
+        process_group: the ranks, of backends for tensors on the host and on the device; None: this process alone.
 
     Raises:
         DanFastError: data, settings, device or checkpoint do not fit; the sentence says which and what to do.
@@ -260,6 +260,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             **self.meta_step.state_dict(),
             "feedback": {"sample_ids": sample_ids, "pseudo_labels": pseudo_labels},
+            "ranks": len(random),
             "random": random[0],
             "random_of_other_ranks": random[1:],
         }
@@ -280,6 +281,12 @@ class Trainer:
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
+        ranks = 1 if self.process_group is None else self.process_group.size()
+        if self.config.data.batch_size_per_rank and state.get("ranks", 1) != ranks:
+            raise DanFastError(
+                f"{self.folder.checkpoint} was trained on {state.get('ranks', 1)} ranks with a batch for each, and "
+                f"here are {ranks}: use as many, or another run.out."
+            )
         load_state(self.model, state, self.folder.path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.meta_step.load_state_dict(state)

@@ -2,21 +2,19 @@
 
 import copy
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, distributed
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dan_fast import _extension
 from dan_fast.core.types import MemoryBatch
 from dan_fast.distributed.collectives import hand_out
 from dan_fast.distributed.shards import Shard
 from dan_fast.nn import ProgressiveAugmentedMemory
-from tests.support.ranks import Ranks
+from tests.support.ranks import Collectives, Ranks
 
 Group = distributed.ProcessGroup
 F64 = torch.float64
@@ -144,22 +142,6 @@ def derivatives(group: Group, gates: str) -> None:
 @pytest.mark.parametrize("gates", ["parameters", "features"])
 def test_gradients_of_both_orders_are_those_of_one_rank(ranks: Ranks, gates: str):
     ranks.run(derivatives, gates)
-
-
-class Collectives(TorchDispatchMode):
-    """Counts the collectives inside of it, and the bytes that this rank hands to them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls, self.bytes = Counter(), Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "c10d":
-            name = func._schema.name.removeprefix("c10d::").strip("_")
-            given = args[1] if name == "allgather_base" else args[0][0]
-            self.calls[name] += 1
-            self.bytes[name] += given.numel() * given.element_size()
-        return func(*args, **(kwargs or {}))
 
 
 def traffic(group: Group, dtype: torch.dtype) -> None:

@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, distributed
 
-from dan_fast.core.errors import Interrupted
+from dan_fast.core.errors import DanFastError, Interrupted
+from dan_fast.reporting.memories import stored_slots
 from dan_fast.training import TrainConfig
 from dan_fast.training.checkpoint import load_checkpoint
+from dan_fast.training.random_numbers import RunRandomNumbers
 from tests.support.rank_trainings import settings, trainer_of
 from tests.support.ranks import Ranks
 from tests.support.training_runs import assert_same_training, stop_after
@@ -22,9 +25,15 @@ def trained(group: Group | None, config: TrainConfig, dropout: float = 0.0) -> d
     return trainer.model.state_dict()
 
 
-def as_one_rank(group: Group, images: Path, out: Path, procedure: str) -> None:
-    meta = {"procedure": procedure}
-    found = trained(group, settings(images, out / "ranks", meta=meta))
+def as_one_rank(group: Group, images: Path, out: Path, procedure: str, per_rank: bool) -> None:
+    meta, ranks = {"procedure": procedure}, out / "ranks"
+    data = {"batch_size": 20 // group.size(), "batch_size_per_rank": True} if per_rank else {}
+    found = trained(group, settings(images, ranks, meta=meta, data=data))
+    if per_rank:
+        with pytest.raises(
+            DanFastError, match=f"was trained on {group.size()} ranks with a batch for each, and here are 1"
+        ):
+            trainer_of(settings(images, ranks, meta=meta, data=data, run={"resume": True}), None)
     expected = trained(None, settings(images, out / f"one{group.rank()}", meta=meta))
     for name, value in expected.items():
         torch.testing.assert_close(
@@ -34,9 +43,21 @@ def as_one_rank(group: Group, images: Path, out: Path, procedure: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("procedure", ["daml1", "daml3"])
-def test_a_training_is_that_of_one_rank(ranks: Ranks, images: Path, tmp_path: Path, procedure: str):
-    ranks.run(as_one_rank, images, tmp_path, procedure)
+@pytest.mark.parametrize(("procedure", "per_rank"), [("daml1", True), ("daml3", False)])
+def test_a_training_is_that_of_one_rank(ranks: Ranks, images: Path, tmp_path: Path, procedure: str, per_rank: bool):
+    ranks.run(as_one_rank, images, tmp_path, procedure, per_rank)
+
+
+def test_ranks_draw_numbers_of_their_own_that_repeat_by_seed():
+    def drawn(*given: int) -> list[float]:
+        seed, rank, done = given
+        with RunRandomNumbers(torch.device("cpu"), seed, torch.get_rng_state(), rank, done).in_process():
+            return torch.rand(3).tolist()
+
+    given = [(5, 0, 0), (5, 1, 0), (5, 2, 0), (6, 1, 0), (5, 1, 9)]
+    streams = [drawn(*each) for each in given]
+    assert all(streams.count(each) == 1 for each in streams)
+    assert streams == [drawn(*each) for each in given]
 
 
 def interrupted(group: Group, config: TrainConfig, iterations: int) -> None:
@@ -79,6 +100,9 @@ def test_a_stop_on_one_rank_stops_all_and_they_go_on_bit_for_bit(ranks: Ranks, i
     files = {file.name for file in (tmp_path / "stopped").glob("memory-*")}
     assert files == {shard["file"] for shard in shards[1]}  # those of earlier checkpoints are gone
     # One process goes on with what the ranks have written, and leaves a whole checkpoint.
+    slots = stored_slots(load_checkpoint(other / "checkpoint.pt"), other)["unlabeled"]
+    used = whole["memory.unlabeled.labels"] >= 0
+    assert used.any() and np.array_equal(slots.features, whole["memory.unlabeled.features"][used].double().numpy())
     alone = settings(images, other, run={"resume": True})
     same_memory(None, alone, whole)
     assert not list(other.glob("memory-*"))

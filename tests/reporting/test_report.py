@@ -453,13 +453,13 @@ def test_tsne_is_seeded_and_puts_like_with_like():
 @pytest.mark.slow
 def test_slots_come_from_the_checkpoint_and_empty_ones_do_not(trained):
     state = torch.load(trained / "checkpoint.pt")
-    stored = stored_slots(state)
+    stored = stored_slots(state, trained)
     model = state["model"]
     for memory in ("labeled", "unlabeled"):
         used = model[f"memory.{memory}.labels"] >= 0
         assert len(stored[memory].labels) == int(used.sum())
         assert np.allclose(stored[memory].features, model[f"memory.{memory}.features"][used])
-    assert stored_slots({"model": {"network.x": torch.zeros(1)}}) is None
+    assert stored_slots({"model": {"network.x": torch.zeros(1)}}, trained) is None
 
 
 def test_few_or_bad_slots(tmp_path):

@@ -1,6 +1,7 @@
 """Processes that stay and run one function after another as the ranks of a gloo group."""
 
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.queues import Queue
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import distributed
 from torch.multiprocessing import get_context
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Ranks:
@@ -56,3 +58,19 @@ def _work(rank: int, world: int, store: Path, seconds: int, tasks: Queue, result
         except BaseException:
             results.put((rank, None, traceback.format_exc()))
     distributed.destroy_process_group()
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives inside of it, and the bytes that this rank hands to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.bytes = Counter(), Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            name = func._schema.name.removeprefix("c10d::").strip("_")
+            given = args[1] if name == "allgather_base" else args[0][0]
+            self.calls[name] += 1
+            self.bytes[name] += given.numel() * given.element_size()
+        return func(*args, **(kwargs or {}))

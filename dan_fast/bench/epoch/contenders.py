@@ -45,9 +45,10 @@ class Epoch(NamedTuple):
         cache: folder of the cache.
         backbone, height, width: of the network.
         batch: images of a mini-batch.
-        iterations: mini-batches.
+        iterations: mini-batches that are measured.
         workers: processes of the plain DataLoader.
         device: where the network is.
+        untimed: mini-batches of the same pass before them.
     """
 
     folder: str
@@ -59,13 +60,15 @@ class Epoch(NamedTuple):
     iterations: int
     workers: int
     device: str
+    untimed: int = 0
 
     def settings(self, recipe: str, order: int = 1, out: str = "unused") -> TrainConfig:
         """Of a training from random weights."""
         domains = [str(Path(self.folder) / name) for name in _DOMAINS]
         labeled = domains if recipe == PLAIN_RECIPE else domains[:1]
         data = {"labeled": labeled, "unlabeled": domains[len(labeled) :], "image_size": (self.height, self.width)}
-        data |= {"batch_size": self.batch, "iterations": self.iterations, "workers": self.workers, "cache": self.cache}
+        data |= {"batch_size": self.batch, "workers": self.workers, "cache": self.cache}
+        data |= {"iterations": self.untimed + self.iterations}
         model = {"backbone": self.backbone, "weights": "none"}
         run = {"out": out, "device": self.device}
         return TrainConfig.of_recipe(recipe, data=data, model=model, meta={"order": order}, run=run)
@@ -125,7 +128,7 @@ class Feed:
 
     def compare(self) -> tuple[str | None, str]:
         """What of the first mini-batches differs between both ways, None if nothing does, and how they agree."""
-        first = max(0, self.epoch.iterations - _FIRST)
+        first = max(0, self.batches.planner.iterations - _FIRST)
         plain, cache, resized = (
             self.plain(0, first),
             self.batches.cache,
@@ -220,7 +223,7 @@ def measure(contender: str, order: int | None, epoch: list[Any]) -> dict[str, An
         else:
             loop = TrainerLoop(epoch, contender, order or 1, out)
         losses = []
-        for batch in loop.batches(0, max(0, epoch.iterations - _FIRST)):
+        for batch in loop.batches(0, max(0, epoch.untimed + epoch.iterations - _FIRST)):
             with FlopCounterMode(display=False) as counter:
                 losses.append(loop.train(batch))
         found = go_through(loop, epoch)
@@ -242,10 +245,14 @@ def go_through(loop: Any, epoch: Epoch) -> dict[str, Any]:
     synchronize(device)
     before, start = cpu_seconds(), time.perf_counter()
     waits = start
-    for batch in loop.batches(1):
+    for number, batch in enumerate(loop.batches(1), start=1):
         waiting += time.perf_counter() - waits
         loop.train(batch)
-        count += 1
+        if number == epoch.untimed:
+            # What comes once an epoch, as the pages that a fork makes a process copy, is not to be extrapolated.
+            synchronize(device)
+            before, start, waiting = cpu_seconds(), time.perf_counter(), 0.0
+        count = number - epoch.untimed
         waits = time.perf_counter()
     waiting += time.perf_counter() - waits
     synchronize(device)
