@@ -84,6 +84,7 @@ class Targets:
                 broken_images=self._config.data.broken_images,
                 cache=cache,
                 preprocessing=network.preprocessing,
+                process_group=self._group,
             )
             evaluation = replace(
                 evaluation,
