@@ -3,7 +3,6 @@
 A command is imported when it runs, most of them with PyTorch: `--help`, `--version` and a wrong command import none.
 """
 
-import os
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 import dan_fast
 from dan_fast.core.errors import DanFastError, Interrupted
+from dan_fast.core.launched import number_of_ranks, own_rank
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -191,9 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DanFastError as error:
         print(f"dan-fast: {error}", file=sys.stderr)
         return EXIT_ERROR
-    # As torchrun sets them; to import PyTorch for it would make `--help` slow.
-    ranks, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
-    name = f"dan-fast, rank {rank}" if ranks > 1 else "dan-fast"
+    rank = own_rank()
+    name = f"dan-fast, rank {rank}" if number_of_ranks() > 1 else "dan-fast"
     try:
         return _run(parser, parsed)
     except (DanFastError, OSError) as error:

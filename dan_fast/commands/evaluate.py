@@ -13,10 +13,11 @@ from rich.table import Column, Table
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import write_text
+from dan_fast.core.launched import own_rank
 from dan_fast.data import ImageCache, ReIDDataset, load_dataset
 from dan_fast.data.named_protocols import resolve_protocol
 from dan_fast.distributed.collectives import ProcessGroup
-from dan_fast.distributed.launch import joined, own_rank
+from dan_fast.distributed.launch import joined
 from dan_fast.evaluation import (
     DatasetFeatures,
     Evaluation,

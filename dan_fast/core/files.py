@@ -84,13 +84,13 @@ def alone(lock_file: Path) -> Iterator[None]:
     Raises:
         DanFastError: another process holds the lock, the sentence names it; or the file cannot be made.
     """
-    lock, holder, folder = FileLock(lock_file), lock_file.with_suffix(".holder"), lock_file.parent
+    lock, holder, folder = FileLock(lock_file), _holder(lock_file), lock_file.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise DanFastError(
-            f"{folder} is in use by {_named_in(holder)}: wait for it, stop it, or choose another folder."
+            f"{folder} is in use by {holder_of(lock_file)}: wait for it, stop it, or choose another folder."
         ) from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:
@@ -108,12 +108,16 @@ def alone(lock_file: Path) -> Iterator[None]:
         lock.release()
 
 
-def _named_in(holder: Path) -> str:
-    """The process that holds a lock, in words, as the file beside the lock names it."""
+def holder_of(lock_file: Path) -> str:
+    """The process that holds a lock of `alone`, in words, as the file beside the lock names it."""
     try:
-        return holder.read_text(encoding="utf-8")
+        return _holder(lock_file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return "another process"
+
+
+def _holder(lock_file: Path) -> Path:
+    return lock_file.with_suffix(".holder")
 
 
 def _sync(descriptor: int) -> None:

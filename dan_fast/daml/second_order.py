@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 
 from dan_fast.daml.dual_mode import DualMode
 from dan_fast.daml.traced import Params, TracedLosses
+from dan_fast.distributed.launch import is_loss_of_a_rank
 
 # By identity: a loss_fn need not be hashable.
 _by_double_backward: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -105,6 +106,8 @@ class SecondOrder:
             except torch.OutOfMemoryError:
                 raise
             except (NotImplementedError, RuntimeError) as error:
+                if is_loss_of_a_rank(error):
+                    raise
                 _by_double_backward[id(loss_fn)] = loss_fn
                 reason = str(error).strip().partition("\n")[0]
                 warnings.warn(

@@ -1,7 +1,10 @@
 """The processes that torchrun started: how one joins the others, and what they tell each other on the host."""
 
+import hashlib
 import os
 import re
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,25 +13,11 @@ import torch
 from torch import distributed
 
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.launched import number_of_ranks
 from dan_fast.distributed.collectives import ProcessGroup
 
-# What torchrun sets, and what a launcher of another kind has to.
-_NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-def number_of_ranks() -> int:
-    """How many processes torchrun, or a launcher like it, has started for one job; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if all(name in os.environ for name in _NEEDED) else 1
-
-
-def own_rank() -> int:
-    """Which of `number_of_ranks` this process is, from 0 on."""
-    return int(os.environ["RANK"]) if number_of_ranks() > 1 else 0
-
-
-def local_rank() -> int:
-    """Which of the ranks on its machine this process is: the GPU that it takes."""
-    return int(os.environ["LOCAL_RANK"]) if number_of_ranks() > 1 else 0
+# Seconds that ranks wait for one another before they give up; torchrun starts those of a job within minutes.
+_PATIENCE = 600.0
 
 
 @contextmanager
@@ -49,11 +38,10 @@ def joined(device: torch.device) -> Iterator[ProcessGroup | None]:
         torch.cuda.set_device(device)
     try:
         store, rank, ranks = next(distributed.rendezvous("env://"))
-        # torchrun's own store outlives a restart, and would give the addresses of the processes that are gone.
-        store = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = _store_of_this_start(store, rank, ranks)
         backend = "cpu:gloo,cuda:nccl" if of_gpus else "gloo"
         distributed.init_process_group(backend, store=store, rank=rank, world_size=ranks)
-    except (distributed.DistError, RuntimeError, ValueError) as error:
+    except (distributed.DistError, RuntimeError, ValueError, TimeoutError) as error:
         raise DanFastError(
             f"The {number_of_ranks()} ranks do not find each other at {os.environ['MASTER_ADDR']}:"
             f"{os.environ['MASTER_PORT']} ({_reason(error)}): choose a free port (torchrun --master-port) that "
@@ -70,6 +58,34 @@ def joined(device: torch.device) -> Iterator[ProcessGroup | None]:
         ) from error
     # Not where an error was raised: NCCL would wait for what the others do not take part in any more.
     distributed.destroy_process_group()
+
+
+def _store_of_this_start(store: distributed.Store, rank: int, ranks: int) -> distributed.Store:
+    """A part of the store for the processes that run now.
+
+    torchrun's store outlives a restart, and holds the addresses of the processes that are gone; its count of restarts
+    is each machine's own. So every process leaves a number that nobody else has, rank 0 makes a part of them, and a
+    process takes one that was made of its own number, and the next if that comes before all have taken it.
+
+    Raises:
+        TimeoutError: a rank was not heard of.
+    """
+    own, deadline = uuid.uuid4().hex, time.monotonic() + _PATIENCE
+    numbers = [f"dan_fast/number/{each}" for each in range(ranks)]
+    store.set(numbers[rank], own)
+    made = ""
+    while time.monotonic() < deadline:
+        if rank == 0 and store.check(numbers):
+            made = ",".join(store.get(number).decode() for number in numbers)
+            store.set("dan_fast/made", made)
+        elif rank > 0 and store.check(["dan_fast/made"]):
+            made = store.get("dan_fast/made").decode()
+        if own in made.split(","):
+            store.set(f"{made}/taken/{rank}", "")
+            if store.check([f"{made}/taken/{each}" for each in range(ranks)]):
+                return distributed.PrefixStore(hashlib.sha256(made.encode()).hexdigest(), store)
+        time.sleep(0.02)
+    raise TimeoutError(f"not all {ranks} ranks were heard of within {_PATIENCE:.0f} s")
 
 
 def is_loss_of_a_rank(error: BaseException) -> bool:

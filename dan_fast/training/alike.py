@@ -20,8 +20,8 @@ _OF_A_MACHINE = {
 }
 
 
-def require_same_settings(group: ProcessGroup | None, config: TrainConfig) -> None:
-    """Refuse ranks of other settings or versions, on all of them.
+def require_same_settings(group: ProcessGroup | None, config: TrainConfig, device: torch.device) -> None:
+    """Refuse ranks of other settings, versions or kinds of device, on all of them.
 
     Raises:
         DanFastError: names the setting or package that differs; or the group has no backend for the host.
@@ -39,6 +39,7 @@ def require_same_settings(group: ProcessGroup | None, config: TrainConfig) -> No
         "The source of the extension": _extension.build_info().get("source_hash"),
     }
     require_same(group, list(versions.items()), "install the same versions on all machines")
+    require_same(group, [("The kind of run.device", device.type)], "set run.device to cpu, or see `dan-fast doctor`")
     given = [(name, value) for name, value in settings.items() if name not in _OF_A_MACHINE]
     require_same(group, given, "start all ranks with the same settings")
 

@@ -96,8 +96,8 @@ class TrainingBatches:
 
     def _require_an_image_each(self, lending: bool) -> None:
         labeled, unlabeled = map(min, zip(*self.planner.places, strict=True))
-        fewest = min(labeled, unlabeled) if lending and self.planner.num_unlabeled else labeled
-        if fewest < self._ranks:
+        fewest = min(labeled, unlabeled) if lending and unlabeled else labeled
+        if self._ranks > 1 and fewest < self._ranks:
             raise DanFastError(
                 f"A batch of {self.batch_size} images cannot be divided over {self._ranks} ranks, S or S~ has {fewest} "
                 "labelled or unlabelled places: raise data.batch_size or use fewer ranks."

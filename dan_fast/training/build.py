@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.launched import local_rank, number_of_ranks
 from dan_fast.core.preprocessing import IMAGENET, Preprocessing
 from dan_fast.distributed.collectives import ProcessGroup
-from dan_fast.distributed.launch import local_rank, number_of_ranks
 from dan_fast.nn import DAN, ProgressiveAugmentedMemory
 from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.config import LossConfig, MemoryConfig, ModelConfig, TrainConfig
@@ -178,12 +178,22 @@ def build_model(
         DanFastError: see `build_memory`; or batch norm that cannot be synchronised.
     """
     if process_group is not None and _synchronises(config, process_group):
-        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network, process_group)
+        network = with_synchronised_norm(network, process_group)
     memory = None
     if (unlabeled_images and not lending) or config.loss.labeled_embedding > 0:
         memory = build_memory(config.memory, network.key_dim, process_group)
     half = torch.bfloat16 if config.run.precision == "bfloat16" else None
     return TrainingModel(network, memory, config.loss, half, config.memory.temperature, lending)
+
+
+def with_synchronised_norm(network: DAN, group: ProcessGroup) -> DAN:
+    """The network with batch norm that takes its statistics from the images of all ranks; for GPUs."""
+    if any(type(each).__module__.startswith("timm.") for each in network.backbone.modules()):
+        # PyTorch's own would leave out the activations that timm's batch norm contains.
+        from timm.layers import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(network, group)
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(network, group)
 
 
 def _synchronises(config: TrainConfig, group: ProcessGroup) -> bool:

@@ -6,20 +6,21 @@ that it holds. checkpoint.pt names them and is written last: until then the earl
 """
 
 import re
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import write_whole
 from dan_fast.core.free_memory import why_too_large
+from dan_fast.core.launched import local_ranks
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.distributed.launch import gathered, largest
 from dan_fast.training.checkpoint import save_checkpoint
@@ -30,13 +31,13 @@ _SHARDS = "memory-*.safetensors"
 
 
 def require_room(state: Mapping[str, Any], folder: Path, ranks: int, device: torch.device) -> None:
-    """Refuse a divided memory of which this process's part is larger than what is free, before anything is read.
+    """Refuse a divided memory whose part for this machine is larger than what is free, before anything is read.
 
     Args:
         state: of `load_checkpoint`.
         folder: in which the shards are.
         ranks: over how many the memory is to be divided.
-        device: where it is to be.
+        device: where it is to be, a GPU of each rank or the host of all ranks on it.
 
     Raises:
         DanFastError: names what is missing, of files or memory.
@@ -46,9 +47,11 @@ def require_room(state: Mapping[str, Any], folder: Path, ranks: int, device: tor
         for name, rows in shard["rows"].items():
             slots += rows
             numbers += rows * _shape(folder / shard["file"], name)[1]
-    too_large = why_too_large(device, 2 * 4 * numbers / ranks, f"{folder}: {slots} slots on {ranks} ranks, while read,")
+    here = min(ranks, local_ranks()) if device.type == "cpu" else 1
+    needed = 2 * 4 * numbers * here / ranks
+    too_large = why_too_large(device, needed, f"{folder}: {here / ranks:.0%} of {slots} slots, while read,")
     if too_large:
-        raise DanFastError(f"{too_large}: start as many ranks as wrote the checkpoint, or on more machines.")
+        raise DanFastError(f"{too_large}: divide the memory over more machines.")
 
 
 def parted_state(model: TrainingModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -98,9 +101,10 @@ def stored_features(state: Mapping[str, Any], folder: Path, memory: str) -> Tens
         folder: in which the checkpoint is.
 
     Raises:
-        DanFastError: a shard is missing or damaged.
+        DanFastError: a shard is missing or damaged, or there is no room for them.
     """
     if shards := state.get("memory_shards"):
+        require_room(state, folder, 1, torch.device("cpu"))
         name = f"{memory}.features"
         return _rows_of_shards(folder, shards, name, slice(0, sum(shard["rows"][name] for shard in shards)))
     return state["model"].get(f"{_MEMORY}{memory}.features")
@@ -121,9 +125,9 @@ def write_checkpoint_of_ranks(
         DanFastError: a rank could not write, on all of them; the earlier checkpoint is whole.
     """
     own = path.parent / f"memory-{iterations_done}-{group.rank() + 1}of{group.size()}.safetensors"
-    _on_all(group, lambda: write_whole(own, lambda stream: _save(features, stream.name)) if features else None)
-    rows = {name: len(part) for name, part in features.items()}
-    shard = {"file": own.name, "rows": rows, "crc32": _checksum(own)} if features else None
+    content = save({name: part.detach().cpu().contiguous() for name, part in features.items()}) if features else b""
+    shard = {"file": own.name, "rows": {name: len(part) for name, part in features.items()}, "crc32": crc32(content)}
+    _on_all(group, lambda: write_whole(own, lambda stream: stream.write(content)) if features else None)
     shards = gathered(group, shard) if features else []
 
     def write() -> None:
@@ -153,13 +157,6 @@ def _on_all(group: ProcessGroup, do: Any) -> None:
         raise failed
     if rank:
         raise DanFastError(f"Rank {rank - 1} could not write its part of the checkpoint and says why in its own error.")
-
-
-def _save(features: Mapping[str, Tensor], file: str) -> None:
-    try:
-        save_file({name: part.detach().cpu().contiguous() for name, part in features.items()}, file)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
 
 
 def _rows_of_shards(folder: Path, shards: list[dict[str, Any]], name: str, rows: slice) -> Tensor:
@@ -192,7 +189,7 @@ def _checksum(file: Path) -> int:
     found = 0
     with file.open("rb") as stream:
         while part := stream.read(1 << 24):
-            found = zlib.crc32(part, found)
+            found = crc32(part, found)
     return found
 
 

@@ -6,11 +6,14 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.core.files import alone, remove_unfinished, write_text
+from dan_fast.core.files import alone, holder_of, remove_unfinished, write_text
+from dan_fast.core.free_memory import why_too_large
+from dan_fast.core.launched import local_ranks
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.distributed.launch import gathered, largest
 from dan_fast.training.checkpoint import CheckpointWriter, load_checkpoint
@@ -34,6 +37,7 @@ class RunFolder:
         self._writes = group is None or group.rank() == 0
         self.path = Path(run.out)
         self.checkpoint = self.path / "checkpoint.pt"
+        self._lock = self.path / ".run.lock"
         self._run = run
         self._found = _mark(self.checkpoint)
         self._writer = CheckpointWriter()
@@ -52,9 +56,18 @@ class RunFolder:
                     f"{self.path} already holds a run: add --run.resume true to continue it or choose another run.out."
                 )
             return None
+        self._require_room()
         state = load_checkpoint(self.checkpoint)
         require_same_training(state["config"], config.to_dict(), self.checkpoint)
         return state
+
+    def _require_room(self) -> None:
+        """Refuse a checkpoint that each rank of this machine would read whole, where that is too much."""
+        if self._group is not None and self.checkpoint.is_file():
+            needed = local_ranks() * self.checkpoint.stat().st_size
+            too_large = why_too_large(torch.device("cpu"), needed, f"{self.checkpoint}, read by {local_ranks()} ranks,")
+            if too_large:
+                raise DanFastError(f"{too_large}: continue on fewer ranks a machine, or on more machines.")
 
     def require_same_images(self, saved: dict[str, Any] | None, fingerprint: str) -> None:
         """Refuse to go on from `saved` with other images than it was trained on.
@@ -74,16 +87,16 @@ class RunFolder:
         Raises:
             DanFastError: see `write_text`; or a rank does not see the folder of rank 0.
         """
-        file = self.path / "config.yaml"
         if self._writes:
-            write_text(file, yaml.safe_dump(config.to_dict(), sort_keys=False))
-        largest(self._group, 0)  # from here on it is there
-        missing = [rank for rank, seen in enumerate(gathered(self._group, file.is_file())) if not seen]
-        if missing:
-            raise DanFastError(
-                f"Rank {missing[0]} does not see {file}, which rank 0 has written: "
-                "put run.out on a file system that all machines share."
-            )
+            write_text(self.path / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+        largest(self._group, 0)  # from here on rank 0 holds the folder
+        seen = gathered(self._group, holder_of(self._lock))
+        for rank, holder in enumerate(seen):
+            if holder != seen[0]:
+                raise DanFastError(
+                    f"Rank {rank} does not see {self.path} as rank 0 has it: "
+                    "put run.out on a file system that all machines share."
+                )
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -92,7 +105,7 @@ class RunFolder:
         Raises:
             DanFastError: another process trains in it, or has since this object was made.
         """
-        with alone(self.path / ".run.lock") if self._writes else nullcontext():
+        with alone(self._lock) if self._writes else nullcontext():
             if self._writes:
                 remove_unfinished(self.path)
             if self._writes and _mark(self.checkpoint) != self._found:

@@ -51,7 +51,8 @@ class Trainer:
 
     With a `process_group` its ranks train one network, each with a trainer of its own, of the same settings: they take
     a share of each batch and of the memory's slots, and rank 0 prints, logs and writes. `dan-fast train` makes the
-    group where torchrun has started several processes. All of this class is then collective.
+    group where torchrun has started several processes. All of this class is then collective; checkpoints are waited
+    for, and each rank keeps the features of its slots in a file beside checkpoint.pt.
 
     Args:
         config: what to train and how.
@@ -66,12 +67,12 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, process_group: ProcessGroup | None = None) -> None:
+        self.device = resolve_device(config.run.device)
+        require_same_settings(process_group, config, self.device)
         require_compilable(config, process_group)
-        require_same_settings(process_group, config)
         self.config = config
         self.process_group = process_group
         self._is_first = process_group is None or process_group.rank() == 0
-        self.device = resolve_device(config.run.device)
         if config.run.deterministic and self.device.type == "cuda":
             prepare_cublas()
         self.folder = RunFolder(config.run, process_group)
@@ -253,16 +254,16 @@ class Trainer:
         if any(largest(self.process_group, not all_finite([*of_model.values(), *features.values()]))):
             raise DivergedError("weights are not finite")
         sample_ids, pseudo_labels = self.feedback or (None, None)
-        random = gathered(self.process_group, self.random.state_dict())
+        random, skipped = zip(*gathered(self.process_group, (self.random.state_dict(), self.skipped)), strict=True)
         state = {
             **self._state_of_network(of_model),
-            "skipped": sorted(self.skipped),
+            "skipped": sorted(set().union(*skipped)),
             "optimizer": self.optimizer.state_dict(),
             **self.meta_step.state_dict(),
             "feedback": {"sample_ids": sample_ids, "pseudo_labels": pseudo_labels},
             "ranks": len(random),
             "random": random[0],
-            "random_of_other_ranks": random[1:],
+            "random_of_other_ranks": list(random[1:]),
         }
         self.folder.write_checkpoint(state, features, self.iterations_done, wait)
 

@@ -5,17 +5,22 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed, nn
 
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.launched import own_rank
 from dan_fast.data.synthetic import synthesize
 from dan_fast.distributed import launch
+from dan_fast.nn import DAN
 from dan_fast.training import trained_network
-from dan_fast.training.build import resolve_device
+from dan_fast.training.build import resolve_device, with_synchronised_norm
 from dan_fast.training.checkpoint import load_checkpoint
 from tests.support import ROOT
 from tests.support.tiny_training import wait_until
@@ -76,7 +81,8 @@ def test_a_job_goes_on_by_itself_after_a_rank_is_killed(tmp_path: Path):
 
 
 def as_rank(monkeypatch: pytest.MonkeyPatch, port: int, rank: int = 0) -> None:
-    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in given.items():
         monkeypatch.setenv(name, str(value))
 
@@ -100,7 +106,55 @@ def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # as other programs set it
     with launch.joined(torch.device("cpu")) as group:
         assert group is None and launch.number_of_ranks() == 1
+    as_rank(monkeypatch, 1)
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert launch.number_of_ranks() == 1 and own_rank() == 0
     assert launch.gathered(None, "x") == ["x"] and launch.largest(None, 3, 1) == [3, 1]
+
+
+def test_processes_that_are_started_again_do_not_meet_those_that_are_gone():
+    """Whatever is left in the store, which outlives them; ranks may come again one by one."""
+    store, found = distributed.HashStore(), []
+
+    def start(rank: int) -> None:
+        part = launch._store_of_this_start(store, rank, 3)
+        found.append(part)
+        part.set(f"address of {rank}", "")
+
+    for number in range(1, 4):
+        threads = [
+            threading.Thread(target=start, args=(rank,)) for rank in ((0, 1, 2), (2, 1, 0), (1, 0, 2))[number - 1]
+        ]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.1)
+        for thread in threads:
+            thread.join(10)
+        assert len(found) == 3 * number
+        assert all(part.check([f"address of {rank}" for rank in range(3)]) for part in found[-3:])
+    found[-1].set("of the last start", "")
+    assert [part.check(["of the last start"]) for part in found] == [False] * 6 + [True] * 3
+
+
+def test_a_rank_that_does_not_come_is_said(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch, "_PATIENCE", 0.1)
+    with pytest.raises(TimeoutError, match="not all 2 ranks were heard of within 0 s"):
+        launch._store_of_this_start(distributed.HashStore(), 0, 2)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "timm:efficientnet_lite0"])
+def test_synchronised_batch_norm_leaves_everything_else(backbone: str, tmp_path: Path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        network = DAN(3, backbone, image_size=(64, 32)).eval()
+        images = torch.randn(2, 3, 64, 32)
+        expected = network.embed(images)
+        network = with_synchronised_norm(network, distributed.group.WORLD)
+    finally:
+        distributed.destroy_process_group()
+    kinds = {type(each).__name__ for each in network.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)}
+    assert kinds <= {"SyncBatchNorm", "SyncBatchNormAct"} and kinds
+    torch.testing.assert_close(network.embed(images), expected)
 
 
 def test_each_rank_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,5 @@
 """What ranks do not do together: each of them says so, nothing is half-written, and none is left waiting."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,23 +74,24 @@ def test_what_several_ranks_cannot_do_is_refused(
 
 
 def full_disk(group: Group, config: TrainConfig, full: int) -> None:
-    """The second checkpoint cannot be written by one rank."""
+    """The second checkpoint cannot be written by one rank: its features, or checkpoint.pt by rank 0."""
     trainer = trainer_of(config, group)
-    write, written = memory_shards.write_whole, []
+    name = "save_checkpoint" if full == 0 else "write_whole"
+    write, written = getattr(memory_shards, name), []
 
-    def fails(path: Path, fill: Callable) -> None:
+    def fails(path: Path, content: Any) -> None:
         written.append(path)
         if group.rank() == full and len(written) > 1:
             raise DanFastError(f"{path} could not be written (No space left on device); a previous one is intact.")
-        write(path, fill)
+        write(path, content)
 
-    memory_shards.write_whole = fails
+    setattr(memory_shards, name, fails)
     try:
         own = "could not be written" if group.rank() == full else f"^Rank {full} could not write its part of the check"
         with pytest.raises(DanFastError, match=own):
             trainer.fit()
     finally:
-        memory_shards.write_whole = write
+        setattr(memory_shards, name, write)
     again = trainer_of(config, group)
     assert again.iterations_done == 1
     if group.rank() == 0:
@@ -99,9 +99,10 @@ def full_disk(group: Group, config: TrainConfig, full: int) -> None:
         assert shards <= {file.name for file in trainer.folder.path.iterdir()}
 
 
-def test_a_full_disk_of_one_rank_leaves_the_checkpoint_before(ranks: Ranks, images: Path, tmp_path: Path):
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_full_disk_of_one_rank_leaves_the_checkpoint_before(ranks: Ranks, images: Path, tmp_path: Path, full: int):
     config = settings(images, tmp_path / "run", run={"checkpoint_every": 1, "resume": "auto"})
-    ranks.run(full_disk, config, 1)
+    ranks.run(full_disk, config, full)
 
 
 def broken_image(group: Group, config: TrainConfig) -> None:
@@ -183,7 +184,7 @@ def test_a_checkpoint_of_ranks_that_cannot_be_read_is_refused(tmp_path: Path, im
     config.optimizer.epochs = 1
     with monkeypatch.context() as little:
         little.setattr("dan_fast.core.free_memory.free_memory", lambda device: 4 * 150 * 3)
-        with pytest.raises(DanFastError, match="147 slots on 1 ranks, while read, would need about .* start as"):
+        with pytest.raises(DanFastError, match="100% of 147 slots, while read, would need about .* over more"):
             trainer_of(config, None)
     second = next(tmp_path.glob("run/memory-*-2of2.safetensors"))
     content = second.read_bytes()

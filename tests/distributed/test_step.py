@@ -51,6 +51,8 @@ def step_of(group: Group | None, meta: MetaConfig, gates: str, attention: str, *
 
 
 def assert_close(found: object, expected: object, name: str) -> None:
+    for place, value in enumerate(expected) if isinstance(expected, tuple) else ():
+        assert_close(found[place], value, f"{name}[{place}]")
     if isinstance(expected, Tensor):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10, msg=lambda text: f"{name}: {text}")
 

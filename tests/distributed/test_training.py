@@ -1,6 +1,8 @@
 """Trainings of several ranks: against one rank, stopped and continued, on other numbers of ranks, refused."""
 
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,17 @@ Group = distributed.ProcessGroup
 
 
 def trained(group: Group | None, config: TrainConfig, dropout: float = 0.0) -> dict[str, Tensor]:
+    """The state at the end; the last rank is late, at the start and later."""
+    if group is not None and group.rank() == group.size() - 1:
+        time.sleep(0.5)
     trainer = trainer_of(config, group, dropout)
+    step = trainer.train_iteration
+
+    def late(*arguments: Any) -> None:
+        time.sleep(0.1 if group is not None and group.rank() == trainer.iteration % group.size() else 0)
+        step(*arguments)
+
+    trainer.train_iteration = late
     trainer.fit()
     return trainer.model.state_dict()
 

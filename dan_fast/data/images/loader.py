@@ -227,7 +227,8 @@ class _PlannedBatches(Dataset):
         kinds = [item.kind for item in kept]
         if kinds.count("unlabeled") == len(kinds):
             raise DanFastError(
-                f"All labelled images of a batch are broken, {skipped[skipped_before]} the first; repair the dataset."
+                f"All labelled images of a batch, or of a rank's share of it, are broken, {skipped[skipped_before]} "
+                "the first; repair the dataset."
             )
         split = Split(
             images=_stack(images, self.image_size),
