@@ -69,6 +69,12 @@ def test_images_that_lend_their_style_have_no_part_in_any_loss(images, tmp_path)
     assert not any(scalars["train/loss/regularizer"][1]) and not any(scalars["train/loss/embedding"][1])
 
 
+def test_a_batch_may_have_no_image_that_lends_its_style(images, tmp_path):
+    settings = {"data": {"unlabeled_fraction": 0.0}, "model": {"style_mixing": "unlabeled"}}
+    trainer = Trainer(config(images, tmp_path / "run", **settings, meta={"procedure": "daml1"}))
+    assert trainer.model.lending and trainer.batches.planner.places == [(8, 0)]
+
+
 def test_the_feature_that_is_tested():
     images = torch.rand(2, 3, 8, 8)
     network = tiny_network(feature="pooled").eval()
