@@ -58,6 +58,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _state_of_folder(folder: Path) -> dict[str, Any]:
+    if (folder / "checkpoint.pt").is_file():
+        raise DanFastError(f"{folder} is the folder of a run: name the checkpoint.pt in it.")
     config, weights = read_folder(folder)
     training = config["training"] or {}
     if not {"settings", "checkpoint"} <= training.keys():

@@ -121,7 +121,8 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path, capsys, monkeypatch):
         (["--out", "new", "--push", "me/net"], "--push needs huggingface_hub: pip install 'dan-fast[hub]'"),
         (["--out", "."], ". holds something else than a network of dan_fast, such as checkpoint.pt"),
         (["--out", "results.json"], "results.json is no folder to write to (Not a directory)"),
-        (["--out", "new", "--checkpoint", "."], ". has no config.json: name a folder that `dan-fast share`"),
+        (["--out", "new", "--checkpoint", "."], ". is the folder of a run: name the checkpoint.pt in it"),
+        (["--out", "new", "--checkpoint", "/"], "/ has no config.json: name a folder that `dan-fast share`"),
     ]:
         assert main(["share", "--checkpoint", str(path), *arguments]) == 1
         said = capsys.readouterr().err
