@@ -28,6 +28,10 @@ _COMMANDS = {
     "synthesize": ("dan_fast.data.synthetic:synthesize", "Draw a synthetic pedestrian dataset of several domains."),
     "train": ("dan_fast.training:TrainConfig", "Train a Data Assimilation Network."),
     "evaluate": ("dan_fast.commands.evaluate:evaluate", "CMC, mAP and mINP of a trained network on target sets."),
+    "share": (
+        "dan_fast.commands.share:share",
+        "Write a trained network as a folder of safetensors, JSON and a model card, or to the Hugging Face Hub.",
+    ),
     "datasets": (
         "dan_fast.commands.datasets:list_datasets",
         "List the known datasets that are found, their counts, and those that are missing.",
@@ -138,7 +142,7 @@ def _add_flags(parser: ArgumentParser, command: str, recipe: str | None) -> None
             for name, (benchmark, summary) in called.items():
                 subject = _add_command(subjects, name, summary)
                 subject.add_class_arguments(benchmark)
-        case "quickstart" | "synthesize" | "evaluate" | "protocols":
+        case "quickstart" | "synthesize" | "evaluate" | "share" | "protocols":
             parser.add_function_arguments(called, skip={"progress", "console"})
 
 

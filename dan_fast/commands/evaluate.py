@@ -62,7 +62,7 @@ def evaluate(
     Together with the other ranks where torchrun has started several: the figures are those of one.
 
     Args:
-        checkpoint: The checkpoint.pt of a run, or its chosen.pt.
+        checkpoint: The checkpoint.pt of a run, its chosen.pt, or a folder that `dan-fast share` wrote.
         targets: Folders or manifests with query and gallery images, or with test images, which are split by a known
             dataset's fixed splits, else at random.
         protocol: In place of these, a protocol of the literature by its name, such as p1, for its targets.

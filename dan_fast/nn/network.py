@@ -1,8 +1,11 @@
 """The Data Assimilation Network without its memory: backbone, attention head and classifier (Fig. 2)."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from os import PathLike
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +16,11 @@ from dan_fast.functional.autocast import full_precision
 from dan_fast.nn.attention import NLCBAM
 from dan_fast.nn.backbones.build import build_backbone
 from dan_fast.nn.backbones.trial import trial
+from dan_fast.nn.hub import fetched_folder, network_of_folder, push_network, save_network
 from dan_fast.nn.styles import style_mixing_of
+
+if TYPE_CHECKING:
+    from dan_fast.evaluation.result import Evaluation
 
 GATES = 3
 
@@ -64,7 +71,8 @@ class DAN(nn.Module):
         gradient_checkpointing: for a backbone given by name, see `build_backbone`.
 
     Attributes:
-        backbone: the backbone; attention: the `NLCBAM`; classifier: `nn.Linear(C, num_classes, bias=False)`.
+        backbone: the backbone; backbone_name: its name, None for a module; attention: the `NLCBAM`;
+        classifier: `nn.Linear(C, num_classes, bias=False)`.
         image_size: (H, W); map_size: (h, w); key_dim: C - 3, the size of the memory's keys.
         adversary: whether there is an attention adversary.
         preprocessing: how images are to be resized and normalised: the backbone's, or torchvision's for a module
@@ -106,6 +114,7 @@ class DAN(nn.Module):
             raise ValueError(f"adversary_reach must be 'all' or 'attention', got {adversary_reach!r}")
         if feature not in ("attended", "pooled"):
             raise ValueError(f"feature must be 'attended' or 'pooled', got {feature!r}")
+        self.backbone_name = None if isinstance(backbone, nn.Module) else backbone
         if isinstance(backbone, nn.Module):
             if weights != "none":
                 raise ValueError("weights serves a backbone given by name; load the module's own weights first")
@@ -206,6 +215,84 @@ class DAN(nn.Module):
             "backbone": [name for name in names if not name.startswith("attention.")],
             "attention": [name for name in names if name.startswith("attention.")],
         }
+
+    def save_pretrained(
+        self,
+        folder: str | PathLike[str],
+        *,
+        training: Mapping[str, Any] | None = None,
+        results: Sequence[Evaluation] = (),
+    ) -> None:
+        """Write the network as a folder to share, in which nothing is code or a pickle.
+
+        model.safetensors has the weights; config.json what builds the network again, its preprocessing, the weights'
+        SHA-256, `training` and `results`; README.md is a model card written from these. Files of a network that was
+        there before are overwritten, each of them whole or not at all.
+
+        Args:
+            folder: a new or empty folder, or one that this has written before.
+            training: how the weights came about, in plain JSON: `dan_fast.training.shared.origin_of` gives it for a
+                checkpoint. Texts and lists of texts appear in the card under their keys.
+            results: figures of these very weights, with their conditions.
+
+        Raises:
+            DanFastError: a backbone given as a module, a folder of something else, or one that cannot be written.
+            TypeError: `training` is not plain JSON.
+
+        Example:
+            >>> import tempfile
+            >>> from pathlib import Path
+            >>> folder = Path(tempfile.mkdtemp()) / "mine"
+            >>> network = DAN(num_classes=10, backbone="resnet18", image_size=(64, 32)).eval()
+            >>> network.save_pretrained(folder, training={"recipe": "my own loop"})
+            >>> sorted(path.name for path in folder.iterdir())
+            ['README.md', 'config.json', 'model.safetensors']
+            >>> images = torch.rand(2, 3, 64, 32)
+            >>> torch.equal(DAN.from_pretrained(folder).embed(images), network.embed(images))
+            True
+        """
+        save_network(self, folder, training, results)
+
+    @classmethod
+    def from_pretrained(cls, source: str | PathLike[str], **options: Any) -> Self:
+        """The network that `save_pretrained` wrote, in eval mode on the CPU, in float32.
+
+        Args:
+            source: the folder; or where there is no such folder, an id of the Hugging Face Hub, such as "user/name",
+                for which huggingface_hub has to be installed.
+            options: for an id, those of `huggingface_hub.ModelHubMixin.from_pretrained`: revision, token, cache_dir,
+                force_download, local_files_only.
+
+        Raises:
+            DanFastError: neither a folder nor an id that the Hub gives; or files that are missing, cut, of a newer
+                version, or of another network.
+
+        Example: see `save_pretrained`.
+        """
+        return network_of_folder(cls, fetched_folder(source, options))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        training: Mapping[str, Any] | None = None,
+        results: Sequence[Evaluation] = (),
+        **options: Any,
+    ) -> str:
+        """Write what `save_pretrained` writes into a repository of the Hugging Face Hub, as whom `hf auth login` says.
+
+        Args:
+            repo_id: such as "user/name"; made where it does not exist, for everybody to see without `private=True`.
+            training, results: see `save_pretrained`.
+            options: those of `huggingface_hub.ModelHubMixin.push_to_hub`, such as private, branch, commit_message.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            DanFastError: as `save_pretrained`; huggingface_hub is not installed, or the Hub did not take it.
+        """
+        return push_network(self, repo_id, training, results, options)
 
     def _classify(self, features: Tensor) -> Tensor:
         return self.classifier(self.dropout(features.to(self.classifier.weight.dtype)))

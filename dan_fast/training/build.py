@@ -93,7 +93,7 @@ def network_and_random_state(
 
 
 def trained_network(path: str | Path) -> tuple[DAN, dict[str, Any]]:
-    """The network of a checkpoint in eval mode on the CPU, and the settings it was trained with.
+    """The network of a checkpoint or a shared folder in eval mode on the CPU, and the settings it was trained with.
 
     Raises:
         DanFastError: see `load_checkpoint`.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import write_whole
+from dan_fast.nn.hub import read_folder
 
 FORMAT = "dan_fast checkpoint 1"
 
@@ -27,10 +28,16 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """The state that `save_checkpoint` wrote, on the CPU; loaded with `weights_only=True`.
 
+    Of a folder that `dan-fast share` wrote it is what there is in it: enough for the network and its evaluation, not to
+    go on with the training.
+
     Raises:
-        DanFastError: no such file, a truncated or damaged one, or not a checkpoint of this package.
+        DanFastError: no such file, a truncated or damaged one, or not a checkpoint of this package; or a folder that
+            cannot be read or does not say how the network was trained.
     """
     path = Path(path)
+    if path.is_dir():
+        return _state_of_folder(path)
     if not path.is_file():
         raise DanFastError(f"{path} does not exist: name the checkpoint.pt of a run.")
     try:
@@ -48,6 +55,27 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise DanFastError(f"{path} is not a checkpoint of this version of dan_fast ({FORMAT!r}).")
     return state
+
+
+def _state_of_folder(folder: Path) -> dict[str, Any]:
+    if (folder / "checkpoint.pt").is_file():
+        raise DanFastError(f"{folder} is the folder of a run: name the checkpoint.pt in it.")
+    config, weights = read_folder(folder)
+    training = config["training"] or {}
+    if not {"settings", "checkpoint"} <= training.keys():
+        raise DanFastError(
+            f"{folder} does not say how its network was trained: read it with DAN.from_pretrained, or have "
+            "`dan-fast share` write it from the checkpoint."
+        )
+    return {
+        "config": training["settings"],
+        **training["checkpoint"],
+        "num_classes": config["network"]["num_classes"],
+        "preprocessing": config["preprocessing"],
+        "model": {f"network.{name}": value for name, value in weights.items()},
+        "evaluations": config["results"],
+        "shared": training,
+    }
 
 
 class CheckpointWriter:

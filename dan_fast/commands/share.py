@@ -1,0 +1,36 @@
+"""`dan-fast share`: a trained network as a folder of weights, configuration and model card, and on the Hub."""
+
+from dan_fast.nn.hub import FILES, hub_mixin
+from dan_fast.training.build import network_of
+from dan_fast.training.checkpoint import load_checkpoint
+from dan_fast.training.shared import origin_of
+
+
+def share(checkpoint: str, out: str, push: str | None = None) -> None:
+    """Write a trained network as a folder to share, which `DAN.from_pretrained` reads: no code, no pickle.
+
+    Args:
+        checkpoint: The checkpoint.pt of a run, or its chosen.pt; the figures come from results.json beside it.
+        out: Folder to write: model.safetensors, config.json and README.md, a model card; new, empty, or written so
+            before.
+        push: Also write the three files into this repository of the Hugging Face Hub, such as user/name, as whom
+            `hf auth login` says. One that does not exist is made, for everybody to see: make a private one first
+            if it shall not be.
+
+    Raises:
+        DanFastError: the checkpoint or results.json cannot be read, the folder not be written, or the Hub does not
+            take it.
+    """
+    if push is not None:
+        hub_mixin("--push")
+    state = load_checkpoint(checkpoint)
+    network = network_of(state)
+    training, results = origin_of(checkpoint, state)
+    network.save_pretrained(out, training=training, results=results)
+    print(f"{out}: {', '.join(FILES)}.")
+    for evaluation in results:
+        print(f"{evaluation.title}: {evaluation.conditions_and_recipe}.")
+    if not results:
+        print(f"No figures go with it: neither {checkpoint} nor a results.json beside it has any of this epoch.")
+    if push is not None:
+        print(network.push_to_hub(push, training=training, results=results))

@@ -1,0 +1,91 @@
+"""What goes with the weights of a checkpoint when they are shared: how they were trained and what they scored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.evaluation import Evaluation
+from dan_fast.training.config import TrainConfig
+from dan_fast.training.recipes import recipe_words
+from dan_fast.training.reported import epoch_of
+
+# Of a run's folder only results of the epoch that a checkpoint holds belong to it.
+_EVALUATIONS = ("targets", "last_epoch")
+# Settings that are, or may be, folders and files of the machine that trained.
+_PLACES = (
+    *(("data", name) for name in ("labeled", "unlabeled", "targets", "root", "cache")),
+    ("model", "weights"),
+    ("run", "out"),
+)
+
+
+def origin_of(checkpoint: str | Path, state: Mapping[str, Any]) -> tuple[dict[str, Any], list[Evaluation]]:
+    """How a checkpoint's network was trained, in plain JSON, and what it scored, for `DAN.save_pretrained`.
+
+    Folders and files are reduced to their names: what is shared does not tell where they lay.
+
+    Args:
+        checkpoint: the file, beside which results.json may lie; or a folder that `dan-fast share` wrote.
+        state: what `dan_fast.training.checkpoint.load_checkpoint` gave for it.
+
+    Returns:
+        `training`: the labelled and the unlabelled sets, recipe and epoch in words; "settings", those of
+        `TrainConfig`; and "checkpoint", by which the epoch is told. `results`: the evaluations of this epoch that the
+        checkpoint or results.json holds.
+
+    Raises:
+        DanFastError: results.json is damaged.
+
+    Example:
+        >>> config = TrainConfig.of_recipe("plain", data={"labeled": "/home/me/market"}).to_dict()
+        >>> training, results = origin_of("runs/x/checkpoint.pt", {"config": config, "epoch": 60, "iteration": 0})
+        >>> training["trained_on"], training["method"], training["weights_of"], results
+        (['market'], 'recipe plain', 'epoch 60 of 500', [])
+    """
+    if "shared" in state:
+        return dict(state["shared"]), [Evaluation.from_dict(each) for each in state["evaluations"]]
+    settings, epoch = _without_folders(state["config"]), epoch_of(dict(state))
+    reported = _results_beside(Path(checkpoint))
+    of_protocol = [settings["data"].get("protocol") or "not recorded"]
+    training = {
+        "trained_on": reported.get("labeled") or settings["data"]["labeled"] or of_protocol,
+        "trained_without_labels_on": reported.get("unlabeled", settings["data"]["unlabeled"]),
+        "method": recipe_words(settings, TrainConfig().to_dict()),
+        "weights_of": epoch,
+        "settings": settings,
+        "checkpoint": {
+            "epoch": state["epoch"],
+            "iteration": state["iteration"],
+            "chosen": state.get("chosen", False),
+        },
+    }
+    found = state.get("evaluations") or [each for part in _EVALUATIONS for each in reported.get(part, [])]
+    of_epoch = [Evaluation.from_dict(each) for each in found if each.get("epoch") == epoch]
+    return training, [replace(each, skipped=tuple(Path(path).name for path in each.skipped)) for each in of_epoch]
+
+
+def _results_beside(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint.parent / "results.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DanFastError(f"{path} is damaged ({error}): remove it, or evaluate again.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
+    shown = {section: dict(values) if isinstance(values, Mapping) else values for section, values in settings.items()}
+    for section, name in _PLACES:
+        value = shown[section].get(name)
+        if isinstance(value, list):
+            shown[section][name] = [Path(each).name for each in value]
+        elif value:
+            shown[section][name] = Path(value).name
+    return shown

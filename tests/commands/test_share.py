@@ -1,0 +1,136 @@
+"""`dan-fast share`: the checkpoint's network, its own figures with their caveats, and nothing of where files lay."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dan_fast.cli import main
+from dan_fast.core.errors import DanFastError
+from dan_fast.data.synthetic import synthesize
+from dan_fast.evaluation import Evaluation
+from dan_fast.nn import DAN
+from dan_fast.training import TrainConfig, trained_network
+from dan_fast.training.build import initial_network
+from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from dan_fast.training.reported import CHOSEN, SEEN
+
+SIZE = (32, 32)
+
+
+def figures(dataset: str, epoch: str, **changes) -> Evaluation:
+    measured = Evaluation(dataset, "fixed query and gallery", (0.5, 0.75), 0.375, 0.25, None, None, None, 1, 4, 9, 4)
+    return replace(measured, epoch=epoch, precision="float32", **changes)
+
+
+def checkpoint(folder: Path, backbone: str = "timm:test_resnet", recipe: str = "dan", **state) -> Path:
+    """The checkpoint of an untrained network, with figures of its epoch and of another one beside it."""
+    config = TrainConfig.of_recipe(
+        recipe,
+        data={"labeled": ["/home/me/market", "/home/me/cuhk03@labeled new"], "image_size": SIZE, "cache": "/home/me/c"},
+        model={"backbone": backbone, "weights": "/home/me/w.pth"},
+        optimizer={"epochs": 3},
+        run={"out": "/home/me/runs/x"},
+    ).to_dict()
+    network = initial_network(config, 7, read_weights=False)
+    network.train()(torch.rand(3, 3, *SIZE))
+    weights = {f"network.{name}": value for name, value in network.state_dict().items()}
+    whole = {"config": config, "num_classes": 7, "preprocessing": network.preprocessing.to_dict(), "epoch": 3,
+             "iteration": 0, "model": {**weights, "memory.beta_logit": torch.zeros(())}, **state}  # fmt: skip
+    save_checkpoint(folder / "checkpoint.pt", whole)
+    seen = figures("street", "epoch 3 of 3", seen=f"2 {SEEN}", skipped=("/home/me/street/a.jpg",))
+    of_run = {
+        "labeled": ["Market-1501", "CUHK03 (labeled new)"],
+        "unlabeled": [],
+        "targets": [figures("night", f"epoch 2 of 3, {CHOSEN}").to_dict()],
+        "last_epoch": [seen.to_dict()],
+    }
+    (folder / "results.json").write_text(json.dumps(of_run))
+    return folder / "checkpoint.pt"
+
+
+@pytest.mark.parametrize(
+    ("backbone", "recipe"), [("resnet18", "paper"), ("timm:test_resnet", "paper"), ("timm:test_resnet", "dan")]
+)
+def test_the_features_are_those_of_the_checkpoint(backbone: str, recipe: str, tmp_path: Path):
+    path, out = checkpoint(tmp_path, backbone, recipe), tmp_path / "shared"
+    assert main(["share", "--checkpoint", str(path), "--out", str(out)]) == 0
+    images = torch.rand(3, 3, *SIZE)
+    wanted, settings = trained_network(path)
+    assert wanted.feature == ("attended" if recipe == "paper" else "pooled")
+    read, (of_folder, settings_of_folder) = DAN.from_pretrained(out), trained_network(out)
+    for network in (read, of_folder):
+        assert torch.equal(network.embed(images), wanted.embed(images))
+        assert network.preprocessing == wanted.preprocessing and not network.training
+    assert settings_of_folder["optimizer"] == settings["optimizer"]
+
+
+def test_figures_of_these_weights_go_along_with_their_caveats(tmp_path: Path, capsys):
+    path, out = checkpoint(tmp_path), tmp_path / "shared"
+    assert main(["share", "--checkpoint", str(path), "--out", str(out)]) == 0
+    assert f"street: fixed query and gallery; epoch 3 of 3; 2 {SEEN}." in capsys.readouterr().out
+    card, config = (out / "README.md").read_text(), json.loads((out / "config.json").read_text())
+    assert "night" not in card and f"37.5 | 25.0 | fixed query and gallery; epoch 3 of 3; 2 {SEEN} |" in card
+    assert "**Figures that are" in card and "- trained on: Market-1501, CUHK03 (labeled new)\n" in card
+    assert "- method: recipe dan\n- weights of: epoch 3 of 3\n- persons with labels: 7\n" in card
+    assert Evaluation.from_dict(config["results"][0]).skipped == ("a.jpg",)
+    assert config["training"]["settings"]["data"]["labeled"] == ["market", "cuhk03@labeled new"]
+    assert "/home" not in card + json.dumps(config) and str(tmp_path) not in card + json.dumps(config)
+    again = tmp_path / "again"
+    assert main(["share", "--checkpoint", str(out), "--out", str(again)]) == 0
+    assert json.loads((again / "config.json").read_text()) == config
+
+
+def test_the_chosen_epoch_says_so_and_an_epoch_without_figures_too(tmp_path: Path, capsys):
+    epoch = f"epoch 2 of 3, {CHOSEN}"
+    kept = [figures("dusk", epoch).to_dict()]
+    path = checkpoint(tmp_path, epoch=2, chosen=True, evaluations=kept)
+    assert main(["share", "--checkpoint", str(path), "--out", str(tmp_path / "chosen")]) == 0
+    card = (tmp_path / "chosen/README.md").read_text()
+    assert f"| dusk | 50.0 | nan | nan | 37.5 | 25.0 | fixed query and gallery; {epoch} |" in card
+    assert f"- weights of: {epoch}\n" in card and load_checkpoint(tmp_path / "chosen")["chosen"]
+    path = checkpoint(tmp_path, epoch=1)
+    assert main(["share", "--checkpoint", str(path), "--out", str(tmp_path / "early")]) == 0
+    assert "No figures go with it" in capsys.readouterr().out
+    card = (tmp_path / "early/README.md").read_text()
+    assert "No figures are recorded for these weights." in card and "**Figures" not in card
+
+
+@pytest.mark.slow
+def test_a_folder_evaluates_as_its_checkpoint_does(tmp_path: Path, capsys):
+    synthesize(tmp_path, ["street"], identities=6, cameras=2, image_size=SIZE, test_fraction=1.0)
+    path, rows = checkpoint(tmp_path), []
+    assert main(["share", "--checkpoint", str(path), "--out", str(tmp_path / "shared")]) == 0
+    for each in (path, tmp_path / "shared"):
+        out = tmp_path / "figures.json"
+        assert main(["evaluate", "--checkpoint", str(each), "--targets", str(tmp_path / "street"), "--workers", "0",
+                     "--device", "cpu", "--out", str(out)]) == 0  # fmt: skip
+        rows += json.loads(out.read_text())
+    assert rows[1] == {**rows[0], "seen": "persons trained on not recorded"}
+    assert "epoch 3 of 3; persons trained on not recorded; recipe dan" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_is_wrong_is_one_sentence(tmp_path: Path, capsys, monkeypatch):
+    path = checkpoint(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.chdir(tmp_path)
+    for arguments, sentence in [
+        (["--out", "new", "--push", "me/net"], "--push needs huggingface_hub: pip install 'dan-fast[hub]'"),
+        (["--out", "."], ". holds something else than a network of dan_fast, such as checkpoint.pt"),
+        (["--out", "results.json"], "results.json is no folder to write to (Not a directory)"),
+        (["--out", "new", "--checkpoint", "."], ". is the folder of a run: name the checkpoint.pt in it"),
+        (["--out", "new", "--checkpoint", "/"], "/ has no config.json: name a folder that `dan-fast share`"),
+    ]:
+        assert main(["share", "--checkpoint", str(path), *arguments]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"dan-fast: {sentence}") and said.count("\n") == 1
+    (tmp_path / "results.json").write_text("{")
+    assert main(["share", "--checkpoint", str(path), "--out", "new"]) == 1
+    assert "results.json is damaged" in capsys.readouterr().err
+    assert not Path("new").exists()
+    initial_network(load_checkpoint(path)["config"], 7, read_weights=False).save_pretrained("untold")
+    with pytest.raises(DanFastError, match="untold does not say how its network was trained: read it with DAN.from"):
+        load_checkpoint("untold")

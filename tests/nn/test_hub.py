@@ -1,0 +1,221 @@
+"""A network as a folder: the same features bit for bit, what is refused in one sentence, and the Hub's own path."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.preprocessing import Preprocessing
+from dan_fast.nn import DAN
+from dan_fast.nn.hub import FILES, read_folder
+from tests.support import ROOT
+
+SIZE = (64, 32)
+OTHER = Preprocessing((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bicubic")
+
+
+def images() -> torch.Tensor:
+    return torch.rand(3, 3, *SIZE, generator=torch.Generator().manual_seed(5))
+
+
+def network(backbone: str | torch.nn.Module = "timm:test_resnet", **arguments) -> DAN:
+    """Its batch norm has seen images."""
+    made = DAN(5, backbone, SIZE, **arguments)
+    made.train()(images())
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "net"
+    network().save_pretrained(folder)
+    return folder
+
+
+NETWORKS = [
+    ("timm:test_resnet", {"feature": "pooled", "attention": "none", "adversary": False, "style_mixing": True}),
+    ("timm:test_efficientnet", {"attention": "cbam", "reduction": 3, "dropout": 0.1, "adversary_reach": "attention"}),
+    ("timm:test_vit", {"gradient_checkpointing": True}),
+]
+
+
+@pytest.mark.parametrize(("backbone", "arguments"), NETWORKS, ids=[name for name, _ in NETWORKS])
+def test_the_features_are_the_same_bit_for_bit(backbone: str, arguments: dict, tmp_path: Path, monkeypatch):
+    first = network(backbone, **arguments).to(memory_format=torch.channels_last)
+    first.preprocessing = OTHER
+    first.save_pretrained(tmp_path / "a")
+    state = torch.get_rng_state()
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("read by pickle"))
+    again = DAN.from_pretrained(tmp_path / "a").to(memory_format=torch.channels_last)
+    assert torch.equal(torch.get_rng_state(), state) and not any(module.training for module in again.modules())
+    assert torch.equal(again.embed(images()), first.embed(images()))
+    assert again.preprocessing == OTHER and again.feature == first.feature
+    again.save_pretrained(tmp_path / "b")
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(FILES)
+    for name in FILES[:2]:  # which hold every argument
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    written = json.loads((tmp_path / "a/config.json").read_text())["network"]
+    assert written == {**written, **arguments, "backbone": backbone, "num_classes": 5, "image_size": [64, 32]}
+
+
+def edited(**changes):
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return edit
+
+
+def flipped(folder: Path) -> None:
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+
+
+def cut(name: str):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+
+
+def of_another_network(folder: Path) -> None:
+    """The weights, and their checksum, of a network with other attention."""
+    network(reduction=2).save_pretrained(folder.parent / "other")
+    shutil.copy(folder.parent / "other/model.safetensors", folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    edited(weights_sha256=hashlib.sha256(weights).hexdigest())(folder)
+
+
+def renamed_argument(folder: Path) -> None:
+    arguments = json.loads((folder / "config.json").read_text())["network"]
+    edited(network={**arguments, "backbone": "resnet19"})(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (shutil.rmtree, "There is no folder .*net, and the Hugging Face Hub did not give it .HFValidationError: Repo"),
+        (lambda folder: (folder / "config.json").unlink(), "net has no config.json: name a folder that"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "net has no model.safetensors: name a folder that"),
+        (cut("config.json"), "config.json is damaged or not of a network of dan_fast"),
+        (edited(format="bert"), "config.json is damaged or not of a network of dan_fast"),
+        (edited(format="dan_fast network 2", dan_fast="9.9"), "'dan_fast network 2' of dan_fast 9.9, .*install that"),
+        (edited(network={"backbone": "resnet18"}), "does not describe a network by .*num_classes.*: install"),
+        (renamed_argument, "no backbone 'resnet19'"),
+        (edited(preprocessing={}), "config.json does not describe a network .'mean'.: copy"),
+        (cut("model.safetensors"), "model.safetensors is damaged, cut short or .* its checksum does not fit"),
+        (flipped, "model.safetensors is damaged, cut short or .* its checksum does not fit"),
+        (of_another_network, "do not fit DAN of timm:test_resnet .of another shape: attention.wc1"),
+    ],
+)
+def test_what_cannot_be_read_is_one_sentence(saved: Path, tmp_path: Path, damage, sentence: str):
+    folder = Path(shutil.copytree(saved, tmp_path / "net"))
+    damage(folder)
+    with pytest.raises(DanFastError, match=sentence) as raised:
+        DAN.from_pretrained(folder)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_is_no_folder(saved: Path):
+    with pytest.raises(DanFastError, match="model.safetensors is a file: name the folder .*training.trained_network"):
+        DAN.from_pretrained(saved / "model.safetensors")
+
+
+def test_what_is_refused_leaves_a_folder_as_it_was(saved: Path, tmp_path: Path, monkeypatch):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"format": "of mine"}')
+    with pytest.raises(DanFastError, match="notes holds something else .* such as config.json: choose an empty or"):
+        network().save_pretrained(folder)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    module = torch.nn.Conv2d(3, 6, 4, stride=4)
+    with pytest.raises(DanFastError, match="around a module cannot be built again .* give DAN its backbone by name"):
+        network(module).save_pretrained(tmp_path / "new")
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        network().save_pretrained(tmp_path / "new", training={"out": tmp_path})
+    assert not (tmp_path / "new").exists()
+
+    kept = Path(shutil.copytree(saved, tmp_path / "kept"))
+    before = {path.name: path.read_bytes() for path in kept.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr("dan_fast.core.files.os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(DanFastError, match="model.safetensors could not be written .No space left"):
+            network("timm:test_vit").save_pretrained(kept)
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+    network("timm:test_vit").save_pretrained(kept)
+    assert read_folder(kept)[0]["network"]["backbone"] == "timm:test_vit"
+
+
+@pytest.mark.slow
+def test_without_huggingface_hub_a_folder_is_written_and_read_and_an_id_says_what_to_install(tmp_path: Path):
+    code = f"""
+import sys
+import dan_fast.nn
+assert "huggingface_hub" not in sys.modules and "dan_fast.evaluation" not in sys.modules
+sys.modules["huggingface_hub"] = None
+network = dan_fast.nn.DAN(3, "resnet18", (32, 32))
+network.save_pretrained({str(tmp_path / "net")!r})
+dan_fast.nn.DAN.from_pretrained({str(tmp_path / "net")!r})
+for ask in (lambda: dan_fast.nn.DAN.from_pretrained("me/net"), lambda: network.push_to_hub("me/net")):
+    try:
+        ask()
+    except dan_fast.DanFastError as error:
+        print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines() == [
+        "There is no folder me/net, and fetching it from the Hugging Face Hub needs huggingface_hub: "
+        "pip install 'dan-fast[hub]'",
+        "Pushing to the Hugging Face Hub needs huggingface_hub: pip install 'dan-fast[hub]'",
+    ]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch) -> Path:
+    """A cache as huggingface_hub keeps it, into which a stand-in for HfApi uploads."""
+    cache = tmp_path / "cache"
+
+    class Api:
+        def __init__(self, token: str | None = None) -> None:
+            pass
+
+        def create_repo(self, repo_id: str, private: bool | None, exist_ok: bool) -> SimpleNamespace:
+            if not repo_id.startswith("me/"):
+                raise PermissionError("403 Forbidden. You may not.\nRequest 7")
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, repo_id: str, folder_path: Path, **_: object) -> str:
+            repository, commit = cache / f"models--{repo_id.replace('/', '--')}", "c" * 40
+            shutil.copytree(folder_path, repository / "snapshots" / commit)
+            (repository / "refs").mkdir()
+            (repository / "refs/main").write_text(commit)
+            return f"https://hub/{repo_id}/commit/{commit}"
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    return cache
+
+
+def test_what_is_pushed_is_fetched_by_its_id(hub: Path):
+    first = network()
+    assert first.push_to_hub("me/net", training={"method": "mine"}, private=True).startswith("https://hub/me/net/")
+    options = {"cache_dir": hub, "local_files_only": True}
+    again = DAN.from_pretrained("me/net", **options)
+    assert torch.equal(again.embed(images()), first.embed(images()))
+    (folder,) = hub.glob("models--me--net/snapshots/*")
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    card = huggingface_hub.ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "dan_fast" and 'from_pretrained("me/net")' in card.text
+    with pytest.raises(DanFastError, match="There is no folder me/other, and the .* give it .LocalEntryNotFoundError"):
+        DAN.from_pretrained("me/other", **options)
+    with pytest.raises(DanFastError, match="you/net could not be pushed .*.PermissionError: 403 Forbidden.: check"):
+        first.push_to_hub("you/net")
+    with pytest.raises(DanFastError, match="around a module cannot be built again"):
+        network(torch.nn.Conv2d(3, 6, 4, stride=4)).push_to_hub("me/module")
+    with pytest.raises(TypeError, match="colour"):
+        DAN.from_pretrained("me/net", colour="red", **options)
