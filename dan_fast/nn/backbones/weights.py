@@ -5,6 +5,7 @@ from os import PathLike
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dan_fast.core.errors import DanFastError
@@ -20,19 +21,15 @@ def read_state_dict(path: Path, owner: str) -> dict[str, Tensor]:
         owner: whose state dict is wanted, in words, for the messages.
 
     Raises:
-        DanFastError: no such file, a damaged one, one without a state dict, or safetensors is not installed.
+        DanFastError: no such file, a damaged one, or one without a state dict.
     """
     if not path.is_file():
         raise DanFastError(f"there is no weights file {path}; give its path, or 'none' or 'imagenet' as weights")
-    read, kind = (_read_safetensors, "safetensors file")
+    read, kind = load_file, "safetensors file"
     if path.suffix != ".safetensors":
-        read, kind = (_read_torch, "file of torch.save")
+        read, kind = _read_torch, "file of torch.save"
     try:
         state = read(path)
-    except ImportError as error:
-        raise DanFastError(
-            f"the weights file {path} needs safetensors, which is not installed: pip install safetensors"
-        ) from error
     # Damaged bytes can make the unpickler raise almost anything.
     except Exception as error:
         raise DanFastError(
@@ -71,12 +68,6 @@ def load_fitting(
 
 def _read_torch(path: Path) -> object:
     return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _read_safetensors(path: Path) -> object:
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 def _some(keys: list[str]) -> str:
