@@ -30,7 +30,7 @@ LEVELS = [
     {"distributed", "reference", "triton_kernels"},
     {"functional"},
     {"daml", "data", "evaluation", "nn"},
-    {"training", "reporting", "bench", "sweep"},
+    {"training", "inference", "reporting", "bench", "sweep"},
     {"cli", "commands", "__main__"},
 ]
 
