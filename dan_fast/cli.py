@@ -28,6 +28,7 @@ _COMMANDS = {
     "synthesize": ("dan_fast.data.synthetic:synthesize", "Draw a synthetic pedestrian dataset of several domains."),
     "train": ("dan_fast.training:TrainConfig", "Train a Data Assimilation Network."),
     "evaluate": ("dan_fast.commands.evaluate:evaluate", "CMC, mAP and mINP of a trained network on target sets."),
+    "extract": ("dan_fast.commands.extract:extract", "Write the features of images into a file, .npz or .parquet."),
     "datasets": (
         "dan_fast.commands.datasets:list_datasets",
         "List the known datasets that are found, their counts, and those that are missing.",
@@ -126,6 +127,10 @@ def _add_flags(parser: ArgumentParser, command: str, recipe: str | None) -> None
                 "First write the images in cuhk-03.mat, and the crops of CUHK-SYSU's frames, as files beside them."
             )
             parser.add_argument("--extract", action="store_true", help=extracting)
+        case "extract":
+            of_images = "Folder, file, pattern such as 'frames/**/*.jpg', dataset or manifest."
+            parser.add_argument("paths", nargs="+", type=str, metavar="PATH", help=of_images)
+            parser.add_function_arguments(called, skip={"paths"})
         case "report":
             of_trainings = "Folders of trainings, or folders of such folders, as a sweep's."
             parser.add_argument("runs", nargs="+", help=of_trainings)
@@ -155,7 +160,7 @@ def _run(parser: ArgumentParser, parsed: Namespace) -> int:
     match command:
         case "train":
             _keep_heap_on_a_cpu(settings.run.device)
-        case "evaluate":
+        case "evaluate" | "extract":
             _keep_heap_on_a_cpu(settings.device)
         case "quickstart":
             _keep_heap_on_a_cpu("auto")

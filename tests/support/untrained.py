@@ -12,11 +12,9 @@ from dan_fast.training.recipes import over
 def untrained_checkpoint(path: Path, **sections: dict[str, Any]) -> Path:
     """Write one of a ResNet-18 of 32 x 16 images; `sections` as in `TrainConfig.of_recipe`."""
     tiny = {"data": {"image_size": (32, 16)}, "model": {"backbone": "resnet18"}}
-    settings = TrainConfig.of_recipe("plain", **over(tiny, sections)).to_dict()
+    settings = TrainConfig.of_recipe("dan", **over(tiny, sections)).to_dict()
     network = initial_network(settings, num_classes=2, read_weights=False)
     weights = {f"network.{name}": value for name, value in network.state_dict().items()}
-    save_checkpoint(
-        path,
-        {"config": settings, "num_classes": 2, "model": weights, "preprocessing": network.preprocessing.to_dict()},
-    )
+    state = {"config": settings, "num_classes": 2, "preprocessing": network.preprocessing.to_dict(), "model": weights}
+    save_checkpoint(path, state | {"epoch": 0, "iteration": 0})
     return path
