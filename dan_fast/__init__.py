@@ -7,13 +7,23 @@ if TYPE_CHECKING:
     from dan_fast import reference
     from dan_fast.core.errors import DanFastError, Interrupted
     from dan_fast.core.types import MemoryState, NLCBAMWeights
+    from dan_fast.inference import FeatureExtractor
 
 __version__ = "0.1.0"
-__all__ = ["DanFastError", "Interrupted", "MemoryState", "NLCBAMWeights", "__version__", "reference"]
+__all__ = [
+    "DanFastError",
+    "FeatureExtractor",
+    "Interrupted",
+    "MemoryState",
+    "NLCBAMWeights",
+    "__version__",
+    "reference",
+]
 
 # Imported when a name is first used: all but `core.errors` import PyTorch, which takes more than a second.
 _MODULES = {
     "DanFastError": "dan_fast.core.errors",
+    "FeatureExtractor": "dan_fast.inference",
     "Interrupted": "dan_fast.core.errors",
     "MemoryState": "dan_fast.reference",
     "NLCBAMWeights": "dan_fast.reference",

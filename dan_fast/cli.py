@@ -32,6 +32,7 @@ _COMMANDS = {
         "dan_fast.commands.share:share",
         "Write a trained network as a folder of safetensors, JSON and a model card, or to the Hugging Face Hub.",
     ),
+    "extract": ("dan_fast.commands.extract:extract", "Write the features of images into a file, .npz or .parquet."),
     "datasets": (
         "dan_fast.commands.datasets:list_datasets",
         "List the known datasets that are found, their counts, and those that are missing.",
@@ -130,6 +131,10 @@ def _add_flags(parser: ArgumentParser, command: str, recipe: str | None) -> None
                 "First write the images in cuhk-03.mat, and the crops of CUHK-SYSU's frames, as files beside them."
             )
             parser.add_argument("--extract", action="store_true", help=extracting)
+        case "extract":
+            of_images = "Folder, file, pattern such as 'frames/**/*.jpg', dataset or manifest."
+            parser.add_argument("paths", nargs="+", type=str, metavar="PATH", help=of_images)
+            parser.add_function_arguments(called, skip={"paths"})
         case "report":
             of_trainings = "Folders of trainings, or folders of such folders, as a sweep's."
             parser.add_argument("runs", nargs="+", help=of_trainings)
@@ -159,7 +164,7 @@ def _run(parser: ArgumentParser, parsed: Namespace) -> int:
     match command:
         case "train":
             _keep_heap_on_a_cpu(settings.run.device)
-        case "evaluate":
+        case "evaluate" | "extract":
             _keep_heap_on_a_cpu(settings.device)
         case "quickstart":
             _keep_heap_on_a_cpu("auto")

@@ -30,7 +30,7 @@ LEVELS = [
     {"distributed", "reference", "triton_kernels"},
     {"functional"},
     {"daml", "data", "evaluation", "nn"},
-    {"training", "reporting", "bench", "sweep"},
+    {"training", "inference", "reporting", "bench", "sweep"},
     {"cli", "commands", "__main__"},
 ]
 
@@ -96,6 +96,9 @@ def test_files_are_written_whole():
         ("data/synthetic/writer.py", "image.save(folder / path, quality=domain.jpeg_quality)"),
         ("data/synthetic/writer.py", 'with open(folder / "manifest.csv", "w", newline="", encoding="utf-8") as file:'),
         ("core/files.py", 'with unfinished.open("xb") as stream:'),
+        ("inference/feature_file.py", "write_whole(name, lambda stream, content=content: np.save(stream, content))"),
+        ("inference/feature_file.py", 'with archive.open("features.npy", "w", force_zip64=True) as file:'),
+        ("inference/feature_file.py", 'with archive.open(f"{name}.npy", "w", force_zip64=True) as file:'),
         (
             "reporting/canvas.py",
             'write_whole(path, lambda stream: figure.savefig(stream, format="png", dpi=dpi, facecolor="white"))',

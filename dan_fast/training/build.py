@@ -96,14 +96,20 @@ def trained_network(path: str | Path) -> tuple[DAN, dict[str, Any]]:
     """The network of a checkpoint or a shared folder in eval mode on the CPU, and the settings it was trained with.
 
     Raises:
-        DanFastError: see `load_checkpoint`.
+        DanFastError: see `load_checkpoint`; or settings or weights of another version.
 
     Example:
         network, settings = trained_network("runs/train/checkpoint.pt")
         features = network.embed(images)
     """
     state = load_checkpoint(path)
-    return network_of(state), state["config"]
+    try:
+        return network_of(state), state["config"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise DanFastError(
+            f"{path} does not fit this version of dan_fast ({reason}): use the version that wrote it, or train again."
+        ) from error
 
 
 def network_of(state: dict[str, Any]) -> DAN:

@@ -12,7 +12,7 @@ from dan_fast.data.datasets.manifest import read_manifest
 from dan_fast.data.datasets.market1501 import PARTS, is_market1501, read_market1501
 from dan_fast.data.samples import ReIDDataset, Sample
 
-__all__ = ["ReIDDataset", "Sample", "all_images", "load_dataset"]
+__all__ = ["ReIDDataset", "Sample", "all_images", "holds_dataset", "load_dataset"]
 
 MANIFEST = "manifest.csv"
 _LOG = logging.getLogger(__name__)
@@ -60,6 +60,15 @@ def load_dataset(path: str | Path, name: str | None = None, variant: str | None 
         raise DanFastError(
             f"The dataset at {path} cannot be read ({error.strerror}: {error.filename}); check permissions."
         ) from error
+
+
+def holds_dataset(folder: Path) -> bool:
+    """Whether `load_dataset` would read a dataset in a folder; not whether the folder lies within one."""
+    return (
+        (folder / MANIFEST).is_file()
+        or is_market1501(folder)
+        or any(place.absolute().is_relative_to(folder.absolute()) for _, place in _known_at(folder))
+    )
 
 
 def all_images(dataset: ReIDDataset) -> ReIDDataset:

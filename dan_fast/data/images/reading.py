@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
@@ -25,17 +27,34 @@ def read_image(path: Path) -> Tensor:
     return decode_image(content, path)
 
 
-def decode_image(content: bytes, path: Path) -> Tensor:
-    """`read_image` for the content of a file that has been read; `path` is for the message."""
+def decode_image(content: bytes | Image.Image | np.ndarray | Tensor, path: Path | str) -> Tensor:
+    """`read_image` for what has been read: a file's bytes, or an image in memory; `path` is for the message.
+
+    An image in memory is Pillow's in any mode, a uint8 (H,W,3) array or a uint8 (3,H,W) tensor, both in RGB.
+    """
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return F.pil_to_tensor(image.convert("RGB"))
+        pixels = _pixels(content)
+        if pixels.numel() == 0:
+            raise ValueError("it has no pixels")
+        return pixels
     # Pillow's decoders raise many kinds of exception on damaged files, struct.error and SyntaxError too.
     except Exception as error:
         raise unreadable(path, error) from error
 
 
-def unreadable(path: Path, error: Exception) -> DanFastError:
+def _pixels(content: bytes | Image.Image | np.ndarray | Tensor) -> Tensor:
+    if isinstance(content, bytes):
+        with Image.open(io.BytesIO(content)) as image:
+            return _pixels(image)
+    if isinstance(content, Image.Image):
+        return F.pil_to_tensor(content.convert("RGB"))
+    rows = content.permute(1, 2, 0).cpu().numpy() if isinstance(content, Tensor) else content
+    # A copy with the strides of a decoded image; PyTorch takes neither arrays that must not be written nor negative
+    # strides.
+    return torch.from_numpy(np.array(rows, order="C")).permute(2, 0, 1)
+
+
+def unreadable(path: Path | str, error: Exception) -> DanFastError:
     """The sentence for an image that cannot be read or decoded."""
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     if reason.startswith("cannot identify image file"):

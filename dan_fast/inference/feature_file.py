@@ -1,0 +1,184 @@
+"""Features of many images in one file, which is whole or not there, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import IO
+
+import numpy as np
+import torch
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.files import alone, remove_unfinished, write_whole
+from dan_fast.data.images.cache_header import digest, status_of
+from dan_fast.data.samples import Sample
+from dan_fast.inference.extractor import FeatureExtractor, Show
+from dan_fast.inference.sources import Part
+
+# A chunk is so many batches: what a process that is stopped or killed has to do again.
+_BATCHES = 8
+# Part of every chunk's name, to be raised with every change of what is in one.
+_FORMAT = 1
+
+
+def require_format(out: Path) -> None:
+    """Refuse a file that could not be written at the end.
+
+    Raises:
+        DanFastError: a folder, a name that ends in neither .npz nor .parquet, or a Parquet file without pyarrow.
+    """
+    if out.is_dir():
+        raise DanFastError(f"{out} is a folder: name a file in it, such as {out / 'features.npz'}.")
+    if out.suffix not in _WRITERS:
+        raise DanFastError(f"{out} ends in neither {' nor '.join(_WRITERS)}: name a file that does.")
+    if out.suffix == ".parquet":
+        _pyarrow()
+
+
+def chunk_folder(out: Path) -> Path:
+    """Where the features lie that are done, as long as the file is not."""
+    return out.with_name(f"{out.name}.part")
+
+
+def write_features(
+    out: Path, extractor: FeatureExtractor, checkpoint: Path, parts: Sequence[Part], progress: Show
+) -> list[Path]:
+    """Write the features of images, and what is known of these, into a .npz or .parquet file.
+
+    It holds, each with N rows in the order of the images, `features`, (N,C) float32 of length 1; `paths`; `pids` and
+    `camids`, int64, -1 where they are unknown; and `splits`, "" where there is none. In a Parquet file `features` is a
+    column of lists of C numbers.
+
+    What is done lies in `chunk_folder` until everything is. Started again it goes on from there; features of images
+    that have changed since, of another checkpoint or of another batch size are made anew.
+
+    Args:
+        out: the file; see `require_format`.
+        extractor: with `broken_images` "skip" the features of images that cannot be decoded are NaN.
+        checkpoint: the file that the extractor's network is from.
+        parts: the images; batches do not reach beyond a part.
+        progress: called with (images done, images in all).
+
+    Returns:
+        The images that could not be decoded.
+
+    Raises:
+        DanFastError: see `require_format`; an image that cannot be decoded; another process is writing the same file,
+            or a full disk. A file that was there before is as it was.
+    """
+    require_format(out)
+    folder = chunk_folder(out)
+    try:
+        with alone(folder / ".lock"):
+            remove_unfinished(out.parent, out.name)
+            chunks = _chunks(folder, extractor, checkpoint, parts, progress)
+            samples = [sample for part in parts for sample in part.samples]
+            columns = {
+                "paths": np.array([str(sample.path) for sample in samples]),
+                "pids": np.array([sample.pid for sample in samples], dtype=np.int64),
+                "camids": np.array([sample.camid for sample in samples], dtype=np.int64),
+                "splits": np.array([part.split for part in parts for _ in part.samples]),
+            }
+            unread = np.concatenate([np.isnan(np.load(chunk, mmap_mode="r")[:, 0]) for chunk in chunks])
+            write_whole(out, lambda stream: _WRITERS[out.suffix](stream, chunks, extractor.size, columns))
+            shutil.rmtree(folder)
+    finally:
+        # One without any chunk is of no use.
+        with suppress(OSError):
+            folder.rmdir()
+    return [samples[place].path for place in np.flatnonzero(unread)]
+
+
+def _chunks(
+    folder: Path, extractor: FeatureExtractor, checkpoint: Path, parts: Sequence[Part], progress: Show
+) -> list[Path]:
+    """The files of consecutive features, those that are missing made first."""
+    made_by = (
+        _FORMAT,
+        torch.__version__,
+        extractor.device.type,
+        extractor.batch_size,
+        digest(checkpoint.read_bytes()),
+    )
+    step = _BATCHES * extractor.batch_size
+    total, done, files = sum(len(part.samples) for part in parts), 0, []
+    for _, samples in parts:
+        shares = [samples[first : first + step] for first in range(0, len(samples), step)]
+        names = [folder / f"{_key(made_by, share)}.npy" for share in shares]
+        kept = next((place for place, name in enumerate(names) if not _is_done(name, extractor)), len(names))
+        done += sum(map(len, shares[:kept]))
+        batches = extractor.batches([sample.path for sample in samples[kept * step :]])
+        for name in names[kept:]:
+            rows = []
+            for features in islice(batches, _BATCHES):
+                rows.append(features)
+                done += len(features)
+                progress(done, total)
+            content = torch.cat(rows).numpy()
+            write_whole(name, lambda stream, content=content: np.save(stream, content))
+        files += names
+    return files
+
+
+def _key(made_by: tuple[object, ...], samples: Sequence[Sample]) -> str:
+    """A name that features have only if they are of the same files by the same network."""
+    images = [(str(sample.path), *status_of(str(sample.path))) for sample in samples]
+    return digest(repr((made_by, images)).encode()).hex()
+
+
+def _is_done(chunk: Path, extractor: FeatureExtractor) -> bool:
+    # An image that an earlier call skipped has to be an error where nothing is skipped.
+    skips = extractor.broken_images == "skip"
+    return chunk.is_file() and (skips or not np.isnan(np.load(chunk, mmap_mode="r")[:, 0]).any())
+
+
+def _write_npz(stream: IO[bytes], chunks: Sequence[Path], size: int, columns: dict[str, np.ndarray]) -> None:
+    # As numpy.savez does, which would take all features at once.
+    with zipfile.ZipFile(stream, "w") as archive:
+        with archive.open("features.npy", "w", force_zip64=True) as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (len(columns["paths"]), size)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for chunk in chunks:
+                file.write(np.load(chunk).data)
+        for name, column in columns.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, column, allow_pickle=False)
+
+
+def _write_parquet(stream: IO[bytes], chunks: Sequence[Path], size: int, columns: dict[str, np.ndarray]) -> None:
+    pyarrow = _pyarrow()
+    feature = pyarrow.list_(pyarrow.float32(), size)
+    first = 0
+    writer = None
+    for chunk in chunks:
+        rows = np.load(chunk)
+        content = {"features": pyarrow.FixedSizeListArray.from_arrays(rows.ravel(), type=feature)}
+        content |= {name: column[first : first + len(rows)] for name, column in columns.items()}
+        table = pyarrow.table(content)
+        writer = writer or pyarrow.parquet.ParquetWriter(stream, table.schema)
+        writer.write_table(table)
+        first += len(rows)
+    writer.close()
+
+
+def _pyarrow() -> ModuleType:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DanFastError(
+            "Parquet files need pyarrow: pip install 'dan-fast[parquet]', or name a file that ends in .npz."
+        ) from error
+    return pyarrow
+
+
+_WRITERS: dict[str, Callable[[IO[bytes], Sequence[Path], int, dict[str, np.ndarray]], None]] = {
+    ".npz": _write_npz,
+    ".parquet": _write_parquet,
+}

@@ -1,0 +1,91 @@
+"""The images that paths name: datasets with identities and cameras, and any other images without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from glob import glob
+from pathlib import Path
+from typing import NamedTuple
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.data.datasets.finding import IMAGE_SUFFIXES
+from dan_fast.data.datasets.load import holds_dataset, load_dataset
+from dan_fast.data.samples import SPLITS, Sample
+
+
+class Part(NamedTuple):
+    """Images that the evaluation reads one after the other: its batches do not reach beyond them.
+
+    Attributes:
+        split: of the dataset that they are of; "" for other images.
+        samples: the images, pid and camid -1 where they are unknown.
+    """
+
+    split: str
+    samples: tuple[Sample, ...]
+
+
+def find_images(paths: Sequence[str]) -> list[Part]:
+    """The images at paths, in the order of the paths.
+
+    A path is a dataset, whose splits are parts of their own: what `dan_fast.data.load_dataset` takes, a manifest too.
+    Or it is a folder, of which all files named like images count, those in folders below too and hidden ones not, in
+    the order of their names; a file; or a pattern of files such as "frames/**/*.jpg". Images of these three that follow
+    each other are one part.
+
+    Raises:
+        DanFastError: nothing at a path, a folder without images, or a dataset with mistakes in it.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for name in ("b.jpg", "a.png", "notes.txt"):
+        ...     (folder / name).touch()
+        >>> [(part.split, [sample.path.name for sample in part.samples]) for part in find_images([str(folder)])]
+        [('', ['a.png', 'b.jpg'])]
+    """
+    parts: list[tuple[str, list[Sample]]] = []
+    for split, samples in (part for path in paths for part in _parts_at(path)):
+        if split or not parts or parts[-1][0]:
+            parts.append((split, []))
+        parts[-1][1].extend(samples)
+    return [Part(split, tuple(samples)) for split, samples in parts]
+
+
+def _parts_at(text: str) -> Iterator[Part]:
+    path = Path(text).expanduser()
+    if path.is_dir() and not holds_dataset(path):
+        yield _unknown(_images_below(path))
+    elif path.is_file() and path.suffix.lower() != ".csv":
+        yield _unknown([path])
+    elif path.exists() or "@" in path.name:
+        dataset = load_dataset(path)
+        parts = [Part(split, getattr(dataset, split)) for split in SPLITS if getattr(dataset, split)]
+        if not parts:
+            raise DanFastError(f"The dataset at {path} has no images; name another one.")
+        yield from parts
+    else:
+        files = [Path(name) for name in sorted(glob(str(path), recursive=True)) if Path(name).is_file()]
+        if not files:
+            raise DanFastError(
+                f"There is nothing at {text}, and no file fits it as a pattern; check for a typing mistake."
+            )
+        yield _unknown(files)
+
+
+def _unknown(files: Sequence[Path]) -> Part:
+    return Part("", tuple(Sample(file, -1, -1) for file in files))
+
+
+def _images_below(folder: Path) -> list[Path]:
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+    if not files:
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise DanFastError(f"{folder} holds no image (a file named {suffixes}) and no dataset; name another folder.")
+    return files

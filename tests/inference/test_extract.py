@@ -1,0 +1,262 @@
+"""`dan-fast extract`: what is in its files, what paths name, and how it goes on after a stop."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from dan_fast import FeatureExtractor
+from dan_fast.cli import main
+from dan_fast.core.files import alone
+from dan_fast.data import load_dataset
+from dan_fast.data.synthetic import synthesize
+from dan_fast.evaluation import evaluate_ranking, extract_dataset
+from dan_fast.inference import feature_file
+from tests.support import ROOT
+from tests.support.tiny_training import wait_until
+from tests.support.untrained import untrained_checkpoint
+
+# 48 images of 3 make 16 batches, two chunks.
+BATCH, IMAGES = 3, 48
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return untrained_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint.pt")
+
+
+@pytest.fixture(scope="module")
+def street(tmp_path_factory) -> Path:
+    """A dataset with query and gallery images."""
+    root = tmp_path_factory.mktemp("synthetic")
+    synthesize(root, ["street"], identities=6, cameras=2, image_size=(32, 16), test_fraction=0.5)
+    return root / "street"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Images without identities, in folders, beside what is none."""
+    root, random = tmp_path / "photos", np.random.default_rng(0)
+    for number in range(IMAGES):
+        path = root / "abc"[number % 3] / f"{number:02d}.{'png' if number % 2 else 'BMP'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (24, 14, 3), dtype=np.uint8)).save(path)
+    for other in ("notes.txt", "a/._00.png", ".trash/1.png"):
+        (root / other).parent.mkdir(exist_ok=True)
+        (root / other).write_text("no image")
+    return root
+
+
+@pytest.fixture
+def run(checkpoint, tmp_path):
+    """Extract and give what the file holds; other flags win."""
+
+    def run(*arguments: object, code: int = 0, out: Path = tmp_path / "features.npz") -> dict[str, np.ndarray]:
+        flags = ["--checkpoint", checkpoint, "--device", "cpu", "--workers", 0, "--batch_size", BATCH, "--out", out]
+        assert main(["extract", *map(str, [*flags, *arguments])]) == code
+        return dict(np.load(out)) if out.exists() else {}
+
+    return run
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("?/[0-9]*.png"), *folder.glob("?/*.BMP")])
+
+
+def broken_in(folder: Path, place: int) -> Path:
+    path = files_of(folder)[place]
+    path.write_bytes(path.read_bytes()[:60])
+    return path
+
+
+@pytest.fixture
+def embedded(monkeypatch) -> list[int]:
+    """How many images each batch had that a network embedded."""
+    counts, embed = [], FeatureExtractor._embed
+    monkeypatch.setattr(FeatureExtractor, "_embed", lambda self, x: counts.append(len(x)) or embed(self, x))
+    return counts
+
+
+def test_a_dataset_gives_what_is_evaluated_to_the_last_bit(run, checkpoint, street, tmp_path, capsys):
+    found = run(street)
+    dataset, extract = load_dataset(street), FeatureExtractor(checkpoint, "cpu")
+    made = extract_dataset(extract.network.embed, dataset, extract.image_size, batch_size=BATCH)
+    for split in ("query", "gallery"):
+        chosen, samples, expected = found["splits"] == split, getattr(dataset, split), getattr(made, split)
+        assert len(samples) == chosen.sum() > BATCH
+        assert torch.equal(torch.from_numpy(found["features"][chosen]), F.normalize(expected.features))
+        assert found["paths"][chosen].tolist() == [str(sample.path) for sample in samples]
+        assert found["pids"][chosen].tolist() == [sample.pid for sample in samples]
+        assert found["camids"][chosen].tolist() == [sample.camid for sample in samples]
+    assert (found["splits"] == "train").sum() == len(dataset.train) > 0
+    figures = tmp_path / "figures.json"
+    evaluate = f"evaluate --checkpoint {checkpoint} --targets {street} --workers 0 --device cpu --out {figures}"
+    assert main([*evaluate.split(), "--batch_size", str(BATCH)]) == 0
+    query, gallery = ({name: each[found["splits"] == s] for name, each in found.items()} for s in ("query", "gallery"))
+    names = ("features", "pids", "camids")
+    arguments = [side[name] for name in names for side in (query, gallery)]
+    assert evaluate_ranking(*arguments, metric="cosine").mAP == json.loads(figures.read_text())[0]["mAP"]
+    assert f"{len(dataset.query)} images of the query split" in capsys.readouterr().out
+
+
+def test_what_paths_name(run, folder, street):
+    everything = run(folder)
+    assert everything["paths"].tolist() == [str(path) for path in files_of(folder)]
+    assert everything["features"].shape == (IMAGES, 512) and everything["features"].dtype == np.float32
+    assert set(everything["pids"]) == set(everything["camids"]) == {-1} and set(everything["splits"]) == {""}
+    assert run(f"{folder}/**/*.png")["paths"].tolist() == [str(p) for p in files_of(folder) if p.suffix == ".png"]
+    a, b = folder / "a", folder / "b"
+    mixed = run(b / "01.png", a, street / "manifest.csv", f"{b}/0[14].*")
+    expected = [b / "01.png", *(path for path in files_of(folder) if path.parent == a)]
+    images = load_dataset(street)
+    expected += [sample.path for split in (images.train, images.query, images.gallery) for sample in split]
+    assert mixed["paths"].tolist() == [str(path) for path in [*expected, b / "01.png", b / "04.BMP"]]
+
+
+def test_a_parquet_file_holds_the_same(run, folder, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    found, out = run(folder), tmp_path / "features.parquet"
+    run(folder, "--out", out)
+    table = parquet.read_table(out)
+    assert table.column_names == list(found)
+    features = table.column("features").combine_chunks()
+    assert np.array_equal(features.flatten().to_numpy().reshape(-1, features.type.list_size), found["features"])
+    for name in ("paths", "pids", "camids", "splits"):
+        assert table.column(name).to_pylist() == found[name].tolist()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["features.npz", "features.parquet", "photos"]
+
+
+def test_without_pyarrow_it_says_what_to_install(run, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    run(folder, "--out", tmp_path / "features.parquet", code=1)
+    assert "pip install 'dan-fast[parquet]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["photos/empty"], "photos/empty holds no image"),
+        (["nowhere"], "There is nothing at nowhere"),
+        (["photos/*.gif"], "There is nothing at photos/*.gif"),
+        (["nowhere@new"], "There is no dataset at nowhere"),
+        (["photos/notes.txt"], "The image photos/notes.txt cannot be decoded (it is no image that Pillow knows)"),
+        (["photos/a", "photos/wrong.csv"], "photos/wrong.csv lacks the column pid"),
+        (["photos/a", "--checkpoint", "none.pt"], "none.pt does not exist"),
+        (["photos/a", "--checkpoint", "half.pt"], "half.pt is truncated or no checkpoint"),
+        (["photos/a", "--out", "features.csv"], "features.csv ends in neither .npz nor .parquet"),
+        (["photos/a", "--out", "photos"], "photos is a folder"),
+        (["photos/a", "--out", "/proc/none/features.npz"], "cannot be written"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(
+    run, folder, checkpoint, tmp_path, monkeypatch, capsys, arguments, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    (folder / "empty").mkdir()
+    (folder / "wrong.csv").write_text("path\n")
+    Path("half.pt").write_bytes(checkpoint.read_bytes()[:1000])
+    run(*arguments, code=1)
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["half.pt", "photos"]
+
+
+def test_an_image_that_cannot_be_decoded_stops_or_is_marked(run, folder, tmp_path, embedded, capsys):
+    whole, broken = run(folder), broken_in(folder, 30)
+    out = tmp_path / "again.npz"
+    embedded.clear()
+    run(folder, "--out", out, code=1)
+    assert str(broken) in capsys.readouterr().err and not out.exists()
+    assert sum(embedded) == 30
+    skipping = run(folder, "--broken_images", "skip", out=out)
+    assert sum(embedded) == 30 + 6 + 17, "the first chunk of 24 is taken from the call that failed"
+    assert np.array_equal(np.isnan(skipping["features"]).all(axis=1), np.arange(IMAGES) == 30)
+    kept = np.arange(IMAGES) // BATCH != 30 // BATCH
+    assert np.array_equal(skipping["features"][kept], whole["features"][kept])
+    assert skipping["paths"].tolist() == whole["paths"].tolist()
+    assert f"Skipped {broken}" in capsys.readouterr().out
+
+
+def stopped_at(batch: int, monkeypatch) -> None:
+    """Ctrl-C when so many batches are done."""
+    batches = FeatureExtractor.batches
+
+    def until(self, images):
+        for number, rows in enumerate(batches(self, images)):
+            if number == batch:
+                raise KeyboardInterrupt
+            yield rows
+
+    monkeypatch.setattr(FeatureExtractor, "batches", until)
+
+
+def test_an_interrupted_one_goes_on_where_it_was(run, folder, tmp_path, embedded, capsys):
+    whole, out = run(folder), tmp_path / "again.npz"
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_at(10, patch)
+        run(folder, "--out", out, code=130)
+    printed = capsys.readouterr()
+    assert f"What is done lies in {out}.part: the same command goes on" in printed.out and "interrupted" in printed.err
+    assert not out.exists() and len(list(Path(f"{out}.part").iterdir())) == 1
+    embedded.clear()
+    again = run(folder, out=out)
+    assert sum(embedded) == 24
+    assert all(np.array_equal(again[name], whole[name]) for name in whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.npz", "features.npz", "photos"]
+
+
+@pytest.mark.parametrize("change", ["image", "checkpoint", "batch size", "skipped", "nothing"])
+def test_what_has_changed_since_is_made_anew(run, folder, checkpoint, tmp_path, embedded, monkeypatch, change):
+    more, images, place = [], [folder], 3
+    if change == "skipped":
+        broken_in(folder, place)
+    with monkeypatch.context() as patch:
+        stopped_at(10, patch)
+        run(folder, "--broken_images", "skip", code=130)
+    embedded.clear()
+    if change == "image":
+        Image.new("RGB", (9, 9), "red").save(files_of(folder)[place])
+    if change == "checkpoint":
+        more = ["--checkpoint", untrained_checkpoint(tmp_path / "other.pt", run={"seed": 7})]
+    if change == "batch size":
+        # Those of the first chunk, so that only the batches differ.
+        more, images = ["--batch_size", 2 * BATCH], files_of(folder)[:24]
+    found = run(*images, *more, code=1 if change == "skipped" else 0)
+    if change == "skipped":
+        assert not found, "an image that was skipped is an error where none is to be"
+        return
+    assert sum(embedded) == (24 if change in ("nothing", "batch size") else IMAGES)
+    changed = FeatureExtractor(more[1] if change == "checkpoint" else checkpoint, "cpu", BATCH)
+    expected = changed(files_of(folder)).numpy()[: len(found["features"])]
+    np.testing.assert_allclose(found["features"], expected, atol=1e-6)
+
+
+def test_one_process_at_a_time_writes_a_file(run, folder, tmp_path, capsys):
+    with alone(feature_file.chunk_folder(tmp_path / "features.npz") / ".lock"):
+        run(folder, code=1)
+    assert "is in use by process" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_one_goes_on_and_leaves_nothing_else(run, folder, checkpoint, tmp_path, embedded):
+    for copy in "defgh":
+        shutil.copytree(folder / "a", folder / copy)
+    out = tmp_path / "again.npz"
+    flags = ["--checkpoint", checkpoint, "--device", "cpu", "--workers", 1, "--batch_size", BATCH, "--out", out]
+    process = subprocess.Popen([sys.executable, "-m", "dan_fast", "extract", folder, *map(str, flags)], cwd=ROOT)
+    wait_until(lambda: process.poll() is not None or list(Path(f"{out}.part").glob("[!.]*.npy")))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not out.exists()
+    again = run(folder, out=out)
+    assert sum(embedded) < len(again["paths"]) == IMAGES + 5 * 16
+    whole = run(folder)
+    assert all(np.array_equal(again[name], whole[name]) for name in whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.npz", "features.npz", "photos"]

@@ -1,0 +1,220 @@
+"""Features of images in any form: those that the evaluation makes, to the last bit, in the order of the images."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from dan_fast import DanFastError, FeatureExtractor
+from dan_fast.core.preprocessing import Preprocessing
+from dan_fast.data import Sample, test_transform
+from dan_fast.evaluation import extract_features
+from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from tests.support import ROOT
+from tests.support.untrained import untrained_checkpoint
+
+BATCH = 4
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """Of a network whose images are resized and normalised otherwise than by default."""
+    path = untrained_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint.pt")
+    other = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic")
+    state = {name: value for name, value in load_checkpoint(path).items() if name != "format"}
+    save_checkpoint(path, state | {"preprocessing": other.to_dict()})
+    return path
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory) -> list[Path]:
+    """Ten images of different sizes; one is grey, one has a palette."""
+    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    files = [folder / f"{number}.png" for number in range(10)]
+    for number, file in enumerate(files):
+        pixels = random.integers(0, 256, (20 + 7 * number, 11 + 5 * number, 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert({3: "L", 5: "P"}.get(number, "RGB")).save(file)
+    return files
+
+
+@pytest.fixture(scope="module")
+def extract(checkpoint) -> FeatureExtractor:
+    return FeatureExtractor(checkpoint, device="cpu", batch_size=BATCH)
+
+
+@pytest.fixture(scope="module")
+def expected(extract, paths) -> torch.Tensor:
+    samples = [Sample(path, 1, 1) for path in paths]
+    raw = extract_features(
+        extract.network.embed, samples, extract.image_size, BATCH, preprocessing=extract.preprocessing
+    ).features
+    assert not torch.allclose(raw.norm(dim=1), torch.ones(len(raw)), atol=0.1)
+    return F.normalize(raw)
+
+
+def arrays_of(paths: list[Path]) -> list[np.ndarray]:
+    return [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+
+
+FORMS = {
+    "paths": lambda paths: paths,
+    "strings": lambda paths: tuple(map(str, paths)),
+    "a generator": lambda paths: (path for path in paths),
+    "PIL images": lambda paths: [Image.open(path) for path in paths],
+    "arrays": arrays_of,
+    "arrays of OpenCV": lambda paths: [np.ascontiguousarray(each[..., ::-1])[..., ::-1] for each in arrays_of(paths)],
+    "tensors": lambda paths: [torch.tensor(each).permute(2, 0, 1).contiguous() for each in arrays_of(paths)],
+    "all kinds": lambda paths: [*paths[:3], Image.open(paths[3]), *arrays_of(paths[4:])],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_features_are_those_of_the_evaluation_to_the_last_bit(extract, paths, expected, form):
+    features = extract(FORMS[form](paths))
+    assert torch.equal(features, expected)
+    assert features.dtype == torch.float32 and not features.is_inference() and features.shape == (10, extract.size)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(10))
+
+
+def test_workers_give_the_same(checkpoint, paths, expected):
+    assert torch.equal(FeatureExtractor(checkpoint, "cpu", BATCH, workers=2)(paths), expected)
+
+
+def test_the_features_come_batch_by_batch(extract, paths, expected):
+    batches = list(extract.batches(paths))
+    assert [len(rows) for rows in batches] == [4, 4, 2] and torch.equal(torch.cat(batches), expected)
+
+
+def test_a_floating_batch_is_taken_as_it_is(extract, paths, expected):
+    transform = test_transform(extract.image_size, extract.preprocessing)
+    batch = torch.stack([transform(torch.tensor(each).permute(2, 0, 1)) for each in arrays_of(paths)])
+    torch.testing.assert_close(extract(batch), expected)
+    torch.testing.assert_close(extract(batch.double()), expected)
+    assert extract(batch[:0]).shape == (0, extract.size)
+    with pytest.raises(ValueError, match=r"a floating batch must be \(B, 3, 32, 16\), got \(10, 3, 16, 32\).* uint8"):
+        extract(batch.mT)
+
+
+def test_one_image_makes_one_row_and_none_an_empty_matrix(extract, paths):
+    array = arrays_of(paths)[0]
+    one = extract(paths[0])
+    assert one.shape == (1, extract.size)
+    for image in (str(paths[0]), Image.open(paths[0]), array, torch.tensor(array).permute(2, 0, 1), array[None]):
+        assert torch.equal(extract(image), one)
+    assert extract([]).shape == (0, extract.size)
+
+
+def broken_images(folder: Path, good: Path) -> dict[str, object]:
+    text, cut = folder / "text.png", folder / "cut.png"
+    text.write_text("no image")
+    cut.write_bytes(good.read_bytes()[:-600])
+    return {
+        str(text): text,
+        "absent.png": folder / "absent.png",
+        "images[5]": Image.open(cut),
+        "images[5] ": np.zeros((0, 7, 3), np.uint8),
+    }
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_an_image_that_cannot_be_decoded_is_named_or_its_place_marked(checkpoint, paths, tmp_path, number):
+    name, broken = list(broken_images(tmp_path, paths[9]).items())[number]
+    images = [*paths[:5], broken, *paths[5:]]
+    with pytest.raises(DanFastError, match="cannot be decoded") as error:
+        FeatureExtractor(checkpoint, "cpu", BATCH)(images)
+    assert name.strip() in str(error.value)
+    skipping = FeatureExtractor(checkpoint, "cpu", BATCH, broken_images="skip")
+    features = skipping(images)
+    marked = torch.zeros(11, dtype=torch.bool)
+    marked[5] = True
+    assert torch.equal(features.isnan(), marked[:, None].expand_as(features))
+    torch.testing.assert_close(features[~marked], skipping(paths))
+    assert skipping([broken] * 5).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("images", "kind", "sentence"),
+    [
+        ([np.zeros((9, 9, 3), np.uint8), np.zeros((9, 9, 3))], TypeError, r"images\[1\] must be .* got float64"),
+        ([torch.zeros(3, 9, 9)], TypeError, r"images\[0\] must be .* got torch.float32"),
+        ([None], TypeError, r"images\[0\] must be .* got NoneType"),
+        (
+            np.zeros((3, 9, 9), np.uint8),
+            ValueError,
+            r"images\[0\]: a uint8 array must be \(H, W, 3\) in RGB, got \(3, ",
+        ),
+        ([torch.zeros(9, 9, 3, dtype=torch.uint8)], ValueError, r"tensor must be \(3, H, W\) in RGB, got \(9, 9, 3\)"),
+        ([np.zeros((9, 9), np.uint8)], ValueError, r"images\[0\]: a uint8 array must be"),
+    ],
+)
+def test_what_is_no_image_is_refused_before_anything_is_computed(extract, images, kind, sentence):
+    with pytest.raises(kind, match=sentence):
+        extract(images, progress=lambda done, total: pytest.fail("computed"))
+
+
+def test_arguments_are_checked(checkpoint):
+    for wrong in ({"batch_size": 0}, {"broken_images": "keep"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            FeatureExtractor(checkpoint, "cpu", **wrong)
+    with pytest.raises(DanFastError, match="mps"):
+        FeatureExtractor(checkpoint, "mps")
+
+
+def test_what_is_no_checkpoint_of_this_version_is_one_sentence(checkpoint, tmp_path):
+    shutil.copy(checkpoint, tmp_path / "half.pt")
+    with (tmp_path / "half.pt").open("r+b") as file:
+        file.truncate(checkpoint.stat().st_size // 2)
+    state = load_checkpoint(checkpoint)
+    save_checkpoint(tmp_path / "newer.pt", {**state, "config": {**state["config"], "model": {"wings": 2}}})
+    (weight, *_) = state["model"]
+    less = {name: value for name, value in state["model"].items() if name != weight}
+    save_checkpoint(tmp_path / "other.pt", {**state, "model": less})
+    for name, sentence in {
+        "none.pt": "does not exist",
+        "half.pt": "is truncated or no checkpoint",
+        "newer.pt": "does not fit this version of dan_fast .*wings",
+        "other.pt": f"does not fit this version of dan_fast .*{weight.removeprefix('network.')}",
+    }.items():
+        with pytest.raises(DanFastError, match=f"{name} {sentence}") as error:
+            FeatureExtractor(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+def test_a_network_that_has_diverged_is_named(checkpoint, paths):
+    extract = FeatureExtractor(checkpoint, "cpu")
+    torch.nn.init.constant_(extract.network.backbone.conv1.weight, torch.inf)
+    with pytest.raises(DanFastError, match="not finite"):
+        extract(paths)
+
+
+def test_long_lists_show_a_bar_and_others_tell_who_asks(extract, paths, monkeypatch, capsys):
+    told = []
+    extract(paths, progress=lambda *done: told.append(done))
+    assert told == [(4, 10), (8, 10), (10, 10)]
+    extract(paths * 5)
+    assert capsys.readouterr() == ("", ""), "no terminal"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    extract(paths)
+    assert "Features" not in capsys.readouterr().err
+    extract(paths * 5)
+    assert "Features" in capsys.readouterr().err
+
+
+def test_the_example_of_the_readme_runs(checkpoint, paths, tmp_path, monkeypatch):
+    readme = (ROOT / "README.md").read_text()
+    (example,) = re.findall(
+        r"^```\n(from dan_fast import FeatureExtractor\n.*?)^```$", readme, re.MULTILINE | re.DOTALL
+    )
+    monkeypatch.chdir(tmp_path)
+    Path("runs/market").mkdir(parents=True)
+    shutil.copy(checkpoint, "runs/market")
+    shutil.copy(paths[0], "a.jpg")
+    shutil.copy(paths[1], "b.jpg")
+    names = {"frame": arrays_of(paths)[9], "detections": [(0, 0, 9, 30), (10, 20, 30, 60)]}
+    exec(example, names)
+    assert names["features"].shape == (2, 512)
