@@ -28,6 +28,10 @@ _COMMANDS = {
     "synthesize": ("dan_fast.data.synthetic:synthesize", "Draw a synthetic pedestrian dataset of several domains."),
     "train": ("dan_fast.training:TrainConfig", "Train a Data Assimilation Network."),
     "evaluate": ("dan_fast.commands.evaluate:evaluate", "CMC, mAP and mINP of a trained network on target sets."),
+    "export": (
+        "dan_fast.commands.export:export",
+        "Write a trained network to an ONNX or .pt2 file that runs without dan_fast.",
+    ),
     "datasets": (
         "dan_fast.commands.datasets:list_datasets",
         "List the known datasets that are found, their counts, and those that are missing.",
@@ -138,7 +142,7 @@ def _add_flags(parser: ArgumentParser, command: str, recipe: str | None) -> None
             for name, (benchmark, summary) in called.items():
                 subject = _add_command(subjects, name, summary)
                 subject.add_class_arguments(benchmark)
-        case "quickstart" | "synthesize" | "evaluate" | "protocols":
+        case "quickstart" | "synthesize" | "evaluate" | "export" | "protocols":
             parser.add_function_arguments(called, skip={"progress", "console"})
 
 

@@ -30,7 +30,7 @@ LEVELS = [
     {"distributed", "reference", "triton_kernels"},
     {"functional"},
     {"daml", "data", "evaluation", "nn"},
-    {"training", "reporting", "bench", "sweep"},
+    {"training", "reporting", "bench", "sweep", "export"},
     {"cli", "commands", "__main__"},
 ]
 
