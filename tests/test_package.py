@@ -81,7 +81,7 @@ def rooms_imported(path: Path) -> set[str]:
 
 
 def test_files_are_written_whole():
-    """By `dan_fast.core.files`; the exceptions are folders that are whole or not there, logs, locks, /proc and memory."""
+    """By `dan_fast.core.files`; exceptions are folders that are whole or not there, logs, locks, /proc and memory."""
     writes = re.compile(r"""open\([^)]*["'][wax]b?\+?["']|\.write_(text|bytes)\(|\.save\(|\.savez?\(|savefig\(""")
     found = {
         (str(path.relative_to(PACKAGE)), line.strip())
