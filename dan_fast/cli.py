@@ -33,6 +33,10 @@ _COMMANDS = {
         "Write a trained network as a folder of safetensors, JSON and a model card, or to the Hugging Face Hub.",
     ),
     "extract": ("dan_fast.commands.extract:extract", "Write the features of images into a file, .npz or .parquet."),
+    "export": (
+        "dan_fast.commands.export:export",
+        "Write a trained network to an ONNX or .pt2 file that runs without dan_fast.",
+    ),
     "datasets": (
         "dan_fast.commands.datasets:list_datasets",
         "List the known datasets that are found, their counts, and those that are missing.",
@@ -147,7 +151,7 @@ def _add_flags(parser: ArgumentParser, command: str, recipe: str | None) -> None
             for name, (benchmark, summary) in called.items():
                 subject = _add_command(subjects, name, summary)
                 subject.add_class_arguments(benchmark)
-        case "quickstart" | "synthesize" | "evaluate" | "share" | "protocols":
+        case "quickstart" | "synthesize" | "evaluate" | "share" | "export" | "protocols":
             parser.add_function_arguments(called, skip={"progress", "console"})
 
 

@@ -31,6 +31,7 @@ PAGES = [
         "docs/limits.md",
         "docs/scaling.md",
         "docs/feeding.md",
+        "docs/export.md",
     )
 ]
 ROOMS_PAGES = [ROOT / "csrc/README.md", ROOT / "benchmarks/results/h200/README.md"]
@@ -136,7 +137,9 @@ def known_flags() -> set[str]:
     """The flags that the help of any command lists."""
     shown = io.StringIO()
     benches = [f"bench {name}" for name in BENCHMARKS]
-    commands = "quickstart synthesize train evaluate share extract datasets protocols report sweep doctor".split()
+    commands = (
+        "quickstart synthesize train evaluate share extract export datasets protocols report sweep doctor".split()
+    )
     for command in (*commands, *benches):
         with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
             arguments = [*command.split(), "--help"]

@@ -30,7 +30,7 @@ LEVELS = [
     {"distributed", "reference", "triton_kernels"},
     {"functional"},
     {"daml", "data", "evaluation", "nn"},
-    {"training", "inference", "reporting", "bench", "sweep"},
+    {"training", "inference", "export", "reporting", "bench", "sweep"},
     {"cli", "commands", "__main__"},
 ]
 
@@ -81,7 +81,7 @@ def rooms_imported(path: Path) -> set[str]:
 
 
 def test_files_are_written_whole():
-    """By `dan_fast.core.files`; the exceptions are folders that are whole or not there, logs, locks and /proc."""
+    """By `dan_fast.core.files`; exceptions are folders that are whole or not there, logs, locks, /proc and memory."""
     writes = re.compile(r"""open\([^)]*["'][wax]b?\+?["']|\.write_(text|bytes)\(|\.save\(|\.savez?\(|savefig\(""")
     found = {
         (str(path.relative_to(PACKAGE)), line.strip())
@@ -103,6 +103,7 @@ def test_files_are_written_whole():
             "reporting/canvas.py",
             'write_whole(path, lambda stream: figure.savefig(stream, format="png", dpi=dpi, facecolor="white"))',
         ),
+        ("export/formats.py", "torch.export.save(program, stream, extra_files={METADATA: json.dumps(metadata)})"),
         ("sweep/runner.py", 'with (out / ".sweep.lock").open("w") as file:'),
         ("sweep/runner.py", 'with (run.folder / _LOG).open("ab") as log:'),
         ("training/checkpoint.py", 'write_whole(path, lambda stream: torch.save({"format": FORMAT, **state}, stream))'),

@@ -1,0 +1,60 @@
+"""`dan-fast export`: a trained network as a file that runs without this package."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.data.datasets.finding import image_files
+from dan_fast.data.images.reading import read_image
+from dan_fast.data.images.transforms import resize
+from dan_fast.export import Format, Input, Precision, export_network
+from dan_fast.export.exporting import TOLERANCE
+from dan_fast.nn import DAN
+from dan_fast.training.build import network_of
+from dan_fast.training.checkpoint import load_checkpoint
+from dan_fast.training.config import Paths, as_list
+
+
+def export(
+    checkpoint: str,
+    out: str,
+    format: Format = "onnx",
+    input: Input = "uint8",
+    precision: Precision = "float32",
+    images: Paths | None = None,
+) -> None:
+    """Write a trained network to a file that runs without dan_fast, run it, and print how it differs.
+
+    Args:
+        checkpoint: The checkpoint.pt of a run, or its chosen.pt.
+        out: The file to write.
+        format: onnx for ONNX Runtime and what else reads ONNX, or pt2, which torch.export.load reads.
+        input: What the file takes, RGB at the network's size: uint8, normalised inside, or normalized, float32 that the
+            caller has normalised.
+        precision: float32; float16, half the size; or int8 (onnx alone), a quarter, with values rounded in each batch.
+        images: Images, or folders of images, to compare the file and the network on; random ones by default.
+    """
+    if format == "pt2" and precision == "int8":
+        raise DanFastError("--precision int8 is made by ONNX Runtime: use --format onnx, or another precision.")
+    network = network_of(load_checkpoint(checkpoint))
+    found = export_network(network, out, format, input, precision, _read(as_list(images or []), network))
+    (height, width), (mean, std, interpolation) = network.image_size, network.preprocessing
+    values = "uint8" if input == "uint8" else f"float32 of mean {mean} and deviation {std}"
+    print(
+        f"{out}: {format}, {precision}, {Path(out).stat().st_size / 1e6:.1f} MB. It takes RGB images (B, 3, {height}, "
+        f"{width}) in {values}, resized with antialiased {interpolation} interpolation, and gives "
+        f"features (B, {network.classifier.in_features}) of unit length."
+    )
+    allowed = f" ({TOLERANCE:.0e} is allowed)" if precision == "float32" else f"; smallest cosine {found.cosine:.5f}"
+    print(f"Largest difference to the network's features on {found.images} images: {found.largest:.1e}{allowed}.")
+
+
+def _read(paths: list[str], network: DAN) -> Tensor | None:
+    """The images of files and folders, (n, 3, H, W) uint8, resized as evaluation does; None without paths."""
+    files = [file for path in map(Path, paths) for file in (image_files(path) if path.is_dir() else [path])]
+    if paths and not files:
+        raise DanFastError(f"There are no images in {', '.join(paths)}: name other folders, or image files.")
+    resized = resize(network.image_size, network.preprocessing.interpolation)
+    return torch.stack([resized(read_image(file)) for file in files]) if files else None

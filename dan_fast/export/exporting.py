@@ -1,0 +1,140 @@
+"""Exporting a network: the file is made, run and compared before it is put in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from math import isfinite
+from os import PathLike
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.files import write_whole
+from dan_fast.data.images.transforms import test_transform
+from dan_fast.export import formats
+from dan_fast.export.graph import FeatureGraph, description, traced
+from dan_fast.nn import DAN
+
+Format: TypeAlias = Literal["onnx", "pt2"]
+Input: TypeAlias = Literal["uint8", "normalized"]
+Precision: TypeAlias = Literal["float32", "float16", "int8"]
+
+# The largest difference of a float32 file's features, of unit length, to the network's.
+TOLERANCE = 1e-4
+_DRAWN, _BATCH = 9, 8
+
+
+class Difference(NamedTuple):
+    """How the features that a file gives differ from the network's.
+
+    Attributes:
+        largest: difference of two numbers.
+        cosine: the smallest one of an image's two features.
+        images: compared.
+    """
+
+    largest: float
+    cosine: float
+    images: int
+
+
+def export_network(
+    network: DAN,
+    path: str | PathLike[str],
+    format: Format = "onnx",
+    input: Input = "uint8",
+    precision: Precision = "float32",
+    images: Tensor | None = None,
+) -> Difference:
+    """Write a network to a file that needs nothing of dan_fast, and compare the file with the network.
+
+    The file takes (B, 3, H, W) images in RGB at `network.image_size`, any B, and gives (B, C) float32: `embed` in
+    evaluation mode, at unit length. How images are to be resized stands in its metadata.
+
+    Args:
+        network: of any device and mode; it stays as it is.
+        path: of the file.
+        format: "onnx", which ONNX Runtime and others run, or "pt2", which `torch.export.load` reads.
+        input: "uint8", normalised by the file, or "normalized": float32 that has been normalised.
+        precision: "float16" halves the file; "int8", of ONNX alone, quarters it: weights of 8 bits, and inner values
+            rounded to 8 bits in each batch.
+        images: (n, 3, H, W) uint8 to compare on; by default some are drawn at random.
+
+    Raises:
+        DanFastError: a package is missing, the network cannot be traced, or the features are not finite or, of a
+            float32 file, differ by more than 1e-4. There is no file then, or the one that was there.
+        ValueError: int8 without ONNX.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> network = DAN(2, backbone=torch.nn.Conv2d(3, 4, 3), image_size=(8, 4), reduction=2)
+        >>> export_network(network, Path(tempfile.mkdtemp()) / "network.pt2", "pt2").largest < 1e-4
+        True
+    """
+    if format == "onnx":
+        formats.require_packages()
+    elif precision == "int8":
+        raise ValueError("precision int8 is made for format onnx alone")
+    network = deepcopy(network).cpu().eval()
+    images = _drawn(network.image_size) if images is None else images
+    transform = test_transform(network.image_size, network.preprocessing)
+    normalized = torch.stack([transform(image) for image in images])
+    wanted = F.normalize(_batched(network.embed, normalized), dim=1)
+    content, run = _made(network, format, input, precision)
+    given = _batched(run, images if input == "uint8" else normalized)
+    cosines = F.cosine_similarity(given, wanted)
+    found = Difference(float((given - wanted).abs().max()), float(cosines.min()), len(images))
+    _require_alike(found, precision, path)
+    write_whole(path, lambda stream: stream.write(content))
+    return found
+
+
+def _made(network: DAN, format: Format, takes: Input, precision: Precision) -> tuple[bytes, formats.Run]:
+    """The content of the file, and what it computes; the network is changed."""
+    metadata = description(network, takes, precision)
+    graph = FeatureGraph(network, normalises=takes == "uint8", half=precision == "float16")
+    try:
+        program = traced(graph)
+        if format == "onnx":
+            content = formats.to_onnx(program, metadata, int8=precision == "int8")
+            return content, formats.run_onnx(content)
+        content = formats.to_pt2(program, metadata)
+        return content, formats.run_pt2(content)
+    except DanFastError:
+        raise
+    # A backbone may be anything: tracing, the exporter and ONNX Runtime raise many kinds of exception.
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise DanFastError(
+            f"The network cannot be written as {format} in {precision} ({reason}): choose another format or backbone."
+        ) from error
+
+
+def _drawn(image_size: tuple[int, int]) -> Tensor:
+    """Images of colours that change over the image, so that their features are not all alike."""
+    coarse = torch.rand(_DRAWN, 3, 5, 3, generator=torch.Generator().manual_seed(0))
+    return (F.interpolate(coarse, image_size, mode="bilinear") * 255).to(torch.uint8)
+
+
+@torch.no_grad()
+def _batched(embed: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """What `embed` gives for the last image alone, as a batch of one, and for the others in larger ones."""
+    parts = [*images[:-1].split(_BATCH), images[-1:]] if len(images) > 1 else [images]
+    return torch.cat([embed(part) for part in parts])
+
+
+def _require_alike(found: Difference, precision: Precision, path: str | PathLike[str]) -> None:
+    if not isfinite(found.largest):
+        raise DanFastError(
+            f"The {precision} file gives features that are not finite, so {path} was not written: choose float32."
+        )
+    if precision == "float32" and found.largest > TOLERANCE:
+        raise DanFastError(
+            f"The file's features differ from the network's by {found.largest:.1e}, more than {TOLERANCE:.0e}, so "
+            f"{path} was not written: use the other format, or another version of PyTorch."
+        )

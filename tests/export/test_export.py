@@ -1,0 +1,276 @@
+"""Exported files: the network's features in a process without dan_fast, what they say of themselves, and refusals."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from dan_fast.cli import main
+from dan_fast.core.errors import DanFastError
+from dan_fast.data.images.reading import read_image
+from dan_fast.data.images.transforms import resize
+from dan_fast.data.samples import Sample
+from dan_fast.evaluation import extract_features
+from dan_fast.export import export_network
+from dan_fast.export.formats import METADATA
+from dan_fast.export.graph import FeatureGraph
+from dan_fast.nn import DAN
+from dan_fast.training import TrainConfig
+from dan_fast.training.build import initial_network, trained_network
+from dan_fast.training.checkpoint import save_checkpoint
+from tests.support import ROOT
+from tests.support.tiny_training import IMAGE_SIZE, OneConvolution
+
+SIZE = (64, 32)
+BACKBONES = {"resnet": "resnet18", "cnn": "timm:test_efficientnet", "vit": "timm:test_vit"}
+FILES = {"onnx": "uint8", "pt2": "normalized"}
+MADE = [("resnet", "onnx"), ("vit", "onnx"), ("vit", "pt2"), ("cnn", "pt2")]
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/export.md").read_text(), re.MULTILINE | re.DOTALL)
+# Runs every file of its folder that ends in the given suffix, on batches of all images, of one and of none.
+ELSEWHERE = """
+import sys
+from pathlib import Path
+sys.modules.update(dict.fromkeys(["dan_fast", "timm", *(["torch"] if sys.argv[1] == "onnx" else [])]))
+import numpy as np
+given = np.load("images.npz")
+results = {}
+for path in sorted(Path().glob("*." + sys.argv[1])):
+    if sys.argv[1] == "onnx":
+        import onnxruntime
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        run = lambda images: session.run(None, {"images": images})[0]
+    else:
+        import torch
+        module = torch.export.load(path).module()
+        run = lambda images: module(torch.from_numpy(images)).detach().numpy()
+    images = given[path.stem]
+    results[path.stem] = run(images)
+    results[path.stem + " alone"] = run(images[:1])
+    results[path.stem + " none"] = run(images[:0])
+np.savez("results.npz", **results)
+"""
+
+
+def run_elsewhere(folder: Path, *arguments: str) -> None:
+    ran = subprocess.run([sys.executable, "-I", *arguments], cwd=folder, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+def one_convolution(scale: float = 1.0) -> DAN:
+    torch.manual_seed(0)
+    network = DAN(3, backbone=OneConvolution(), image_size=IMAGE_SIZE, reduction=2)
+    with torch.no_grad():
+        network.backbone.conv.weight *= scale
+        network.backbone.bn.running_var.uniform_(0.5, 2)
+    return network
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Image files of several sizes and an untrained checkpoint of each backbone."""
+    folder, random = tmp_path_factory.mktemp("shelf"), np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for number in range(5):
+        small = Image.fromarray(random.integers(0, 256, (6, 4, 3), dtype=np.uint8))
+        small.resize((30 + 10 * number, 90), Image.BILINEAR).save(folder / f"images/{number}.png")
+    for name, backbone in BACKBONES.items():
+        sections = {"model": {"backbone": backbone, "weights": "none"}, "data": {"image_size": SIZE}}
+        settings = TrainConfig.of_recipe("none", **sections).to_dict()
+        network = initial_network(settings, 3)
+        state = {
+            "config": settings,
+            "num_classes": 3,
+            "model": {f"network.{key}": value for key, value in network.state_dict().items()},
+            "preprocessing": network.preprocessing.to_dict(),
+        }
+        save_checkpoint(folder / f"{name}.pt", state)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder for each kind of file, and what a process without dan_fast got of them."""
+    folders = {}
+    files = sorted((shelf / "images").iterdir())
+    for kind, takes in FILES.items():
+        folder, given = tmp_path_factory.mktemp(kind), {}
+        for name in (name for name, made in MADE if made == kind):
+            out, checkpoint = folder / f"{name}.{kind}", shelf / f"{name}.pt"
+            command = ["export", "--checkpoint", str(checkpoint), "--out", str(out), "--format", kind, "--input", takes]
+            assert main([*command, "--images", str(shelf / "images")]) == 0
+            mean, std, interpolation = trained_network(checkpoint)[0].preprocessing
+            images = np.stack([resize(SIZE, interpolation)(read_image(file)).numpy() for file in files])
+            if takes == "normalized":
+                moments = (np.array(value, np.float32).reshape(3, 1, 1) for value in (mean, std))
+                images = (images / np.float32(255) - next(moments)) / next(moments)
+            given[name] = images
+        np.savez(folder / "images.npz", **given)
+        run_elsewhere(folder, "-c", ELSEWHERE, kind)
+        folders[kind] = folder
+    return folders
+
+
+@pytest.fixture(scope="module")
+def wanted(shelf: Path) -> dict[str, torch.Tensor]:
+    """The features that evaluation compares, at unit length."""
+    samples = [Sample(file, 1, 1) for file in sorted((shelf / "images").iterdir())]
+    found = {}
+    for name in BACKBONES:
+        network, _ = trained_network(shelf / f"{name}.pt")
+        features = extract_features(network.embed, samples, SIZE, preprocessing=network.preprocessing).features
+        found[name] = F.normalize(features, dim=1)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind"), MADE)
+def test_a_file_gives_the_features_of_evaluation_without_dan_fast(exported, wanted, name: str, kind: str):
+    results = np.load(exported[kind] / "results.npz")
+    assert np.abs(results[name] - wanted[name].numpy()).max() < 1e-5
+    assert np.abs(results[f"{name} alone"] - wanted[name][:1].numpy()).max() < 1e-5
+    assert results[f"{name} none"].shape == (0, wanted[name].shape[1])
+    # Images that all had the same features would show nothing.
+    assert (wanted[name] - wanted[name][0]).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind"), MADE)
+def test_a_file_says_what_it_takes_and_holds_no_operator_or_path_of_ours(exported, shelf, name: str, kind: str):
+    file = exported[kind] / f"{name}.{kind}"
+    if kind == "onnx":
+        model = onnx.load(file)
+        says = {each.key: each.value for each in model.metadata_props}
+        assert {node.domain for node in model.graph.node} == {""} and not model.functions
+        assert [each.type.tensor_type.shape.dim[0].dim_param for each in model.graph.input] == ["batch"]
+    else:
+        extra = {METADATA: ""}
+        program = torch.export.load(file, extra_files=extra)
+        says = json.loads(extra[METADATA])
+        operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+        assert all(operator.startswith(("aten.", "<built-in")) for operator in operators)
+    network, _ = trained_network(shelf / f"{name}.pt")
+    assert (says["input"], says["height"], says["width"], says["order"]) == (FILES[kind], "64", "32", "RGB")
+    assert says["interpolation"] == network.preprocessing.interpolation
+    assert tuple(json.loads(says["mean"])) == network.preprocessing.mean
+    content = file.read_bytes()
+    assert str(ROOT).encode() not in content and sys.prefix.encode() not in content
+
+
+@pytest.mark.slow
+def test_an_input_of_another_size_is_refused_with_the_size_wanted(exported):
+    session = onnxruntime.InferenceSession(exported["onnx"] / "vit.onnx", providers=["CPUExecutionProvider"])
+    with pytest.raises(Exception, match="images for the following indices\n index: 2 Got: 48 Expected: 64"):
+        session.run(None, {"images": np.zeros((1, 3, 48, 32), np.uint8)})
+    module = torch.export.load(exported["pt2"] / "vit.pt2").module()
+    with pytest.raises(AssertionError, match=r"images.size\(\)\[2\] == 64"):
+        module(torch.zeros(1, 3, 48, 32))
+
+
+@pytest.mark.slow
+def test_the_blocks_of_the_page_run_without_dan_fast(exported, shelf, wanted, tmp_path):
+    (tmp_path / "features.onnx").write_bytes((exported["onnx"] / "resnet.onnx").read_bytes())
+    files = [str(file) for file in sorted((shelf / "images").iterdir())]
+    blocked = "import sys\nsys.modules.update(dict.fromkeys(['dan_fast', 'torch', 'timm']))\n"
+    check = f"""
+images = [np.asarray(Image.open(file)) for file in {files}]
+np.save("found.npy", features([resized(image) for image in images]))
+"""
+    (tmp_path / "page.py").write_text("\n".join([blocked, *BLOCKS, check]))
+    run_elsewhere(tmp_path, "page.py")
+    cosines = (np.load(tmp_path / "found.npy") * wanted["resnet"].numpy()).sum(axis=1)
+    assert cosines.min() > 0.9999
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "kind"), [("float16", "FLOAT16"), ("int8", "INT8")])
+def test_a_smaller_precision_is_near(tmp_path, precision: str, kind: str):
+    found = export_network(one_convolution(), tmp_path / "small.onnx", precision=precision)
+    assert found.cosine > 0.99 and 1e-5 < found.largest < 0.1 and found.images == 9
+    types = {each.data_type for each in onnx.load(tmp_path / "small.onnx").graph.initializer}
+    assert getattr(onnx.TensorProto, kind) in types
+
+
+def test_the_network_stays_as_it_is(tmp_path):
+    network = one_convolution()
+    network.backbone.bn.eval()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    found = export_network(network, tmp_path / "network.pt2", "pt2", precision="float16")
+    assert found.cosine > 0.999 and found.largest > 1e-5
+    assert network.training and not network.backbone.bn.training
+    after = network.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def not_normalised(graph: FeatureGraph, images: torch.Tensor) -> torch.Tensor:
+    return F.normalize(graph.network.embed(images / 255), dim=1)
+
+
+def not_of_unit_length(graph: FeatureGraph, images: torch.Tensor) -> torch.Tensor:
+    return graph.network.embed((images / 255 - graph.mean) / graph.std)
+
+
+def looks_at_values(graph: FeatureGraph, images: torch.Tensor) -> torch.Tensor:
+    return images[:, 0, 0, :4].float() if images.sum() > 0 else images[:, 1, 0, :4].float()
+
+
+@pytest.mark.parametrize(
+    ("forward", "precision", "scale", "sentence"),
+    [
+        (not_normalised, "float32", 1, r"differ from the network's by \d.*more than 1e-04, so .* was not written"),
+        (not_of_unit_length, "float32", 1, "differ from the network's by"),
+        (looks_at_values, "float32", 1, "cannot be written as pt2 in float32"),
+        (None, "float16", 1e7, "gives features that are not finite, so .* was not written"),
+    ],
+)
+def test_a_file_that_is_not_the_network_is_not_written(tmp_path, monkeypatch, forward, precision, scale, sentence):
+    out = tmp_path / "network.pt2"
+    out.write_bytes(b"of an earlier export")
+    if forward is not None:
+        monkeypatch.setattr(FeatureGraph, "forward", forward)
+    with pytest.raises(DanFastError, match=sentence):
+        export_network(one_convolution(scale), out, "pt2", precision=precision)
+    assert [path.name for path in tmp_path.iterdir()] == ["network.pt2"]
+    assert out.read_bytes() == b"of an earlier export"
+
+
+@pytest.mark.parametrize(
+    ("damage", "flags", "sentence"),
+    [
+        (lambda content: content[: len(content) // 2], [], "is truncated or no checkpoint"),
+        (lambda content: content.replace(b"dan_fast checkpoint 1", b"dan_fast checkpoint 0"), [], "is damaged"),
+        (None, [], "is not a checkpoint of this version of dan_fast"),
+        (bytes, ["--images", "no.png"], "no.png cannot be decoded (No such file or directory)"),
+        (bytes, ["--images", "."], "There are no images in .:"),
+        (bytes, ["--format", "pt2", "--precision", "int8"], "use --format onnx"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_no_file(shelf, tmp_path, monkeypatch, capsys, damage, flags, sentence):
+    checkpoint = tmp_path / "checkpoint.pt"
+    if damage is None:
+        torch.save({"format": "dan_fast checkpoint 0"}, checkpoint)
+    else:
+        checkpoint.write_bytes(damage((shelf / "cnn.pt").read_bytes()))
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "--checkpoint", str(checkpoint), "--format", "pt2", "--out", "out.pt2", *flags]) == 1
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
+def test_without_a_package_of_onnx_the_extra_is_named(shelf, tmp_path, monkeypatch, capsys, package: str):
+    monkeypatch.setitem(sys.modules, package, None)
+    out = tmp_path / "cnn.onnx"
+    assert main(["export", "--checkpoint", str(shelf / "cnn.pt"), "--out", str(out)]) == 1
+    wanted = f"dan-fast: --format onnx needs {package}, which is not installed: pip install 'dan-fast[export]'\n"
+    assert capsys.readouterr().err == wanted and not out.exists()
