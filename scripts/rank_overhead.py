@@ -2,8 +2,9 @@
 
     python scripts/rank_overhead.py --threads 2
 
-Both take the same steps from the same state, in turns, and have to agree. A job of one rank under torchrun makes no
-group, so this is more than it pays: shares are told, gradients travel through buckets, the memory gathers.
+Both take the same steps from the same state, in turns, and their first gradients have to agree. A job of one rank under
+torchrun makes no group, so this is more than it pays: shares are told, gradients travel through buckets, the memory
+gathers.
 """
 
 import argparse
@@ -41,6 +42,14 @@ def step_of(network: DAN, group: distributed.ProcessGroup | None) -> MetaStep:
     return MetaStep(model, optimizer, MetaConfig(), process_group=group)
 
 
+def require_alike(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Of the first step, from one state: later ones part by what rounding makes of a ReLU."""
+    largest = max(value.norm() for value in one.values())
+    for name, value in one.items():
+        if not (other[name] - value).norm() <= 1e-4 * max(value.norm(), 1e-3 * largest):
+            raise SystemExit(f"The gradients of {name} differ: nothing is to be compared.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -55,22 +64,23 @@ def main() -> None:
         network = DAN(CLASSES, given.backbone, image_size=SIZE, dropout=0.0)
         steps = [step_of(network, group) for group in (None, distributed.group.WORLD)]
         seconds: list[list[float]] = [[], []]
+        grads: list[dict[str, torch.Tensor]] = [{}, {}]
         for turn in range(given.repeat + 3):
             halves = split(2 * turn), split(2 * turn + 1)
             for which in (0, 1) if turn % 2 else (1, 0):
                 began = time.perf_counter()
-                steps[which].step(*halves)
+                grads[which] = steps[which].step(*halves).grads
                 if turn >= 3:
                     seconds[which].append(time.perf_counter() - began)
+            if turn == 0:
+                require_alike(*grads)
         distributed.destroy_process_group()
-    for (name, one), other in zip(steps[0].model.named_parameters(), steps[1].model.parameters(), strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
     ratios = sorted(b / a for a, b in zip(*seconds, strict=True))
     print(
         f"{given.backbone}, {SIZE[0]} x {SIZE[1]}, {SAMPLES} + {SAMPLES} images, {given.threads} threads, torch "
         f"{torch.__version__}: {statistics.median(seconds[0]):.3f} s without a group, with one "
         f"{statistics.median(seconds[1]):.3f} s; ratio of pairs {statistics.median(ratios):.3f} "
-        f"({ratios[0]:.3f} to {ratios[-1]:.3f}); parameters agree"
+        f"({ratios[0]:.3f} to {ratios[-1]:.3f}); the first gradients agree"
     )
 
 
