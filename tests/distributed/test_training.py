@@ -3,15 +3,17 @@
 import time
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor, distributed
 
 from dan_fast.core.errors import DanFastError, Interrupted
 from dan_fast.reporting.memories import stored_slots
-from dan_fast.training import TrainConfig
+from dan_fast.training import TrainConfig, memory_shards
 from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.random_numbers import RunRandomNumbers
 from tests.support.rank_trainings import settings, trainer_of
@@ -122,3 +124,19 @@ def test_a_stop_on_one_rank_stops_all_and_they_go_on_bit_for_bit(ranks: Ranks, i
     one = load_checkpoint(other / "checkpoint.pt")["model"]
     for state in ranks.run(state_at, alone):
         assert all(torch.equal(state[name], value) for name, value in one.items())
+
+
+def test_rows_are_read_from_the_middle_of_what_ranks_have_written(tmp_path: Path):
+    """As another number of ranks reads them, whose shares begin and end elsewhere."""
+    features, sizes, name = torch.arange(22.0).view(11, 2), [4, 1, 6], "labeled.features"
+    shards = []
+    for number, part in enumerate(features.split(sizes)):
+        content = save({name: part.contiguous()})
+        (tmp_path / f"{number}.safetensors").write_bytes(content)
+        shards.append({"file": f"{number}.safetensors", "rows": {name: len(part)}, "crc32": crc32(content)})
+    for first in range(11):
+        for last in range(first + 1, 12):
+            read = memory_shards._rows_of_shards(tmp_path, shards, name, slice(first, last))
+            assert torch.equal(read, features[first:last])
+    with pytest.raises(DanFastError, match="the checkpoint holds 11 slots of labeled.features and not 12"):
+        memory_shards._rows_of_shards(tmp_path, shards, name, slice(3, 12))
