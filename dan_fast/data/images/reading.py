@@ -59,4 +59,6 @@ def unreadable(path: Path | str, error: Exception) -> DanFastError:
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     if reason.startswith("cannot identify image file"):
         reason = "it is no image that Pillow knows"
-    return DanFastError(f"The image {path} cannot be decoded ({reason}); replace it, or set broken_images to skip.")
+    return DanFastError(
+        f"The image {path} cannot be decoded ({reason}); replace it, or where broken_images can be set, set it to skip."
+    )

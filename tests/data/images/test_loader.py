@@ -154,7 +154,7 @@ def test_a_broken_image_is_an_error_of_one_sentence(source: TrainingSet, workers
             list(loader)
         message = str(caught.value)
         assert message.startswith(f"The image {path} cannot be decoded (")
-        assert message.endswith("or set broken_images to skip.") and "\n" not in message
+        assert message.endswith("or where broken_images can be set, set it to skip.") and "\n" not in message
 
 
 @pytest.mark.slow
