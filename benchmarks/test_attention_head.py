@@ -9,8 +9,18 @@ the paper's batch; `dan-fast bench attention` has the whole of it, torch.compile
 import pytest
 import torch
 
-from dan_fast.bench.attention.contenders import EAGER, KERNELS, HeadOutcome, compare_heads, reference_outcome, start
-from dan_fast.bench.attention.problem import LAYOUTS, HeadProblem, MapSize, make_head_problem
+from dan_fast.bench.attention.contenders import (
+    EAGER,
+    KERNELS,
+    LAYOUTS,
+    HeadOutcome,
+    HeadProblem,
+    MapSize,
+    compare_heads,
+    make_head_problem,
+    reference_outcome,
+    start,
+)
 
 SIZE = MapSize(batch=16)
 

@@ -3,12 +3,12 @@
 import json as json_text
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jsonargparse.typing import NonNegativeInt
@@ -17,9 +17,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from dan_fast.bench.machine import PEAK_MEANING, environment
-from dan_fast.bench.rows import Row, plain, shown
+from dan_fast.bench.rows import Row, plain, set_speedups, shown
 from dan_fast.bench.timing import Say
-from dan_fast.bench.verdict import Bar, all_met
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import write_text
 from dan_fast.training.build import resolve_device
@@ -43,6 +42,45 @@ LEGEND = (
     "of copy: model bytes at the measured copy bandwidth over the time. vs: how many times as long that one takes.",
 )
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class Bar(NamedTuple):
+    """A requirement, its limit as a sentence, the figure (None if it was not measured), and whether it is met."""
+
+    name: str
+    limit: str
+    value: float | None
+    met: bool
+
+    @property
+    def verdict(self) -> str:
+        return "not measured" if self.value is None else "met" if self.met else "NOT met"
+
+    def to_dict(self) -> dict[str, Any]:
+        return self._asdict() | {"verdict": self.verdict}
+
+
+def at_least(name: str, least: float, value: float | None) -> Bar:
+    """A ratio that must not be smaller."""
+    return Bar(name, f"at least {least:g} times", value, value is not None and value >= least)
+
+
+def at_most(name: str, limit: str, most: float, value: float | None) -> Bar:
+    """A figure that must not be larger; `limit` says so in its unit."""
+    return Bar(name, limit, value, value is not None and value <= most)
+
+
+def all_met(bars: Sequence[Bar], check: bool) -> bool:
+    """Whether every bar is met.
+
+    Raises:
+        DanFastError: with `check`, one is not.
+    """
+    missed = [bar for bar in bars if not bar.met]
+    if check and missed:
+        names = "; ".join(f"{bar.name}: {bar.verdict}" for bar in missed)
+        raise DanFastError(f"{len(missed)} of {len(bars)} bars are missed: {names}.")
+    return not missed
 
 
 @dataclass(kw_only=True)
@@ -90,6 +128,20 @@ class Benchmark(ABC):
     def bars(self, rows: Sequence[Row]) -> list[Bar]:
         """What the rows have to reach; a row that disagrees has no figure."""
 
+    def rivals(self, row: Row, rows: Sequence[Row]) -> Mapping[str, Sequence[Row]]:
+        """Whom a row of a group is compared with: the fastest of those that have a name."""
+        return {}
+
+    def set_ratios(self, rows: Sequence[Row]) -> None:
+        """What is computed from the times of a group."""
+        set_speedups(rows, self.rivals)
+
+    def measure(self, say: Say = lambda _: None) -> Iterator[list[Row]]:
+        """The groups with their ratios."""
+        for rows in self.groups(say):
+            self.set_ratios(rows)
+            yield rows
+
     def figures(self, row: Row) -> dict[str, Any]:
         """Figures of a row beyond those that all have, by their keys in the file."""
         return {}
@@ -132,7 +184,7 @@ class Benchmark(ABC):
             # Before minutes of measuring: the folder may not be writable.
             self._write(found, rows, complete=False)
             with console.status("") as status:
-                for group in self.groups(status.update):
+                for group in self.measure(status.update):
                     rows += group
                     self.print_rows(console, group)
                     self._write(found, rows, complete=False)

@@ -4,26 +4,22 @@ import pytest
 import torch
 
 from dan_fast import _extension, functional
-from dan_fast.bench.attention.benchmark import (
-    AttentionBenchmark,
-    head_bars,
-    head_bytes,
-    row_of,
-    set_head_speedups,
-)
+from dan_fast.bench.attention.benchmark import AttentionBenchmark, head_bars, head_bytes, row_of
 from dan_fast.bench.attention.contenders import (
     COMPILED,
     EAGER,
     KERNELS,
+    LAYOUTS,
     REFERENCE,
     TOLERANCES,
     HeadOutcome,
     HeadRunner,
+    MapSize,
     compare_heads,
+    make_head_problem,
     reference_outcome,
     start,
 )
-from dan_fast.bench.attention.problem import LAYOUTS, MapSize, make_head_problem
 from dan_fast.bench.machine import CacheFlush
 from dan_fast.bench.rows import BACKWARD, FORWARD, Row, Timing
 from tests.bench import written
@@ -31,9 +27,10 @@ from tests.bench import written
 TINY = MapSize(batch=3, channels=24, height=3, width=2, reduction=2, classes=5)
 
 
-def measure(*contenders: str, dtype=torch.float32, layout="contiguous", **settings) -> list[Row]:
-    given = TINY._asdict() | {"device": "cpu", "contenders": ",".join(contenders), "repeat": 2} | settings
-    return AttentionBenchmark(**given).group(dtype, layout)
+def measure(*contenders: str, **settings) -> list[Row]:
+    given = TINY._asdict() | {"device": "cpu", "contenders": ",".join(contenders), "repeat": 2}
+    (rows,) = AttentionBenchmark(**given | {"dtype": "float32", "layout": "contiguous"} | settings).measure()
+    return rows
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -48,7 +45,7 @@ def test_contenders_agree_with_the_reference(contender, dtype, layout):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_contenders_agree_on_a_gpu(dtype):
     rows = measure(EAGER, KERNELS, dtype=dtype, layout="channels_last", device="cuda")
     assert all(row.disagrees is None and row.seconds and row.bandwidth > 0 for row in rows)
@@ -150,7 +147,7 @@ def row(contender: str, forward: float, backward: float, **fields) -> Row:
 def some_rows(**fields) -> list[Row]:
     values = {"peak_bytes": 34_000_000, "returned_bytes": 30_000_000, "bandwidth": 20e9} | fields
     rows = [row(EAGER, 1.0, 9.0), row(COMPILED, 0.5, 3.5), row(KERNELS, 0.1, 1.0, **values)]
-    set_head_speedups(rows)
+    AttentionBenchmark(device="cpu").set_ratios(rows)
     return rows
 
 
@@ -164,7 +161,7 @@ def test_ratios():
     for wrong in (0, 2):
         rows = some_rows()
         rows[wrong].disagrees = "attended"
-        set_head_speedups(rows)
+        AttentionBenchmark(device="cpu").set_ratios(rows)
         assert rows[wrong].speedup == {} and EAGER not in rows[2].speedup
 
 
@@ -177,7 +174,7 @@ def test_bars():
     ]
     slow = some_rows()
     slow[0].seconds[BACKWARD] = Timing([7.9])
-    set_head_speedups(slow)
+    AttentionBenchmark(device="cpu").set_ratios(slow)
     assert [bar.verdict for bar in head_bars(slow, ["contiguous"], "cpu")] == ["NOT met", "met", "met"]
     for useless in ({"operators": []}, {"disagrees": "attended"}):
         verdicts = {bar.verdict for bar in head_bars(some_rows(**useless), ["contiguous"], "cpu")}

@@ -10,13 +10,16 @@ from dan_fast.bench.ranking.benchmark import (
     COUNTING,
     DISTANCES,
     FEATURES,
+    MARKET1501,
+    MSMT17,
     PRODUCT,
     SORTING,
     RankingBenchmark,
+    difference,
+    make_ranking_problem,
+    rank_by_sorting,
     ranking_path,
-    set_ranking_speedups,
 )
-from dan_fast.bench.ranking.problem import MARKET1501, MSMT17, difference, make_ranking_problem, rank_by_sorting
 from dan_fast.bench.rows import WHOLE, Row, Timing
 from dan_fast.evaluation import RankingResult, evaluate_ranking, rank_distances
 from dan_fast.evaluation.pairs import Labels
@@ -28,7 +31,7 @@ def tiny(**settings) -> RankingBenchmark:
 
 
 def measure(**settings) -> list[Row]:
-    (rows,) = tiny(**settings).groups(lambda _: None)
+    (rows,) = tiny(**settings).measure()
     return rows
 
 
@@ -57,7 +60,7 @@ def test_all_contenders_are_timed_and_agree():
         (FEATURES, PRODUCT),
         (FEATURES, SORTING),
     ]
-    assert all(row.disagrees is None and len(row.whole.seconds) == 2 for row in rows)
+    assert all(row.disagrees is None and len(row.whole) == 2 for row in rows)
     with _extension.disabled():
         assert ranking_path(torch.device("cpu")) == "PyTorch"
         assert all(row.disagrees is None for row in measure())
@@ -101,8 +104,8 @@ def bars(given=0.4, counted=1.0, product=0.8, extra=2e8, plan=None, **fields):
     seconds = {(COUNTING, DISTANCES): given, (COUNTING, FEATURES): counted, (PRODUCT, FEATURES): product}
     rows = [Row(name, {"source": source}, seconds={WHOLE: Timing([value])}, **fields)
             for (name, source), value in seconds.items()]  # fmt: skip
-    set_ranking_speedups(rows)
     benchmark = plan or RankingBenchmark(device="cpu")
+    benchmark.set_ratios(rows)
     benchmark._extra_bytes = extra
     return benchmark.bars(rows)
 

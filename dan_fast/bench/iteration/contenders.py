@@ -1,10 +1,11 @@
 """What a training iteration is compared with: plain ResNet, and DAN with the paper's literal operators."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -151,18 +152,14 @@ def literal_operators(model: TrainingModel, last_bit: torch.Generator | None = N
                 features = features * (1 + torch.finfo(features.dtype).eps * sign)
             return reference.attention_head(features, attention.weights, cam_weight, labels)
 
-    attention.head, memory.forward = head, MethodType(_literal_memory, memory)
-    try:
+    def step(*batch: Tensor, **gate_features: Tensor) -> MemoryStep:
+        gates = (*memory.gate_values(**gate_features), memory.decay, memory.decay_unlabeled)
+        step = reference.memory_step(memory.labeled, memory.unlabeled, *batch, *gates)
+        memory.labeled, memory.unlabeled = step.labeled, step.unlabeled
+        return step
+
+    with patch.object(attention, "head", head), patch.object(memory, "forward", step):
         yield
-    finally:
-        del attention.head, memory.forward
-
-
-def _literal_memory(memory: ProgressiveAugmentedMemory, *batch: Tensor, **gate_features: Tensor) -> MemoryStep:
-    gates = (*memory.gate_values(**gate_features), memory.decay, memory.decay_unlabeled)
-    step = reference.memory_step(memory.labeled, memory.unlabeled, *batch, *gates)
-    memory.labeled, memory.unlabeled = step.labeled, step.unlabeled
-    return step
 
 
 class PlainNetwork:
@@ -199,19 +196,14 @@ class PlainNetwork:
         return loss.detach()
 
 
-class PlainIteration(PlainNetwork):
-    """The plain network on the images of a DAN's iteration."""
-
-    def __init__(self, size: IterationSize, dan: DANIteration) -> None:
-        image_size, half = (size.height, size.width), dan.model.autocast_dtype
-        super().__init__(size.backbone, image_size, size.classes, dan.step.device, half)
-        self.images = torch.cat([split.images for split in dan.batch])
-        if self.device.type == "cuda":
-            self.images = self.images.pin_memory()
-        self.labels = torch.arange(len(self.images)) % size.classes
-
-    def run(self) -> None:
-        self.step(self.images, self.labels)
+def plain_iteration(size: IterationSize, dan: DANIteration) -> Callable[[], Tensor]:
+    """The step of the plain network with the images of a DAN's iteration."""
+    image_size, half = (size.height, size.width), dan.model.autocast_dtype
+    network = PlainNetwork(size.backbone, image_size, size.classes, dan.step.device, half)
+    images = torch.cat([split.images for split in dan.batch])
+    if network.device.type == "cuda":
+        images = images.pin_memory()
+    return partial(network.step, images, torch.arange(len(images)) % size.classes)
 
 
 def _sgd(model: nn.Module) -> torch.optim.SGD:
