@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dan_fast.core.cosine import norm_from_square, occupied_softmax, statistics_dtype
 from dan_fast.core.types import Gates, MemoryBatch, MemoryState, MemoryStep
+from dan_fast.functional.memory.false_sets import FalseSampleSets
 
 
 class _Memory:
@@ -59,12 +60,11 @@ class _Memory:
 
     def clear_false(self, key: Tensor, pseudo_label: Tensor) -> Tensor:
         """Clears the false samples of Eq. (14); returns the second term of Eq. (15)."""
-        same = self.labels == pseudo_label
-        if not (count := int(same.sum())):
+        if not (self.labels == pseudo_label).any():
             return key.new_zeros(())
         evaluation = self.weights(key)  # V
-        largest = _top(evaluation, count, self.occupied)
-        positive, negative = same & ~largest, self.occupied & ~same & largest
+        sets = FalseSampleSets.form(evaluation[None], self.labels, pseudo_label[None])
+        positive, negative = sets[0][0], sets[1][0]
         false = (positive | negative).nonzero()[:, 0]
         if not len(false):
             return key.new_zeros(())
@@ -77,14 +77,6 @@ class _Memory:
 
     def state(self) -> MemoryState:
         return MemoryState(self.features, self.labels, self.usage, self.evaluation, self.least_used, self.sample_ids)
-
-
-def _top(values: Tensor, count: int, occupied: Tensor) -> Tensor:
-    """(s,) bool, the `count` largest of the occupied; the lowest index first among equals, which topk leaves open."""
-    values = values.masked_fill(~occupied, -1.0)
-    least = values.topk(count).values[-1]
-    above, equal = values > least, values == least
-    return above | (equal & (equal.cumsum(0) <= count - above.sum()))
 
 
 class InPlaceMemory:
