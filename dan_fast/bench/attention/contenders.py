@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dan_fast import _extension, functional, reference
-from dan_fast.bench.agreement import Agreement, judge, relative_error
+from dan_fast.bench.agreement import Agreement, Pair, compare_pairs
 from dan_fast.core.cosine import statistics_dtype
 from dan_fast.core.types import AttentionHeadOutput, NLCBAMWeights
 from dan_fast.nn import NLCBAM
@@ -172,10 +172,8 @@ def compare_heads(outcome: HeadOutcome, expected: HeadOutcome, dtype: torch.dtyp
         >>> problem = make_head_problem(MapSize(2, 24, 3, 2, 2, 5), torch.float64, "contiguous", "cpu")
         >>> compare_heads(start("eager", problem).outcome(), reference_outcome(problem), torch.float64).disagrees
     """
-    errors, allowed = {}, {}
     names = [*AttentionHeadOutput._fields, *(f"gradient of {name}" for name in _GRADIENTS)]
     kinds = ["results"] * 5 + ["map_gradient"] + ["gradients"] * (len(_GRADIENTS) - 1)
-    pairs = zip((*outcome[0], *outcome[1]), (*expected[0], *expected[1]), strict=True)
-    for name, kind, (actual, wanted) in zip(names, kinds, pairs, strict=True):
-        errors[name], allowed[name] = relative_error(actual, wanted, 2, math.inf), TOLERANCES[dtype][kind]
-    return judge(errors, allowed)
+    results = zip((*outcome[0], *outcome[1]), (*expected[0], *expected[1]), strict=True)
+    pairs = zip(names, kinds, results, strict=True)
+    return compare_pairs((Pair(name, *both, TOLERANCES[dtype][kind]) for name, kind, both in pairs), 2, math.inf)

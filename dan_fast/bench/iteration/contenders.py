@@ -16,7 +16,7 @@ from dan_fast.bench.memory.problem import Size, make_problem
 from dan_fast.core.types import AttentionHeadOutput, MemoryStep
 from dan_fast.daml import Stage
 from dan_fast.data import BatchPlanner, Split
-from dan_fast.data.sampler import PlannedItem
+from dan_fast.data.images.loader import split_of
 from dan_fast.nn import ProgressiveAugmentedMemory, build_backbone
 from dan_fast.training import MetaStep, TrainConfig, TrainingModel
 from dan_fast.training.build import build_model, network_and_random_state
@@ -81,7 +81,10 @@ class DANIteration:
         )
         (plan, *_) = planner.plan_epoch(0, tuple(x.cpu() for x in memory.reliable_samples()))
         generator = torch.Generator().manual_seed(seed)
-        self.batch = [_split(items, size, generator, device) for items in plan if items is not None]
+        self.batch = []
+        for items in (items for items in plan if items is not None):
+            images = torch.randn(len(items), 3, size.height, size.width, generator=generator)
+            self.batch.append(split_of(items, images.pin_memory() if device.type == "cuda" else images))
 
     def set(self, order: int, backbone: str) -> None:
         """Which kind of iteration comes next; the step still finds out who would have won the competition."""
@@ -209,17 +212,3 @@ def plain_iteration(size: IterationSize, dan: DANIteration) -> Callable[[], Tens
 def _sgd(model: nn.Module) -> torch.optim.SGD:
     settings = TrainConfig().optimizer
     return torch.optim.SGD(model.parameters(), _STEP, settings.momentum, weight_decay=settings.weight_decay)
-
-
-def _split(
-    items: tuple[PlannedItem, ...], size: IterationSize, generator: torch.Generator, device: torch.device
-) -> Split:
-    kinds = [item.kind for item in items]
-    images = torch.randn(len(items), 3, size.height, size.width, generator=generator)
-    return Split(
-        images=images.pin_memory() if device.type == "cuda" else images,
-        labels=torch.tensor([item.label for item in items]),
-        sample_ids=torch.tensor([-1 if item.kind == "labeled" else item.index for item in items]),
-        num_labeled=kinds.count("labeled"),
-        num_fed_back=kinds.count("fed_back"),
-    )
