@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor
 
@@ -150,7 +151,7 @@ class RankingBenchmark(Benchmark):
         self._memory_seconds: float | None = None
 
     def groups(self, say: Say) -> Iterator[list[Row]]:
-        rows = [*self._compare_distances(say), *self._compare_features(say)]
+        rows = self._compare(say)
         say("memory")
         query, gallery, labels = make_ranking_problem(self.memory_size, self.place)
         ids, cams = labels.query_ids[:64], labels.query_cams[:64]
@@ -160,20 +161,10 @@ class RankingBenchmark(Benchmark):
         self._memory_seconds = time.perf_counter() - begin
         yield rows
 
-    def _compare_distances(self, say: Say) -> list[Row]:
-        problem = make_ranking_problem(self.size, self.place)
-        query, gallery = (torch.nn.functional.normalize(features) for features in problem[:2])
-        distances, labels = 1 - query @ gallery.T, problem.labels
-        del query, gallery, problem
-        matrix = distances.cpu().numpy()
-        runs = {
-            COUNTING: lambda: rank_distances(distances, *labels),
-            SORTING: lambda: rank_by_sorting(lambda rows: matrix[rows], labels),
-        }
-        return self._run_in_turn(DISTANCES, runs, say)
-
-    def _compare_features(self, say: Say) -> list[Row]:
+    def _compare(self, say: Say) -> list[Row]:
         query, gallery, labels = make_ranking_problem(self.size, self.place)
+        distances = 1 - F.normalize(query) @ F.normalize(gallery).T
+        matrix = distances.cpu().numpy()
 
         def sort() -> RankingResult:
             q, g = (each.cpu().numpy().astype(np.float64) for each in (query, gallery))
@@ -181,35 +172,31 @@ class RankingBenchmark(Benchmark):
             return rank_by_sorting(lambda rows: np.ldexp(np.rint(np.ldexp(1 - q[rows] @ g.T, 40)), -40), labels)
 
         runs = {
-            COUNTING: lambda: evaluate_ranking(query, gallery, *labels),
-            PRODUCT: lambda: query @ gallery.T,
-            SORTING: sort,
+            (DISTANCES, COUNTING): lambda: rank_distances(distances, *labels),
+            (DISTANCES, SORTING): lambda: rank_by_sorting(lambda rows: matrix[rows], labels),
+            (FEATURES, COUNTING): lambda: evaluate_ranking(query, gallery, *labels),
+            (FEATURES, PRODUCT): lambda: query @ gallery.T,
+            (FEATURES, SORTING): sort,
         }
-        return self._run_in_turn(FEATURES, runs, say)
-
-    def _run_in_turn(self, source: str, runs: dict[str, Callable[[], Any]], say: Say) -> list[Row]:
-        rows, turns, results = {}, [], {}
-        for contender, run in runs.items():
+        # What an evaluation cannot do without: to read what is given and, from features, to multiply it.
+        read = {DISTANCES: distances.nbytes, FEATURES: query.nbytes + gallery.nbytes}
+        flop = {DISTANCES: {}, FEATURES: {WHOLE: 2 * distances.numel() * self.size.width}}
+        turns, results = {}, {}
+        for (source, contender), run in runs.items():
             say(f"{source}: {contender}")
             of = {"source": source, "path": ranking_path(self.place) if contender == COUNTING else ""}
-            rows[contender] = Row(contender, of, (WHOLE,), source, **self._needed(source))
+            row = Row(contender, of, (WHOLE,), source, model_bytes={WHOLE: read[source]}, flop=flop[source])
             begin = time.perf_counter()
-            results[contender] = run()
+            results[source, contender] = run()
             count = repetitions(time.perf_counter() - begin, self.repeat, self.budget_s)
-            turns.append(Turn(rows[contender], WHOLE, run, count))
-        rows[COUNTING].compared_with = "sorting"
-        rows[COUNTING].agreement = f" (CMC in every bit, mAP and mINP within {TOLERANCE:g})"
-        rows[COUNTING].disagrees = difference(results[COUNTING], results[SORTING])
+            turns[source, contender] = Turn(row, WHOLE, run, count)
+        for source in (DISTANCES, FEATURES):
+            row = turns[source, COUNTING].row
+            row.compared_with, row.agreement = "sorting", f" (CMC in every bit, mAP and mINP within {TOLERANCE:g})"
+            row.disagrees = difference(results[source, COUNTING], results[source, SORTING])
         results.clear()
-        take_turns(self.place, turns, say, rows[COUNTING].model_bytes[WHOLE], torch.float32)
-        return list(rows.values())
-
-    def _needed(self, source: str) -> dict[str, Any]:
-        """What an evaluation cannot do without: to read what is given and, from features, to multiply it."""
-        queries, gallery, width, *_ = self.size
-        if source == DISTANCES:
-            return {"model_bytes": {WHOLE: 4 * queries * gallery}}
-        return {"model_bytes": {WHOLE: 4 * (queries + gallery) * width}, "flop": {WHOLE: 2 * queries * gallery * width}}
+        take_turns(self.place, [*turns.values()], say, max(read.values()), torch.float32)
+        return [turn.row for turn in turns.values()]
 
     def title(self, rows: Sequence[Row]) -> str:
         return f"{self.size.queries} queries x {self.size.gallery} gallery images, {self.size.width} wide"
