@@ -179,7 +179,7 @@ class Benchmark(ABC):
         # Wide enough for the tables where the output goes into a file.
         console = console or (Console() if Console().is_terminal else Console(width=200))
         rows: list[Row] = []
-        with cpu_threads(self.threads):
+        with _cpu_threads(self.threads):
             found = environment(self.place)
             # Before minutes of measuring: the folder may not be writable.
             self._write(found, rows, complete=False)
@@ -288,11 +288,9 @@ def contenders_of(text: str, choices: Iterable[str]) -> list[str]:
 
 
 @contextmanager
-def cpu_threads(count: int) -> Iterator[None]:
-    """PyTorch's CPU threads inside; 0 leaves its own number."""
+def _cpu_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
+    torch.set_num_threads(count or before)
     try:
         yield
     finally:

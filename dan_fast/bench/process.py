@@ -67,13 +67,8 @@ def compile_trial(row: Row, prepare: Callable[..., Callable], budget_s: float, *
     """Writes into the row how long the first calls take, forward and with backward; or returns why they fail.
 
     They run in a process of their own: stopped inside this one, the compiler would go on tracing the functions that it
-    had begun with. What a trial that ends in time has compiled is found again in PyTorch's cache.
-
-    Args:
-        row: of a compiled contender.
-        prepare: a function of a module; returns what starts the contender's runner.
-        budget_s: seconds it may take.
-        arguments: of `prepare`, which gets them as JSON has them.
+    had begun with. What a trial that ends in time has compiled is found again in PyTorch's cache. `prepare`, a function
+    of a module, gets the arguments as JSON has them and returns what starts the contender's runner.
     """
     where = f"{prepare.__module__}:{prepare.__qualname__}"
     try:

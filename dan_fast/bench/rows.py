@@ -108,31 +108,32 @@ class Row:
         limits = self.limits(kind)
         return self.seconds[kind].median / max(limits.values()) if limits and kind in self.seconds else None
 
+    def of_each(self, figure: Callable[[str], Any]) -> dict[str, Any]:
+        """A figure of each pass that was measured."""
+        return {kind: figure(kind) for kind in self.seconds}
+
     def leave_out(self, reason: str, *kinds: str) -> None:
         self.left_out |= dict.fromkeys(kinds or self.passes, reason)
 
     def to_dict(self) -> dict[str, Any]:
         content = vars(self) | self.of
         del content["of"]
-        shares = {kind: self.bandwidth_share(kind) for kind in self.seconds}
-        limits = {kind: self.limits(kind) for kind in self.seconds}
-        over = {kind: self.over_limit(kind) for kind in self.seconds}
         if self.passes == (WHOLE,):
             content |= {"seconds": self.whole, "left_out": self.left_out.get(WHOLE)}
-        content |= {"extra_bytes": self.extra_bytes, "bandwidth_share": shares}
-        return content | {"limit_seconds": limits, "over_limit": over}
+        content |= {"extra_bytes": self.extra_bytes, "bandwidth_share": self.of_each(self.bandwidth_share)}
+        return content | {"limit_seconds": self.of_each(self.limits), "over_limit": self.of_each(self.over_limit)}
 
     def cells(self) -> dict[str, str]:
         """Column -> cell of the table, "-" for what is not known."""
         columns = {FORWARD: "forward ms", BACKWARD: "fwd + bwd ms", WHOLE: "ms"}
-        limits = {kind: max(self.limits(kind).values(), default=None) for kind in self.seconds}
+        limits = self.of_each(lambda kind: max(self.limits(kind).values(), default=None))
         return {
             **{columns[kind]: milliseconds(self.seconds.get(kind)) for kind in self.passes},
             "limit ms": pair(limits, ".3g", 1e-3),
-            "over limit": pair({kind: self.over_limit(kind) for kind in self.seconds}, ".3g"),
+            "over limit": pair(self.of_each(self.over_limit), ".3g"),
             "extra MB": shown(self.extra_bytes, ".1f", 1e6),
             "model MB": pair(self.model_bytes, ".3g", 1e6),
-            "of copy": pair({kind: self.bandwidth_share(kind) for kind in self.seconds}, ".1%"),
+            "of copy": pair(self.of_each(self.bandwidth_share), ".1%"),
             **{f"vs {rival}": pair(ratios, ".3g") for rival, ratios in self.speedup.items()},
         }
 

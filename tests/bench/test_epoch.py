@@ -13,7 +13,6 @@ from dan_fast.bench.epoch.benchmark import EpochBenchmark
 from dan_fast.bench.epoch.contenders import CACHED, PLAIN, Epoch, Feed, compare_losses, draw_files, drawn_images
 from dan_fast.bench.process import ProcessFailed
 from dan_fast.bench.rows import WHOLE, Timing
-from dan_fast.nn import build_backbone
 from tests.bench import TINY, written
 
 
@@ -56,7 +55,7 @@ def test_the_command_writes_everything_down(tmp_path, capsys):
 
 def test_both_feeds_have_the_same_images_and_a_wrong_one_is_seen(drawn, monkeypatch):
     for recipe in ("plain", "paper"):
-        feed = Feed(drawn, recipe, build_backbone("resnet18"))
+        feed = Feed(drawn, recipe)
         feed.batches.fill_cache([*feed.datasets.labeled, *feed.datasets.unlabeled])
         disagrees, words = feed.compare()
         assert disagrees is None and words.startswith("16 images equal bit for bit as decoded, augmented up to")

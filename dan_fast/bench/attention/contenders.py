@@ -150,7 +150,7 @@ def start(name: str, problem: HeadProblem) -> HeadRunner:
 
 
 def prepare_compiled(size: Sequence[int], dtype: str, layout: str, device: str) -> Callable[[], HeadRunner]:
-    """For `dan_fast.bench.compiled`."""
+    """For `compile_trial`."""
     problem = make_head_problem(MapSize(*size), getattr(torch, dtype), layout, device)
     return lambda: start(COMPILED, problem)
 

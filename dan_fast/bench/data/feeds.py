@@ -9,20 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dan_fast import data
 from dan_fast.core.preprocessing import STD
-from dan_fast.data import (
-    BatchPlanner,
-    ImageCache,
-    ReIDDataset,
-    Sample,
-    TrainingSet,
-    image_loader,
-    load_dataset,
-    read_image,
-    test_transform,
-    train_transform,
-    training_loader,
-)
+from dan_fast.data import BatchPlanner, ImageCache, ReIDDataset, Sample, TrainingSet
 from dan_fast.data.synthetic import synthesize
 
 PLAIN, DECODED, CACHED = CONTENDERS = ("plain", "decoded", "cached")
@@ -37,10 +26,7 @@ _APART, _LEVELS = 1e-3, 2
 class PlainImages(Dataset):
     """Files as torchvision users read them: decoded by Pillow and transformed one at a time.
 
-    Args:
-        samples: the files.
-        transform: of an image.
-        seeds: a seed for each file, so that augmented images can be compared; None draws as it comes.
+    With `seeds`, one for each file, augmented images can be compared; None draws as it comes.
     """
 
     def __init__(
@@ -55,19 +41,11 @@ class PlainImages(Dataset):
         path, pid, _ = self.samples[index]
         if self.seeds is not None:
             torch.default_generator.manual_seed(self.seeds[index])
-        return self.transform(read_image(path)), pid
+        return self.transform(data.read_image(path)), pid
 
 
 class Feeds:
-    """The loaders of all contenders on files of one size.
-
-    Args:
-        folder: an empty one, for files and cache.
-        file_size: height and width of the files, which are drawn.
-        image_size: height and width they are resized to.
-        images, batch, workers: how many.
-        device: where the batches go.
-    """
+    """The loaders of all contenders on files of one size, height and width, which are drawn into an empty folder."""
 
     def __init__(self, folder: Path, file_size: tuple[int, int], image_size: tuple[int, int], images: int,
                  batch: int, workers: int, device: torch.device) -> None:  # fmt: skip
@@ -85,16 +63,16 @@ class Feeds:
         cache = self.cache if contender == CACHED else None
         options = {"workers": self.workers, "cache": cache, "device": self.device}
         if use == TRAINING:
-            return training_loader(self.training_set, self.plans, self.image_size, **options)
-        return image_loader(self.samples, self.image_size, self.batch, **options)
+            return data.training_loader(self.training_set, self.plans, self.image_size, **options)
+        return data.image_loader(self.samples, self.image_size, self.batch, **options)
 
     def plain(self, use: str, seeds: dict[int, int] | None = None, **options: Any) -> DataLoader:
         """torch's loader of `PlainImages`."""
         if use == TRAINING:
-            samples, transform = self.training_set.labeled_samples, train_transform(self.image_size)
+            samples, transform = self.training_set.labeled_samples, data.train_transform(self.image_size)
             options["batch_sampler"] = [[item.index for item in items] for items in self.items]
         else:
-            samples, transform = self.samples, test_transform(self.image_size)
+            samples, transform = self.samples, data.test_transform(self.image_size)
             options["batch_size"] = self.batch
         options |= {"num_workers": self.workers, "pin_memory": self.device.type == "cuda"}
         return DataLoader(PlainImages(samples, transform, seeds), **options)
@@ -113,12 +91,7 @@ class Feeds:
 
 
 def apart(plain: Iterable[Any], loader: Iterable[Any], std: Sequence[float] = STD) -> tuple[float, float] | str:
-    """How far a loader's images are from those of a plain one.
-
-    Args:
-        plain: batches of torch's loader of `PlainImages`.
-        loader: batches of this package's.
-        std: by which both have divided.
+    """How far the images of this package's loader are from those of torch's; both have divided by `std`.
 
     Returns:
         The largest difference in grey levels, and the share of numbers that differ; or which shape is another.
@@ -152,7 +125,7 @@ def _images(batch: Any) -> Tensor:
 def _draw_files(root: Path, size: tuple[int, int], images: int) -> tuple[Sample, ...]:
     (manifest,) = synthesize(root / "drawn", ["campus"], identities=_DRAWN // 4, cameras=2, images_per_camera=2,
                              image_size=size, test_fraction=0)  # fmt: skip
-    people = load_dataset(manifest).train
+    people = data.load_dataset(manifest).train
     samples = [people[number % len(people)]._replace(path=root / f"{number:06d}.jpg") for number in range(images)]
     for number, sample in enumerate(samples):
         shutil.copyfile(people[number % len(people)].path, sample.path)

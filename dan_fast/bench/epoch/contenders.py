@@ -92,17 +92,13 @@ def draw_files(root: Path, size: tuple[int, int], images: int, progress: Any = N
 
 
 class Feed:
-    """The mini-batches of a recipe, by the trainer's own way and by torch's DataLoader.
+    """The mini-batches of a recipe, by the trainer's own way and by torch's DataLoader."""
 
-    Args:
-        epoch: what is gone through.
-        recipe: decides which images a mini-batch has.
-        network: says how images are resized and normalised.
-    """
-
-    def __init__(self, epoch: Epoch, recipe: str, network: torch.nn.Module) -> None:
+    def __init__(self, epoch: Epoch, recipe: str) -> None:
+        self.image_size = (epoch.height, epoch.width)
+        network = build_backbone(epoch.backbone, image_size=self.image_size)
         # What the batches of a training read of its network.
-        network.image_size = self.image_size = (epoch.height, epoch.width)
+        network.image_size = self.image_size
         config, self.epoch, self.preprocessing = epoch.settings(recipe), epoch, network.preprocessing
         self.datasets = load_datasets(config.data)
         self.training_set = TrainingSet(self.datasets.labeled, self.datasets.unlabeled,
@@ -129,13 +125,10 @@ class Feed:
     def compare(self) -> tuple[str | None, str]:
         """What of the first mini-batches differs between both ways, None if nothing does, and how they agree."""
         first = max(0, self.batches.planner.iterations - _FIRST)
-        plain, cache, resized = (
-            self.plain(0, first),
-            self.batches.cache,
-            resize(self.image_size, self.preprocessing.interpolation),
-        )
+        plain, read = self.plain(0, first), self.batches.cache.read
+        resized = resize(self.image_size, self.preprocessing.interpolation)
         paths = [sample.path for sample in plain.dataset.samples]
-        unequal = sum(not torch.equal(cache.read(path), resized(read_image(path))) for path in paths)
+        unequal = sum(not torch.equal(read(path), resized(read_image(path))) for path in paths)
         if unequal:
             return f"{unequal} of {len(paths)} decoded images are not equal", ""
         found = apart(plain, self.cached(0, first), self.preprocessing.std)
@@ -148,7 +141,7 @@ class Feed:
 def compare_feeds(recipe: str, epoch: list[Any]) -> tuple[str | None, str, float]:
     """`Feed.compare`, and the seconds that the cache was filled in before."""
     epoch = Epoch(*epoch)
-    feed = Feed(epoch, recipe, build_backbone(epoch.backbone, image_size=(epoch.height, epoch.width)))
+    feed = Feed(epoch, recipe)
     start = time.perf_counter()
     feed.batches.fill_cache([*feed.datasets.labeled, *feed.datasets.unlabeled])
     return *feed.compare(), time.perf_counter() - start
@@ -169,13 +162,12 @@ class PlainLoop:
 
     def __init__(self, epoch: Epoch, contender: str) -> None:
         torch.manual_seed(0)
-        size = (epoch.height, epoch.width)
-        self.feed = Feed(epoch, PLAIN_RECIPE, build_backbone(epoch.backbone, image_size=size))
-        classes = self.feed.training_set.num_classes
-        self.network = PlainNetwork(epoch.backbone, size, classes, torch.device(epoch.device))
+        feed = Feed(epoch, PLAIN_RECIPE)
+        classes, device = feed.training_set.num_classes, torch.device(epoch.device)
+        self.network = PlainNetwork(epoch.backbone, feed.image_size, classes, device)
         if contender == CACHED:
-            self.feed.batches.fill_cache(self.feed.datasets.labeled)
-        self.batches = self.feed.cached if contender == CACHED else self.feed.plain
+            feed.batches.fill_cache(feed.datasets.labeled)
+        self.batches = feed.cached if contender == CACHED else feed.plain
 
     def train(self, batch: Any) -> Tensor:
         images, labels, *_ = batch[0] if isinstance(batch, MiniBatch) else batch

@@ -44,17 +44,10 @@ class IterationSize(NamedTuple):
 class DANIteration:
     """A meta step of a DAN whose memories are full, and one mini-batch for it; images are drawn instead of read.
 
-    Args:
-        size: of everything.
-        device: where it runs; the batch lies on the host, in pinned memory for a GPU.
-        precision: float32, or bfloat16 autocast for the network.
-        seed: of weights, memories and images.
-        recipe: all other settings, by name; one that has a memory.
+    The batch lies on the host, in pinned memory for a GPU. `recipe`, one that has a memory, names all other settings.
     """
 
-    def __init__(
-        self, size: IterationSize, device: torch.device, precision: str, seed: int = 0, recipe: str = "none"
-    ) -> None:
+    def __init__(self, size: IterationSize, device: torch.device, precision: str, recipe: str = "none") -> None:
         settings = TrainConfig.of_recipe(
             recipe,
             data={"image_size": (size.height, size.width)},
@@ -67,7 +60,7 @@ class DANIteration:
         self.model = build_model(settings, network, unlabeled_images=True, lending=lending)
         self.model.to(device, memory_format=torch.channels_last).train()
         memory = self.model.memory
-        fill_memory(memory, size.classes, seed)
+        fill_memory(memory, size.classes)
         self.step = MetaStep(self.model, _sgd(self.model), settings.meta)
         labels = torch.arange(max(size.classes, size.images)) % size.classes
         planner = BatchPlanner(
@@ -77,10 +70,9 @@ class DANIteration:
             settings.data.unlabeled_fraction,
             settings.data.feedback_fraction,
             split=settings.meta.procedure != "daml1",
-            seed=seed,
         )
         (plan, *_) = planner.plan_epoch(0, tuple(x.cpu() for x in memory.reliable_samples()))
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         self.batch = []
         for items in (items for items in plan if items is not None):
             images = torch.randn(len(items), 3, size.height, size.width, generator=generator)
@@ -115,11 +107,11 @@ class DANIteration:
             memory.labeled, memory.unlabeled = before
 
 
-def fill_memory(memory: ProgressiveAugmentedMemory, classes: int, seed: int = 0) -> None:
+def fill_memory(memory: ProgressiveAugmentedMemory, classes: int) -> None:
     """Fills every slot, as after some epochs, with keys of persons whose labels are below `classes`."""
     labeled, key_dim = memory.labeled.features.shape
     slots = Size(labeled, len(memory.unlabeled.features), key_dim, batch=1)
-    problem = make_problem(slots, torch.float32, memory.labeled.features.device, batches=0, seed=seed)
+    problem = make_problem(slots, torch.float32, memory.labeled.features.device, batches=0)
     memory.labeled, memory.unlabeled = (
         state._replace(labels=state.labels % classes) for state in (problem.labeled, problem.unlabeled)
     )
@@ -166,15 +158,7 @@ def literal_operators(model: TrainingModel, last_bit: torch.Generator | None = N
 
 
 class PlainNetwork:
-    """A backbone with a linear classifier, as one trains it in a plain PyTorch loop.
-
-    Args:
-        backbone: its name.
-        size: height and width of the images.
-        classes: persons.
-        device: where it is.
-        half: of autocast; None without.
-    """
+    """A backbone with a linear classifier, as one trains it in a plain PyTorch loop; `half` is the type of autocast."""
 
     def __init__(
         self, backbone: str, size: tuple[int, int], classes: int, device: torch.device, half: torch.dtype | None = None

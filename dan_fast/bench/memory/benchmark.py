@@ -212,7 +212,7 @@ class MemoryBenchmark(Benchmark):
         )
 
     def figures(self, row: Row) -> dict[str, Any]:
-        figures = {"floor_seconds": {kind: row.limits(kind) for kind in row.seconds}, "float32_rate": row.rate}
+        figures = {"floor_seconds": row.of_each(row.limits), "float32_rate": row.rate}
         return figures | {"gflops": gflops(row), "peak_extra_bytes": row.extra_bytes}
 
     def cells(self, row: Row) -> dict[str, str]:

@@ -128,7 +128,7 @@ def _compiled_step(problem: Problem, steps: int) -> Runner:
 
 
 def prepare_compiled(size: Sequence[int], dtype: str, device: str) -> Callable[[], Runner]:
-    """For `dan_fast.bench.compiled`."""
+    """For `compile_trial`."""
     problem = make_problem(Size(*size), getattr(torch, dtype), device, batches=1)
     return lambda: _compiled_step(problem, 1)
 
