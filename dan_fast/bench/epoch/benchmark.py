@@ -1,5 +1,6 @@
 """`dan-fast bench epoch`: an epoch from files on disk, Table VIII."""
 
+import functools
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -101,6 +102,7 @@ class EpochBenchmark(Benchmark):
             raise DanFastError(f"batch is {self.batch}; it must be from {_SMALLEST_BATCH} to images, {self.images}.")
         self._epoch_iterations = self.images // self.batch
         self._measured = min(self.iterations or self._epoch_iterations, self._epoch_iterations)
+        self._scale = self._epoch_iterations / self._measured
 
     @property
     def peak_meaning(self) -> str:
@@ -117,11 +119,9 @@ class EpochBenchmark(Benchmark):
             untimed = 2 if self._measured < self._epoch_iterations else 0
             for size in self.files:
                 words = f"{size[0]}x{size[1]}: drawing images"
-
-                def progress(done: int, total: int, words: str = words) -> None:
-                    say(f"{words}, {done} of {total}")
-
-                folder = contenders.draw_files(root, size, self.images, progress)
+                folder = contenders.draw_files(
+                    root, size, self.images, lambda done, total, words=words: say(f"{words}, {done} of {total}")
+                )
                 for backbone in self.backbone:
                     sizes = (*size, self.batch, self._measured, self.workers)
                     epoch = Epoch(str(folder), str(root / "cache"), backbone, *sizes, str(self.place), untimed)
@@ -134,10 +134,21 @@ class EpochBenchmark(Benchmark):
             meta_steps = recipe_settings(recipe)["meta"]["procedure"] != "daml1"
             kinds += [(recipe, order) for order in (self.order if meta_steps else [None])]
         rows = [self._row(*kind, epoch) for kind in kinds]
-        agreements: dict[str, Any] = {}
+
+        # Once a recipe: it leaves the cache full.
+        @functools.cache
+        def compared(recipe: str) -> Any:
+            return in_own_process(contenders.compare_feeds, recipe=recipe, epoch=epoch[:])
+
         for row in rows[1:]:
             say(f"{epoch.backbone}: {row.name} is compared")
-            self._compare(row, epoch, agreements)
+            try:
+                found = compared(PLAIN_RECIPE if row.contender == CACHED else row.contender)
+            except ProcessFailed as error:
+                row.leave_out(str(error))
+                continue
+            row.disagrees, words, row.of["build_seconds"] = found
+            row.compared_with, row.agreement = "plain's DataLoader", f": {words}"
         losses: dict[str, list[float]] = {}
         for due in rounds([self.repeat] * len(rows)):
             for row in (rows[index] for index in due if not rows[index].left_out):
@@ -149,8 +160,11 @@ class EpochBenchmark(Benchmark):
                 except ProcessFailed as error:
                     row.leave_out(str(error))
                     continue
-                self._take(row, found)
-                losses.setdefault(row.contender, found["losses"])
+                losses.setdefault(row.contender, found.pop("losses"))
+                row.of["passes"].append(found)
+                row.seconds.setdefault(WHOLE, Timing()).append(found["seconds"] * self._scale)
+                row.flop = {WHOLE: found["flop"] * self._epoch_iterations}
+                row.peak_bytes = max(each["peak_bytes"] or 0 for each in row.of["passes"]) or None
         if losses.keys() >= {PLAIN, CACHED} and not rows[1].disagrees:
             rows[1].disagrees, words = contenders.compare_losses(losses[CACHED], losses[PLAIN])
             rows[1].agreement += f", {words}"
@@ -161,35 +175,10 @@ class EpochBenchmark(Benchmark):
         of = {"order": order, "backbone": epoch.backbone, "image_size": [epoch.height, epoch.width]}
         of |= {"images": self.images, "epoch_iterations": self._epoch_iterations}
         of |= {"measured_iterations": self._measured, "extrapolated": self._measured < self._epoch_iterations}
-        of |= {"waiting_share": None, "cpu_seconds": None, "build_seconds": None, "passes": []}
+        of |= {"build_seconds": None, "passes": []}
         moved = self._epoch_iterations * self.batch * 3 * epoch.height * epoch.width * (1 + 4)
         name = contender if order is None else f"{contender}, order {order}"
         return Row(contender, of, (WHOLE,), name, model_bytes={WHOLE: moved})
-
-    def _compare(self, row: Row, epoch: Epoch, agreements: dict[str, Any]) -> None:
-        """Its images with those of a plain DataLoader; once a recipe, which leaves the cache full."""
-        recipe = PLAIN_RECIPE if row.contender == CACHED else row.contender
-        try:
-            if recipe not in agreements:
-                agreements[recipe] = in_own_process(contenders.compare_feeds, recipe=recipe, epoch=epoch[:])
-        except ProcessFailed as error:
-            row.leave_out(str(error))
-            return
-        row.disagrees, words, row.of["build_seconds"] = agreements[recipe]
-        row.compared_with, row.agreement = "plain's DataLoader", f": {words}"
-
-    def _take(self, row: Row, found: dict[str, Any]) -> None:
-        """A pass into its row."""
-        scale = self._epoch_iterations / self._measured
-        row.seconds.setdefault(WHOLE, Timing()).append(found["seconds"] * scale)
-        row.of["passes"].append({name: value for name, value in found.items() if name != "losses"})
-        passes = row.of["passes"]
-        row.of["waiting_share"] = statistics.median(each["waiting"] / each["seconds"] for each in passes)
-        row.of["cpu_seconds"] = {
-            kind: scale * statistics.median(each[kind] for each in passes) for kind in ("user", "system")
-        }
-        row.flop = {WHOLE: found["flop"] * self._epoch_iterations}
-        row.peak_bytes = max(each["peak_bytes"] or 0 for each in passes) or None
 
     def _measure_machine(self, rows: Sequence[Row]) -> None:
         copy = Copy(self.place, math.inf)
@@ -211,12 +200,22 @@ class EpochBenchmark(Benchmark):
 
     def figures(self, row: Row) -> dict[str, Any]:
         seconds = row.whole and row.whole.median
-        images_per_second = seconds and self._epoch_iterations * self.batch / seconds
-        # Ratios are said as how many times as long this one takes.
-        return {"images_per_second": images_per_second, "ratio": {n: row.over(n) for n in row.speedup}, "speedup": {}}
+        passes, waiting, cpu = row.of["passes"], None, None
+        if passes:
+            waiting = statistics.median(each["waiting"] / each["seconds"] for each in passes)
+            cpu = {kind: self._scale * statistics.median(each[kind] for each in passes) for kind in ("user", "system")}
+        return {
+            "images_per_second": seconds and self._epoch_iterations * self.batch / seconds,
+            "waiting_share": waiting,
+            "cpu_seconds": cpu,
+            # How it is said here: how many times as long this one takes.
+            "ratio": {name: row.over(name) for name in row.speedup},
+            "speedup": {},
+        }
 
     def cells(self, row: Row) -> dict[str, str]:
-        of, spread, cpu = row.of, row.whole, row.of["cpu_seconds"] or {}
+        figures, spread = self.figures(row), row.whole
+        cpu = figures["cpu_seconds"] or {}
         epoch = f"{spread.median:.4g}" if spread else "-"
         if spread and self.repeat > 1:
             epoch += " ({:.4g}..{:.4g})".format(*spread.quartiles)
@@ -224,9 +223,9 @@ class EpochBenchmark(Benchmark):
         hidden = ("ms", "limit ms", "extra MB", "model MB", "of copy", f"vs {PLAIN}", f"vs {CACHED}")
         return dict.fromkeys(hidden, "-") | {
             "s/epoch": epoch,
-            "images/s": shown(self.figures(row)["images_per_second"], ".1f"),
+            "images/s": shown(figures["images_per_second"], ".1f"),
             "limit s": shown(max(row.limits(WHOLE).values(), default=None), ".3g"),
-            "waiting": shown(of["waiting_share"], ".1%"),
+            "waiting": shown(figures["waiting_share"], ".1%"),
             "CPU s user": shown(cpu.get("user"), ".4g"),
             "system": shown(cpu.get("system"), ".3g"),
             "peak MB": shown(row.peak_bytes, ".0f", 1e6),
