@@ -5,16 +5,10 @@ import torch
 
 from dan_fast.bench.agreement import judge
 from dan_fast.bench.iteration import benchmark as iteration
+from dan_fast.bench.iteration import contenders
 from dan_fast.bench.iteration.agreement import TOLERANCES, compare_iteration, group_errors
 from dan_fast.bench.iteration.benchmark import DAN, LITERAL, PAPER_RATIO, PLAIN, IterationBenchmark, row_of
-from dan_fast.bench.iteration.contenders import (
-    FROZEN,
-    UPDATED,
-    DANIteration,
-    IterationSize,
-    literal_operators,
-    plain_iteration,
-)
+from dan_fast.bench.iteration.contenders import FROZEN, UPDATED, DANIteration, IterationSize, literal_operators
 from dan_fast.bench.iteration.profile import Profile, share_beside
 from dan_fast.bench.rows import WHOLE, Row, Timing
 from dan_fast.bench.timing import Operators
@@ -171,7 +165,7 @@ def test_a_recipe_decides_how_an_iteration_is_split_and_what_it_trains():
 
 
 def test_plain_resnet_sees_the_same_images(dan):
-    plain = plain_iteration(TINY, dan)
+    plain = contenders.plain_iteration(TINY, dan)
     weight, images = plain.func.__self__.classifier.weight, plain.args[0]
     before = weight.detach().clone()
     plain()
