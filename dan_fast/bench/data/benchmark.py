@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from dan_fast.bench.benchmark import Bar, Benchmark, at_least, sizes_of
-from dan_fast.bench.data.feeds import CACHED, CONTENDERS, EVALUATION, PLAIN, USES, Feeds, too_far
+from dan_fast.bench.data.feeds import CACHED, CONTENDERS, EVALUATION, PLAIN, USES, Feeds, apart, too_far
 from dan_fast.bench.rows import WHOLE, Row
 from dan_fast.bench.timing import Say, Turn, take_turns
 from dan_fast.core.errors import DanFastError
@@ -114,7 +114,7 @@ class DataBenchmark(Benchmark):
     def compare(self, row: Row, feeds: Feeds) -> None:
         """Its batches with those of the plain loader."""
         row.compared_with = PLAIN
-        found = feeds.apart(feeds.loader(row.contender, row.of["use"]), row.of["use"])
+        found = apart(feeds.plain(row.of["use"], compared=True), feeds.loader(row.contender, row.of["use"]))
         if isinstance(found, str):
             row.disagrees = found
             return

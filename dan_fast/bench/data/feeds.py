@@ -1,7 +1,7 @@
 """Ways to feed images: torchvision's, and this package's with and without its cache."""
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,7 @@ class PlainImages(Dataset):
     With `seeds`, one for each file, augmented images can be compared; None draws as it comes.
     """
 
-    def __init__(
-        self, samples: Sequence[Sample], transform: Any, seeds: Mapping[int, int] | Sequence[int] | None
-    ) -> None:
+    def __init__(self, samples: Sequence[Sample], transform: Any, seeds: Sequence[int] | None) -> None:
         self.samples, self.transform, self.seeds = samples, transform, seeds
 
     def __len__(self) -> int:
@@ -53,7 +51,7 @@ class Feeds:
         self.samples = _draw_files(folder / "images", file_size, images)
         self.training_set = TrainingSet([ReIDDataset("drawn", folder / "images", train=self.samples)])
         self.plans = BatchPlanner(self.training_set.labels, 0, batch_size=batch).plan_epoch(0)
-        self.items = [plan.meta_train + (plan.meta_test or ()) for plan in self.plans]
+        self.items = [item for plan in self.plans for part in plan for item in part or ()]
         self.cache = ImageCache(folder / "cache", image_size, workers=workers)
 
     def loader(self, contender: str, use: str) -> Any:
@@ -66,16 +64,15 @@ class Feeds:
             return data.training_loader(self.training_set, self.plans, self.image_size, **options)
         return data.image_loader(self.samples, self.image_size, self.batch, **options)
 
-    def plain(self, use: str, seeds: dict[int, int] | None = None, **options: Any) -> DataLoader:
-        """torch's loader of `PlainImages`."""
+    def plain(self, use: str, compared: bool = False, **options: Any) -> DataLoader:
+        """torch's loader of `PlainImages`; on the draws of this package's to be compared with it."""
+        samples, transform, seeds = self.samples, data.test_transform(self.image_size), None
         if use == TRAINING:
-            samples, transform = self.training_set.labeled_samples, data.train_transform(self.image_size)
-            options["batch_sampler"] = [[item.index for item in items] for items in self.items]
-        else:
-            samples, transform = self.samples, data.test_transform(self.image_size)
-            options["batch_size"] = self.batch
+            samples = [self.training_set.labeled_samples[item.index] for item in self.items]
+            transform = data.train_transform(self.image_size)
+            seeds = [item.seed for item in self.items] if compared else None
         options |= {"num_workers": self.workers, "pin_memory": self.device.type == "cuda"}
-        return DataLoader(PlainImages(samples, transform, seeds), **options)
+        return DataLoader(PlainImages(samples, transform, seeds), self.batch, **options)
 
     def go_through(self, loader: Any) -> None:
         """One pass through all images."""
@@ -83,11 +80,6 @@ class Feeds:
             if isinstance(loader, DataLoader):
                 batch = [part.to(self.device, non_blocking=True) for part in batch]
             del batch
-
-    def apart(self, loader: Any, use: str) -> tuple[float, float] | str:
-        """How far its images are from the plain loader's on the same draws, see `apart`."""
-        seeds = {item.index: item.seed for items in self.items for item in items}
-        return apart(self.plain(use, seeds), loader)
 
 
 def apart(plain: Iterable[Any], loader: Iterable[Any], std: Sequence[float] = STD) -> tuple[float, float] | str:
