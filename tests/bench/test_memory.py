@@ -12,7 +12,7 @@ from dan_fast.bench.memory.agreement import TOLERANCES, compare
 from dan_fast.bench.memory.bars import memory_bars, model_bytes, predict
 from dan_fast.bench.memory.benchmark import MemoryBenchmark, row_of
 from dan_fast.bench.memory.contenders import IN_PLACE, KERNELS, LITERAL, MODULE, SCORE_SPACE, STEP, select
-from dan_fast.bench.memory.literal import InPlaceMemory
+from dan_fast.bench.memory.literal import InPlaceMemory, in_place_step
 from dan_fast.bench.memory.problem import Size, make_problem
 from dan_fast.bench.rows import BACKWARD, FORWARD, Row, Timing
 from dan_fast.core.types import Gates, MemoryBatch
@@ -63,12 +63,13 @@ def test_the_literal_loop_follows_the_rules_where_it_is_tight(slots):
     """Fewer slots than samples, ties and empty slots, for several steps from an empty memory."""
     generator = torch.Generator().manual_seed(slots)
     states = [MemoryState.empty(slots, 3, torch.float64), MemoryState.empty(slots + 1, 3, torch.float64)]
-    loop = InPlaceMemory(*(MemoryState(*(x.clone() for x in state)) for state in states))
+    memories = [InPlaceMemory(MemoryState(*(x.clone() for x in state))) for state in states]
     for step in range(12):
         keys = torch.randint(-1, 2, (2, 4, 3), generator=generator).double()
         labels = torch.randint(3, (4,), generator=generator)
         batch = (keys[0], labels, keys[1], torch.arange(4) + 4 * step, 0.3, -0.2, 0.4)
-        expected, found = reference.memory_step(*states, *batch), loop.step(MemoryBatch(*batch[:4]), Gates(*batch[4:]))
+        expected = reference.memory_step(*states, *batch)
+        found = in_place_step(*memories, MemoryBatch(*batch[:4]), Gates(*batch[4:]))
         for one, other in zip(found[:2], expected[:2], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
         for one, other in zip(found[2:], expected[2:], strict=True):
