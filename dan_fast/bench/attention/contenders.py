@@ -74,24 +74,22 @@ def _leaf(value: Tensor) -> Tensor:
     return value.detach().requires_grad_()
 
 
-def make_head_problem(
-    size: MapSize, dtype: torch.dtype, layout: str, device: torch.device | str, seed: int = 0
-) -> HeadProblem:
-    """The same map, weights and slopes for the same seed on the same device.
+def make_head_problem(size: MapSize, dtype: torch.dtype, layout: str, device: torch.device | str) -> HeadProblem:
+    """The same map, weights and slopes on the same device.
 
     Example:
         >>> make_head_problem(MapSize(2, 8, 3, 2, classes=5), torch.float32, "channels_last", "cpu").labels.shape
         torch.Size([2])
     """
     device, wide = torch.device(device), statistics_dtype(dtype)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device, dtype=wide)
 
     features = draw(*size[:4]).relu_().to(dtype).contiguous(memory_format=LAYOUTS[layout])
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(0)
         attention = NLCBAM(size.channels, size.height * size.width, size.reduction)
     weights = NLCBAMWeights(*(_leaf(weight.to(device, wide)) for weight in attention.weights))
     cam_weight = _leaf(draw(size.classes, size.channels) / size.channels**0.5)

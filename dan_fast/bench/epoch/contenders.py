@@ -38,17 +38,9 @@ _FIRST = 2
 
 
 class Epoch(NamedTuple):
-    """What is gone through.
+    """What is gone through: `iterations` mini-batches are measured after `untimed` ones of the same pass.
 
-    Attributes:
-        folder: with the folders of the drawn domains, see `draw_files`.
-        cache: folder of the cache.
-        backbone, height, width: of the network.
-        batch: images of a mini-batch.
-        iterations: mini-batches that are measured.
-        workers: processes of the plain DataLoader.
-        device: where the network is.
-        untimed: mini-batches of the same pass before them.
+    `folder` is that of `draw_files`, `cache` the cache's; `workers` are the plain DataLoader's.
     """
 
     folder: str
@@ -203,10 +195,8 @@ class TrainerLoop:
 def measure(contender: str, order: int | None, epoch: list[Any]) -> dict[str, Any]:
     """One pass of a contender in this process, after some mini-batches of another epoch; see `EpochBenchmark.meaning`.
 
-    Args:
-        contender: PLAIN, CACHED, or a recipe of the trainer's.
-        order: of its meta gradients.
-        epoch: an `Epoch`.
+    The contender is PLAIN, CACHED, or a recipe of the trainer's with the order of its meta gradients; `epoch` is an
+    `Epoch` as JSON has it.
     """
     epoch = Epoch(*epoch)
     with TemporaryDirectory(prefix="dan-fast-bench-") as out:
