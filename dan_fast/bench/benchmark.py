@@ -70,19 +70,6 @@ def at_most(name: str, limit: str, most: float, value: float | None) -> Bar:
     return Bar(name, limit, value, value is not None and value <= most)
 
 
-def all_met(bars: Sequence[Bar], check: bool) -> bool:
-    """Whether every bar is met.
-
-    Raises:
-        DanFastError: with `check`, one is not.
-    """
-    missed = [bar for bar in bars if not bar.met]
-    if check and missed:
-        names = "; ".join(f"{bar.name}: {bar.verdict}" for bar in missed)
-        raise DanFastError(f"{len(missed)} of {len(bars)} bars are missed: {names}.")
-    return not missed
-
-
 @dataclass(kw_only=True)
 class Benchmark(ABC):
     """A subject: its settings, which are the flags of `dan-fast bench NAME`, and what it measures.
@@ -200,7 +187,10 @@ class Benchmark(ABC):
         print_table(console, self.bars_title, verdicts)
         known = (f"{name} {value}" for name, value in found.items() if value is not None)
         console.print(escape(", ".join(known)), highlight=False)
-        return all_met(bars, self.check)
+        missed = [f"{bar.name}: {bar.verdict}" for bar in bars if not bar.met]
+        if self.check and missed:
+            raise DanFastError(f"{len(missed)} of {len(bars)} bars are missed: {'; '.join(missed)}.")
+        return not missed
 
     def _write(self, found: dict[str, Any], rows: Sequence[Row], complete: bool) -> None:
         """The file as it is so far: `complete` is false in one that an interrupted run leaves."""

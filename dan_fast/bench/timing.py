@@ -35,18 +35,14 @@ def once(device: torch.device, run: Callable[[], object], flush: Callable[[], No
         gc.enable()
 
 
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+@functools.cache
+def product_rate(device: torch.device, dtype: torch.dtype, threads: int) -> float:
     """Operations a second of a matrix product, the best that was measured of torch's and, on a CPU, NumPy's.
 
     Example:
-        >>> product_rate(torch.device("cpu"), torch.float32) > 1e9
+        >>> product_rate(torch.device("cpu"), torch.float32, torch.get_num_threads()) > 1e9
         True
     """
-    return _product_rate(device, dtype, torch.get_num_threads())
-
-
-@functools.cache
-def _product_rate(device: torch.device, dtype: torch.dtype, threads: int) -> float:
     matrices = [torch.rand(_PRODUCT, _PRODUCT, device=device).to(dtype) for _ in range(2)]
     products = [lambda: matrices[0] @ matrices[1]]
     # NumPy's library takes all cores, whatever torch's number of threads is.
@@ -137,7 +133,7 @@ def take_turns(
             row.seconds.setdefault(kind, Timing()).append(once(device, call, flush) / row.steps)
     for turn in turns:
         turn.row.bandwidth = copy.moved_bytes / bandwidth.median if copy else None
-        turn.row.rate = product_rate(device, dtype) if dtype else None
+        turn.row.rate = product_rate(device, dtype, torch.get_num_threads()) if dtype else None
 
 
 class Operators(TorchDispatchMode):

@@ -259,7 +259,7 @@ def test_both_limits_are_printed_and_written():
 
 @pytest.mark.parametrize("dtype, arithmetic", [("bfloat16", torch.float32), ("float64", torch.float64)])
 def test_the_rate_is_that_of_the_arithmetic(monkeypatch, dtype, arithmetic):
-    monkeypatch.setattr("dan_fast.bench.timing.product_rate", lambda device, of: {arithmetic: 1e12}[of])
+    monkeypatch.setattr("dan_fast.bench.timing.product_rate", lambda device, of, threads: {arithmetic: 1e12}[of])
     assert {row.rate for row in measure(SCORE_SPACE, dtype=dtype)} == {1e12}
 
 

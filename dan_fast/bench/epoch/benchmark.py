@@ -183,8 +183,9 @@ class EpochBenchmark(Benchmark):
     def _measure_machine(self, rows: Sequence[Row]) -> None:
         copy = Copy(self.place, math.inf)
         seconds = Timing([once(self.place, copy) for _ in range(1 + _COPIES)][1:])
+        rate = product_rate(self.place, torch.float32, torch.get_num_threads())
         for row in rows:
-            row.bandwidth, row.rate = copy.moved_bytes / seconds.median, product_rate(self.place, torch.float32)
+            row.bandwidth, row.rate = copy.moved_bytes / seconds.median, rate
 
     def title(self, rows: Sequence[Row]) -> str:
         of = rows[0].of
