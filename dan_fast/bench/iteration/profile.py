@@ -78,10 +78,9 @@ class Profile:
 
     def _forward(self, name: str, forward: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
         """A part of the network; a backward pass leaves it with the gradients of its inputs."""
-        what = f"forward {self.part}: {name}"
-        self.seconds[what] -= self.now()
+        what, start = f"forward {self.part}: {name}", self.now()
         result = forward(*arguments, **settings)
-        self.seconds[what] += self.now()
+        self.seconds[what] += self.now() - start
         if name == "head":
             self._watch(arguments[:1], "backbone")
             self._watch(result, name)
@@ -97,18 +96,18 @@ class Profile:
         else:
             self.part = (TRAIN, TEST)[self.passes]
             self.passes += 1
-            self.seconds[f"forward {self.part}: losses"] -= self.now()
+            self.pass_begun = self.now()
         return maps(split)
 
     def _losses(self, losses: Callable[..., Any], *arguments: Any) -> Any:
         result = losses(*arguments)
-        self.seconds[f"forward {self.part}: losses"] += self.now()
+        self.seconds[f"forward {self.part}: losses"] += self.now() - self.pass_begun
         return result
 
     def _optimizer_step(self, step: Callable[[], None]) -> None:
-        self.seconds["optimizer"] -= self.now()
+        start = self.now()
         step()
-        self.seconds["optimizer"] += self.now()
+        self.seconds["optimizer"] += self.now() - start
 
     def _watch(self, tensors: Iterable[Tensor], part: str) -> None:
         """A backward pass is in `part` from the gradient of one of `tensors` on."""
