@@ -9,25 +9,27 @@ the paper's batch; `dan-fast bench attention` has the whole of it, torch.compile
 import pytest
 import torch
 
-from dan_fast.bench.attention.contenders import EAGER, KERNELS, HeadOutcome, compare_heads, reference_outcome, start
-from dan_fast.bench.attention.problem import LAYOUTS, HeadProblem, MapSize, make_head_problem
+from dan_fast.bench.attention import contenders as heads
+from dan_fast.bench.attention.contenders import EAGER, KERNELS, HeadOutcome, HeadProblem
 
-SIZE = MapSize(batch=16)
+SIZE = heads.MapSize(batch=16)
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(scope="module", params=heads.LAYOUTS)
 def expected(request) -> tuple[HeadProblem, HeadOutcome]:
-    problem = make_head_problem(SIZE, torch.float32, request.param, "cpu")
-    return problem, reference_outcome(problem)
+    problem = heads.make_head_problem(SIZE, torch.float32, request.param, "cpu")
+    return problem, heads.reference_outcome(problem)
 
 
 @pytest.mark.parametrize("kind", ["forward", "forward_backward"])
 @pytest.mark.parametrize("contender", [EAGER, KERNELS])
 def test_attention_head(benchmark, expected: tuple[HeadProblem, HeadOutcome], contender: str, kind: str):
     problem, reference = expected
-    runner = start(contender, problem)
-    assert compare_heads(runner.outcome(), reference, problem.features.dtype).disagrees is None
-    layout = next(name for name, layout in LAYOUTS.items() if problem.features.is_contiguous(memory_format=layout))
+    runner = heads.start(contender, problem)
+    assert heads.compare_heads(runner.outcome(), reference, problem.features.dtype).disagrees is None
+    layout = next(
+        name for name, layout in heads.LAYOUTS.items() if problem.features.is_contiguous(memory_format=layout)
+    )
     benchmark.group = f"{kind}, {layout}"
     benchmark.extra_info.update(torch=torch.__version__, threads=torch.get_num_threads(), size=SIZE)
     benchmark.pedantic(runner.run, args=(kind == "forward_backward",), rounds=5, warmup_rounds=1)

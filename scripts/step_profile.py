@@ -35,9 +35,9 @@ def profiled(recipe: str, size: IterationSize, repeat: int) -> tuple[dict[str, l
         profile = Profile(dan.step)
         with profile.recording():
             result = dan.step.step(*dan.batch)
-            profile.seconds["metrics"] -= profile._now()
+            profile.seconds["metrics"] -= profile.now()
             scalars.add(window, result)
-            profile.seconds["metrics"] += profile._now()
+            profile.seconds["metrics"] += profile.now()
         if repetition:  # the first one warms up
             shares.append(share_beside(profile.seconds))
             for part, value in profile.seconds.items():

@@ -1,7 +1,7 @@
 """Do two contenders say the same? Without that a ratio of their times means nothing."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,15 +11,37 @@ _ROWS = 4096
 
 
 class Agreement(NamedTuple):
-    """Whether two results are the same.
-
-    Attributes:
-        disagrees: what differs beyond its tolerance and by how much, None if nothing does.
-        errors: the difference of each result.
-    """
+    """What differs beyond its tolerance and by how much, None if nothing does; and the error of each result."""
 
     disagrees: str | None
     errors: dict[str, float]
+
+
+class Pair(NamedTuple):
+    """A result, what it is measured by, and the error that is allowed; None: every number has to be equal."""
+
+    name: str
+    actual: Tensor
+    wanted: Tensor
+    allowed: float | None = None
+
+
+def compare_pairs(pairs: Iterable[Pair], *orders: float, different: Sequence[str] = ()) -> Agreement:
+    """Names the results that differ, after what is `different` in any case; errors are `relative_error`s.
+
+    Example:
+        >>> compare_pairs([Pair("labels", torch.tensor([1, 2]), torch.tensor([1, 3]))], 2).disagrees
+        'labels in 1 of 2 places'
+    """
+    errors, allowed, different = {}, {}, list(different)
+    for name, actual, wanted, limit in pairs:
+        if limit is not None:
+            errors[name], allowed[name] = relative_error(actual, wanted, *orders), limit
+        elif actual.shape != wanted.shape:
+            different.append(f"shape of {name}")
+        elif count := int((actual != wanted).sum()):
+            different.append(f"{name} in {count} of {actual.numel()} places")
+    return judge(errors, allowed, different)
 
 
 def judge(errors: dict[str, float], allowed: Mapping[str, float], different: Sequence[str] = ()) -> Agreement:

@@ -3,12 +3,12 @@
 import json as json_text
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jsonargparse.typing import NonNegativeInt
@@ -17,9 +17,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from dan_fast.bench.machine import PEAK_MEANING, environment
-from dan_fast.bench.rows import Row, plain, shown
+from dan_fast.bench.rows import Row, plain, set_speedups, shown
 from dan_fast.bench.timing import Say
-from dan_fast.bench.verdict import Bar, all_met
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import write_text
 from dan_fast.training.build import resolve_device
@@ -43,6 +42,32 @@ LEGEND = (
     "of copy: model bytes at the measured copy bandwidth over the time. vs: how many times as long that one takes.",
 )
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class Bar(NamedTuple):
+    """A requirement, its limit as a sentence, the figure (None if it was not measured), and whether it is met."""
+
+    name: str
+    limit: str
+    value: float | None
+    met: bool
+
+    @property
+    def verdict(self) -> str:
+        return "not measured" if self.value is None else "met" if self.met else "NOT met"
+
+    def to_dict(self) -> dict[str, Any]:
+        return self._asdict() | {"verdict": self.verdict}
+
+
+def at_least(name: str, least: float, value: float | None) -> Bar:
+    """A ratio that must not be smaller."""
+    return Bar(name, f"at least {least:g} times", value, value is not None and value >= least)
+
+
+def at_most(name: str, limit: str, most: float, value: float | None) -> Bar:
+    """A figure that must not be larger; `limit` says so in its unit."""
+    return Bar(name, limit, value, value is not None and value <= most)
 
 
 @dataclass(kw_only=True)
@@ -90,6 +115,20 @@ class Benchmark(ABC):
     def bars(self, rows: Sequence[Row]) -> list[Bar]:
         """What the rows have to reach; a row that disagrees has no figure."""
 
+    def rivals(self, row: Row, rows: Sequence[Row]) -> Mapping[str, Sequence[Row]]:
+        """Whom a row of a group is compared with: the fastest of those that have a name."""
+        return {}
+
+    def set_ratios(self, rows: Sequence[Row]) -> None:
+        """What is computed from the times of a group."""
+        set_speedups(rows, self.rivals)
+
+    def measure(self, say: Say = lambda _: None) -> Iterator[list[Row]]:
+        """The groups with their ratios."""
+        for rows in self.groups(say):
+            self.set_ratios(rows)
+            yield rows
+
     def figures(self, row: Row) -> dict[str, Any]:
         """Figures of a row beyond those that all have, by their keys in the file."""
         return {}
@@ -127,12 +166,12 @@ class Benchmark(ABC):
         # Wide enough for the tables where the output goes into a file.
         console = console or (Console() if Console().is_terminal else Console(width=200))
         rows: list[Row] = []
-        with cpu_threads(self.threads):
+        with _cpu_threads(self.threads):
             found = environment(self.place)
             # Before minutes of measuring: the folder may not be writable.
             self._write(found, rows, complete=False)
             with console.status("") as status:
-                for group in self.groups(status.update):
+                for group in self.measure(status.update):
                     rows += group
                     self.print_rows(console, group)
                     self._write(found, rows, complete=False)
@@ -148,7 +187,10 @@ class Benchmark(ABC):
         print_table(console, self.bars_title, verdicts)
         known = (f"{name} {value}" for name, value in found.items() if value is not None)
         console.print(escape(", ".join(known)), highlight=False)
-        return all_met(bars, self.check)
+        missed = [f"{bar.name}: {bar.verdict}" for bar in bars if not bar.met]
+        if self.check and missed:
+            raise DanFastError(f"{len(missed)} of {len(bars)} bars are missed: {'; '.join(missed)}.")
+        return not missed
 
     def _write(self, found: dict[str, Any], rows: Sequence[Row], complete: bool) -> None:
         """The file as it is so far: `complete` is false in one that an interrupted run leaves."""
@@ -236,11 +278,9 @@ def contenders_of(text: str, choices: Iterable[str]) -> list[str]:
 
 
 @contextmanager
-def cpu_threads(count: int) -> Iterator[None]:
-    """PyTorch's CPU threads inside; 0 leaves its own number."""
+def _cpu_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
+    torch.set_num_threads(count or before)
     try:
         yield
     finally:

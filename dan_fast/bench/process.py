@@ -5,13 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pkgutil import resolve_name
 from typing import Any
 
 import torch
 
-from dan_fast.bench.rows import plain
+from dan_fast.bench.rows import Row, plain
 from dan_fast.core.heap import heap_in_force, keep_heap
 
 
@@ -60,3 +61,30 @@ def main() -> None:
     if request["keep_heap"]:
         keep_heap()
     print(json.dumps(resolve_name(request["function"])(**request["arguments"])))
+
+
+def compile_trial(row: Row, prepare: Callable[..., Callable], budget_s: float, **arguments: Any) -> str | None:
+    """Writes into the row how long the first calls take, forward and with backward; or returns why they fail.
+
+    They run in a process of their own: stopped inside this one, the compiler would go on tracing the functions that it
+    had begun with. What a trial that ends in time has compiled is found again in PyTorch's cache. `prepare`, a function
+    of a module, gets the arguments as JSON has them and returns what starts the contender's runner.
+    """
+    where = f"{prepare.__module__}:{prepare.__qualname__}"
+    try:
+        row.compile_seconds = in_own_process(first_calls, budget_s, prepare=where, arguments=arguments)
+    except TimeoutError:
+        return f"torch.compile took more than {budget_s:.0f} s"
+    except ProcessFailed as error:
+        return f"torch.compile failed: {error}"
+    return None
+
+
+def first_calls(prepare: str, arguments: dict[str, Any]) -> float:
+    """The seconds of the calls in which a contender is compiled."""
+    begin = resolve_name(prepare)(**arguments)
+    start = time.perf_counter()
+    runner = begin()
+    runner.outcome()
+    runner.run(False)
+    return time.perf_counter() - start

@@ -1,17 +1,16 @@
 """The figures of a contender, what is computed from its times, and how a row shows them."""
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 FORWARD, BACKWARD, WHOLE = "forward", "forward_backward", "whole"
 
 
-@dataclass
-class Timing:
+class Timing(list[float]):
     """Seconds of one pass, one number for each repetition.
 
     Example:
@@ -19,22 +18,17 @@ class Timing:
         2.0
     """
 
-    seconds: list[float] = field(default_factory=list)
-
     @property
     def median(self) -> float:
-        return statistics.median(self.seconds)
+        return float(np.median(self))
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        if len(self.seconds) < 2:
-            return self.seconds[0], self.seconds[0]
-        lower, _, upper = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return lower, upper
+        return tuple(np.quantile(self, (0.25, 0.75)).tolist())
 
     def to_dict(self) -> dict[str, Any]:
         lower, upper = self.quartiles
-        return {"median": self.median, "q1": lower, "q3": upper, "repeats": len(self.seconds), "all": self.seconds}
+        return {"median": self.median, "q1": lower, "q3": upper, "repeats": len(self), "all": list(self)}
 
 
 @dataclass
@@ -91,23 +85,32 @@ class Row:
         return None if self.peak_bytes is None else max(0, self.peak_bytes - self.returned_bytes)
 
     def ratio(self, rival: str, kind: str = WHOLE) -> float | None:
+        """How many times as long the rival takes; None where that is not known."""
         return self.speedup.get(rival, {}).get(kind)
 
-    def bandwidth_share(self, kind: str) -> float | None:
-        """Time that the model's bytes take at the copy bandwidth, as a share of the time measured."""
-        if kind not in self.seconds or not self.bandwidth or kind not in self.model_bytes:
-            return None
-        return self.model_bytes[kind] / self.bandwidth / self.seconds[kind].median
+    def over(self, rival: str) -> float | None:
+        """The time of a contender with one pass over the rival's."""
+        ratio = self.ratio(rival)
+        return ratio and 1 / ratio
 
     def limits(self, kind: str) -> dict[str, float]:
         """Seconds that no run of a pass can go below: by "bytes" and by "operations", where their rates are known."""
         parts = {"bytes": (self.model_bytes, self.bandwidth), "operations": (self.flop, self.rate)}
         return {name: needed[kind] / rate for name, (needed, rate) in parts.items() if rate and needed.get(kind)}
 
+    def bandwidth_share(self, kind: str) -> float | None:
+        """The limit by bytes as a share of the time measured."""
+        limit = self.limits(kind).get("bytes")
+        return limit / self.seconds[kind].median if limit and kind in self.seconds else None
+
     def over_limit(self, kind: str) -> float | None:
         """Time over the larger limit."""
         limits = self.limits(kind)
         return self.seconds[kind].median / max(limits.values()) if limits and kind in self.seconds else None
+
+    def of_each(self, figure: Callable[[str], Any]) -> dict[str, Any]:
+        """A figure of each pass that was measured."""
+        return {kind: figure(kind) for kind in self.seconds}
 
     def leave_out(self, reason: str, *kinds: str) -> None:
         self.left_out |= dict.fromkeys(kinds or self.passes, reason)
@@ -115,25 +118,22 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         content = vars(self) | self.of
         del content["of"]
-        shares = {kind: self.bandwidth_share(kind) for kind in self.seconds}
-        limits = {kind: self.limits(kind) for kind in self.seconds}
-        over = {kind: self.over_limit(kind) for kind in self.seconds}
         if self.passes == (WHOLE,):
             content |= {"seconds": self.whole, "left_out": self.left_out.get(WHOLE)}
-        content |= {"extra_bytes": self.extra_bytes, "bandwidth_share": shares}
-        return content | {"limit_seconds": limits, "over_limit": over}
+        content |= {"extra_bytes": self.extra_bytes, "bandwidth_share": self.of_each(self.bandwidth_share)}
+        return content | {"limit_seconds": self.of_each(self.limits), "over_limit": self.of_each(self.over_limit)}
 
     def cells(self) -> dict[str, str]:
         """Column -> cell of the table, "-" for what is not known."""
         columns = {FORWARD: "forward ms", BACKWARD: "fwd + bwd ms", WHOLE: "ms"}
-        limits = {kind: max(self.limits(kind).values(), default=None) for kind in self.seconds}
+        limits = self.of_each(lambda kind: max(self.limits(kind).values(), default=None))
         return {
             **{columns[kind]: milliseconds(self.seconds.get(kind)) for kind in self.passes},
             "limit ms": pair(limits, ".3g", 1e-3),
-            "over limit": pair({kind: self.over_limit(kind) for kind in self.seconds}, ".3g"),
+            "over limit": pair(self.of_each(self.over_limit), ".3g"),
             "extra MB": shown(self.extra_bytes, ".1f", 1e6),
             "model MB": pair(self.model_bytes, ".3g", 1e6),
-            "of copy": pair({kind: self.bandwidth_share(kind) for kind in self.seconds}, ".1%"),
+            "of copy": pair(self.of_each(self.bandwidth_share), ".1%"),
             **{f"vs {rival}": pair(ratios, ".3g") for rival, ratios in self.speedup.items()},
         }
 
@@ -159,11 +159,11 @@ class Row:
         return found + self.notes
 
 
-def set_speedups(rows: Sequence[Row], rivals: Callable[[Row], Mapping[str, Sequence[Row]]]) -> None:
+def set_speedups(rows: Sequence[Row], rivals: Callable[[Row, Sequence[Row]], Mapping[str, Sequence[Row]]]) -> None:
     """Ratios of medians to the fastest of each kind of rivals, pass by pass; none with a row that disagrees."""
     for row in rows:
         row.speedup = {}
-        for name, others in {} if row.disagrees else rivals(row).items():
+        for name, others in {} if row.disagrees else rivals(row, rows).items():
             others = [other for other in others if other is not row and not other.disagrees]
             for kind, timing in row.seconds.items():
                 times = [other.seconds[kind].median for other in others if kind in other.seconds]
@@ -189,7 +189,7 @@ def milliseconds(timing: Timing | None) -> str:
     if timing is None:
         return "-"
     median, lower, upper = (f"{seconds * 1e3:.4g}" for seconds in (timing.median, *timing.quartiles))
-    return f"{median} ({lower}..{upper}, n={len(timing.seconds)})"
+    return f"{median} ({lower}..{upper}, n={len(timing)})"
 
 
 def shown(value: float | None, form: str, unit: float = 1) -> str:

@@ -3,8 +3,8 @@
 import functools
 import gc
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from dan_fast.bench.rows import Row, Timing
 from dan_fast.core.heap import heap_in_force
 
 Say = Callable[[str], None]
-_T = TypeVar("_T", bound=Hashable)
 # Rows of the square matrices whose product says how fast the machine multiplies, and how often it is tried.
 _PRODUCT, _PRODUCTS = 2048, 5
 
@@ -36,18 +35,14 @@ def once(device: torch.device, run: Callable[[], object], flush: Callable[[], No
         gc.enable()
 
 
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+@functools.cache
+def product_rate(device: torch.device, dtype: torch.dtype, threads: int) -> float:
     """Operations a second of a matrix product, the best that was measured of torch's and, on a CPU, NumPy's.
 
     Example:
-        >>> product_rate(torch.device("cpu"), torch.float32) > 1e9
+        >>> product_rate(torch.device("cpu"), torch.float32, torch.get_num_threads()) > 1e9
         True
     """
-    return _product_rate(device, dtype, torch.get_num_threads())
-
-
-@functools.cache
-def _product_rate(device: torch.device, dtype: torch.dtype, threads: int) -> float:
     matrices = [torch.rand(_PRODUCT, _PRODUCT, device=device).to(dtype) for _ in range(2)]
     products = [lambda: matrices[0] @ matrices[1]]
     # NumPy's library takes all cores, whatever torch's number of threads is.
@@ -62,17 +57,17 @@ def repetitions(seconds: float, repeat: int, budget_s: float) -> int:
     return min(repeat, max(1, int(budget_s / max(seconds, 1e-9))))
 
 
-def rounds(turns: Mapping[_T, int]) -> Iterator[list[_T]]:
+def rounds(counts: Sequence[int]) -> Iterator[list[int]]:
     """The order of each round: repetitions in turn, so that a noisy neighbour meets all of them.
 
     Each round begins with another.
 
     Example:
-        >>> list(rounds({"a": 2, "b": 3}))
-        [['a', 'b'], ['b', 'a'], ['b']]
+        >>> list(rounds([2, 3]))
+        [[0, 1], [1, 0], [1]]
     """
-    for number in range(max(turns.values(), default=0)):
-        due = [turn for turn, count in turns.items() if count > number]
+    for number in range(max(counts, default=0)):
+        due = [index for index, count in enumerate(counts) if count > number]
         shift = number % len(due)
         yield due[shift:] + due[:shift]
 
@@ -127,18 +122,18 @@ def take_turns(
     copy = Copy(device, copy_bytes) if copy_bytes and turns else None
     if copy:
         copy()
-    for number, due in enumerate(rounds({index: turn.count for index, turn in enumerate(turns)}), start=1):
+    for number, due in enumerate(rounds([turn.count for turn in turns]), start=1):
         gc.collect()
         if copy:
-            bandwidth.seconds.append(once(device, copy, flush))
+            bandwidth.append(once(device, copy, flush))
         for row, kind, call, _ in (turns[index] for index in due):
             say(f"round {number}: {row.name}")
             if warm:
                 call()
-            row.seconds.setdefault(kind, Timing()).seconds.append(once(device, call, flush) / row.steps)
+            row.seconds.setdefault(kind, Timing()).append(once(device, call, flush) / row.steps)
     for turn in turns:
         turn.row.bandwidth = copy.moved_bytes / bandwidth.median if copy else None
-        turn.row.rate = product_rate(device, dtype) if dtype else None
+        turn.row.rate = product_rate(device, dtype, torch.get_num_threads()) if dtype else None
 
 
 class Operators(TorchDispatchMode):

@@ -1,8 +1,11 @@
 """What the tests of the benchmarks share: each as a command on a tiny problem, and what every file holds."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from dan_fast.cli import main
 from tests.support import ROOT
@@ -49,3 +52,12 @@ def written(name: str, folder: Path, *arguments: str) -> dict[str, Any]:
             assert before.keys() <= content.keys() and before["settings"].keys() <= content["settings"].keys()
             assert before["rows"][0].keys() <= content["rows"][0].keys()
     return content
+
+
+def changed(outcome: Any, path: str, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same outcome but for the tensor at a path of fields and places, such as "labeled.usage" or "gradients.0"."""
+    first, _, rest = path.partition(".")
+    names = getattr(outcome, "_fields", [str(place) for place in range(len(outcome))])
+    parts = {name: part for name, part in zip(names, outcome, strict=True)}
+    parts[first] = changed(parts[first], rest, change) if rest else change(parts[first])
+    return outcome._replace(**parts) if hasattr(outcome, "_fields") else tuple(parts.values())

@@ -4,82 +4,63 @@ import pytest
 import torch
 
 from dan_fast import _extension, functional
-from dan_fast.bench.attention.benchmark import (
-    AttentionBenchmark,
-    head_bars,
-    head_bytes,
-    row_of,
-    set_head_speedups,
-)
-from dan_fast.bench.attention.contenders import (
-    COMPILED,
-    EAGER,
-    KERNELS,
-    REFERENCE,
-    TOLERANCES,
-    HeadOutcome,
-    HeadRunner,
-    compare_heads,
-    reference_outcome,
-    start,
-)
-from dan_fast.bench.attention.problem import LAYOUTS, MapSize, make_head_problem
+from dan_fast.bench.attention import contenders as heads
+from dan_fast.bench.attention.benchmark import AttentionBenchmark, head_bars, head_bytes, row_of
+from dan_fast.bench.attention.contenders import COMPILED, EAGER, KERNELS, REFERENCE, HeadRunner, MapSize
 from dan_fast.bench.machine import CacheFlush
 from dan_fast.bench.rows import BACKWARD, FORWARD, Row, Timing
-from tests.bench import written
+from tests.bench import changed, written
 
 TINY = MapSize(batch=3, channels=24, height=3, width=2, reduction=2, classes=5)
 
 
-def measure(*contenders: str, dtype=torch.float32, layout="contiguous", **settings) -> list[Row]:
-    given = TINY._asdict() | {"device": "cpu", "contenders": ",".join(contenders), "repeat": 2} | settings
-    return AttentionBenchmark(**given).group(dtype, layout)
+def measure(*contenders: str, **settings) -> list[Row]:
+    given = TINY._asdict() | {"device": "cpu", "contenders": ",".join(contenders), "repeat": 2}
+    (rows,) = AttentionBenchmark(**given | {"dtype": "float32", "layout": "contiguous"} | settings).measure()
+    return rows
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("layout", heads.LAYOUTS)
+@pytest.mark.parametrize("dtype", heads.TOLERANCES)
 @pytest.mark.parametrize("contender", [REFERENCE, EAGER, KERNELS])
 def test_contenders_agree_with_the_reference(contender, dtype, layout):
-    problem = make_head_problem(TINY, dtype, layout, "cpu")
-    assert problem.features.is_contiguous(memory_format=LAYOUTS[layout])
-    agreement = compare_heads(start(contender, problem).outcome(), reference_outcome(problem), dtype)
+    problem = heads.make_head_problem(TINY, dtype, layout, "cpu")
+    assert problem.features.is_contiguous(memory_format=heads.LAYOUTS[layout])
+    agreement = heads.compare_heads(heads.start(contender, problem).outcome(), heads.reference_outcome(problem), dtype)
     assert agreement.disagrees is None
     assert "gradient of cam_weight" in agreement.errors and len(agreement.errors) == 5 + 8
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_contenders_agree_on_a_gpu(dtype):
     rows = measure(EAGER, KERNELS, dtype=dtype, layout="channels_last", device="cuda")
     assert all(row.disagrees is None and row.seconds and row.bandwidth > 0 for row in rows)
 
 
 def test_the_problem_has_both_kinds_of_samples_and_slopes_that_reach_every_weight():
-    problem = make_head_problem(TINY, torch.float64, "contiguous", "cpu")
+    problem = heads.make_head_problem(TINY, torch.float64, "contiguous", "cpu")
     assert set((problem.labels >= 0).tolist()) == {True, False}
-    assert all(gradient.abs().max() > 0 for gradient in reference_outcome(problem).gradients)
+    assert all(gradient.abs().max() > 0 for gradient in heads.reference_outcome(problem).gradients)
 
 
 PLANTED = {
-    "adversary_loss": lambda o: (o.results._replace(adversary_loss=-o.results.adversary_loss), o.gradients),
-    "spatial_attention": lambda o: (
-        o.results._replace(spatial_attention=o.results.spatial_attention.roll(1, 1)),
-        o.gradients,
-    ),
-    "attended": lambda o: (o.results._replace(attended=o.results.attended * torch.nan), o.gradients),
-    "pooled": lambda o: (o.results._replace(pooled=o.results.pooled[:-1]), o.gradients),
-    "gradient of features": lambda o: (o.results, (o.gradients[0] * 1.01, *o.gradients[1:])),
-    "gradient of cam_weight": lambda o: (o.results, (*o.gradients[:-1], o.gradients[-1] * 1.001)),
-    "gradient of ws3": lambda o: (o.results, (*o.gradients[:4], -o.gradients[4], *o.gradients[5:])),
+    "adversary_loss": ("results.adversary_loss", torch.neg),
+    "spatial_attention": ("results.spatial_attention", lambda x: x.roll(1, 1)),
+    "attended": ("results.attended", lambda x: x * torch.nan),
+    "pooled": ("results.pooled", lambda x: x[:-1]),
+    "gradient of features": ("gradients.0", lambda x: x * 1.01),
+    "gradient of cam_weight": ("gradients.7", lambda x: x * 1.001),
+    "gradient of ws3": ("gradients.4", torch.neg),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("what", PLANTED)
 def test_a_planted_difference_is_named(what, dtype):
-    problem = make_head_problem(TINY, dtype, "contiguous", "cpu")
-    expected = reference_outcome(problem)
-    disagrees = compare_heads(HeadOutcome(*PLANTED[what](start(EAGER, problem).outcome())), expected, dtype).disagrees
+    problem = heads.make_head_problem(TINY, dtype, "contiguous", "cpu")
+    outcome = changed(heads.start(EAGER, problem).outcome(), *PLANTED[what])
+    disagrees = heads.compare_heads(outcome, heads.reference_outcome(problem), dtype).disagrees
     assert disagrees is not None and disagrees.startswith(f"{what} by") and ";" not in disagrees
 
 
@@ -150,7 +131,7 @@ def row(contender: str, forward: float, backward: float, **fields) -> Row:
 def some_rows(**fields) -> list[Row]:
     values = {"peak_bytes": 34_000_000, "returned_bytes": 30_000_000, "bandwidth": 20e9} | fields
     rows = [row(EAGER, 1.0, 9.0), row(COMPILED, 0.5, 3.5), row(KERNELS, 0.1, 1.0, **values)]
-    set_head_speedups(rows)
+    AttentionBenchmark(device="cpu").set_ratios(rows)
     return rows
 
 
@@ -164,25 +145,19 @@ def test_ratios():
     for wrong in (0, 2):
         rows = some_rows()
         rows[wrong].disagrees = "attended"
-        set_head_speedups(rows)
+        AttentionBenchmark(device="cpu").set_ratios(rows)
         assert rows[wrong].speedup == {} and EAGER not in rows[2].speedup
 
 
 def test_bars():
     assert [bar.verdict for bar in head_bars(some_rows(), ["contiguous"], "cpu")] == ["met"] * 3
-    assert [bar.met for bar in head_bars(some_rows(peak_bytes=35_000_000), ["contiguous"], "cpu")] == [
-        True,
-        True,
-        False,
-    ]
-    slow = some_rows()
+    slow = some_rows(peak_bytes=35_000_000)
     slow[0].seconds[BACKWARD] = Timing([7.9])
-    set_head_speedups(slow)
-    assert [bar.verdict for bar in head_bars(slow, ["contiguous"], "cpu")] == ["NOT met", "met", "met"]
+    AttentionBenchmark(device="cpu").set_ratios(slow)
+    assert [bar.verdict for bar in head_bars(slow, ["contiguous"], "cpu")] == ["NOT met", "met", "NOT met"]
     for useless in ({"operators": []}, {"disagrees": "attended"}):
-        verdicts = {bar.verdict for bar in head_bars(some_rows(**useless), ["contiguous"], "cpu")}
-        assert verdicts == {"not measured"}
-    assert len(head_bars(some_rows(), list(LAYOUTS), "cpu")) == 6
+        assert {bar.verdict for bar in head_bars(some_rows(**useless), ["contiguous"], "cpu")} == {"not measured"}
+    assert len(head_bars(some_rows(), list(heads.LAYOUTS), "cpu")) == 6
 
 
 def test_the_bar_of_a_gpu():

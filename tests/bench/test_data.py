@@ -2,7 +2,7 @@
 
 import pytest
 
-from dan_fast.bench.data.benchmark import DataBenchmark, rate_of, set_feed_speedups
+from dan_fast.bench.data.benchmark import DataBenchmark, rate_of
 from dan_fast.bench.data.feeds import CACHED, CONTENDERS, DECODED, PLAIN, TRAINING, USES, Feeds
 from dan_fast.bench.rows import WHOLE, Row, Timing
 from dan_fast.data.images import loader
@@ -47,7 +47,7 @@ def test_a_loader_with_other_pixels_has_no_ratio(monkeypatch, use):
         "normalize": lambda images, *wanted: right(images, *wanted) + 0.01,
     }[name]
     monkeypatch.setattr(f"dan_fast.data.images.loader.{name}", wrong)
-    rows = small().group((32, 16))
+    (rows,) = small().measure()
     for row in rows:
         if row.of["use"] == use and row.contender != PLAIN:
             assert "grey levels" in row.disagrees and row.ratio(PLAIN) is None
@@ -66,18 +66,20 @@ def test_a_loader_that_leaves_images_out_is_found(monkeypatch):
         return [(images[1:], indices) for images, indices in whole]
 
     monkeypatch.setattr(Feeds, "loader", fewer)
-    wrong = {row.name: row.disagrees for row in small().group((32, 16)) if row.disagrees}
+    wrong = {row.name: row.disagrees for row in next(small().measure()) if row.disagrees}
     assert wrong == {"decoded, evaluation": "a batch is (3, 3, 40, 20) and not (4, 3, 40, 20)"}
 
 
 def test_ratios_are_within_a_use_and_a_size():
-    rows = [
-        Row(contender, {"use": use, "file_size": size, "images": 10}, seconds={WHOLE: Timing([seconds * factor])})
-        for size, factor in (((32, 16), 1.0), ((64, 32), 3.0))
-        for use, seconds in (("training", 8.0), ("evaluation", 2.0))
-        for contender, seconds in ((PLAIN, seconds), (CACHED, 1.0))
-    ]
-    set_feed_speedups(rows)
+    benchmark, rows = small(files="32x16,64x32"), []
+    for size, factor in (((32, 16), 1.0), ((64, 32), 3.0)):
+        group = [
+            Row(contender, {"use": use, "file_size": size, "images": 10}, seconds={WHOLE: Timing([seconds * factor])})
+            for use, seconds in (("training", 8.0), ("evaluation", 2.0))
+            for contender, seconds in ((PLAIN, seconds), (CACHED, 1.0))
+        ]
+        benchmark.set_ratios(group)
+        rows += group
     assert [row.ratio(PLAIN) for row in rows] == [None, 8.0, None, 2.0] * 2
-    assert [bar.met for bar in small(files="32x16,64x32").bars(rows)] == [True, False, True, False]
+    assert [bar.met for bar in benchmark.bars(rows)] == [True, False, True, False]
     assert set(rate_of(rows[4]).values()) == {10 / 24}

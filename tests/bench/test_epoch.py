@@ -9,20 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from dan_fast.bench.data.feeds import PlainImages
 from dan_fast.bench.epoch import benchmark as epoch
 from dan_fast.bench.epoch import contenders
-from dan_fast.bench.epoch.benchmark import EpochBenchmark, set_epoch_ratios
-from dan_fast.bench.epoch.contenders import (
-    CACHED,
-    PLAIN,
-    Epoch,
-    Feed,
-    compare_losses,
-    draw_files,
-    drawn_images,
-    operations,
-)
+from dan_fast.bench.epoch.benchmark import EpochBenchmark
+from dan_fast.bench.epoch.contenders import CACHED, PLAIN, Epoch, Feed, compare_losses, draw_files, drawn_images
 from dan_fast.bench.process import ProcessFailed
 from dan_fast.bench.rows import WHOLE, Timing
-from dan_fast.nn import build_backbone
 from tests.bench import TINY, written
 
 
@@ -65,7 +55,7 @@ def test_the_command_writes_everything_down(tmp_path, capsys):
 
 def test_both_feeds_have_the_same_images_and_a_wrong_one_is_seen(drawn, monkeypatch):
     for recipe in ("plain", "paper"):
-        feed = Feed(drawn, recipe, build_backbone("resnet18"))
+        feed = Feed(drawn, recipe)
         feed.batches.fill_cache([*feed.datasets.labeled, *feed.datasets.unlabeled])
         disagrees, words = feed.compare()
         assert disagrees is None and words.startswith("16 images equal bit for bit as decoded, augmented up to")
@@ -83,7 +73,7 @@ def test_operations_of_grouped_convolutions_are_not_counted_as_dense():
     images, layer = torch.ones(2, 8, 6, 6, requires_grad=True), torch.nn.Conv2d(8, 8, 3, padding=1, groups=8)
     with FlopCounterMode(display=False) as counter:
         layer(images).sum().backward()
-    assert operations(counter) == 3 * 2 * (2 * 8 * 36) * 9 < counter.get_total_flops()
+    assert contenders.operations(counter) == 3 * 2 * (2 * 8 * 36) * 9 < counter.get_total_flops()
 
 
 def test_losses_that_differ_are_a_difference():
@@ -96,7 +86,7 @@ def measured(monkeypatch, **changes: float) -> list:
     """The rows of a benchmark whose processes take no time."""
 
     def answer(function, contender="", order=None, **arguments):
-        if function is epoch.compare_feeds:
+        if function is contenders.compare_feeds:
             return None, "equal", 0.5
         if (contender, order) == ("paper", 2):
             raise ProcessFailed("exit code -9")
@@ -104,24 +94,30 @@ def measured(monkeypatch, **changes: float) -> list:
         return found | {"losses": [changes.get("loss", 1.0) if contender == CACHED else 1.0]}
 
     monkeypatch.setattr(epoch, "in_own_process", answer)
-    monkeypatch.setattr(epoch, "draw_files", lambda *arguments: "files")
+    monkeypatch.setattr(contenders, "draw_files", lambda *arguments: "files")
     benchmark = tiny(order="1,2", iterations=3)
     monkeypatch.setattr(benchmark, "_measure_machine", lambda rows: None)
-    ((*rows,),) = benchmark.groups(lambda words: None)
+    ((*rows,),) = benchmark.measure()
     return [benchmark, *rows]
 
 
 def test_what_fails_is_left_out_and_what_disagrees_has_no_ratio(monkeypatch):
     benchmark, plain, cached, first, second = measured(monkeypatch)
-    assert second.left_out[WHOLE] == "exit code -9" and not second.seconds and second.of["ratio"] == {}
-    assert first.whole.seconds == [4.0] and first.of["waiting_share"] == 0.25 and first.flop == {WHOLE: 6e9}
-    assert first.of["cpu_seconds"] == {"user": 6.0, "system": 0.5} and first.of["ratio"] == {PLAIN: 1.0, CACHED: 1.0}
+    assert second.left_out[WHOLE] == "exit code -9" and not second.seconds and second.speedup == {}
+    assert first.whole == [4.0] and benchmark.figures(first)["waiting_share"] == 0.25 and first.flop == {WHOLE: 6e9}
+    assert benchmark.figures(first)["cpu_seconds"] == {"user": 6.0, "system": 0.5} and benchmark.figures(first)[
+        "ratio"
+    ] == {
+        PLAIN: 1.0,
+        CACHED: 1.0,
+    }
     assert [bar.verdict for bar in benchmark.bars([plain, cached, first, second])] == ["met"]
     first.seconds[WHOLE] = Timing([4.3])
-    set_epoch_ratios([plain, first])
+    benchmark.set_ratios([plain, first])
     assert [bar.verdict for bar in benchmark.bars([plain, first])] == ["NOT met"]
     benchmark, plain, cached, first, second = measured(monkeypatch, loss=1.1)
-    assert cached.disagrees.startswith("losses") and cached.of["ratio"] == {} and first.of["ratio"] == {PLAIN: 1.0}
+    assert cached.disagrees.startswith("losses") and benchmark.figures(cached)["ratio"] == {}
+    assert benchmark.figures(first)["ratio"] == {PLAIN: 1.0}
 
 
 def test_images_are_drawn_once_and_are_whole_persons(drawn, monkeypatch):

@@ -5,24 +5,10 @@ import torch
 
 from dan_fast.bench.agreement import judge
 from dan_fast.bench.iteration import benchmark as iteration
+from dan_fast.bench.iteration import contenders
 from dan_fast.bench.iteration.agreement import TOLERANCES, compare_iteration, group_errors
-from dan_fast.bench.iteration.benchmark import (
-    DAN,
-    LITERAL,
-    PAPER_RATIO,
-    PLAIN,
-    IterationBenchmark,
-    row_of,
-    set_ratios,
-)
-from dan_fast.bench.iteration.contenders import (
-    FROZEN,
-    UPDATED,
-    DANIteration,
-    IterationSize,
-    PlainIteration,
-    literal_operators,
-)
+from dan_fast.bench.iteration.benchmark import DAN, LITERAL, PAPER_RATIO, PLAIN, IterationBenchmark, row_of
+from dan_fast.bench.iteration.contenders import FROZEN, UPDATED, DANIteration, IterationSize, literal_operators
 from dan_fast.bench.iteration.profile import Profile, share_beside
 from dan_fast.bench.rows import WHOLE, Row, Timing
 from dan_fast.bench.timing import Operators
@@ -179,11 +165,12 @@ def test_a_recipe_decides_how_an_iteration_is_split_and_what_it_trains():
 
 
 def test_plain_resnet_sees_the_same_images(dan):
-    plain = PlainIteration(TINY, dan)
-    before = plain.classifier.weight.detach().clone()
-    plain.run()
-    assert len(plain.images) == TINY.images and not torch.equal(before, plain.classifier.weight)
-    assert torch.equal(plain.images[:4], dan.batch[0].images)
+    plain = contenders.plain_iteration(TINY, dan)
+    weight, images = plain.func.__self__.classifier.weight, plain.args[0]
+    before = weight.detach().clone()
+    plain()
+    assert len(images) == TINY.images and not torch.equal(before, weight)
+    assert torch.equal(images[:4], dan.batch[0].images)
 
 
 @pytest.mark.parametrize("backbone", [UPDATED, FROZEN])
@@ -243,7 +230,7 @@ def test_what_disagrees_has_no_ratio(monkeypatch, capsys, tmp_path):
 def test_a_literal_iteration_that_takes_too_long_is_left_out(monkeypatch):
     monkeypatch.setattr(iteration.memory, "foresee", lambda *a: (40.0, 0.0))
     benchmark = IterationBenchmark(**{"device": "cpu", "contenders": LITERAL, "budget_s": 79.0} | COMMANDS["iteration"])
-    ((row,),) = benchmark.groups(lambda _: None)
+    ((row,),) = benchmark.measure()
     assert row.left_out[WHOLE] == "its memory steps alone would take about 80 s, the budget is 79 s"
 
 
@@ -252,17 +239,18 @@ def row(contender: str, order: int | None, *seconds: float) -> Row:
 
 
 def verdict(rows: list[Row], **settings: str) -> str:
-    set_ratios(rows)
-    (bar,) = IterationBenchmark(device="cpu", **settings).bars(rows)
+    benchmark = IterationBenchmark(device="cpu", **settings)
+    benchmark.set_ratios(rows)
+    (bar,) = benchmark.bars(rows)
     return bar.verdict
 
 
 def test_ratios_and_bars(monkeypatch):
     rows = [row(PLAIN, None, 1.0, 2.0, 3.0), row(DAN, 1, 1.1, 2.4, 3.0)]
     assert verdict(rows) == "met"
-    assert rows[0].of["ratio"] is None and rows[1].of["ratio"] == pytest.approx(1.2)
+    assert rows[0].over(PLAIN) is None and rows[1].over(PLAIN) == pytest.approx(1.2)
     assert rows[1].of["round_ratios"] == pytest.approx([1.1, 1.2, 1.0])
-    rows[1].whole.seconds[1] = 2.41
+    rows[1].whole[1] = 2.41
     assert verdict(rows) == "NOT met"
     rows[1].disagrees = "gradient of backbone"
     assert verdict(rows) == "not measured"

@@ -10,14 +10,14 @@ from dan_fast import MemoryState, _extension, functional, reference
 from dan_fast.bench.memory import benchmark as memory
 from dan_fast.bench.memory.agreement import TOLERANCES, compare
 from dan_fast.bench.memory.bars import memory_bars, model_bytes, predict
-from dan_fast.bench.memory.benchmark import MemoryBenchmark, row_of, set_memory_speedups
+from dan_fast.bench.memory.benchmark import MemoryBenchmark, row_of
 from dan_fast.bench.memory.contenders import IN_PLACE, KERNELS, LITERAL, MODULE, SCORE_SPACE, STEP, select
-from dan_fast.bench.memory.literal import InPlaceMemory
+from dan_fast.bench.memory.literal import InPlaceMemory, in_place_step
 from dan_fast.bench.memory.problem import Size, make_problem
 from dan_fast.bench.rows import BACKWARD, FORWARD, Row, Timing
 from dan_fast.core.types import Gates, MemoryBatch
 from tests.bench import TINY as COMMANDS
-from tests.bench import written
+from tests.bench import changed, written
 
 TINY = Size(60, 44, key_dim=24, batch=4)
 CPU = torch.device("cpu")
@@ -27,6 +27,10 @@ EAGER = [contender for contender in select() if not contender.compiled]
 def tiny(*names: str, **settings) -> MemoryBenchmark:
     given = {"device": "cpu", **COMMANDS["memory"], "budget_s": 30.0, "contenders": ",".join(names) or "all"}
     return MemoryBenchmark(**given | settings)
+
+
+def measure(*names: str, **settings) -> list[Row]:
+    return [row for rows in tiny(*names, **settings).measure() for row in rows]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -41,9 +45,9 @@ def test_contenders_agree_with_the_reference(contender, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_contenders_agree_on_a_gpu(dtype):
-    rows = tiny(*dict.fromkeys(each.name for each in EAGER), device="cuda").group(1.0, dtype)
+    rows = measure(*dict.fromkeys(each.name for each in EAGER), device="cuda", dtype=dtype)
     assert all(row.disagrees is None and row.seconds and not row.left_out for row in rows)
     assert all(row.peak_bytes > 0 and row.bandwidth > 0 for row in rows)
 
@@ -59,12 +63,13 @@ def test_the_literal_loop_follows_the_rules_where_it_is_tight(slots):
     """Fewer slots than samples, ties and empty slots, for several steps from an empty memory."""
     generator = torch.Generator().manual_seed(slots)
     states = [MemoryState.empty(slots, 3, torch.float64), MemoryState.empty(slots + 1, 3, torch.float64)]
-    loop = InPlaceMemory(*(MemoryState(*(x.clone() for x in state)) for state in states))
+    memories = [InPlaceMemory(MemoryState(*(x.clone() for x in state))) for state in states]
     for step in range(12):
         keys = torch.randint(-1, 2, (2, 4, 3), generator=generator).double()
         labels = torch.randint(3, (4,), generator=generator)
         batch = (keys[0], labels, keys[1], torch.arange(4) + 4 * step, 0.3, -0.2, 0.4)
-        expected, found = reference.memory_step(*states, *batch), loop.step(MemoryBatch(*batch[:4]), Gates(*batch[4:]))
+        expected = reference.memory_step(*states, *batch)
+        found = in_place_step(*memories, MemoryBatch(*batch[:4]), Gates(*batch[4:]))
         for one, other in zip(found[:2], expected[:2], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
         for one, other in zip(found[2:], expected[2:], strict=True):
@@ -74,19 +79,15 @@ def test_the_literal_loop_follows_the_rules_where_it_is_tight(slots):
 
 
 PLANTED = {
-    "loss": lambda o: o._replace(loss=o.loss * 1.001),
-    "pseudo_labels": lambda o: o._replace(pseudo_labels=o.pseudo_labels.roll(1)),
-    "labeled.least_used": lambda o: o._replace(labeled=o.labeled._replace(least_used=o.labeled.least_used + 1)),
+    "loss": ("loss", lambda x: x * 1.001),
+    "pseudo_labels": ("pseudo_labels", lambda x: x.roll(1)),
+    "labeled.least_used": ("labeled.least_used", lambda x: x + 1),
     # As if W^e were forgotten in the write: every slot lacks a small share of a key.
-    "unlabeled.features": lambda o: o._replace(
-        unlabeled=o.unlabeled._replace(features=o.unlabeled.features * (1 - 1e-2))
-    ),
-    "labeled.usage": lambda o: o._replace(labeled=o.labeled._replace(usage=o.labeled.usage.nan_to_num() + 1e-4)),
-    "unlabeled.evaluation": lambda o: o._replace(
-        unlabeled=o.unlabeled._replace(evaluation=o.unlabeled.evaluation.roll(1))
-    ),
-    "gradient of keys": lambda o: o._replace(gradients=(-o.gradients[0], *o.gradients[1:])),
-    "gradient of beta": lambda o: o._replace(gradients=(*o.gradients[:4], o.gradients[4] * torch.nan)),
+    "unlabeled.features": ("unlabeled.features", lambda x: x * (1 - 1e-2)),
+    "labeled.usage": ("labeled.usage", lambda x: x.nan_to_num() + 1e-4),
+    "unlabeled.evaluation": ("unlabeled.evaluation", lambda x: x.roll(1)),
+    "gradient of keys": ("gradients.0", torch.neg),
+    "gradient of beta": ("gradients.4", lambda x: x * torch.nan),
 }
 
 
@@ -95,7 +96,7 @@ PLANTED = {
 def test_a_planted_difference_is_named(what, dtype):
     literal = EAGER[0].start(make_problem(TINY, dtype, CPU, batches=1), 1).outcome()
     assert compare(literal, literal, dtype).disagrees is None
-    disagrees = compare(PLANTED[what](literal), literal, dtype).disagrees
+    disagrees = compare(changed(literal, *PLANTED[what]), literal, dtype).disagrees
     assert disagrees is not None and what in disagrees
 
 
@@ -134,7 +135,7 @@ def test_the_command_writes_everything_down(tmp_path, capsys):
 
 def test_what_takes_too_long_is_left_out_with_the_reason(monkeypatch):
     monkeypatch.setattr(memory, "_PROBE_SLOTS", 10)
-    rows = tiny(LITERAL, SCORE_SPACE, budget_s=1e-6).group(1.0, torch.float32)
+    rows = measure(LITERAL, SCORE_SPACE, budget_s=1e-6)
     assert all(not row.seconds and not row.speedup for row in rows)
     assert "a run would take about" in rows[0].left_out[FORWARD] and "the budget is" in rows[1].left_out[BACKWARD]
 
@@ -144,11 +145,11 @@ def test_what_does_not_fit_is_left_out_with_the_reason(monkeypatch):
     monkeypatch.setattr(memory, "foresee", lambda *of: (0.0, 5e9))
     free = 10 * TINY.slots * TINY.key_dim * 4
     monkeypatch.setattr("dan_fast.core.free_memory.free_memory", lambda device: free)
-    rows = tiny(LITERAL, IN_PLACE, SCORE_SPACE).group(1.0, torch.float32)
+    rows = measure(LITERAL, IN_PLACE, SCORE_SPACE)
     assert rows[0].left_out[FORWARD].startswith("a run would need about 6.0 GB")
     assert rows[2].seconds.keys() == {FORWARD, BACKWARD}
     free = 1
-    (row, _) = tiny(SCORE_SPACE).group(1.0, torch.float32)
+    (row, _) = measure(SCORE_SPACE)
     assert "the memories would need" in row.left_out[FORWARD]
 
 
@@ -156,8 +157,8 @@ def test_repetitions_end_with_the_budget(monkeypatch):
     real = memory.once
     # The first run of each pass decides: half the budget leaves two repetitions.
     monkeypatch.setattr(memory, "once", lambda *a: (real(*a), 15.0)[1])
-    rows = tiny(SCORE_SPACE, repeat=6).group(1.0, torch.float32)
-    assert [len(timing.seconds) for row in rows for timing in row.seconds.values()] == [2] * 4
+    rows = measure(SCORE_SPACE, repeat=6)
+    assert [len(timing) for row in rows for timing in row.seconds.values()] == [2] * 4
 
 
 def test_the_estimate_grows_with_the_slots(monkeypatch):
@@ -187,7 +188,7 @@ def some_rows(peak: int) -> list[Row]:
         row(KERNELS, STEP, 0.05, 0.08, peak_bytes=peak + 7, returned_bytes=7, bandwidth=20e9),
         row(KERNELS, MODULE, 0.04, 0.1, peak_bytes=peak, bandwidth=20e9),
     ]
-    set_memory_speedups(rows)
+    tiny().set_ratios(rows)
     return rows + [row(KERNELS, use, 1.0, 2.0, scale=16.0) for use in (STEP, MODULE)]
 
 
@@ -199,7 +200,7 @@ def test_ratios():
     assert module.speedup["literal_in_place"] == {FORWARD: pytest.approx(25.0)}
     rows = some_rows(0)[:7]
     rows[3].disagrees = rows[1].disagrees = "loss"
-    set_memory_speedups(rows)
+    tiny().set_ratios(rows)
     step = rows[5]
     assert step.speedup["best_pytorch"][BACKWARD] == pytest.approx(5.0), "the compiled one no longer counts"
     assert "literal_in_place" not in step.speedup and rows[3].speedup == {}
@@ -256,15 +257,14 @@ def test_both_limits_are_printed_and_written():
     assert "matrix products 1000.0 GFLOP/s" in console.file.getvalue() and "/ 5.62" in console.file.getvalue()
 
 
-@pytest.mark.parametrize("dtype, arithmetic", [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+@pytest.mark.parametrize("dtype, arithmetic", [("bfloat16", torch.float32), ("float64", torch.float64)])
 def test_the_rate_is_that_of_the_arithmetic(monkeypatch, dtype, arithmetic):
-    monkeypatch.setattr("dan_fast.bench.timing.product_rate", lambda device, of: {arithmetic: 1e12}[of])
-    assert {row.rate for row in tiny(SCORE_SPACE).group(1.0, dtype)} == {1e12}
+    monkeypatch.setattr("dan_fast.bench.timing.product_rate", lambda device, of, threads: {arithmetic: 1e12}[of])
+    assert {row.rate for row in measure(SCORE_SPACE, dtype=dtype)} == {1e12}
 
 
 def test_a_compile_that_takes_too_long_is_stopped():
-    benchmark = tiny("score_space_compiled", compile_budget_s=0.1)
-    first, again = (benchmark.group(scale, torch.float32)[0] for scale in (1.0, 2.0))
+    first, again = measure("score_space_compiled", compile_budget_s=0.1, slots_scale="1,2")
     assert first.left_out[FORWARD] == "torch.compile took more than 0 s"
     assert again.left_out[FORWARD].endswith("at 1 x slots in float32")
 
@@ -272,7 +272,7 @@ def test_a_compile_that_takes_too_long_is_stopped():
 @pytest.mark.slow
 def test_without_the_extension_kernels_are_not_timed(monkeypatch):
     monkeypatch.setattr(_extension, "why_not_on", lambda *device: "it was not built")
-    rows = tiny(SCORE_SPACE, KERNELS).group(1.0, torch.float32)
+    rows = measure(SCORE_SPACE, KERNELS)
     kernels = [row for row in rows if row.contender == KERNELS]
     assert [row.left_out[FORWARD] for row in kernels] == ["it was not built"] * 2
     assert not any(row.seconds for row in kernels)
@@ -280,5 +280,5 @@ def test_without_the_extension_kernels_are_not_timed(monkeypatch):
 
 @pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
 def test_each_row_says_which_operators_ran():
-    for found in tiny(SCORE_SPACE, KERNELS).group(1.0, torch.float32):
+    for found in measure(SCORE_SPACE, KERNELS):
         assert bool(found.operators) == (found.contender == KERNELS), found.operators

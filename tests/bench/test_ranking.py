@@ -6,17 +6,7 @@ import torch
 
 from dan_fast import _extension
 from dan_fast.bench.ranking import benchmark as ranking
-from dan_fast.bench.ranking.benchmark import (
-    COUNTING,
-    DISTANCES,
-    FEATURES,
-    PRODUCT,
-    SORTING,
-    RankingBenchmark,
-    ranking_path,
-    set_ranking_speedups,
-)
-from dan_fast.bench.ranking.problem import MARKET1501, MSMT17, difference, make_ranking_problem, rank_by_sorting
+from dan_fast.bench.ranking.benchmark import COUNTING, DISTANCES, FEATURES, PRODUCT, SORTING, RankingBenchmark
 from dan_fast.bench.rows import WHOLE, Row, Timing
 from dan_fast.evaluation import RankingResult, evaluate_ranking, rank_distances
 from dan_fast.evaluation.pairs import Labels
@@ -28,12 +18,12 @@ def tiny(**settings) -> RankingBenchmark:
 
 
 def measure(**settings) -> list[Row]:
-    (rows,) = tiny(**settings).groups(lambda _: None)
+    (rows,) = tiny(**settings).measure()
     return rows
 
 
 def test_the_problem_is_neither_solved_nor_hopeless():
-    problem = make_ranking_problem(MARKET1501._replace(queries=200, gallery=2000), torch.device("cpu"))
+    problem = ranking.make_ranking_problem(ranking.MARKET1501._replace(queries=200, gallery=2000), torch.device("cpu"))
     result = evaluate_ranking(*problem[:2], *problem.labels)
     assert 0.02 < result.mAP < 0.9 and result.num_valid > 100
     assert problem.query.dtype == torch.float32 and (problem.query == 0).any() and (problem.query >= 0).all()
@@ -42,7 +32,7 @@ def test_the_problem_is_neither_solved_nor_hopeless():
 
 def test_sorting_by_hand():
     labels = Labels(*map(np.array, ([1, 3], [1, 1, 1, 0, 2], [1, 1], [2, 3, 1, 1, 1])))
-    result = rank_by_sorting(lambda rows: np.array([[0.5, 0.3, 0.1, 0.4, 0.2]] * 2)[rows], labels, max_rank=5)
+    result = ranking.rank_by_sorting(lambda rows: np.array([[0.5, 0.3, 0.1, 0.4, 0.2]] * 2)[rows], labels, max_rank=5)
     assert result.cmc.tolist() == [0, 1, 1, 1, 1]
     assert (result.mAP, result.mINP, result.num_valid) == (pytest.approx(0.5), 0.5, 1)
 
@@ -57,9 +47,9 @@ def test_all_contenders_are_timed_and_agree():
         (FEATURES, PRODUCT),
         (FEATURES, SORTING),
     ]
-    assert all(row.disagrees is None and len(row.whole.seconds) == 2 for row in rows)
+    assert all(row.disagrees is None and len(row.whole) == 2 for row in rows)
     with _extension.disabled():
-        assert ranking_path(torch.device("cpu")) == "PyTorch"
+        assert ranking.ranking_path(torch.device("cpu")) == "PyTorch"
         assert all(row.disagrees is None for row in measure())
 
 
@@ -72,15 +62,15 @@ def test_a_gpu_agrees():
 
 def test_a_difference_is_named():
     result = RankingResult(torch.tensor([0.5, 1.0], dtype=torch.float64), 0.75, 0.5, 4)
-    assert difference(result, result) is None
-    assert difference(result._replace(mAP=0.75 + 1e-13), result) is None
+    assert ranking.difference(result, result) is None
+    assert ranking.difference(result._replace(mAP=0.75 + 1e-13), result) is None
     for field, value, sentence in (
         ("cmc", torch.tensor([0.5, np.nextafter(1.0, 0)], dtype=torch.float64), "CMC by 1.1e-16"),
         ("mAP", 0.75 + 1e-11, "mAP by 1.0e-11"),
         ("mINP", float("nan"), "mINP by nan"),
         ("num_valid", 5, "num_valid 5 for 4"),
     ):
-        assert difference(result._replace(**{field: value}), result) == sentence
+        assert ranking.difference(result._replace(**{field: value}), result) == sentence
 
 
 @pytest.mark.slow
@@ -101,15 +91,15 @@ def bars(given=0.4, counted=1.0, product=0.8, extra=2e8, plan=None, **fields):
     seconds = {(COUNTING, DISTANCES): given, (COUNTING, FEATURES): counted, (PRODUCT, FEATURES): product}
     rows = [Row(name, {"source": source}, seconds={WHOLE: Timing([value])}, **fields)
             for (name, source), value in seconds.items()]  # fmt: skip
-    set_ranking_speedups(rows)
     benchmark = plan or RankingBenchmark(device="cpu")
+    benchmark.set_ratios(rows)
     benchmark._extra_bytes = extra
     return benchmark.bars(rows)
 
 
 def test_bars():
     benchmark = RankingBenchmark(device="cpu")
-    assert benchmark.size == MARKET1501 and benchmark.memory_size == MSMT17
+    assert benchmark.size == ranking.MARKET1501 and benchmark.memory_size == ranking.MSMT17
     assert [bar.value for bar in bars()] == [0.4, 1.25, 200]
     assert [bar.verdict for bar in bars()] == ["met", "met", "met"]
     assert [bar.verdict for bar in bars(given=0.6, counted=1.1, extra=301e6)] == ["NOT met"] * 3

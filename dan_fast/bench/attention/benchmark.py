@@ -1,5 +1,6 @@
 """`dan-fast bench attention`: the attention head's contenders on maps of each type and layout."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,25 +10,13 @@ import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch.utils.flop_counter import FlopCounterMode
 
-from dan_fast.bench.attention.contenders import (
-    COMPILED,
-    CONTENDERS,
-    EAGER,
-    KERNELS,
-    TOLERANCES,
-    HeadOutcome,
-    compare_heads,
-    prepare_compiled,
-    reference_outcome,
-    start,
-)
-from dan_fast.bench.attention.problem import LAYOUTS, HeadProblem, MapSize, make_head_problem
-from dan_fast.bench.benchmark import Benchmark, contenders_of, dtypes_of, one_of
-from dan_fast.bench.compiled import compile_trial
+from dan_fast.bench.attention import contenders
+from dan_fast.bench.attention.contenders import COMPILED, EAGER, KERNELS, HeadOutcome, HeadProblem, MapSize
+from dan_fast.bench.benchmark import Bar, Benchmark, at_least, at_most, contenders_of, dtypes_of, one_of
 from dan_fast.bench.machine import peak_above
-from dan_fast.bench.rows import BACKWARD, FORWARD, Row, plain, set_speedups
+from dan_fast.bench.process import compile_trial
+from dan_fast.bench.rows import BACKWARD, FORWARD, Row, plain
 from dan_fast.bench.timing import Say, Turn, first_outcome, take_turns
-from dan_fast.bench.verdict import Bar, at_least, at_most
 from dan_fast.core.cosine import statistics_dtype
 from dan_fast.core.free_memory import why_too_large
 
@@ -52,7 +41,7 @@ def head_bytes(size: MapSize, itemsize: int, kind: str) -> int:
 
 def head_flop(problem: HeadProblem) -> dict[str, int]:
     """Operations of the head's products in each pass, counted in the PyTorch form."""
-    runner, found = start(EAGER, problem), {}
+    runner, found = contenders.start(EAGER, problem), {}
     for kind in (FORWARD, BACKWARD):
         with FlopCounterMode(display=False) as counter:
             runner.run(kind == BACKWARD)
@@ -107,49 +96,45 @@ class AttentionBenchmark(Benchmark):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.dtype, self.layout = dtypes_of(self.dtype), one_of("layout", self.layout, LAYOUTS)
-        self.contenders = contenders_of(self.contenders, CONTENDERS)
+        self.dtype, self.layout = dtypes_of(self.dtype), one_of("layout", self.layout, contenders.LAYOUTS)
+        self.contenders = contenders_of(self.contenders, contenders.CONTENDERS)
         self.size = MapSize(self.batch, self.channels, self.height, self.width, self.reduction, self.classes)
 
     def groups(self, say: Say) -> Iterator[list[Row]]:
-        for dtype in self.dtype:
-            for layout in self.layout:
-                yield self.group(dtype, layout, say)
+        for dtype, layout in itertools.product(self.dtype, self.layout):
+            yield self._group(dtype, layout, say)
 
-    def group(self, dtype: torch.dtype, layout: str, say: Say = lambda _: None) -> list[Row]:
-        """All contenders on one map; one that cannot run leaves the reason in its row."""
-        rated = statistics_dtype(dtype)
+    def _group(self, dtype: torch.dtype, layout: str, say: Say) -> list[Row]:
         of = {"dtype": plain(dtype), "layout": layout, "size": self.size, "itemsize": dtype.itemsize}
         rows = [row_of(each, of) for each in self.contenders]
         if reason := why_too_large(self.place, 8 * _REFERENCE_MAPS * self.size.numel, "the comparison"):
             for row in rows:
                 row.leave_out(reason)
             return rows
-        problem, turns = make_head_problem(self.size, dtype, layout, self.place), []
-        expected, flop = reference_outcome(problem), head_flop(problem)
+        problem, turns = contenders.make_head_problem(self.size, dtype, layout, self.place), []
+        expected, flop = contenders.reference_outcome(problem), head_flop(problem)
         for row in rows:
             row.flop = flop
             say(f"{of['dtype']}, {layout}: {row.name}")
             turns += self._first_runs(row, problem, expected)
         del expected
-        take_turns(self.place, turns, say, _COPY_MAPS * problem.features.nbytes, rated, warm=True)
-        set_head_speedups(rows)
+        take_turns(self.place, turns, say, _COPY_MAPS * problem.features.nbytes, statistics_dtype(dtype), warm=True)
         return rows
 
     def _first_runs(self, row: Row, problem: HeadProblem, expected: HeadOutcome) -> list[Turn]:
         compiled, dtype = row.contender == COMPILED, problem.features.dtype
         request = {"size": self.size[:], "dtype": dtype, "layout": row.of["layout"], "device": self.place}
-        if compiled and (reason := compile_trial(row, prepare_compiled, self.compile_budget_s, **request)):
+        if compiled and (reason := compile_trial(row, contenders.prepare_compiled, self.compile_budget_s, **request)):
             row.leave_out(reason)
             return []
-        runner = start(row.contender, problem)
+        runner = contenders.start(row.contender, problem)
         outcome = first_outcome(row, runner, compiled)
         if row.contender == KERNELS and not row.operators:
             row.notes.append("no kernel ran")
         # Without autograd another path may be taken, so both are compared.
         row.compared_with = "the reference"
         for found in (HeadOutcome(runner.run(False), outcome.gradients), outcome):
-            disagrees, errors = compare_heads(found, expected, dtype)
+            disagrees, errors = contenders.compare_heads(found, expected, dtype)
             row.disagrees = row.disagrees or disagrees
             row.errors = {name: max(error, row.errors.get(name, 0.0)) for name, error in errors.items()}
         if outcome.gradients[0].stride() != problem.features.stride():
@@ -161,6 +146,9 @@ class AttentionBenchmark(Benchmark):
         del held
         return [Turn(row, kind, partial(runner.run, kind == BACKWARD), self.repeat) for kind in row.passes]
 
+    def rivals(self, row: Row, rows: Sequence[Row]) -> dict[str, list[Row]]:
+        return {other.contender: [other] for other in rows if other.contender != KERNELS}
+
     def title(self, rows: Sequence[Row]) -> str:
         return f"{rows[0].of['dtype']}, {rows[0].of['layout']}: {' x '.join(map(str, self.size[:4]))}"
 
@@ -171,19 +159,13 @@ class AttentionBenchmark(Benchmark):
         return head_bars(rows, self.layout, self.place.type)
 
     def more(self, rows: Sequence[Row]) -> dict[str, Any]:
-        return {"tolerances": {dtype: TOLERANCES[dtype] for dtype in self.dtype}}
+        return {"tolerances": {dtype: contenders.TOLERANCES[dtype] for dtype in self.dtype}}
 
 
 def row_of(contender: str, of: dict[str, Any], **figures: Any) -> Row:
     """The row of a contender on a map."""
     bytes_of = {kind: head_bytes(of["size"], of["itemsize"], kind) for kind in (FORWARD, BACKWARD)}
     return Row(contender, of, model_bytes=bytes_of, **figures)
-
-
-def set_head_speedups(rows: Sequence[Row]) -> None:
-    """Against every contender but the kernels."""
-    rivals = {row.contender: [row] for row in rows if row.contender != KERNELS}
-    set_speedups(rows, lambda row: rivals)
 
 
 def head_bars(rows: Sequence[Row], layouts: Sequence[str], device_type: str) -> list[Bar]:
@@ -195,19 +177,15 @@ def head_bars(rows: Sequence[Row], layouts: Sequence[str], device_type: str) -> 
     bars = []
     if device_type != "cpu":
         for dtype, layout in dict.fromkeys((row.of["dtype"], row.of["layout"]) for row in rows):
-            row = kernels.get((dtype, layout))
-            share = row.bandwidth_share(BACKWARD) if row else None
+            share = kernels.get((dtype, layout), Row(KERNELS)).bandwidth_share(BACKWARD)
             name = f"forward + backward over the time of reading X, reading X and writing dX ({dtype}, {layout})"
-            value = None if share is None else 1 / share
-            bars.append(at_most(name, f"at most {_FLOOR_FACTOR:g} times", _FLOOR_FACTOR, value))
+            bars.append(at_most(name, f"at most {_FLOOR_FACTOR:g} times", _FLOOR_FACTOR, share and 1 / share))
         return bars
     for layout in layouts:
-        row = kernels.get(("float32", layout))
+        row = kernels.get(("float32", layout), Row(KERNELS))
         for rival, least in ((EAGER, _EAGER_SPEEDUP), (COMPILED, _COMPILED_SPEEDUP)):
-            value = row.ratio(rival, BACKWARD) if row else None
-            bars.append(at_least(f"forward + backward against {rival} ({layout})", least, value))
-        extra = row.extra_bytes if row else None
-        name = f"memory in MB beyond X and the gradients returned ({layout})"
-        limit, value = f"below {_EXTRA_BYTES / 1e6:g} MB", None if extra is None else extra / 1e6
-        bars.append(Bar(name, limit, value, extra is not None and extra < _EXTRA_BYTES))
+            bars.append(at_least(f"forward + backward against {rival} ({layout})", least, row.ratio(rival, BACKWARD)))
+        name, extra = f"memory in MB beyond X and the gradients returned ({layout})", row.extra_bytes
+        met = extra is not None and extra < _EXTRA_BYTES
+        bars.append(Bar(name, f"below {_EXTRA_BYTES / 1e6:g} MB", extra and extra / 1e6, met))
     return bars

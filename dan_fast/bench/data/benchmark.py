@@ -11,11 +11,10 @@ from typing import Any, ClassVar
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from dan_fast.bench.benchmark import Benchmark, sizes_of
-from dan_fast.bench.data.feeds import CACHED, CONTENDERS, EVALUATION, PLAIN, USES, Feeds, too_far
-from dan_fast.bench.rows import WHOLE, Row, set_speedups
+from dan_fast.bench.benchmark import Bar, Benchmark, at_least, sizes_of
+from dan_fast.bench.data.feeds import CACHED, CONTENDERS, EVALUATION, PLAIN, USES, Feeds, apart, too_far
+from dan_fast.bench.rows import WHOLE, Row
 from dan_fast.bench.timing import Say, Turn, take_turns
-from dan_fast.bench.verdict import Bar, at_least
 from dan_fast.core.errors import DanFastError
 
 # The factor over the plain DataLoader that the cache must reach.
@@ -29,12 +28,6 @@ def rate_of(row: Row) -> dict[str, float]:
     lower, upper = row.whole.quartiles
     seconds = {"median": row.whole.median, "q1": upper, "q3": lower}
     return {name: row.of["images"] / value for name, value in seconds.items()}
-
-
-def set_feed_speedups(rows: Sequence[Row]) -> None:
-    """Against the plain loader in the same use on the same files."""
-    plain = {(row.of["use"], row.of["file_size"]): row for row in rows if row.contender == PLAIN}
-    set_speedups(rows, lambda row: {PLAIN: [plain[row.of["use"], row.of["file_size"]]]})
 
 
 @dataclass(kw_only=True)
@@ -82,9 +75,9 @@ class DataBenchmark(Benchmark):
 
     def groups(self, say: Say) -> Iterator[list[Row]]:
         for file_size in self.files:
-            yield self.group(file_size, say)
+            yield self._group(file_size, say)
 
-    def group(self, file_size: Size, say: Say = lambda _: None) -> list[Row]:
+    def _group(self, file_size: Size, say: Say) -> list[Row]:
         """All contenders in both uses, on files of one size."""
         of = {"file_size": file_size, "image_size": self.image_size, "images": self.images}
         of |= {"apart": None, "build_seconds": None, "cache_bytes": None}
@@ -116,13 +109,12 @@ class DataBenchmark(Benchmark):
                 run()
                 turns.append(Turn(row, WHOLE, run, self.repeat))
             take_turns(self.place, turns, say, moved[WHOLE])
-        set_feed_speedups(rows)
         return rows
 
     def compare(self, row: Row, feeds: Feeds) -> None:
         """Its batches with those of the plain loader."""
         row.compared_with = PLAIN
-        found = feeds.apart(feeds.loader(row.contender, row.of["use"]), row.of["use"])
+        found = apart(feeds.plain(row.of["use"], compared=True), feeds.loader(row.contender, row.of["use"]))
         if isinstance(found, str):
             row.disagrees = found
             return
@@ -133,6 +125,10 @@ class DataBenchmark(Benchmark):
             row.disagrees = too_far(largest, share)
         some = f": up to {largest:.2g} grey levels in {share:.1e} of the pixels"
         row.agreement = some if largest else ": equal pixels"
+
+    def rivals(self, row: Row, rows: Sequence[Row]) -> dict[str, list[Row]]:
+        """The plain loader in the same use."""
+        return {PLAIN: [other for other in rows if (other.contender, other.of["use"]) == (PLAIN, row.of["use"])]}
 
     def title(self, rows: Sequence[Row]) -> str:
         files, size = (" x ".join(map(str, rows[0].of[each])) for each in ("file_size", "image_size"))

@@ -1,7 +1,7 @@
 """Ways to feed images: torchvision's, and this package's with and without its cache."""
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dan_fast import data
 from dan_fast.core.preprocessing import STD
-from dan_fast.data import (
-    BatchPlanner,
-    ImageCache,
-    ReIDDataset,
-    Sample,
-    TrainingSet,
-    image_loader,
-    load_dataset,
-    read_image,
-    test_transform,
-    train_transform,
-    training_loader,
-)
+from dan_fast.data import BatchPlanner, ImageCache, ReIDDataset, Sample, TrainingSet
 from dan_fast.data.synthetic import synthesize
 
 PLAIN, DECODED, CACHED = CONTENDERS = ("plain", "decoded", "cached")
@@ -37,15 +26,10 @@ _APART, _LEVELS = 1e-3, 2
 class PlainImages(Dataset):
     """Files as torchvision users read them: decoded by Pillow and transformed one at a time.
 
-    Args:
-        samples: the files.
-        transform: of an image.
-        seeds: a seed for each file, so that augmented images can be compared; None draws as it comes.
+    With `seeds`, one for each file, augmented images can be compared; None draws as it comes.
     """
 
-    def __init__(
-        self, samples: Sequence[Sample], transform: Any, seeds: Mapping[int, int] | Sequence[int] | None
-    ) -> None:
+    def __init__(self, samples: Sequence[Sample], transform: Any, seeds: Sequence[int] | None) -> None:
         self.samples, self.transform, self.seeds = samples, transform, seeds
 
     def __len__(self) -> int:
@@ -55,19 +39,11 @@ class PlainImages(Dataset):
         path, pid, _ = self.samples[index]
         if self.seeds is not None:
             torch.default_generator.manual_seed(self.seeds[index])
-        return self.transform(read_image(path)), pid
+        return self.transform(data.read_image(path)), pid
 
 
 class Feeds:
-    """The loaders of all contenders on files of one size.
-
-    Args:
-        folder: an empty one, for files and cache.
-        file_size: height and width of the files, which are drawn.
-        image_size: height and width they are resized to.
-        images, batch, workers: how many.
-        device: where the batches go.
-    """
+    """The loaders of all contenders on files of one size, height and width, which are drawn into an empty folder."""
 
     def __init__(self, folder: Path, file_size: tuple[int, int], image_size: tuple[int, int], images: int,
                  batch: int, workers: int, device: torch.device) -> None:  # fmt: skip
@@ -75,7 +51,7 @@ class Feeds:
         self.samples = _draw_files(folder / "images", file_size, images)
         self.training_set = TrainingSet([ReIDDataset("drawn", folder / "images", train=self.samples)])
         self.plans = BatchPlanner(self.training_set.labels, 0, batch_size=batch).plan_epoch(0)
-        self.items = [plan.meta_train + (plan.meta_test or ()) for plan in self.plans]
+        self.items = [item for plan in self.plans for part in plan for item in part or ()]
         self.cache = ImageCache(folder / "cache", image_size, workers=workers)
 
     def loader(self, contender: str, use: str) -> Any:
@@ -85,19 +61,18 @@ class Feeds:
         cache = self.cache if contender == CACHED else None
         options = {"workers": self.workers, "cache": cache, "device": self.device}
         if use == TRAINING:
-            return training_loader(self.training_set, self.plans, self.image_size, **options)
-        return image_loader(self.samples, self.image_size, self.batch, **options)
+            return data.training_loader(self.training_set, self.plans, self.image_size, **options)
+        return data.image_loader(self.samples, self.image_size, self.batch, **options)
 
-    def plain(self, use: str, seeds: dict[int, int] | None = None, **options: Any) -> DataLoader:
-        """torch's loader of `PlainImages`."""
+    def plain(self, use: str, compared: bool = False, **options: Any) -> DataLoader:
+        """torch's loader of `PlainImages`; on the draws of this package's to be compared with it."""
+        samples, transform, seeds = self.samples, data.test_transform(self.image_size), None
         if use == TRAINING:
-            samples, transform = self.training_set.labeled_samples, train_transform(self.image_size)
-            options["batch_sampler"] = [[item.index for item in items] for items in self.items]
-        else:
-            samples, transform = self.samples, test_transform(self.image_size)
-            options["batch_size"] = self.batch
+            samples = [self.training_set.labeled_samples[item.index] for item in self.items]
+            transform = data.train_transform(self.image_size)
+            seeds = [item.seed for item in self.items] if compared else None
         options |= {"num_workers": self.workers, "pin_memory": self.device.type == "cuda"}
-        return DataLoader(PlainImages(samples, transform, seeds), **options)
+        return DataLoader(PlainImages(samples, transform, seeds), self.batch, **options)
 
     def go_through(self, loader: Any) -> None:
         """One pass through all images."""
@@ -106,19 +81,9 @@ class Feeds:
                 batch = [part.to(self.device, non_blocking=True) for part in batch]
             del batch
 
-    def apart(self, loader: Any, use: str) -> tuple[float, float] | str:
-        """How far its images are from the plain loader's on the same draws, see `apart`."""
-        seeds = {item.index: item.seed for items in self.items for item in items}
-        return apart(self.plain(use, seeds), loader)
-
 
 def apart(plain: Iterable[Any], loader: Iterable[Any], std: Sequence[float] = STD) -> tuple[float, float] | str:
-    """How far a loader's images are from those of a plain one.
-
-    Args:
-        plain: batches of torch's loader of `PlainImages`.
-        loader: batches of this package's.
-        std: by which both have divided.
+    """How far the images of this package's loader are from those of torch's; both have divided by `std`.
 
     Returns:
         The largest difference in grey levels, and the share of numbers that differ; or which shape is another.
@@ -152,7 +117,7 @@ def _images(batch: Any) -> Tensor:
 def _draw_files(root: Path, size: tuple[int, int], images: int) -> tuple[Sample, ...]:
     (manifest,) = synthesize(root / "drawn", ["campus"], identities=_DRAWN // 4, cameras=2, images_per_camera=2,
                              image_size=size, test_fraction=0)  # fmt: skip
-    people = load_dataset(manifest).train
+    people = data.load_dataset(manifest).train
     samples = [people[number % len(people)]._replace(path=root / f"{number:06d}.jpg") for number in range(images)]
     for number, sample in enumerate(samples):
         shutil.copyfile(people[number % len(people)].path, sample.path)

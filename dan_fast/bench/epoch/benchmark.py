@@ -1,5 +1,6 @@
 """`dan-fast bench epoch`: an epoch from files on disk, Table VIII."""
 
+import functools
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -11,24 +12,14 @@ from typing import Any, ClassVar
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from dan_fast.bench.benchmark import LEGEND, Benchmark, one_of, sizes_of
-from dan_fast.bench.epoch.contenders import (
-    CACHED,
-    PLAIN,
-    PLAIN_RECIPE,
-    Epoch,
-    compare_feeds,
-    compare_losses,
-    draw_files,
-    drawn_images,
-    measure,
-)
+from dan_fast.bench.benchmark import LEGEND, Bar, Benchmark, at_most, one_of, sizes_of
+from dan_fast.bench.epoch import contenders
+from dan_fast.bench.epoch.contenders import CACHED, PLAIN, PLAIN_RECIPE, Epoch
 from dan_fast.bench.iteration.benchmark import EPOCH_IMAGES
 from dan_fast.bench.machine import CORES, Copy
 from dan_fast.bench.process import ProcessFailed, in_own_process
-from dan_fast.bench.rows import WHOLE, Row, Timing, set_speedups, shown
+from dan_fast.bench.rows import WHOLE, Row, Timing, shown
 from dan_fast.bench.timing import Say, once, product_rate, rounds
-from dan_fast.bench.verdict import Bar, at_most
 from dan_fast.core.errors import DanFastError
 from dan_fast.nn.backbones.resnet import BACKBONES
 from dan_fast.nn.backbones.timm import PREFIX
@@ -41,15 +32,6 @@ _COPIES = 5
 _PAPER = "paper"
 # S and S~ each need a labelled and an unlabelled image, and batch norm two of a map of one position.
 _SMALLEST_BATCH = 8
-
-
-def set_epoch_ratios(rows: Sequence[Row]) -> None:
-    """Each row's median over those of both plain loops; none with a row that disagrees."""
-    rivals = {name: [row for row in rows if row.contender == name] for name in (PLAIN, CACHED)}
-    set_speedups(rows, lambda row: rivals)
-    for row in rows:
-        row.of["ratio"] = {name: 1 / ratios[WHOLE] for name, ratios in row.speedup.items()}
-        row.speedup = {}  # it is said the other way round
 
 
 @dataclass(kw_only=True)
@@ -115,11 +97,12 @@ class EpochBenchmark(Benchmark):
         for word in self.backbone:
             if not word.startswith(PREFIX):
                 one_of("backbone", word, (*BACKBONES, f"{PREFIX}NAME"))
-        self.images = drawn_images(self.images)
+        self.images = contenders.drawn_images(self.images)
         if not _SMALLEST_BATCH <= self.batch <= self.images:
             raise DanFastError(f"batch is {self.batch}; it must be from {_SMALLEST_BATCH} to images, {self.images}.")
         self._epoch_iterations = self.images // self.batch
         self._measured = min(self.iterations or self._epoch_iterations, self._epoch_iterations)
+        self._scale = self._epoch_iterations / self._measured
 
     @property
     def peak_meaning(self) -> str:
@@ -136,11 +119,9 @@ class EpochBenchmark(Benchmark):
             untimed = 2 if self._measured < self._epoch_iterations else 0
             for size in self.files:
                 words = f"{size[0]}x{size[1]}: drawing images"
-
-                def progress(done: int, total: int, words: str = words) -> None:
-                    say(f"{words}, {done} of {total}")
-
-                folder = draw_files(root, size, self.images, progress)
+                folder = contenders.draw_files(
+                    root, size, self.images, lambda done, total, words=words: say(f"{words}, {done} of {total}")
+                )
                 for backbone in self.backbone:
                     sizes = (*size, self.batch, self._measured, self.workers)
                     epoch = Epoch(str(folder), str(root / "cache"), backbone, *sizes, str(self.place), untimed)
@@ -153,67 +134,58 @@ class EpochBenchmark(Benchmark):
             meta_steps = recipe_settings(recipe)["meta"]["procedure"] != "daml1"
             kinds += [(recipe, order) for order in (self.order if meta_steps else [None])]
         rows = [self._row(*kind, epoch) for kind in kinds]
-        agreements: dict[str, Any] = {}
+
+        # Once a recipe: it leaves the cache full.
+        @functools.cache
+        def compared(recipe: str) -> Any:
+            return in_own_process(contenders.compare_feeds, recipe=recipe, epoch=epoch[:])
+
         for row in rows[1:]:
             say(f"{epoch.backbone}: {row.name} is compared")
-            self._compare(row, epoch, agreements)
+            try:
+                found = compared(PLAIN_RECIPE if row.contender == CACHED else row.contender)
+            except ProcessFailed as error:
+                row.leave_out(str(error))
+                continue
+            row.disagrees, words, row.of["build_seconds"] = found
+            row.compared_with, row.agreement = "plain's DataLoader", f": {words}"
         losses: dict[str, list[float]] = {}
-        for due in rounds(dict.fromkeys(range(len(rows)), self.repeat)):
+        for due in rounds([self.repeat] * len(rows)):
             for row in (rows[index] for index in due if not rows[index].left_out):
                 say(f"{epoch.backbone}, {epoch.height}x{epoch.width}: {row.name}")
                 try:
-                    found = in_own_process(measure, contender=row.contender, order=row.of["order"], epoch=epoch[:])
+                    found = in_own_process(
+                        contenders.measure, contender=row.contender, order=row.of["order"], epoch=epoch[:]
+                    )
                 except ProcessFailed as error:
                     row.leave_out(str(error))
                     continue
-                self._take(row, found)
-                losses.setdefault(row.contender, found["losses"])
+                losses.setdefault(row.contender, found.pop("losses"))
+                row.of["passes"].append(found)
+                row.seconds.setdefault(WHOLE, Timing()).append(found["seconds"] * self._scale)
+                row.flop = {WHOLE: found["flop"] * self._epoch_iterations}
+                row.peak_bytes = max(each["peak_bytes"] or 0 for each in row.of["passes"]) or None
         if losses.keys() >= {PLAIN, CACHED} and not rows[1].disagrees:
-            rows[1].disagrees, words = compare_losses(losses[CACHED], losses[PLAIN])
+            rows[1].disagrees, words = contenders.compare_losses(losses[CACHED], losses[PLAIN])
             rows[1].agreement += f", {words}"
         self._measure_machine(rows)
-        set_epoch_ratios(rows)
         return rows
 
     def _row(self, contender: str, order: int | None, epoch: Epoch) -> Row:
         of = {"order": order, "backbone": epoch.backbone, "image_size": [epoch.height, epoch.width]}
         of |= {"images": self.images, "epoch_iterations": self._epoch_iterations}
         of |= {"measured_iterations": self._measured, "extrapolated": self._measured < self._epoch_iterations}
-        of |= {"waiting_share": None, "cpu_seconds": None, "build_seconds": None, "passes": [], "ratio": {}}
+        of |= {"build_seconds": None, "passes": []}
         moved = self._epoch_iterations * self.batch * 3 * epoch.height * epoch.width * (1 + 4)
         name = contender if order is None else f"{contender}, order {order}"
         return Row(contender, of, (WHOLE,), name, model_bytes={WHOLE: moved})
 
-    def _compare(self, row: Row, epoch: Epoch, agreements: dict[str, Any]) -> None:
-        """Its images with those of a plain DataLoader; once a recipe, which leaves the cache full."""
-        recipe = PLAIN_RECIPE if row.contender == CACHED else row.contender
-        try:
-            if recipe not in agreements:
-                agreements[recipe] = in_own_process(compare_feeds, recipe=recipe, epoch=epoch[:])
-        except ProcessFailed as error:
-            row.leave_out(str(error))
-            return
-        row.disagrees, words, row.of["build_seconds"] = agreements[recipe]
-        row.compared_with, row.agreement = "plain's DataLoader", f": {words}"
-
-    def _take(self, row: Row, found: dict[str, Any]) -> None:
-        """A pass into its row."""
-        scale = self._epoch_iterations / self._measured
-        row.seconds.setdefault(WHOLE, Timing()).seconds.append(found["seconds"] * scale)
-        row.of["passes"].append({name: value for name, value in found.items() if name != "losses"})
-        passes = row.of["passes"]
-        row.of["waiting_share"] = statistics.median(each["waiting"] / each["seconds"] for each in passes)
-        row.of["cpu_seconds"] = {
-            kind: scale * statistics.median(each[kind] for each in passes) for kind in ("user", "system")
-        }
-        row.flop = {WHOLE: found["flop"] * self._epoch_iterations}
-        row.peak_bytes = max(each["peak_bytes"] or 0 for each in passes) or None
-
     def _measure_machine(self, rows: Sequence[Row]) -> None:
         copy = Copy(self.place, math.inf)
         seconds = Timing([once(self.place, copy) for _ in range(1 + _COPIES)][1:])
+        rate = product_rate(self.place, torch.float32, torch.get_num_threads())
         for row in rows:
-            row.bandwidth, row.rate = copy.moved_bytes / seconds.median, product_rate(self.place, torch.float32)
+            row.bandwidth, row.rate = copy.moved_bytes / seconds.median, rate
 
     def title(self, rows: Sequence[Row]) -> str:
         of = rows[0].of
@@ -224,25 +196,41 @@ class EpochBenchmark(Benchmark):
             + (f"; {how}" if of["extrapolated"] else "")
         )
 
+    def rivals(self, row: Row, rows: Sequence[Row]) -> dict[str, list[Row]]:
+        return {name: [other for other in rows if other.contender == name] for name in (PLAIN, CACHED)}
+
     def figures(self, row: Row) -> dict[str, Any]:
         seconds = row.whole and row.whole.median
-        return {"images_per_second": seconds and self._epoch_iterations * self.batch / seconds}
+        passes, waiting, cpu = row.of["passes"], None, None
+        if passes:
+            waiting = statistics.median(each["waiting"] / each["seconds"] for each in passes)
+            cpu = {kind: self._scale * statistics.median(each[kind] for each in passes) for kind in ("user", "system")}
+        return {
+            "images_per_second": seconds and self._epoch_iterations * self.batch / seconds,
+            "waiting_share": waiting,
+            "cpu_seconds": cpu,
+            # How it is said here: how many times as long this one takes.
+            "ratio": {name: row.over(name) for name in row.speedup},
+            "speedup": {},
+        }
 
     def cells(self, row: Row) -> dict[str, str]:
-        of, spread, cpu = row.of, row.whole, row.of["cpu_seconds"] or {}
+        figures, spread = self.figures(row), row.whole
+        cpu = figures["cpu_seconds"] or {}
         epoch = f"{spread.median:.4g}" if spread else "-"
         if spread and self.repeat > 1:
             epoch += " ({:.4g}..{:.4g})".format(*spread.quartiles)
         # In place of columns that are for milliseconds.
-        return dict.fromkeys(("ms", "limit ms", "extra MB", "model MB", "of copy"), "-") | {
+        hidden = ("ms", "limit ms", "extra MB", "model MB", "of copy", f"vs {PLAIN}", f"vs {CACHED}")
+        return dict.fromkeys(hidden, "-") | {
             "s/epoch": epoch,
-            "images/s": shown(self.figures(row)["images_per_second"], ".1f"),
+            "images/s": shown(figures["images_per_second"], ".1f"),
             "limit s": shown(max(row.limits(WHOLE).values(), default=None), ".3g"),
-            "waiting": shown(of["waiting_share"], ".1%"),
+            "waiting": shown(figures["waiting_share"], ".1%"),
             "CPU s user": shown(cpu.get("user"), ".4g"),
             "system": shown(cpu.get("system"), ".3g"),
             "peak MB": shown(row.peak_bytes, ".0f", 1e6),
-            **{f"over {name}": shown(of["ratio"].get(name), ".3f") for name in (PLAIN, CACHED)},
+            **{f"over {name}": shown(row.over(name), ".3f") for name in (PLAIN, CACHED)},
         }
 
     def legend(self, rows: Sequence[Row]) -> list[str]:
@@ -261,7 +249,7 @@ class EpochBenchmark(Benchmark):
     def bars(self, rows: Sequence[Row]) -> list[Bar]:
         """The paper's DAN of order 1 against the plain loop with its own DataLoader."""
         found = {
-            (row.of["backbone"], *row.of["image_size"]): row.of["ratio"].get(PLAIN)
+            (row.of["backbone"], *row.of["image_size"]): row.over(PLAIN)
             for row in rows
             if (row.contender, row.of["order"]) == (_PAPER, 1)
         }

@@ -38,17 +38,9 @@ _FIRST = 2
 
 
 class Epoch(NamedTuple):
-    """What is gone through.
+    """What is gone through: `iterations` mini-batches are measured after `untimed` ones of the same pass.
 
-    Attributes:
-        folder: with the folders of the drawn domains, see `draw_files`.
-        cache: folder of the cache.
-        backbone, height, width: of the network.
-        batch: images of a mini-batch.
-        iterations: mini-batches that are measured.
-        workers: processes of the plain DataLoader.
-        device: where the network is.
-        untimed: mini-batches of the same pass before them.
+    `folder` is that of `draw_files`, `cache` the cache's; `workers` are the plain DataLoader's.
     """
 
     folder: str
@@ -92,17 +84,13 @@ def draw_files(root: Path, size: tuple[int, int], images: int, progress: Any = N
 
 
 class Feed:
-    """The mini-batches of a recipe, by the trainer's own way and by torch's DataLoader.
+    """The mini-batches of a recipe, by the trainer's own way and by torch's DataLoader."""
 
-    Args:
-        epoch: what is gone through.
-        recipe: decides which images a mini-batch has.
-        network: says how images are resized and normalised.
-    """
-
-    def __init__(self, epoch: Epoch, recipe: str, network: torch.nn.Module) -> None:
+    def __init__(self, epoch: Epoch, recipe: str) -> None:
+        self.image_size = (epoch.height, epoch.width)
+        network = build_backbone(epoch.backbone, image_size=self.image_size)
         # What the batches of a training read of its network.
-        network.image_size = self.image_size = (epoch.height, epoch.width)
+        network.image_size = self.image_size
         config, self.epoch, self.preprocessing = epoch.settings(recipe), epoch, network.preprocessing
         self.datasets = load_datasets(config.data)
         self.training_set = TrainingSet(self.datasets.labeled, self.datasets.unlabeled,
@@ -129,13 +117,10 @@ class Feed:
     def compare(self) -> tuple[str | None, str]:
         """What of the first mini-batches differs between both ways, None if nothing does, and how they agree."""
         first = max(0, self.batches.planner.iterations - _FIRST)
-        plain, cache, resized = (
-            self.plain(0, first),
-            self.batches.cache,
-            resize(self.image_size, self.preprocessing.interpolation),
-        )
+        plain, read = self.plain(0, first), self.batches.cache.read
+        resized = resize(self.image_size, self.preprocessing.interpolation)
         paths = [sample.path for sample in plain.dataset.samples]
-        unequal = sum(not torch.equal(cache.read(path), resized(read_image(path))) for path in paths)
+        unequal = sum(not torch.equal(read(path), resized(read_image(path))) for path in paths)
         if unequal:
             return f"{unequal} of {len(paths)} decoded images are not equal", ""
         found = apart(plain, self.cached(0, first), self.preprocessing.std)
@@ -148,7 +133,7 @@ class Feed:
 def compare_feeds(recipe: str, epoch: list[Any]) -> tuple[str | None, str, float]:
     """`Feed.compare`, and the seconds that the cache was filled in before."""
     epoch = Epoch(*epoch)
-    feed = Feed(epoch, recipe, build_backbone(epoch.backbone, image_size=(epoch.height, epoch.width)))
+    feed = Feed(epoch, recipe)
     start = time.perf_counter()
     feed.batches.fill_cache([*feed.datasets.labeled, *feed.datasets.unlabeled])
     return *feed.compare(), time.perf_counter() - start
@@ -169,13 +154,12 @@ class PlainLoop:
 
     def __init__(self, epoch: Epoch, contender: str) -> None:
         torch.manual_seed(0)
-        size = (epoch.height, epoch.width)
-        self.feed = Feed(epoch, PLAIN_RECIPE, build_backbone(epoch.backbone, image_size=size))
-        classes = self.feed.training_set.num_classes
-        self.network = PlainNetwork(epoch.backbone, size, classes, torch.device(epoch.device))
+        feed = Feed(epoch, PLAIN_RECIPE)
+        classes, device = feed.training_set.num_classes, torch.device(epoch.device)
+        self.network = PlainNetwork(epoch.backbone, feed.image_size, classes, device)
         if contender == CACHED:
-            self.feed.batches.fill_cache(self.feed.datasets.labeled)
-        self.batches = self.feed.cached if contender == CACHED else self.feed.plain
+            feed.batches.fill_cache(feed.datasets.labeled)
+        self.batches = feed.cached if contender == CACHED else feed.plain
 
     def train(self, batch: Any) -> Tensor:
         images, labels, *_ = batch[0] if isinstance(batch, MiniBatch) else batch
@@ -211,10 +195,8 @@ class TrainerLoop:
 def measure(contender: str, order: int | None, epoch: list[Any]) -> dict[str, Any]:
     """One pass of a contender in this process, after some mini-batches of another epoch; see `EpochBenchmark.meaning`.
 
-    Args:
-        contender: PLAIN, CACHED, or a recipe of the trainer's.
-        order: of its meta gradients.
-        epoch: an `Epoch`.
+    The contender is PLAIN, CACHED, or a recipe of the trainer's with the order of its meta gradients; `epoch` is an
+    `Epoch` as JSON has it.
     """
     epoch = Epoch(*epoch)
     with TemporaryDirectory(prefix="dan-fast-bench-") as out:

@@ -1,7 +1,7 @@
 """`dan-fast bench iteration`: whole training iterations beside plain ResNet's, Table VIII."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -10,25 +10,18 @@ import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch.utils.flop_counter import FlopCounterMode
 
-from dan_fast.bench.benchmark import Benchmark, contenders_of, one_of
+from dan_fast.bench.benchmark import Bar, Benchmark, at_most, contenders_of, one_of
+from dan_fast.bench.iteration import contenders
 from dan_fast.bench.iteration.agreement import TOLERANCES, compare_iteration
-from dan_fast.bench.iteration.contenders import (
-    FROZEN,
-    UPDATED,
-    DANIteration,
-    IterationSize,
-    PlainIteration,
-    literal_operators,
-)
+from dan_fast.bench.iteration.contenders import FROZEN, UPDATED, DANIteration, IterationSize
 from dan_fast.bench.iteration.profile import PROFILE_MEANING, Profile, in_order
 from dan_fast.bench.machine import peak_above
 from dan_fast.bench.memory import benchmark as memory
 from dan_fast.bench.memory.contenders import LITERAL as LITERAL_STEP
 from dan_fast.bench.memory.contenders import MODULE, select
 from dan_fast.bench.memory.problem import Size
-from dan_fast.bench.rows import BACKWARD, WHOLE, Row, Timing, set_speedups, shown
+from dan_fast.bench.rows import BACKWARD, WHOLE, Row, Timing, shown
 from dan_fast.bench.timing import Operators, Say, Turn, repetitions, take_turns
-from dan_fast.bench.verdict import Bar, at_most
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.free_memory import why_too_large
 from dan_fast.training.config import Precision
@@ -47,20 +40,9 @@ _CHECK = {"images": 8, "labeled_slots": 120, "unlabeled_slots": 80}
 def row_of(contender: str, order: int | None, backbone: str, images: int, **figures: Any) -> Row:
     """The row of a kind of iteration; its order is None for PLAIN."""
     of = {"order": order, "backbone": backbone, "images": images, "gflop": None}
-    of |= {"rounding": {}, "allowed": {}, "profile": {}, "ratio": None, "round_ratios": []}
+    of |= {"rounding": {}, "allowed": {}, "profile": {}, "round_ratios": []}
     name = contender if order is None else f"{contender}, order {order}, {backbone}"
     return Row(contender, of, (WHOLE,), name, **figures)
-
-
-def set_ratios(rows: Sequence[Row]) -> None:
-    """Each row's median over plain ResNet's, and round by round; none for a row that disagrees."""
-    plain = [row for row in rows if row.contender == PLAIN]
-    set_speedups(rows, lambda row: {PLAIN: plain})
-    for row in rows:
-        ratio = row.ratio(PLAIN)
-        rounds = zip(row.whole.seconds, plain[0].whole.seconds, strict=False) if ratio else ()
-        row.of |= {"ratio": ratio and 1 / ratio, "round_ratios": [own / other for own, other in rounds]}
-        row.speedup = {}  # it is said the other way round
 
 
 @dataclass(kw_only=True)
@@ -147,14 +129,13 @@ class IterationBenchmark(Benchmark):
         self._compare([row for row in rows if row.contender == DAN], say)
         say("making the networks and memories")
         dan = DANIteration(self.size, self.place, self.precision)
-        plain = PlainIteration(self.size, dan) if PLAIN in self.contenders else None
+        plain = contenders.plain_iteration(self.size, dan) if PLAIN in self.contenders else None
         turns = []
         for row in rows:
             say(f"first runs: {row.name}")
             turns += self._first_runs(row, dan, plain)
         bytes_moved = max((turn.row.model_bytes[WHOLE] for turn in turns), default=0)
         take_turns(self.place, turns, say, bytes_moved, getattr(torch, self.precision))
-        set_ratios(rows)
         yield rows
 
     def _compare(self, rows: list[Row], say: Say) -> None:
@@ -176,18 +157,18 @@ class IterationBenchmark(Benchmark):
                     f"what rounding alone does {rounding[group]:.1e}, allowed {allowed[group]:.1e}"
                 )
 
-    def _first_runs(self, row: Row, dan: DANIteration, plain: PlainIteration | None) -> list[Turn]:
+    def _first_runs(self, row: Row, dan: DANIteration, plain: Callable | None) -> list[Turn]:
         """The operations of an iteration, its memory, where its time goes, and how often there is time for it."""
         if row.contender == LITERAL and (reason := self._too_costly(dan)):
             row.leave_out(reason)
             return []
 
-        def iterate() -> None:
+        def iterate() -> object:
             if row.contender == PLAIN:
-                return plain.run()
+                return plain()
             dan.set(row.of["order"], row.of["backbone"])
-            with literal_operators(dan.model) if row.contender == LITERAL else nullcontext():
-                dan.run()
+            with contenders.literal_operators(dan.model) if row.contender == LITERAL else nullcontext():
+                return dan.run()
 
         try:
             with FlopCounterMode(display=False) as counter, Operators() as found:
@@ -234,23 +215,37 @@ class IterationBenchmark(Benchmark):
             f"{self.labeled_slots} and {self.unlabeled_slots} slots: one training iteration"
         )
 
+    def rivals(self, row: Row, rows: Sequence[Row]) -> dict[str, list[Row]]:
+        return {PLAIN: [other for other in rows if other.contender == PLAIN]}
+
+    def set_ratios(self, rows: Sequence[Row]) -> None:
+        """Also round by round."""
+        super().set_ratios(rows)
+        for row in rows:
+            pairs = zip(row.whole, rows[0].whole, strict=False) if row.over(PLAIN) else ()
+            row.of["round_ratios"] = [own / plain for own, plain in pairs]
+
     def figures(self, row: Row) -> dict[str, Any]:
-        seconds, gflop = row.whole.median if row.whole else None, row.of["gflop"]
+        seconds, gflop = row.whole and row.whole.median, row.of["gflop"]
         return {
+            # How it is said here: how many times as long this one takes.
+            "ratio": row.over(PLAIN),
+            "speedup": {},
             "images_per_second": seconds and self.images / seconds,
             "epoch_seconds": seconds and EPOCH_IMAGES / self.images * seconds,
             "gflop_per_second": seconds and gflop and gflop / seconds,
         }
 
     def cells(self, row: Row) -> dict[str, str]:
-        figures, by_round = self.figures(row), row.of["round_ratios"]
-        spread = [f"{ratio:.3f}" for ratio in (Timing(by_round).quartiles if by_round else ())]
+        figures, by_round = self.figures(row), Timing(row.of["round_ratios"])
+        spread = [f"{ratio:.3f}" for ratio in (by_round.quartiles if by_round else ())]
         return {
             "images/s": shown(figures["images_per_second"], ".1f"),
             "s/epoch": shown(figures["epoch_seconds"], ".1f"),
             "GFLOP": shown(row.of["gflop"], ".1f"),
             "GFLOP/s": shown(figures["gflop_per_second"], ".1f"),
-            "over plain": shown(row.of["ratio"], ".3f"),
+            "over plain": shown(row.over(PLAIN), ".3f"),
+            f"vs {PLAIN}": "-",
             "by round": "..".join(spread) or "-",
         }
 
@@ -282,7 +277,7 @@ class IterationBenchmark(Benchmark):
         """DAN of order 1 that updates the backbone, against plain ResNet."""
         row = next((r for r in rows if (r.contender, r.of["order"], r.of["backbone"]) == (DAN, 1, UPDATED)), None)
         name = f"order 1, backbone updated, over plain {self.backbone} ({self.precision}, {self.images} images)"
-        value = row.of["ratio"] if row else None
+        value = row and row.over(PLAIN)
         if self.place.type == "cpu":
             return [at_most(name, f"at most {_CPU_RATIO:.2f} times", _CPU_RATIO, value)]
         value = value if self.precision == "bfloat16" else None

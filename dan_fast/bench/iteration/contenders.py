@@ -1,10 +1,11 @@
 """What a training iteration is compared with: plain ResNet, and DAN with the paper's literal operators."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from dan_fast.bench.memory.problem import Size, make_problem
 from dan_fast.core.types import AttentionHeadOutput, MemoryStep
 from dan_fast.daml import Stage
 from dan_fast.data import BatchPlanner, Split
-from dan_fast.data.sampler import PlannedItem
+from dan_fast.data.images.loader import split_of
 from dan_fast.nn import ProgressiveAugmentedMemory, build_backbone
 from dan_fast.training import MetaStep, TrainConfig, TrainingModel
 from dan_fast.training.build import build_model, network_and_random_state
@@ -43,17 +44,10 @@ class IterationSize(NamedTuple):
 class DANIteration:
     """A meta step of a DAN whose memories are full, and one mini-batch for it; images are drawn instead of read.
 
-    Args:
-        size: of everything.
-        device: where it runs; the batch lies on the host, in pinned memory for a GPU.
-        precision: float32, or bfloat16 autocast for the network.
-        seed: of weights, memories and images.
-        recipe: all other settings, by name; one that has a memory.
+    The batch lies on the host, in pinned memory for a GPU. `recipe`, one that has a memory, names all other settings.
     """
 
-    def __init__(
-        self, size: IterationSize, device: torch.device, precision: str, seed: int = 0, recipe: str = "none"
-    ) -> None:
+    def __init__(self, size: IterationSize, device: torch.device, precision: str, recipe: str = "none") -> None:
         settings = TrainConfig.of_recipe(
             recipe,
             data={"image_size": (size.height, size.width)},
@@ -66,7 +60,7 @@ class DANIteration:
         self.model = build_model(settings, network, unlabeled_images=True, lending=lending)
         self.model.to(device, memory_format=torch.channels_last).train()
         memory = self.model.memory
-        fill_memory(memory, size.classes, seed)
+        fill_memory(memory, size.classes)
         self.step = MetaStep(self.model, _sgd(self.model), settings.meta)
         labels = torch.arange(max(size.classes, size.images)) % size.classes
         planner = BatchPlanner(
@@ -76,11 +70,13 @@ class DANIteration:
             settings.data.unlabeled_fraction,
             settings.data.feedback_fraction,
             split=settings.meta.procedure != "daml1",
-            seed=seed,
         )
         (plan, *_) = planner.plan_epoch(0, tuple(x.cpu() for x in memory.reliable_samples()))
-        generator = torch.Generator().manual_seed(seed)
-        self.batch = [_split(items, size, generator, device) for items in plan if items is not None]
+        generator = torch.Generator().manual_seed(0)
+        self.batch = []
+        for items in (items for items in plan if items is not None):
+            images = torch.randn(len(items), 3, size.height, size.width, generator=generator)
+            self.batch.append(split_of(items, images.pin_memory() if device.type == "cuda" else images))
 
     def set(self, order: int, backbone: str) -> None:
         """Which kind of iteration comes next; the step still finds out who would have won the competition."""
@@ -111,11 +107,11 @@ class DANIteration:
             memory.labeled, memory.unlabeled = before
 
 
-def fill_memory(memory: ProgressiveAugmentedMemory, classes: int, seed: int = 0) -> None:
+def fill_memory(memory: ProgressiveAugmentedMemory, classes: int) -> None:
     """Fills every slot, as after some epochs, with keys of persons whose labels are below `classes`."""
     labeled, key_dim = memory.labeled.features.shape
     slots = Size(labeled, len(memory.unlabeled.features), key_dim, batch=1)
-    problem = make_problem(slots, torch.float32, memory.labeled.features.device, batches=0, seed=seed)
+    problem = make_problem(slots, torch.float32, memory.labeled.features.device, batches=0)
     memory.labeled, memory.unlabeled = (
         state._replace(labels=state.labels % classes) for state in (problem.labeled, problem.unlabeled)
     )
@@ -151,30 +147,18 @@ def literal_operators(model: TrainingModel, last_bit: torch.Generator | None = N
                 features = features * (1 + torch.finfo(features.dtype).eps * sign)
             return reference.attention_head(features, attention.weights, cam_weight, labels)
 
-    attention.head, memory.forward = head, MethodType(_literal_memory, memory)
-    try:
+    def step(*batch: Tensor, **gate_features: Tensor) -> MemoryStep:
+        gates = (*memory.gate_values(**gate_features), memory.decay, memory.decay_unlabeled)
+        step = reference.memory_step(memory.labeled, memory.unlabeled, *batch, *gates)
+        memory.labeled, memory.unlabeled = step.labeled, step.unlabeled
+        return step
+
+    with patch.object(attention, "head", head), patch.object(memory, "forward", step):
         yield
-    finally:
-        del attention.head, memory.forward
-
-
-def _literal_memory(memory: ProgressiveAugmentedMemory, *batch: Tensor, **gate_features: Tensor) -> MemoryStep:
-    gates = (*memory.gate_values(**gate_features), memory.decay, memory.decay_unlabeled)
-    step = reference.memory_step(memory.labeled, memory.unlabeled, *batch, *gates)
-    memory.labeled, memory.unlabeled = step.labeled, step.unlabeled
-    return step
 
 
 class PlainNetwork:
-    """A backbone with a linear classifier, as one trains it in a plain PyTorch loop.
-
-    Args:
-        backbone: its name.
-        size: height and width of the images.
-        classes: persons.
-        device: where it is.
-        half: of autocast; None without.
-    """
+    """A backbone with a linear classifier, as one trains it in a plain PyTorch loop; `half` is the type of autocast."""
 
     def __init__(
         self, backbone: str, size: tuple[int, int], classes: int, device: torch.device, half: torch.dtype | None = None
@@ -199,35 +183,16 @@ class PlainNetwork:
         return loss.detach()
 
 
-class PlainIteration(PlainNetwork):
-    """The plain network on the images of a DAN's iteration."""
-
-    def __init__(self, size: IterationSize, dan: DANIteration) -> None:
-        image_size, half = (size.height, size.width), dan.model.autocast_dtype
-        super().__init__(size.backbone, image_size, size.classes, dan.step.device, half)
-        self.images = torch.cat([split.images for split in dan.batch])
-        if self.device.type == "cuda":
-            self.images = self.images.pin_memory()
-        self.labels = torch.arange(len(self.images)) % size.classes
-
-    def run(self) -> None:
-        self.step(self.images, self.labels)
+def plain_iteration(size: IterationSize, dan: DANIteration) -> Callable[[], Tensor]:
+    """The step of the plain network with the images of a DAN's iteration."""
+    image_size, half = (size.height, size.width), dan.model.autocast_dtype
+    network = PlainNetwork(size.backbone, image_size, size.classes, dan.step.device, half)
+    images = torch.cat([split.images for split in dan.batch])
+    if network.device.type == "cuda":
+        images = images.pin_memory()
+    return partial(network.step, images, torch.arange(len(images)) % size.classes)
 
 
 def _sgd(model: nn.Module) -> torch.optim.SGD:
     settings = TrainConfig().optimizer
     return torch.optim.SGD(model.parameters(), _STEP, settings.momentum, weight_decay=settings.weight_decay)
-
-
-def _split(
-    items: tuple[PlannedItem, ...], size: IterationSize, generator: torch.Generator, device: torch.device
-) -> Split:
-    kinds = [item.kind for item in items]
-    images = torch.randn(len(items), 3, size.height, size.width, generator=generator)
-    return Split(
-        images=images.pin_memory() if device.type == "cuda" else images,
-        labels=torch.tensor([item.label for item in items]),
-        sample_ids=torch.tensor([-1 if item.kind == "labeled" else item.index for item in items]),
-        num_labeled=kinds.count("labeled"),
-        num_fed_back=kinds.count("fed_back"),
-    )

@@ -1,16 +1,17 @@
-"""Where the time of one training iteration goes, from hooks on the step's own modules."""
+"""Where the time of one training iteration goes, by functions around the step's own."""
 
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from dan_fast.bench.machine import synchronize
-from dan_fast.core.types import MemoryStep
 from dan_fast.data import Split
 from dan_fast.functional.derivatives import in_forward_mode
 from dan_fast.training import MetaStep
@@ -44,95 +45,69 @@ class Profile:
         self.step = step
         self.seconds: dict[str, float] = defaultdict(float)
         self.part, self.passes = "", 0
-        self.begun: dict[str, float] = {}
         # In a backward pass, the part that it is in.
         self.part_of_backward: str | None = None
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """When all that was begun on the device is done."""
         synchronize(self.step.device)
         return time.perf_counter()
-
-    def _begin(self, what: str) -> None:
-        self.begun[what] = self._now()
-
-    def _end(self, what: str) -> None:
-        self.seconds[what] += self._now() - self.begun.pop(what)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """One step."""
-        model, optimizer = self.step.model, self.step.optimizer
-        attention, functional_grad = model.network.attention, torch.autograd.grad
-        head = attention.head
-        parts = {"backbone": model.network.backbone}
+        model = self.step.model
+        forward = {"backbone": (model.network.backbone, "forward"), "head": (model.network.attention, "head")}
         if model.memory is not None:
-            parts["memory"] = model.memory
-        handles = [
-            optimizer.register_step_pre_hook(lambda *_: self._begin("optimizer")),
-            optimizer.register_step_post_hook(lambda *_: self._end("optimizer")),
-        ]
-        for name, module in parts.items():
-            handles += [
-                module.register_forward_pre_hook(lambda *_, name=name: self._begin(f"forward {self.part}: {name}")),
-                module.register_forward_hook(lambda *_, name=name: self._end(f"forward {self.part}: {name}")),
-            ]
-        if model.memory is not None:
-            handles.append(model.memory.register_forward_hook(self._memory_is_left))
-        attention.head = self._timed_head(head)
-        model.maps, model.losses = self._timed_maps(model.maps), self._timed_losses(model.losses)
-        # The step's only way to a gradient; its begin and end have no hook.
-        torch.autograd.grad = self._timed_grad(functional_grad)
-        start = self._now()
-        try:
+            forward["memory"] = model.memory, "forward"
+        timed = [(*where, partial(self._forward, name)) for name, where in forward.items()]
+        # `torch.autograd.grad` is the step's only way to a gradient; its begin and end have no hook.
+        timed += [(model, "maps", self._maps), (model, "losses", self._losses)]
+        timed += [(torch.autograd, "grad", self._grad), (self.step.optimizer, "step", self._optimizer_step)]
+        with ExitStack() as stack:
+            for owner, name, around in timed:
+                stack.enter_context(patch.object(owner, name, partial(around, getattr(owner, name))))
+            start = self.now()
             yield
-        finally:
-            total = self._now() - start
-            torch.autograd.grad = functional_grad
-            del attention.head, model.maps, model.losses
-            for handle in handles:
-                handle.remove()
+            total = self.now() - start
         for part in (TRAIN, TEST)[: self.passes]:
-            inside = [f"forward {part}: {name}" for name in (*parts, "head")]
-            self.seconds[f"forward {part}: losses"] -= sum(self.seconds[name] for name in inside)
-            for name in parts:
+            self.seconds[f"forward {part}: losses"] -= sum(self.seconds[f"forward {part}: {name}"] for name in forward)
+            for name in forward:
                 self.seconds[f"backward {part}: {name}"] += 0.0  # in the table also where no gradient came there
         self.seconds["rest"] = total - sum(self.seconds.values())
 
-    def _timed_maps(self, maps: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(split: Split) -> Tensor:
-            if in_forward_mode():
-                self.part = AGAIN
-            else:
-                self.part = (TRAIN, TEST)[self.passes]
-                self.passes += 1
-                self._begin(f"forward {self.part}: losses")
-            return maps(split)
+    def _forward(self, name: str, forward: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
+        """A part of the network; a backward pass leaves it with the gradients of its inputs."""
+        what, start = f"forward {self.part}: {name}", self.now()
+        result = forward(*arguments, **settings)
+        self.seconds[what] += self.now() - start
+        if name == "head":
+            self._watch(arguments[:1], "backbone")
+            self._watch(result, name)
+        elif name == "memory":
+            keys, _, unlabeled_keys, _ = arguments
+            self._watch([keys, unlabeled_keys], "losses")
+            self._watch([result.loss], name)
+        return result
 
-        return timed
+    def _maps(self, maps: Callable[..., Any], split: Split) -> Tensor:
+        if in_forward_mode():
+            self.part = AGAIN
+        else:
+            self.part = (TRAIN, TEST)[self.passes]
+            self.passes += 1
+            self.pass_begun = self.now()
+        return maps(split)
 
-    def _timed_losses(self, losses: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any) -> Any:
-            result = losses(*arguments)
-            self._end(f"forward {self.part}: losses")
-            return result
+    def _losses(self, losses: Callable[..., Any], *arguments: Any) -> Any:
+        result = losses(*arguments)
+        self.seconds[f"forward {self.part}: losses"] += self.now() - self.pass_begun
+        return result
 
-        return timed
-
-    def _timed_head(self, head: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(features: Tensor, *arguments: Any) -> Any:
-            self._begin(f"forward {self.part}: head")
-            result = head(features, *arguments)
-            self._watch([features], "backbone")
-            self._watch(result, "head")
-            self._end(f"forward {self.part}: head")
-            return result
-
-        return timed
-
-    def _memory_is_left(self, memory: Any, inputs: tuple[Tensor, ...], step: MemoryStep) -> None:
-        keys, _, unlabeled_keys, _ = inputs
-        self._watch([keys, unlabeled_keys], "losses")
-        self._watch([step.loss], "memory")
+    def _optimizer_step(self, step: Callable[[], None]) -> None:
+        start = self.now()
+        step()
+        self.seconds["optimizer"] += self.now() - start
 
     def _watch(self, tensors: Iterable[Tensor], part: str) -> None:
         """A backward pass is in `part` from the gradient of one of `tensors` on."""
@@ -142,24 +117,21 @@ class Profile:
                 tensor.register_hook(lambda _: self._backward_enters(part))
 
     def _backward_enters(self, part: str | None) -> None:
-        now = self._now()
+        now = self.now()
         if self.part_of_backward is not None:
             self.seconds[f"backward {self.part}: {self.part_of_backward}"] += now - self.entered
         self.part_of_backward, self.entered = part, now
 
-    def _timed_grad(self, grad: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any, **settings: Any) -> Any:
-            # A backward may itself ask for gradients.
-            if self.part_of_backward is not None:
-                return grad(*arguments, **settings)
-            # torch.func, which takes second derivatives through the backbone, hands in a list.
-            self._backward_enters("losses" if isinstance(arguments[0], Tensor) else "backbone")
-            try:
-                return grad(*arguments, **settings)
-            finally:
-                self._backward_enters(None)
-
-        return timed
+    def _grad(self, grad: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
+        # A backward may itself ask for gradients.
+        if self.part_of_backward is not None:
+            return grad(*arguments, **settings)
+        # torch.func, which takes second derivatives through the backbone, hands in a list.
+        self._backward_enters("losses" if isinstance(arguments[0], Tensor) else "backbone")
+        try:
+            return grad(*arguments, **settings)
+        finally:
+            self._backward_enters(None)
 
 
 def in_order(part: str) -> tuple[bool, ...]:

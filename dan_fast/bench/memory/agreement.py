@@ -4,10 +4,10 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from dan_fast.bench.agreement import Agreement, judge, relative_error
+from dan_fast.bench.agreement import Agreement, Pair, compare_pairs
 from dan_fast.bench.memory.contenders import GRADIENTS, Outcome
+from dan_fast.core.types import MemoryState
 
 
 class Tolerance(NamedTuple):
@@ -37,11 +37,11 @@ TOLERANCES = {
 
 
 def compare(outcome: Outcome, expected: Outcome, dtype: torch.dtype) -> Agreement:
-    """Loss, pseudo labels, gradients (where both have them) and both new states.
+    """Loss, pseudo labels, gradients (where both have them) and both new states, from the same state and batch.
 
     Args:
         outcome: of the contender.
-        expected: of the one it is measured by, from the same state with the same batch.
+        expected: of the one it is measured by.
         dtype: of the memories; it decides the tolerances.
 
     Example:
@@ -52,31 +52,19 @@ def compare(outcome: Outcome, expected: Outcome, dtype: torch.dtype) -> Agreemen
         >>> compare(score_space, literal, problem.dtype).disagrees is None
         True
     """
-    tolerance, errors, allowed, different = TOLERANCES[dtype], {}, {}, []
-
-    def close(name: str, actual: Tensor, wanted: Tensor, limit: float) -> None:
-        errors[name], allowed[name] = relative_error(actual, wanted, math.inf), limit
-
-    def same(name: str, actual: Tensor, wanted: Tensor) -> None:
-        if actual.shape != wanted.shape:
-            different.append(f"shape of {name}")
-        elif count := int((actual != wanted).sum()):
-            different.append(f"{name} in {count} of {actual.numel()} places")
-
-    close("loss", outcome.loss, expected.loss, tolerance.loss)
-    same("pseudo_labels", outcome.pseudo_labels, expected.pseudo_labels)
+    tolerance, different = TOLERANCES[dtype], []
+    pairs = [Pair("loss", outcome.loss, expected.loss, tolerance.loss)]
+    pairs.append(Pair("pseudo_labels", outcome.pseudo_labels, expected.pseudo_labels))
+    limits = {"usage": tolerance.statistics, "evaluation": tolerance.statistics, "features": tolerance.features}
     for memory in ("labeled", "unlabeled"):
-        actual, wanted = getattr(outcome, memory), getattr(expected, memory)
-        for field in ("labels", "sample_ids", "least_used"):
-            same(f"{memory}.{field}", getattr(actual, field), getattr(wanted, field))
-        for field in ("usage", "evaluation"):
-            close(f"{memory}.{field}", getattr(actual, field), getattr(wanted, field), tolerance.statistics)
-        close(f"{memory}.features", actual.features, wanted.features, tolerance.features)
-        if tolerance.changed < 1 and actual.features.shape == wanted.features.shape:
-            changed = int((actual.features != wanted.features).sum()) / wanted.features.numel()
+        states = zip(MemoryState._fields, getattr(outcome, memory), getattr(expected, memory), strict=True)
+        pairs += [Pair(f"{memory}.{field}", *both, limits.get(field)) for field, *both in states]
+        actual, wanted = (getattr(each, memory).features for each in (outcome, expected))
+        if tolerance.changed < 1 and actual.shape == wanted.shape:
+            changed = int((actual != wanted).sum()) / wanted.numel()
             if changed > tolerance.changed:
                 different.append(f"{memory}.features in {changed:.1%} of the numbers (allowed {tolerance.changed:.0%})")
     if outcome.gradients is not None and expected.gradients is not None:
-        for name, actual, wanted in zip(GRADIENTS, outcome.gradients, expected.gradients, strict=True):
-            close(f"gradient of {name}", actual, wanted, tolerance.gradients)
-    return judge(errors, allowed, different)
+        for name, *both in zip(GRADIENTS, outcome.gradients, expected.gradients, strict=True):
+            pairs.append(Pair(f"gradient of {name}", *both, tolerance.gradients))
+    return compare_pairs(pairs, math.inf, different=different)

@@ -1,13 +1,14 @@
 """Models of a memory step's bytes and operations, what the kernels have to reach, and a prediction for GPUs."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
+from dan_fast.bench.benchmark import Bar, at_least, at_most
 from dan_fast.bench.memory.contenders import IN_PLACE, KERNELS, LITERAL, MODULE, STEP
 from dan_fast.bench.memory.problem import Size
 from dan_fast.bench.rows import BACKWARD, FORWARD, Row
-from dan_fast.bench.verdict import Bar, at_least, at_most
 
 BEST_PYTORCH = "best_pytorch"
 # Of Table II's memory on two CPU cores, or on any GPU.
@@ -56,34 +57,37 @@ def memory_bars(rows: Sequence[Row], device_type: str) -> list[Bar]:
         for row in rows
         if row.contender == KERNELS and row.of["dtype"] == "float32" and not row.disagrees
     }
-    bars = []
+    # One that was not measured has no figures.
+    step, module = (found.get((use, 1), Row(KERNELS, {"use": use})) for use in (STEP, MODULE))
+    least, name = _CPU_SPEEDUP if device_type == "cpu" else _GPU_SPEEDUP, "forward + backward"
 
-    def faster(name: str, least: float, rival: str, kind: str, *uses: str) -> None:
-        for use in uses:
-            row = found.get((use, 1))
-            bars.append(at_least(f"{name} ({use})", least, row.ratio(rival, kind) if row else None))
+    def faster(rival: str, words: str, least: float) -> list[Bar]:
+        of = ((f"{name} against {words} ({row.of['use']})", row.ratio(rival, BACKWARD)) for row in (step, module))
+        return [at_least(name, least, ratio) for name, ratio in of]
 
-    least, name = _CPU_SPEEDUP if device_type == "cpu" else _GPU_SPEEDUP, "forward + backward against"
-    faster(f"{name} {LITERAL}", least, LITERAL, BACKWARD, STEP, MODULE)
+    literal = faster(LITERAL, LITERAL, least)
     if device_type != "cpu":
-        row, limit, value = found.get((MODULE, 1)), math.nan, None
-        if row and row.bandwidth:
-            limit = (_FLOOR_FACTOR * row.limits(BACKWARD)["bytes"] + _scan_seconds(row.of["size"])) * 1e3
-            value = row.seconds[BACKWARD].median * 1e3 if BACKWARD in row.seconds else None
+        limit = math.nan
+        if module.bandwidth:
+            limit = (_FLOOR_FACTOR * module.limits(BACKWARD)["bytes"] + _scan_seconds(module.of["size"])) * 1e3
+        value = module.seconds[BACKWARD].median * 1e3 if module.bandwidth and BACKWARD in module.seconds else None
         text = f"at most {limit:.3g} ms: 2.5 x 3 (s1+s2) d bytes / copy bandwidth + 4 us x dependent steps"
-        return [*bars, at_most("forward + backward in ms (module)", text, limit, value)]
-    faster(f"forward against {IN_PLACE}", _IN_PLACE_SPEEDUP, IN_PLACE, FORWARD, MODULE)
-    faster(f"{name} the best PyTorch path", _PYTORCH_SPEEDUP, BEST_PYTORCH, BACKWARD, STEP, MODULE)
-    for use in (STEP, MODULE):
-        row = found.get((use, 1))
-        value = None if row is None or row.extra_bytes is None else row.extra_bytes / 1e6
-        bars.append(at_most(f"peak memory above the memories in MB ({use})", "at most 100 MB", _PEAK_MEGABYTES, value))
-    for use in (STEP, MODULE):
-        both = [row for scale in (1, _LINEAR_TO) if (row := found.get((use, scale))) and BACKWARD in row.seconds]
-        per_slot = [row.seconds[BACKWARD].median / row.of["size"].slots for row in both]
+        return [*literal, at_most(f"{name} in ms (module)", text, limit, value)]
+    bars = [
+        *literal,
+        at_least(f"forward against {IN_PLACE} (module)", _IN_PLACE_SPEEDUP, module.ratio(IN_PLACE, FORWARD)),
+        *faster(BEST_PYTORCH, "the best PyTorch path", _PYTORCH_SPEEDUP),
+    ]
+    for row in (step, module):
+        value = row.extra_bytes and row.extra_bytes / 1e6
+        name = f"peak memory above the memories in MB ({row.of['use']})"
+        bars.append(at_most(name, f"at most {_PEAK_MEGABYTES} MB", _PEAK_MEGABYTES, value))
+    for row in (step, module):
+        larger = found.get((row.of["use"], _LINEAR_TO), row)
+        both = [r.seconds[BACKWARD].median / r.of["size"].slots for r in (row, larger) if BACKWARD in r.seconds]
         limit = f"time a slot at x {_LINEAR_TO} at most {_LINEAR_SLACK} times that at x 1"
-        value = per_slot[1] / per_slot[0] if len(per_slot) == 2 else None
-        bars.append(at_most(f"linear in slots ({use})", limit, _LINEAR_SLACK, value))
+        value = both[1] / both[0] if len(both) == 2 and larger is not row else None
+        bars.append(at_most(f"linear in slots ({row.of['use']})", limit, _LINEAR_SLACK, value))
     return bars
 
 
@@ -98,17 +102,15 @@ def predict(size: Size, scales: Sequence[float]) -> dict[str, Any]:
     rows = []
     # Type, bytes a number, the products that each one takes, and at which rate.
     forms = (("float32", 4, 1, "float32"), ("float32 as tf32x3", 4, 3, "tf32"), ("bfloat16", 2, 3, "bfloat16"))
-    for gpu in _GPUS:
-        for name, itemsize, products, rate in forms:
-            for scale in scales:
-                scaled = size.scaled(scale)
-                moved = model_bytes(scaled, itemsize, MODULE, BACKWARD)
-                flop = products * product_flop(scaled, BACKWARD)
-                figures = {"bytes_ms": moved / gpu["bandwidth"] * 1e3, "operations_ms": flop / gpu[rate] * 1e3}
-                floor = max(figures.values())
-                figures |= {"floor_ms": floor, "with_scan_ms": floor + _scan_seconds(scaled) * 1e3}
-                problem = {"gpu": gpu["name"], "dtype": name, "scale": scale, "bytes": moved, "flop": flop}
-                rows.append(problem | figures)
+    for gpu, (name, itemsize, products, rate), scale in itertools.product(_GPUS, forms, scales):
+        scaled = size.scaled(scale)
+        moved = model_bytes(scaled, itemsize, MODULE, BACKWARD)
+        flop = products * product_flop(scaled, BACKWARD)
+        figures = {"bytes_ms": moved / gpu["bandwidth"] * 1e3, "operations_ms": flop / gpu[rate] * 1e3}
+        floor = max(figures.values())
+        figures |= {"floor_ms": floor, "with_scan_ms": floor + _scan_seconds(scaled) * 1e3}
+        problem = {"gpu": gpu["name"], "dtype": name, "scale": scale, "bytes": moved, "flop": flop}
+        rows.append(problem | figures)
     return {
         "what": "a prediction by a model, not a measurement",
         "gpus": _GPUS,

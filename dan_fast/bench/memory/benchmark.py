@@ -1,5 +1,6 @@
 """`dan-fast bench memory`: the memory step's contenders at each size and type."""
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,16 +11,15 @@ import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from dan_fast import _extension
-from dan_fast.bench.benchmark import Benchmark, dtypes_of
-from dan_fast.bench.compiled import compile_trial
+from dan_fast.bench.benchmark import Bar, Benchmark, dtypes_of
 from dan_fast.bench.machine import peak_above, synchronize
 from dan_fast.bench.memory import bars, contenders
 from dan_fast.bench.memory.agreement import TOLERANCES, compare
 from dan_fast.bench.memory.contenders import IN_PLACE, KERNELS, LITERAL, SCORE_SPACE, Contender, Outcome
 from dan_fast.bench.memory.problem import PAPER, Problem, Size, make_problem
-from dan_fast.bench.rows import BACKWARD, FORWARD, Row, pair, plain, set_speedups
+from dan_fast.bench.process import compile_trial
+from dan_fast.bench.rows import BACKWARD, FORWARD, Row, pair, plain
 from dan_fast.bench.timing import Say, Turn, first_outcome, once, repetitions, take_turns
-from dan_fast.bench.verdict import Bar
 from dan_fast.core.cosine import statistics_dtype
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.free_memory import why_too_large
@@ -113,13 +113,12 @@ class MemoryBenchmark(Benchmark):
         self._gave_up: dict[str, str] = {}
 
     def groups(self, say: Say) -> Iterator[list[Row]]:
-        for dtype in self.dtype:
-            for scale in self.slots_scale:
-                with float32_products(self.products):
-                    group = self.group(scale, dtype, say)
-                yield group
+        for dtype, scale in itertools.product(self.dtype, self.slots_scale):
+            with float32_products(self.products):
+                group = self._group(scale, dtype, say)
+            yield group
 
-    def group(self, scale: float, dtype: torch.dtype, say: Say = lambda _: None) -> list[Row]:
+    def _group(self, scale: float, dtype: torch.dtype, say: Say) -> list[Row]:
         """All contenders on one problem; one that fails leaves the reason in its row."""
         size, memories = self.size.scaled(scale), self.size.scaled(scale).slots * self.key_dim * dtype.itemsize
         # On a GPU others go through tensor cores, three products for each one.
@@ -154,7 +153,6 @@ class MemoryBenchmark(Benchmark):
                 row.notes.append("nothing to compare with")
         del outcome, expected
         take_turns(self.place, turns, say, memories, rated)
-        set_memory_speedups(rows)
         return rows
 
     def _why_not(self, row: Row, contender: Contender, dtype: torch.dtype) -> str | None:
@@ -198,6 +196,14 @@ class MemoryBenchmark(Benchmark):
                 turns.append(Turn(row, kind, calls[kind], repetitions(seconds, self.repeat, self.budget_s)))
         return outcome, turns
 
+    def rivals(self, row: Row, rows: Sequence[Row]) -> dict[str, list[Row]]:
+        """The literal forms, and for kernels the faster of the PyTorch paths in the same use."""
+        found = {name: [other for other in rows if other.contender == name] for name in (LITERAL, IN_PLACE)}
+        if row.contender == KERNELS:
+            paths = [other for other in rows if other.contender in (SCORE_SPACE, contenders.COMPILED)]
+            found[bars.BEST_PYTORCH] = [other for other in paths if other.of["use"] == row.of["use"]]
+        return found
+
     def title(self, rows: Sequence[Row]) -> str:
         of, size = rows[0].of, rows[0].of["size"]
         return (
@@ -206,9 +212,8 @@ class MemoryBenchmark(Benchmark):
         )
 
     def figures(self, row: Row) -> dict[str, Any]:
-        floor_seconds = {kind: row.limits(kind) for kind in row.seconds}
-        figures = {"floor_seconds": floor_seconds, "float32_rate": row.rate, "gflops": gflops(row)}
-        return figures | {"peak_extra_bytes": row.extra_bytes}
+        figures = {"floor_seconds": row.of_each(row.limits), "float32_rate": row.rate}
+        return figures | {"gflops": gflops(row), "peak_extra_bytes": row.extra_bytes}
 
     def cells(self, row: Row) -> dict[str, str]:
         return {"GFLOP/s": pair(gflops(row), ".1f")}
@@ -244,19 +249,6 @@ def gflops(row: Row) -> dict[str, float | None]:
     if row.contender in (LITERAL, IN_PLACE):
         return dict.fromkeys(row.seconds)
     return {kind: row.flop[kind] / each.median / 1e9 for kind, each in row.seconds.items()}
-
-
-def set_memory_speedups(rows: Sequence[Row]) -> None:
-    """Against the literal forms, and for kernels against the faster of the PyTorch paths in the same use."""
-
-    def rivals(row: Row) -> dict[str, list[Row]]:
-        found = {name: [other for other in rows if other.contender == name] for name in (LITERAL, IN_PLACE)}
-        if row.contender == KERNELS:
-            paths = [other for other in rows if other.contender in (SCORE_SPACE, contenders.COMPILED)]
-            found[bars.BEST_PYTORCH] = [other for other in paths if other.of["use"] == row.of["use"]]
-        return found
-
-    set_speedups(rows, rivals)
 
 
 def _scale(part: str) -> float:

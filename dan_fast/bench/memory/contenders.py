@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dan_fast import _extension, functional, reference
-from dan_fast.bench.memory.literal import InPlaceMemory
+from dan_fast.bench.memory.literal import InPlaceMemory, in_place_step
 from dan_fast.bench.memory.problem import GATES, Problem, Size, make_problem
 from dan_fast.bench.rows import BACKWARD, FORWARD
 from dan_fast.core.cosine import statistics_dtype
@@ -92,9 +92,9 @@ def _pure_step(problem: Problem, memory_step: Callable[..., MemoryStep], context
 
 
 def _in_place(problem: Problem, steps: int) -> Runner:
-    """The literal loop on a memory of its own."""
-    memory = InPlaceMemory(*(MemoryState(*(x.clone() for x in state)) for state in problem[1:3]))
-    return Runner(problem, lambda batch: memory.step(batch, GATES))
+    """The literal loop on memories of its own."""
+    memories = [InPlaceMemory(MemoryState(*(x.clone() for x in state))) for state in problem[1:3]]
+    return Runner(problem, lambda batch: in_place_step(*memories, batch, GATES))
 
 
 class _Module(Runner):
@@ -128,7 +128,7 @@ def _compiled_step(problem: Problem, steps: int) -> Runner:
 
 
 def prepare_compiled(size: Sequence[int], dtype: str, device: str) -> Callable[[], Runner]:
-    """For `dan_fast.bench.compiled`."""
+    """For `compile_trial`."""
     problem = make_problem(Size(*size), getattr(torch, dtype), device, batches=1)
     return lambda: _compiled_step(problem, 1)
 

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from dan_fast.core.cosine import norm_from_square, occupied_softmax, statistics_dtype
 from dan_fast.core.types import Gates, MemoryBatch, MemoryState, MemoryStep
+from dan_fast.functional.memory.false_sets import FalseSampleSets
 
 
-class _Memory:
-    """A memory that is changed in place."""
+class InPlaceMemory:
+    """M or M' that is changed in place; the tensors of its first state are taken over."""
 
     def __init__(self, state: MemoryState) -> None:
         self.features, self.labels, usage, evaluation, self.least_used, self.sample_ids = state
@@ -59,12 +60,11 @@ class _Memory:
 
     def clear_false(self, key: Tensor, pseudo_label: Tensor) -> Tensor:
         """Clears the false samples of Eq. (14); returns the second term of Eq. (15)."""
-        same = self.labels == pseudo_label
-        if not (count := int(same.sum())):
+        if not (self.labels == pseudo_label).any():
             return key.new_zeros(())
         evaluation = self.weights(key)  # V
-        largest = _top(evaluation, count, self.occupied)
-        positive, negative = same & ~largest, self.occupied & ~same & largest
+        sets = FalseSampleSets.form(evaluation[None], self.labels, pseudo_label[None])
+        positive, negative = sets[0][0], sets[1][0]
         false = (positive | negative).nonzero()[:, 0]
         if not len(false):
             return key.new_zeros(())
@@ -75,62 +75,47 @@ class _Memory:
         self.least_used = self.usage.argmin()
         return -torch.log(mean_positive / (mean_positive + mean_negative))
 
+    def retrieve(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Eqs. (11), (13) and (16) for all unlabelled samples: M does not change any more."""
+        retrieval = self.weights(keys)
+        pseudo_labels = self.labels[retrieval.argmax(1)]
+        positive = self.labels == pseudo_labels[:, None]
+        negative = self.occupied & ~positive
+        mean_positive = (retrieval * positive).sum(1) / positive.sum(1)
+        mean_negative = (retrieval * negative).sum(1) / negative.sum(1).clamp(min=1)
+        return pseudo_labels, -torch.log(mean_positive / (mean_positive + mean_negative))
+
     def state(self) -> MemoryState:
         return MemoryState(self.features, self.labels, self.usage, self.evaluation, self.least_used, self.sample_ids)
 
 
-def _top(values: Tensor, count: int, occupied: Tensor) -> Tensor:
-    """(s,) bool, the `count` largest of the occupied; the lowest index first among equals, which topk leaves open."""
-    values = values.masked_fill(~occupied, -1.0)
-    least = values.topk(count).values[-1]
-    above, equal = values > least, values == least
-    return above | (equal & (equal.cumsum(0) <= count - above.sum()))
+@torch.no_grad()
+def in_place_step(labeled: InPlaceMemory, unlabeled: InPlaceMemory, batch: MemoryBatch, gates: Gates) -> MemoryStep:
+    """One mini-batch, Eqs. (5)-(16), by the rules of `dan_fast.reference.memory_step`, which also checks its arguments.
 
-
-class InPlaceMemory:
-    """M and M' that step in place; the rules are `dan_fast.reference.memory_step`'s, which also checks its arguments.
-
-    Args:
-        labeled, unlabeled: the states to start from. Their tensors are taken over and changed.
+    Both memories advance; the states returned are the memories themselves.
 
     Example:
-        >>> memory = InPlaceMemory(MemoryState.empty(4, 2), MemoryState.empty(4, 2))
+        >>> memories = (InPlaceMemory(MemoryState.empty(4, 2)) for _ in range(2))
         >>> keys, ids = torch.tensor([[1.0, 0.0]]), torch.tensor([0])
-        >>> memory.step(MemoryBatch(keys, torch.tensor([7]), keys, ids), Gates(0.0, 0.0, 0.1)).pseudo_labels
+        >>> batch = MemoryBatch(keys, torch.tensor([7]), keys, ids)
+        >>> in_place_step(*memories, batch, Gates(0.0, 0.0, 0.1)).pseudo_labels
         tensor([7])
     """
-
-    def __init__(self, labeled: MemoryState, unlabeled: MemoryState) -> None:
-        self.labeled, self.unlabeled = _Memory(labeled), _Memory(unlabeled)
-
-    @torch.no_grad()
-    def step(self, batch: MemoryBatch, gates: Gates) -> MemoryStep:
-        """One mini-batch, Eqs. (5)-(16); both memories advance. The states returned are the memories themselves."""
-        labeled, unlabeled = self.labeled, self.unlabeled
-        keys, unlabeled_keys = batch.keys.to(labeled.dtype), batch.unlabeled_keys.to(labeled.dtype)
-        alpha, alpha_unlabeled, beta = (torch.as_tensor(x, dtype=labeled.dtype, device=keys.device) for x in gates[:3])
-        pseudo_labels, losses = torch.full_like(batch.sample_ids, -1), keys.new_zeros(0)
-        with labeled.widened():
-            for key, label in zip(keys, batch.labels, strict=True):
-                labeled.write(key, label, -1, torch.sigmoid(alpha), gates.decay, 1.0)
-            if len(unlabeled_keys) and bool(labeled.occupied.any()):
-                pseudo_labels, losses = self._retrieve(unlabeled_keys)
-        if len(losses):
-            false_losses, gate = [], torch.sigmoid(alpha_unlabeled)
-            with unlabeled.widened():
-                for key, label, sample_id in zip(unlabeled_keys, pseudo_labels, batch.sample_ids, strict=True):
-                    false_losses.append(unlabeled.clear_false(key, label))
-                    unlabeled.write(key, label, sample_id, gate, gates.decay_unlabeled, beta)
-            losses = losses + beta * torch.stack(false_losses)  # Eqs. (15) and (16)
-        loss = losses.mean() if len(losses) else keys.new_zeros(())
-        return MemoryStep(loss, pseudo_labels, labeled.state(), unlabeled.state())
-
-    def _retrieve(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Eqs. (11), (13) and (16) for all unlabelled samples: M does not change any more."""
-        memory, retrieval = self.labeled, self.labeled.weights(keys)
-        pseudo_labels = memory.labels[retrieval.argmax(1)]
-        positive = memory.labels == pseudo_labels[:, None]
-        negative = memory.occupied & ~positive
-        mean_positive = (retrieval * positive).sum(1) / positive.sum(1)
-        mean_negative = (retrieval * negative).sum(1) / negative.sum(1).clamp(min=1)
-        return pseudo_labels, -torch.log(mean_positive / (mean_positive + mean_negative))
+    keys, unlabeled_keys = batch.keys.to(labeled.dtype), batch.unlabeled_keys.to(labeled.dtype)
+    alpha, alpha_unlabeled, beta = (torch.as_tensor(x, dtype=labeled.dtype, device=keys.device) for x in gates[:3])
+    pseudo_labels, losses = torch.full_like(batch.sample_ids, -1), keys.new_zeros(0)
+    with labeled.widened():
+        for key, label in zip(keys, batch.labels, strict=True):
+            labeled.write(key, label, -1, torch.sigmoid(alpha), gates.decay, 1.0)
+        if len(unlabeled_keys) and bool(labeled.occupied.any()):
+            pseudo_labels, losses = labeled.retrieve(unlabeled_keys)
+    if len(losses):
+        false_losses, gate = [], torch.sigmoid(alpha_unlabeled)
+        with unlabeled.widened():
+            for key, label, sample_id in zip(unlabeled_keys, pseudo_labels, batch.sample_ids, strict=True):
+                false_losses.append(unlabeled.clear_false(key, label))
+                unlabeled.write(key, label, sample_id, gate, gates.decay_unlabeled, beta)
+        losses = losses + beta * torch.stack(false_losses)  # Eqs. (15) and (16)
+    loss = losses.mean() if len(losses) else keys.new_zeros(())
+    return MemoryStep(loss, pseudo_labels, labeled.state(), unlabeled.state())

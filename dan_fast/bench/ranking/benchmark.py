@@ -3,50 +3,103 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jsonargparse.typing import PositiveFloat, PositiveInt
+from torch import Tensor
 
 from dan_fast import _extension
-from dan_fast.bench.benchmark import Benchmark
+from dan_fast.bench.benchmark import Bar, Benchmark, at_most
 from dan_fast.bench.machine import peak_above
-from dan_fast.bench.ranking.problem import (
-    MARKET1501,
-    MSMT17,
-    TOLERANCE,
-    RankingSize,
-    difference,
-    make_ranking_problem,
-    rank_by_sorting,
-)
-from dan_fast.bench.rows import WHOLE, Row, set_speedups, shown
+from dan_fast.bench.rows import WHOLE, Row, shown
 from dan_fast.bench.timing import Say, Turn, repetitions, take_turns
-from dan_fast.bench.verdict import Bar, at_most
 from dan_fast.evaluation import RankingResult, counting, evaluate_ranking, rank_distances
 from dan_fast.evaluation.pairs import Labels
 
 DISTANCES, FEATURES = "given distances", "features"
 COUNTING, SORTING, PRODUCT = "dan_fast", "sorting in NumPy", "matrix product"
+TOLERANCE = 1e-12
+# Lists that are sorted at a time: NumPy's sort of one is as long as its matrix allows.
+_SORTED_ROWS = 64
 
-_DISTANCES_SECONDS, _PRODUCT_FACTOR, _EXTRA_MEGABYTES = 0.5, 1.3, 300
+
+class RankingSize(NamedTuple):
+    """Images of an evaluation, the numbers of a feature, identities and cameras."""
+
+    queries: int
+    gallery: int
+    width: int
+    ids: int
+    cams: int
+
+
+MARKET1501 = RankingSize(3368, 15913, 2048, 751, 6)
+MSMT17 = RankingSize(11659, 82161, 64, 3060, 15)
+
+
+class RankingProblem(NamedTuple):
+    """Features of people as an embedding leaves them: no number below 0, half of them 0."""
+
+    query: Tensor
+    gallery: Tensor
+    labels: Labels
+
+
+def make_ranking_problem(size: RankingSize, device: torch.device) -> RankingProblem:
+    """Noisy features of `ids` people, every tenth gallery image a distractor; always the same."""
+    generator, random = torch.Generator().manual_seed(0), np.random.default_rng(0)
+    labels = Labels(
+        random.integers(1, size.ids, size.queries),
+        np.where(random.random(size.gallery) < 0.1, 0, random.integers(1, size.ids, size.gallery)),
+        random.integers(0, size.cams, size.queries),
+        random.integers(0, size.cams, size.gallery),
+    )
+    people = torch.randn(size.ids, size.width, generator=generator)
+    query, gallery = (
+        torch.randn(len(ids), size.width, generator=generator).mul_(4).add_(people[torch.from_numpy(ids)]).relu_()
+        for ids in (labels.query_ids, labels.gallery_ids)
+    )
+    return RankingProblem(query.to(device), gallery.to(device), labels)
+
+
+def rank_by_sorting(rows_of: Callable[[slice], np.ndarray], labels: Labels, max_rank: int = 50) -> RankingResult:
+    """What each list is, sorted whole, in NumPy; `rows_of` gives the distances of some queries."""
+    cmc, precision, penalty, valid = np.zeros(max_rank, dtype=np.int64), 0.0, 0.0, 0
+    for first in range(0, len(labels.query_ids), _SORTED_ROWS):
+        block = slice(first, min(first + _SORTED_ROWS, len(labels.query_ids)))
+        for query, order in enumerate(np.argsort(rows_of(block), axis=1, kind="stable"), start=first):
+            same = labels.gallery_ids[order] == labels.query_ids[query]
+            kept = ~(same & (labels.gallery_cams[order] == labels.query_cams[query]))
+            ranks = 1 + np.flatnonzero(same[kept])
+            if len(ranks):
+                cmc[ranks[0] - 1 :] += 1
+                precision += float(np.mean(np.arange(1, len(ranks) + 1) / ranks))
+                penalty += len(ranks) / float(ranks[-1])
+                valid += 1
+    return RankingResult(torch.from_numpy(cmc / valid), precision / valid, penalty / valid, valid)
+
+
+def difference(found: RankingResult, expected: RankingResult) -> str | None:
+    """What of a result differs: the CMC in any bit, the means by more than TOLERANCE; None if nothing does."""
+    parts = []
+    if not torch.equal(found.cmc, expected.cmc):
+        parts.append(f"CMC by {(found.cmc - expected.cmc).abs().max():.1e}")
+    for name in ("mAP", "mINP"):
+        off = abs(getattr(found, name) - getattr(expected, name))
+        if not off <= TOLERANCE:
+            parts.append(f"{name} by {off:.1e}")
+    if found.num_valid != expected.num_valid:
+        parts.append(f"num_valid {found.num_valid} for {expected.num_valid}")
+    return ", ".join(parts) or None
 
 
 def ranking_path(device: torch.device) -> str:
     """By what a ranking on this device counts."""
     compiled = device.type == "cpu" and _extension.enabled() and not isinstance(counting.load(), str)
     return "C++ kernels" if compiled else "PyTorch"
-
-
-def set_ranking_speedups(rows: Sequence[Row]) -> None:
-    """Of counting, against the others from the same source."""
-
-    def rivals(row: Row) -> dict[str, list[Row]]:
-        others = [other for other in rows if other.of["source"] == row.of["source"]]
-        return {other.contender: [other] for other in others if row.contender == COUNTING}
-
-    set_speedups(rows, rivals)
 
 
 @dataclass(kw_only=True)
@@ -98,34 +151,20 @@ class RankingBenchmark(Benchmark):
         self._memory_seconds: float | None = None
 
     def groups(self, say: Say) -> Iterator[list[Row]]:
-        rows = [*self._compare_distances(say), *self._compare_features(say)]
-        set_ranking_speedups(rows)
+        rows = self._compare(say)
         say("memory")
-        problem = make_ranking_problem(self.memory_size, self.place)
-        few = Labels(*(part[:64] for part in problem.labels))
-        few = few._replace(gallery_ids=few.query_ids, gallery_cams=few.query_cams + 1)
-        evaluate_ranking(problem.query[:64], problem.gallery[:64], *few)
+        query, gallery, labels = make_ranking_problem(self.memory_size, self.place)
+        ids, cams = labels.query_ids[:64], labels.query_cams[:64]
+        evaluate_ranking(query[:64], gallery[:64], ids, ids, cams, cams + 1)
         begin = time.perf_counter()
-        _, self._extra_bytes = peak_above(
-            self.place, lambda: evaluate_ranking(problem.query, problem.gallery, *problem.labels)
-        )
+        _, self._extra_bytes = peak_above(self.place, lambda: evaluate_ranking(query, gallery, *labels))
         self._memory_seconds = time.perf_counter() - begin
         yield rows
 
-    def _compare_distances(self, say: Say) -> list[Row]:
-        problem = make_ranking_problem(self.size, self.place)
-        query, gallery = (torch.nn.functional.normalize(features) for features in problem[:2])
-        distances, labels = 1 - query @ gallery.T, problem.labels
-        del query, gallery, problem
-        matrix = distances.cpu().numpy()
-        runs = {
-            COUNTING: lambda: rank_distances(distances, *labels),
-            SORTING: lambda: rank_by_sorting(lambda rows: matrix[rows], labels),
-        }
-        return self._run_in_turn(DISTANCES, runs, say)
-
-    def _compare_features(self, say: Say) -> list[Row]:
+    def _compare(self, say: Say) -> list[Row]:
         query, gallery, labels = make_ranking_problem(self.size, self.place)
+        distances = 1 - F.normalize(query) @ F.normalize(gallery).T
+        matrix = distances.cpu().numpy()
 
         def sort() -> RankingResult:
             q, g = (each.cpu().numpy().astype(np.float64) for each in (query, gallery))
@@ -133,35 +172,31 @@ class RankingBenchmark(Benchmark):
             return rank_by_sorting(lambda rows: np.ldexp(np.rint(np.ldexp(1 - q[rows] @ g.T, 40)), -40), labels)
 
         runs = {
-            COUNTING: lambda: evaluate_ranking(query, gallery, *labels),
-            PRODUCT: lambda: query @ gallery.T,
-            SORTING: sort,
+            (DISTANCES, COUNTING): lambda: rank_distances(distances, *labels),
+            (DISTANCES, SORTING): lambda: rank_by_sorting(lambda rows: matrix[rows], labels),
+            (FEATURES, COUNTING): lambda: evaluate_ranking(query, gallery, *labels),
+            (FEATURES, PRODUCT): lambda: query @ gallery.T,
+            (FEATURES, SORTING): sort,
         }
-        return self._run_in_turn(FEATURES, runs, say)
-
-    def _run_in_turn(self, source: str, runs: dict[str, Callable[[], Any]], say: Say) -> list[Row]:
-        rows, turns, results = {}, [], {}
-        for contender, run in runs.items():
+        # What an evaluation cannot do without: to read what is given and, from features, to multiply it.
+        read = {DISTANCES: distances.nbytes, FEATURES: query.nbytes + gallery.nbytes}
+        flop = {DISTANCES: {}, FEATURES: {WHOLE: 2 * distances.numel() * self.size.width}}
+        turns, results = {}, {}
+        for (source, contender), run in runs.items():
             say(f"{source}: {contender}")
             of = {"source": source, "path": ranking_path(self.place) if contender == COUNTING else ""}
-            rows[contender] = Row(contender, of, (WHOLE,), source, **self._needed(source))
+            row = Row(contender, of, (WHOLE,), source, model_bytes={WHOLE: read[source]}, flop=flop[source])
             begin = time.perf_counter()
-            results[contender] = run()
+            results[source, contender] = run()
             count = repetitions(time.perf_counter() - begin, self.repeat, self.budget_s)
-            turns.append(Turn(rows[contender], WHOLE, run, count))
-        rows[COUNTING].compared_with = "sorting"
-        rows[COUNTING].agreement = f" (CMC in every bit, mAP and mINP within {TOLERANCE:g})"
-        rows[COUNTING].disagrees = difference(results[COUNTING], results[SORTING])
+            turns[source, contender] = Turn(row, WHOLE, run, count)
+        for source in (DISTANCES, FEATURES):
+            row = turns[source, COUNTING].row
+            row.compared_with, row.agreement = "sorting", f" (CMC in every bit, mAP and mINP within {TOLERANCE:g})"
+            row.disagrees = difference(results[source, COUNTING], results[source, SORTING])
         results.clear()
-        take_turns(self.place, turns, say, rows[COUNTING].model_bytes[WHOLE], torch.float32)
-        return list(rows.values())
-
-    def _needed(self, source: str) -> dict[str, Any]:
-        """What an evaluation cannot do without: to read what is given and, from features, to multiply it."""
-        queries, gallery, width, *_ = self.size
-        if source == DISTANCES:
-            return {"model_bytes": {WHOLE: 4 * queries * gallery}}
-        return {"model_bytes": {WHOLE: 4 * (queries + gallery) * width}, "flop": {WHOLE: 2 * queries * gallery * width}}
+        take_turns(self.place, [*turns.values()], say, max(read.values()), torch.float32)
+        return [turn.row for turn in turns.values()]
 
     def title(self, rows: Sequence[Row]) -> str:
         return f"{self.size.queries} queries x {self.size.gallery} gallery images, {self.size.width} wide"
@@ -174,9 +209,14 @@ class RankingBenchmark(Benchmark):
             f"beyond the features, in {self._memory_seconds:.1f} s ({self.peak_meaning})",
         ]
 
+    def rivals(self, row: Row, rows: Sequence[Row]) -> dict[str, list[Row]]:
+        """Of counting, the others from the same source."""
+        others = [other for other in rows if other.of["source"] == row.of["source"]]
+        return {other.contender: [other] for other in others if row.contender == COUNTING}
+
     def more(self, rows: Sequence[Row]) -> dict[str, Any]:
-        ratios: dict[str, dict[str, float | None]] = {DISTANCES: {}, FEATURES: {}}
         counted = {row.of["source"]: row for row in rows if row.contender == COUNTING}
+        ratios: dict[str, dict[str, float | None]] = {DISTANCES: {}, FEATURES: {}}
         for row in rows:
             if row.contender != COUNTING:
                 ratios[row.of["source"]][row.contender] = counted[row.of["source"]].ratio(row.contender)
@@ -190,15 +230,20 @@ class RankingBenchmark(Benchmark):
         if DISTANCES in counted and size[:2] == MARKET1501[:2]:
             given = counted[DISTANCES].whole.median
         if FEATURES in counted and size[:3] == MARKET1501[:3]:
-            ratio = 1 / counted[FEATURES].ratio(PRODUCT)
+            ratio = counted[FEATURES].over(PRODUCT)
         if self._extra_bytes is not None and memory_size[:2] == MSMT17[:2]:
             extra = self._extra_bytes / 1e6
         shape, memory_shape = (f"{x.queries} x {x.gallery}" for x in (size, memory_size))
-        product_name = f"time from features {size.width} wide, {shape}, over the bare matrix product's"
-        memory_name = f"memory in MB beyond the features, {memory_shape}, {memory_size.width} wide"
         return [
-            at_most(f"seconds from a given matrix, {shape}", f"at most {_DISTANCES_SECONDS} s", _DISTANCES_SECONDS,
-                    given),
-            at_most(product_name, f"at most {_PRODUCT_FACTOR} times", _PRODUCT_FACTOR, ratio),
-            at_most(memory_name, f"at most {_EXTRA_MEGABYTES} MB", _EXTRA_MEGABYTES, extra),
-        ]  # fmt: skip
+            at_most(name, f"at most {most}{unit}", most, value)
+            for name, most, unit, value in (
+                (f"seconds from a given matrix, {shape}", 0.5, " s", given),
+                (
+                    f"time from features {size.width} wide, {shape}, over the bare matrix product's",
+                    1.3,
+                    " times",
+                    ratio,
+                ),
+                (f"memory in MB beyond the features, {memory_shape}, {memory_size.width} wide", 300, " MB", extra),
+            )
+        ]

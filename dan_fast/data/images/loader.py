@@ -61,6 +61,18 @@ class Split(NamedTuple):
         return labeled, fed_back, unlabeled
 
 
+def split_of(items: Sequence[PlannedItem], images: Tensor) -> Split:
+    """The part of a mini-batch that was planned as n `items`, with their images, (n,3,H,W)."""
+    kinds = [item.kind for item in items]
+    return Split(
+        images=images,
+        labels=torch.tensor([item.label for item in items]),
+        sample_ids=torch.tensor([-1 if item.kind == "labeled" else item.index for item in items]),
+        num_labeled=kinds.count("labeled"),
+        num_fed_back=kinds.count("fed_back"),
+    )
+
+
 class MiniBatch(NamedTuple):
     """S in `meta_train`, S~ in `meta_test` (None if not split), and the paths of broken images left out."""
 
@@ -224,20 +236,12 @@ class _PlannedBatches(Dataset):
                 skipped.append(str(path))
                 continue
             kept.append(item)
-        kinds = [item.kind for item in kept]
-        if kinds.count("unlabeled") == len(kinds):
+        if all(item.kind == "unlabeled" for item in kept):
             raise DanFastError(
                 f"All labelled images of a batch, or of a rank's share of it, are broken, {skipped[skipped_before]} "
                 "the first; repair the dataset."
             )
-        split = Split(
-            images=_stack(images, self.image_size),
-            labels=torch.tensor([item.label for item in kept]),
-            sample_ids=torch.tensor([-1 if item.kind == "labeled" else item.index for item in kept]),
-            num_labeled=kinds.count("labeled"),
-            num_fed_back=kinds.count("fed_back"),
-        )
-        return split, draw([item.seed for item in kept], self.image_size)
+        return split_of(kept, _stack(images, self.image_size)), draw([item.seed for item in kept], self.image_size)
 
 
 class _Decode:
