@@ -18,6 +18,7 @@ from torch import Tensor
 from dan_fast import MemoryState, reference
 from dan_fast.core.cosine import norm_from_square
 from dan_fast.core.types import Gates, MemoryBatch
+from dan_fast.nn import ProgressiveAugmentedMemory
 
 KINDS = (
     "random",
@@ -166,6 +167,18 @@ def problems(max_slots: int = 70, max_dim: int = 17, counts: tuple[int, int] = (
         count=st.integers(*counts),
         seed=st.integers(0, 2**20),
     )
+
+
+def module_of(states: Sequence[MemoryState], gates: Gates) -> ProgressiveAugmentedMemory:
+    """A module that holds copies of these states and gates; beta, made of a logit, may not be 0 or 1."""
+    slots = [state.labels.numel() for state in states]
+    memory = ProgressiveAugmentedMemory(*slots, states[0].features.shape[1], *gates[3:], dtype=states[0].features.dtype)
+    memory.labeled, memory.unlabeled = states
+    with torch.no_grad():
+        memory.alpha.fill_(gates.alpha)
+        memory.alpha_unlabeled.fill_(gates.alpha_unlabeled)
+        memory.beta_logit.fill_(torch.tensor(gates.beta, dtype=torch.float64).logit())
+    return memory
 
 
 class Closeness(NamedTuple):
