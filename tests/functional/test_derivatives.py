@@ -62,5 +62,4 @@ def test_each_argument_has_its_own_share_only(case):
         (first,) = torch.autograd.grad(loss, x, create_graph=True)
         (second,) = torch.autograd.grad((first * slope(first.detach())).sum(), x)
         found.append((plain, first.detach(), second))
-    for actual, expected in zip(*found, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)

@@ -34,10 +34,15 @@ KINDS = (
 _STEPS = 2.0**40  # cosines in one, in float64
 FILLS = ("empty", "one", "half", "full")
 GATES = (-30.0, -3.0, 0.0, 2.0, 30.0)
+Tensors = Tensor | Sequence[Tensor]
 
 
-def agree(actual: Tensor, expected: Tensor, tolerance: float = 1e-10, floor: float = 0.0) -> None:
-    """`|a - b| <= tolerance (1 + |b|) + floor`, both finite."""
+def agree(actual: Tensors, expected: Tensors, tolerance: float = 1e-10, floor: float = 0.0) -> None:
+    """`|a - b| <= tolerance (1 + |b|) + floor`, both finite, of tensors or of each of several."""
+    if not isinstance(expected, Tensor):
+        for a, b in zip(actual, expected, strict=True):
+            agree(a, b, tolerance, floor)
+        return
     actual, expected = actual.double(), expected.double()
     assert actual.shape == expected.shape
     assert actual.isfinite().all() and expected.isfinite().all()

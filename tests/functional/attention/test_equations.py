@@ -19,8 +19,6 @@ from tests.support.attention_problems import (
 )
 
 SIZES = {"several": (4, 7, 3, 2), "one": (1, 1, 1, 1), "row": (2, 3, 1, 5), "column": (2, 1, 4, 1)}
-
-
 EVERY_OPERATOR = pytest.mark.parametrize("name", OPERATORS)
 F64 = torch.float64
 
@@ -37,15 +35,18 @@ def sigmoid(v):
     return 1 / (1 + math.exp(-v))
 
 
+def weights_of(channels, positions, **given):
+    """Zero where none are given; bottlenecks of one unit."""
+    reduce, expand = (1, positions), (positions, 1)
+    shapes = NLCBAMWeights((1, channels), (channels, 1), reduce, reduce, expand, expand)._asdict()
+    zeros = {name: torch.zeros(shape, dtype=F64) for name, shape in shapes.items()}
+    return NLCBAMWeights(**zeros | {name: f64(values) for name, values in given.items()})
+
+
 def test_channel_attention_by_hand(impl):
     # Means (2, -1), maxima (3, 1); hidden = relu(mean0 + 2 mean1) = 0 and relu(3 + 2) = 5.
     features = f64([[[[1.0, 3.0]], [[-3.0, 1.0]]]])
-    zero = torch.zeros(1, 2, dtype=F64)
-    weights = NLCBAMWeights(
-        wc1=f64([[1.0, 2.0]]),
-        wc2=f64([[0.2], [-0.4]]),
-        ws1=zero, ws3=zero, ws2=zero.T, ws4=zero.T,
-    )  # fmt: skip
+    weights = weights_of(2, 2, wc1=[[1.0, 2.0]], wc2=[[0.2], [-0.4]])
     refined, channel, spatial = impl.nl_cbam(features, weights)
     expected = f64([[1.0, -2.0]]).sigmoid()
     torch.testing.assert_close(channel, expected)
@@ -56,21 +57,12 @@ def test_channel_attention_by_hand(impl):
 def test_spatial_attention_by_hand(impl):
     # wc = 0 makes A_C 1/2: X' = [[1, 2], [3, -1]], g = (2, 0.5), m = (3, 2).
     features = f64([[[[2.0, 4.0]], [[6.0, -2.0]]]])
-    zero = torch.zeros(1, 2, dtype=F64)
-    weights = NLCBAMWeights(
-        wc1=zero, wc2=zero.T,
-        ws1=f64([[1.0, -1.0]]),
-        ws3=f64([[0.5, 2.0]]),
-        ws2=f64([[1.0], [-2.0]]),
-        ws4=f64([[0.3], [-0.6]]),
-    )  # fmt: skip
+    weights = weights_of(2, 2, ws1=[[1.0, -1.0]], ws3=[[0.5, 2.0]], ws2=[[1.0], [-2.0]], ws4=[[0.3], [-0.6]])
     a = [sigmoid(1.5), sigmoid(-3.0)]
     b = [sigmoid(1.0), sigmoid(-2.0)]
     c = [sigmoid(0.6), sigmoid(-1.2)]
-    expected = []
-    for p in range(2):
-        weight = [math.exp(a[p] * b[q]) for q in range(2)]
-        expected.append(sum(w * v for w, v in zip(weight, c, strict=True)) / sum(weight))
+    exps = [[math.exp(a[p] * b[q]) for q in range(2)] for p in range(2)]
+    expected = [(row[0] * c[0] + row[1] * c[1]) / sum(row) for row in exps]
     output = impl.nl_cbam(features, weights)
     torch.testing.assert_close(output.spatial_attention, f64([expected]))
     refined = f64([[1.0, 2.0], [3.0, -1.0]]) * torch.tensor(expected)
@@ -104,7 +96,9 @@ def with_ties():
     features = features.relu()
     features[0] = 0  # every maximum is a tie
     features[1, 2] = features[1, 4] = 5.0  # a flat channel leads everywhere, and twice
-    return features, weights._replace(wc2=weights.wc2[[0, 1, 2, 3, 2, 5]]), cam_weight, labels
+    # No unit of the bottleneck is off.
+    weights = weights._replace(wc1=weights.wc1.abs(), wc2=weights.wc2[[0, 1, 2, 3, 2, 5]])
+    return features, weights, cam_weight, labels
 
 
 @EVERY_OPERATOR
@@ -142,12 +136,7 @@ def test_gradient_of_a_max_goes_to_the_first(impl, layout):
     features[0, 0, 1, 7] = features[0, 0, 1, 30] = features[0, 0, 2, 0] = 2.0
     features[0, 0, 0] = -1.0
     features = features.contiguous(memory_format=layout).requires_grad_()
-    positions = 120
-    zero = torch.zeros(1, positions, dtype=F64)
-    weights = NLCBAMWeights(
-        wc1=f64([[1.0, 0.0]]), wc2=torch.ones(2, 1, dtype=F64),
-        ws1=zero, ws3=zero, ws2=zero.T, ws4=zero.T,
-    )  # fmt: skip
+    weights = weights_of(2, 120, wc1=[[1.0, 0.0]], wc2=[[1.0], [1.0]])
     (gradient,) = torch.autograd.grad(impl.nl_cbam(features, weights).channel_attention.sum(), features)
     assert gradient.nonzero().tolist() == [[0, 0, 1, 7]]
 
@@ -157,11 +146,8 @@ def test_gradient_of_a_channel_max_goes_to_the_first(impl, layout):
     features = torch.ones(1, 40, 2, 2, dtype=F64)
     features[0, :3, 0, 1] = 0.0
     features = features.contiguous(memory_format=layout).requires_grad_()
-    weights = NLCBAMWeights(
-        wc1=torch.zeros(1, 40, dtype=F64), wc2=torch.zeros(40, 1, dtype=F64),
-        ws1=torch.eye(4, dtype=F64), ws2=torch.eye(4, dtype=F64),
-        ws3=torch.eye(4, dtype=F64), ws4=torch.eye(4, dtype=F64),
-    )  # fmt: skip
+    one = torch.eye(4).tolist()
+    weights = weights_of(40, 4, ws1=one, ws2=one, ws3=one, ws4=one)
     (gradient,) = torch.autograd.grad(impl.nl_cbam(features, weights).spatial_attention[0, 0], features)
     # The mean touches all channels alike, so what stands out from the last channel is the maximum's share.
     first = (gradient - gradient[:, -1:]).abs().argmax(dim=1).flatten()
@@ -191,12 +177,7 @@ def test_head_forms_no_refined_map():
     features, weights, cam_weight, labels = problem((4, 64, 5, 5), hidden=(3, 3))
     features.requires_grad_()
     saved = []
-
-    def keep(tensor):
-        saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         functional.attention_head(features, weights, cam_weight, labels)
     maps = [t for t in saved if t.numel() >= features.numel()]
     assert maps and all(t.data_ptr() == features.data_ptr() for t in maps)
@@ -257,6 +238,7 @@ def test_empty_batch(impl, name):
 
 def test_arguments_are_left_as_they_were(impl):
     features, weights, cam_weight, labels = problem()
-    before = [t.clone() for t in (features, *weights, cam_weight, labels)]
+    given = (features, *weights, cam_weight, labels)
+    before = [t.clone() for t in given]
     impl.attention_head(features, weights, cam_weight, labels)
-    assert all(torch.equal(a, b) for a, b in zip(before, (features, *weights, cam_weight, labels), strict=True))
+    assert all(map(torch.equal, before, given))

@@ -76,8 +76,14 @@ def test_autocast_computes_in_float32():
         output = functional.nl_cbam(features=low, weights=weights)
         adversary = functional.attention_adversary(low, output.refined, cam_weight, labels)
     assert all(map(torch.equal, got, expected))
-    assert all(x.dtype == torch.float32 for x in (*output, *adversary))
     assert_agree([adversary.loss], [expected.adversary_loss], 1e-5)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_autocast_takes_half_precision_to_float32(name):
+    arguments = flat_arguments(name, *problem(dtype=torch.bfloat16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(x.dtype == torch.float32 for x in call(functional, name, *arguments))
 
 
 @pytest.mark.compile
@@ -88,8 +94,7 @@ def test_compiles_into_one_graph(name):
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     found, expected = (function(functional, name, *arguments) for function in (compiled, call))
     assert all(map(torch.equal, found, expected))
-    for a, b in zip(*(torch.autograd.grad(mixture(x), floating(arguments)) for x in (found, expected)), strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(*(torch.autograd.grad(mixture(x), floating(arguments)) for x in (found, expected)))
 
 
 BROKEN = {

@@ -118,8 +118,7 @@ def test_first_second_and_third_derivatives_are_the_literal_ones(case):
         inputs = case.inputs()
         results[impl] = derivatives(case.loss(impl, *inputs), inputs, order=3)
     assert len(results[functional]) == len(results[reference])
-    for a, b in zip(results[functional], results[reference], strict=True):
-        agree(a, b, 1e-9)
+    agree(results[functional], results[reference], 1e-9)
 
 
 BENDS = {
@@ -162,8 +161,7 @@ def meta_gradients(impl, case, order):
 def test_a_meta_learning_loss_has_the_literal_gradients(case):
     found = {order: [meta_gradients(impl, case, order) for impl in (functional, reference)] for order in (1, 2)}
     for both in found.values():
-        for a, b in zip(*both, strict=True):
-            agree(a.detach(), b.detach(), 1e-9)
+        agree(*both, 1e-9)
     if case is CASES["full"]:
         pairs = zip(found[1][0][1:], found[2][0][1:], strict=True)
         assert all((a - b).abs().max() > 1e-6 for a, b in pairs), "second derivatives make no difference here"
@@ -196,8 +194,7 @@ def test_a_gradient_penalty_through_the_module(case, look):
         # The second round goes through the same graphs again: nothing was freed or overwritten.
         actual = penalised(loss, [*inputs[:2], *parameters], at)
         expected = penalised(first.loss + second.loss, literal_inputs[:4], at)
-        for a, b in zip(actual, expected, strict=True):
-            agree(a.detach(), b.detach(), 1e-9)
+        agree(actual, expected, 1e-9)
 
 
 def test_half_precision_memory_larger_than_one_piece_has_second_derivatives():
@@ -211,8 +208,7 @@ def test_half_precision_memory_larger_than_one_piece_has_second_derivatives():
         first = torch.autograd.grad(loss, inputs, create_graph=True)
         second = torch.autograd.grad(sum(x.float().square().sum() for x in first), inputs)
         results.append([loss, *first, *second])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=0.05, atol=1e-5)
+    torch.testing.assert_close(*results, rtol=0.05, atol=1e-5)
 
 
 @pytest.mark.parametrize("memory", ["empty", "full"])

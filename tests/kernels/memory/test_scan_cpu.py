@@ -77,8 +77,7 @@ def test_the_memories_are_those_of_the_reference():
             features = new.kept[:, None] * old.features + new.held.mT @ rows
             states.append(MemoryState(features, new.labels, new.usage, new.evaluation, new.least_used, new.sample_ids))
             agree(new.square_norms, features.square().sum(1))
-        for actual, expected in zip((*states[0], *states[1]), (*step.labeled, *step.unlabeled), strict=True):
-            agree(actual, expected)
+        agree((*states[0], *states[1]), (*step.labeled, *step.unlabeled))
         grad_scores, grad_unlabeled_scores, grad_gram, grad_gates = found.gradients
         queries = torch.cat([problem.keys, problem.unlabeled_keys])
         grad_queries = grad_scores @ problem.states[0].features + (grad_gram + grad_gram.mT) @ queries
