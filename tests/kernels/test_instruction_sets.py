@@ -12,7 +12,7 @@ from dan_fast import _extension
 from dan_fast.data.images.augment import augment, draw, normalize
 from tests.kernels.attention import test_head_cpu, test_maps_cpu
 from tests.kernels.memory import test_scan_cpu, test_stream_cpu
-from tests.support import ROOT
+from tests.support import ROOT, slot_problems
 from tests.support.toolchain import needs_extension
 
 pytestmark = [pytest.mark.slow, needs_extension]
@@ -29,6 +29,7 @@ def results() -> dict[str, Any]:
         "scan": test_scan_cpu.results(),
         "head": exact,
         "maps": test_maps_cpu.results(),
+        "weights": slot_problems.results(),
         "images": [augment(images, draw(range(20), (33, 17))), normalize(images)],
         "rounded": rounded,
     }
@@ -61,7 +62,7 @@ def test_the_passes_over_a_memory_are_right(there: dict[str, Any]):
     assert there["set"] == there["wanted"] and there["tests"] == 0, there["said"]
 
 
-@pytest.mark.parametrize("name", ["scan", "head", "maps", "images"])
+@pytest.mark.parametrize("name", ["scan", "head", "maps", "weights", "images"])
 def test_the_same_bits(here: dict[str, Any], there: dict[str, Any], name: str):
     assert len(here[name]) == len(there[name]) > 0
     assert all(map(torch.equal, there[name], here[name]))

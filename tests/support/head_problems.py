@@ -4,11 +4,14 @@ A device is a function `run` that makes the outputs of a `Case` and their gradie
 GPU, or by the CUDA kernels on host threads.
 """
 
+from collections import namedtuple
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from dan_fast.core.types import AttentionHeadOutput, NLCBAMWeights
+from dan_fast.functional.attention.head import HeadSaved
 
 ops = torch.ops.dan_fast
 
@@ -41,59 +44,14 @@ LAYOUTS = (contiguous, channels_last, part(contiguous), part(channels_last), str
 NAMED_LAYOUTS = dict(zip(("contiguous", "channels_last", "part", "part of channels_last"), LAYOUTS[:4], strict=True))
 
 
-class Arguments(NamedTuple):
-    features: Tensor
-    wc1: Tensor
-    wc2: Tensor
-    ws1: Tensor
-    ws3: Tensor
-    ws2: Tensor
-    ws4: Tensor
-    cam_weight: Tensor
-    labels: Tensor
+Arguments = namedtuple("Arguments", ["features", *NLCBAMWeights._fields, "cam_weight", "labels"])
+Gradients = namedtuple("Gradients", Arguments._fields[:-1])
+Outputs = namedtuple("Outputs", [*AttentionHeadOutput._fields, *HeadSaved._fields])
 
 
-class Outputs(NamedTuple):
-    attended: Tensor
-    mean: Tensor
-    channel_attention: Tensor
-    spatial_attention: Tensor
-    loss: Tensor
-    of_mean: Tensor
-    of_peak: Tensor
-    peak: Tensor
-    peak_position: Tensor
-    mean_map: Tensor
-    peak_map: Tensor
-    peak_channel: Tensor
-    adversary_map: Tensor
-
-
-class OutputGrads(NamedTuple):
-    """What comes back to the head; nothing may come back to two of its outputs."""
-
-    attended: Tensor
-    mean: Tensor | None
-    channel_attention: Tensor | None
-    spatial_attention: Tensor
-    loss: Tensor
-
-
-class Gradients(NamedTuple):
-    features: Tensor
-    wc1: Tensor
-    wc2: Tensor
-    ws1: Tensor
-    ws3: Tensor
-    ws2: Tensor
-    ws4: Tensor
-    cam_weight: Tensor
-
-
-def head(
-    x: Tensor, wc1: Tensor, wc2: Tensor, ws1: Tensor, ws3: Tensor, ws2: Tensor, ws4: Tensor, cam: Tensor, labels: Tensor
-) -> Outputs:
+def head(x: Tensor, *arguments: Tensor) -> Outputs:
     """Eqs. (2)-(4) as csrc/attention/head.h has them."""
+    wc1, wc2, ws1, ws3, ws2, ws4, cam, labels = arguments
     x = x.flatten(2)
     mean, (peak, peak_position) = x.mean(dim=2), x.max(dim=2)
     of_mean, of_peak = mean @ wc1.mT, peak @ wc1.mT
@@ -149,7 +107,8 @@ class Case:
         labels = torch.tensor([3, 3, -1, 1, 3])[torch.arange(batch) % 5].clamp(max=classes - 1)
         self.arguments = Arguments(features, *bottleneck, *spatial, cam_weight, labels)
         by_channel = [random(batch, channels) for _ in range(3)]
-        self.grads = OutputGrads(*by_channel, random(batch, positions), random(batch))
+        # Nothing may come back to the second and the third.
+        self.grads = AttentionHeadOutput(*by_channel, random(batch, positions), random(batch))
 
     def run(self) -> tuple[Outputs, Gradients]:
         out = Outputs(*ops.attention_head(*self.arguments))
@@ -201,20 +160,19 @@ def assert_right(case: Case, out: Outputs, grads: Gradients, elsewhere: Case | N
     `elsewhere` is the same case on another device, where PyTorch rounds otherwise: a sum of some thousand terms comes
     out a few times closer or further by the order of its terms alone.
     """
-    exact, exact_grads = case.formulas(torch.float64)
+    exact = case.formulas(torch.float64)
     # The positions of a map are added one after the other, where PyTorch adds in pairs.
     roundings = max(16.0, case.arguments.features.shape[2:].numel() ** 0.5)
     rounded = [case.formulas(case.statistics)]
     if elsewhere is not None:
         there = elsewhere.formulas(case.statistics)
         rounded.append(tuple(type(group)(*(x.to(case.arguments.features.device) for x in group)) for group in there))
-    for name, value, *expected in zip(Outputs._fields, out, exact, *(each[0] for each in rounded), strict=True):
-        assert_as_close(name, value, *expected, roundings=roundings)
-        assert value.is_contiguous() and value.dtype in (case.statistics, torch.int32), name
-    for name, value, *expected in zip(
-        Gradients._fields, grads, exact_grads, *(each[1] for each in rounded), strict=True
-    ):
-        assert_as_close(f"grad of {name}", value, *expected, roundings=roundings)
+    for at, group in enumerate((out, grads)):
+        for name, value, *expected in zip(
+            group._fields, group, exact[at], *(each[at] for each in rounded), strict=True
+        ):
+            assert_as_close(f"{type(group).__name__}.{name}", value, *expected, roundings=roundings)
+    assert all(x.is_contiguous() and x.dtype in (case.statistics, torch.int32) for x in out)
     features, *of_weights = grads
     assert features.dtype == case.dtype
     assert all(x.is_contiguous() and x.dtype == case.statistics for x in of_weights)
@@ -271,17 +229,19 @@ def assert_an_unknown_label_has_no_loss_and_no_gradient(run: Run, case: Case) ->
     """Of a case of five samples."""
     case.arguments.labels.copy_(torch.tensor([-1, 1, -1, 3, 1]))
     known, unknown = [1, 3, 4], [0, 2]
-    case.grads.loss[unknown] = 0
+    case.grads.adversary_loss[unknown] = 0
     expected, expected_grads = run(case)
-    assert (expected.loss[unknown] == 0).all() and (expected.loss[known] > 0).all()
+    assert (expected.adversary_loss[unknown] == 0).all() and (expected.adversary_loss[known] > 0).all()
     assert expected_grads.cam_weight[[1, 3]].all() and not expected_grads.cam_weight[[0, 2]].any()
-    case.grads.loss[unknown] = torch.tensor([torch.inf, torch.nan], dtype=case.statistics)
+    case.grads.adversary_loss[unknown] = torch.tensor([torch.inf, torch.nan], dtype=case.statistics)
     out, grads = run(case)
     assert all(map(torch.equal, (*out, *grads), (*expected, *expected_grads)))
     # Whatever its map holds.
     case.arguments.features[0, 3, 0, 0], case.arguments.features[2, 1, 0, 1] = torch.inf, torch.nan
     out, grads = run(case)
-    assert torch.equal(out.loss, expected.loss) and torch.equal(grads.cam_weight, expected_grads.cam_weight)
+    assert torch.equal(out.adversary_loss, expected.adversary_loss) and torch.equal(
+        grads.cam_weight, expected_grads.cam_weight
+    )
     assert torch.equal(grads.features[known], expected_grads.features[known])
 
 
@@ -290,7 +250,7 @@ def assert_equal_maps_have_no_gradient_of_their_difference(run: Run, case: Case)
     case.arguments.features.zero_()
     for grad in case.grads:
         grad.zero_()
-    case.grads.loss.fill_(1)
+    case.grads.adversary_loss.fill_(1)
     out, grads = run(case)
     labels, cam_weight = case.arguments.labels, case.arguments.cam_weight
     rows = cam_weight[labels.clamp(min=0)][:, :, None]

@@ -7,22 +7,24 @@ import torch
 
 from dan_fast import MemoryState
 from dan_fast.nn import ProgressiveAugmentedMemory
-from tests.support.memory_problems import make_state
+from tests.support.memory_problems import in_dtype, make_state
 
 F64 = torch.float64
 BATCH = ("keys", "labels", "unlabeled_keys", "sample_ids")
 GATES = ("alpha", "alpha_unlabeled", "beta")
 STATE_FIELDS = [f"{memory}.{field}" for memory in ("labeled", "unlabeled") for field in MemoryState._fields]
-INTEGERS = ["labels", "sample_ids", *(name for name in STATE_FIELDS if re.search("labels|used|ids", name))]
-FLOATS = ["keys", "unlabeled_keys", *GATES, *(name for name in STATE_FIELDS if name not in INTEGERS)]
+TENSORS = [*BATCH, *GATES, *STATE_FIELDS]
+INTEGERS = [name for name in TENSORS if re.search("labels|used|ids", name)]
+FLOATS = [name for name in TENSORS if name not in INTEGERS]
 
 
-def arguments():
+def arguments(dtype=F64):
+    """`dtype` is that of the memories and of the keys."""
     generator = torch.Generator().manual_seed(3)
-    keys, unlabeled_keys = (torch.randn(n, 3, generator=generator, dtype=F64) for n in (2, 3))
+    keys, unlabeled_keys = (torch.randn(n, 3, generator=generator, dtype=F64).to(dtype) for n in (2, 3))
     return {
-        "labeled": make_state("half", 5, 3, 3, "random", generator),
-        "unlabeled": make_state("full", 4, 3, 3, "random", generator),
+        "labeled": in_dtype(make_state("half", 5, 3, 3, "random", generator), dtype),
+        "unlabeled": in_dtype(make_state("full", 4, 3, 3, "random", generator), dtype),
         "keys": keys,
         "labels": torch.tensor([2, 0]),
         "unlabeled_keys": unlabeled_keys,
@@ -44,7 +46,9 @@ def put(given, name, value):
 
 
 def tensors(given):
-    found = [x for value in given.values() for x in (value if isinstance(value, MemoryState) else [value])]
+    """Those of arguments, or of a step."""
+    values = given.values() if isinstance(given, dict) else given
+    found = [x for value in values for x in (value if isinstance(value, MemoryState) else [value])]
     return [x for x in found if isinstance(x, torch.Tensor) and not x.is_meta]
 
 

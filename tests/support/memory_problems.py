@@ -18,6 +18,7 @@ from torch import Tensor
 from dan_fast import MemoryState, reference
 from dan_fast.core.cosine import norm_from_square
 from dan_fast.core.types import Gates, MemoryBatch
+from dan_fast.nn import ProgressiveAugmentedMemory
 
 KINDS = (
     "random",
@@ -33,10 +34,15 @@ KINDS = (
 _STEPS = 2.0**40  # cosines in one, in float64
 FILLS = ("empty", "one", "half", "full")
 GATES = (-30.0, -3.0, 0.0, 2.0, 30.0)
+Tensors = Tensor | Sequence[Tensor]
 
 
-def agree(actual: Tensor, expected: Tensor, tolerance: float = 1e-10, floor: float = 0.0) -> None:
-    """`|a - b| <= tolerance (1 + |b|) + floor`, both finite."""
+def agree(actual: Tensors, expected: Tensors, tolerance: float = 1e-10, floor: float = 0.0) -> None:
+    """`|a - b| <= tolerance (1 + |b|) + floor`, both finite, of tensors or of each of several."""
+    if not isinstance(expected, Tensor):
+        for a, b in zip(actual, expected, strict=True):
+            agree(a, b, tolerance, floor)
+        return
     actual, expected = actual.double(), expected.double()
     assert actual.shape == expected.shape
     assert actual.isfinite().all() and expected.isfinite().all()
@@ -166,6 +172,18 @@ def problems(max_slots: int = 70, max_dim: int = 17, counts: tuple[int, int] = (
         count=st.integers(*counts),
         seed=st.integers(0, 2**20),
     )
+
+
+def module_of(states: Sequence[MemoryState], gates: Gates) -> ProgressiveAugmentedMemory:
+    """A module that holds copies of these states and gates; beta, made of a logit, may not be 0 or 1."""
+    slots = [state.labels.numel() for state in states]
+    memory = ProgressiveAugmentedMemory(*slots, states[0].features.shape[1], *gates[3:], dtype=states[0].features.dtype)
+    memory.labeled, memory.unlabeled = states
+    with torch.no_grad():
+        memory.alpha.fill_(gates.alpha)
+        memory.alpha_unlabeled.fill_(gates.alpha_unlabeled)
+        memory.beta_logit.fill_(torch.tensor(gates.beta, dtype=torch.float64).logit())
+    return memory
 
 
 class Closeness(NamedTuple):

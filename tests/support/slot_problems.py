@@ -72,3 +72,15 @@ def sets(slots: int, batch: int = 6, classes: int = 5, seed: int = 0, kind: str 
     labels = torch.randint(-1, classes, (slots,), generator=generator)
     pseudo_labels = torch.randint(-1, classes + 1, (batch,), generator=generator)
     return evaluation, labels, pseudo_labels
+
+
+def results() -> list[Tensor]:
+    """What the kernels make of problems of several vectors, in both dtypes."""
+    ops, found = torch.ops.dan_fast, []
+    for dtype in (F64, torch.float32):
+        keys, slots, occupied, scores = weights(700).to(dtype)
+        tensors = scores.to(dtype), slots.square().sum(1), keys.square().sum(1)
+        result = ops.slot_softmax(*tensors, occupied)
+        found += [result, *ops.slot_softmax_backward(tensors[0].sin(), result, *tensors)]
+        found += ops.false_sample_sets(result, torch.arange(700) % 9 - 1, torch.arange(5))
+    return found

@@ -7,84 +7,72 @@ import torch
 
 import dan_fast.functional as functional
 import dan_fast.reference as reference
-from dan_fast import NLCBAMWeights
-from tests.support.attention_problems import assert_agree, problem, two_derivatives
+from dan_fast import NLCBAMWeights, _extension
+from tests.support.attention_problems import (
+    OPERATORS,
+    assert_agree,
+    call,
+    flat_arguments,
+    floating,
+    problem,
+    two_derivatives,
+)
 
 SIZES = {"several": (4, 7, 3, 2), "one": (1, 1, 1, 1), "row": (2, 3, 1, 5), "column": (2, 1, 4, 1)}
-
-
-def call(impl, name, features, *rest):
-    """The named operator as a function of a flat list of tensors, the labels last."""
-    if name == "nl_cbam":
-        return impl.nl_cbam(features, NLCBAMWeights(*rest[:6]))
-    if name == "attention_adversary":
-        return impl.attention_adversary(features, *rest)
-    return impl.attention_head(features, NLCBAMWeights(*rest[:6]), *rest[6:])
-
-
-def flat_arguments(name, features, weights, cam_weight, labels):
-    refined = features.flip(0) * 0.3 + 0.1
-    return {
-        "nl_cbam": [features, *weights],
-        "attention_adversary": [features, refined, cam_weight, labels],
-        "attention_head": [features, *weights, cam_weight, labels],
-    }[name]
+EVERY_OPERATOR = pytest.mark.parametrize("name", OPERATORS)
+F64 = torch.float64
 
 
 def derivatives(impl, name, arguments):
     return two_derivatives(lambda *tensors: call(impl, name, *tensors), arguments)
 
 
+def f64(values):
+    return torch.tensor(values, dtype=F64)
+
+
+def sigmoid(v):
+    return 1 / (1 + math.exp(-v))
+
+
+def weights_of(channels, positions, **given):
+    """Zero where none are given; bottlenecks of one unit."""
+    reduce, expand = (1, positions), (positions, 1)
+    shapes = NLCBAMWeights((1, channels), (channels, 1), reduce, reduce, expand, expand)._asdict()
+    zeros = {name: torch.zeros(shape, dtype=F64) for name, shape in shapes.items()}
+    return NLCBAMWeights(**zeros | {name: f64(values) for name, values in given.items()})
+
+
 def test_channel_attention_by_hand(impl):
     # Means (2, -1), maxima (3, 1); hidden = relu(mean0 + 2 mean1) = 0 and relu(3 + 2) = 5.
-    features = torch.tensor([[[[1.0, 3.0]], [[-3.0, 1.0]]]], dtype=torch.float64)
-    zero = torch.zeros(1, 2, dtype=torch.float64)
-    weights = NLCBAMWeights(
-        wc1=torch.tensor([[1.0, 2.0]], dtype=torch.float64),
-        wc2=torch.tensor([[0.2], [-0.4]], dtype=torch.float64),
-        ws1=zero, ws3=zero, ws2=zero.T, ws4=zero.T,
-    )  # fmt: skip
+    features = f64([[[[1.0, 3.0]], [[-3.0, 1.0]]]])
+    weights = weights_of(2, 2, wc1=[[1.0, 2.0]], wc2=[[0.2], [-0.4]])
     refined, channel, spatial = impl.nl_cbam(features, weights)
-    expected = torch.tensor([[1.0, -2.0]], dtype=torch.float64).sigmoid()
+    expected = f64([[1.0, -2.0]]).sigmoid()
     torch.testing.assert_close(channel, expected)
-    torch.testing.assert_close(spatial, torch.full((1, 2), 0.5, dtype=torch.float64))
+    torch.testing.assert_close(spatial, torch.full((1, 2), 0.5, dtype=F64))
     torch.testing.assert_close(refined, features * expected[:, :, None, None] * 0.5)
 
 
 def test_spatial_attention_by_hand(impl):
-    def sigmoid(v):
-        return 1 / (1 + math.exp(-v))
-
     # wc = 0 makes A_C 1/2: X' = [[1, 2], [3, -1]], g = (2, 0.5), m = (3, 2).
-    features = torch.tensor([[[[2.0, 4.0]], [[6.0, -2.0]]]], dtype=torch.float64)
-    zero = torch.zeros(1, 2, dtype=torch.float64)
-    weights = NLCBAMWeights(
-        wc1=zero, wc2=zero.T,
-        ws1=torch.tensor([[1.0, -1.0]], dtype=torch.float64),
-        ws3=torch.tensor([[0.5, 2.0]], dtype=torch.float64),
-        ws2=torch.tensor([[1.0], [-2.0]], dtype=torch.float64),
-        ws4=torch.tensor([[0.3], [-0.6]], dtype=torch.float64),
-    )  # fmt: skip
+    features = f64([[[[2.0, 4.0]], [[6.0, -2.0]]]])
+    weights = weights_of(2, 2, ws1=[[1.0, -1.0]], ws3=[[0.5, 2.0]], ws2=[[1.0], [-2.0]], ws4=[[0.3], [-0.6]])
     a = [sigmoid(1.5), sigmoid(-3.0)]
     b = [sigmoid(1.0), sigmoid(-2.0)]
     c = [sigmoid(0.6), sigmoid(-1.2)]
-    expected = []
-    for p in range(2):
-        weight = [math.exp(a[p] * b[q]) for q in range(2)]
-        expected.append(sum(w * v for w, v in zip(weight, c, strict=True)) / sum(weight))
+    exps = [[math.exp(a[p] * b[q]) for q in range(2)] for p in range(2)]
+    expected = [(row[0] * c[0] + row[1] * c[1]) / sum(row) for row in exps]
     output = impl.nl_cbam(features, weights)
-    torch.testing.assert_close(output.spatial_attention, torch.tensor([expected], dtype=torch.float64))
-    refined = torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=torch.float64) * torch.tensor(expected)
+    torch.testing.assert_close(output.spatial_attention, f64([expected]))
+    refined = f64([[1.0, 2.0], [3.0, -1.0]]) * torch.tensor(expected)
     torch.testing.assert_close(output.refined, refined.view(1, 2, 1, 2), check_dtype=False, rtol=1e-6, atol=0)
 
 
 def test_adversary_by_hand(impl):
-    def sigmoid(v):
-        return 1 / (1 + math.exp(-v))
-
-    features = torch.tensor([[[[1.0, 2.0]], [[0.0, -1.0]]]], dtype=torch.float64)
-    refined = torch.tensor([[[[0.5, 1.0]], [[1.5, 3.0]]]], dtype=torch.float64)
-    cam_weight = torch.tensor([[9.0, 9.0], [2.0, 3.0]], dtype=torch.float64)
+    features = f64([[[[1.0, 2.0]], [[0.0, -1.0]]]])
+    refined = f64([[[[0.5, 1.0]], [[1.5, 3.0]]]])
+    cam_weight = f64([[9.0, 9.0], [2.0, 3.0]])
     loss, refined_map, adversary_map = impl.attention_adversary(features, refined, cam_weight, torch.tensor([1]))
     assert refined_map.tolist() == [[1.0, 2.0]]
     assert adversary_map.tolist() == [[2.0, 1.0]]
@@ -92,10 +80,9 @@ def test_adversary_by_hand(impl):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["nl_cbam", "attention_adversary", "attention_head"])
+@EVERY_OPERATOR
 def test_derivatives_are_those_of_finite_differences(impl, name):
     arguments = flat_arguments(name, *problem((2, 3, 2, 2), hidden=(2, 2), classes=3))
-    arguments = [a.requires_grad_() if a.is_floating_point() else a for a in arguments]
 
     def function(*tensors):
         return tuple(o for o in call(impl, name, *tensors) if o.requires_grad)
@@ -104,51 +91,63 @@ def test_derivatives_are_those_of_finite_differences(impl, name):
     assert torch.autograd.gradgradcheck(function, arguments)
 
 
-@pytest.mark.parametrize("name", ["nl_cbam", "attention_adversary", "attention_head"])
-@pytest.mark.parametrize("size", SIZES)
-def test_functional_is_the_reference(name, size):
-    arguments = flat_arguments(name, *problem(SIZES[size]))
-    assert_agree(derivatives(functional, name, arguments), derivatives(reference, name, arguments))
-
-
-@pytest.mark.parametrize("name", ["nl_cbam", "attention_adversary", "attention_head"])
-def test_functional_is_the_reference_on_ties(name):
+def with_ties():
     features, weights, cam_weight, labels = problem((3, 6, 4, 4))
     features = features.relu()
     features[0] = 0  # every maximum is a tie
     features[1, 2] = features[1, 4] = 5.0  # a flat channel leads everywhere, and twice
-    weights = weights._replace(wc2=weights.wc2[[0, 1, 2, 3, 2, 5]])
-    arguments = flat_arguments(name, features, weights, cam_weight, labels)
-    assert_agree(derivatives(functional, name, arguments), derivatives(reference, name, arguments))
+    # No unit of the bottleneck is off.
+    weights = weights._replace(wc1=weights.wc1.abs(), wc2=weights.wc2[[0, 1, 2, 3, 2, 5]])
+    return features, weights, cam_weight, labels
+
+
+@EVERY_OPERATOR
+@pytest.mark.parametrize("size", [*SIZES, "ties"])
+def test_functional_is_the_reference(name, size):
+    """By the kernels and by PyTorch."""
+    arguments = flat_arguments(name, *(with_ties() if size == "ties" else problem(SIZES[size])))
+    expected = derivatives(reference, name, arguments)
+    assert_agree(derivatives(functional, name, arguments), expected)
+    with _extension.disabled():
+        assert_agree(derivatives(functional, name, arguments), expected)
+
+
+@EVERY_OPERATOR
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_results_and_inputs_that_are_not_used_have_no_gradient(name, create_graph):
+    def gradients(impl, at, inputs):
+        loss = call(impl, name, *inputs)[at].square().sum()
+        keywords = {"create_graph": create_graph, "allow_unused": True, "materialize_grads": True}
+        wanted = [x for x in inputs if x.requires_grad]
+        return [x.detach() for x in torch.autograd.grad(loss, wanted, **keywords)]
+
+    arguments = flat_arguments(name, *problem())
+    last_only = [*(x.detach() for x in arguments[:-2]), *arguments[-2:]]
+    for inputs in (arguments, last_only):
+        for at, output in enumerate(call(reference, name, *inputs)):
+            if output.requires_grad:
+                assert_agree(gradients(functional, at, inputs), gradients(reference, at, inputs))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_gradient_of_a_max_goes_to_the_first(impl, layout):
     # Only the spatial maximum can reach A_C here: wc1 sees one channel with mean 0 and hidden relu(mean) = 0.
-    features = torch.zeros(1, 2, 3, 40, dtype=torch.float64)
+    features = torch.zeros(1, 2, 3, 40, dtype=F64)
     features[0, 0, 1, 7] = features[0, 0, 1, 30] = features[0, 0, 2, 0] = 2.0
     features[0, 0, 0] = -1.0
     features = features.contiguous(memory_format=layout).requires_grad_()
-    positions = 120
-    zero = torch.zeros(1, positions, dtype=torch.float64)
-    weights = NLCBAMWeights(
-        wc1=torch.tensor([[1.0, 0.0]], dtype=torch.float64), wc2=torch.ones(2, 1, dtype=torch.float64),
-        ws1=zero, ws3=zero, ws2=zero.T, ws4=zero.T,
-    )  # fmt: skip
+    weights = weights_of(2, 120, wc1=[[1.0, 0.0]], wc2=[[1.0], [1.0]])
     (gradient,) = torch.autograd.grad(impl.nl_cbam(features, weights).channel_attention.sum(), features)
     assert gradient.nonzero().tolist() == [[0, 0, 1, 7]]
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_gradient_of_a_channel_max_goes_to_the_first(impl, layout):
-    features = torch.ones(1, 40, 2, 2, dtype=torch.float64)
+    features = torch.ones(1, 40, 2, 2, dtype=F64)
     features[0, :3, 0, 1] = 0.0
     features = features.contiguous(memory_format=layout).requires_grad_()
-    weights = NLCBAMWeights(
-        wc1=torch.zeros(1, 40, dtype=torch.float64), wc2=torch.zeros(40, 1, dtype=torch.float64),
-        ws1=torch.eye(4, dtype=torch.float64), ws2=torch.eye(4, dtype=torch.float64),
-        ws3=torch.eye(4, dtype=torch.float64), ws4=torch.eye(4, dtype=torch.float64),
-    )  # fmt: skip
+    one = torch.eye(4).tolist()
+    weights = weights_of(40, 4, ws1=one, ws2=one, ws3=one, ws4=one)
     (gradient,) = torch.autograd.grad(impl.nl_cbam(features, weights).spatial_attention[0, 0], features)
     # The mean touches all channels alike, so what stands out from the last channel is the maximum's share.
     first = (gradient - gradient[:, -1:]).abs().argmax(dim=1).flatten()
@@ -156,7 +155,7 @@ def test_gradient_of_a_channel_max_goes_to_the_first(impl, layout):
     assert ((gradient - gradient[:, -1:]).abs() > 1e-12).sum() == 4
 
 
-@pytest.mark.parametrize("name", ["nl_cbam", "attention_adversary", "attention_head"])
+@EVERY_OPERATOR
 def test_layout_of_the_map_does_not_matter(name):
     arguments = flat_arguments(name, *problem((3, 5, 4, 2)))
     expected = derivatives(functional, name, arguments)
@@ -178,12 +177,7 @@ def test_head_forms_no_refined_map():
     features, weights, cam_weight, labels = problem((4, 64, 5, 5), hidden=(3, 3))
     features.requires_grad_()
     saved = []
-
-    def keep(tensor):
-        saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         functional.attention_head(features, weights, cam_weight, labels)
     maps = [t for t in saved if t.numel() >= features.numel()]
     assert maps and all(t.data_ptr() == features.data_ptr() for t in maps)
@@ -218,9 +212,9 @@ def test_unknown_label_has_no_loss_and_no_gradient(impl):
 
 def test_equal_maps_have_finite_second_derivatives_and_no_push(impl):
     # X'' = X and cam_weight = 1/C make A_at = A_ad everywhere: only sigmoid(A_at + A_ad) / 2 has a gradient.
-    features = torch.tensor([[[[1.0, -2.0]], [[3.0, 0.5]]]], dtype=torch.float64, requires_grad=True)
+    features = torch.tensor([[[[1.0, -2.0]], [[3.0, 0.5]]]], dtype=F64, requires_grad=True)
     refined = features.detach().clone().requires_grad_()
-    cam_weight = torch.full((1, 2), 0.5, dtype=torch.float64, requires_grad=True)
+    cam_weight = torch.full((1, 2), 0.5, dtype=F64, requires_grad=True)
     leaves = [features, refined, cam_weight]
     loss, a_at, a_ad = impl.attention_adversary(features, refined, cam_weight, torch.tensor([0]))
     assert torch.equal(a_at, a_ad)
@@ -231,27 +225,20 @@ def test_equal_maps_have_finite_second_derivatives_and_no_push(impl):
         assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["nl_cbam", "attention_adversary", "attention_head"])
+@EVERY_OPERATOR
 def test_empty_batch(impl, name):
     arguments = flat_arguments(name, *problem((0, 7, 3, 2)))
+    outputs = call(impl, name, *arguments)
     full = call(impl, name, *flat_arguments(name, *problem((2, 7, 3, 2))))
-    outputs = call(impl, name, *[a.requires_grad_() if a.is_floating_point() else a for a in arguments])
     assert [o.shape for o in outputs] == [(0, *o.shape[1:]) for o in full]
-
-
-def test_empty_batch_has_zero_gradients():
-    features, weights, cam_weight, labels = problem((0, 7, 3, 2))
-    leaves = [features, *weights, cam_weight]
-    head = functional.attention_head(
-        features.requires_grad_(), NLCBAMWeights(*(w.requires_grad_() for w in weights)),
-        cam_weight.requires_grad_(), labels,
-    )  # fmt: skip
-    for gradient in torch.autograd.grad(sum(o.sum() for o in head), leaves):
-        assert gradient.abs().sum() == 0
+    if impl is functional:
+        for gradient in torch.autograd.grad(sum(o.sum() for o in outputs), floating(arguments)):
+            assert gradient.abs().sum() == 0
 
 
 def test_arguments_are_left_as_they_were(impl):
     features, weights, cam_weight, labels = problem()
-    before = [t.clone() for t in (features, *weights, cam_weight, labels)]
+    given = (features, *weights, cam_weight, labels)
+    before = [t.clone() for t in given]
     impl.attention_head(features, weights, cam_weight, labels)
-    assert all(torch.equal(a, b) for a, b in zip(before, (features, *weights, cam_weight, labels), strict=True))
+    assert all(map(torch.equal, before, given))

@@ -10,19 +10,22 @@ import dan_fast.functional.attention.variants as functional
 import dan_fast.reference.attention_variants as reference
 from dan_fast.cli import main
 from dan_fast.core.errors import DanFastError
-from dan_fast.core.types import AttentionVariantWeights, NLCBAMWeights
+from dan_fast.core.types import CONVOLUTION, AttentionVariantWeights, NLCBAMWeights
 from dan_fast.data import Split
 from dan_fast.data.synthetic import synthesize
 from dan_fast.functional import attention_head, nl_cbam
-from dan_fast.nn import DAN, NLCBAM
+from dan_fast.nn import NLCBAM
 from dan_fast.nn.attention import VARIANTS
 from dan_fast.reporting.curves import read_scalars
 from dan_fast.reporting.heatmaps import plot_attention
-from dan_fast.training import LossConfig, ModelConfig, TrainConfig, trained_network
+from dan_fast.training import ModelConfig, TrainConfig, trained_network
 from dan_fast.training.build import initial_network
-from dan_fast.training.objective import TrainingModel
+from tests.support import attention_problems
 from tests.support.attention_problems import assert_agree, two_derivatives
 from tests.support.head_problems import assert_varies_alike
+from tests.support.steps import tiny_network, training_model
+
+F64 = torch.float64
 
 FORMS = pytest.mark.parametrize("ops", [reference, functional], ids=["reference", "functional"])
 EVERY_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
@@ -38,26 +41,12 @@ FIGURE_6 = {
 }
 
 
-def problem(variant, shape=(3, 5, 4, 2), seed=0, dtype=torch.float64):
+def problem(variant, shape=(3, 5, 4, 2), seed=0, dtype=F64):
     """Random (features, weights, cam_weight, labels); the second label is -1."""
-    make = torch.Generator().manual_seed(seed)
-    batch, channels, height, width = shape
-    positions = height * width
-    shapes = {
-        "wc1": (2, channels), "wc2": (channels, 2), "ws1": (3, positions), "ws3": (3, positions),
-        "ws2": (positions, 3), "ws4": (positions, 3), "conv": (1, 2, 7, 7),
-    }  # fmt: skip
-
-    def draw(*size):
-        return torch.randn(size, generator=make, dtype=torch.float64).to(dtype)
-
-    labels = torch.randint(4, (batch,), generator=make)
-    labels[1:2] = -1
-    weights = {name: draw(*shapes[name]) for name in VARIANTS[variant]}
-    # Of a map like that of a ReLU no hidden unit of A_S is off, which would make it the same at all positions.
-    weights |= {name: weights[name].abs() for name in ("ws1", "ws3") if name in weights}
-    weights = AttentionVariantWeights(**weights)
-    return draw(*shape) + 0.5, weights, draw(4, channels), labels
+    features, nl_cbam, cam_weight, labels = attention_problems.problem(shape, classes=4, dtype=dtype, seed=seed)
+    conv = torch.randn(CONVOLUTION, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+    given = nl_cbam._asdict() | {"conv": conv}
+    return features, AttentionVariantWeights(**{name: given[name] for name in VARIANTS[variant]}), cam_weight, labels
 
 
 def derivatives(op, features, weights, *rest):
@@ -73,13 +62,13 @@ def derivatives(op, features, weights, *rest):
 @FORMS
 def test_the_spatial_attention_of_cbam_by_hand(ops):
     # Means [[1, 2]], maxima [[3, 2]]. The kernel's middle row reads the left, the own and the right position.
-    features = torch.tensor([[[[3.0, 2.0]], [[-1.0, 2.0]]]], dtype=torch.float64)
-    conv = torch.zeros(1, 2, 7, 7, dtype=torch.float64)
+    features = torch.tensor([[[[3.0, 2.0]], [[-1.0, 2.0]]]], dtype=F64)
+    conv = torch.zeros(1, 2, 7, 7, dtype=F64)
     conv[0, 0, 3, 2:5] = torch.tensor([0.1, 0.2, 0.4])
     conv[0, 1, 3, 2:5] = torch.tensor([-0.3, 0.5, 0.05])
     conv[0, :, 2] = conv[0, :, 4] = 100.0  # above and below there is nothing but zeros
     logits = [0.2 * 1 + 0.4 * 2 + 0.5 * 3 + 0.05 * 2, 0.1 * 1 + 0.2 * 2 - 0.3 * 3 + 0.5 * 2]
-    expected = torch.tensor([logits], dtype=torch.float64).sigmoid()
+    expected = torch.tensor([logits], dtype=F64).sigmoid()
     refined, channel, spatial = ops.attention_variant(features, AttentionVariantWeights(conv=conv))
     torch.testing.assert_close(spatial, expected)
     assert channel.tolist() == [[1.0, 1.0]]
@@ -96,7 +85,7 @@ def test_cbam_attends_to_positions_after_channels(ops):
     torch.testing.assert_close(both.refined, positions.refined)
     torch.testing.assert_close(both.spatial_attention, positions.spatial_attention)
     torch.testing.assert_close(both.channel_attention, nothing.channel_attention)
-    assert torch.equal(channels.spatial_attention, torch.ones(3, 8, dtype=torch.float64))
+    assert torch.equal(channels.spatial_attention, torch.ones(3, 8, dtype=F64))
 
 
 @FORMS
@@ -111,7 +100,7 @@ def test_with_the_parts_of_nl_cbam_it_is_nl_cbam(ops):
 def test_non_local_attention_alone_reads_the_map_itself(ops):
     features, weights, _, _ = problem("non_local")
     # Zero weights make A_C one half, so twice the map gives X' = X.
-    zero = torch.zeros(2, 5, dtype=torch.float64)
+    zero = torch.zeros(2, 5, dtype=F64)
     expected = nl_cbam(2 * features, NLCBAMWeights(zero, zero.T.contiguous(), *weights[2:6]))
     got = ops.attention_variant(features, weights)
     torch.testing.assert_close(got.spatial_attention, expected.spatial_attention)
@@ -204,28 +193,24 @@ def test_weights_that_do_not_fit_are_named(ops):
 def far_apart(positions: int, few: int) -> tuple[torch.Tensor, NLCBAMWeights]:
     """A map and weights with A = 1 at the first position alone and B = C = 1 at `few` positions, else all 0."""
     # The maps g and m that enter the bottlenecks are (1, 0, ...) and (1, 1, ...), wc = 0 halves the channels.
-    features = torch.zeros(1, 2, positions, 1, dtype=torch.float64)
+    features = torch.zeros(1, 2, positions, 1, dtype=F64)
     features[0, :, 0], features[0, :, 1, 0] = 2, torch.tensor([2.0, -2.0])
-    read = torch.eye(2, positions, dtype=torch.float64)
-    a = torch.full((positions,), -60.0, dtype=torch.float64)
+    read = torch.eye(2, positions, dtype=F64)
+    a = torch.full((positions,), -60.0, dtype=F64)
     b = a.clone()
     a[0], b[:few] = 60, 60
-    zero = torch.zeros(1, 2, dtype=torch.float64)
+    zero = torch.zeros(1, 2, dtype=F64)
     ws2, ws4 = torch.stack([a, b - a], dim=1), torch.stack([b, 0 * b], dim=1)
     return features, NLCBAMWeights(zero, zero.T.contiguous(), read, read, ws2, ws4)
 
 
 def test_how_far_from_flat_non_local_attention_can_be():
-    spreads = []
-    for few in range(1, 49):
-        attention = nl_cbam(*far_apart(49, few)).spatial_attention
-        spreads.append(float(attention.max() - attention.min()))
-    # docs/fidelity.md states these.
-    assert max(spreads) == pytest.approx(0.2448, abs=5e-5) and max(spreads) < math.tanh(1 / 4)
-
     def spread(values):
-        return values.max(dim=1).values - values.min(dim=1).values
+        return values.amax(dim=1) - values.amin(dim=1)
 
+    # docs/fidelity.md states these.
+    largest = max(float(spread(nl_cbam(*far_apart(49, few)).spatial_attention)) for few in range(1, 49))
+    assert largest == pytest.approx(0.2448, abs=5e-5) and largest < math.tanh(1 / 4)
     for seed in range(20):
         features, weights, _, _ = problem("non_local", (8, 6, 7, 7), seed)
         # Of X' = X, computed once more as the bound is stated in terms of A, B and C.
@@ -267,21 +252,11 @@ def test_without_a_bottleneck_the_hidden_layers_are_as_wide_as_the_input():
         NLCBAM(24, 6, variant="se")
 
 
-class TinyMap(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 6, 4, stride=4)
-
-    def forward(self, images):
-        return self.conv(images).relu()
-
-
 def test_without_an_adversary_there_is_one_branch():
-    torch.manual_seed(0)
-    network = DAN(3, TinyMap(), (8, 8), reduction=2, dropout=0.0, attention="cbam", adversary=False)
+    network = tiny_network(attention="cbam", adversary=False)
     images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 2, -1, -1])
     batch = Split(images, labels, sample_ids=torch.tensor([-1, -1, 4, 5]), num_labeled=2, num_fed_back=0)
-    losses, _ = TrainingModel(network, None, LossConfig())(batch)
+    losses, _ = training_model(memory=False, network=network)(batch)
     out = network(images, labels)
     entropy = torch.distributions.Categorical(logits=out.logits[2:]).entropy().mean()
     torch.testing.assert_close(losses["classification"], nn.functional.cross_entropy(out.logits[:2], labels[:2]))
@@ -293,9 +268,13 @@ def test_without_an_adversary_there_is_one_branch():
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     root = tmp_path_factory.mktemp("images")
-    synthesize(root, ["campus"], identities=4, cameras=2, images_per_camera=1, image_size=(32, 32),
-               test_fraction=0)  # fmt: skip
+    settings = {"identities": 4, "cameras": 2, "images_per_camera": 1, "image_size": (32, 32), "test_fraction": 0}
+    synthesize(root, ["campus"], **settings)
     return root / "campus"
+
+
+def said(capsys) -> str:
+    return " ".join(capsys.readouterr().err.split())
 
 
 def train(images, out, *flags) -> int:
@@ -340,10 +319,12 @@ def test_each_model_of_figure_6_trains(runs, tmp_path, model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [["--meta.order", "2"], ["--meta.procedure", "daml1"], ["--meta.procedure", "daml2"],
-                                   ["--run.precision", "bfloat16"]], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "flags", ["meta.order 2", "meta.procedure daml1", "meta.procedure daml2", "run.precision bfloat16"]
+)
 def test_each_procedure_trains_cbam(images, tmp_path, flags):
-    assert train(images, tmp_path / "run", "--model.attention", "cbam", "--model.adversary", "false", *flags) == 0
+    cbam = ("--model.attention", "cbam", "--model.adversary", "false")
+    assert train(images, tmp_path / "run", *cbam, *f"--{flags}".split()) == 0
 
 
 @pytest.mark.slow
@@ -351,9 +332,9 @@ def test_a_run_goes_on_with_its_own_attention_only(runs, images, capsys):
     out, resume = runs / "B+CBAM+AAN", ("--run.resume", "true")
     assert train(images, out, *FIGURE_6["B+CBAM+AAN"], *resume) == 0
     assert train(images, out, *resume) == 1
-    assert "model.attention is 'nl_cbam' here and 'cbam' there" in " ".join(capsys.readouterr().err.split())
+    assert "model.attention is 'nl_cbam' here and 'cbam' there" in said(capsys)
     assert train(images, out, *FIGURE_6["B+CBAM+AAN"], "--model.adversary", "false", *resume) == 1
-    assert "model.adversary is False here and True there" in " ".join(capsys.readouterr().err.split())
+    assert "model.adversary is False here and True there" in said(capsys)
 
 
 @pytest.mark.slow
@@ -370,10 +351,10 @@ def test_a_checkpoint_older_than_the_setting_is_the_full_model(runs, images, tmp
 
 def test_mistakes_on_the_command_line_name_the_setting_and_the_choices(images, tmp_path, capsys):
     assert train(images, tmp_path, "--model.attention", "se") == 2
-    message = " ".join(capsys.readouterr().err.split())
+    message = said(capsys)
     assert '"model.attention"' in message and all(repr(variant) in message for variant in VARIANTS)
     assert train(images, tmp_path, "--model.attention", "none") == 1
-    assert "add --model.adversary false" in " ".join(capsys.readouterr().err.split())
+    assert "add --model.adversary false" in said(capsys)
     settings = TrainConfig(model=ModelConfig(backbone="resnet18", weights="none", attention="none")).to_dict()
     with pytest.raises(DanFastError, match="With model.attention none there is no attention"):
         initial_network(settings, 3)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from dan_fast import MemoryState
 from tests.support.memory_arguments import (
@@ -13,7 +14,7 @@ from tests.support.memory_arguments import (
     FLOATS,
     GATES,
     INTEGERS,
-    STATE_FIELDS,
+    TENSORS,
     arguments,
     get,
     module,
@@ -23,14 +24,13 @@ from tests.support.memory_arguments import (
 from tests.support.memory_problems import in_dtype
 
 
-@pytest.mark.parametrize("name", [*BATCH, *GATES, *STATE_FIELDS])
+@pytest.mark.parametrize("name", TENSORS)
 def test_another_device_is_named(impl, name):
     """`meta` stands for any second device."""
     given = arguments()
     # Everything is held against M's features: where those are elsewhere, the first that differs is named.
-    first = "labeled.labels is on cpu" if name == "labeled.features" else f"{name} is on meta"
-    if name == "unlabeled.features":
-        first = "unlabeled.labels is on cpu"
+    memory, _, field = name.partition(".")
+    first = f"{memory}.labels is on cpu" if field == "features" else f"{name} is on meta"
     refuses(impl, put(given, name, get(given, name).to("meta")), ValueError, f"^{first}.*: move one with")
 
 
@@ -55,10 +55,8 @@ def test_a_wrong_dtype_is_named(impl, name, dtype):
         impl.memory_step(**put(given, name, get(given, name).to(dtype)))  # any floating dtype will do
         return
     blamed = name
-    if name == "labeled.features" and dtype.is_floating_point:
-        blamed = "labeled.usage"  # which no longer fits
-    if name == "unlabeled.features" and dtype.is_floating_point:
-        blamed = "unlabeled.usage"
+    if name.endswith(".features") and dtype.is_floating_point:
+        blamed = name.replace("features", "usage")  # which no longer fits
     refuses(impl, put(given, name, get(given, name).to(dtype)), TypeError, f"^{blamed} must .*got torch")
 
 
@@ -70,7 +68,7 @@ def test_integers_that_are_not_int64_are_named(impl, name, dtype):
     refuses(impl, put(given, name, wrong), TypeError, rf"^{name} must be torch.int64, got {dtype}.*\.to\(torch.int64\)")
 
 
-@pytest.mark.parametrize("name", [*BATCH, *GATES, *STATE_FIELDS])
+@pytest.mark.parametrize("name", TENSORS)
 @pytest.mark.parametrize("wrong", [None, [[1.0, 2.0, 3.0]], "text", True, object()], ids=lambda x: type(x).__name__)
 def test_what_is_no_tensor_is_named(impl, name, wrong):
     refuses(impl, put(arguments(), name, wrong), TypeError, f"^{name} must be a .*got {type(wrong).__name__}$")
@@ -79,9 +77,8 @@ def test_what_is_no_tensor_is_named(impl, name, wrong):
 @pytest.mark.parametrize("name", ["labeled", "unlabeled"])
 def test_what_is_no_state_is_named(impl, name):
     for wrong in (None, tuple(arguments()[name]), torch.zeros(3)):
-        refuses(
-            impl, arguments() | {name: wrong}, TypeError, f"^{name} must be a MemoryState, got {type(wrong).__name__}"
-        )
+        sentence = f"^{name} must be a MemoryState, got {type(wrong).__name__}"
+        refuses(impl, arguments() | {name: wrong}, TypeError, sentence)
 
 
 def resized(x):
@@ -96,7 +93,7 @@ def resized(x):
         yield x.narrow(dim, 0, 0)
 
 
-@pytest.mark.parametrize("name", [*BATCH, *GATES, *STATE_FIELDS])
+@pytest.mark.parametrize("name", TENSORS)
 def test_a_wrong_shape_is_named(impl, name):
     given = arguments()
     # Sizes come from the keys and the features: where one of those is wrong, what goes with it is named.
@@ -116,43 +113,37 @@ def test_a_memory_without_slots_or_numbers_is_refused(impl):
             refuses(impl, arguments() | {name: nothing}, ValueError, f"^{name}.features must hold at least one slot")
 
 
-@pytest.mark.parametrize("name", ["keys", "unlabeled_keys"])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e160, -1e200])
-def test_a_key_that_is_not_finite_anywhere_is_named(impl, name, value):
-    """1e160 is finite, its square is not."""
-    given = arguments()
-    for row in range(given[name].shape[0]):
-        for column in range(3):
-            wrong = given[name].clone()
-            wrong[row, column] = value
-            refuses(impl, given | {name: wrong}, ValueError, f"^{name} must be finite")
+KEYS = ("keys", "unlabeled_keys")
+FINITE = "must be finite and so must their squared norms"
+# 1e160 is finite, its square is not; nor is that of 1e20 in float32.
+BAD_VALUES = [
+    (name, dtype, value, FINITE)
+    for name in KEYS
+    for dtype, values in {
+        F64: (math.nan, math.inf, -math.inf, 1e160, -1e200),
+        torch.float32: (1e20,),
+        torch.bfloat16: (1e20,),
+    }.items()
+    for value in values
+]
+BAD_VALUES += [
+    (name, F64, value, "must not be negative") for name in ("labels", "sample_ids") for value in (-1, -(2**63))
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "value", "sentence"), BAD_VALUES)
+def test_a_bad_value_anywhere_is_named(impl, name, dtype, value, sentence):
+    given = arguments(dtype)
+    for at in range(given[name].numel()):
+        wrong = given[name].clone()
+        wrong.view(-1)[at] = value
+        refuses(impl, given | {name: wrong}, ValueError, f"^{name} {sentence}")
 
 
 def test_huge_but_usable_keys_are_written(impl):
     given = arguments()
     step = impl.memory_step(**(given | {"keys": 1e150 * given["keys"]}))
     assert step.loss.isfinite() and step.labeled.evaluation.isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_keys_whose_squares_overflow_float32_are_named(impl, dtype):
-    given = arguments()
-    given |= {name: in_dtype(given[name], dtype) for name in ("labeled", "unlabeled")}
-    given |= {name: given[name].to(dtype) for name in ("keys", "unlabeled_keys")}
-    for name in ("keys", "unlabeled_keys"):
-        wrong = given[name].clone()
-        wrong[-1, 1] = 1e20
-        refuses(impl, given | {name: wrong}, ValueError, f"^{name} must be finite and so must their squared norms")
-
-
-@pytest.mark.parametrize("name", ["labels", "sample_ids"])
-@pytest.mark.parametrize("value", [-1, -7, -(2**63)])
-def test_a_negative_number_anywhere_is_named(impl, name, value):
-    given = arguments()
-    for at in range(len(given[name])):
-        wrong = given[name].clone()
-        wrong[at] = value
-        refuses(impl, given | {name: wrong}, ValueError, f"^{name} must not be negative")
 
 
 def test_the_largest_labels_are_kept(impl):
@@ -188,16 +179,13 @@ def test_a_wrong_decay_is_named(impl, name):
 @pytest.mark.parametrize("name", GATES)
 def test_a_wrong_gate_is_named(impl, name):
     for wrong in (math.nan, math.inf, -math.inf):
-        refuses(impl, arguments() | {name: wrong}, ValueError, f"^{name} must be finite")
-        refuses(impl, arguments() | {name: torch.tensor(wrong, dtype=F64)}, ValueError, f"^{name} must be finite")
-        refuses(impl, arguments() | {name: torch.tensor(wrong)}, ValueError, f"^{name} must be finite")
+        for form in (wrong, torch.tensor(wrong, dtype=F64), torch.tensor(wrong)):
+            refuses(impl, arguments() | {name: form}, ValueError, f"^{name} must be finite")
     for wrong in (1j, {}, (0.1,)):
         refuses(impl, arguments() | {name: wrong}, TypeError, f"^{name} must be a .. tensor or a number, got")
-    as_tensor, as_number = (
-        impl.memory_step(**arguments()),
-        impl.memory_step(**(arguments() | {name: arguments()[name].item()})),
-    )
-    assert torch.equal(as_tensor.loss, as_number.loss)
+    number = arguments()[name].item()
+    found = [impl.memory_step(**given).loss for given in (arguments(), arguments() | {name: number})]
+    assert torch.equal(*found)
 
 
 def test_the_first_of_several_faults_is_named(impl):
@@ -235,41 +223,41 @@ def test_a_refused_batch_leaves_no_trace_in_the_module(name, wrong, error, pendi
         with pytest.raises(error, match=f"^{name} "):
             memory(**(given | {name: wrong(given[name])}))
     for _ in range(2):
-        steps = [m(**given) for m in (memory, twin)]
-        grads = [torch.autograd.grad(s.loss, m.parameters()) for s, m in zip(steps, (memory, twin), strict=True)]
-        assert torch.equal(steps[0].loss, steps[1].loss)
-        assert all(map(torch.equal, *grads))
+        losses = [m(**given).loss for m in (memory, twin)]
+        grads = [torch.autograd.grad(x, m.parameters()) for x, m in zip(losses, (memory, twin), strict=True)]
+        assert torch.equal(*losses) and all(map(torch.equal, *grads))
     assert all(map(torch.equal, memory.state_dict().values(), twin.state_dict().values()))
 
 
-def test_wrong_weights_and_sets_are_named(impl):
-    keys, slots, occupied = torch.ones(2, 3), torch.ones(4, 3), torch.ones(4, dtype=torch.bool)
-    for name, wrong, error in (
-        ("keys", keys.int(), TypeError),
-        ("keys", keys[0], ValueError),
-        ("keys", keys * math.nan, ValueError),
-        ("keys", keys * 1e30, ValueError),
-        ("keys", None, TypeError),
-        ("slots", slots.double(), TypeError),
-        ("slots", slots[:, :2], ValueError),
-        ("slots", slots.to("meta"), ValueError),
-        ("occupied", occupied[:3], ValueError),
-        ("occupied", occupied.long(), TypeError),
-        ("occupied", occupied.to("meta"), ValueError),
-    ):
-        with pytest.raises(error, match=f"^{name} "):
-            impl.cosine_softmax(**({"keys": keys, "slots": slots, "occupied": occupied} | {name: wrong}))
-    evaluation, labels, pseudo_labels = torch.ones(2, 4), torch.tensor([0, 1, -1, 0]), torch.tensor([0, 1])
-    for name, wrong, error in (
-        ("evaluation", evaluation.long(), TypeError),
-        ("evaluation", evaluation[0], ValueError),
-        ("labels", labels[:3], ValueError),
-        ("labels", labels.int(), TypeError),
-        ("labels", labels.to("meta"), ValueError),
-        ("pseudo_labels", pseudo_labels[:1], ValueError),
-        ("pseudo_labels", pseudo_labels.float(), TypeError),
-        ("pseudo_labels", pseudo_labels.to("meta"), ValueError),
-    ):
-        given = {"evaluation": evaluation, "labels": labels, "pseudo_labels": pseudo_labels}
-        with pytest.raises(error, match=f"^{name} "):
-            impl.false_sample_sets(**(given | {name: wrong}))
+WEIGHTS = {"keys": torch.ones(2, 3), "slots": torch.ones(4, 3), "occupied": torch.ones(4, dtype=torch.bool)}
+SETS = {"evaluation": torch.ones(2, 4), "labels": torch.tensor([0, 1, -1, 0]), "pseudo_labels": torch.tensor([0, 1])}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error"),
+    [
+        ("keys", Tensor.int, TypeError),
+        ("keys", lambda x: x[0], ValueError),
+        ("keys", lambda x: x * math.nan, ValueError),
+        ("keys", lambda x: x * 1e30, ValueError),
+        ("keys", lambda x: None, TypeError),
+        ("slots", Tensor.double, TypeError),
+        ("slots", lambda x: x[:, :2], ValueError),
+        ("slots", lambda x: x.to("meta"), ValueError),
+        ("occupied", lambda x: x[:3], ValueError),
+        ("occupied", Tensor.long, TypeError),
+        ("occupied", lambda x: x.to("meta"), ValueError),
+        ("evaluation", Tensor.long, TypeError),
+        ("evaluation", lambda x: x[0], ValueError),
+        ("labels", lambda x: x[:3], ValueError),
+        ("labels", Tensor.int, TypeError),
+        ("labels", lambda x: x.to("meta"), ValueError),
+        ("pseudo_labels", lambda x: x[:1], ValueError),
+        ("pseudo_labels", Tensor.float, TypeError),
+        ("pseudo_labels", lambda x: x.to("meta"), ValueError),
+    ],
+)
+def test_wrong_weights_and_sets_are_named(impl, name, change, error):
+    function, given = (impl.cosine_softmax, WEIGHTS) if name in WEIGHTS else (impl.false_sample_sets, SETS)
+    with pytest.raises(error, match=f"^{name} "):
+        function(**given | {name: change(given[name])})

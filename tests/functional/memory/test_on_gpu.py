@@ -36,7 +36,7 @@ def test_two_gpus():
     refuses(functional, given | {"keys": given["keys"].to("cuda:0")}, ValueError, "^keys is on cuda:0, .*cuda:1")
     with torch.cuda.device(0):
         step = functional.memory_step(**given)
-    for a, b in zip(tensors(step._asdict()), tensors(functional.memory_step(**arguments())._asdict()), strict=True):
+    for a, b in zip(tensors(step), tensors(functional.memory_step(**arguments())), strict=True):
         assert a.device.index == 1
         agree(a.cpu(), b)
 
@@ -55,7 +55,7 @@ def test_a_stream_other_than_the_current_one():
         given["keys"].copy_(keys)
         step = functional.memory_step(**given)
     side.synchronize()
-    for a, b in zip(tensors(step._asdict()), tensors(expected._asdict()), strict=True):
+    for a, b in zip(tensors(step), tensors(expected), strict=True):
         agree(a.cpu(), b)
 
 
@@ -103,7 +103,7 @@ def test_a_captured_step_follows_its_arguments():
     for scale in (1.0, -0.5):
         given["keys"].mul_(scale)
         graph.replay()
-        for a, b in zip(tensors(captured._asdict()), tensors(functional.memory_step(**given)._asdict()), strict=True):
+        for a, b in zip(tensors(captured), tensors(functional.memory_step(**given)), strict=True):
             assert torch.equal(a, b)
 
 

@@ -1,9 +1,6 @@
 """`cosine_softmax`, with the sets made of it: values, derivatives, which path serves, bits, the compiler."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,10 +9,9 @@ from torch import Tensor
 from dan_fast import _extension, functional, reference
 from dan_fast.functional.memory.row_norms import row_sq_norms
 from tests.support.memory_problems import agree
-from tests.support.running import Called
+from tests.support.running import Called, by_threads
 from tests.support.slot_problems import F64, SIZES, Weights, weights
-
-needs_extension = pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
+from tests.support.toolchain import needs_extension
 
 
 def with_gradients(function, problem: Weights) -> tuple[Tensor, ...]:
@@ -35,22 +31,17 @@ def scale(tensor: Tensor) -> float:
     return max(1e-30, tensor.double().abs().max().item()) if tensor.numel() else 1.0
 
 
-@pytest.mark.parametrize("fill", [0.6, None, 0.0])
-@pytest.mark.parametrize("slots", SIZES)
-def test_weights_and_two_derivatives_agree_with_the_reference(slots: int, fill: float | None):
-    problem = weights(slots, fill=fill)
+PROBLEMS = [(slots, 5, 7, fill) for slots in SIZES for fill in (0.6, None, 0.0)]
+PROBLEMS += [(9, 0, 3, 0.6), (9, 2, 0, 0.6), (0, 0, 0, 0.6), (1, 1, 1, 0.6), (513, 1, 2, 0.6), (1024, 70, 3, 0.6)]
+
+
+@pytest.mark.parametrize("slots, batch, dim, fill", PROBLEMS)
+def test_weights_and_two_derivatives_agree_with_the_reference(slots: int, batch: int, dim: int, fill: float | None):
+    problem = weights(slots, batch, dim, fill)
     actual, expected = (with_gradients(impl.cosine_softmax, problem) for impl in (functional, reference))
-    for a, b in zip(actual, expected, strict=True):
-        agree(a, b, 1e-10)
-    if slots > 1 and fill != 0.0:
+    agree(actual, expected, 1e-10)
+    if slots > 1 and dim > 3 and fill != 0.0:
         assert all(x.abs().sum() > 0 for x in expected)
-
-
-@pytest.mark.parametrize("slots, batch, dim", [(9, 0, 3), (9, 2, 0), (0, 0, 0), (1, 1, 1), (513, 1, 2), (1024, 70, 3)])
-def test_shapes_at_the_edges(slots: int, batch: int, dim: int):
-    problem = weights(slots, batch, dim)
-    for a, b in zip(*(with_gradients(impl.cosine_softmax, problem) for impl in (functional, reference)), strict=True):
-        agree(a, b, 1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -67,18 +58,19 @@ def test_the_error_is_at_most_twice_that_of_pytorch(slots: int, dtype: torch.dty
         assert (a.double() - e).abs().max() <= allowed
 
 
-def test_layout_does_not_matter():
+def test_the_layout_of_a_gradient_does_not_matter():
+    """That of a sum is one number, expanded."""
     problem = weights(30, batch=4, dim=6)
-    twice = Weights(*(x.repeat_interleave(2, -1) for x in problem))
-    views = Weights(problem.keys.T.contiguous().T, *(x[..., ::2] for x in twice[1:]))
-    for summed in (False, True):  # the gradient of a sum is one number, expanded
 
-        def function(*arguments: Tensor, summed: bool = summed) -> Tensor:
-            result = functional.cosine_softmax(*arguments)
-            return result[:, :5].sum().expand(4, 30) + result if summed else result.T.contiguous().T
+    def plain(*arguments: Tensor) -> Tensor:
+        result = functional.cosine_softmax(*arguments)
+        return result[:, :5].sum() + result
 
-        for a, b in zip(with_gradients(function, views), with_gradients(function, problem), strict=True):
-            agree(a, b, 1e-12)
+    def views(*arguments: Tensor) -> Tensor:
+        result = functional.cosine_softmax(*arguments)
+        return result[:, :5].sum().expand(4, 30) + result.T.contiguous().T
+
+    agree(*(with_gradients(function, problem) for function in (views, plain)), 1e-12)
 
 
 def test_gradgradcheck():
@@ -124,13 +116,10 @@ def test_each_is_one_operator_and_the_pytorch_form_gives_the_same():
         functional.cosine_softmax(keys, *problem[1:3])[0, 0].backward()
     assert "dan_fast::slot_softmax_backward" in called.names and "aten::_softmax" not in called.names
     with _extension.disabled(), Called() as called:
-        plain, plain_sets = (
-            with_gradients(functional.cosine_softmax, problem),
-            functional.false_sample_sets(evaluation, labels, pseudo_labels),
-        )
+        plain = with_gradients(functional.cosine_softmax, problem)
+        plain_sets = functional.false_sample_sets(evaluation, labels, pseudo_labels)
     assert not [name for name in called.names if name.startswith("dan_fast")]
-    for a, b in zip(found, plain, strict=True):
-        agree(a, b, 1e-10)
+    agree(found, plain, 1e-10)
     assert all(map(torch.equal, sets, plain_sets))
 
 
@@ -211,8 +200,7 @@ def test_autocast_does_not_reach_inside():
 def test_bits_do_not_depend_on_the_run_the_threads_or_the_batch(dtype: torch.dtype):
     ops = torch.ops.dan_fast
     *tensors, occupied = operands(dtype, batch=40, slots=1700)
-    grad = torch.randn(40, 1700, generator=torch.Generator().manual_seed(1), dtype=dtype)
-    labels, pseudo_labels = torch.arange(1700) % 60 - 1, torch.arange(40) % 50
+    grad, labels, pseudo_labels = tensors[0].sin(), torch.arange(1700) % 60 - 1, torch.arange(40) % 50
 
     def everything(rows: slice = slice(None)) -> list[Tensor]:
         scores, norms, squares = tensors[0][rows], tensors[1], tensors[2][rows]
@@ -220,49 +208,11 @@ def test_bits_do_not_depend_on_the_run_the_threads_or_the_batch(dtype: torch.dty
         backward = ops.slot_softmax_backward(grad[rows], result, scores, norms, squares)
         return [result, *backward, *ops.false_sample_sets(result, labels, pseudo_labels[rows])]
 
-    threads = torch.get_num_threads()
-    try:
-        found = []
-        for count in (1, 1, 2, 3):
-            torch.set_num_threads(count)
-            found.append(everything())
-    finally:
-        torch.set_num_threads(threads)
+    found = by_threads(everything)
     assert all(all(map(torch.equal, found[0], other)) for other in found[1:])
     alone = everything(slice(7, 8))
     for k in (0, 1, 3, 4, 5):  # all but the gradient of the norms, a sum over rows
         assert torch.equal(alone[k], found[0][k][7:8])
-
-
-# A number for the bits of every result, in a process that has loaded nothing but the library.
-BITS = """
-import sys, torch
-torch.ops.load_library(sys.argv[1])
-ops, generator = torch.ops.dan_fast, torch.Generator().manual_seed(0)
-for dtype in (torch.float64, torch.float32):
-    scores = torch.randn(4, 700, generator=generator, dtype=dtype)
-    norms, squares = 3 * torch.rand(700, dtype=dtype, generator=generator), torch.ones(4, dtype=dtype)
-    result = ops.slot_softmax(scores, norms, squares, norms > 1)
-    gradients = ops.slot_softmax_backward(scores.sin(), result, scores, norms, squares)
-    sets = ops.false_sample_sets(result, torch.arange(700) % 9 - 1, torch.arange(4))
-    for x in (result, *gradients, *sets):
-        flat = x.reshape(-1).view(torch.uint8).long()
-        print(int((flat * torch.arange(1, flat.numel() + 1)).sum()))
-"""
-
-
-@pytest.mark.slow
-@needs_extension
-def test_every_instruction_set_gives_the_same_bits():
-    found = {}
-    for name in _extension.build_info()["instruction_sets"]:
-        done = subprocess.run(
-            [sys.executable, "-c", BITS, _extension.LIBRARY],
-            capture_output=True, text=True, env=os.environ | {"DAN_FAST_ISA": name},
-        )  # fmt: skip
-        assert len(done.stdout.split()) == 12, done.stderr
-        found[name] = done.stdout
-    assert len(set(found.values())) == 1, found
 
 
 @pytest.mark.gpu

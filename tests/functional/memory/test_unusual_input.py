@@ -7,7 +7,7 @@ import torch
 from dan_fast import MemoryState, _extension, functional
 from dan_fast.functional.memory.passes import memory_combine, memory_scores
 from dan_fast.functional.memory.row_norms import row_sq_norms
-from tests.support.memory_arguments import BATCH, F64, GATES, STATE_FIELDS, arguments, get, module, put, tensors
+from tests.support.memory_arguments import BATCH, F64, TENSORS, arguments, get, module, put, tensors
 from tests.support.memory_problems import agree, in_dtype
 
 
@@ -22,15 +22,14 @@ def views(x):
         yield torch.complex(torch.zeros_like(x), -x).conj().imag  # negated when it is read
 
 
-@pytest.mark.parametrize("name", [*BATCH, *GATES, *STATE_FIELDS])
+@pytest.mark.parametrize("name", TENSORS)
 def test_layout_does_not_matter(impl, name):
     given = arguments()
     plain = impl.memory_step(**given)
     for view in views(get(given, name)):
         assert torch.equal(view, get(given, name))
         step = impl.memory_step(**put(given, name, view))
-        for a, b in zip(tensors(step._asdict()), tensors(plain._asdict()), strict=True):
-            agree(a, b, 1e-13)
+        agree(tensors(step), tensors(plain), 1e-13)
         assert torch.equal(view, get(given, name))
 
 
@@ -62,9 +61,8 @@ def test_expanded_tensors(impl):
     for form in (expanded, copied):
         keys, unlabeled_keys = (form[name].detach().requires_grad_() for name in ("keys", "unlabeled_keys"))
         step = impl.memory_step(**(form | {"keys": keys, "unlabeled_keys": unlabeled_keys}))
-        results.append([*tensors(step._asdict()), *torch.autograd.grad(step.loss, [keys, unlabeled_keys])])
-    for a, b in zip(*results, strict=True):
-        agree(a.detach(), b.detach(), 1e-12)
+        results.append([*tensors(step), *torch.autograd.grad(step.loss, [keys, unlabeled_keys])])
+    agree(*results, 1e-12)
     for a, b in zip(tensors(expanded), tensors(copied), strict=True):
         assert torch.equal(a, b)
 
@@ -85,8 +83,7 @@ def test_layout_does_not_matter_to_the_weights_and_the_sets(impl, name):
     for function, given in ((impl.cosine_softmax, weights), (impl.false_sample_sets, sets)):
         if name in given:
             for view in views(given[name]):
-                for a, b in zip(tuple(function(**(given | {name: view}))), tuple(function(**given)), strict=True):
-                    agree(a, b, 1e-14)
+                agree(function(**given | {name: view}), function(**given), 1e-14)
 
 
 def test_a_memory_that_requires_grad_is_a_constant(impl):
@@ -105,6 +102,14 @@ def test_a_memory_that_requires_grad_is_a_constant(impl):
     assert grad_leaf is None
     assert torch.equal(grad_keys, torch.autograd.grad(plain.loss, keys)[0]) and grad_keys.abs().sum() > 0
     assert torch.equal(step.loss, plain.loss)
+
+
+def test_mixed_precision_around_it_changes_nothing():
+    given = arguments(torch.float32)
+    plain = functional.memory_step(**given)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = functional.memory_step(**given)
+    assert all(map(torch.equal, tensors(mixed), tensors(plain)))
 
 
 def test_a_memory_advanced_without_gradients_can_be_trained_on():
@@ -148,8 +153,7 @@ def test_rows_more_than_2_to_the_31_elements_apart(dtype):
     found = [
         functional.memory_step(state._replace(features=x), state._replace(features=x), *batch) for x in (view, rows)
     ]
-    for a, b in zip(*(tensors(step._asdict()) for step in found), strict=True):
-        agree(a, b, 1e-6)
+    agree(*(tensors(step) for step in found), 1e-6)
 
 
 @pytest.mark.slow

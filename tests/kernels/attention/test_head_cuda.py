@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dan_fast.functional.attention.head import AttentionHead
 from tests.support.head_problems import (
     NAMED_LAYOUTS,
     Case,
@@ -25,7 +26,7 @@ from tests.support.head_problems import (
     saved,
     strided,
 )
-from tests.support.toolchain import Guarded, library_on_host, needs_compiler, needs_cuda_kernels
+from tests.support.toolchain import Guarded, call_on_host, library_on_host, needs_compiler, needs_cuda_kernels
 
 pytestmark = [pytest.mark.compile, needs_compiler]
 
@@ -56,53 +57,19 @@ class Host:
     def __call__(self, case: Case) -> tuple[Outputs, Gradients]:
         batch, channels, height, width = case.arguments.features.shape
         positions, units, hidden = height * width, case.arguments.wc1.shape[0], case.arguments.ws1.shape[0]
-        self.sizes = batch, channels, positions, units, hidden, case.arguments.cam_weight.shape[0]
-        self.statistics, self.guarded = case.statistics, Guarded()
-        arguments = [x.contiguous() for x in case.arguments]
+        sizes = batch, channels, positions, units, hidden, case.arguments.cam_weight.shape[0]
+        guarded, arguments = Guarded(), [x.contiguous() for x in case.arguments]
         # One channel's positions must be adjacent, as the bindings see to.
         arguments[0] = x = case.arguments.features.contiguous() if channels == 1 else case.arguments.features
-        by_channel, by_position, by_unit = (batch, channels), (batch, positions), (batch, units)
-        out = Outputs(
-            attended=self.empty(by_channel),
-            mean=self.empty(by_channel),
-            channel_attention=self.empty(by_channel),
-            spatial_attention=self.empty(by_position),
-            loss=self.empty((batch,)),
-            of_mean=self.empty(by_unit),
-            of_peak=self.empty(by_unit),
-            peak=self.empty(by_channel),
-            peak_position=self.empty(by_channel, torch.int32),
-            mean_map=self.empty(by_position),
-            peak_map=self.empty(by_position),
-            peak_channel=self.empty(by_position, torch.int32),
-            adversary_map=self.empty(by_position),
-        )
-        self.call("forward", x, x, [*arguments, *out])
-        # Amid other channels of the same layout, which must stay as they are.
-        wide = x.new_full((batch, channels + 16, height, width), 77)
-        own = torch.contiguous_format if self.step(x) == 1 else torch.channels_last
-        wide = wide.contiguous(memory_format=self.grad_layout or own)
-        grads = Gradients(wide[:, 8:-8].fill_(torch.nan), *(self.empty(weight.shape) for weight in arguments[1:-1]))
+        out = Outputs(*guarded.like(AttentionHead.fake(*arguments)))
+        call_on_host(self.library, "forward", [x, x], [*arguments, *out], sizes, self.machine)
+        guarded.assert_untouched()
+        grads = Gradients(guarded.map_like(x, self.grad_layout), *guarded.like(arguments[1:-1]))
         of_outputs = [*saved(out), *(grad if grad is None else grad.contiguous() for grad in case.grads)]
-        self.call("backward", x, grads.features, [*arguments, *of_outputs, *grads])
-        assert (wide[:, :8] == 77).all() and (wide[:, -8:] == 77).all(), "written beyond the map"
+        tensors = [*arguments, *of_outputs, *grads]
+        call_on_host(self.library, "backward", [x, grads.features], tensors, sizes, self.machine)
+        guarded.assert_untouched()
         return out, grads
-
-    def step(self, x: Tensor) -> int:
-        """From one position to the next."""
-        step = x.stride(3) if x.shape[3] > 1 else x.stride(2)
-        return 1 if x.shape[2:].numel() == 1 else step
-
-    def call(self, name: str, x: Tensor, grad: Tensor, tensors: list[Tensor | None]) -> None:
-        strides = [step for map_ in (x, grad) for step in (*map_.stride()[:2], self.step(map_))]
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        kernels = getattr(self.library, f"{name}_{str(x.dtype).removeprefix('torch.')}")
-        numbers = ((ctypes.c_int64 * len(values))(*values) for values in (self.sizes, strides, self.machine))
-        kernels(*numbers, (ctypes.c_void_p * len(pointers))(*pointers))
-        self.guarded.assert_untouched()
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        return self.guarded.empty(shape, dtype or self.statistics)
 
 
 # B, C, H, W, units, h and where it runs
@@ -148,7 +115,7 @@ def test_values_and_gradients(library: ctypes.CDLL, name: str, layout: str, dtyp
     assert_right(case, *Host(library, machine)(case))
 
 
-@pytest.mark.parametrize("missing", [("mean",), ("channel_attention",)], ids=str)
+@pytest.mark.parametrize("missing", [("pooled",), ("channel_attention",)], ids=str)
 def test_nothing_comes_back_to_some_outputs(library: ctypes.CDLL, missing: tuple[str, ...]):
     case = Case((2, 18, 2, 2, 3, 1), torch.float64)
     case.grads = case.grads._replace(**dict.fromkeys(missing))
@@ -261,7 +228,7 @@ def test_unusual_numbers_on_the_gpu(layout: Callable):
     case = Case((2, 40, 7, 7, 6, 4), torch.float64, layout)
     assert_an_infinite_gradient_ends_where_a_unit_is_off(run_on_gpu, case)
     case = Case((2, 40, 7, 7, 6, 4), torch.float64, layout)
-    case.grads = case.grads._replace(mean=None, channel_attention=None)
+    case.grads = case.grads._replace(pooled=None, channel_attention=None)
     assert_right(case, *run_on_gpu(case))
 
 

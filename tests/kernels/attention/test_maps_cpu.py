@@ -1,4 +1,4 @@
-"""X'' and the attention adversary of given maps: the kernels against float64 formulas, and the operators over them."""
+"""X'' and the attention adversary of given maps: the kernels against float64 formulas."""
 
 from collections.abc import Callable
 
@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dan_fast import NLCBAMWeights, _extension, functional, reference
 from dan_fast.functional.attention.adversary import HeadAdversary
-from tests.support.head_problems import DTYPES, LAYOUTS, assert_varies_alike, channels_last, contiguous
+from tests.support.head_problems import DTYPES, LAYOUTS, channels_last, contiguous
 from tests.support.maps_problems import OPERATORS, Case, check, wrong_maps
 from tests.support.running import by_threads
 from tests.support.toolchain import needs_extension
@@ -154,123 +153,9 @@ def results() -> list[Tensor]:
     return [x for dtype, layout in layouts for size in SIZES[2:6] for x in Case(size, dtype, layout).run()]
 
 
-def problem(dtype: torch.dtype = torch.float64, layout: torch.memory_format = torch.contiguous_format):
-    """Arguments of `nl_cbam` and, with the CAM weight and labels, of `attention_adversary`."""
-    generator = torch.Generator().manual_seed(5)
-    shapes = [(3, 6, 3, 2), (2, 6), (6, 2), (2, 6), (2, 6), (6, 2), (6, 2), (4, 6)]
-    features, *weights, cam_weight = ((torch.randn(s, generator=generator) * 0.6).to(dtype) for s in shapes)
-    features = (features + 0.5).contiguous(memory_format=layout)
-    # No hidden unit of A_S is off, and it varies.
-    weights[2:] = [x.abs() for x in weights[2:4]] + [3 * x for x in weights[4:]]
-    return [x.requires_grad_() for x in (features, *weights, cam_weight)], torch.tensor([3, -1, 3])
-
-
-def both(inputs: list[Tensor], labels: Tensor, form=functional) -> list[Tensor]:
-    features, *weights, cam_weight = inputs
-    attended = form.nl_cbam(features, NLCBAMWeights(*weights))
-    return [*attended, *form.attention_adversary(features, attended.refined, cam_weight, labels)]
-
-
-def mixture(values: list[Tensor]) -> Tensor:
-    return sum((x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).reshape(x.shape)).sum() for x in values)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_both_paths_agree_with_the_reference(layout: torch.memory_format):
-    inputs, labels = problem(layout=layout)
-    expected = both(inputs, labels, reference)
-    expected += torch.autograd.grad(mixture(expected), inputs)
-    kernels = both(inputs, labels)
-    with _extension.disabled():
-        pytorch = both(inputs, labels)
-    for found in (kernels, pytorch):
-        found = [*found, *torch.autograd.grad(mixture(found), inputs)]
-        for actual, wanted in zip(found, expected, strict=True):
-            torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
-    assert kernels[0].stride() == inputs[0].stride()
-
-
-def test_the_kernels_run_once_and_can_be_turned_off():
-    inputs, labels = problem()
-    with torch.profiler.profile() as profile:
-        mixture(both(inputs, labels)).backward()
-        with _extension.disabled():
-            both(inputs, labels)
-    names = [event.name for event in profile.events()]
-    assert [names.count(f"dan_fast::{name}") for name in OPERATORS] == [1, 1, 1, 1]
-
-
-def test_first_and_second_derivatives():
-    inputs, labels = problem()
-    assert torch.autograd.gradcheck(lambda *x: tuple(both(x, labels)), inputs, fast_mode=True)
-    assert torch.autograd.gradgradcheck(lambda *x: tuple(both(x, labels)), inputs, fast_mode=True)
-    second = []
-    for form in (functional, reference):
-        first = torch.autograd.grad(mixture(both(inputs, labels, form)), inputs, create_graph=True)
-        second.append(torch.autograd.grad(sum(x.square().sum() for x in first), inputs))
-    for actual, expected in zip(*second, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("create_graph", [False, True])
-@pytest.mark.parametrize("used", range(3))
-def test_results_that_are_not_used_have_no_gradient(used: int, create_graph: bool):
-    inputs, labels = problem()
-    features, refined = inputs[0], inputs[0].detach().flip(1).requires_grad_()
-    wanted = [features, refined, inputs[-1]]
-
-    def grads(form) -> tuple[Tensor | None, ...]:
-        value = form.attention_adversary(*wanted, labels)[used].square().sum()
-        return torch.autograd.grad(value, wanted, create_graph=create_graph, allow_unused=True, materialize_grads=True)
-
-    for actual, expected in zip(grads(functional), grads(reference), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-
-
 def test_no_map_is_made_for_x2_where_only_the_adversary_wants_its_gradient():
     case = Case((2, 6, 3, 3), torch.float32)
     refined = case.refined.requires_grad_()
     loss = HeadAdversary.run(case.features, refined, case.rows, case.labels)[0]
     (grad,) = torch.autograd.grad(loss.sum(), refined)
     assert grad.shape == refined.shape and grad.untyped_storage().nbytes() == 2 * 9 * 4
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_precision_is_that_of_pytorch(dtype: torch.dtype):
-    inputs, labels = problem(dtype)
-    wide = [x.detach().double().requires_grad_() for x in inputs]
-    expected = both(wide, labels, reference)
-    expected = (*expected, *torch.autograd.grad(mixture(expected), wide))
-
-    def run() -> list[Tensor]:
-        output = both(inputs, labels)
-        return [*output, *torch.autograd.grad(mixture(output), inputs)]
-
-    kernels = run()
-    with _extension.disabled():
-        pytorch = run()
-    for actual, same_precision, wanted in zip(kernels, pytorch, expected, strict=True):
-        assert actual.dtype == dtype
-        rounding = 4 * torch.finfo(dtype).eps * (1 + wanted.abs().max())
-        allowed = 2 * (same_precision.double() - wanted).abs().max() + rounding
-        assert (actual.double() - wanted).abs().max() <= allowed
-    assert_varies_alike(kernels[2], expected[2])
-
-
-def test_autocast_takes_half_precision_to_float32():
-    inputs, labels = problem(torch.bfloat16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = both(inputs, labels)
-    assert all(x.dtype == torch.float32 for x in found)
-
-
-@pytest.mark.compile
-def test_compiled_whole():
-    inputs, labels = problem(torch.float32, torch.channels_last)
-    expected = both(inputs, labels)
-    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(inputs, labels)
-    for actual, wanted in zip(compiled, expected, strict=True):
-        assert torch.equal(actual, wanted)
-    grads = (torch.autograd.grad(mixture(x), inputs) for x in (compiled, expected))
-    for actual, wanted in zip(*grads, strict=True):
-        torch.testing.assert_close(actual, wanted)

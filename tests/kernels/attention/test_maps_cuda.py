@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.support.head_problems import NAMED_LAYOUTS, channels_last, contiguous, part
 from tests.support.maps_problems import OPERATORS, Case, Results, check
-from tests.support.toolchain import Guarded, library_on_host, needs_compiler, needs_cuda_kernels
+from tests.support.toolchain import Guarded, call_on_host, library_on_host, needs_compiler, needs_cuda_kernels
 
 pytestmark = [pytest.mark.compile, needs_compiler]
 
@@ -27,55 +27,29 @@ class Host:
         self.sizes = (*case.features.shape[:2], case.features.shape[2:].numel())
         self.guarded = Guarded()
 
-    def strides(self, map_: Tensor) -> tuple[int, ...]:
-        step = map_.stride(3) if map_.shape[3] > 1 else map_.stride(2)
-        return *map_.stride()[:2], 1 if self.sizes[2] == 1 else step
-
     def call(self, name: str, maps: list[Tensor], *arrays: Tensor) -> None:
-        tensors = [*maps, *(x.contiguous() for x in arrays)]
-        pointers = (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
-        strides = [step for map_ in maps for step in self.strides(map_)]
-        kernel = getattr(self.library, f"{name}_{str(self.case.dtype).removeprefix('torch.')}")
-        kernel((ctypes.c_int64 * 3)(*self.sizes), (ctypes.c_int64 * len(strides))(*strides), pointers)
+        call_on_host(self.library, name, maps, [*maps, *(x.contiguous() for x in arrays)], self.sizes)
         self.guarded.assert_untouched()
 
     def empty(self, *shape: int) -> Tensor:
         return self.guarded.empty(shape, self.case.statistics)
 
-    def map_to_write(self) -> tuple[Tensor, Tensor]:
-        """One amid other channels, which must stay as they are, and both together; packs of it are aligned."""
-        x = self.case.features
-        batch, channels, height, width = x.shape
-        layout = contiguous if self.strides(x)[2] == 1 else channels_last
-        wide = layout(x.new_full((batch, channels + 16, height, width), 77))
-        return wide[:, 8:-8].fill_(torch.nan), wide
-
     def write(self, name: str, read: list[Tensor], *arrays: Tensor) -> Tensor:
-        written, wide = self.map_to_write()
+        written = self.guarded.map_like(self.case.features)
         self.call(name, [*read, written], *arrays)
-        assert (wide[:, :8] == 77).all() and (wide[:, -8:] == 77).all(), "written beyond the map"
         return torch.empty_like(self.case.features).copy_(written)
 
     def run(self) -> Results:
         case, (batch, channels, positions) = self.case, self.sizes
         refined = self.write("refine", [case.features], *case.attentions)
         grad_attentions = self.empty(batch, channels), self.empty(batch, positions)
-        grad_features = self.write(
-            "refine_backward", [case.features, case.grad_refined], *case.attentions, *grad_attentions
-        )
+        both = [case.features, case.grad_refined]
+        grad_features = self.write("refine_backward", both, *case.attentions, *grad_attentions)
         results = self.empty(batch), self.empty(batch, positions), self.empty(batch, positions)
         self.call("adversary", [case.features, case.refined], case.rows, case.labels, *results)
         grad_rows, grad_map = self.empty(batch, channels), self.empty(batch, positions)
-        grad_x = self.write(
-            "adversary_backward",
-            [case.features],
-            case.rows,
-            case.labels,
-            *results[1:],
-            *case.grads,
-            grad_rows,
-            grad_map,
-        )
+        known = case.rows, case.labels, *results[1:], *case.grads
+        grad_x = self.write("adversary_backward", [case.features], *known, grad_rows, grad_map)
         return Results(refined, grad_features, *grad_attentions, *results, grad_x, grad_map, grad_rows)
 
 

@@ -10,116 +10,46 @@ from torch import Tensor
 
 import dan_fast.functional  # noqa: F401 - registers what torch.compile and opcheck need of the operators
 from tests.support.running import by_threads
+from tests.support.stream_problems import (
+    DTYPES,
+    Case,
+    check_commit,
+    check_exact_products,
+    check_products,
+    check_special_values,
+    padded,
+)
 from tests.support.toolchain import needs_extension
 
 pytestmark = [needs_extension, pytest.mark.usefixtures("poison")]
 ops = torch.ops.dan_fast
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SLOTS, COLUMNS, QUERIES = (1, 5, 6, 7, 100, 1001), (1, 2, 63, 2045), (0, 1, 31, 64, 65, 130)
 _queries = cycle(QUERIES)
 SHAPES = [(s, d, next(_queries)) for s in SLOTS for d in COLUMNS]
 SHAPES += [(37, 200, t) for t in QUERIES] + [(0, 3, 4), (4, 0, 3), (0, 0, 0)]
 
 
-def statistics(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def padded(rows: Tensor) -> Tensor:
-    """The same rows further apart, NaN between them."""
-    wide = torch.full((rows.shape[0], rows.shape[1] + 3), torch.nan, dtype=rows.dtype)
-    view = wide[:, : rows.shape[1]]
-    return view.copy_(rows)
-
-
-class Case:
-    """A memory, its pending writes and a batch of keys, all random."""
-
-    def __init__(self, slots: int, columns: int, queries: int, dtype: torch.dtype, pending: int | None = None):
-        generator = torch.Generator().manual_seed(slots * 7 + columns + queries)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.statistics)
-
-        self.dtype, self.statistics = dtype, statistics(dtype)
-        pending = queries if pending is None else pending
-        self.base = padded(random(slots, columns).to(dtype))
-        self.keys, self.pending_keys = random(queries, columns), random(pending, columns)
-        self.weights, self.kept = random(pending, slots), (random(slots) > -0.5).to(self.statistics)
-
-    def writes(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.kept, self.weights, self.pending_keys
-
-    def committed(self, dtype: torch.dtype) -> Tensor:
-        """The definition, computed in `dtype`."""
-        kept, weights, pending_keys = (x.to(dtype) for x in self.writes())
-        return kept[:, None] * self.base.to(dtype) + weights.mT @ pending_keys
-
-
-def assert_as_close(result: Tensor, exact: Tensor, pytorch: Tensor, terms: Tensor) -> None:
-    """No more than twice PyTorch's error in the same precision; `terms` is the sum of the terms' magnitudes."""
-    assert result.shape == exact.shape and torch.isfinite(result).all()
-    ulp, error = torch.finfo(result.dtype).eps, (result.double() - exact).abs()
-    assert (error <= 4 * ulp * terms).all()
-    # In float64 the reference is no more exact than what it judges. For a single row or column PyTorch takes dot
-    # products, whose many short sums err less than those of its, and of this, matrix product.
-    if result.dtype != torch.float64 and min(result.shape) > 1:
-        assert error.max() <= 2 * (pytorch.double() - exact).abs().max() + ulp * exact.abs().max()
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scores_and_norms(dtype: torch.dtype):
+def test_products(dtype: torch.dtype):
     for slots, columns, queries in SHAPES:
         case = Case(slots, columns, queries, dtype)
-        scores, square_norms = ops.memory_scores(case.keys, case.base)
-        assert scores.dtype == square_norms.dtype == case.statistics
-        keys, base = case.keys.double(), case.base.double()
-        pytorch = case.keys @ case.base.to(case.statistics).mT
-        assert_as_close(scores, keys @ base.mT, pytorch, keys.abs() @ base.abs().mT)
-        assert torch.equal(square_norms, ops.row_sq_norms(case.base))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_combinations(dtype: torch.dtype):
-    for slots, columns, queries in SHAPES:
-        case = Case(slots, columns, queries, dtype)
-        combined = ops.memory_combine(case.weights, case.base)
-        assert combined.dtype == case.statistics
-        weights, base = case.weights.double(), case.base.double()
-        pytorch = case.weights @ case.base.to(case.statistics)
-        assert_as_close(combined, weights @ base, pytorch, weights.abs() @ base.abs())
+        assert torch.equal(check_products(ops, case)[1], ops.row_sq_norms(case.base))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_commits(dtype: torch.dtype):
     for slots, columns, pending in SHAPES:
         case = Case(slots, columns, 9, dtype, pending)
-        stored, square_norms = ops.memory_commit(case.base, *case.writes())
-        assert stored.dtype == dtype and stored.is_contiguous() and square_norms.dtype == case.statistics
-        exact, pytorch = case.committed(torch.float64), case.committed(case.statistics).to(dtype)
-        terms = case.weights.double().mT.abs() @ case.pending_keys.double().abs() + case.base.double().abs()
-        assert_as_close(stored, exact, pytorch, terms)
-        # What is scored is what is stored, to the bit, and so is what the fused pass leaves in place.
+        stored, square_norms, scores = check_commit(ops, case)
+        # What is scored is what is stored, to the bit.
         assert torch.equal(square_norms, ops.row_sq_norms(stored))
-        scores, same_norms = ops.memory_commit_scores_(case.base, *case.writes(), case.keys)
-        assert torch.equal(case.base, stored) and torch.equal(same_norms, square_norms)
         assert torch.equal(scores, ops.memory_scores(case.keys, stored)[0])
-        around = case.base.as_strided((slots, 3), case.base.stride(), case.base.storage_offset() + columns)
-        assert around.isnan().all(), "it wrote between the rows"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_slot_that_is_not_kept_is_not_read(dtype: torch.dtype):
-    case = Case(13, 70, 3, dtype)
-    case.kept = torch.tensor([0.0, 1.0, 0.5], dtype=case.statistics).repeat(5)[:13]
-    expected = case.committed(case.statistics).to(dtype)
-    case.base[::3] = torch.tensor([torch.nan, torch.inf] * 35, dtype=dtype)
-    stored, square_norms = ops.memory_commit(case.base, *case.writes())
-    torch.testing.assert_close(stored, expected)
-    assert torch.isfinite(square_norms).all()
-    nothing = ops.memory_commit(case.base, case.kept, case.weights[:0], case.pending_keys[:0])[0]
-    assert (nothing[::3] == 0).all() and torch.equal(nothing[1::3], case.base[1::3])
+def test_every_bit_counts_and_nan_is_not_hidden():
+    check_exact_products(ops)
+    check_special_values(ops)
 
 
 def test_nan_and_infinity_stay_in_their_row_or_column():
@@ -180,25 +110,22 @@ def test_the_same_bits_again_and_whatever_the_number_of_threads(dtype: torch.dty
         return [*found, case.base]
 
     first, *others = by_threads(run)
-    for found in others:
-        assert all(torch.equal(x, y) for x, y in zip(found, first, strict=True))
+    assert all(all(map(torch.equal, found, first)) for found in others)
 
 
 def test_any_strides():
     case = Case(40, 30, 21, torch.float32)
     plain = case.base.contiguous()
-    expected = ops.memory_scores(case.keys, plain), ops.memory_combine(case.weights, plain)
-    committed = ops.memory_commit(plain, *case.writes())
-    turned = [x.mT.contiguous().mT for x in (case.keys, case.base, case.weights, case.pending_keys)]
-    spread = [x.repeat_interleave(2, 1)[:, ::2] for x in (case.keys, case.base, case.weights, case.pending_keys)]
-    far = [padded(x) for x in (case.keys, case.base, case.weights, case.pending_keys)]
-    kept = case.kept.repeat_interleave(2)[::2]
-    for keys, base, weights, pending_keys in (turned, spread, far):
-        for got, want in zip(ops.memory_scores(keys, base), expected[0], strict=True):
-            assert torch.equal(got, want)
-        assert torch.equal(ops.memory_combine(weights, base), expected[1])
-        for got, want in zip(ops.memory_commit(base, kept, weights, pending_keys), committed, strict=True):
-            assert torch.equal(got, want)
+
+    def everything(keys: Tensor, base: Tensor, kept: Tensor, weights: Tensor, pending_keys: Tensor) -> list[Tensor]:
+        committed = ops.memory_commit(base, kept, weights, pending_keys)
+        return [*ops.memory_scores(keys, base), ops.memory_combine(weights, base), *committed]
+
+    given = case.keys, plain, case.kept, case.weights, case.pending_keys
+    expected = everything(*given)
+    for view in (lambda x: x.mT.contiguous().mT, lambda x: x.repeat_interleave(2, 1)[:, ::2], padded):
+        views = [view(x) if x.dim() == 2 else x.repeat_interleave(2)[::2] for x in given]
+        assert all(map(torch.equal, everything(*views), expected))
     one = case.keys[:1].expand(6, -1)
     assert torch.equal(ops.memory_scores(one, plain)[0], ops.memory_scores(one.contiguous(), plain)[0])
     assert torch.equal(ops.memory_scores(one, one)[1], ops.row_sq_norms(one.contiguous()))
