@@ -13,8 +13,8 @@ from dan_fast.functional.autocast import outside_autocast
 from dan_fast.functional.memory.passes import memory_scores
 from dan_fast.functional.memory.sharded import ShardedMemory
 
-# So far below the smallest logit of its row lies what is left out of a sum: exp(-80) is lost beside 1 in every type, a
-# row without members stays free of NaN in all derivatives, and exp of -1e30 takes several times as long.
+# So far below the largest logit that is summed lies what is left out: exp(-80) is lost beside 1 in every type and not
+# denormal in float32, of which exp takes ten times as long; a row without members stays free of NaN in all derivatives.
 _FAR = 80.0
 
 
@@ -91,4 +91,6 @@ def sharded_discriminative_loss(
 
 def _log_sum(logits: Tensor, members: Tensor) -> Tensor:
     """(B,) logarithms of the sum of exp over each row's members of logits (B, s)."""
-    return torch.where(members, logits, logits.detach().amin(1, keepdim=True) - _FAR).logsumexp(1)
+    constants = logits.detach()
+    largest = torch.where(members, constants, constants.amin(1, keepdim=True)).amax(1, keepdim=True)
+    return torch.where(members, logits, largest - _FAR).logsumexp(1)

@@ -21,10 +21,11 @@ def problem(dtype: torch.dtype = F64, seed: int = 0) -> tuple[Tensor, Tensor]:
     return keys.to(dtype), slots.to(dtype)
 
 
-def test_the_loss_is_eq_15_with_the_mean_of_its_own_slots_and_the_sum_of_the_others(impl):
+@pytest.mark.parametrize("temperature", [0.3, 0.01])
+def test_the_loss_is_eq_15_with_the_mean_of_its_own_slots_and_the_sum_of_the_others(impl, temperature):
     keys, slots = problem()
-    losses = impl.discriminative_loss(keys, LABELS, slots, SLOT_LABELS, temperature=0.3)
-    weights = torch.exp(F.cosine_similarity(keys[:, None], slots, dim=2) / 0.3)
+    losses = impl.discriminative_loss(keys, LABELS, slots, SLOT_LABELS, temperature)
+    weights = torch.exp(F.cosine_similarity(keys[:, None], slots, dim=2) / temperature)
     for row, own, others in ((0, [0, 4], [1, 3, 5]), (1, [1], [0, 3, 4, 5]), (4, [0, 4], [1, 3, 5])):
         positive, negative = weights[row, own].mean(), weights[row, others].sum()
         assert torch.isclose(losses[row], -torch.log(positive / (positive + negative)), rtol=1e-12)
