@@ -53,12 +53,6 @@ def test_market_folder_gives_all_parts_sorted_by_name(market: Path) -> None:
     assert load_dataset(str(market), name="source").name == "source"
 
 
-def test_market_folder_with_the_train_part_only(tmp_path: Path) -> None:
-    tiny_image(tmp_path / "bounding_box_train" / "0001_c2_f0001.jpg")
-    dataset = load_dataset(tmp_path)
-    assert len(dataset.train) == 1 and (dataset.query, dataset.gallery, dataset.test) == ((), (), ())
-
-
 def test_market_image_with_another_name(market: Path) -> None:
     tiny_image(market / "query" / "person.jpg")
     assert "person.jpg is not named like a Market-1501 image" in sentence(market)

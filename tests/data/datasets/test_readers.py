@@ -1,6 +1,5 @@
 """MSMT17, CUHK02, CUHK03, CUHK-SYSU and DukeMTMC-reID in the layouts people have them in, drawn tiny."""
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.data import ReIDDataset, load_dataset, read_image
 from tests.support.dataset_shelf import tiny_image
 from tests.support.refusals import refusal
+from tests.support.written_sets import cuhk03_of
 
 
 def rows(samples: Sequence) -> list[tuple[str, int, int]]:
@@ -124,25 +124,11 @@ def test_cuhk02(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.fixture
 def cuhk03(tmp_path: Path) -> Path:
-    """The extracted images of six people in three pairs, with torchreid's splits of the detected ones."""
-    home = tmp_path / "cuhk03"
+    """The extracted images of three people in as many pairs of cameras, with torchreid's splits."""
     names = [f"{pair}_001_{camera}_{5 * camera:02d}.png" for pair in (1, 2, 3) for camera in (1, 2)]
-    for name in names:
-        tiny_image(home / "images_detected" / name)
-        tiny_image(home / "images_labeled" / name)
-
-    def entries(folder: str, chosen: Sequence[str]) -> list[list]:
-        # As written on another machine, with labels that restart in every part.
-        return [[f"/home/somebody/reid/cuhk03/{folder}/{name}", 0, int(name[6]) - 1] for name in chosen]
-
     train, test = names[:2], names[2:]
     new = {"train": train, "query": test[:1], "gallery": test[1:2]}
-    second = {"train": test, "query": train, "gallery": train}
-    for box in ("detected", "labeled"):
-        parts = [{part: entries(f"images_{box}", chosen) for part, chosen in each.items()} for each in (new, second)]
-        (home / f"splits_classic_{box}.json").write_text(json.dumps(parts))
-        (home / f"splits_new_{box}.json").write_text(json.dumps(parts[:1]))
-    return home
+    return cuhk03_of(tmp_path / "cuhk03", new, new, {"train": test, "query": train, "gallery": train})
 
 
 def test_cuhk03_has_no_default_variant(cuhk03: Path) -> None:

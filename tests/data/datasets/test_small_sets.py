@@ -12,7 +12,7 @@ from dan_fast.data.datasets.known import KNOWN, check_counts, find_datasets
 from dan_fast.data.datasets.load import all_images, load_dataset
 from dan_fast.data.datasets.prid import PRID
 from dan_fast.data.datasets.viper import VIPER
-from dan_fast.data.samples import FixedSplit, KnownDataset, ReIDDataset, Sample
+from dan_fast.data.samples import FixedSplit, KnownDataset, ReIDDataset
 from tests.support.dataset_shelf import SMALL_SETS, VIPER_NUMBERS, tiny_image, touch
 
 NAMED = read_lists("ilids")[1][3]["gallery"][7]
@@ -244,9 +244,3 @@ def test_images_of_another_name_and_two_where_there_can_be_one(
     with pytest.raises(DanFastError, match=f"{Path(bad).name} is not named like the images beside it") as caught:
         known.read(tmp_path, "tiny", "")
     assert str(tmp_path) in str(caught.value) and str(caught.value).endswith("rename or remove it.")
-
-
-def test_splits_are_named_tuples_of_samples(whole: dict[str, ReIDDataset]) -> None:
-    split = whole["viper"].splits.splits[0]
-    assert isinstance(split, FixedSplit) and isinstance(split.query[0], Sample)
-    assert whole["viper"].splits.label == f"viper {read_lists('viper')[0][:8]}"
