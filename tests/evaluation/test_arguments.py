@@ -45,7 +45,7 @@ EVALUATIONS = (evaluate_ranking, evaluate_single_shot, evaluate_reranked)
     ],
 )
 def test_errors_name_the_argument(path, evaluate, change, sentence):
-    assert evaluate(**ARGUMENTS).mAP == 1
+    assert evaluate(**{"block_bytes": 1, **ARGUMENTS}).mAP == 1
     with pytest.raises(ValueError, match=sentence):
         evaluate(**{**ARGUMENTS, **change})
 
