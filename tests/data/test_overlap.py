@@ -1,55 +1,28 @@
 """No person is both trained on and tested on, by whatever path, link or variant the two datasets are named."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from dan_fast.core.errors import DanFastError
 from dan_fast.data import ReIDDataset, Sample, TrainingSet
 from dan_fast.data.overlap import persons_in_both, persons_tested
 from dan_fast.training.config import DataConfig
 from dan_fast.training.reported import SEEN, seen_of
 from dan_fast.training.sources import load_datasets
+from tests.support.refusals import refusal
+from tests.support.written_sets import cuhk03_of, manifest
 
 
 @pytest.fixture
 def cuhk03(tmp_path: Path) -> Path:
     """Three people; the new protocol trains on two of them and tests on the third, the classic one turns that round."""
-    home = tmp_path / "data" / "cuhk03"
-    names = {pid: [f"1_{pid:03}_{camera}_{5 * camera:02}.png" for camera in (1, 2)] for pid in (1, 2, 3)}
-    for box in ("detected", "labeled"):
-        (home / f"images_{box}").mkdir(parents=True)
-        for name in sum(names.values(), []):
-            (home / f"images_{box}" / name).touch()
-
-        def entries(*pids: int, box: str = box) -> list[list]:
-            return [[f"x/images_{box}/{name}", 0, int(name[6]) - 1] for pid in pids for name in names[pid]]
-
-        new = {"train": entries(1, 2), "query": entries(3)[:1], "gallery": entries(3)[1:]}
-        classic = {"train": entries(3), "query": entries(1), "gallery": entries(1)}
-        (home / f"splits_new_{box}.json").write_text(json.dumps([new]))
-        (home / f"splits_classic_{box}.json").write_text(json.dumps([classic]))
-    return home
+    one, two, three = ([f"1_{pid:03}_{camera}_{5 * camera:02}.png" for camera in (1, 2)] for pid in (1, 2, 3))
+    new = {"train": [*one, *two], "query": three[:1], "gallery": three[1:]}
+    return cuhk03_of(tmp_path / "data" / "cuhk03", new, {"train": three, "query": one, "gallery": one})
 
 
 def refused(**data: object) -> str:
-    with pytest.raises(DanFastError) as caught:
-        load_datasets(DataConfig(**data))
-    message = str(caught.value)
-    assert "\n" not in message and message.endswith(".")
-    return message
-
-
-def manifest(folder: Path, **pids: list[int]) -> str:
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for split, people in pids.items():
-        for number, pid in enumerate(people):
-            (folder / f"{split}{number}.jpg").touch()
-            rows.append(f"{split}{number}.jpg,{pid},{number % 2},{split}")
-    (folder / "manifest.csv").write_text("\n".join(["path,pid,camid,split", *rows]) + "\n")
-    return str(folder)
+    return refusal(load_datasets, DataConfig(**data))
 
 
 def test_another_variant_of_a_dataset_trained_on_is_refused(cuhk03: Path) -> None:
@@ -62,10 +35,8 @@ def test_another_variant_of_a_dataset_trained_on_is_refused(cuhk03: Path) -> Non
     # The other boxes show the same people.
     assert "1 of them" in refused(labeled=f"{cuhk03}@detected new", targets=f"{cuhk03}@labeled classic split 1")
     own = DataConfig(labeled=f"{cuhk03}@labeled new", targets=[f"{cuhk03}@labeled new", f"{cuhk03}@detected new"])
-    assert [target.variant for target in load_datasets(own).targets] == [
-        "labeled, new protocol",
-        "detected, new protocol",
-    ]
+    variants = [target.variant for target in load_datasets(own).targets]
+    assert variants == ["labeled, new protocol", "detected, new protocol"]
 
 
 def test_links_do_not_hide_a_dataset(cuhk03: Path, tmp_path: Path) -> None:

@@ -47,11 +47,6 @@ def test_truth_about_unlabelled_images_is_known_by_root_and_pid() -> None:
     assert source.unlabeled_samples == unlabeled[0].train + unlabeled[1].train
 
 
-def test_one_image_per_identity() -> None:
-    source = TrainingSet([dataset("single", range(10, 20))])
-    assert source.labels.tolist() == list(range(10))
-
-
 def test_share_is_seeded_nested_and_in_order() -> None:
     labeled, unlabeled = [dataset("one", [1, 2])], [dataset("many", [-1] * 40)]
 

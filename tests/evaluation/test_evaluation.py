@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from dan_fast.evaluation.result import COLUMNS, Evaluation
 from dan_fast.evaluation.scoring import evaluate_dataset, evaluate_features
 from dan_fast.evaluation.single_shot import evaluate_single_shot
 from tests.support.dataset_shelf import coloured_people, colours
+from tests.support.figures import assert_means
 
 SIZE = (8, 4)
 
@@ -26,17 +28,26 @@ def people(tmp_path_factory):
     return tuple(coloured_people(tmp_path_factory.mktemp("people"), 6, 3, 35, np.random.default_rng(0)))
 
 
+def tiny(**parts):
+    (first, *_) = next(iter(parts.values()))
+    return ReIDDataset("tiny", first.path.parent, **parts)
+
+
+@pytest.fixture
+def fixed(people):
+    """A query for each two gallery images."""
+    return tiny(query=people[::3], gallery=tuple(sample for place, sample in enumerate(people) if place % 3))
+
+
 def test_features_follow_the_samples(people):
     seen = []
     result = extract_features(colours, people, SIZE, batch_size=5, progress=lambda *done: seen.append(done))
-    assert result.features.shape == (36, 3)
-    assert result.features.dtype == torch.float32
+    assert result.features.shape == (36, 3) and result.features.dtype == torch.float32
     assert not result.features.is_inference()
     assert result.pids.tolist() == [sample.pid for sample in people]
     assert result.camids.tolist() == [sample.camid for sample in people]
     assert result.paths == tuple(sample.path for sample in people)
-    assert seen[0] == (5, 36)
-    assert seen[-1] == (36, 36)
+    assert (seen[0], seen[-1]) == ((5, 36), (36, 36))
     alone = torch.cat([extract_features(colours, [sample], SIZE).features for sample in people[::7]])
     torch.testing.assert_close(result.features[::7], alone)
     chosen = result.select(torch.tensor([4, 0]))
@@ -114,11 +125,14 @@ def test_random_split_leaves_someone_to_find():
     assert 10 < int(camids[query].sum()) < 40
 
 
-def test_fixed_split_is_scored_once(people):
-    query, gallery = people[::3], tuple(sample for place, sample in enumerate(people) if place % 3)
-    result = evaluate_dataset(colours, ReIDDataset("tiny", people[0].path.parent, (), query, gallery), SIZE)
-    q, g = extract_features(colours, query, SIZE), extract_features(colours, gallery, SIZE)
-    expected = evaluate_ranking(q.features, g.features, q.pids, g.pids, q.camids, g.camids)
+def ranked(query, gallery):
+    labels = query.pids, gallery.pids, query.camids, gallery.camids
+    return evaluate_ranking(query.features, gallery.features, *labels)
+
+
+def test_fixed_split_is_scored_once(fixed):
+    result = evaluate_dataset(colours, fixed, SIZE)
+    expected = ranked(*(extract_features(colours, part, SIZE) for part in (fixed.query, fixed.gallery)))
     assert result.cmc == tuple(expected.cmc.tolist())
     assert (result.mAP, result.mINP, result.num_valid) == expected[1:]
     assert (result.repeats, result.num_query, result.num_gallery) == (1, 12, 24)
@@ -128,28 +142,13 @@ def test_fixed_split_is_scored_once(people):
 
 
 def test_random_splits_are_averaged(people):
-    calls = []
-
-    def counted(images):
-        calls.append(len(images))
-        return colours(images)
-
-    dataset = ReIDDataset("tiny", people[0].path.parent, test=people)
+    dataset, counted = tiny(test=people), Mock(side_effect=colours)
     result = evaluate_dataset(counted, dataset, SIZE, repeats=4, seed=3)
-    assert sum(calls) == len(people)
+    assert sum(len(call.args[0]) for call in counted.call_args_list) == len(people)
     features = extract_features(colours, people, SIZE)
-    each = []
-    for repeat in range(4):
-        query, gallery = random_split(features.pids, features.camids, 3, repeat)
-        q, g = features.select(query), features.select(gallery)
-        each.append(evaluate_ranking(q.features, g.features, q.pids, g.pids, q.camids, g.camids))
-    assert len({result.mAP for result in each}) > 1
-    assert result.mAP == pytest.approx(np.mean([one.mAP for one in each]))
-    assert result.mAP_std == pytest.approx(np.std([one.mAP for one in each], ddof=1))
-    assert result.mINP == pytest.approx(np.mean([one.mINP for one in each]))
-    assert result.mINP_std == pytest.approx(np.std([one.mINP for one in each], ddof=1))
-    np.testing.assert_allclose(result.cmc, np.mean([one.cmc.numpy() for one in each], axis=0))
-    np.testing.assert_allclose(result.cmc_std, np.std([one.cmc.numpy() for one in each], axis=0, ddof=1))
+    splits = [random_split(features.pids, features.camids, 3, repeat) for repeat in range(4)]
+    each = [ranked(*map(features.select, split)) for split in splits]
+    assert_means(result, each)
     percent = result.percentages()
     assert percent["R5"] == pytest.approx(100 * result.cmc[4])
     assert percent["R10"] == pytest.approx(100 * result.cmc[9])
@@ -161,31 +160,27 @@ def test_random_splits_are_averaged(people):
     assert evaluate_dataset(colours, dataset, SIZE, repeats=4, seed=8).mAP != result.mAP
 
 
-def test_figures_say_how_they_were_scored_where_it_is_not_as_usual(people):
-    query, gallery = people[::3], tuple(sample for place, sample in enumerate(people) if place % 3)
-    dataset = ReIDDataset("tiny", people[0].path.parent, (), query, gallery)
-    usual = evaluate_dataset(colours, dataset, SIZE)
+def test_figures_say_how_they_were_scored_where_it_is_not_as_usual(fixed):
+    usual = evaluate_dataset(colours, fixed, SIZE)
     assert (usual.metric, usual.ap, usual.precision, usual.rounding) == ("cosine", "standard", "float32", "")
     assert (usual.conditions, usual.scoring) == ("fixed query and gallery", "")
-    other = evaluate_dataset(colours, dataset, SIZE, metric="euclidean", ap="trapezoid", precision="bfloat16")
+    other = evaluate_dataset(colours, fixed, SIZE, metric="euclidean", ap="trapezoid", precision="bfloat16")
     assert other.scoring == "euclidean distance; trapezoid AP; bfloat16"
     assert other.conditions == f"fixed query and gallery; {other.scoring}"
     assert Evaluation.from_dict(json.loads(json.dumps(other.to_dict()))) == other
     for metric, ap, words in (("euclidean", "standard", "euclidean distance"), ("cosine", "trapezoid", "trapezoid AP")):
-        assert evaluate_dataset(colours, dataset, SIZE, metric=metric, ap=ap).conditions.endswith(f"; {words}")
+        assert evaluate_dataset(colours, fixed, SIZE, metric=metric, ap=ap).conditions.endswith(f"; {words}")
     # Features of unknown precision, and figures of versions that did not record any of it.
-    features = extract_dataset(colours, dataset, SIZE)._replace(precision="")
+    features = extract_dataset(colours, fixed, SIZE)._replace(precision="")
     assert (evaluate_features(features).precision, evaluate_features(features).scoring) == ("", "")
-    old = {
-        name: value
-        for name, value in usual.to_dict().items()
-        if name not in ("metric", "ap", "precision", "rounding", "seen")
-    }
+    old = usual.to_dict()
+    for name in ("metric", "ap", "precision", "rounding", "seen"):
+        del old[name]
     assert Evaluation.from_dict(old).conditions == usual.conditions
 
 
 def test_figures_say_what_the_device_made_of_float32(people):
-    dataset = ReIDDataset("tiny", people[0].path.parent, test=people)
+    dataset = tiny(test=people)
     torch.set_float32_matmul_precision("medium")
     try:
         rounded = evaluate_dataset(colours, dataset, SIZE, repeats=1)
@@ -197,7 +192,7 @@ def test_figures_say_what_the_device_made_of_float32(people):
 
 
 def test_split_of_extracted_features(people):
-    features = extract_dataset(colours, ReIDDataset("tiny", people[0].path.parent, test=people), SIZE)
+    features = extract_dataset(colours, tiny(test=people), SIZE)
     query, gallery = features.split(seed=1, repeat=2)
     expected = random_split(features.test.pids, features.test.camids, 1, 2)
     assert torch.equal(query.features, features.test.features[expected[0]])
@@ -207,40 +202,36 @@ def test_split_of_extracted_features(people):
 
 
 def test_short_curve_has_no_rank_10(people):
-    features = extract_dataset(colours, ReIDDataset("tiny", people[0].path.parent, test=people), SIZE)
+    features = extract_dataset(colours, tiny(test=people), SIZE)
     percent = evaluate_features(features, repeats=1, max_rank=5).percentages()
     assert percent["R5"] > 0
     assert np.isnan(percent["R10"])
 
 
 def test_datasets_that_cannot_be_scored(people):
-    root = people[0].path.parent
-    with pytest.raises(DanFastError, match="tiny has nothing to evaluate on"):
-        evaluate_dataset(colours, ReIDDataset("tiny", root, train=people), SIZE)
-    with pytest.raises(DanFastError, match="tiny has no gallery images"):
-        evaluate_dataset(colours, ReIDDataset("tiny", root, query=people), SIZE)
-    with pytest.raises(DanFastError, match="tiny has no query images"):
-        evaluate_dataset(colours, ReIDDataset("tiny", root, gallery=people), SIZE)
-    for lone in ([sample for sample in people if sample.camid == 1], people[:1]):
-        with pytest.raises(DanFastError, match="tiny has no person seen by two cameras"):
-            evaluate_dataset(colours, ReIDDataset("tiny", root, test=tuple(lone)), SIZE)
+    lone = tuple(sample for sample in people if sample.camid == 1)
+    for dataset, sentence in (
+        (tiny(train=people), "nothing to evaluate on"),
+        (tiny(query=people), "no gallery images"),
+        (tiny(gallery=people), "no query images"),
+        (tiny(test=lone), "no person seen by two cameras"),
+        (tiny(test=people[:1]), "no person seen by two cameras"),
+    ):
+        with pytest.raises(DanFastError, match=f"tiny has {sentence}"):
+            evaluate_dataset(colours, dataset, SIZE)
     with pytest.raises(ValueError, match="query_features holds NaN"):
-        evaluate_dataset(lambda images: colours(images) * np.nan, ReIDDataset("tiny", root, test=people), SIZE)
+        evaluate_dataset(lambda images: colours(images) * np.nan, tiny(test=people), SIZE)
     with pytest.raises(ValueError, match="repeats is 0"):
-        evaluate_dataset(colours, ReIDDataset("tiny", root, test=people), SIZE, repeats=0)
+        evaluate_dataset(colours, tiny(test=people), SIZE, repeats=0)
 
 
 def test_a_single_shot_dataset(people):
-    calls = []
-
-    def counted(images):
-        calls.append(len(images))
-        return colours(images)
-
-    root = people[0].path.parent
-    classic = ReIDDataset("tiny", root, query=people, gallery=people, variant="classic", single_shot=True)
+    classic = dataclasses.replace(tiny(query=people, gallery=people), variant="classic", single_shot=True)
+    counted = Mock(side_effect=colours)
     result = evaluate_dataset(counted, classic, SIZE, seed=3, metric="euclidean", max_rank=6)
-    assert sum(calls) == len(people), "query and gallery are the same images"
+    assert sum(len(call.args[0]) for call in counted.call_args_list) == len(people), (
+        "query and gallery are the same images"
+    )
     features = extract_features(colours, people, SIZE)
     labels = (features.pids, features.pids, features.camids, features.camids)
     expected = evaluate_single_shot(features.features, features.features, *labels, "euclidean", 6, 100, 3)

@@ -1,7 +1,9 @@
-"""Ranking against a plain loop that takes one query at a time, by the compiled module and in PyTorch operations."""
+"""Ranks as counts against a ranking that sorts: the same CMC to the last bit, whatever path, type, block and order."""
 
-import contextlib
 import itertools
+import subprocess
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -10,124 +12,173 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dan_fast import _extension
+from dan_fast.bench.machine import peak_above
+from dan_fast.evaluation import counting
+from dan_fast.evaluation.distances import tree_dots
 from dan_fast.evaluation.ranking import evaluate_ranking, pairwise_distances, rank_distances
+from tests.support.running import by_threads
+
+needs_module = pytest.mark.skipif(isinstance(counting.load(), str), reason="the compiled ranking was not built")
+METRICS = ("cosine", "euclidean")
 
 
-@pytest.fixture(params=["kernels", "torch"], autouse=True)
-def path(request):
-    with _extension.disabled() if request.param == "torch" else contextlib.nullcontext():
-        yield request.param
-
-
-def oracle(distances, query_ids, gallery_ids, query_cams, gallery_cams, max_rank=50, ap="standard"):
+def by_sorting(distances, query_ids, gallery_ids, query_cams, gallery_cams, max_rank=50, ap="standard"):
+    """CMC, mAP, mINP and valid queries by sorting every list, in NumPy."""
     cmc, precisions, penalties = np.zeros(max_rank), [], []
-    for q, row in enumerate(np.asarray(distances, dtype=np.float64)):
-        kept = [
-            g
-            for g in sorted(range(len(row)), key=lambda g: (row[g], g))
-            if not (gallery_ids[g] == query_ids[q] and gallery_cams[g] == query_cams[q])
-        ]
-        good = [gallery_ids[g] == query_ids[q] for g in kept]
-        if not any(good):
-            continue
-        ranks = [place + 1 for place, is_good in enumerate(good) if is_good]
-        cmc[ranks[0] - 1 :] += 1
-        if ap == "standard":
-            precisions.append(np.mean([(k + 1) / r for k, r in enumerate(ranks)]))
-        else:  # the loop of the MATLAB code, place by place
-            area, hits, old_recall, old_precision = 0.0, 0, 0.0, 1.0
-            for place, is_good in enumerate(good):
-                hits += is_good
-                recall, precision = hits / len(ranks), hits / (place + 1)
-                area += (recall - old_recall) * (old_precision + precision) / 2
-                old_recall, old_precision = recall, precision
-            precisions.append(area)
-        penalties.append(len(ranks) / ranks[-1])
+    for query, row in enumerate(distances):
+        order = np.argsort(row, kind="stable")
+        junk = (gallery_ids[order] == query_ids[query]) & (gallery_cams[order] == query_cams[query])
+        good = gallery_ids[order[~junk]] == query_ids[query]
+        if good.any():
+            ranks = 1 + np.flatnonzero(good)
+            cmc[ranks[0] - 1 :] += 1
+            precision = np.cumsum(good) / np.arange(1, len(good) + 1)
+            if ap == "trapezoid":
+                precision = (precision + np.concatenate([[1.0], precision[:-1]])) / 2
+            precisions.append(precision[good].mean())
+            penalties.append(len(ranks) / ranks[-1])
     return cmc / len(precisions), np.mean(precisions), np.mean(penalties), len(precisions)
 
 
-def assert_agrees(result, expected):
-    np.testing.assert_allclose(result.cmc.numpy(), expected[0], rtol=0, atol=1e-12)
-    assert result.cmc.dtype == torch.float64
-    assert result.mAP == pytest.approx(expected[1], abs=1e-12)
-    assert result.mINP == pytest.approx(expected[2], abs=1e-12)
+def assert_equal(result, expected):
+    assert result.cmc.dtype == torch.float64 and result.cmc.tolist() == expected[0].tolist()
+    assert result.mAP == pytest.approx(expected[1], abs=1e-12, rel=0)
+    assert result.mINP == pytest.approx(expected[2], abs=1e-12, rel=0)
     assert result.num_valid == expected[3]
 
 
-def random_case(seed, queries=23, gallery=41, ids=6, cams=3, levels=7):
-    """Few levels of distance (many ties); identity 0 only in the gallery, 99 only among the queries."""
-    rng = np.random.default_rng(seed)
-    query_ids = rng.integers(1, ids, queries)
-    query_ids[0] = 99
-    labels = (
-        query_ids,
-        rng.integers(0, ids, gallery),
-        rng.integers(0, cams, queries),
-        rng.integers(0, cams, gallery),
-    )
-    return rng.integers(0, levels, (queries, gallery)).astype(np.float64), labels
+def labels_of(rng, queries, gallery, ids, cams=4):
+    """Distractors (0), images of nobody (-1), and identities of queries (from `ids` on) that have no match."""
+    query_ids = rng.integers(1, ids + 3, queries)
+    gallery_ids = rng.integers(-1, ids, gallery)
+    return query_ids, gallery_ids, rng.integers(0, cams, queries), rng.integers(0, cams, gallery)
 
 
-@pytest.mark.parametrize("ap", ["standard", "trapezoid"])
-@pytest.mark.parametrize("levels", [1, 3, 1000])
-def test_distances_agree_with_the_loop(levels, ap):
-    for seed in range(10):
-        distances, labels = random_case(seed, levels=levels)
-        expected = oracle(distances, *labels, max_rank=10, ap=ap)
-        assert expected[3] < len(distances)
-        assert_agrees(rank_distances(distances, *labels, max_rank=10, ap=ap), expected)
-        tensors = [torch.from_numpy(value) for value in labels]
-        half = torch.from_numpy(distances).to(torch.float16)
-        assert_agrees(rank_distances(half, *tensors, max_rank=10, ap=ap), expected)
+def exact_keys(query, gallery, metric):
+    """In float64, pair by pair, and near enough to what is equal to tie with it."""
+    q, g = query.double().numpy(), gallery.double().numpy()
+    dots = np.einsum("qd,gd->qg", q, g)
+    if metric == "cosine":
+        norms = np.maximum(np.linalg.norm(q, axis=1), 1e-12)[:, None] * np.maximum(np.linalg.norm(g, axis=1), 1e-12)
+        keys, largest = 1 - dots / norms, np.ones((len(q), 1))
+    else:
+        squares = (g**2).sum(1)
+        keys, largest = (q**2).sum(1)[:, None] + squares - 2 * dots, (q**2).sum(1)[:, None] + squares.max()
+    step = 2.0 ** (np.ceil(np.log2(largest)) - 40)
+    return np.round(keys / step) * step
+
+
+@pytest.mark.parametrize("ids", [2, 30, 400])
+@pytest.mark.parametrize("levels", [1, 40, 10**6])
+def test_distances(path, levels, ids):
+    rng = np.random.default_rng(levels + ids)
+    labels = labels_of(rng, 37, 1201, ids)
+    labels[0][:3] = 1
+    distances = rng.integers(0, levels, (37, 1201)) / 16
+    distances[5, 3:9], distances[6, 100:120] = np.inf, -np.inf
+    for ap in ("standard", "trapezoid"):
+        expected = by_sorting(distances, *labels, ap=ap)
+        for block_bytes in (60_000, 1 << 26):
+            assert_equal(rank_distances(distances, *labels, ap=ap, block_bytes=block_bytes), expected)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        rounded = torch.from_numpy(distances).to(dtype)
+        assert_equal(rank_distances(rounded, *labels), by_sorting(rounded.double().numpy(), *labels))
+    whole = rng.integers(-levels, levels, (37, 1201)) + 2**60
+    assert_equal(rank_distances(whole, *labels), by_sorting(whole, *labels))
+
+
+@pytest.mark.parametrize("gallery", [1, 15, 64, 65, 300, 1025])
+def test_any_number_of_matches_and_images(path, gallery):
+    rng = np.random.default_rng(gallery)
+    for matches in {1, 2, 15, 47, 48, 49, 50, 200} & set(range(gallery + 1)):
+        gallery_ids = rng.permutation(np.arange(gallery) < matches).astype(int)
+        cams = np.full(3, 1), np.where(rng.random(gallery) < 0.1, 1, 2)
+        cams[1][np.flatnonzero(gallery_ids)[0]] = 2
+        for levels in (3, 10**6):
+            distances = rng.integers(0, levels, (3, gallery)).astype(np.float32)
+            distances[0, 0], distances[1, -1] = np.inf, -np.inf
+            labels = np.ones(3, dtype=int), gallery_ids, *cams
+            assert_equal(rank_distances(distances, *labels), by_sorting(distances, *labels))
+            doubles = distances.astype(np.float64)
+            assert_equal(rank_distances(doubles, *labels), by_sorting(doubles, *labels))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 12), st.integers(2, 4), st.integers(1, 3))
-def test_small_cases_agree_with_the_loop(seed, queries, gallery, ids, cams):
-    distances, labels = random_case(seed, queries, gallery, ids, cams, levels=4)
-    labels[0][0] = 1
-    with np.errstate(invalid="ignore"):
-        pairs = itertools.product(zip(labels[0], labels[2], strict=True), zip(labels[1], labels[3], strict=True))
-        if any(q[0] == g[0] and q[1] != g[1] for q, g in pairs):
-            assert_agrees(
-                rank_distances(distances, *labels, max_rank=5, block_bytes=500), oracle(distances, *labels, max_rank=5)
-            )
-        else:
-            with pytest.raises(ValueError, match="no query can be scored"):
-                rank_distances(distances, *labels, max_rank=5)
-
-
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_features_agree_with_the_loop(metric, dtype):
-    generator = torch.Generator().manual_seed(3)
-    query = torch.randn(23, 8, generator=generator).to(dtype)
-    gallery = torch.randn(41, 8, generator=generator).to(dtype)
-    gallery[::3] = gallery[1]  # copies of one image, each with its own label
-    query[4], gallery[7] = gallery[1], 0
-    q, g = query.double(), gallery.double()
-    if metric == "cosine":
-        distances = 1 - torch.nn.functional.cosine_similarity(q[:, None], g[None], dim=2, eps=1e-12)
+def test_small_cases(path, seed, queries, gallery, ids, cams):
+    rng = np.random.default_rng(seed)
+    labels = labels_of(rng, queries, gallery, ids, cams)
+    distances = rng.integers(0, 4, (queries, gallery))
+    pairs = itertools.product(zip(*labels[::2], strict=True), zip(*labels[1::2], strict=True))
+    if any(q[0] == g[0] and q[1] != g[1] for q, g in pairs):
+        assert_equal(rank_distances(distances, *labels, block_bytes=500), by_sorting(distances, *labels))
     else:
-        distances = (q[:, None] - g[None]).norm(dim=2)
-    _, labels = random_case(11)
-    result = evaluate_ranking(query, gallery, *labels, metric=metric, max_rank=20)
-    assert_agrees(result, oracle(distances.numpy().round(11), *labels, max_rank=20))
-    if dtype == torch.float32:
-        assert_agrees(
-            evaluate_ranking(query.numpy(), gallery.numpy(), *labels, metric=metric, max_rank=20),
-            (result.cmc.numpy(), *result[1:]),
-        )
+        with pytest.raises(ValueError, match="no query can be scored"):
+            rank_distances(distances, *labels)
 
 
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_copies_tie_wherever_they_stand(metric):
-    features = torch.randn(1, 517, generator=torch.Generator().manual_seed(0))
-    gallery = features.repeat(203, 1)
-    keys = pairwise_distances(torch.cat([features, features * 0.3 + 1]), gallery, metric)
-    assert (keys == keys[:, :1]).all()
-    assert keys[0, 0] == 0
-    assert keys[1, 0] > 0.01
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("width", "ids"), [(1, 20), (7, 3), (64, 150), (300, 40)])
+def test_features(path, metric, dtype, width, ids):
+    rng = np.random.default_rng(width)
+    queries = 141 if path == "kernels" else 47  # PyTorch has no tiles, and takes longer
+    labels = labels_of(rng, queries, 611, ids)
+    query = torch.from_numpy(rng.normal(size=(queries, width))).to(dtype)
+    gallery = torch.from_numpy(rng.normal(size=(611, width))).to(dtype)
+    gallery[::5] = gallery[rng.integers(0, 30, 123)]  # copies, each with its own label
+    gallery[7], query[9] = 0, gallery[0]
+    query[11] = 0
+    expected = by_sorting(exact_keys(query, gallery, metric), *labels)
+    assert_equal(evaluate_ranking(query, gallery, *labels, metric=metric), expected)
+    assert_equal(evaluate_ranking(query, gallery, *labels, metric=metric, block_bytes=40_000 + 400 * width), expected)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_float32_ranks_as_float64(path, metric):
+    """Distances further apart than float64 rounds and nearer than float32 does."""
+    rng = np.random.default_rng(1)
+    labels = labels_of(rng, 60, 900, 20)
+    base = rng.normal(size=100)
+    query = torch.from_numpy(base + 1e-3 * rng.normal(size=(60, 100))).float()
+    gallery = torch.from_numpy(base + 1e-3 * rng.normal(size=(900, 100))).float()
+    keys = exact_keys(query, gallery, metric)
+    assert_equal(evaluate_ranking(query, gallery, *labels, metric=metric), by_sorting(keys, *labels))
+    product = query @ gallery.T
+    norms = query.norm(dim=1)[:, None] * gallery.norm(dim=1)
+    squares = query.square().sum(1)[:, None] + gallery.square().sum(1)
+    single = 1 - product / norms if metric == "cosine" else squares - 2 * product
+    assert by_sorting(single.numpy(), *labels)[1] != pytest.approx(by_sorting(keys, *labels)[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("factor", [1e-30, 1e-18, 1e15, 1e30])
+def test_features_of_any_size(path, metric, factor):
+    rng = np.random.default_rng(2)
+    labels = labels_of(rng, 20, 300, 10)
+    query, gallery = torch.from_numpy(rng.normal(size=(20, 33))), torch.from_numpy(rng.normal(size=(300, 33)))
+    if metric == "cosine" and factor < 1e-12:
+        gallery, labels[1][:5] = gallery * 1e6, 1
+    query, gallery = (query * factor).float(), (gallery * factor).float()
+    expected = by_sorting(exact_keys(query, gallery, metric), *labels)
+    assert_equal(evaluate_ranking(query, gallery, *labels, metric=metric), expected)
+    query[0] *= 1e-3
+    gallery[3:30] *= 1e-5
+    expected = by_sorting(exact_keys(query, gallery, metric), *labels)
+    assert_equal(evaluate_ranking(query, gallery, *labels, metric=metric, block_bytes=20_000), expected)
+
+
+def test_copies_tie_in_whatever_block_they_stand(path):
+    """All images equal: ranks are places in the gallery."""
+    row = torch.randn(1, 517, generator=torch.Generator().manual_seed(0))
+    gallery_ids, cams = np.full(1701, 2), np.zeros(1701, dtype=int)
+    gallery_ids[[900, 1700]] = 1
+    for metric in METRICS:
+        result = evaluate_ranking(row * 1.7, row.expand(1701, -1), [1], gallery_ids, [1], cams, metric, max_rank=2000)
+        assert result.cmc.tolist() == [0.0] * 900 + [1.0] * 1100
+        assert result.mINP == 2 / 1701
+        keys = pairwise_distances(torch.cat([row, row * 0.3 + 1]), row.expand(203, -1), metric)
+        assert (keys == keys[:, :1]).all() and keys[0, 0] == 0 and keys[1, 0] > 0.01
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
@@ -140,23 +191,7 @@ def test_keys_are_fine_enough_to_tell_near_images_apart(scale):
     torch.testing.assert_close(pairwise_distances(query, gallery), exact, rtol=0, atol=1e-12)
 
 
-def test_blocks_and_order_of_queries_do_not_matter():
-    generator = torch.Generator().manual_seed(5)
-    query, gallery = torch.randn(23, 6, generator=generator), torch.randn(41, 6, generator=generator)
-    _, (query_ids, gallery_ids, query_cams, gallery_cams) = random_case(2)
-    whole = evaluate_ranking(query, gallery, query_ids, gallery_ids, query_cams, gallery_cams)
-    expected = (whole.cmc.numpy(), *whole[1:])
-    labels = query_ids, gallery_ids, query_cams, gallery_cams
-    for block_bytes in (1, 3000, 20_000):
-        assert_agrees(evaluate_ranking(query, gallery, *labels, block_bytes=block_bytes), expected)
-    order = np.random.default_rng(0).permutation(23)
-    assert_agrees(
-        evaluate_ranking(query[order], gallery, query_ids[order], gallery_ids, query_cams[order], gallery_cams),
-        expected,
-    )
-
-
-def test_hand_computed():
+def test_hand_computed(path):
     # Identity 1 by camera 1: junk, wrong, match, distractor, match; without the junk matches are 2nd and 4th.
     distances, ids, cams = [[0.5, 0.3, 0.1, 0.4, 0.2]], [1, 1, 1, 0, 2], [2, 3, 1, 1, 1]
     result = rank_distances(distances, [1], ids, [1], cams, max_rank=5)
@@ -168,61 +203,188 @@ def test_hand_computed():
     assert trapezoid.mAP == pytest.approx(((0 + 1 / 2) / 2 + (1 / 3 + 2 / 4) / 2) / 2)
 
 
-def test_trapezoid_of_a_perfect_list_is_one():
+def test_trapezoid_of_a_perfect_list_is_one(path):
     assert rank_distances([[0.1, 0.2, 0.3]], [1], [1, 1, 2], [1], [2, 2, 2], ap="trapezoid").mAP == 1
 
 
-def test_small_gallery_repeats_the_last_value():
+def test_small_gallery_repeats_the_last_value(path):
     result = rank_distances([[0.1, 0.2], [0.1, 0.2]], [1, 2], [1, 2], [1, 1], [2, 2], max_rank=6)
     assert result.cmc.tolist() == [0.5, 1, 1, 1, 1, 1]
     assert rank_distances([[0.1, 0.2]], [2], [1, 2], [1], [2, 2], max_rank=1).cmc.tolist() == [0]
 
 
-def test_infinite_distance_ranks_last():
+def test_infinite_distance_ranks_last(path):
     assert rank_distances([[np.inf, 3.0]], [1], [1, 2], [1], [2, 2]).mAP == 0.5
 
 
-FEATURES = torch.eye(3)
+@pytest.mark.parametrize("metric", METRICS)
+def test_layouts_types_and_threads_do_not_matter(metric):
+    rng = np.random.default_rng(3)
+    labels = labels_of(rng, 50, 1000, 30)
+    query, gallery = rng.normal(size=(50, 40)).astype(np.float32), rng.normal(size=(1000, 40)).astype(np.float32)
+    expected = evaluate_ranking(query, gallery, *labels, metric=metric)
+    wide = np.zeros((1000, 57), np.float32)
+    wide[:, 3:43] = gallery
+    turned = torch.from_numpy(gallery).T.contiguous().T
+    tensors = [torch.from_numpy(x) for x in labels]
+    for q, g in (
+        (torch.from_numpy(query), wide[:, 3:43]),
+        (torch.from_numpy(query).requires_grad_(), turned),
+        (np.asfortranarray(query), gallery[::-1][::-1]),
+        (query.astype(np.float64), gallery),
+        (query, gallery.astype(np.float64)),
+    ):
+        assert str(evaluate_ranking(q, g, *tensors, metric=metric)) == str(expected)
+    for result in by_threads(lambda: evaluate_ranking(query, gallery, *labels, metric=metric), (1, 5)):
+        assert str(result) == str(expected)
+    distances = rng.integers(0, 9, (50, 1000)).astype(np.float32)
+    expected = by_sorting(distances, *labels)
+    assert_equal(rank_distances(np.asfortranarray(distances), *labels), expected)
+    assert_equal(rank_distances(torch.from_numpy(distances).T.contiguous().T, *labels), expected)
+    assert_equal(rank_distances(np.repeat(distances, 2, axis=1)[:, ::2], *labels), expected)
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"gallery_features": torch.ones(3, 4)}, "gallery_features is 4 wide and query_features 3"),
-        ({"query_features": FEATURES * float("nan")}, "query_features holds NaN or Inf"),
-        ({"gallery_features": FEATURES / 0}, "gallery_features holds NaN or Inf"),
-        ({"query_features": FEATURES[:0]}, r"query_features has shape \(0, 3\)"),
-        ({"gallery_features": FEATURES[:0]}, r"gallery_features has shape \(0, 3\)"),
-        ({"gallery_features": FEATURES[0]}, r"gallery_features has shape \(3,\)"),
-        ({"query_cams": None}, "query_cams is missing"),
-        ({"gallery_cams": [1, 1]}, r"gallery_cams has shape \(2,\); it must be \(3,\)"),
-        ({"query_ids": [[1, 2, 3]]}, r"query_ids has shape \(1, 3\)"),
-        ({"gallery_ids": [1.0, 2.0, 3.0]}, "gallery_ids is torch.float64; it must hold integers"),
-        ({"gallery_cams": [1, 1, 1]}, "query_ids share no identity"),
-        ({"metric": "manhattan"}, "metric is 'manhattan'"),
-        ({"ap": "exact"}, "ap is 'exact'"),
-        ({"max_rank": 0}, "max_rank is 0"),
-        ({"block_bytes": 0}, "block_bytes is 0"),
-        ({"gallery_features": FEATURES.double() * 1e200}, "gallery_features holds numbers whose squares overflow"),
-        ({"query_features": FEATURES * 1j}, "query_features is complex"),
-    ],
-)
-def test_errors_name_the_argument(change, sentence):
-    arguments = {
-        "query_features": FEATURES,
-        "gallery_features": FEATURES,
-        "query_ids": [1, 2, 3],
-        "gallery_ids": [1, 2, 3],
-        "query_cams": [1, 1, 1],
-        "gallery_cams": [2, 2, 2],
-    }
-    assert evaluate_ranking(**arguments).mAP == 1
-    with pytest.raises(ValueError, match=sentence):
-        evaluate_ranking(**{**arguments, **change})
+def test_the_dot_product_of_a_key():
+    for width in (1, 2, 3, 8, 9, 100):
+        left, right = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(width))
+        products = (left.double() * right.double()).tolist()
+        padded = 1
+        while padded < width:
+            padded *= 2
+        for row, dot in zip(products, tree_dots(left, right).tolist(), strict=True):
+            row = row + [0.0] * (padded - width)
+            while len(row) > 1:
+                half = len(row) // 2
+                row = [a + b for a, b in zip(row[:half], row[half:], strict=True)]
+            assert row[0] == dot
 
 
-def test_distances_must_be_a_matrix_of_numbers():
-    with pytest.raises(ValueError, match=r"distances has shape \(2,\)"):
-        rank_distances([0.1, 0.2], [1], [1, 2], [1], [2, 2])
-    with pytest.raises(ValueError, match="distances holds NaN"):
-        rank_distances([[0.1, float("nan")]], [1], [1, 2], [1], [2, 2])
+@needs_module
+def test_the_module_forms_the_same_norms():
+    module = counting.load()
+    for width in (1, 5, 64, 129, 1000):
+        features = torch.randn(3, width, generator=torch.Generator().manual_seed(width))
+        for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            rows = features.to(dtype)
+            assert module.square_norms(*counting._array(rows), 1).tolist() == tree_dots(rows, rows).tolist()
+
+
+RANKS = """
+import importlib.util, sys
+import numpy as np
+spec = importlib.util.spec_from_file_location("_ranking", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+rng = np.random.default_rng(4)
+places = np.concatenate([np.sort(rng.permutation(1500)[:20]) for _ in range(70)])
+offsets, junk = np.arange(71) * 20, rng.random(1400) < 0.2
+pairs = offsets, places, junk.view(np.uint8), np.concatenate([[0], np.cumsum(~junk)])[offsets]
+query, gallery = rng.normal(size=(70, 130)), rng.normal(size=(1500, 130))
+for name in ("float16", "float32", "float64"):
+    q, g = query.astype(name), gallery.astype(name)
+    squares = module.square_norms(q, name, 1), module.square_norms(g, name, 1)
+    print([x.tolist() for x in squares])
+    for cosine in (True, False):
+        norms = [np.sqrt(x) if cosine else x for x in squares]
+        steps = np.full(70, 2.0 ** (-40 if cosine else -30))
+        scale = norms[1].max(), 2.0**-4
+        print(module.features_ranks(q, g, name, cosine, *norms, steps, *scale, *pairs, 1).tolist())
+    distances = np.round(q[:, :1] @ g[:, 1:2].T, 1)
+    print(module.distances_ranks(distances, name, *pairs, 1).tolist())
+print(module.isa())
+"""
+
+
+@needs_module
+def test_instruction_sets_agree(monkeypatch):
+    results = {}
+    for name in _extension.build_info()["instruction_sets"]:
+        monkeypatch.setenv("DAN_FAST_ISA", name)
+        command = [sys.executable, "-c", RANKS, counting.load().__file__]
+        *lines, isa = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        results[isa] = lines
+    assert len(results["baseline"]) == 12
+    assert all(lines == results["baseline"] for lines in results.values())
+
+
+def test_memory_is_bounded():
+    """At MSMT17's number of images, where a matrix of all pairs would take 3.8 GB; few queries have matches."""
+    rng = np.random.default_rng(5)
+    query, gallery = torch.randn(1200, 16), torch.randn(82161, 16)
+    labels = (
+        rng.integers(1, 3061, 1200),
+        rng.integers(1, 3061, 82161),
+        rng.integers(0, 15, 1200),
+        rng.integers(0, 15, 82161),
+    )
+    small = labels[0][:50], labels[1][:5000], labels[2][:50], labels[3][:5000]
+    evaluate_ranking(query[:50], gallery[:5000], *small)
+    _, extra = peak_above(torch.device("cpu"), lambda: evaluate_ranking(query, gallery, *labels))
+    assert extra is None or extra < 100e6
+
+
+def test_without_the_module_there_is_one_warning(monkeypatch):
+    rng = np.random.default_rng(6)
+    labels = labels_of(rng, 20, 200, 10)
+    distances = rng.normal(size=(20, 200))
+    expected = rank_distances(distances, *labels)
+    monkeypatch.setitem(sys.modules, "dan_fast._ranking", None)
+    monkeypatch.delattr("dan_fast._ranking", raising=False)
+    counting.load.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="dan_fast ranks in PyTorch operations: .*pip install -e") as warned:
+            for _ in range(2):
+                assert str(rank_distances(distances, *labels)) == str(expected)
+        assert len(warned) == 1
+    finally:
+        counting.load.cache_clear()
+
+
+def test_nan_is_found_anywhere(path):
+    labels = [1, 2], [1, 5, 1], [1, 1], [1, 2, 2]
+    for query in (0, 1):
+        for entry in range(3):
+            distances = np.zeros((2, 3), np.float32)
+            distances[query, entry] = np.nan
+            with pytest.raises(ValueError, match="distances holds NaN"):
+                rank_distances(distances, *labels)
+
+
+@needs_module
+def test_the_module_refuses_what_it_would_read_wrongly():
+    module = counting.load()
+    distances = np.zeros((1, 3), np.float32)
+    good = np.array([0, 1]), np.array([2]), np.zeros(1, np.uint8), np.array([0, 1])
+    assert module.distances_ranks(distances, "float32", *good, 1).tolist() == [3]
+    for index, value, sentence in (
+        (0, np.array([0, 2]), "places is not 2 long"),
+        (0, np.array([1, 1]), "offsets do not ascend"),
+        (1, np.array([3]), "a place is not in the gallery"),
+        (3, np.array([0, 0]), "match_offsets do not count"),
+    ):
+        arguments = [*good]
+        arguments[index] = value
+        with pytest.raises(ValueError, match=sentence):
+            module.distances_ranks(distances, "float32", *arguments, 1)
+    for matrix, dtype, sentence in (
+        (distances.astype(np.float64), "float32", "no matrix of its type"),
+        (np.zeros((1, 6), np.float32)[:, ::2], "float32", "columns of distances are not adjacent"),
+        (distances, "int8", "no kernels for int8"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            module.distances_ranks(matrix, dtype, *good, 1)
+
+
+def test_python_threads_may_rank_at_once():
+    rng = np.random.default_rng(7)
+    labels = labels_of(rng, 30, 800, 20)
+    query, gallery = rng.normal(size=(30, 64)), rng.normal(size=(800, 64))
+    expected, found = str(evaluate_ranking(query, gallery, *labels)), []
+    threads = [
+        threading.Thread(target=lambda: found.append(str(evaluate_ranking(query, gallery, *labels)))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [expected] * 4

@@ -71,30 +71,3 @@ def test_the_seed_decides():
     first, again, other = (evaluate_single_shot(*features, *labels, repeats=5, seed=seed) for seed in (1, 1, 2))
     assert str(first) == str(again) != str(other)
     assert _draw(labels, 0, 1, 0).tolist() != _draw(labels, 0, 1, 1).tolist(), "each repeat draws anew"
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"repeats": 0}, "repeats is 0"),
-        ({"max_rank": 0}, "max_rank is 0"),
-        ({"metric": "manhattan"}, "metric is 'manhattan'"),
-        ({"query_cams": None}, "query_cams is missing"),
-        ({"gallery_cams": [1, 1]}, "query_ids share no identity"),
-        ({"gallery_features": np.ones((2, 3))}, "gallery_features is 3 wide and query_features 2"),
-        ({"query_features": [[np.nan, 0], [1, 1]]}, "query_features holds NaN or Inf"),
-        ({"gallery_features": np.ones((0, 2))}, r"gallery_features has shape \(0, 2\)"),
-    ],
-)
-def test_errors_name_the_argument(change, sentence):
-    arguments = {
-        "query_features": np.eye(2),
-        "gallery_features": np.eye(2),
-        "query_ids": [1, 2],
-        "gallery_ids": [1, 2],
-        "query_cams": [1, 1],
-        "gallery_cams": [2, 2],
-    }
-    assert evaluate_single_shot(**arguments).mAP == 1
-    with pytest.raises(ValueError, match=sentence):
-        evaluate_single_shot(**{**arguments, **change})

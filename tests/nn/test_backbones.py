@@ -24,19 +24,10 @@ from dan_fast.data.samples import Sample
 from dan_fast.data.synthetic import synthesize
 from dan_fast.nn import DAN, build_backbone
 from dan_fast.nn.backbones.recompute import with_weights_kept
-from dan_fast.training import (
-    DataConfig,
-    MemoryConfig,
-    MetaConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-    Trainer,
-    trained_network,
-)
+from dan_fast.training import TrainConfig, Trainer, trained_network
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.support import ROOT
+from tests.support.training_runs import config, snapshot
 
 SIZE = (64, 32)
 HALVES = (0.5, 0.5, 0.5)
@@ -47,8 +38,9 @@ def images(batch: int = 2, size: tuple[int, int] = SIZE) -> torch.Tensor:
 
 
 MODELS = {
-    # name: size of the images, (C, h, w) of the map, tokens that are no patches
+    # name: size of the images, (C, h, w) of the map, how many tokens are no patches or how timm's map lies
     "test_resnet": (SIZE, (96, 2, 1), None),
+    "test_mambaout": (SIZE, (64, 2, 1), "channels last"),
     "test_efficientnet": (SIZE, (256, 2, 1), None),
     "test_vit": (SIZE, (64, 4, 2), 1),
     "vit_tiny_patch16_224": (SIZE, (192, 4, 2), 1),
@@ -68,21 +60,13 @@ def test_a_model_of_timm_gives_its_last_map(name: str):
     with torch.no_grad():
         found, features = backbone(images(2, size)), backbone.model.forward_features(images(2, size))
     assert found.shape == (2, *shape) and backbone.out_channels == shape[0]
-    if prefix is None:
-        assert torch.equal(found, features)
+    if prefix is None or prefix == "channels last":
+        assert torch.equal(found, features if prefix is None else features.permute(0, 3, 1, 2))
         return
     _, height, width = shape
     for row in range(height):
         for column in range(width):
             assert torch.equal(found[:, :, row, column], features[:, prefix + row * width + column])
-
-
-def test_channels_come_first():
-    backbone = build_backbone("timm:test_mambaout", image_size=SIZE).eval()
-    with torch.no_grad():
-        features = backbone.model.forward_features(images())
-        assert features.shape == (2, 2, 1, 64)
-        assert torch.equal(backbone(images()), features.permute(0, 3, 1, 2))
 
 
 HEADS = {
@@ -148,42 +132,31 @@ def test_position_embeddings_of_another_grid_are_resampled(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "message"),
+    ("name", "weights", "size", "message"),
     [
-        ("test_resnett", SIZE, "has no model 'test_resnett'; the nearest are test_resnet, "),
-        ("resnet50.nonsense", SIZE, "has no model 'resnet50.nonsense'; the nearest are resnet50"),
-        ("hf-hub:someone/net", SIZE, "has no model 'hf-hub:someone/net'"),
-        ("pit_ti_224", (224, 224), r"timm:pit_ti_224 gives no map \(\(1, 1, 256\)\) before its head; choose"),
-        ("crossvit_tiny_240", (240, 240), r"timm:crossvit_tiny_240 gives no map \(list\) before its head; choose"),
-        ("test_vit", (8, 8), r"timm:test_vit takes no images of 8 x 8 .*choose another data.image_size"),
+        ("timm:test_resnett", "none", SIZE, "has no model 'test_resnett'; the nearest are test_resnet, "),
+        ("timm:resnet50.nonsense", "none", SIZE, "has no model 'resnet50.nonsense'; the nearest are resnet50"),
+        ("timm:hf-hub:someone/net", "none", SIZE, "has no model 'hf-hub:someone/net'"),
+        ("timm:pit_ti_224", "none", (224, 224), r"pit_ti_224 gives no map \(\(1, 1, 256\)\) before its head; choose"),
+        ("timm:crossvit_tiny_240", "none", (240, 240), r"_tiny_240 gives no map \(list\) before its head; choose"),
+        ("timm:test_vit", "none", (8, 8), r"timm:test_vit takes no images of 8 x 8 .*choose another data.image_size"),
+        ("mobilenet", "none", SIZE, "choose one of resnet18, .*resnet101, or timm:NAME for a model of timm"),
+        ("timm:test_resnet", "test_efficientnet", SIZE, "fit timm:test_resnet .missing: conv1.*; unexpected: "),
+        ("timm:test_vit", "test_vit3", SIZE, "do not fit timm:test_vit .*; give a file of a timm:test_vit"),
+        ("timm:test_vit", "test_resnet", SIZE, "do not fit timm:test_vit .*; give a file of a timm:test_vit"),
+        ("timm:test_resnet", b"\xff" * 40, SIZE, "damaged or no safetensors file .*state dict of timm's test_resnet"),
+        ("resnet18", b"\xff" * 40, SIZE, "no safetensors file .*of a torchvision ResNet"),
     ],
 )
-def test_a_name_or_a_size_that_does_not_serve(name: str, size: tuple[int, int], message: str):
-    with pytest.raises(DanFastError, match=message):
-        build_backbone(f"timm:{name}", image_size=size)
-
-
-@pytest.mark.parametrize(
-    ("name", "other", "message"),
-    [
-        ("test_resnet", "test_efficientnet", "do not fit timm:test_resnet .missing: conv1.*; unexpected: "),
-        ("test_vit", "test_vit3", "do not fit timm:test_vit .*; give a file of a timm:test_vit"),
-        ("test_vit", "test_resnet", "do not fit timm:test_vit .*; give a file of a timm:test_vit"),
-    ],
-)
-def test_weights_of_another_model(tmp_path: Path, name: str, other: str, message: str):
-    path = saved(timm.create_model(other), tmp_path / "other.pth")
-    with pytest.raises(DanFastError, match=message):
-        build_backbone(f"timm:{name}", path, SIZE)
-
-
-def test_weights_files_that_cannot_be_read(tmp_path: Path):
+def test_what_does_not_serve(tmp_path: Path, name: str, weights: str | bytes, size: tuple[int, int], message: str):
+    """A name, a size, or weights: those of another model or bytes that are none."""
     path = tmp_path / "weights.safetensors"
-    path.write_bytes(b"\xff" * 40)
-    with pytest.raises(DanFastError, match="damaged or no safetensors file .*state dict of timm's test_resnet"):
-        build_backbone("timm:test_resnet", path, SIZE)
-    with pytest.raises(DanFastError, match="no safetensors file .*of a torchvision ResNet"):
-        build_backbone("resnet18", path)
+    if isinstance(weights, bytes):
+        path.write_bytes(weights)
+    elif weights != "none":
+        saved(timm.create_model(weights), path)
+    with pytest.raises(DanFastError, match=message):
+        build_backbone(name, "none" if weights == "none" else path, size)
 
 
 def test_without_timm(monkeypatch: pytest.MonkeyPatch):
@@ -191,11 +164,6 @@ def test_without_timm(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(DanFastError, match=r"timm:resnet18 needs timm, .*: pip install 'dan-fast\[timm\]'"):
         build_backbone("timm:resnet18")
     assert build_backbone("resnet18").out_channels == 512
-
-
-def test_an_unknown_backbone_is_told_of_timm():
-    with pytest.raises(DanFastError, match="choose one of resnet18, .*resnet101, or timm:NAME for a model of timm"):
-        build_backbone("mobilenet")
 
 
 def test_imagenet_weights_are_timms_own(monkeypatch: pytest.MonkeyPatch):
@@ -323,41 +291,28 @@ def test_a_cache_is_of_one_interpolation(pictures: Path, tmp_path: Path):
         image_loader([Sample(paths[0], 1, 1)], SIZE, cache=ImageCache(tmp_path, SIZE), preprocessing=OTHER)
 
 
-def config(pictures: Path, out: Path, backbone: str = "timm:test_vit", **optimizer) -> TrainConfig:
-    return TrainConfig(
-        data=DataConfig(
-            labeled=str(pictures / "campus"), unlabeled=str(pictures / "mall"), image_size=SIZE, batch_size=8, workers=0
-        ),
-        model=ModelConfig(backbone=backbone, weights="none"),
-        memory=MemoryConfig(labeled_slots=7, unlabeled_slots=5),
-        meta=MetaConfig(order=1),
-        optimizer=OptimizerConfig(**{"epochs": 1, "lr_scale": 10.0, **optimizer}),
-        run=RunConfig(out=str(out), device="cpu", log_every=1),
-    )
+def of_vit(pictures: Path, out: Path, **optimizer) -> TrainConfig:
+    sections = {"data": {"image_size": SIZE}, "model": {"backbone": "timm:test_vit"}}
+    return config(pictures, out, **sections, optimizer={"epochs": 1, **optimizer})
 
 
 @pytest.fixture(scope="module")
 def run(pictures: Path, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "vit"
-    Trainer(config(pictures, out)).fit()
+    Trainer(of_vit(pictures, out)).fit()
     return out
 
 
-def test_a_checkpoint_keeps_how_images_are_read(run: Path, tmp_path: Path):
-    state = load_checkpoint(run / "checkpoint.pt")
+def test_a_checkpoint_keeps_how_images_are_read_and_an_older_one_has_the_old_defaults(run: Path, tmp_path: Path):
+    state, other = load_checkpoint(run / "checkpoint.pt"), tmp_path / "checkpoint.pt"
     assert state["preprocessing"] == {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
     # Whatever timm says of the model by the time it is read.
-    state["preprocessing"] = OTHER.to_dict()
-    save_checkpoint(tmp_path / "checkpoint.pt", state)
-    assert trained_network(tmp_path / "checkpoint.pt")[0].preprocessing == OTHER
-
-
-def test_an_older_checkpoint_is_read_with_the_old_defaults(run: Path, tmp_path: Path):
-    state = load_checkpoint(run / "checkpoint.pt")
+    save_checkpoint(other, {**state, "preprocessing": OTHER.to_dict()})
+    assert trained_network(other)[0].preprocessing == OTHER
     del state["preprocessing"], state["config"]["model"]["gradient_checkpointing"]
     del state["config"]["optimizer"]["backbone_lr_scale"]
-    save_checkpoint(tmp_path / "checkpoint.pt", state)
-    assert trained_network(tmp_path / "checkpoint.pt")[0].preprocessing == IMAGENET
+    save_checkpoint(other, state)
+    assert trained_network(other)[0].preprocessing == IMAGENET
 
 
 def test_training_reads_images_as_the_network_wants_them(pictures: Path, tmp_path: Path, monkeypatch):
@@ -368,7 +323,7 @@ def test_training_reads_images_as_the_network_wants_them(pictures: Path, tmp_pat
         return training_loader(*arguments, **options)
 
     monkeypatch.setattr("dan_fast.training.batches.training_loader", loader)
-    trainer = Trainer(config(pictures, tmp_path / "run"))
+    trainer = Trainer(of_vit(pictures, tmp_path / "run"))
     seen, real = [], trainer.train_iteration
 
     def watched(batch, scalars):
@@ -406,7 +361,7 @@ def test_evaluation_reads_images_as_the_network_wants_them(
 
 
 def test_the_backbones_steps_are_scaled(pictures: Path, tmp_path: Path, monkeypatch):
-    trainer = Trainer(config(pictures, tmp_path / "run", backbone_lr_scale=0.25, momentum=0.0))
+    trainer = Trainer(of_vit(pictures, tmp_path / "run", backbone_lr_scale=0.25, momentum=0.0))
     steps = []
 
     def watched(*arguments, **options):
@@ -418,7 +373,7 @@ def test_the_backbones_steps_are_scaled(pictures: Path, tmp_path: Path, monkeypa
     trainer.model.train()
     plans = trainer.batches.planner.plan_epoch(0)
     batch = next(iter(training_loader(trainer.training_set, plans, SIZE)))
-    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    before = snapshot(trainer.model)
     logged = {}
 
     class Log:
@@ -437,8 +392,8 @@ def test_the_backbones_steps_are_scaled(pictures: Path, tmp_path: Path, monkeypa
 
 
 def test_a_run_with_scaled_steps_is_continued(pictures: Path, tmp_path: Path):
-    Trainer(config(pictures, tmp_path / "run", backbone_lr_scale=0.5)).fit()
-    settings = config(pictures, tmp_path / "run", backbone_lr_scale=0.5)
+    settings = of_vit(pictures, tmp_path / "run", backbone_lr_scale=0.5)
+    Trainer(settings).fit()
     settings.run.resume = True
     scales = [group["lr_scale"] for group in Trainer(settings).optimizer.param_groups]
     assert scales == [0.5, 1.0]
@@ -449,7 +404,7 @@ def test_a_run_with_scaled_steps_is_continued(pictures: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_a_vit_trains_with_both_orders(pictures: Path, tmp_path: Path, order: int):
-    settings = config(pictures, tmp_path / "run")
+    settings = of_vit(pictures, tmp_path / "run")
     settings.meta.order, settings.model.gradient_checkpointing = order, True
     trainer = Trainer(settings)
     before = trainer.model.network.backbone.model.pos_embed.detach().clone()

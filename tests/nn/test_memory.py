@@ -14,14 +14,18 @@ from dan_fast.nn import ProgressiveAugmentedMemory
 from tests.support.memory_modules import DIM, PSEUDO_SLOTS, SLOTS, assert_states_close, batches, make
 
 
+def stepped(count, dtype=torch.float64):
+    memory = make(dtype=dtype)
+    for batch in batches(count, dtype=dtype):
+        memory(*batch)
+    return memory
+
+
 def test_starts_as_the_contract_says():
     memory = make()
     assert memory.alpha == 0 and memory.alpha_unlabeled == 0
     torch.testing.assert_close(memory.beta, torch.tensor(0.1, dtype=torch.float64))
-    assert memory.labeled.features.shape == (SLOTS, DIM) and memory.unlabeled.features.shape == (
-        PSEUDO_SLOTS,
-        DIM,
-    )
+    assert [x.features.shape for x in (memory.labeled, memory.unlabeled)] == [(SLOTS, DIM), (PSEUDO_SLOTS, DIM)]
     assert {name for name, _ in memory.named_parameters()} == {"alpha", "alpha_unlabeled", "beta_logit"}
     assert [n.item() for n in memory.occupied_slots()] == [0, 0]
 
@@ -115,19 +119,16 @@ def test_a_backward_that_wants_overwritten_features_fails():
         product.sum().backward()
 
 
-@pytest.mark.parametrize("order_of_reading", ["never", "between"])
-def test_a_checkpoint_does_not_decide_the_rounding(order_of_reading):
+def test_a_checkpoint_does_not_decide_the_rounding():
     """Bit for bit: with and without a state dict taken after every other batch, by the float32 module."""
-    memory = make(dtype=torch.float32)
+    read, fresh = make(dtype=torch.float32), make(dtype=torch.float32)
     for at, batch in enumerate(batches(8, dtype=torch.float32)):
-        memory(batch[0].requires_grad_(), *batch[1:]).loss.backward()
-        if order_of_reading == "between" and at % 2:
-            memory.state_dict()
-    fresh = make(dtype=torch.float32)
-    for batch in batches(8, dtype=torch.float32):
-        fresh(batch[0].requires_grad_(), *batch[1:]).loss.backward()
-    for a, b in zip((*memory.labeled, *memory.unlabeled), (*fresh.labeled, *fresh.unlabeled), strict=True):
-        assert torch.equal(a, b)
+        for memory in (read, fresh):
+            memory(batch[0].clone().requires_grad_(), *batch[1:]).loss.backward()
+        if at % 2:
+            read.state_dict()
+    for name in ("labeled", "unlabeled"):
+        assert_states_close(getattr(read, name), getattr(fresh, name), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("settle", [False, True])
@@ -155,14 +156,8 @@ def test_one_backward_through_two_steps(monkeypatch, settle):
             step = functional.memory_step(labeled, unlabeled, *first, alpha, *gates)
             loss = step.loss
             grads = torch.autograd.grad(loss, [key, alpha], create_graph=True)
-            inner = functional.memory_step(
-                step.labeled,
-                step.unlabeled,
-                second[0] + 0.1 * grads[0],
-                *second[1:],
-                alpha - 0.5 * grads[1],
-                *gates,
-            )
+            moved = second[0] + 0.1 * grads[0], *second[1:], alpha - 0.5 * grads[1]
+            inner = functional.memory_step(step.labeled, step.unlabeled, *moved, *gates)
         results.append(torch.autograd.grad(loss + inner.loss, [key, alpha, memory.alpha_unlabeled, memory.beta_logit]))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
@@ -216,35 +211,28 @@ def test_state_dict_round_trip_goes_on_bit_for_bit(tmp_path, dtype):
 
 
 def test_a_state_dict_that_does_not_fit_changes_nothing():
-    memory, larger = make(), ProgressiveAugmentedMemory(SLOTS + 1, PSEUDO_SLOTS, DIM, dtype=torch.float64)
-    for batch in batches(1):
-        memory(*batch)
+    memory, state = stepped(1), make().state_dict()
+    larger = ProgressiveAugmentedMemory(SLOTS + 1, PSEUDO_SLOTS, DIM, dtype=torch.float64).state_dict()
     before = copy.deepcopy(memory.state_dict())
-    with pytest.raises(RuntimeError, match=r"labeled.features must have shape \(12, 5\) like this memory"):
-        memory.load_state_dict(larger.state_dict())
-    partial = {name: value for name, value in make().state_dict().items() if name != "unlabeled.usage"}
-    with pytest.raises(RuntimeError, match="Missing key.*unlabeled.usage"):
-        memory.load_state_dict(partial)
-    with pytest.raises(RuntimeError, match="Unexpected key.*labeled.colour"):
-        memory.load_state_dict(make().state_dict() | {"labeled.colour": torch.zeros(1)})
+    for wrong, sentence in (
+        (larger, r"labeled.features must have shape \(12, 5\) like this memory"),
+        ({name: state[name] for name in state if name != "unlabeled.usage"}, "Missing key.*unlabeled.usage"),
+        (state | {"labeled.colour": torch.zeros(1)}, "Unexpected key.*labeled.colour"),
+    ):
+        with pytest.raises(RuntimeError, match=sentence):
+            memory.load_state_dict(wrong)
     for name in ("labeled", "unlabeled"):
         assert_states_close(getattr(memory, name), [before[f"{name}.{f}"] for f in MemoryState._fields])
 
 
 def test_states_are_assignable_and_checked():
-    memory, other = make(), make()
-    for batch in batches(2):
-        other(*batch)
+    memory, other = make(), stepped(2)
     memory.labeled, memory.unlabeled = other.labeled, other.unlabeled
     (batch,) = batches(1, seed=4)
     assert torch.equal(memory(*batch).loss, other(*batch).loss)
     before = memory.labeled
     for wrong, error, match in (
-        (
-            MemoryState.empty(SLOTS + 1, DIM, torch.float64),
-            ValueError,
-            r"labeled.features must have shape \(12, 5\)",
-        ),
+        (MemoryState.empty(SLOTS + 1, DIM, torch.float64), ValueError, r"features must have shape \(12, 5\)"),
         (MemoryState.empty(SLOTS, DIM), TypeError, "labeled.features must be torch.float64"),
         (before._replace(labels=before.labels[:3]), ValueError, "labeled.labels must have shape"),
         ("state", TypeError, "labeled must be a MemoryState"),
@@ -256,9 +244,7 @@ def test_states_are_assignable_and_checked():
 
 
 def test_a_wrong_batch_leaves_the_memory_as_it_was():
-    memory = make()
-    first, second = batches(2)
-    memory(*first)
+    memory, (_, second) = stepped(1), batches(2)
     before = copy.deepcopy(memory.state_dict())
     for wrong in (
         (second[0] * math.nan, *second[1:]),
@@ -273,9 +259,7 @@ def test_a_wrong_batch_leaves_the_memory_as_it_was():
 
 
 def test_moves_with_its_module():
-    memory = make(dtype=torch.float32)
-    (batch,) = batches(1, dtype=torch.float32)
-    memory(*batch)
+    memory = stepped(1, torch.float32)
     held = memory.labeled.features
     memory.double()
     assert torch.equal(memory.labeled.features, held.double()) and memory.alpha.dtype == torch.float64
@@ -299,9 +283,7 @@ def test_a_move_to_where_it_is_leaves_what_was_handed_out_alone():
 
 
 def test_half_precision_is_for_features_only():
-    memory = make(dtype=torch.float32)
-    for batch in batches(3, dtype=torch.float32):
-        memory(*batch)
+    memory = stepped(3, torch.float32)
     usage, evaluation = memory.labeled.usage, memory.unlabeled.evaluation
     for _ in range(2):
         memory.to(torch.bfloat16)
@@ -310,9 +292,7 @@ def test_half_precision_is_for_features_only():
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_training_goes_on_after_inference_mode(steps):
-    memory, twin = make(), make()
-    for batch in batches(2):
-        memory(*batch), twin(*batch)
+    memory, twin = stepped(2), stepped(2)
     for batch in batches(steps, seed=1):
         with torch.inference_mode():
             assert not memory(*batch).loss.requires_grad
@@ -333,9 +313,7 @@ def test_training_goes_on_after_inference_mode(steps):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_an_interrupted_write_is_written_once(monkeypatch, error):
-    memory, twin = make(), make()
-    first, second = batches(2)
-    memory(*first), twin(*first)
+    memory, twin, (_, second) = stepped(1), stepped(1), batches(2)
     commit = pending.memory_commit_scores_
 
     def interrupted(*arguments):
@@ -394,10 +372,7 @@ def test_gates_from_features():
         make()(*batch, gate_features=features)
 
 
-@pytest.mark.parametrize(
-    ("settings", "error"),
-    [({"decay": 1.5}, ValueError), ({"gates": "both"}, ValueError), ({"labeled_slots": 0}, ValueError)],
-)
-def test_wrong_settings(settings, error):
-    with pytest.raises(error, match=next(iter(settings))):
+@pytest.mark.parametrize("settings", [{"decay": 1.5}, {"gates": "both"}, {"labeled_slots": 0}])
+def test_wrong_settings(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
         ProgressiveAugmentedMemory(**({"labeled_slots": 2, "unlabeled_slots": 2, "key_dim": 2} | settings))

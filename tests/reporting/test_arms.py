@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from dan_fast.reporting.arms import MEAN_OF_TARGETS, paired_difference, read_comparison
+from tests.support.figures import evaluation
 
 # By seed, in percent. Differences to plain: 2, 3 and 1; seed 7 and seed 9 have no partner.
 PLAIN = {2: 44.0, 0: 40.0, 1: 48.0, 9: 10.0}
@@ -18,14 +19,6 @@ DAN = {7: 98.0, 0: 42.0, 1: 51.0, 2: 45.0}
 def words(text: str) -> str:
     """Without what makes columns of one width."""
     return re.sub("-{3,}", "---", re.sub(" +", " ", text))
-
-
-def evaluation(dataset: str, mean_precision: float, rank1: float) -> dict:
-    return {
-        **{"dataset": dataset, "protocol": "fixed query and gallery", "cmc": [rank1 / 100] * 10},
-        **{"mAP": mean_precision / 100, "mINP": 0.1, "cmc_std": None, "mAP_std": None, "mINP_std": None},
-        **{"repeats": 1, "num_query": 3, "num_gallery": 4, "num_valid": 3},
-    }
 
 
 def finished(folder: Path, arm: str, seed: int, *targets: dict, **entry) -> dict:
@@ -47,7 +40,7 @@ def folder(tmp_path) -> Path:
     entries = []
     for arm, scores in (("plain", PLAIN), ("dan", DAN)):
         for seed, score in scores.items():
-            targets = evaluation("street", score, score + 10), evaluation("mall", 20.0, score)
+            targets = evaluation("street", (score + 10) / 100, score / 100), evaluation("mall", score / 100, 0.2)
             entries.append(finished(tmp_path / "ab", arm, seed, *targets, seconds=60.0 + seed))
     return written(tmp_path / "ab", entries)
 
@@ -105,7 +98,7 @@ def test_the_markdown_can_be_pasted(folder):
 
 def test_one_seed_has_no_interval_and_says_so(tmp_path):
     entries = [
-        finished(tmp_path, arm, 0, evaluation("street", score, 50.0)) for arm, score in (("plain", 30.0), ("dan", 31.0))
+        finished(tmp_path, arm, 0, evaluation("street", 0.5, score)) for arm, score in (("plain", 0.30), ("dan", 0.31))
     ]
     text = words(read_comparison(written(tmp_path, entries)).markdown())
     assert "| dan | 1 | 31.0 | 50.0 | +1.0 | +0.0 |" in text
@@ -114,7 +107,7 @@ def test_one_seed_has_no_interval_and_says_so(tmp_path):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    street = evaluation("street", 30.0, 50.0)
+    street = evaluation("street", 0.5, 0.3)
     failed = finished(tmp_path, "dan", 1, state="failed", sentence="There is no such thing.")
     waiting = finished(tmp_path, "paper", 0, street, state="waiting", seconds=None)
     silent = finished(tmp_path, "paper", 1)
@@ -133,17 +126,10 @@ def test_what_is_missing_is_named(tmp_path):
     assert comparison.to_dict()["arms"][2]["missing"].keys() == {"0", "1"}
 
 
-def test_other_folders_compare_nothing(tmp_path):
-    assert read_comparison(tmp_path) is None
-    (tmp_path / "sweep.json").write_text("{]")
-    assert read_comparison(tmp_path) is None
-    assert read_comparison(written(tmp_path, [{"name": "meta.eta=1", "state": "finished"}])) is None
-
-
 def test_the_mean_leaves_out_what_a_run_learnt_from(folder):
     for results in folder.glob("*/results.json"):
         content = json.loads(results.read_text())
-        content["targets"].append(evaluation("campus", 90.0, 90.0))
+        content["targets"].append(evaluation("campus", 0.9, 0.9))
         results.write_text(json.dumps({**content, "labeled": ["campus"]}))
     comparison = read_comparison(folder)
     dan = next(arm for arm in comparison.arms if arm.name == "dan")
@@ -152,7 +138,11 @@ def test_the_mean_leaves_out_what_a_run_learnt_from(folder):
     assert [target.title for target in comparison.targets] == ["street", "mall", "campus", MEAN_OF_TARGETS.title]
 
 
-@pytest.mark.parametrize("content", ["[]", '["x"]', '[{"arm": "plain"}]', "{}", "no JSON"])
+@pytest.mark.parametrize(
+    "content",
+    [None, "{]", "[]", '["x"]', '[{"arm": "plain"}]', '[{"name": "meta.eta=1", "state": "finished"}]', "{}", "no JSON"],
+)
 def test_what_is_no_record_of_a_sweep_compares_nothing(tmp_path, content):
-    (tmp_path / "sweep.json").write_text(content)
+    if content is not None:
+        (tmp_path / "sweep.json").write_text(content)
     assert read_comparison(tmp_path) is None

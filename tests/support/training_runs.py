@@ -28,6 +28,15 @@ def config(images: Path, out: Path, **sections: dict[str, Any]) -> TrainConfig:
     return TrainConfig.of_recipe("none", **over(settings, sections))
 
 
+def command(out: Path, *flags: str) -> list[str]:
+    """The words of `dan-fast train` for such a training of one epoch; `flags` say on what."""
+    return [
+        *("train", "--data.image_size", str(list(IMAGE_SIZE)), "--data.batch_size", "8", "--data.workers", "0"),
+        *("--model.backbone", "resnet18", "--model.weights", "none", "--optimizer.epochs", "1"),
+        *("--run.out", str(out), "--run.device", "cpu", *flags),
+    ]
+
+
 class NoScalars:
     """Takes scalars and forgets them."""
 

@@ -25,6 +25,7 @@ from dan_fast.sweep import runner as sweeping
 from dan_fast.sweep.grid import GRIDS, plan_sweep, run_name
 from dan_fast.sweep.runner import sweep
 from dan_fast.training import TrainConfig
+from tests.support.figures import evaluation
 
 BASE = {"data": {"labeled": "market"}}
 
@@ -40,29 +41,17 @@ def grid(tmp_path) -> Path:
     return write(tmp_path / "grid.yaml", {"base": BASE, "grids": grids})
 
 
-def names(grid: Path | str, base: Path | None = None) -> list[str]:
-    return [run.name for run in plan_sweep(grid, base, "out")]
-
-
 def test_a_grid_is_every_combination_once(tmp_path, grid):
     runs = plan_sweep(grid, None, tmp_path / "out")
-    assert [run.name for run in runs] == [
-        "loss.adversary=0.2,model.reduction=1",
-        "loss.adversary=0.2,model.reduction=12",
-        "loss.adversary=0.6,model.reduction=1",
-        "loss.adversary=0.6,model.reduction=12",
-    ]
-    assert [(run.config.loss.adversary, run.config.model.reduction) for run in runs] == [
-        (0.2, 1), (0.2, 12), (0.6, 1), (0.6, 12),
-    ]  # fmt: skip
+    combinations = [(adversary, reduction) for adversary in (0.2, 0.6) for reduction in (1, 12)]
+    assert [run.name for run in runs] == ["loss.adversary={},model.reduction={}".format(*each) for each in combinations]
+    assert [(run.config.loss.adversary, run.config.model.reduction) for run in runs] == combinations
     assert all(run.config.data.labeled == ["market"] for run in runs)
     assert [run.folder for run in runs] == [tmp_path / "out" / run.name for run in runs]
     # The default is 0.6 and 12: written out or not, it is one training.
-    twice = {
-        "base": {"data": {"labeled": "market"}},
-        "grids": [{"loss.adversary": [0.6]}, {"model.reduction": [12, 4]}],
-    }
-    assert names(write(tmp_path / "twice.yaml", twice)) == ["loss.adversary=0.6", "model.reduction=4"]
+    twice = {"base": BASE, "grids": [{"loss.adversary": [0.6]}, {"model.reduction": [12, 4]}]}
+    runs = plan_sweep(write(tmp_path / "twice.yaml", twice), None, "out")
+    assert [run.name for run in runs] == ["loss.adversary=0.6", "model.reduction=4"]
 
 
 def test_a_base_is_inline_beside_the_grid_or_named(tmp_path, grid):
@@ -76,13 +65,11 @@ def test_a_base_is_inline_beside_the_grid_or_named(tmp_path, grid):
 def test_the_shipped_grids_are_the_papers(tmp_path):
     base = write(tmp_path / "base.yaml", {"data": {"labeled": "m", "unlabeled": "u"}})
     planned = {grid: plan_sweep(grid, base, "out") for grid in GRIDS}
-    fig6 = [
-        (run.config.model.attention, run.config.model.adversary, run.config.model.reduction) for run in planned["fig6"]
-    ]
-    assert sorted(fig6) == sorted(
-        [("none", False, 12), ("spatial", False, 12), ("non_local", False, 12), ("nl_cbam", False, 12),
-         ("cbam", True, 12), ("nl_cbam", True, 1), ("nl_cbam", True, 12)]
-    )  # fmt: skip
+    models = [run.config.model for run in planned["fig6"]]
+    assert sorted((each.attention, each.adversary, each.reduction) for each in models) == sorted(
+        [*((kind, False, 12) for kind in ("none", "spatial", "non_local", "nl_cbam")), ("cbam", True, 12)]
+        + [("nl_cbam", True, 1), ("nl_cbam", True, 12)]
+    )
     assert all(run.config.data.unlabeled_share == 0 for run in planned["fig6"])
     assert [run.config.data.unlabeled_share for run in planned["fig7"]] == [0, 0.25, 0.5, 0.75, 1]
     assert [run.config.meta.procedure for run in planned["table9"]] == ["daml1", "daml2", "daml3"]
@@ -90,9 +77,8 @@ def test_the_shipped_grids_are_the_papers(tmp_path):
     for name in ("fig6", "fig7", "fig8", "table9"):
         assert {run.config.recipe for run in planned[name]} == {"paper"}
         assert {run.config.loss.labeled_embedding for run in planned[name]} == {0.0}
-    losses = {
-        (run.config.loss.adversary, run.config.loss.embedding, run.config.loss.regularizer) for run in planned["fig8"]
-    }
+    losses = [run.config.loss for run in planned["fig8"]]
+    losses = {(each.adversary, each.embedding, each.regularizer) for each in losses}
     assert {(0.2, 1.0, 1.0), (0.6, 0.25, 1.0), (0.6, 0.5, 0.2)} <= losses
     assert [run.name for run in planned["recipes"][:3]] == [f"{arm},run.seed=0" for arm in ("plain", "paper", "dan")]
     assert len(planned["recipes"]) == 9 and {run.baseline for run in planned["recipes"]} == {"plain"}
@@ -105,10 +91,9 @@ def test_arms_are_trained_once_a_seed(tmp_path):
     arms = {"plain": {"recipe": "plain"}, "dan2": {"meta.order": 2, "loss": {"adversary": 0.1}}, "dan": None}
     content = {"base": {**BASE, "loss": {"embedding": 0.4}}, "arms": arms, "seeds": [3, 0], "baseline": "dan"}
     runs = plan_sweep(write(tmp_path / "arms.yaml", content), None, tmp_path / "out")
-    assert [run.name for run in runs] == [
-        f"{arm},run.seed={seed}" for seed in (3, 0) for arm in ("plain", "dan2", "dan")
-    ]
-    assert [(run.arm, run.config.run.seed) for run in runs[:4]] == [("plain", 3), ("dan2", 3), ("dan", 3), ("plain", 0)]
+    pairs = [(arm, seed) for seed in (3, 0) for arm in ("plain", "dan2", "dan")]
+    assert [run.name for run in runs] == [f"{arm},run.seed={seed}" for arm, seed in pairs]
+    assert [(run.arm, run.config.run.seed) for run in runs] == pairs
     assert {run.baseline for run in runs} == {"dan"}
     plain, dan2, dan = (run.config for run in runs[:3])
     assert [config.recipe for config in (plain, dan2, dan)] == ["plain", "dan", "dan"]
@@ -155,9 +140,8 @@ def test_a_recipe_comes_from_the_arm_the_flag_the_base_or_the_default(tmp_path):
 
 def test_names_are_folders():
     assert run_name({}) == "base"
-    assert (
-        run_name({"data.unlabeled": ["a", "b"], "model.adversary": True}) == "data.unlabeled=a+b,model.adversary=true"
-    )
+    settings = {"data.unlabeled": ["a", "b"], "model.adversary": True}
+    assert run_name(settings) == "data.unlabeled=a+b,model.adversary=true"
     paths = [run_name({"data.labeled": [path]}) for path in ("/a/b", "-a/b", "/a b")]
     assert len(set(paths)) == 3 and not any("/" in name or " " in name for name in paths)
     assert len(run_name({f"section.{number}": number for number in range(99)})) < 200
@@ -287,27 +271,41 @@ def quick(tmp_path, monkeypatch):
 
 @pytest.fixture
 def three(tmp_path) -> Path:
-    return write(tmp_path / "three.yaml", {"base": BASE, "grids": [{"model.reduction": [1, 2, 3]}]})
+    return reductions(tmp_path / "three.yaml", 1, 2, 3)
+
+
+def reductions(path: Path, *numbers: int, **base: dict) -> Path:
+    """A grid of one setting; `base` as sections."""
+    return write(path, {"base": {**BASE, **base}, "grids": [{"model.reduction": list(numbers)}]})
+
+
+def recorded(out: Path, what: str) -> list:
+    return [entry[what] for entry in json.loads((out / "sweep.json").read_text())]
 
 
 def states(out: Path) -> list[str]:
-    return [entry["state"] for entry in json.loads((out / "sweep.json").read_text())]
+    return recorded(out, "state")
 
 
 def reduce(number: int) -> str:
     return f"model.reduction={number}"
 
 
-def test_finished_runs_are_skipped(quick, three, capsys):
+def files_of(out: Path, name: str) -> list[str]:
+    return [(out / reduce(number) / name).read_text() for number in (1, 2, 3)]
+
+
+def test_runs_are_in_order_and_alone_and_finished_ones_are_skipped(quick, three, capsys):
     assert quick(three) == [f"{reduce(number)} new" for number in (1, 2, 3)]
+    assert files_of(quick.out, "beside") == ["1"] * 3 and not list(quick.out.glob("comparison.*"))
     assert quick(three) == quick.calls and len(quick.calls) == 3
     assert "[3/3] model.reduction=3: finished before." in capsys.readouterr().out
     assert states(quick.out) == ["finished"] * 3
     # Runs that a longer grid adds are run, the others are not run again.
-    write(three, {"base": BASE, "grids": [{"model.reduction": [1, 2, 3, 4]}]})
+    reductions(three, 1, 2, 3, 4)
     assert quick(three)[3:] == ["model.reduction=4 new"]
     # With other targets the trainer is asked to evaluate again.
-    write(three, {"base": {"data": {"labeled": "market", "targets": "duke"}}, "grids": [{"model.reduction": [1]}]})
+    reductions(three, 1, data={"labeled": "market", "targets": "duke"})
     with pytest.raises(DanFastError, match="1 of 1 trainings failed"):
         quick(three, **{reduce(1): "fail"})
     # The results that it had are of the old targets.
@@ -316,17 +314,18 @@ def test_finished_runs_are_skipped(quick, three, capsys):
 
 
 @pytest.mark.parametrize(
-    ("what", "sentence"), [("fail", "There is no such thing."), ("die", "It was ended by SIGKILL")]
+    ("what", "sentence", "parallel"),
+    [("fail", "There is no such thing.", 1), ("fail", "There is no such thing.", 2), ("die", "ended by SIGKILL", 1)],
 )
-def test_a_failure_is_recorded_and_the_rest_goes_on(quick, three, what, sentence, capsys):
-    with pytest.raises(DanFastError, match=f"1 of 3 trainings failed, the first being model.reduction=2: {sentence}"):
-        quick(three, **{reduce(2): what})
+def test_a_failure_is_recorded_and_the_rest_goes_on(quick, three, what, sentence, parallel, capsys):
+    with pytest.raises(DanFastError, match=f"1 of 3 trainings failed, the first being model.reduction=2: .*{sentence}"):
+        quick(three, parallel, **{reduce(2): what})
     assert states(quick.out) == ["finished", "failed", "finished"]
-    assert sentence in json.loads((quick.out / "sweep.json").read_text())[1]["sentence"]
-    assert f"[2/3] model.reduction=2: failed: {sentence}" in capsys.readouterr().out
-    assert quick(three)[3:] == ["model.reduction=2 resumed"]
+    assert sentence in recorded(quick.out, "sentence")[1]
+    assert re.search(rf"\[2/3\] model.reduction=2: failed: .*{sentence}", capsys.readouterr().out)
+    assert quick(three, parallel)[3:] == ["model.reduction=2 resumed"]
     assert states(quick.out) == ["finished"] * 3
-    assert json.loads((quick.out / "sweep.json").read_text())[1]["sentence"] == ""
+    assert recorded(quick.out, "sentence")[1] == ""
 
 
 def test_two_at_a_time_are_two_and_not_three(quick, three, monkeypatch):
@@ -335,13 +334,10 @@ def test_two_at_a_time_are_two_and_not_three(quick, three, monkeypatch):
     calls = quick(three, parallel=2, **{reduce(1): "meet", reduce(2): "meet"})
     assert sorted(calls) == [f"{reduce(number)} new" for number in (1, 2, 3)]
     assert states(quick.out) == ["finished"] * 3
-    beside = [int((quick.out / reduce(number) / "beside").read_text()) for number in (1, 2, 3)]
-    assert max(beside) == 2
-    assert [(quick.out / reduce(number) / "threads").read_text() for number in (1, 2, 3)] == ["3"] * 3
-    record = json.loads((quick.out / "sweep.json").read_text())
-    assert [entry["threads"] for entry in record] == [3] * 3 and all(entry["seconds"] > 0 for entry in record)
+    assert max(files_of(quick.out, "beside")) == "2" and files_of(quick.out, "threads") == ["3"] * 3
+    assert recorded(quick.out, "threads") == [3] * 3 and min(recorded(quick.out, "seconds")) > 0
     # One that runs alone has what the user gives it.
-    write(three, {"base": BASE, "grids": [{"model.reduction": [4]}]})
+    reductions(three, 4)
     quick(three)
     assert (quick.out / reduce(4) / "threads").read_text() == "5"
 
@@ -349,20 +345,7 @@ def test_two_at_a_time_are_two_and_not_three(quick, three, monkeypatch):
 def test_more_at_a_time_than_cores_have_a_thread_each(quick, three, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
     quick(three, parallel=8)
-    assert [(quick.out / reduce(number) / "threads").read_text() for number in (1, 2, 3)] == ["1"] * 3
-
-
-def test_one_at_a_time_is_in_order_and_alone(quick, three):
-    assert quick(three) == [f"{reduce(number)} new" for number in (1, 2, 3)]
-    assert [(quick.out / reduce(number) / "beside").read_text() for number in (1, 2, 3)] == ["1"] * 3
-
-
-def test_a_failure_beside_another_training_is_recorded_and_the_rest_goes_on(quick, three):
-    with pytest.raises(DanFastError, match="1 of 3 trainings failed, the first being model.reduction=2: There is no"):
-        quick(three, parallel=2, **{reduce(2): "fail"})
-    assert states(quick.out) == ["finished", "failed", "finished"]
-    assert quick(three, parallel=2)[3:] == ["model.reduction=2 resumed"]
-    assert states(quick.out) == ["finished"] * 3
+    assert files_of(quick.out, "threads") == ["1"] * 3
 
 
 def when(ready: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
@@ -389,41 +372,29 @@ def test_a_stop_ends_all_trainings_under_way_and_a_later_call_goes_on(quick, thr
     stopper.join()
     assert all((folder / "told").exists() for folder in held)
     assert states(quick.out) == ["begun", "begun", "waiting"]
-    spent = [entry["seconds"] for entry in json.loads((quick.out / "sweep.json").read_text())]
+    spent = recorded(quick.out, "seconds")
     assert sorted(quick(three, parallel=2)[2:]) == [
         f"{reduce(1)} resumed", f"{reduce(2)} resumed", f"{reduce(3)} new",
     ]  # fmt: skip
     assert states(quick.out) == ["finished"] * 3
-    now = [entry["seconds"] for entry in json.loads((quick.out / "sweep.json").read_text())]
+    now = recorded(quick.out, "seconds")
     assert now[0] > spent[0] and now[1] > spent[1], "the time before the stop counts too"
     # A call that finds all finished does not forget what they took.
     quick(three)
-    assert [entry["seconds"] for entry in json.loads((quick.out / "sweep.json").read_text())] == now
-
-
-def scores(mean_precision: float, rank1: float) -> list[dict]:
-    return [
-        {
-            **{"dataset": "street", "protocol": "fixed query and gallery", "cmc": [rank1] * 10, "mAP": mean_precision},
-            **{"mINP": 0.1, "cmc_std": None, "mAP_std": None, "mINP_std": None, "repeats": 1},
-            **{"num_query": 3, "num_gallery": 4, "num_valid": 3},
-        }
-    ]
+    assert recorded(quick.out, "seconds") == now
 
 
 def test_arms_end_in_a_comparison(quick, tmp_path, capsys):
     arms = {"plain": {"recipe": "plain"}, "dan": {"recipe": "dan", "meta.order": 2}}
     grid = write(tmp_path / "arms.yaml", {"base": BASE, "arms": arms, "seeds": [0, 1], "baseline": "plain"})
-    plan = {
-        "plain,run.seed=0": scores(0.40, 0.5), "plain,run.seed=1": scores(0.44, 0.5),
-        "dan,run.seed=0": scores(0.41, 0.5), "dan,run.seed=1": "fail",
-    }  # fmt: skip
+    of_seeds = {"plain,run.seed=0": 0.40, "plain,run.seed=1": 0.44, "dan,run.seed=0": 0.41}
+    plan = {name: [evaluation("street", 0.5, score)] for name, score in of_seeds.items()} | {"dan,run.seed=1": "fail"}
     with pytest.raises(DanFastError, match="1 of 4 trainings failed"):
         quick(grid, parallel=2, **plan)
     text = re.sub(" +", " ", (quick.out / "comparison.md").read_text())
     assert "| dan | 1 | 41.0 | 50.0 | +1.0 | +0.0 | 12 |" in text
     assert "Missing: dan, seed 1: failed: There is no such thing." in text
-    quick(grid, **{**plan, "dan,run.seed=1": scores(0.47, 0.7)})
+    quick(grid, **{**plan, "dan,run.seed=1": [evaluation("street", 0.7, 0.47)]})
     text = re.sub(" +", " ", (quick.out / "comparison.md").read_text())
     # Differences of 1 and 3: the mean is 2 and the interval 12.706 wide to both sides.
     assert "| dan | 2 | 44.0 ± 4.2 | 60.0 ± 14.1 | +2.0 [-10.7, +14.7] |" in text and "Missing" not in text
@@ -436,11 +407,6 @@ def test_arms_end_in_a_comparison(quick, tmp_path, capsys):
     assert "out: street (fixed query and gallery)" in page and "+2.0 [-10.7, +14.7]" in page
 
 
-def test_a_grid_without_seeds_and_arms_compares_nothing(quick, three):
-    quick(three)
-    assert not (quick.out / "comparison.md").exists() and not (quick.out / "comparison.json").exists()
-
-
 def test_the_report_is_on_what_is_finished(quick, three, monkeypatch, capsys):
     told = []
     monkeypatch.setattr(sweeping, "write_page", lambda runs, out: told.append((list(runs), out)) or out / "index.html")
@@ -451,25 +417,25 @@ def test_the_report_is_on_what_is_finished(quick, three, monkeypatch, capsys):
     assert f"Report: {quick.out / 'report' / 'index.html'}" in printed.out
     assert "1 of 3 trainings failed" in printed.err
     (quick.out / "plan").write_text(json.dumps({reduce(number): "fail" for number in (1, 2)}))
-    write(three, {"base": BASE, "grids": [{"model.reduction": [2]}]})
+    reductions(three, 2)
     assert main(["sweep", "--grid", str(three), "--out", str(quick.out)]) == 1
     assert len(told) == 1
 
 
 def test_a_folder_with_other_settings_is_left_alone(quick, three, tmp_path):
     quick(three)
-    write(three, {"base": {**BASE, "optimizer": {"epochs": 7}}, "grids": [{"model.reduction": [1]}]})
+    reductions(three, 1, optimizer={"epochs": 7})
     with pytest.raises(DanFastError, match=r"optimizer.epochs is 7 here and 500 there\): choose another --out"):
         quick(three)
-    write(three, {"base": {"data": {"labeled": "duke"}}, "grids": [{"model.reduction": [1]}]})
-    with pytest.raises(DanFastError, match="data.labeled is"):
-        quick(three)
-    (quick.out / reduce(1) / "results.json").unlink()
-    with pytest.raises(DanFastError, match="data.labeled is"):
-        quick(three)
-    (quick.out / reduce(1) / "config.yaml").unlink()
-    with pytest.raises(DanFastError, match="without a readable config.yaml"):
-        quick(three)
+    reductions(three, 1, data={"labeled": "duke"})
+    for lost, sentence in (
+        ("nothing", "data.labeled is"),
+        ("results.json", "data.labeled is"),
+        ("config.yaml", "without a readable config.yaml"),
+    ):
+        (quick.out / reduce(1) / lost).unlink(missing_ok=True)
+        with pytest.raises(DanFastError, match=sentence):
+            quick(three)
     assert len(quick.calls) == 3
     # A run that failed before its first checkpoint holds nothing worth keeping: its mistake may be corrected.
     (quick.out / reduce(1) / "checkpoint.pt").unlink()

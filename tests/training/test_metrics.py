@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 
 from dan_fast.data import TrainingSet, load_dataset
 from dan_fast.training.metrics import (
@@ -17,6 +16,7 @@ from dan_fast.training.metrics import (
 )
 from dan_fast.training.objective import spatial_spread
 from dan_fast.training.scalars import Scalars
+from tests.support.written_sets import manifest
 
 # Six unlabelled images: persons 0, 0, 1, 1, 2 and one unknown; the first three persons' classes are 4, 7 and none.
 TRUTH = SimpleNamespace(true_ids=torch.tensor([0, 0, 1, 1, 2, -1]), true_labels=torch.tensor([4, 4, 7, 7, -1, -1]))
@@ -82,16 +82,10 @@ def test_fed_back_images_of_known_persons_are_right_or_wrong(fed_back, share):
 
 
 def test_the_manifest_of_an_unlabelled_set_tells_purity_and_that_nothing_fed_back_is_right(tmp_path):
-    def a_set(name: str, pids: list[int | str]):
-        (tmp_path / name).mkdir()
-        rows = [f"{number}.jpg,{pid},1,train" for number, pid in enumerate(pids)]
-        (tmp_path / name / "manifest.csv").write_text("\n".join(["path,pid,camid,split", *rows]) + "\n")
-        for number, _ in enumerate(pids):
-            Image.new("RGB", (4, 8)).save(tmp_path / name / f"{number}.jpg")
-        return load_dataset(tmp_path / name)
-
     # The numbers of persons are the same in both: persons of different sets are different all the same.
-    training_set = TrainingSet([a_set("campus", [1, 2])], [a_set("street", [1, 1, 2, ""])])
+    campus = load_dataset(manifest(tmp_path / "campus", train=[1, 2]))
+    street = load_dataset(manifest(tmp_path / "street", train=[1, 1, 2, ""]))
+    training_set = TrainingSet([campus], [street])
     assert training_set.true_labels.tolist() == [-1] * 4 and training_set.true_ids.tolist() == [0, 0, 1, -1]
     ids, labels = torch.arange(4), torch.tensor([0, 0, 0, 0])
     assert pseudo_label_purity(ids, labels, training_set) == pytest.approx((0.5 + 0.5 + 0.0) / 3)

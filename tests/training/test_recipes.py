@@ -16,6 +16,7 @@ from dan_fast.reporting.report import report
 from dan_fast.reporting.runs import read_runs
 from dan_fast.training import DataConfig, MetaConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer
 from dan_fast.training.recipes import RECIPES, recipe_of, recipe_settings, recipe_words
+from tests.support.training_runs import command
 
 RECIPE_FILES = sorted((Path(cli.__file__).parent / "recipes").iterdir())
 # Where and on what a run takes place, how long and with which step sizes is for the user to say.
@@ -70,10 +71,9 @@ def test_plain_has_no_part_of_dan():
     assert (plain.model.attention, plain.model.adversary, plain.meta.procedure) == ("none", False, "daml1")
     assert {weight for weight in asdict(plain.loss).values() if isinstance(weight, float)} == {0.0}
     assert plain.data.unlabeled_share == 0 and plain.data.unlabeled == ["b"]
-    same = {"data.image_size", "data.batch_size", "model.backbone", "model.dropout"}
-    assert {k: v for k, v in dotted(method(plain)).items() if k in same} == {
-        k: v for k, v in dotted(method(TrainConfig())).items() if k in same
-    }
+    found, defaults = dotted(method(plain)), dotted(method(TrainConfig()))
+    same = ("data.image_size", "data.batch_size", "model.backbone", "model.dropout")
+    assert [found[name] for name in same] == [defaults[name] for name in same]
 
 
 def test_python_gets_a_recipe_only_where_it_asks():
@@ -130,20 +130,18 @@ def test_help_explains_recipes(capsys):
         assert words in text, words
 
 
-@pytest.mark.parametrize("command", ["train", "quickstart"])
-def test_a_recipe_that_does_not_exist_is_one_sentence(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main([command, "--recipe", "dna"]) == 1
-    assert capsys.readouterr().err == (
-        "dan-fast: There is no recipe 'dna': choose dan, paper, plain or none, the bare defaults.\n"
-    )
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_recipe_of_a_file_that_does_not_exist_is_one_sentence(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("words", "recipe"),
+    [("train --recipe dna", "dna"), ("quickstart --recipe dna", "dna"), ("train --config FILE", "3")],
+)
+def test_a_recipe_that_does_not_exist_is_one_sentence(words, recipe, tmp_path, monkeypatch, capsys):
     (tmp_path / "some.yaml").write_text("recipe: 3\n")
-    assert main(["train", "--config", str(tmp_path / "some.yaml")]) == 1
-    assert "There is no recipe '3'" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert main(words.replace("FILE", "some.yaml").split()) == 1
+    assert capsys.readouterr().err == (
+        f"dan-fast: There is no recipe '{recipe}': choose dan, paper, plain or none, the bare defaults.\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["some.yaml"]
 
 
 def test_words_name_what_was_changed_in_the_method_alone():
@@ -170,12 +168,8 @@ def test_a_whole_configuration_without_a_recipe_is_left_as_it_is(tmp_path):
 
 
 def tiny_flags(images: Path, out: Path) -> list[str]:
-    return [
-        *("train", "--data.labeled", str(images / "campus"), "--data.unlabeled", str(images / "mall")),
-        *("--data.targets", str(images / "mall"), "--data.image_size", "[32, 32]", "--data.workers", "0"),
-        *("--data.batch_size", "8", "--model.backbone", "resnet18", "--model.weights", "none"),
-        *("--optimizer.epochs", "1", "--run.out", str(out), "--run.device", "cpu"),
-    ]
+    campus, mall = str(images / "campus"), str(images / "mall")
+    return command(out, "--data.labeled", campus, "--data.unlabeled", mall, "--data.targets", mall)
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """MSMT17, CUHK02, CUHK03, CUHK-SYSU and DukeMTMC-reID in the layouts people have them in, drawn tiny."""
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ from scipy.io import savemat
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import ReIDDataset, load_dataset, read_image
 from tests.support.dataset_shelf import tiny_image
+from tests.support.refusals import refusal
+from tests.support.written_sets import cuhk03_of
 
 
 def rows(samples: Sequence) -> list[tuple[str, int, int]]:
@@ -19,11 +20,7 @@ def rows(samples: Sequence) -> list[tuple[str, int, int]]:
 
 
 def sentence(path: Path, variant: str | None = None) -> str:
-    with pytest.raises(DanFastError) as caught:
-        load_dataset(path, variant=variant)
-    message = str(caught.value)
-    assert "\n" not in message and message.endswith(".")
-    return message
+    return refusal(load_dataset, path, variant=variant)
 
 
 def assert_found_from(places: Sequence[Path], expected: ReIDDataset, variant: str | None = None) -> None:
@@ -91,10 +88,8 @@ def test_msmt17_with_mistakes(tmp_path: Path) -> None:
 
 def test_cuhk02(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     home = tmp_path / "CUHK02" / "Dataset"
-    for name in ("P1/cam1/001_2.png", "P1/cam1/001_1.png", "P1/cam2/001_1.png", "P4/cam2/001_1.png"):
-        tiny_image(home / name)
-    for name in ("P5/cam1/007_1.png", "P5/cam2/007_1.png"):
-        tiny_image(home / name)
+    for name in ("1/cam1/001_2", "1/cam1/001_1", "1/cam2/001_1", "4/cam2/001_1", "5/cam1/007_1", "5/cam2/007_1"):
+        tiny_image(home / f"P{name}.png")
     (home / "P1" / "cam1" / "Thumbs.db").write_bytes(b"")
     # An image that is none is an error when it is read, not before.
     (home / "P1" / "cam1" / "001_1.png").write_bytes(b"no image")
@@ -129,25 +124,11 @@ def test_cuhk02(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.fixture
 def cuhk03(tmp_path: Path) -> Path:
-    """The extracted images of six people in three pairs, with torchreid's splits of the detected ones."""
-    home = tmp_path / "cuhk03"
+    """The extracted images of three people in as many pairs of cameras, with torchreid's splits."""
     names = [f"{pair}_001_{camera}_{5 * camera:02d}.png" for pair in (1, 2, 3) for camera in (1, 2)]
-    for name in names:
-        tiny_image(home / "images_detected" / name)
-        tiny_image(home / "images_labeled" / name)
-
-    def entries(folder: str, chosen: Sequence[str]) -> list[list]:
-        # As written on another machine, with labels that restart in every part.
-        return [[f"/home/somebody/reid/cuhk03/{folder}/{name}", 0, int(name[6]) - 1] for name in chosen]
-
     train, test = names[:2], names[2:]
     new = {"train": train, "query": test[:1], "gallery": test[1:2]}
-    second = {"train": test, "query": train, "gallery": train}
-    for box in ("detected", "labeled"):
-        parts = [{part: entries(f"images_{box}", chosen) for part, chosen in each.items()} for each in (new, second)]
-        (home / f"splits_classic_{box}.json").write_text(json.dumps(parts))
-        (home / f"splits_new_{box}.json").write_text(json.dumps(parts[:1]))
-    return home
+    return cuhk03_of(tmp_path / "cuhk03", new, new, {"train": test, "query": train, "gallery": train})
 
 
 def test_cuhk03_has_no_default_variant(cuhk03: Path) -> None:
@@ -178,10 +159,7 @@ def test_cuhk03_classic_protocol(cuhk03: Path) -> None:
     first = load_dataset(cuhk03, variant="classic labeled split 1")
     second = load_dataset(cuhk03, variant="labeled, classic protocol, split 2")
     assert first.single_shot and not load_dataset(cuhk03, variant="labeled, new protocol").single_shot
-    assert (first.variant, second.variant) == (
-        "labeled, classic protocol, split 1",
-        "labeled, classic protocol, split 2",
-    )
+    assert [each.variant for each in (first, second)] == [f"labeled, classic protocol, split {n}" for n in (1, 2)]
     assert rows(second.query) == rows(second.gallery) == rows(first.train)
     assert "does not list train, query and gallery of split 3" in sentence(cuhk03, "labeled classic split 3")
 
@@ -247,28 +225,25 @@ def test_cuhk_sysu_crops(tmp_path: Path, layout: str, caplog: pytest.LogCaptureF
     assert "somebody.jpg is not named like the images beside it" in sentence(crops)
 
 
-# DukeMTMC-reID
+# DukeMTMC-reID and Market-1501
 
 
-def test_dukemtmc(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    home = tmp_path / "dukemtmc-reid" / "DukeMTMC-reID"
-    tiny_image(home / "bounding_box_train" / "0001_c2_f0046182.jpg")
-    tiny_image(home / "query" / "0005_c1_f0049747.jpg")
+@pytest.mark.parametrize(
+    ("layout", "image", "expected", "warning"),
+    [
+        ("dukemtmc-reid/DukeMTMC-reID", "0001_c2_f0046182.jpg", (1, 2), "gallery split of DukeMTMC-reID differs from "
+         "Zheng et al., ICCV 2017: 0 instead of 1110 identities"),
+        ("market1501/Market-1501-v15.09.15", "0002_c1s1_000451_03.jpg", (2, 1), "1 instead of 751 identities, "
+         "1 instead of 6 cameras, 1 instead of 12936 images."),
+    ],
+)  # fmt: skip
+def test_dukemtmc_and_market1501_as_torchreid_has_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, layout: str, image: str, expected: tuple, warning: str
+) -> None:
+    home = tmp_path / layout
+    tiny_image(home / "bounding_box_train" / image)
     with caplog.at_level(logging.WARNING):
         dataset = load_dataset(home)
-    assert rows(dataset.train) == [("0001_c2_f0046182.jpg", 1, 2)]
-    assert dataset.name == "DukeMTMC-reID"
-    assert "The gallery split of DukeMTMC-reID differs from Zheng et al., ICCV 2017: 0 instead of 1110 identities" in (
-        caplog.text
-    )
-    assert_found_from([tmp_path, home.parent, home / "query"], dataset)
-
-
-def test_market1501_as_torchreid_has_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    home = tmp_path / "market1501" / "Market-1501-v15.09.15"
-    tiny_image(home / "bounding_box_train" / "0002_c1s1_000451_03.jpg")
-    with caplog.at_level(logging.WARNING):
-        dataset = load_dataset(home)
-    assert (dataset.name, rows(dataset.train)) == (home.name, [("0002_c1s1_000451_03.jpg", 2, 1)])
-    assert "1 instead of 751 identities, 1 instead of 6 cameras, 1 instead of 12936 images." in caplog.text
+    assert (dataset.name, rows(dataset.train)) == (home.name, [(image, *expected)])
+    assert warning in caplog.text
     assert_found_from([tmp_path, home.parent, home / "bounding_box_train"], dataset)

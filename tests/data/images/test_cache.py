@@ -16,23 +16,16 @@ from PIL import Image
 
 from dan_fast.commands.evaluate import evaluate
 from dan_fast.core.errors import DanFastError
-from dan_fast.data import (
-    BatchPlanner,
-    ImageCache,
-    ReIDDataset,
-    Sample,
-    TrainingSet,
-    image_loader,
-    load_dataset,
-    read_image,
-)
+from dan_fast.data import BatchPlanner, ImageCache, TrainingSet, image_loader, load_dataset, read_image
 from dan_fast.data.images import cache
 from dan_fast.data.images.cache import cache_folder
 from dan_fast.data.images.loader import training_loader
 from dan_fast.data.images.transforms import resize
 from dan_fast.data.synthetic import synthesize
 from dan_fast.evaluation import evaluate_dataset
-from dan_fast.training import DataConfig, Interrupted, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer
+from dan_fast.training import Interrupted, Trainer
+from tests.support.sameness import same
+from tests.support.training_runs import assert_same_training, config, stop_after
 
 SIZE = (16, 8)
 FORK = multiprocessing.get_context("fork")
@@ -47,6 +40,18 @@ def draw_image(path: Path, seed: int) -> Path:
 @pytest.fixture
 def paths(tmp_path: Path) -> list[Path]:
     return [draw_image(tmp_path / "images" / f"{number}.png", number) for number in range(5)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def made(folder: Path, paths: list[Path]) -> Path:
+    """The folder with the set of `paths` in it."""
+    Opened(folder, paths)
+    return folder
 
 
 class Opened:
@@ -86,11 +91,11 @@ def nothing_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_pixels_are_those_of_the_transform(tmp_path: Path, paths: list[Path], workers: int) -> None:
-    opened = Opened(tmp_path / "cache", paths, workers=workers)
+def test_the_pixels_are_those_of_the_transform(tmp_path: Path, folder: Path, paths: list[Path], workers: int) -> None:
+    opened = Opened(folder, paths, workers=workers)
     assert opened.holds(paths)
     assert opened.cache.read(str(paths[2])).dtype == torch.uint8
-    (file,) = files(tmp_path / "cache", "npy")
+    (file,) = files(folder, "npy")
     assert opened.said == [f"Decoding 5 images into {file}, 1920 bytes."]
     stored = np.load(file)
     assert stored.shape == (5, 3, *SIZE) and stored.dtype == np.uint8
@@ -99,35 +104,31 @@ def test_the_pixels_are_those_of_the_transform(tmp_path: Path, paths: list[Path]
         opened.cache.read(tmp_path / "other.png")
 
 
-def test_images_are_decoded_once(tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    Opened(tmp_path / "cache", paths)
+def test_images_are_decoded_once(made: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     nothing_is_decoded(monkeypatch)
     monkeypatch.setattr(cache, "read_source", lambda name: pytest.fail("a content was compared"))
-    again = Opened(tmp_path / "cache", paths)
+    again = Opened(made, paths)
     assert again.said == [] and again.holds(paths)
     again.cache.add(paths)
     again.cache.add(paths[1:3])
     assert again.said == []
 
 
-def test_another_set_and_another_size_are_files_of_their_own(tmp_path: Path, paths: list[Path]) -> None:
-    folder = tmp_path / "cache"
-    Opened(folder, paths)
-    assert Opened(folder, paths, (32, 8)).holds(paths, (32, 8))
-    assert Opened(folder, paths[::-1]).holds(paths)
-    assert len(files(folder, "npy")) == len(files(folder, "npz")) == 3
-    assert Opened(folder, paths).said == []
-    both = Opened(folder, paths[:2])
+def test_another_set_and_another_size_are_files_of_their_own(made: Path, paths: list[Path]) -> None:
+    assert Opened(made, paths, (32, 8)).holds(paths, (32, 8))
+    assert Opened(made, paths[::-1]).holds(paths)
+    assert len(files(made, "npy")) == len(files(made, "npz")) == 3
+    assert Opened(made, paths).said == []
+    both = Opened(made, paths[:2])
     both.cache.add(paths[2:])
     assert both.holds(paths)
     with pytest.raises(DanFastError, match="not a height and a width"):
-        ImageCache(folder, (16,))
+        ImageCache(made, (16,))
     with pytest.raises(DanFastError, match="check of the cache is 'deep'; set it to quick or full"):
-        ImageCache(folder, SIZE, check="deep")
+        ImageCache(made, SIZE, check="deep")
 
 
-def test_a_changed_image_has_the_set_made_anew(tmp_path: Path, paths: list[Path]) -> None:
-    folder = tmp_path / "cache"
+def test_a_changed_image_has_the_set_made_anew(folder: Path, paths: list[Path]) -> None:
     before = Opened(folder, paths)
     old = before.cache.read(paths[3]).clone()
     time.sleep(0.01)
@@ -139,8 +140,9 @@ def test_a_changed_image_has_the_set_made_anew(tmp_path: Path, paths: list[Path]
     assert Opened(folder, paths).said == []
 
 
-def test_a_change_that_no_time_tells_of_is_found_by_the_full_check(tmp_path: Path, paths: list[Path]) -> None:
-    folder = tmp_path / "cache"
+def test_a_change_that_no_time_tells_of_is_found_by_the_full_check(
+    tmp_path: Path, folder: Path, paths: list[Path]
+) -> None:
     bitmap = draw_image(tmp_path / "images/5.bmp", 5)
     Opened(folder, [*paths, bitmap])
     keep_time(bitmap, lambda: flip_byte(bitmap, 60))
@@ -149,106 +151,66 @@ def test_a_change_that_no_time_tells_of_is_found_by_the_full_check(tmp_path: Pat
     assert f"{bitmap} has changed" in opened.said[0] and opened.holds([bitmap])
 
 
-def test_touched_images_keep_their_pixels(tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "cache"
-    Opened(folder, paths)
+def test_touched_images_keep_their_pixels(made: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     for path in paths:
         os.utime(path, ns=(1, 10**18))
     nothing_is_decoded(monkeypatch)
-    assert Opened(folder, paths).said == []
+    assert Opened(made, paths).said == []
     monkeypatch.setattr(cache, "read_source", lambda name: pytest.fail("the times were not kept"))
-    assert Opened(folder, paths).holds([])
+    assert Opened(made, paths).holds([])
 
 
 def test_another_version_of_the_decoder_has_the_set_made_anew(
-    tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+    made: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "cache"
-    Opened(folder, paths)
     monkeypatch.setattr(cache, "_MADE_BY", "Pillow 99")
-    assert Opened(folder, paths).said[0].endswith("and this is Pillow 99.")
-    assert Opened(folder, paths).said == []
+    assert Opened(made, paths).said[0].endswith("and this is Pillow 99.")
+    assert Opened(made, paths).said == []
 
 
-def truncate(data: Path, header: Path) -> None:
-    os.truncate(data, data.stat().st_size - 1)
+DAMAGES = {
+    # name: what is done to pixels and header, the check that finds it, the sentence
+    "truncate": (lambda data, _: os.truncate(data, data.stat().st_size - 1), "quick", "is corrupt"),
+    "lengthen": (
+        lambda data, _: data.write_bytes(data.read_bytes() + b"\0"),
+        "quick",
+        "is corrupt: it has 2049 bytes and not 2048",
+    ),
+    "flip pixel": (lambda data, _: flip_byte(data, -700), "quick", "is corrupt: 1 image of 5 differ"),
+    "unseen": (lambda data, _: keep_time(data, lambda: flip_byte(data, -700)), "full", "is corrupt: 1 image of 5"),
+    "flip shape": (lambda data, _: flip_byte(data, data.read_bytes().index(b"(5,") + 1), "quick", "is corrupt"),
+    "flip header": (lambda _, header: flip_byte(header, header.stat().st_size // 2), "quick", "is corrupt"),
+    "empty header": (lambda _, header: header.write_bytes(b""), "quick", "is corrupt"),
+    "lose header": (lambda _, header: header.unlink(), "quick", "is missing"),
+    "lose data": (lambda data, _: data.unlink(), "quick", "is missing"),
+}
 
 
-def lengthen(data: Path, header: Path) -> None:
-    data.write_bytes(data.read_bytes() + b"\0")
-
-
-def flip_pixel(data: Path, header: Path) -> None:
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_corrupt_cache_is_made_anew(made: Path, paths: list[Path], name: str) -> None:
+    damage, check, sentence = DAMAGES[name]
     time.sleep(0.01)
-    flip_byte(data, -700)
-
-
-def flip_pixel_unseen(data: Path, header: Path) -> None:
-    keep_time(data, lambda: flip_byte(data, -700))
-
-
-def flip_shape(data: Path, header: Path) -> None:
-    flip_byte(data, data.read_bytes().index(b"(5,") + 1)
-
-
-def flip_header(data: Path, header: Path) -> None:
-    flip_byte(header, header.stat().st_size // 2)
-
-
-def empty_header(data: Path, header: Path) -> None:
-    header.write_bytes(b"")
-
-
-def lose_header(data: Path, header: Path) -> None:
-    header.unlink()
-
-
-def lose_data(data: Path, header: Path) -> None:
-    data.unlink()
-
-
-@pytest.mark.parametrize(
-    ("damage", "check", "sentence"),
-    [
-        (truncate, "quick", "is corrupt"),
-        (lengthen, "quick", "is corrupt: it has 2049 bytes and not 2048"),
-        (flip_pixel, "quick", "is corrupt: 1 image of 5 differ"),
-        (flip_pixel_unseen, "full", "is corrupt: 1 image of 5 differ"),
-        (flip_shape, "quick", "is corrupt"),
-        (flip_header, "quick", "is corrupt"),
-        (empty_header, "quick", "is corrupt"),
-        (lose_header, "quick", "is missing"),
-        (lose_data, "quick", "is missing"),
-    ],
-    ids=lambda each: getattr(each, "__name__", ""),
-)
-def test_a_corrupt_cache_is_made_anew(tmp_path: Path, paths: list[Path], damage, check: str, sentence: str) -> None:
-    folder = tmp_path / "cache"
-    Opened(folder, paths)
-    damage(*files(folder, "npy"), *files(folder, "npz"))
-    opened = Opened(folder, paths, check=check)
+    damage(*files(made, "npy"), *files(made, "npz"))
+    opened = Opened(made, paths, check=check)
     assert sentence in opened.said[0] and "\n" not in opened.said[0] and len(opened.said) == 2
     assert opened.holds(paths)
-    assert Opened(folder, paths, check="full").said == []
+    assert Opened(made, paths, check="full").said == []
 
 
-def test_an_old_header_does_not_fit_new_pixels(tmp_path: Path, paths: list[Path]) -> None:
-    folder = tmp_path / "cache"
-    Opened(folder, paths)
-    (header,) = files(folder, "npz")
+def test_an_old_header_does_not_fit_new_pixels(made: Path, paths: list[Path]) -> None:
+    (header,) = files(made, "npz")
     old, original = header.read_bytes(), paths[0].read_bytes()
     # As after a kill between the two files, and an image put back with its time.
     time.sleep(0.01)
     keep_time(paths[0], lambda: draw_image(paths[0], 77))
-    Opened(folder, paths, check="full")
+    Opened(made, paths, check="full")
     header.write_bytes(old)
     keep_time(paths[0], lambda: paths[0].write_bytes(original))
-    opened = Opened(folder, paths)
+    opened = Opened(made, paths)
     assert "differ from what was written" in opened.said[0] and opened.holds(paths)
 
 
-def test_a_broken_image_is_an_error_where_it_is_read(tmp_path: Path, paths: list[Path]) -> None:
-    folder = tmp_path / "cache"
+def test_a_broken_image_is_an_error_where_it_is_read(tmp_path: Path, folder: Path, paths: list[Path]) -> None:
     absent = tmp_path / "images" / "absent.png"
     paths[1].write_text("no image")
     for _ in range(2):
@@ -282,8 +244,10 @@ def slowly(monkeypatch: pytest.MonkeyPatch, log: Path, seconds: Callable[[int], 
     monkeypatch.setattr(cache, "decode_image", slow)
 
 
-def test_two_processes_at_once_decode_once(tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, log = tmp_path / "cache", tmp_path / "log"
+def test_two_processes_at_once_decode_once(
+    tmp_path: Path, folder: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log"
     slowly(monkeypatch, log, lambda number: 0.2)
     barrier, results = FORK.Barrier(2), FORK.Queue()
 
@@ -305,8 +269,10 @@ def test_two_processes_at_once_decode_once(tmp_path: Path, paths: list[Path], mo
     assert first == ["Decoding", "Waiting"]
 
 
-def test_a_process_killed_while_it_decodes(tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, log = tmp_path / "cache", tmp_path / "log"
+def test_a_process_killed_while_it_decodes(
+    tmp_path: Path, folder: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log"
     # Batches of one image: some are in the file when the process is killed.
     monkeypatch.setattr(cache, "_BATCH", 1)
     with monkeypatch.context() as patch:
@@ -350,7 +316,6 @@ def test_a_folder_that_may_only_be_read() -> None:
     try:
         paths = [draw_image(root / "images" / f"{number}.png", number) for number in range(3)]
         folder = root / "cache"
-        folder.mkdir()
         Opened(folder, paths)
         folder.chmod(0o555)
 
@@ -378,16 +343,14 @@ def test_a_folder_that_cannot_be(tmp_path: Path, paths: list[Path]) -> None:
         Opened(paths[0] / "cache", paths)
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "cache"
-    Opened(folder, paths)
-    (file,) = files(folder, "npy")
+def test_a_full_disk_leaves_what_was_there(made: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    (file,) = files(made, "npy")
     before = file.read_bytes()
     draw_image(paths[0], 50)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6, 0))
         with pytest.raises(DanFastError, match="cache of 5 images needs 1920 bytes and .* has 0 bytes left: make room"):
-            Opened(folder, paths)
+            Opened(made, paths)
     with monkeypatch.context() as patch:
 
         def full(content) -> bytes:
@@ -395,9 +358,9 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, paths: list[Path], mo
 
         patch.setattr(cache, "digest", lambda content: full(content) if isinstance(content, np.ndarray) else b"x" * 16)
         with pytest.raises(DanFastError, match=r"could not be written \(No space left on device\)"):
-            Opened(folder, paths)
-    assert file.read_bytes() == before and not list(folder.glob(".*"))
-    assert Opened(folder, paths).holds(paths)
+            Opened(made, paths)
+    assert file.read_bytes() == before and not list(made.glob(".*"))
+    assert Opened(made, paths).holds(paths)
 
 
 def test_the_folder_of_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,36 +376,17 @@ def test_the_folder_of_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ImageCache.of_setting("/scratch/x", SIZE, "full").folder == Path("/scratch/x")
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> TrainingSet:
-    def dataset(name: str, count: int) -> ReIDDataset:
-        samples = [
-            Sample(draw_image(tmp_path / name / f"{number}.png", number), number // 2, 1) for number in range(count)
-        ]
-        return ReIDDataset(name, tmp_path / name, train=tuple(samples))
-
-    return TrainingSet([dataset("labeled", 8)], [dataset("unlabeled", 6)])
-
-
-def same(one, other) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, (tuple, list)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
-
-
-def test_loaders_give_the_same_with_a_cache_and_without(tmp_path: Path, source: TrainingSet) -> None:
+def test_loaders_give_the_same_with_a_cache_and_without(tmp_path: Path, folder: Path, source: TrainingSet) -> None:
     planner = BatchPlanner(source.labels, 6, batch_size=8, seed=1)
     plans = [plan for epoch in range(2) for plan in planner.plan_epoch(epoch, (torch.tensor([4]), torch.tensor([3])))]
     (tmp_path / "labeled" / "5.png").write_text("broken")
-    opened = Opened(tmp_path / "cache", [sample.path for sample in source.labeled_samples])
-    options = {"broken_images": "skip"}
+    paths, options = [sample.path for sample in source.labeled_samples], {"broken_images": "skip"}
+    opened = Opened(folder, paths)
     plain = list(training_loader(source, plans, SIZE, **options))
     assert any(batch.skipped for batch in plain)
     assert same(list(training_loader(source, plans, SIZE, cache=opened.cache, **options)), plain)
     # Resuming, with the file of another process.
-    again = Opened(tmp_path / "cache", [sample.path for sample in source.labeled_samples])
+    again = Opened(folder, paths)
     assert same(list(training_loader(source, plans[1:], SIZE, cache=again.cache, **options)), plain[1:])
     plain = list(image_loader(source.labeled_samples, SIZE, 3, **options))
     assert same(list(image_loader(source.labeled_samples, SIZE, 3, cache=opened.cache, **options)), plain)
@@ -456,43 +400,19 @@ def test_loaders_give_the_same_with_a_cache_and_without(tmp_path: Path, source: 
 def test_a_run_with_a_cache_resumes_one_without_bit_for_bit(tmp_path: Path) -> None:
     synthesize(tmp_path / "images", ["campus", "mall"], identities=4, cameras=2, image_size=(32, 32), seed=1)
 
-    def trainer(out: str, cached: bool, resume: bool = False) -> Trainer:
-        data = DataConfig(
-            labeled=str(tmp_path / "images/campus"),
-            unlabeled=str(tmp_path / "images/mall"),
-            targets=str(tmp_path / "images/mall"),
-            image_size=(32, 32),
-            batch_size=4,
-            workers=0,
-            cache=str(tmp_path / "cache") if cached else "none",
-        )
-        return Trainer(
-            TrainConfig(
-                data=data,
-                model=ModelConfig(backbone="resnet18", weights="none"),
-                optimizer=OptimizerConfig(epochs=2),
-                run=RunConfig(out=str(tmp_path / out), device="cpu", resume=resume),
-            )
-        )
+    def trainer(out: str, cache: str, resume: bool = False) -> Trainer:
+        data = {"targets": str(tmp_path / "images/mall"), "batch_size": 4, "cache": cache}
+        return Trainer(config(tmp_path / "images", tmp_path / out, data=data, run={"resume": resume}))
 
-    whole = trainer("whole", cached=False)
-    expected = whole.fit()
-    parts = trainer("parts", cached=True)
-    step = parts.train_iteration
-
-    def interrupted(batch, scalars) -> None:
-        step(batch, scalars)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    parts.train_iteration = interrupted
+    expected = trainer("whole", "none").fit()
+    parts = trainer("parts", str(tmp_path / "cache"))
+    stop_after(parts, 1)
     with pytest.raises(Interrupted):
         parts.fit()
     made = len(files(tmp_path / "cache", "npy"))
-    resumed = trainer("parts", cached=True, resume=True)
-    assert resumed.fit() == expected
+    assert trainer("parts", str(tmp_path / "cache"), resume=True).fit() == expected
     assert made == 2 and len(files(tmp_path / "cache", "npy")) == 4, "train splits first, then query and gallery"
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    assert_same_training(tmp_path / "whole", tmp_path / "parts")
     mall, checkpoint = str(tmp_path / "images/mall"), str(tmp_path / "parts/checkpoint.pt")
     evaluate(checkpoint, mall, workers=0, device="cpu", cache=str(tmp_path / "evaluated"))
     assert len(files(tmp_path / "evaluated", "npy")) == 2

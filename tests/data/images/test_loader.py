@@ -27,25 +27,9 @@ from dan_fast.data import (
 )
 from dan_fast.data.images.cache import _Decoding
 from dan_fast.data.images.workers import WorkerDied
+from tests.support.sameness import same
 
 SIZE = (16, 8)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> TrainingSet:
-    """Eight labelled images of four persons and six unlabelled ones, each of a grey level of its own."""
-
-    def write(name: str, count: int, start: int) -> ReIDDataset:
-        samples = []
-        for number in range(count):
-            path = tmp_path / name / f"{number}.png"
-            path.parent.mkdir(exist_ok=True)
-            noise = np.random.default_rng(number).integers(0, 6, (20, 10, 3))
-            Image.fromarray((start + 15 * number + noise).astype(np.uint8)).save(path)
-            samples.append(Sample(path, number // 2, 1))
-        return ReIDDataset(name, tmp_path / name, train=tuple(samples))
-
-    return TrainingSet([write("labeled", 8, 10)], [write("unlabeled", 6, 140)])
 
 
 def planner(source: TrainingSet, **options) -> BatchPlanner:
@@ -57,14 +41,6 @@ FEEDBACK = (torch.tensor([4, 2]), torch.tensor([3, 0]))
 
 def load(source: TrainingSet, plans: list, **options) -> list[MiniBatch]:
     return list(training_loader(source, plans, SIZE, **options))
-
-
-def equal(one: list[MiniBatch], two: list[MiniBatch]) -> bool:
-    return len(one) == len(two) and all(
-        all(torch.equal(a, b) for a, b in zip(p[:3], q[:3], strict=True)) and p[3:] == q[3:]
-        for x, y in zip(one, two, strict=True)
-        for p, q in zip(x[:2], y[:2], strict=True)
-    )
 
 
 def break_image(path: Path, kind: str) -> None:
@@ -117,10 +93,10 @@ def test_augmentation_depends_on_the_plan_alone(source: TrainingSet) -> None:
     torch.manual_seed(1)
     first = load(source, plans)
     torch.manual_seed(2)
-    assert equal(load(source, plans), first)
-    assert equal(load(source, plans, workers=1), first)
+    assert same(load(source, plans), first)
+    assert same(load(source, plans, workers=1), first)
     # Resuming after the first iteration.
-    assert equal(load(source, plans[1:]), first[1:])
+    assert same(load(source, plans[1:]), first[1:])
     other = [plan._replace(meta_train=tuple(i._replace(seed=i.seed + 1) for i in plan.meta_train)) for plan in plans]
     changed = load(source, other)
     assert not torch.equal(changed[0].meta_train.images, first[0].meta_train.images)
@@ -250,7 +226,7 @@ def test_ctrl_c_is_left_to_the_main_process(source: TrainingSet) -> None:
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGINT)
     got += batches
-    assert equal(got, load(source, plans))
+    assert same(got, load(source, plans))
 
 
 def test_loaders_reach_workers_that_are_not_forked(source: TrainingSet) -> None:
@@ -297,21 +273,19 @@ def test_workers_share_what_they_read_of_however_many_images() -> None:
 
 
 @pytest.mark.parametrize(
-    "error, words",
+    ("error", "raised", "words"),
     [
-        (
-            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
-            "DataLoader worker .pid 7. is killed by",
-        ),
-        (ConnectionResetError(104, "Connection reset by peer"), ".Errno 104. Connection reset by peer"),
-        (EOFError(), "EOFError"),
+        # What PyTorch says, at once and not after five seconds; or what the socket on which it fetches tensors does.
+        (RuntimeError("DataLoader worker (pid 7) is killed: 9. "), WorkerDied, "DataLoader worker .pid 7. is killed.*"),
+        (ConnectionResetError(104, "Connection reset by peer"), WorkerDied, ".Errno 104. Connection reset by peer"),
+        (EOFError(), WorkerDied, "EOFError"),
+        (FileNotFoundError("Caught in a worker process."), FileNotFoundError, None),
     ],
-    ids=["told", "reset", "ended"],
+    ids=["told", "reset", "ended", "of an item"],
 )
-def test_a_death_of_a_worker_is_a_sentence(
-    source: TrainingSet, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+def test_a_death_of_a_worker_is_a_sentence_and_what_an_item_raises_is_no_death(
+    source: TrainingSet, monkeypatch: pytest.MonkeyPatch, error: Exception, raised: type, words: str | None
 ) -> None:
-    # What PyTorch says, at once and not after five seconds; or what the socket does on which it fetches tensors.
     def batches(loader):
         yield "first"
         raise error
@@ -319,17 +293,5 @@ def test_a_death_of_a_worker_is_a_sentence(
     monkeypatch.setattr("torch.utils.data.DataLoader.__iter__", batches)
     got = iter(image_loader(source.labeled_samples, SIZE, workers=1).source)
     assert next(got) == "first"
-    with pytest.raises(WorkerDied, match=rf"has died \({words}.*\): often"):
-        next(got)
-
-
-def test_what_an_item_raises_is_no_death_of_its_worker(source: TrainingSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    def batches(loader):
-        yield "first"
-        raise FileNotFoundError("Caught FileNotFoundError in DataLoader worker process 0.")
-
-    monkeypatch.setattr("torch.utils.data.DataLoader.__iter__", batches)
-    got = iter(image_loader(source.labeled_samples, SIZE, workers=1).source)
-    assert next(got) == "first"
-    with pytest.raises(FileNotFoundError, match="^Caught"):
+    with pytest.raises(raised, match="^Caught" if words is None else rf"has died \({words}\): often"):
         next(got)

@@ -1,0 +1,59 @@
+"""What rankings, re-ranked or single-shot ones too, refuse: the sentence names the argument."""
+
+import numpy as np
+import pytest
+import torch
+
+from dan_fast.evaluation import Reranking, evaluate_ranking, evaluate_reranked, evaluate_single_shot, rank_distances
+
+FEATURES = torch.eye(3)
+ARGUMENTS = {
+    **{"query_features": FEATURES, "gallery_features": FEATURES, "query_ids": [1, 2, 3], "gallery_ids": [1, 2, 3]},
+    **{"query_cams": [1, 1, 1], "gallery_cams": [2, 2, 2]},
+}
+REFUSED_BY_ALL = [
+    ({"gallery_features": torch.ones(3, 4)}, "gallery_features is 4 wide and query_features 3"),
+    ({"query_features": FEATURES * float("nan")}, "query_features holds NaN or Inf"),
+    ({"gallery_features": FEATURES / 0}, "gallery_features holds NaN or Inf"),
+    ({"query_features": FEATURES[:0]}, r"query_features has shape \(0, 3\)"),
+    ({"gallery_features": FEATURES[:0]}, r"gallery_features has shape \(0, 3\)"),
+    ({"gallery_features": FEATURES[0]}, r"gallery_features has shape \(3,\)"),
+    ({"query_cams": None}, "query_cams is missing"),
+    ({"gallery_cams": None}, "gallery_cams is missing"),
+    ({"gallery_cams": [1, 1]}, r"gallery_cams has shape \(2,\); it must be \(3,\)"),
+    ({"query_ids": [[1, 2, 3]]}, r"query_ids has shape \(1, 3\)"),
+    ({"gallery_ids": [1.0, 2.0, 3.0]}, "gallery_ids is torch.float64; it must hold integers"),
+    ({"gallery_cams": [1, 1, 1]}, "query_ids share no identity"),
+    ({"metric": "manhattan"}, "metric is 'manhattan'"),
+    ({"max_rank": 0}, "max_rank is 0"),
+    ({"block_bytes": 0}, "block_bytes is 0"),
+    ({"gallery_features": FEATURES.double() * 1e200}, "gallery_features holds numbers whose squares overflow"),
+    ({"query_features": FEATURES * 1j}, "query_features is complex"),
+]
+EVALUATIONS = (evaluate_ranking, evaluate_single_shot, evaluate_reranked)
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "change", "sentence"),
+    [
+        *((evaluate, *refused) for evaluate in EVALUATIONS for refused in REFUSED_BY_ALL),
+        *((evaluate, {"ap": "exact"}, "ap is 'exact'") for evaluate in (evaluate_ranking, evaluate_reranked)),
+        (evaluate_single_shot, {"repeats": 0}, "repeats is 0"),
+        (evaluate_reranked, {"reranking": Reranking(k1=0)}, "k1 is 0; it must be at least 1"),
+        (evaluate_reranked, {"reranking": Reranking(k2=0)}, "k2 is 0; it must be at least 1"),
+        (evaluate_reranked, {"reranking": Reranking(weight=1.5)}, "weight is 1.5; it must lie between 0 and 1"),
+    ],
+)
+def test_errors_name_the_argument(path, evaluate, change, sentence):
+    assert evaluate(**{"block_bytes": 1, **ARGUMENTS}).mAP == 1
+    with pytest.raises(ValueError, match=sentence):
+        evaluate(**{**ARGUMENTS, **change})
+
+
+@pytest.mark.parametrize(
+    ("distances", "sentence"),
+    [([0.1, 0.2], r"distances has shape \(2,\)"), (np.zeros((0, 2)), r"distances has shape \(0, 2\)")],
+)
+def test_distances_must_be_a_matrix(distances, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        rank_distances(distances, [1], [1, 2], [1], [2, 2])
