@@ -13,6 +13,7 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dan_fast.bench.iteration.contenders import UPDATED, DANIteration, IterationSize, PlainIteration
+from dan_fast.bench.iteration.contenders import UPDATED, DANIteration, IterationSize, plain_iteration
 from dan_fast.bench.iteration.profile import TEST, TRAIN, Profile, in_order, share_beside
 from dan_fast.training import TrainConfig
 from dan_fast.training.step_scalars import StepScalars
@@ -31,7 +32,7 @@ CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
 Seconds = dict[str, float]
 
 
-def of_plain(plain: PlainIteration, now: Callable[[], float]) -> Seconds:
+def of_plain(plain: partial[Tensor], now: Callable[[], float]) -> Seconds:
     """Seconds of the parts of one iteration of the plain network, named as `Profile` names them."""
     marks = [now()]
 
@@ -42,10 +43,11 @@ def of_plain(plain: PlainIteration, now: Callable[[], float]) -> Seconds:
         mark()
         maps.register_hook(mark)
 
-    backbone, optimizer = plain.backbone, plain.optimizer
+    network = plain.func.__self__
+    backbone, optimizer = network.backbone, network.optimizer
     handles = [backbone.register_forward_pre_hook(mark), backbone.register_forward_hook(watch),
                optimizer.register_step_pre_hook(mark), optimizer.register_step_post_hook(mark)]  # fmt: skip
-    plain.run()
+    plain()
     mark()
     for handle in handles:
         handle.remove()
@@ -74,7 +76,7 @@ def profiled(recipe: str, size: IterationSize, repeat: int, now: Callable[[], fl
     size = size._replace(labeled_slots=slots.labeled_slots, unlabeled_slots=slots.unlabeled_slots)
     dan = DANIteration(size, torch.device("cpu"), "float32", recipe=recipe)
     dan.set(dan.step.meta.order, UPDATED)
-    plain = PlainIteration(size, dan)
+    plain = plain_iteration(size, dan)
     nobody = torch.full((size.unlabeled_slots + size.images,), -1)
     known = SimpleNamespace(true_labels=nobody, true_ids=nobody)
     scalars = StepScalars(known, dan.step.device, dan.model.network.adversary)

@@ -1,6 +1,6 @@
 """What a training iteration is compared with: plain ResNet, and DAN with the paper's literal operators."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -183,7 +183,7 @@ class PlainNetwork:
         return loss.detach()
 
 
-def plain_iteration(size: IterationSize, dan: DANIteration) -> Callable[[], Tensor]:
+def plain_iteration(size: IterationSize, dan: DANIteration) -> partial[Tensor]:
     """The step of the plain network with the images of a DAN's iteration."""
     image_size, half = (size.height, size.width), dan.model.autocast_dtype
     network = PlainNetwork(size.backbone, image_size, size.classes, dan.step.device, half)
