@@ -137,7 +137,9 @@ def known_flags() -> set[str]:
     """The flags that the help of any command lists."""
     shown = io.StringIO()
     benches = [f"bench {name}" for name in BENCHMARKS]
-    commands = "quickstart synthesize train evaluate share extract search export datasets protocols report sweep doctor".split()
+    commands = (
+        "quickstart synthesize train evaluate share extract search export datasets protocols report sweep doctor"
+    ).split()
     for command in (*commands, *benches):
         with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
             arguments = [*command.split(), "--help"]

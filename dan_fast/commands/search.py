@@ -16,7 +16,6 @@ from dan_fast.inference import FeatureExtractor
 from dan_fast.inference.sources import Part, find_images
 from dan_fast.reporting.search_page import write_search_page
 from dan_fast.search import GalleryIndex, Update, update_index
-from dan_fast.search.gallery_index import weights_hash
 from dan_fast.search.kinds import IndexKind, faiss_library
 from dan_fast.search.lists import measured_recall, ranked_lists
 from dan_fast.training.config import BrokenImages
@@ -85,7 +84,7 @@ def search(
             console.print(f"Skipped the query {each['path']}: it cannot be decoded.", **PLAIN)
     content = {
         "schema": _SCHEMA,
-        "weights": weights_hash(extractor.network),
+        "weights": found.weights,
         "index": {"kind": index, "images": found.size, "parameters": found.parameters},
         "top": top,
         "recall": None,

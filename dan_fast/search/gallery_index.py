@@ -58,6 +58,7 @@ class GalleryIndex:
     Attributes:
         images: the images, by the rows that `search` gives; those that are gone among them.
         parameters: of an approximate kind.
+        weights: the hash of the extractor's, `weights_hash`.
 
     Raises:
         DanFastError: faiss is not installed; there is no finished index; one of another checkpoint or a newer version;
@@ -89,7 +90,8 @@ class GalleryIndex:
     def __init__(self, folder: str | Path, extractor: FeatureExtractor, kind: IndexKind = "flat") -> None:
         folder = Path(folder)
         kinds.faiss_library()
-        stored = _read(folder, _INDEX, extractor)
+        self.weights = weights_hash(extractor.network)
+        stored = _read(folder, _INDEX, self.weights)
         if stored is None or (kind != "flat" and stored["kinds"].get(kind, {}).get("rows") != len(stored["paths"])):
             raise DanFastError(f"{folder} holds no finished {kind} index: make it by `dan-fast search`.")
         features, count = _mapped(folder, stored), len(stored["paths"])
@@ -206,7 +208,7 @@ def _add_images(
     statuses = {path: status_of(path) for path in images}
     known = _rows(stored)
     new = [path for path in images if (path, *statuses[path]) not in known]
-    skipped = _embed(folder, stored, extractor, [(path, statuses[path]) for path in new], progress)
+    skipped = _embed(folder, stored, extractor, [(images[path].path, path, statuses[path]) for path in new], progress)
     known, stored["gallery"] = _rows(stored), []
     for path, sample in images.items():
         row = known.get((path, *statuses[path]))
@@ -218,7 +220,7 @@ def _add_images(
         kept=len(images) - len(new),
         changed=[Path(path) for path in new if path in before],
         gone=[Path(path) for path in sorted(before - images.keys())],
-        skipped=[Path(path) for path in skipped],
+        skipped=skipped,
     )
 
 
@@ -226,11 +228,11 @@ def _embed(
     folder: Path,
     stored: dict[str, Any],
     extractor: FeatureExtractor,
-    new: Sequence[tuple[str, tuple[int, int]]],
+    new: Sequence[tuple[Path, str, tuple[int, int]]],
     progress: Show,
-) -> list[str]:
-    """Append the features of images, and of the images what is known; returns those that cannot be decoded."""
-    skipped: list[str] = []
+) -> list[Path]:
+    """Append the features of files, and absolute path and status of each; returns those that cannot be decoded."""
+    skipped: list[Path] = []
     saved = len(stored["paths"])
     file = folder / _FEATURES
     file.touch()
@@ -246,15 +248,15 @@ def _embed(
 
         try:
             done = 0
-            for rows in extractor.batches([path for path, _ in new]):
+            for rows in extractor.batches([given for given, *_ in new]):
                 share, readable = new[done : done + len(rows)], rows[:, 0].isfinite()
                 stream.write(rows[readable].numpy().data)
-                for (path, status), is_readable in zip(share, readable.tolist(), strict=True):
+                for (given, path, status), is_readable in zip(share, readable.tolist(), strict=True):
                     if is_readable:
                         for name, value in (("paths", path), ("status", status), ("pids", -1), ("camids", -1)):
                             stored[name].append(value)
                     else:
-                        skipped.append(path)
+                        skipped.append(given)
                 done += len(rows)
                 progress(done, len(new))
                 if len(stored["paths"]) - saved >= max(_SAVED, saved // 10):
@@ -293,14 +295,15 @@ def _rows(stored: dict[str, Any]) -> dict[tuple[str, int, int], int]:
 
 def _latest(folder: Path, extractor: FeatureExtractor) -> dict[str, Any]:
     """What is known of the features: of a call that was stopped, if it came further than the last that was not."""
-    found = [content for name in (_INDEX, _UNFINISHED) if (content := _read(folder, name, extractor)) is not None]
+    own = weights_hash(extractor.network)
+    found = [content for name in (_INDEX, _UNFINISHED) if (content := _read(folder, name, own)) is not None]
     fresh = {name: [] for name in ("paths", "status", "pids", "camids", "gallery")}
-    fresh |= {"schema": _SCHEMA, "weights": weights_hash(extractor.network), "size": extractor.size, "kinds": {}}
+    fresh |= {"schema": _SCHEMA, "weights": own, "size": extractor.size, "kinds": {}}
     return max(found, key=lambda content: len(content["paths"]), default=fresh)
 
 
-def _read(folder: Path, name: str, extractor: FeatureExtractor) -> dict[str, Any] | None:
-    """The content of a file that `_save` wrote; None where there is none."""
+def _read(folder: Path, name: str, own: str) -> dict[str, Any] | None:
+    """The content of a file that `_save` wrote, of the weights whose hash is `own`; None where there is none."""
     file = folder / name
     try:
         content = json.loads(file.read_bytes())
@@ -314,7 +317,6 @@ def _read(folder: Path, name: str, extractor: FeatureExtractor) -> dict[str, Any
         raise DanFastError(f"{file} is no index ({error}): remove {folder}, and it is made anew.") from error
     if schema > _SCHEMA:
         raise DanFastError(f"{file} is of a newer version of dan_fast: use that, or remove {folder}.")
-    own = weights_hash(extractor.network)
     if weights != own:
         raise DanFastError(
             f"{folder} is an index of another checkpoint (weights {weights[:8]}, not {own[:8]}): use that one, or name "

@@ -112,7 +112,7 @@ def read(kind: str, path: Path, features: np.ndarray) -> Any:
             f"{path} is missing or damaged: remove it and search with this gallery again, which makes it anew."
         ) from error
     if kind == "hnsw":
-        storage = faiss.IndexFlatIP(index.d)
+        storage = faiss.IndexFlatL2(index.d)
         extend(storage, features)
         # The graph frees it at its own end.
         storage.this.disown()
@@ -134,7 +134,8 @@ def search(kind: str, index: Any, queries: np.ndarray, places: int, gone: np.nda
 
 def _new_hnsw(rows: int, size: int) -> tuple[Any, dict[str, Any]]:
     faiss = faiss_library()
-    index = faiss.IndexHNSWFlat(size, _M, faiss.METRIC_INNER_PRODUCT)
+    # Of features of length 1 the same are near; faiss forms squared differences faster than inner products.
+    index = faiss.IndexHNSWFlat(size, _M, faiss.METRIC_L2)
     index.hnsw.efConstruction = _EF_CONSTRUCTION
     return index, {"M": _M, "efConstruction": _EF_CONSTRUCTION, "efSearch": _EF_SEARCH}
 
@@ -152,7 +153,8 @@ def _new_ivfpq(rows: int, size: int) -> tuple[Any, dict[str, Any]]:
     code = max(bytes_ for bytes_ in range(1, max(1, size // _NUMBERS_A_BYTE) + 1) if size % bytes_ == 0)
     index = faiss.IndexIVFPQ(faiss.IndexFlatIP(size), size, cells, code, 8, faiss.METRIC_INNER_PRODUCT)
     # Few rows a centroid are no mistake where there are few rows; faiss would print a warning.
-    index.cp.niter, index.cp.min_points_per_centroid, index.pq.cp.min_points_per_centroid = _ITERATIONS, 1, 1
+    for clustering in (index.cp, index.pq.cp):
+        clustering.niter, clustering.min_points_per_centroid = _ITERATIONS, 1
     trained_on = min(rows, max(_LEAST * _TRAINED_A_CELL, cells * _TRAINED_A_CELL))
     parameters = {"cells": cells, "code_bytes": code, "probes": _PROBES, "trained_on": trained_on}
     return index, parameters | {"rows_when_trained": rows}
@@ -164,8 +166,8 @@ def _search_ivfpq(index: Any, queries: np.ndarray, places: int, selector: Any) -
 
 
 _KINDS = {
-    # The graph finds by exact inner products, in float32.
+    # The graph finds by the distances of the features themselves, in float32.
     "hnsw": Approximate(_new_hnsw, lambda places: places + 8, _search_hnsw, "IO_FLAG_SKIP_STORAGE"),
     # Codes only guess the order of near images: many are fetched for the exact distances to decide.
-    "ivfpq": Approximate(_new_ivfpq, lambda places: 20 * places + 80, _search_ivfpq),
+    "ivfpq": Approximate(_new_ivfpq, lambda places: 20 * places + 50, _search_ivfpq),
 }

@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dan_fast.search import kinds
-from dan_fast.search.exact import order_exactly, search_exactly
+from dan_fast.search.exact import nearest_in_float32, order_exactly, search_exactly
+
+# Beyond the places wanted: what float32 may have in another order than float64.
+_MARGIN = 8
 
 
 class Found(NamedTuple):
@@ -45,6 +48,7 @@ class Searcher:
         else:
             asked = min(kinds.fetched(self.kind, places), len(self.features))
             rows = kinds.search(self.kind, self.index, queries, asked, self._gone)
+            rows = nearest_in_float32(self.features, queries, rows, places + _MARGIN)
             distances, rows = order_exactly(self.features, queries, rows, self.order)
             lacking = ((0, 0), (0, max(0, places - rows.shape[1])))
             distances = np.pad(distances[:, :places], lacking, constant_values=np.inf)
