@@ -105,7 +105,7 @@ class GalleryIndex:
         if kind != "flat":
             found = stored["kinds"][kind]
             self.parameters = found["parameters"]
-            index = kinds.read(kind, folder / found["file"], features)
+            index = kinds.read(folder / found["file"], *features.shape)
         self._searcher = Searcher(features, order, kind, index)
 
     def search(self, features: np.ndarray, places: int, exact: bool = False) -> Found:
@@ -277,13 +277,13 @@ def _bring_up_to_date(folder: Path, stored: dict[str, Any], kind: str) -> None:
     if found is None or not (folder / found["file"]).is_file() or kinds.is_outgrown(kind, found["parameters"], rows):
         index, parameters = kinds.build(kind, features)
     elif found["rows"] < rows:
-        index, parameters = kinds.read(kind, folder / found["file"], features[: found["rows"]]), found["parameters"]
+        index, parameters = kinds.read(folder / found["file"], found["rows"], stored["size"]), found["parameters"]
         kinds.extend(index, features)
     else:
         return
     # A new name: until index.json names it, what was there before is used.
     name = f"{kind}-{rows}.faiss"
-    kinds.write(kind, index, folder / name)
+    kinds.write(index, folder / name)
     stored["kinds"][kind] = {"file": name, "rows": rows, "parameters": parameters}
 
 

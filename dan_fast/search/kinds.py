@@ -1,9 +1,9 @@
 """The approximate indexes, as faiss makes, extends, writes and searches them.
 
 HNSW is the graph of Malkov and Yashunin ("Efficient and Robust Approximate Nearest Neighbor Search Using Hierarchical
-Navigable Small World Graphs", TPAMI 2020). IVF-PQ looks into the cells of a coarse quantizer that are nearest and
-compares codes of a byte for eight numbers (Jegou et al., "Product Quantization for Nearest Neighbor Search", TPAMI
-2011).
+Navigable Small World Graphs", TPAMI 2020), here of numbers rounded to eight bits. IVF-PQ looks into the cells of a
+coarse quantizer that are nearest and compares codes of a byte for eight numbers (Jegou et al., "Product Quantization
+for Nearest Neighbor Search", TPAMI 2011).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IndexKind: TypeAlias = Literal["flat", "hnsw", "ivfpq"]
 # Rows that are read at a time: with 2048 numbers each, 512 MB.
 CHUNK = 65536
 # Neighbours of a node in the graph, and how many candidates are kept while it is built and searched.
-_M, _EF_CONSTRUCTION, _EF_SEARCH = 32, 80, 160
+_M, _EF_CONSTRUCTION, _EF_SEARCH = 32, 120, 192
 # Numbers that a byte of a code stands for, cells that are looked into, iterations of k-means, rows a cell to train on.
 _NUMBERS_A_BYTE, _PROBES, _ITERATIONS, _TRAINED_A_CELL = 8, 32, 10, 64
 # A code of a byte has so many values, which take as many rows to train.
@@ -37,13 +37,11 @@ class Approximate(NamedTuple):
         new: (rows, size) to an untrained index and its parameters, which stand in index.json.
         fetched: places wanted to those that faiss is asked for, of which the exact distances decide.
         search: (index, features, places, selector) to (Q, places) rows, -1 where there are no more.
-        flags: of what faiss writes and reads.
     """
 
     new: Callable[[int, int], tuple[Any, dict[str, Any]]]
     fetched: Callable[[int], int]
     search: Callable[[Any, np.ndarray, int, Any], np.ndarray]
-    flags: str = ""
 
 
 def faiss_library() -> ModuleType:
@@ -85,38 +83,26 @@ def is_outgrown(kind: str, parameters: dict[str, Any], rows: int) -> bool:
     return kind == "ivfpq" and rows > 4 * parameters["rows_when_trained"]
 
 
-def write(kind: str, index: Any, path: Path) -> None:
-    """Write an index by faiss; an HNSW without its features, which are in a file already."""
-    faiss, flags = faiss_library(), _KINDS[kind].flags
-    write_whole(
-        path,
-        lambda stream: faiss.write_index(
-            index, faiss.PyCallbackIOWriter(stream.write), getattr(faiss, flags) if flags else 0
-        ),
-    )
+def write(index: Any, path: Path) -> None:
+    """Write an index by faiss; the file appears whole or not at all."""
+    faiss = faiss_library()
+    write_whole(path, lambda stream: faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write)))
 
 
-def read(kind: str, path: Path, features: np.ndarray) -> Any:
-    """What `write` wrote of an index of (n,C) features.
+def read(path: Path, rows: int, size: int) -> Any:
+    """What `write` wrote of an index of so many features.
 
     Raises:
         DanFastError: no such file, a damaged one, or one of other features.
     """
-    faiss, flags = faiss_library(), _KINDS[kind].flags
     try:
-        index = faiss.read_index(str(path), getattr(faiss, flags) if flags else 0)
-        if (index.ntotal, index.d) != features.shape:
-            raise RuntimeError(f"{index.ntotal} features of {index.d} numbers, not {features.shape}")
+        index = faiss_library().read_index(str(path))
+        if (index.ntotal, index.d) != (rows, size):
+            raise RuntimeError(f"{index.ntotal} features of {index.d} numbers, not {rows} of {size}")
     except RuntimeError as error:
         raise DanFastError(
             f"{path} is missing or damaged: remove it and search with this gallery again, which makes it anew."
         ) from error
-    if kind == "hnsw":
-        storage = faiss.IndexFlatL2(index.d)
-        extend(storage, features)
-        # The graph frees it at its own end.
-        storage.this.disown()
-        index.storage, index.own_fields = storage, True
     return index
 
 
@@ -134,10 +120,12 @@ def search(kind: str, index: Any, queries: np.ndarray, places: int, gone: np.nda
 
 def _new_hnsw(rows: int, size: int) -> tuple[Any, dict[str, Any]]:
     faiss = faiss_library()
-    # Of features of length 1 the same are near; faiss forms squared differences faster than inner products.
-    index = faiss.IndexHNSWFlat(size, _M, faiss.METRIC_L2)
+    # Of features of length 1 the same are near by either metric; faiss forms squared differences faster. Numbers of
+    # eight bits are a quarter of the memory traffic, which the time of a search is; exact distances follow.
+    index = faiss.IndexHNSWSQ(size, faiss.ScalarQuantizer.QT_8bit, _M, faiss.METRIC_L2)
     index.hnsw.efConstruction = _EF_CONSTRUCTION
-    return index, {"M": _M, "efConstruction": _EF_CONSTRUCTION, "efSearch": _EF_SEARCH}
+    parameters = {"M": _M, "efConstruction": _EF_CONSTRUCTION, "efSearch": _EF_SEARCH, "bits": 8}
+    return index, parameters | {"trained_on": min(rows, CHUNK)}
 
 
 def _search_hnsw(index: Any, queries: np.ndarray, places: int, selector: Any) -> np.ndarray:
@@ -166,8 +154,7 @@ def _search_ivfpq(index: Any, queries: np.ndarray, places: int, selector: Any) -
 
 
 _KINDS = {
-    # The graph finds by the distances of the features themselves, in float32.
-    "hnsw": Approximate(_new_hnsw, lambda places: places + 8, _search_hnsw, "IO_FLAG_SKIP_STORAGE"),
+    "hnsw": Approximate(_new_hnsw, lambda places: places + 8, _search_hnsw),
     # Codes only guess the order of near images: many are fetched for the exact distances to decide.
     "ivfpq": Approximate(_new_ivfpq, lambda places: 20 * places + 50, _search_ivfpq),
 }

@@ -135,12 +135,12 @@ class SearchBenchmark(Benchmark):
             return None
         begin, path = time.perf_counter(), folder / f"{kind}.faiss"
         index, row.of["parameters"] = kinds.build(kind, problem.gallery)
-        kinds.write(kind, index, path)
+        kinds.write(index, path)
         row.of["build_seconds"] = time.perf_counter() - begin
         row.of["disk_bytes"] = os.path.getsize(path)
         # Not both in memory.
         del index
-        return kinds.read(kind, path, problem.gallery)
+        return kinds.read(path, *problem.gallery.shape)
 
     def title(self, rows: Sequence[Row]) -> str:
         return f"{self.queries} queries at a time in {self.features} features, {self.width} wide"
