@@ -1,6 +1,5 @@
 """Features of images in any form: those that the evaluation makes, to the last bit, in the order of the images."""
 
-import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from dan_fast.core.preprocessing import Preprocessing
 from dan_fast.data import Sample, test_transform
 from dan_fast.evaluation import extract_features
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from tests.support import ROOT
 from tests.support.untrained import untrained_checkpoint
 
 BATCH = 4
@@ -203,18 +201,3 @@ def test_long_lists_show_a_bar_and_others_tell_who_asks(extract, paths, monkeypa
     assert "Features" not in capsys.readouterr().err
     extract(paths * 5)
     assert "Features" in capsys.readouterr().err
-
-
-def test_the_example_of_the_readme_runs(checkpoint, paths, tmp_path, monkeypatch):
-    readme = (ROOT / "README.md").read_text()
-    (example,) = re.findall(
-        r"^```\n(from dan_fast import FeatureExtractor\n.*?)^```$", readme, re.MULTILINE | re.DOTALL
-    )
-    monkeypatch.chdir(tmp_path)
-    Path("runs/market").mkdir(parents=True)
-    shutil.copy(checkpoint, "runs/market")
-    shutil.copy(paths[0], "a.jpg")
-    shutil.copy(paths[1], "b.jpg")
-    names = {"frame": arrays_of(paths)[9], "detections": [(0, 0, 9, 30), (10, 20, 30, 60)]}
-    exec(example, names)
-    assert names["features"].shape == (2, 512)

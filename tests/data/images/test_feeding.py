@@ -11,15 +11,15 @@ from dan_fast.data import BatchPlanner, TrainingSet, load_dataset, read_image, t
 from dan_fast.data.images.transforms import resize
 from dan_fast.data.synthetic import synthesize
 from tests.support import ROOT
+from tests.support.pages import texts
 from tests.support.tiny_training import OneConvolution
-from tests.test_docs import blocks
 
 SIZE = (16, 16)
 
 
-def example(number: int) -> dict:
-    namespace = {"__name__": "feeding"}
-    code = blocks((ROOT / "docs/feeding.md").read_text(), "python")[number]
+def example(number: int, **names: object) -> dict:
+    namespace = {"__name__": "feeding", **names}
+    code = texts(ROOT / "docs/feeding.md", "python")[number]
     exec(compile(code, f"feeding.md, example {number}", "exec"), namespace)
     return namespace
 
@@ -61,6 +61,11 @@ def test_a_training_from_litdata_is_that_from_files(
             assert torch.equal(found[name], value), name
     assert any((tmp_path / "kept").rglob("*.bin"))
 
+    # As the page shows it, with the network that it takes.
+    monkeypatch.chdir(tmp_path)
+    shown = example(1, train=example(0)["train"])
+    assert shown["images"].image_size == SIZE and shown["model"].network.classifier.out_features == 2
+
     others = LitDataImages(tmp_path / "others" / SAMPLES, str(tmp_path / "chunks"))
     with pytest.raises(DanFastError, match="samples.json is of other chunks"):
         others.read(unlabeled.train[0].path)
@@ -77,7 +82,7 @@ def test_mini_batches_of_whole_batches_are_those_of_the_loader(folders: list[Pat
     def read_batch(paths: list[Path]) -> torch.Tensor:
         return torch.stack([resize(SIZE)(read_image(path)) for path in paths])
 
-    found = example(1)["mini_batches"](source, plans, read_batch, SIZE)
+    found = example(2)["mini_batches"](source, plans, read_batch, SIZE)
     for batch, expected in zip(found, training_loader(source, plans, SIZE), strict=True):
         for split, wanted in zip(batch[:2], expected[:2], strict=True):
             assert all(map(torch.equal, split[:3], wanted[:3])) and split[3:] == wanted[3:]

@@ -1,0 +1,54 @@
+"""The guides run: each block of Python, and each command on drawn persons, in the order of its page."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from dan_fast import cli
+from tests.support import ROOT
+from tests.support.pages import blocks, write_settings
+
+# What a page leaves behind; the first one draws the persons and trains the network that the others use.
+LEAVES = {
+    "docs/training.md": ("runs/drawn/results.json", "runs/drawn/report/index.html", "runs/python/results.json"),
+    "docs/kernels.md": (),
+    "docs/search.md": ("runs/drawn/search/index.html", "runs/drawn/search/ranked.json", "runs/drawn/index/index.json"),
+    "docs/tracker.md": ("street.npz", "drawn.onnx"),
+    "docs/migrating.md": ("resnet18.pth",),
+    "docs/reproducing.md": ("runs/drawn_recipes/comparison.md", "runs/drawn_recipes/comparison.json"),
+    "docs/sharing.md": (),
+    "README.md": (),
+}
+TRAINING, *_ = GUIDES = [ROOT / page for page in LEAVES]
+
+
+def run(page: Path, folder: Path) -> None:
+    """Run a page in a folder, the current one."""
+    torch.manual_seed(0)
+    write_settings(page, folder)
+    namespace = {"__name__": page.stem}
+    for number, (language, text) in enumerate(blocks(page), 1):
+        if language == "python":
+            exec(compile(text, f"{page.name}, block {number}", "exec"), namespace)
+        elif language == "bash":
+            for line in text.splitlines():
+                if "drawn" in line:
+                    assert cli.main(shlex.split(line)[1:]) == 0, line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("guides")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+def test_a_guide_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(folder)
+    if page != TRAINING and not (folder / "runs/drawn").exists():
+        run(TRAINING, folder)
+    run(page, folder)
+    for path in LEAVES[str(page.relative_to(ROOT))]:
+        assert (folder / path).is_file(), path
