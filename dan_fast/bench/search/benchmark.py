@@ -68,6 +68,8 @@ class SearchBenchmark(Benchmark):
         "speedup": "median of the other / median of this one, of the same queries",
     }  # fmt: skip
 
+    # Nothing of it runs on a GPU.
+    device: str = "cpu"
     features: PositiveInt = _MILLION
     width: PositiveInt = 512
     queries: PositiveInt = 500
