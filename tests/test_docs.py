@@ -25,8 +25,8 @@ README, TRAINING, KERNELS = ROOT / "README.md", ROOT / "docs/training.md", ROOT 
 ROOMS_PAGES = [ROOT / "csrc/README.md", ROOT / "benchmarks/results/h200/README.md"]
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*\w")
 COMMANDS = ("pip install -e . && dan-fast quickstart", "pip install -e '.[test]' && pytest")
-# Flags of other tools that a page names.
-FOREIGN = {"README.md": {"--strict"}, "migrating.md": {"--config-file", "--eval-only", "--resume", "--num-gpus"}}
+# Flags of torchreid and fast-reid.
+FOREIGN = {"migrating.md": {"--config-file", "--eval-only", "--resume", "--num-gpus"}}
 # Blocks that are neither run nor parsed, by page and language, and why.
 LEFT = {("README.md", "bibtex"): "a citation", ("CONTRIBUTING.md", "text"): "a tree of folders"}
 # Pages whose Python blocks need what other tests have, a LitData store or a process without dan_fast.
@@ -77,10 +77,15 @@ def test_the_guide_to_the_parts_shows_every_part():
 def test_every_block_is_run_or_parsed(page: Path):
     for language in {block.language for block in blocks(page)} - {"bash", "yaml"}:
         tested = {
-            "python": page in GUIDES or page.name in (ROOT / ELSEWHERE.get(page.name, "README.md")).read_text(),
+            "python": page in GUIDES or page.name in ELSEWHERE,
             "csv": page == TRAINING,
         }
         assert tested.get(language) or (page.name, language) in LEFT, f"{page.name} has a block of {language!r}"
+
+
+def test_what_is_run_elsewhere_is():
+    for page, file in ELSEWHERE.items():
+        assert f"docs/{page}" in (ROOT / file).read_text()
 
 
 def parse(words: list[str]) -> None:
@@ -155,7 +160,7 @@ def known_flags() -> set[str]:
         with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
             arguments = [*command.split(), "--help"]
             cli._parser(arguments).parse_args(arguments)
-    return {*FLAG.findall(shown.getvalue()), *FLAG.findall(torchrun_parser().format_help()), "--version"}
+    return {*FLAG.findall(shown.getvalue()), *FLAG.findall(torchrun_parser().format_help()), "--version", "--strict"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
