@@ -111,7 +111,8 @@ class GalleryIndex:
     def search(self, features: np.ndarray, places: int, exact: bool = False) -> Found:
         """The images nearest to (Q,C) features of length 1; `exact` compares all features whatever the kind is.
 
-        Features that are NaN, of images that could not be decoded, are refused by ValueError.
+        Raises:
+            ValueError: features that are not finite, as those of images that could not be decoded.
         """
         if not np.isfinite(features).all():
             raise ValueError("features holds NaN or Inf: leave the images out that could not be decoded.")

@@ -343,13 +343,14 @@ def test_the_page_shows_persons_cameras_and_odd_names(tmp_path):
     dataset = load_dataset(tmp_path / "street")
     content = json.loads((path.parent / "ranked.json").read_text())
     # The splits of the dataset, and the files beside it.
-    assert len(content["queries"]) == len(dataset.query) + 2 and content["index"]["images"] == len(dataset.gallery) + 1
+    assert len(content["queries"]) == len(dataset.query) + 3 and content["index"]["images"] == len(dataset.gallery) + 2
     first, found = dataset.query[0], content["queries"][0]["matches"][0]
     assert content["queries"][0] == {**content["queries"][0], "pid": first.pid, "camid": first.camid}
     assert f"person {first.pid}, camera {first.camid}" in text
     assert ("✓" if found["pid"] == first.pid else "✗") in text
     assert "b" not in page.tags and any('<b> & "quotes" #1%20.png' in words for words in page.texts)
     assert any(alt.endswith('<b> & "quotes" #1%20.png') for _, alt in page.images)
+    assert "no\ufffdutf8.png" in page.texts
     overlays = [source for source, alt in page.images if alt == "its attention"]
     assert 2 * len(overlays) == len(page.images) > 20
     assert {f"images/{file.name}" for file in (path.parent / "images").iterdir()} == {src for src, _ in page.images}

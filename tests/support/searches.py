@@ -1,6 +1,7 @@
 """A small search by the command, of drawn images and an untrained network."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,10 @@ def searched(out: Path, *arguments: object, code: int = 0) -> dict[str, Any]:
 def search_page(folder: Path) -> Path:
     """The page of a search for drawn persons, with known identities, one query that cannot be decoded and odd names."""
     synthesize(folder, ["street"], identities=6, cameras=2, image_size=(32, 16), test_fraction=0.5)
-    odd = draw(folder / "odd", ['<b> & "quotes" #1%20.png'])
+    odd = draw(folder / "odd", ['<b> & "quotes" #1%20.png', os.fsdecode(b"no\xffutf8.png")])
     (odd / "broken.png").write_bytes(b"no image")
     checkpoint = untrained_checkpoint(folder / "checkpoint.pt", model={"attention": "nl_cbam"})
     street = folder / "street"
-    flags = ["--checkpoint", checkpoint, "--gallery", street, odd / '<b> & "quotes" #1%20.png', "--query", street, odd]
+    flags = ["--checkpoint", checkpoint, "--gallery", street, odd, "--query", street, odd]
     searched(folder / "out", *flags, "--top", 5, "--broken_images", "skip")
     return folder / "out" / "index.html"
