@@ -55,11 +55,13 @@ def search(
         broken_images: Stop with an error at an image that cannot be decoded, or skip it.
 
     Raises:
-        DanFastError: faiss is not installed, nothing at a path, no checkpoint, an index of another checkpoint, an image
-            that cannot be decoded, too few images for an ivfpq index, or a folder that cannot be written.
+        DanFastError: an approximate index without faiss, nothing at a path, no checkpoint, an index of another
+            checkpoint, an image that cannot be decoded, too few images for an ivfpq index, or a folder that cannot be
+            written.
     """
     folder, console = Path(out), Console()
-    faiss_library()
+    if index != "flat":
+        faiss_library()
     images, queries = _of_split(find_images(gallery), "gallery"), _of_split(find_images(query), "query")
     extractor = FeatureExtractor(checkpoint, device, batch_size, workers=workers, broken_images=broken_images)
     try:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from dan_fast.core.float32 import exact_float32
 from dan_fast.evaluation.distances import distance_scale, distances_of_dots, on_grid, square_norms, tree_dots
-from dan_fast.search.kinds import CHUNK, faiss_library
+from dan_fast.search.kinds import CHUNK
 
 # Beyond the places wanted: what float32 may have in another order than float64.
 _MARGIN = 22
@@ -20,8 +21,9 @@ def search_exactly(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The nearest rows to each query, in the order of `evaluate_ranking`: by distance, then by place in the gallery.
 
-    faiss finds candidates in float32. The distances of these, formed in float64 as the evaluation does, decide; where a
-    row that is no candidate could be as near, by the bound of float32's rounding errors, more are fetched.
+    Candidates are found in float32, by PyTorch's matrix product, which is several times as fast as faiss's own search
+    for a few hundred queries. The distances of these, formed in float64 as the evaluation does, decide; where a row
+    that is no candidate could be as near, by the bound of float32's rounding errors, more are fetched.
 
     Args:
         features: (n,C) float32 rows of length 1, which may be mapped from a file: they are read in chunks.
@@ -79,17 +81,19 @@ def _candidates(
     features: np.ndarray, queries: np.ndarray, places: int, order: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """(Q, places) float32 inner products and rows of the largest ones, in no order."""
-    faiss = faiss_library()
-    products, rows = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+    asked = torch.from_numpy(queries)
+    products, rows = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
     for first in range(0, len(features), CHUNK):
         block, present = features[first : first + CHUNK], np.flatnonzero(order[first : first + CHUNK] >= 0)
         if len(present) < len(block):
             block = block[present]
         if not len(present):
             continue
-        near, found = faiss.knn(queries, block, min(places, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
-        products, rows = np.hstack([products, near]), np.hstack([rows, first + present[found]])
+        with exact_float32("cpu"):
+            near = asked @ torch.from_numpy(np.asarray(block)).T
+        near, found = near.topk(min(places, len(present)), sorted=False)
+        products, rows = torch.hstack([products, near]), torch.hstack([rows, first + torch.from_numpy(present)[found]])
         if products.shape[1] > places:
-            best = np.argpartition(-products, places - 1, axis=1)[:, :places]
-            products, rows = np.take_along_axis(products, best, 1), np.take_along_axis(rows, best, 1)
-    return products, rows
+            products, best = products.topk(places, sorted=False)
+            rows = rows.gather(1, best)
+    return products.numpy(), rows.numpy()

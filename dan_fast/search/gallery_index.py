@@ -61,8 +61,8 @@ class GalleryIndex:
         weights: the hash of the extractor's, `weights_hash`.
 
     Raises:
-        DanFastError: faiss is not installed; there is no finished index; one of another checkpoint or a newer version;
-            or a damaged one.
+        DanFastError: faiss is not installed, for another kind than flat; there is no finished index; one of another
+            checkpoint or a newer version; or a damaged one.
 
     Example:
         >>> import tempfile
@@ -89,7 +89,6 @@ class GalleryIndex:
 
     def __init__(self, folder: str | Path, extractor: FeatureExtractor, kind: IndexKind = "flat") -> None:
         folder = Path(folder)
-        kinds.faiss_library()
         self.weights = weights_hash(extractor.network)
         stored = _read(folder, _INDEX, self.weights)
         if stored is None or (kind != "flat" and stored["kinds"].get(kind, {}).get("rows") != len(stored["paths"])):
@@ -149,13 +148,15 @@ def update_index(
         progress: called with (images embedded, images to embed).
 
     Raises:
-        DanFastError: faiss is not installed, an index of another checkpoint, an image that cannot be decoded, no image
-            at all, too few for the kind, or a folder that cannot be written or that another process is writing to.
+        DanFastError: faiss is not installed, for another kind than flat; an index of another checkpoint, an image that
+            cannot be decoded, no image at all, too few for the kind, or a folder that cannot be written or that another
+            process is writing to.
 
     Example: see `GalleryIndex`.
     """
     folder = Path(folder)
-    kinds.faiss_library()
+    if kind != "flat":
+        kinds.faiss_library()
     images: dict[str, Sample] = {}
     for sample in gallery:
         images.setdefault(os.path.abspath(sample.path), sample)
@@ -329,9 +330,9 @@ def _read(folder: Path, name: str, own: str) -> dict[str, Any] | None:
 
 
 def _mapped(folder: Path, stored: dict[str, Any]) -> np.ndarray:
-    """The features (n,C), mapped."""
+    """The features (n,C), mapped, and copied where they are written to: PyTorch warns of arrays that cannot be."""
     shape = len(stored["paths"]), stored["size"]
-    return np.memmap(folder / _FEATURES, dtype=np.float32, mode="r", shape=shape)
+    return np.memmap(folder / _FEATURES, dtype=np.float32, mode="c", shape=shape)
 
 
 def _save(file: Path, stored: dict[str, Any]) -> None:

@@ -53,7 +53,9 @@ def faiss_library() -> ModuleType:
     try:
         import faiss
     except ImportError as error:
-        raise DanFastError("A search needs faiss, which is not installed: pip install 'dan-fast[search]'") from error
+        raise DanFastError(
+            "An approximate index needs faiss, which is not installed: pip install 'dan-fast[search]', or use flat."
+        ) from error
     return faiss
 
 

@@ -166,7 +166,9 @@ def test_a_kill_at_any_moment_leaves_the_index_as_it_was(folder, tmp_path, monke
         elif number < len(copies) - 1:
             found = GalleryIndex(copy, extract, kind).search(query, 14)
             assert np.array_equal(found.rows, before.rows)
-        update_index(copy, extract, images, kind)
+        contents = [json.loads(file.read_text()) for file in copy.glob("*.json")]
+        update = update_index(copy, extract, images, kind)
+        assert update.added == 14 - max((len(content["paths"]) for content in contents), default=0)
         found = GalleryIndex(copy, extract, kind).search(query, 14)
         np.testing.assert_allclose(found.scores, whole.scores, atol=1e-6)
         assert {path.name for path in copy.iterdir()} == {path.name for path in index.iterdir()}
@@ -224,7 +226,7 @@ def test_a_mistake_is_one_sentence(run, folder, monkeypatch, capsys, arguments, 
     Path("broken.png").write_bytes(b"no image")
     if arguments == ["faiss"]:
         monkeypatch.setitem(sys.modules, "faiss", None)
-        arguments = []
+        arguments = ["--index", "hnsw"]
     assert run(*arguments, code=1) == []
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1

@@ -57,7 +57,7 @@ class SearchBenchmark(Benchmark):
             "are 0, rows have length 1; cosines and intrinsic dimension are fitted to those of a trained network on "
             "Market-1501"
         ),
-        "flat": "all features are compared by faiss in float32, from the mapped file; the order is by float64",
+        "flat": "all features are compared in float32, by PyTorch, from the mapped file; the order is by float64",
         "exact ranking": "evaluate_ranking: CMC, mAP and mINP of the queries, in float64; it gives no lists",
         "agreement": f"of flat: the lists of {_CHECKED} queries are those of the evaluation's distances",
         "recall": f"share of the {_AT} nearest by the exact search that are among the {_AT} found",
