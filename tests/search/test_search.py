@@ -79,11 +79,12 @@ def test_lists_are_those_of_the_evaluation(run, folder, checkpoint):
     assert {match["pid"] for match in lists[0]["matches"]} == {None}
 
 
-def test_lists_are_exact_where_float32_is_not(monkeypatch):
-    """Features that float32 orders otherwise, more of them than the margin, in several chunks, some of them gone."""
+@pytest.mark.parametrize("spread", [1e-7, 1])
+def test_lists_are_exact_where_float32_is_not(monkeypatch, spread):
+    """Features that float32 orders otherwise, more of them than the margin, or not; in chunks, some of them gone."""
     random = np.random.default_rng(0)
     centre, noise = random.standard_normal(48), random.standard_normal((300, 48))
-    features = torch.from_numpy(centre + 1e-7 * noise).to(torch.float32)
+    features = torch.from_numpy(centre + spread * noise).to(torch.float32)
     features = torch.nn.functional.normalize(features).numpy()
     queries = torch.nn.functional.normalize(torch.from_numpy(centre + noise[:3]).to(torch.float32)).numpy()
     monkeypatch.setattr("dan_fast.search.exact.CHUNK", 70)
@@ -94,7 +95,7 @@ def test_lists_are_exact_where_float32_is_not(monkeypatch):
     found = Searcher(features, order, "flat").search(queries, 10)
     assert np.array_equal(found.rows, expected.argsort(dim=1, stable=True)[:, :10].numpy())
     near = np.argsort(-(queries @ features.T), axis=1)[:, : 10 + MARGIN]
-    assert not np.isin(found.rows, near).all(), "the candidates of float32 would have done"
+    assert np.isin(found.rows, near).all() == (spread == 1), "whether the candidates of float32 do"
     some = Searcher(features[:6], order[:6], "flat").search(queries, 10)
     assert (some.rows[:, 5:] == -1).all() and np.isneginf(some.scores[:, 5:]).all()
 
