@@ -33,6 +33,10 @@ _COMMANDS = {
         "Write a trained network as a folder of safetensors, JSON and a model card, or to the Hugging Face Hub.",
     ),
     "extract": ("dan_fast.commands.extract:extract", "Write the features of images into a file, .npz or .parquet."),
+    "search": (
+        "dan_fast.commands.search:search",
+        "Find the images of a gallery that are nearest to others: an index, ranked lists and a page.",
+    ),
     "export": (
         "dan_fast.commands.export:export",
         "Write a trained network to an ONNX or .pt2 file that runs without dan_fast.",
@@ -139,6 +143,12 @@ def _add_flags(parser: ArgumentParser, command: str, recipe: str | None) -> None
             of_images = "Folder, file, pattern such as 'frames/**/*.jpg', dataset or manifest."
             parser.add_argument("paths", nargs="+", type=str, metavar="PATH", help=of_images)
             parser.add_function_arguments(called, skip={"paths"})
+        case "search":
+            of_gallery = "Folders, files or patterns to search in, or a dataset, whose gallery is taken if it has one."
+            of_queries = "Images to search for, given alike; of a dataset its queries."
+            for name, what in (("gallery", of_gallery), ("query", of_queries)):
+                parser.add_argument(f"--{name}", nargs="+", required=True, type=str, metavar="PATH", help=what)
+            parser.add_function_arguments(called, skip={"gallery", "query"})
         case "report":
             of_trainings = "Folders of trainings, or folders of such folders, as a sweep's."
             parser.add_argument("runs", nargs="+", help=of_trainings)
@@ -168,7 +178,7 @@ def _run(parser: ArgumentParser, parsed: Namespace) -> int:
     match command:
         case "train":
             _keep_heap_on_a_cpu(settings.run.device)
-        case "evaluate" | "extract":
+        case "evaluate" | "extract" | "search":
             _keep_heap_on_a_cpu(settings.device)
         case "quickstart":
             _keep_heap_on_a_cpu("auto")

@@ -14,6 +14,7 @@ from tests.support.pages import blocks, write_settings
 LEAVES = {
     "docs/training.md": ("runs/drawn/results.json", "runs/drawn/report/index.html", "runs/python/results.json"),
     "docs/kernels.md": (),
+    "docs/search.md": ("runs/drawn/search/index.html", "runs/drawn/search/ranked.json", "runs/drawn/index/index.json"),
     "docs/tracker.md": ("street.npz", "drawn.onnx"),
     "docs/migrating.md": ("resnet18.pth",),
     "docs/reproducing.md": ("runs/drawn_recipes/comparison.md", "runs/drawn_recipes/comparison.json"),

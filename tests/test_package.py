@@ -30,7 +30,7 @@ LEVELS = [
     {"distributed", "reference", "triton_kernels"},
     {"functional"},
     {"daml", "data", "evaluation", "nn"},
-    {"training", "inference", "export", "reporting", "bench", "sweep"},
+    {"training", "inference", "search", "export", "reporting", "bench", "sweep"},
     {"cli", "commands", "__main__"},
 ]
 

@@ -13,6 +13,7 @@ MORE_PARAMETERS = {
     ("pass_kernels.py", "memory_pass"): "a Triton kernel is launched with pointers and sizes one by one",
     ("pass_kernels.py", "combine_pass"): "as above",
     ("evaluate.py", "evaluate"): "a command: its parameters are its flags",
+    ("search.py", "search"): "as above",
 }
 
 

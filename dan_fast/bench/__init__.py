@@ -6,6 +6,7 @@ from dan_fast.bench.epoch.benchmark import EpochBenchmark
 from dan_fast.bench.iteration.benchmark import IterationBenchmark
 from dan_fast.bench.memory.benchmark import MemoryBenchmark
 from dan_fast.bench.ranking.benchmark import RankingBenchmark
+from dan_fast.bench.search.benchmark import SearchBenchmark
 
 # `dan-fast bench NAME`, and its line in the list of benchmarks.
 BENCHMARKS = {
@@ -15,4 +16,5 @@ BENCHMARKS = {
     "epoch": (EpochBenchmark, "An epoch from JPEG files: a plain PyTorch loop, the same from the cache, and DAN."),
     "data": (DataBenchmark, "Feeding images: a plain DataLoader, decoding without a cache, and from the cache."),
     "ranking": (RankingBenchmark, "Evaluating a ranking: by sorting in NumPy, and by counting."),
+    "search": (SearchBenchmark, "Searching in a million features: all compared, HNSW and IVF-PQ, and the ranking."),
 }

@@ -74,15 +74,42 @@ def quickstart(
     with progress_line(console, f"Testing the trained network on {UNSEEN}") as progress:
         after, features = _evaluate(network, unseen, workers, progress)
 
-    columns = ["network", *after.percentages()]
-    rows = [["untrained", *before.row()], ["trained", *after.row()]]
-    size = f"{after.num_query} queries, {after.num_gallery} gallery images"
-    title = f"{UNSEEN}, a domain never seen in training ({size})"
-    shown = ConsoleTable(*columns, title=title)
-    for row in rows:
+    results = results_table(before, after)
+    shown = ConsoleTable(*results.columns, title=results.title)
+    for row in results.rows:
         shown.add_row(*row)
     console.print(shown)
+    page = quickstart_page(folder, config, network, features, results)
+    console.print(f"Report: {page} ({time.monotonic() - started:.0f} s)", **PLAIN)
 
+
+def results_table(before: Evaluation, after: Evaluation) -> Table:
+    """What the training changed on the unseen domain."""
+    size = f"{after.num_query} queries, {after.num_gallery} gallery images"
+    return Table(
+        f"{UNSEEN}, a domain never seen in training ({size})",
+        ["network", *after.percentages()],
+        [["untrained", *before.row()], ["trained", *after.row()]],
+        "In percent: CMC at ranks 1, 5 and 10, mAP and mINP.",
+    )
+
+
+def quickstart_page(folder: Path, config: TrainConfig, network: DAN, features: DatasetFeatures, results: Table) -> Path:
+    """Draw the pictures of a finished training into its folder, with the page that shows them.
+
+    Args:
+        folder: of the quickstart: with the unseen domain's images and the training's logs.
+        config: of the training.
+        network: the trained one, in eval mode.
+        features: its features of the unseen domain.
+        results: as by :func:`results_table`.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        DanFastError: an image or the logs cannot be read, or the page cannot be written.
+    """
     query, gallery = features.split()
     plot_curves(folder / "run", folder / "curves.png")
     plot_ranked_lists(query, gallery, folder / "ranked.png")
@@ -91,20 +118,19 @@ def quickstart(
         Figure("Ranked lists", folder / "ranked.png", f"Queries of {UNSEEN} and what the network ranks first."),
     ]
     if config.model.attention != "none":
-        _plot_attention(network, unseen, folder / "attention.png")
+        _plot_attention(network, load_dataset(folder / "data" / UNSEEN), folder / "attention.png")
         note = "Spatial attention A_S; its colours span each image's own range, written above."
         figures.append(Figure("Attention", folder / "attention.png", note))
     words = config.recipe_words or "no recipe"
     unlabeled = f" and {', '.join(UNLABELED)} (unlabelled)" if config.data.unlabeled_share > 0 else ""
-    page = write_report(
+    return write_report(
         folder,
         "dan_fast quickstart",
-        f"A ResNet-18 trained from scratch for {epochs} epochs on the synthetic domains {' and '.join(LABELED)} "
-        f"(labelled){unlabeled}, tested on {UNSEEN}; {words}.",
-        [Table(title, columns, rows, "In percent: CMC at ranks 1, 5 and 10, mAP and mINP.")],
+        f"A ResNet-18 trained from scratch for {config.optimizer.epochs} epochs on the synthetic domains "
+        f"{' and '.join(LABELED)} (labelled){unlabeled}, tested on {UNSEEN}; {words}.",
+        [results],
         figures,
     )
-    console.print(f"Report: {page} ({time.monotonic() - started:.0f} s)", **PLAIN)
 
 
 def _config(folder: Path, epochs: int, seed: int, workers: int, recipe: str) -> TrainConfig:

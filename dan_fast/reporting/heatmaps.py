@@ -87,6 +87,26 @@ def plot_attention(
         return save_png(figure, out_png, dpi=150)
 
 
+def attention_overlays(
+    images: Tensor, spatial_attention: Tensor, map_size: tuple[int, int], preprocessing: Preprocessing = IMAGENET
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images without and with the colours of `plot_attention`, two arrays (n, H, W, 3) uint8.
+
+    Args, Raises: as `plot_attention`.
+
+    Example:
+        >>> plain, overlaid = attention_overlays(torch.zeros(2, 3, 32, 16), torch.rand(2, 8), (4, 2))
+        >>> plain.shape, bool((plain == overlaid).all())
+        ((2, 32, 16, 3), False)
+    """
+    originals, heat = _prepare(images, spatial_attention, map_size, preprocessing)
+    return _bytes(originals), _bytes(_overlay(originals, heat))
+
+
+def _bytes(pixels: np.ndarray) -> np.ndarray:
+    return (255 * pixels + 0.5).astype(np.uint8)
+
+
 def _prepare(
     images: Tensor, spatial_attention: Tensor, map_size: tuple[int, int], preprocessing: Preprocessing = IMAGENET
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""A report as one HTML page beside its pictures."""
+"""HTML pages of one look beside their pictures; the report is one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from dan_fast.core.files import write_text
 # In a cell without a value.
 ABSENT = "–"
 # 63.2, 63.2 ± 1.1, 61.6 † or a dash: what is set in a column of numbers.
-_NUMBER = re.compile(r"[-–+]?[\d.,]*( ± [\d.]+)?( †)?")
+_NUMBER = re.compile(r"[-–+]?[\d.,]*( ± [\d.]+)?( [†‡])?")
+# In a shorter table the eye finds the largest as fast.
+SORTABLE_FROM = 8
 
 
 class Table(NamedTuple):
@@ -32,6 +34,11 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[object]]
     note: str = ""
     folded: bool = False
+
+    @property
+    def sortable(self) -> bool:
+        """Whether the headings sort the rows."""
+        return len(self.rows) >= SORTABLE_FROM
 
 
 class Figure(NamedTuple):
@@ -51,7 +58,8 @@ def write_report(
 ) -> Path:
     """Write ``index.html`` into ``out_dir``, referring to the pictures by relative paths.
 
-    The page needs no network and no script, so it can be moved or archived together with its pictures. All
+    The page needs no network, so it can be moved or archived together with its pictures. Its only script stands in
+    the page: it sorts tables of 8 rows and more by the heading that is pressed, and the page reads without it. All
     text is escaped.
 
     Args:
@@ -83,6 +91,32 @@ def write_report(
     for figure in figures:
         if not Path(figure.path).is_file():
             raise DanFastError(f"{figure.path} does not exist; draw the picture before writing the report.")
+    return write_page(
+        out_dir / "index.html",
+        "report.html",
+        title=title,
+        paragraphs=[paragraph for paragraph in summary.split("\n\n") if paragraph.strip()],
+        tables=[table for table in tables if not table.folded],
+        folded=[table for table in tables if table.folded],
+        figures=[(figure, link_from(out_dir, figure.path)) for figure in figures],
+    )
+
+
+def write_page(page: Path, template: str, **values: object) -> Path:
+    """Write a page by a template that extends ``base.html``, which asks for ``title`` and ``paragraphs``; all text is
+    escaped.
+
+    Args:
+        page: file to write; its folder is made if missing.
+        template: name of a file in ``dan_fast/reporting/templates``.
+        values: what the template names.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        DanFastError: the page cannot be written.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dan_fast.reporting"),
         autoescape=True,
@@ -91,17 +125,15 @@ def write_report(
         lstrip_blocks=True,
     )
     environment.tests["words"] = lambda value: _NUMBER.fullmatch(str(value)) is None
-    text = environment.get_template("report.html").render(
-        title=title,
-        paragraphs=[paragraph for paragraph in summary.split("\n\n") if paragraph.strip()],
-        tables=[table for table in tables if not table.folded],
-        folded=[table for table in tables if table.folded],
-        figures=[(figure, _link(figure.path, out_dir)) for figure in figures],
-    )
-    page = out_dir / "index.html"
-    write_text(page, text)
+    write_text(page, environment.get_template(template).render(values))
     return page
 
 
-def _link(path: str | Path, out_dir: Path) -> str:
-    return quote(Path(os.path.relpath(path, out_dir)).as_posix())
+def link_from(folder: str | Path, path: str | Path) -> str:
+    """The address of a file for a page in ``folder``, relative and quoted.
+
+    Example:
+        >>> link_from("runs/page", "runs/images/a b#1.png")
+        '../images/a%20b%231.png'
+    """
+    return quote(Path(os.path.relpath(path, folder)).as_posix())

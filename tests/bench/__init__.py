@@ -22,6 +22,7 @@ TINY = {
               "order": "1", "repeat": 1, "threads": 1},
     "ranking": {"queries": 70, "gallery": 300, "width": 16, "ids": 20, "cams": 3, "repeat": 2, "threads": 1,
                 "memory_queries": 200, "memory_gallery": 4000, "memory_width": 8},
+    "search": {"features": 2000, "width": 32, "queries": 50, "repeat": 2, "threads": 1},
 }  # fmt: skip
 ENVIRONMENT = {"torch", "commit", "cpu", "threads", "date", "gpu", "driver"}
 

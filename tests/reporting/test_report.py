@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 
 from dan_fast.cli import main
 from dan_fast.core.errors import DanFastError
@@ -26,43 +25,7 @@ from dan_fast.reporting.runs import read_runs
 from dan_fast.reporting.watched import watched_table
 from dan_fast.training import DataConfig, MemoryConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer
 from dan_fast.training.reported import CHOSEN, SEEN
-
-
-def evaluation(dataset: str, rank1: float, mean_precision: float, repeats: int = 1) -> dict:
-    spread = 0.01 if repeats > 1 else None
-    cmc = [rank1, *[rank1 + 0.05] * 9]
-    return {
-        "dataset": dataset,
-        "protocol": "fixed query and gallery" if repeats == 1 else f"{repeats} random splits",
-        "cmc": cmc,
-        "mAP": mean_precision,
-        "mINP": 0.05,
-        "cmc_std": None if spread is None else [spread] * 10,
-        "mAP_std": spread,
-        "mINP_std": spread,
-        "repeats": repeats,
-        "num_query": 30,
-        "num_gallery": 40,
-        "num_valid": 30,
-        "skipped": [],
-    }
-
-
-def fake_run(folder: Path, results=(("street", 0.5, 0.4),), scalars=None, **sections) -> Path:
-    """A run's folder without a checkpoint; of the settings only what is given."""
-    folder.mkdir(parents=True)
-    settings = {"data": {"labeled": ["x/campus"], "unlabeled": ["x/mall"]}}
-    for section, values in sections.items():
-        settings.setdefault(section, {}).update(values)
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    content = {"epochs": 500, "targets": [evaluation(*result) for result in results]}
-    (folder / "results.json").write_text(json.dumps(content))
-    if scalars:
-        with SummaryWriter(folder / "tensorboard") as writer:
-            for tag, values in scalars.items():
-                for step, value in enumerate(values):
-                    writer.add_scalar(tag, value, step)
-    return folder
+from tests.support.fake_runs import evaluation, fake_run
 
 
 def text_of(page: Path) -> str:

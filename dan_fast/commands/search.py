@@ -1,0 +1,116 @@
+"""`dan-fast search`: the images of a gallery that are nearest to others."""
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from rich.console import Console
+
+from dan_fast.commands.terminal import PLAIN, progress_line
+from dan_fast.core.files import write_text
+from dan_fast.data.samples import Sample
+from dan_fast.inference import FeatureExtractor
+from dan_fast.inference.sources import Part, find_images
+from dan_fast.reporting.search_page import write_search_page
+from dan_fast.search import GalleryIndex, Update, update_index
+from dan_fast.search.kinds import IndexKind, faiss_library
+from dan_fast.search.lists import measured_recall, ranked_lists
+from dan_fast.training.config import BrokenImages
+
+_SCHEMA = 1
+
+
+def search(
+    gallery: Sequence[str],
+    query: Sequence[str],
+    checkpoint: str,
+    out: str,
+    index: IndexKind = "flat",
+    top: PositiveInt = 10,
+    batch_size: PositiveInt = 128,
+    workers: NonNegativeInt = 2,
+    device: str = "auto",
+    broken_images: BrokenImages = "error",
+) -> None:
+    """Find the gallery images nearest to each query, with an index that is kept and extended.
+
+    OUT/index holds the index: the same command again embeds only images of the gallery that are new or have changed,
+    and finds none that it no longer holds. OUT/ranked.json has the lists, OUT/index.html shows them, with what the
+    network attends to. A query's own file is left out of its list.
+
+    Args:
+        gallery: Folders, files or patterns to search in, or a dataset, whose gallery is taken where it has one.
+        query: Images to search for, given alike; of a dataset its queries.
+        checkpoint: The checkpoint.pt of a run, or a shared folder.
+        out: Folder for the index, the lists and the page.
+        index: flat compares all features; hnsw, a graph, and ivfpq, codes in cells, compare few of millions, and what
+            they miss is measured.
+        top: Images in a list.
+        batch_size: Images at a time.
+        workers: Processes that decode images; 0 decodes in this one.
+        device: auto takes the GPU where there is one; or cpu, cuda, cuda:1.
+        broken_images: Stop with an error at an image that cannot be decoded, or skip it.
+
+    Raises:
+        DanFastError: an approximate index without faiss, nothing at a path, no checkpoint, an index of another
+            checkpoint, an image that cannot be decoded, too few images for an ivfpq index, or a folder that cannot be
+            written.
+    """
+    folder, console = Path(out), Console()
+    if index != "flat":
+        faiss_library()
+    images, queries = _of_split(find_images(gallery), "gallery"), _of_split(find_images(query), "query")
+    extractor = FeatureExtractor(checkpoint, device, batch_size, workers=workers, broken_images=broken_images)
+    try:
+        # The queries first: one that cannot be decoded is known before the gallery is embedded.
+        with progress_line(console, f"Embedding {len(queries)} queries") as show:
+            features = extractor([sample.path for sample in queries], show).numpy()
+        with progress_line(console, f"Embedding what is new of {len(images)} gallery images") as show:
+            update = update_index(folder / "index", extractor, images, index, show)
+    except KeyboardInterrupt:
+        if (folder / "index").exists():
+            console.print(f"What is done lies in {folder / 'index'}: the same command goes on from there.", **PLAIN)
+        raise
+    finally:
+        with suppress(OSError):
+            folder.rmdir()
+    for line in _sentences(update):
+        console.print(line, **PLAIN)
+    found = GalleryIndex(folder / "index", extractor, index)
+    lists = ranked_lists(found, queries, features, top)
+    for each in lists:
+        if each["matches"] is None:
+            console.print(f"Skipped the query {each['path']}: it cannot be decoded.", **PLAIN)
+    content = {
+        "schema": _SCHEMA,
+        "weights": found.weights,
+        "index": {"kind": index, "images": found.size, "parameters": found.parameters},
+        "top": top,
+        "recall": None,
+        "queries": lists,
+    }
+    if index != "flat" and np.isfinite(features).any():
+        content["recall"] = measured_recall(found, features, top)
+        console.print("recall@{at} {value:.4f} of the exact search, over {queries} queries".format(**content["recall"]))
+    write_text(folder / "ranked.json", json.dumps(content, indent=1) + "\n")
+    page = write_search_page(folder, content, extractor)
+    console.print(f"{page}: {len(lists)} queries in {found.size} images.", **PLAIN)
+
+
+def _of_split(parts: Sequence[Part], split: str) -> list[Sample]:
+    """The images of a split, where there are any of it, and those of no dataset; else all."""
+    if any(part.split == split for part in parts):
+        parts = [part for part in parts if part.split in (split, "")]
+    return [sample for part in parts for sample in part.samples]
+
+
+def _sentences(update: Update) -> list[str]:
+    changed = f", {len(update.changed)} of them changed" if update.changed else ""
+    lines = [f"Index: {update.added} images embedded{changed}, {update.kept} were there."]
+    if update.gone:
+        lines.append(f"{len(update.gone)} images of the index are not in the gallery and are not found, the first is "
+                     f"{update.gone[0]}.")  # fmt: skip
+    return lines + [f"Skipped {path}: it cannot be decoded." for path in update.skipped]

@@ -1,0 +1,339 @@
+"""The index of a gallery: a folder with features, images and faiss's index, which is extended and not rebuilt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.files import alone, remove_unfinished, write_text
+from dan_fast.data.images.cache_header import status_of
+from dan_fast.data.samples import Sample
+from dan_fast.inference.extractor import FeatureExtractor, Show
+from dan_fast.nn import DAN
+from dan_fast.search import kinds
+from dan_fast.search.kinds import IndexKind
+from dan_fast.search.searcher import Found, Searcher
+
+_SCHEMA = 1
+_FEATURES, _INDEX, _UNFINISHED = "features.f32", "index.json", "unfinished.json"
+# So many images, and a tenth of those that are there, are embedded before they are written down.
+_SAVED = 4096
+
+
+class Update(NamedTuple):
+    """What `update_index` did.
+
+    Attributes:
+        added: images that were embedded, changed ones among them.
+        kept: images whose features were there.
+        changed: files that are not those that were embedded before.
+        gone: images of the index that the gallery does not hold; they are not found.
+        skipped: images that could not be decoded.
+    """
+
+    added: int
+    kept: int
+    changed: list[Path]
+    gone: list[Path]
+    skipped: list[Path]
+
+
+class GalleryIndex:
+    """The images of a gallery, and those of them that are nearest to a feature.
+
+    Args:
+        folder: what `update_index` wrote.
+        extractor: it has to be of the checkpoint that the index was made with.
+        kind: one that `update_index` has made.
+
+    Attributes:
+        images: the images, by the rows that `search` gives; those that are gone among them.
+        parameters: of an approximate kind.
+        weights: the hash of the extractor's, `weights_hash`.
+
+    Raises:
+        DanFastError: faiss is not installed, for another kind than flat; there is no finished index; one of another
+            checkpoint or a newer version; or a damaged one.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> from dan_fast.training import TrainConfig
+        >>> from dan_fast.training.build import initial_network
+        >>> from dan_fast.training.checkpoint import save_checkpoint
+        >>> config = TrainConfig.of_recipe("plain", data={"image_size": (32, 16)}, model={"backbone": "resnet18"})
+        >>> weights = initial_network(config.to_dict(), num_classes=2, read_weights=False).state_dict()
+        >>> state = {"config": config.to_dict(), "num_classes": 2}
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> save_checkpoint(folder / "a.pt", state | {"model": {f"network.{name}": x for name, x in weights.items()}})
+        >>> extract = FeatureExtractor(folder / "a.pt", device="cpu")
+        >>> for colour in ("red", "green", "blue"):
+        ...     Image.new("RGB", (16, 32), colour).save(folder / f"{colour}.png")
+        >>> gallery = [Sample(path, -1, -1) for path in sorted(folder.glob("*.png"))]
+        >>> update_index(folder / "index", extract, gallery).added
+        3
+        >>> index = GalleryIndex(folder / "index", extract)
+        >>> found = index.search(extract(folder / "red.png").numpy(), places=2)
+        >>> index.images[found.rows[0, 0]].path.name, f"{found.scores[0, 0]:.3f}"
+        ('red.png', '1.000')
+    """
+
+    def __init__(self, folder: str | Path, extractor: FeatureExtractor, kind: IndexKind = "flat") -> None:
+        folder = Path(folder)
+        self.weights = weights_hash(extractor.network)
+        stored = _read(folder, _INDEX, self.weights)
+        if stored is None or (kind != "flat" and stored["kinds"].get(kind, {}).get("rows") != len(stored["paths"])):
+            raise DanFastError(f"{folder} holds no finished {kind} index: make it by `dan-fast search`.")
+        features, count = _mapped(folder, stored), len(stored["paths"])
+        self.images = [
+            Sample(Path(path), pid, camid)
+            for path, pid, camid in zip(stored["paths"], stored["pids"], stored["camids"], strict=True)
+        ]
+        order = np.full(count, -1, dtype=np.int64)
+        order[stored["gallery"]] = np.arange(len(stored["gallery"]))
+        index, self.parameters = None, {}
+        if kind != "flat":
+            found = stored["kinds"][kind]
+            self.parameters = found["parameters"]
+            index = kinds.read(folder / found["file"], *features.shape)
+        self._searcher = Searcher(features, order, kind, index)
+
+    def search(self, features: np.ndarray, places: int, exact: bool = False) -> Found:
+        """The images nearest to (Q,C) features of length 1; `exact` compares all features whatever the kind is.
+
+        Raises:
+            ValueError: features that are not finite, as those of images that could not be decoded.
+        """
+        if not np.isfinite(features).all():
+            raise ValueError("features holds NaN or Inf: leave the images out that could not be decoded.")
+        return self._searcher.search(features, places, exact)
+
+    @property
+    def size(self) -> int:
+        """How many images are searched in."""
+        return int((self._searcher.order >= 0).sum())
+
+
+def update_index(
+    folder: str | Path,
+    extractor: FeatureExtractor,
+    gallery: Sequence[Sample],
+    kind: IndexKind = "flat",
+    progress: Show = lambda done, total: None,
+) -> Update:
+    """Make the index of a gallery, or bring one up to date: only images that are new in it or changed are embedded.
+
+    An image is known by its path, size and time of modification. Those that the gallery no longer holds keep their
+    features and are not found; they are not embedded again when they come back. Features are written as they are made:
+    what is stopped goes on there, and until everything is done an index is as it was before, or not there.
+
+    The folder holds `features.f32`, (n,C) float32; `index.json`, with the images, the hash of the weights and the
+    parameters; and for each approximate kind that was asked for faiss's own file.
+
+    Args:
+        folder: a new one, or one that this has written.
+        extractor: with `broken_images` "skip" images that cannot be decoded are left out; a later call tries them
+            again.
+        gallery: the images; of several with one path the first counts.
+        kind: of the index; "flat" needs no more than the features.
+        progress: called with (images embedded, images to embed).
+
+    Raises:
+        DanFastError: faiss is not installed, for another kind than flat; an index of another checkpoint, an image that
+            cannot be decoded, no image at all, too few for the kind, or a folder that cannot be written or that another
+            process is writing to.
+
+    Example: see `GalleryIndex`.
+    """
+    folder = Path(folder)
+    if kind != "flat":
+        kinds.faiss_library()
+    images: dict[str, Sample] = {}
+    for sample in gallery:
+        images.setdefault(os.path.abspath(sample.path), sample)
+    try:
+        with alone(folder / ".lock"):
+            remove_unfinished(folder)
+            stored = _latest(folder, extractor)
+            update = _add_images(folder, stored, extractor, images, progress)
+            if not stored["gallery"]:
+                raise DanFastError("No image of the gallery can be decoded: name another folder.")
+            if kind != "flat":
+                _bring_up_to_date(folder, stored, kind)
+            _save(folder / _INDEX, stored)
+            used = {entry["file"] for entry in stored["kinds"].values()}
+            for file in (folder / _UNFINISHED, *(file for file in folder.glob("*.faiss") if file.name not in used)):
+                file.unlink(missing_ok=True)
+    finally:
+        # One without any feature is of no use.
+        with suppress(OSError):
+            if not (folder / _FEATURES).stat().st_size:
+                (folder / _FEATURES).unlink()
+            folder.rmdir()
+    return update
+
+
+def weights_hash(network: DAN) -> str:
+    """What a feature depends on, in 32 hexadecimal digits, wherever its checkpoint lies: weights and preprocessing.
+
+    Example:
+        >>> network = DAN(num_classes=2, backbone="resnet18", image_size=(32, 16))
+        >>> before = weights_hash(network)
+        >>> _ = network.classifier.weight.data.neg_()
+        >>> before == weights_hash(network)
+        False
+    """
+    preprocessing = sorted(network.preprocessing.to_dict().items())
+    settings = (network.backbone_name, network.image_size, preprocessing, network.feature, network.attention.variant)
+    found = hashlib.blake2b(repr(settings).encode(), digest_size=16)
+    for name, value in sorted(network.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        found.update(repr((name, value.dtype, tuple(value.shape))).encode())
+        found.update(value.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _add_images(
+    folder: Path, stored: dict[str, Any], extractor: FeatureExtractor, images: dict[str, Sample], progress: Show
+) -> Update:
+    """Embed what is new among the images, and write down which rows are the gallery."""
+    before = set(stored["paths"])
+    statuses = {path: status_of(path) for path in images}
+    known = _rows(stored)
+    new = [path for path in images if (path, *statuses[path]) not in known]
+    skipped = _embed(folder, stored, extractor, [(images[path].path, path, statuses[path]) for path in new], progress)
+    known, stored["gallery"] = _rows(stored), []
+    for path, sample in images.items():
+        row = known.get((path, *statuses[path]))
+        if row is not None:
+            stored["gallery"].append(row)
+            stored["pids"][row], stored["camids"][row] = sample.pid, sample.camid
+    return Update(
+        added=len(new) - len(skipped),
+        kept=len(images) - len(new),
+        changed=[Path(path) for path in new if path in before],
+        gone=[Path(path) for path in sorted(before - images.keys())],
+        skipped=skipped,
+    )
+
+
+def _embed(
+    folder: Path,
+    stored: dict[str, Any],
+    extractor: FeatureExtractor,
+    new: Sequence[tuple[Path, str, tuple[int, int]]],
+    progress: Show,
+) -> list[Path]:
+    """Append the features of files, and absolute path and status of each; returns those that cannot be decoded."""
+    skipped: list[Path] = []
+    saved = len(stored["paths"])
+    file = folder / _FEATURES
+    file.touch()
+    with file.open("r+b") as stream:
+        # What a killed process wrote and did not write down.
+        stream.truncate(4 * stored["size"] * saved)
+        stream.seek(0, os.SEEK_END)
+
+        def save() -> None:
+            stream.flush()
+            os.fsync(stream.fileno())
+            _save(folder / _UNFINISHED, stored)
+
+        try:
+            done = 0
+            for rows in extractor.batches([given for given, *_ in new]):
+                share, readable = new[done : done + len(rows)], rows[:, 0].isfinite()
+                stream.write(rows[readable].numpy().data)
+                for (given, path, status), is_readable in zip(share, readable.tolist(), strict=True):
+                    if is_readable:
+                        for name, value in (("paths", path), ("status", status), ("pids", -1), ("camids", -1)):
+                            stored[name].append(value)
+                    else:
+                        skipped.append(given)
+                done += len(rows)
+                progress(done, len(new))
+                if len(stored["paths"]) - saved >= max(_SAVED, saved // 10):
+                    saved = len(stored["paths"])
+                    save()
+        except OSError as error:
+            raise DanFastError(f"{file} could not be written ({error.strerror}): make room.") from error
+        finally:
+            if len(stored["paths"]) > saved:
+                save()
+    return skipped
+
+
+def _bring_up_to_date(folder: Path, stored: dict[str, Any], kind: str) -> None:
+    """Add to an approximate index the rows that it lacks, or make it."""
+    features, found = _mapped(folder, stored), stored["kinds"].get(kind)
+    rows = len(features)
+    if found is None or not (folder / found["file"]).is_file() or kinds.is_outgrown(kind, found["parameters"], rows):
+        index, parameters = kinds.build(kind, features)
+    elif found["rows"] < rows:
+        index, parameters = kinds.read(folder / found["file"], found["rows"], stored["size"]), found["parameters"]
+        kinds.extend(index, features)
+    else:
+        return
+    # A new name: until index.json names it, what was there before is used.
+    name = f"{kind}-{rows}.faiss"
+    kinds.write(index, folder / name)
+    stored["kinds"][kind] = {"file": name, "rows": rows, "parameters": parameters}
+
+
+def _rows(stored: dict[str, Any]) -> dict[tuple[str, int, int], int]:
+    """(path, size, time) -> row."""
+    pairs = zip(stored["paths"], stored["status"], strict=True)
+    return {(path, *status): row for row, (path, status) in enumerate(pairs)}
+
+
+def _latest(folder: Path, extractor: FeatureExtractor) -> dict[str, Any]:
+    """What is known of the features: of a call that was stopped, if it came further than the last that was not."""
+    own = weights_hash(extractor.network)
+    found = [content for name in (_INDEX, _UNFINISHED) if (content := _read(folder, name, own)) is not None]
+    fresh = {name: [] for name in ("paths", "status", "pids", "camids", "gallery")}
+    fresh |= {"schema": _SCHEMA, "weights": own, "size": extractor.size, "kinds": {}}
+    return max(found, key=lambda content: len(content["paths"]), default=fresh)
+
+
+def _read(folder: Path, name: str, own: str) -> dict[str, Any] | None:
+    """The content of a file that `_save` wrote, of the weights whose hash is `own`; None where there is none."""
+    file = folder / name
+    try:
+        content = json.loads(file.read_bytes())
+        schema, weights, size = content["schema"], content["weights"], content["size"]
+        lacking = 4 * size * len(content["paths"]) - (folder / _FEATURES).stat().st_size
+    except FileNotFoundError:
+        if file.exists():
+            raise DanFastError(f"{folder} lacks {_FEATURES}: remove the folder, and it is made anew.") from None
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DanFastError(f"{file} is no index ({error}): remove {folder}, and it is made anew.") from error
+    if schema > _SCHEMA:
+        raise DanFastError(f"{file} is of a newer version of dan_fast: use that, or remove {folder}.")
+    if weights != own:
+        raise DanFastError(
+            f"{folder} is an index of another checkpoint (weights {weights[:8]}, not {own[:8]}): use that one, or name "
+            "another folder."
+        )
+    if lacking > 0:
+        raise DanFastError(f"{folder / _FEATURES} is cut short: remove {folder}, and it is made anew.")
+    return content
+
+
+def _mapped(folder: Path, stored: dict[str, Any]) -> np.ndarray:
+    """The features (n,C), mapped, and copied where they are written to: PyTorch warns of arrays that cannot be."""
+    shape = len(stored["paths"]), stored["size"]
+    return np.memmap(folder / _FEATURES, dtype=np.float32, mode="c", shape=shape)
+
+
+def _save(file: Path, stored: dict[str, Any]) -> None:
+    write_text(file, json.dumps(stored, separators=(",", ":")) + "\n")

@@ -1,0 +1,67 @@
+"""Features, what finds the nearest of them, and how many of the nearest an approximate search finds."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dan_fast.search import kinds
+from dan_fast.search.exact import nearest_in_float32, order_exactly, search_exactly
+
+# Beyond the places wanted: what float32 may have in another order than float64.
+_MARGIN = 8
+
+
+class Found(NamedTuple):
+    """The images found for each of Q queries, nearest first.
+
+    Attributes:
+        scores: (Q, places) float64 cosines; minus infinity where there are no more images.
+        rows: (Q, places) int64, which image; -1 where there are no more.
+    """
+
+    scores: np.ndarray
+    rows: np.ndarray
+
+
+class Searcher:
+    """Finds features by the largest cosine.
+
+    Args:
+        features: (n,C) float32 rows of length 1, which may be mapped from a file.
+        order: (n,) int64, the place of each in the gallery, which decides between equal distances; -1 where it is not
+            in the gallery and never found.
+        kind: what finds candidates; "flat" compares all features.
+        index: faiss's, of an approximate kind.
+    """
+
+    def __init__(self, features: np.ndarray, order: np.ndarray, kind: kinds.IndexKind, index: Any = None) -> None:
+        self.features, self.order, self.kind, self.index = features, order, kind, index
+        self._gone = np.flatnonzero(order < 0)
+
+    def search(self, queries: np.ndarray, places: int, exact: bool = False) -> Found:
+        """The nearest features to (Q,C) queries of length 1; `exact` compares all whatever the kind is."""
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        if exact or self.kind == "flat":
+            distances, rows = search_exactly(self.features, queries, places, self.order)
+        else:
+            asked = min(kinds.fetched(self.kind, places), len(self.features))
+            rows = kinds.search(self.kind, self.index, queries, asked, self._gone)
+            rows = nearest_in_float32(self.features, queries, rows, places + _MARGIN)
+            distances, rows = order_exactly(self.features, queries, rows, self.order)
+            lacking = ((0, 0), (0, max(0, places - rows.shape[1])))
+            distances = np.pad(distances[:, :places], lacking, constant_values=np.inf)
+            rows = np.pad(rows[:, :places], lacking, constant_values=-1)
+        return Found(1 - distances, rows)
+
+
+def recall(found: np.ndarray, nearest: np.ndarray) -> float:
+    """The share of the (Q,k) nearest rows that are among the (Q,k) rows found, in any order; -1 is no row.
+
+    Example:
+        >>> recall(np.array([[3, 1], [2, 4]]), np.array([[1, 3], [2, 5]]))
+        0.75
+    """
+    hits = ((found[:, :, None] == nearest[:, None, :]) & (nearest >= 0)[:, None, :]).any(axis=1)
+    return float(hits.sum() / (nearest >= 0).sum())

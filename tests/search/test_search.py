@@ -1,0 +1,382 @@
+"""`dan-fast search`: the order of its lists, how its index is kept and extended, its page, and what it refuses."""
+
+import json
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+import torch
+
+from dan_fast import DanFastError, FeatureExtractor
+from dan_fast.cli import main
+from dan_fast.data import load_dataset
+from dan_fast.evaluation import pairwise_distances
+from dan_fast.inference.sources import find_images
+from dan_fast.nn import DAN
+from dan_fast.reporting import search_page as page_module
+from dan_fast.search import GalleryIndex, gallery_index, kinds, update_index
+from dan_fast.search.exact import _MARGIN as MARGIN
+from dan_fast.search.searcher import Searcher
+from tests.support.searches import draw, search_page, searched
+from tests.support.tiny_training import IMAGE_SIZE, OneConvolution
+from tests.support.untrained import untrained_checkpoint
+
+NAMES = [f"{number:02d}.png" for number in range(12)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return untrained_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint.pt")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A gallery, two of its images twice, and queries."""
+    draw(tmp_path / "gallery", NAMES)
+    for name, copy in (("03.png", "00-copy.png"), ("05.png", "11-copy.png")):
+        shutil.copy(tmp_path / "gallery" / name, tmp_path / "gallery" / copy)
+    draw(tmp_path / "queries", ["a.png", "b.png", "c.png"], seed=1)
+    return tmp_path
+
+
+@pytest.fixture
+def run(folder, checkpoint):
+    def run(*arguments: object, out: str = "out", code: int = 0) -> list[dict]:
+        flags = ["--checkpoint", checkpoint, "--gallery", folder / "gallery", "--query", folder / "queries"]
+        return searched(folder / out, *flags, *arguments, code=code).get("queries", [])
+
+    return run
+
+
+@pytest.fixture
+def embedded(monkeypatch) -> list[int]:
+    """How many images each batch had that a network embedded."""
+    counts, embed = [], FeatureExtractor._embed
+    monkeypatch.setattr(FeatureExtractor, "_embed", lambda self, x: counts.append(len(x)) or embed(self, x))
+    return counts
+
+
+def paths_of(lists: list[dict]) -> list[list[str]]:
+    return [[match["path"] for match in each["matches"] or ()] for each in lists]
+
+
+def test_lists_are_those_of_the_evaluation(run, folder, checkpoint):
+    shutil.copy(folder / "gallery" / "03.png", folder / "queries" / "d.png")
+    lists = run("--top", 20)
+    extract = FeatureExtractor(checkpoint, "cpu", batch_size=4)
+    query, gallery = (sorted((folder / name).iterdir()) for name in ("queries", "gallery"))
+    distances = pairwise_distances(extract(query), extract(gallery))
+    order = distances.argsort(dim=1, stable=True)
+    assert [each["path"] for each in lists] == [str(path) for path in query]
+    assert paths_of(lists) == [[str(gallery[place]) for place in row] for row in order.tolist()]
+    scores = [[match["score"] for match in each["matches"]] for each in lists]
+    assert torch.equal(torch.tensor(scores, dtype=torch.float64), 1 - distances.sort(dim=1).values)
+    assert [match["rank"] for match in lists[0]["matches"]] == list(range(1, 15))
+    assert {match["pid"] for match in lists[0]["matches"]} == {None}
+
+
+@pytest.mark.parametrize("spread", [1e-7, 1])
+def test_lists_are_exact_where_float32_is_not(monkeypatch, spread):
+    """Features that float32 orders otherwise, more of them than the margin, or not; in chunks, some of them gone."""
+    random = np.random.default_rng(0)
+    centre, noise = random.standard_normal(48), random.standard_normal((300, 48))
+    features = torch.from_numpy(centre + spread * noise).to(torch.float32)
+    features = torch.nn.functional.normalize(features).numpy()
+    queries = torch.nn.functional.normalize(torch.from_numpy(centre + noise[:3]).to(torch.float32)).numpy()
+    monkeypatch.setattr("dan_fast.search.exact.CHUNK", 70)
+    order = np.arange(300)
+    order[[5, 80, 299]] = -1
+    expected = pairwise_distances(torch.from_numpy(queries), torch.from_numpy(features))
+    expected[:, order < 0] = torch.inf
+    found = Searcher(features, order, "flat").search(queries, 10)
+    assert np.array_equal(found.rows, expected.argsort(dim=1, stable=True)[:, :10].numpy())
+    near = np.argsort(-(queries @ features.T), axis=1)[:, : 10 + MARGIN]
+    assert np.isin(found.rows, near).all() == (spread == 1), "whether the candidates of float32 do"
+    some = Searcher(features[:6], order[:6], "flat").search(queries, 10)
+    assert (some.rows[:, 5:] == -1).all() and np.isneginf(some.scores[:, 5:]).all()
+
+
+def test_the_own_file_of_a_query_is_left_out(run, folder):
+    (own,) = run("--query", folder / "gallery" / "03.png", "--top", 3)
+    names = [Path(path).name for path in paths_of([own])[0]]
+    assert names[0] == "00-copy.png" and "03.png" not in names and len(names) == 3
+
+
+def test_an_extended_index_is_a_new_one(run, folder, embedded, capsys):
+    gallery, away = folder / "gallery", folder / "away"
+    draw(gallery, ["04b.png", "zz.png"], seed=3)
+    for name in ("04b.png", "05.png", "zz.png"):
+        shutil.move(gallery / name, folder / name)
+    run()
+    shutil.move(gallery / "02.png", away)
+    draw(gallery, ["07.png"], seed=4)
+    for name in ("04b.png", "05.png", "zz.png"):
+        shutil.move(folder / name, gallery / name)
+    embedded.clear()
+    capsys.readouterr()
+    extended = run("--top", 20)
+    printed = capsys.readouterr().out
+    assert sum(embedded) == 3 + 4
+    assert "4 images embedded, 1 of them changed, 11 were there." in printed
+    assert f"1 images of the index are not in the gallery and are not found, the first is {gallery}/02.png" in printed
+    assert paths_of(extended) == paths_of(run("--top", 20, out="new"))
+    shutil.move(away, gallery / "02.png")
+    embedded.clear()
+    returned = run("--top", 20)
+    assert sum(embedded) == 3, "an image that comes back is not embedded again"
+    assert paths_of(returned) == paths_of(run("--top", 20, out="newer"))
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_a_kill_at_any_moment_leaves_the_index_as_it_was(folder, tmp_path, monkeypatch, kind):
+    """Copies of the folder, as a kill would leave it, before and after everything that is written."""
+    network = DAN(2, OneConvolution(), IMAGE_SIZE, reduction=2).eval()
+    monkeypatch.setattr("dan_fast.inference.extractor.trained_network", lambda path: (network, {}))
+    extract, images = FeatureExtractor("tiny", "cpu", batch_size=4), find_images([str(folder / "gallery")])[0].samples
+    query, index, copies = extract(sorted((folder / "queries").iterdir())).numpy(), tmp_path / "index", []
+
+    def copied(call):
+        def wrapped(*arguments):
+            for step in (lambda: None, lambda: call(*arguments)):
+                step()
+                copies.append(shutil.copytree(index, tmp_path / f"copy{len(copies)}"))
+                for lock in copies[-1].glob(".lock*"):
+                    lock.unlink()
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gallery_index, "_SAVED", 6)
+        patch.setattr(gallery_index, "_save", copied(gallery_index._save))
+        patch.setattr(kinds, "write", copied(kinds.write))
+        update_index(index, extract, images[:8], kind)
+        made = len(copies)
+        before = GalleryIndex(index, extract, kind).search(query, 14)
+        update_index(index, extract, images, kind, copied(lambda done, total: None))
+    whole = GalleryIndex(index, extract, kind).search(query, 14)
+    assert made >= 4 and len(copies) >= made + 6
+    for number, copy in enumerate(copies):
+        if not (copy / "index.json").exists():
+            assert number < made
+            with pytest.raises(DanFastError, match="holds no finished"):
+                GalleryIndex(copy, extract, kind)
+        elif number < len(copies) - 1:
+            found = GalleryIndex(copy, extract, kind).search(query, 14)
+            assert np.array_equal(found.rows, before.rows)
+        contents = [json.loads(file.read_text()) for file in copy.glob("*.json")]
+        update = update_index(copy, extract, images, kind)
+        assert update.added == 14 - max((len(content["paths"]) for content in contents), default=0)
+        found = GalleryIndex(copy, extract, kind).search(query, 14)
+        np.testing.assert_allclose(found.scores, whole.scores, atol=1e-6)
+        assert {path.name for path in copy.iterdir()} == {path.name for path in index.iterdir()}
+
+
+def test_what_is_stopped_goes_on(run, folder, embedded, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        batches = FeatureExtractor.batches
+
+        def until(self, images):
+            for number, rows in enumerate(batches(self, images)):
+                if number == 2:
+                    raise KeyboardInterrupt
+                yield rows
+
+        patch.setattr(FeatureExtractor, "batches", until)
+        run(code=130)
+    assert "the same command goes on from there" in capsys.readouterr().out
+    embedded.clear()
+    assert len(run()) == 3 and sum(embedded) == 3 + 14 - 8
+
+
+def test_of_another_checkpoint_it_is_refused(run, folder, checkpoint, capsys):
+    run()
+    before = {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
+    other = untrained_checkpoint(folder / "other.pt", run={"seed": 7})
+    run("--checkpoint", other, code=1)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{folder}/out/index is an index of another checkpoint (weights " in error
+    assert before == {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
+    shutil.copy(checkpoint, folder / "moved.pt")
+    assert main(["share", "--checkpoint", str(checkpoint), "--out", str(folder / "shared")]) == 0
+    for same in ("moved.pt", "shared"):
+        assert paths_of(run("--checkpoint", folder / same)) == paths_of(
+            json.loads(before[folder / "out/ranked.json"])["queries"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--gallery", "empty"], "empty holds no image"),
+        (["--query", "nowhere"], "There is nothing at nowhere"),
+        (["--gallery", "gallery", "broken.png"], "The image broken.png cannot be decoded"),
+        (["--query", "broken.png"], "The image broken.png cannot be decoded"),
+        (["--gallery", "broken.png", "--broken_images", "skip"], "No image of the gallery can be decoded"),
+        (["--index", "ivfpq"], "An ivfpq index is made of 256 images at least, not of 14: use flat."),
+        (["--checkpoint", "none.pt"], "none.pt does not exist"),
+        (["faiss"], "pip install 'dan-fast[search]'"),
+    ],
+)
+def test_a_mistake_is_one_sentence(run, folder, monkeypatch, capsys, arguments, sentence):
+    monkeypatch.chdir(folder)
+    (folder / "empty").mkdir()
+    Path("broken.png").write_bytes(b"no image")
+    if arguments == ["faiss"]:
+        monkeypatch.setitem(sys.modules, "faiss", None)
+        arguments = ["--index", "hnsw"]
+    assert run(*arguments, code=1) == []
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+    if "14" not in sentence and arguments[:2] != ["--gallery", "gallery"]:
+        assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "nonsense", "newer", "without features", "graph"])
+def test_a_damaged_index_is_named(run, folder, capsys, damage):
+    run("--index", "hnsw")
+    index = folder / "out" / "index"
+    features, described = index / "features.f32", index / "index.json"
+    match damage:
+        case "cut":
+            features.write_bytes(features.read_bytes()[:-4])
+        case "nonsense":
+            described.write_bytes(described.read_bytes()[:100])
+        case "newer":
+            described.write_text(described.read_text().replace('"schema":1', '"schema":9'))
+        case "without features":
+            features.unlink()
+        case "graph":
+            (graph,) = index.glob("*.faiss")
+            graph.write_bytes(graph.read_bytes()[:200])
+    capsys.readouterr()
+    run("--index", "hnsw", code=1)
+    error = capsys.readouterr().err
+    assert str(index) in error and error.count("\n") == 1 and "remove" in error
+    if damage == "graph":
+        graph.unlink()
+        assert len(run("--index", "hnsw")) == 3
+
+
+def test_images_that_cannot_be_decoded_are_skipped(run, folder, embedded, capsys):
+    broken = folder / "gallery" / "04.png", folder / "queries" / "b.png"
+    for path in broken:
+        path.write_bytes(b"no image")
+    lists = run("--broken_images", "skip", "--top", 20)
+    assert [each["matches"] is None for each in lists] == [False, True, False]
+    assert str(broken[0]) not in paths_of(lists)[0] and len(lists[0]["matches"]) == 13
+    printed = capsys.readouterr().out
+    assert f"Skipped {broken[0]}: it cannot be decoded." in printed and f"Skipped the query {broken[1]}" in printed
+    assert "This image cannot be decoded." in (folder / "out" / "index.html").read_text()
+    embedded.clear()
+    draw(folder / "gallery", ["04.png"])
+    assert str(broken[0]) in paths_of(run("--broken_images", "skip", "--top", 20))[0] and sum(embedded) == 2 + 1
+
+
+def clustered(count: int, size: int = 32) -> np.ndarray:
+    random = np.random.default_rng(2)
+    centres = random.standard_normal((count // 10, size))
+    return torch.nn.functional.normalize(
+        torch.from_numpy(centres[np.arange(count) % len(centres)] + 0.4 * random.standard_normal((count, size)))
+    ).to(torch.float32).numpy()  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "least"), [("hnsw", 0.99), ("ivfpq", 0.9)])
+def test_an_approximate_index_is_written_extended_and_searched(tmp_path, monkeypatch, kind, least):
+    features, queries = clustered(3000)[:2900], clustered(3000)[2900:]
+    monkeypatch.setattr(kinds, "CHUNK", 700)
+    index, parameters = kinds.build(kind, features[:2000])
+    kinds.write(index, tmp_path / "a.faiss")
+    index = kinds.read(tmp_path / "a.faiss", 2000, 32)
+    kinds.extend(index, features)
+    order = np.arange(2900)
+    order[::3] = -1
+    searcher = Searcher(features, order, kind, index)
+    found, exact = searcher.search(queries, 10), searcher.search(queries, 10, exact=True)
+    assert (found.rows % 3 != 0).all() and (found.rows >= 2000).any()
+    hits = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.rows, exact.rows, strict=True)])
+    assert hits >= least
+    scores = np.einsum("qc,qkc->qk", queries, features[found.rows])
+    np.testing.assert_allclose(found.scores, scores, atol=1e-6)
+    assert (np.diff(found.scores) <= 0).all()
+    assert kinds.is_outgrown(kind, parameters, 8001) == (kind == "ivfpq") and not kinds.is_outgrown(
+        kind, parameters, 8000
+    )
+    with pytest.raises(DanFastError, match="missing or damaged"):
+        kinds.read(tmp_path / "a.faiss", 2900, 32)
+
+
+def test_recall_tells_an_index_that_finds_others(run, folder, monkeypatch, capsys):
+    run("--index", "hnsw", "--top", 3)
+    assert "recall@3 1.0000 of the exact search, over 3 queries" in capsys.readouterr().out
+    search = kinds.search
+    monkeypatch.setattr(kinds, "search", lambda *arguments: (search(*arguments) + 1) % 14)
+    monkeypatch.setattr(kinds, "fetched", lambda kind, places: places)
+    run("--index", "hnsw", "--top", 3)
+    value = json.loads((folder / "out" / "ranked.json").read_text())["recall"]["value"]
+    assert value < 0.6
+    assert f"recall@3 {value:.4f}" in capsys.readouterr().out
+    assert f"recall@3 is {value:.4f}" in (folder / "out" / "index.html").read_text()
+
+
+class Page(HTMLParser):
+    """The images and the texts of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.images, self.texts, self.tags = [], [], set()
+        self.feed(path.read_text(encoding="utf-8"))
+        assert all((path.parent / unquote(source)).is_file() for source, _ in self.images)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        if tag == "img":
+            self.images.append((dict(attrs)["src"], dict(attrs)["alt"]))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_the_page_shows_persons_cameras_and_odd_names(tmp_path):
+    path = search_page(tmp_path)
+    page, text = Page(path), path.read_text()
+    dataset = load_dataset(tmp_path / "street")
+    content = json.loads((path.parent / "ranked.json").read_text())
+    # The splits of the dataset, and the files beside it.
+    assert len(content["queries"]) == len(dataset.query) + 3 and content["index"]["images"] == len(dataset.gallery) + 2
+    first, found = dataset.query[0], content["queries"][0]["matches"][0]
+    assert content["queries"][0] == {**content["queries"][0], "pid": first.pid, "camid": first.camid}
+    assert f"person {first.pid}, camera {first.camid}" in text
+    assert ("✓" if found["pid"] == first.pid else "✗") in text
+    assert "b" not in page.tags and any('<b> & "quotes" #1%20.png' in words for words in page.texts)
+    assert any(alt.endswith('<b> & "quotes" #1%20.png') for _, alt in page.images)
+    assert "no\ufffdutf8.png" in page.texts
+    overlays = [source for source, alt in page.images if alt == "its attention"]
+    assert 2 * len(overlays) == len(page.images) > 20
+    assert {f"images/{file.name}" for file in (path.parent / "images").iterdir()} == {src for src, _ in page.images}
+    plain, overlaid = (np.asarray(page_module.Image.open(path.parent / src)) for src, _ in page.images[:2])
+    assert plain.shape == overlaid.shape == (32, 16, 3) and not np.array_equal(plain, overlaid)
+
+
+def test_without_attention_there_is_no_overlay_and_what_is_not_shown_goes(run, folder, monkeypatch):
+    run("--query", folder / "queries" / "a.png", "--top", 2)
+    before = {file.name for file in (folder / "out" / "images").iterdir()}
+    monkeypatch.setattr(page_module, "SHOWN", 1)
+    run("--query", folder / "gallery" / "08.png", folder / "queries" / "b.png", "--top", 2)
+    after = {file.name for file in (folder / "out" / "images").iterdir()}
+    assert len(before) == len(after) == 3 and before != after
+    page = folder / "out" / "index.html"
+    assert "The first 1 queries are shown; ranked.json has all 2." in page.read_text()
+    assert "The network has no spatial attention" in page.read_text()
+    assert len(Page(page).images) == 3 and "its attention" not in page.read_text()
+
+
+def test_the_hash_is_of_all_that_features_depend_on():
+    def network(**settings) -> str:
+        torch.manual_seed(0)
+        return gallery_index.weights_hash(DAN(2, "resnet18", (32, 16), **settings))
+
+    assert network() == network() != network(feature="pooled")
