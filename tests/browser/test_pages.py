@@ -123,7 +123,6 @@ def test_all_that_can_be_clicked_is_reached_by_tab_and_has_a_name_and_a_ring(bro
 def test_a_narrow_window_scrolls_tables_only(browser, path):
     with opened(browser, path, NARROW) as page:
         assert page.evaluate(f"overflow({NARROW})") == []
-        assert page.locator(".wide").first.evaluate("(each) => each.scrollWidth > each.clientWidth")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
