@@ -1,11 +1,11 @@
 // What the tests ask of an open page; each answer is a list of complaints, empty where all is well.
-const said = (node) => `<${node.localName}> ${(node.textContent || node.alt || "").trim().replace(/\s+/g, " ").slice(0, 60)}`;
+const said = (node) => `<${node.localName}> ${node.textContent.trim().slice(0, 60)}`;
 const shown = (node) => node.checkVisibility({ checkVisibilityCSS: true });
 const textNodes = () => {
   const found = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
     const node = walker.currentNode;
-    if (node.data.trim() && !["SCRIPT", "STYLE"].includes(node.parentElement.tagName) && shown(node.parentElement)) found.push(node);
+    if (node.data.trim() && node.parentElement.tagName !== "SCRIPT" && shown(node.parentElement)) found.push(node);
   }
   return found;
 };
@@ -24,9 +24,9 @@ async function images() {
 // What can be clicked: by its kind, by its attributes or by the pointer's look over it.
 function interactive() {
   const kinds = "a, button, input, select, textarea, summary, [tabindex], [onclick], [role=button]";
-  return [...document.body.querySelectorAll("*")].filter(
-    (node) => shown(node) && (node.matches(kinds) || (getComputedStyle(node).cursor === "pointer" && !node.closest(kinds)))
-  );
+  const pointed = (node) => getComputedStyle(node).cursor === "pointer" && !node.closest(kinds);
+  const clicked = (node) => node.matches(kinds) || pointed(node);
+  return [...document.body.querySelectorAll("*")].filter((node) => shown(node) && clicked(node));
 }
 
 // Of the element that has the focus.
@@ -38,8 +38,10 @@ function ring() {
 function overflow(width) {
   const complaints = [];
   if (innerWidth !== width) complaints.push(`the page is laid out ${innerWidth} px wide`);
-  if (document.documentElement.scrollWidth > width) complaints.push(`the page is ${document.documentElement.scrollWidth} px wide`);
-  const scrolls = (node) => node.scrollWidth > node.clientWidth && ["auto", "scroll"].includes(getComputedStyle(node).overflowX);
+  const needed = document.documentElement.scrollWidth;
+  if (needed > width) complaints.push(`the page is ${needed} px wide`);
+  const scrolls = (node) =>
+    node.scrollWidth > node.clientWidth && ["auto", "scroll"].includes(getComputedStyle(node).overflowX);
   for (const node of [...document.body.querySelectorAll("*")].filter(shown)) {
     if (scrolls(node) && (node.tabIndex < 0 || !node.role || !node.ariaLabel))
       complaints.push(`${said(node)} scrolls, and lacks a tabindex, a role or a label`);
