@@ -25,7 +25,8 @@ from dan_fast.reporting.runs import read_runs
 from dan_fast.reporting.watched import watched_table
 from dan_fast.training import DataConfig, MemoryConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer
 from dan_fast.training.reported import CHOSEN, SEEN
-from tests.support.fake_runs import evaluation, fake_run
+from tests.support.fake_runs import fake_run
+from tests.support.figures import evaluation
 
 
 def text_of(page: Path) -> str:

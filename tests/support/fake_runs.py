@@ -6,25 +6,7 @@ from pathlib import Path
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-
-def evaluation(dataset: str, rank1: float, mean_precision: float, repeats: int = 1) -> dict:
-    spread = 0.01 if repeats > 1 else None
-    cmc = [rank1, *[rank1 + 0.05] * 9]
-    return {
-        "dataset": dataset,
-        "protocol": "fixed query and gallery" if repeats == 1 else f"{repeats} random splits",
-        "cmc": cmc,
-        "mAP": mean_precision,
-        "mINP": 0.05,
-        "cmc_std": None if spread is None else [spread] * 10,
-        "mAP_std": spread,
-        "mINP_std": spread,
-        "repeats": repeats,
-        "num_query": 30,
-        "num_gallery": 40,
-        "num_valid": 30,
-        "skipped": [],
-    }
+from tests.support.figures import evaluation
 
 
 def fake_run(folder: Path, results=(("street", 0.5, 0.4),), scalars=None, **sections) -> Path:
