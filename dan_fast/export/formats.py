@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,15 +77,27 @@ def to_onnx(program: torch.export.ExportedProgram, metadata: Mapping[str, str], 
     return _quantized(model) if int8 else model.SerializeToString()
 
 
-def _quantized(model: object) -> bytes:
+def _quantized(model: Any) -> bytes:
+    import onnx
     from onnxruntime.quantization import quant_pre_process, quantize_dynamic
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
         # Of the steps before, which it asks for, the shapes alone: the exporter has optimised, with standard operators.
         quant_pre_process(model, path, skip_optimization=True, skip_symbolic_shape=True)
-        quantize_dynamic(path, path)
+        quantize_dynamic(path, path, nodes_to_exclude=_float_convolutions(onnx.load(path)))
         return path.read_bytes()
+
+
+def _float_convolutions(model: Any) -> list[str]:
+    """The names of the convolutions that stay in float32: the first, and those of groups.
+
+    ConvInteger has one scale for a layer, and the channels of a depthwise convolution differ most; the first rounds the
+    image itself. They hold few of the weights.
+    """
+    found = [node for node in model.graph.node if node.op_type == "Conv"]
+    grouped = [node for node in found if any(each.name == "group" and each.i > 1 for each in node.attribute)]
+    return [node.name for node in found[:1] + grouped]
 
 
 def run_onnx(content: bytes) -> Run:

@@ -199,6 +199,15 @@ def test_a_smaller_precision_is_near(tmp_path, precision: str, kind: str):
     assert getattr(onnx.TensorProto, kind) in types
 
 
+@pytest.mark.slow
+def test_int8_leaves_the_first_convolution_and_those_of_groups_in_float32(tmp_path):
+    layers = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.Conv2d(8, 4, 1)
+    network = DAN(2, backbone=torch.nn.Sequential(*layers), image_size=IMAGE_SIZE, attention="none", adversary=False)
+    export_network(network, tmp_path / "network.onnx", precision="int8")
+    kinds = [node.op_type for node in onnx.load(tmp_path / "network.onnx").graph.node if "Conv" in node.op_type]
+    assert kinds == ["Conv", "Conv", "ConvInteger"]
+
+
 def test_the_network_stays_as_it_is(tmp_path):
     network = one_convolution()
     network.backbone.bn.eval()
