@@ -16,9 +16,9 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from dan_fast import cli
 from dan_fast.bench import BENCHMARKS
 from dan_fast.data import load_dataset
+from tests.support import ROOT, in_checkout
 
-ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+README = in_checkout("README.md").read_text()
 PAGES = [
     ROOT / name
     for name in (

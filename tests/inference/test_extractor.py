@@ -15,7 +15,7 @@ from dan_fast.core.preprocessing import Preprocessing
 from dan_fast.data import Sample, test_transform
 from dan_fast.evaluation import extract_features
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from tests.support import ROOT
+from tests.support import in_checkout
 from tests.support.untrained import untrained_checkpoint
 
 BATCH = 4
@@ -206,7 +206,7 @@ def test_long_lists_show_a_bar_and_others_tell_who_asks(extract, paths, monkeypa
 
 
 def test_the_example_of_the_readme_runs(checkpoint, paths, tmp_path, monkeypatch):
-    readme = (ROOT / "README.md").read_text()
+    readme = in_checkout("README.md").read_text()
     (example,) = re.findall(
         r"^```\n(from dan_fast import FeatureExtractor\n.*?)^```$", readme, re.MULTILINE | re.DOTALL
     )
