@@ -18,7 +18,7 @@ cp -r "$root/tests" "$root/pyproject.toml" "$scratch/alone" # pytest's settings
 cp "$root/scripts/make_splits.py" "$scratch/alone/scripts"  # the images of a dataset's persons, which many tests lay out
 cd "$scratch/alone"
 
-pip install --quiet --no-cache-dir "$wheel" "$torch"
+pip install --quiet "$wheel" "$torch"
 dan-fast doctor
 python -W error::RuntimeWarning - <<'END'
 import torch
@@ -39,5 +39,5 @@ for step in range(20):
 print(f"torch {torch.__version__}: 20 steps by the kernels are those of the reference; ranking for {_ranking.isa()}")
 END
 
-pip install --quiet --no-cache-dir "$wheel[test]" "$torch"
+pip install --quiet "${wheel}[test]" "$torch"
 pytest -m "not slow and not compile" -q -rs
