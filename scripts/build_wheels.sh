@@ -51,6 +51,5 @@ END
   fi
   # The package imports torch before it loads the library, so torch's libraries are neither bundled nor looked for.
   "$tools/auditwheel" repair --exclude 'libtorch*.so' --exclude 'libc10*.so' --wheel-dir dist "$wheel"
-  "$tools/auditwheel" show "$wheel"
 done
 ls -l dist
