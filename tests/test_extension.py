@@ -20,10 +20,10 @@ from torch import Tensor
 from dan_fast import _extension
 from dan_fast.functional.memory.row_norms import row_sq_norms
 from dan_fast.nn import ProgressiveAugmentedMemory
+from tests.support import in_checkout
 from tests.support.running import Called, by_threads, new_memory_poisoned
 from tests.support.toolchain import COMPILER, build_on_host, needs_compiler, needs_extension
 
-HERE = Path(__file__).resolve().parent
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -47,7 +47,7 @@ def test_a_machine_with_nvcc_has_the_cuda_kernels():
 @pytest.mark.compile
 @needs_compiler
 def test_a_set_of_instructions_the_compiler_does_not_know_is_left_out(tmp_path: Path):
-    sets = runpy.run_path(str(HERE.parent / "setup.py"))["instruction_sets"]
+    sets = runpy.run_path(str(in_checkout("setup.py")))["instruction_sets"]
     on_x86 = platform.machine() == "x86_64"
     assert list(sets([COMPILER])) == (["baseline", "avx2", "avx512"] if on_x86 else ["baseline"])
     old = tmp_path / "c++"

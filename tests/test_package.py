@@ -18,11 +18,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 import setuptools
+import yaml
 
 import dan_fast
+from tests.support import PACKAGE, ROOT, in_checkout
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "dan_fast"
 PATH, COMPILER = os.environ["PATH"], shutil.which("c++")
 # A room imports from its own level and the levels before it.
 LEVELS = [
@@ -39,7 +39,7 @@ CODE = {".py", ".cpp", ".cu", ".h", ".cuh"}
 
 
 def code_files() -> list[Path]:
-    return [path for room in ROOMS for path in sorted((ROOT / room).rglob("*")) if path.suffix in CODE]
+    return [path for room in ROOMS for path in sorted(in_checkout(room).rglob("*")) if path.suffix in CODE]
 
 
 def test_no_folder_has_more_than_40_files():
@@ -81,7 +81,7 @@ def rooms_imported(path: Path) -> set[str]:
 
 
 def test_files_are_written_whole():
-    """By `dan_fast.core.files`; exceptions are folders that are whole or not there, logs, locks, /proc and memory."""
+    """By `dan_fast.core.files`; exceptions are folders that are whole or removed, logs, locks, /proc and memory."""
     writes = re.compile(r"""open\([^)]*["'][wax]b?\+?["']|\.write_(text|bytes)\(|\.save\(|\.savez?\(|savefig\(""")
     found = {
         (str(path.relative_to(PACKAGE)), line.strip())
@@ -90,6 +90,11 @@ def test_files_are_written_whole():
         if writes.search(line) and not line.strip().startswith((">>>", "..."))
     }
     assert found == {
+        ("bench/search/problem.py", 'with file.open("wb") as stream:'),
+        (
+            "reporting/search_page.py",
+            'lambda stream, picture=picture: Image.fromarray(picture).save(stream, "JPEG", quality=90),',
+        ),
         ("bench/machine.py", 'Path("/proc/self/clear_refs").write_text("5")'),
         ("data/images/cache_header.py", "write_whole(path, lambda stream: np.savez(stream, **content))"),
         ("data/datasets/extraction.py", "image.save(path, **options)"),
@@ -120,7 +125,7 @@ def test_imports_point_downwards():
             continue
         assert room in level, f"{room} has no level"
         upwards += [
-            f"{path.relative_to(ROOT)} imports {other}"
+            f"{path.relative_to(PACKAGE)} imports {other}"
             for other in rooms_imported(path)
             if level[other] > level[room] or (room == "reference" and other not in ("core", "reference"))
         ]
@@ -182,7 +187,7 @@ def test_the_errors_of_the_package_come_without_pytorch():
 def test_one_version():
     assert re.fullmatch(r"\d+\.\d+\.\d+", dan_fast.__version__)
     assert importlib.metadata.version("dan-fast") == dan_fast.__version__
-    assert f"\nversion: {dan_fast.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {dan_fast.__version__}\n" in in_checkout("CITATION.cff").read_text()
 
 
 def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -195,7 +200,7 @@ def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 @pytest.fixture(scope="module")
 def build() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("dan_fast_setup", ROOT / "setup.py")
+    spec = importlib.util.spec_from_file_location("dan_fast_setup", in_checkout("setup.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -363,3 +368,47 @@ def test_a_compiler_that_fails_leaves_no_library_and_its_error(build: ModuleType
     no_nvcc, failed = info["missing"]
     assert no_nvcc.startswith("no CUDA kernels: nvcc was not found")
     assert "error: unknown dialect" in failed
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which setuptools says what it would pack; nothing is built."""
+    folder, setup = tmp_path_factory.mktemp("described"), in_checkout("setup.py")
+    subprocess.run([sys.executable, setup, "-q", "egg_info", "--egg-base", folder], cwd=ROOT, check=True)
+    return folder / "dan_fast.egg-info"
+
+
+def test_the_source_distribution_holds_all_that_a_build_and_the_tests_need(described: Path):
+    made = ("__pycache__", "*.so", "*.so.new", "_build_info.json")
+    files = {path for room in (*ROOMS, "docs", "scripts") for path in (ROOT / room).rglob("*") if path.is_file()}
+    files = {path.relative_to(ROOT) for path in files if not any(map(path.match, made)) and path.suffix != ".pyc"}
+    packed = set(map(Path, (described / "SOURCES.txt").read_text().splitlines()))
+    alone = {"setup.py", "pyproject.toml", "LICENSE", "CITATION.cff", ".github/workflows/wheels.yml"}
+    assert packed >= files | set(map(Path, alone))
+    assert not any(path.match(name) for path in packed for name in made)
+
+
+def test_the_metadata_of_a_wheel(described: Path, build: ModuleType):
+    told = importlib.metadata.Distribution.at(described)
+    wanted = set(told.requires)
+    torch = ".".join(map(str, build.OLDEST_TORCH))
+    assert f"torch>={torch}" in wanted and int(build.TORCH_TARGET_VERSION, 16) >> 48 == 2 << 8 | build.OLDEST_TORCH[1]
+    assert (told.metadata["Name"], told.version) == ("dan-fast", dan_fast.__version__)
+    assert (told.metadata["License-Expression"], told.metadata["Requires-Python"]) == ("Apache-2.0", ">=3.11")
+    extras = set(told.metadata.get_all("Provides-Extra"))
+    assert extras >= {"cuhk03", "export", "hub", "parquet", "test", "timm"}
+    without = {text.split(";")[0].strip() for text in wanted if "extra ==" not in text}
+    assert without >= {"numpy", "safetensors"} and without.isdisjoint({"pytest", "onnx", "timm>=1.0"})
+    assert {entry.value for entry in told.entry_points} == {"dan_fast.cli:main"}
+
+
+def test_the_workflow_builds_and_checks_by_the_scripts(build: ModuleType):
+    text = in_checkout(".github/workflows/wheels.yml").read_text()
+    jobs = yaml.safe_load(text)["jobs"]
+    run = [step["run"].split() for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert [words[0] for words in run] == ["scripts/build_wheels.sh", "scripts/check_wheel.sh"]
+    assert all(os.access(ROOT / words[0], os.X_OK) for words in run)
+    tried = jobs["check"]["strategy"]["matrix"]
+    assert tried["torch"] == ["torch=={}.{}.*".format(*build.OLDEST_TORCH), "torch"]
+    assert {f"python{version}" for version in tried["python"]} <= set(run[0][1:]) and tried["python"][0] == "3.11"
+    assert "secrets" not in text and jobs["publish"]["permissions"] == {"id-token": "write"}

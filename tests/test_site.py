@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, in_checkout
 
+in_checkout("mkdocs.yml")
 pytestmark = pytest.mark.slow
 
 

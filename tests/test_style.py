@@ -4,9 +4,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.support import ROOT
+from tests.support import PACKAGE
 
-PACKAGE = ROOT / "dan_fast"
 MOST_PARAMETERS = 8
 # Functions that users do not call and that take more: file, function and why.
 MORE_PARAMETERS = {

@@ -21,10 +21,9 @@ from dan_fast.core import heap
 from dan_fast.core.free_memory import free_memory
 from dan_fast.functional.memory.row_norms import row_sq_norms
 from tests.bench import command
-from tests.support import ROOT
+from tests.support import in_checkout
 
 CPU = torch.device("cpu")
-SCRIPT = ROOT / "scripts" / "gpu_check.sh"
 
 MISTAKES = {
     "memory": [
@@ -202,7 +201,10 @@ def test_disabled_holds_when_a_function_is_traced():
 
 def test_the_gpu_check_says_what_it_would_do(tmp_path):
     done = subprocess.run(
-        ["bash", SCRIPT, "--dry-run"], env=os.environ | {"OUT": str(tmp_path / "out")}, capture_output=True, text=True
+        ["bash", in_checkout("scripts/gpu_check.sh"), "--dry-run"],
+        env=os.environ | {"OUT": str(tmp_path / "out")},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     for part in (
@@ -232,8 +234,9 @@ def test_the_gpu_check_goes_on_after_a_failure(tmp_path):
     for name, body in scripts.items():
         (tools / name).write_text(f"#!/bin/sh\n{body}\n")
         (tools / name).chmod(0o755)
+    script = in_checkout("scripts/gpu_check.sh")
     settings = {"OUT": str(out), "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": "python", "GPU_TESTS_S": "1"}
-    done = subprocess.run(["bash", SCRIPT], env=os.environ | settings, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", script], env=os.environ | settings, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     summary = (out / "summary.txt").read_text()
     assert summary in done.stdout
@@ -245,4 +248,4 @@ def test_the_gpu_check_goes_on_after_a_failure(tmp_path):
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_the_gpu_check_is_clean():
-    subprocess.run(["shellcheck", SCRIPT], check=True)
+    subprocess.run(["shellcheck", in_checkout("scripts/gpu_check.sh")], check=True)

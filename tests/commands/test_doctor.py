@@ -10,6 +10,7 @@ from rich.console import Console
 
 from dan_fast import __version__, _extension
 from dan_fast.commands import doctor
+from tests.support import in_checkout
 from tests.support.toolchain import needs_extension
 
 pytestmark = pytest.mark.usefixtures("forget")
@@ -74,6 +75,7 @@ def test_a_library_that_does_not_load_is_broken(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_binary_older_than_its_sources_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    in_checkout("csrc")
     info = tmp_path / "info.json"
     info.write_text('{"built": ["CPU"], "missing": [], "cuda_archs": [], "source_hash": "of other sources"}')
     monkeypatch.setattr(_extension, "BUILD_INFO", info)

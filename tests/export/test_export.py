@@ -27,14 +27,13 @@ from dan_fast.nn import DAN
 from dan_fast.training import TrainConfig
 from dan_fast.training.build import initial_network, trained_network
 from dan_fast.training.checkpoint import save_checkpoint
-from tests.support import ROOT
+from tests.support import ROOT, in_checkout
 from tests.support.tiny_training import IMAGE_SIZE, OneConvolution
 
 SIZE = (64, 32)
 BACKBONES = {"resnet": "resnet18", "cnn": "timm:test_efficientnet", "vit": "timm:test_vit"}
 FILES = {"onnx": "uint8", "pt2": "normalized"}
 MADE = [("resnet", "onnx"), ("vit", "onnx"), ("vit", "pt2"), ("cnn", "pt2")]
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/export.md").read_text(), re.MULTILINE | re.DOTALL)
 # Runs every file of its folder that ends in the given suffix, on batches of all images, of one and of none.
 ELSEWHERE = """
 import sys
@@ -178,13 +177,15 @@ def test_an_input_of_another_size_is_refused_with_the_size_wanted(exported):
 @pytest.mark.slow
 def test_the_blocks_of_the_page_run_without_dan_fast(exported, shelf, wanted, tmp_path):
     (tmp_path / "features.onnx").write_bytes((exported["onnx"] / "resnet.onnx").read_bytes())
+    page = in_checkout("docs/export.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     files = [str(file) for file in sorted((shelf / "images").iterdir())]
     blocked = "import sys\nsys.modules.update(dict.fromkeys(['dan_fast', 'torch', 'timm']))\n"
     check = f"""
 images = [np.asarray(Image.open(file)) for file in {files}]
 np.save("found.npy", features([resized(image) for image in images]))
 """
-    (tmp_path / "page.py").write_text("\n".join([blocked, *BLOCKS, check]))
+    (tmp_path / "page.py").write_text("\n".join([blocked, *blocks, check]))
     run_elsewhere(tmp_path, "page.py")
     cosines = (np.load(tmp_path / "found.npy") * wanted["resnet"].numpy()).sum(axis=1)
     assert cosines.min() > 0.9999

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.toolchain import KERNEL_RESOURCES as REPORT
-from tests.support.toolchain import NVCC, needs_nvcc
+from tests.support.nvcc import KERNEL_RESOURCES as REPORT
+from tests.support.nvcc import NVCC, needs_nvcc
 
 pytestmark = [pytest.mark.compile, needs_nvcc]
 ARCHS = ("8.6", "9.0")

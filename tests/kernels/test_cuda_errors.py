@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.support import ROOT
-from tests.support.toolchain import COMPILER, NVCC, needs_compiler, needs_nvcc
+from tests.support.nvcc import NVCC, needs_nvcc
+from tests.support.toolchain import COMPILER, needs_compiler
 
 # Of the runtime, what cooperative.cuh calls: call number `refused` fails, and an error is kept until it is asked for.
 FAKE_RUNTIME = r"""

@@ -26,7 +26,7 @@ from dan_fast.nn import DAN, build_backbone
 from dan_fast.nn.backbones.recompute import with_weights_kept
 from dan_fast.training import TrainConfig, Trainer, trained_network
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from tests.support import ROOT
+from tests.support import in_checkout
 from tests.support.training_runs import config, snapshot
 
 SIZE = (64, 32)
@@ -414,7 +414,7 @@ def test_a_vit_trains_with_both_orders(pictures: Path, tmp_path: Path, order: in
 
 @pytest.fixture(scope="module")
 def script():
-    path = ROOT / "scripts/convert_efficientnet_lite0.py"
+    path = in_checkout("scripts/convert_efficientnet_lite0.py")
     spec = importlib.util.spec_from_file_location("convert_efficientnet_lite0", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

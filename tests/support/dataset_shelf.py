@@ -14,7 +14,7 @@ from dan_fast.data.datasets.ilids import ILIDS
 from dan_fast.data.datasets.prid import PRID
 from dan_fast.data.datasets.viper import VIPER
 from dan_fast.data.samples import KnownDataset, Sample
-from tests.support import ROOT
+from tests.support import in_checkout
 
 COLOURS = 24
 SMALL = {
@@ -51,7 +51,6 @@ MSMT17 = {
     "list_gallery.txt": [(0, "0000/0000_003_07_0303noon_0020_1.jpg"), (2, "0002/0002_003_07_0303noon_0020_1.jpg")],
 }
 
-SCRIPT = runpy.run_path(str(ROOT / "scripts/make_splits.py"))
 # Numbers with gaps, as VIPeR's are.
 VIPER_NUMBERS = [n if n < 300 else n + 242 for n in range(632)]
 
@@ -81,7 +80,8 @@ def whole_grid(folder: Path) -> None:
 
 
 def whole_ilids(folder: Path) -> None:
-    images = enumerate(SCRIPT["ILIDS_IMAGES"], start=1)
+    counts = runpy.run_path(str(in_checkout("scripts/make_splits.py")))["ILIDS_IMAGES"]
+    images = enumerate(counts, start=1)
     touch(folder, [f"{pid:04}{image:03}.jpg" for pid, last in images for image in range(1, last + 1)])
 
 

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import runpy
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -13,14 +12,11 @@ import torch
 from torch import Tensor
 
 from dan_fast import _extension
-from tests.support import ROOT
+from tests.support import ROOT, in_checkout
 
 COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-KERNEL_RESOURCES = runpy.run_path(str(ROOT / "scripts/kernel_resources.py"))
-NVCC = KERNEL_RESOURCES["find_nvcc"]()
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler on this machine")
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="there is no nvcc on this machine")
 needs_extension = pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
 needs_cuda_kernels = pytest.mark.skipif(
     not _extension.has_cuda_kernels(), reason="the extension was built without CUDA"
@@ -29,6 +25,7 @@ needs_cuda_kernels = pytest.mark.skipif(
 
 def build_on_host(source: str, target: Path, *flags: str) -> Path:
     """The program `target` of `source`, a path below tests/kernels."""
+    in_checkout("csrc")
     warnings = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
     command = [COMPILER, "-std=c++17", *warnings, "-ffp-contract=off", "-pthread", *flags]
     subprocess.run([*command, ROOT / "tests/kernels" / source, "-o", target], check=True)

@@ -14,12 +14,10 @@ from dan_fast.core.errors import Interrupted
 from dan_fast.training import TrainConfig, Trainer, trained_network
 from dan_fast.training.build import initial_network
 from dan_fast.training.checkpoint import load_checkpoint
-from tests.support import ROOT
+from tests.support import PACKAGE
 from tests.support.training_runs import assert_same_training, config, stop_after
 
 pytestmark = pytest.mark.slow
-
-PACKAGE = ROOT / "dan_fast"
 
 
 def state_of_the_process() -> tuple:

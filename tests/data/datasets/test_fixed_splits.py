@@ -22,16 +22,15 @@ from dan_fast.evaluation.features import Features
 from dan_fast.evaluation.ranking import evaluate_ranking
 from dan_fast.training.config import DataConfig
 from dan_fast.training.sources import load_datasets
-from tests.support import ROOT
+from tests.support import PACKAGE, in_checkout
 from tests.support.dataset_shelf import coloured_people, colours, touch
 from tests.support.figures import assert_means
 
-SCRIPT = ROOT / "scripts/make_splits.py"
 SIZE = (8, 4)
 
 
 def test_the_script_draws_the_shipped_files_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(SCRIPT))["main"](tmp_path)
+    runpy.run_path(str(in_checkout("scripts/make_splits.py")))["main"](tmp_path)
     shipped = resources.files("dan_fast.data.datasets") / "splits"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{name}.json" for name in DIGESTS)
     for name, digest in DIGESTS.items():
@@ -63,7 +62,7 @@ def test_what_is_drawn(name: str, people: range | None, train: int) -> None:
 
 
 def test_every_ilids_image_can_be_drawn() -> None:
-    counts = runpy.run_path(str(SCRIPT))["ILIDS_IMAGES"]
+    counts = runpy.run_path(str(in_checkout("scripts/make_splits.py")))["ILIDS_IMAGES"]
     assert len(counts) == 119 and sum(counts) == 476
     drawn = [image for each in read_lists("ilids")[1] for image in each["query"] + each["gallery"]]
     assert all(1 <= int(image[4:]) <= counts[int(image[:4]) - 1] for image in drawn)
@@ -78,7 +77,7 @@ def test_a_list_that_was_changed_is_refused(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(module.resources, "files", lambda package: tmp_path)
     with pytest.raises(DanFastError, match="prid.json cannot be read .* install again"):
         read_lists("prid")
-    content = (ROOT / "dan_fast/data/datasets/splits/prid.json").read_bytes()
+    content = (PACKAGE / "data/datasets/splits/prid.json").read_bytes()
     file.write_bytes(content)
     assert read_lists("prid")[0] == DIGESTS["prid"]
     file.write_bytes(content.replace(b"17,", b"18,", 1))
@@ -97,8 +96,8 @@ def test_images_take_the_place_of_what_is_named(tmp_path: Path) -> None:
 
 
 def test_the_lists_are_package_data() -> None:
-    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    folder = ROOT / "dan_fast/data/datasets"
+    patterns = tomllib.loads(in_checkout("pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    folder = PACKAGE / "data/datasets"
     shipped = {path for pattern in patterns["dan_fast.data.datasets"] for path in folder.glob(pattern)}
     assert shipped >= {folder / f"splits/{name}.json" for name in DIGESTS}
 

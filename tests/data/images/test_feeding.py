@@ -10,7 +10,7 @@ from dan_fast import DanFastError
 from dan_fast.data import BatchPlanner, TrainingSet, load_dataset, read_image, training_loader
 from dan_fast.data.images.transforms import resize
 from dan_fast.data.synthetic import synthesize
-from tests.support import ROOT
+from tests.support import in_checkout
 from tests.support.pages import texts
 from tests.support.tiny_training import OneConvolution
 
@@ -19,7 +19,7 @@ SIZE = (16, 16)
 
 def example(number: int, **names: object) -> dict:
     namespace = {"__name__": "feeding", **names}
-    code = texts(ROOT / "docs/feeding.md", "python")[number]
+    code = texts(in_checkout("docs/feeding.md"), "python")[number]
     exec(compile(code, f"feeding.md, example {number}", "exec"), namespace)
     return namespace
 
@@ -39,7 +39,7 @@ def training_set(folders: list[Path]) -> TrainingSet:
 def test_a_training_from_litdata_is_that_from_files(
     tmp_path: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.syspath_prepend(in_checkout("scripts"))
     from litdata_images import SAMPLES, LitDataImages, write
 
     def trained(source: TrainingSet, images: LitDataImages | None = None) -> dict[str, torch.Tensor]:
