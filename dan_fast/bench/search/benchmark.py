@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from dan_fast.bench.benchmark import Benchmark, one_of
+from dan_fast.bench.benchmark import Bar, Benchmark, at_least, at_most, one_of
 from dan_fast.bench.machine import resident_peak
-from dan_fast.bench.rows import WHOLE, Row, set_speedups, shown
+from dan_fast.bench.rows import WHOLE, Row, shown
 from dan_fast.bench.search.problem import IMAGES_A_PERSON, SearchProblem, make_search_problem
 from dan_fast.bench.timing import Say, Turn, repetitions, take_turns
-from dan_fast.bench.verdict import Bar, at_least, at_most
 from dan_fast.core.errors import DanFastError
 from dan_fast.evaluation import evaluate_ranking, pairwise_distances
 from dan_fast.search import kinds
@@ -125,8 +124,6 @@ class SearchBenchmark(Benchmark):
             if kind != EVALUATION:
                 row.of["recall"] = recall(found.rows, nearest)
         take_turns(self.place, turns, say)
-        rivals = [name for name in (FLAT, EVALUATION) if name in rows]
-        set_speedups(list(rows.values()), lambda row: {name: [rows[name]] for name in rivals if name != row.contender})
         self._peak = resident_peak()
         return list(rows.values())
 
@@ -143,6 +140,10 @@ class SearchBenchmark(Benchmark):
         # Not both in memory.
         del index
         return kinds.read(path, *problem.gallery.shape)
+
+    def rivals(self, row: Row, rows: Sequence[Row]) -> Mapping[str, Sequence[Row]]:
+        others = [each for each in rows if each.contender in (FLAT, EVALUATION) and each is not row]
+        return {each.contender: [each] for each in others}
 
     def title(self, rows: Sequence[Row]) -> str:
         return f"{self.queries} queries at a time in {self.features} features, {self.width} wide"
