@@ -23,7 +23,7 @@ IndexKind: TypeAlias = Literal["flat", "hnsw", "ivfpq"]
 # Rows that are read at a time: with 2048 numbers each, 512 MB.
 CHUNK = 65536
 # Neighbours of a node in the graph, and how many candidates are kept while it is built and searched.
-_M, _EF_CONSTRUCTION, _EF_SEARCH = 32, 120, 192
+_M, _EF_CONSTRUCTION, _EF_SEARCH = 32, 120, 256
 # Numbers that a byte of a code stands for, cells that are looked into, iterations of k-means, rows a cell to train on.
 _NUMBERS_A_BYTE, _PROBES, _ITERATIONS, _TRAINED_A_CELL = 8, 32, 10, 64
 # A code of a byte has so many values, which take as many rows to train.
