@@ -32,6 +32,7 @@ def test_the_command_writes_everything_down(tmp_path, monkeypatch, capsys, wrong
     content = written("search", tmp_path)
     rows = {row["contender"]: row for row in content["rows"]}
     assert tuple(rows) == CONTENDERS and rows[FLAT]["disagrees"] is None and rows[FLAT]["recall"] == 1
+    assert rows[FLAT]["speedup"].keys() == {EVALUATION}
     for name in ("hnsw", "ivfpq"):
         assert (rows[name]["recall"] > 0.9) != wrong
         assert rows[name]["build_seconds"] > 0 and rows[name]["disk_bytes"] > 10_000 and rows[name]["parameters"]
