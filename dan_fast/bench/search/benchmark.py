@@ -142,8 +142,7 @@ class SearchBenchmark(Benchmark):
         return kinds.read(path, *problem.gallery.shape)
 
     def rivals(self, row: Row, rows: Sequence[Row]) -> Mapping[str, Sequence[Row]]:
-        others = [each for each in rows if each.contender in (FLAT, EVALUATION) and each is not row]
-        return {each.contender: [each] for each in others}
+        return {name: [other for other in rows if other.contender == name] for name in (FLAT, EVALUATION)}
 
     def title(self, rows: Sequence[Row]) -> str:
         return f"{self.queries} queries at a time in {self.features} features, {self.width} wide"
