@@ -1,5 +1,6 @@
 """A function in a process of its own: its memory is its own, and it can be stopped where it takes too long."""
 
+import ctypes
 import json
 import os
 import signal
@@ -14,6 +15,8 @@ import torch
 
 from dan_fast.bench.rows import Row, plain
 from dan_fast.core.heap import heap_in_force, keep_heap
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class ProcessFailed(Exception):
@@ -34,6 +37,7 @@ def in_own_process(function: Callable[..., Any], budget_s: float | None = None, 
         "arguments": plain(arguments),
         "threads": torch.get_num_threads(),
         "keep_heap": heap_in_force() == "kept",
+        "parent": os.getpid(),
     }
     command = [sys.executable, "-c", "from dan_fast.bench.process import main; main()", json.dumps(request)]
     # A session of its own: what it has started has to stop too.
@@ -57,10 +61,20 @@ def in_own_process(function: Callable[..., Any], budget_s: float | None = None, 
 def main() -> None:
     """Runs what the first argument asks for and prints its result as the last line."""
     request = json.loads(sys.argv[1])
+    _end_with(request["parent"])
     torch.set_num_threads(request["threads"])
     if request["keep_heap"]:
         keep_heap()
     print(json.dumps(resolve_name(request["function"])(**request["arguments"])))
+
+
+def _end_with(parent: int) -> None:
+    """Have this process killed when its parent ends in whatever way, on Linux; it leads a session of its own."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it had ended before
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def compile_trial(row: Row, prepare: Callable[..., Callable], budget_s: float, **arguments: Any) -> str | None:
