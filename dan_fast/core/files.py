@@ -98,7 +98,9 @@ def alone(lock_file: Path) -> Iterator[None]:
                 f"{folder} cannot be written ({error.strerror or error}): choose another folder."
             ) from error
     try:
-        write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")
+        # Where there is no room for it, what is locked for says so of a file that matters.
+        with suppress(DanFastError):
+            write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
         # The lock file last, and before its lock is released: a process that opens it later makes a new one.

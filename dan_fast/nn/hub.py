@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dan_fast import __version__
 from dan_fast.core.errors import DanFastError
-from dan_fast.core.files import write_text, write_whole
+from dan_fast.core.files import alone, remove_unfinished, write_whole
 from dan_fast.core.preprocessing import Preprocessing
 from dan_fast.nn.backbones.weights import load_fitting, read_state_dict
 from dan_fast.nn.model_card import model_card
@@ -47,7 +47,6 @@ def save_network(
             f"A network around a module cannot be built again from {CONFIG}: give DAN its backbone by name, or save "
             "its state_dict() and keep the code that makes the module."
         )
-    _require_own_or_empty(folder)
     # safetensors takes neither channels_last nor storage that tensors share.
     weights = save(
         {
@@ -67,10 +66,20 @@ def save_network(
     }
     text = json.dumps(config, indent=2) + "\n"
     card = model_card(name or folder.resolve().name, network.classifier.in_features, config, results)
-    # The largest first: where there is no room for it, an earlier network in the folder stays as it was.
-    write_whole(folder / WEIGHTS, lambda stream: stream.write(weights))
-    write_text(folder / CONFIG, text)
-    write_text(folder / CARD, card)
+    contents = {WEIGHTS: weights, CONFIG: text.encode(), CARD: card.encode()}
+    _require_own_or_empty(folder)
+    with alone(folder / ".lock"):
+        remove_unfinished(folder)
+        # The largest first: where there is no room for it, an earlier network in the folder stays as it was. In a new
+        # folder it is the configuration, by which a folder is known that a killed process has left.
+        is_new = not (folder / CONFIG).exists()
+        try:
+            for name in sorted(FILES, key=lambda name: is_new and name != CONFIG):
+                write_whole(folder / name, lambda stream, name=name: stream.write(contents[name]))
+        except DanFastError:
+            for name in FILES if is_new else ():
+                (folder / name).unlink(missing_ok=True)
+            raise
 
 
 def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.files import alone
 from dan_fast.core.preprocessing import Preprocessing
 from dan_fast.nn import DAN
 from dan_fast.nn.hub import FILES, read_folder
@@ -150,6 +153,61 @@ def test_what_is_refused_leaves_a_folder_as_it_was(saved: Path, tmp_path: Path, 
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
     network("timm:test_vit").save_pretrained(kept)
     assert read_folder(kept)[0]["network"]["backbone"] == "timm:test_vit"
+
+
+@pytest.mark.slow
+def test_a_first_save_that_is_killed_is_made_good_by_the_next(tmp_path: Path):
+    """Killed before each of the renames, of the lock's holder, config.json, model.safetensors and README.md."""
+    code = f"""
+import os, torch, dan_fast.nn
+torch.set_num_threads(1)  # a pool of threads does not outlive a fork
+network, replace, done = dan_fast.nn.DAN(5, "timm:test_resnet", {SIZE}), os.replace, []
+def killed(source, target):
+    if len(done) == last:
+        os.kill(os.getpid(), 9)
+    done.append(target)
+    replace(source, target)
+os.replace = killed
+for last in range(4):
+    process = os.fork()
+    if process == 0:
+        network.save_pretrained(os.path.join({str(tmp_path)!r}, str(last)))
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["-9"] * 4
+    for last, folder in enumerate(sorted(tmp_path.iterdir())):
+        assert len(set(FILES) & {path.name for path in folder.iterdir()}) == max(0, last - 1)
+        ours = network()
+        ours.save_pretrained(folder)
+        assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+        assert torch.equal(DAN.from_pretrained(folder).embed(images()), ours.embed(images()))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_first_save_without_room_leaves_an_empty_folder(tmp_path: Path, monkeypatch, file: str):
+    def full(source: Path, target: Path) -> None:
+        if target.name == file:
+            raise OSError(28, "No space left")
+        os.rename(source, target)
+
+    monkeypatch.setattr("dan_fast.core.files.os.replace", full)
+    with pytest.raises(DanFastError, match=f"{file} could not be written .No space left"):
+        network().save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_weights_of_something_else_are_not_overwritten(tmp_path: Path):
+    save_file({"weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(DanFastError, match="holds something else .* such as model.safetensors"):
+        network().save_pretrained(tmp_path)
+
+
+def test_a_second_process_that_saves_into_a_folder_is_told_who_does(tmp_path: Path):
+    with alone(tmp_path / ".lock"), pytest.raises(DanFastError, match=f"is in use by process {os.getpid()} on"):
+        network().save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.slow
