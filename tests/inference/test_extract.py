@@ -15,11 +15,13 @@ from PIL import Image
 
 from dan_fast import FeatureExtractor
 from dan_fast.cli import main
+from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import alone
 from dan_fast.data import load_dataset
 from dan_fast.data.synthetic import synthesize
 from dan_fast.evaluation import evaluate_ranking, extract_dataset
 from dan_fast.inference import feature_file
+from dan_fast.inference.sources import find_images
 from tests.support import ROOT
 from tests.support.tiny_training import wait_until
 from tests.support.untrained import untrained_checkpoint
@@ -83,6 +85,28 @@ def embedded(monkeypatch) -> list[int]:
     counts, embed = [], FeatureExtractor._embed
     monkeypatch.setattr(FeatureExtractor, "_embed", lambda self, x: counts.append(len(x)) or embed(self, x))
     return counts
+
+
+@pytest.mark.parametrize(
+    ("files", "splits"),
+    [
+        (["a.jpg", "query/b.jpg"], {"": 2}),
+        (["query/b.jpg"], {"": 1}),
+        (["query/0001_c1_b.jpg", "query/0002_c2_b.jpg"], {"query": 2}),
+        (["a.jpg", "bounding_box_test/b.jpg"], None),
+    ],
+)
+def test_a_folder_called_query_makes_no_dataset_of_other_images(tmp_path: Path, files, splits):
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    if splits is None:
+        with pytest.raises(
+            DanFastError, match="b.jpg is not named like a Market-1501 image .*; rename it, or describe"
+        ):
+            find_images([str(tmp_path)])
+    else:
+        assert {part.split: len(part.samples) for part in find_images([str(tmp_path)])} == splits
 
 
 def test_a_dataset_gives_what_is_evaluated_to_the_last_bit(run, checkpoint, street, tmp_path, capsys):

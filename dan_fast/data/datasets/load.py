@@ -9,7 +9,7 @@ from pathlib import Path
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.datasets.known import KNOWN, KnownDataset, check_counts, choose_variant
 from dan_fast.data.datasets.manifest import read_manifest
-from dan_fast.data.datasets.market1501 import PARTS, is_market1501, read_market1501
+from dan_fast.data.datasets.market1501 import PARTS, is_market1501, is_named_market1501, read_market1501
 from dan_fast.data.samples import ReIDDataset, Sample
 
 __all__ = ["ReIDDataset", "Sample", "all_images", "holds_dataset", "load_dataset"]
@@ -63,10 +63,13 @@ def load_dataset(path: str | Path, name: str | None = None, variant: str | None 
 
 
 def holds_dataset(folder: Path) -> bool:
-    """Whether `load_dataset` would read a dataset in a folder; not whether the folder lies within one."""
+    """Whether `load_dataset` would read a dataset in a folder; not whether the folder lies within one.
+
+    Of the Market-1501 layout a folder "query" is not enough, which may be of any images.
+    """
     return (
         (folder / MANIFEST).is_file()
-        or is_market1501(folder)
+        or is_named_market1501(folder)
         or any(place.absolute().is_relative_to(folder.absolute()) for _, place in _known_at(folder))
     )
 

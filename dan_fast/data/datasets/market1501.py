@@ -20,6 +20,13 @@ def is_market1501(folder: Path) -> bool:
     return any((folder / part).is_dir() for part in PARTS.values())
 
 
+def is_named_market1501(folder: Path) -> bool:
+    """The same, but a folder that is called "query" alone does not count if none of its images is named like one."""
+    return is_market1501(folder) and (
+        any((folder / PARTS[split]).is_dir() for split in ("train", "gallery")) or layout_with(folder, _NAME)
+    )
+
+
 def read_market1501(folder: Path, name: str, variant: str = "") -> ReIDDataset:
     """Reads a Market-1501 folder; images of pid -1 (bad detections) are left out, absent parts are empty.
 
