@@ -221,6 +221,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DanFastError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return EXIT_ERROR
+    except RuntimeError as error:
+        # PyTorch raises the death of a worker from a signal handler, wherever the command is.
+        from dan_fast.data.images.workers import WorkerDied, is_worker_death
+
+        if not is_worker_death(error):
+            raise
+        print(f"{name}: {WorkerDied(error)}", file=sys.stderr)
+        return EXIT_ERROR
     except Interrupted as stop:
         if rank == 0:
             print(f"dan-fast: {stop} Continue with --run.resume true.", file=sys.stderr)

@@ -16,7 +16,13 @@ from dan_fast.core.errors import DanFastError
 
 
 class WorkerDied(DanFastError):
-    """A process that reads items for a `SentenceLoader` has ended before its last item."""
+    """A process that reads items for a `SentenceLoader` has ended before its last item; made from what PyTorch says."""
+
+    def __init__(self, error: BaseException) -> None:
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        super().__init__(
+            f"A process that decodes images has died ({reason}): often memory ran out; free some or have fewer workers."
+        )
 
 
 class SentenceLoader(DataLoader):
@@ -97,11 +103,7 @@ class _OfWorkers:
         except (RuntimeError, EOFError, OSError) as error:
             if not (is_worker_death(error) or _is_lost_connection(error)):
                 raise
-            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            raise WorkerDied(
-                f"A process that decodes images has died ({reason}): often memory ran out; free some or have fewer "
-                "workers."
-            ) from error
+            raise WorkerDied(error) from error
 
 
 def is_worker_death(error: BaseException) -> bool:

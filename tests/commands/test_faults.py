@@ -1,0 +1,49 @@
+"""Commands at which something breaks: one sentence, and nothing lost or half-written."""
+
+import multiprocessing
+import time
+from pathlib import Path
+
+import pytest
+
+from dan_fast.cli import main
+from dan_fast.data.synthetic import synthesize
+from dan_fast.nn import DAN
+from tests.support.untrained import untrained_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return untrained_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint.pt")
+
+
+@pytest.fixture(scope="module")
+def street(tmp_path_factory) -> str:
+    root = tmp_path_factory.mktemp("synthetic")
+    synthesize(root, ["street"], identities=3, cameras=2, image_size=(32, 16), test_fraction=1.0)
+    return str(root / "street")
+
+
+COMMANDS = {
+    "evaluate": lambda data, out: ["--targets", data, "--out", str(out / "results.json")],
+    "extract": lambda data, out: [data, "--out", str(out / "features.npz")],
+    "search": lambda data, out: ["--gallery", data, "--query", data, "--out", str(out)],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_worker_that_is_killed_is_one_sentence(command, street, checkpoint, tmp_path, capsys, monkeypatch):
+    """While the network runs, where PyTorch's signal handler raises."""
+
+    def embed(network: DAN, images: object) -> None:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        time.sleep(60)
+
+    monkeypatch.setattr(DAN, "embed", embed)
+    arguments = [*COMMANDS[command](street, tmp_path / "out"), "--workers", "2", "--batch_size", "2"]
+    assert main([command, *arguments, "--checkpoint", str(checkpoint), "--device", "cpu"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("dan-fast: A process that decodes images has died (DataLoader worker (pid ")
+    assert said.endswith("Killed): often memory ran out; free some or have fewer workers.\n") and said.count("\n") == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
