@@ -1,6 +1,7 @@
 """Synthetic pedestrians: repeatable, true to their style parameters, and not told apart by colour alone."""
 
 import csv
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -348,12 +349,27 @@ def test_an_interrupted_run_leaves_no_trace(tmp_path):
 def test_a_later_run_replaces_its_own_domains_and_keeps_the_others(tmp_path):
     synthesize(tmp_path, ["campus", "night"], identities=3)
     night = contents(tmp_path / "night")
-    (tmp_path / ".partial" / "campus").mkdir(parents=True)  # as a killed run leaves it
+    # As a killed run leaves them.
+    (tmp_path / ".partial" / "campus").mkdir(parents=True)
+    for name in (".lock", ".lock.holder", "..lock.holder.0a.part"):
+        (tmp_path / name).touch()
     steps = []
     synthesize(tmp_path, ["campus"], identities=2, seed=1, progress=lambda *step: steps.append(step))
     assert steps == [(k, 16) for k in range(1, 17)]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["campus", "night"]
     assert len(contents(tmp_path / "campus")) == 17 and contents(tmp_path / "night") == night
+
+
+def test_a_second_process_is_told_who_is_at_work(tmp_path):
+    synthesize(tmp_path, ["campus"], identities=2)
+    before = contents(tmp_path)
+
+    def start_another(done: int, total: int) -> None:
+        with pytest.raises(DanFastError, match=f"{tmp_path} is in use by process {os.getpid()} on .*: wait for it"):
+            synthesize(tmp_path, ["campus"], identities=1)
+
+    synthesize(tmp_path, ["campus"], identities=2, progress=start_another)
+    assert contents(tmp_path) == before
 
 
 def test_a_failed_swap_puts_the_earlier_domain_back(tmp_path, monkeypatch):

@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.files import alone, remove_unfinished
 from dan_fast.data.synthetic.domains import DOMAINS, Domain
 from dan_fast.data.synthetic.person import sample_identity
 from dan_fast.data.synthetic.scene import render, sample_camera, sample_view, scenery
 
-_PARTIAL = ".partial"  # holds a run's work until it is whole; left behind only by a killed run
+# What a killed run leaves behind: its work until that was whole, and the lock that keeps others out.
+_PARTIAL, _LOCK = ".partial", ".lock"
+_REMAINS = re.compile(r"\.(partial|lock|lock\.holder|\.lock\.holder\..*\.part)")
 _IMAGE_NAME = re.compile(r"\d+_c\d+_\d+\.jpg")
 _IDENTITIES_PER_DOMAIN = 100_000
 _IDENTITY, _CAMERA, _VIEW = range(3)
@@ -57,7 +60,7 @@ def synthesize(
         The manifests, in the order of ``domains``.
 
     Raises:
-        DanFastError: An argument is out of range, or ``root`` holds something else.
+        DanFastError: An argument is out of range, ``root`` holds something else, or another process is at work in it.
 
     Example:
         >>> import tempfile
@@ -80,17 +83,20 @@ def synthesize(
 
     first_test = identities - round(identities * test_fraction)
     try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        for domain in chosen:
-            shape = (identities, cameras, images_per_camera)
-            _write_domain(partial / domain.name, domain, shape, image_size, seed, first_test, count)
-        for domain in chosen:
-            _swap(partial / domain.name, root / domain.name)
-        shutil.rmtree(partial)
+        with alone(root / _LOCK):
+            remove_unfinished(root)
+            if partial.exists():
+                shutil.rmtree(partial)
+            try:
+                partial.mkdir()
+                for domain in chosen:
+                    shape = (identities, cameras, images_per_camera)
+                    _write_domain(partial / domain.name, domain, shape, image_size, seed, first_test, count)
+                for domain in chosen:
+                    _swap(partial / domain.name, root / domain.name)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
         for folder in created:
             if folder.exists() and not any(folder.iterdir()):
                 folder.rmdir()
@@ -189,7 +195,7 @@ def _require_own(root: Path) -> None:
     if not root.is_dir():
         raise DanFastError(f"{root} is not a folder: choose another for the synthetic images")
     for entry in root.iterdir():
-        if entry.name != _PARTIAL and not (entry.name in DOMAINS and _is_synthesis(entry)):
+        if not _REMAINS.fullmatch(entry.name) and not (entry.name in DOMAINS and _is_synthesis(entry)):
             raise DanFastError(
                 f"{root} holds {entry.name}, which is not a synthetic domain: choose an empty or new folder"
             )
