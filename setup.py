@@ -29,7 +29,7 @@ SOURCES = runpy.run_path(str(ROOT / "dan_fast/_sources.py"))
 LIBRARY, MODULE, BUILD_INFO = "_native.so", f"_ranking{sysconfig.get_config_var('EXT_SUFFIX')}", "_build_info.json"
 OLDEST_TORCH = (2, 11)
 TORCH_TARGET_VERSION = "0x020b000000000000"
-AGAIN = "run `pip install -e .` again"
+AGAIN = SOURCES["AGAIN"]
 # Where no GPU is visible: its code runs on 8.6 and 8.9 as it is, and newer GPUs translate its PTX.
 PORTABLE_CUDA_ARCH = "8.0+PTX"
 # A `*_isa.cpp` is compiled once for each of these, from the poorest to the richest; csrc/cpu/isa.h tells them apart.

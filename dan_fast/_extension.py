@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
+from dan_fast._sources import AGAIN
+
 _INSIDE = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 LIBRARY = Path(__file__).with_name("_native.so")
 BUILD_INFO = Path(__file__).with_name("_build_info.json")
-_AGAIN = "run `pip install -e .` again"
 _OPERATORS = (
     "row_sq_norms",
     "memory_scores",
@@ -59,13 +60,13 @@ def _load() -> str | None:
     """Loads the library; None, or the reason why it is not loaded."""
     if not LIBRARY.is_file():
         missing = build_info().get("missing")
-        return missing[-1] if missing else f"the compiled extension was not built; {_AGAIN}"
+        return missing[-1] if missing else f"the compiled extension was not built; {AGAIN}"
     try:
         torch.ops.load_library(LIBRARY)
     except (OSError, RuntimeError) as error:
-        return f"{LIBRARY} does not load with torch {torch.__version__} ({error}); {_AGAIN}"
+        return f"{LIBRARY} does not load with torch {torch.__version__} ({error}); {AGAIN}"
     if not all(hasattr(torch.ops.dan_fast, name) for name in _OPERATORS):
-        return f"{LIBRARY} was built from older sources; {_AGAIN}"
+        return f"{LIBRARY} was built from older sources; {AGAIN}"
     return None
 
 
@@ -100,7 +101,7 @@ def why_not_on(device_type: str, index: int | None = None) -> str | None:
         return f"there are no kernels for {'ROCm' if device_type == 'cuda' else device_type}"
     if not has_cuda_kernels():
         missing = build_info().get("missing")
-        return missing[0] if missing else f"the extension was built without CUDA kernels; {_AGAIN}"
+        return missing[0] if missing else f"the extension was built without CUDA kernels; {AGAIN}"
     if not torch.cuda.is_available():
         return "PyTorch finds no GPU"
     device = torch.cuda.current_device() if index is None else index
@@ -110,7 +111,7 @@ def why_not_on(device_type: str, index: int | None = None) -> str | None:
     archs, gpu = ", ".join(build_info().get("cuda_archs", [])), torch.cuda.get_device_name(device)
     return (
         f"the CUDA kernels, built for {archs}, do not run on {gpu} ({problem}); "
-        f"update the driver or set TORCH_CUDA_ARCH_LIST, then {_AGAIN}"
+        f"update the driver or set TORCH_CUDA_ARCH_LIST, then {AGAIN}"
     )
 
 

@@ -1,9 +1,11 @@
-"""The digest of the native sources; setup.py runs this file, so it imports the standard library only."""
+"""What the build and the installed package share; setup.py runs this file: it imports the standard library only."""
 
 import hashlib
 from pathlib import Path
 
 ROOMS = ("csrc", "python_bindings")
+# What to do about native code that is missing or old, at the end of a sentence.
+AGAIN = "reinstall dan_fast (from a checkout: pip install -e .)"
 
 _NVCC_FLAGS = ("-O3", "-std=c++17")
 # In csrc/memory a * b + c is never contracted into one rounding: the rules of a slot shall give the same bits on every

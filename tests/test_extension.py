@@ -221,7 +221,10 @@ def test_a_library_that_does_not_load_is_named(forget: None, monkeypatch: pytest
     broken = tmp_path / "_native.so"
     broken.write_bytes(b"not a library")
     monkeypatch.setattr(_extension, "LIBRARY", broken)
-    assert re.search(r"_native.so does not load with torch .*run `pip install -e .`", _extension.why_not() or "")
+    found = _extension.why_not() or ""
+    assert re.search(
+        r"_native.so does not load with torch .*; reinstall dan_fast \(from a checkout: pip install -e", found
+    )
     with pytest.warns(RuntimeWarning, match="does not load"):
         assert row_sq_norms(torch.ones(1, 4)).item() == 4
 

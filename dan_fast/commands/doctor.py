@@ -14,7 +14,7 @@ from torch import distributed
 
 import dan_fast
 from dan_fast import __version__, _extension, triton_kernels
-from dan_fast._sources import source_hash
+from dan_fast._sources import AGAIN, source_hash
 from dan_fast.core.heap import why_heap_is_left
 
 
@@ -56,7 +56,7 @@ def report() -> Report:
         (broken if _extension.LIBRARY.is_file() else advice).append(str(_extension.why_not()))
     advice += [sentence for sentence in info.get("missing", []) if sentence not in advice]
     if stale(info.get("source_hash")):
-        broken.append("csrc or python_bindings changed since the extension was built; run `pip install -e .` again")
+        broken.append(f"csrc or python_bindings changed since the extension was built; {AGAIN}")
     gpus = list(_gpus())
     if torch.version.cuda is None and torch.version.hip is None:
         advice.append("this PyTorch is a CPU build; for a GPU install a CUDA build of torch and torchvision")

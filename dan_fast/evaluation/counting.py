@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dan_fast import _extension
+from dan_fast._sources import AGAIN
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.evaluation import counting_torch
 from dan_fast.evaluation.distances import Metric, PartDistances, distance_scale, square_norms
@@ -34,7 +35,7 @@ def load() -> ModuleType | str:
         from dan_fast import _ranking
     except ImportError as error:
         missing = [sentence for sentence in _extension.build_info().get("missing", []) if "CUDA" not in sentence]
-        return missing[0] if missing else f"{error}; run `pip install -e .` again"
+        return missing[0] if missing else f"{error}; {AGAIN}"
     return _ranking
 
 

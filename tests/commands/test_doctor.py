@@ -62,7 +62,7 @@ def test_never_installed_says_how_to(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(_extension, "LIBRARY", tmp_path / "absent.so")
     monkeypatch.setattr(_extension, "BUILD_INFO", tmp_path / "absent.json")
     text, code = printed()
-    assert code == 0 and "was not built; run `pip install -e .` again" in text
+    assert code == 0 and "was not built; reinstall dan_fast (from a checkout: pip install -e .)" in text
 
 
 def test_a_library_that_does_not_load_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -81,7 +81,9 @@ def test_a_binary_older_than_its_sources_is_broken(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(_extension, "BUILD_INFO", info)
     found = doctor.report()
     assert found.exit_code == 1
-    assert [s for s in found.broken if "changed since the extension was built; run `pip install -e .`" in s]
+    assert [
+        s for s in found.broken if "changed since the extension was built; reinstall dan_fast (from a checkout" in s
+    ]
 
 
 def test_the_source_hash_sees_every_change(tmp_path: Path):
