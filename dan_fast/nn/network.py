@@ -52,6 +52,10 @@ class DAN(nn.Module):
 
     `attention`, `reduction` and `adversary` make the models of Fig. 6 of it.
 
+    Training and `embed` call the parts of `forward` and not the module, nor its `attention`: forward hooks on these two
+    are not called. Those on `backbone` are, with second derivatives several times in a pass, and in training those on
+    `dropout` and `classifier`, for the attention branch and then for the adversary's.
+
     Args:
         num_classes: c, the number of training persons.
         backbone: a name for `build_backbone`, or any module that maps (B, 3, H, W) images to a (B, C, h, w)

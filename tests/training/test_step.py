@@ -21,6 +21,18 @@ def groups_of(params: dict[str, Tensor], stage: Stage) -> dict[str, tuple[list[s
     return active_groups(stage, backbone, attention, gates, CAM_WEIGHT)
 
 
+def test_the_hooks_that_the_network_names_are_called():
+    model = training_model()
+    modules = {"network": model.network} | dict(model.network.named_children())
+    called = []
+    for name, module in modules.items():
+        module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    tiny_step(model, order=1).step(split(1), split(2))
+    branch = ["dropout", "dropout", "classifier", "classifier"]
+    assert called == 2 * ["backbone", "backbone", *branch, *branch]
+
+
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("stage", [None, *Stage])
 def test_a_step_follows_the_meta_gradients_of_its_stage(stage, order):
