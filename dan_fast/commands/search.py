@@ -10,7 +10,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 
 from dan_fast.commands.terminal import PLAIN, progress_line
-from dan_fast.core.files import write_text
+from dan_fast.core.files import alone, remove_unfinished, write_text
 from dan_fast.data.samples import Sample
 from dan_fast.inference import FeatureExtractor
 from dan_fast.inference.sources import Part, find_images
@@ -95,8 +95,12 @@ def search(
     if index != "flat" and np.isfinite(features).any():
         content["recall"] = measured_recall(found, features, top)
         console.print("recall@{at} {value:.4f} of the exact search, over {queries} queries".format(**content["recall"]))
-    write_text(folder / "ranked.json", json.dumps(content, indent=1) + "\n")
-    page = write_search_page(folder, content, extractor)
+    # The lists, the page and its images belong together.
+    with alone(folder / ".lock"):
+        for place in (folder, folder / "images"):
+            remove_unfinished(place)
+        write_text(folder / "ranked.json", json.dumps(content, indent=1) + "\n")
+        page = write_search_page(folder, content, extractor)
     console.print(f"{page}: {len(lists)} queries in {found.size} images.", **PLAIN)
 
 

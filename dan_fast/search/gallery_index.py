@@ -237,38 +237,40 @@ def _embed(
     skipped: list[Path] = []
     saved = len(stored["paths"])
     file = folder / _FEATURES
-    file.touch()
-    with file.open("r+b") as stream:
-        # What a killed process wrote and did not write down.
-        stream.truncate(4 * stored["size"] * saved)
-        stream.seek(0, os.SEEK_END)
+    try:
+        file.touch()
+        # Its end is inside, where what could not be written is tried once more.
+        with file.open("r+b") as stream:
+            # What a killed process wrote and did not write down.
+            stream.truncate(4 * stored["size"] * saved)
+            stream.seek(0, os.SEEK_END)
 
-        def save() -> None:
-            stream.flush()
-            os.fsync(stream.fileno())
-            _save(folder / _UNFINISHED, stored)
+            def save() -> None:
+                stream.flush()
+                os.fsync(stream.fileno())
+                _save(folder / _UNFINISHED, stored)
 
-        try:
-            done = 0
-            for rows in extractor.batches([given for given, *_ in new]):
-                share, readable = new[done : done + len(rows)], rows[:, 0].isfinite()
-                stream.write(rows[readable].numpy().data)
-                for (given, path, status), is_readable in zip(share, readable.tolist(), strict=True):
-                    if is_readable:
-                        for name, value in (("paths", path), ("status", status), ("pids", -1), ("camids", -1)):
-                            stored[name].append(value)
-                    else:
-                        skipped.append(given)
-                done += len(rows)
-                progress(done, len(new))
-                if len(stored["paths"]) - saved >= max(_SAVED, saved // 10):
-                    saved = len(stored["paths"])
+            try:
+                done = 0
+                for rows in extractor.batches([given for given, *_ in new]):
+                    share, readable = new[done : done + len(rows)], rows[:, 0].isfinite()
+                    stream.write(rows[readable].numpy().data)
+                    for (given, path, status), is_readable in zip(share, readable.tolist(), strict=True):
+                        if is_readable:
+                            for name, value in (("paths", path), ("status", status), ("pids", -1), ("camids", -1)):
+                                stored[name].append(value)
+                        else:
+                            skipped.append(given)
+                    done += len(rows)
+                    progress(done, len(new))
+                    if len(stored["paths"]) - saved >= max(_SAVED, saved // 10):
+                        saved = len(stored["paths"])
+                        save()
+            finally:
+                if len(stored["paths"]) > saved:
                     save()
-        except OSError as error:
-            raise DanFastError(f"{file} could not be written ({error.strerror}): make room.") from error
-        finally:
-            if len(stored["paths"]) > saved:
-                save()
+    except OSError as error:
+        raise DanFastError(f"{file} could not be written ({error.strerror}): make room.") from error
     return skipped
 
 

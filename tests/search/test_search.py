@@ -1,6 +1,9 @@
 """`dan-fast search`: the order of its lists, how its index is kept and extended, its page, and what it refuses."""
 
+import errno
 import json
+import os
+import re
 import shutil
 import sys
 from html.parser import HTMLParser
@@ -13,6 +16,7 @@ import torch
 
 from dan_fast import DanFastError, FeatureExtractor
 from dan_fast.cli import main
+from dan_fast.core.files import alone
 from dan_fast.data import load_dataset
 from dan_fast.evaluation import pairwise_distances
 from dan_fast.inference.sources import find_images
@@ -190,6 +194,33 @@ def test_what_is_stopped_goes_on(run, folder, embedded, monkeypatch, capsys):
     assert "the same command goes on from there" in capsys.readouterr().out
     embedded.clear()
     assert len(run()) == 3 and sum(embedded) == 3 + 14 - 8
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_is_one_sentence_and_a_later_call_goes_on(run, monkeypatch, capsys, call):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+        run(code=1)
+    error = capsys.readouterr().err
+    assert re.fullmatch(
+        r"dan-fast: .*/out/index/(features.f32|unfinished.json) could not be written \(No sp.*\n", error
+    )
+    assert len(run()) == 3
+
+
+def test_a_second_search_does_not_mix_its_page_with_anothers(run, folder, capsys):
+    """And what a killed one left goes."""
+    run()
+    out = folder / "out"
+    before = (out / "ranked.json").read_bytes()
+    for remains in (out / ".ranked.json.0a.part", out / "images/.0b.jpg.0a.part"):
+        remains.touch()
+    with alone(out / ".lock"):
+        run("--top", 1, code=1)
+    assert f"{out} is in use by process {os.getpid()} on " in capsys.readouterr().err
+    assert (out / "ranked.json").read_bytes() == before
+    run("--top", 1)
+    assert (out / "ranked.json").read_bytes() != before and not list(out.rglob(".*"))
 
 
 def test_of_another_checkpoint_it_is_refused(run, folder, checkpoint, capsys):
