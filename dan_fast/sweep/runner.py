@@ -305,8 +305,12 @@ def _alone(out: Path) -> Iterator[int]:
     # Imported here: Windows does not have it, and no other command needs it.
     import fcntl
 
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".sweep.lock").open("w") as file:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".sweep.lock").open("w")
+    except OSError as error:
+        raise DanFastError(f"{out} cannot be written ({error.strerror}): choose another --out.") from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -470,6 +470,13 @@ def test_two_sweeps_do_not_share_a_folder(quick, three, tmp_path):
     assert len(quick(three)) == 3
 
 
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DanFastError, match="file/sweep cannot be written .Not a directory.: choose another --out."):
+        with sweeping._alone(tmp_path / "file/sweep"):
+            pass
+
+
 def has_trained(folder: Path) -> bool:
     """Whether the run has logged its first iteration."""
     return any(path.stat().st_size > 200 for path in (folder / "tensorboard").glob("events*"))
