@@ -16,6 +16,7 @@ from dan_fast.data.synthetic import synthesize
 from dan_fast.evaluation import DatasetFeatures, Evaluation, evaluate_features, extract_dataset
 from dan_fast.nn import DAN
 from dan_fast.reporting import Figure, Table, plot_attention, plot_curves, plot_ranked_lists, write_report
+from dan_fast.reporting.run_figures import CURVES, HEAT_MAPS
 from dan_fast.training import TrainConfig, Trainer
 from dan_fast.training.build import initial_network
 from dan_fast.training.recipes import DEFAULT_RECIPE, require_recipe
@@ -114,13 +115,23 @@ def quickstart_page(folder: Path, config: TrainConfig, network: DAN, features: D
     plot_curves(folder / "run", folder / "curves.png")
     plot_ranked_lists(query, gallery, folder / "ranked.png")
     figures = [
-        Figure("Training", folder / "curves.png", "Losses, accuracy and, where there are memories, gates and slots."),
-        Figure("Ranked lists", folder / "ranked.png", f"Queries of {UNSEEN} and what the network ranks first."),
+        Figure(
+            "Training",
+            folder / "curves.png",
+            "Losses, accuracy and, where there are memories, gates and slots.",
+            CURVES,
+        ),
+        Figure(
+            "Ranked lists",
+            folder / "ranked.png",
+            f"Queries of {UNSEEN} and what the network ranks first.",
+            "Rows of images, a query and then its list, in frames that tell right from wrong.",
+        ),
     ]
     if config.model.attention != "none":
         _plot_attention(network, load_dataset(folder / "data" / UNSEEN), folder / "attention.png")
         note = "Spatial attention A_S; its colours span each image's own range, written above."
-        figures.append(Figure("Attention", folder / "attention.png", note))
+        figures.append(Figure("Attention", folder / "attention.png", note, HEAT_MAPS))
     words = config.recipe_words or "no recipe"
     unlabeled = f" and {', '.join(UNLABELED)} (unlabelled)" if config.data.unlabeled_share > 0 else ""
     return write_report(

@@ -42,11 +42,17 @@ class Table(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A picture of the report; the caption also serves readers who cannot see the picture."""
+    """A picture of the report.
+
+    Attributes:
+        caption: what came out.
+        alt: what the picture shows, for readers who cannot see it and read the caption all the same; else the title.
+    """
 
     title: str
     path: str | Path
     caption: str = ""
+    alt: str = ""
 
 
 def write_report(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jsonargparse.typing import NonNegativeInt
 
+from dan_fast.core.files import alone, remove_unfinished
 from dan_fast.reporting.arms import read_comparison
 from dan_fast.reporting.groups import SYMBOLS, Line, compared, models, swept_settings, titles, unlabeled_shares
 from dan_fast.reporting.html import Figure, Table, write_report
@@ -24,6 +25,8 @@ from dan_fast.reporting.side_by_side import (
     plot_over_setting,
 )
 from dan_fast.reporting.watched import watched_table
+
+_LINES = "Line charts, one a target, with the values of the setting from left to right."
 
 
 def report(
@@ -46,12 +49,20 @@ def report(
         The path of the page.
 
     Raises:
-        DanFastError: a path is no folder of a training, or the page cannot be written.
+        DanFastError: a path is no folder of a training, the page cannot be written, or another process is writing one
+            into the same folder.
 
     Example:
         page = report(["runs/market", "runs/fig7"], out="runs/report")
     """
     found, out = read_runs(runs), Path(out)
+    # The pictures of two pages have the same names.
+    with alone(out / ".lock"):
+        remove_unfinished(out)
+        return _written(found, out, images, seed)
+
+
+def _written(found: Sequence[Run], out: Path, images: int, seed: int) -> Path:
     missing = [Missing(run.name, "results", complaint) for run in found for complaint in run.complaints]
     missing += [
         Missing(run.name, "results", "Not evaluated: let it train to its end with data.targets, or write "
@@ -127,7 +138,9 @@ def _gates(runs: Sequence[Run], out: Path, missing: list[Missing]) -> list[Figur
         ]
         parts.append(f"{run.name}: {', '.join(ends)}")
     caption = "Gates over the iterations, first to last value. " + ". ".join(parts) + "."
-    return [Figure("Gates of the memories (Fig. 5(b))", path, caption)]
+    return [
+        Figure("Gates of the memories (Fig. 5(b))", path, caption, "Line charts, one a gate, with a line for each run.")
+    ]
 
 
 def _models(runs: Sequence[Run], out: Path, missing: list[Missing]) -> list[Figure]:
@@ -140,7 +153,9 @@ def _models(runs: Sequence[Run], out: Path, missing: list[Missing]) -> list[Figu
         path = plot_models(line, out / f"models{number}.png")
         how = "mAP over the epochs" if over_epochs else "R1 and mAP after the last epoch"
         caption = f"{how} for each network{_of(line)}. {_all_means(line, str)}"
-        figures.append(Figure("Attention and adversary (Fig. 6)", path, caption))
+        kind = "line" if over_epochs else "bar"
+        alt = f"{kind.capitalize()} charts, one a target, with a {kind} for each network."
+        figures.append(Figure("Attention and adversary (Fig. 6)", path, caption, alt))
     if not figures:
         missing.append(_nothing_alike("Fig. 6", "attention or adversary", "fig6"))
     return figures
@@ -157,7 +172,7 @@ def _shares(runs: Sequence[Run], out: Path, missing: list[Missing]) -> list[Figu
         f"{_of(line)} {_all_means(line, lambda share: f'p = {100 * share:g} %')}".strip() for line in lines
     )
     caption = f"R1 (dashed) and mAP (solid) over the share of the unlabelled images. {words}"
-    return [Figure("Share of unlabelled images (Fig. 7)", path, caption)]
+    return [Figure("Share of unlabelled images (Fig. 7)", path, caption, _LINES)]
 
 
 def _swept(runs: Sequence[Run], out: Path, missing: list[Missing]) -> list[Figure]:
@@ -168,7 +183,7 @@ def _swept(runs: Sequence[Run], out: Path, missing: list[Missing]) -> list[Figur
             path = plot_over_setting(lines, label, out / f"over_{name}.png")
             words = " ".join(f"{_of(line)} {_all_means(line, str)}".strip() for line in lines)
             caption = f"R1 (dashed) and mAP (solid) over {label}. {words}"
-            figures.append(Figure(f"Over {label} (Fig. 8)", path, caption))
+            figures.append(Figure(f"Over {label} (Fig. 8)", path, caption, _LINES))
     if not figures:
         missing.append(_nothing_alike("Fig. 8", "one number", "fig8"))
     return figures

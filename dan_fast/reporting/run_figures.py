@@ -26,6 +26,9 @@ from dan_fast.training.reported import epoch_of
 # t-SNE of more slots takes minutes.
 _MOST_SLOTS = 2000
 _FLAT = 1e-6
+# What the pictures show, for readers who cannot see them.
+CURVES = "Line charts over the iterations, one a kind of value."
+HEAT_MAPS = "Rows of images of persons, each beside itself under a heat map."
 _CAPTIONED = {
     "train/loss/total": "L_total on S",
     "test/loss/total": "L_total on S~",
@@ -58,7 +61,7 @@ def run_figures(run: Run, out: Path, stem: str, images: int, seed: int, missing:
     figures = []
     if run.scalars:
         path = plot_curves(run.folder, out / f"{stem}_curves.png")
-        figures.append(Figure(f"Training of {run.name}", path, _from_to(run)))
+        figures.append(Figure(f"Training of {run.name}", path, _from_to(run), CURVES))
     else:
         missing.append(Missing(run.name, "curves", no_scalars(run)))
     try:
@@ -92,7 +95,8 @@ def run_figures(run: Run, out: Path, stem: str, images: int, seed: int, missing:
     except ValueError as error:
         missing.append(Missing(run.name, "t-SNE, Fig. 10", str(error)))
         return figures
-    return [*figures, Figure(f"Memories of {run.name} (Fig. 10)", path, caption)]
+    alt = "Two clouds of points, the slots of M and those of M′, coloured by their labels."
+    return [*figures, Figure(f"Memories of {run.name} (Fig. 10)", path, caption, alt)]
 
 
 def _agreement(slots: Slots) -> str:
@@ -136,7 +140,7 @@ def _heat_maps(run: Run, state: dict[str, Any], path: Path, images: int, missing
         f"{min(spread):.1e} to {max(spread):.1e} wide."
         f"{' That is flat: colours show little but rounding.' if max(spread) < _FLAT else ''}"
     )
-    return [Figure(f"Attention of {run.name} (Fig. 9)", path, caption)]
+    return [Figure(f"Attention of {run.name} (Fig. 9)", path, caption, HEAT_MAPS)]
 
 
 def _images_of(run: Run, count: int) -> tuple[str, list[Sample]]:

@@ -1,6 +1,7 @@
 """`dan-fast report`: which runs are compared, what stands beside the paper, and what is said of what is missing."""
 
 import json
+import os
 import re
 from html import unescape
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 
 from dan_fast.cli import main
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.files import alone
 from dan_fast.data.datasets.known import KNOWN
 from dan_fast.data.synthetic import synthesize
 from dan_fast.evaluation import Evaluation
@@ -79,6 +81,19 @@ def test_a_trained_run_gives_a_full_page(trained, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_second_report_does_not_mix_its_pictures_with_anothers(trained, tmp_path):
+    """And what a killed one left goes."""
+    (tmp_path / ".01_curves.png.0a.part").touch()
+    with (
+        alone(tmp_path / ".lock"),
+        pytest.raises(DanFastError, match=f"{tmp_path} is in use by process {os.getpid()} on"),
+    ):
+        report([trained], out=tmp_path, images=0)
+    assert [path.name for path in tmp_path.iterdir()] == [".01_curves.png.0a.part"]
+    report([trained], out=tmp_path, images=0)
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
 def test_missing_pieces_are_said_in_the_page(trained, tmp_path):
     bare = fake_run(tmp_path / "bare", results=(), data={"unlabeled": []})
     (bare / "results.json").write_text("{]")

@@ -241,7 +241,7 @@ def test_report_holds_everything_escaped(tmp_path):
     picture.parent.mkdir()
     Image.new("RGB", (4, 4)).save(picture)
     table = Table("Unseen <domain>", ["network", "mAP %"], [["<script>", 61.5], ["a & b", "3.0 ± 0.1"]], "n < 5")
-    figure = Figure("Curves", picture, 'Loss "total"')
+    figure = Figure("Curves", picture, 'Loss "total"', 'A "b"')
     page = write_report(tmp_path / "report", "Run <1>", "First & foremost.\n\nThen.", [table], [figure])
     assert page == tmp_path / "report" / "index.html"
     text = page.read_text(encoding="utf-8")
@@ -253,7 +253,10 @@ def test_report_holds_everything_escaped(tmp_path):
     assert '<tr><th scope="row" class="words">a &amp; b</th><td>3.0 ± 0.1</td></tr>' in text
     assert "n &lt; 5" in text
     assert "<script" not in text
-    assert re.search(r'<img src="\.\./pictures/a%20curve%20%231\.png" alt="Loss &#34;total&#34;">', text)
+    assert re.search(
+        r'<img src="\.\./pictures/a%20curve%20%231\.png" alt="A &#34;b&#34;"></a>\n<figcaption>Loss &#34;total&#34;<',
+        text,
+    )
     assert "http" not in text
     write_report(tmp_path / "report", "Again", "Shorter.")
     assert "<table>" not in page.read_text(encoding="utf-8")
