@@ -110,7 +110,7 @@ def test_files_are_written_whole():
             'write_whole(path, lambda stream: figure.savefig(stream, format="png", dpi=dpi, facecolor="white"))',
         ),
         ("export/formats.py", "torch.export.save(program, stream, extra_files={METADATA: json.dumps(metadata)})"),
-        ("sweep/runner.py", 'with (out / ".sweep.lock").open("w") as file:'),
+        ("sweep/runner.py", 'lock = (out / ".sweep.lock").open("w")'),
         ("sweep/runner.py", 'with (run.folder / _LOG).open("ab") as log:'),
         ("training/checkpoint.py", 'write_whole(path, lambda stream: torch.save({"format": FORMAT, **state}, stream))'),
         ("training/run_folder.py", "self._writer.save(self.checkpoint, state)"),
