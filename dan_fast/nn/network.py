@@ -240,7 +240,8 @@ class DAN(nn.Module):
             results: figures of these very weights, with their conditions.
 
         Raises:
-            DanFastError: a backbone given as a module, a folder of something else, or one that cannot be written.
+            DanFastError: a backbone given as a module, a folder of something else, or one that cannot be written or
+                that another process is saving into.
             TypeError: `training` is not plain JSON.
 
         Example:
