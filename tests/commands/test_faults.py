@@ -31,6 +31,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_worker_that_is_killed_is_one_sentence(command, street, checkpoint, tmp_path, capsys, monkeypatch):
     """While the network runs, where PyTorch's signal handler raises."""
