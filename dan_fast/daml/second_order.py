@@ -69,6 +69,7 @@ class SecondOrder:
         self.losses = losses
         self.params = params
         self._followers = names
+        losses.cut.find(losses.features, params)
         trunk = losses.features.requires_grad and any(name in losses.trunk for name in params)
         self.heads = {
             loss: Head(losses, loss, {name: params[name] for name in each}, trunk) for loss, each in names.items()
@@ -215,14 +216,10 @@ class SecondOrder:
         _load_rules()
         with forward_ad.dual_level():
             duals = {name: _dual(self.params[name], tangents.get(name)) for name in names}
-            others = {name: value for name, value in duals.items() if name not in trunk}
-            with DualMode():
-                if trunk:
-                    features, pull = torch.func.vjp(
-                        lambda *values: self.losses.again({**others, **dict(zip(trunk, values, strict=True))}),
-                        *(duals[name] for name in trunk),
-                    )
-                else:
+            if trunk:
+                features, pull = self.losses.cut.vjp(self.losses.again, duals, trunk)
+            else:
+                with DualMode():
                     features = self.losses.again(duals)
             primal, tangent = forward_ad.unpack_dual(features)
             self._require_same(primal)
@@ -238,10 +235,7 @@ class SecondOrder:
                 seed = torch.zeros_like(cotangents[0])
             if cotangents:
                 seed = forward_ad.make_dual(seed, torch.stack(cotangents).sum(0))
-            grads = pull(seed, retain_graph=False, create_graph=False)
-            _accumulate(
-                found, {name: forward_ad.unpack_dual(grad).tangent for name, grad in zip(trunk, grads, strict=True)}
-            )
+            _accumulate(found, pull(seed))
         return []
 
     def _require_same(self, features: Tensor) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from dan_fast.daml.cut import Cut
+
 Params = Mapping[str, Tensor]
 
 
@@ -26,6 +28,7 @@ class TracedLosses(dict[str, Tensor]):
         random: the state of the random numbers before the first time, see `random_state`.
         trusted: `again` gives the same features for the same parameters. If that is not known the graph of the losses
             is kept, and double backward goes through it where they differ.
+        cut: of the trunk, which was watched when it ran the first time; less memory is taken where it has one.
 
     Example:
         >>> from dan_fast.daml import meta_gradients, random_state
@@ -52,11 +55,13 @@ class TracedLosses(dict[str, Tensor]):
         again: Callable[[Params], Tensor],
         random: Mapping[str, Tensor],
         trusted: bool = True,
+        cut: Cut | None = None,
     ) -> None:
         super().__init__(losses)
         self.features = features
         self.trunk = frozenset(trunk)
         self.trusted = trusted
+        self.cut = cut or Cut()
         self._again = again
         self._random = random
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dan_fast.daml.cut import Cut
 from dan_fast.daml.traced import TracedLosses, random_state
 from dan_fast.data import Split
 from dan_fast.distributed.collectives import gather_parts
@@ -272,8 +273,10 @@ class Objective:
     def traced(self, params: Mapping[str, Tensor], split: Split) -> TracedLosses:
         """The same losses for second derivatives: the backbone is the trunk, and its last map the features."""
         random = random_state(split.images.device)
+        cut = Cut(*getattr(self.model.network.backbone, "cuts", ()))
         with _in_place_of(self._places, params):
-            maps = self.model.maps(split)
+            with cut.watched():
+                maps = self.model.maps(split)
             losses, self.record = self.model.losses(maps, split)
         constants = {name: value.detach() for name, value in params.items() if name.startswith(_BACKBONE)}
 
@@ -281,7 +284,7 @@ class Objective:
             with _in_place_of(self._places, {**constants, **values}):
                 return self.model.maps(split)
 
-        return TracedLosses(losses, maps, constants, again, random)
+        return TracedLosses(losses, maps, constants, again, random, cut=cut)
 
 
 # The dictionary of a module's own parameters, and the name of one in it.

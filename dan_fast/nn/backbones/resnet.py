@@ -42,6 +42,11 @@ class ResNetMap(nn.Sequential):
         """The first two stages, whose maps `StyleMixing` changes."""
         return [self.layer1, self.layer2]
 
+    @property
+    def cuts(self) -> list[nn.Module]:
+        """Stem and first stage: with few operations they make half of what a training pass keeps, see `daml.cut`."""
+        return [self.maxpool, self.layer1]
+
     def forward(self, images: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return with_weights_kept(self, lambda twin: _block_by_block(twin, images))

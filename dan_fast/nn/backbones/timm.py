@@ -58,6 +58,11 @@ class TimmMap(nn.Module):
         named = dict(self.model.named_modules())
         return [named[stage["module"]] for stage in stages[:_EARLY_STAGES] if stage.get("module") in named]
 
+    @property
+    def cuts(self) -> list[nn.Module]:
+        """As of `ResNetMap`: the early stages."""
+        return self.early_stages
+
     def forward(self, images: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             features = with_weights_kept(self.model, lambda twin: twin.forward_features(images))

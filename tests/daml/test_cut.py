@@ -1,0 +1,125 @@
+"""A trunk that is cut: the same second derivatives, with less memory."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dan_fast.bench.machine import peak_above
+from dan_fast.daml import TracedLosses, meta_gradients, random_state
+from dan_fast.daml.cut import Cut
+from dan_fast.nn import DAN
+from dan_fast.training.objective import Objective
+from tests.support import ROOT
+from tests.support.steps import split, training_model
+
+
+class Bypassed(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        first = self[0](x)
+        return self[2](self[1](first)) + first
+
+
+class Twice(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self[1](self[0](x)))
+
+
+class Losses:
+    """A loss of all that a trunk gives, with cuts after some of its modules."""
+
+    def __init__(self, trunk: nn.Sequential, cuts: int) -> None:
+        self.trunk, self.cuts = trunk, cuts
+
+    def __call__(self, params: dict[str, Tensor], batch: Tensor) -> dict[str, Tensor]:
+        return {"total": functional_call(self.trunk, params, batch).pow(3).mean()}
+
+    def traced(self, params: dict[str, Tensor], batch: Tensor) -> TracedLosses:
+        random, cut = random_state(batch.device), Cut(*self.trunk[: self.cuts])
+        with cut.watched():
+            features = functional_call(self.trunk, params, batch)
+        self.preceding = cut.find(features, params)
+        constants = {name: value.detach() for name, value in params.items()}
+
+        def again(values: dict[str, Tensor]) -> Tensor:
+            return functional_call(self.trunk, {**constants, **values}, batch)
+
+        return TracedLosses({"total": features.pow(3).mean()}, features, params, again, random, cut=cut)
+
+
+def trunk_of(kind: type[nn.Sequential], channels: int, blocks: int, dtype: torch.dtype) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [
+        (nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.Dropout(0.3), nn.ReLU(inplace=True))
+        for _ in range(blocks)
+    ]
+    return kind(*(nn.Sequential(*each) for each in layers)).to(dtype)
+
+
+@pytest.mark.parametrize(
+    "kind, cuts, frozen, preceding",
+    [
+        (nn.Sequential, 2, "-", "01"),
+        (nn.Sequential, 1, "-", "0"),
+        (nn.Sequential, 2, "0", "1"),
+        (nn.Sequential, 3, "2", "01"),
+        (nn.Sequential, 1, "0", ""),
+        (Bypassed, 1, "-", "0"),
+        (Bypassed, 2, "-", ""),
+        (Twice, 2, "-", ""),
+    ],
+)
+def test_a_cut_changes_no_derivative(kind, cuts, frozen, preceding):
+    trunk = trunk_of(kind, 3, 3, torch.float64)
+    params = {name: value.detach() for name, value in trunk.named_parameters()}
+    batches = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64)
+    groups = {"all": ([name for name in params if name[0] != frozen], "total")}
+    found = []
+    for each in (cuts, 0):
+        torch.manual_seed(1)
+        losses = Losses(trunk, each)
+        found.append(meta_gradients(losses, params, groups, *batches, inner_lr=0.5).grads)
+        assert {name[0] for name in losses.preceding} == (set(preceding) if each else set())
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("backbone, first", [("resnet18", {"conv1", "bn1", "layer1"}), ("timm:test_vit", set())])
+def test_a_resnet_is_cut_after_its_first_stage(backbone, first):
+    network = DAN(num_classes=3, backbone=backbone, image_size=(64, 32), reduction=2)
+    model = training_model(network=network)
+    params = dict(model.named_parameters())
+    half = split()._replace(images=torch.randn(7, 3, 64, 32))
+    losses = Objective(model).traced(params, half)
+    found = losses.cut.find(losses.features, params)
+    assert {name.split(".")[2] for name in found} == first
+
+
+def peaks() -> None:
+    """Print the memory of an iteration of each order, and of order 2 without cuts."""
+    torch.set_num_threads(1)
+    trunk = trunk_of(nn.Sequential, 16, 6, torch.float32)
+    params = {name: value.detach() for name, value in trunk.named_parameters()}
+    batches = torch.randn(2, 8, 16, 64, 64)
+    for order, cuts in ((1, 0), (2, 4), (2, 0)):
+
+        def run(order: int = order, cuts: int = cuts) -> None:
+            meta_gradients(Losses(trunk, cuts), params, None, *batches, inner_lr=0.1, order=order)
+
+        run()
+        print(peak_above(torch.device("cpu"), run)[1])
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system tells no peak of memory")
+def test_a_cut_trunk_takes_little_more_memory_than_order_1():
+    code = "from tests.daml.test_cut import peaks; peaks()"
+    given_back = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | given_back, capture_output=True, text=True, check=True
+    )
+    first, cut, whole = map(int, ran.stdout.split())
+    assert cut < 1.35 * first < 1.6 * first < whole
