@@ -88,8 +88,15 @@ def test_a_cut_changes_no_derivative(kind, cuts, frozen, preceding):
         torch.testing.assert_close(found[0][name], value, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("backbone, first", [("resnet18", {"conv1", "bn1", "layer1"}), ("timm:test_vit", set())])
-def test_a_resnet_is_cut_after_its_first_stage(backbone, first):
+@pytest.mark.parametrize(
+    "backbone, first",
+    [
+        ("resnet18", {"conv1", "bn1", "layer1"}),
+        ("timm:efficientnet_lite0", {"model"}),
+        ("timm:test_vit", set()),
+    ],
+)
+def test_a_backbone_with_stages_is_cut_early(backbone, first):
     network = DAN(num_classes=3, backbone=backbone, image_size=(64, 32), reduction=2)
     model = training_model(network=network)
     params = dict(model.named_parameters())
