@@ -226,16 +226,6 @@ inline void store_up_to(S* to, Vector<A> values, int64_t count) {
   count >= kWidth<A> ? store_as<S, A>(to, values) : store_some_as<S, A>(to, values, count);
 }
 
-// Asks for `count` > 0 adjacent numbers to be read into the second cache. The empty statement is an effect: of a function
-// without one, which a prefetch alone is, GCC drops the calls.
-template <typename S>
-inline void prefetch(const S* from, int64_t count) {
-  const char *line = reinterpret_cast<const char*>(from), *last = reinterpret_cast<const char*>(from + count) - 1;
-  for (; line < last; line += 64) __builtin_prefetch(line, 0, 2);
-  __builtin_prefetch(last, 0, 2);
-  asm volatile("");
-}
-
 // `count` numbers in the type of statistics.
 template <typename S, typename A>
 inline void widen(const S* from, int64_t count, A* to) {

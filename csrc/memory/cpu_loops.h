@@ -13,8 +13,8 @@ namespace {
 
 // Slots a piece of work: its temporaries stay in the first cache. Sums are made per chunk, then over chunks in order.
 constexpr int64_t kChunk = 512;
-// Below 16384 slots a walk costs less than waking a thread.
-constexpr int64_t kGrain = 16384 / kChunk;
+// Below 4096 slots a walk costs less than waking a thread.
+constexpr int64_t kGrain = 4096 / kChunk;
 
 struct Chunk {
   int64_t index, begin, size;

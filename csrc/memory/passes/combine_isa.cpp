@@ -6,7 +6,7 @@ namespace dan_fast::DAN_FAST_ISA {
 namespace {
 
 template <typename A>
-constexpr int64_t kGroup = 8 * kStrip<A>;  // columns read at a time: long enough pieces of a row
+constexpr int64_t kGroup = 8 * kStrip<A>;  // columns asked for at a time: long enough pieces of a row
 
 // One thread's columns.
 template <typename S, typename A>
@@ -22,17 +22,14 @@ class Combination {
         slots_(slots),
         first_(first),
         last_(last),
-        panel_(kChain * kGroup<A>),
+        panel_(kChain * kStrip<A>),
         sums_(padded_ * round_up(last - first, kStrip<A>)) {}
 
   void run() {
     // A memory without slots combines to zeros: one empty chain.
     for (int64_t slot = 0; slot == 0 || slot < slots_; slot += kChain) {
       const int64_t count = std::min(kChain, slots_ - slot);
-      for (int64_t column = first_; column < last_; column += kGroup<A>) {
-        pack(slot, count, column);
-        add(slot, count, column);
-      }
+      for (int64_t column = first_; column < last_; column += kGroup<A>) add(slot, count, column);
     }
   }
 
@@ -45,18 +42,17 @@ class Combination {
   }
 
  private:
-  // A group of columns of some slots, strip after strip, with zeros beyond the last column.
-  void pack(int64_t slot, int64_t count, int64_t group) {
+  // A strip of some slots, with zeros beyond the last column: what the first cache holds.
+  void pack(int64_t slot, int64_t count, int64_t column) {
+    const int64_t width = std::min(kStrip<A>, last_ - column);
     for (int64_t k = 0; k < count; ++k) {
-      const S* from = base_ + (slot + k) * row_stride_;
+      const S* from = base_ + (slot + k) * row_stride_ + column;
       A* line = panel_.get() + k * kStrip<A>;
-      for (int64_t column = group; column < end_of(group); column += kStrip<A>, line += kChain * kStrip<A>) {
-        if (column + kStrip<A> <= last_) {
-          for (int v = 0; v < kTileVectors; ++v) store(line + v * kWidth<A>, load_as<A>(from + column + v * kWidth<A>));
-        } else {
-          widen(from + column, last_ - column, line);
-          std::fill(line + (last_ - column), line + kStrip<A>, A(0));
-        }
+      if (width == kStrip<A>) {
+        for (int v = 0; v < kTileVectors; ++v) store(line + v * kWidth<A>, load_as<A>(from + v * kWidth<A>));
+      } else {
+        widen(from, width, line);
+        std::fill(line + width, line + kStrip<A>, A(0));
       }
     }
   }
@@ -65,25 +61,26 @@ class Combination {
     const int64_t tiles = padded_ / kTileRows;
     const int64_t strips = (end_of(group) - group + kStrip<A> - 1) / kStrip<A>;
     for (int64_t strip = 0; strip < strips; ++strip) {
+      pack(slot, count, group + strip * kStrip<A>);
       A* sums = sums_.get() + ((group - first_) / kStrip<A> + strip) * padded_ * kStrip<A>;
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        prefetch_next(slot, group, strip * tiles + tile, strips * tiles);
         const A* rows[kTileRows];
         point_at<kTileRows>(weights_, slots_, tile * kTileRows, queries_, slot, rows);
-        multiply<kTileRows, kTileVectors>(rows, count, panel_.get() + strip * kChain * kStrip<A>, slot > 0,
-                                  sums + tile * kTileRows * kStrip<A>, kStrip<A>);
+        multiply<kTileRows, kTileVectors>(rows, count, panel_.get(), slot > 0,
+                                  sums + tile * kTileRows * kStrip<A>, kStrip<A>, 1,
+                                  next_rows(slot, count, group, strip * tiles + tile, strips * tiles));
       }
     }
   }
 
   // The share `part` of `parts` of what pack reads next: the hardware does not predict pieces of many rows.
-  void prefetch_next(int64_t slot, int64_t group, int64_t part, int64_t parts) const {
+  PiecesAhead next_rows(int64_t slot, int64_t count, int64_t group, int64_t part, int64_t parts) const {
     const bool row_ends = end_of(group) == last_;
-    const int64_t next_slot = row_ends ? slot + kChain : slot, next = row_ends ? first_ : end_of(group);
-    const int64_t count = std::clamp<int64_t>(slots_ - next_slot, 0, kChain);
-    for (int64_t k = count * part / parts; k < count * (part + 1) / parts; ++k) {
-      prefetch(base_ + (next_slot + k) * row_stride_ + next, end_of(next) - next);
-    }
+    const int64_t from = row_ends ? slot + kChain : slot, next = row_ends ? first_ : end_of(group);
+    const int64_t rows = std::clamp<int64_t>(slots_ - from, 0, kChain), begin = rows * part / parts;
+    constexpr int64_t kBytes = sizeof(S);
+    return {base_ + (from + begin) * row_stride_ + next, (end_of(next) - next) * kBytes, row_stride_ * kBytes,
+            rows * (part + 1) / parts - begin, count};
   }
 
   int64_t end_of(int64_t group) const { return std::min(last_, group + kGroup<A>); }
@@ -92,7 +89,7 @@ class Combination {
   const int64_t queries_, padded_;
   const S* base_;
   const int64_t row_stride_, slots_, first_, last_;
-  Scratch<A> panel_;  // (kGroup / kStrip, kChain, kStrip)
+  Scratch<A> panel_;  // (kChain, kStrip)
   Scratch<A> sums_;   // (strips, padded queries, kStrip)
 };
 

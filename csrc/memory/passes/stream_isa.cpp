@@ -24,20 +24,31 @@ int64_t block_rows(int64_t columns) {
   return std::clamp<int64_t>(rows / kStreamRows, 1, 8) * kStreamRows;
 }
 
-template <typename A>
-void multiply_panel(int64_t width, const A* const* rows, int64_t count, const A* panel, bool add, A* out) {
+template <typename A, typename Ahead>
+void multiply_panel(int64_t width, const A* const* rows, int64_t count, const A* panel, bool add, A* out, Ahead ahead) {
   static_assert(kStreamVectors == 2 || kStreamVectors == 4);
   switch (width / kWidth<A>) {
     case 1:
-      return multiply<kStreamRows, 1>(rows, count, panel, add, out, kPanel<A>);
+      return multiply<kStreamRows, 1>(rows, count, panel, add, out, kPanel<A>, 1, ahead);
     case 2:
-      return multiply<kStreamRows, 2>(rows, count, panel, add, out, kPanel<A>);
+      return multiply<kStreamRows, 2>(rows, count, panel, add, out, kPanel<A>, 1, ahead);
     case 3:
-      if constexpr (kStreamVectors > 2) return multiply<kStreamRows, 3>(rows, count, panel, add, out, kPanel<A>);
-      break;
+      if constexpr (kStreamVectors == 4) multiply<kStreamRows, 3>(rows, count, panel, add, out, kPanel<A>, 1, ahead);
+      return;
     default:
-      return multiply<kStreamRows, kStreamVectors>(rows, count, panel, add, out, kPanel<A>);
+      return multiply<kStreamRows, kStreamVectors>(rows, count, panel, add, out, kPanel<A>, 1, ahead);
   }
+}
+
+// Compilers make two vectors of half the width of the conversion.
+inline Vector<double> load_as_double(const float* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtps_pd(_mm256_loadu_ps(from));
+#elif defined(__AVX2__)
+  return _mm256_cvtps_pd(_mm_loadu_ps(from));
+#else
+  return __builtin_convertvector((load_bits<Vector<float, kVectorBytes / 2>>(from)), Vector<double>);
+#endif
 }
 
 // Squared norms of R rows: eight partial sums a row in double, added up as ../row_norms.h does; `rows` may repeat.
@@ -57,8 +68,7 @@ inline void square_norms_of(const A* const* rows, int64_t columns, A* norms) {
           const Vector<double> x = load(from);
           sums[r][part] += x * x;
         } else {
-          using Half = Vector<float, kVectorBytes / 2>;
-          const Vector<double> x = __builtin_convertvector(load_bits<Half>(from), Vector<double>);
+          const Vector<double> x = load_as_double(from);
           // The square of a float is exact in double: fused or not, the bits are the same.
           sums[r][part] = multiply_add(x, x, sums[r][part]);
         }
@@ -103,7 +113,7 @@ class Stream {
           widen(pass_.base + (row + r) * pass_.row_stride, stride, wide_.get() + r * stride);
         }
       }
-      scores(block, stride, row, rows, last);
+      scores(block, stride, row, rows);
       norms(block, stride, row, rows);
     }
   }
@@ -123,36 +133,33 @@ class Stream {
       for (int64_t tile = 0; tile < rows; tile += kStreamRows) {
         const A* tile_rows[kStreamRows];
         point_at<kStreamRows>(shares_.get(), pending, tile, rows, 0, tile_rows);
-        multiply<kStreamRows, kStreamVectors>(tile_rows, pending, panel, false, sums_.get(), kPanel<A>);
-        for (int64_t r = tile; r < std::min(rows, tile + kStreamRows); ++r) {
-          A* wide = kIsWide ? nullptr : wide_.get() + r * columns + column;
-          keep(row + r, column, width, sums_.get() + (r - tile) * kPanel<A>, wide);
-        }
+        const auto finish = [=](int r, int v, Vector<A> sum) {
+          const int64_t c = v * kWidth<A>;
+          if (tile + r < rows && c < width) keep(row, tile + r, column + c, width - c, sum);
+        };
+        const PiecesAhead ahead = next_tile(row + tile, pass_.queries == 0 ? column : columns, width, pending);
+        multiply_each<kStreamRows, kStreamVectors>(tile_rows, pending, panel, 1, ahead, finish);
       }
     }
   }
 
-  // new = kept * base + sum for `width` columns of a slot; `wide` takes what is stored of a half-precision memory.
-  void keep(int64_t row, int64_t column, int64_t width, const A* sum, [[maybe_unused]] A* wide) {
-    const S* from = pass_.base + row * pass_.row_stride + column;
-    S* to = pass_.stored + row * pass_.stored_stride + column;
-    const A kept = pass_.kept[row];
-    const Vector<A> factor = broadcast(kept);
-    int64_t c = 0;
-    for (; c + kWidth<A> <= width; c += kWidth<A>) {
-      Vector<A> values = load(sum + c);
-      if (kept != 0) values = multiply_add(factor, load_as<A>(from + c), values);
-      values = store_as<S, A>(to + c, values);
-      if constexpr (!kIsWide) store(wide + c, values);
+  // new = kept * base + sum for up to a vector of columns of a slot, row `r` of the block from `row` on.
+  void keep(int64_t row, int64_t r, int64_t column, int64_t left, Vector<A> values) const {
+    const S* from = pass_.base + (row + r) * pass_.row_stride + column;
+    S* to = pass_.stored + (row + r) * pass_.stored_stride + column;
+    const A kept = pass_.kept[row + r];
+    if (left >= kWidth<A>) {
+      if (kept != 0) values = multiply_add(broadcast(kept), load_as<A>(from), values);
+      values = store_as<S, A>(to, values);
+    } else {
+      if (kept != 0) values = multiply_add(broadcast(kept), load_some_as<A>(from, left), values);
+      values = store_some_as<S, A>(to, values, left);
     }
-    if (c == width) return;
-    Vector<A> values = load(sum + c);
-    if (kept != 0) values = multiply_add(factor, load_some_as<A>(from + c, width - c), values);
-    values = store_some_as<S, A>(to + c, values, width - c);
-    if constexpr (!kIsWide) std::memcpy(wide + c, &values, static_cast<size_t>(width - c) * sizeof(A));
+    // What is stored of a half-precision memory.
+    if constexpr (!kIsWide) store_up_to<A>(wide_.get() + r * pass_.columns + column, values, left);
   }
 
-  void scores(const A* block, int64_t stride, int64_t row, int64_t rows, int64_t last) {
+  void scores(const A* block, int64_t stride, int64_t row, int64_t rows) {
     const A* panel = pass_.packed_keys;
     for (int64_t query = 0; query < pass_.queries; query += kPanel<A>) {
       const int64_t width = padded_queries<A>(pass_.queries - query);
@@ -162,8 +169,8 @@ class Stream {
         for (int64_t tile = 0; tile < rows; tile += kStreamRows) {
           const A* tile_rows[kStreamRows];
           point_at<kStreamRows>(block, stride, tile, rows, k, tile_rows);
-          if (query == 0 && count > 0) prefetch_tile(row + block_ + tile, last, k, count);
-          multiply_panel(width, tile_rows, count, panel, k > 0, sums_.get() + tile * kPanel<A>);
+          const PiecesAhead ahead = next_tile(row + tile, query == 0 ? k : pass_.columns, count, count);
+          multiply_panel(width, tile_rows, count, panel, k > 0, sums_.get() + tile * kPanel<A>, ahead);
         }
         panel += count * width;
       }
@@ -174,11 +181,12 @@ class Stream {
     }
   }
 
-  // A piece of the next block: the hardware does not predict as many rows at a time.
-  void prefetch_tile(int64_t row, int64_t last, int64_t column, int64_t count) const {
-    for (int64_t r = row; r < std::min(last, row + kStreamRows); ++r) {
-      prefetch(pass_.base + r * pass_.row_stride + column, count);
-    }
+  // Columns of a tile of the next block, over `count` factors: the hardware does not predict as many rows at a time.
+  PiecesAhead next_tile(int64_t row, int64_t column, int64_t columns, int64_t count) const {
+    const int64_t next = std::min(pass_.slots, row + block_), rows = std::min<int64_t>(kStreamRows, pass_.slots - next);
+    constexpr int64_t kBytes = sizeof(S);
+    return {pass_.base + next * pass_.row_stride + column, columns * kBytes, pass_.row_stride * kBytes,
+            column < pass_.columns ? rows : 0, count};
   }
 
   void norms(const A* block, int64_t stride, int64_t row, int64_t rows) {
