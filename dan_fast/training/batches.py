@@ -10,6 +10,7 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.data import BatchPlanner, ImageCache, MiniBatch, ReIDDataset, TrainingSet, training_loader
 from dan_fast.data.shares import share_of
 from dan_fast.distributed.collectives import ProcessGroup
+from dan_fast.distributed.launch import rank_in, ranks_in
 from dan_fast.nn import DAN
 from dan_fast.training.config import TrainConfig
 
@@ -41,7 +42,7 @@ class TrainingBatches:
         group: ProcessGroup | None = None,
     ) -> None:
         data = config.data
-        self._rank, self._ranks = (0, 1) if group is None else (group.rank(), group.size())
+        self._rank, self._ranks = rank_in(group), ranks_in(group)
         self.batch_size = data.batch_size * (self._ranks if data.batch_size_per_rank else 1)
         self._data, self._training_set, self._device = data, training_set, device
         self._preprocessing = network.preprocessing

@@ -14,7 +14,7 @@ from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.training.config import MetaConfig
 from dan_fast.training.metrics import accuracy
 from dan_fast.training.objective import DivergedError, Objective, PassRecord, TrainingModel, all_finite, require_sound
-from dan_fast.training.ranks import WholePass, whole_pass, with_shares
+from dan_fast.training.ranks import WholePass, any_rank, whole_pass, with_shares
 
 _CAM_WEIGHT = "network.classifier.weight"
 
@@ -205,6 +205,7 @@ class MetaStep:
             self.meta.order,
             train_losses=train_losses,
             add_up=self._added_up,
+            any_failed=self._any_failed,
         )
         test = self._whole(found.test_losses, meta_test)
         _require_sound([*unread, test.record], found.grads.values())
@@ -224,6 +225,9 @@ class MetaStep:
         own = [name for name in grads if name not in self._gates]
         sums = add_up(self.process_group, [grads[name] for name in own], [self._params[name] for name in own])
         return {**grads, **dict(zip(own, sums, strict=True))}
+
+    def _any_failed(self, failed: bool) -> bool:
+        return failed if self.process_group is None else any_rank(self.process_group, failed, self.device)
 
     def _average_statistics(self) -> None:
         """Make batch norm's running statistics the mean of the ranks', so that all go on with the same."""
