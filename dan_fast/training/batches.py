@@ -64,7 +64,8 @@ class TrainingBatches:
             seed=config.run.seed,
             iterations=data.iterations,
         )
-        self._require_an_image_each(lending=config.model.style_mixing == "unlabeled")
+        self._lending = config.model.style_mixing == "unlabeled"
+        self._require_an_image_each()
 
     def fill_cache(self, datasets: Iterable[ReIDDataset]) -> None:
         """Decode into the cache what it lacks of the datasets' train splits.
@@ -93,11 +94,12 @@ class TrainingBatches:
             cache=self.cache,
             device=self._device,
             preprocessing=self._preprocessing,
+            shares=self._ranks > 1 and not self._lending,
         )
 
-    def _require_an_image_each(self, lending: bool) -> None:
+    def _require_an_image_each(self) -> None:
         labeled, unlabeled = map(min, zip(*self.planner.places, strict=True))
-        fewest = min(labeled, unlabeled) if lending and unlabeled else labeled
+        fewest = min(labeled, unlabeled) if self._lending and unlabeled else labeled
         if self._ranks > 1 and fewest < self._ranks:
             raise DanFastError(
                 f"A batch of {self.batch_size} images cannot be divided over {self._ranks} ranks, S or S~ has {fewest} "

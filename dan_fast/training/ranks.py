@@ -31,10 +31,16 @@ def any_rank(group: ProcessGroup, holds: bool, device: torch.device) -> bool:
 
 
 def with_shares(group: ProcessGroup, splits: tuple[Split, Split | None]) -> tuple[Split, Split | None]:
-    """The splits, told how many images of each kind every rank has; one collective."""
+    """The splits, told how many images of each kind every rank has; one collective.
+
+    Raises:
+        ValueError: no rank has a labelled or fed-back image of S or of S~.
+    """
     counts = torch.tensor([split.counts for split in splits if split is not None])
     (of_ranks,) = all_gather(group, _for_host(group, counts, splits[0].labels.device))
     shares = [tuple(map(tuple, of_split)) for of_split in of_ranks.transpose(0, 1).tolist()]
+    if not all(sum(labeled + fed_back for labeled, fed_back, _ in of_split) for of_split in shares):
+        raise ValueError("no rank has a labelled or fed-back image of it, as where all of them are broken")
     meta_train, meta_test = splits
     return (
         meta_train._replace(shares=shares[0]),

@@ -62,8 +62,9 @@ class MetaStep:
             gradient None there, so that neither momentum nor weight decay moves them.
         meta: procedure, order, eta and stall guard; the paper's settings by default. "daml3" holds the competition;
             without an adversary attention always wins.
-        process_group: ranks that each hand in a share of S and of S~, with at least one labelled or fed-back image, and
-            take the step that one rank would take with all of them; a memory has to be made with the same group.
+        process_group: ranks that each hand in a share of S and of S~, with at least one image, a labelled or fed-back
+            one where unlabelled ones only lend their styles, and take the step that one rank would take with all of
+            them; a memory has to be made with the same group.
             Gradients are added up, batch norm's running statistics averaged; batch norm itself and style mixing are of
             a rank's own images. What is found is the same on every rank. None: one process.
 

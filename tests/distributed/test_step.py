@@ -95,16 +95,23 @@ def same_steps(group: Group, procedure: str, order: int, gates: str, attention: 
     for seed in range(4):
         parts = []
         for half in range(1 if procedure == "daml1" else 2):
-            # With fewer unlabelled and fed-back images than ranks, at times, and none of them.
-            counts = (ranks + 3, half * (seed % 3), (2 * ranks + 1, 1, 0, 2)[seed])
+            # With fewer unlabelled and fed-back images than ranks, at times, and none of them on any or on one.
+            counts = (ranks + 3, half * (seed % 3), (0, 1, 2 * ranks + 1, 2)[seed])
             split = whole_split(10 * seed + half, counts)
             labeled = [1 + extra for extra in uneven(3, ranks, 0)]
+            if seed == 2:
+                # As where the labelled images of a rank are broken; it has unlabelled ones.
+                labeled[(1 - seed) % ranks] += labeled[-seed % ranks]
+                labeled[-seed % ranks] = 0
             sizes = (labeled, uneven(counts[1], ranks, 1), uneven(counts[2], ranks, seed % ranks))
             parts.append((share(split, group.rank(), sizes), split))
         found = mine.step(*(part for part, _ in parts))
         assert_same(found, alone.step(*(split for _, split in parts)))
     for one, other in zip(mine.model.parameters(), alone.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    nothing = share(whole_split(5, (0, 0, ranks)), group.rank(), ([0] * ranks, [0] * ranks, [1] * ranks))
+    with pytest.raises(ValueError, match="no rank has a labelled or fed-back image of it, as where all of them are"):
+        mine.step(*[nothing] * len(parts))
 
 
 @pytest.mark.parametrize(
