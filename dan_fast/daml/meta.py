@@ -42,6 +42,7 @@ def meta_gradients(
     *,
     train_losses: Losses | None = None,
     add_up: Callable[[Params], Params] = dict,
+    any_failed: Callable[[bool], bool] = bool,
 ) -> MetaGradients:
     """Derivatives of L_g(S, G) + eta L_g(S~, G') for every group g in its own parameters.
 
@@ -75,6 +76,8 @@ def meta_gradients(
             returned, or double backward goes through the graph of these losses.
         add_up: where `loss_fn` gives a rank's own summand of the losses, adds gradients up over all ranks: called
             with name to tensor, the same names on each, for S, for S~ and for products of second derivatives.
+        any_failed: as `add_up`, tells whether something has failed on any rank: called with whether it has on this one,
+            so that with `order=2` all of them go by double backward, or none.
 
     Raises:
         ValueError: `order` is not 1 or 2, a parameter stands in two groups or is unknown or has no `inner_lr`, or a
@@ -97,7 +100,8 @@ def meta_gradients(
     with attention_that_serves(order):
         if order == 2:
             given = (meta_train, meta_test)
-            return _total_derivatives(loss_fn, params, groups, given, inner_lr, eta, train_losses, add_up)
+            told = (add_up, any_failed)
+            return _total_derivatives(loss_fn, params, groups, given, inner_lr, eta, train_losses, told)
         if train_losses is None:
             current = _current(params, active)
             train_losses = loss_fn(current, meta_train)
@@ -117,9 +121,10 @@ def _total_derivatives(
     inner_lr: float | Mapping[str, float],
     eta: float,
     train_losses: Losses | None,
-    add_up: Callable[[Params], Params],
+    told: tuple[Callable[[Params], Params], Callable[[bool], bool]],
 ) -> MetaGradients:
-    """`meta_gradients` with second derivatives; `batches` are S and S~."""
+    """`meta_gradients` with second derivatives; `batches` are S and S~, `told` are `add_up` and `any_failed`."""
+    add_up, any_failed = told
     followers: dict[str, list[str]] = {}
     for names, loss in groups.values():
         followers.setdefault(loss, []).extend(names)
@@ -132,7 +137,7 @@ def _total_derivatives(
         traced = train_losses if isinstance(train_losses, TracedLosses) else TracedLosses.whole(train_losses)
     for loss in followers:
         _loss(traced, loss)
-    second = SecondOrder(traced, {name: current[name] for name in active}, followers)
+    second = SecondOrder(traced, {name: current[name] for name in active}, followers, any_failed)
     train_grads = add_up(second.gradients())
     moved, test_losses = _test_pass(loss_fn, current, train_grads, inner_lr, batches[1])
     by_test = each_gradient([_loss(test_losses, loss) for loss in followers], [moved[name] for name in active])

@@ -12,7 +12,8 @@ are differentiable twice, and keeps its graph from the first pass.
 import importlib
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -26,6 +27,10 @@ from dan_fast.distributed.launch import is_loss_of_a_rank
 
 # By identity: a loss_fn need not be hashable.
 _by_double_backward: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+class _NotServed(RuntimeError):
+    """Forward over reverse has failed, on this rank or on another: all of them raise it, at one place."""
 
 
 class Head:
@@ -60,13 +65,21 @@ class SecondOrder:
         losses: of S, computed with `params`.
         params: the parameters that are trained, by name.
         names: of each loss, the parameters that follow it.
+        any_failed: whether something has failed on any rank, by whether it has on this one.
 
     Attributes:
         heads: loss name to `Head`.
     """
 
-    def __init__(self, losses: TracedLosses, params: Params, names: Mapping[str, Sequence[str]]) -> None:
+    def __init__(
+        self,
+        losses: TracedLosses,
+        params: Params,
+        names: Mapping[str, Sequence[str]],
+        any_failed: Callable[[bool], bool] = bool,
+    ) -> None:
         self.losses = losses
+        self._any_failed = any_failed
         self.params = params
         self._followers = names
         losses.cut.find(losses.features, params)
@@ -99,16 +112,12 @@ class SecondOrder:
     def product(self, loss_fn: Any, tangents: Mapping[str, Params], wanted: Sequence[str]) -> dict[str, Tensor]:
         """`by_forward_over_reverse`, or `by_double_backward` where that cannot be.
 
-        It is found by trying; it is said once of a `loss_fn`, and not tried again.
+        It is found by trying, by all ranks together; it is said once of a `loss_fn`, and not tried again.
         """
         if _by_double_backward.get(id(loss_fn)) is not loss_fn:
             try:
                 return self.by_forward_over_reverse(tangents, wanted)
-            except torch.OutOfMemoryError:
-                raise
-            except (NotImplementedError, RuntimeError) as error:
-                if is_loss_of_a_rank(error):
-                    raise
+            except _NotServed as error:
                 _by_double_backward[id(loss_fn)] = loss_fn
                 reason = str(error).strip().partition("\n")[0]
                 warnings.warn(
@@ -133,7 +142,7 @@ class SecondOrder:
             Name to a tensor of the parameter's shape; what does not depend on the tangents is left out.
 
         Raises:
-            NotImplementedError, RuntimeError: an operator of the trunk has no forward mode.
+            RuntimeError: an operator of the trunk has no forward mode, on this rank or on another.
         """
         trunk, behind = self._parted(wanted)
         found: dict[str, Tensor] = {}
@@ -216,13 +225,14 @@ class SecondOrder:
         _load_rules()
         with forward_ad.dual_level():
             duals = {name: _dual(self.params[name], tangents.get(name)) for name in names}
-            if trunk:
-                features, pull = self.losses.cut.vjp(self.losses.again, duals, trunk)
-            else:
-                with DualMode():
-                    features = self.losses.again(duals)
-            primal, tangent = forward_ad.unpack_dual(features)
-            self._require_same(primal)
+            with self._tried():
+                if trunk:
+                    features, pull = self.losses.cut.vjp(self.losses.again, duals, trunk)
+                else:
+                    with DualMode():
+                        features = self.losses.again(duals)
+                primal, tangent = forward_ad.unpack_dual(features)
+                self._require_same(primal)
             cotangents = list(carried)
             seed = None
             if loss is not None:
@@ -235,8 +245,25 @@ class SecondOrder:
                 seed = torch.zeros_like(cotangents[0])
             if cotangents:
                 seed = forward_ad.make_dual(seed, torch.stack(cotangents).sum(0))
-            _accumulate(found, pull(seed))
+            with self._tried():
+                grads = pull(seed)
+            _accumulate(found, grads)
         return []
+
+    @contextmanager
+    def _tried(self) -> Iterator[None]:
+        """Inside, nothing is collective; where it fails on one rank all of them leave it by `_NotServed`."""
+        fault = None
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (NotImplementedError, RuntimeError) as error:
+            if is_loss_of_a_rank(error):
+                raise
+            fault = error
+        if self._any_failed(fault is not None):
+            raise _NotServed(fault or "it has failed on another rank") from fault
 
     def _require_same(self, features: Tensor) -> None:
         if self.losses.trusted:

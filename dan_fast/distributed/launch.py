@@ -94,6 +94,16 @@ def is_loss_of_a_rank(error: BaseException) -> bool:
     return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
 
 
+def rank_in(group: ProcessGroup | None) -> int:
+    """This process's rank; 0 without a group."""
+    return 0 if group is None else group.rank()
+
+
+def ranks_in(group: ProcessGroup | None) -> int:
+    """How many ranks there are; 1 without a group."""
+    return 1 if group is None else group.size()
+
+
 def gathered(group: ProcessGroup | None, value: Any) -> list[Any]:
     """What each rank has: plain values and tensors of the host, pickled, so for small ones outside of iterations."""
     if group is None:

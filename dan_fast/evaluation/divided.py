@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed
 
 from dan_fast.distributed.collectives import ProcessGroup, gather_parts
-from dan_fast.distributed.launch import gathered
+from dan_fast.distributed.launch import gathered, rank_in, ranks_in
 from dan_fast.distributed.shards import check_backend
 
 
@@ -56,7 +56,7 @@ class Division:
     @classmethod
     def of_images(cls, group: ProcessGroup | None, images: int) -> Division:
         """So many images, as equally as can be."""
-        ends = [images * (rank + 1) // _ranks(group) for rank in range(_ranks(group))]
+        ends = [images * (rank + 1) // ranks_in(group) for rank in range(ranks_in(group))]
         return cls(group, [end - start for start, end in zip([0, *ends], ends, strict=False)])
 
     @classmethod
@@ -73,7 +73,7 @@ class Division:
     @property
     def rank(self) -> int:
         """Of this process."""
-        return 0 if self.group is None else self.group.rank()
+        return rank_in(self.group)
 
     def rows_of(self, rank: int) -> slice:
         """The images that a rank holds."""
@@ -146,7 +146,3 @@ class Division:
             if start < stop:
                 wanted[start - chosen.start : stop - chosen.start] = found[back[start - first : stop - first]]
         return wanted
-
-
-def _ranks(group: ProcessGroup | None) -> int:
-    return 1 if group is None else group.size()

@@ -146,19 +146,33 @@ def nearest(images: Images, count: int) -> list[Nearest]:
 
 def _add(found: Nearest, places: Tensor, distances: PartDistances) -> None:
     """Take more images into account, by the least and the largest that their exact distances may be."""
-    near, steps = distances.near(slice(None)), distances.steps[:, None]
-    low, high = on_grid(near - distances.error, steps), on_grid(near + distances.error, steps)
-    largest = torch.maximum(found.largest, low.amax(1))
-    row, column = ((high > largest[:, None]) & (low < high)).nonzero(as_tuple=True)
+    near, steps, error = distances.near(slice(None)), distances.steps, distances.error[:, 0]
+
+    def least(row: Tensor | slice, distance: Tensor) -> Tensor:
+        return on_grid(distance - error[row], steps[row])
+
+    def most(row: Tensor | slice, distance: Tensor) -> Tensor:
+        return on_grid(distance + error[row], steps[row])
+
+    # Both ascend with the distance, so those of a row's extremes are the extremes. Only of what is within their reach
+    # of a limit are they formed.
+    everywhere, reach = slice(None), error + steps
+    largest = torch.maximum(found.largest, least(everywhere, near.amax(1)))
+    row, column = (near >= (largest - reach)[:, None]).nonzero(as_tuple=True)
+    high = most(row, near[row, column])
+    open_ones = (high > largest[row]) & (least(row, near[row, column]) < high)
+    row, column = row[open_ones], column[open_ones]
     found.largest.copy_(largest.scatter_reduce(0, row, distances.exact(row, column), "amax"))
 
     count = found.distances.shape[1]
-    limit = found.distances[:, -1:]
+    limit = found.distances[:, -1]
     if len(places) >= count:
-        limit = limit.minimum(high.topk(count, dim=1, largest=False).values[:, -1:])
-    row, column = (low <= limit).nonzero(as_tuple=True)
-    value = low[row, column]
-    open_ones = value < high[row, column]
+        limit = limit.minimum(most(everywhere, near.topk(count, dim=1, largest=False).values[:, -1]))
+    row, column = (near <= (limit + reach)[:, None]).nonzero(as_tuple=True)
+    within = least(row, near[row, column]) <= limit[row]
+    row, column = row[within], column[within]
+    value = least(row, near[row, column])
+    open_ones = value < most(row, near[row, column])
     value[open_ones] = distances.exact(row[open_ones], column[open_ones])
     # With the nearest so far, by row, distance and place.
     rows = torch.arange(len(near), device=row.device)

@@ -10,6 +10,7 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.data import BatchPlanner, ImageCache, MiniBatch, ReIDDataset, TrainingSet, training_loader
 from dan_fast.data.shares import share_of
 from dan_fast.distributed.collectives import ProcessGroup
+from dan_fast.distributed.launch import rank_in, ranks_in
 from dan_fast.nn import DAN
 from dan_fast.training.config import TrainConfig
 
@@ -41,7 +42,7 @@ class TrainingBatches:
         group: ProcessGroup | None = None,
     ) -> None:
         data = config.data
-        self._rank, self._ranks = (0, 1) if group is None else (group.rank(), group.size())
+        self._rank, self._ranks = rank_in(group), ranks_in(group)
         self.batch_size = data.batch_size * (self._ranks if data.batch_size_per_rank else 1)
         self._data, self._training_set, self._device = data, training_set, device
         self._preprocessing = network.preprocessing
@@ -63,7 +64,8 @@ class TrainingBatches:
             seed=config.run.seed,
             iterations=data.iterations,
         )
-        self._require_an_image_each(lending=config.model.style_mixing == "unlabeled")
+        self._lending = config.model.style_mixing == "unlabeled"
+        self._require_an_image_each()
 
     def fill_cache(self, datasets: Iterable[ReIDDataset]) -> None:
         """Decode into the cache what it lacks of the datasets' train splits.
@@ -92,11 +94,12 @@ class TrainingBatches:
             cache=self.cache,
             device=self._device,
             preprocessing=self._preprocessing,
+            shares=self._ranks > 1 and not self._lending,
         )
 
-    def _require_an_image_each(self, lending: bool) -> None:
+    def _require_an_image_each(self) -> None:
         labeled, unlabeled = map(min, zip(*self.planner.places, strict=True))
-        fewest = min(labeled, unlabeled) if lending and unlabeled else labeled
+        fewest = min(labeled, unlabeled) if self._lending and unlabeled else labeled
         if self._ranks > 1 and fewest < self._ranks:
             raise DanFastError(
                 f"A batch of {self.batch_size} images cannot be divided over {self._ranks} ranks, S or S~ has {fewest} "

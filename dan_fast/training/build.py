@@ -9,6 +9,7 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.core.launched import local_rank, number_of_ranks
 from dan_fast.core.preprocessing import IMAGENET, Preprocessing
 from dan_fast.distributed.collectives import ProcessGroup
+from dan_fast.distributed.launch import ranks_in
 from dan_fast.nn import DAN, ProgressiveAugmentedMemory
 from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.config import LossConfig, MemoryConfig, ModelConfig, TrainConfig
@@ -137,7 +138,7 @@ def build_memory(
     Raises:
         DanFastError: a start for gates that are no parameters, or fewer slots than ranks.
     """
-    ranks = 1 if process_group is None else process_group.size()
+    ranks = ranks_in(process_group)
     for name in ("labeled_slots", "unlabeled_slots"):
         if getattr(config, name) < ranks:
             raise DanFastError(

@@ -8,7 +8,7 @@ from typing import TypeVar
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.images.workers import is_worker_death
 from dan_fast.distributed.collectives import ProcessGroup
-from dan_fast.distributed.launch import largest
+from dan_fast.distributed.launch import largest, rank_in
 
 Batch = TypeVar("Batch")
 
@@ -60,7 +60,7 @@ class StopRequest:
                 batch = None if self.requested else next(left, None)
             except Exception as caught:
                 error = None if self.requested and is_worker_death(caught) else caught
-            own = 0 if error is None else 1 + (0 if group is None else group.rank())
+            own = 0 if error is None else 1 + rank_in(group)
             stops, failed = largest(group, self.requested, own)
             self.agreed = bool(stops)
             if failed:

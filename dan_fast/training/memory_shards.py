@@ -6,8 +6,9 @@ that it holds. checkpoint.pt names them and is written last: until then the earl
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -86,8 +87,10 @@ def load_state(model: TrainingModel, state: Mapping[str, Any], folder: Path) -> 
         prefix = _NETWORK if name.startswith(_NETWORK) else _MEMORY
         parts[prefix][name.removeprefix(prefix)] = value
 
+    require_whole = cache(_require_whole)  # M and M' are in the same files
+
     def read(name: str, rows: slice) -> Tensor:
-        return _rows_of_shards(folder, shards, name, rows)
+        return _rows_of_shards(folder, shards, name, rows, require_whole)
 
     model.network.load_state_dict(parts[_NETWORK])
     model.memory.load_parted_state_dict(parts[_MEMORY], read)
@@ -159,14 +162,25 @@ def _on_all(group: ProcessGroup, do: Any) -> None:
         raise DanFastError(f"Rank {rank - 1} could not write its part of the checkpoint and says why in its own error.")
 
 
-def _rows_of_shards(folder: Path, shards: list[dict[str, Any]], name: str, rows: slice) -> Tensor:
+def _require_whole(file: Path, checksum: int) -> None:
+    if file.is_file() and _checksum(file) != checksum:  # safetensors keeps none
+        raise DanFastError(f"{file} is damaged, its checksum does not fit: continue from another checkpoint.")
+
+
+def _rows_of_shards(
+    folder: Path,
+    shards: list[dict[str, Any]],
+    name: str,
+    rows: slice,
+    require_whole: Callable[[Path, int], None] = _require_whole,
+) -> Tensor:
     """(n, d) the features `name` of the slots `rows`."""
     parts, start = [], 0
     for shard in shards:
         stop = start + shard["rows"][name]
         first, last = max(start, rows.start), min(stop, rows.stop)
         if first < last:
-            _require_whole(folder / shard["file"], shard["crc32"])
+            require_whole(folder / shard["file"], shard["crc32"])
             with _opened(folder / shard["file"]) as file:
                 parts.append(file.get_slice(name)[first - start : last - start])
         start = stop
@@ -178,11 +192,6 @@ def _rows_of_shards(folder: Path, shards: list[dict[str, Any]], name: str, rows:
 def _shape(file: Path, name: str) -> list[int]:
     with _opened(file) as shard:
         return shard.get_slice(name).get_shape()
-
-
-def _require_whole(file: Path, checksum: int) -> None:
-    if file.is_file() and _checksum(file) != checksum:  # safetensors keeps none
-        raise DanFastError(f"{file} is damaged, its checksum does not fit: continue from another checkpoint.")
 
 
 def _checksum(file: Path) -> int:

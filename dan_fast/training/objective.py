@@ -159,7 +159,8 @@ class TrainingModel(nn.Module):
 
         targets = split.labels[:known]
         branches = (logits, adversary_logits) if self.network.adversary else (logits,)
-        classification = adversary = zero
+        # A rank's share may have none of them: 0, and as zero is its gradient, where other ranks have one.
+        classification, adversary = logits[:0].sum(), out.adversary_loss[:0].float().sum()
         if known > 0:
             share = known / (whole_labeled + whole_fed_back)
             classification = torch.stack([F.cross_entropy(branch[:known], targets) for branch in branches]).mean()

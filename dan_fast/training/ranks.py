@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from dan_fast.data import Split
 from dan_fast.distributed.collectives import ProcessGroup, all_gather, gather_parts
@@ -23,12 +23,24 @@ class WholePass(NamedTuple):
     record: PassRecord
 
 
+def any_rank(group: ProcessGroup, holds: bool, device: torch.device) -> bool:
+    """Whether something holds on any of the ranks; one collective."""
+    found = _for_host(group, torch.tensor(int(holds)), device)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX, group=group)
+    return bool(found)
+
+
 def with_shares(group: ProcessGroup, splits: tuple[Split, Split | None]) -> tuple[Split, Split | None]:
-    """The splits, told how many images of each kind every rank has; one collective."""
+    """The splits, told how many images of each kind every rank has; one collective.
+
+    Raises:
+        ValueError: no rank has a labelled or fed-back image of S or of S~.
+    """
     counts = torch.tensor([split.counts for split in splits if split is not None])
-    # On the host, if the group can: a GPU would be waited for.
-    (of_ranks,) = all_gather(group, counts if carries(group, "cpu") else counts.to(splits[0].labels.device))
+    (of_ranks,) = all_gather(group, _for_host(group, counts, splits[0].labels.device))
     shares = [tuple(map(tuple, of_split)) for of_split in of_ranks.transpose(0, 1).tolist()]
+    if not all(sum(labeled + fed_back for labeled, fed_back, _ in of_split) for of_split in shares):
+        raise ValueError("no rank has a labelled or fed-back image of it, as where all of them are broken")
     meta_train, meta_test = splits
     return (
         meta_train._replace(shares=shares[0]),
@@ -80,3 +92,8 @@ def whole_pass(
             cleared,
         ),
     )  # fmt: skip
+
+
+def _for_host(group: ProcessGroup, numbers: Tensor, device: torch.device) -> Tensor:
+    """Numbers of the host where the group carries them: on the host if it can, as a GPU would be waited for."""
+    return numbers if carries(group, "cpu") else numbers.to(device)

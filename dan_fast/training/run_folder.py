@@ -15,7 +15,7 @@ from dan_fast.core.files import alone, holder_of, remove_unfinished, write_text
 from dan_fast.core.free_memory import why_too_large
 from dan_fast.core.launched import local_ranks
 from dan_fast.distributed.collectives import ProcessGroup
-from dan_fast.distributed.launch import gathered, largest
+from dan_fast.distributed.launch import gathered, largest, rank_in
 from dan_fast.training.checkpoint import CheckpointWriter, load_checkpoint
 from dan_fast.training.config import RunConfig, TrainConfig, goes_on, require_same_training
 from dan_fast.training.memory_shards import remove_shards, write_checkpoint_of_ranks
@@ -34,7 +34,7 @@ class RunFolder:
 
     def __init__(self, run: RunConfig, group: ProcessGroup | None = None) -> None:
         self._group = group
-        self._writes = group is None or group.rank() == 0
+        self._writes = rank_in(group) == 0
         self.path = Path(run.out)
         self.checkpoint = self.path / "checkpoint.pt"
         self._lock = self.path / ".run.lock"

@@ -14,7 +14,7 @@ from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.training.config import MetaConfig
 from dan_fast.training.metrics import accuracy
 from dan_fast.training.objective import DivergedError, Objective, PassRecord, TrainingModel, all_finite, require_sound
-from dan_fast.training.ranks import WholePass, whole_pass, with_shares
+from dan_fast.training.ranks import WholePass, any_rank, whole_pass, with_shares
 
 _CAM_WEIGHT = "network.classifier.weight"
 
@@ -62,8 +62,9 @@ class MetaStep:
             gradient None there, so that neither momentum nor weight decay moves them.
         meta: procedure, order, eta and stall guard; the paper's settings by default. "daml3" holds the competition;
             without an adversary attention always wins.
-        process_group: ranks that each hand in a share of S and of S~, with at least one labelled or fed-back image, and
-            take the step that one rank would take with all of them; a memory has to be made with the same group.
+        process_group: ranks that each hand in a share of S and of S~, with at least one image, a labelled or fed-back
+            one where unlabelled ones only lend their styles, and take the step that one rank would take with all of
+            them; a memory has to be made with the same group.
             Gradients are added up, batch norm's running statistics averaged; batch norm itself and style mixing are of
             a rank's own images. What is found is the same on every rank. None: one process.
 
@@ -205,6 +206,7 @@ class MetaStep:
             self.meta.order,
             train_losses=train_losses,
             add_up=self._added_up,
+            any_failed=self._any_failed,
         )
         test = self._whole(found.test_losses, meta_test)
         _require_sound([*unread, test.record], found.grads.values())
@@ -224,6 +226,9 @@ class MetaStep:
         own = [name for name in grads if name not in self._gates]
         sums = add_up(self.process_group, [grads[name] for name in own], [self._params[name] for name in own])
         return {**grads, **dict(zip(own, sums, strict=True))}
+
+    def _any_failed(self, failed: bool) -> bool:
+        return failed if self.process_group is None else any_rank(self.process_group, failed, self.device)
 
     def _average_statistics(self) -> None:
         """Make batch norm's running statistics the mean of the ranks', so that all go on with the same."""

@@ -8,6 +8,7 @@ import torch
 from dan_fast.data import ImageCache
 from dan_fast.data.named_protocols import DatasetRoles
 from dan_fast.distributed.collectives import ProcessGroup
+from dan_fast.distributed.launch import rank_in
 from dan_fast.evaluation import Evaluation, evaluate_dataset
 from dan_fast.nn import DAN
 from dan_fast.training.config import TrainConfig
@@ -39,7 +40,7 @@ class Targets:
         device: torch.device,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        self._group, self._writes = process_group, process_group is None or process_group.rank() == 0
+        self._group, self._writes = process_group, rank_in(process_group) == 0
         self._config, self._datasets, self._folder, self._device = config, datasets, folder, device
         titles = [target.title for target in datasets.targets]
         self._choice = (

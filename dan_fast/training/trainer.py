@@ -9,7 +9,7 @@ from dan_fast.core.errors import DanFastError, Interrupted
 from dan_fast.data import MiniBatch, TrainingSet
 from dan_fast.data.images.workers import is_worker_death
 from dan_fast.distributed.collectives import ProcessGroup
-from dan_fast.distributed.launch import gathered, largest
+from dan_fast.distributed.launch import gathered, largest, rank_in, ranks_in
 from dan_fast.evaluation import Evaluation
 from dan_fast.training.alike import require_same_run, require_same_settings
 from dan_fast.training.batches import TrainingBatches
@@ -72,7 +72,7 @@ class Trainer:
         require_compilable(config, process_group)
         self.config = config
         self.process_group = process_group
-        self._is_first = process_group is None or process_group.rank() == 0
+        self._is_first = rank_in(process_group) == 0
         if config.run.deterministic and self.device.type == "cuda":
             prepare_cublas()
         self.folder = RunFolder(config.run, process_group)
@@ -97,16 +97,14 @@ class Trainer:
         )
         if saved is not None:
             network.preprocessing = preprocessing_of(saved)
-            ranks = 1 if process_group is None else process_group.size()
-            require_room(saved, self.folder.path, ranks, self.device)
+            require_room(saved, self.folder.path, ranks_in(process_group), self.device)
         self.batches = TrainingBatches(config, self.training_set, network, self.device, process_group)
         self.model = build_model(config, network, unlabeled_images > 0, lending, process_group)
         self.model.to(self.device, memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.meta_step = MetaStep(self.model, self.optimizer, config.meta, process_group)
         self._compiled = CompiledWhereFaster(self.meta_step, config.run.compile)
-        rank = 0 if process_group is None else process_group.rank()
-        self.random = RunRandomNumbers(self.device, config.run.seed, after_weights, rank)
+        self.random = RunRandomNumbers(self.device, config.run.seed, after_weights, rank_in(process_group))
         self.epoch = 0
         self.iteration = 0
         self.feedback: tuple[Tensor, Tensor] | None = None
@@ -282,7 +280,7 @@ class Trainer:
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        ranks = 1 if self.process_group is None else self.process_group.size()
+        ranks = ranks_in(self.process_group)
         if self.config.data.batch_size_per_rank and state.get("ranks", 1) != ranks:
             raise DanFastError(
                 f"{self.folder.checkpoint} was trained on {state.get('ranks', 1)} ranks with a batch for each, and "
@@ -298,7 +296,7 @@ class Trainer:
             self.feedback = feedback["sample_ids"], feedback["pseudo_labels"]
 
     def _restore_random(self, of_ranks: list[dict[str, Any]]) -> None:
-        rank, ranks = (0, 1) if self.process_group is None else (self.process_group.rank(), self.process_group.size())
+        rank, ranks = rank_in(self.process_group), ranks_in(self.process_group)
         if rank == 0 or ranks == len(of_ranks):
             self.random.load_state_dict(of_ranks[rank])
         else:

@@ -126,6 +126,28 @@ def test_a_stop_on_one_rank_stops_all_and_they_go_on_bit_for_bit(ranks: Ranks, i
         assert all(torch.equal(state[name], value) for name, value in one.items())
 
 
+def kept_and_gone_on(group: Group, config: TrainConfig, whole: dict[str, Tensor]) -> None:
+    same_memory(group, config, whole)
+    shards = load_checkpoint(Path(config.run.out) / "checkpoint.pt")["memory_shards"]
+    files = {file.name for file in Path(config.run.out).glob("memory-*")}
+    assert len(shards) == group.size() and files == {shard["file"] for shard in shards}
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_with_the_memory_of_four_and_four_with_that_of_two(images: Path, tmp_path: Path):
+    both = [Ranks(count, tmp_path / f"store{count}") for count in (2, 4)]
+    for writing, reading in (both, both[::-1]):
+        out = tmp_path / f"by{writing.world}"
+        writing.run(interrupted, settings(images, out), 3)
+        again = settings(images, out, run={"resume": True})
+        whole = writing.run(state_at, again)[0]
+        assert (whole["memory.unlabeled.labels"] >= 0).any()
+        assert len(load_checkpoint(out / "checkpoint.pt")["memory_shards"]) == writing.world
+        reading.run(kept_and_gone_on, again, whole)
+    for ranks in both:
+        ranks.close()
+
+
 def test_rows_are_read_from_the_middle_of_what_ranks_have_written(tmp_path: Path):
     """As another number of ranks reads them, whose shares begin and end elsewhere."""
     features, sizes, name = torch.arange(22.0).view(11, 2), [4, 1, 6], "labeled.features"

@@ -177,6 +177,7 @@ def training_loader(
     cache: ImageCache | None = None,
     device: str | torch.device = "cpu",
     preprocessing: Preprocessing = IMAGENET,
+    shares: bool = False,
 ) -> Loader:
     """Reads and augments the batches of a plan in its order; the rest of a plan resumes within an epoch.
 
@@ -193,14 +194,15 @@ def training_loader(
         cache: holds or takes the decoded images of the set.
         device: where the batches go and images are augmented; to a GPU by way of page-locked memory.
         preprocessing: how images are resized and normalised for the network.
+        shares: the plans are a rank's shares of batches, in which other ranks may have the labelled images.
 
     Returns:
-        A loader of one `MiniBatch` per plan. A part that is left without any labelled or fed-back image
-        raises DanFastError in either mode: no classification loss could be computed on it.
+        A loader of one `MiniBatch` per plan. A part that is left without any labelled or fed-back image, or as a share
+        without any image, raises DanFastError in either mode: no loss could be computed on it.
     """
     paths = [sample.path for sample in (*training_set.labeled_samples, *training_set.unlabeled_samples)]
     read = _reader(paths, image_size, preprocessing.interpolation, cache)
-    dataset = _PlannedBatches(training_set, image_size, broken_images, read)
+    dataset = _PlannedBatches(training_set, image_size, broken_images, read, shares)
     workers = workers if cache is None else 0
     source = SentenceLoader(dataset, _as_planned, workers, batch_size=None, sampler=Packed(plans))
     prepare = partial(_augmented, device=torch.device(device), preprocessing=preprocessing)
@@ -211,12 +213,18 @@ class _PlannedBatches(Dataset):
     """Maps a `BatchPlan` to its `MiniBatch` of uint8 images and the draws for each part."""
 
     def __init__(
-        self, training_set: TrainingSet, image_size: tuple[int, int], broken_images: BrokenImages, read: Read
+        self,
+        training_set: TrainingSet,
+        image_size: tuple[int, int],
+        broken_images: BrokenImages,
+        read: Read,
+        shares: bool,
     ) -> None:
         self.labeled, self.unlabeled = training_set.paths
         self.image_size = tuple(image_size)
         self.broken_images = _checked(broken_images)
         self.read = read
+        self.shares = shares
 
     def __getitem__(self, plan: BatchPlan) -> tuple[MiniBatch, tuple[Draws, ...]]:
         skipped: list[str] = []
@@ -236,11 +244,11 @@ class _PlannedBatches(Dataset):
                 skipped.append(str(path))
                 continue
             kept.append(item)
-        if all(item.kind == "unlabeled" for item in kept):
-            raise DanFastError(
-                f"All labelled images of a batch, or of a rank's share of it, are broken, {skipped[skipped_before]} "
-                "the first; repair the dataset."
-            )
+        if not kept or not self.shares and all(item.kind == "unlabeled" for item in kept):
+            images = "images of a rank's share of a batch"
+            if not self.shares:
+                images = "labelled images of a batch, or of a rank's share of it,"
+            raise DanFastError(f"All {images} are broken, {skipped[skipped_before]} the first; repair the dataset.")
         return split_of(kept, _stack(images, self.image_size)), draw([item.seed for item in kept], self.image_size)
 
 

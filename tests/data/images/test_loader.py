@@ -171,6 +171,12 @@ def test_a_part_without_any_labelled_image_left_is_an_error(source: TrainingSet)
         DanFastError, match="All labelled images of a batch, or of a rank's share of it, are broken, .*/labeled/"
     ):
         load(source, plan, broken_images="skip")
+    # But not of a rank's share, in which any image is enough.
+    assert all(batch.meta_train.counts[0] == 0 for batch in load(source, plan, broken_images="skip", shares=True))
+    for sample in source.unlabeled_samples:
+        break_image(sample.path, "text")
+    with pytest.raises(DanFastError, match="All images of a rank's share of a batch are broken, .*/labeled/"):
+        load(source, plan, broken_images="skip", shares=True)
 
 
 def test_image_loader_keeps_the_order_and_leaves_broken_images_out(source: TrainingSet) -> None:
