@@ -15,7 +15,7 @@ class Stage(StrEnum):
     ATTENTION = "attention"
     """Stage 2: the attention branch won; Ga is frozen, Gb is updated by L_total."""
     BOTH = "both"
-    """The adversary branch has won too often in a row; both groups are updated."""
+    """Both groups are updated: the adversary branch has won too often in a row, or both branches have won."""
 
 
 class Competition:
@@ -44,11 +44,11 @@ class Competition:
         self.stall_guard = stall_guard
         self.adversary_streak = 0
 
-    def decide(self, attention_won: bool) -> Stage:
-        """The stage of the next iteration, whose S the attention branch has won or not."""
-        if attention_won:
+    def decide(self, attention_won: bool, tied: bool = False) -> Stage:
+        """The stage of the next iteration, whose S the attention branch has won or not, or both have, `tied`."""
+        if attention_won or tied:
             self.adversary_streak = 0
-            return Stage.ATTENTION
+            return Stage.BOTH if tied else Stage.ATTENTION
         # The guard takes effect in the iteration after the one that completes the row.
         stalled = self.stall_guard > 0 and self.adversary_streak >= self.stall_guard
         self.adversary_streak += 1

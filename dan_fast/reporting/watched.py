@@ -13,7 +13,7 @@ from dan_fast.reporting.runs import Run
 WATCHED = {
     "competition/ties": (
         "share of iterations in which both branches were equally accurate on S",
-        "near 1 accuracy no longer decides who wins, cross-entropy does",
+        "near 1 accuracy no longer decides who wins, cross-entropy does; meta.tie both has both groups updated",
     ),
     "competition/backbone_frozen": (
         "share of iterations with a frozen backbone",

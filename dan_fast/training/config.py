@@ -198,12 +198,15 @@ class MetaConfig:
         eta: Weight of the meta-test loss, Eq. (17) (the paper: 1).
         stall_guard: Adversary wins in a row after which backbone and attention are both updated until
             attention wins; 0 is the literal paper.
+        tie: Where both branches classify equally many samples rightly, the one of lower cross_entropy wins, or
+            both are updated.
     """
 
     procedure: Literal["daml1", "daml2", "daml3"] = "daml3"
     order: Literal[1, 2] = 1
     eta: NonNegativeFloat = 1.0
     stall_guard: NonNegativeInt = 20
+    tie: Literal["cross_entropy", "both"] = "cross_entropy"
 
     __post_init__ = _make_plain
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dan_fast.daml import Competition, Stage, active_groups, attention_wins, meta_gradients
+from dan_fast.daml import Competition, Stage, accuracies_tie, active_groups, attention_wins, meta_gradients
 from dan_fast.daml.meta import attention_that_serves
 from dan_fast.data import Split
 from dan_fast.distributed.buckets import add_up
@@ -60,8 +60,8 @@ class MetaStep:
         model: network, memory and weights of the losses. It is used in the mode it is in, so call `train()` first.
         optimizer: of every parameter of `model` that requires a gradient. Parameters that are frozen in a step have the
             gradient None there, so that neither momentum nor weight decay moves them.
-        meta: procedure, order, eta and stall guard; the paper's settings by default. "daml3" holds the competition;
-            without an adversary attention always wins.
+        meta: procedure, order, eta, stall guard and ties; the paper's settings by default. "daml3" holds the
+            competition; without an adversary attention always wins.
         process_group: ranks that each hand in a share of S and of S~, with at least one image, a labelled or fed-back
             one where unlabelled ones only lend their styles, and take the step that one rank would take with all of
             them; a memory has to be made with the same group.
@@ -241,10 +241,11 @@ class MetaStep:
 
     def _compete(self, record: PassRecord) -> Stage:
         """The stage that the samples of S decide; the pass is known to be sound afterwards."""
-        won = attention_wins(record.logits, record.adversary_logits, record.labels)
-        fault, attention_won = _read([record.fault, won])
+        branches = record.logits, record.adversary_logits, record.labels
+        decisions = [attention_wins, accuracies_tie] if self.meta.tie == "both" else [attention_wins]
+        fault, *decided = _read([record.fault, *(decision(*branches) for decision in decisions)])
         require_sound(fault)
-        return self.competition.decide(bool(attention_won))
+        return self.competition.decide(*map(bool, decided))
 
     def _groups(self, stage: Stage) -> dict[str, tuple[list[str], str]]:
         backbone, gates = self._backbone, self._gates

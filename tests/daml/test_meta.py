@@ -215,6 +215,13 @@ def test_the_stall_guard_frees_both_groups_until_attention_wins():
     assert competition.decide(False) is Stage.ADVERSARY
 
 
+def test_a_tie_that_both_win_ends_a_row_of_the_adversary():
+    competition = Competition(stall_guard=2)
+    decisions = [(False,), (False, True), (False,), (False, False), (False,), (True, False)]
+    stages = [Stage.ADVERSARY, Stage.BOTH, Stage.ADVERSARY, Stage.ADVERSARY, Stage.BOTH, Stage.ATTENTION]
+    assert [competition.decide(*each) for each in decisions] == stages
+
+
 def test_without_a_guard_the_backbone_stays_frozen():
     competition = Competition(stall_guard=0)
     assert {competition.decide(False) for _ in range(50)} == {Stage.ADVERSARY}

@@ -171,6 +171,15 @@ def test_the_stall_guard_goes_on_from_its_state(monkeypatch):
     assert [*stages, second.step(split(1), split(2)).stage] == [Stage.ADVERSARY, Stage.ADVERSARY, Stage.BOTH]
 
 
+@pytest.mark.parametrize("tie, stage", [("cross_entropy", Stage.ADVERSARY), ("both", Stage.BOTH)])
+def test_both_groups_are_updated_on_a_tie_where_that_is_asked_for(monkeypatch, tie, stage):
+    for decision, found in (("attention_wins", False), ("accuracies_tie", True)):
+        monkeypatch.setattr(f"dan_fast.training.step.{decision}", lambda *_, found=found: torch.tensor(found))
+    result = tiny_step(tie=tie).step(split(1), split(2))
+    assert result.stage is stage
+    assert (CAM_WEIGHT in result.grads and "network.backbone.conv.weight" in result.grads) == (tie == "both")
+
+
 def test_what_is_reported_is_of_the_batch_and_not_of_the_weights_afterwards():
     meta_step = tiny_step(lr=10.0)
     result = meta_step.step(split(1), split(2))
