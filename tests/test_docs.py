@@ -26,7 +26,10 @@ ROOMS_PAGES = [ROOT / "csrc/README.md", ROOT / "benchmarks/results/h200/README.m
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*\w")
 COMMANDS = ("pip install -e . && dan-fast quickstart", "pip install -e '.[test]' && pytest")
 # Flags of torchreid and fast-reid.
-FOREIGN = {"migrating.md": {"--config-file", "--eval-only", "--resume", "--num-gpus"}}
+FOREIGN = {
+    "migrating.md": {"--config-file", "--eval-only", "--resume", "--num-gpus"},
+    "scaling.md": {"--trainings"},  # of scripts/rank_overhead.py
+}
 # Blocks that are neither run nor parsed, by page and language, and why.
 LEFT = {("README.md", "bibtex"): "a citation", ("CONTRIBUTING.md", "text"): "a tree of folders"}
 # Pages whose Python blocks need what other tests have, a LitData store or a process without dan_fast.
