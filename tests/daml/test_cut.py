@@ -121,6 +121,7 @@ def peaks() -> None:
         print(peak_above(torch.device("cpu"), run)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system tells no peak of memory")
 def test_a_cut_trunk_takes_little_more_memory_than_order_1():
     code = "from tests.daml.test_cut import peaks; peaks()"
