@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 
 from dan_fast.daml.dual_mode import DualMode
+from dan_fast.daml.gathered import gathered
 
 Duals = dict[str, Tensor]
 _ADDED = "added at the cut"
@@ -114,7 +115,7 @@ class Cut:
             grads = once.pop()(seed)
             # What is used up is not to be held while what precedes the cut has its turn.
             del seed
-            at_cut, found = [grads.pop(_ADDED)], _tangents(grads)
+            at_cut, found = [grads.pop(_ADDED)], gathered(_tangents(grads))
             del grads
             pull_first = self._before.vjp(up_to_cut, duals, first)[1]
             return found | pull_first(at_cut.pop())

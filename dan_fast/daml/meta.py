@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dan_fast.daml.gathered import gathered
 from dan_fast.daml.second_order import SecondOrder, each_gradient
 from dan_fast.daml.traced import TracedLosses, traced_losses
 
@@ -140,14 +141,18 @@ def _total_derivatives(
     second = SecondOrder(traced, {name: current[name] for name in active}, followers, any_failed)
     train_grads = add_up(second.gradients())
     moved, test_losses = _test_pass(loss_fn, current, train_grads, inner_lr, batches[1])
-    by_test = each_gradient([_loss(test_losses, loss) for loss in followers], [moved[name] for name in active])
+    found = each_gradient([_loss(test_losses, loss) for loss in followers], [moved[name] for name in active])
+    by_test = [
+        gathered({name: grad for name, grad in zip(active, each, strict=True) if grad is not None}) for each in found
+    ]
+    del found
     # The graph of S~ would keep G' while that of the tangents grows.
     test_losses = _detached(test_losses)
     del moved
 
     grads: dict[str, Tensor] = {}
     for names, found in zip(followers.values(), by_test, strict=True):
-        lost = add_up({name: grad for name, grad in zip(active, found, strict=True) if grad is not None})
+        lost = add_up(found)
         tangents = {
             other: {name: _step(inner_lr, name) * lost[name] for name in each if name in lost}
             for other, each in followers.items()
@@ -156,7 +161,7 @@ def _total_derivatives(
         for name in names:
             at_test = [sign * part[name] for part, sign in ((lost, eta), (inner, -eta)) if name in part]
             grads[name] = sum(at_test, start=train_grads[name])
-    return MetaGradients(_detached(traced), test_losses, {name: grads[name] for name in active})
+    return MetaGradients(_detached(traced), test_losses, gathered({name: grads[name] for name in active}))
 
 
 def _current(params: Params, active: Collection[str]) -> dict[str, Tensor]:

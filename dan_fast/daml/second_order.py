@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dan_fast.daml.dual_mode import DualMode
+from dan_fast.daml.gathered import gathered
 from dan_fast.daml.traced import Params, TracedLosses
 from dan_fast.distributed.launch import is_loss_of_a_rank
 
@@ -107,7 +108,7 @@ class SecondOrder:
                     [features], inputs, [seed], retain_graph=not self.losses.trusted or loss != through[-1]
                 )
                 _accumulate(found, dict(zip(trunk, grads, strict=True)))
-        return {name: found.get(name, torch.zeros_like(value)) for name, value in self.params.items()}
+        return gathered({name: found.get(name, torch.zeros_like(value)) for name, value in self.params.items()})
 
     def product(self, loss_fn: Any, tangents: Mapping[str, Params], wanted: Sequence[str]) -> dict[str, Tensor]:
         """`by_forward_over_reverse`, or `by_double_backward` where that cannot be.

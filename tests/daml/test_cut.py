@@ -121,13 +121,18 @@ def peaks() -> None:
         print(peak_above(torch.device("cpu"), run)[1])
 
 
+GIVEN_BACK = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
+KEPT = {"MALLOC_TRIM_THRESHOLD_": "1000000000000", "MALLOC_MMAP_MAX_": "0"}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system tells no peak of memory")
-def test_a_cut_trunk_takes_little_more_memory_than_order_1():
+@pytest.mark.parametrize("heap", [GIVEN_BACK, KEPT], ids=["given back", "kept"])
+def test_a_cut_trunk_takes_little_more_memory_than_order_1(heap):
     code = "from tests.daml.test_cut import peaks; peaks()"
-    given_back = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
     ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | given_back, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | heap, capture_output=True, text=True, check=True
     )
     first, cut, whole = map(int, ran.stdout.split())
-    assert cut < 1.35 * first < 1.6 * first < whole
+    # Under a kept heap order 2 takes 1.5 times as much where each gradient lies alone.
+    assert cut < 1.3 * first < 1.35 * first < whole
