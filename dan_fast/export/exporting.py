@@ -6,6 +6,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from math import isfinite
 from os import PathLike
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.core.files import write_whole
+from dan_fast.core.files import alone, remove_unfinished, write_whole
 from dan_fast.data.images.transforms import test_transform
 from dan_fast.export import formats
 from dan_fast.export.graph import FeatureGraph, description, traced
@@ -66,7 +67,8 @@ def export_network(
 
     Raises:
         DanFastError: a package is missing, the network cannot be traced, or the features are not finite or, of a
-            float32 file, differ by more than 1e-4. There is no file then, or the one that was there.
+            float32 file, differ by more than 1e-4, or another process is writing the same file. There is no file then,
+            or the one that was there.
         ValueError: int8 without ONNX.
 
     Example:
@@ -90,7 +92,10 @@ def export_network(
     cosines = F.cosine_similarity(given, wanted)
     found = Difference(float((given - wanted).abs().max()), float(cosines.min()), len(images))
     _require_alike(found, precision, path)
-    write_whole(path, lambda stream: stream.write(content))
+    path = Path(path)
+    with alone(path.with_name(f".{path.name}.lock")):
+        remove_unfinished(path.parent, path.name)
+        write_whole(path, lambda stream: stream.write(content))
     return found
 
 

@@ -385,3 +385,19 @@ def test_a_failed_swap_puts_the_earlier_domain_back(tmp_path, monkeypatch):
     with pytest.raises(DanFastError, match="No space left"):
         synthesize(tmp_path, ["campus"], identities=2, seed=1)
     assert contents(tmp_path) == before
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_earlier_domain(tmp_path, monkeypatch):
+    synthesize(tmp_path, ["campus"], identities=2)
+    before, save, saved = contents(tmp_path), Image.Image.save, []
+
+    def until_full(self, path, **options):
+        saved.append(path)
+        if len(saved) == 10:
+            raise OSError(28, "No space left on device")
+        save(self, path, **options)
+
+    monkeypatch.setattr(Image.Image, "save", until_full)
+    with pytest.raises(DanFastError, match=f"cannot write synthetic images to {tmp_path} .No space left on device"):
+        synthesize(tmp_path, ["campus"], identities=2, seed=1)
+    assert contents(tmp_path) == before

@@ -16,6 +16,7 @@ from PIL import Image
 
 from dan_fast.cli import main
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.files import alone
 from dan_fast.data.images.reading import read_image
 from dan_fast.data.images.transforms import resize
 from dan_fast.data.samples import Sample
@@ -207,6 +208,17 @@ def test_int8_leaves_the_first_convolution_and_those_of_groups_in_float32(tmp_pa
     export_network(network, tmp_path / "network.onnx", precision="int8")
     kinds = [node.op_type for node in onnx.load(tmp_path / "network.onnx").graph.node if "Conv" in node.op_type]
     assert kinds == ["Conv", "Conv", "ConvInteger"]
+
+
+def test_the_remains_of_a_killed_export_go_and_a_second_one_is_told_who_is_at_work(tmp_path):
+    out = tmp_path / "network.pt2"
+    for name in (out.name, "another.pt2"):
+        (tmp_path / f".{name}.0a.part").touch()
+    with alone(tmp_path / ".network.pt2.lock"), pytest.raises(DanFastError, match="is in use by process"):
+        export_network(one_convolution(), out, "pt2")
+    assert not out.exists()
+    export_network(one_convolution(), out, "pt2")
+    assert {path.name for path in tmp_path.iterdir()} == {out.name, ".another.pt2.0a.part"}
 
 
 def test_the_network_stays_as_it_is(tmp_path):
