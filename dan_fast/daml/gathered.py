@@ -14,7 +14,7 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     freed grows instead.
 
     Args:
-        tensors: name to tensor, all on one device; each dtype has a block of its own.
+        tensors: name to tensor; those of each dtype and device have a block of their own.
 
     Example:
         >>> found = gathered({"weight": torch.ones(2, 3), "bias": torch.zeros(2)})
@@ -22,8 +22,8 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         32
     """
     copies = dict(tensors)
-    for dtype in {each.dtype for each in tensors.values()}:
-        names = [name for name, each in tensors.items() if each.dtype is dtype]
+    for kind in {(each.dtype, each.device) for each in tensors.values()}:
+        names = [name for name, each in tensors.items() if (each.dtype, each.device) == kind]
         sizes = [tensors[name].numel() for name in names]
         block = tensors[names[0]].new_empty(sum(sizes))
         for name, part in zip(names, block.split(sizes), strict=True):
