@@ -29,7 +29,7 @@ IMAGE_SIZE = (64, 32)
 
 def quickstart(
     out: str = "runs/quickstart",
-    epochs: PositiveInt = 33,
+    epochs: PositiveInt = 36,
     identities: PositiveInt = 40,
     seed: NonNegativeInt = 0,
     workers: NonNegativeInt = 0,
