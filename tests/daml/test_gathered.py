@@ -29,8 +29,10 @@ def test_each_dtype_has_a_block_and_each_tensor_its_values_and_strides():
 
 
 def test_a_tensor_stays_on_its_device():
-    found = gathered({"here": torch.ones(2), "there": torch.ones(2, device="meta")})
+    tensors = {"here": torch.ones(2), "there": torch.ones(2, device="meta")}
+    found = gathered(tensors)
     assert found["here"].tolist() == [1, 1] and found["there"].is_meta
+    assert all(found[name] is not each for name, each in tensors.items())
 
 
 def test_no_tensor_gives_none():
