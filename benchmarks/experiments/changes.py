@@ -1,0 +1,290 @@
+"""Changes of the method that were tried and did not become settings, because no figure supports one.
+
+docs/experiments.md has their figures.
+
+    python benchmarks/experiments/changes.py softmax_over_p --config benchmarks/experiments/base.yaml --recipe dan ...
+
+trains as `dan-fast train` with these settings does, with the change. Each is a context in which the package is changed;
+resuming, several ranks and meta.order 2 are not thought of.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dan_fast.nn.attention as attention_module
+from dan_fast.cli import main
+from dan_fast.core.types import AttentionHeadOutput, AttentionVariantWeights, NLCBAMWeights
+from dan_fast.daml import Stage
+from dan_fast.data import BatchPlanner, Split
+from dan_fast.data.sampler import BatchPlan
+from dan_fast.functional.attention import attention_variant_head, variants
+from dan_fast.functional.memory.passes import memory_scores
+from dan_fast.nn import DAN, ProgressiveAugmentedMemory
+from dan_fast.training import MetaStep, TrainingModel
+from dan_fast.training.batches import TrainingBatches
+from dan_fast.training.metrics import accuracy
+from dan_fast.training.objective import PassRecord, require_sound
+
+Change = Callable[[], Any]
+CHANGES: dict[str, Change] = {}
+
+
+def change(function: Callable[[], Iterator[None]]) -> Change:
+    """Make a generator function a context, known by its name."""
+    CHANGES[function.__name__] = contextmanager(function)
+    return CHANGES[function.__name__]
+
+
+def _head_of_parts(features: Tensor, weights: NLCBAMWeights, cam_weight: Tensor, labels: Tensor) -> AttentionHeadOutput:
+    """`attention_head` in PyTorch, from the functions of `variants`, which can be replaced."""
+    return attention_variant_head(features, AttentionVariantWeights(**weights._asdict()), cam_weight, labels)
+
+
+@contextmanager
+def _with_part(name: str, part: Callable[..., Tensor]) -> Iterator[None]:
+    """Another function in the place of a part of NL-CBAM's head."""
+    with patch.object(attention_module, "attention_head", _head_of_parts), patch.object(variants, name, part):
+        yield
+
+
+def _units(g: Tensor, m: Tensor, weights: AttentionVariantWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B and C (B, P) of Eq. (3)."""
+    of = ((g, weights.ws1, weights.ws2), (m, weights.ws1, weights.ws2), (g, weights.ws3, weights.ws4))
+    a, b, c = (torch.sigmoid(F.linear(F.relu(F.linear(x, reduce)), expand)) for x, reduce, expand in of)
+    return a, b, c
+
+
+@change
+def softmax_over_p() -> Iterator[None]:
+    """Eq. (3) with the softmax of A_p B_q over p, so that the columns of S sum to 1 in the place of its rows."""
+
+    def spatial_attention(g: Tensor, m: Tensor, weights: AttentionVariantWeights) -> Tensor:
+        a, b, c = _units(g, m, weights)
+        return (torch.softmax(a.unsqueeze(2) * b.unsqueeze(1), dim=1) @ c.unsqueeze(2)).squeeze(2)
+
+    with _with_part("spatial_attention_of", spatial_attention):
+        yield
+
+
+@change
+def spatial_attention_is_c() -> Iterator[None]:
+    """Eq. (3) with A_S = C, free at each position."""
+    with _with_part("spatial_attention_of", lambda g, m, weights: _units(g, m, weights)[2]):
+        yield
+
+
+@change
+def attention_as_residual() -> Iterator[None]:
+    """The attention branch classifies attended + pooled."""
+
+    def head(*arguments: Tensor) -> AttentionHeadOutput:
+        out = _head_of_parts(*arguments)
+        return out._replace(attended=out.attended + out.pooled)
+
+    with patch.object(attention_module, "attention_head", head):
+        yield
+
+
+@change
+def adversary_factor_constant() -> Iterator[None]:
+    """Eq. (4) with sigma(A_at + A_ad) as a weight without a gradient."""
+
+    def loss(refined_map: Tensor, adversary_map: Tensor, labels: Tensor) -> Tensor:
+        factor = torch.sigmoid(refined_map + adversary_map).detach()
+        return torch.where(labels >= 0, (factor * torch.sigmoid((refined_map - adversary_map).abs())).sum(1), 0)
+
+    with _with_part("adversary_loss", loss):
+        yield
+
+
+@change
+def adversary_maps_from_0_to_1() -> Iterator[None]:
+    """Eq. (4) of both maps scaled to [0, 1], each image's own, as class activation maps usually are."""
+
+    def scaled(maps: Tensor) -> Tensor:
+        lowest, highest = torch.aminmax(maps, dim=1, keepdim=True)
+        return (maps - lowest) / (highest - lowest).clamp(min=1e-12)
+
+    def loss(refined_map: Tensor, adversary_map: Tensor, labels: Tensor) -> Tensor:
+        refined, adversary = scaled(refined_map), scaled(adversary_map)
+        summands = torch.sigmoid(refined + adversary) * torch.sigmoid((refined - adversary).abs())
+        return torch.where(labels >= 0, summands.sum(1), 0)
+
+    with _with_part("adversary_loss", loss):
+        yield
+
+
+@change
+def running_accuracies() -> Iterator[None]:
+    """The competition decides by accuracies averaged over iterations, 0.95 of what was and 0.05 of the new."""
+    running: dict[str, float] = {}
+
+    def compete(self: MetaStep, record: PassRecord) -> Stage:
+        require_sound(int(record.fault))
+        for name, logits in (("attention", record.logits), ("adversary", record.adversary_logits)):
+            new = float(accuracy(logits, record.labels))
+            running[name] = 0.95 * running.get(name, new) + 0.05 * new
+        return self.competition.decide(running["attention"] >= running["adversary"])
+
+    with patch.object(MetaStep, "_compete", compete):
+        yield
+
+
+@change
+def parted_by_camera() -> Iterator[None]:
+    """S is the images of one half of a batch's cameras, drawn anew for each, and S~ those of the other half.
+
+    For DAML2 without unlabelled images, of a source with two cameras or more. S~ may be the larger part.
+    """
+    init, batches = TrainingBatches.__init__, BatchPlanner.batches
+
+    def init_with_cameras(self: TrainingBatches, config: Any, training_set: Any, *arguments: Any) -> None:
+        init(self, config, training_set, *arguments)
+        self.planner.cameras = [sample.camid for sample in training_set.labeled_samples]
+
+    def parted(self: BatchPlanner, epoch: int, feedback: tuple[Tensor, Tensor] | None = None) -> Iterator[BatchPlan]:
+        generator = self._generator("cameras", epoch)
+        for plan in batches(self, epoch, feedback):
+            items = (*plan.meta_train, *plan.meta_test)
+            cameras = sorted({self.cameras[item.index] for item in items})
+            order = torch.randperm(len(cameras), generator=generator).tolist()
+            half = {cameras[index] for index in order[: len(cameras) // 2]}
+            inside = [self.cameras[item.index] in half for item in items]
+            first = tuple(item for item, each in zip(items, inside, strict=True) if each)
+            second = tuple(item for item, each in zip(items, inside, strict=True) if not each)
+            # Batch norm needs two images in each.
+            yield BatchPlan(first, second) if min(len(first), len(second)) > 1 else plan
+
+    with patch.object(TrainingBatches, "__init__", init_with_cameras), patch.object(BatchPlanner, "batches", parted):
+        yield
+
+
+@change
+def keys_of_a_momentum_encoder() -> Iterator[None]:
+    """What is written to M is made by a backbone whose parameters are 0.99 of what they were and 0.01 of the trained.
+
+    Without unlabelled images.
+    """
+    teachers: dict[int, nn.Module] = {}
+    made: list[Tensor] = []
+    maps, forward = TrainingModel.maps, ProgressiveAugmentedMemory.forward
+
+    def maps_of_both(self: TrainingModel, split: Split) -> Tensor:
+        student = self.network.backbone
+        teacher = teachers.setdefault(id(student), copy.deepcopy(student).requires_grad_(False))
+        with torch.no_grad():
+            torch._foreach_lerp_([*teacher.parameters()], [each.detach() for each in student.parameters()], 0.01)
+            made[:] = [teacher(split.images).mean((2, 3))[:, : self.network.key_dim]]
+        return maps(self, split)
+
+    def written(self: ProgressiveAugmentedMemory, keys: Tensor, *arguments: Any, **options: Any) -> Any:
+        return forward(self, made[0][: len(keys)], *arguments, **options)
+
+    with (
+        patch.object(TrainingModel, "maps", maps_of_both),
+        patch.object(ProgressiveAugmentedMemory, "forward", written),
+    ):
+        yield
+
+
+@change
+def uniform_slots() -> Iterator[None]:
+    """Keys are driven away from the slots of other persons: + log mean exp(-2 |k - m|^2), both of length 1.
+
+    The uniformity of Wang and Isola, "Understanding Contrastive Representation Learning through Alignment and
+    Uniformity on the Hypersphere", ICML 2020, over M; a summand of loss.labeled_embedding.
+    """
+    labeled_loss = ProgressiveAugmentedMemory.labeled_loss
+
+    def with_uniformity(
+        self: ProgressiveAugmentedMemory, keys: Tensor, labels: Tensor, temperature: float, sizes: Any = None
+    ) -> Tensor:
+        state = self.labeled
+        others = (state.labels >= 0) & (state.labels != labels[:, None])
+        terms = labeled_loss(self, keys, labels, temperature, sizes)
+        if not others.any(1).all():
+            return terms
+        scores, squares = memory_scores(keys, state.features)
+        cosines = scores / (keys.norm(dim=1, keepdim=True) * squares.sqrt()).clamp(min=1e-12)
+        energy = (4 * cosines - 4).masked_fill(~others, -100.0).logsumexp(1) - others.sum(1).log()
+        return terms + energy
+
+    with patch.object(ProgressiveAugmentedMemory, "labeled_loss", with_uniformity):
+        yield
+
+
+@change
+def lenders_normalised_apart() -> Iterator[None]:
+    """Batch norm takes the statistics of labelled images alone; those that lend their style have their own."""
+    batch_norm, maps = F.batch_norm, DAN.maps
+    parts: list[int] = []
+
+    def apart(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if not parts or len(x) != sum(parts):
+            return batch_norm(x, *arguments, **options)
+        names = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        given = {**dict(zip(names, arguments, strict=False)), **options}
+        labeled, lenders = x.split(parts)
+        alone = {**given, "running_mean": None, "running_var": None, "training": True}
+        # Torch's order: what is kept of the statistics is that of the labelled images.
+        return torch.cat([batch_norm(labeled, **given), batch_norm(lenders, **alone)])
+
+    def maps_in_parts(self: DAN, images: Tensor, lenders: int = 0) -> Tensor:
+        parts[:] = [len(images) - lenders, lenders] if lenders else []
+        try:
+            return maps(self, images, lenders)
+        finally:
+            parts.clear()
+
+    with patch.object(F, "batch_norm", apart), patch.object(DAN, "maps", maps_in_parts):
+        yield
+
+
+class _HalfInstanceNorm(nn.Module):
+    """Batch norm whose first half of channels is normalised image by image, with the same weight and bias."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.channels = norm.weight.shape[0] // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.norm.weight[: self.channels], self.norm.bias[: self.channels]
+        # Of Lite0, the activations that timm's norms contain are ReLU6 or none.
+        own = self.norm.act(F.instance_norm(x[:, : self.channels], weight=weight, bias=bias, eps=self.norm.eps))
+        return torch.cat([own, self.norm(x)[:, self.channels :]], dim=1)
+
+
+@change
+def instance_norm_early() -> Iterator[None]:
+    """The first norm of each block in the first two stages is half an instance norm, as in IBN-Net-a.
+
+    For timm's EfficientNets. Pan et al., "Two at Once: Enhancing Learning and Generalization Capacities via IBN-Net",
+    ECCV 2018.
+    """
+    init = DAN.__init__
+
+    def init_with_instance_norm(self: DAN, *arguments: Any, **settings: Any) -> None:
+        init(self, *arguments, **settings)
+        for stage in self.backbone.early_stages:
+            for block in stage:
+                block.bn1 = _HalfInstanceNorm(block.bn1)
+
+    with patch.object(DAN, "__init__", init_with_instance_norm):
+        yield
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in CHANGES:
+        listed = "\n".join(f"  {name}: {made.__doc__.splitlines()[0]}" for name, made in CHANGES.items())
+        sys.exit(f"usage: python {sys.argv[0]} CHANGE [settings of dan-fast train]\n{listed}")
+    with CHANGES[sys.argv[1]]():
+        sys.exit(main(["train", *sys.argv[2:]]))

@@ -1,0 +1,196 @@
+"""benchmarks/experiments/changes.py: each change does what its docstring says, and nothing once it is left."""
+
+import copy
+import runpy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dan_fast.core.types import MemoryState
+from dan_fast.daml import Stage
+from dan_fast.data import BatchPlanner
+from dan_fast.nn import DAN, NLCBAM, ProgressiveAugmentedMemory
+from dan_fast.training.batches import TrainingBatches
+from tests.support import in_checkout
+from tests.support.steps import split, tiny_step, training_model
+
+CHANGES = runpy.run_path(str(in_checkout("benchmarks/experiments/changes.py")))["CHANGES"]
+CAM, LABELS = torch.linspace(-1, 1, 30).reshape(5, 6).sin(), torch.tensor([4, -1])
+
+
+@pytest.fixture
+def attention() -> NLCBAM:
+    torch.manual_seed(0)
+    return NLCBAM(channels=6, positions=4, reduction=2).double()
+
+
+def features() -> torch.Tensor:
+    return torch.rand(2, 6, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+def head(attention: NLCBAM, x: torch.Tensor, cam_weight: torch.Tensor = CAM) -> SimpleNamespace:
+    """The head's output, with A, B and C of Eq. (3) and both maps of Eq. (4) worked out beside it."""
+    out = attention.head(x, cam_weight.double(), LABELS)
+    scaled = x.flatten(2) * out.channel_attention[:, :, None]
+    g, m = scaled.mean(1), scaled.amax(1)
+    w = attention.weights
+    a, b, c = (
+        torch.sigmoid((v @ reduce.T).relu() @ expand.T)
+        for v, reduce, expand in ((g, w.ws1, w.ws2), (m, w.ws1, w.ws2), (g, w.ws3, w.ws4))
+    )
+    maps = g * out.spatial_attention, torch.einsum("c,bcp->bp", cam_weight[4].double(), x.flatten(2))
+    return SimpleNamespace(**out._asdict(), a=a, b=b, c=c, maps=maps)
+
+
+def test_readings_of_spatial_attention(attention: NLCBAM) -> None:
+    with CHANGES["softmax_over_p"]():
+        out = head(attention, features())
+    weights = torch.softmax(out.a[:, :, None] * out.b[:, None, :], dim=1)
+    torch.testing.assert_close(out.spatial_attention, torch.einsum("bpq,bq->bp", weights, out.c))
+    with CHANGES["spatial_attention_is_c"]():
+        out = head(attention, features())
+    torch.testing.assert_close(out.spatial_attention, out.c)
+    out = head(attention, features())
+    weights = torch.softmax(out.a[:, :, None] * out.b[:, None, :], dim=2)
+    torch.testing.assert_close(out.spatial_attention, torch.einsum("bpq,bq->bp", weights, out.c))
+
+
+def test_attention_as_residual(attention: NLCBAM) -> None:
+    before = head(attention, features())
+    with CHANGES["attention_as_residual"]():
+        out = head(attention, features())
+    torch.testing.assert_close(out.attended, before.attended + before.pooled)
+    torch.testing.assert_close(out.adversary_loss, before.adversary_loss)
+
+
+def test_adversary_factor_constant(attention: NLCBAM) -> None:
+    x = features()
+    with CHANGES["adversary_factor_constant"]():
+        out = head(attention, x)
+    torch.testing.assert_close(out.adversary_loss, head(attention, x).adversary_loss)
+    refined, adversary = out.maps
+    by_hand = (torch.sigmoid(refined + adversary).detach() * torch.sigmoid((refined - adversary).abs())).sum(1)
+    grad, expected = (
+        torch.autograd.grad(loss, x, retain_graph=True)[0] for loss in (out.adversary_loss.sum(), by_hand[0])
+    )
+    torch.testing.assert_close(grad, expected)
+
+
+def test_adversary_maps_from_0_to_1(attention: NLCBAM) -> None:
+    with CHANGES["adversary_maps_from_0_to_1"]():
+        out, of_larger_weights = (head(attention, features(), cam) for cam in (CAM, 3 * CAM))
+    refined, adversary = ((each - each.min()) / (each.max() - each.min()) for each in (maps[0] for maps in out.maps))
+    expected = (torch.sigmoid(refined + adversary) * torch.sigmoid((refined - adversary).abs())).sum()
+    torch.testing.assert_close(out.adversary_loss, torch.stack([expected, torch.zeros_like(expected)]))
+    torch.testing.assert_close(of_larger_weights.adversary_loss, out.adversary_loss)
+
+
+def test_running_accuracies() -> None:
+    right, wrong, labels = torch.eye(2), torch.eye(2).flip(0), torch.tensor([0, 1])
+    half = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+
+    def record(attention: torch.Tensor, adversary: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=attention, adversary_logits=adversary, labels=labels, fault=torch.tensor(0))
+
+    meta_step = tiny_step(procedure="daml3", stall_guard=0)
+    with CHANGES["running_accuracies"]():
+        decided = [meta_step._compete(record(*each)) for each in [(right, half), *[(wrong, half)] * 14]]
+    # 1 falls to 0.95^n beside 0.5, which it is below from n = 14 on.
+    assert decided == [Stage.ATTENTION] * 14 + [Stage.ADVERSARY]
+
+
+def test_parted_by_camera(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner = BatchPlanner(torch.arange(120) % 5, num_unlabeled=0, batch_size=16)
+    expected = planner.plan_epoch(0)
+    cameras = [SimpleNamespace(camid=index % 3) for index in range(120)]
+    monkeypatch.setattr(
+        TrainingBatches, "__init__", lambda self, config, training_set: setattr(self, "planner", planner)
+    )
+    with CHANGES["parted_by_camera"]():
+        TrainingBatches(None, SimpleNamespace(labeled_samples=cameras))
+        plans = planner.plan_epoch(0)
+    for plan, before in zip(plans, expected, strict=True):
+        assert sorted(sum(plan, ())) == sorted(sum(before, ()))
+        train, test = ({item.index % 3 for item in part} for part in plan)
+        assert train and test and not train & test
+    assert len({frozenset(item.index % 3 for item in plan.meta_train) for plan in plans}) > 1
+
+
+def test_keys_of_a_momentum_encoder() -> None:
+    labeled = split()._replace(labels=torch.tensor([0, 1, 2]), sample_ids=torch.full((3,), -1), num_fed_back=0)
+    labeled = labeled._replace(images=labeled.images[:3])
+    meta_step = tiny_step(training_model(labeled_embedding=1.0), lr=5.0, procedure="daml1")
+    backbone, memory = meta_step.model.network.backbone, meta_step.model.memory
+    torch.nn.init.constant_(memory.alpha, -40.0)
+    teacher = copy.deepcopy(backbone)
+    with CHANGES["keys_of_a_momentum_encoder"]():
+        for _ in range(2):
+            with torch.no_grad():
+                for of_teacher, trained in zip(teacher.parameters(), backbone.parameters(), strict=True):
+                    of_teacher.lerp_(trained, 0.01)
+            memory.labeled = MemoryState.empty(4, memory.labeled.features.shape[1])
+            meta_step.step(labeled)
+    written = memory.labeled.features[memory.labeled.labels >= 0]
+    expected = teacher(labeled.images).mean((2, 3))[:, : written.shape[1]]
+    torch.testing.assert_close(written, expected)
+
+
+def test_uniform_slots() -> None:
+    torch.manual_seed(0)
+    memory = ProgressiveAugmentedMemory(4, 4, key_dim=3)
+    keys, labels = torch.randn(4, 3), torch.tensor([0, 0, 1, 2])
+    memory(keys, labels, keys[:0], labels[:0])
+    state, queries = memory.labeled, torch.randn(2, 3)
+    before = memory.labeled_loss(queries, labels[1:3], 0.1)
+    with CHANGES["uniform_slots"]():
+        added = memory.labeled_loss(queries, labels[1:3], 0.1) - before
+    for row, query in enumerate(queries):
+        others = F.normalize(state.features[state.labels != labels[1 + row]], dim=1)
+        energies = torch.exp(-2 * (F.normalize(query, dim=0) - others).square().sum(1))
+        torch.testing.assert_close(added[row], energies.mean().log())
+
+
+def test_lenders_are_normalised_apart() -> None:
+    norm = torch.nn.BatchNorm2d(3, momentum=1.0)
+    network = SimpleNamespace(styles=None, training=True, backbone=norm, map_size=(4, 4))
+    images = torch.randn(6, 3, 4, 4)
+    images[4:] *= 7
+
+    def maps(self: SimpleNamespace, images: torch.Tensor, lenders: int = 0) -> torch.Tensor:
+        return self.backbone(images)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(DAN, "maps", maps)
+        with CHANGES["lenders_normalised_apart"]():
+            out = DAN.maps(network, images, 2)
+    torch.testing.assert_close(norm.running_mean, images[:4].mean((0, 2, 3)))
+    torch.testing.assert_close(out.var((0, 2, 3), correction=0), torch.ones(3), atol=1e-4, rtol=0)
+    for part in (out[:4], out[4:]):
+        torch.testing.assert_close(part.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+
+
+def test_instance_norm_early() -> None:
+    images = torch.randn(4, 3, 32, 32)
+    with CHANGES["instance_norm_early"]():
+        network = DAN(3, backbone="timm:tf_efficientnet_lite0", image_size=(32, 32), attention="none", adversary=False)
+    norms = [each for each in network.backbone.modules() if type(each).__name__ == "_HalfInstanceNorm"]
+    assert len(norms) == sum(map(len, network.backbone.early_stages)) == 3
+    for norm in norms:
+        x, channels = torch.randn(4, 2 * norm.channels, 6, 6), norm.channels
+        torch.nn.init.normal_(norm.norm.weight)
+        of_each = x[:, :channels].sub(x.mean((2, 3), keepdim=True)[:, :channels])
+        of_each = of_each / (x.var((2, 3), correction=0, keepdim=True)[:, :channels] + norm.norm.eps).sqrt()
+        out = norm(x)
+        expected = norm.norm.act(of_each * norm.norm.weight[:channels, None, None])
+        torch.testing.assert_close(out[:, :channels], expected)
+        torch.testing.assert_close(out[:, channels:], norm.norm(x)[:, channels:])
+    assert network.maps(images).isfinite().all()
+
+
+def test_a_name_that_does_not_exist_lists_those_that_do(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["changes.py", "softmax"])
+    with pytest.raises(SystemExit) as refused:
+        runpy.run_path(str(in_checkout("benchmarks/experiments/changes.py")), run_name="__main__")
+    assert all(name in str(refused.value) for name in CHANGES)
