@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import distributed, nn
 
 from dan_fast.core.errors import DanFastError
@@ -19,33 +20,47 @@ from dan_fast.core.launched import own_rank
 from dan_fast.data.synthetic import synthesize
 from dan_fast.distributed import launch
 from dan_fast.nn import DAN
-from dan_fast.training import trained_network
+from dan_fast.training import TrainConfig, Trainer, trained_network
 from dan_fast.training.build import resolve_device, with_synchronised_norm
 from dan_fast.training.checkpoint import load_checkpoint
 from tests.support import ROOT
+from tests.support.ranks import Ranks
 from tests.support.tiny_training import wait_until
 from tests.support.training_runs import assert_same_training
 
 
-def started_ranks(images: Path, out: Path, *flags: str) -> subprocess.Popen:
-    """Two ranks under torchrun, in a process group of their own; what they say is in the log beside `out`."""
-    settings = {
-        "data.labeled": images / "campus", "data.unlabeled": images / "mall", "data.targets": images / "harbour",
-        "data.image_size": "[32,16]", "data.batch_size": 12, "data.iterations": 6, "data.workers": 1,
-        "model.backbone": "resnet18", "model.weights": "none", "memory.labeled_slots": 60, "memory.unlabeled_slots": 40,
-        "optimizer.epochs": 2, "run.out": out, "run.device": "cpu", "run.resume": "auto", "run.checkpoint_every": 1,
-    }  # fmt: skip
-    given = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+def settings(images: Path, out: Path, workers: int) -> TrainConfig:
+    labeled, unlabeled, target = (str(images / name) for name in ("campus", "mall", "harbour"))
+    return TrainConfig.of_recipe(
+        "paper",
+        data={"labeled": labeled, "unlabeled": unlabeled, "targets": target, "image_size": (32, 16), "batch_size": 12,
+              "iterations": 6, "workers": workers},
+        model={"backbone": "resnet18", "weights": "none"},
+        memory={"labeled_slots": 60, "unlabeled_slots": 40},
+        optimizer={"epochs": 2},
+        run={"out": str(out), "device": "cpu", "resume": "auto", "checkpoint_every": 1},
+    )  # fmt: skip
+
+
+def started_ranks(config: TrainConfig, *flags: str) -> subprocess.Popen:
+    """Two ranks under torchrun, in a process group of their own; what they say is in the log beside the run."""
+    out = Path(config.run.out)
+    file = out.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(config.to_dict()))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *flags]
     with open(out.with_suffix(".log"), "w") as log:
         return subprocess.Popen(
-            [*launcher, "-m", "dan_fast", "train", "--recipe", "paper", *given],
+            [*launcher, "-m", "dan_fast", "train", "--config", str(file)],
             cwd=ROOT,
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )
+
+
+def trained(group: distributed.ProcessGroup, config: TrainConfig) -> None:
+    Trainer(config, group).fit()
 
 
 def rank_of(agent: int, rank: int) -> int | None:
@@ -60,7 +75,7 @@ def rank_of(agent: int, rank: int) -> int | None:
 def test_a_job_goes_on_by_itself_after_a_rank_is_killed(tmp_path: Path):
     images, killed, straight = (tmp_path / name for name in ("images", "killed", "straight"))
     synthesize(images, ("campus", "mall", "harbour"), identities=5, image_size=(32, 16))
-    job = started_ranks(images, killed, "--max-restarts", "1")
+    job = started_ranks(settings(images, killed, workers=1), "--max-restarts", "1")
     try:
         wait_until(lambda: list(killed.glob("memory-[89]-*")), seconds=120)
         os.kill(rank_of(job.pid, 1), signal.SIGKILL)
@@ -71,7 +86,9 @@ def test_a_job_goes_on_by_itself_after_a_rank_is_killed(tmp_path: Path):
     said = killed.with_suffix(".log").read_text()
     assert "dan-fast, rank 0: The other ranks were lost (" in said and "run.resume auto" in said
     assert said.count("mAP") == 1  # rank 0 alone prints
-    assert started_ranks(images, straight).wait(180) == 0
+    ranks = Ranks(2, tmp_path / "store")
+    ranks.run(trained, settings(images, straight, workers=0))
+    ranks.close()
     assert_same_training(killed, straight)
     for file in straight.glob("memory-*"):
         assert (killed / file.name).read_bytes() == file.read_bytes()

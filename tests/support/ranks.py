@@ -15,13 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Ranks:
-    """`world` processes; to import PyTorch in each takes seconds, so that a file of tests shares them.
+    """`world` processes, which a file of tests shares.
 
     A collective in which a rank is not heard of for so many `seconds` fails.
     """
 
     def __init__(self, world: int, store: Path, seconds: int = 20) -> None:
-        context = get_context("spawn")
+        # Forked from a process that has imported what takes seconds, and has no threads yet.
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["dan_fast.evaluation", "dan_fast.training"])
         self.world = world
         self._tasks, self._results = [context.Queue() for _ in range(world)], context.Queue()
         given = [(rank, world, store, seconds, tasks, self._results) for rank, tasks in enumerate(self._tasks)]
