@@ -12,11 +12,15 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import sparse
+from sklearn.cluster import DBSCAN
 from torch import Tensor, nn
 
 import dan_fast.nn.attention as attention_module
@@ -25,10 +29,15 @@ from dan_fast.core.types import AttentionHeadOutput, AttentionVariantWeights, NL
 from dan_fast.daml import Stage
 from dan_fast.data import BatchPlanner, Split
 from dan_fast.data.sampler import BatchPlan
+from dan_fast.evaluation import extract_features
+from dan_fast.evaluation.divided import Division
+from dan_fast.evaluation.ranking import BLOCK_BYTES
+from dan_fast.evaluation.reciprocal import Images, averaged, encodings, nearest
+from dan_fast.evaluation.reranking import _jaccard
 from dan_fast.functional.attention import attention_variant_head, variants
 from dan_fast.functional.memory.passes import memory_scores
 from dan_fast.nn import DAN, ProgressiveAugmentedMemory
-from dan_fast.training import MetaStep, TrainingModel
+from dan_fast.training import MetaStep, Trainer, TrainingModel
 from dan_fast.training.batches import TrainingBatches
 from dan_fast.training.metrics import accuracy
 from dan_fast.training.objective import PassRecord, require_sound
@@ -245,6 +254,89 @@ def lenders_normalised_apart() -> Iterator[None]:
             parts.clear()
 
     with patch.object(F, "batch_norm", apart), patch.object(DAN, "maps", maps_in_parts):
+        yield
+
+
+def clustered(features: Tensor, k1: int = 30, k2: int = 6, eps: float = 0.5, least: int = 5) -> np.ndarray:
+    """(n,) clusters, -1 for none: DBSCAN on Jaccard distances of k-reciprocal encodings of (n, d) features.
+
+    As Ge et al., "Self-paced Contrastive Learning with Hybrid Memory for Domain Adaptive Object Re-ID", NeurIPS 2020;
+    clusters of fewer than five images are left out, as DomainMix does.
+    """
+    squares = features.double().square().sum(1).numpy()
+    division = Division(None, [len(features) - 1])
+    images = Images(features[:1], features[1:], (squares[:1], squares[1:]), "cosine", BLOCK_BYTES, division)
+    found = nearest(images, k1 + 1)
+    neighbours = images.gather(*(each.places.to(torch.int32).numpy() for each in found))
+    largest = np.concatenate([each.largest.numpy() for each in found])
+    rows = averaged(images, encodings(images, neighbours, largest, k1), neighbours, k2)
+    columns, near = rows.tocsc(), []
+    for place in range(len(features)):
+        distances = _jaccard(rows, place, columns)
+        near.append(np.flatnonzero(distances <= eps))
+        near[-1] = np.stack([near[-1], distances[near[-1]].clip(1e-9)])
+    begin = np.cumsum([0, *(each.shape[1] for each in near)])
+    places, distances = np.concatenate(near, axis=1)
+    graph = sparse.csr_array((distances, places.astype(np.int64), begin), shape=(len(features),) * 2)
+    clusters = DBSCAN(eps=eps, min_samples=4, metric="precomputed").fit_predict(graph)
+    sizes = np.bincount(clusters[clusters >= 0], minlength=clusters.max() + 1)
+    return np.where((clusters >= 0) & (sizes[clusters] >= least), clusters, -1)
+
+
+@change
+def clusters_as_persons() -> Iterator[None]:
+    """Clusters of the images of the last labelled set stand for its persons, anew at each epoch but the first.
+
+    For DAML1. The set's own labels are not used. Its images are trained by loss.labeled_embedding alone; those in no
+    cluster are left out, and all of them in the first epoch.
+    """
+    train_epoch, cross_entropy = Trainer._train_epoch, F.cross_entropy
+    known: list[int] = []
+
+    def with_clusters(self: Trainer, *arguments: Any) -> None:
+        samples, labels = self.training_set.labeled_samples, self.training_set.labels
+        root = Path(self.config.data.labeled[-1]).resolve()
+        strange = torch.tensor([root in Path(sample.path).resolve().parents for sample in samples])
+        known[:] = [int(labels[~strange].max()) + 1]
+        clusters = np.full(int(strange.sum()), -1)
+        if self.epoch > 0:
+            own = [sample for sample, each in zip(samples, strange.tolist(), strict=True) if each]
+            network = self.model.eval().network
+            given = {"cache": self.batches.cache, "preprocessing": network.preprocessing}
+            features = extract_features(network.embed, own, network.image_size, **given).features
+            clusters = clustered(features)
+            print(f"{clusters.max() + 1} clusters of {(clusters >= 0).sum()} images", flush=True)
+            state = self.model.memory.labeled
+            gone = state.labels >= known[0]
+            usage = state.usage.masked_fill(gone, 0)
+            self.model.memory.labeled = state._replace(
+                features=state.features.masked_fill(gone[:, None], 0),
+                labels=state.labels.masked_fill(gone, -1),
+                sample_ids=state.sample_ids.masked_fill(gone, -1),
+                evaluation=state.evaluation.masked_fill(gone, 0),
+                usage=usage,
+                least_used=usage.argmin(),
+            )
+        persons = labels.clone()
+        persons[strange] = torch.from_numpy(np.where(clusters >= 0, clusters + known[0], -1))
+        chosen = (persons >= 0).nonzero().squeeze(1).tolist()
+        planner, data = self.batches.planner, self.config.data
+        own_planner = BatchPlanner(
+            persons[chosen], 0, data.batch_size, split=False, seed=planner.seed, iterations=planner.iterations
+        )
+
+        def batches(epoch: int, feedback: None = None) -> Iterator[BatchPlan]:
+            for plan in own_planner.batches(epoch):
+                yield BatchPlan(tuple(item._replace(index=chosen[item.index]) for item in plan.meta_train), None)
+
+        planner.batches = batches
+        train_epoch(self, *arguments)
+
+    def of_known_persons(logits: Tensor, labels: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        rows = labels < known[0]
+        return cross_entropy(logits[rows, : known[0]], labels[rows], *arguments, **options)
+
+    with patch.object(Trainer, "_train_epoch", with_clusters), patch.object(F, "cross_entropy", of_known_persons):
         yield
 
 

@@ -2,21 +2,29 @@
 
 import copy
 import runpy
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from dan_fast.core.types import MemoryState
 from dan_fast.daml import Stage
-from dan_fast.data import BatchPlanner
+from dan_fast.data import BatchPlanner, Split
+from dan_fast.data.synthetic import synthesize
 from dan_fast.nn import DAN, NLCBAM, ProgressiveAugmentedMemory
+from dan_fast.training import MetaStep, StepResult, Trainer
 from dan_fast.training.batches import TrainingBatches
+from dan_fast.training.build import initial_network
 from tests.support import in_checkout
 from tests.support.steps import split, tiny_step, training_model
+from tests.support.training_runs import config
 
-CHANGES = runpy.run_path(str(in_checkout("benchmarks/experiments/changes.py")))["CHANGES"]
+RUN = runpy.run_path(str(in_checkout("benchmarks/experiments/changes.py")))
+CHANGES = RUN["CHANGES"]
 CAM, LABELS = torch.linspace(-1, 1, 30).reshape(5, 6).sin(), torch.tensor([4, -1])
 
 
@@ -187,6 +195,54 @@ def test_instance_norm_early() -> None:
         torch.testing.assert_close(out[:, :channels], expected)
         torch.testing.assert_close(out[:, channels:], norm.norm(x)[:, channels:])
     assert network.maps(images).isfinite().all()
+
+
+def test_clusters_are_of_reciprocal_neighbours() -> None:
+    torch.manual_seed(0)
+    of_persons = torch.nn.functional.one_hot(torch.arange(4), 20).float().repeat_interleave(12, 0)
+    features = torch.cat([of_persons + 0.02 * torch.randn(48, 20), torch.eye(20)[10:13], -torch.eye(20)[:9]])
+    clusters = RUN["clustered"](features, k1=8)
+    own = clusters[:48].reshape(4, 12)
+    assert (own == own[:, :1]).all() and sorted(own[:, 0]) == [0, 1, 2, 3] and (clusters[48:51] == -1).all()
+    assert (RUN["clustered"](features, k1=8, least=len(features)) == -1).all()
+
+
+@pytest.mark.slow
+def test_clusters_as_persons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synthesize(tmp_path, ("campus", "mall"), identities=5, image_size=(32, 16), test_fraction=0.0)
+    both = [str(tmp_path / name) for name in ("campus", "mall")]
+    settings = {"loss": {"labeled_embedding": 1.0}, "meta": {"procedure": "daml1"}, "memory": {"labeled_slots": 40},
+                "model": {"attention": "none", "adversary": False}}  # fmt: skip
+    trainer = Trainer(
+        config(tmp_path, tmp_path / "run", **settings, data={"labeled": both, "unlabeled": [], "iterations": 3})
+    )
+    known = int(trainer.training_set.labels.max() + 1) // 2
+    strange = sum("mall" in str(sample.path) for sample in trainer.training_set.labeled_samples)
+    clusters = np.arange(strange) % 3 - 1
+    seen: list[tuple[int, Split]] = []
+    step = MetaStep.gradients
+
+    def noted(self: MetaStep, split: Split, none: None) -> StepResult:
+        seen.append((trainer.epoch, split))
+        return step(self, split, none)
+
+    monkeypatch.setattr(MetaStep, "gradients", noted)
+    with (
+        CHANGES["clusters_as_persons"](),
+        patch.dict(RUN["clustered"].__globals__, clustered=lambda features: clusters),
+    ):
+        trainer.fit()
+    labels = [torch.cat([split.labels for of, split in seen if of == epoch]) for epoch in (0, 1)]
+    assert labels[0].max() < known <= labels[1].max() < known + 2 and labels[1].min() < known
+    assert set(trainer.model.memory.labeled.labels.tolist()) <= {-1, *range(known + 2)}
+    # Nothing has trained the classifier's rows of persons that are not known, but weight decay.
+    rows = trainer.model.network.classifier.weight[known:]
+    first = trained_network_rows(trainer)[known:]
+    torch.testing.assert_close(rows, first * (rows[0, 0] / first[0, 0]))
+
+
+def trained_network_rows(trainer: Trainer) -> torch.Tensor:
+    return initial_network(trainer.config.to_dict(), trainer.training_set.num_classes).classifier.weight
 
 
 def test_a_name_that_does_not_exist_lists_those_that_do(monkeypatch, capsys) -> None:
