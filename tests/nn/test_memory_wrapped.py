@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from dan_fast.nn import ProgressiveAugmentedMemory
 from tests.support.memory_modules import assert_states_close, batches, make
+from tests.support.ranks import Ranks
 
 
 def assert_memories_equal(actual: ProgressiveAugmentedMemory, expected: ProgressiveAugmentedMemory) -> None:
@@ -98,10 +99,8 @@ def test_a_copy_whose_gates_are_its_own_is_not_refused():
         assert_states_close(getattr(early, name), getattr(twin, name), rtol=1e-11, atol=1e-11)
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    (whole,) = batches(1, size=4)
+def _rank(group: distributed.ProcessGroup, folder: Path) -> None:
+    (whole,), rank = batches(1, size=4), group.rank()
     own = [x[2 * rank : 2 * rank + 2] for x in whole]
     with pytest.raises(RuntimeError, match="inside of DistributedDataParallel .* call the memory outside"):
         DistributedDataParallel(make())(*own)
@@ -119,15 +118,16 @@ def _rank(rank: int, folder: str) -> None:
         step.loss.backward()
     state = {"memory": memory.state_dict(), "loss": step.loss.detach()}
     state["gradients"] = [parameter.grad for parameter in (*memory.parameters(), *backbone.parameters())]
-    torch.save(state, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    torch.save(state, folder / f"{rank}.pt")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not distributed.is_available() or not distributed.is_gloo_available(), reason="there is no gloo")
 def test_distributed_data_parallel_is_refused_and_its_remedy_holds(tmp_path: Path):
     """Two processes with the rows of both hold what one process holds, with the same gradients."""
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    processes = Ranks(2, tmp_path / "store")
+    processes.run(_rank, tmp_path)
+    processes.close()
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     torch.manual_seed(0)
     backbone, memory = nn.Linear(5, 5, dtype=torch.float64), make()
