@@ -211,14 +211,14 @@ def test_clusters_are_of_reciprocal_neighbours() -> None:
 def test_clusters_as_persons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synthesize(tmp_path, ("campus", "mall"), identities=5, image_size=(32, 16), test_fraction=0.0)
     both = [str(tmp_path / name) for name in ("campus", "mall")]
-    settings = {"loss": {"labeled_embedding": 1.0}, "meta": {"procedure": "daml1"}, "memory": {"labeled_slots": 40},
-                "model": {"attention": "none", "adversary": False}}  # fmt: skip
+    settings = {"loss": {"labeled_embedding": 1.0}, "meta": {"procedure": "daml1"}, "memory": {"labeled_slots": 200},
+                "model": {"attention": "none", "adversary": False}, "optimizer": {"epochs": 3}}  # fmt: skip
     trainer = Trainer(
         config(tmp_path, tmp_path / "run", **settings, data={"labeled": both, "unlabeled": [], "iterations": 3})
     )
     known = int(trainer.training_set.labels.max() + 1) // 2
-    strange = sum("mall" in str(sample.path) for sample in trainer.training_set.labeled_samples)
-    clusters = np.arange(strange) % 3 - 1
+    strange = torch.tensor(["mall" in str(sample.path) for sample in trainer.training_set.labeled_samples])
+    found = [np.arange(int(strange.sum())) % 3 - 1, np.arange(int(strange.sum())) % 2 * 5 - 1]
     seen: list[tuple[int, Split]] = []
     step = MetaStep.gradients
 
@@ -229,12 +229,17 @@ def test_clusters_as_persons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(MetaStep, "gradients", noted)
     with (
         CHANGES["clusters_as_persons"](),
-        patch.dict(RUN["clustered"].__globals__, clustered=lambda features: clusters),
+        patch.dict(RUN["clustered"].__globals__, clustered=lambda features: found.pop(0)),
     ):
         trainer.fit()
-    labels = [torch.cat([split.labels for of, split in seen if of == epoch]) for epoch in (0, 1)]
-    assert labels[0].max() < known <= labels[1].max() < known + 2 and labels[1].min() < known
-    assert set(trainer.model.memory.labeled.labels.tolist()) <= {-1, *range(known + 2)}
+    labels = [torch.cat([split.labels for of, split in seen if of == epoch]) for epoch in range(3)]
+    assert labels[0].max() < known and labels[1].min() < known
+    assert set(labels[1].tolist()) <= {*range(known + 2)} and labels[1].max() >= known
+    assert set(labels[2].tolist()) <= {*range(known), known + 4} and labels[2].max() == known + 4
+    # Those of the epoch before are gone.
+    assert set(trainer.model.memory.labeled.labels.tolist()) <= {-1, *range(known), known + 4}
+    for plan in trainer.batches.planner.batches(2):
+        assert all(bool(strange[item.index]) == (item.label >= known) for item in plan.meta_train)
     # Nothing has trained the classifier's rows of persons that are not known, but weight decay.
     rows = trainer.model.network.classifier.weight[known:]
     first = trained_network_rows(trainer)[known:]
