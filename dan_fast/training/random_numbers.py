@@ -1,7 +1,7 @@
 """The random numbers of a run, apart from those of the process it is a guest in."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,21 +17,22 @@ class RunRandomNumbers:
         seed: of the run; the GPU's generator starts from it.
         after_weights: the state of the CPU's generator once the weights are drawn, from where rank 0 goes on.
         rank: of several that train together; each has numbers of its own.
-        iterations_done: of the run, where a rank joins it that has not been there before.
     """
 
-    def __init__(
-        self, device: torch.device, seed: int, after_weights: Tensor, rank: int = 0, iterations_done: int = 0
-    ) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, seed: int, after_weights: Tensor, rank: int = 0) -> None:
+        self._device, self._seed, self._rank = device, seed, rank
         self._gpus = [device] if device.type == "cuda" else []
-        if rank > 0:
-            # Hashed: neighbouring seeds and ranks must not give related streams.
-            digest = hashlib.sha256(repr((seed, rank, iterations_done)).encode()).digest()
-            seed = int.from_bytes(digest[:4], "big")
-            after_weights = torch.Generator().manual_seed(seed).get_state()
-        of_gpu = [torch.Generator(gpu).manual_seed(seed).get_state() for gpu in self._gpus]
-        self._state: dict[str, Any] = {"cpu": after_weights, "cuda": of_gpu}
+        self._state = self._started(after_weights, seed) if rank == 0 else self._of_rank(0)
+
+    def _started(self, of_cpu: Tensor, seed: int) -> dict[str, Any]:
+        return {"cpu": of_cpu, "cuda": [torch.Generator(gpu).manual_seed(seed).get_state() for gpu in self._gpus]}
+
+    def _of_rank(self, iterations_done: int) -> dict[str, Any]:
+        """What a rank but the first begins with that joins the run after so many iterations."""
+        # Hashed: neighbouring seeds and ranks must not give related streams.
+        digest = hashlib.sha256(repr((self._seed, self._rank, iterations_done)).encode()).digest()
+        seed = int.from_bytes(digest[:4], "big")
+        return self._started(torch.Generator().manual_seed(seed).get_state(), seed)
 
     @contextmanager
     def in_process(self) -> Iterator[None]:
@@ -52,6 +53,12 @@ class RunRandomNumbers:
         """The states of the process's generators, which `in_process` are the run's."""
         return {"cpu": torch.get_rng_state(), "cuda": [torch.cuda.get_rng_state(gpu) for gpu in self._gpus]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
-        self._state = state
+    def load_state_dicts(self, of_ranks: Sequence[dict[str, Any]], ranks: int, iterations_done: int) -> None:
+        """Go on from what `state_dict` gave on each rank; ranks but the first start anew where they were not as many.
+
+        Args:
+            of_ranks: by rank, of a run that has so many iterations done.
+            ranks: that train now.
+        """
+        known = self._rank == 0 or ranks == len(of_ranks)
+        self._state = of_ranks[self._rank] if known else self._of_rank(iterations_done)

@@ -27,6 +27,7 @@ from dan_fast.training.reported import opening_lines
 from dan_fast.training.run_folder import RunFolder
 from dan_fast.training.scalars import Scalars
 from dan_fast.training.schedule import step_size
+from dan_fast.training.skipped import SkippedImages
 from dan_fast.training.sources import load_datasets
 from dan_fast.training.step import MetaStep
 from dan_fast.training.step_scalars import StepScalars
@@ -108,7 +109,7 @@ class Trainer:
         self.epoch = 0
         self.iteration = 0
         self.feedback: tuple[Tensor, Tensor] | None = None
-        self.skipped: set[str] = set()
+        self.skipped = SkippedImages()
         if saved is not None:
             self._restore(saved)
         self._step_scalars = StepScalars(self.training_set, self.device, network.adversary)
@@ -163,7 +164,7 @@ class Trainer:
             # A stop that reaches the whole process group may end the workers of an evaluation.
             if not (stop.requested and is_worker_death(error)):
                 raise
-            raise self._interrupted() from error
+            raise Interrupted(f"Saved after iteration {self.iterations_done}.") from error
         except DivergedError as error:
             raise DanFastError(
                 f"Training diverged at iteration {self.iterations_done} ({error}): start again in another run.out "
@@ -182,10 +183,7 @@ class Trainer:
         batches = self.batches.of_epoch(self.epoch, self.feedback, self.iteration)
         self.model.train()
         for batch in stop.until_requested(batches, self._save_what_is_done, self.process_group):
-            for path in batch.skipped:
-                if path not in self.skipped:
-                    self.skipped.add(path)
-                    display.say(f"Skipped {path}: it cannot be decoded.")
+            self.skipped.tell(batch.skipped, display.say)
             self.train_iteration(batch, scalars)
             self.iteration += 1
             last = self.iteration == self.batches.planner.iterations
@@ -193,23 +191,13 @@ class Trainer:
             display.advance(self.epoch, scalars.flush(self.iterations_done) if log else None)
             if last:
                 self.epoch, self.iteration = self.epoch + 1, 0
-            if last:
-                self._tell_skipped(display)
+                of_all = set().union(*gathered(self.process_group, set(self.skipped)))
+                self.skipped.tell(sorted(of_all), display.say)
             if self.folder.checkpoint_is_due(self.iterations_done):
                 self._save(wait=False)
         if stop.agreed:
             self._save()
-            raise self._interrupted()
-
-    def _tell_skipped(self, display: Display) -> None:
-        """Say which images other ranks have skipped."""
-        skipped = set().union(*gathered(self.process_group, self.skipped))
-        for path in sorted(skipped - self.skipped):
-            display.say(f"Skipped {path}: it cannot be decoded.")
-        self.skipped |= skipped
-
-    def _interrupted(self) -> Interrupted:
-        return Interrupted(f"Saved after iteration {self.iterations_done}.")
+            raise Interrupted(f"Saved after iteration {self.iterations_done}.")
 
     def train_iteration(self, batch: MiniBatch, scalars: Scalars) -> None:
         """Take the meta step and the outer step of one iteration; to count it is for the caller.
@@ -252,7 +240,7 @@ class Trainer:
         if any(largest(self.process_group, not all_finite([*of_model.values(), *features.values()]))):
             raise DivergedError("weights are not finite")
         sample_ids, pseudo_labels = self.feedback or (None, None)
-        random, skipped = zip(*gathered(self.process_group, (self.random.state_dict(), self.skipped)), strict=True)
+        random, skipped = zip(*gathered(self.process_group, (self.random.state_dict(), set(self.skipped))), strict=True)
         state = {
             **self._state_of_network(of_model),
             "skipped": sorted(set().union(*skipped)),
@@ -289,16 +277,9 @@ class Trainer:
         load_state(self.model, state, self.folder.path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.meta_step.load_state_dict(state)
-        self.epoch, self.iteration, self.skipped = state["epoch"], state["iteration"], set(state["skipped"])
-        self._restore_random([state["random"], *state.get("random_of_other_ranks", [])])
+        self.epoch, self.iteration, self.skipped = state["epoch"], state["iteration"], SkippedImages(state["skipped"])
+        of_ranks = [state["random"], *state.get("random_of_other_ranks", [])]
+        self.random.load_state_dicts(of_ranks, ranks, self.iterations_done)
         feedback = state["feedback"]
         if feedback["sample_ids"] is not None:
             self.feedback = feedback["sample_ids"], feedback["pseudo_labels"]
-
-    def _restore_random(self, of_ranks: list[dict[str, Any]]) -> None:
-        rank, ranks = rank_in(self.process_group), ranks_in(self.process_group)
-        if rank == 0 or ranks == len(of_ranks):
-            self.random.load_state_dict(of_ranks[rank])
-        else:
-            seed, done = self.config.run.seed, self.iterations_done
-            self.random = RunRandomNumbers(self.device, seed, torch.empty(0), rank, done)
