@@ -2,17 +2,16 @@
 
 docs/experiments.md has their figures.
 
-    python benchmarks/experiments/changes.py softmax_over_p --config benchmarks/experiments/base.yaml --recipe dan ...
+    python benchmarks/experiments/changes.py uniform_slots --config benchmarks/experiments/base.yaml --recipe dan ...
 
-trains as `dan-fast train` with these settings does, with the change. Each is a context in which the package is changed;
-resuming, several ranks and meta.order 2 are not thought of.
+trains as `dan-fast train` with these settings does, with the change, and fails where the settings left it without an
+effect. Each is a context in which the package is changed; resuming, several ranks and meta.order 2 are not thought of.
 """
 
 import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 import dan_fast.nn.attention as attention_module
 from dan_fast.cli import main
+from dan_fast.core.errors import DanFastError
 from dan_fast.core.types import AttentionHeadOutput, AttentionVariantWeights, NLCBAMWeights
 from dan_fast.daml import Stage
 from dan_fast.data import BatchPlanner, Split
@@ -44,6 +44,8 @@ from dan_fast.training.objective import PassRecord, require_sound
 
 Change = Callable[[], Any]
 CHANGES: dict[str, Change] = {}
+# The changes that have had an effect.
+HAD: set[str] = set()
 
 
 def change(function: Callable[[], Iterator[None]]) -> Change:
@@ -73,9 +75,13 @@ def _units(g: Tensor, m: Tensor, weights: AttentionVariantWeights) -> tuple[Tens
 
 @change
 def softmax_over_p() -> Iterator[None]:
-    """Eq. (3) with the softmax of A_p B_q over p, so that the columns of S sum to 1 in the place of its rows."""
+    """Eq. (3) with the softmax of A_p B_q over p, so that the columns of S sum to 1 in the place of its rows.
+
+    For NL-CBAM.
+    """
 
     def spatial_attention(g: Tensor, m: Tensor, weights: AttentionVariantWeights) -> Tensor:
+        HAD.add("softmax_over_p")
         a, b, c = _units(g, m, weights)
         return (torch.softmax(a.unsqueeze(2) * b.unsqueeze(1), dim=1) @ c.unsqueeze(2)).squeeze(2)
 
@@ -85,16 +91,22 @@ def softmax_over_p() -> Iterator[None]:
 
 @change
 def spatial_attention_is_c() -> Iterator[None]:
-    """Eq. (3) with A_S = C, free at each position."""
-    with _with_part("spatial_attention_of", lambda g, m, weights: _units(g, m, weights)[2]):
+    """Eq. (3) with A_S = C, free at each position. For NL-CBAM."""
+
+    def spatial_attention(g: Tensor, m: Tensor, weights: AttentionVariantWeights) -> Tensor:
+        HAD.add("spatial_attention_is_c")
+        return _units(g, m, weights)[2]
+
+    with _with_part("spatial_attention_of", spatial_attention):
         yield
 
 
 @change
 def attention_as_residual() -> Iterator[None]:
-    """The attention branch classifies attended + pooled."""
+    """The attention branch classifies attended + pooled. For NL-CBAM; recipe dan tests the pooled feature alone."""
 
     def head(*arguments: Tensor) -> AttentionHeadOutput:
+        HAD.add("attention_as_residual")
         out = _head_of_parts(*arguments)
         return out._replace(attended=out.attended + out.pooled)
 
@@ -104,9 +116,11 @@ def attention_as_residual() -> Iterator[None]:
 
 @change
 def adversary_factor_constant() -> Iterator[None]:
-    """Eq. (4) with sigma(A_at + A_ad) as a weight without a gradient."""
+    """Eq. (4) with sigma(A_at + A_ad) as a weight without a gradient. For an adversary."""
 
     def loss(refined_map: Tensor, adversary_map: Tensor, labels: Tensor) -> Tensor:
+        if (labels >= 0).any():
+            HAD.add("adversary_factor_constant")
         factor = torch.sigmoid(refined_map + adversary_map).detach()
         return torch.where(labels >= 0, (factor * torch.sigmoid((refined_map - adversary_map).abs())).sum(1), 0)
 
@@ -116,13 +130,15 @@ def adversary_factor_constant() -> Iterator[None]:
 
 @change
 def adversary_maps_from_0_to_1() -> Iterator[None]:
-    """Eq. (4) of both maps scaled to [0, 1], each image's own, as class activation maps usually are."""
+    """Eq. (4) of both maps of an image scaled to [0, 1], as class activation maps usually are. For an adversary."""
 
     def scaled(maps: Tensor) -> Tensor:
         lowest, highest = torch.aminmax(maps, dim=1, keepdim=True)
         return (maps - lowest) / (highest - lowest).clamp(min=1e-12)
 
     def loss(refined_map: Tensor, adversary_map: Tensor, labels: Tensor) -> Tensor:
+        if (labels >= 0).any():
+            HAD.add("adversary_maps_from_0_to_1")
         refined, adversary = scaled(refined_map), scaled(adversary_map)
         summands = torch.sigmoid(refined + adversary) * torch.sigmoid((refined - adversary).abs())
         return torch.where(labels >= 0, summands.sum(1), 0)
@@ -133,10 +149,14 @@ def adversary_maps_from_0_to_1() -> Iterator[None]:
 
 @change
 def running_accuracies() -> Iterator[None]:
-    """The competition decides by accuracies averaged over iterations, 0.95 of what was and 0.05 of the new."""
+    """The competition decides by accuracies averaged over iterations, 0.95 of what was and 0.05 of the new.
+
+    For DAML3 with an adversary; attention wins a tie, and meta.tie decides nothing.
+    """
     running: dict[str, float] = {}
 
     def compete(self: MetaStep, record: PassRecord) -> Stage:
+        HAD.add("running_accuracies")
         require_sound(int(record.fault))
         for name, logits in (("attention", record.logits), ("adversary", record.adversary_logits)):
             new = float(accuracy(logits, record.labels))
@@ -162,6 +182,7 @@ def parted_by_camera() -> Iterator[None]:
     def parted(self: BatchPlanner, epoch: int, feedback: tuple[Tensor, Tensor] | None = None) -> Iterator[BatchPlan]:
         generator = self._generator("cameras", epoch)
         for plan in batches(self, epoch, feedback):
+            HAD.add("parted_by_camera")
             items = (*plan.meta_train, *plan.meta_test)
             cameras = sorted({self.cameras[item.index] for item in items})
             order = torch.randperm(len(cameras), generator=generator).tolist()
@@ -180,7 +201,7 @@ def parted_by_camera() -> Iterator[None]:
 def keys_of_a_momentum_encoder() -> Iterator[None]:
     """What is written to M is made by a backbone whose parameters are 0.99 of what they were and 0.01 of the trained.
 
-    Without unlabelled images.
+    For DAML1 with loss.labeled_embedding and without unlabelled images.
     """
     teachers: dict[int, nn.Module] = {}
     made: list[Tensor] = []
@@ -188,13 +209,16 @@ def keys_of_a_momentum_encoder() -> Iterator[None]:
 
     def maps_of_both(self: TrainingModel, split: Split) -> Tensor:
         student = self.network.backbone
-        teacher = teachers.setdefault(id(student), copy.deepcopy(student).requires_grad_(False))
+        if id(student) not in teachers:
+            teachers[id(student)] = copy.deepcopy(student).requires_grad_(False)
+        teacher = teachers[id(student)]
         with torch.no_grad():
             torch._foreach_lerp_([*teacher.parameters()], [each.detach() for each in student.parameters()], 0.01)
             made[:] = [teacher(split.images).mean((2, 3))[:, : self.network.key_dim]]
         return maps(self, split)
 
     def written(self: ProgressiveAugmentedMemory, keys: Tensor, *arguments: Any, **options: Any) -> Any:
+        HAD.add("keys_of_a_momentum_encoder")
         return forward(self, made[0][: len(keys)], *arguments, **options)
 
     with (
@@ -221,6 +245,7 @@ def uniform_slots() -> Iterator[None]:
         terms = labeled_loss(self, keys, labels, temperature, sizes)
         if not others.any(1).all():
             return terms
+        HAD.add("uniform_slots")
         scores, squares = memory_scores(keys, state.features)
         cosines = scores / (keys.norm(dim=1, keepdim=True) * squares.sqrt()).clamp(min=1e-12)
         energy = (4 * cosines - 4).masked_fill(~others, -100.0).logsumexp(1) - others.sum(1).log()
@@ -232,13 +257,17 @@ def uniform_slots() -> Iterator[None]:
 
 @change
 def lenders_normalised_apart() -> Iterator[None]:
-    """Batch norm takes the statistics of labelled images alone; those that lend their style have their own."""
+    """Batch norm takes the statistics of labelled images alone; those that lend their style have their own.
+
+    For style_mixing unlabeled.
+    """
     batch_norm, maps = F.batch_norm, DAN.maps
     parts: list[int] = []
 
     def apart(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         if not parts or len(x) != sum(parts):
             return batch_norm(x, *arguments, **options)
+        HAD.add("lenders_normalised_apart")
         names = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
         given = {**dict(zip(names, arguments, strict=False)), **options}
         labeled, lenders = x.split(parts)
@@ -260,8 +289,9 @@ def lenders_normalised_apart() -> Iterator[None]:
 def clustered(features: Tensor, k1: int = 30, k2: int = 6, eps: float = 0.5, least: int = 5) -> np.ndarray:
     """(n,) clusters, -1 for none: DBSCAN on Jaccard distances of k-reciprocal encodings of (n, d) features.
 
-    As Ge et al., "Self-paced Contrastive Learning with Hybrid Memory for Domain Adaptive Object Re-ID", NeurIPS 2020;
-    clusters of fewer than five images are left out, as DomainMix does.
+    k1, k2 and the four neighbours are those of Ge et al., "Self-paced Contrastive Learning with Hybrid Memory for
+    Domain Adaptive Object Re-ID", NeurIPS 2020, without their criterion of reliability; clusters of fewer than five
+    images are left out, as DomainMix does. Distances are divided by an image's largest first, as in re-ranking.
     """
     squares = features.double().square().sum(1).numpy()
     division = Division(None, [len(features) - 1])
@@ -279,7 +309,7 @@ def clustered(features: Tensor, k1: int = 30, k2: int = 6, eps: float = 0.5, lea
     places, distances = np.concatenate(near, axis=1)
     graph = sparse.csr_array((distances, places.astype(np.int64), begin), shape=(len(features),) * 2)
     clusters = DBSCAN(eps=eps, min_samples=4, metric="precomputed").fit_predict(graph)
-    sizes = np.bincount(clusters[clusters >= 0], minlength=clusters.max() + 1)
+    sizes = np.bincount(clusters[clusters >= 0], minlength=max(1, clusters.max() + 1))
     return np.where((clusters >= 0) & (sizes[clusters] >= least), clusters, -1)
 
 
@@ -287,25 +317,29 @@ def clustered(features: Tensor, k1: int = 30, k2: int = 6, eps: float = 0.5, lea
 def clusters_as_persons() -> Iterator[None]:
     """Clusters of the images of the last labelled set stand for its persons, anew at each epoch but the first.
 
-    For DAML1. The set's own labels are not used. Its images are trained by loss.labeled_embedding alone; those in no
-    cluster are left out, and all of them in the first epoch.
+    For DAML1 without adversary and unlabelled images. The set's own labels are not used. Its images are trained by
+    loss.labeled_embedding alone; those in no cluster are left out, and all of them in the first epoch.
     """
     train_epoch, cross_entropy = Trainer._train_epoch, F.cross_entropy
     known: list[int] = []
 
     def with_clusters(self: Trainer, *arguments: Any) -> None:
         samples, labels = self.training_set.labeled_samples, self.training_set.labels
-        root = Path(self.config.data.labeled[-1]).resolve()
-        strange = torch.tensor([root in Path(sample.path).resolve().parents for sample in samples])
+        if self.training_set.unlabeled_samples or self.config.model.adversary:
+            raise DanFastError("Clusters as persons are for trainings without unlabelled images and adversary.")
+        last = {sample.path for sample in self.datasets.labeled[-1].train}
+        strange = torch.tensor([sample.path in last for sample in samples])
         known[:] = [int(labels[~strange].max()) + 1]
         clusters = np.full(int(strange.sum()), -1)
         if self.epoch > 0:
             own = [sample for sample, each in zip(samples, strange.tolist(), strict=True) if each]
             network = self.model.eval().network
-            given = {"cache": self.batches.cache, "preprocessing": network.preprocessing}
+            given = {"cache": self.batches.cache, "preprocessing": network.preprocessing, "device": self.device}
             features = extract_features(network.embed, own, network.image_size, **given).features
             clusters = clustered(features)
-            print(f"{clusters.max() + 1} clusters of {(clusters >= 0).sum()} images", flush=True)
+            HAD.add("clusters_as_persons")
+            count = len(np.unique(clusters[clusters >= 0]))
+            print(f"{count} clusters of {(clusters >= 0).sum()} of {len(clusters)} images", flush=True)
             state = self.model.memory.labeled
             gone = state.labels >= known[0]
             usage = state.usage.masked_fill(gone, 0)
@@ -340,43 +374,12 @@ def clusters_as_persons() -> Iterator[None]:
         yield
 
 
-class _HalfInstanceNorm(nn.Module):
-    """Batch norm whose first half of channels is normalised image by image, with the same weight and bias."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
-        self.channels = norm.weight.shape[0] // 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.norm.weight[: self.channels], self.norm.bias[: self.channels]
-        # Of Lite0, the activations that timm's norms contain are ReLU6 or none.
-        own = self.norm.act(F.instance_norm(x[:, : self.channels], weight=weight, bias=bias, eps=self.norm.eps))
-        return torch.cat([own, self.norm(x)[:, self.channels :]], dim=1)
-
-
-@change
-def instance_norm_early() -> Iterator[None]:
-    """The first norm of each block in the first two stages is half an instance norm, as in IBN-Net-a.
-
-    For timm's EfficientNets. Pan et al., "Two at Once: Enhancing Learning and Generalization Capacities via IBN-Net",
-    ECCV 2018.
-    """
-    init = DAN.__init__
-
-    def init_with_instance_norm(self: DAN, *arguments: Any, **settings: Any) -> None:
-        init(self, *arguments, **settings)
-        for stage in self.backbone.early_stages:
-            for block in stage:
-                block.bn1 = _HalfInstanceNorm(block.bn1)
-
-    with patch.object(DAN, "__init__", init_with_instance_norm):
-        yield
-
-
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in CHANGES:
         listed = "\n".join(f"  {name}: {made.__doc__.splitlines()[0]}" for name, made in CHANGES.items())
         sys.exit(f"usage: python {sys.argv[0]} CHANGE [settings of dan-fast train]\n{listed}")
     with CHANGES[sys.argv[1]]():
-        sys.exit(main(["train", *sys.argv[2:]]))
+        code = main(["train", *sys.argv[2:]])
+    if code == 0 and sys.argv[1] not in HAD:
+        sys.exit(f"{sys.argv[1]} had no effect with these settings; its docstring says what it is for.")
+    sys.exit(code)

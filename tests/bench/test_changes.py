@@ -11,17 +11,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import dan_fast.nn.attention as attention_module
 from dan_fast.core.types import MemoryState
 from dan_fast.daml import Stage
 from dan_fast.data import BatchPlanner, Split
 from dan_fast.data.synthetic import synthesize
+from dan_fast.functional.attention import variants
 from dan_fast.nn import DAN, NLCBAM, ProgressiveAugmentedMemory
-from dan_fast.training import MetaStep, StepResult, Trainer
+from dan_fast.training import MetaStep, StepResult, Trainer, TrainingModel
 from dan_fast.training.batches import TrainingBatches
 from dan_fast.training.build import initial_network
 from tests.support import in_checkout
 from tests.support.steps import split, tiny_step, training_model
-from tests.support.training_runs import config
+from tests.support.training_runs import command, config
 
 RUN = runpy.run_path(str(in_checkout("benchmarks/experiments/changes.py")))
 CHANGES = RUN["CHANGES"]
@@ -161,40 +163,20 @@ def test_uniform_slots() -> None:
 
 
 def test_lenders_are_normalised_apart() -> None:
-    norm = torch.nn.BatchNorm2d(3, momentum=1.0)
-    network = SimpleNamespace(styles=None, training=True, backbone=norm, map_size=(4, 4))
-    images = torch.randn(6, 3, 4, 4)
+    given = {"image_size": (32, 32), "attention": "none", "adversary": False, "style_mixing": True}
+    network = DAN(3, backbone="timm:tf_efficientnet_lite0", **given)
+    images = torch.randn(6, 3, 32, 32)
     images[4:] *= 7
-
-    def maps(self: SimpleNamespace, images: torch.Tensor, lenders: int = 0) -> torch.Tensor:
-        return self.backbone(images)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(DAN, "maps", maps)
-        with CHANGES["lenders_normalised_apart"]():
-            out = DAN.maps(network, images, 2)
-    torch.testing.assert_close(norm.running_mean, images[:4].mean((0, 2, 3)))
-    torch.testing.assert_close(out.var((0, 2, 3), correction=0), torch.ones(3), atol=1e-4, rtol=0)
-    for part in (out[:4], out[4:]):
-        torch.testing.assert_close(part.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
-
-
-def test_instance_norm_early() -> None:
-    images = torch.randn(4, 3, 32, 32)
-    with CHANGES["instance_norm_early"]():
-        network = DAN(3, backbone="timm:tf_efficientnet_lite0", image_size=(32, 32), attention="none", adversary=False)
-    norms = [each for each in network.backbone.modules() if type(each).__name__ == "_HalfInstanceNorm"]
-    assert len(norms) == sum(map(len, network.backbone.early_stages)) == 3
-    for norm in norms:
-        x, channels = torch.randn(4, 2 * norm.channels, 6, 6), norm.channels
-        torch.nn.init.normal_(norm.norm.weight)
-        of_each = x[:, :channels].sub(x.mean((2, 3), keepdim=True)[:, :channels])
-        of_each = of_each / (x.var((2, 3), correction=0, keepdim=True)[:, :channels] + norm.norm.eps).sqrt()
-        out = norm(x)
-        expected = norm.norm.act(of_each * norm.norm.weight[:channels, None, None])
-        torch.testing.assert_close(out[:, :channels], expected)
-        torch.testing.assert_close(out[:, channels:], norm.norm(x)[:, channels:])
-    assert network.maps(images).isfinite().all()
+    norm = network.backbone.model.bn1
+    norm.momentum, outputs = 1.0, []
+    norm.register_forward_hook(lambda module, inputs, output: outputs.append((inputs[0], output)))
+    with CHANGES["lenders_normalised_apart"]():
+        assert network.maps(images, lenders=2).shape[0] == 4
+    ((x, out),) = outputs
+    torch.testing.assert_close(norm.running_mean, x[:4].mean((0, 2, 3)))
+    for part in (slice(4), slice(4, 6)):
+        mean, variance = x[part].mean((0, 2, 3), keepdim=True), x[part].var((0, 2, 3), correction=0, keepdim=True)
+        torch.testing.assert_close(out[part], norm.act((x[part] - mean) / (variance + norm.eps).sqrt()))
 
 
 def test_clusters_are_of_reciprocal_neighbours() -> None:
@@ -250,6 +232,36 @@ def test_clusters_as_persons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def trained_network_rows(trainer: Trainer) -> torch.Tensor:
     return initial_network(trainer.config.to_dict(), trainer.training_set.num_classes).classifier.weight
+
+
+PATCHED = [
+    (attention_module, "attention_head"), (variants, "spatial_attention_of"), (variants, "adversary_loss"),
+    (MetaStep, "_compete"), (TrainingBatches, "__init__"), (BatchPlanner, "batches"), (TrainingModel, "maps"),
+    (ProgressiveAugmentedMemory, "forward"), (ProgressiveAugmentedMemory, "labeled_loss"), (F, "batch_norm"),
+    (F, "cross_entropy"), (DAN, "maps"), (Trainer, "_train_epoch"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_ends_with_its_context(name: str) -> None:
+    before = [getattr(*place) for place in PATCHED]
+    with CHANGES[name]():
+        assert [getattr(*place) for place in PATCHED] != before
+    assert [getattr(*place) for place in PATCHED] == before
+
+
+def test_no_cluster_at_all() -> None:
+    torch.manual_seed(0)
+    assert (RUN["clustered"](torch.randn(300, 400)) == -1).all()
+
+
+@pytest.mark.slow
+def test_a_change_without_effect_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synthesize(tmp_path, ("campus",), identities=4, image_size=(32, 16), test_fraction=0.0)
+    flags = ["--recipe", "plain", "--data.labeled", str(tmp_path / "campus"), "--data.iterations", "1"]
+    monkeypatch.setattr("sys.argv", ["changes.py", "softmax_over_p", *command(tmp_path / "run", *flags)[1:]])
+    with pytest.raises(SystemExit, match="^softmax_over_p had no effect with these settings"):
+        runpy.run_path(str(in_checkout("benchmarks/experiments/changes.py")), run_name="__main__")
 
 
 def test_a_name_that_does_not_exist_lists_those_that_do(monkeypatch, capsys) -> None:

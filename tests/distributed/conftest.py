@@ -11,9 +11,8 @@ from tests.support.ranks import Ranks
 
 @pytest.fixture(scope="module", params=[2, 4], ids="{} ranks".format)
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    ranks = Ranks(request.param, tmp_path_factory.mktemp("ranks") / "store")
-    yield ranks
-    ranks.close()
+    with Ranks(request.param, tmp_path_factory.mktemp("ranks") / "store") as ranks:
+        yield ranks
 
 
 @pytest.fixture(scope="module")

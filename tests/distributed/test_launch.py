@@ -86,9 +86,8 @@ def test_a_job_goes_on_by_itself_after_a_rank_is_killed(tmp_path: Path):
     said = killed.with_suffix(".log").read_text()
     assert "dan-fast, rank 0: The other ranks were lost (" in said and "run.resume auto" in said
     assert said.count("mAP") == 1  # rank 0 alone prints
-    ranks = Ranks(2, tmp_path / "store")
-    ranks.run(trained, settings(images, straight, workers=0))
-    ranks.close()
+    with Ranks(2, tmp_path / "store", seconds=60) as ranks:
+        ranks.run(trained, settings(images, straight, workers=0))
     assert_same_training(killed, straight)
     for file in straight.glob("memory-*"):
         assert (killed / file.name).read_bytes() == file.read_bytes()

@@ -144,9 +144,8 @@ def out_of_memory(group: Group, config: TrainConfig) -> None:
 
 @pytest.mark.slow
 def test_a_rank_out_of_memory_does_not_leave_the_others_waiting(images: Path, tmp_path: Path):
-    ranks = Ranks(2, tmp_path / "store", seconds=5)
-    ranks.run(out_of_memory, settings(images, tmp_path / "run"))
-    ranks.close()
+    with Ranks(2, tmp_path / "store", seconds=5) as ranks:
+        ranks.run(out_of_memory, settings(images, tmp_path / "run"))
 
 
 def not_finite(group: Group, config: TrainConfig) -> None:
@@ -177,10 +176,9 @@ def two_ranks_wrote(group: Group, config: TrainConfig) -> None:
 
 @pytest.mark.slow
 def test_a_checkpoint_of_ranks_that_cannot_be_read_is_refused(tmp_path: Path, images: Path, monkeypatch):
-    ranks = Ranks(2, tmp_path / "store")
     config = settings(images, tmp_path / "run", optimizer={"epochs": 1}, run={"resume": "auto"})
-    ranks.run(two_ranks_wrote, config)
-    ranks.close()
+    with Ranks(2, tmp_path / "store") as ranks:
+        ranks.run(two_ranks_wrote, config)
     config.optimizer.epochs = 1
     with monkeypatch.context() as little:
         little.setattr("dan_fast.core.free_memory.free_memory", lambda device: 4 * 150 * 3)

@@ -138,17 +138,15 @@ def kept_and_gone_on(group: Group, config: TrainConfig, whole: dict[str, Tensor]
 
 @pytest.mark.slow
 def test_two_ranks_go_on_with_the_memory_of_four_and_four_with_that_of_two(images: Path, tmp_path: Path):
-    both = [Ranks(count, tmp_path / f"store{count}") for count in (2, 4)]
-    for writing, reading in (both, both[::-1]):
-        out = tmp_path / f"by{writing.world}"
-        writing.run(interrupted, settings(images, out), 3)
-        again = settings(images, out, run={"resume": True})
-        whole = writing.run(state_at, again)[0]
-        assert (whole["memory.unlabeled.labels"] >= 0).any()
-        assert len(load_checkpoint(out / "checkpoint.pt")["memory_shards"]) == writing.world
-        reading.run(kept_and_gone_on, again, whole)
-    for ranks in both:
-        ranks.close()
+    with Ranks(2, tmp_path / "store2") as two, Ranks(4, tmp_path / "store4") as four:
+        for writing, reading in ((two, four), (four, two)):
+            out = tmp_path / f"by{writing.world}"
+            writing.run(interrupted, settings(images, out), 3)
+            again = settings(images, out, run={"resume": True})
+            whole = writing.run(state_at, again)[0]
+            assert (whole["memory.unlabeled.labels"] >= 0).any()
+            assert len(load_checkpoint(out / "checkpoint.pt")["memory_shards"]) == writing.world
+            reading.run(kept_and_gone_on, again, whole)
 
 
 def test_rows_are_read_from_the_middle_of_what_ranks_have_written(tmp_path: Path):

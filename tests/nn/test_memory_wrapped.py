@@ -125,9 +125,8 @@ def _rank(group: distributed.ProcessGroup, folder: Path) -> None:
 @pytest.mark.skipif(not distributed.is_available() or not distributed.is_gloo_available(), reason="there is no gloo")
 def test_distributed_data_parallel_is_refused_and_its_remedy_holds(tmp_path: Path):
     """Two processes with the rows of both hold what one process holds, with the same gradients."""
-    processes = Ranks(2, tmp_path / "store")
-    processes.run(_rank, tmp_path)
-    processes.close()
+    with Ranks(2, tmp_path / "store") as processes:
+        processes.run(_rank, tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     torch.manual_seed(0)
     backbone, memory = nn.Linear(5, 5, dtype=torch.float64), make()

@@ -15,13 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Ranks:
-    """`world` processes, which a file of tests shares.
+    """`world` processes, which a file of tests shares; a context that ends them.
 
-    A collective in which a rank is not heard of for so many `seconds` fails.
+    They have one seed for the hashes of str, unlike processes of torchrun. A collective in which a rank is not heard of
+    for so many `seconds` fails.
     """
 
     def __init__(self, world: int, store: Path, seconds: int = 20) -> None:
-        # Forked from a process that has imported what takes seconds, and has no threads yet.
+        # Forked from a process that has imported what takes seconds, and has computed nothing yet.
         context = get_context("forkserver")
         context.set_forkserver_preload(["dan_fast.evaluation", "dan_fast.training"])
         self.world = world
@@ -40,7 +41,10 @@ class Ranks:
         assert not failed, "\n".join(failed)
         return [value for _, value, _ in results]
 
-    def close(self) -> None:
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         for tasks in self._tasks:
             tasks.put(None)
         for process in self._processes:
