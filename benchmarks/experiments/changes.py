@@ -36,7 +36,7 @@ from dan_fast.evaluation.reciprocal import Images, averaged, encodings, nearest
 from dan_fast.evaluation.reranking import _jaccard
 from dan_fast.functional.attention import attention_variant_head, variants
 from dan_fast.functional.memory.passes import memory_scores
-from dan_fast.nn import DAN, ProgressiveAugmentedMemory
+from dan_fast.nn import ProgressiveAugmentedMemory
 from dan_fast.training import MetaStep, Trainer, TrainingModel
 from dan_fast.training.batches import TrainingBatches
 from dan_fast.training.metrics import accuracy
@@ -252,37 +252,6 @@ def uniform_slots() -> Iterator[None]:
         return terms + energy
 
     with patch.object(ProgressiveAugmentedMemory, "labeled_loss", with_uniformity):
-        yield
-
-
-@change
-def lenders_normalised_apart() -> Iterator[None]:
-    """Batch norm takes the statistics of labelled images alone; those that lend their style have their own.
-
-    For style_mixing unlabeled.
-    """
-    batch_norm, maps = F.batch_norm, DAN.maps
-    parts: list[int] = []
-
-    def apart(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        if not parts or len(x) != sum(parts):
-            return batch_norm(x, *arguments, **options)
-        HAD.add("lenders_normalised_apart")
-        names = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-        given = {**dict(zip(names, arguments, strict=False)), **options}
-        labeled, lenders = x.split(parts)
-        alone = {**given, "running_mean": None, "running_var": None, "training": True}
-        # Torch's order: what is kept of the statistics is that of the labelled images.
-        return torch.cat([batch_norm(labeled, **given), batch_norm(lenders, **alone)])
-
-    def maps_in_parts(self: DAN, images: Tensor, lenders: int = 0) -> Tensor:
-        parts[:] = [len(images) - lenders, lenders] if lenders else []
-        try:
-            return maps(self, images, lenders)
-        finally:
-            parts.clear()
-
-    with patch.object(F, "batch_norm", apart), patch.object(DAN, "maps", maps_in_parts):
         yield
 
 
