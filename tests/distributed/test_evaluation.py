@@ -30,6 +30,8 @@ from dan_fast.evaluation import (
 from tests.support.dataset_shelf import coloured_people, colours
 from tests.support.ranks import Ranks
 
+pytestmark = pytest.mark.slow
+
 SIZE = (8, 4)
 
 

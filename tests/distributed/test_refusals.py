@@ -16,6 +16,8 @@ from dan_fast.training.checkpoint import load_checkpoint
 from tests.support.rank_trainings import settings, trainer_of
 from tests.support.ranks import Ranks
 
+pytestmark = pytest.mark.slow
+
 Group = distributed.ProcessGroup
 
 
@@ -142,7 +144,6 @@ def out_of_memory(group: Group, config: TrainConfig) -> None:
     assert group.rank() == 1 or is_loss_of_a_rank(raised.value)
 
 
-@pytest.mark.slow
 def test_a_rank_out_of_memory_does_not_leave_the_others_waiting(images: Path, tmp_path: Path):
     with Ranks(2, tmp_path / "store", seconds=5) as ranks:
         ranks.run(out_of_memory, settings(images, tmp_path / "run"))
@@ -174,7 +175,6 @@ def two_ranks_wrote(group: Group, config: TrainConfig) -> None:
     trainer_of(config, group).fit()
 
 
-@pytest.mark.slow
 def test_a_checkpoint_of_ranks_that_cannot_be_read_is_refused(tmp_path: Path, images: Path, monkeypatch):
     config = settings(images, tmp_path / "run", optimizer={"epochs": 1}, run={"resume": "auto"})
     with Ranks(2, tmp_path / "store") as ranks:

@@ -16,6 +16,8 @@ from tests.support.ranks import Collectives, Ranks
 from tests.support.steps import decide, tiny_network
 from tests.support.tiny_training import OneConvolution
 
+pytestmark = pytest.mark.slow
+
 Group = distributed.ProcessGroup
 
 
