@@ -1,4 +1,4 @@
-"""benchmarks/experiments/changes.py: each change does what its docstring says, and nothing once it is left."""
+"""benchmarks/experiments/changes: each change does what its docstring says, and nothing once it is left."""
 
 import copy
 import runpy
@@ -12,12 +12,17 @@ import torch
 import torch.nn.functional as F
 
 import dan_fast.nn.attention as attention_module
+import dan_fast.training.step as step_module
 from dan_fast.core.types import MemoryState
 from dan_fast.daml import Stage
 from dan_fast.data import BatchPlanner, Split
 from dan_fast.data.synthetic import synthesize
+from dan_fast.functional import memory_step
 from dan_fast.functional.attention import variants
-from dan_fast.nn import NLCBAM, ProgressiveAugmentedMemory
+from dan_fast.functional.memory import scan_torch
+from dan_fast.functional.memory.false_sets import FalseSampleSets
+from dan_fast.functional.memory.scan import MemoryScan
+from dan_fast.nn import DAN, NLCBAM, ProgressiveAugmentedMemory
 from dan_fast.training import MetaStep, StepResult, Trainer, TrainingModel
 from dan_fast.training.batches import TrainingBatches
 from dan_fast.training.build import initial_network
@@ -25,8 +30,9 @@ from tests.support import in_checkout
 from tests.support.steps import split, tiny_step, training_model
 from tests.support.training_runs import command, config
 
-RUN = runpy.run_path(str(in_checkout("benchmarks/experiments/changes.py")))
-CHANGES = RUN["CHANGES"]
+FOLDER = str(in_checkout("benchmarks/experiments/changes"))
+RUN = runpy.run_path(FOLDER)
+CHANGES, CLUSTERED = RUN["CHANGES"], RUN["unlabelled"].clustered
 CAM, LABELS = torch.linspace(-1, 1, 30).reshape(5, 6).sin(), torch.tensor([4, -1])
 
 
@@ -162,14 +168,140 @@ def test_uniform_slots() -> None:
         torch.testing.assert_close(added[row], energies.mean().log())
 
 
+def test_logits_of_equal_scale() -> None:
+    attention = torch.tensor([[1.0, 0.0, 0.2], [0.0, 1.0, 0.0]])
+    labels = torch.tensor([0, 1])
+
+    def stage(adversary: torch.Tensor) -> Stage:
+        record = SimpleNamespace(logits=attention, adversary_logits=adversary, labels=labels, fault=torch.tensor(0))
+        return tiny_step(procedure="daml3", stall_guard=0)._compete(record)
+
+    # A larger scale alone wins as printed; with scales made equal the direction decides.
+    worse = torch.tensor([[4.0, 0.0, 3.0], [0.0, 4.0, 3.0]])
+    better = torch.tensor([[0.5, -0.2, -0.2], [-0.2, 0.5, -0.2]])
+    assert [stage(worse), stage(better)] == [Stage.ADVERSARY, Stage.ATTENTION]
+    with CHANGES["logits_of_equal_scale"]():
+        assert [stage(worse), stage(better)] == [Stage.ATTENTION, Stage.ADVERSARY]
+
+
+def test_lenders_are_normalised_apart() -> None:
+    given = {"image_size": (32, 32), "attention": "none", "adversary": False, "style_mixing": True}
+    network = DAN(3, backbone="timm:tf_efficientnet_lite0", **given)
+    images = torch.randn(6, 3, 32, 32)
+    images[4:] *= 7
+    norm = network.backbone.model.bn1
+    norm.momentum, outputs = 1.0, []
+    norm.register_forward_hook(lambda module, inputs, output: outputs.append((inputs[0], output)))
+    with CHANGES["lenders_normalised_apart"]():
+        assert network.maps(images, lenders=2).shape[0] == 4
+    ((x, out),) = outputs
+    torch.testing.assert_close(norm.running_mean, x[:4].mean((0, 2, 3)))
+    for part in (slice(4), slice(4, 6)):
+        mean, variance = x[part].mean((0, 2, 3), keepdim=True), x[part].var((0, 2, 3), correction=0, keepdim=True)
+        torch.testing.assert_close(out[part], norm.act((x[part] - mean) / (variance + norm.eps).sqrt()))
+
+
+def test_instance_norm_early() -> None:
+    images = torch.randn(4, 3, 32, 32)
+    with CHANGES["instance_norm_early"]():
+        network = DAN(3, backbone="timm:tf_efficientnet_lite0", image_size=(32, 32), attention="none", adversary=False)
+    norms = [each for each in network.backbone.modules() if type(each).__name__ == "_HalfInstanceNorm"]
+    assert len(norms) == sum(map(len, network.backbone.early_stages)) == 3
+    for norm in norms:
+        x, channels = torch.randn(4, 2 * norm.channels, 6, 6), norm.channels
+        for parameter in norm.norm.parameters():
+            torch.nn.init.normal_(parameter)
+        of_each = x[:, :channels].sub(x.mean((2, 3), keepdim=True)[:, :channels])
+        of_each = of_each / (x.var((2, 3), correction=0, keepdim=True)[:, :channels] + norm.norm.eps).sqrt()
+        out = norm(x)
+        weight, bias = (each[:channels, None, None] for each in norm.norm.parameters())
+        expected = norm.norm.act(of_each * weight + bias)
+        torch.testing.assert_close(out[:, :channels], expected)
+        torch.testing.assert_close(out[:, channels:], norm.norm(x)[:, channels:])
+    assert network.maps(images).isfinite().all()
+
+
+def of_angles(slots: list[tuple[float, int]]) -> MemoryState:
+    """Slots in the plane, each at an angle in degrees and with a label, and an empty one, the least used.
+
+    Their images are 0, 10, 20, ...
+    """
+    at = torch.tensor([angle for angle, _ in slots]).deg2rad()
+    ids = [10 * place for place in range(len(slots))]
+    return MemoryState(
+        features=torch.stack([F.pad(at.cos(), (0, 1)), F.pad(at.sin(), (0, 1))], 1),
+        labels=torch.tensor([*(label for _, label in slots), -1]),
+        usage=torch.tensor([*(1.0 for _ in slots), 0.0]),
+        evaluation=torch.zeros(len(slots) + 1),
+        least_used=torch.tensor(len(slots)),
+        sample_ids=torch.tensor([*ids, -1]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("same", "others", "left", "false"),
+    [
+        # Cosines of 0.5 outside of the n largest and 0.545 inside: not false any more, for want of a margin.
+        ([60.0, 20.0], [57.0], [60.0, 20.0, 57.0], None),
+        ([75.0, 20.0], [57.0], [20.0], ([75.0], [57.0])),
+        ([60.0, 75.0, 80.0], [57.0, 58.0, 20.0], [60.0, 57.0, 58.0], ([75.0, 80.0], [20.0])),
+        # One set is empty, so there is nothing to compare: 0.57 is 0.07 above 0.5, but 0.17 is 0.4 below 0.57.
+        ([60.0, 80.0], [55.0, 56.0], [60.0, 55.0, 56.0], None),
+    ],
+)
+def test_margin_in_eq_14(same: list[float], others: list[float], left: list[float], false) -> None:
+    slots = [*((angle, 7) for angle in same), *((angle, 8) for angle in others)]
+    key, none, gate = torch.tensor([[1.0, 0.0]]), torch.empty(0).long(), torch.tensor(-40.0)
+
+    def stepped() -> tuple[set[float], float]:
+        memories = of_angles([(0.0, 7)]), of_angles(slots)
+        step = memory_step(*memories, key[:0], none, key, torch.tensor([99]), gate, gate, torch.tensor(0.5))
+        kept = (step.unlabeled.sample_ids[: len(slots)] == 10 * torch.arange(len(slots))).tolist()
+        return {angle for (angle, _), each in zip(slots, kept, strict=True) if each}, float(step.loss)
+
+    def mean(angles: list[float]) -> torch.Tensor:
+        return torch.tensor(angles).deg2rad().cos().exp().mean()
+
+    with CHANGES["margin_in_eq_14"]():
+        kept, loss = stepped()
+    assert kept == set(left)
+    expected = 0.0 if false is None else -torch.log(mean(false[0]) / (mean(false[0]) + mean(false[1]))) / 2
+    assert loss == pytest.approx(float(expected), abs=1e-6)
+    assert stepped()[0] == {20.0} & set(same)
+
+
+def test_confident_feedback() -> None:
+    memory = ProgressiveAugmentedMemory(5, 7, key_dim=2)
+    memory.labeled = of_angles([(0, 1), (90, 2), (180, 3), (181, 4)])
+    # Sure; not the nearest of the nearest; another person by now; between two persons; sure.
+    memory.unlabeled = of_angles([(2, 1), (10, 1), (92, 3), (179.5, 3), (-84, 2), (97, 2)])._replace(
+        sample_ids=torch.tensor([0, 10, 20, 30, 40, 50, -1])
+    )
+    planner = BatchPlanner(torch.arange(60) % 5, num_unlabeled=60, batch_size=16, iterations=4)
+    feedback = torch.tensor([3, 1, 4, 15, 9]), torch.tensor([0, 1, 2, 3, 4])
+    places = planner._feedback_places
+    with CHANGES["confident_feedback"]():
+        ids, labels = memory.reliable_samples()
+        plans = {epoch: planner.plan_epoch(epoch, feedback) for epoch in (1, 2)}
+        few = planner.plan_epoch(2, tuple(each[:1] for each in feedback))
+    assert (ids.tolist(), labels.tolist()) == ([0], [1])
+    fed = {
+        epoch: [item.index for plan in of for item in plan.meta_test if item.kind == "fed_back"]
+        for epoch, of in plans.items()
+    }
+    assert places == 2 and fed[1] == [] and len(fed[2]) == 4 == len({*fed[2]}) and {*fed[2]} <= {3, 1, 4, 15, 9}
+    assert [sum(item.kind == "fed_back" for item in plan.meta_test) for plan in few] == [1, 0, 0, 0]
+    assert all(len(plan.meta_test) == len(plan.meta_train) == 8 for plan in (*plans[1], *plans[2], *few))
+
+
 def test_clusters_are_of_reciprocal_neighbours() -> None:
     torch.manual_seed(0)
     of_persons = torch.nn.functional.one_hot(torch.arange(4), 20).float().repeat_interleave(12, 0)
     features = torch.cat([of_persons + 0.02 * torch.randn(48, 20), torch.eye(20)[10:13], -torch.eye(20)[:9]])
-    clusters = RUN["clustered"](features, k1=8)
+    clusters = CLUSTERED(features, k1=8)
     own = clusters[:48].reshape(4, 12)
     assert (own == own[:, :1]).all() and sorted(own[:, 0]) == [0, 1, 2, 3] and (clusters[48:51] == -1).all()
-    assert (RUN["clustered"](features, k1=8, least=len(features)) == -1).all()
+    assert (CLUSTERED(features, k1=8, least=len(features)) == -1).all()
 
 
 @pytest.mark.slow
@@ -194,7 +326,7 @@ def test_clusters_as_persons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(MetaStep, "gradients", noted)
     with (
         CHANGES["clusters_as_persons"](),
-        patch.dict(RUN["clustered"].__globals__, clustered=lambda features: found.pop(0)),
+        patch.object(RUN["unlabelled"], "clustered", lambda features: found.pop(0)),
     ):
         trainer.fit()
     labels = [torch.cat([split.labels for of, split in seen if of == epoch]) for epoch in range(3)]
@@ -221,7 +353,9 @@ PATCHED = [
     (attention_module, "attention_head"), (variants, "spatial_attention_of"), (variants, "adversary_loss"),
     (MetaStep, "_compete"), (TrainingBatches, "__init__"), (BatchPlanner, "batches"), (TrainingModel, "maps"),
     (ProgressiveAugmentedMemory, "forward"), (ProgressiveAugmentedMemory, "labeled_loss"),
-    (F, "cross_entropy"), (Trainer, "_train_epoch"),
+    (F, "cross_entropy"), (Trainer, "_train_epoch"), (step_module, "attention_wins"), (MemoryScan, "serves"),
+    (FalseSampleSets, "form"), (scan_torch, "_false_loss"), (ProgressiveAugmentedMemory, "reliable_samples"),
+    (F, "batch_norm"), (DAN, "maps"), (DAN, "__init__"),
 ]  # fmt: skip
 
 
@@ -235,20 +369,20 @@ def test_a_change_ends_with_its_context(name: str) -> None:
 
 def test_no_cluster_at_all() -> None:
     torch.manual_seed(0)
-    assert (RUN["clustered"](torch.randn(300, 400)) == -1).all()
+    assert (CLUSTERED(torch.randn(300, 400)) == -1).all()
 
 
 @pytest.mark.slow
 def test_a_change_without_effect_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synthesize(tmp_path, ("campus",), identities=4, image_size=(32, 16), test_fraction=0.0)
     flags = ["--recipe", "plain", "--data.labeled", str(tmp_path / "campus"), "--data.iterations", "1"]
-    monkeypatch.setattr("sys.argv", ["changes.py", "softmax_over_p", *command(tmp_path / "run", *flags)[1:]])
+    monkeypatch.setattr("sys.argv", ["changes", "softmax_over_p", *command(tmp_path / "run", *flags)[1:]])
     with pytest.raises(SystemExit, match="^softmax_over_p had no effect with these settings"):
-        runpy.run_path(str(in_checkout("benchmarks/experiments/changes.py")), run_name="__main__")
+        runpy.run_path(FOLDER, run_name="__main__")
 
 
 def test_a_name_that_does_not_exist_lists_those_that_do(monkeypatch, capsys) -> None:
-    monkeypatch.setattr("sys.argv", ["changes.py", "softmax"])
+    monkeypatch.setattr("sys.argv", ["changes", "softmax"])
     with pytest.raises(SystemExit) as refused:
-        runpy.run_path(str(in_checkout("benchmarks/experiments/changes.py")), run_name="__main__")
+        runpy.run_path(FOLDER, run_name="__main__")
     assert all(name in str(refused.value) for name in CHANGES)
