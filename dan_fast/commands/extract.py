@@ -30,7 +30,7 @@ def extract(
     Args:
         paths: Folders, files or patterns such as 'frames/**/*.jpg', and datasets or manifests, whose identities,
             cameras and splits are written too.
-        checkpoint: The checkpoint.pt of a run, or its chosen.pt.
+        checkpoint: The checkpoint.pt of a run, its chosen.pt, or a folder that `dan-fast share` wrote.
         out: The file, .npz or .parquet, which appears when everything is done; until then FILE.part beside it holds
             what is done.
         batch_size: Images at a time.
@@ -51,7 +51,7 @@ def extract(
         console.print(f"{len(samples)} images {known}, the first is {samples[0].path}.", **PLAIN)
     try:
         with progress_line(console, "Extracting features") as show:
-            skipped = write_features(file, extractor, Path(checkpoint), parts, show)
+            skipped = write_features(file, extractor, parts, show)
     except KeyboardInterrupt:
         if chunk_folder(file).exists():
             console.print(f"What is done lies in {chunk_folder(file)}: the same command goes on from there.", **PLAIN)

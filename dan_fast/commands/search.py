@@ -14,7 +14,7 @@ from dan_fast.core.files import alone, remove_unfinished, write_text
 from dan_fast.data.samples import Sample
 from dan_fast.inference import FeatureExtractor
 from dan_fast.inference.sources import Part, find_images
-from dan_fast.reporting.search_page import write_search_page
+from dan_fast.reporting.search_page import PICTURES, write_search_page
 from dan_fast.search import GalleryIndex, Update, update_index
 from dan_fast.search.kinds import IndexKind, faiss_library
 from dan_fast.search.lists import measured_recall, ranked_lists
@@ -62,7 +62,9 @@ def search(
     folder, console = Path(out), Console()
     if index != "flat":
         faiss_library()
-    images, queries = _of_split(find_images(gallery), "gallery"), _of_split(find_images(query), "query")
+    # What the page of a search before shows may lie among the gallery's images, and is none of them.
+    both = (find_images(paths, leave_out=folder / PICTURES) for paths in (gallery, query))
+    images, queries = (_of_split(parts, split) for parts, split in zip(both, ("gallery", "query"), strict=True))
     extractor = FeatureExtractor(checkpoint, device, batch_size, workers=workers, broken_images=broken_images)
     try:
         # The queries first: one that cannot be decoded is known before the gallery is embedded.
@@ -97,7 +99,7 @@ def search(
         console.print("recall@{at} {value:.4f} of the exact search, over {queries} queries".format(**content["recall"]))
     # The lists, the page and its images belong together.
     with alone(folder / ".lock"):
-        for place in (folder, folder / "images"):
+        for place in (folder, folder / PICTURES):
             remove_unfinished(place)
         write_text(folder / "ranked.json", json.dumps(content, indent=1) + "\n")
         page = write_search_page(folder, content, extractor)

@@ -19,6 +19,19 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 _NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
+def absolute(path: str | Path) -> str:
+    """The path from the root, as the system follows it: what stands before a `..` may be a link.
+
+    Example:
+        >>> absolute("/a/./b.jpg")
+        '/a/b.jpg'
+    """
+    if ".." not in Path(path).parts:
+        return os.path.abspath(path)
+    folder, name = os.path.split(path)
+    return os.path.join(os.path.realpath(folder), name)
+
+
 def write_whole(path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
     """Have `write` fill a file beside `path`, sync it, then put it in the place of `path`.
 

@@ -18,13 +18,13 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import alone, remove_unfinished, write_whole
 from dan_fast.data.images.cache_header import digest, status_of
 from dan_fast.data.samples import Sample
-from dan_fast.inference.extractor import FeatureExtractor, Show
+from dan_fast.inference.extractor import FeatureExtractor, Show, weights_hash
 from dan_fast.inference.sources import Part
 
 # A chunk is so many batches: what a process that is stopped or killed has to do again.
 _BATCHES = 8
 # Part of every chunk's name, to be raised with every change of what is in one.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def require_format(out: Path) -> None:
@@ -46,9 +46,7 @@ def chunk_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.part")
 
 
-def write_features(
-    out: Path, extractor: FeatureExtractor, checkpoint: Path, parts: Sequence[Part], progress: Show
-) -> list[Path]:
+def write_features(out: Path, extractor: FeatureExtractor, parts: Sequence[Part], progress: Show) -> list[Path]:
     """Write the features of images, and what is known of these, into a .npz or .parquet file.
 
     It holds, each with N rows in the order of the images, `features`, (N,C) float32 of length 1; `paths`; `pids` and
@@ -56,12 +54,11 @@ def write_features(
     column of lists of C numbers.
 
     What is done lies in `chunk_folder` until everything is. Started again it goes on from there; features of images
-    that have changed since, of another checkpoint or of another batch size are made anew.
+    that have changed since, of other weights or of another batch size are made anew.
 
     Args:
         out: the file; see `require_format`.
         extractor: with `broken_images` "skip" the features of images that cannot be decoded are NaN.
-        checkpoint: the file that the extractor's network is from.
         parts: the images; batches do not reach beyond a part.
         progress: called with (images done, images in all).
 
@@ -77,7 +74,7 @@ def write_features(
     try:
         with alone(folder / ".lock"):
             remove_unfinished(out.parent, out.name)
-            chunks = _chunks(folder, extractor, checkpoint, parts, progress)
+            chunks = _chunks(folder, extractor, parts, progress)
             samples = [sample for part in parts for sample in part.samples]
             columns = {
                 "paths": np.array([str(sample.path) for sample in samples]),
@@ -95,16 +92,14 @@ def write_features(
     return [samples[place].path for place in np.flatnonzero(unread)]
 
 
-def _chunks(
-    folder: Path, extractor: FeatureExtractor, checkpoint: Path, parts: Sequence[Part], progress: Show
-) -> list[Path]:
+def _chunks(folder: Path, extractor: FeatureExtractor, parts: Sequence[Part], progress: Show) -> list[Path]:
     """The files of consecutive features, those that are missing made first."""
     made_by = (
         _FORMAT,
         torch.__version__,
         extractor.device.type,
         extractor.batch_size,
-        digest(checkpoint.read_bytes()),
+        weights_hash(extractor.network),
     )
     step = _BATCHES * extractor.batch_size
     total, done, files = sum(len(part.samples) for part in parts), 0, []

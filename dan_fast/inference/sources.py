@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from glob import glob
 from pathlib import Path
@@ -25,13 +26,17 @@ class Part(NamedTuple):
     samples: tuple[Sample, ...]
 
 
-def find_images(paths: Sequence[str]) -> list[Part]:
+def find_images(paths: Sequence[str], leave_out: Path | None = None) -> list[Part]:
     """The images at paths, in the order of the paths.
 
     A path is a dataset, whose splits are parts of their own: what `dan_fast.data.load_dataset` takes, a manifest too.
     Or it is a folder, of which all files named like images count, those in folders below too and hidden ones not, in
     the order of their names; a file; or a pattern of files such as "frames/**/*.jpg". Images of these three that follow
-    each other are one part.
+    each other are one part. Links are followed, to folders too.
+
+    Args:
+        paths: as above.
+        leave_out: a folder whose images do not count for the folders and patterns given.
 
     Raises:
         DanFastError: nothing at a path, a folder without images, or a dataset with mistakes in it.
@@ -45,17 +50,17 @@ def find_images(paths: Sequence[str]) -> list[Part]:
         [('', ['a.png', 'b.jpg'])]
     """
     parts: list[tuple[str, list[Sample]]] = []
-    for split, samples in (part for path in paths for part in _parts_at(path)):
+    for split, samples in (part for path in paths for part in _parts_at(path, leave_out)):
         if split or not parts or parts[-1][0]:
             parts.append((split, []))
         parts[-1][1].extend(samples)
     return [Part(split, tuple(samples)) for split, samples in parts]
 
 
-def _parts_at(text: str) -> Iterator[Part]:
-    path = Path(text).expanduser()
+def _parts_at(text: str, leave_out: Path | None) -> Iterator[Part]:
+    path, left_out = Path(text).expanduser(), leave_out and os.path.realpath(leave_out)
     if path.is_dir() and not holds_dataset(path):
-        yield _unknown(_images_below(path))
+        yield _unknown(_images_below(path, left_out))
     elif path.is_file() and path.suffix.lower() != ".csv":
         yield _unknown([path])
     elif path.exists() or "@" in path.name:
@@ -65,7 +70,8 @@ def _parts_at(text: str) -> Iterator[Part]:
             raise DanFastError(f"The dataset at {path} has no images; name another one.")
         yield from parts
     else:
-        files = [Path(name) for name in sorted(glob(str(path), recursive=True)) if Path(name).is_file()]
+        found = (Path(name) for name in sorted(glob(str(path), recursive=True)))
+        files = [file for file in found if file.is_file() and os.path.realpath(file.parent) != left_out]
         if not files:
             raise DanFastError(
                 f"There is nothing at {text}, and no file fits it as a pattern; check for a typing mistake."
@@ -77,15 +83,19 @@ def _unknown(files: Sequence[Path]) -> Part:
     return Part("", tuple(Sample(file, -1, -1) for file in files))
 
 
-def _images_below(folder: Path) -> list[Path]:
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
+def _images_below(folder: Path, left_out: str | None) -> list[Path]:
+    files, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        # A link to a folder above would lead round and round.
+        if real in seen or real == left_out:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found = (Path(place, name) for name in names if not name.startswith("."))
+        files += [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
     if not files:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise DanFastError(f"{folder} holds no image (a file named {suffixes}) and no dataset; name another folder.")
-    return files
+    return sorted(files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from dan_fast.nn.attention import VARIANTS
 from dan_fast.reporting.heatmaps import attention_overlays
 from dan_fast.reporting.html import write_page
 
+# The folder of the page's pictures, and the names that they have in it.
+PICTURES = "search_images"
+_PICTURE = re.compile(r"[0-9a-f]{32}(-attention)?\.jpg")
 # Of more queries the page would be slow to load; the file of the lists has all.
 SHOWN = 50
 # The weights by which an attention tells positions of an image apart.
@@ -26,7 +30,8 @@ _SPATIAL = {"ws1", "conv"}
 
 
 def write_search_page(folder: str | Path, content: Mapping[str, Any], extractor: FeatureExtractor) -> Path:
-    """Write ``index.html`` into ``folder``, and the images that it shows into the folder ``images`` in it.
+    """Write ``index.html`` into ``folder``, and the images that it shows into the folder ``search_images``
+    in it, where those that it does not show any more are removed.
 
     Images are shown as the network gets them, beside themselves under the spatial attention where the network has one.
     The page needs no network and no script, and can be moved together with its images. The first 50 queries are shown.
@@ -47,7 +52,7 @@ def write_search_page(folder: str | Path, content: Mapping[str, Any], extractor:
     paths = dict.fromkeys(each["path"] for query in shown for each in (query, *(query["matches"] or ())))
     names = {path: _name(path, content["weights"]) for path in paths}
     attends = not _SPATIAL.isdisjoint(VARIANTS[extractor.network.attention.variant])
-    images = folder / "images"
+    images = folder / PICTURES
     kept = {f"{name}{ending}" for name in names.values() for ending in (".jpg", "-attention.jpg")}
     _draw(images, {path: name for path, name in names.items() if not (images / f"{name}.jpg").exists()},
           extractor, attends)  # fmt: skip
@@ -64,7 +69,7 @@ def write_search_page(folder: str | Path, content: Mapping[str, Any], extractor:
         ],
     )  # fmt: skip
     for file in images.glob("*.jpg"):
-        if file.name not in kept:
+        if _PICTURE.fullmatch(file.name) and file.name not in kept:
             file.unlink()
     return page
 
@@ -110,8 +115,8 @@ def _cell(
     return {
         # Bytes of a name that are no UTF-8 are shown as signs of replacement.
         "file": os.fsencode(Path(image["path"]).name).decode(errors="replace"),
-        "image": name and f"images/{name}.jpg",
-        "overlay": f"images/{name}-attention.jpg" if name and attends else None,
+        "image": name and f"{PICTURES}/{name}.jpg",
+        "overlay": f"{PICTURES}/{name}-attention.jpg" if name and attends else None,
         "known": ", ".join(known),
         "right": right,
         "rank": image.get("rank"),

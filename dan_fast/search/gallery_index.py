@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -11,14 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.core.files import alone, remove_unfinished, write_text
+from dan_fast.core.files import absolute, alone, remove_unfinished, write_text
 from dan_fast.data.images.cache_header import status_of
 from dan_fast.data.samples import Sample
-from dan_fast.inference.extractor import FeatureExtractor, Show
-from dan_fast.nn import DAN
+from dan_fast.inference.extractor import FeatureExtractor, Show, weights_hash
 from dan_fast.search import kinds
 from dan_fast.search.kinds import IndexKind
 from dan_fast.search.searcher import Found, Searcher
@@ -159,47 +156,31 @@ def update_index(
         kinds.faiss_library()
     images: dict[str, Sample] = {}
     for sample in gallery:
-        images.setdefault(os.path.abspath(sample.path), sample)
+        images.setdefault(absolute(sample.path), sample)
     try:
         with alone(folder / ".lock"):
-            remove_unfinished(folder)
-            stored = _latest(folder, extractor)
-            update = _add_images(folder, stored, extractor, images, progress)
-            if not stored["gallery"]:
-                raise DanFastError("No image of the gallery can be decoded: name another folder.")
-            if kind != "flat":
-                _bring_up_to_date(folder, stored, kind)
-            _save(folder / _INDEX, stored)
-            used = {entry["file"] for entry in stored["kinds"].values()}
-            for file in (folder / _UNFINISHED, *(file for file in folder.glob("*.faiss") if file.name not in used)):
-                file.unlink(missing_ok=True)
+            try:
+                remove_unfinished(folder)
+                stored = _latest(folder, extractor)
+                update = _add_images(folder, stored, extractor, images, progress)
+                if not stored["gallery"]:
+                    raise DanFastError("No image of the gallery can be decoded: name another folder.")
+                if kind != "flat":
+                    _bring_up_to_date(folder, stored, kind)
+                _save(folder / _INDEX, stored)
+                used = {entry["file"] for entry in stored["kinds"].values()}
+                unused = (file for file in folder.glob("*.faiss") if file.name not in used)
+                for file in (folder / _UNFINISHED, *unused):
+                    file.unlink(missing_ok=True)
+            finally:
+                # One without any feature is of no use.
+                with suppress(OSError):
+                    if not (folder / _FEATURES).stat().st_size:
+                        (folder / _FEATURES).unlink()
     finally:
-        # One without any feature is of no use.
         with suppress(OSError):
-            if not (folder / _FEATURES).stat().st_size:
-                (folder / _FEATURES).unlink()
             folder.rmdir()
     return update
-
-
-def weights_hash(network: DAN) -> str:
-    """What a feature depends on, in 32 hexadecimal digits, wherever its checkpoint lies: weights and preprocessing.
-
-    Example:
-        >>> network = DAN(num_classes=2, backbone="resnet18", image_size=(32, 16))
-        >>> before = weights_hash(network)
-        >>> _ = network.classifier.weight.data.neg_()
-        >>> before == weights_hash(network)
-        False
-    """
-    preprocessing = sorted(network.preprocessing.to_dict().items())
-    settings = (network.backbone_name, network.image_size, preprocessing, network.feature, network.attention.variant)
-    found = hashlib.blake2b(repr(settings).encode(), digest_size=16)
-    for name, value in sorted(network.state_dict().items()):
-        value = value.detach().cpu().contiguous()
-        found.update(repr((name, value.dtype, tuple(value.shape))).encode())
-        found.update(value.reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 def _add_images(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from dan_fast.core.files import absolute
 from dan_fast.data.samples import Sample
 from dan_fast.search.gallery_index import GalleryIndex
 from dan_fast.search.searcher import recall
@@ -52,4 +52,4 @@ def measured_recall(index: GalleryIndex, features: np.ndarray, top: int) -> dict
 def _described(sample: Sample) -> dict[str, Any]:
     known = {"pid": sample.pid, "camid": sample.camid}
     words = {name: None if value < 0 else value for name, value in known.items()}
-    return {"path": os.path.abspath(sample.path)} | words
+    return {"path": absolute(sample.path)} | words

@@ -99,11 +99,11 @@ def test_extraction_errors(people):
 def test_random_split_draws_one_image_of_each_pair():
     rng = np.random.default_rng(1)
     # Three images at least of everyone in every camera, in no order.
-    pairs = np.array([(pid, camid) for pid in range(9) for camid in range(3) for _ in range(3)])
+    pairs = np.array([(pid, camid) for pid in range(1, 10) for camid in range(3) for _ in range(3)])
     pids, camids = torch.from_numpy(pairs[rng.permutation(len(pairs))]).unbind(1)
     query, gallery = random_split(pids, camids, seed=4)
     assert sorted(zip(pids[query].tolist(), camids[query].tolist(), strict=True)) == [
-        (pid, camid) for pid in range(9) for camid in range(3)
+        (pid, camid) for pid in range(1, 10) for camid in range(3)
     ]
     assert sorted([*query.tolist(), *gallery.tolist()]) == list(range(len(pids)))
     assert torch.equal(query, random_split(pids, camids, seed=4)[0])
@@ -115,13 +115,22 @@ def test_random_split_draws_one_image_of_each_pair():
     assert drawn.unique().numel() == len(pids)
 
 
+def test_distractors_are_searched_in_and_not_for():
+    pids, camids = torch.tensor([1, 0, 1, 2, 0, 2, 0, 0]), torch.tensor([1, 1, 2, 1, 2, 2, 1, 2])
+    query, gallery = random_split(pids, camids)
+    assert sorted(pids[query].tolist()) == [1, 2]
+    assert (pids[gallery] == 0).sum() == 4 and len(query) + len(gallery) == len(pids)
+    with_none = pids != 0
+    assert len(random_split(pids[with_none], camids[with_none])[0]) == len(query)
+
+
 def test_random_split_leaves_someone_to_find():
-    # As in VIPeR: one image of each person in each of two cameras. Person 50 has a single image.
-    pids = torch.tensor([pid for pid in range(50) for _ in range(2)] + [50])
+    # As in VIPeR: one image of each person in each of two cameras. Person 51 has a single image.
+    pids = torch.tensor([pid for pid in range(1, 51) for _ in range(2)] + [51])
     camids = torch.tensor([0, 1] * 50 + [0])
     query, gallery = random_split(pids, camids, seed=2)
-    assert sorted(pids[query].tolist()) == list(range(50))
-    assert sorted(pids[gallery].tolist()) == list(range(51))
+    assert sorted(pids[query].tolist()) == list(range(1, 51))
+    assert sorted(pids[gallery].tolist()) == list(range(1, 52))
     assert 10 < int(camids[query].sum()) < 40
 
 

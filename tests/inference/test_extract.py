@@ -237,6 +237,26 @@ def test_an_interrupted_one_goes_on_where_it_was(run, folder, tmp_path, embedded
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.npz", "features.npz", "photos"]
 
 
+def test_links_to_folders_are_followed_and_one_to_a_folder_above_ends(tmp_path: Path):
+    for name in ("frames/cam1/a.jpg", "elsewhere/b.jpg", "elsewhere/.hidden/c.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "frames/cam2").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "frames/cam1/up").symlink_to(tmp_path / "frames")
+    found = [
+        [str(sample.path.relative_to(tmp_path)) for sample in find_images([str(tmp_path / given)])[0].samples]
+        for given in ("frames", "frames/*/*.jpg")
+    ]
+    assert found == [["frames/cam1/a.jpg", "frames/cam2/b.jpg"]] * 2
+
+
+def test_of_a_shared_folder_the_features_are_those_of_its_checkpoint(run, folder, checkpoint, tmp_path):
+    assert main(["share", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "shared")]) == 0
+    given = run(folder)
+    shared = run(folder, "--checkpoint", tmp_path / "shared", out=tmp_path / "of_shared.npz")
+    assert np.array_equal(shared["features"], given["features"])
+
+
 @pytest.mark.parametrize("change", ["image", "checkpoint", "batch size", "skipped", "nothing"])
 def test_what_has_changed_since_is_made_anew(run, folder, checkpoint, tmp_path, embedded, monkeypatch, change):
     more, images, place = [], [folder], 3

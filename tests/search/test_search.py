@@ -213,7 +213,7 @@ def test_a_second_search_does_not_mix_its_page_with_anothers(run, folder, capsys
     run()
     out = folder / "out"
     before = (out / "ranked.json").read_bytes()
-    for remains in (out / ".ranked.json.0a.part", out / "images/.0b.jpg.0a.part"):
+    for remains in (out / ".ranked.json.0a.part", out / "search_images/.0b.jpg.0a.part"):
         remains.touch()
     with alone(out / ".lock"):
         run("--top", 1, code=1)
@@ -387,22 +387,75 @@ def test_the_page_shows_persons_cameras_and_odd_names(tmp_path):
     assert "no\ufffdutf8.png" in page.texts
     overlays = [source for source, alt in page.images if alt == "its attention"]
     assert 2 * len(overlays) == len(page.images) > 20
-    assert {f"images/{file.name}" for file in (path.parent / "images").iterdir()} == {src for src, _ in page.images}
+    assert {src for src, _ in page.images} == {
+        f"search_images/{file.name}" for file in (path.parent / "search_images").iterdir()
+    }
     plain, overlaid = (np.asarray(page_module.Image.open(path.parent / src)) for src, _ in page.images[:2])
     assert plain.shape == overlaid.shape == (32, 16, 3) and not np.array_equal(plain, overlaid)
 
 
 def test_without_attention_there_is_no_overlay_and_what_is_not_shown_goes(run, folder, monkeypatch):
     run("--query", folder / "queries" / "a.png", "--top", 2)
-    before = {file.name for file in (folder / "out" / "images").iterdir()}
+    before = {file.name for file in (folder / "out" / "search_images").iterdir()}
     monkeypatch.setattr(page_module, "SHOWN", 1)
     run("--query", folder / "gallery" / "08.png", folder / "queries" / "b.png", "--top", 2)
-    after = {file.name for file in (folder / "out" / "images").iterdir()}
+    after = {file.name for file in (folder / "out" / "search_images").iterdir()}
     assert len(before) == len(after) == 3 and before != after
     page = folder / "out" / "index.html"
     assert "The first 1 queries are shown; ranked.json has all 2." in page.read_text()
     assert "The network has no spatial attention" in page.read_text()
     assert len(Page(page).images) == 3 and "its attention" not in page.read_text()
+
+
+@pytest.mark.parametrize("gallery", [".", "**/*.[jp][pn]g"])
+def test_among_the_gallery_it_takes_nothing_and_finds_no_picture_of_its_page(
+    run, folder, monkeypatch, embedded, gallery
+):
+    """OUT is the folder that is searched in, and some of its images lie where a page had its own."""
+    monkeypatch.chdir(folder / "gallery")
+    draw(Path("images"), ["own.png"], seed=5)
+    for name in ("images/mine.jpg", "search_images/mine.jpg"):
+        Path(name).parent.mkdir(exist_ok=True)
+        page_module.Image.open("images/own.png").save(name)
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    flags = ("--gallery", gallery, "--out", ".", "--top", 3)
+    lists = run(*flags)
+    for query in ("a.png", "b.png"):
+        embedded.clear()
+        run(*flags, "--query", folder / "queries" / query)
+        assert sum(embedded) == 1, "the query alone"
+    assert run(*flags) == lists
+    assert {path: path.read_bytes() for path in before} == before
+    assert not any("search_images" in path for path in sum(paths_of(lists), []))
+
+
+def test_a_second_index_leaves_the_first_as_it_is(folder, checkpoint, monkeypatch):
+    """It comes before the first one's first batch, when that has no features yet."""
+    extractor, images = FeatureExtractor(checkpoint, "cpu"), find_images([str(folder / "gallery")])[0].samples
+    batches = FeatureExtractor.batches
+
+    def another_comes(self, paths):
+        with monkeypatch.context() as patch, pytest.raises(DanFastError, match="is in use by process"):
+            patch.setattr(FeatureExtractor, "batches", batches)
+            update_index(folder / "index", extractor, images)
+        yield from batches(self, paths)
+
+    monkeypatch.setattr(FeatureExtractor, "batches", another_comes)
+    assert update_index(folder / "index", extractor, images).added == len(images)
+    assert GalleryIndex(folder / "index", extractor).size == len(images)
+
+
+def test_an_image_behind_a_link_and_back_is_known_by_the_file_that_it_is(folder, checkpoint):
+    real = folder / "real"
+    (real / "store").mkdir(parents=True)
+    (folder / "set").symlink_to(real / "store")
+    draw(real / "images", ["a.png"])
+    extractor, index = FeatureExtractor(checkpoint, "cpu"), folder / "index"
+    (sample,) = find_images([str(folder / "set/../images/a.png")])[0].samples
+    update_index(index, extractor, [sample])
+    assert [each.path for each in GalleryIndex(index, extractor).images] == [real / "images/a.png"]
+    draw(real / "images", ["a.png"], seed=9)
+    assert update_index(index, extractor, [sample]).changed == [real / "images/a.png"]
 
 
 def test_the_hash_is_of_all_that_features_depend_on():

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.core.files import remove_unfinished, write_whole
+from dan_fast.core.files import absolute, remove_unfinished, write_whole
 from dan_fast.data.images.cache_header import (
     Header,
     Source,
@@ -42,7 +42,7 @@ NO_CACHE, USER_CACHE = "none", "user"
 
 _LOG = logging.getLogger(__name__)
 # Part of every name: to be raised with every change of the pixels or of the file format.
-_FORMAT = 1
+_FORMAT = 2
 # Other versions may decode and resize to other pixel values.
 _MADE_BY = f"Pillow {PIL.__version__}, torchvision {torchvision.__version__}"
 _BATCH = 32
@@ -131,7 +131,7 @@ class ImageCache:
         return None if folder is None else cls(folder, *arguments, **options)
 
     def __contains__(self, path: str | Path) -> bool:
-        return os.path.abspath(path) in self._places
+        return absolute(path) in self._places
 
     def add(self, paths: Sequence[str | Path]) -> None:
         """Open the file of a set of images, which is decoded first where there is no valid file.
@@ -141,7 +141,7 @@ class ImageCache:
         Raises:
             DanFastError: the folder cannot be used or is full; what was there is as it was.
         """
-        names = list(dict.fromkeys(os.path.abspath(path) for path in paths))
+        names = list(dict.fromkeys(absolute(path) for path in paths))
         if not names or all(name in self._places for name in names):
             return
         opened = self._open(names)
@@ -158,7 +158,7 @@ class ImageCache:
             DanFastError: an image that cannot be decoded, as `read_image` puts it.
             KeyError: an image of no set that was added.
         """
-        name = os.path.abspath(path)
+        name = absolute(path)
         if name in self._broken:
             raise DanFastError(self._broken[name])
         images, row = self._places[name]

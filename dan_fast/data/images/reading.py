@@ -47,11 +47,20 @@ def _pixels(content: bytes | Image.Image | np.ndarray | Tensor) -> Tensor:
         with Image.open(io.BytesIO(content)) as image:
             return _pixels(image)
     if isinstance(content, Image.Image):
-        return F.pil_to_tensor(content.convert("RGB"))
+        return F.pil_to_tensor(_of_eight_bits(content).convert("RGB"))
     rows = content.permute(1, 2, 0).cpu().numpy() if isinstance(content, Tensor) else content
     # A copy with the strides of a decoded image; PyTorch takes neither arrays that must not be written nor negative
     # strides.
     return torch.from_numpy(np.array(rows, order="C")).permute(2, 0, 1)
+
+
+def _of_eight_bits(image: Image.Image) -> Image.Image:
+    """An image of 16 bits in 8; Pillow would make white of all that is above 255."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its mode {image.mode} has numbers of no known range")
+    return image
 
 
 def unreadable(path: Path | str, error: Exception) -> DanFastError:

@@ -104,6 +104,16 @@ def test_the_pixels_are_those_of_the_transform(tmp_path: Path, folder: Path, pat
         opened.cache.read(tmp_path / "other.png")
 
 
+def test_behind_a_link_and_back_the_system_finds_the_same_file(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "real/store").mkdir(parents=True)
+    (tmp_path / "set").symlink_to(tmp_path / "real/store")
+    own = draw_image(tmp_path / "real/images/a.png", 1)
+    draw_image(tmp_path / "images/a.png", 2)
+    path = tmp_path / "set/../images/a.png"
+    opened = Opened(folder, [path])
+    assert opened.holds([path]) and torch.equal(opened.cache.read(path), resize(SIZE)(read_image(own)))
+
+
 def test_images_are_decoded_once(made: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     nothing_is_decoded(monkeypatch)
     monkeypatch.setattr(cache, "read_source", lambda name: pytest.fail("a content was compared"))

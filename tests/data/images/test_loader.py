@@ -216,6 +216,21 @@ def test_any_kind_of_image_becomes_rgb(tmp_path: Path, mode: str) -> None:
     assert (image.int() - 204).abs().max() <= 2
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_of_16_bits_the_upper_8_are_taken(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"image.{suffix}"
+    Image.fromarray(np.array([[0, 255, 256], [0x7FFF, 0x80FF, 0xFFFF]], dtype=np.uint16)).save(path)
+    assert read_image(path).tolist() == [[[0, 0, 1], [127, 128, 255]]] * 3
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_numbers_of_no_known_range_are_refused(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "image.tif"
+    Image.new(mode, (5, 7), 1).save(path)
+    with pytest.raises(DanFastError, match=f"cannot be decoded .its mode {mode} has numbers of no known range"):
+        read_image(path)
+
+
 def test_channels_are_red_green_blue_and_rows_come_first(tmp_path: Path) -> None:
     path = tmp_path / "image.bmp"
     image = Image.new("RGB", (5, 7))
