@@ -12,6 +12,7 @@ from dan_fast.distributed.launch import joined
 from dan_fast.training import TrainConfig, Trainer, recipes
 from dan_fast.training.build import resolve_device
 from dan_fast.training.config import RunConfig, goes_on
+from dan_fast.training.determinism import prepare_cublas
 
 
 def train(config: TrainConfig) -> None:
@@ -19,7 +20,11 @@ def train(config: TrainConfig) -> None:
 
     Together with the other ranks where torchrun has started several.
     """
-    with joined(resolve_device(config.run.device)) as process_group:
+    device = resolve_device(config.run.device)
+    if config.run.deterministic and device.type == "cuda":
+        # A rank takes its GPU into use when it joins the others.
+        prepare_cublas()
+    with joined(device) as process_group:
         Trainer(config, process_group).fit()
 
 

@@ -146,14 +146,14 @@ class DAN(nn.Module):
         # down; beside a bias the smaller features would lose the competition whatever they have learnt.
         self.classifier = nn.Linear(channels, num_classes, bias=False)
 
-    def forward(self, images: Tensor, labels: Tensor | None = None, lenders: int = 0) -> DANOutput:
+    def forward(self, images: Tensor, labels: Tensor | None = None, lenders: int | None = 0) -> DANOutput:
         """Both branches; under autocast the classifier is left out of it, and logits are in the dtype of its weight.
 
         Args:
             images: (B + lenders, 3, H, W) floating.
             labels: (B,) int64, the class of each image, -1 where it is unknown; None if all are.
             lenders: with `style_mixing`, how many images at the end are used for their style only; they are not among
-                the B of the output.
+                the B of the output. 0: the B images lend theirs to one another; None: no style is mixed.
 
         Raises:
             ValueError: images of another size than `image_size`, or labels that do not fit.
@@ -161,7 +161,7 @@ class DAN(nn.Module):
         """
         return self.branches(self.maps(images, lenders), labels)
 
-    def maps(self, images: Tensor, lenders: int = 0) -> Tensor:
+    def maps(self, images: Tensor, lenders: int | None = 0) -> Tensor:
         """The backbone's last map (B, C, h, w) of (B + lenders, 3, H, W) images.
 
         Args, Raises: as `forward`.

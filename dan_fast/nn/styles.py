@@ -38,8 +38,11 @@ class StyleMixing:
             stage.register_forward_hook(self._mix)
 
     @contextmanager
-    def within(self, lenders: int = 0) -> Iterator[None]:
-        """Inside, forward passes mix styles; the last `lenders` images of a batch are used for their style only."""
+    def within(self, lenders: int | None = 0) -> Iterator[None]:
+        """Inside, forward passes mix styles; the last `lenders` images of a batch are used for their style only.
+
+        With None nothing is mixed.
+        """
         self._lenders = lenders
         try:
             yield

@@ -189,6 +189,8 @@ def build_model(
     memory = None
     if (unlabeled_images and not lending) or config.loss.labeled_embedding > 0:
         memory = build_memory(config.memory, network.key_dim, process_group)
+        # L_lde, of unlabelled samples, trains the gates; without any weight decay would be all that moves them.
+        memory.requires_grad_(unlabeled_images)
     half = torch.bfloat16 if config.run.precision == "bfloat16" else None
     return TrainingModel(network, memory, config.loss, half, config.memory.temperature, lending)
 

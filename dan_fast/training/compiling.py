@@ -145,7 +145,7 @@ def _difference(step: MetaStep, split: Split, in_use: Callable[[Any], Any], comp
     """
     model, device = step.model, step.device
     network = model.network
-    lenders = len(split.labels) - split.num_labeled - split.num_fed_back if model.lending else 0
+    lenders = model.lenders(split)
     images = split.images.to(device, memory_format=torch.channels_last)
     buffers = {name: value.clone() for name, value in network.named_buffers()}
 
@@ -156,7 +156,7 @@ def _difference(step: MetaStep, split: Split, in_use: Callable[[Any], Any], comp
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
             torch.autocast(device.type, model.autocast_dtype, enabled=model.autocast_dtype is not None),
         ):
-            labels = split.labels[: len(images) - lenders].to(device)
+            labels = split.labels[: len(images) - (lenders or 0)].to(device)
             return torch.func.functional_call(network, values, (images, labels, lenders)).pooled
 
     own = dict(network.named_parameters())

@@ -107,10 +107,11 @@ class TrainingModel(nn.Module):
 
     Args:
         network: the DAN.
-        memory: None trains without unlabelled images. Its gates are frozen where l2 is 0.
+        memory: None trains without unlabelled images. Its gates are frozen where l2 is 0, or with `lending`.
         weights: l1, l2, l3, the prior on beta and the weight of "labeled_embedding".
         temperature: of "labeled_embedding".
-        lending: unlabelled samples lend their style to the others and have no part in any loss.
+        lending: unlabelled samples lend their style to the others and have no part in any loss; where there are none,
+            no style is mixed.
         autocast_dtype: the network's forward runs under autocast in this type; None: as its weights are.
     """
 
@@ -129,7 +130,7 @@ class TrainingModel(nn.Module):
         self.lending = lending
         self.memory = memory
         self.weights = weights
-        if memory is not None and weights.embedding == 0:
+        if memory is not None and (weights.embedding == 0 or lending):
             # L_lde alone trains the gates; without it weight decay would be all that moves them.
             memory.requires_grad_(False)
         self.autocast_dtype = autocast_dtype
@@ -139,9 +140,12 @@ class TrainingModel(nn.Module):
 
     def maps(self, split: Split) -> Tensor:
         """The last map of the backbone (B, C, h, w), all that the losses take from its parameters."""
-        lenders = len(split.labels) - split.num_labeled - split.num_fed_back if self.lending else 0
         with self._autocast(split.images.device):
-            return self.network.maps(split.images, lenders)
+            return self.network.maps(split.images, self.lenders(split))
+
+    def lenders(self, split: Split) -> int | None:
+        """How many images of the split lend their style, as `DAN.forward` takes it."""
+        return len(split.labels) - split.num_labeled - split.num_fed_back or None if self.lending else 0
 
     def losses(self, maps: Tensor, split: Split) -> tuple[dict[str, Tensor], PassRecord]:
         """What `forward` gives, of the maps that `maps` gave for the split; the memory advances."""

@@ -56,6 +56,11 @@ class RunFolder:
                     f"{self.path} already holds a run: add --run.resume true to continue it or choose another run.out."
                 )
             return None
+        if not self.checkpoint.exists():
+            raise DanFastError(
+                f"{self.checkpoint} does not exist, so there is no run to continue: set run.resume to auto or false, "
+                "or run.out to the folder of a run."
+            )
         self._require_room()
         state = load_checkpoint(self.checkpoint)
         require_same_training(state["config"], config.to_dict(), self.checkpoint)

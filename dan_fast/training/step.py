@@ -274,7 +274,9 @@ def _read(flags: Sequence[Tensor]) -> list[int]:
 
 
 def _require_sound(records: Sequence[PassRecord], grads: Iterable[Tensor]) -> None:
-    *faults, finite = _read([*(record.fault for record in records), all_finite(grads)])
+    grads, found = list(grads), [record.fault for record in records]
+    # Of a stage in which everything is frozen there are none.
+    *faults, finite = _read([*found, all_finite(grads) if grads else torch.ones_like(found[0])])
     # In the order in which it happened: what is wrong with S makes S~ and the gradients wrong too.
     for fault in faults:
         require_sound(fault)

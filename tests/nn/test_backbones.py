@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -19,12 +20,12 @@ from dan_fast.cli import main
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.preprocessing import IMAGENET, Preprocessing
 from dan_fast.daml import Stage, meta_gradients
-from dan_fast.data import ImageCache, image_loader, read_image, training_loader
+from dan_fast.data import ImageCache, Split, image_loader, read_image, training_loader
 from dan_fast.data.samples import Sample
 from dan_fast.data.synthetic import synthesize
 from dan_fast.nn import DAN, build_backbone
 from dan_fast.nn.backbones.recompute import with_weights_kept
-from dan_fast.training import TrainConfig, Trainer, trained_network
+from dan_fast.training import LossConfig, MetaConfig, MetaStep, TrainConfig, Trainer, TrainingModel, trained_network
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.support import in_checkout
 from tests.support.training_runs import config, snapshot
@@ -212,6 +213,31 @@ def test_gradient_checkpointing_changes_no_gradient_and_no_statistics(name: str,
         torch.testing.assert_close(grads_again[parameter], grad, rtol=1e-9, atol=1e-12, msg=parameter)
     for each, value in state.items():
         assert torch.equal(state_again[each], value), each
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "timm:test_resnet", "timm:test_vit"])
+def test_gradient_checkpointing_changes_no_second_derivative_of_a_step(name: str):
+    """Where the backbone runs again for them, and leaves its statistics alone."""
+    found = []
+    for recomputes in (False, True):
+        torch.manual_seed(0)
+        settings = {"attention": "none", "adversary": False, "dropout": 0.0, "gradient_checkpointing": recomputes}
+        model = TrainingModel(DAN(3, name, SIZE, **settings), None, LossConfig()).double().train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with warnings.catch_warnings():
+            # By double backward, which recomputing asks for.
+            warnings.simplefilter("ignore")
+            splits = (
+                Split(part, torch.tensor([0, 1, 2, -1]), torch.tensor([-1, -1, -1, 0]), 3, 0)
+                for part in images(8).double().split(4)
+            )
+            grads = MetaStep(model, optimizer, MetaConfig(procedure="daml2", order=2)).gradients(*splits).grads
+        found.append((grads, {each: value.clone() for each, value in model.network.named_buffers()}))
+    (grads, buffers), (grads_again, buffers_again) = found
+    for parameter, grad in grads.items():
+        torch.testing.assert_close(grads_again[parameter], grad, rtol=1e-9, atol=1e-11, msg=parameter)
+    assert all(torch.equal(buffers_again[each], value) for each, value in buffers.items())
 
 
 def test_a_pass_is_computed_again_with_the_weights_it_was_made_with():

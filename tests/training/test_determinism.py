@@ -3,14 +3,17 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from dan_fast.commands import train as train_command
 from dan_fast.core.errors import DanFastError
-from dan_fast.training import Interrupted, Trainer
+from dan_fast.training import DataConfig, Interrupted, RunConfig, TrainConfig, Trainer
 from dan_fast.training.determinism import deterministic_algorithms, prepare_cublas
 from dan_fast.triton_kernels import products_now
 from tests.support import ROOT
@@ -74,6 +77,23 @@ def test_cublas_gets_its_workspace_before_the_gpu_is_used(monkeypatch: pytest.Mo
     monkeypatch.setenv(NAME, ":0:0")
     with pytest.raises(DanFastError, match=f"{NAME}, which is :0:0: set it to :4096:8"):
         prepare_cublas()
+
+
+def test_cublas_gets_its_workspace_before_ranks_take_their_gpus(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(NAME, "")
+    monkeypatch.delenv(NAME)
+    settings, found = TrainConfig(data=DataConfig(labeled=["market"]), run=RunConfig(deterministic=True)), []
+
+    @contextmanager
+    def joined(device):
+        found.append(os.environ.get(NAME))
+        yield None
+
+    monkeypatch.setattr(train_command, "resolve_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr(train_command, "joined", joined)
+    monkeypatch.setattr(train_command, "Trainer", lambda *arguments: SimpleNamespace(fit=lambda: None))
+    train_command.train(settings)
+    assert found == [":4096:8"]
 
 
 def train(images: str, out: str, device: str, order: int, *stops: int) -> None:

@@ -73,6 +73,11 @@ def test_a_batch_may_have_no_image_that_lends_its_style(images, tmp_path):
     settings = {"data": {"unlabeled_fraction": 0.0}, "model": {"style_mixing": "unlabeled"}}
     trainer = Trainer(config(images, tmp_path / "run", **settings, meta={"procedure": "daml1"}))
     assert trainer.model.lending and trainer.batches.planner.places == [(8, 0)]
+    # Their own are not mixed in its place.
+    batch = next(iter(trainer.batches.of_epoch(0, None))).meta_train
+    model = trainer.model.train()
+    assert torch.equal(model.maps(batch), model.maps(batch))
+    assert not torch.equal(model.network.maps(batch.images), model.network.maps(batch.images))
 
 
 def test_the_feature_that_is_tested():
@@ -114,14 +119,22 @@ def test_unlabelled_images_that_a_recipe_leaves_aside_are_named(images, tmp_path
         assert json.loads((out / "results.json").read_text())["unlabeled"] == ([] if said else ["mall"])
 
 
-def test_gates_that_nothing_trains_do_not_decay(images, tmp_path):
-    settings = {
-        "loss": {"labeled_embedding": 1.0, "embedding": 0.0},
-        "memory": {"initial_alpha": -4.0, "temperature": 0.1},
-        "meta": {"procedure": "daml2"},
-    }
-    trainer = Trainer(config(images, tmp_path / "run", **settings))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss": {"labeled_embedding": 1.0, "embedding": 0.0}, "meta": {"procedure": "daml2"}},
+        {"loss": {"labeled_embedding": 1.0}, "data": {"unlabeled": []}},
+        {"loss": {"labeled_embedding": 1.0}, "model": {"style_mixing": "unlabeled"}},
+    ],
+    ids=["no weight", "no unlabelled images", "styles alone"],
+)
+def test_gates_that_nothing_trains_do_not_decay(images, tmp_path, settings):
+    memory = {"initial_alpha": -4.0, "temperature": 0.1}
+    trainer = Trainer(config(images, tmp_path / "run", **settings, memory=memory))
     trainer.fit()
     assert trainer.model.memory.alpha.item() == -4.0
+
+
+def test_gates_that_are_features_have_no_start():
     with pytest.raises(DanFastError, match="memory.initial_alpha -4.0 is for gates that are parameters"):
         build_memory(MemoryConfig(gates="features", initial_alpha=-4.0), key_dim=3)

@@ -154,6 +154,18 @@ def test_a_layer_frozen_before_stays_as_it_is():
     assert all(torch.equal(value, old) for value, old in zip(frozen, before, strict=True))
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_stage_of_which_everything_is_frozen_moves_nothing(order: int):
+    model = training_model(memory=False)
+    model.network.backbone.requires_grad_(False)
+    model.network.classifier.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    meta_step = tiny_step(model, order=order)
+    decide(meta_step, Stage.ATTENTION)
+    assert meta_step.step(split(1), split(2)).grads == {}
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
 def test_without_an_adversary_attention_is_trained_without_a_competition():
     network = tiny_network(adversary=False)
     meta_step = tiny_step(training_model(network=network))

@@ -166,7 +166,7 @@ def test_what_no_weight_shows_is_in_the_checkpoint_too(images, tmp_path):
 @pytest.mark.parametrize(
     ("sections", "sentence"),
     [
-        ({"run": RESUME}, "checkpoint.pt does not exist"),
+        ({"run": RESUME}, "checkpoint.pt does not exist, so there .*: set run.resume to auto or false, or run.out"),
         ({"data": {"labeled": []}}, "data.labeled is empty"),
         ({"data": {"targets": "TRAIN ONLY/mall"}}, "mall .* has neither query and gallery nor test images"),
         *(({"run": {"device": device}}, device) for device in ("gpu", "cuda:99", "mps")),

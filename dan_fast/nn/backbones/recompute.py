@@ -16,7 +16,8 @@ def with_weights_kept(module: Module, run: Callable[[Module], Tensor]) -> Tensor
     place of the module's as `torch.func.functional_call` does, has put the module's own weights back, and the segment
     would silently be computed with them. And batch norm would count the same batch twice. So the segments are those of
     a copy: modules that hold the very tensors the module's hold now, parameters and buffers, until the pass is over;
-    from then on its buffers are others, and what is computed again updates those.
+    from then on its buffers are others, and what is computed again updates those. Batch norm that left its statistics
+    alone has none from then on: it has to normalise by the batch when it is computed again, whatever is set by then.
 
     Args:
         module: what is run; its modules are copied, its tensors are not.
@@ -25,7 +26,10 @@ def with_weights_kept(module: Module, run: Callable[[Module], Tensor]) -> Tensor
     twin = _copied(module, {})
     result = run(twin)
     for part in twin.modules():
-        part._buffers = {name: None if value is None else value.clone() for name, value in part._buffers.items()}
+        by_batch = part.training and getattr(part, "track_running_stats", True) is False
+        part._buffers = {
+            name: None if value is None or by_batch else value.clone() for name, value in part._buffers.items()
+        }
     return result
 
 
