@@ -129,6 +129,15 @@ def test_a_command_parses(page: Path, words: list[str], tmp_path: Path, monkeypa
             assert words[0] in ("ruff", "mkdocs"), f"{page.name} has a command that no test knows: {words}"
 
 
+def test_no_example_leaves_out_the_variant_of_cuhk03():
+    """Which is never a default: the program would refuse the folder."""
+    scripts = [path for path in (ROOT / "scripts").iterdir() if path.suffix in (".py", ".sh")]
+    shown = {path.name: path.read_text() for path in scripts}
+    shown |= {page.name: "".join(text for language, text in blocks(page) if language) for page in PAGES}
+    assert {name for name, text in shown.items() if re.search(r"data/cuhk03(?!@)", text)} == set()
+    assert sum("data/cuhk03@" in text for text in shown.values()) >= 4
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if texts(page, "yaml")], ids=lambda page: page.name)
 def test_the_settings_of_a_page_are_read(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "base.yaml").write_text("data: {labeled: market}")
