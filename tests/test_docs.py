@@ -211,6 +211,12 @@ def test_names_resolve(page: Path):
         assert any(ROOT.glob(file)), file
 
 
+def test_the_files_that_the_tree_of_rooms_names_are_there():
+    (rooms,) = texts(ROOT / "CONTRIBUTING.md", "text")
+    named = set(re.findall(r"[\w*-]+\.(?:py|h|md)\b", rooms))
+    assert len(named) > 10 and not [name for name in named if not any(ROOT.glob(f"*/**/{name}"))]
+
+
 def test_a_wrong_name_does_not_resolve():
     for name in ("dan_fast.functional.memory_stride", "dan_fast.nowhere.memory_step"):
         with pytest.raises((AttributeError, ModuleNotFoundError)):

@@ -63,7 +63,7 @@ def sweep(
         report: Write a report on the trainings at the end.
         list: Only show what would run, and what is finished.
         recipe: Recipe of all trainings whose own settings name none, as for `dan-fast train`; without it that of the
-            base, or else dan.
+            base, or else the grid's, or else dan.
         parallel: Trainings at a time. Several share the cores: each gets an equal number of threads.
 
     Raises:

@@ -122,7 +122,7 @@ def test_combinations_are_trained_once_a_seed(tmp_path):
     assert [run.arm for run in plan_sweep(write(tmp_path / "grid.yaml", content), None, "out")] == ["", ""]
 
 
-def test_a_recipe_comes_from_the_arm_the_flag_the_base_or_the_default(tmp_path):
+def test_a_recipe_comes_from_the_arm_the_flag_the_base_the_grid_or_the_default(tmp_path):
     content = {"base": BASE, "arms": {"a": {"recipe": "plain"}, "b": {"meta.eta": 0.5}}}
     path = write(tmp_path / "arms.yaml", content)
 
@@ -130,7 +130,9 @@ def test_a_recipe_comes_from_the_arm_the_flag_the_base_or_the_default(tmp_path):
         return [run.config.recipe for run in plan_sweep(path, None, "out", **flags)]
 
     assert recipes() == ["plain", "dan"] and recipes(recipe="paper") == ["plain", "paper"]
-    write(path, {**content, "base": {**BASE, "recipe": "none"}})
+    write(path, {**content, "recipe": "paper"})
+    assert recipes() == ["plain", "paper"] and recipes(recipe="none") == ["plain", "none"]
+    write(path, {**content, "recipe": "paper", "base": {**BASE, "recipe": "none"}})
     assert recipes() == ["plain", "none"] and recipes(recipe="paper") == ["plain", "paper"]
     # The configuration of an older run decides what is learnt; it is no change of today's default.
     whole = {section: values for section, values in TrainConfig().to_dict().items() if section != "recipe"}
