@@ -71,14 +71,23 @@ def plot_models(line: Line, out_png: str | Path) -> Path:
 
 
 def evaluated_epochs(run: Run) -> dict[str, tuple[list[float], list[float]]]:
-    """For each target (epochs, mAP in percent) of the tests that took place while a run trained."""
+    """For each target (epochs, mAP in percent) of the tests that took place while a run trained.
+
+    The epochs are those of the logged steps. Where it is not known how many iterations an epoch has, the steps at which
+    any target was tested are taken for the epochs that run.evaluate_every names.
+    """
+    tested = {
+        tag.removeprefix("eval/").removesuffix("/mAP"): (steps.tolist(), values.tolist())
+        for tag, (steps, values) in run.scalars.items()
+        if tag.startswith("eval/") and tag.endswith("/mAP")
+    }
     every, last = run.settings["run"]["evaluate_every"], run.settings["optimizer"]["epochs"]
-    found = {}
-    for tag, (_, values) in run.scalars.items():
-        if tag.startswith("eval/") and tag.endswith("/mAP"):
-            epochs = [min((place + 1) * every, last) if every else last for place in range(len(values))]
-            found[tag.removeprefix("eval/").removesuffix("/mAP")] = (epochs, values.tolist())
-    return found
+    all_steps = sorted({step for steps, _ in tested.values() for step in steps})
+    if run.iterations:
+        epoch_of = {step: step / run.iterations for step in all_steps}
+    else:
+        epoch_of = {step: min(place * every, last) if every else last for place, step in enumerate(all_steps, 1)}
+    return {target: ([epoch_of[step] for step in steps], values) for target, (steps, values) in tested.items()}
 
 
 def plot_over_setting(lines: Sequence[Line], label: str, out_png: str | Path, percent: bool = False) -> Path:

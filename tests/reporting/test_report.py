@@ -24,6 +24,7 @@ from dan_fast.reporting.memories import Slots, layout, neighbours_agree, plot_me
 from dan_fast.reporting.report import report
 from dan_fast.reporting.result_tables import paper_tables, paper_target, result_tables
 from dan_fast.reporting.runs import read_runs
+from dan_fast.reporting.side_by_side import evaluated_epochs
 from dan_fast.reporting.watched import watched_table
 from dan_fast.training import DataConfig, MemoryConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer
 from dan_fast.training.reported import CHOSEN, SEEN
@@ -404,6 +405,19 @@ def test_models_are_drawn_over_the_epochs_they_were_tested_at(tmp_path, drawn):
     curves = drawn["models1: street"]
     assert curves["B+SA"] == ([2, 4, 5], pytest.approx([15, 25, 35]))
     assert curves["B"][1] == pytest.approx([10, 20, 25])
+
+
+@pytest.mark.parametrize("told", ["results", "settings", "nowhere"])
+def test_tests_stand_at_the_epochs_of_their_steps(tmp_path, told):
+    """A target that was added after the training, and one that was tested from its middle on."""
+    scalars = {"eval/street/mAP": {280: 20.0, 350: 30.0, 420: 40.0}, "eval/late/mAP": {420: 10.0}}
+    place = {"results": {"iterations": 420}, "settings": {"data": {"iterations": 7}}, "nowhere": {}}[told]
+    fake_run(tmp_path / "run", run={"evaluate_every": 10}, optimizer={"epochs": 60}, scalars=scalars, **place)
+    [run] = read_runs([tmp_path])
+    found = evaluated_epochs(run)
+    # Where the iterations of an epoch are not known the tests are counted, those of all targets.
+    street = [10, 20, 30] if told == "nowhere" else [40, 50, 60]
+    assert found == {"street": (street, [20.0, 30.0, 40.0]), "late": (street[-1:], [10.0])}
 
 
 def slots(count: int = 30) -> Slots:
