@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dan_fast.reporting.canvas import COLOURS, save_png, style
+from dan_fast.reporting.canvas import COLOURS, legend_label, save_png, style
 from dan_fast.reporting.groups import Line, Target, compared, result_on
 from dan_fast.reporting.runs import Run
 
@@ -42,7 +42,8 @@ def plot_gates(runs: Sequence[Run], out_png: str | Path) -> Path:
             for place, run in enumerate(shown):
                 if tag in run.scalars:
                     steps, values = run.scalars[tag]
-                    axes.plot(steps, values, label=_short(run.name), **_dash(place), marker=_mark(len(steps)), ms=3)
+                    label = legend_label(_short(run.name))
+                    axes.plot(steps, values, label=label, **_dash(place), marker=_mark(len(steps)), ms=3)
             axes.set(xlabel="iteration", ylabel="value of the gate")
             _widen(axes)
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -364,6 +364,21 @@ def test_pictures_show_the_figures_and_captions_say_them(tmp_path, drawn):
     assert "p0.5: β from 0.100 to 0.500" in text
 
 
+def test_names_are_no_formulas_and_none_is_left_out_of_a_legend(tmp_path, monkeypatch):
+    legends, save = [], side_by_side.save_png
+
+    def note(figure, path):
+        legends.extend([text.get_text().lstrip("\u200b") for text in each.get_texts()] for each in figure.legends)
+        return save(figure, path)
+
+    monkeypatch.setattr(side_by_side, "save_png", note)
+    for name, share in (("_a", 0.0), ("a$^$b", 1.0)):
+        fake_run(tmp_path / "runs" / name, [("_$^$", 0.3, 0.2)], data={"unlabeled_share": share},
+                 scalars={"memory/beta": [0.1, 0.5], "eval/_$^$/mAP": [20.0, 30.0]})  # fmt: skip
+    report([tmp_path / "runs"], tmp_path / "page")
+    assert ["_a", "a$^$b"] in legends
+
+
 def test_what_to_watch_is_a_table_of_what_was_logged(tmp_path):
     old = {"competition/backbone_frozen": [0.0, 0.25], "train/loss/total": [3.0, 2.0]}
     new = {"competition/ties": [1.0, 0.5, 0.125], "competition/backbone_frozen": [0.5, 0.75],
