@@ -129,6 +129,14 @@ def test_a_command_parses(page: Path, words: list[str], tmp_path: Path, monkeypa
             assert words[0] in ("ruff", "mkdocs"), f"{page.name} has a command that no test knows: {words}"
 
 
+def test_the_pages_say_what_their_tables_are_of():
+    for name in ("experiments.md", "reproducing.md"):
+        said = " ".join((ROOT / "docs" / name).read_text().split())
+        assert "Market-1501-dev, CUHK03-dev and Street are not published with this repository" in said
+    changes = [words for _, words in LINES if words[:2] == ["python", "benchmarks/experiments/changes"]]
+    assert changes and all(words[-2:] == ["--run.device", "cpu"] for words in changes)
+
+
 def test_no_example_leaves_out_the_variant_of_cuhk03():
     """Which is never a default: the program would refuse the folder."""
     scripts = [path for path in (ROOT / "scripts").iterdir() if path.suffix in (".py", ".sh")]

@@ -25,6 +25,7 @@ from dan_fast.sweep import runner as sweeping
 from dan_fast.sweep.grid import GRIDS, plan_sweep, run_name
 from dan_fast.sweep.runner import sweep
 from dan_fast.training import TrainConfig
+from tests.support import in_checkout
 from tests.support.figures import evaluation
 
 BASE = {"data": {"labeled": "market"}}
@@ -85,6 +86,16 @@ def test_the_shipped_grids_are_the_papers(tmp_path):
     assert {1, 12, 20} <= {run.config.model.reduction for run in planned["fig8"]}
     assert {3000, 9000} <= {run.config.memory.labeled_slots for run in planned["fig8"]}
     assert len({run.name for run in planned["fig8"]}) == len(planned["fig8"])
+
+
+def test_the_experiments_take_the_device_that_their_tables_are_of():
+    devices = {
+        path.stem: {run.config.run.device for run in plan_sweep(path, None, "out")}
+        for path in in_checkout("benchmarks/experiments").glob("*.yaml")
+        if path.stem != "base"
+    }
+    gpu = {"auto"}
+    assert devices == {"recipes": gpu, "cuhk03": gpu, "long": gpu, "parts": gpu, "order": {"cpu"}}
 
 
 def test_arms_are_trained_once_a_seed(tmp_path):
