@@ -25,7 +25,7 @@ from dan_fast.evaluation import (
     Reranking,
     evaluate_features,
     extract_dataset,
-    require_whole_splits,
+    require_scorable,
 )
 from dan_fast.training import TrainConfig
 from dan_fast.training.build import initial_network, network_of, resolve_device
@@ -90,7 +90,7 @@ def evaluate(
         state = load_checkpoint(checkpoint)
         datasets = _load_targets(paths, protocol, root)
         for dataset in datasets:
-            require_whole_splits(dataset)
+            require_scorable(dataset, ap, rerank)
         network, settings = network_of(state), state["config"]
         conditions = {
             "named_protocol": _tested_by(protocol, settings),
