@@ -10,6 +10,7 @@ import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import write_text
@@ -144,7 +145,7 @@ def evaluate(
     # Folded: a variant must stay readable in a narrow window.
     table = Table(Column("target", overflow="fold"), "features", *results[0][1].percentages())
     for name, evaluation in results:
-        table.add_row(evaluation.title, name, *evaluation.row())
+        table.add_row(Text(evaluation.title), name, *evaluation.row())
     Console().print(table)
     for name, evaluation in results:
         print(f"{evaluation.title}, {name}: {evaluation.conditions_and_recipe}.")

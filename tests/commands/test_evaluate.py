@@ -64,3 +64,11 @@ def test_a_single_shot_target_is_refused_what_is_not_defined_for_it(checkpoint, 
     ):
         assert evaluated(checkpoint, street, target, **flags) == 1
         assert sentence in refused(capsys)
+
+
+def test_a_name_in_brackets_is_shown_as_it_is(checkpoint, street, tmp_path, capsys):
+    (tmp_path / "a [b]").symlink_to(street)
+    assert main(["evaluate", "--checkpoint", str(checkpoint), "--targets", str(tmp_path / "a [b]"), "--workers", "0",
+                 "--device", "cpu"]) == 0  # fmt: skip
+    table, figures = capsys.readouterr().out.split("└")
+    assert "│ a [b] " in table and "a [b], trained: " in figures
