@@ -92,7 +92,7 @@ def evaluate(
         datasets = _load_targets(paths, protocol, root)
         for dataset in datasets:
             require_scorable(dataset, ap, rerank)
-        network, settings = network_of(state), state["config"]
+        network, settings = network_of(state, checkpoint), state["config"]
         conditions = {
             "named_protocol": _tested_by(protocol, settings),
             "epoch": epoch_of(state),

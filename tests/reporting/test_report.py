@@ -95,11 +95,15 @@ def test_a_second_report_does_not_mix_its_pictures_with_anothers(trained, tmp_pa
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_missing_pieces_are_said_in_the_page(trained, tmp_path):
+def test_missing_pieces_are_said_in_the_page(trained, images, tmp_path):
     bare = fake_run(tmp_path / "bare", results=(), data={"unlabeled": []})
     (bare / "results.json").write_text("{]")
     no_attention = fake_run(tmp_path / "none", model={"attention": "none", "adversary": False})
     (no_attention / "checkpoint.pt").write_bytes((trained / "checkpoint.pt").read_bytes())
+    older = fake_run(tmp_path / "older", data={"targets": [str(images / "street")]})
+    state = torch.load(trained / "checkpoint.pt")
+    del state["config"]["data"]["image_size"]
+    torch.save(state, older / "checkpoint.pt")
     damaged = fake_run(tmp_path / "damaged")
     (damaged / "checkpoint.pt").write_bytes(b"PK")
     text = text_of(report([tmp_path], tmp_path / "page", images=2))
@@ -108,6 +112,7 @@ def test_missing_pieces_are_said_in_the_page(trained, tmp_path):
     assert re.search(r"bare \| gates, Fig. 5\(b\) \| It has no memory", text)
     assert re.search(r"bare \| heat maps and t-SNE, Figs. 9 and 10 \| .*checkpoint.pt does not exist", text)
     assert "none | heat maps, Fig. 9 | Its network has no attention." in text
+    assert re.search(r"older \| heat maps, Fig. 9 \| .*checkpoint.pt does not fit this version of dan_fast", text)
     assert re.search(r"damaged \| heat maps and t-SNE.*truncated or no checkpoint", text)
     assert "damaged | curves | " in text
 
