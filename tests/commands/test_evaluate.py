@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
 
 from dan_fast.cli import main
 from dan_fast.data.synthetic import synthesize
@@ -64,6 +66,29 @@ def test_a_single_shot_target_is_refused_what_is_not_defined_for_it(checkpoint, 
     ):
         assert evaluated(checkpoint, street, target, **flags) == 1
         assert sentence in refused(capsys)
+
+
+@pytest.mark.usefixtures("nothing_embedded")
+def test_a_shared_folder_has_no_network_before_training(street, tmp_path, capsys, monkeypatch):
+    """Not even where a file in this folder has the name of the weights that the training started from."""
+    monkeypatch.chdir(tmp_path)
+    path = untrained_checkpoint(tmp_path / "checkpoint.pt", model={"weights": "/home/me/w.pth"})
+    assert main(["share", "--checkpoint", str(path), "--out", "shared"]) == 0
+    capsys.readouterr()
+    torch.save(torchvision.models.resnet18().state_dict(), "w.pth")
+    assert evaluated(Path("shared"), street, baselines="true") == 1
+    assert refused(capsys) == (
+        "shared is a shared folder, which does not hold the weights that its training started from (w.pth): evaluate "
+        "it without --baselines, or the checkpoint.pt of the run."
+    )
+
+
+@pytest.mark.slow
+def test_a_shared_folder_of_a_training_from_no_weights_has_baselines(street, tmp_path, capsys):
+    path = untrained_checkpoint(tmp_path / "checkpoint.pt", model={"weights": "none"})
+    assert main(["share", "--checkpoint", str(path), "--out", str(tmp_path / "shared")]) == 0
+    assert evaluated(tmp_path / "shared", street, baselines="true") == 0
+    assert "street, untrained: " in capsys.readouterr().out
 
 
 def test_a_name_in_brackets_is_shown_as_it_is(checkpoint, street, tmp_path, capsys):
