@@ -1,7 +1,7 @@
 """Train images as chunks of LitData, decoded and resized, and what `training_loader` reads them with.
 
     pip install litdata
-    python scripts/litdata_images.py chunks 256 128 data/market data/cuhk03
+    python scripts/litdata_images.py chunks 256 128 data/market 'data/cuhk03@labeled new'
 
 This writes the train splits of the datasets into the folder `chunks`, images of 256 x 128, and `chunks/samples.json`,
 which names them. docs/feeding.md shows the training.

@@ -193,3 +193,10 @@ def test_help_names_the_papers_defaults(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for words in ("lambda1", "the paper: 9000", "the paper: 500", "kappa1", "the paper: resnet50"):
         assert words in text, words
+
+
+def test_help_names_where_the_recipe_of_a_sweep_is_from(capsys):
+    """In the order in which `plan_sweep` asks."""
+    with pytest.raises(SystemExit):
+        main(["sweep", "--help"])
+    assert "without it that of the base, or else the grid's, or else dan" in " ".join(capsys.readouterr().out.split())

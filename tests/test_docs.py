@@ -129,6 +129,23 @@ def test_a_command_parses(page: Path, words: list[str], tmp_path: Path, monkeypa
             assert words[0] in ("ruff", "mkdocs"), f"{page.name} has a command that no test knows: {words}"
 
 
+def test_the_pages_say_what_their_tables_are_of():
+    for name in ("experiments.md", "reproducing.md"):
+        said = " ".join((ROOT / "docs" / name).read_text().split())
+        assert "Market-1501-dev, CUHK03-dev and Street are not published with this repository" in said
+    changes = [words for _, words in LINES if words[:2] == ["python", "benchmarks/experiments/changes"]]
+    assert changes and all(words[-2:] == ["--run.device", "cpu"] for words in changes)
+
+
+def test_no_example_leaves_out_the_variant_of_cuhk03():
+    """Which is never a default: the program would refuse the folder."""
+    scripts = [path for path in (ROOT / "scripts").iterdir() if path.suffix in (".py", ".sh")]
+    shown = {path.name: path.read_text() for path in scripts}
+    shown |= {page.name: "".join(text for language, text in blocks(page) if language) for page in PAGES}
+    assert {name for name, text in shown.items() if re.search(r"data/cuhk03(?!@)", text)} == set()
+    assert sum("data/cuhk03@" in text for text in shown.values()) >= 4
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if texts(page, "yaml")], ids=lambda page: page.name)
 def test_the_settings_of_a_page_are_read(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "base.yaml").write_text("data: {labeled: market}")
@@ -200,6 +217,12 @@ def test_names_resolve(page: Path):
     rooms = "csrc|python_bindings|dan_fast|tests|benchmarks|scripts|docs"
     for file in re.findall(rf"`((?:{rooms})/[\w./*-]+\.\w+)`", text):
         assert any(ROOT.glob(file)), file
+
+
+def test_the_files_that_the_tree_of_rooms_names_are_there():
+    (rooms,) = texts(ROOT / "CONTRIBUTING.md", "text")
+    named = set(re.findall(r"[\w*-]+\.(?:py|h|md)\b", rooms))
+    assert len(named) > 10 and not [name for name in named if not any(ROOT.glob(f"*/**/{name}"))]
 
 
 def test_a_wrong_name_does_not_resolve():

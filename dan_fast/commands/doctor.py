@@ -131,7 +131,8 @@ def _driver_version() -> str:
 
 def _built(info: dict) -> list[tuple[str, str]]:
     left = why_heap_is_left()
-    heap = ("heap on a CPU", "freed blocks are kept by train, evaluate, quickstart and bench" if left is None else left)
+    kept = "freed blocks are kept by train, evaluate, extract, search, quickstart and bench"
+    heap = ("heap on a CPU", kept if left is None else left)
     if not _extension.loaded():
         return [("CPU kernels", "no"), ("CUDA kernels", "no"), heap]
     cuda = f"yes, for {', '.join(info.get('cuda_archs', []))}" if _extension.has_cuda_kernels() else "no"

@@ -10,6 +10,7 @@ import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import write_text
@@ -25,12 +26,12 @@ from dan_fast.evaluation import (
     Reranking,
     evaluate_features,
     extract_dataset,
-    require_whole_splits,
+    require_scorable,
 )
 from dan_fast.training import TrainConfig
 from dan_fast.training.build import initial_network, network_of, resolve_device
 from dan_fast.training.checkpoint import load_checkpoint
-from dan_fast.training.config import BrokenImages, CacheCheck, Paths, Precision, as_list
+from dan_fast.training.config import BrokenImages, CacheCheck, ModelConfig, Paths, Precision, as_list
 from dan_fast.training.recipes import recipe_words
 from dan_fast.training.reported import epoch_of, seen_of
 
@@ -67,7 +68,8 @@ def evaluate(
             dataset's fixed splits, else at random.
         protocol: In place of these, a protocol of the literature by its name, such as p1, for its targets.
         root: Folder in which the protocol's targets lie, up to two levels deep.
-        baselines: Also evaluate the network as it was before training, and random features (chance).
+        baselines: Also evaluate the network as it was before training, and random features (chance). Not of a shared
+            folder whose training started from a file of weights, which it does not hold.
         repeats: Random splits of a target that has no fixed ones; mean and standard deviation are printed.
         seed: Seed of the random splits.
         metric: How features are compared.
@@ -90,8 +92,10 @@ def evaluate(
         state = load_checkpoint(checkpoint)
         datasets = _load_targets(paths, protocol, root)
         for dataset in datasets:
-            require_whole_splits(dataset)
-        network, settings = network_of(state), state["config"]
+            require_scorable(dataset, ap, rerank)
+        network, settings = network_of(state, checkpoint), state["config"]
+        if baselines:
+            _require_first_weights(state, checkpoint)
         conditions = {
             "named_protocol": _tested_by(protocol, settings),
             "epoch": epoch_of(state),
@@ -144,7 +148,7 @@ def evaluate(
     # Folded: a variant must stay readable in a narrow window.
     table = Table(Column("target", overflow="fold"), "features", *results[0][1].percentages())
     for name, evaluation in results:
-        table.add_row(evaluation.title, name, *evaluation.row())
+        table.add_row(Text(evaluation.title), name, *evaluation.row())
     Console().print(table)
     for name, evaluation in results:
         print(f"{evaluation.title}, {name}: {evaluation.conditions_and_recipe}.")
@@ -171,6 +175,17 @@ def _random_features(
     query = drawn(features.query)
     gallery = query if features.gallery.paths == features.query.paths else drawn(features.gallery)
     return features._replace(query=features.query._replace(features=query), gallery=own(features.gallery, gallery))
+
+
+def _require_first_weights(state: dict[str, Any], checkpoint: str) -> None:
+    """Refuse to evaluate the network as it was before training where the weights it started from are not known."""
+    weights = ModelConfig(**state["config"]["model"]).weights
+    # What is shared holds the name of their file only, and a file of that name here would be another one.
+    if "shared" in state and weights not in ("none", "imagenet"):
+        raise DanFastError(
+            f"{checkpoint} is a shared folder, which does not hold the weights that its training started from "
+            f"({weights}): evaluate it without --baselines, or the checkpoint.pt of the run."
+        )
 
 
 def _require_targets(paths: Sequence[str], protocol: str | None, root: str | None) -> None:

@@ -12,8 +12,7 @@ from dan_fast.data.images.transforms import resize
 from dan_fast.export import Format, Input, Precision, export_network
 from dan_fast.export.exporting import TOLERANCE
 from dan_fast.nn import DAN
-from dan_fast.training.build import network_of
-from dan_fast.training.checkpoint import load_checkpoint
+from dan_fast.training.build import trained_network
 from dan_fast.training.config import Paths, as_list
 
 
@@ -39,7 +38,7 @@ def export(
     """
     if format == "pt2" and precision == "int8":
         raise DanFastError("--precision int8 is made by ONNX Runtime: use --format onnx, or another precision.")
-    network = network_of(load_checkpoint(checkpoint))
+    network = trained_network(checkpoint)[0]
     found = export_network(network, out, format, input, precision, _read(as_list(images or []), network))
     (height, width), (mean, std, interpolation) = network.image_size, network.preprocessing
     values = "uint8" if input == "uint8" else f"float32 of mean {mean} and deviation {std}"

@@ -24,7 +24,7 @@ def share(checkpoint: str, out: str, push: str | None = None) -> None:
     if push is not None:
         hub_mixin("--push")
     state = load_checkpoint(checkpoint)
-    network = network_of(state)
+    network = network_of(state, checkpoint)
     training, results = origin_of(checkpoint, state)
     network.save_pretrained(out, training=training, results=results)
     print(f"{out}: {', '.join(FILES)}.")

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 # Sentences are neither broken into lines nor coloured: they contain paths to copy.
-PLAIN: dict[str, bool] = {"soft_wrap": True, "highlight": False, "markup": False}
+PLAIN: dict[str, bool] = {"soft_wrap": True, "highlight": False, "markup": False, "emoji": False}
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Features of images, rankings and the figures of a whole dataset."""
 
-from dan_fast.evaluation.dataset_features import DatasetFeatures, extract_dataset, random_split, require_whole_splits
+from dan_fast.evaluation.dataset_features import DatasetFeatures, extract_dataset, random_split
 from dan_fast.evaluation.features import Features, extract_features
 from dan_fast.evaluation.ranking import (
     NoMatchError,
@@ -11,6 +11,7 @@ from dan_fast.evaluation.ranking import (
 )
 from dan_fast.evaluation.reranking import Reranking, evaluate_reranked, reranked_distances
 from dan_fast.evaluation.result import COLUMNS, Evaluation
+from dan_fast.evaluation.scorable import require_scorable
 from dan_fast.evaluation.scoring import evaluate_dataset, evaluate_features
 from dan_fast.evaluation.single_shot import evaluate_single_shot
 
@@ -33,5 +34,5 @@ __all__ = [
     "random_split",
     "rank_distances",
     "reranked_distances",
-    "require_whole_splits",
+    "require_scorable",
 ]

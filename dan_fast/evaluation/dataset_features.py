@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dan_fast.core.errors import DanFastError
 from dan_fast.core.float32 import float32_rounding
 from dan_fast.data.samples import FixedSplits, ReIDDataset, Sample
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.evaluation.features import Features, extract_features
+from dan_fast.evaluation.scorable import require_evaluation_images
 
 
 class DatasetFeatures(NamedTuple):
@@ -105,19 +105,6 @@ def random_split(pids: Tensor, camids: Tensor, seed: int = 0, repeat: int = 0) -
     return torch.from_numpy(np.flatnonzero(is_query)), torch.from_numpy(np.flatnonzero(~is_query))
 
 
-def require_whole_splits(dataset: ReIDDataset) -> None:
-    """Refuse a dataset that lacks images that its fixed splits name; one without fixed splits is never refused.
-
-    Raises:
-        DanFastError: some of these images are missing; the sentence says which.
-    """
-    if dataset.splits is not None and dataset.splits.missing:
-        raise DanFastError(
-            f"{dataset.name} ({dataset.root}) cannot be scored on its fixed splits ({dataset.splits.label}): "
-            f"{dataset.splits.missing}; complete the folder, results on other splits cannot be compared."
-        )
-
-
 def extract_dataset(
     embed: Callable[[Tensor], Tensor],
     dataset: ReIDDataset,
@@ -138,6 +125,7 @@ def extract_dataset(
         DanFastError: the dataset has neither a query and a gallery nor a test split, or not all the images that its
             fixed splits name.
     """
+    require_evaluation_images(dataset)
 
     def extract(samples: tuple[Sample, ...]) -> Features:
         given = {"device": device, "precision": precision, "process_group": process_group}
@@ -145,7 +133,7 @@ def extract_dataset(
 
     rounding = float32_rounding(torch.device(device)) if precision == "float32" else ""
     made = {"precision": precision, "rounding": rounding}
-    if dataset.query and dataset.gallery:
+    if dataset.query:
         query = extract(dataset.query)
         gallery = query if dataset.gallery == dataset.query else extract(dataset.gallery)
         if process_group is not None:
@@ -154,12 +142,4 @@ def extract_dataset(
         return DatasetFeatures(
             dataset.name, query, gallery, None, variant=dataset.variant, single_shot=dataset.single_shot, **made
         )
-    if dataset.query or dataset.gallery:
-        missing = "gallery" if dataset.query else "query"
-        raise DanFastError(f"{dataset.name} has no {missing} images; add them or evaluate on another dataset.")
-    if not dataset.test:
-        raise DanFastError(
-            f"{dataset.name} has nothing to evaluate on; give it query and gallery images, or a test split."
-        )
-    require_whole_splits(dataset)
     return DatasetFeatures(dataset.name, None, None, extract(dataset.test), dataset.variant, dataset.splits, **made)

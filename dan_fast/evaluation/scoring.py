@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dan_fast.core.errors import DanFastError
 from dan_fast.data.samples import ReIDDataset
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.evaluation.dataset_features import DatasetFeatures, extract_dataset
@@ -17,6 +16,7 @@ from dan_fast.evaluation.features import Features
 from dan_fast.evaluation.ranking import AveragePrecision, Metric, NoMatchError, RankingResult, evaluate_ranking
 from dan_fast.evaluation.reranking import Reranking, evaluate_reranked
 from dan_fast.evaluation.result import Evaluation
+from dan_fast.evaluation.scorable import no_match, require_defined
 from dan_fast.evaluation.single_shot import evaluate_single_shot
 
 
@@ -50,13 +50,7 @@ def evaluate_features(
     elif features.splits is not None:
         repeats = len(features.splits.splits)
     options = {"metric": metric, "max_rank": max_rank, "process_group": process_group}
-    if features.single_shot and reranking is not None:
-        raise DanFastError(
-            f"{features.name} is scored single-shot, with a gallery drawn anew many times, which is not re-ranked; "
-            "leave out rerank."
-        )
-    if features.single_shot and ap != "standard":
-        raise DanFastError(f"{features.name} is scored single-shot, for which ap {ap} is not defined; leave it out.")
+    require_defined(features.name, features.single_shot, ap, reranking is not None)
     rank = evaluate_ranking if reranking is None else partial(evaluate_reranked, reranking=reranking)
     results: list[RankingResult] = []
     for repeat in range(repeats):
@@ -152,10 +146,7 @@ def _rank(
             **options,
         )
     except NoMatchError as error:
-        raise DanFastError(
-            f"{name} has no person seen by two cameras in its evaluation images, so none can be found again; "
-            "check the identities and cameras."
-        ) from error
+        raise no_match(name) from error
 
 
 def _describe(features: DatasetFeatures, repeats: int, seed: int) -> str:

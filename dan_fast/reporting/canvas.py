@@ -28,6 +28,8 @@ _STYLE = {
     "grid.color": "#E3E6EA",
     "legend.frameon": False,
     "legend.fontsize": 8,
+    # Names of runs and datasets are no formulas, whatever signs they have.
+    "text.parse_math": False,
     "xtick.color": "#3B424B",
     "ytick.color": "#3B424B",
 }
@@ -36,6 +38,16 @@ _STYLE = {
 def style() -> matplotlib.RcParams:
     """Context in which pictures are drawn: ``with style(): figure = Figure(...)``."""
     return matplotlib.rc_context(_STYLE)
+
+
+def legend_label(name: str) -> str:
+    """The name as a legend shows it: Matplotlib leaves out what begins with an underscore, so a space of no width does.
+
+    Example:
+        >>> legend_label("_a") == "_a", legend_label("_a").endswith("_a"), legend_label("a_b")
+        (False, True, 'a_b')
+    """
+    return f"\u200b{name}" if name.startswith("_") else name
 
 
 def show_image(axes: Axes, pixels: object, colour: str | None = None, width: float = 0.8) -> None:

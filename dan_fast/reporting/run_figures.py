@@ -124,7 +124,7 @@ def _heat_maps(run: Run, state: dict[str, Any], path: Path, images: int, missing
         return []
     try:
         name, samples = _images_of(run, images)
-        network = network_of(state)
+        network = network_of(state, run.checkpoint)
         wanted = network.preprocessing
         pixels, _ = next(iter(image_loader(samples, network.image_size, batch_size=len(samples), preprocessing=wanted)))
         with torch.inference_mode():

@@ -52,6 +52,7 @@ class Run:
         baselines: (features, evaluation) of the untrained network and of chance, where they were evaluated.
         complaints: whole sentences on files that are there and cannot be read.
         recipe: its recipe and what was changed on top of it, in words; "" for none.
+        iterations: of an epoch; None where neither results.json nor the settings tell, as while it trains.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Run:
     baselines: tuple[tuple[str, Evaluation], ...] = ()
     complaints: tuple[str, ...] = ()
     recipe: str = ""
+    iterations: int | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -166,12 +168,16 @@ def _read_run(folder: Path, name: str) -> Run:
     baselines: list[tuple[str, Evaluation]] = []
     complaints: list[str] = []
     sources = _sources(settings["data"])
+    iterations = settings["data"]["iterations"] or None
     # The trainer's own results first.
     for path in sorted(folder.glob("*.json"), key=lambda path: (path.name != "results.json", path.name)):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if path.name == "results.json":
                 sources = {role: content.get(role, names) for role, names in sources.items()}
+                # Older versions write no iterations.
+                if iterations is None and content.get("iterations"):
+                    iterations = content["iterations"] // content["epochs"]
                 content = content["targets"]
             for entry in content if isinstance(content, list) else ():
                 features, evaluation = entry.get("features", "trained"), Evaluation.from_dict(entry)
@@ -185,7 +191,7 @@ def _read_run(folder: Path, name: str) -> Run:
         sources["unlabeled"] = []
     names = {role: tuple(names) for role, names in sources.items()}
     return Run(name, folder, settings, **names, results=tuple(results), baselines=tuple(baselines),
-               complaints=tuple(complaints), recipe=recipe)  # fmt: skip
+               complaints=tuple(complaints), recipe=recipe, iterations=iterations)  # fmt: skip
 
 
 def _sources(data: Mapping[str, Any]) -> dict[str, list[str]]:

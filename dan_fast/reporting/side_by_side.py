@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dan_fast.reporting.canvas import COLOURS, save_png, style
+from dan_fast.reporting.canvas import COLOURS, legend_label, save_png, style
 from dan_fast.reporting.groups import Line, Target, compared, result_on
 from dan_fast.reporting.runs import Run
 
@@ -42,7 +42,8 @@ def plot_gates(runs: Sequence[Run], out_png: str | Path) -> Path:
             for place, run in enumerate(shown):
                 if tag in run.scalars:
                     steps, values = run.scalars[tag]
-                    axes.plot(steps, values, label=_short(run.name), **_dash(place), marker=_mark(len(steps)), ms=3)
+                    label = legend_label(_short(run.name))
+                    axes.plot(steps, values, label=label, **_dash(place), marker=_mark(len(steps)), ms=3)
             axes.set(xlabel="iteration", ylabel="value of the gate")
             _widen(axes)
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -71,14 +72,23 @@ def plot_models(line: Line, out_png: str | Path) -> Path:
 
 
 def evaluated_epochs(run: Run) -> dict[str, tuple[list[float], list[float]]]:
-    """For each target (epochs, mAP in percent) of the tests that took place while a run trained."""
+    """For each target (epochs, mAP in percent) of the tests that took place while a run trained.
+
+    The epochs are those of the logged steps. Where it is not known how many iterations an epoch has, the steps at which
+    any target was tested are taken for the epochs that run.evaluate_every names.
+    """
+    tested = {
+        tag.removeprefix("eval/").removesuffix("/mAP"): (steps.tolist(), values.tolist())
+        for tag, (steps, values) in run.scalars.items()
+        if tag.startswith("eval/") and tag.endswith("/mAP")
+    }
     every, last = run.settings["run"]["evaluate_every"], run.settings["optimizer"]["epochs"]
-    found = {}
-    for tag, (_, values) in run.scalars.items():
-        if tag.startswith("eval/") and tag.endswith("/mAP"):
-            epochs = [min((place + 1) * every, last) if every else last for place in range(len(values))]
-            found[tag.removeprefix("eval/").removesuffix("/mAP")] = (epochs, values.tolist())
-    return found
+    all_steps = sorted({step for steps, _ in tested.values() for step in steps})
+    if run.iterations:
+        epoch_of = {step: step / run.iterations for step in all_steps}
+    else:
+        epoch_of = {step: min(place * every, last) if every else last for place, step in enumerate(all_steps, 1)}
+    return {target: ([epoch_of[step] for step in steps], values) for target, (steps, values) in tested.items()}
 
 
 def plot_over_setting(lines: Sequence[Line], label: str, out_png: str | Path, percent: bool = False) -> Path:

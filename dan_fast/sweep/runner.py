@@ -25,6 +25,15 @@ from dan_fast.core.files import write_text
 from dan_fast.reporting.arms import FINISHED, Comparison, read_comparison
 from dan_fast.reporting.report import report as write_page
 from dan_fast.sweep.grid import PlannedRun, plan_sweep
+from dan_fast.sweep.set_aside import (
+    CHECKPOINT,
+    RESULTS,
+    SETTINGS,
+    put_back,
+    read_settings,
+    set_aside,
+    settings_of_results,
+)
 from dan_fast.training.config import TrainConfig, training_differences
 from dan_fast.training.interrupt import StopRequest
 
@@ -63,7 +72,7 @@ def sweep(
         report: Write a report on the trainings at the end.
         list: Only show what would run, and what is finished.
         recipe: Recipe of all trainings whose own settings name none, as for `dan-fast train`; without it that of the
-            base, or else dan.
+            base, or else the grid's, or else dan.
         parallel: Trainings at a time. Several share the cores: each gets an equal number of threads.
 
     Raises:
@@ -82,6 +91,9 @@ def sweep(
         console.print(table)
         return
     with _alone(Path(out)) as lock:
+        for run in runs:
+            # What a sweep that was killed has set aside.
+            put_back(run.folder)
         before = _read_record(Path(out))
         record = [_entry(run, state_of(run), before.get(run.name, {})) for run in runs]
         failed = _run_all(runs, record, Path(out), lock, console, parallel)
@@ -101,15 +113,11 @@ def sweep(
 
 def state_of(run: PlannedRun) -> str:
     """Whether a training is "finished", "begun" (has a checkpoint to go on from) or "waiting"."""
-    try:
-        json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
-        done = True
-    except (OSError, ValueError):
-        done = False
+    of_results = settings_of_results(run.folder)
     # With other targets the trainer only evaluates again.
-    if done and (_saved_settings(run) or {}).get("data", {}).get("targets") == run.config.data.targets:
+    if of_results is not None and of_results.get("data", {}).get("targets") == run.config.data.targets:
         return FINISHED
-    return BEGUN if (run.folder / "checkpoint.pt").exists() else WAITING
+    return BEGUN if (run.folder / CHECKPOINT).exists() else WAITING
 
 
 @dataclass(frozen=True)
@@ -166,6 +174,7 @@ def _run_all(
                 training.process.kill()
             for training in active:
                 training.process.wait()
+                put_back(training.run.folder)
             raise
         if stop.requested:
             raise KeyboardInterrupt
@@ -175,8 +184,8 @@ def _run_all(
 def _start(run: PlannedRun, lock: int, threads: int | None) -> subprocess.Popen[bytes]:
     """Start a training in a process of its own, which saves itself when it is sent SIGTERM."""
     # Results of other targets must not stand beside the new settings.
-    (run.folder / "results.json").unlink(missing_ok=True)
-    write_text(run.folder / "config.yaml", yaml.safe_dump(run.config.to_dict(), sort_keys=False))
+    set_aside(run.folder)
+    write_text(run.folder / SETTINGS, yaml.safe_dump(run.config.to_dict(), sort_keys=False))
     limits = {} if threads is None else dict.fromkeys(_THREADS, str(threads))
     with (run.folder / _LOG).open("ab") as log:
         # The child inherits the lock: if this process is killed, no other sweep starts while the child runs.
@@ -193,6 +202,7 @@ def _start(run: PlannedRun, lock: int, threads: int | None) -> subprocess.Popen[
 def _note_end(training: _Training, stopped: bool, console: Console) -> None:
     """Record how a training ended, and print it."""
     run, entry = training.run, training.entry
+    put_back(run.folder)
     # The time of earlier calls is included.
     entry["seconds"] = round((entry["seconds"] or 0.0) + time.monotonic() - training.started, 2)
     entry["state"] = state_of(run)
@@ -223,7 +233,7 @@ def _write_comparison(comparison: Comparison, out: Path, console: Console) -> No
 
 
 def _command(folder: Path) -> Sequence[str]:
-    command = [sys.executable, "-m", "dan_fast", "train", "--config", str(folder / "config.yaml")]
+    command = [sys.executable, "-m", "dan_fast", "train", "--config", str(folder / SETTINGS)]
     return [*command, "--run.resume", "auto"]
 
 
@@ -237,7 +247,7 @@ def _sentence(run: PlannedRun, code: int | None) -> str:
 
 
 def _results(run: PlannedRun) -> str:
-    content = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
+    content = json.loads((run.folder / RESULTS).read_text(encoding="utf-8"))
     parts = [
         f"{each['dataset']} R1 {100 * each['cmc'][0]:.1f}, mAP {100 * each['mAP']:.1f}" for each in content["targets"]
     ]
@@ -246,9 +256,9 @@ def _results(run: PlannedRun) -> str:
 
 def _require_same_settings(run: PlannedRun) -> None:
     """Refuse a folder with a training of other settings, which is neither continued nor overwritten."""
-    if not any((run.folder / name).exists() for name in ("checkpoint.pt", "results.json")):
+    if not any((run.folder / name).exists() for name in (CHECKPOINT, RESULTS)):
         return
-    saved, wanted, defaults = _saved_settings(run), run.config.to_dict(), TrainConfig().to_dict()
+    saved, wanted, defaults = read_settings(run.folder), run.config.to_dict(), TrainConfig().to_dict()
     if saved is None:
         raise DanFastError(f"{run.folder} holds a training without a readable config.yaml: choose another --out.")
     differences = training_differences(saved, wanted)
@@ -261,14 +271,6 @@ def _require_same_settings(run: PlannedRun) -> None:
         raise DanFastError(
             f"{run.folder} holds a training with other settings ({'; '.join(differences)}): choose another --out."
         )
-
-
-def _saved_settings(run: PlannedRun) -> dict[str, Any] | None:
-    try:
-        content = yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def _entry(run: PlannedRun, state: str, before: Mapping[str, Any]) -> dict[str, Any]:

@@ -104,23 +104,27 @@ def trained_network(path: str | Path) -> tuple[DAN, dict[str, Any]]:
         features = network.embed(images)
     """
     state = load_checkpoint(path)
+    return network_of(state, path), state["config"]
+
+
+def network_of(state: dict[str, Any], path: str | Path) -> DAN:
+    """The network of what `load_checkpoint` gave for a path, in eval mode on the CPU.
+
+    Raises:
+        DanFastError: settings or weights of another version.
+    """
+    prefix = "network."
     try:
-        return network_of(state), state["config"]
+        network = initial_network(state["config"], state["num_classes"], read_weights=False)
+        network.preprocessing = preprocessing_of(state)
+        network.load_state_dict(
+            {name.removeprefix(prefix): value for name, value in state["model"].items() if name.startswith(prefix)}
+        )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise DanFastError(
             f"{path} does not fit this version of dan_fast ({reason}): use the version that wrote it, or train again."
         ) from error
-
-
-def network_of(state: dict[str, Any]) -> DAN:
-    """The network of what `load_checkpoint` gave, in eval mode on the CPU."""
-    network = initial_network(state["config"], state["num_classes"], read_weights=False)
-    network.preprocessing = preprocessing_of(state)
-    prefix = "network."
-    network.load_state_dict(
-        {name.removeprefix(prefix): value for name, value in state["model"].items() if name.startswith(prefix)}
-    )
     return network.eval()
 
 

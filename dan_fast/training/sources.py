@@ -4,7 +4,7 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.data import load_dataset
 from dan_fast.data.named_protocols import DatasetRoles, resolve_protocol
 from dan_fast.data.overlap import require_disjoint_persons
-from dan_fast.evaluation import require_whole_splits
+from dan_fast.evaluation import require_scorable
 from dan_fast.training.config import DataConfig
 
 
@@ -17,13 +17,8 @@ def load_datasets(data: DataConfig) -> DatasetRoles:
     """
     roles = _by_protocol(data) if data.protocol else _by_path(data)
     for target in roles.targets:
-        if not target.test and not (target.query and target.gallery):
-            raise DanFastError(
-                f"The target {target.name} ({target.root}) has neither query and gallery nor test images: "
-                "name a dataset with a test split or leave it out of data.targets."
-            )
         # Else it would be noticed after the last epoch only.
-        require_whole_splits(target)
+        require_scorable(target)
     return roles
 
 

@@ -3,12 +3,13 @@
 import io
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from rich.console import Console
 
-from dan_fast import __version__, _extension
+from dan_fast import __version__, _extension, cli
 from dan_fast.commands import doctor
 from tests.support import in_checkout
 from tests.support.toolchain import needs_extension
@@ -45,6 +46,18 @@ def test_with_the_extension_the_kernel_serves_and_nothing_is_broken():
     assert dict(found.built)["CPU kernels"] == "yes"
     built_with_cuda = "CUDA" in _extension.build_info()["built"]
     assert dict(found.built)["CUDA kernels"].startswith("yes, for" if built_with_cuda else "no")
+
+
+def test_the_commands_that_keep_freed_blocks_are_named(monkeypatch: pytest.MonkeyPatch):
+    kept = []
+    monkeypatch.setattr(cli, "_keep_heap_on_a_cpu", lambda device: kept.append(command))
+    monkeypatch.setattr(cli, "resolve_name", MagicMock(side_effect=InterruptedError))
+    monkeypatch.setattr(doctor, "why_heap_is_left", lambda: None)
+    for command in cli._COMMANDS:
+        with pytest.raises(InterruptedError):
+            cli._run(MagicMock(), MagicMock(command=command))
+    said = dict(doctor.report().built)["heap on a CPU"].removeprefix("freed blocks are kept by ")
+    assert sorted(said.replace(" and ", ", ").split(", ")) == sorted(kept)
 
 
 def test_without_the_extension_it_says_why_and_all_is_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

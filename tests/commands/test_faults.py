@@ -9,6 +9,7 @@ import pytest
 from dan_fast.cli import main
 from dan_fast.data.synthetic import synthesize
 from dan_fast.nn import DAN
+from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.support.untrained import untrained_checkpoint
 
 
@@ -29,6 +30,35 @@ COMMANDS = {
     "extract": lambda data, out: [data, "--out", str(out / "features.npz")],
     "search": lambda data, out: ["--gallery", data, "--query", data, "--out", str(out)],
 }
+
+
+# Those that read no images by themselves, too.
+OF_A_CHECKPOINT = COMMANDS | {
+    "export": lambda data, out: ["--out", str(out / "network.onnx")],
+    "share": lambda data, out: ["--out", str(out)],
+}
+
+
+@pytest.mark.parametrize("change", ["a setting more", "a setting less", "a tensor more", "another shape"])
+@pytest.mark.parametrize("command", OF_A_CHECKPOINT)
+def test_a_checkpoint_of_another_version_is_one_sentence(command, change, street, checkpoint, tmp_path, capsys):
+    state, other = load_checkpoint(checkpoint), tmp_path / "checkpoint.pt"
+    match change:
+        case "a setting more":
+            state["config"]["model"]["heads"] = 3
+        case "a setting less":
+            del state["config"]["data"]["image_size"]
+        case "a tensor more":
+            state["model"]["network.more"] = state["model"]["network.classifier.weight"]
+        case "another shape":
+            state["model"]["network.classifier.weight"] = state["model"]["network.classifier.weight"][:, :3]
+    save_checkpoint(other, {name: value for name, value in state.items() if name != "format"})
+    arguments = OF_A_CHECKPOINT[command](street, tmp_path / "out")
+    assert main([command, *arguments, "--checkpoint", str(other)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"dan-fast: {other} does not fit this version of dan_fast (") and said.count("\n") == 1
+    assert said.endswith("): use the version that wrote it, or train again.\n")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from dan_fast.evaluation.dataset_features import DatasetFeatures, extract_datase
 from dan_fast.evaluation.features import extract_features
 from dan_fast.evaluation.ranking import evaluate_ranking
 from dan_fast.evaluation.result import COLUMNS, Evaluation
+from dan_fast.evaluation.scorable import require_scorable
 from dan_fast.evaluation.scoring import evaluate_dataset, evaluate_features
 from dan_fast.evaluation.single_shot import evaluate_single_shot
 from tests.support.dataset_shelf import coloured_people, colours
@@ -220,14 +221,18 @@ def test_short_curve_has_no_rank_10(people):
 def test_datasets_that_cannot_be_scored(people):
     lone = tuple(sample for sample in people if sample.camid == 1)
     for dataset, sentence in (
-        (tiny(train=people), "nothing to evaluate on"),
+        (tiny(train=people), "neither query and gallery nor test images: name a dataset"),
         (tiny(query=people), "no gallery images"),
         (tiny(gallery=people), "no query images"),
         (tiny(test=lone), "no person seen by two cameras"),
+        (tiny(query=people, test=people), "no gallery images"),
         (tiny(test=people[:1]), "no person seen by two cameras"),
+        (tiny(query=lone, gallery=lone), "no person seen by two cameras"),
+        (tiny(test=tuple(sample._replace(pid=0) for sample in people)), "no person seen by two cameras"),
     ):
-        with pytest.raises(DanFastError, match=f"tiny has {sentence}"):
-            evaluate_dataset(colours, dataset, SIZE)
+        for refuse in (require_scorable, lambda dataset: evaluate_dataset(colours, dataset, SIZE)):
+            with pytest.raises(DanFastError, match=rf"tiny (\(.+\) )?has {sentence}"):
+                refuse(dataset)
     with pytest.raises(ValueError, match="query_features holds NaN"):
         evaluate_dataset(lambda images: colours(images) * np.nan, tiny(test=people), SIZE)
     with pytest.raises(ValueError, match="repeats is 0"):
@@ -251,6 +256,10 @@ def test_a_single_shot_dataset(people):
     assert plain.mAP != pytest.approx(result.mAP, abs=1e-3)
     with pytest.raises(DanFastError, match="tiny is scored single-shot, for which ap trapezoid is not defined"):
         evaluate_dataset(colours, classic, SIZE, ap="trapezoid")
+    require_scorable(classic)
+    for asked, sentence in (({"ap": "trapezoid"}, "ap trapezoid is not defined"), ({"rerank": True}, "not re-ranked")):
+        with pytest.raises(DanFastError, match=f"tiny is scored single-shot, .* {sentence}"):
+            require_scorable(classic, **asked)
     lone = tuple(sample for sample in people if sample.camid == 1)
     with pytest.raises(DanFastError, match="tiny has no person seen by two cameras"):
         evaluate_dataset(colours, dataclasses.replace(classic, query=lone, gallery=lone), SIZE)

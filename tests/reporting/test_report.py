@@ -24,6 +24,7 @@ from dan_fast.reporting.memories import Slots, layout, neighbours_agree, plot_me
 from dan_fast.reporting.report import report
 from dan_fast.reporting.result_tables import paper_tables, paper_target, result_tables
 from dan_fast.reporting.runs import read_runs
+from dan_fast.reporting.side_by_side import evaluated_epochs
 from dan_fast.reporting.watched import watched_table
 from dan_fast.training import DataConfig, MemoryConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer
 from dan_fast.training.reported import CHOSEN, SEEN
@@ -94,11 +95,15 @@ def test_a_second_report_does_not_mix_its_pictures_with_anothers(trained, tmp_pa
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_missing_pieces_are_said_in_the_page(trained, tmp_path):
+def test_missing_pieces_are_said_in_the_page(trained, images, tmp_path):
     bare = fake_run(tmp_path / "bare", results=(), data={"unlabeled": []})
     (bare / "results.json").write_text("{]")
     no_attention = fake_run(tmp_path / "none", model={"attention": "none", "adversary": False})
     (no_attention / "checkpoint.pt").write_bytes((trained / "checkpoint.pt").read_bytes())
+    older = fake_run(tmp_path / "older", data={"targets": [str(images / "street")]})
+    state = torch.load(trained / "checkpoint.pt")
+    del state["config"]["data"]["image_size"]
+    torch.save(state, older / "checkpoint.pt")
     damaged = fake_run(tmp_path / "damaged")
     (damaged / "checkpoint.pt").write_bytes(b"PK")
     text = text_of(report([tmp_path], tmp_path / "page", images=2))
@@ -107,6 +112,7 @@ def test_missing_pieces_are_said_in_the_page(trained, tmp_path):
     assert re.search(r"bare \| gates, Fig. 5\(b\) \| It has no memory", text)
     assert re.search(r"bare \| heat maps and t-SNE, Figs. 9 and 10 \| .*checkpoint.pt does not exist", text)
     assert "none | heat maps, Fig. 9 | Its network has no attention." in text
+    assert re.search(r"older \| heat maps, Fig. 9 \| .*checkpoint.pt does not fit this version of dan_fast", text)
     assert re.search(r"damaged \| heat maps and t-SNE.*truncated or no checkpoint", text)
     assert "damaged | curves | " in text
 
@@ -363,6 +369,21 @@ def test_pictures_show_the_figures_and_captions_say_them(tmp_path, drawn):
     assert "p0.5: β from 0.100 to 0.500" in text
 
 
+def test_names_are_no_formulas_and_none_is_left_out_of_a_legend(tmp_path, monkeypatch):
+    legends, save = [], side_by_side.save_png
+
+    def note(figure, path):
+        legends.extend([text.get_text().lstrip("\u200b") for text in each.get_texts()] for each in figure.legends)
+        return save(figure, path)
+
+    monkeypatch.setattr(side_by_side, "save_png", note)
+    for name, share in (("_a", 0.0), ("a$^$b", 1.0)):
+        fake_run(tmp_path / "runs" / name, [("_$^$", 0.3, 0.2)], data={"unlabeled_share": share},
+                 scalars={"memory/beta": [0.1, 0.5], "eval/_$^$/mAP": [20.0, 30.0]})  # fmt: skip
+    report([tmp_path / "runs"], tmp_path / "page")
+    assert ["_a", "a$^$b"] in legends
+
+
 def test_what_to_watch_is_a_table_of_what_was_logged(tmp_path):
     old = {"competition/backbone_frozen": [0.0, 0.25], "train/loss/total": [3.0, 2.0]}
     new = {"competition/ties": [1.0, 0.5, 0.125], "competition/backbone_frozen": [0.5, 0.75],
@@ -404,6 +425,19 @@ def test_models_are_drawn_over_the_epochs_they_were_tested_at(tmp_path, drawn):
     curves = drawn["models1: street"]
     assert curves["B+SA"] == ([2, 4, 5], pytest.approx([15, 25, 35]))
     assert curves["B"][1] == pytest.approx([10, 20, 25])
+
+
+@pytest.mark.parametrize("told", ["results", "settings", "nowhere"])
+def test_tests_stand_at_the_epochs_of_their_steps(tmp_path, told):
+    """A target that was added after the training, and one that was tested from its middle on."""
+    scalars = {"eval/street/mAP": {280: 20.0, 350: 30.0, 420: 40.0}, "eval/late/mAP": {420: 10.0}}
+    place = {"results": {"iterations": 420}, "settings": {"data": {"iterations": 7}}, "nowhere": {}}[told]
+    fake_run(tmp_path / "run", run={"evaluate_every": 10}, optimizer={"epochs": 60}, scalars=scalars, **place)
+    [run] = read_runs([tmp_path])
+    found = evaluated_epochs(run)
+    # Where the iterations of an epoch are not known the tests are counted, those of all targets.
+    street = [10, 20, 30] if told == "nowhere" else [40, 50, 60]
+    assert found == {"street": (street, [20.0, 30.0, 40.0]), "late": (street[-1:], [10.0])}
 
 
 def slots(count: int = 30) -> Slots:

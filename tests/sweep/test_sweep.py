@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -22,10 +23,13 @@ from dan_fast.reporting.groups import swept_settings
 from dan_fast.reporting.report import report
 from dan_fast.reporting.runs import read_runs
 from dan_fast.sweep import runner as sweeping
+from dan_fast.sweep import set_aside as aside
 from dan_fast.sweep.grid import GRIDS, plan_sweep, run_name
 from dan_fast.sweep.runner import sweep
 from dan_fast.training import TrainConfig
+from tests.support import in_checkout
 from tests.support.figures import evaluation
+from tests.support.written_sets import manifest
 
 BASE = {"data": {"labeled": "market"}}
 
@@ -87,6 +91,16 @@ def test_the_shipped_grids_are_the_papers(tmp_path):
     assert len({run.name for run in planned["fig8"]}) == len(planned["fig8"])
 
 
+def test_the_experiments_take_the_device_that_their_tables_are_of():
+    devices = {
+        path.stem: {run.config.run.device for run in plan_sweep(path, None, "out")}
+        for path in in_checkout("benchmarks/experiments").glob("*.yaml")
+        if path.stem != "base"
+    }
+    gpu = {"auto"}
+    assert devices == {"recipes": gpu, "cuhk03": gpu, "long": gpu, "parts": gpu, "order": {"cpu"}}
+
+
 def test_arms_are_trained_once_a_seed(tmp_path):
     arms = {"plain": {"recipe": "plain"}, "dan2": {"meta.order": 2, "loss": {"adversary": 0.1}}, "dan": None}
     content = {"base": {**BASE, "loss": {"embedding": 0.4}}, "arms": arms, "seeds": [3, 0], "baseline": "dan"}
@@ -122,7 +136,7 @@ def test_combinations_are_trained_once_a_seed(tmp_path):
     assert [run.arm for run in plan_sweep(write(tmp_path / "grid.yaml", content), None, "out")] == ["", ""]
 
 
-def test_a_recipe_comes_from_the_arm_the_flag_the_base_or_the_default(tmp_path):
+def test_a_recipe_comes_from_the_arm_the_flag_the_base_the_grid_or_the_default(tmp_path):
     content = {"base": BASE, "arms": {"a": {"recipe": "plain"}, "b": {"meta.eta": 0.5}}}
     path = write(tmp_path / "arms.yaml", content)
 
@@ -130,7 +144,9 @@ def test_a_recipe_comes_from_the_arm_the_flag_the_base_or_the_default(tmp_path):
         return [run.config.recipe for run in plan_sweep(path, None, "out", **flags)]
 
     assert recipes() == ["plain", "dan"] and recipes(recipe="paper") == ["plain", "paper"]
-    write(path, {**content, "base": {**BASE, "recipe": "none"}})
+    write(path, {**content, "recipe": "paper"})
+    assert recipes() == ["plain", "paper"] and recipes(recipe="none") == ["plain", "none"]
+    write(path, {**content, "recipe": "paper", "base": {**BASE, "recipe": "none"}})
     assert recipes() == ["plain", "none"] and recipes(recipe="paper") == ["plain", "paper"]
     # The configuration of an older run decides what is learnt; it is no change of today's default.
     whole = {section: values for section, values in TrainConfig().to_dict().items() if section != "recipe"}
@@ -208,7 +224,11 @@ if str(folder.parent.resolve() / ".sweep.lock") not in files:
     sys.exit("The lock is not held.")
 with open(folder.parent / "calls", "a") as calls:
     print(folder.name, "resumed" if resumed else "new", file=calls)
-(folder / "checkpoint.pt").touch()
+if not resumed:
+    (folder / "checkpoint.pt").touch()
+if plan == "go on":
+    (folder / "checkpoint.pt").write_text("more")
+    sys.exit("It trained and failed.")
 (folder / "threads").write_text(os.environ.get("OMP_NUM_THREADS", "not set"))
 active = folder.parent / "active"
 active.mkdir(exist_ok=True)
@@ -311,6 +331,76 @@ def test_runs_are_in_order_and_alone_and_finished_ones_are_skipped(quick, three,
     # The results that it had are of the old targets.
     assert states(quick.out) == ["failed"]
     assert quick(three)[4:] == ["model.reduction=1 resumed"] * 2
+
+
+@pytest.fixture
+def finished(quick, three) -> Callable[[str], None]:
+    """Three finished trainings; sets the targets of the first one."""
+    quick(three)
+    return lambda targets: reductions(three, 1, data={"labeled": "market", "targets": targets})
+
+
+def listed(grid: Path, out: Path, capsys: pytest.CaptureFixture) -> list[str]:
+    """What --list says of each training."""
+    capsys.readouterr()
+    assert main(["sweep", "--grid", str(grid), "--out", str(out), "--list"]) == 0
+    return [line.split()[3] for line in capsys.readouterr().out.splitlines() if "model.reduction" in line]
+
+
+@pytest.mark.parametrize("end", ["fail", "die", "no start"])
+def test_results_of_other_targets_are_kept_until_there_are_new_ones(quick, three, finished, end, monkeypatch, capsys):
+    """Whether the training fails, is killed, or the sweep is before it has started it."""
+    names = ("results.json", "config.yaml")
+    before = [(quick.out / reduce(1) / name).read_bytes() for name in names]
+    finished("duke")
+    with monkeypatch.context() as patched, pytest.raises((DanFastError, RuntimeError)):
+        if end == "no start":
+            patched.setattr(subprocess, "Popen", Mock(side_effect=RuntimeError))
+        quick(three, **{reduce(1): end})
+    assert listed(three, quick.out, capsys) == ["begun"]
+    finished([])
+    assert listed(three, quick.out, capsys) == ["finished"]
+    calls = quick.calls
+    assert quick(three) == calls
+    assert [(quick.out / reduce(1) / name).read_bytes() for name in names] == before
+    # With new ones the old ones are gone.
+    finished("duke")
+    quick(three)
+    assert states(quick.out) == ["finished"] and listed(three, quick.out, capsys) == ["finished"]
+    assert not list(quick.out.rglob("set_aside.json"))
+    finished([])
+    assert listed(three, quick.out, capsys) == ["begun"]
+
+
+def test_results_of_what_was_trained_on_are_not_put_back(quick, three, finished, capsys):
+    finished("duke")
+    with pytest.raises(DanFastError, match="It trained and failed"):
+        quick(three, **{reduce(1): "go on"})
+    finished([])
+    assert listed(three, quick.out, capsys) == ["begun"] and not list(quick.out.rglob("set_aside.json"))
+
+
+def test_the_settings_are_back_before_the_results(tmp_path, monkeypatch):
+    """Whenever it is killed, results never stand beside settings that they are not of."""
+    texts = {"config.yaml": "data: {targets: []}", "results.json": "{}"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    aside.set_aside(tmp_path)
+    assert not (tmp_path / "results.json").exists()
+    (tmp_path / "config.yaml").write_text("data: {targets: [duke]}")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        written = []
+        patched.setattr(aside, "write_text", lambda path, text: written.append(path.name) or _stop_at(path, text))
+        aside.put_back(tmp_path)
+    assert written == ["config.yaml", "results.json"] and not (tmp_path / "results.json").exists()
+    aside.put_back(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == texts
+
+
+def _stop_at(path: Path, text: str) -> None:
+    if path.name == "results.json":
+        raise KeyboardInterrupt
+    path.write_text(text)
 
 
 @pytest.mark.parametrize(
@@ -477,22 +567,49 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
             pass
 
 
+def tiny_base(images: Path, *targets: str) -> dict[str, dict]:
+    """The base of trainings of a few seconds from campus."""
+    return {
+        "data": {"labeled": str(images / "campus"), "targets": list(targets), "image_size": [32, 32], "batch_size": 4,
+                 "workers": 0},
+        "model": {"backbone": "resnet18", "weights": "none"},
+        "optimizer": {"epochs": 3, "lr_scale": 10.0},
+        "run": {"device": "cpu", "log_every": 1},
+    }  # fmt: skip
+
+
 def has_trained(folder: Path) -> bool:
     """Whether the run has logged its first iteration."""
     return any(path.stat().st_size > 200 for path in (folder / "tensorboard").glob("events*"))
 
 
 @pytest.mark.slow
+def test_a_target_that_cannot_be_tested_on_costs_no_results(tmp_path, capsys):
+    images = tmp_path / "images"
+    synthesize(images, ["campus", "street"], identities=4, cameras=2, image_size=(32, 32), test_fraction=0.5)
+    mistaken = manifest(tmp_path / "learnt", train=[1, 1])
+    street, out, path = str(images / "street"), tmp_path / "out", tmp_path / "grid.yaml"
+    command = ["sweep", "--grid", str(path), "--out", str(out), "--report", "false"]
+
+    def grid(*targets: str) -> Path:
+        return write(path, {"base": tiny_base(images, *targets), "grids": [{"model.reduction": [1]}]})
+
+    [run] = plan_sweep(grid(street), None, out)
+    assert main(command) == 0
+    results = (run.folder / "results.json").read_bytes()
+    grid(street, mistaken)
+    assert main(command) == 1
+    assert "learnt" in (said := capsys.readouterr().err) and "has neither query and gallery nor test images" in said
+    assert (run.folder / "results.json").read_bytes() == results
+    assert listed(grid(street), out, capsys) == ["finished"]
+    assert not (run.folder / "set_aside.json").exists()
+
+
+@pytest.mark.slow
 def test_trainings_killed_in_the_middle_go_on(tmp_path, capsys):
     images = tmp_path / "images"
     synthesize(images, ["campus", "street"], identities=4, cameras=2, image_size=(32, 32), test_fraction=0.5)
-    base = {
-        "data": {"labeled": str(images / "campus"), "targets": str(images / "street"), "image_size": [32, 32],
-                 "batch_size": 4, "workers": 0},
-        "model": {"backbone": "resnet18", "weights": "none"},
-        "optimizer": {"epochs": 3, "lr_scale": 10.0},
-        "run": {"device": "cpu", "log_every": 1},
-    }  # fmt: skip
+    base = tiny_base(images, str(images / "street"))
     grids = [{"loss.adversary": [0.2, 0.6]}, {"model.reduction": [1]}]
     out, grid = tmp_path / "out", write(tmp_path / "grid.yaml", {"base": base, "grids": grids})
     command = ["sweep", "--grid", str(grid), "--out", str(out)]

@@ -17,7 +17,7 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.data.datasets import fixed_splits as module
 from dan_fast.data.datasets.fixed_splits import DIGESTS, fixed_splits, read_lists
 from dan_fast.data.samples import FixedSplit, FixedSplits, ReIDDataset, Sample
-from dan_fast.evaluation import DatasetFeatures, evaluate_dataset, evaluate_features, require_whole_splits
+from dan_fast.evaluation import DatasetFeatures, evaluate_dataset, evaluate_features, require_scorable
 from dan_fast.evaluation.features import Features
 from dan_fast.evaluation.ranking import evaluate_ranking
 from dan_fast.training.config import DataConfig
@@ -181,8 +181,8 @@ def test_missing_images_are_said_before_any_is_embedded(dataset: ReIDDataset) ->
 
     with pytest.raises(DanFastError, match=r"people .* its fixed splits \(tiny 01234567\): cam_a of person 3; comp"):
         evaluate_dataset(Mock(side_effect=AssertionError), incomplete, SIZE)
-    require_whole_splits(dataset)
-    require_whole_splits(ReIDDataset("people", dataset.root, test=dataset.test))
+    require_scorable(dataset)
+    require_scorable(ReIDDataset("people", dataset.root, test=dataset.test))
 
 
 def test_missing_images_are_said_before_training(tmp_path: Path) -> None:

@@ -1,0 +1,99 @@
+"""`dan-fast evaluate`: what cannot be evaluated is refused before anything is embedded."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+from dan_fast.cli import main
+from dan_fast.data.synthetic import synthesize
+from tests.support.untrained import untrained_checkpoint
+from tests.support.written_sets import cuhk03_of, manifest
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return untrained_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint.pt")
+
+
+@pytest.fixture(scope="module")
+def street(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("synthetic")
+    synthesize(root, ["street"], identities=3, cameras=2, image_size=(32, 16), test_fraction=1.0)
+    return root / "street"
+
+
+@pytest.fixture
+def nothing_embedded(monkeypatch) -> None:
+    monkeypatch.setattr("dan_fast.commands.evaluate.extract_dataset", lambda *_, **__: pytest.fail("it embeds"))
+
+
+def evaluated(checkpoint: Path, *targets: object, **flags: object) -> int:
+    named = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    listed = f"[{', '.join(map(str, targets))}]"
+    return main(["evaluate", "--checkpoint", str(checkpoint), "--targets", listed, "--workers", "0", "--device", "cpu",
+                 *named])  # fmt: skip
+
+
+def refused(capsys) -> str:
+    """What was said of a mistake, in one sentence."""
+    said = capsys.readouterr().err
+    assert said.startswith("dan-fast: ") and said.count("\n") == 1
+    return said.removeprefix("dan-fast: ").rstrip()
+
+
+@pytest.mark.usefixtures("nothing_embedded")
+def test_a_target_that_cannot_be_scored_is_refused_before_the_first_is_embedded(checkpoint, street, tmp_path, capsys):
+    for name, parts, sentence in (
+        ("learnt", {"train": [1, 1]}, "has neither query and gallery nor test images: name a dataset with a test"),
+        ("asked", {"query": [1, 1]}, "has no gallery images: add them or evaluate on another dataset."),
+        ("alone", {"query": [1, 2], "gallery": [1, 2]}, "has no person seen by two cameras in its evaluation images"),
+    ):
+        assert evaluated(checkpoint, street, manifest(tmp_path / name, **parts)) == 1
+        said = refused(capsys)
+        assert said.startswith(name) and sentence in said
+
+
+@pytest.mark.usefixtures("nothing_embedded")
+def test_a_single_shot_target_is_refused_what_is_not_defined_for_it(checkpoint, street, tmp_path, capsys):
+    images = [f"1_00{person}_{side}_01.png" for person in (1, 2) for side in (1, 2)]
+    split = {"train": images[:2], "query": images[2:], "gallery": images[2:]}
+    target = f"{cuhk03_of(tmp_path / 'cuhk03', split, *[split] * 20)}@labeled classic 1"
+    for flags, sentence in (
+        ({"rerank": "true"}, "scored single-shot, with a gallery drawn anew many times, which is not re-ranked"),
+        ({"ap": "trapezoid"}, "scored single-shot, for which ap trapezoid is not defined; leave it out."),
+    ):
+        assert evaluated(checkpoint, street, target, **flags) == 1
+        assert sentence in refused(capsys)
+
+
+@pytest.mark.usefixtures("nothing_embedded")
+def test_a_shared_folder_has_no_network_before_training(street, tmp_path, capsys, monkeypatch):
+    """Not even where a file in this folder has the name of the weights that the training started from."""
+    monkeypatch.chdir(tmp_path)
+    path = untrained_checkpoint(tmp_path / "checkpoint.pt", model={"weights": "/home/me/w.pth"})
+    assert main(["share", "--checkpoint", str(path), "--out", "shared"]) == 0
+    capsys.readouterr()
+    torch.save(torchvision.models.resnet18().state_dict(), "w.pth")
+    assert evaluated(Path("shared"), street, baselines="true") == 1
+    assert refused(capsys) == (
+        "shared is a shared folder, which does not hold the weights that its training started from (w.pth): evaluate "
+        "it without --baselines, or the checkpoint.pt of the run."
+    )
+
+
+@pytest.mark.slow
+def test_a_shared_folder_of_a_training_from_no_weights_has_baselines(street, tmp_path, capsys):
+    path = untrained_checkpoint(tmp_path / "checkpoint.pt", model={"weights": "none"})
+    assert main(["share", "--checkpoint", str(path), "--out", str(tmp_path / "shared")]) == 0
+    assert evaluated(tmp_path / "shared", street, baselines="true") == 0
+    assert "street, untrained: " in capsys.readouterr().out
+
+
+def test_a_name_in_brackets_is_shown_as_it_is(checkpoint, street, tmp_path, capsys):
+    (tmp_path / "a [b]").symlink_to(street)
+    assert main(["evaluate", "--checkpoint", str(checkpoint), "--targets", str(tmp_path / "a [b]"), "--workers", "0",
+                 "--device", "cpu"]) == 0  # fmt: skip
+    table, figures = capsys.readouterr().out.split("└")
+    assert "│ a [b] " in table and "a [b], trained: " in figures
