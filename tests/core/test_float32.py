@@ -22,7 +22,9 @@ ROUNDED = {"mm", "addmm", "bmm", "baddbmm", "matmul"}
 @pytest.fixture(autouse=True)
 def settings_as_they_were() -> Iterator[None]:
     found = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    of_all = torch.backends.fp32_precision
     yield
+    torch.backends.fp32_precision = of_all
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = found
     torch.backends.cudnn.allow_tf32 = True
@@ -91,8 +93,13 @@ def set_by_operator() -> None:
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 
 
+def set_for_all() -> None:
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+    torch.backends.fp32_precision = "tf32"
+
+
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-@pytest.mark.parametrize("rounded", [set_high, set_medium, set_allow_tf32, set_by_operator])
+@pytest.mark.parametrize("rounded", [set_high, set_medium, set_allow_tf32, set_by_operator, set_for_all])
 def test_exact_products_leave_the_settings_as_they_were(device: str, rounded: Callable[[], None]) -> None:
     def read() -> list[str | None]:
         try:
@@ -109,6 +116,9 @@ def test_exact_products_leave_the_settings_as_they_were(device: str, rounded: Ca
             assert not torch.backends.cuda.matmul.allow_tf32, "the old name can be read inside, as TunableOp does"
         raise KeyError
     assert read() == before
+    if rounded is set_for_all:
+        torch.backends.fp32_precision = "ieee"
+        assert read()[1:] == ["ieee", "ieee"], "what is inherited must not become the operator's own"
 
 
 def test_a_second_thread_waits_with_its_product() -> None:
