@@ -16,7 +16,7 @@ from dan_fast.nn import ProgressiveAugmentedMemory
 from dan_fast.reference import MemoryState
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-ROUNDED = {"mm", "addmm", "bmm", "baddbmm", "matmul"}
+ROUNDED = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "matmul"}
 
 
 @pytest.fixture(autouse=True)
