@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dan_fast.core.float32 import exact_float32
+from dan_fast.functional.autocast import full_precision
 from dan_fast.functional.registration import Context, Operator
 
 
@@ -41,7 +42,8 @@ class Float32Product(Operator):
 
     @staticmethod
     def form(left: Tensor, right: Tensor, addend: Tensor | None) -> Tensor:
-        with exact_float32(left.device.type):
+        # A backward pass runs where the caller asks for it, also inside autocast.
+        with full_precision(left.device), exact_float32(left.device.type):
             return torch.mm(left, right) if addend is None else torch.addmm(addend, left, right)
 
     @staticmethod

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dan_fast import _extension, triton_kernels
+from dan_fast.functional.autocast import full_precision
 from dan_fast.functional.derivatives import in_forward_mode, through_form
 
 Context = torch.autograd.function.FunctionCtx
@@ -110,12 +111,14 @@ class KernelBackward(Operator):
         # Once: under activation checkpointing each look at them computes them again.
         saved = ctx.saved_tensors
         if all(grad is None for grad in grads):
-            found: Sequence[Tensor | None] = (None,) * cls.differentiable
-        elif torch.is_grad_enabled():
-            found = cls.grad_by_form(ctx, saved, grads)
-        else:
-            found = cls.grad_by_kernel(ctx, saved, grads)
-        return *found, *cls.constants
+            return *(None,) * cls.differentiable, *cls.constants
+        # The operator ran outside autocast; its backward pass runs where the caller asks for it.
+        with full_precision(saved[0].device):
+            if torch.is_grad_enabled():
+                found = cls.grad_by_form(ctx, saved, grads)
+            else:
+                found = cls.grad_by_kernel(ctx, saved, grads)
+            return *found, *cls.constants
 
     @classmethod
     def grad_by_form(
