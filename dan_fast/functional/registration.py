@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dan_fast import _extension, triton_kernels
 from dan_fast.functional.autocast import full_precision
-from dan_fast.functional.derivatives import in_forward_mode, through_form
+from dan_fast.functional.derivatives import carry_tangents, in_forward_mode, through_form, without_graph
 
 Context = torch.autograd.function.FunctionCtx
 
@@ -83,8 +83,8 @@ class Operator:
 class KernelBackward(Operator):
     """An operator whose gradient is a kernel too, `<name>_backward`, which has no autograd of its own.
 
-    A gradient that is itself to be differentiated goes through the PyTorch form: a kernel would cut the second
-    derivative off, and a loss on gradients would be wrong without an error.
+    A gradient that is itself to be differentiated, or carries a tangent, goes through the PyTorch form: a kernel would
+    cut the second derivative off, and a loss on gradients would be wrong without an error.
 
     A subclass gives `fake_backward`, `grad_by_kernel` and, where the saved tensors are more than the arguments of
     `form`, `retraced`.
@@ -116,6 +116,9 @@ class KernelBackward(Operator):
         with full_precision(saved[0].device):
             if torch.is_grad_enabled():
                 found = cls.grad_by_form(ctx, saved, grads)
+            elif carry_tangents(grads):
+                with torch.enable_grad():
+                    found = map(without_graph, cls.grad_by_form(ctx, saved, grads))
             else:
                 found = cls.grad_by_kernel(ctx, saved, grads)
             return *found, *cls.constants

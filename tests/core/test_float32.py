@@ -178,3 +178,13 @@ def test_no_product_of_a_memory_step_is_rounded(path: str, memory_dtype: torch.d
         functional.memory_step(state, state, keys.float()[:3], labels, keys.float()[3:], ids, 0.0, 0.0, 0.1)
     assert len(made.settings) > 40 and set(made.settings) == {"ieee"}
     assert torch.get_float32_matmul_precision() == "medium"
+
+
+def test_no_product_of_a_gradient_with_tangents_is_rounded() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, along = (torch.randn(6, 6, generator=generator) for _ in range(2))
+    slots = torch.randn(12, 6, generator=generator)
+    torch.set_float32_matmul_precision("medium")
+    with Products() as made:
+        torch.func.jvp(torch.func.grad(lambda x: functional.cosine_softmax(x, slots)[0, 0]), (keys,), (along,))
+    assert len(made.settings) >= 4 and set(made.settings) == {"ieee"}
