@@ -38,7 +38,10 @@ inline Tensor readable_map(const Tensor& features) {
   STD_TORCH_CHECK(features.size(1) < int64_t{1} << 30 && features.size(2) * features.size(3) < int64_t{1} << 24,
                   "features must have less than 2^30 channels and 2^24 positions");
   check_storage("features", features);
-  return Layout(features).readable ? features : torch::stable::contiguous(features);
+  if (Layout(features).readable) return features;
+  // Without images any strides count as contiguous, which would leave them as they are.
+  if (features.size(0) == 0) return torch::stable::new_empty(features, features.sizes());
+  return torch::stable::contiguous(features);
 }
 
 // A map, its layout and the dtype of what is computed from it.

@@ -56,11 +56,11 @@ def exact_float32(device_type: str) -> Iterator[None]:
         if _matrix_products(device_type).fp32_precision in _EXACT:
             yield
             return
-        devices = [_matrix_products(each) for each in ("cuda", "cpu")]
-        found = [each.fp32_precision for each in devices]
         # By the name that was used before: where old and new settings disagree PyTorch refuses to read the old ones,
         # which TunableOp does in the middle of a product.
         old_name = _matmul_precision()
+        devices = [_matrix_products(each) for each in ("cuda", "cpu")]
+        found = [_own_precision(each) for each in devices]
         if old_name is None:
             _matrix_products(device_type).fp32_precision = "ieee"
         else:
@@ -72,6 +72,20 @@ def exact_float32(device_type: str) -> Iterator[None]:
                 torch.set_float32_matmul_precision(old_name)
             for each, precision in zip(devices, found, strict=True):
                 each.fp32_precision = precision
+
+
+def _own_precision(setting: Any) -> str:
+    """What these products are set to by their own name, "none" where what is set for more than them counts.
+
+    Read, a setting is what counts. Were that put back as its own, a later change of `torch.backends.fp32_precision`
+    would not reach it.
+    """
+    found = setting.fp32_precision
+    setting.fp32_precision = "none"
+    if setting.fp32_precision == found:
+        return "none"
+    setting.fp32_precision = found
+    return found
 
 
 def _matmul_precision() -> str | None:

@@ -1,7 +1,7 @@
 """Gradients that can be differentiated again: where a kernel would cut the second derivative off, autograd goes
 through an operator's PyTorch form."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,19 @@ from torch.autograd import forward_ad
 def in_forward_mode() -> bool:
     """Whether tensors may carry tangents (`torch.func.jvp`, `forward_ad.dual_level`): kernels have no rule for them."""
     return forward_ad._current_level >= 0
+
+
+def carry_tangents(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether any of them, None left out, carries a tangent."""
+    return in_forward_mode() and any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def without_graph(value: Tensor | None) -> Tensor | None:
+    """A value and its tangent, if it carries one, as constants."""
+    if value is None:
+        return None
+    primal, tangent = forward_ad.unpack_dual(value)
+    return primal.detach() if tangent is None else forward_ad.make_dual(primal.detach(), tangent.detach())
 
 
 def through_form(

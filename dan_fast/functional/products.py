@@ -6,10 +6,14 @@ them. Backward passes run when the caller asks for them, outside any `with`, and
 traced: so the product is an operator, and its derivatives are the same operator.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from dan_fast.core.float32 import exact_float32
+from dan_fast.functional.autocast import full_precision
+from dan_fast.functional.derivatives import in_forward_mode
 from dan_fast.functional.registration import Context, Operator
 
 
@@ -29,7 +33,7 @@ def product(left: Tensor, right: Tensor, addend: Tensor | None = None) -> Tensor
         tensor([[11.]])
     """
     if left.dtype == torch.float32:
-        return Float32Product.op(left, right, addend)
+        return (_WithTangents.apply if in_forward_mode() else Float32Product.op)(left, right, addend)
     # Nothing rounds float64.
     return left @ right if addend is None else torch.addmm(addend, left, right)
 
@@ -41,7 +45,8 @@ class Float32Product(Operator):
 
     @staticmethod
     def form(left: Tensor, right: Tensor, addend: Tensor | None) -> Tensor:
-        with exact_float32(left.device.type):
+        # A backward pass runs where the caller asks for it, also inside autocast.
+        with full_precision(left.device), exact_float32(left.device.type):
             return torch.mm(left, right) if addend is None else torch.addmm(addend, left, right)
 
     @staticmethod
@@ -55,14 +60,44 @@ class Float32Product(Operator):
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return None, None, None
+        return _gradients(ctx, grad, product)
+
+
+class _WithTangents(torch.autograd.Function):
+    """`Float32Product` in forward mode: registered operators have no rule for tangents and would lose them silently.
+
+    Its form alone would do for the tangents, but PyTorch's backward of it rounds where the caller's settings do.
+    """
+
+    generate_vmap_rule = True
+    forward = staticmethod(Float32Product.form)
+
+    @staticmethod
+    def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        Float32Product.setup(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:2])
+
+    @staticmethod
+    def jvp(ctx: Context, left_tangent: Tensor | None, right_tangent: Tensor | None, tangent: Tensor | None) -> Tensor:
         left, right = ctx.saved_tensors
-        grad_left = product(grad, right.mT) if ctx.needs_input_grad[0] else None
-        grad_right = None
-        if ctx.needs_input_grad[1]:
-            # In the layout of `right`, as PyTorch's own backward has it: of k @ k.mT two gradients of one layout are
-            # added.
-            turned = right.stride(0) == 1
-            grad_right = product(grad.mT, left).mT if turned else product(left.mT, grad)
-        return grad_left, grad_right, grad if ctx.needs_input_grad[2] else None
+        if left_tangent is not None:
+            tangent = _WithTangents.apply(left_tangent, right, tangent)
+        return tangent if right_tangent is None else _WithTangents.apply(left, right_tangent, tangent)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, grad, _WithTangents.apply)
+
+
+def _gradients(ctx: Context, grad: Tensor | None, multiply: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
+    """Those of left, right and addend, by `multiply`, which is differentiable in its turn."""
+    if grad is None:
+        return None, None, None
+    left, right = ctx.saved_tensors
+    grad_left = multiply(grad, right.mT, None) if ctx.needs_input_grad[0] else None
+    grad_right = None
+    if ctx.needs_input_grad[1]:
+        # In the layout of `right`, as PyTorch's own backward has it: of k @ k.mT two gradients of one layout are added.
+        turned = right.stride(0) == 1
+        grad_right = multiply(grad.mT, left, None).mT if turned else multiply(left.mT, grad, None)
+    return grad_left, grad_right, grad if ctx.needs_input_grad[2] else None

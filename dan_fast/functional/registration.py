@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dan_fast import _extension, triton_kernels
-from dan_fast.functional.derivatives import in_forward_mode, through_form
+from dan_fast.functional.autocast import full_precision
+from dan_fast.functional.derivatives import carry_tangents, in_forward_mode, through_form, without_graph
 
 Context = torch.autograd.function.FunctionCtx
 
@@ -82,8 +83,8 @@ class Operator:
 class KernelBackward(Operator):
     """An operator whose gradient is a kernel too, `<name>_backward`, which has no autograd of its own.
 
-    A gradient that is itself to be differentiated goes through the PyTorch form: a kernel would cut the second
-    derivative off, and a loss on gradients would be wrong without an error.
+    A gradient that is itself to be differentiated, or carries a tangent, goes through the PyTorch form: a kernel would
+    cut the second derivative off, and a loss on gradients would be wrong without an error.
 
     A subclass gives `fake_backward`, `grad_by_kernel` and, where the saved tensors are more than the arguments of
     `form`, `retraced`.
@@ -110,12 +111,17 @@ class KernelBackward(Operator):
         # Once: under activation checkpointing each look at them computes them again.
         saved = ctx.saved_tensors
         if all(grad is None for grad in grads):
-            found: Sequence[Tensor | None] = (None,) * cls.differentiable
-        elif torch.is_grad_enabled():
-            found = cls.grad_by_form(ctx, saved, grads)
-        else:
-            found = cls.grad_by_kernel(ctx, saved, grads)
-        return *found, *cls.constants
+            return *(None,) * cls.differentiable, *cls.constants
+        # The operator ran outside autocast; its backward pass runs where the caller asks for it.
+        with full_precision(saved[0].device):
+            if torch.is_grad_enabled():
+                found = cls.grad_by_form(ctx, saved, grads)
+            elif carry_tangents(grads):
+                with torch.enable_grad():
+                    found = map(without_graph, cls.grad_by_form(ctx, saved, grads))
+            else:
+                found = cls.grad_by_kernel(ctx, saved, grads)
+            return *found, *cls.constants
 
     @classmethod
     def grad_by_form(

@@ -65,7 +65,7 @@ def _rows(matrix, start, rows, column, dim, BLOCK: tl.constexpr):
     """(BLOCK, columns) of a matrix (rows, dim) from row `start`; 0 beyond its ends."""
     row = start + tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (column < dim)[None, :]
-    return tl.load(matrix + row[:, None] * dim + column[None, :], mask=mask, other=0.0)
+    return tl.load(matrix + row.to(tl.int64)[:, None] * dim + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit

@@ -116,34 +116,56 @@ def _run_pass(
     keys: Tensor | None,
     statistics: torch.dtype,
 ) -> tuple[Tensor | None, Tensor]:
-    """Scores (None without keys) and square norms; with `target` the writes are committed into it."""
-    slots, dim = base.shape
-    steps = 0 if keys is None else keys.shape[0]
+    """Scores (None without keys) and square norms; with `target` the writes are committed into it.
+
+    Everything is allocated before the first launch: what fails for want of memory has written nothing.
+    """
+    slots, steps = base.shape[0], 0 if keys is None else keys.shape[0]
     square_norms = torch.empty(slots, dtype=statistics, device=base.device)
     scores = None if keys is None else torch.empty(steps, slots, dtype=statistics, device=base.device)
     if slots == 0:
         return scores, square_norms
-    commits = target is not None
-    pending = pending_keys.shape[0] if commits else None
-    # A commit may not run twice on the same slots, so what one program cannot score takes passes that only read.
-    steps_now = min(steps, MAX_KEYS) if commits else steps
-    if commits:
+    if target is not None:
         kept, weights, pending_keys = kept.contiguous(), weights.contiguous(), pending_keys.contiguous()
     keys = keys.contiguous() if steps else None
-    plan = plan_pass(base.dtype, statistics, pending, pending_keys.dtype if commits else None, steps_now)
+    # A commit may not run twice on the same slots, so what one program cannot score takes a pass that only reads.
+    steps_now = steps if target is None else min(steps, MAX_KEYS)
+    now, rest = (keys[:steps_now], keys[steps_now:]) if steps else (None, None)
+    # That pass adds squares in another order: the norms are those of the commit, however many keys there are.
+    norms_again = torch.empty_like(square_norms) if steps > steps_now else None
+    _launch_pass(base, target, kept, weights, pending_keys, now, scores, square_norms)
+    if target is base:
+        # Before the next launch, which may fail: by the version its caller sees that the writes have been made.
+        torch.autograd.graph.increment_version(base)
+    if steps > steps_now:
+        _launch_pass(target, None, None, None, None, rest, scores[steps_now:], norms_again)
+    return scores, square_norms
+
+
+def _launch_pass(
+    base: Tensor,
+    target: Tensor | None,
+    kept: Tensor | None,
+    weights: Tensor | None,
+    pending_keys: Tensor | None,
+    keys: Tensor | None,
+    scores: Tensor | None,
+    square_norms: Tensor,
+) -> None:
+    """`memory_pass`; all but `base` and `target` are contiguous."""
+    (slots, dim), steps = base.shape, 0 if keys is None else keys.shape[0]
+    commits, statistics = target is not None, square_norms.dtype
+    pending = pending_keys.shape[0] if commits else None
+    plan = plan_pass(base.dtype, statistics, pending, pending_keys.dtype if commits else None, steps)
     block_s, block_t = plan.constants["BLOCK_S"], plan.constants["BLOCK_T"]
     _launch(
         memory_pass,
-        (triton.cdiv(slots, block_s), max(1, triton.cdiv(steps_now, block_t))),
+        (triton.cdiv(slots, block_s), max(1, triton.cdiv(steps, block_t))),
         plan,
         base.device,
         (base, target, kept, weights, pending_keys, keys, scores if steps else None, square_norms)
-        + (base.stride(0), target.stride(0) if commits else 0, slots, dim, pending or 0, steps_now),
+        + (base.stride(0), target.stride(0) if commits else 0, slots, dim, pending or 0, steps),
     )
-    if steps > steps_now:
-        rest, _ = _run_pass(target, None, None, None, None, keys[steps_now:], statistics)
-        scores[steps_now:] = rest
-    return scores, square_norms
 
 
 def _with_adjacent_columns(base: Tensor) -> Tensor:

@@ -16,13 +16,15 @@ from dan_fast.nn import ProgressiveAugmentedMemory
 from dan_fast.reference import MemoryState
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-ROUNDED = {"mm", "addmm", "bmm", "baddbmm", "matmul"}
+ROUNDED = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "matmul"}
 
 
 @pytest.fixture(autouse=True)
 def settings_as_they_were() -> Iterator[None]:
     found = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    of_all = torch.backends.fp32_precision
     yield
+    torch.backends.fp32_precision = of_all
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = found
     torch.backends.cudnn.allow_tf32 = True
@@ -91,8 +93,13 @@ def set_by_operator() -> None:
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 
 
+def set_for_all() -> None:
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+    torch.backends.fp32_precision = "tf32"
+
+
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-@pytest.mark.parametrize("rounded", [set_high, set_medium, set_allow_tf32, set_by_operator])
+@pytest.mark.parametrize("rounded", [set_high, set_medium, set_allow_tf32, set_by_operator, set_for_all])
 def test_exact_products_leave_the_settings_as_they_were(device: str, rounded: Callable[[], None]) -> None:
     def read() -> list[str | None]:
         try:
@@ -109,6 +116,9 @@ def test_exact_products_leave_the_settings_as_they_were(device: str, rounded: Ca
             assert not torch.backends.cuda.matmul.allow_tf32, "the old name can be read inside, as TunableOp does"
         raise KeyError
     assert read() == before
+    if rounded is set_for_all:
+        torch.backends.fp32_precision = "ieee"
+        assert read()[1:] == ["ieee", "ieee"], "what is inherited must not become the operator's own"
 
 
 def test_a_second_thread_waits_with_its_product() -> None:
@@ -168,3 +178,13 @@ def test_no_product_of_a_memory_step_is_rounded(path: str, memory_dtype: torch.d
         functional.memory_step(state, state, keys.float()[:3], labels, keys.float()[3:], ids, 0.0, 0.0, 0.1)
     assert len(made.settings) > 40 and set(made.settings) == {"ieee"}
     assert torch.get_float32_matmul_precision() == "medium"
+
+
+def test_no_product_of_a_gradient_with_tangents_is_rounded() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, along = (torch.randn(6, 6, generator=generator) for _ in range(2))
+    slots = torch.randn(12, 6, generator=generator)
+    torch.set_float32_matmul_precision("medium")
+    with Products() as made:
+        torch.func.jvp(torch.func.grad(lambda x: functional.cosine_softmax(x, slots)[0, 0]), (keys,), (along,))
+    assert len(made.settings) >= 4 and set(made.settings) == {"ieee"}

@@ -7,6 +7,8 @@ Keys, weights, scores and norms are in the dtype of statistics; the memory may b
 import torch
 from torch import Tensor
 
+from dan_fast.core.float32 import exact_float32
+from dan_fast.functional.autocast import full_precision
 from dan_fast.functional.memory.row_norms import row_sq_norms
 from dan_fast.functional.products import product
 from dan_fast.functional.registration import Context, Operator, empty_like
@@ -51,9 +53,13 @@ def memory_commit(base: Tensor, kept: Tensor, weights: Tensor, pending_keys: Ten
 def memory_commit_scores_(
     base: Tensor, kept: Tensor, weights: Tensor, pending_keys: Tensor, keys: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`memory_commit` in place, with `memory_scores` of `keys` in the same pass; without gradient."""
+    """`memory_commit` in place, with `memory_scores` of `keys` in the same pass; without gradient.
+
+    All slots are written or none: where it raises, the version of `base` tells which.
+    """
+    version = base._version
     result = MemoryCommitScores.run(base, kept, weights, pending_keys, keys)
-    if MemoryCommitScores.serves(base):
+    if base._version == version:
         # Then a backward pass that still wanted the old features fails instead of using the new ones. PyTorch counts
         # its own writes.
         torch.autograd.graph.increment_version(base)
@@ -61,11 +67,15 @@ def memory_commit_scores_(
 
 
 def _commit_into(target: Tensor, base: Tensor, kept: Tensor, weights: Tensor, pending_keys: Tensor) -> None:
-    pending_keys = pending_keys.to(kept.dtype)
-    for at in range(0, base.shape[0], _ROWS):
-        rows = slice(at, at + _ROWS)
-        piece = base[rows].to(kept.dtype).masked_fill(kept[rows, None] == 0, 0.0)
-        target[rows] = product(weights[:, rows].mT, pending_keys, piece)
+    # Everything is allocated before the first piece is written: `target` may be `base`, and a memory of which a part is
+    # written could be neither left nor written again.
+    pending_keys, cleared = pending_keys.to(kept.dtype), kept[:, None] == 0
+    wide = kept.new_empty(min(_ROWS, base.shape[0]), base.shape[1])
+    with full_precision(base.device), exact_float32(base.device.type):
+        for at in range(0, base.shape[0], _ROWS):
+            rows = slice(at, at + _ROWS)
+            piece = wide[: base.shape[0] - at].copy_(base[rows]).masked_fill_(cleared[rows], 0.0)
+            target[rows] = piece.addmm_(weights[:, rows].mT, pending_keys)
 
 
 def _product(left: Tensor, base: Tensor, transposed: bool) -> Tensor:

@@ -180,10 +180,13 @@ class PendingMemory:
         # Before the pass, not after it: Ctrl-C during the pass is raised when it has ended, and writes that still
         # waited would then be written a second time.
         self.kept = self.weights = self.keys = self.square_norms = None
+        version = self.base._version
         try:
             scores, norms_of_rows = memory_commit_scores_(self.base, *self._of_rows(*pending), keys.detach())
-        except Exception:  # refused, or out of memory: nothing has been written
-            (self.kept, self.weights, self.keys), self.square_norms = pending, norms
+        except Exception:
+            # Refused, or out of memory: nothing has been written, unless what failed came after it, as scores may.
+            if self.base._version == version:
+                (self.kept, self.weights, self.keys), self.square_norms = pending, norms
             raise
         return scores, norms_of_rows
 

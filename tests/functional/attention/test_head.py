@@ -131,6 +131,21 @@ def test_large_gradients_of_maps_that_are_not_dense(view):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("view", [lambda x: x.mT, lambda x: x[..., ::2], lambda x: x[:, :, ::2]])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_map_without_images_in_any_strides(name, view, device):
+    features = view(torch.empty(0, 6, 4, 4, device=device, dtype=torch.float64))
+    _, *rest = problem(features.shape, hidden=(3, 2), classes=3)
+    given = flat_arguments(name, features, *rest)
+    inputs = [x.detach().to(device).requires_grad_(x.is_floating_point()) for x in given]
+    assert inputs[0].stride() == features.stride()
+    output = call(functional, name, *inputs)
+    grads = torch.autograd.grad(mixture(output), floating(inputs))
+    assert all(x.shape[0] == 0 for x in output)
+    assert all(grad.shape == x.shape and not grad.any() for grad, x in zip(grads, floating(inputs), strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_what_is_not_finite_spreads_as_in_pytorch(value, dtype):

@@ -54,6 +54,7 @@ class Resources(NamedTuple):
     stack: int
     shared: int
     ptx: str
+    ttir: str
 
 
 def compiled(kernel: Any, plan: Any, types: dict[str, str], arch: int) -> Resources:
@@ -79,7 +80,9 @@ def compiled(kernel: Any, plan: Any, types: dict[str, str], arch: int) -> Resour
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", report)
-    return Resources(int(found[1]), int(found[2]) + int(found[3]), binary.metadata.shared, binary.asm["ptx"])
+    return Resources(
+        int(found[1]), int(found[2]) + int(found[3]), binary.metadata.shared, binary.asm["ptx"], binary.asm["ttir"]
+    )
 
 
 def check(resources: Resources, arch: int, title: str, tf32: bool = False) -> None:
@@ -88,6 +91,13 @@ def check(resources: Resources, arch: int, title: str, tf32: bool = False) -> No
     assert resources.stack == 0, f"it spills: {line}"
     assert resources.shared <= SHARED_LIMIT[arch], line
     assert ("tf32" in resources.ptx) == tf32
+
+
+def row_offsets(ttir: str, matrix: str) -> set[str]:
+    """The integer types of what is added to a pointer argument where the rows of its blocks start."""
+    starts = set(re.findall(rf"(%\S+) = tt\.splat %{matrix} :", ttir))
+    sums = re.findall(r"tt\.addptr (%\S+), %\S+ : tensor<\S+>, tensor<\w+x(i\d+)>", ttir)
+    return {integer for start, integer in sums if start in starts}
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
@@ -109,6 +119,8 @@ def test_the_pass(storage: torch.dtype, pending_dtype: torch.dtype | None, pendi
     assert bool(tensor_cores) == (storage == bf16)
     if storage in (bf16, f16) and pending is not None:
         assert re.search(rf"cvt\.rn\.{TYPES[storage].replace('fp', 'f')}(x2)?\.f32", resources.ptx), "truncated to half"
+    for matrix in {"keys", "pending_keys", "weights"} & set(types):
+        assert row_offsets(resources.ttir, matrix) == {"i64"}, f"{matrix} may have more than 2^31 elements"
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)

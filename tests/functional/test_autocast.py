@@ -1,0 +1,67 @@
+"""Backward passes inside autocast: the bits are those of one outside, whatever path serves and whoever asks again."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+from dan_fast import MemoryState, _extension, functional
+from dan_fast.functional.products import Float32Product
+from tests.support.attention_problems import OPERATORS, call, flat_arguments, floating, mixture
+from tests.support.attention_problems import problem as attention_problem
+from tests.support.toolchain import needs_extension
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def step() -> tuple[Tensor, list[Tensor]]:
+    slots, labels = 40, torch.arange(40) % 5
+    usage, evaluation = draw(slots, seed=0).abs(), torch.full((slots,), 1 / slots)
+    memory = MemoryState(draw(slots, 64, seed=1), labels, usage, evaluation, torch.tensor(0), torch.arange(slots))
+    keys = [draw(8, 64, seed=seed).requires_grad_() for seed in (2, 3)]
+    given = keys[0], labels[:8], keys[1], torch.arange(8)
+    return functional.memory_step(memory, memory, *given, 0.5, 0.5, 0.3).loss, keys
+
+
+def attention() -> tuple[Tensor, list[Tensor]]:
+    inputs = [draw(8, 64, seed=4).requires_grad_(), draw(40, 64, seed=5).requires_grad_()]
+    return (functional.cosine_softmax(*inputs) * draw(8, 40, seed=6)).sum(), inputs
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("path", ["kernels", "torch"])
+@pytest.mark.parametrize("problem", [step, attention])
+def test_gradients_have_the_bits_of_a_backward_pass_outside(problem, path: str, create_graph: bool):
+    found = []
+    for within in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        with _extension.disabled() if path == "torch" else nullcontext():
+            loss, inputs = problem()
+            with within:
+                first = torch.autograd.grad(loss, inputs, create_graph=create_graph)
+                found.append(first)
+                if create_graph:
+                    found[-1] += torch.autograd.grad(sum(x.square().sum() for x in first), inputs)
+    assert all(map(torch.equal, *found))
+
+
+@needs_extension
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_gradients_of_attention_by_kernels(name: str, create_graph: bool):
+    inputs = flat_arguments(name, *attention_problem((4, 6, 3, 2), hidden=(3, 2), classes=3, dtype=torch.float32))
+    value = mixture(call(functional, name, *inputs))
+    outside = torch.autograd.grad(value, floating(inputs), retain_graph=True, create_graph=create_graph)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(value, floating(inputs), create_graph=create_graph)
+    assert all(map(torch.equal, inside, outside))
+
+
+@pytest.mark.parametrize("addend", [None, torch.ones(4, 3)])
+def test_a_product_is_in_float32_within(addend: Tensor | None):
+    left, right = draw(4, 8, seed=0), draw(8, 3, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = Float32Product.op(left, right, addend)
+    assert result.dtype == torch.float32 and torch.equal(result, Float32Product.op(left, right, addend))

@@ -1,0 +1,91 @@
+"""Tangents through the operators: no kernel has a rule for them, and none may lose one without an error."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import grad, jacfwd, jvp
+
+from dan_fast import MemoryState
+from dan_fast.functional import cosine_softmax, discriminative_loss, memory_step
+from dan_fast.functional.products import product
+
+DTYPES = [torch.float32, torch.float64]
+LABELS = torch.arange(6) % 3
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def slots(dtype: torch.dtype) -> Tensor:
+    return draw(6, 5, dtype=dtype, seed=1)
+
+
+def step(keys: Tensor) -> Tensor:
+    empty = MemoryState.empty(6, 5, dtype=keys.dtype)
+    memory = empty._replace(features=slots(keys.dtype), labels=LABELS)
+    return memory_step(memory, memory, keys[:3], LABELS[:3], keys[3:], torch.arange(4), 0.1, 0.1, 0.2).loss
+
+
+def attention(keys: Tensor) -> Tensor:
+    return cosine_softmax(keys, slots(keys.dtype))[:, :2].sum()
+
+
+def labelled(keys: Tensor) -> Tensor:
+    return discriminative_loss(keys, torch.arange(7) % 3, slots(keys.dtype), LABELS, 0.5).sum()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss", [step, attention, labelled])
+def test_a_tangent_goes_through(loss: Callable[[Tensor], Tensor], dtype: torch.dtype):
+    keys, along = (draw(7, 5, dtype=dtype, seed=seed) for seed in (2, 3))
+    leaf = keys.clone().requires_grad_()
+    (first,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    (second,) = torch.autograd.grad((first * along).sum(), leaf)
+    tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-12}
+    assert (first * along).sum().abs() > 1e-3
+    torch.testing.assert_close(jvp(loss, (keys,), (along,))[1], (first * along).sum().detach(), **tolerance)
+    torch.testing.assert_close(jvp(grad(loss), (keys,), (along,))[1], second, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_tangent_of_a_gradient_goes_through_a_backward_pass(dtype: torch.dtype):
+    """Of a graph that was made before there were tangents."""
+    keys, along = draw(7, 5, dtype=dtype).requires_grad_(), draw(7, 6, dtype=dtype, seed=4)
+    result = cosine_softmax(keys, slots(dtype))
+    (expected,) = torch.autograd.grad(result, keys, along, retain_graph=True)
+    with forward_ad.dual_level():
+        (found,) = torch.autograd.grad(result, keys, forward_ad.make_dual(torch.ones_like(along), along))
+        primal, tangent = forward_ad.unpack_dual(found)
+    assert not primal.requires_grad and not tangent.requires_grad
+    torch.testing.assert_close(tangent, expected)
+
+
+PRODUCTS = {
+    "left": lambda multiply, x: multiply(x, x.detach().mT.sin(), None),
+    "right": lambda multiply, x: multiply(x.detach().sin(), x, None),
+    "addend": lambda multiply, x: multiply(x.detach(), x.detach(), x * 2),
+    "all": lambda multiply, x: multiply(multiply(x, x.mT, None).tanh(), x, x),
+}
+
+
+@pytest.mark.parametrize("form", PRODUCTS)
+def test_derivatives_of_derivatives_of_a_product(form: str):
+    def plain(left: Tensor, right: Tensor, addend: Tensor | None) -> Tensor:
+        return left @ right if addend is None else left @ right + addend
+
+    def derivatives(multiply: Callable[..., Tensor]) -> list[Tensor]:
+        def loss(y: Tensor) -> Tensor:
+            return PRODUCTS[form](multiply, y).sin().square().sum()
+
+        def slope(y: Tensor) -> Tensor:
+            return jvp(loss, (y,), (along,))[1]
+
+        forward_twice = jvp(slope, (x,), (along,))[1]
+        return [slope(x), forward_twice, grad(slope)(x), jacfwd(loss)(x), jacfwd(grad(slope))(x)]
+
+    x, along = (draw(4, 4, dtype=torch.float32, seed=seed) for seed in (5, 6))
+    torch.testing.assert_close(derivatives(product), derivatives(plain), rtol=1e-4, atol=1e-4)
