@@ -64,7 +64,9 @@ void implement(Library& m) {
 #ifdef DAN_FAST_CUDA
 // Empty if the kernels run on this device.
 std::string cuda_problem(int64_t device) {
-  const char* reason = dan_fast::why_kernels_cannot_run(static_cast<int>(device));
+  // PyTorch's guard: to set a device back by hand would make a context, of some hundred MB, on one that has none.
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<torch::stable::accelerator::DeviceIndex>(device));
+  const char* reason = dan_fast::why_kernels_cannot_run();
   return reason == nullptr ? "" : reason;
 }
 #endif

@@ -3,7 +3,7 @@
 
 namespace dan_fast {
 
-// Null if the device and its driver can run them, else CUDA's reason.
-const char* why_kernels_cannot_run(int device);
+// Null if the current device and its driver can run them, else CUDA's reason.
+const char* why_kernels_cannot_run();
 
 }  // namespace dan_fast
