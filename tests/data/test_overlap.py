@@ -54,13 +54,13 @@ def test_unlabelled_images_are_trained_on_unless_no_share_is_taken(cuhk03: Path,
 
 
 def test_persons_of_a_manifest(tmp_path: Path) -> None:
-    apart = manifest(tmp_path / "apart", train=[1, 1, 2, 2], query=[3], gallery=[3, 0])
+    apart = manifest(tmp_path / "apart", train=[1, 1, 2, 2], query=[3], gallery=[0, 3])
     assert load_datasets(DataConfig(labeled=apart, targets=apart))
     # The same numbers elsewhere are other persons.
     other = manifest(tmp_path / "other", test=[1, 1, 2, 2])
     assert load_datasets(DataConfig(labeled=apart, targets=[apart, other]))
     for split in ("query", "gallery"):
-        splits = {"train": [1, 2, 4], "query": [3], "gallery": [3], split: [3, 4]}
+        splits = {"train": [1, 2, 4], "query": [3], "gallery": [0, 3], split: [4, 3]}
         assert "1 of them, person 4 the first" in refused(
             labeled=manifest(tmp_path / split, **splits), targets=str(tmp_path / split)
         )
