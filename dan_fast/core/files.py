@@ -26,7 +26,7 @@ def absolute(path: str | Path) -> str:
         >>> absolute("/a/./b.jpg")
         '/a/b.jpg'
     """
-    if ".." not in Path(path).parts:
+    if ".." not in os.fspath(path).split(os.sep):
         return os.path.abspath(path)
     folder, name = os.path.split(path)
     return os.path.join(os.path.realpath(folder), name)

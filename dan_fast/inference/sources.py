@@ -84,17 +84,19 @@ def _unknown(files: Sequence[Path]) -> Part:
 
 
 def _images_below(folder: Path, left_out: str | None) -> list[Path]:
-    files, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        # A link to a folder above would lead round and round.
-        if real in seen or real == left_out:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found = (Path(place, name) for name in names if not name.startswith("."))
-        files += [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+    files, seen, starts = [], set(), [folder]
+    # Links to folders come after all that is no link: what both name has its own path, and one to a folder above ends.
+    for start in starts:
+        for place, folders, names in os.walk(start):
+            real = os.path.realpath(place)
+            if real in seen or real == left_out:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            starts += [path for name in folders if (path := Path(place, name)).is_symlink()]
+            found = (Path(place, name) for name in names if not name.startswith("."))
+            files += [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
     if not files:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise DanFastError(f"{folder} holds no image (a file named {suffixes}) and no dataset; name another folder.")

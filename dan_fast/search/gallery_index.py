@@ -20,7 +20,8 @@ from dan_fast.search import kinds
 from dan_fast.search.kinds import IndexKind
 from dan_fast.search.searcher import Found, Searcher
 
-_SCHEMA = 1
+# To be raised with every change of what is in an index, the pixels that features are of among it.
+_SCHEMA = 2
 _FEATURES, _INDEX, _UNFINISHED = "features.f32", "index.json", "unfinished.json"
 # So many images, and a tenth of those that are there, are embedded before they are written down.
 _SAVED = 4096
@@ -302,6 +303,8 @@ def _read(folder: Path, name: str, own: str) -> dict[str, Any] | None:
         raise DanFastError(f"{file} is no index ({error}): remove {folder}, and it is made anew.") from error
     if schema > _SCHEMA:
         raise DanFastError(f"{file} is of a newer version of dan_fast: use that, or remove {folder}.")
+    if schema < _SCHEMA:
+        raise DanFastError(f"{file} is of an older version of dan_fast: remove {folder}, and it is made anew.")
     if weights != own:
         raise DanFastError(
             f"{folder} is an index of another checkpoint (weights {weights[:8]}, not {own[:8]}): use that one, or name "

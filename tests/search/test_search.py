@@ -266,7 +266,7 @@ def test_a_mistake_is_one_sentence(run, folder, monkeypatch, capsys, arguments, 
         assert not (folder / "out").exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "nonsense", "newer", "without features", "graph"])
+@pytest.mark.parametrize("damage", ["cut", "nonsense", "newer", "older", "without features", "graph"])
 def test_a_damaged_index_is_named(run, folder, capsys, damage):
     run("--index", "hnsw")
     index = folder / "out" / "index"
@@ -276,8 +276,9 @@ def test_a_damaged_index_is_named(run, folder, capsys, damage):
             features.write_bytes(features.read_bytes()[:-4])
         case "nonsense":
             described.write_bytes(described.read_bytes()[:100])
-        case "newer":
-            described.write_text(described.read_text().replace('"schema":1', '"schema":9'))
+        case "newer" | "older":
+            schema = 9 if damage == "newer" else 1
+            described.write_text(json.dumps(json.loads(described.read_text()) | {"schema": schema}))
         case "without features":
             features.unlink()
         case "graph":
@@ -287,6 +288,7 @@ def test_a_damaged_index_is_named(run, folder, capsys, damage):
     run("--index", "hnsw", code=1)
     error = capsys.readouterr().err
     assert str(index) in error and error.count("\n") == 1 and "remove" in error
+    assert damage not in ("newer", "older") or f"is of {'a' if damage == 'newer' else 'an'} {damage} version" in error
     if damage == "graph":
         graph.unlink()
         assert len(run("--index", "hnsw")) == 3

@@ -30,7 +30,7 @@ def read_image(path: Path) -> Tensor:
 def decode_image(content: bytes | Image.Image | np.ndarray | Tensor, path: Path | str) -> Tensor:
     """`read_image` for what has been read: a file's bytes, or an image in memory; `path` is for the message.
 
-    An image in memory is Pillow's in any mode, a uint8 (H,W,3) array or a uint8 (3,H,W) tensor, both in RGB.
+    An image in memory is Pillow's in any mode but I and F, or in RGB a uint8 (H,W,3) array or (3,H,W) tensor.
     """
     try:
         pixels = _pixels(content)
@@ -56,7 +56,8 @@ def _pixels(content: bytes | Image.Image | np.ndarray | Tensor) -> Tensor:
 
 def _of_eight_bits(image: Image.Image) -> Image.Image:
     """An image of 16 bits in 8; Pillow would make white of all that is above 255."""
-    if image.mode.startswith("I;16"):
+    # Older versions of Pillow have mode I for a PNG of 16 bits.
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"its mode {image.mode} has numbers of no known range")

@@ -26,6 +26,7 @@ from dan_fast.data import (
     training_loader,
 )
 from dan_fast.data.images.cache import _Decoding
+from dan_fast.data.images.reading import decode_image
 from dan_fast.data.images.workers import WorkerDied
 from tests.support.sameness import same
 
@@ -221,6 +222,12 @@ def test_of_16_bits_the_upper_8_are_taken(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"image.{suffix}"
     Image.fromarray(np.array([[0, 255, 256], [0x7FFF, 0x80FF, 0xFFFF]], dtype=np.uint16)).save(path)
     assert read_image(path).tolist() == [[[0, 0, 1], [127, 128, 255]]] * 3
+    # As Pillow opens the file where its version has no mode of 16 bits for it.
+    with Image.open(path) as image:
+        older = Image.fromarray(np.asarray(image).astype(np.int32))
+        older.format = image.format
+    if suffix == "png":
+        assert torch.equal(decode_image(older, path), read_image(path))
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
