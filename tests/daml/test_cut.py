@@ -118,7 +118,8 @@ def peaks() -> None:
             meta_gradients(Losses(trunk, cuts), params, None, *batches, inner_lr=0.1, order=order)
 
         run()
-        print(peak_above(torch.device("cpu"), run)[1])
+        # The median: what a run finds in a kept heap depends on those before it.
+        print(sorted(peak_above(torch.device("cpu"), run)[1] for _ in range(5))[2])
 
 
 GIVEN_BACK = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
