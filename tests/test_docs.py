@@ -121,6 +121,8 @@ def test_a_command_parses(page: Path, words: list[str], tmp_path: Path, monkeypa
         case ["python", "benchmarks/experiments/changes" as folder, change, *arguments]:
             assert any(f"@change\ndef {change}(" in path.read_text() for path in (ROOT / folder).glob("*.py"))
             parse(["train", *(str(ROOT / word) if word.startswith("benchmarks/") else word for word in arguments)])
+        case ["python", "benchmarks/experiments/street_targets.py" as script, *folders]:
+            assert (ROOT / script).is_file() and len(folders) == 2
         case ["python", script, *_] | [script, *_] if script.startswith("scripts/"):
             assert (ROOT / script).is_file()
         case ["pytest", *arguments]:
