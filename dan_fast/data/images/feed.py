@@ -71,6 +71,8 @@ def one_ahead(items: Iterator[Raw], prepare: Callable[[Raw], Ready], device: tor
         stopped.set()
         wanted.release()
         thread.join()
+        # It holds this frame, and by its thread's frame the items, which would be garbage in a cycle.
+        error = None
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:

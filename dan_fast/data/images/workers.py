@@ -83,9 +83,13 @@ class _Collate:
 
 
 def _raised(batch: Any) -> Any:
-    if isinstance(batch, DanFastError):
-        raise batch
-    return batch
+    try:
+        if isinstance(batch, DanFastError):
+            raise batch
+        return batch
+    finally:
+        # The error holds this frame: as garbage in a cycle, an iterator waits five seconds for its workers to end.
+        del batch
 
 
 class _OfWorkers:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+from contextlib import suppress
 from pathlib import Path
 from types import FunctionType, ModuleType
 
@@ -130,8 +131,28 @@ def test_a_broken_image_is_an_error_of_one_sentence(source: TrainingSet, workers
         with pytest.raises(DanFastError) as caught:
             list(loader)
         message = str(caught.value)
+        del caught  # it holds this frame, and so the loader's workers
         assert message.startswith(f"The image {path} cannot be decoded (")
         assert message.endswith("or where broken_images can be set, set it to skip.") and "\n" not in message
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_error_ends_the_workers_and_is_no_garbage(source: TrainingSet, training: bool) -> None:
+    """Collected as garbage, an iterator waits five seconds for each worker, and until then they stay."""
+    break_image(source.labeled_samples[5].path, "text")
+    options = {"workers": 2}
+    if training:
+        loader = training_loader(source, planner(source).plan_epoch(0), SIZE, **options)
+    else:
+        loader = image_loader(source.labeled_samples, SIZE, 4, **options)
+    others = set(multiprocessing.active_children())
+    gc.disable()
+    try:
+        with suppress(DanFastError):
+            list(loader)
+        assert set(multiprocessing.active_children()) <= others
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow
