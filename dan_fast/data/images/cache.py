@@ -42,7 +42,7 @@ NO_CACHE, USER_CACHE = "none", "user"
 
 _LOG = logging.getLogger(__name__)
 # Part of every name: to be raised with every change of the pixels or of the file format.
-_FORMAT = 2
+_FORMAT = 3
 # Other versions may decode and resize to other pixel values.
 _MADE_BY = f"Pillow {PIL.__version__}, torchvision {torchvision.__version__}"
 _BATCH = 32

@@ -7,15 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from dan_fast.core.errors import DanFastError
 
+# Of EXIF.
+_ORIENTATION = 0x0112
+
 
 def read_image(path: Path) -> Tensor:
     """Decodes an image file (anything Pillow reads, also the BMP of older benchmarks) into uint8 RGB (3,H,W).
+
+    It is upright: turned as the file's EXIF orientation says, as browsers show it and fast-reid reads it.
 
     Raises:
         DanFastError: a file that is absent, unreadable, truncated or no image.
@@ -30,7 +35,8 @@ def read_image(path: Path) -> Tensor:
 def decode_image(content: bytes | Image.Image | np.ndarray | Tensor, path: Path | str) -> Tensor:
     """`read_image` for what has been read: a file's bytes, or an image in memory; `path` is for the message.
 
-    An image in memory is Pillow's in any mode but I and F, or in RGB a uint8 (H,W,3) array or (3,H,W) tensor.
+    An image in memory is Pillow's in any mode but I and F, turned by its EXIF orientation too, or in RGB a uint8
+    (H,W,3) array or (3,H,W) tensor.
     """
     try:
         pixels = _pixels(content)
@@ -47,11 +53,20 @@ def _pixels(content: bytes | Image.Image | np.ndarray | Tensor) -> Tensor:
         with Image.open(io.BytesIO(content)) as image:
             return _pixels(image)
     if isinstance(content, Image.Image):
-        return F.pil_to_tensor(_of_eight_bits(content).convert("RGB"))
+        return F.pil_to_tensor(_of_eight_bits(_upright(content)).convert("RGB"))
     rows = content.permute(1, 2, 0).cpu().numpy() if isinstance(content, Tensor) else content
     # A copy with the strides of a decoded image; PyTorch takes neither arrays that must not be written nor negative
     # strides.
     return torch.from_numpy(np.array(rows, order="C")).permute(2, 0, 1)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As a camera was held that wrote down how; itself where nothing is to be turned."""
+    try:
+        turned = image.getexif().get(_ORIENTATION, 1) != 1
+    except Exception:  # damaged EXIF raises many kinds, and the pixels may be whole
+        return image
+    return ImageOps.exif_transpose(image) if turned else image
 
 
 def _of_eight_bits(image: Image.Image) -> Image.Image:

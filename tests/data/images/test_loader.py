@@ -268,6 +268,36 @@ def test_channels_are_red_green_blue_and_rows_come_first(tmp_path: Path) -> None
     assert pixels[:, 4, 1].tolist() == [200, 100, 50] and pixels.sum() == 350
 
 
+@pytest.mark.parametrize(
+    "orientation, rows",
+    {
+        1: [[1, 2, 3], [4, 5, 6]],
+        2: [[3, 2, 1], [6, 5, 4]],
+        3: [[6, 5, 4], [3, 2, 1]],
+        4: [[4, 5, 6], [1, 2, 3]],
+        5: [[1, 4], [2, 5], [3, 6]],
+        6: [[4, 1], [5, 2], [6, 3]],
+        7: [[6, 3], [5, 2], [4, 1]],
+        8: [[3, 6], [2, 5], [1, 4]],
+        9: [[1, 2, 3], [4, 5, 6]],
+    }.items(),
+)
+def test_images_are_upright_as_the_camera_wrote_down(tmp_path: Path, orientation: int, rows: list) -> None:
+    path, exif = tmp_path / "image.png", Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.array([[1, 2, 3], [4, 5, 6]], dtype=np.uint8)).save(path, exif=exif)
+    assert read_image(path).tolist() == [rows] * 3
+    with Image.open(path) as image:
+        assert decode_image(image, path).tolist() == [rows] * 3
+        assert image.size == (3, 2)  # the caller's is left
+
+
+def test_damaged_exif_is_no_broken_image(tmp_path: Path) -> None:
+    path = tmp_path / "image.jpg"
+    Image.new("RGB", (5, 7), (200, 100, 50)).save(path, exif=b"Exif\0\0is no TIFF header")
+    assert read_image(path).shape == (3, 7, 5)
+
+
 def test_ctrl_c_is_left_to_the_main_process(source: TrainingSet) -> None:
     plans = [plan for epoch in range(5) for plan in planner(source).plan_epoch(epoch)]
     batches = iter(training_loader(source, plans, SIZE, workers=1))
