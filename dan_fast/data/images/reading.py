@@ -63,10 +63,9 @@ def _pixels(content: bytes | Image.Image | np.ndarray | Tensor) -> Tensor:
 def _upright(image: Image.Image) -> Image.Image:
     """As a camera was held that wrote down how; itself where nothing is to be turned."""
     try:
-        turned = image.getexif().get(_ORIENTATION, 1) != 1
+        return image if image.getexif().get(_ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
     except Exception:  # damaged EXIF raises many kinds, and the pixels may be whole
         return image
-    return ImageOps.exif_transpose(image) if turned else image
 
 
 def _of_eight_bits(image: Image.Image) -> Image.Image:

@@ -12,7 +12,7 @@ from types import FunctionType, ModuleType
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import (
@@ -292,9 +292,18 @@ def test_images_are_upright_as_the_camera_wrote_down(tmp_path: Path, orientation
         assert image.size == (3, 2)  # the caller's is left
 
 
-def test_damaged_exif_is_no_broken_image(tmp_path: Path) -> None:
-    path = tmp_path / "image.jpg"
-    Image.new("RGB", (5, 7), (200, 100, 50)).save(path, exif=b"Exif\0\0is no TIFF header")
+@pytest.mark.parametrize("damage", ["header", "another field"])
+def test_damaged_exif_is_no_broken_image(tmp_path: Path, damage: str) -> None:
+    path, exif = tmp_path / "image.png", Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    written = exif.tobytes()
+    if damage == "header":
+        written = written.replace(b"MM\0*", b"MM\0k")
+    else:  # text where a number belongs, which shows when EXIF without the orientation is written
+        written = written.replace(b"\x01\x0f\0\x02", b"\x01\x52\0\x02")
+    Image.new("RGB", (5, 7), (200, 100, 50)).save(path, exif=written)
+    with Image.open(path) as image, pytest.raises(Exception, match="."):
+        ImageOps.exif_transpose(image)
     assert read_image(path).shape == (3, 7, 5)
 
 
