@@ -73,12 +73,24 @@ std::unique_ptr<A[]> packed_pending(const Tensor& keys, bool in_storage_type) {
   return packed;
 }
 
+// `like` is a tensor of the pass.
 template <typename S, typename A>
-void run(const StreamPass<S, A>& pass) {
+void run(const StreamPass<S, A>& pass, const Tensor& like) {
   const auto kernel = DAN_FAST_KERNEL(stream_rows<S, A>);
   const int64_t products = std::max<int64_t>(1, pass.columns) * (pass.queries + pass.pending + 4);
   const int64_t grain = std::max<int64_t>(1, kProductsPerTask / products);
-  torch::stable::parallel_for(0, pass.slots, grain, [&](int64_t first, int64_t last) { kernel(pass, first, last); });
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t tasks = std::clamp<int64_t>((pass.slots + grain - 1) / grain, 1, threads);
+  const int64_t rows = (pass.slots + tasks - 1) / tasks;
+  // For all tasks before any of them changes a memory: there may not be so much left.
+  const int64_t size = DAN_FAST_KERNEL(stream_scratch_size<S, A>)(pass);
+  const Tensor scratch = torch::stable::new_empty(like, {tasks, size}, statistics_of(like));
+  A* const numbers = data<A>(scratch);
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      kernel(pass, std::min(task * rows, pass.slots), std::min((task + 1) * rows, pass.slots), numbers + task * size);
+    }
+  });
 }
 
 Tensors<2> memory_scores(const Tensor& keys, const Tensor& base) {
@@ -101,7 +113,7 @@ Tensors<2> memory_scores(const Tensor& keys, const Tensor& base) {
     pass.queries = queries.size(0);
     pass.scores = data<A>(scores);
     pass.square_norms = data<A>(square_norms);
-    run(pass);
+    run(pass, base);
   });
   return {scores, square_norms};
 }
@@ -159,7 +171,7 @@ void commit(const Tensor& base, const Tensor& kept, const Tensor& weights, const
       pass.scores = data<A>(*scores);
     }
     pass.square_norms = data<A>(square_norms);
-    run(pass);
+    run(pass, base);
   });
 }
 

@@ -7,6 +7,7 @@
 
 #include "../cpu/parallel.h"
 #include "../cpu/vector.h"
+#include "rules.h"
 
 namespace dan_fast::DAN_FAST_ISA {
 namespace {
@@ -98,7 +99,7 @@ double sum(const T* x, int64_t size) {
   return sum_of(sums[0]);
 }
 
-// The smallest of `size` >= 1 numbers.
+// The smallest of `size` >= 1 numbers by is_less: NaN if there is one.
 template <typename T>
 T least(const T* x, int64_t size) {
   T lowest = x[0];
@@ -107,21 +108,21 @@ T least(const T* x, int64_t size) {
     Vector<T> low = load(x);
     for (i = kWidth<T>; i + kWidth<T> <= size; i += kWidth<T>) {
       const Vector<T> v = load(x + i);
-      low = v < low ? v : low;
+      low = (v < low) | (v != v) ? v : low;
     }
     T lanes[kWidth<T>];
     store(lanes, low);
-    for (const T lane : lanes) lowest = lane < lowest ? lane : lowest;
+    for (const T lane : lanes) lowest = is_less(lane, lowest) ? lane : lowest;
   }
-  for (; i < size; ++i) lowest = x[i] < lowest ? x[i] : lowest;
+  for (; i < size; ++i) lowest = is_less(x[i], lowest) ? x[i] : lowest;
   return lowest;
 }
 
-// The first place of `value`; 0 if it is nowhere (NaN).
+// The first place of the least one.
 template <typename T>
-int64_t place_of(T value, const T* x, int64_t size) {
+int64_t place_of(T lowest, const T* x, int64_t size) {
   for (int64_t i = 0; i < size; ++i) {
-    if (x[i] == value) return i;
+    if (!is_less(lowest, x[i])) return i;
   }
   return 0;
 }

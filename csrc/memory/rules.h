@@ -49,6 +49,12 @@ struct Grid<double> {
   static constexpr int kKeyBits = 42;
 };
 
+// Whether argmin takes `a` rather than `b`, wherever they stand: NaN comes before all numbers.
+template <typename T>
+DAN_FAST_HD bool is_less(T a, T b) {
+  return a < b || (a != a && b == b);
+}
+
 // max(|m|, 1e-12) from |m|^2.
 template <typename T>
 DAN_FAST_HD T norm_from_square(T square) {

@@ -56,8 +56,11 @@ def losses_of_scores(
 
     All floating ones are in the dtype of statistics.
     """
+    empty = slot_labels < 0
     own = (labels[:, None] == slot_labels) & (labels >= 0)[:, None]
-    others = (slot_labels >= 0) & ~own
+    others = ~(empty | own)
+    # Whatever an empty slot holds; a logit that overflows would be left out of the sums, but not of their derivatives.
+    scores, square_norms = scores.masked_fill(empty, 0.0), square_norms.masked_fill(empty, 1.0)
     lengths = norm_from_square(keys.square().sum(1))[:, None] * norm_from_square(square_norms)
     logits = scores / (lengths * temperature)
     positive = _log_sum(logits, own) - own.sum(1).clamp(min=1).to(keys.dtype).log()

@@ -77,6 +77,18 @@ def test_autocast_does_not_round_it():
         assert torch.equal(functional.discriminative_loss(keys, LABELS, slots, SLOT_LABELS, 0.05), expected)
 
 
+@pytest.mark.parametrize("content", [math.nan, math.inf, 1e200])  # the square of the last one overflows
+def test_whatever_an_empty_slot_holds_changes_nothing(impl, content: float):
+    (keys, slots), unknown = problem(), SLOT_LABELS < 0
+    expected = impl.discriminative_loss(keys, LABELS, slots, SLOT_LABELS, 0.2)
+    slots[unknown] = content
+    keys.requires_grad_()
+    losses = impl.discriminative_loss(keys, LABELS, slots, SLOT_LABELS, 0.2)
+    assert torch.equal(losses, expected)
+    losses.sum().backward()
+    assert keys.grad.isfinite().all() or not math.isfinite(content)
+
+
 def test_degenerate_memories_and_keys(impl):
     keys, slots = problem()
     assert impl.discriminative_loss(keys[:0], LABELS[:0], slots, SLOT_LABELS, 0.2).shape == (0,)

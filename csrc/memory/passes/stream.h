@@ -43,9 +43,13 @@ struct StreamPass {
   void pack_rows(const S* matrix, int64_t row_stride, int64_t rows, int64_t columns, A* packed);                  \
   template <typename S, typename A>                                                                               \
   void pack_columns(const S* matrix, int64_t row_stride, int64_t rows, int64_t columns, A* packed);               \
-  /* Slots [first, last). A slot's results do not depend on the range that it is part of. */                      \
+  /* Numbers of A, aligned to 64 bytes, that stream_rows writes to on the way. */                                 \
   template <typename S, typename A>                                                                               \
-  void stream_rows(const StreamPass<S, A>& pass, int64_t first, int64_t last);                                    \
+  int64_t stream_scratch_size(const StreamPass<S, A>& pass);                                                      \
+  /* Slots [first, last). A slot's results do not depend on the range that it is part of. It allocates nothing: */\
+  /* what fails has to fail before the first row of a memory is changed. */                                       \
+  template <typename S, typename A>                                                                               \
+  void stream_rows(const StreamPass<S, A>& pass, int64_t first, int64_t last, A* scratch);                        \
   /* How many columns combine_columns takes at a time. */                                                         \
   template <typename A>                                                                                           \
   int64_t combine_width();                                                                                        \

@@ -86,16 +86,21 @@ inline void square_norms_of(const A* const* rows, int64_t columns, A* norms) {
   }
 }
 
-// One thread's blocks of slots.
+// One thread's blocks of slots, with `scratch` for what lies between.
 template <typename S, typename A>
 class Stream {
  public:
-  explicit Stream(const StreamPass<S, A>& pass)
+  Stream(const StreamPass<S, A>& pass, A* scratch)
       : pass_(pass),
         block_(block_rows<A>(pass.columns)),
-        wide_(kIsWide ? 0 : block_ * pass.columns),
-        shares_(pass.stored == nullptr ? 0 : block_ * pass.pending),
-        sums_(block_ * kPanel<A>) {}
+        wide_(scratch),
+        shares_(wide_ + wide_size(pass, block_)),
+        sums_(shares_ + shares_size(pass, block_)) {}
+
+  static int64_t scratch_size(const StreamPass<S, A>& pass) {
+    const int64_t block = block_rows<A>(pass.columns);
+    return wide_size(pass, block) + shares_size(pass, block) + block * kPanel<A>;
+  }
 
   void run(int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row += block_) {
@@ -108,9 +113,9 @@ class Stream {
         block = (pass_.stored == nullptr ? pass_.base : pass_.stored) + row * stride;
       } else {
         stride = pass_.columns;
-        block = wide_.get();
+        block = wide_;
         for (int64_t r = 0; pass_.stored == nullptr && r < rows; ++r) {
-          widen(pass_.base + (row + r) * pass_.row_stride, stride, wide_.get() + r * stride);
+          widen(pass_.base + (row + r) * pass_.row_stride, stride, wide_ + r * stride);
         }
       }
       scores(block, stride, row, rows);
@@ -120,19 +125,27 @@ class Stream {
 
  private:
   static constexpr bool kIsWide = std::is_same_v<S, A>;
+  static constexpr int64_t kLine = 64 / sizeof(A);  // no two threads write to one cache line
+
+  static int64_t wide_size(const StreamPass<S, A>& pass, int64_t block) {
+    return kIsWide ? 0 : round_up(block * pass.columns, kLine);
+  }
+  static int64_t shares_size(const StreamPass<S, A>& pass, int64_t block) {
+    return pass.stored == nullptr ? 0 : round_up(block * pass.pending, kLine);
+  }
 
   void commit(int64_t row, int64_t rows) {
     const int64_t pending = pass_.pending, columns = pass_.columns;
     for (int64_t u = 0; u < pending; ++u) {
       const A* from = pass_.weights + u * pass_.slots + row;
-      for (int64_t r = 0; r < rows; ++r) shares_.get()[r * pending + u] = from[r];
+      for (int64_t r = 0; r < rows; ++r) shares_[r * pending + u] = from[r];
     }
     const A* panel = pass_.packed_pending;
     for (int64_t column = 0; column < columns; column += kPanel<A>, panel += pending * kPanel<A>) {
       const int64_t width = std::min(kPanel<A>, columns - column);
       for (int64_t tile = 0; tile < rows; tile += kStreamRows) {
         const A* tile_rows[kStreamRows];
-        point_at<kStreamRows>(shares_.get(), pending, tile, rows, 0, tile_rows);
+        point_at<kStreamRows>(shares_, pending, tile, rows, 0, tile_rows);
         const auto finish = [=](int r, int v, Vector<A> sum) {
           const int64_t c = v * kWidth<A>;
           if (tile + r < rows && c < width) keep(row, tile + r, column + c, width - c, sum);
@@ -156,7 +169,7 @@ class Stream {
       values = store_some_as<S, A>(to, values, left);
     }
     // What is stored of a half-precision memory.
-    if constexpr (!kIsWide) store_up_to<A>(wide_.get() + r * pass_.columns + column, values, left);
+    if constexpr (!kIsWide) store_up_to<A>(wide_ + r * pass_.columns + column, values, left);
   }
 
   void scores(const A* block, int64_t stride, int64_t row, int64_t rows) {
@@ -170,13 +183,13 @@ class Stream {
           const A* tile_rows[kStreamRows];
           point_at<kStreamRows>(block, stride, tile, rows, k, tile_rows);
           const PiecesAhead ahead = next_tile(row + tile, query == 0 ? k : pass_.columns, count, count);
-          multiply_panel(width, tile_rows, count, panel, k > 0, sums_.get() + tile * kPanel<A>, ahead);
+          multiply_panel(width, tile_rows, count, panel, k > 0, sums_ + tile * kPanel<A>, ahead);
         }
         panel += count * width;
       }
       for (int64_t q = 0; q < std::min(width, pass_.queries - query); ++q) {
         A* to = pass_.scores + (query + q) * pass_.slots + row;
-        for (int64_t r = 0; r < rows; ++r) to[r] = sums_.get()[r * kPanel<A> + q];
+        for (int64_t r = 0; r < rows; ++r) to[r] = sums_[r * kPanel<A> + q];
       }
     }
   }
@@ -204,9 +217,9 @@ class Stream {
 
   const StreamPass<S, A>& pass_;
   const int64_t block_;
-  Scratch<A> wide_;    // (block, d) rows of a half-precision memory in A
-  Scratch<A> shares_;  // (block, U) weights of the block's slots
-  Scratch<A> sums_;    // (block, kPanel)
+  A* const wide_;    // (block, d) rows of a half-precision memory in A
+  A* const shares_;  // (block, U) weights of the block's slots
+  A* const sums_;    // (block, kPanel)
 };
 
 }  // namespace
@@ -252,8 +265,13 @@ void pack_columns(const S* matrix, int64_t row_stride, int64_t rows, int64_t col
 }
 
 template <typename S, typename A>
-void stream_rows(const StreamPass<S, A>& pass, int64_t first, int64_t last) {
-  Stream<S, A>(pass).run(first, last);
+int64_t stream_scratch_size(const StreamPass<S, A>& pass) {
+  return Stream<S, A>::scratch_size(pass);
+}
+
+template <typename S, typename A>
+void stream_rows(const StreamPass<S, A>& pass, int64_t first, int64_t last, A* scratch) {
+  Stream<S, A>(pass, scratch).run(first, last);
 }
 
 template int64_t packed_rows_size<float>(int64_t, int64_t);
@@ -264,7 +282,8 @@ template int64_t packed_columns_size<double>(int64_t, int64_t);
 #define DAN_FAST_INSTANTIATE(S, A)                                        \
   template void pack_rows<S, A>(const S*, int64_t, int64_t, int64_t, A*);    \
   template void pack_columns<S, A>(const S*, int64_t, int64_t, int64_t, A*); \
-  template void stream_rows<S, A>(const StreamPass<S, A>&, int64_t, int64_t);
+  template int64_t stream_scratch_size<S, A>(const StreamPass<S, A>&);       \
+  template void stream_rows<S, A>(const StreamPass<S, A>&, int64_t, int64_t, A*);
 DAN_FAST_EACH_STORAGE(DAN_FAST_INSTANTIATE)
 
 }  // namespace dan_fast::DAN_FAST_ISA

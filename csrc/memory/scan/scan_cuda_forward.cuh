@@ -56,7 +56,8 @@ struct ChoiceTotal {
 
   static __device__ ChoiceTotal none() { return {-1, T(0), T(0), T(0)}; }
   __device__ void consider(int64_t other, T its_usage) {
-    if (other < 0 || (slot >= 0 && (its_usage > usage || (its_usage == usage && other > slot)))) return;
+    if (other < 0) return;
+    if (slot >= 0 && (is_less(usage, its_usage) || (!is_less(its_usage, usage) && other > slot))) return;
     slot = other;
     usage = its_usage;
   }

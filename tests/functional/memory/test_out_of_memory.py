@@ -1,6 +1,9 @@
 """A pass over a memory that fails, as for want of memory: what is pending is written once."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dan_fast import MemoryState, _extension
 from dan_fast.functional.memory import passes, pending
 from dan_fast.functional.memory.pending import PendingMemory
+from tests.support.toolchain import needs_extension
 
 SLOTS, DIM = 2500, 4  # more slots than PyTorch rewrites at a time
 
@@ -73,6 +77,45 @@ def test_the_pytorch_form_allocates_nothing_between_two_pieces():
         passes._commit_into(memory.base, memory.base, memory.kept, memory.weights, memory.keys)
     assert torch.equal(memory.base, expected)
     assert written.writes == 3 and not written.made
+
+
+COMMITS = """
+import resource
+import torch
+from dan_fast import _extension
+assert _extension.loaded()
+torch.set_num_threads(2)
+slots, columns = 12, 1 << 20  # a block of rows is 24 MB in float32
+base, kept, weights = torch.ones(slots, columns, dtype=torch.bfloat16), torch.ones(slots), torch.ones(1, slots)
+def commit():
+    pending, keys = torch.ones(1, columns), torch.ones(0, columns)
+    torch.ops.dan_fast.memory_commit_scores_(base, kept, weights, pending, keys)
+commit()  # starts the threads
+assert (base == 2).all()
+now = 4096 * int(open("/proc/self/statm").read().split()[0])
+failed = 0
+for megabytes in range(0, 180, 6):
+    before = base[:, 0].clone()
+    resource.setrlimit(resource.RLIMIT_AS, (now + (megabytes << 20), -1))
+    try:
+        commit()
+        expected = before + 1
+    except (MemoryError, RuntimeError):
+        failed, expected = failed + 1, before
+    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    assert torch.equal(base[:, 0], expected), (megabytes, base[:, 0])
+assert 5 < failed < 25, failed
+"""
+
+
+@pytest.mark.slow
+@needs_extension
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of the address space, as Linux has it, is set")
+def test_the_kernel_changes_all_rows_or_none():
+    # Each larger block is asked of the system, not taken from what was freed before.
+    surroundings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", COMMITS], env=surroundings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

@@ -90,6 +90,21 @@ def test_the_least_used_slot_is_cleared_but_keeps_its_usage(impl):
     assert new.least_used == 1
 
 
+def test_a_usage_that_is_nan_is_the_least_one(impl):
+    """As argmin has it, the first of several, wherever vectors and chunks of slots begin."""
+    for slots, nans in [(40, [3]), (40, [20]), (40, [39]), (40, [7, 9]), (1100, [600]), (1100, [0, 1099])]:
+        for low in (1, 11, 19, slots - 2):
+            usage = torch.arange(5.0, slots + 5, dtype=torch.float64)
+            usage[low], usage[nans] = 1.0, math.nan
+            features, labels, none = (
+                f64([[1.0, 0.0]]).expand(slots, 2),
+                torch.arange(slots) % 3,
+                torch.full((slots,), -1),
+            )
+            old = MemoryState(features, labels, usage, torch.full_like(usage, 1 / slots), torch.tensor(30), none)
+            assert step(impl, old, empty(1), [[1.0, 1.0]], [1]).labeled.least_used == nans[0]
+
+
 def test_one_slot(impl):
     old = state([[2.0, 0]], [1], [3.0], [1.0], 0)
     new = step(impl, old, empty(1), [[0.0, 5.0]], [2]).labeled
