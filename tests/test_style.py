@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from tests.support import PACKAGE
@@ -27,6 +28,7 @@ def functions(node: ast.AST, owner: str = "") -> Iterator[tuple[str, ast.Functio
         yield from functions(child, name)
 
 
+@cache
 def trees() -> dict[Path, ast.Module]:
     return {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 

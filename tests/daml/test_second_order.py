@@ -91,6 +91,7 @@ def first_order(model: TrainingModel, stage: Stage, images: Tensor) -> dict[str,
     return meta_step.gradients(*(split(seed)._replace(images=images[seed - 1].double()) for seed in (1, 2))).grads
 
 
+@pytest.mark.slow
 def test_both_methods_agree_under_autocast(monkeypatch):
     model = training_model(network=network("resnet18", dropout=0.0))
     model.autocast_dtype = torch.bfloat16

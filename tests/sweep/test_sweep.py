@@ -91,6 +91,7 @@ def test_the_shipped_grids_are_the_papers(tmp_path):
     assert len({run.name for run in planned["fig8"]}) == len(planned["fig8"])
 
 
+@pytest.mark.slow
 def test_the_experiments_take_the_device_that_their_tables_are_of():
     devices = {
         path.stem: {run.config.run.device for run in plan_sweep(path, None, "out")}
