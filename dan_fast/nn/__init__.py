@@ -2,8 +2,18 @@
 
 from dan_fast.nn.attention import NLCBAM
 from dan_fast.nn.backbones.build import BACKBONES, build_backbone
+from dan_fast.nn.instance_norm import HalfInstanceNorm
 from dan_fast.nn.memory import ProgressiveAugmentedMemory
 from dan_fast.nn.network import DAN, DANOutput
 from dan_fast.nn.styles import StyleMixing
 
-__all__ = ["BACKBONES", "DAN", "DANOutput", "NLCBAM", "ProgressiveAugmentedMemory", "StyleMixing", "build_backbone"]
+__all__ = [
+    "BACKBONES",
+    "DAN",
+    "DANOutput",
+    "HalfInstanceNorm",
+    "NLCBAM",
+    "ProgressiveAugmentedMemory",
+    "StyleMixing",
+    "build_backbone",
+]

@@ -228,6 +228,7 @@ def _arguments(network: DAN) -> dict[str, Any]:
         "feature": network.feature,
         "style_mixing": network.styles is not None,
         "gradient_checkpointing": network.backbone.gradient_checkpointing,
+        "instance_norm": network.instance_norm,
     }
 
 

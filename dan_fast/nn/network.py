@@ -17,6 +17,7 @@ from dan_fast.nn.attention import NLCBAM
 from dan_fast.nn.backbones.build import build_backbone
 from dan_fast.nn.backbones.trial import trial
 from dan_fast.nn.hub import fetched_folder, network_of_folder, push_network, save_network
+from dan_fast.nn.instance_norm import normalise_early_maps
 from dan_fast.nn.styles import style_mixing_of
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ class DAN(nn.Module):
         style_mixing: in training mode early maps take a part of their style from other images, see `StyleMixing`; for
             a backbone given by name.
         gradient_checkpointing: for a backbone given by name, see `build_backbone`.
+        instance_norm: the first norm of each early block is half an instance norm, see `HalfInstanceNorm`; for a
+            backbone given by name.
 
     Attributes:
         backbone: the backbone; backbone_name: its name, None for a module; attention: the `NLCBAM`;
@@ -83,7 +86,7 @@ class DAN(nn.Module):
             without that attribute.
 
     Raises:
-        DanFastError: the backbone's name or weights, see `build_backbone`.
+        DanFastError: the backbone's name or weights, see `build_backbone`; or one without what a setting changes.
         ValueError: an argument out of range, or a module whose output is not such a map.
 
     Example:
@@ -106,6 +109,7 @@ class DAN(nn.Module):
         feature: str = "attended",
         style_mixing: bool = False,
         gradient_checkpointing: bool = False,
+        instance_norm: bool = False,
     ) -> None:
         super().__init__()
         if num_classes < 1:
@@ -126,9 +130,14 @@ class DAN(nn.Module):
                 raise ValueError("gradient_checkpointing serves a backbone given by name; let the module do it itself")
             if style_mixing:
                 raise ValueError("style_mixing serves a backbone given by name; let the module use StyleMixing itself")
+            if instance_norm:
+                raise ValueError("instance_norm serves a backbone given by name; put HalfInstanceNorm into the module")
             self.backbone = backbone
         else:
             self.backbone = build_backbone(backbone, weights, image_size, gradient_checkpointing)
+            if instance_norm:
+                normalise_early_maps(self.backbone)
+        self.instance_norm = instance_norm
         self.image_size = (int(image_size[0]), int(image_size[1]))
         self.preprocessing: Preprocessing = getattr(self.backbone, "preprocessing", IMAGENET)
         channels, height, width = _map_shape(self.backbone, self.image_size)

@@ -89,6 +89,7 @@ def network_and_random_state(
             feature=model.feature,
             style_mixing=mixes_styles,
             gradient_checkpointing=model.gradient_checkpointing,
+            instance_norm=model.instance_norm,
         )
         return network, torch.get_rng_state()
 

@@ -201,26 +201,6 @@ def test_lenders_are_normalised_apart() -> None:
         torch.testing.assert_close(out[part], norm.act((x[part] - mean) / (variance + norm.eps).sqrt()))
 
 
-def test_instance_norm_early() -> None:
-    images = torch.randn(4, 3, 32, 32)
-    with CHANGES["instance_norm_early"]():
-        network = DAN(3, backbone="timm:tf_efficientnet_lite0", image_size=(32, 32), attention="none", adversary=False)
-    norms = [each for each in network.backbone.modules() if type(each).__name__ == "_HalfInstanceNorm"]
-    assert len(norms) == sum(map(len, network.backbone.early_stages)) == 3
-    for norm in norms:
-        x, channels = torch.randn(4, 2 * norm.channels, 6, 6), norm.channels
-        for parameter in norm.norm.parameters():
-            torch.nn.init.normal_(parameter)
-        of_each = x[:, :channels].sub(x.mean((2, 3), keepdim=True)[:, :channels])
-        of_each = of_each / (x.var((2, 3), correction=0, keepdim=True)[:, :channels] + norm.norm.eps).sqrt()
-        out = norm(x)
-        weight, bias = (each[:channels, None, None] for each in norm.norm.parameters())
-        expected = norm.norm.act(of_each * weight + bias)
-        torch.testing.assert_close(out[:, :channels], expected)
-        torch.testing.assert_close(out[:, channels:], norm.norm(x)[:, channels:])
-    assert network.maps(images).isfinite().all()
-
-
 def of_angles(slots: list[tuple[float, int]]) -> MemoryState:
     """Slots in the plane, each at an angle in degrees and with a label, and an empty one, the least used.
 

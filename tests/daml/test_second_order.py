@@ -69,7 +69,7 @@ def network(backbone: str | nn.Module, **settings) -> DAN:
     ("backbone", "settings", "stage"),
     [
         *(("resnet18", {"adversary_reach": "attention", "style_mixing": True}, stage) for stage in Stage),
-        ("resnet18", {"dropout": 0.5}, Stage.BOTH),
+        ("resnet18", {"dropout": 0.5, "instance_norm": True}, Stage.BOTH),
         ("timm:efficientnet_lite0", {"attention": "none", "adversary": False}, Stage.ATTENTION),
         ("timm:test_vit", {}, Stage.BOTH),
     ],

@@ -47,6 +47,7 @@ NETWORKS = [
     ("timm:test_resnet", {"feature": "pooled", "attention": "none", "adversary": False, "style_mixing": True}),
     ("timm:test_efficientnet", {"attention": "cbam", "reduction": 3, "dropout": 0.1, "adversary_reach": "attention"}),
     ("timm:test_vit", {"gradient_checkpointing": True}),
+    ("resnet18", {"instance_norm": True}),
 ]
 
 

@@ -30,7 +30,7 @@ def test_without_unlabelled_images_the_memory_serves_the_labelled_ones(images, t
 
 def test_a_run_with_every_repair_resumes_bit_for_bit(images, tmp_path):
     settings = {
-        "model": {"style_mixing": "unlabeled", "feature": "pooled"},
+        "model": {"style_mixing": "unlabeled", "feature": "pooled", "instance_norm": True},
         "loss": {"labeled_embedding": 1.0, "adversary_reach": "attention"},
         "memory": {"temperature": 0.1, "initial_alpha": -4.0},
         "data": {"iterations": 3},
