@@ -158,11 +158,12 @@ def test_a_rank_that_does_not_come_is_said(monkeypatch: pytest.MonkeyPatch):
         launch._store_of_this_start(distributed.HashStore(), 0, 2)
 
 
+@pytest.mark.parametrize("instance_norm", [False, True])
 @pytest.mark.parametrize("backbone", ["resnet18", "timm:efficientnet_lite0"])
-def test_synchronised_batch_norm_leaves_everything_else(backbone: str, tmp_path: Path):
+def test_synchronised_batch_norm_leaves_everything_else(backbone: str, instance_norm: bool, tmp_path: Path):
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        network = DAN(3, backbone, image_size=(64, 32)).eval()
+        network = DAN(3, backbone, image_size=(64, 32), instance_norm=instance_norm).eval()
         images = torch.randn(2, 3, 64, 32)
         expected = network.embed(images)
         network = with_synchronised_norm(network, distributed.group.WORLD)
