@@ -16,6 +16,7 @@ from scipy.special import stdtrit
 from dan_fast.evaluation import Evaluation
 from dan_fast.reporting.groups import Target, target_of
 from dan_fast.reporting.html import ABSENT, Table
+from dan_fast.training.reported import CHOSEN, SEEN
 
 METRICS = ("mAP", "R1")
 CONFIDENCE = 0.95
@@ -119,7 +120,7 @@ class Comparison:
     def targets(self) -> list[Target]:
         """What was tested on, in order, and at the end the mean of those that all runs share and none learnt from."""
         found = dict.fromkeys(target for arm in self.arms for run in arm.runs.values() for target in run.scores)
-        return sorted(found, key=lambda target: target == MEAN_OF_TARGETS)
+        return sorted(found, key=lambda target: target.title == MEAN_OF_TARGETS.title)
 
     def difference(self, arm: Arm, target: Target, metric: str) -> PairedDifference | None:
         """Of an arm to the baseline; None for the baseline itself and where no seed is in both."""
@@ -294,11 +295,13 @@ def _with_mean(runs: Mapping[tuple[str, int], ArmRun]) -> dict[tuple[str, int], 
     ]
     if len(common) < 2:
         return dict(runs)
+    marks = [mark for mark in (CHOSEN, SEEN) if any(mark in target.protocol for target in common)]
+    mean_of_targets = MEAN_OF_TARGETS._replace(protocol=", ".join(marks))
     return {
         place: run._replace(
             scores={
                 **run.scores,
-                MEAN_OF_TARGETS: {metric: fmean(run.scores[target][metric] for target in common) for metric in METRICS},
+                mean_of_targets: {metric: fmean(run.scores[target][metric] for target in common) for metric in METRICS},
             }
         )
         for place, run in runs.items()

@@ -61,11 +61,11 @@ class EpochChoice:
     Args:
         path: where the epoch's figures and weights are kept, in a checkpoint to evaluate, not to continue.
         resume: whether an earlier part of the training kept some there.
-        targets: titles of the datasets tested on; figures kept from others are dropped.
+        targets: titles of the datasets tested on.
         writes: whether this process, of several ranks, keeps the file.
 
     Raises:
-        DanFastError: see `load_checkpoint`.
+        DanFastError: the file holds an epoch that was chosen on other targets; or see `load_checkpoint`.
     """
 
     def __init__(self, path: Path, resume: bool, targets: Sequence[str], writes: bool = True) -> None:
@@ -73,8 +73,8 @@ class EpochChoice:
         self._writes = writes
         self.evaluations: list[Evaluation] = []
         if resume and path.is_file():
-            kept = [Evaluation.from_dict(each) for each in load_checkpoint(path)["evaluations"]]
-            self.evaluations = kept if [each.title for each in kept] == list(targets) else []
+            self.evaluations = [Evaluation.from_dict(each) for each in load_checkpoint(path)["evaluations"]]
+            self._require_the_same([each.title for each in self.evaluations], targets)
 
     @classmethod
     def of_setting(cls, run: RunConfig, targets: Sequence[str], writes: bool = True) -> EpochChoice:
@@ -92,8 +92,13 @@ class EpochChoice:
         """Take an epoch, its figures and its checkpoint's state, if it is the best so far.
 
         Raises:
-            DanFastError: see `save_checkpoint`.
+            DanFastError: an earlier epoch was chosen on other images; or see `save_checkpoint`.
         """
+        if self.evaluations:
+            kept, found = (
+                [(x.title, x.num_query, x.num_gallery) for x in each] for each in (self.evaluations, evaluations)
+            )
+            self._require_the_same(kept, found)
         if self.evaluations and _score(evaluations) <= _score(self.evaluations):
             return
         state = {**state, "chosen": True}
@@ -101,6 +106,14 @@ class EpochChoice:
         if self._writes:
             save_checkpoint(self.path, {**state, "evaluations": [each.to_dict() for each in chosen]})
         self.evaluations = chosen
+
+    def _require_the_same(self, kept: Sequence[Any], targets: Sequence[Any]) -> None:
+        """The weights of the chosen epoch are nowhere else: they are not exchanged for those of another choice."""
+        if list(kept) != list(targets):
+            raise DanFastError(
+                f"{self.path} holds the epoch chosen on {', '.join(each.title for each in self.evaluations)}, and "
+                "these targets are others: move it to another place, or set run.choose_epoch_on_target to false."
+            )
 
 
 def describe(datasets: DatasetRoles, unlabeled_share: float = 1.0) -> str:
@@ -124,6 +137,8 @@ def opening_lines(config: TrainConfig, datasets: DatasetRoles, device: torch.dev
             f"{', '.join(dataset.title for dataset in datasets.unlabeled)} is left aside, because "
             "data.unlabeled_share is 0: --recipe dan and --recipe paper train with unlabelled images."
         )
+    if config.meta.order == 2 and config.meta.procedure == "daml1":
+        yield "meta.order 2 has no effect with meta.procedure daml1, which has no meta step: take daml2 or daml3."
     rounding = float32_rounding(device)
     if rounding and config.run.precision == "float32":
         yield f"Float32 on {device}: {rounding}, as torch.backends has it."

@@ -34,8 +34,12 @@ class Scalars:
         self._writer = None
         if folder is None:
             return
-        part = max(map(part_of_run, folder.glob("*tfevents*")), default=0) + 1
         with self._named_errors():
+            if steps_done == 0:
+                # Of an attempt that ended before its first checkpoint: kept, but no part of this run's curves.
+                for file in folder.glob("*tfevents*"):
+                    file.rename(file.with_name(file.name.replace("tfevents", "attempt")))
+            part = max(map(part_of_run, folder.glob("*tfevents*")), default=0) + 1
             self._writer = SummaryWriter(
                 str(folder),
                 purge_step=steps_done + 1 if steps_done else None,

@@ -52,9 +52,10 @@ def origin_of(checkpoint: str | Path, state: Mapping[str, Any]) -> tuple[dict[st
     settings, epoch = _without_folders(state["config"]), epoch_of(dict(state))
     reported = _results_beside(Path(checkpoint))
     of_protocol = [settings["data"].get("protocol") or "not recorded"]
+    unlabeled = [] if settings["data"].get("unlabeled_share") == 0 else settings["data"]["unlabeled"]
     training = {
         "trained_on": reported.get("labeled") or settings["data"]["labeled"] or of_protocol,
-        "trained_without_labels_on": reported.get("unlabeled", settings["data"]["unlabeled"]),
+        "trained_without_labels_on": reported.get("unlabeled", unlabeled),
         "method": recipe_words(settings, TrainConfig().to_dict()),
         "weights_of": epoch,
         "settings": settings,
@@ -85,7 +86,8 @@ def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
     for section, name in _PLACES:
         value = shown[section].get(name)
         if isinstance(value, list):
-            shown[section][name] = [Path(each).name for each in value]
+            # A manifest has the name of its folder.
+            shown[section][name] = [Path(each.removesuffix("/manifest.csv")).name for each in value]
         elif value:
             shown[section][name] = Path(value).name
     return shown

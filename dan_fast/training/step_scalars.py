@@ -38,7 +38,8 @@ class StepScalars:
         record = result.train_record
         self._add_pass(scalars, "train", result.train_losses, record)
         for branch, accuracy in result.accuracies.items():
-            scalars.add(f"train/accuracy/{branch}", accuracy)
+            if branch != "adversary" or self._adversary:
+                scalars.add(f"train/accuracy/{branch}", accuracy)
         scalars.add("train/logit_norm/attention", logit_norm(record.logits))
         if self._adversary:
             scalars.add("train/logit_norm/adversary", logit_norm(record.adversary_logits))

@@ -277,6 +277,7 @@ class Trainer:
         load_state(self.model, state, self.folder.path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.meta_step.load_state_dict(state)
+        self._compiled.outcome = state.get("compiled") or ""
         self.epoch, self.iteration, self.skipped = state["epoch"], state["iteration"], SkippedImages(state["skipped"])
         of_ranks = [state["random"], *state.get("random_of_other_ranks", [])]
         self.random.load_state_dicts(of_ranks, ranks, self.iterations_done)

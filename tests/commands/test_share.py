@@ -17,6 +17,7 @@ from dan_fast.training import TrainConfig, trained_network
 from dan_fast.training.build import initial_network
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.reported import CHOSEN, SEEN
+from dan_fast.training.shared import origin_of
 
 SIZE = (32, 32)
 
@@ -134,3 +135,11 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path, capsys, monkeypatch):
     initial_network(load_checkpoint(path)["config"], 7, read_weights=False).save_pretrained("untold")
     with pytest.raises(DanFastError, match="untold does not say how its network was trained: read it with DAN.from"):
         load_checkpoint("untold")
+
+
+@pytest.mark.parametrize(("recipe", "unlabeled"), [("plain", []), ("dan", ["mall"])])
+def test_without_results_the_sets_are_those_that_were_used_by_their_folders_names(recipe, unlabeled, tmp_path):
+    data = {"labeled": ["/home/me/market/manifest.csv"], "unlabeled": ["/home/me/mall"]}
+    config = TrainConfig.of_recipe(recipe, data=data).to_dict()
+    training, _ = origin_of(tmp_path / "checkpoint.pt", {"config": config, "epoch": 1, "iteration": 0})
+    assert (training["trained_on"], training["trained_without_labels_on"]) == (["market"], unlabeled)

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from dan_fast.reporting.arms import MEAN_OF_TARGETS, paired_difference, read_comparison
+from dan_fast.training.reported import CHOSEN
 from tests.support.figures import evaluation
 
 # By seed, in percent. Differences to plain: 2, 3 and 1; seed 7 and seed 9 have no partner.
@@ -124,6 +125,17 @@ def test_what_is_missing_is_named(tmp_path):
     assert "| paper | 0 | – | – | – | – | – | – |" in text
     assert "| dan | 1 | 30.0 | 50.0 | +0.0 | +0.0 | 120 | 60 |" in text
     assert comparison.to_dict()["arms"][2]["missing"].keys() == {"0", "1"}
+
+
+def test_the_mean_says_that_an_epoch_was_chosen_on_a_target(folder):
+    for results in folder.glob("*/results.json"):
+        content = json.loads(results.read_text())
+        content["targets"][0]["epoch"] = f"epoch 2 of 3, {CHOSEN}"
+        results.write_text(json.dumps(content))
+    comparison = read_comparison(folder)
+    assert [target.protocol for target in comparison.targets if target.title == MEAN_OF_TARGETS.title] == [CHOSEN]
+    assert comparison.targets[-1].title == MEAN_OF_TARGETS.title
+    assert f"{MEAN_OF_TARGETS.title} ({CHOSEN})" in comparison.markdown()
 
 
 def test_the_mean_leaves_out_what_a_run_learnt_from(folder):

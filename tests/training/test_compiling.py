@@ -120,3 +120,6 @@ def test_results_record_what_was_taken_and_a_run_goes_on_with_and_without(images
     results = {name: json.loads((tmp_path / name / "results.json").read_text()) for name in ("plain", "compiled")}
     assert "compiled" not in results["plain"] and "s an iteration compiled" in results["compiled"]["compiled"]
     assert results["plain"]["targets"] == results["compiled"]["targets"]
+    # A finished run that is tested on other targets still says which was taken.
+    again = Trainer(of(tmp_path / "compiled", run={"compile": True, "resume": True}))
+    assert again._compiled.outcome == results["compiled"]["compiled"]

@@ -275,7 +275,13 @@ def test_the_mean_over_the_targets_decides_and_figures_on_other_targets_are_drop
     assert [each.epoch for each in choice.evaluations] == [f"epoch 1 of 500, {CHOSEN}"] * 2
     again = EpochChoice(tmp_path / "chosen.pt", resume=True, targets=["mall", "street"])
     assert again.evaluations == choice.evaluations
-    assert EpochChoice(tmp_path / "chosen.pt", resume=True, targets=["mall"]).evaluations == []
+    before = (tmp_path / "chosen.pt").read_bytes()
+    others = "chosen.pt holds the epoch chosen on mall, street, and these targets are others: move it to another place"
+    with pytest.raises(DanFastError, match=others):
+        EpochChoice(tmp_path / "chosen.pt", resume=True, targets=["mall"])
+    with pytest.raises(DanFastError, match=others):  # another set of the same name
+        again.offer([replace(again.evaluations[0], num_query=7, mAP=1.0), again.evaluations[1]], {"epoch": 3})
+    assert (tmp_path / "chosen.pt").read_bytes() == before
     assert EpochChoice(tmp_path / "chosen.pt", resume=False, targets=["mall", "street"]).evaluations == []
 
 

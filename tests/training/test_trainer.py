@@ -245,7 +245,8 @@ def test_one_branch_has_one_logit_norm_and_no_ties_and_no_attention_no_spread(im
     Trainer(config(images, tmp_path / "run", optimizer=ONE_EPOCH, model=model)).fit()
     names = set(read_scalars(tmp_path / "run"))
     assert "train/logit_norm/attention" in names
-    assert not names & {"train/logit_norm/adversary", "competition/ties", "attention/spatial_spread"}
+    absent = {"train/logit_norm/adversary", "train/accuracy/adversary", "competition/ties", "attention/spatial_spread"}
+    assert "train/accuracy/attention" in names and not names & absent
 
 
 def test_resuming_keeps_the_scalars_of_iterations_that_are_done(tmp_path):
@@ -260,6 +261,18 @@ def test_resuming_keeps_the_scalars_of_iterations_that_are_done(tmp_path):
     second.close()
     steps, values = read_scalars(tmp_path)["eval/mall/R1"]
     assert list(steps) == [10, 20, 30] and list(values) == [10.0, 20.0, 31.0]
+
+
+def test_a_new_run_has_no_curve_of_an_attempt_that_left_no_checkpoint(tmp_path):
+    for values in ({"train/loss/total": 1e9, "memory/slots_labeled": 40.0}, {"train/loss/total": 2.0}):
+        scalars = Scalars(tmp_path / "tensorboard")
+        for name, value in values.items():
+            scalars.add(name, value)
+        scalars.flush(5 if len(values) > 1 else 10)
+        scalars.close()
+    (steps, values), *others = read_scalars(tmp_path).values()
+    assert (list(steps), list(values), others) == ([10], [2.0], [])
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2  # what was logged before is kept
 
 
 def test_a_full_disk_while_logging_is_one_sentence(tmp_path, monkeypatch):
