@@ -77,7 +77,7 @@ class Scalars:
 
     def close(self) -> None:
         """Close the event file."""
-        # Every window was flushed: nothing is lost, and a full disk has had its sentence already.
+        # Flushed windows are on the disk, and a full one has had its sentence already.
         with suppress(OSError):
             if self._writer is not None:
                 self._writer.close()

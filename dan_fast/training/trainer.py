@@ -196,6 +196,8 @@ class Trainer:
             if self.folder.checkpoint_is_due(self.iterations_done):
                 self._save(wait=False)
         if stop.agreed:
+            # The next part of the run begins a window of its own.
+            scalars.flush(self.iterations_done)
             self._save()
             raise Interrupted(f"Saved after iteration {self.iterations_done}.")
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -273,6 +274,21 @@ def test_a_new_run_has_no_curve_of_an_attempt_that_left_no_checkpoint(tmp_path):
     (steps, values), *others = read_scalars(tmp_path).values()
     assert (list(steps), list(values), others) == ([10], [2.0], [])
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2  # what was logged before is kept
+
+
+@pytest.mark.slow
+def test_a_stopped_run_has_logged_all_that_it_did(images, tmp_path):
+    parts = config(images, tmp_path / "parts", optimizer=ONE_EPOCH, data={"iterations": 5}, run={"log_every": 5})
+    trainer = Trainer(parts)
+    stop_after(trainer, 3)
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    Trainer(replace(parts, run=replace(parts.run, resume=True))).fit()
+    whole = config(images, tmp_path / "whole", optimizer=ONE_EPOCH, data={"iterations": 5}, run={"log_every": 1})
+    Trainer(whole).fit()
+    (steps, means), (_, each) = (read_scalars(tmp_path / name)["train/loss/total"] for name in ("parts", "whole"))
+    assert list(steps) == [3, 5]
+    assert list(means) == pytest.approx([each[:3].mean(), each[3:].mean()], rel=1e-5)
 
 
 def test_a_full_disk_while_logging_is_one_sentence(tmp_path, monkeypatch):
