@@ -33,6 +33,30 @@ def test_half_of_the_channels_is_normalised_image_by_image(training: bool, with_
     torch.testing.assert_close(out[:, 3:], batch_norm(x)[:, 3:])
 
 
+def test_a_channels_last_map_has_a_channels_last_derivative() -> None:
+    x = torch.randn(3, 6, 5, 4).to(memory_format=torch.channels_last).requires_grad_()
+    out = HalfInstanceNorm(nn.BatchNorm2d(6))(x)
+    (grad_x,) = torch.autograd.grad(out, x, torch.randn_like(x))
+    assert all(map_.is_contiguous(memory_format=torch.channels_last) for map_ in (out, grad_x))
+
+
+def test_derivatives_of_both_orders() -> None:
+    torch.manual_seed(0)
+    norm = HalfInstanceNorm(nn.BatchNorm2d(4).double())
+    x = torch.randn(2, 4, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(norm, x) and torch.autograd.gradgradcheck(norm, x)
+
+
+def test_moments_are_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    norm, x = HalfInstanceNorm(nn.BatchNorm2d(4)), 100 + torch.randn(2, 4, 16, 8)
+    expected = norm(x.bfloat16().float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = norm(x.bfloat16())
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=0.01, atol=0.01)
+
+
 @pytest.mark.parametrize(
     ("backbone", "places"),
     {
