@@ -15,7 +15,8 @@ from rich.text import Text
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import write_text
 from dan_fast.core.launched import own_rank
-from dan_fast.data import ImageCache, ReIDDataset, load_dataset
+from dan_fast.data import ImageCache, ReIDDataset
+from dan_fast.data.datasets.load import load_targets
 from dan_fast.data.named_protocols import resolve_protocol
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.distributed.launch import joined
@@ -204,7 +205,7 @@ def _require_targets(paths: Sequence[str], protocol: str | None, root: str | Non
 
 def _load_targets(paths: Sequence[str], protocol: str | None, root: str | None) -> Sequence[ReIDDataset]:
     if protocol is None or root is None:
-        return [load_dataset(path) for path in paths]
+        return load_targets(paths)
     return resolve_protocol(protocol, root, targets_only=True).targets
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -115,10 +116,21 @@ def result_on(run: Run, target: Target) -> Evaluation | None:
 
 
 def target_of(evaluation: Evaluation) -> Target:
-    """What an evaluation tested on, and how."""
+    """What an evaluation tested on, and how.
+
+    Datasets of one name may hold other images, and a network that was tested before its last epoch is no finished one:
+    both are other targets.
+    """
     chosen = CHOSEN if CHOSEN in evaluation.epoch else ""
     seen = SEEN if SEEN in evaluation.seen else ""
-    return Target(evaluation.title, ", ".join(filter(None, (evaluation.protocol, evaluation.scoring, chosen, seen))))
+    images = f"{evaluation.num_query} queries, {evaluation.num_gallery} gallery images"
+    words = (evaluation.protocol, images, evaluation.scoring, chosen or _unfinished(evaluation.epoch), seen)
+    return Target(evaluation.title, ", ".join(filter(None, words)))
+
+
+def _unfinished(epoch: str) -> str:
+    """The words of an epoch, as `epoch_of` gives them, if it is not the last one; else ""."""
+    return "" if re.fullmatch(r"epoch (\d+) of \1", epoch) else epoch
 
 
 def _lines(runs: Sequence[Run], value: Callable[[Run], Any], rest: Callable[[Run], Mapping[str, Any]]) -> list[Line]:

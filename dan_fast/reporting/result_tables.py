@@ -50,7 +50,7 @@ def result_tables(runs: Sequence[Run]) -> list[Table]:
                 for features, each in run.baselines
                 if each.title == target
             ]
-            note = f"The paper has no figures for {target}. {_counts(tested[0][1])}"
+            note = f"The paper has no figures for {target}. {_counts(tested)}"
             tables.append(Table(f"Results on {target}", _header(COLUMNS), rows, note))
     return tables
 
@@ -111,7 +111,7 @@ def _paper_table(table: PaperTable, target: str, faults: Sequence[Contradiction]
         if paper_target(each.dataset) == target and belongs(run, table, target)
     ]
     rows += [_run_row(run, each, columns, mark=f" {_APART}" if _is_apart(each) else "") for run, each in tested]
-    notes = [_counts(tested[0][1])] if tested else [f"No run here was tested on {target} under these conditions."]
+    notes = [_counts(tested)] if tested else [f"No run here was tested on {target} under these conditions."]
     if tested:
         notes.append("Rows compare only where sources, protocol and variant do.")
     if any(_is_apart(each) for _, each in tested):
@@ -143,6 +143,12 @@ def _is_apart(evaluation: Evaluation) -> bool:
     return rescored or any(each in words for each in (RERANKED, CHOSEN, SEEN))
 
 
-def _counts(evaluation: Evaluation) -> str:
-    spread = " ± is the standard deviation over the splits." if evaluation.repeats > 1 else ""
-    return f"{evaluation.num_query} queries, {evaluation.num_gallery} gallery images.{spread}"
+def _counts(tested: Sequence[tuple[Run, Evaluation]]) -> str:
+    spread = " ± is the standard deviation over the splits." if tested[0][1].repeats > 1 else ""
+    names: dict[str, list[str]] = {}
+    for run, each in tested:
+        names.setdefault(f"{each.num_query} queries, {each.num_gallery} gallery images", []).append(run.name)
+    if len(names) == 1:
+        return f"{next(iter(names))}.{spread}"
+    of_runs = "; ".join(f"{images} for {', '.join(dict.fromkeys(runs))}" for images, runs in names.items())
+    return f"{of_runs}: rows of other images do not compare.{spread}"

@@ -53,6 +53,7 @@ class Run:
         complaints: whole sentences on files that are there and cannot be read.
         recipe: its recipe and what was changed on top of it, in words; "" for none.
         iterations: of an epoch; None where neither results.json nor the settings tell, as while it trains.
+        ranks: that trained together; 1 where that was not recorded.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Run:
     complaints: tuple[str, ...] = ()
     recipe: str = ""
     iterations: int | None = None
+    ranks: int = 1
 
     @property
     def checkpoint(self) -> Path:
@@ -103,6 +105,8 @@ class Run:
             for name, value in dotted(self.settings)
             if (not name.startswith("run.") or name in _LEARNING_IN_RUN) and name not in _BESIDE_LEARNING
         }
+        if self.settings["data"]["batch_size_per_rank"]:
+            found |= {"data.batch_size": self.ranks * found["data.batch_size"], "data.batch_size_per_rank": False}
         protocol = PROTOCOLS.get(self.settings["data"]["protocol"])
         if protocol is not None:
             parts = {"labeled": protocol.labeled, "unlabeled": protocol.unlabeled}
@@ -168,14 +172,15 @@ def _read_run(folder: Path, name: str) -> Run:
     baselines: list[tuple[str, Evaluation]] = []
     complaints: list[str] = []
     sources = _sources(settings["data"])
-    iterations = settings["data"]["iterations"] or None
+    iterations, ranks = settings["data"]["iterations"] or None, 1
     # The trainer's own results first.
     for path in sorted(folder.glob("*.json"), key=lambda path: (path.name != "results.json", path.name)):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if path.name == "results.json":
                 sources = {role: content.get(role, names) for role, names in sources.items()}
-                # Older versions write no iterations.
+                # Older versions write neither ranks nor iterations.
+                ranks = content.get("ranks", 1)
                 if iterations is None and content.get("iterations"):
                     iterations = content["iterations"] // content["epochs"]
                 content = content["targets"]
@@ -191,7 +196,7 @@ def _read_run(folder: Path, name: str) -> Run:
         sources["unlabeled"] = []
     names = {role: tuple(names) for role, names in sources.items()}
     return Run(name, folder, settings, **names, results=tuple(results), baselines=tuple(baselines),
-               complaints=tuple(complaints), recipe=recipe, iterations=iterations)  # fmt: skip
+               complaints=tuple(complaints), recipe=recipe, iterations=iterations, ranks=ranks)  # fmt: skip
 
 
 def _sources(data: Mapping[str, Any]) -> dict[str, list[str]]:

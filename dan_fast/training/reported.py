@@ -185,6 +185,7 @@ def write_results(
         "recipe_changes": recipe_changes(settings, defaults),
         "epochs": state["epoch"],
         "iterations": iterations,
+        "ranks": state["ranks"],
         "precision": settings["run"]["precision"],
         "float32": float32_rounding(device) or "IEEE",
         "protocol": settings["data"]["protocol"],

@@ -104,10 +104,9 @@ def target_tags(targets: Sequence[ReIDDataset]) -> list[str]:
         >>> target_tags([*boxes, ReIDDataset("street", Path("street"))])
         ['CUHK03-labeled_new_protocol', 'CUHK03-detected_new_protocol', 'street']
     """
-    names = [target.name for target in targets]
+    names = [target.name.replace("/", "-") for target in targets]  # a slash would part the tag
     tags: list[str] = []
-    for target in targets:
-        tag = target.name
+    for target, tag in zip(targets, names, strict=True):
         if names.count(tag) > 1 and target.variant:
             tag += "-" + re.sub(r"[^\w.-]+", "_", target.variant)  # TensorBoard knows no other characters
         alike = sum(each == tag or re.fullmatch(rf"{re.escape(tag)}-\d+", each) is not None for each in tags)

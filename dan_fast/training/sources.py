@@ -2,6 +2,7 @@
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import load_dataset
+from dan_fast.data.datasets.load import load_targets
 from dan_fast.data.named_protocols import DatasetRoles, resolve_protocol
 from dan_fast.data.overlap import require_disjoint_persons
 from dan_fast.evaluation import require_scorable
@@ -44,8 +45,8 @@ def _by_path(data: DataConfig) -> DatasetRoles:
         raise DanFastError(
             "data.labeled is empty: name at least one folder or manifest with labelled images, or a data.protocol."
         )
-    paths = (data.labeled, data.unlabeled, data.targets)
-    roles = DatasetRoles(*(tuple(map(load_dataset, each)) for each in paths))
+    learnt = (tuple(map(load_dataset, each)) for each in (data.labeled, data.unlabeled))
+    roles = DatasetRoles(*learnt, tuple(load_targets(data.targets)))
     # Unlabelled images of which no share is taken are left aside.
     unlabeled = roles.unlabeled if data.unlabeled_share > 0 else ()
     remedy = "name other datasets or variants in data.labeled, data.unlabeled or data.targets"

@@ -1,5 +1,7 @@
 """The training loop: batches, meta steps, checkpoints, evaluations."""
 
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -166,6 +168,8 @@ class Trainer:
                 raise
             raise Interrupted(f"Saved after iteration {self.iterations_done}.") from error
         except DivergedError as error:
+            with suppress(DanFastError):
+                scalars.flush(self.iterations_done)  # what led to it; that it diverged is the error to tell
             raise DanFastError(
                 f"Training diverged at iteration {self.iterations_done} ({error}): start again in another run.out "
                 f"with a lower optimizer.lr_scale; {self.folder.checkpoint} holds the last state saved, if any."
@@ -182,7 +186,7 @@ class Trainer:
             self.feedback = sample_ids.cpu(), pseudo_labels.cpu()
         batches = self.batches.of_epoch(self.epoch, self.feedback, self.iteration)
         self.model.train()
-        for batch in stop.until_requested(batches, self._save_what_is_done, self.process_group):
+        for batch in stop.until_requested(batches, partial(self._save_what_is_done, scalars), self.process_group):
             self.skipped.tell(batch.skipped, display.say)
             self.train_iteration(batch, scalars)
             self.iteration += 1
@@ -233,9 +237,11 @@ class Trainer:
         network, state = self.model.eval().network, self._state_of_network(parted_state(self.model)[0])
         return self.targets.evaluate(network, state, self.batches.cache, self.iterations_done, scalars, display)
 
-    def _save_what_is_done(self) -> None:
+    def _save_what_is_done(self, scalars: Scalars) -> None:
+        """Before an error ends the run: what goes on from here begins a window of its own."""
         if self.folder.is_behind(self.iterations_done):
             self._save()
+        scalars.flush(self.iterations_done)
 
     def _save(self, wait: bool = True) -> None:
         of_model, features = parted_state(self.model)
@@ -249,7 +255,6 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             **self.meta_step.state_dict(),
             "feedback": {"sample_ids": sample_ids, "pseudo_labels": pseudo_labels},
-            "ranks": len(random),
             "random": random[0],
             "random_of_other_ranks": list(random[1:]),
         }
@@ -262,6 +267,7 @@ class Trainer:
             "num_classes": self.training_set.num_classes,
             "preprocessing": self.model.network.preprocessing.to_dict(),
             "persons": self.training_set.persons,
+            "ranks": ranks_in(self.process_group),
             "epoch": self.epoch,
             "iteration": self.iteration,
             "model": of_model,

@@ -89,7 +89,8 @@ def test_a_sweep_is_compared_by_target_and_over_the_mean_of_them(folder):
 
 def test_the_markdown_can_be_pasted(folder):
     text = words(read_comparison(folder).markdown())
-    assert "### ab: street (fixed query and gallery)" in text and "### ab: Mean of the unseen targets\n" in text
+    how = "fixed query and gallery, 30 queries, 40 gallery images"
+    assert f"### ab: street ({how})" in text and "### ab: Mean of the unseen targets\n" in text
     assert "| arm | seeds | mAP (%) | R1 (%) | mAP over plain | R1 over plain | iterations | s a run |" in text
     assert "| plain | 4 | 35.5 ± 17.3 | 45.5 ± 17.3 | baseline | baseline | 120 | 63 |" in text
     interval = "+2.0 [-0.5, +4.5], 3 seeds in both"

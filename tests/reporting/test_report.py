@@ -31,6 +31,8 @@ from dan_fast.training.reported import CHOSEN, SEEN
 from tests.support.fake_runs import fake_run
 from tests.support.figures import evaluation
 
+ON_STREET = "fixed query and gallery, 30 queries, 40 gallery images"
+
 
 def text_of(page: Path) -> str:
     text = re.sub(r"<style>.*?</style>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -341,7 +343,7 @@ def drawn(monkeypatch):
     def note(figure, path):
         for axes in figure.axes:
             lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
-            title = axes.get_title(loc="left").replace("\n", ", ")
+            title = axes.get_title(loc="left").replace("\n", ", ", 1).replace("\n", " ")
             panels[f"{Path(path).stem}: {title}"] = lines
             assert axes.get_xlabel()
         return save(figure, path)
@@ -357,15 +359,15 @@ def test_pictures_show_the_figures_and_captions_say_them(tmp_path, drawn):
     fake_run(tmp_path / "runs" / "cbam", [("street", 0.2, 0.35)], model={"attention": "cbam"})
     fake_run(tmp_path / "runs" / "r1", [("street", 0.6, 0.45)], memory={"labeled_slots": 4000})
     text = text_of(report([tmp_path / "runs"], tmp_path / "page"))
-    share = drawn["unlabeled_share: street, fixed query and gallery"]
+    share = drawn[f"unlabeled_share: street, {ON_STREET}"]
     assert share["mAP"][0] == [0, 50, 100] and share["mAP"][1] == pytest.approx([10, 20, 40])
     assert share["R1"][1] == pytest.approx([30, 30, 30])
-    slots = drawn["over_memory.labeled_slots: street, fixed query and gallery"]
+    slots = drawn[f"over_memory.labeled_slots: street, {ON_STREET}"]
     assert slots["mAP"][0] == [4000, 9000] and slots["mAP"][1] == pytest.approx([45, 40])
     assert drawn["gates: β, confidence in pseudo labels"]["p0.5"] == ([0, 1, 2], pytest.approx([0.1, 0.125, 0.5]))
-    assert "mAP on street (fixed query and gallery): 10.0 at p = 0 %, 20.0 at p = 50 %, 40.0 at p = 100 %." in text
-    assert "R1 on street (fixed query and gallery): 60.0 at 4000, 30.0 at 9000." in text
-    assert "mAP on street (fixed query and gallery): 35.0 at B+CBAM+AAN, 40.0 at B+NL-CBAM+AAN." in text
+    assert f"mAP on street ({ON_STREET}): 10.0 at p = 0 %, 20.0 at p = 50 %, 40.0 at p = 100 %." in text
+    assert f"R1 on street ({ON_STREET}): 60.0 at 4000, 30.0 at 9000." in text
+    assert f"mAP on street ({ON_STREET}): 35.0 at B+CBAM+AAN, 40.0 at B+NL-CBAM+AAN." in text
     assert "p0.5: β from 0.100 to 0.500" in text
 
 
@@ -405,15 +407,44 @@ def test_what_to_watch_is_a_table_of_what_was_logged(tmp_path):
     assert "What to watch" not in text_of(report([tmp_path / "silent"], tmp_path / "silent_page"))
 
 
+def test_runs_are_of_one_kind_where_their_batches_are(tmp_path):
+    """Whether of one rank or of several with a batch for each."""
+    sizes = {"one": (32, False, 1), "two": (16, True, 2), "smaller": (16, True, 1)}
+    for name, (size, per_rank, ranks) in sizes.items():
+        folder = fake_run(tmp_path / name, data={"batch_size": size, "batch_size_per_rank": per_rank})
+        content = json.loads((folder / "results.json").read_text())
+        (folder / "results.json").write_text(json.dumps(content | {"ranks": ranks}))
+    learning = {run.name: run.learning() for run in read_runs([tmp_path])}
+    assert learning["one"] == learning["two"] != learning["smaller"]
+
+
+def test_a_table_says_of_which_runs_the_target_had_which_images(tmp_path):
+    for name, images in (("a", 30), ("b", 30), ("c", 31)):
+        folder = fake_run(tmp_path / name)
+        content = json.loads((folder / "results.json").read_text())
+        content["targets"][0]["num_query"] = images
+        (folder / "results.json").write_text(json.dumps(content))
+    [table] = result_tables(read_runs([tmp_path]))
+    assert table.note.endswith(
+        "30 queries, 40 gallery images for a, b; 31 queries, 40 gallery images for c: "
+        "rows of other images do not compare."
+    )
+
+
 def test_results_of_other_protocols_are_not_drawn_together(tmp_path, drawn):
     for share, repeats in ((0.0, 10), (0.25, 1), (0.5, 1), (1.0, 1)):
         fake_run(tmp_path / f"p{share}", [("street", 0.3, share / 2, repeats)], data={"unlabeled_share": share})
     chosen = json.loads((tmp_path / "p1.0" / "results.json").read_text())
     chosen["targets"][0]["epoch"] = f"epoch 3 of 9, {CHOSEN}"
     (tmp_path / "p1.0" / "results.json").write_text(json.dumps(chosen))
+    for share, change in ((0.6, {"num_query": 31}), (0.7, {"num_gallery": 41}), (0.8, {"epoch": "epoch 3 of 9"})):
+        folder = fake_run(tmp_path / f"p{share}", data={"unlabeled_share": share})
+        content = json.loads((folder / "results.json").read_text())
+        content["targets"][0] |= change
+        (folder / "results.json").write_text(json.dumps(content))
     report([tmp_path], tmp_path / "page")
     shown = {title: lines["mAP"][0] for title, lines in drawn.items() if title.startswith("unlabeled_share")}
-    assert shown == {"unlabeled_share: street, fixed query and gallery": [25, 50]}
+    assert shown == {f"unlabeled_share: street, {ON_STREET}": [25, 50]}
 
 
 def test_models_are_drawn_over_the_epochs_they_were_tested_at(tmp_path, drawn):

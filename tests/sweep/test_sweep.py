@@ -495,7 +495,9 @@ def test_arms_end_in_a_comparison(quick, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "+2.0 [-10.7, +14.7]" in printed
     page = report([quick.out], out=tmp_path / "page", images=0).read_text()
-    assert "out: street (fixed query and gallery)" in page and "+2.0 [-10.7, +14.7]" in page
+    assert (
+        "out: street (fixed query and gallery, 30 queries, 40 gallery images)" in page and "+2.0 [-10.7, +14.7]" in page
+    )
 
 
 def test_the_report_is_on_what_is_finished(quick, three, monkeypatch, capsys):

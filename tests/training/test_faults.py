@@ -268,10 +268,11 @@ def test_images_that_vanish_during_an_epoch_cost_no_iteration(images, tmp_path, 
         if trainer.iterations_done == 2:
             (own / "campus" / "images").rename(own / "gone")
 
-    setup = tiny_config(own, tmp_path / "run", data={"workers": workers, "iterations": 12})
+    setup = tiny_config(own, tmp_path / "run", data={"workers": workers, "iterations": 12}, run={"log_every": 1000})
     with pytest.raises(DanFastError, match=r"campus/images/.* cannot be decoded \(No such file or directory\)"):
         here(setup, vanish)
     assert 2 < iterations_saved(tmp_path / "run", 12) < 12
+    assert read_scalars(tmp_path / "run")["train/loss/total"][0].tolist() == [iterations_saved(tmp_path / "run", 12)]
     (own / "gone").rename(own / "campus" / "images")
     here(setup)
     assert_same_training(tmp_path / "whole", tmp_path / "run")

@@ -40,7 +40,7 @@ def finished(images, tmp_path_factory) -> Path:
     return out
 
 
-def test_targets_of_one_name_have_curves_of_their_own(images, tmp_path):
+def test_targets_of_one_name_have_names_and_curves_of_their_own(images, tmp_path):
     shutil.copytree(images / "mall", tmp_path / "mall")
     targets = [str(images / "mall"), str(tmp_path / "mall")]
     trainer = Trainer(config(images, tmp_path / "run", data={"targets": targets}, run={"evaluate_every": 1}))
@@ -54,8 +54,10 @@ def test_targets_of_one_name_have_curves_of_their_own(images, tmp_path):
             pass
 
     with Display(1, 0, 1) as display:
-        trainer._evaluate_if_due(Seen(), display)
-    assert seen == [f"eval/{name}/{figure}" for name in ("mall", "mall-2") for figure in ("R1", "mAP", "mINP")]
+        evaluations = trainer._evaluate_if_due(Seen(), display)
+    parents = images.name, tmp_path.name
+    assert seen == [f"eval/{parent}-mall/{figure}" for parent in parents for figure in ("R1", "mAP", "mINP")]
+    assert [each.title for each in evaluations] == [f"{parent}/mall" for parent in parents]
 
 
 def test_a_run_says_what_its_device_makes_of_float32(images, tmp_path, capsys):
@@ -185,12 +187,28 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
 
 
 def test_a_diverged_run_says_so_and_keeps_its_checkpoint(images, tmp_path):
-    setup = config(images, tmp_path / "run", optimizer={"epochs": 50, "lr_scale": 1e9}, run={"checkpoint_every": 1})
+    run = {"checkpoint_every": 1, "log_every": 1000}
+    setup = config(
+        images, tmp_path / "run", optimizer={"epochs": 1, "lr_scale": 1e9}, data={"iterations": 500}, run=run
+    )
     with pytest.raises(DanFastError, match=r"diverged at iteration \d+ \(.* not finite\).*lower optimizer.lr_scale"):
         Trainer(setup).fit()
     state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
     assert state["epoch"] + state["iteration"] >= 1
     assert all(value.isfinite().all() for value in state["model"].values() if value.is_floating_point())
+    [step], _ = read_scalars(tmp_path / "run")["train/loss/total"]
+    assert step == state["iteration"], "the losses that led to it are logged"
+
+
+def test_a_new_run_does_not_show_the_results_of_one_whose_checkpoint_is_gone(images, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    trainer = Trainer(config(images, tmp_path / "run", optimizer=ONE_EPOCH))
+    assert (tmp_path / "run" / "results.json").exists()
+    trainer.train_iteration = lambda *_: pytest.fail("stop here")
+    with pytest.raises(pytest.fail.Exception, match="stop here"):
+        trainer.fit()
+    assert not (tmp_path / "run" / "results.json").exists()
 
 
 def test_weights_that_are_not_finite_never_reach_the_checkpoint(images, finished):

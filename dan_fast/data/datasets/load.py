@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +63,24 @@ def load_dataset(path: str | Path, name: str | None = None, variant: str | None 
         ) from error
 
 
+def load_targets(paths: Sequence[str | Path]) -> list[ReIDDataset]:
+    """Read the datasets that are tested on; where several have one title, their names tell them apart.
+
+    Results go by names: of "a/test.csv" and "b/test.csv" they could else not be told whose they are.
+
+    Raises:
+        DanFastError: a dataset is named twice; and as `load_dataset`.
+    """
+    targets = [load_dataset(path) for path in paths]
+    for path, target in zip(paths, targets, strict=True):
+        if targets.count(target) > 1:
+            raise DanFastError(f"The target {path} is named twice: leave one of them out.")
+    alike: dict[str, list[Path]] = {target.title: [] for target in targets}
+    for target in targets:
+        alike[target.title].append(_place(target))
+    return [replace(target, name=_told_apart(_place(target), alike[target.title])) for target in targets]
+
+
 def holds_dataset(folder: Path) -> bool:
     """Whether `load_dataset` would read a dataset in a folder; not whether the folder lies within one.
 
@@ -105,6 +124,19 @@ def all_images(dataset: ReIDDataset) -> ReIDDataset:
         single_shot=False,
         variant=", ".join(filter(None, (dataset.variant, "all images"))),
     )
+
+
+def _place(target: ReIDDataset) -> Path:
+    """Its folder, and in it its name, which a folder in the Market-1501 layout has already."""
+    root = target.root.absolute()
+    return root if root.name == target.name else root / target.name
+
+
+def _told_apart(path: Path, alike: Sequence[Path]) -> str:
+    """The last parts of a path, as many as no other of those that are alike has."""
+    tails = ({other.parts[-count:] for other in alike} for count in range(1, len(path.parts) + 1))
+    count = 1 + next(number for number, found in enumerate(tails) if len(found) == len(alike))
+    return "/".join(path.parts[-count:])
 
 
 def _load(path: Path, name: str | None, variant: str | None) -> ReIDDataset:

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from dan_fast.core.errors import DanFastError
 from dan_fast.data import Sample, load_dataset
+from dan_fast.data.datasets.load import load_targets
 from tests.support.dataset_shelf import tiny_image
 from tests.support.refusals import refusal
 
@@ -153,3 +155,13 @@ def test_a_folder_that_may_not_be_read(market: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Path, "iterdir", refuse)
     message = sentence(market)
     assert "Permission denied" in message and str(market) in message
+
+
+def test_targets_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    rows = ("images/a.jpg,1,1,query", "images/b.jpg,1,2,gallery")
+    paths = [write_manifest(tmp_path / site, *rows).rename(tmp_path / site / "test.csv") for site in ("shop", "mall")]
+    others = [write_manifest(tmp_path / site / "night", *rows) for site in ("shop", "mall")]
+    targets = load_targets([*paths, *others, write_manifest(tmp_path / "street", *rows)])
+    assert [each.name for each in targets] == ["shop/test", "mall/test", "shop/night", "mall/night", "street"]
+    with pytest.raises(DanFastError, match="The target .*night/manifest.csv is named twice: leave one of them out."):
+        load_targets([others[0], others[0].parent, others[1]])
