@@ -15,7 +15,7 @@ from dan_fast.core.files import alone, holder_of, remove_unfinished, write_text
 from dan_fast.core.free_memory import why_too_large
 from dan_fast.core.launched import local_ranks
 from dan_fast.distributed.collectives import ProcessGroup
-from dan_fast.distributed.launch import gathered, largest, rank_in
+from dan_fast.distributed.launch import gathered, largest, rank_in, ranks_in
 from dan_fast.training.checkpoint import CheckpointWriter, load_checkpoint
 from dan_fast.training.config import RunConfig, TrainConfig, goes_on, require_same_training
 from dan_fast.training.memory_shards import remove_shards, write_checkpoint_of_ranks
@@ -48,7 +48,7 @@ class RunFolder:
 
         Raises:
             DanFastError: a checkpoint is there and is not to be continued, or the other way round, or it is one of
-                other settings; and as `load_checkpoint`.
+                other settings or, with a batch for each, of another number of ranks; and as `load_checkpoint`.
         """
         if not goes_on(self._run):
             if self.checkpoint.exists():
@@ -64,6 +64,12 @@ class RunFolder:
         self._require_room()
         state = load_checkpoint(self.checkpoint)
         require_same_training(state["config"], config.to_dict(), self.checkpoint)
+        before, ranks = state.get("ranks", 1), ranks_in(self._group)
+        if config.data.batch_size_per_rank and before != ranks:
+            raise DanFastError(
+                f"{self.checkpoint} was trained on {before} ranks with a batch for each, and here are {ranks}: use as "
+                "many, or another run.out."
+            )
         return state
 
     def _require_room(self) -> None:

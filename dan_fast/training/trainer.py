@@ -276,19 +276,13 @@ class Trainer:
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        ranks = ranks_in(self.process_group)
-        if self.config.data.batch_size_per_rank and state.get("ranks", 1) != ranks:
-            raise DanFastError(
-                f"{self.folder.checkpoint} was trained on {state.get('ranks', 1)} ranks with a batch for each, and "
-                f"here are {ranks}: use as many, or another run.out."
-            )
         load_state(self.model, state, self.folder.path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.meta_step.load_state_dict(state)
         self._compiled.outcome = state.get("compiled") or ""
         self.epoch, self.iteration, self.skipped = state["epoch"], state["iteration"], SkippedImages(state["skipped"])
         of_ranks = [state["random"], *state.get("random_of_other_ranks", [])]
-        self.random.load_state_dicts(of_ranks, ranks, self.iterations_done)
+        self.random.load_state_dicts(of_ranks, ranks_in(self.process_group), self.iterations_done)
         feedback = state["feedback"]
         if feedback["sample_ids"] is not None:
             self.feedback = feedback["sample_ids"], feedback["pseudo_labels"]
