@@ -68,7 +68,9 @@ def main() -> None:
     planner = BatchPlanner(source.labels, len(source.unlabeled_samples), batch_size=512, iterations=arguments.batches)
     totals: list[float] = []
     # Near the end the workers are still there.
-    looks = planner.iterations // 10, planner.iterations - 2 * arguments.workers - 1
+    looks = max(1, planner.iterations // 10), planner.iterations - 2 * arguments.workers - 1
+    if looks[0] >= looks[1]:
+        parser.error(f"an epoch needs at least {2 * arguments.workers + 3} batches: raise --batches or --entries")
     for epoch in range(arguments.epochs):
         batches = loader.training_loader(source, planner.batches(epoch), IMAGE_SIZE, workers=arguments.workers)
         for number, _ in enumerate(batches, start=1):

@@ -287,11 +287,12 @@ def _with_mean(runs: Mapping[tuple[str, int], ArmRun]) -> dict[tuple[str, int], 
     A set whose train images were learnt from is no measure of generalisation to unseen cameras.
     """
     tested = [run.scores.keys() for run in runs.values()]
-    seen = frozenset().union(*(run.trained_on for run in runs.values()))
+    # Another variant of a dataset is of the same cameras.
+    seen = {title.split(" (")[0] for run in runs.values() for title in run.trained_on}
     common = [
         target
         for target in (tested[0] if tested else ())
-        if all(target in each for each in tested) and target.title not in seen
+        if all(target in each for each in tested) and target.title.split(" (")[0] not in seen
     ]
     if len(common) < 2:
         return dict(runs)

@@ -114,8 +114,9 @@ def sweep(
 def state_of(run: PlannedRun) -> str:
     """Whether a training is "finished", "begun" (has a checkpoint to go on from) or "waiting"."""
     of_results = settings_of_results(run.folder)
-    # With other targets the trainer only evaluates again.
-    if of_results is not None and of_results.get("data", {}).get("targets") == run.config.data.targets:
+    # With other targets the trainer only evaluates again; in another root it looks for the images it was trained on.
+    data = None if of_results is None else of_results.get("data", {})
+    if data is not None and (data.get("targets"), data.get("root")) == (run.config.data.targets, run.config.data.root):
         return FINISHED
     return BEGUN if (run.folder / CHECKPOINT).exists() else WAITING
 
@@ -157,7 +158,8 @@ def _run_all(
                         continue
                     begun = entry["state"] == BEGUN
                     console.print(f"{where}: {'goes on' if begun else 'starts'} ...")
-                    entry["threads"] = threads
+                    entry |= {"threads": threads, "running": True}
+                    _write_record(out, record)
                     active.append(_Training(where, run, entry, _start(run, lock, threads), time.monotonic()))
                 if stop.requested and not signalled:
                     for training in active:
@@ -203,8 +205,11 @@ def _note_end(training: _Training, stopped: bool, console: Console) -> None:
     """Record how a training ended, and print it."""
     run, entry = training.run, training.entry
     put_back(run.folder)
-    # The time of earlier calls is included.
-    entry["seconds"] = round((entry["seconds"] or 0.0) + time.monotonic() - training.started, 2)
+    del entry["running"]
+    seconds = time.monotonic() - training.started
+    if entry["timed"]:
+        # The time of earlier calls is included.
+        entry["seconds"] = round((entry["seconds"] or 0.0) + seconds, 2)
     entry["state"] = state_of(run)
     if entry["state"] != FINISHED and stopped:
         console.print(f"{training.where}: stopped. The same command goes on from here.")
@@ -212,7 +217,7 @@ def _note_end(training: _Training, stopped: bool, console: Console) -> None:
     if entry["state"] != FINISHED:
         entry["state"], entry["sentence"] = FAILED, _sentence(run, training.process.returncode)
     said = _results(run) if entry["state"] == FINISHED else f"failed: {entry['sentence']}"
-    console.print(f"{training.where}: {said} ({entry['seconds']:.0f} s)")
+    console.print(f"{training.where}: {said} ({entry['seconds'] or seconds:.0f} s)")
 
 
 def _threads_of_each(parallel: int) -> int | None:
@@ -274,9 +279,17 @@ def _require_same_settings(run: PlannedRun) -> None:
 
 
 def _entry(run: PlannedRun, state: str, before: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry of a training in sweep.json; its time so far is kept, unless it starts anew."""
+    """The entry of a training in sweep.json; its time so far is kept, unless it starts anew.
+
+    It has no time where a part is not known: of a call that was killed, or that this record does not have.
+    """
     entry = {"name": run.name, "settings": dict(run.settings), "state": state, "sentence": ""}
-    kept = {name: before.get(name) if state != WAITING else None for name in ("seconds", "threads")}
+    timed = state == WAITING or (before.get("timed", bool(before)) and not before.get("running", False))
+    kept = {
+        "seconds": before.get("seconds") if state != WAITING and timed else None,
+        "threads": before.get("threads") if state != WAITING else None,
+        "timed": timed,
+    }
     if not run.arm:
         return entry | kept
     compared = {

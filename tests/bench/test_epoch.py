@@ -1,6 +1,9 @@
 """`dan-fast bench epoch` on few and small images: what it compares, what it extrapolates, and what is left out."""
 
 import json
+import math
+import multiprocessing
+import time
 from pathlib import Path
 
 import pytest
@@ -71,8 +74,18 @@ def test_both_feeds_have_the_same_images_and_a_wrong_one_is_seen(drawn, monkeypa
         labels = torch.cat([part.labels for part in batch[:2] if part is not None])
         assert torch.equal(plain[1], labels) and len(others) == 2 and ((labels < 0).any() == (recipe == "paper"))
     brighter = PlainImages.__getitem__
-    monkeypatch.setattr(PlainImages, "__getitem__", lambda *at: (brighter(*at)[0] + 0.1, 0))
-    assert "of the pixels differ" in feed.compare()[0]
+
+    def changed(pixels, classes):
+        def read(*at):
+            image, label = brighter(*at)
+            return pixels(image), classes(label)
+
+        monkeypatch.setattr(PlainImages, "__getitem__", read)
+        return feed.compare()[0]
+
+    assert "of the pixels differ" in changed(lambda image: image + 0.1, int)
+    assert changed(torch.clone, lambda label: label + 1) == "classes of a batch are others"
+    assert changed(lambda image: image * math.nan, int) == "a batch holds numbers that are not finite"
     monkeypatch.setattr(contenders, "read_image", lambda path: torch.zeros(3, 64, 32, dtype=torch.uint8))
     assert feed.compare()[0] == "16 of 16 decoded images are not equal"
 
@@ -133,3 +146,25 @@ def test_images_are_drawn_once_and_are_whole_persons(drawn, monkeypatch):
     monkeypatch.setattr(contenders, "synthesize", lambda *arguments, **options: pytest.fail("drawn again"))
     root = Path(drawn.folder).parent
     assert str(draw_files(root, (64, 32), 48)) == drawn.folder
+
+
+def test_the_time_of_workers_counts_while_they_run():
+    """What an epoch's first batches cost them is no part of what is extrapolated."""
+    spun, go_on = multiprocessing.Event(), multiprocessing.Event()
+
+    def work():
+        end = time.process_time() + 0.3
+        while time.process_time() < end:
+            pass
+        spun.set()
+        go_on.wait()
+
+    before = contenders.cpu_seconds()
+    worker = multiprocessing.get_context("fork").Process(target=work)
+    worker.start()
+    assert spun.wait(60)
+    meanwhile = contenders.cpu_seconds()
+    go_on.set()
+    worker.join()
+    after = contenders.cpu_seconds()
+    assert sum(meanwhile) - sum(before) > 0.28 and sum(after) - sum(meanwhile) < 0.2

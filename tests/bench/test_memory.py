@@ -114,6 +114,17 @@ def test_what_disagrees_has_no_ratio(monkeypatch, capsys, tmp_path):
     assert rows[SCORE_SPACE, MODULE]["speedup"].keys() == {LITERAL, IN_PLACE}
 
 
+def test_without_the_literal_autograd_form_the_other_literal_one_is_compared_too(monkeypatch):
+    """A ratio over a form that was compared with nothing would say nothing."""
+    monkeypatch.setattr(
+        "dan_fast.bench.memory.contenders.in_place_step",
+        lambda *given: (step := in_place_step(*given))._replace(loss=step.loss * 1.01),
+    )
+    in_place, *scores = measure(IN_PLACE, SCORE_SPACE)
+    assert in_place.compared_with == SCORE_SPACE and "loss" in in_place.disagrees
+    assert scores and not any(row.speedup for row in scores)
+
+
 @pytest.mark.slow
 def test_the_command_writes_everything_down(tmp_path, capsys):
     names = "literal_autograd,literal_in_place,score_space,kernels"

@@ -139,11 +139,12 @@ def test_the_mean_says_that_an_epoch_was_chosen_on_a_target(folder):
     assert f"{MEAN_OF_TARGETS.title} ({CHOSEN})" in comparison.markdown()
 
 
-def test_the_mean_leaves_out_what_a_run_learnt_from(folder):
+@pytest.mark.parametrize("learnt", ["campus", "campus (detected, new protocol)"])
+def test_the_mean_leaves_out_what_a_run_learnt_from(folder, learnt):
     for results in folder.glob("*/results.json"):
         content = json.loads(results.read_text())
         content["targets"].append(evaluation("campus", 0.9, 0.9))
-        results.write_text(json.dumps({**content, "labeled": ["campus"]}))
+        results.write_text(json.dumps({**content, "labeled": [learnt]}))
     comparison = read_comparison(folder)
     dan = next(arm for arm in comparison.arms if arm.name == "dan")
     means = dan.scores(MEAN_OF_TARGETS, "mAP")

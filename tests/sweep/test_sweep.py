@@ -419,6 +419,29 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(quick, three, what, sentence
     assert recorded(quick.out, "sentence")[1] == ""
 
 
+def test_a_time_of_which_a_part_is_not_known_is_not_given(quick, three, monkeypatch):
+    with monkeypatch.context() as killed:
+        killed.setattr(sweeping, "_note_end", Mock(side_effect=MemoryError))
+        with pytest.raises(MemoryError):
+            quick(three)
+    for _ in range(2):
+        quick(three)
+        first, *others = recorded(quick.out, "seconds")
+        assert states(quick.out) == ["finished"] * 3 and first is None and min(others) > 0
+    # Nor one that the record of a shorter grid has left out.
+    reductions(three, 3)
+    quick(three)
+    reductions(three, 2, 3)
+    quick(three)
+    assert recorded(quick.out, "seconds") == [None, others[1]]
+
+
+def test_a_protocol_in_another_root_is_looked_at_again(quick, three):
+    for root in ("a", "a", "b"):
+        calls = quick(reductions(three, 1, data={"protocol": "p1", "root": root}))
+    assert calls == [f"{reduce(1)} new", f"{reduce(1)} resumed"]
+
+
 def test_two_at_a_time_are_two_and_not_three(quick, three, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
     monkeypatch.setenv("OMP_NUM_THREADS", "5")

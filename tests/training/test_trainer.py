@@ -20,11 +20,12 @@ from dan_fast.cli import main
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.synthetic import synthesize
 from dan_fast.reporting.curves import plot_curves, read_scalars
-from dan_fast.training import Interrupted, TrainConfig, Trainer
+from dan_fast.training import DataConfig, Interrupted, TrainConfig, Trainer
 from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.display import Display
 from dan_fast.training.objective import DivergedError
 from dan_fast.training.scalars import Scalars
+from dan_fast.training.sources import load_datasets
 from tests.support.training_runs import IMAGE_SIZE, NoScalars, assert_same_training, config, snapshot, stop_after
 
 pytestmark = pytest.mark.slow
@@ -58,6 +59,9 @@ def test_targets_of_one_name_have_names_and_curves_of_their_own(images, tmp_path
     parents = images.name, tmp_path.name
     assert seen == [f"eval/{parent}-mall/{figure}" for parent in parents for figure in ("R1", "mAP", "mINP")]
     assert [each.title for each in evaluations] == [f"{parent}/mall" for parent in parents]
+    learnt = {"labeled": [str(images / "campus"), str(tmp_path / "mall")], "unlabeled": [], "targets": targets}
+    datasets = load_datasets(DataConfig(**learnt))
+    assert [each.name for each in datasets.labeled] == ["campus", f"{tmp_path.name}/mall"]
 
 
 def test_a_run_says_what_its_device_makes_of_float32(images, tmp_path, capsys):
@@ -219,6 +223,15 @@ def test_weights_that_are_not_finite_never_reach_the_checkpoint(images, finished
     with pytest.raises(DivergedError, match="weights are not finite"):
         trainer._save()
     assert trainer.folder.checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize(("fraction", "trained"), [(0.0, False), (0.5, True)])
+def test_gates_are_trained_where_batches_have_unlabelled_images(images, tmp_path, fraction, trained):
+    """Without, weight decay would be all that moves them."""
+    given = {"data": {"unlabeled_fraction": fraction}, "loss": {"labeled_embedding": 0.5}}
+    trainer = Trainer(config(images, tmp_path / "run", **given))
+    gates = list(trainer.model.memory.parameters())
+    assert gates and {gate.requires_grad for gate in gates} == {trained}
 
 
 def test_a_batch_that_cannot_be_normalised_is_told_apart_from_divergence(images, tmp_path):

@@ -68,7 +68,7 @@ class Feeds:
         """torch's loader of `PlainImages`; on the draws of this package's to be compared with it."""
         samples, transform, seeds = self.samples, data.test_transform(self.image_size), None
         if use == TRAINING:
-            samples = [self.training_set.labeled_samples[item.index] for item in self.items]
+            samples = [self.training_set.labeled_samples[item.index]._replace(pid=item.label) for item in self.items]
             transform = data.train_transform(self.image_size)
             seeds = [item.seed for item in self.items] if compared else None
         options |= {"num_workers": self.workers, "pin_memory": self.device.type == "cuda"}
@@ -86,14 +86,18 @@ def apart(plain: Iterable[Any], loader: Iterable[Any], std: Sequence[float] = ST
     """How far the images of this package's loader are from those of torch's; both have divided by `std`.
 
     Returns:
-        The largest difference in grey levels, and the share of numbers that differ; or which shape is another.
+        The largest difference in grey levels, and the share of numbers that differ; or what else is another.
     """
     largest, different, numbers = 0.0, 0, 0
     with torch.random.fork_rng(devices=[]):
-        for (one, _), other in zip(plain, map(_images, loader), strict=True):
+        for (one, classes), (other, others) in zip(plain, map(_images_and_classes, loader), strict=True):
             if one.shape != other.shape:
                 return f"a batch is {tuple(other.shape)} and not {tuple(one.shape)}"
+            if others is not None and not torch.equal(classes, others.cpu()):
+                return "classes of a batch are others"
             levels = (one - other.cpu()).abs() * torch.tensor(std)[:, None, None] * 255
+            if not levels.isfinite().all():
+                return "a batch holds numbers that are not finite"
             largest = max(largest, levels.max().item())
             different += int((levels > 1e-3).sum())
             numbers += levels.numel()
@@ -107,11 +111,13 @@ def too_far(largest: float, share: float) -> str | None:
     return None
 
 
-def _images(batch: Any) -> Tensor:
+def _images_and_classes(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Of a mini-batch S before S~; what is tested on has no classes."""
     first, second, *_ = batch
     if isinstance(first, Tensor):
-        return first
-    return first.images if second is None else torch.cat([first.images, second.images])
+        return first, None
+    parts = [first] if second is None else [first, second]
+    return torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
 
 
 def _draw_files(root: Path, size: tuple[int, int], images: int) -> tuple[Sample, ...]:

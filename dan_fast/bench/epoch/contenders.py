@@ -1,5 +1,7 @@
 """Loops through an epoch's mini-batches: a plain one fed by torch or by this package's cache, and the trainer's."""
 
+import multiprocessing
+import os
 import resource
 import time
 from collections.abc import Iterable
@@ -35,6 +37,7 @@ _CAMERAS, _IMAGES_PER_CAMERA = 6, 2
 _PER_PERSON = len(_DOMAINS) * _CAMERAS * _IMAGES_PER_CAMERA
 # Mini-batches before those that are timed, whose images and losses are compared: what rounding does grows with a step.
 _FIRST = 2
+_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Epoch(NamedTuple):
@@ -246,6 +249,11 @@ def go_through(loop: Any, epoch: Epoch) -> dict[str, Any]:
 
 
 def cpu_seconds() -> tuple[float, float]:
-    """User and system seconds of this process and of those that it has started and that have ended."""
+    """User and system seconds of this process and of those that it has started, its workers among them."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime for usage in usages), sum(usage.ru_stime for usage in usages)
+    user, system = sum(usage.ru_utime for usage in usages), sum(usage.ru_stime for usage in usages)
+    for worker in multiprocessing.active_children():
+        # The system counts them as children only once they have ended.
+        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+        user, system = user + int(fields[11]) / _TICKS, system + int(fields[12]) / _TICKS
+    return user, system

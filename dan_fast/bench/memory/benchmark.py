@@ -132,8 +132,10 @@ class MemoryBenchmark(Benchmark):
             return rows
         problem = make_problem(size, dtype, self.place, batches=self.steps)
         turns, outcome, expected, compared_with = [], None, None, ""
-        # Every contender's first step is compared with the literal one, or with score space where that is left out.
-        for row, contender in zip(rows, self._chosen, strict=True):
+        # Every contender's first step is compared with the literal one, or with score space where that is left out;
+        # those without a backward pass come last, so that there is something to compare them with.
+        pairs = sorted(zip(rows, self._chosen, strict=True), key=lambda pair: BACKWARD not in pair[0].passes)
+        for row, contender in pairs:
             say(f"{of['dtype']}, {scale:g} x slots: {row.name}")
             try:
                 if reason := self._why_not(row, contender, dtype):
