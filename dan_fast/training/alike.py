@@ -1,5 +1,6 @@
 """What the ranks of a training have to agree on before the first step."""
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from dan_fast.data import ReIDDataset
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.distributed.launch import require_same
 from dan_fast.distributed.shards import carries
+from dan_fast.nn import DAN
 from dan_fast.training.config import TrainConfig
 
 # Where images lie and are decoded may differ from machine to machine; which they are is compared by fingerprint.
@@ -63,3 +65,18 @@ def require_same_run(
     state = None if saved is None else (saved["epoch"], saved["iteration"])
     place = [("The epoch and iteration to continue from", state)]
     require_same(group, place, "put run.out on a file system that all machines share")
+
+
+def require_same_network(group: ProcessGroup | None, network: DAN) -> None:
+    """Refuse ranks that begin with other weights, as of another file of one name, or read images otherwise.
+
+    Raises:
+        DanFastError: names what differs.
+    """
+    if group is None:
+        return
+    checksum = 0
+    for value in network.state_dict().values():
+        checksum = zlib.crc32(value.cpu().contiguous().flatten().view(torch.uint8).numpy(), checksum)
+    given = [("How images are prepared", network.preprocessing.to_dict()), ("The checksum of the weights", checksum)]
+    require_same(group, given, "give all machines the same model.weights and versions of timm and torchvision")

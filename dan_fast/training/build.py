@@ -173,7 +173,7 @@ def build_memory(
 def build_model(
     config: TrainConfig,
     network: DAN,
-    unlabeled_images: bool,
+    unlabeled_places: bool,
     lending: bool,
     process_group: ProcessGroup | None = None,
 ) -> TrainingModel:
@@ -182,7 +182,7 @@ def build_model(
     Args:
         config: of the run.
         network: see `network_and_random_state`.
-        unlabeled_images: whether there are any.
+        unlabeled_places: whether there are unlabelled images in a batch.
         lending: whether they lend their styles and serve for that alone.
         process_group: ranks that train together, over which a memory is divided.
 
@@ -192,10 +192,10 @@ def build_model(
     if process_group is not None and _synchronises(config, process_group):
         network = with_synchronised_norm(network, process_group)
     memory = None
-    if (unlabeled_images and not lending) or config.loss.labeled_embedding > 0:
+    if (unlabeled_places and not lending) or config.loss.labeled_embedding > 0:
         memory = build_memory(config.memory, network.key_dim, process_group)
         # L_lde, of unlabelled samples, trains the gates; without any weight decay would be all that moves them.
-        memory.requires_grad_(unlabeled_images)
+        memory.requires_grad_(unlabeled_places)
     half = torch.bfloat16 if config.run.precision == "bfloat16" else None
     return TrainingModel(network, memory, config.loss, half, config.memory.temperature, lending)
 

@@ -67,6 +67,7 @@ def _state_of_folder(folder: Path) -> dict[str, Any]:
             f"{folder} does not say how its network was trained: read it with DAN.from_pretrained, or have "
             "`dan-fast share` write it from the checkpoint."
         )
+    _require_one_network(folder, config["network"], training["settings"])
     return {
         "config": training["settings"],
         **training["checkpoint"],
@@ -76,6 +77,17 @@ def _state_of_folder(folder: Path) -> dict[str, Any]:
         "evaluations": config["results"],
         "shared": training,
     }
+
+
+def _require_one_network(folder: Path, network: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Refuse one that was changed after its training: its settings would build another network."""
+    of_settings = settings["model"] | {"image_size": list(settings["data"]["image_size"])}
+    for name in ("backbone", "image_size", "attention", "reduction", "feature", "instance_norm"):
+        if name in network and name in of_settings and network[name] != of_settings[name]:
+            raise DanFastError(
+                f"{folder} holds a network of {name} {network[name]!r} that was trained with {of_settings[name]!r}: "
+                "read it with DAN.from_pretrained, or save it without `training`."
+            )
 
 
 class CheckpointWriter:

@@ -61,4 +61,8 @@ class RunRandomNumbers:
             ranks: that train now.
         """
         known = self._rank == 0 or ranks == len(of_ranks)
-        self._state = of_ranks[self._rank] if known else self._of_rank(iterations_done)
+        anew = self._of_rank(iterations_done)
+        self._state = of_ranks[self._rank] if known else anew
+        if self._gpus and not self._state["cuda"]:
+            # The run was on CPUs before.
+            self._state = {**self._state, "cuda": anew["cuda"]}

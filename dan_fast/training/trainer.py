@@ -13,7 +13,7 @@ from dan_fast.data.images.workers import is_worker_death
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.distributed.launch import gathered, largest, rank_in, ranks_in
 from dan_fast.evaluation import Evaluation
-from dan_fast.training.alike import require_same_run, require_same_settings
+from dan_fast.training.alike import require_same_network, require_same_run, require_same_settings
 from dan_fast.training.batches import TrainingBatches
 from dan_fast.training.build import build_model, network_and_random_state, preprocessing_of, resolve_device
 from dan_fast.training.compiling import CompiledWhereFaster, require_compilable
@@ -90,8 +90,7 @@ class Trainer:
         self.folder.require_same_images(saved, self.training_set.fingerprint)
         self.targets = Targets(config, self.datasets, self.folder, self.device, process_group)
 
-        unlabeled_images = len(self.training_set.unlabeled_samples)
-        lending = config.model.style_mixing == "unlabeled" and unlabeled_images > 0
+        lending = config.model.style_mixing == "unlabeled" and len(self.training_set.unlabeled_samples) > 0
         network, after_weights = network_and_random_state(
             config.to_dict(),
             self.training_set.num_classes,
@@ -102,7 +101,8 @@ class Trainer:
             network.preprocessing = preprocessing_of(saved)
             require_room(saved, self.folder.path, ranks_in(process_group), self.device)
         self.batches = TrainingBatches(config, self.training_set, network, self.device, process_group)
-        self.model = build_model(config, network, unlabeled_images > 0, lending, process_group)
+        unlabeled_places = any(unlabeled for _, unlabeled in self.batches.planner.places)
+        self.model = build_model(config, network, unlabeled_places, lending, process_group)
         self.model.to(self.device, memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.meta_step = MetaStep(self.model, self.optimizer, config.meta, process_group)
@@ -114,6 +114,7 @@ class Trainer:
         self.skipped = SkippedImages()
         if saved is not None:
             self._restore(saved)
+        require_same_network(process_group, network)
         self._step_scalars = StepScalars(self.training_set, self.device, network.adversary)
         self.folder.note_saved(self.iterations_done)
 

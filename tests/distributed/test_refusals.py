@@ -13,8 +13,10 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.distributed.launch import is_loss_of_a_rank
 from dan_fast.training import TrainConfig
 from dan_fast.training.checkpoint import load_checkpoint
+from tests.support import rank_trainings
 from tests.support.rank_trainings import settings, trainer_of
 from tests.support.ranks import Ranks
+from tests.support.steps import TinyMap
 
 pytestmark = pytest.mark.slow
 
@@ -56,6 +58,26 @@ def other_version(group: Group, config: TrainConfig) -> None:
 
 def test_unequal_versions_are_refused_on_all(ranks: Ranks, images: Path, tmp_path: Path):
     ranks.run(other_version, settings(images, tmp_path / "run"))
+
+
+class OtherMap(TinyMap):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            next(self.parameters())[0] += 1e-6
+
+
+def other_weights(group: Group, config: TrainConfig) -> None:
+    last = group.size() - 1
+    rank_trainings.TinyMap = OtherMap if group.rank() == last else TinyMap
+    try:
+        refused(group, config, r"^The checksum of the weights is \d+ on rank {last} and \d+ on rank 0: give all", {})
+    finally:
+        rank_trainings.TinyMap = TinyMap
+
+
+def test_unequal_weights_are_refused_on_all(ranks: Ranks, images: Path, tmp_path: Path):
+    ranks.run(other_weights, settings(images, tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,17 @@ def test_ranks_draw_numbers_of_their_own_that_repeat_by_seed():
     assert streams == [drawn(*each) for each in given]
 
 
+def test_a_run_of_cpus_goes_on_with_numbers_of_its_own_on_gpus(monkeypatch: pytest.MonkeyPatch):
+    """Not with those that the process's GPU generator has, which are the same in each new process."""
+    numbers = RunRandomNumbers(torch.device("cpu"), 5, torch.get_rng_state(), 0)
+    monkeypatch.setattr(numbers, "_gpus", [torch.device("cuda")])
+    monkeypatch.setattr(numbers, "_of_rank", lambda done: {"cpu": None, "cuda": [f"seeded at {done}"]})
+    numbers.load_state_dicts([{"cpu": "saved", "cuda": []}], 1, iterations_done=9)
+    assert numbers._state == {"cpu": "saved", "cuda": ["seeded at 9"]}
+    numbers.load_state_dicts([{"cpu": "saved", "cuda": ["saved too"]}], 1, iterations_done=9)
+    assert numbers._state == {"cpu": "saved", "cuda": ["saved too"]}
+
+
 def interrupted(group: Group, config: TrainConfig, iterations: int) -> None:
     trainer = trainer_of(config, group, dropout=0.5)
     if group.rank() == group.size() - 1:

@@ -68,7 +68,11 @@ def test_the_remains_of_killed_ones_are_removed_by_name(tmp_path):
     killed = next(tmp_path.glob(".x*"))
     remove_unfinished(tmp_path, "y")
     assert killed.exists()
+    others = tmp_path / ".x.onnx.0a.part"
+    others.touch()
     remove_unfinished(tmp_path, "x")
+    assert {each.name for each in tmp_path.iterdir()} == {"checkpoint.pt", others.name}
+    remove_unfinished(tmp_path, r"x\..*")
     assert [each.name for each in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 

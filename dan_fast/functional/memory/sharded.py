@@ -185,7 +185,9 @@ def _made_by(device: torch.device) -> tuple[object, ...]:
     """What decides the last bits of a scan: ranks that differ in it part sooner or later."""
     kernels = _extension.serves(device.type, device.index)
     if device.type == "cuda":
-        processor: object = torch.cuda.get_device_capability(device)
+        # Sums are added up in the order of a grid that has as many blocks as the GPU holds at a time.
+        properties = torch.cuda.get_device_properties(device)
+        processor: object = properties.name, properties.multi_processor_count
     else:
         processor = torch.ops.dan_fast.instruction_set() if kernels else torch.backends.cpu.get_cpu_capability()
     return __version__, torch.__version__, kernels, _extension.build_info().get("source_hash"), processor
@@ -207,7 +209,8 @@ def _check_together(ranks: list[dict[str, int]]) -> None:
         if its["alike"] != ranks[0]["alike"]:
             raise ValueError(
                 f"rank {rank} of process_group differs from rank 0: slots, key_dim, dtypes, decays, gates, the "
-                "versions of dan_fast and torch, and the processor's instruction set must be the same on all ranks"
+                "versions of dan_fast and torch, and the kind of GPU or the processor's instruction set must be the "
+                "same on all ranks"
             )
         for name in ("alpha", "alpha_unlabeled", "beta"):
             if its[name] != ranks[0][name]:
