@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import secrets
 import socket
 from collections.abc import Callable, Iterator
@@ -77,14 +78,15 @@ def write_text(path: str | Path, text: str) -> None:
     write_whole(path, lambda stream: stream.write(text.encode()))
 
 
-def remove_unfinished(folder: Path, name: str = "*") -> None:
-    """Remove what killed processes left of `write_whole` in `folder`, of the files that are called `name`.
+def remove_unfinished(folder: Path, names: str = ".*") -> None:
+    """Remove what killed processes left of `write_whole` in `folder`, of files whose names a regular expression fits.
 
     To be called under a lock that keeps other processes from writing such files.
     """
-    for remains in folder.glob(f".{name}.*.part"):
-        with suppress(OSError):
-            remains.unlink()
+    for remains in folder.glob(".*.part"):
+        if re.fullmatch(rf"\.(?:{names})\.[0-9a-f]+\.part", remains.name):
+            with suppress(OSError):
+                remains.unlink()
 
 
 @contextmanager

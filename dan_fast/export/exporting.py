@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from math import isfinite
@@ -66,9 +67,9 @@ def export_network(
         images: (n, 3, H, W) uint8 to compare on; by default some are drawn at random.
 
     Raises:
-        DanFastError: a package is missing, the network cannot be traced, or the features are not finite or, of a
-            float32 file, differ by more than 1e-4, or another process is writing the same file. There is no file then,
-            or the one that was there.
+        DanFastError: the path is a folder or has the other format's suffix, a package is missing, the network cannot
+            be traced, the features are not finite or, of a float32 file, differ by more than 1e-4, or another process
+            is writing the same file. There is no file then, or the one that was there.
         ValueError: int8 without ONNX.
 
     Example:
@@ -82,6 +83,8 @@ def export_network(
         formats.require_packages()
     elif precision == "int8":
         raise ValueError("precision int8 is made for format onnx alone")
+    path = Path(path)
+    _require_name(path, format)
     network = deepcopy(network).cpu().eval()
     images = _drawn(network.image_size) if images is None else images
     transform = test_transform(network.image_size, network.preprocessing)
@@ -92,11 +95,18 @@ def export_network(
     cosines = F.cosine_similarity(given, wanted)
     found = Difference(float((given - wanted).abs().max()), float(cosines.min()), len(images))
     _require_alike(found, precision, path)
-    path = Path(path)
     with alone(path.with_name(f".{path.name}.lock")):
-        remove_unfinished(path.parent, path.name)
+        remove_unfinished(path.parent, re.escape(path.name))
         write_whole(path, lambda stream: stream.write(content))
     return found
+
+
+def _require_name(path: Path, format: Format) -> None:
+    if not path.name or path.is_dir():
+        raise DanFastError(f"{path} is a folder: name a file in it, such as {path / f'network.{format}'}.")
+    other = {".onnx": "onnx", ".pt2": "pt2"}.get(path.suffix, format)
+    if other != format:
+        raise DanFastError(f"{path} is to be written as {format}: name it .{format}, or choose format {other}.")
 
 
 def _made(network: DAN, format: Format, takes: Input, precision: Precision) -> tuple[bytes, formats.Run]:

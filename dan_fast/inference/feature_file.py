@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -41,6 +42,16 @@ def require_format(out: Path) -> None:
         _pyarrow()
 
 
+def _require_utf8(paths: Iterable[Path]) -> None:
+    for path in paths:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError as error:
+            raise DanFastError(
+                f"The name {str(path)!r} is not UTF-8, of which Parquet's texts are: rename it, or write a .npz file."
+            ) from error
+
+
 def chunk_folder(out: Path) -> Path:
     """Where the features lie that are done, as long as the file is not."""
     return out.with_name(f"{out.name}.part")
@@ -66,14 +77,16 @@ def write_features(out: Path, extractor: FeatureExtractor, parts: Sequence[Part]
         The images that could not be decoded.
 
     Raises:
-        DanFastError: see `require_format`; an image that cannot be decoded; another process is writing the same file,
-            or a full disk. A file that was there before is as it was.
+        DanFastError: see `require_format`; a name that Parquet cannot hold; an image that cannot be decoded; another
+            process is writing the same file, or a full disk. A file that was there before is as it was.
     """
     require_format(out)
+    if out.suffix == ".parquet":
+        _require_utf8(sample.path for part in parts for sample in part.samples)
     folder = chunk_folder(out)
     try:
         with alone(folder / ".lock"):
-            remove_unfinished(out.parent, out.name)
+            remove_unfinished(out.parent, re.escape(out.name))
             chunks = _chunks(folder, extractor, parts, progress)
             samples = [sample for part in parts for sample in part.samples]
             columns = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from glob import glob
+from glob import glob, has_magic
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +63,7 @@ def _parts_at(text: str, leave_out: Path | None) -> Iterator[Part]:
         yield _unknown(_images_below(path, left_out))
     elif path.is_file() and path.suffix.lower() != ".csv":
         yield _unknown([path])
-    elif path.exists() or "@" in path.name:
+    elif path.exists() or _names_a_variant(path):
         dataset = load_dataset(path)
         parts = [Part(split, getattr(dataset, split)) for split in SPLITS if getattr(dataset, split)]
         if not parts:
@@ -79,15 +79,25 @@ def _parts_at(text: str, leave_out: Path | None) -> Iterator[Part]:
         yield _unknown(files)
 
 
+def _names_a_variant(path: Path) -> bool:
+    """Whether it is PATH@VARIANT; a pattern may have an @ too."""
+    stem, at, _ = path.name.rpartition("@")
+    return bool(at) and (not has_magic(path.name) or (path.with_name(stem) if stem else path.parent).exists())
+
+
 def _unknown(files: Sequence[Path]) -> Part:
     return Part("", tuple(Sample(file, -1, -1) for file in files))
+
+
+def _refuse(error: OSError) -> None:
+    raise DanFastError(f"{error.filename} cannot be read ({error.strerror}); check permissions.") from error
 
 
 def _images_below(folder: Path, left_out: str | None) -> list[Path]:
     files, seen, starts = [], set(), [folder]
     # Links to folders come after all that is no link: what both name has its own path, and one to a folder above ends.
     for start in starts:
-        for place, folders, names in os.walk(start):
+        for place, folders, names in os.walk(start, onerror=_refuse):
             real = os.path.realpath(place)
             if real in seen or real == left_out:
                 folders.clear()

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dan_fast.core.cosine import statistics_dtype
 from dan_fast.core.errors import DanFastError
 
 
@@ -30,11 +31,14 @@ class HalfInstanceNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         half, out = x.shape[1] // 2, self.norm(x)
         # F.instance_norm and slices of a channels_last map give derivatives in the other layout, on which the batch
-        # norm's take ten times as long on a CPU; sums over (B, H, W, C) keep it. Under autocast they are float32.
-        rows = x.permute(0, 2, 3, 1)[..., :half].to(self.norm.weight.dtype)
+        # norm's take ten times as long on a CPU; sums over (B, H, W, C) keep it. In half precision squares
+        # of a map overflow.
+        weight, bias = self.norm.weight[:half], self.norm.bias[:half]
+        wide = statistics_dtype(torch.promote_types(x.dtype, weight.dtype))
+        rows = x.permute(0, 2, 3, 1)[..., :half].to(wide)
         rows = rows - rows.mean((1, 2), keepdim=True)
-        scale = self.norm.weight[:half] * (rows.square().mean((1, 2), keepdim=True) + self.norm.eps).rsqrt()
-        own = torch.addcmul(self.norm.bias[:half], rows, scale)
+        scale = weight.to(wide) * (rows.square().mean((1, 2), keepdim=True) + self.norm.eps).rsqrt()
+        own = torch.addcmul(bias.to(wide), rows, scale)
         for name in ("drop", "act"):
             own = getattr(self.norm, name, nn.Identity())(own)
         own = F.pad(own, (0, x.shape[1] - half)).permute(0, 3, 1, 2)
@@ -48,15 +52,23 @@ def normalise_early_maps(backbone: nn.Module) -> None:
     Raises:
         DanFastError: a backbone that names no early stages, or without batch norm in them; it stays as it was.
     """
-    places = [place for stage in getattr(backbone, "early_stages", ()) for place in map(_first_norm, stage.children())]
-    if not any(places):
+    blocks = [block for stage in getattr(backbone, "early_stages", ()) for block in _blocks(stage)]
+    places = [place for place in map(_first_norm, blocks) if place is not None]
+    # Where branches are added whose maps have a norm each, a first one of them is not a block's.
+    if not places or any(name == "identity" for _, name in places):
         raise DanFastError(
-            "Instance norm takes the place of batch norm in the early blocks of a convolutional network, which this "
-            "backbone does not have: choose a ResNet or another network with batch norm of timm, or set "
+            "Instance norm takes the place of the first batch norm of the early blocks of a convolutional network, "
+            "which this backbone does not have: choose a ResNet or another network of timm with such blocks, or set "
             "model.instance_norm to false."
         )
-    for parent, name in filter(None, places):
+    for parent, name in places:
         setattr(parent, name, HalfInstanceNorm(getattr(parent, name)))
+
+
+def _blocks(stage: nn.Module) -> list[nn.Module]:
+    """The blocks of a stage: those of its list of that name, or what it consists of."""
+    own = getattr(stage, "blocks", None)
+    return list((own if isinstance(own, nn.Module) else stage).children())
 
 
 def _first_norm(block: nn.Module) -> tuple[nn.Module, str] | None:

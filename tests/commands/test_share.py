@@ -114,6 +114,16 @@ def test_a_folder_evaluates_as_its_checkpoint_does(tmp_path: Path, capsys):
     assert "epoch 3 of 3; persons trained on not recorded; recipe dan" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_network_that_was_changed_after_its_training_is_not_read_as_that_of_its_settings(tmp_path: Path):
+    path = checkpoint(tmp_path)
+    network, state = trained_network(path)[0], load_checkpoint(path)
+    network.feature = "pooled" if network.feature == "attended" else "attended"
+    network.save_pretrained(tmp_path / "changed", training=origin_of(path, state)[0])
+    assert DAN.from_pretrained(tmp_path / "changed").feature == network.feature
+    with pytest.raises(DanFastError, match=f"changed holds a network of feature '{network.feature}' that was trained"):
+        trained_network(tmp_path / "changed")
+
+
 def test_what_is_wrong_is_one_sentence(tmp_path: Path, capsys, monkeypatch):
     path = checkpoint(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)

@@ -1,6 +1,7 @@
 """`dan-fast extract`: what is in its files, what paths name, and how it goes on after a stop."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -143,6 +144,39 @@ def test_what_paths_name(run, folder, street):
     images = load_dataset(street)
     expected += [sample.path for split in (images.train, images.query, images.gallery) for sample in split]
     assert mixed["paths"].tolist() == [str(path) for path in [*expected, b / "01.png", b / "04.BMP"]]
+
+
+def test_a_pattern_with_an_at_sign_is_no_variant(tmp_path: Path):
+    for name in ("a@2x.jpg", "b@2x.jpg", "c.jpg"):
+        (tmp_path / name).touch()
+    (part,) = find_images([f"{tmp_path}/*@2x.jpg"])
+    assert [sample.path.name for sample in part.samples] == ["a@2x.jpg", "b@2x.jpg"]
+
+
+def test_a_folder_below_that_cannot_be_read_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("a/1.jpg", "b/2.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    scan = os.scandir
+
+    def refuse(place):
+        if Path(place).name == "b":
+            raise PermissionError(13, "Permission denied", str(place))
+        return scan(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DanFastError, match=r"b cannot be read \(Permission denied\); check permissions"):
+        find_images([str(tmp_path)])
+
+
+def test_a_name_that_parquet_cannot_hold_is_refused_before_images_are_read(
+    run, folder, tmp_path, embedded, capsys
+):
+    pytest.importorskip("pyarrow")
+    shutil.copy(files_of(folder)[0], folder / os.fsdecode(b"caf\xe9.jpg"))
+    run(folder, "--out", tmp_path / "features.parquet", code=1)
+    assert "is not UTF-8, of which Parquet's texts are: rename it, or write a .npz file." in capsys.readouterr().err
+    assert not embedded and [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
 def test_a_parquet_file_holds_the_same(run, folder, tmp_path):

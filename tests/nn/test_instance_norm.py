@@ -47,6 +47,13 @@ def test_derivatives_of_both_orders() -> None:
     assert torch.autograd.gradcheck(norm, x) and torch.autograd.gradgradcheck(norm, x)
 
 
+def test_moments_of_a_half_precision_network_do_not_overflow() -> None:
+    torch.manual_seed(0)
+    norm, x = HalfInstanceNorm(nn.BatchNorm2d(4)).eval(), (1000 * torch.randn(2, 4, 16, 8)).half()
+    expected = norm(x.float())[:, :2]
+    torch.testing.assert_close(norm.half()(x)[:, :2].float(), expected, rtol=0.01, atol=0.01)
+
+
 def test_moments_are_float32_under_autocast() -> None:
     torch.manual_seed(0)
     norm, x = HalfInstanceNorm(nn.BatchNorm2d(4)), 100 + torch.randn(2, 4, 16, 8)
@@ -64,6 +71,7 @@ def test_moments_are_float32_under_autocast() -> None:
         "timm:resnet18": ["model.layer1.0.bn1", "model.layer1.1.bn1"],  # its first stage is the stem
         "timm:tf_efficientnet_lite0": ["model.blocks.0.0.bn1", "model.blocks.1.0.bn1", "model.blocks.1.1.bn1"],
         "timm:regnety_002": ["model.s1.b1.conv1.bn"],
+        "timm:cspresnet50": [f"model.stages.0.blocks.{block}.conv1.bn" for block in range(3)],
     }.items(),
 )
 def test_it_stands_first_in_each_early_block_with_the_same_weights(backbone: str, places: list[str]) -> None:
@@ -84,8 +92,9 @@ def test_it_stands_first_in_each_early_block_with_the_same_weights(backbone: str
     torch.testing.assert_close(*taken, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("backbone", ["timm:test_vit", "timm:test_convnext"])
-def test_a_backbone_without_early_batch_norm_is_named(backbone: str) -> None:
+@pytest.mark.parametrize("backbone", ["timm:test_vit", "timm:test_convnext", "timm:mobileone_s0"])
+def test_a_backbone_whose_early_blocks_have_no_first_batch_norm_is_refused(backbone: str) -> None:
+    """The last one adds the maps of branches, of which one is the block's input normalised."""
     with pytest.raises(DanFastError, match="early blocks of a convolutional network.*set model.instance_norm to false"):
         DAN(3, backbone, (64, 32), **HALF)
 

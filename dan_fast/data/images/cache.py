@@ -181,7 +181,7 @@ class ImageCache:
                 if isinstance(found, _Opened) and found.touched:
                     write_header(header, found.header)
                 if not isinstance(found, _Opened):
-                    remove_unfinished(self.folder, f"{key}.*")
+                    remove_unfinished(self.folder, rf"{key}\..*")
                     self._build(file, header, names, why=found)
                     found = self._inspect(file, header, names, "quick")
         except DanFastError:
