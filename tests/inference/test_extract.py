@@ -169,9 +169,7 @@ def test_a_folder_below_that_cannot_be_read_is_not_left_out(tmp_path: Path, monk
         find_images([str(tmp_path)])
 
 
-def test_a_name_that_parquet_cannot_hold_is_refused_before_images_are_read(
-    run, folder, tmp_path, embedded, capsys
-):
+def test_a_name_that_parquet_cannot_hold_is_refused_before_images_are_read(run, folder, tmp_path, embedded, capsys):
     pytest.importorskip("pyarrow")
     shutil.copy(files_of(folder)[0], folder / os.fsdecode(b"caf\xe9.jpg"))
     run(folder, "--out", tmp_path / "features.parquet", code=1)
