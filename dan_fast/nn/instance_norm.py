@@ -46,23 +46,32 @@ class HalfInstanceNorm(nn.Module):
         return torch.where(first[:, None, None], own.to(out.dtype), out)
 
 
-def normalise_early_maps(backbone: nn.Module) -> None:
+def normalise_early_maps(backbone: nn.Module, required: bool = True) -> bool:
     """Puts a `HalfInstanceNorm` in the place of the first batch norm of each block of a backbone's `early_stages`.
 
+    Args:
+        backbone: of `build_backbone`; it stays as it was where it has no such place.
+        required: whether it must have one.
+
+    Returns:
+        Whether it has.
+
     Raises:
-        DanFastError: a backbone that names no early stages, or without batch norm in them; it stays as it was.
+        DanFastError: a backbone that must have a place and has none.
     """
     blocks = [block for stage in getattr(backbone, "early_stages", ()) for block in _blocks(stage)]
     places = [place for place in map(_first_norm, blocks) if place is not None]
     # Where branches are added whose maps have a norm each, a first one of them is not a block's.
-    if not places or any(name == "identity" for _, name in places):
+    serves = bool(places) and not any(name == "identity" for _, name in places)
+    if required and not serves:
         raise DanFastError(
             "Instance norm takes the place of the first batch norm of the early blocks of a convolutional network, "
             "which this backbone does not have: choose a ResNet or another network of timm with such blocks, or set "
             "model.instance_norm to false."
         )
-    for parent, name in places:
+    for parent, name in places if serves else ():
         setattr(parent, name, HalfInstanceNorm(getattr(parent, name)))
+    return serves
 
 
 def _blocks(stage: nn.Module) -> list[nn.Module]:

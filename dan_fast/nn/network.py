@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -75,11 +75,11 @@ class DAN(nn.Module):
             a backbone given by name.
         gradient_checkpointing: for a backbone given by name, see `build_backbone`.
         instance_norm: the first norm of each early block is half an instance norm, see `HalfInstanceNorm`; for a
-            backbone given by name.
+            backbone given by name. "auto" is True where it has such blocks.
 
     Attributes:
-        backbone: the backbone; backbone_name: its name, None for a module; attention: the `NLCBAM`;
-        classifier: `nn.Linear(C, num_classes, bias=False)`.
+        backbone: the backbone; backbone_name: its name, None for a module; instance_norm: whether it has any;
+        attention: the `NLCBAM`; classifier: `nn.Linear(C, num_classes, bias=False)`.
         image_size: (H, W); map_size: (h, w); key_dim: C - 3, the size of the memory's keys.
         adversary: whether there is an attention adversary.
         preprocessing: how images are to be resized and normalised: the backbone's, or torchvision's for a module
@@ -109,7 +109,7 @@ class DAN(nn.Module):
         feature: str = "attended",
         style_mixing: bool = False,
         gradient_checkpointing: bool = False,
-        instance_norm: bool = False,
+        instance_norm: bool | Literal["auto"] = False,
     ) -> None:
         super().__init__()
         if num_classes < 1:
@@ -130,14 +130,12 @@ class DAN(nn.Module):
                 raise ValueError("gradient_checkpointing serves a backbone given by name; let the module do it itself")
             if style_mixing:
                 raise ValueError("style_mixing serves a backbone given by name; let the module use StyleMixing itself")
-            if instance_norm:
+            if instance_norm is True:
                 raise ValueError("instance_norm serves a backbone given by name; put HalfInstanceNorm into the module")
-            self.backbone = backbone
+            self.backbone, self.instance_norm = backbone, False
         else:
             self.backbone = build_backbone(backbone, weights, image_size, gradient_checkpointing)
-            if instance_norm:
-                normalise_early_maps(self.backbone)
-        self.instance_norm = instance_norm
+            self.instance_norm = bool(instance_norm) and normalise_early_maps(self.backbone, instance_norm is True)
         self.image_size = (int(image_size[0]), int(image_size[1]))
         self.preprocessing: Preprocessing = getattr(self.backbone, "preprocessing", IMAGENET)
         channels, height, width = _map_shape(self.backbone, self.image_size)

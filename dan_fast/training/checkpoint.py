@@ -83,7 +83,7 @@ def _require_one_network(folder: Path, network: dict[str, Any], settings: dict[s
     """Refuse one that was changed after its training: its settings would build another network."""
     of_settings = settings["model"] | {"image_size": list(settings["data"]["image_size"])}
     for name in ("backbone", "image_size", "attention", "reduction", "feature", "instance_norm"):
-        if name in network and name in of_settings and network[name] != of_settings[name]:
+        if name in network and of_settings.get(name, network[name]) not in (network[name], "auto"):
             raise DanFastError(
                 f"{folder} holds a network of {name} {network[name]!r} that was trained with {of_settings[name]!r}: "
                 "read it with DAN.from_pretrained, or save it without `training`."

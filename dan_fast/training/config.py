@@ -111,7 +111,8 @@ class ModelConfig:
             the batch, or its unlabelled images, which then serve for that alone; without such images no styles are
             mixed.
         instance_norm: Have the first norm of each early block normalise half of its channels image by image, as
-            IBN-Net-a does: less of a camera's style stays in the maps. For ResNets and others of timm with batch norm.
+            IBN-Net-a does: less of a camera's style stays in the maps. For ResNets and others of timm with batch norm;
+            auto is true where the backbone has such blocks.
         feature: What tests compare: attended, the attention branch's (the paper), or pooled, the backbone's own.
         gradient_checkpointing: Compute maps of the backbone again in the backward pass instead of keeping them all:
             less memory, more time, the same gradients.
@@ -127,7 +128,7 @@ class ModelConfig:
     reduction: PositiveInt = 12
     dropout: ClosedUnitInterval = 0.5
     style_mixing: Literal["none", "batch", "unlabeled"] = "none"
-    instance_norm: bool = False
+    instance_norm: Literal["auto"] | bool = False
     feature: Literal["attended", "pooled"] = "attended"
     gradient_checkpointing: bool = False
     sync_batch_norm: Literal["auto"] | bool = "auto"

@@ -99,6 +99,13 @@ def test_a_backbone_whose_early_blocks_have_no_first_batch_norm_is_refused(backb
         DAN(3, backbone, (64, 32), **HALF)
 
 
+@pytest.mark.parametrize(("backbone", "has"), [("resnet18", True), ("timm:test_vit", False)])
+def test_auto_takes_it_where_there_is_a_place(backbone: str, has: bool) -> None:
+    network = DAN(3, backbone, (64, 32), **HALF | {"instance_norm": "auto"})
+    assert (network.instance_norm, bool(norms(network))) == (has, has)
+    assert not DAN(3, nn.Conv2d(3, 8, 3), (64, 32), **HALF | {"instance_norm": "auto"}).instance_norm
+
+
 def test_a_module_is_left_to_its_owner() -> None:
     with pytest.raises(ValueError, match="instance_norm serves a backbone given by name; put HalfInstanceNorm into"):
         DAN(3, nn.Conv2d(3, 8, 3), (64, 32), **HALF)

@@ -74,6 +74,8 @@ def test_plain_has_no_part_of_dan():
     found, defaults = dotted(method(plain)), dotted(method(TrainConfig()))
     same = ("data.image_size", "data.batch_size", "model.backbone", "model.dropout")
     assert [found[name] for name in same] == [defaults[name] for name in same]
+    # What is no part of DAN is in both.
+    assert plain.model.instance_norm == TrainConfig.of_recipe("dan").model.instance_norm == "auto"
 
 
 def test_python_gets_a_recipe_only_where_it_asks():

@@ -64,7 +64,8 @@ class Epoch(NamedTuple):
         data = {"labeled": labeled, "unlabeled": domains[len(labeled) :], "image_size": (self.height, self.width)}
         data |= {"batch_size": self.batch, "workers": self.workers, "cache": self.cache}
         data |= {"iterations": self.untimed + self.iterations}
-        model = {"backbone": self.backbone, "weights": "none"}
+        # Of all the same backbone, which is the plain loop's.
+        model = {"backbone": self.backbone, "weights": "none", "instance_norm": False}
         run = {"out": out, "device": self.device}
         return TrainConfig.of_recipe(recipe, data=data, model=model, meta={"order": order}, run=run)
 
