@@ -51,13 +51,14 @@ class DANIteration:
         settings = TrainConfig.of_recipe(
             recipe,
             data={"image_size": (size.height, size.width)},
-            model={"backbone": size.backbone, "weights": "none"},
+            # The plain network of these comparisons has no instance norm.
+            model={"backbone": size.backbone, "weights": "none", "instance_norm": False},
             memory={"labeled_slots": size.labeled_slots, "unlabeled_slots": size.unlabeled_slots},
             run={"precision": precision},
         )
         lending = settings.model.style_mixing == "unlabeled"
         network, _ = network_and_random_state(settings.to_dict(), size.classes, mixes_styles=lending)
-        self.model = build_model(settings, network, unlabeled_images=True, lending=lending)
+        self.model = build_model(settings, network, unlabeled_places=True, lending=lending)
         self.model.to(device, memory_format=torch.channels_last).train()
         memory = self.model.memory
         fill_memory(memory, size.classes)
