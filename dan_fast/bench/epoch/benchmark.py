@@ -41,7 +41,8 @@ class EpochBenchmark(Benchmark):
     Args:
         files: Height and width of the images, as files and in the network, with commas between.
         backbone: Backbones, with commas between: torchvision ResNets, or timm:NAME.
-        recipe: Recipes of DAN, with commas between: paper, which Table VIII times, or dan.
+        recipe: Recipes of DAN, with commas between: paper, which Table VIII times, or dan, without instance norm as
+            the plain loop.
         order: Orders of the meta gradients, with commas between: 1, 2; for recipes that take meta steps.
         images: Images of an epoch (Market-1501's training set: 12936); as many are drawn, or a few more.
         iterations: Mini-batches that are measured, to which the epoch is extrapolated; 0: all of them.
