@@ -143,13 +143,15 @@ def test_the_mean_says_that_an_epoch_was_chosen_on_a_target(folder):
 def test_the_mean_leaves_out_what_a_run_learnt_from(folder, learnt):
     for results in folder.glob("*/results.json"):
         content = json.loads(results.read_text())
-        content["targets"].append(evaluation("campus", 0.9, 0.9))
+        content["targets"].append({**evaluation("campus", 0.9, 0.9), "variant": "labeled, new protocol"})
         results.write_text(json.dumps({**content, "labeled": [learnt]}))
     comparison = read_comparison(folder)
     dan = next(arm for arm in comparison.arms if arm.name == "dan")
     means = dan.scores(MEAN_OF_TARGETS, "mAP")
     assert means[0] == pytest.approx((42.0 + 20.0) / 2)
-    assert [target.title for target in comparison.targets] == ["street", "mall", "campus", MEAN_OF_TARGETS.title]
+    assert [target.title for target in comparison.targets] == [
+        "street", "mall", "campus (labeled, new protocol)", MEAN_OF_TARGETS.title,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
