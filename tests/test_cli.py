@@ -24,7 +24,7 @@ def images(tmp_path_factory):
 def tiny_run(images, out) -> list[str]:
     return [
         *("train", "--data.labeled", str(images / "campus"), "--data.image_size", "[32, 32]", "--data.workers", "0"),
-        *("--data.batch_size", "4", "--model.backbone", "resnet18", "--model.weights", "none"),
+        *("--data.batch_size", "4", "--model.backbone", "timm:test_resnet", "--model.weights", "none"),
         *("--optimizer.epochs", "1", "--run.out", str(out), "--run.device", "cpu"),
     ]
 

@@ -59,11 +59,11 @@ def require_sound(fault: int) -> None:
     """Raise what went wrong in a pass whose `PassRecord.fault` is `fault`.
 
     Raises:
-        DivergedError: features were not finite.
+        DivergedError: features or their squared norms were not finite.
         ValueError: the memory was given keys or gates that are not finite, or negative labels or sample ids.
     """
     if fault == _NOT_FINITE:
-        raise DivergedError("features are not finite")
+        raise DivergedError("features or their squared norms are not finite")
     if fault:
         raise ValueError(sentence_of(fault))
 
@@ -156,7 +156,8 @@ class TrainingModel(nn.Module):
             split = split._replace(labels=split.labels[:known], sample_ids=split.sample_ids[:known])
         with self._autocast(maps.device):
             out = self.network.branches(maps, split.labels)
-        finite = all_finite([out.pooled, out.attended])
+        # By their squares, as the memory looks at keys: features that it refuses as too large have diverged.
+        finite = all_finite([each.detach().float().square().sum(1) for each in (out.pooled, out.attended)])
         fault = torch.where(finite, 0, _NOT_FINITE)
         logits, adversary_logits = out.logits.float(), out.adversary_logits.float()
         zero = logits.new_zeros(())

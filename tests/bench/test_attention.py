@@ -64,6 +64,7 @@ def test_a_planted_difference_is_named(what, dtype):
     assert disagrees is not None and disagrees.startswith(f"{what} by") and ";" not in disagrees
 
 
+@pytest.mark.slow
 def test_what_disagrees_has_no_ratio(monkeypatch, capsys, tmp_path):
     head = functional.attention_head
 

@@ -100,6 +100,7 @@ def test_a_planted_difference_is_named(what, dtype):
     assert disagrees is not None and what in disagrees
 
 
+@pytest.mark.slow
 def test_what_disagrees_has_no_ratio(monkeypatch, capsys, tmp_path):
     step = functional.memory_step
     monkeypatch.setattr(functional, "memory_step", lambda *a, **k: (r := step(*a, **k))._replace(loss=r.loss * 1.01))

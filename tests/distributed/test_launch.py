@@ -35,7 +35,7 @@ def settings(images: Path, out: Path, workers: int) -> TrainConfig:
         "paper",
         data={"labeled": labeled, "unlabeled": unlabeled, "targets": target, "image_size": (32, 16), "batch_size": 12,
               "iterations": 6, "workers": workers},
-        model={"backbone": "resnet18", "weights": "none"},
+        model={"backbone": "timm:test_resnet", "weights": "none"},
         memory={"labeled_slots": 60, "unlabeled_slots": 40},
         optimizer={"epochs": 2},
         run={"out": str(out), "device": "cpu", "resume": "auto", "checkpoint_every": 1},

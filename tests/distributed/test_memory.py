@@ -20,6 +20,8 @@ Group = distributed.ProcessGroup
 F64 = torch.float64
 HELD = (3, 4, 5)  # of ten steps, those whose graph is kept
 
+pytestmark = pytest.mark.slow
+
 
 def pair(group: Group, slots: int, pseudo_slots: int, dim: int, **settings) -> tuple[ProgressiveAugmentedMemory, ...]:
     """The same memory twice: divided over the ranks, and whole on each."""
@@ -95,7 +97,6 @@ def same_bits(group: Group, dtype: torch.dtype, with_kernels: bool) -> None:
         assert rows == [Shard(group, n).sizes[group.rank()] for n in slots]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("with_kernels", [True, False], ids=["kernels", "form"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_200_steps_leave_the_memory_of_one_rank_bit_for_bit(ranks: Ranks, dtype: torch.dtype, with_kernels: bool):

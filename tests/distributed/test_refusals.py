@@ -181,7 +181,7 @@ def not_finite(group: Group, config: TrainConfig) -> None:
         step(batch, scalars)
 
     trainer.train_iteration = poisoned
-    with pytest.raises(DanFastError, match="features are not finite" if group.rank() == 1 else "be finite|not finite"):
+    with pytest.raises(DanFastError, match="norms are not finite" if group.rank() == 1 else "be finite|not finite"):
         trainer.fit()
 
 

@@ -210,6 +210,7 @@ def test_int8_leaves_the_first_convolution_and_those_of_groups_in_float32(tmp_pa
     assert kinds == ["Conv", "Conv", "ConvInteger"]
 
 
+@pytest.mark.slow
 def test_the_remains_of_a_killed_export_go_and_a_second_one_is_told_who_is_at_work(tmp_path):
     out = tmp_path / "network.pt2"
     for name in (out.name, "another.pt2"):

@@ -185,7 +185,7 @@ def test_what_is_no_checkpoint_of_this_version_is_one_sentence(checkpoint, tmp_p
 
 def test_a_network_that_has_diverged_is_named(checkpoint, paths):
     extract = FeatureExtractor(checkpoint, "cpu")
-    torch.nn.init.constant_(extract.network.backbone.conv1.weight, torch.inf)
+    torch.nn.init.constant_(next(extract.network.backbone.parameters()), torch.inf)
     with pytest.raises(DanFastError, match="not finite"):
         extract(paths)
 

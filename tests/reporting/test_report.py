@@ -56,7 +56,7 @@ def trained(images, tmp_path_factory) -> Path:
             labeled=str(images / "campus"), unlabeled=str(images / "mall"), targets=str(images / "street"),
             image_size=(32, 32), batch_size=8, workers=0,
         ),
-        model=ModelConfig(backbone="resnet18", weights="none"),
+        model=ModelConfig(backbone="timm:test_resnet", weights="none"),
         memory=MemoryConfig(labeled_slots=12, unlabeled_slots=9),
         optimizer=OptimizerConfig(epochs=2, lr_scale=10.0),
         run=RunConfig(out=str(out), device="cpu", log_every=1, evaluate_every=1),

@@ -20,7 +20,7 @@ def config(images: Path, out: Path, **sections: dict[str, Any]) -> TrainConfig:
     settings = {
         "data": {"labeled": str(images / "campus"), "unlabeled": str(images / "mall"), "image_size": IMAGE_SIZE,
                  "batch_size": 8, "workers": 0},
-        "model": {"backbone": "resnet18", "weights": "none"},
+        "model": {"backbone": "timm:test_resnet", "weights": "none"},
         "memory": {"labeled_slots": 7, "unlabeled_slots": 5},
         "optimizer": {"epochs": 2, "lr_scale": 10.0},
         "run": {"out": str(out), "device": "cpu", "log_every": 1},
@@ -32,7 +32,7 @@ def command(out: Path, *flags: str) -> list[str]:
     """The words of `dan-fast train` for such a training of one epoch; `flags` say on what."""
     return [
         *("train", "--data.image_size", str(list(IMAGE_SIZE)), "--data.batch_size", "8", "--data.workers", "0"),
-        *("--model.backbone", "resnet18", "--model.weights", "none", "--optimizer.epochs", "1"),
+        *("--model.backbone", "timm:test_resnet", "--model.weights", "none", "--optimizer.epochs", "1"),
         *("--run.out", str(out), "--run.device", "cpu", *flags),
     ]
 

@@ -10,8 +10,8 @@ from dan_fast.training.recipes import over
 
 
 def untrained_checkpoint(path: Path, **sections: dict[str, Any]) -> Path:
-    """Write one of a ResNet-18 of 32 x 16 images; `sections` as in `TrainConfig.of_recipe`."""
-    tiny = {"data": {"image_size": (32, 16)}, "model": {"backbone": "resnet18"}}
+    """Write one of a tiny ResNet of 32 x 16 images; `sections` as in `TrainConfig.of_recipe`."""
+    tiny = {"data": {"image_size": (32, 16)}, "model": {"backbone": "timm:test_resnet"}}
     settings = TrainConfig.of_recipe("dan", **over(tiny, sections)).to_dict()
     network = initial_network(settings, num_classes=2, read_weights=False)
     weights = {f"network.{name}": value for name, value in network.state_dict().items()}

@@ -598,7 +598,7 @@ def tiny_base(images: Path, *targets: str) -> dict[str, dict]:
     return {
         "data": {"labeled": str(images / "campus"), "targets": list(targets), "image_size": [32, 32], "batch_size": 4,
                  "workers": 0},
-        "model": {"backbone": "resnet18", "weights": "none"},
+        "model": {"backbone": "timm:test_resnet", "weights": "none"},
         "optimizer": {"epochs": 3, "lr_scale": 10.0},
         "run": {"device": "cpu", "log_every": 1},
     }  # fmt: skip

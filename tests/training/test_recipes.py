@@ -207,7 +207,7 @@ def test_a_run_of_an_older_version_goes_on_without_a_recipe(images, tmp_path, mo
     config = TrainConfig(
         data=data, meta=MetaConfig(stall_guard=3), optimizer=OptimizerConfig(epochs=1), run=RunConfig(out=str(out))
     )
-    config.model.backbone, config.model.weights = "resnet18", "none"
+    config.model.backbone, config.model.weights = "timm:test_resnet", "none"
     Trainer(config).fit()
     state = torch.load(out / "checkpoint.pt")
     del state["config"]["recipe"]

@@ -63,7 +63,8 @@ def test_images_that_lend_their_style_have_no_part_in_any_loss(images, tmp_path)
     trainer = Trainer(config(images, tmp_path / "run", **settings))
     assert trainer.model.memory is None and trainer.model.lending
     seen = []
-    handle = trainer.model.network.backbone.layer3.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    stage = trainer.model.network.backbone.model.layer3
+    handle = stage.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     trainer.fit()
     handle.remove()
     assert {maps.shape[0] for maps in seen if maps.requires_grad} == {4}  # of a batch of 8, half of it unlabelled

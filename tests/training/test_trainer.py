@@ -219,7 +219,7 @@ def test_weights_that_are_not_finite_never_reach_the_checkpoint(images, finished
     trainer = Trainer(config(images, finished, optimizer=ONE_EPOCH, run=RESUME))
     before = trainer.folder.checkpoint.read_bytes()
     with torch.no_grad():
-        trainer.model.network.backbone.bn1.running_var[0] = float("inf")
+        next(trainer.model.network.backbone.buffers())[0] = float("inf")
     with pytest.raises(DivergedError, match="weights are not finite"):
         trainer._save()
     assert trainer.folder.checkpoint.read_bytes() == before

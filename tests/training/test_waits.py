@@ -165,7 +165,7 @@ def test_a_feature_that_is_not_finite_reaches_neither_memory_nor_parameters(monk
     advanced = []
     forward = memory.forward
     monkeypatch.setattr(memory, "forward", lambda *a, **k: advanced.append(forward(*a, **k)) or advanced[-1])
-    with pytest.raises(DivergedError, match="^features are not finite$"):
+    with pytest.raises(DivergedError, match="^features or their squared norms are not finite$"):
         meta_step.step(split(1), split(2))
     assert all(torch.equal(value, params[name]) for name, value in meta_step.model.named_parameters())
     assert not meta_step.optimizer.state

@@ -280,7 +280,7 @@ def said(capsys) -> str:
 def train(images, out, *flags) -> int:
     return main([
         *("train", "--data.labeled", str(images), "--data.image_size", "[64, 32]", "--data.workers", "0"),
-        *("--data.batch_size", "8", "--model.backbone", "resnet18", "--model.weights", "none"),
+        *("--data.batch_size", "8", "--model.backbone", "timm:test_resnet", "--model.weights", "none"),
         *("--optimizer.epochs", "1", "--optimizer.lr_scale", "20", "--run.device", "cpu", "--run.out", str(out)),
         *("--run.log_every", "1", "--recipe", "paper", *flags),
     ])  # fmt: skip
@@ -307,7 +307,7 @@ def test_each_model_of_figure_6_trains(runs, tmp_path, model):
         assert "classifier.weight" in moved
     else:
         assert not any(scalars["train/loss/adversary"][1]) and not any(tag.startswith("competition") for tag in scalars)
-        assert {"backbone.conv1.weight", "classifier.weight"} <= moved
+        assert {"backbone.model.conv1.weight", "classifier.weight"} <= moved
         # A unit may be dead on so few images, wc2 and the like are not all moved then; some weight is.
         assert any(name.startswith("attention.") for name in moved) == (network.attention.variant != "none")
     probe = torch.randn(2, 3, 64, 32)
