@@ -4,6 +4,7 @@ import contextlib
 import doctest
 import importlib
 import io
+import json
 import re
 import runpy
 import tomllib
@@ -253,6 +254,29 @@ def test_the_predictions_are_what_the_script_computes():
     page = (ROOT / "docs/scaling.md").read_text()
     tables = runpy.run_path(str(ROOT / "scripts/scaling_model.py"))["tables"]()
     assert tables and all(f"\n\n{table}\n" in page for table in tables)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/speed.md"])
+def test_limits_of_the_pages_are_those_of_the_files(page: str):
+    """Rounded to three digits, times over a limit to two decimals or fewer; what follows a semicolon is another run."""
+    of_a_row = {
+        "memory step": ("memory", {"contender": "kernels", "use": "module", "dtype": "float32", "scale": 1.0}),
+        "attention head": ("attention", {"contender": "kernels", "dtype": "float32", "layout": "channels_last"}),
+        "iteration of plain": ("iteration", {"contender": "plain"}),
+        "order 1": ("iteration", {"contender": "dan", "order": 1, "backbone": "updated"}),
+        "order 2": ("iteration", {"contender": "dan", "order": 2, "backbone": "updated"}),
+    }
+    text = (ROOT / page).read_text().partition("| limit ms | time over limit |")[2].partition("\n\n")[0]
+    table = re.findall(r"^\| (.+?) \| ([\d.,]+) \| ([\d.]+)(?:;[^|]*)? \|$", text, re.M)
+    rows = {key: row for row in table for key in of_a_row if key in row[0]}
+    assert rows.keys() == of_a_row.keys()
+    for key, (file, wanted) in of_a_row.items():
+        found = json.loads((ROOT / "benchmarks" / "results" / "cpu" / f"{file}.json").read_text())["rows"]
+        row = next(each for each in found if wanted.items() <= each.items())
+        (kind,) = row["over_limit"].keys() - {"forward"}
+        _, limit, over = rows[key]
+        assert float(limit.replace(",", "")) == pytest.approx(1e3 * max(row["limit_seconds"][kind].values()), rel=0.01)
+        assert f"{row['over_limit'][kind]:.{len(over.partition('.')[2])}f}" == over
 
 
 def test_pictures_are_small():

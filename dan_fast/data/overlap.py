@@ -1,17 +1,37 @@
-"""Persons that are both trained on and tested on, identified by the dataset's root and their number."""
+"""Persons that are both trained on and tested on: by the dataset's root and their number, or by an image's file."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Set
+from functools import lru_cache
+from hashlib import blake2b
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.data.samples import ReIDDataset
+from dan_fast.data.samples import ReIDDataset, Sample
 
 
 def root_of(dataset: ReIDDataset) -> str:
     """The real path of a dataset's root: the same by whatever path it was named, and for all its variants."""
     return os.path.realpath(dataset.root)
+
+
+def real_path(sample: Sample) -> str:
+    """The real path of an image: the same by whatever dataset, path or link it was named."""
+    folder, name = os.path.split(sample.path)
+    path = os.path.join(_real_folder(folder), name)
+    return os.path.realpath(path) if os.path.islink(path) else path
+
+
+@lru_cache(maxsize=4096)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def image_keys(samples: Iterable[Sample]) -> set[int]:
+    """A number in the range of int64 for each image, by `real_path`; of two images it is the same by chance alone."""
+    hashed = (blake2b(os.fsencode(real_path(sample)), digest_size=8).digest() for sample in samples)
+    return {int.from_bytes(each, "big", signed=True) for each in hashed}
 
 
 def persons_tested(dataset: ReIDDataset) -> set[int]:
@@ -20,14 +40,19 @@ def persons_tested(dataset: ReIDDataset) -> set[int]:
     return searched | {sample.pid for sample in (*dataset.gallery, *dataset.test) if sample.pid > 0}
 
 
-def persons_in_both(trained: Mapping[str, Set[int]], target: ReIDDataset) -> list[int]:
+def persons_in_both(trained: Mapping[str, Set[int]], target: ReIDDataset, images: Set[int] = frozenset()) -> list[int]:
     """The persons of a target that were trained on, ascending.
 
     Args:
         trained: `root_of` a dataset -> pids of the persons trained on.
         target: the dataset tested on.
+        images: `image_keys` of the images trained on, which may be named by another dataset, with other pids or none.
     """
-    return sorted(trained.get(root_of(target), frozenset()) & persons_tested(target))
+    found, tested = set(trained.get(root_of(target), frozenset())), persons_tested(target)
+    if images:
+        samples = [each for each in (*target.query, *target.gallery, *target.test) if each.pid in tested]
+        found |= {sample.pid for sample in samples if not images.isdisjoint(image_keys([sample]))}
+    return sorted(found & tested)
 
 
 def require_disjoint_persons(
@@ -47,8 +72,9 @@ def require_disjoint_persons(
     targets = list(targets)
     for dataset in trained_on:
         trained = {root_of(dataset): {sample.pid for sample in dataset.train if sample.pid >= 0}}
+        images = image_keys(dataset.train) if targets else frozenset()
         for target in targets:
-            both = persons_in_both(trained, target)
+            both = persons_in_both(trained, target, images)
             if both:
                 raise DanFastError(
                     f"{who} would train on people of its target {target.title}: {len(both)} of them, person {both[0]} "

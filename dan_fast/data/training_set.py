@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.images.packed import Packed
-from dan_fast.data.overlap import root_of
+from dan_fast.data.overlap import image_keys, real_path, root_of
 from dan_fast.data.samples import ReIDDataset, Sample
 
 _Identity = tuple[str, int]  # (real path of the dataset's root, pid)
@@ -44,6 +44,7 @@ class TrainingSet:
         true_ids: (n_unlabeled,) int64, a number 0.. for each identity among the unlabelled images, -1 if
             unknown.
         persons: real path of a dataset's root -> ascending int64 pids of its persons, labelled or not, in these images.
+        images: (n,) int64, `overlap.image_keys` of these images, ascending.
         fingerprint: SHA-256 (hex) of dataset names, relative paths, labels and roles. Sample ids and labels
             mean the same in two sets of equal fingerprint, wherever the folders lie.
 
@@ -93,6 +94,7 @@ class TrainingSet:
         self.true_labels = _numbers(kept, classes)
         self.true_ids = _numbers(kept, people)
         self.persons = _persons([*known, *kept])
+        self.images = torch.tensor(sorted(image_keys(image.sample for image in (*known, *kept))), dtype=torch.int64)
         self.fingerprint = _fingerprint(known, self.labels, kept)
 
     @cached_property
@@ -120,8 +122,7 @@ def _train_images(datasets: Sequence[ReIDDataset], role: str) -> list[_TrainImag
     for dataset in datasets:
         root = root_of(dataset)
         for sample in dataset.train:
-            relative = os.path.relpath(sample.path, dataset.root)
-            path = os.path.normpath(os.path.join(root, relative))
+            relative, path = os.path.relpath(sample.path, dataset.root), real_path(sample)
             if path in seen:
                 raise DanFastError(f"{sample.path} of {dataset.name} is {role} twice; name each dataset once.")
             seen.add(path)

@@ -42,13 +42,13 @@ def epoch_of(state: dict[str, Any]) -> str:
 def seen_of(state: dict[str, Any], target: ReIDDataset) -> str:
     """How many of a target's persons a checkpoint's network was trained on, in words; "" for none, as far as known.
 
-    Known are the persons of the datasets that lie where they lay in training; older checkpoints do not tell any, nor do
-    folders of `dan-fast share`, which the words then say.
+    Known are the persons of the datasets, and the images, that lie where they lay in training; older checkpoints do not
+    tell any, nor do folders of `dan-fast share`, which the words then say.
     """
     if "shared" in state:
         return "persons trained on not recorded"
     trained = {root: set(pids.tolist()) for root, pids in state.get("persons", {}).items()}
-    both = persons_in_both(trained, target)
+    both = persons_in_both(trained, target, set(state["images"].tolist()) if "images" in state else frozenset())
     return f"{len(both)} {SEEN}" if both else ""
 
 

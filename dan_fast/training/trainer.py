@@ -264,10 +264,8 @@ class Trainer:
     def _state_of_network(self, of_model: dict[str, Tensor]) -> dict[str, Any]:
         return {
             "config": self.config.to_dict(),
-            "fingerprint": self.training_set.fingerprint,
-            "num_classes": self.training_set.num_classes,
+            **{name: getattr(self.training_set, name) for name in ("fingerprint", "num_classes", "persons", "images")},
             "preprocessing": self.model.network.preprocessing.to_dict(),
-            "persons": self.training_set.persons,
             "ranks": ranks_in(self.process_group),
             "epoch": self.epoch,
             "iteration": self.iteration,

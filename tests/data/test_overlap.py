@@ -1,10 +1,11 @@
 """No person is both trained on and tested on, by whatever path, link or variant the two datasets are named."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from dan_fast.data import ReIDDataset, Sample, TrainingSet
+from dan_fast.data import ReIDDataset, Sample, TrainingSet, load_dataset
 from dan_fast.data.overlap import persons_in_both, persons_tested
 from dan_fast.training.config import DataConfig
 from dan_fast.training.reported import SEEN, seen_of
@@ -66,6 +67,49 @@ def test_persons_of_a_manifest(tmp_path: Path) -> None:
         )
     both = manifest(tmp_path / "both", train=[1, 1, 2, 2], test=[2, 2, 5, 5])
     assert "1 of them, person 2 the first" in refused(labeled=both, targets=both)
+
+
+def listed(manifest: Path, of: Path, rows: list[tuple[str, int | str, str]]) -> str:
+    """A manifest that names images of the folder `of` from elsewhere: file name, pid and split."""
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    there = os.path.relpath(of, manifest.parent)
+    lines = [f"{there}/{name},{pid},1,{split}" for name, pid, split in rows]
+    manifest.write_text("\n".join(["path,pid,camid,split", *lines]) + "\n")
+    return str(manifest)
+
+
+def test_the_same_files_under_another_root_and_number_are_the_same_persons(tmp_path: Path) -> None:
+    folder = tmp_path / "market"
+    target = manifest(folder, test=[1, 1, 2, 2])
+    apart = manifest(tmp_path / "campus", train=[1, 2])
+    # Other numbers, and none at all, from a manifest beside it, above it, and through a link to each file.
+    again = [("test0.jpg", 7, "train"), ("test1.jpg", 7, "train")]
+    unknown = [(name, "", "train") for name, *_ in again]
+    (tmp_path / "links").mkdir()
+    for name, *_ in again:
+        (tmp_path / "links" / name).symlink_to(folder / name)
+    for place, of in (("beside/m.csv", folder), ("above.csv", folder), ("linked/m.csv", tmp_path / "links")):
+        message = refused(labeled=[apart, listed(tmp_path / place, of, again)], targets=target)
+        assert "would train on people of its target market: 1 of them, person 1 the first" in message
+        unlabeled = listed(tmp_path / place, of, unknown)
+        assert "1 of them, person 1 the first" in refused(labeled=apart, unlabeled=unlabeled, targets=target)
+    distractors = listed(tmp_path / "distractors.csv", folder, [("test0.jpg", 0, "train"), ("test2.jpg", 3, "train")])
+    other = manifest(folder, query=[5, 5, 6], gallery=[5, 6], train=[1])
+    assert load_datasets(DataConfig(labeled=apart, unlabeled=distractors, targets=other)).unlabeled
+
+
+def test_a_checkpoint_knows_the_files_it_was_trained_on(tmp_path: Path) -> None:
+    target = load_dataset(manifest(tmp_path / "market", test=[1, 1, 2, 2]))
+    rows = [("test0.jpg", 7, "train"), ("test1.jpg", 8, "train")]
+    trained = TrainingSet([load_dataset(listed(tmp_path / "again.csv", tmp_path / "market", rows))])
+    assert seen_of({"persons": trained.persons, "images": trained.images}, target) == f"1 {SEEN}"
+    assert seen_of({"persons": trained.persons}, target) == "", "older checkpoints do not know"
+
+
+def test_an_image_of_two_datasets_is_trained_on_once(tmp_path: Path) -> None:
+    market = load_dataset(manifest(tmp_path / "market", train=[1, 1, 2, 2]))
+    again = load_dataset(listed(tmp_path / "again.csv", tmp_path / "market", [("train0.jpg", 7, "train")]))
+    assert "train0.jpg of again is labelled twice" in refusal(TrainingSet, [market, again])
 
 
 def test_distractors_and_unknown_persons_are_nobody() -> None:

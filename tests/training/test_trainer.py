@@ -18,6 +18,8 @@ import torch
 
 from dan_fast.cli import main
 from dan_fast.core.errors import DanFastError
+from dan_fast.data import load_dataset
+from dan_fast.data.overlap import image_keys
 from dan_fast.data.synthetic import synthesize
 from dan_fast.reporting.curves import plot_curves, read_scalars
 from dan_fast.training import DataConfig, Interrupted, TrainConfig, Trainer
@@ -39,6 +41,11 @@ def finished(images, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
     Trainer(config(images, out, optimizer=ONE_EPOCH)).fit()
     return out
+
+
+def test_a_checkpoint_holds_which_images_were_trained_on(images, finished):
+    trained = [sample for name in ("campus", "mall") for sample in load_dataset(images / name).train]
+    assert set(load_checkpoint(finished / "checkpoint.pt")["images"].tolist()) == image_keys(trained)
 
 
 def test_targets_of_one_name_have_names_and_curves_of_their_own(images, tmp_path):
