@@ -17,6 +17,7 @@ import torch
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import alone, remove_unfinished, write_whole
+from dan_fast.core.float32 import float32_rounding
 from dan_fast.data.images.cache_header import digest, status_of
 from dan_fast.data.samples import Sample
 from dan_fast.inference.extractor import FeatureExtractor, Show, weights_hash
@@ -111,6 +112,7 @@ def _chunks(folder: Path, extractor: FeatureExtractor, parts: Sequence[Part], pr
         _FORMAT,
         torch.__version__,
         extractor.device.type,
+        float32_rounding(extractor.device),
         extractor.batch_size,
         weights_hash(extractor.network),
     )

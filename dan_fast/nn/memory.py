@@ -24,6 +24,15 @@ from dan_fast.nn.memory_states import held_memory, joined, parted, replacement
 _INITIAL_BETA = 0.1
 
 
+def _settles_each_step(device: torch.device) -> bool:
+    """Whether nothing may wait from step to step.
+
+    A GPU's passes over settled and over waiting memories round differently, and a state that was saved is settled: in a
+    training that is to repeat itself what is computed may not depend on when that was.
+    """
+    return device.type == "cuda" and torch.are_deterministic_algorithms_enabled()
+
+
 class ProgressiveAugmentedMemory(nn.Module):
     """M and M' of Sec. III-C with their learnable gates; every forward advances both.
 
@@ -41,7 +50,8 @@ class ProgressiveAugmentedMemory(nn.Module):
       rows. FSDP and other wrappers are alike, but forward cannot tell.
     - `DataParallel` hands every device a copy and throws it away; forward refuses it. Wrap the backbone alone.
     - `AveragedModel` averages the gates of a copy whose memories stay what they were when it was made; forward refuses
-      that copy. Give it memories first: `averaged.labeled, averaged.unlabeled = memory.labeled, memory.unlabeled`.
+      that copy, but cannot tell where the gates are features. Give it memories first:
+      `averaged.labeled, averaged.unlabeled = memory.labeled, memory.unlabeled`.
       Averages over a state dict, as timm's `ModelEmaV2`, mix slots of different samples: leave the memory out.
 
     With `process_group` the slots are divided over its ranks, each of which keeps the features of its share and hands
@@ -187,9 +197,7 @@ class ProgressiveAugmentedMemory(nn.Module):
         result, self._labeled, self._unlabeled = stepped
         self._writes.count += 1
         self._origin = None
-        if self._labeled.base.is_cuda and torch.are_deterministic_algorithms_enabled():
-            # A GPU's passes over settled and over waiting memories round differently, and a state that was saved is
-            # settled: what is computed may not depend on when that was.
+        if _settles_each_step(self._labeled.base.device):
             self.settle()
         if result.fault.device.type != "cpu":
             self._fault = result.fault if self._fault is None else self._fault | result.fault

@@ -124,7 +124,8 @@ def target_of(evaluation: Evaluation) -> Target:
     chosen = CHOSEN if CHOSEN in evaluation.epoch else ""
     seen = SEEN if SEEN in evaluation.seen else ""
     images = f"{evaluation.num_query} queries, {evaluation.num_gallery} gallery images"
-    words = (evaluation.protocol, images, evaluation.scoring, chosen or _unfinished(evaluation.epoch), seen)
+    scoring = evaluation.scoring, evaluation.rounding
+    words = (evaluation.protocol, images, *scoring, chosen or _unfinished(evaluation.epoch), seen)
     return Target(evaluation.title, ", ".join(filter(None, words)))
 
 

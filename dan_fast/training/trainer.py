@@ -41,10 +41,10 @@ class Trainer:
     """Trains a DAN as `config` says and keeps everything in the folder `config.run.out`.
 
     The folder holds config.yaml, checkpoint.pt (everything: weights, optimizer, memory, competition, random
-    states, the feedback of the epoch; a run killed at any moment resumes from it, on the CPU bit for bit, on a GPU
-    with run.deterministic), tensorboard/, chosen.pt where an epoch is chosen on the targets and, after the last epoch,
-    results.json. Checkpoints within an epoch are written beside the training, which waits for the copy to host memory
-    only.
+    states, the feedback of the epoch; a run killed at any moment resumes from it, on the CPU bit for bit; on a GPU
+    run.deterministic is to do the same, which no run has shown), tensorboard/, chosen.pt where an epoch is chosen on
+    the targets and, after the last epoch, results.json. Checkpoints within an epoch are written beside the training,
+    which waits for the copy to host memory only.
 
     A trainer is a guest in its process: it has random numbers of its own, and `fit` puts back the process's generators
     of the CPU and of the run's GPU, and the handlers of SIGINT and SIGTERM, when it leaves. `train_iteration` called

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dan_fast import cli
+from dan_fast.bench.process import in_own_process
 from dan_fast.core import heap
 from tests.support import ROOT
 
@@ -76,13 +78,42 @@ def test_another_allocator_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 @pytest.mark.parametrize("device, asked", [("cpu", 1), ("cuda", 0)])
-@pytest.mark.parametrize("command", ["evaluate --checkpoint missing.pt --targets missing", "bench data --files 1x1"])
-def test_commands_ask_once_and_on_a_cpu_only(command: str, device: str, asked: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --data.labeled missing --run.device",
+        "evaluate --checkpoint missing.pt --targets missing --device",
+        "extract missing --checkpoint missing.pt --out features.npz --device",
+        "search --checkpoint missing.pt --gallery missing --query missing --out found --device",
+        "bench data --files 1x1 --device",
+    ],
+)
+def test_commands_ask_once_and_on_a_cpu_only(
+    command: str, device: str, asked: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     asks = []
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(heap, "keep_heap", lambda: asks.append(True))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    assert cli.main([*command.split(), "--device", device]) == 1
+    assert cli.main([*command.split(), device]) == 1
     assert len(asks) == asked
+
+
+def test_quickstart_asks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    asks = []
+    monkeypatch.setattr(heap, "keep_heap", lambda: asks.append(True))
+    monkeypatch.setattr("dan_fast.training.build.resolve_device", lambda device: torch.device("cpu"))
+    (tmp_path / "file").write_text("no folder")
+    assert cli.main(["quickstart", "--out", str(tmp_path / "file" / "out")]) == 1
+    assert len(asks) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(heap.why_heap_is_left() is not None, reason="the heap is as the user or the system has set it")
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_process_of_a_benchmark_does_as_its_parent(kept: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(heap, "_kept", kept)
+    assert in_own_process(heap.heap_in_force) == ("kept" if kept else "not kept")
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ from dan_fast import MemoryState, functional
 from dan_fast.core.types import MemoryStep
 from dan_fast.functional.memory import pending
 from dan_fast.nn import ProgressiveAugmentedMemory
+from dan_fast.nn import memory as memories
+from dan_fast.training.determinism import deterministic_algorithms
 from tests.support.memory_modules import DIM, PSEUDO_SLOTS, SLOTS, assert_states_close, batches, make
 
 
@@ -129,6 +131,19 @@ def test_a_checkpoint_does_not_decide_the_rounding():
             read.state_dict()
     for name in ("labeled", "unlabeled"):
         assert_states_close(getattr(read, name), getattr(fresh, name), rtol=0, atol=0)
+
+
+def test_a_training_on_a_gpu_that_is_to_repeat_itself_leaves_nothing_waiting(monkeypatch):
+    def settled(deterministic: bool) -> bool:
+        with deterministic_algorithms(deterministic):
+            memory = stepped(3)
+        return memory._labeled.pending == memory._unlabeled.pending == 0
+
+    # Asked with the device of the memories; here that is a CPU, whose passes round alike.
+    settles = memories._settles_each_step
+    assert not settled(True)
+    monkeypatch.setattr(memories, "_settles_each_step", lambda device: settles(torch.device("cuda")))
+    assert settled(True) and not settled(False)
 
 
 @pytest.mark.parametrize("settle", [False, True])

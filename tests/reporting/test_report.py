@@ -4,6 +4,7 @@ import json
 import os
 import re
 from html import unescape
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +230,8 @@ def test_figures_that_are_scored_otherwise_are_not_laid_beside_the_papers_as_equ
     assert "‡ Not scored as the paper's rows are" in table.note
     assert marked[2] != plain[2], "and the row says what is otherwise"
     assert target_of(run.results[1]) != target_of(run.results[0]), "nor are the two drawn together"
+    rounded = replace(run.results[0], rounding="TF32 in convolutions")
+    assert target_of(rounded) != target_of(run.results[0])
     [table] = [each for each in paper_tables(read_runs([fake_run(tmp_path / "old", [("VIPeR", 0.4, 0.45, 10)])]))
                if each.title.startswith("Table IV, VIPeR")]  # fmt: skip
     assert "‡" not in table.note and "‡" not in str(table.rows)
