@@ -3,8 +3,8 @@
 import json
 import os
 import re
-from html import unescape
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import numpy as np
