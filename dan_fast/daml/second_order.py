@@ -114,6 +114,9 @@ class SecondOrder:
         """`by_forward_over_reverse`, or `by_double_backward` where that cannot be.
 
         It is found by trying, by all ranks together; it is said once of a `loss_fn`, and not tried again.
+
+        Raises:
+            ValueError: an operator has neither forward mode nor second derivatives.
         """
         if _by_double_backward.get(id(loss_fn)) is not loss_fn:
             try:
@@ -126,11 +129,15 @@ class SecondOrder:
                     f"cannot serve: {reason}",
                     stacklevel=4,
                 )
-        if self.losses.trusted:
-            return self.by_double_backward(tangents, wanted)
-        return SecondOrder(TracedLosses.whole(self.losses), self.params, self._followers).by_double_backward(
-            tangents, wanted
-        )
+        whole = self
+        if not self.losses.trusted:
+            whole = SecondOrder(TracedLosses.whole(self.losses), self.params, self._followers)
+        try:
+            return whole.by_double_backward(tangents, wanted)
+        except RuntimeError as error:
+            if "is not implemented" not in str(error):
+                raise
+            raise ValueError(f"second derivatives cannot be had ({str(error).strip()}): take order 1") from error
 
     def by_forward_over_reverse(self, tangents: Mapping[str, Params], wanted: Sequence[str]) -> dict[str, Tensor]:
         """The sum over the losses of the derivative, along the tangents of a loss, of its gradient in `wanted`.

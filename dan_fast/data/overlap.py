@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Set
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping, Set
 from hashlib import blake2b
 
 from dan_fast.core.errors import DanFastError
@@ -16,22 +15,21 @@ def root_of(dataset: ReIDDataset) -> str:
     return os.path.realpath(dataset.root)
 
 
-def real_path(sample: Sample) -> str:
-    """The real path of an image: the same by whatever dataset, path or link it was named."""
-    folder, name = os.path.split(sample.path)
-    path = os.path.join(_real_folder(folder), name)
-    return os.path.realpath(path) if os.path.islink(path) else path
+def real_paths(samples: Iterable[Sample]) -> Iterator[str]:
+    """The real path of each image: the same by whatever dataset, path or link it was named."""
+    folders: dict[str, str] = {}
+    for sample in samples:
+        folder, name = os.path.split(sample.path)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        path = os.path.join(folders[folder], name)
+        yield os.path.realpath(path) if os.path.islink(path) else path
 
 
-@lru_cache(maxsize=4096)
-def _real_folder(folder: str) -> str:
-    return os.path.realpath(folder)
-
-
-def image_keys(samples: Iterable[Sample]) -> set[int]:
-    """A number in the range of int64 for each image, by `real_path`; of two images it is the same by chance alone."""
-    hashed = (blake2b(os.fsencode(real_path(sample)), digest_size=8).digest() for sample in samples)
-    return {int.from_bytes(each, "big", signed=True) for each in hashed}
+def image_keys(samples: Iterable[Sample]) -> Iterator[int]:
+    """A number in the range of int64 for each image, by its real path; of two images it is the same by chance alone."""
+    for path in real_paths(samples):
+        yield int.from_bytes(blake2b(os.fsencode(path), digest_size=8).digest(), "big", signed=True)
 
 
 def persons_tested(dataset: ReIDDataset) -> set[int]:
@@ -51,7 +49,7 @@ def persons_in_both(trained: Mapping[str, Set[int]], target: ReIDDataset, images
     found, tested = set(trained.get(root_of(target), frozenset())), persons_tested(target)
     if images:
         samples = [each for each in (*target.query, *target.gallery, *target.test) if each.pid in tested]
-        found |= {sample.pid for sample in samples if not images.isdisjoint(image_keys([sample]))}
+        found |= {sample.pid for sample, key in zip(samples, image_keys(samples), strict=True) if key in images}
     return sorted(found & tested)
 
 
@@ -72,7 +70,7 @@ def require_disjoint_persons(
     targets = list(targets)
     for dataset in trained_on:
         trained = {root_of(dataset): {sample.pid for sample in dataset.train if sample.pid >= 0}}
-        images = image_keys(dataset.train) if targets else frozenset()
+        images = set(image_keys(dataset.train)) if targets else frozenset()
         for target in targets:
             both = persons_in_both(trained, target, images)
             if both:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.images.packed import Packed
-from dan_fast.data.overlap import image_keys, real_path, root_of
+from dan_fast.data.overlap import image_keys, real_paths, root_of
 from dan_fast.data.samples import ReIDDataset, Sample
 
 _Identity = tuple[str, int]  # (real path of the dataset's root, pid)
@@ -94,7 +94,9 @@ class TrainingSet:
         self.true_labels = _numbers(kept, classes)
         self.true_ids = _numbers(kept, people)
         self.persons = _persons([*known, *kept])
-        self.images = torch.tensor(sorted(image_keys(image.sample for image in (*known, *kept))), dtype=torch.int64)
+        self.images = torch.tensor(
+            sorted(set(image_keys(image.sample for image in (*known, *kept)))), dtype=torch.int64
+        )
         self.fingerprint = _fingerprint(known, self.labels, kept)
 
     @cached_property
@@ -121,8 +123,8 @@ def _train_images(datasets: Sequence[ReIDDataset], role: str) -> list[_TrainImag
     seen: set[str] = set()
     for dataset in datasets:
         root = root_of(dataset)
-        for sample in dataset.train:
-            relative, path = os.path.relpath(sample.path, dataset.root), real_path(sample)
+        for sample, path in zip(dataset.train, real_paths(dataset.train), strict=True):
+            relative = os.path.relpath(sample.path, dataset.root)
             if path in seen:
                 raise DanFastError(f"{sample.path} of {dataset.name} is {role} twice; name each dataset once.")
             seen.add(path)

@@ -33,7 +33,8 @@ def mix_styles(features: Tensor, partners: Tensor, share: Tensor) -> Tensor:
     looking = partners.device.type == "cpu" and not torch.compiler.is_compiling()
     check_styles(features, partners, share, values=looking)
     with torch.no_grad():
-        wide = features.to(statistics_dtype(features.dtype))
+        # Detached too: tangents of forward mode pass through no_grad.
+        wide = features.detach().to(statistics_dtype(features.dtype))
         variance, mean = torch.var_mean(wide, (2, 3), keepdim=True)
         deviation, own = (variance + EPSILON).sqrt(), share.to(wide.dtype)[:, None, None, None]
         scale = own + (1 - own) * deviation[partners] / deviation

@@ -128,14 +128,26 @@ def describe(datasets: DatasetRoles, unlabeled_share: float = 1.0) -> str:
     return "; ".join([*parts, f"tested on {titles(datasets.targets)}"])
 
 
-def opening_lines(config: TrainConfig, datasets: DatasetRoles, device: torch.device) -> Iterator[str]:
-    """What a run says before it starts: its protocol, what it leaves aside, what becomes of float32."""
+def opening_lines(
+    config: TrainConfig, datasets: DatasetRoles, device: torch.device, places: Sequence[tuple[int, int]]
+) -> Iterator[str]:
+    """What a run says before it starts: its protocol, what it leaves aside, what becomes of float32.
+
+    Args:
+        config, datasets, device: of the run.
+        places: for how many labelled and unlabelled images each part of a mini-batch has room.
+    """
     if config.data.protocol:
         yield f"Protocol {config.data.protocol}: {describe(datasets, config.data.unlabeled_share)}."
     if datasets.unlabeled and config.data.unlabeled_share == 0:
         yield (
             f"{', '.join(dataset.title for dataset in datasets.unlabeled)} is left aside, because "
             "data.unlabeled_share is 0: --recipe dan and --recipe paper train with unlabelled images."
+        )
+    elif datasets.unlabeled and not any(unlabeled for _, unlabeled in places):
+        yield (
+            f"{', '.join(dataset.title for dataset in datasets.unlabeled)} is left aside: data.unlabeled_fraction "
+            f"{config.data.unlabeled_fraction} of data.batch_size {config.data.batch_size} is no image; raise one of both."
         )
     if config.meta.order == 2 and config.meta.procedure == "daml1":
         yield "meta.order 2 has no effect with meta.procedure daml1, which has no meta step: take daml2 or daml3."

@@ -152,7 +152,7 @@ class Trainer:
                 self.random.in_process(),
             ):
                 self._compiled.say = display.say
-                for line in opening_lines(self.config, self.datasets, self.device):
+                for line in opening_lines(self.config, self.datasets, self.device, self.batches.planner.places):
                     display.say(line)
                 if self.epoch > 0 and self.iteration == 0:
                     # A run that was stopped between an epoch's checkpoint and its evaluation makes up for it.

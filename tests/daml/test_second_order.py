@@ -196,6 +196,17 @@ def test_what_cannot_go_forward_goes_back_and_says_so_once(trouble):
     assert len(calls) == 2
 
 
+def test_what_goes_neither_way_is_a_sentence():
+    def loss_fn(params: dict[str, Tensor], batch: float) -> dict[str, Tensor]:
+        return {"total": torch.nn.functional.hardsigmoid(batch * params["w"].square()).sum()}
+
+    with (
+        pytest.warns(UserWarning, match="order 2 goes by double backward"),
+        pytest.raises(ValueError, match=r"second derivatives cannot be had \(.*hardsigmoid_backward.*\): take order 1"),
+    ):
+        meta_gradients(loss_fn, {"w": torch.ones(2)}, None, 1.0, 2.0, inner_lr=0.1)
+
+
 def test_running_out_of_memory_is_not_taken_for_a_missing_rule(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("full")

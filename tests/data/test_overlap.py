@@ -106,6 +106,15 @@ def test_a_checkpoint_knows_the_files_it_was_trained_on(tmp_path: Path) -> None:
     assert seen_of({"persons": trained.persons}, target) == "", "older checkpoints do not know"
 
 
+def test_a_relative_path_is_of_the_folder_that_one_works_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for home in (tmp_path / "a", tmp_path / "b"):
+        manifest(home / "data", test=[1, 1, 2, 2])
+        rows = [("test0.jpg", 7, "train"), ("test1.jpg", 8, "train")]
+        again = listed(home / "again" / "m.csv", home / "data", rows)
+        monkeypatch.chdir(home)
+        assert "person 1 the first" in refused(labeled=again, targets="data")
+
+
 def test_an_image_of_two_datasets_is_trained_on_once(tmp_path: Path) -> None:
     market = load_dataset(manifest(tmp_path / "market", train=[1, 1, 2, 2]))
     again = load_dataset(listed(tmp_path / "again.csv", tmp_path / "market", [("train0.jpg", 7, "train")]))

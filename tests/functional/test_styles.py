@@ -61,6 +61,19 @@ def test_the_statistics_carry_no_gradient():
     assert features.grad[1:].abs().sum() == 0
 
 
+def test_the_statistics_carry_no_tangents():
+    features = maps()
+    along = torch.randn(features.shape, generator=torch.Generator().manual_seed(1), dtype=F64)
+
+    def directional(impl) -> Tensor:
+        return torch.func.jvp(lambda x: impl.mix_styles(x, PARTNERS, SHARE).pow(3).sum(), (features,), (along,))[1]
+
+    leaf = maps().requires_grad_()
+    (gradient,) = torch.autograd.grad(functional.mix_styles(leaf, PARTNERS, SHARE).pow(3).sum(), leaf)
+    for impl in (functional, reference):
+        torch.testing.assert_close(directional(impl), (gradient * along).sum())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_precision_and_layout_are_kept(dtype: torch.dtype):
     features = maps(dtype).contiguous(memory_format=torch.channels_last)

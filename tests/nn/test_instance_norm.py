@@ -68,10 +68,10 @@ def test_moments_are_float32_under_autocast() -> None:
     ("backbone", "places"),
     {
         "resnet18": [f"layer{stage}.{block}.bn1" for stage in (1, 2) for block in (0, 1)],
-        "timm:resnet18": ["model.layer1.0.bn1", "model.layer1.1.bn1"],  # its first stage is the stem
+        "timm:resnet18": [f"model.layer{stage}.{block}.bn1" for stage in (1, 2) for block in (0, 1)],
         "timm:tf_efficientnet_lite0": ["model.blocks.0.0.bn1", "model.blocks.1.0.bn1", "model.blocks.1.1.bn1"],
-        "timm:regnety_002": ["model.s1.b1.conv1.bn"],
-        "timm:cspresnet50": [f"model.stages.0.blocks.{block}.conv1.bn" for block in range(3)],
+        "timm:regnety_002": ["model.s1.b1.conv1.bn", "model.s2.b1.conv1.bn"],
+        "timm:cspresnet50": [f"model.stages.{stage}.blocks.{block}.conv1.bn" for stage in (0, 1) for block in range(3)],
     }.items(),
 )
 def test_it_stands_first_in_each_early_block_with_the_same_weights(backbone: str, places: list[str]) -> None:

@@ -146,5 +146,18 @@ def test_gates_that_are_features_have_no_start():
 def test_second_order_without_a_meta_step_is_said() -> None:
     for procedure, said in (("daml1", True), ("daml2", False)):
         given = TrainConfig.of_recipe("dan", data={"labeled": "x"}, meta={"order": 2, "procedure": procedure})
-        lines = list(opening_lines(given, DatasetRoles((), (), ()), torch.device("cpu")))
+        lines = list(opening_lines(given, DatasetRoles((), (), ()), torch.device("cpu"), []))
         assert any("meta.order 2 has no effect with meta.procedure daml1" in line for line in lines) is said
+
+
+@pytest.mark.parametrize(("batch_size", "said"), [(4, True), (8, False)])
+def test_unlabelled_images_for_which_no_batch_has_a_place_are_said_to_be_left(
+    images, tmp_path, batch_size, said, capsys
+):
+    data = {"batch_size": batch_size, "unlabeled_fraction": 0.2}
+    trainer = Trainer(config(images, tmp_path / "run", data=data))
+    trainer.train_iteration = lambda *_: pytest.fail("stop here")
+    with pytest.raises(pytest.fail.Exception):
+        trainer.fit()
+    words = " ".join(capsys.readouterr().out.split())
+    assert ("mall is left aside: data.unlabeled_fraction 0.2 of data.batch_size 4 is no image" in words) is said

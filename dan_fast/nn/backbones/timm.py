@@ -53,10 +53,13 @@ class TimmMap(nn.Module):
     def early_stages(self) -> list[nn.Module]:
         """The first two stages, whose maps `StyleMixing` changes; empty where the model does not name its stages."""
         stages = getattr(self.model, "feature_info", None)
-        if not isinstance(stages, list) or self.grid is not None or self.channels_last or len(stages) < _EARLY_STAGES:
+        if not isinstance(stages, list) or self.grid is not None or self.channels_last:
             return []
         named = dict(self.model.named_modules())
-        return [named[stage["module"]] for stage in stages[:_EARLY_STAGES] if stage.get("module") in named]
+        found = [
+            named[name] for stage in stages if (name := stage.get("module")) in named and not _is_stem(name, named)
+        ]
+        return found[:_EARLY_STAGES] if len(found) >= _EARLY_STAGES else []
 
     @property
     def cuts(self) -> list[nn.Module]:
@@ -74,6 +77,12 @@ class TimmMap(nn.Module):
         if self.grid is not None:
             return features[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid)
         return features.permute(0, 3, 1, 2) if self.channels_last else features
+
+
+def _is_stem(name: str, named: dict[str, nn.Module]) -> bool:
+    """Whether timm names as the first stage what lies before the blocks, or its last norm or activation alone."""
+    parts = list(named[name].modules())[1:]
+    return name.startswith("stem") or not any(isinstance(part, (nn.Conv2d, nn.Linear)) for part in parts)
 
 
 def build_timm(
