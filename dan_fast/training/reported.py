@@ -147,7 +147,7 @@ def opening_lines(
     elif datasets.unlabeled and not any(unlabeled for _, unlabeled in places):
         yield (
             f"{', '.join(dataset.title for dataset in datasets.unlabeled)} is left aside: data.unlabeled_fraction "
-            f"{config.data.unlabeled_fraction} of data.batch_size {config.data.batch_size} is no image; raise one of both."
+            f"{config.data.unlabeled_fraction} of data.batch_size {config.data.batch_size} is no image: raise one of them."
         )
     if config.meta.order == 2 and config.meta.procedure == "daml1":
         yield "meta.order 2 has no effect with meta.procedure daml1, which has no meta step: take daml2 or daml3."
