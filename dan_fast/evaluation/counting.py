@@ -17,11 +17,11 @@ from torch import Tensor
 
 from dan_fast import _extension
 from dan_fast._sources import AGAIN
-from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.evaluation import counting_torch
-from dan_fast.evaluation.distances import Metric, PartDistances, distance_scale, square_norms
+from dan_fast.evaluation.distances import PartDistances, distance_scale, square_norms
 from dan_fast.evaluation.divided import Division, refused_by_all
 from dan_fast.evaluation.pairs import Labels, Pairs, pairs_in_blocks
+from dan_fast.evaluation.problem import RankingProblem
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Bytes that the kernels and the lists of pairs take for a gallery image of a query's identity, a query and a thread.
@@ -81,32 +81,22 @@ def ranks_by_distances(
         yield pairs, ranks
 
 
-def ranks_by_features(
-    query: Tensor,
-    gallery: Tensor,
-    metric: Metric,
-    labels: Labels,
-    budget: int,
-    check: Callable[[np.ndarray, np.ndarray], None],
-) -> Iterator[tuple[Pairs, np.ndarray]]:
-    """As :func:`ranks_by_distances`, of (Q, d) and (G, d) features of one dtype and device.
+def ranks_by_features(problem: RankingProblem) -> Iterator[tuple[Pairs, np.ndarray]]:
+    """As :func:`ranks_by_distances`, of features, for a problem without a group.
 
     The kernels compare almost all pairs by a product in float32 with an error bound, and the few it leaves undecided by
     their exact distances: the ranks are those of float64.
-
-    Args:
-        check: called with the squared norms of both before anything is compared; raises if they do not fit.
     """
-    module = _kernels_for(query)
+    module = _kernels_for(problem.query)
     if module is None:
-        yield from counting_torch.ranks_by_features(query, gallery, metric, labels, budget, check)
+        yield from counting_torch.ranks_by_features(problem)
         return
-    query, gallery, threads = _adjacent(query), _adjacent(gallery), torch.get_num_threads()
+    query, gallery, threads = _adjacent(problem.query), _adjacent(problem.gallery), torch.get_num_threads()
     array, dtype = _array(gallery)
     squares = module.square_norms(*_array(query), threads), module.square_norms(array, dtype, threads)
-    check(*squares)
-    scale = distance_scale(*squares, metric)
-    for pairs in _feature_blocks(query, labels, budget):
+    problem.check_squares(*squares)
+    scale = distance_scale(*squares, problem.metric)
+    for pairs in _feature_blocks(query, problem.labels, problem.block_bytes):
         ranks = module.features_ranks(
             _array(query[pairs.rows])[0],
             array,
@@ -128,56 +118,40 @@ def _feature_blocks(query: Tensor, labels: Labels, budget: int) -> Iterator[Pair
     return pairs_in_blocks(labels, query_bytes, _PAIR_BYTES + _THREAD_BYTES * torch.get_num_threads(), budget)
 
 
-def ranks_by_shards(
-    group: ProcessGroup,
-    query: Tensor,
-    shard: Tensor,
-    metric: Metric,
-    labels: Labels,
-    budget: int,
-    check: Callable[[np.ndarray, np.ndarray], None],
-) -> Iterator[tuple[Pairs, np.ndarray]]:
+def ranks_by_shards(problem: RankingProblem) -> Iterator[tuple[Pairs, np.ndarray]]:
     """As :func:`ranks_by_features`, in PyTorch operations, of a gallery that is divided over ranks; collective.
 
     Blocks are those of :func:`ranks_by_features` of the whole, so that what is averaged is added in one order.
-
-    Args:
-        query: (Q, d) features, all of them on every rank.
-        shard: (n, d) features of this rank's gallery images.
-        labels: of the queries and of this rank's images.
     """
-    division, labels, squares = whole_gallery(group, query, shard, labels, budget, check)
-    distances = PartDistances(query, shard, distance_scale(*squares, metric), budget, division.rows.start)
+    query, budget = problem.query, problem.block_bytes
+    division, labels, squares = whole_gallery(problem)
+    scale = distance_scale(*squares, problem.metric)
+    distances = PartDistances(query, problem.gallery, scale, budget, division.rows.start)
     query_bytes = counting_torch.features_bytes(distances, len(division))
     found = counting_torch.ranks_of_part(distances, labels, budget, query_bytes, division)
     yield from found if _kernels_for(query) is None else in_blocks(found, _feature_blocks(query, labels, budget))
 
 
-def whole_gallery(
-    group: ProcessGroup | None,
-    query: Tensor,
-    shard: Tensor,
-    labels: Labels,
-    budget: int,
-    check: Callable[[np.ndarray, np.ndarray], None],
-) -> tuple[Division, Labels, tuple[np.ndarray, np.ndarray]]:
+def whole_gallery(problem: RankingProblem, terms: int = 1) -> tuple[Division, Labels, tuple[np.ndarray, np.ndarray]]:
     """How a gallery is divided, its labels, and the squared norms of the queries and of it; collective.
 
     Args:
-        group, query, shard, labels: as of :func:`ranks_by_shards`; without a group the shard is the whole.
-        budget: bytes that may be allocated at a time.
-        check: called with the squared norms of the queries and of the shard; raises if they do not fit.
+        problem: without a group its gallery is the whole.
+        terms: of the size of a squared norm, that a distance adds up without an overflow.
     """
+    query, shard, group = problem.query, problem.gallery, problem.group
     with refused_by_all(group, ValueError, "check its part of the gallery"):
-        own = square_norms(query, budget), square_norms(shard, budget)
-        check(*own)
+        own = square_norms(query, problem.block_bytes), square_norms(shard, problem.block_bytes)
+        with np.errstate(over="ignore"):
+            problem.check_squares(*(terms * squares for squares in own))
     division = Division.of_part(group, shard)
     ids, cams, squares = (
-        division.gather_array(x, shard.device) for x in (labels.gallery_ids, labels.gallery_cams, own[1])
+        division.gather_array(x, shard.device)
+        for x in (problem.labels.gallery_ids, problem.labels.gallery_cams, own[1])
     )
     if not len(division):
         raise ValueError("gallery_features has no image on any rank; at least one of them needs some.")
-    return division, labels._replace(gallery_ids=ids, gallery_cams=cams), (own[0], squares)
+    return division, problem.labels._replace(gallery_ids=ids, gallery_cams=cams), (own[0], squares)
 
 
 def in_blocks(found: Iterable[tuple[Pairs, np.ndarray]], blocks: Iterable[Pairs]) -> Iterator[tuple[Pairs, np.ndarray]]:

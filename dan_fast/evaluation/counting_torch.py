@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dan_fast.evaluation.distances import Metric, PartDistances, distance_scale, square_norms
+from dan_fast.evaluation.distances import PartDistances, distance_scale, square_norms
 from dan_fast.evaluation.divided import Division
 from dan_fast.evaluation.pairs import Labels, Pairs, pairs_in_blocks
+from dan_fast.evaluation.problem import RankingProblem
 
 # Bytes of temporaries for each pair of a query and a gallery image that is compared at once.
 _ENTRY_BYTES = 64
@@ -60,21 +61,14 @@ def ranks_by_distances(distances: Tensor, labels: Labels, budget: int) -> Iterat
         yield pairs, _ranks(buckets, matches)
 
 
-def ranks_by_features(
-    query: Tensor, gallery: Tensor, metric: Metric, labels: Labels, budget: int, check: Callable[..., None]
-) -> Iterator[tuple[Pairs, np.ndarray]]:
-    """As :func:`ranks_by_distances`, of (Q, d) and (G, d) features.
-
-    Args:
-        check: called with the squared norms of both before anything is compared; raises if they do not fit.
-    """
+def ranks_by_features(problem: RankingProblem) -> Iterator[tuple[Pairs, np.ndarray]]:
+    """As :func:`ranks_by_distances`, of features, for a problem without a group."""
+    query, gallery, budget = problem.query, problem.gallery, problem.block_bytes
     squares = square_norms(query, budget), square_norms(gallery, budget)
-    check(*squares)
-    scale = distance_scale(*squares, metric)
-    distances = PartDistances(query, gallery, scale, budget)
-    yield from ranks_of_part(
-        distances, labels, budget, features_bytes(distances, len(gallery)), Division(None, [len(gallery)])
-    )
+    problem.check_squares(*squares)
+    distances = PartDistances(query, gallery, distance_scale(*squares, problem.metric), budget)
+    query_bytes, division = features_bytes(distances, len(gallery)), Division(None, [len(gallery)])
+    yield from ranks_of_part(distances, problem.labels, budget, query_bytes, division)
 
 
 def features_bytes(distances: PartDistances, images: int) -> int:

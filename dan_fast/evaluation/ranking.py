@@ -8,8 +8,8 @@ without a match is left out of all figures. Equal distances keep the order of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,12 +19,18 @@ from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.evaluation.counting import ranks_by_distances, ranks_by_features, ranks_by_shards
 from dan_fast.evaluation.distances import Metric, distance_scale, distances_of_dots, on_grid
 from dan_fast.evaluation.divided import refused_by_all
-from dan_fast.evaluation.pairs import Labels, Pairs
+from dan_fast.evaluation.pairs import Pairs
+from dan_fast.evaluation.problem import (
+    BLOCK_BYTES,
+    ArrayLike,
+    AveragePrecision,
+    as_tensor,
+    check_block_bytes,
+    check_labels,
+    check_scoring,
+    checked_problem,
+)
 
-ArrayLike: TypeAlias = Tensor | np.ndarray | Sequence
-AveragePrecision: TypeAlias = Literal["standard", "trapezoid"]
-
-BLOCK_BYTES = 64 * 2**20
 NO_MATCH = (
     "query_ids share no identity with gallery_ids seen by another camera; no query can be scored. "
     "Check the identities and cameras of the two sets."
@@ -101,12 +107,10 @@ def evaluate_ranking(
         ([1.0, 1.0], 1.0, 1)
     """
     with refused_by_all(process_group, ValueError, "check its arguments"):
-        query, gallery = check_shapes(query_features, gallery_features, process_group is not None)
-        check_metric(metric)
-        labels = check_labels(query_ids, gallery_ids, query_cams, gallery_cams, len(query), len(gallery))
-        check_settings(max_rank, ap, block_bytes)
-    given = (query, gallery, metric, labels, block_bytes, check_of_squares(query, gallery))
-    blocks = ranks_by_features(*given) if process_group is None else ranks_by_shards(process_group, *given)
+        features, labels = (query_features, gallery_features), (query_ids, gallery_ids, query_cams, gallery_cams)
+        problem = checked_problem(features, labels, metric, block_bytes, process_group)
+        check_scoring(max_rank, ap)
+    blocks = ranks_by_features(problem) if process_group is None else ranks_by_shards(problem)
     return score(blocks, max_rank, ap)
 
 
@@ -134,11 +138,12 @@ def rank_distances(
         >>> rank_distances([[0.2, 0.1, 0.3]], [1], [1, 2, 1], [1], [2, 2, 3]).mAP  # matches at ranks 2 and 3
         0.5833333333333333
     """
-    matrix = _as_tensor(distances, "distances")
+    matrix = as_tensor(distances, "distances")
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise ValueError(f"distances has shape {tuple(matrix.shape)}; it must be a non-empty (queries, gallery).")
     labels = check_labels(query_ids, gallery_ids, query_cams, gallery_cams, *matrix.shape)
-    check_settings(max_rank, ap, block_bytes)
+    check_scoring(max_rank, ap)
+    check_block_bytes(block_bytes)
 
     def not_numbers() -> ValueError:
         return ValueError("distances holds NaN; every query-gallery pair needs a distance.")
@@ -167,112 +172,6 @@ def pairwise_distances(query: Tensor, gallery: Tensor, metric: Metric = "cosine"
     )
     distances = distances_of_dots(query @ gallery.T, query_norms[:, None], gallery_norms, scale.cosine)
     return on_grid(distances, steps[:, None])
-
-
-def check_features(query_features: ArrayLike, gallery_features: ArrayLike) -> tuple[Tensor, Tensor]:
-    """Both feature matrices as tensors on one device, or a ValueError naming the one that does not fit."""
-    query, gallery = check_shapes(query_features, gallery_features)
-    for name, value in (("query_features", query), ("gallery_features", gallery)):
-        # In parts, to bound the temporary memory of the check.
-        if not all(bool(torch.isfinite(part).all()) for part in value.split(1024)):
-            raise _not_finite(name)
-    return query, gallery
-
-
-def check_shapes(
-    query_features: ArrayLike, gallery_features: ArrayLike, may_be_part: bool = False
-) -> tuple[Tensor, Tensor]:
-    """As `check_features`, without a look at the numbers; the part of a gallery may be empty."""
-    query, gallery = (
-        _as_tensor(query_features, "query_features"),
-        _as_tensor(gallery_features, "gallery_features"),
-    )
-    for name, value in (("query_features", query), ("gallery_features", gallery)):
-        may_be_empty = may_be_part and value is gallery
-        if value.ndim != 2 or 0 in value.shape[may_be_empty:]:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be a non-empty (images, width).")
-    if query.shape[1] != gallery.shape[1]:
-        raise ValueError(
-            f"gallery_features is {gallery.shape[1]} wide and query_features {query.shape[1]}; "
-            "both must come from one embedding."
-        )
-    dtype = torch.promote_types(query.dtype, gallery.dtype)
-    if not dtype.is_floating_point:
-        dtype = torch.float64
-    return query.to(dtype), gallery.to(query.device, dtype)
-
-
-def _not_finite(name: str) -> ValueError:
-    return ValueError(f"{name} holds NaN or Inf; the embedding that made it has diverged or is broken.")
-
-
-def check_of_squares(query: Tensor, gallery: Tensor) -> Callable[[np.ndarray, np.ndarray], None]:
-    """What finds NaN and Inf by the squared norms, without a copy of the features."""
-
-    def check(query_squares: np.ndarray, gallery_squares: np.ndarray) -> None:
-        for name, features, squares in (
-            ("query_features", query, query_squares),
-            ("gallery_features", gallery, gallery_squares),
-        ):
-            broken = np.flatnonzero(~np.isfinite(squares))
-            if len(broken) and not bool(torch.isfinite(features[broken[0]]).all()):
-                raise _not_finite(name)
-            if len(broken):
-                raise ValueError(
-                    f"{name} holds numbers whose squares overflow float64; divide the features by a constant."
-                )
-
-    return check
-
-
-def _as_tensor(value: ArrayLike, name: str) -> Tensor:
-    if value is None:
-        raise ValueError(f"{name} is missing; ranking needs it.")
-    tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
-    if tensor.is_complex():
-        raise ValueError(f"{name} is complex; it must hold real numbers.")
-    return tensor
-
-
-def check_labels(
-    query_ids: ArrayLike,
-    gallery_ids: ArrayLike,
-    query_cams: ArrayLike,
-    gallery_cams: ArrayLike,
-    num_query: int,
-    num_gallery: int,
-) -> Labels:
-    """All labels as arrays, or a ValueError naming the one that does not fit."""
-    checked = []
-    for name, value, expected in (
-        ("query_ids", query_ids, num_query),
-        ("gallery_ids", gallery_ids, num_gallery),
-        ("query_cams", query_cams, num_query),
-        ("gallery_cams", gallery_cams, num_gallery),
-    ):
-        tensor = _as_tensor(value, name)
-        if tuple(tensor.shape) != (expected,):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be ({expected},), one for each image.")
-        if tensor.is_floating_point() or tensor.dtype == torch.bool:
-            raise ValueError(f"{name} is {tensor.dtype}; it must hold integers.")
-        checked.append(tensor.to("cpu", torch.int64).numpy())
-    return Labels(*checked)
-
-
-def check_metric(metric: Metric) -> None:
-    """Raise ValueError for an unknown metric."""
-    if metric not in ("cosine", "euclidean"):
-        raise ValueError(f"metric is {metric!r}; it must be 'cosine' or 'euclidean'.")
-
-
-def check_settings(max_rank: int, ap: AveragePrecision, block_bytes: int) -> None:
-    """Raise ValueError for a setting that is out of its range."""
-    if max_rank < 1:
-        raise ValueError(f"max_rank is {max_rank}; it must be at least 1.")
-    if ap not in ("standard", "trapezoid"):
-        raise ValueError(f"ap is {ap!r}; it must be 'standard' or 'trapezoid'.")
-    if block_bytes < 1:
-        raise ValueError(f"block_bytes is {block_bytes}; it must be at least 1.")
 
 
 def score(blocks: Iterable[tuple[Pairs, np.ndarray]], max_rank: int, ap: AveragePrecision) -> RankingResult:

@@ -23,18 +23,17 @@ from dan_fast.evaluation.counting_torch import ranks_of_part
 from dan_fast.evaluation.distances import Metric, PartDistances, on_grid
 from dan_fast.evaluation.divided import Division, refused_by_all
 from dan_fast.evaluation.pairs import Labels, pairs_in_blocks
-from dan_fast.evaluation.ranking import (
+from dan_fast.evaluation.problem import (
     BLOCK_BYTES,
     ArrayLike,
     AveragePrecision,
-    RankingResult,
-    check_labels,
+    RankingProblem,
     check_metric,
-    check_of_squares,
-    check_settings,
+    check_scoring,
     check_shapes,
-    score,
+    checked_problem,
 )
+from dan_fast.evaluation.ranking import RankingResult, score
 from dan_fast.evaluation.reciprocal import Images, averaged, encodings, nearest, row_rounds
 
 # Its name in protocols.
@@ -95,16 +94,15 @@ def evaluate_reranked(
         1.0
     """
     with refused_by_all(process_group, ValueError, "check its arguments"):
-        query, gallery = check_shapes(query_features, gallery_features, process_group is not None)
-        check_metric(metric)
+        features, labels = (query_features, gallery_features), (query_ids, gallery_ids, query_cams, gallery_cams)
+        problem = checked_problem(features, labels, metric, block_bytes, process_group)
+        check_scoring(max_rank, ap)
         _check_reranking(reranking)
-        labels = check_labels(query_ids, gallery_ids, query_cams, gallery_cams, len(query), len(gallery))
-        check_settings(max_rank, ap, block_bytes)
-    distances, labels, division = _reranked(query, gallery, labels, metric, reranking, block_bytes, process_group)
+    distances, whole, division = _reranked(problem, reranking)
     # All images of the largest part at a time, as a query's Jaccard distances come together.
-    found = ranks_of_part(distances, labels, block_bytes, _ENTRY_BYTES * max(division.sizes), division)
+    found = ranks_of_part(distances, whole, block_bytes, _ENTRY_BYTES * max(division.sizes), division)
     # Blocks that do not depend on the ranks, so that what is averaged is added in one order.
-    blocks = pairs_in_blocks(labels, _ENTRY_BYTES * (len(query) + len(division)), 0, block_bytes)
+    blocks = pairs_in_blocks(whole, _ENTRY_BYTES * (len(problem.query) + len(division)), 0, block_bytes)
     return score(in_blocks(found, blocks), max_rank, ap)
 
 
@@ -141,7 +139,7 @@ def reranked_distances(
     _check_reranking(reranking)
     query, gallery = check_shapes(query_features, gallery_features)
     labels = Labels(*(np.zeros(len(x), dtype=np.int64) for x in (query, gallery) * 2))
-    distances, _, division = _reranked(query, gallery, labels, metric, reranking, block_bytes, None)
+    distances, _, division = _reranked(RankingProblem(query, gallery, labels, metric, block_bytes), reranking)
     each = max(1, block_bytes // (_ENTRY_BYTES * (len(query) + len(division))))
     for first in range(0, len(query), each):
         rows = slice(first, min(first + each, len(query)))
@@ -156,25 +154,12 @@ def _check_reranking(reranking: Reranking) -> None:
         raise ValueError(f"weight is {reranking.weight}; it must lie between 0 and 1.")
 
 
-def _reranked(
-    query: Tensor,
-    gallery: Tensor,
-    labels: Labels,
-    metric: Metric,
-    reranking: Reranking,
-    budget: int,
-    group: ProcessGroup | None,
-) -> tuple[_Reranked, Labels, Division]:
+def _reranked(problem: RankingProblem, reranking: Reranking) -> tuple[_Reranked, Labels, Division]:
     """Distances of queries and the part of the gallery, and labels and division of the whole; collective."""
-    check = check_of_squares(query, gallery)
-
-    def check_sums(*squares: np.ndarray) -> None:
-        # A distance adds up four terms of the size of a squared norm at most.
-        with np.errstate(over="ignore"):
-            check(*(4 * x for x in squares))
-
-    division, labels, squares = whole_gallery(group, query, gallery, labels, budget, check_sums)
-    images = Images(query, gallery, squares, metric, budget, division)
+    query, gallery, budget = problem.query, problem.gallery, problem.block_bytes
+    # A distance adds up four terms of the size of a squared norm at most.
+    division, labels, squares = whole_gallery(problem, terms=4)
+    images = Images(query, gallery, squares, problem.metric, budget, division)
     found = nearest(images, max(reranking.k1 + 1, reranking.k2))
     neighbours = images.gather(*(each.places.to(torch.int32).cpu().numpy() for each in found))
     largest = [np.maximum(each.largest.cpu().numpy(), _SMALLEST) for each in found]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.samples import ReIDDataset
-from dan_fast.evaluation.ranking import AveragePrecision
+from dan_fast.evaluation.problem import AveragePrecision
 
 
 def require_scorable(dataset: ReIDDataset, ap: AveragePrecision = "standard", rerank: bool = False) -> None:

@@ -11,18 +11,8 @@ from dan_fast.evaluation.counting_torch import exact_of_pairs, near_matches, pre
 from dan_fast.evaluation.distances import Metric, PartDistances, distance_scale
 from dan_fast.evaluation.divided import Division, refused_by_all
 from dan_fast.evaluation.pairs import Labels, pairs_in_blocks
-from dan_fast.evaluation.ranking import (
-    BLOCK_BYTES,
-    NO_MATCH,
-    ArrayLike,
-    NoMatchError,
-    RankingResult,
-    check_labels,
-    check_metric,
-    check_of_squares,
-    check_settings,
-    check_shapes,
-)
+from dan_fast.evaluation.problem import BLOCK_BYTES, ArrayLike, check_scoring, checked_problem
+from dan_fast.evaluation.ranking import NO_MATCH, NoMatchError, RankingResult
 
 
 def evaluate_single_shot(
@@ -64,15 +54,14 @@ def evaluate_single_shot(
         1.0
     """
     with refused_by_all(process_group, ValueError, "check its arguments"):
-        query, gallery = check_shapes(query_features, gallery_features, process_group is not None)
-        check_metric(metric)
-        check_settings(max_rank, "standard", block_bytes)
+        features, labels = (query_features, gallery_features), (query_ids, gallery_ids, query_cams, gallery_cams)
+        problem = checked_problem(features, labels, metric, block_bytes, process_group)
+        check_scoring(max_rank, "standard")
         if repeats < 1:
             raise ValueError(f"repeats is {repeats}; it must be at least 1.")
-        labels = check_labels(query_ids, gallery_ids, query_cams, gallery_cams, len(query), len(gallery))
-    given = query, gallery, labels, block_bytes, check_of_squares(query, gallery)
-    division, labels, squares = whole_gallery(process_group, *given)
-    distances = PartDistances(query, gallery, distance_scale(*squares, metric), block_bytes, division.rows.start)
+    division, labels, squares = whole_gallery(problem)
+    scale = distance_scale(*squares, metric)
+    distances = PartDistances(problem.query, problem.gallery, scale, block_bytes, division.rows.start)
     found: list[np.ndarray] = []
     rows = max(1, block_bytes // (64 * len(division)))
     for cam in np.unique(labels.query_cams):

@@ -14,7 +14,8 @@ from torchvision.transforms.v2 import functional as transforms
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.images.reading import read_image
 from dan_fast.evaluation.features import Features
-from dan_fast.evaluation.ranking import Metric, check_features, pairwise_distances
+from dan_fast.evaluation.problem import check_features
+from dan_fast.evaluation.ranking import Metric, pairwise_distances
 from dan_fast.reporting.canvas import RIGHT, WRONG, save_png, show_image, style
 
 _THUMBNAIL = (128, 64)
