@@ -133,6 +133,21 @@ def test_imports_point_downwards():
     assert upwards == []
 
 
+def test_the_meta_step_knows_no_file_of_images():
+    """By what its module imports and those import in their turn: MetaStep serves loops that have their own data."""
+    seen, todo = set(), [PACKAGE / "training/step.py"]
+    while todo:
+        path = todo.pop()
+        seen.add(path)
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("dan_fast."):
+                named = PACKAGE.parent / node.module.replace(".", "/")
+                module = named / "__init__.py" if named.is_dir() else named.with_suffix(".py")
+                todo += {module} - seen
+    rooms = {path.relative_to(PACKAGE).parts[0] for path in seen}
+    assert "nn" in rooms and rooms.isdisjoint({"data", "evaluation"})
+
+
 def imported_by(code: str) -> list[str]:
     """The modules that an interpreter of its own has imported when `code` has run."""
     code += "\nimport sys\nsys.stdout.write('MODULES ' + ' '.join(sys.modules))"

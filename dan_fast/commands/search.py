@@ -10,6 +10,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 
 from dan_fast.commands.terminal import PLAIN, progress_line
+from dan_fast.core.batches import BrokenImages
 from dan_fast.core.files import alone, remove_unfinished, write_text
 from dan_fast.data.samples import Sample
 from dan_fast.inference import FeatureExtractor
@@ -18,7 +19,6 @@ from dan_fast.reporting.search_page import PICTURES, write_search_page
 from dan_fast.search import GalleryIndex, Update, update_index
 from dan_fast.search.kinds import IndexKind, faiss_library
 from dan_fast.search.lists import measured_recall, ranked_lists
-from dan_fast.training.config import BrokenImages
 
 _SCHEMA = 1
 

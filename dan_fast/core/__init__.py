@@ -1,1 +1,1 @@
-"""What every other room stands on: types, the cosine, checks, errors, files, float32 and preprocessing."""
+"""What every other room stands on: types, batches, the cosine, checks, errors, files, float32 and preprocessing."""

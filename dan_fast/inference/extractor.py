@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from dan_fast.core.batches import BrokenImages
 from dan_fast.core.errors import DanFastError
-from dan_fast.data.images.loader import BrokenImages, image_loader
+from dan_fast.data.images.loader import image_loader
 from dan_fast.data.images.reading import decode_image, read_image
 from dan_fast.data.images.transforms import resize
 from dan_fast.data.samples import Sample

@@ -6,8 +6,9 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from dan_fast.core.batches import MiniBatch
 from dan_fast.core.errors import DanFastError
-from dan_fast.data import BatchPlanner, ImageCache, MiniBatch, ReIDDataset, TrainingSet, training_loader
+from dan_fast.data import BatchPlanner, ImageCache, ReIDDataset, TrainingSet, training_loader
 from dan_fast.data.shares import share_of
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.distributed.launch import rank_in, ranks_in

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dan_fast.core.batches import Split
 from dan_fast.core.errors import DanFastError
 from dan_fast.daml import Stage
-from dan_fast.data import Split
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.training.config import TrainConfig
 from dan_fast.training.step import MetaStep, StepResult

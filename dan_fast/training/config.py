@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from dan_fast.core.batches import BrokenImages
 from dan_fast.core.errors import DanFastError
 from dan_fast.training.recipes import NO_RECIPE, over, recipe_settings, recipe_words, require_recipe
 
 Precision = Literal["float32", "bfloat16"]
-BrokenImages = Literal["error", "skip"]
 CacheCheck = Literal["quick", "full"]
 # One path needs no brackets on the command line: --data.labeled market, --data.labeled '[market, cuhk03]'.
 Paths = list[str] | str

@@ -1,10 +1,16 @@
 """What is measured of a pass and of the memory: accuracies, logits, pseudo labels."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from dan_fast.data import TrainingSet
 from dan_fast.training.objective import PassRecord
+
+if TYPE_CHECKING:
+    from dan_fast.data import TrainingSet
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:

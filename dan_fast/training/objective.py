@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dan_fast.core.batches import Split
 from dan_fast.daml.cut import Cut
 from dan_fast.daml.traced import TracedLosses, random_state
-from dan_fast.data import Split
 from dan_fast.distributed.collectives import gather_parts
 from dan_fast.functional.memory.scan_types import sentence_of
 from dan_fast.nn import DAN, ProgressiveAugmentedMemory

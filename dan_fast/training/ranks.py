@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from dan_fast.data import Split
+from dan_fast.core.batches import Split
 from dan_fast.distributed.collectives import ProcessGroup, all_gather, gather_parts
 from dan_fast.distributed.shards import carries
 from dan_fast.training.objective import PassRecord

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dan_fast.core.batches import Split
 from dan_fast.daml import Competition, Stage, accuracies_tie, active_groups, attention_wins, meta_gradients
 from dan_fast.daml.meta import attention_that_serves
-from dan_fast.data import Split
 from dan_fast.distributed.buckets import add_up
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.training.config import MetaConfig

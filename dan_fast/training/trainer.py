@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dan_fast.core.batches import MiniBatch
 from dan_fast.core.errors import DanFastError, Interrupted
-from dan_fast.data import MiniBatch, TrainingSet
+from dan_fast.data import TrainingSet
 from dan_fast.data.images.workers import is_worker_death
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.distributed.launch import gathered, largest, rank_in, ranks_in

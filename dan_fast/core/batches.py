@@ -1,0 +1,48 @@
+"""Mini-batches as the meta step takes them, wherever their images come from."""
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+# What is done at an image that cannot be decoded.
+BrokenImages = Literal["error", "skip"]
+
+
+class Split(NamedTuple):
+    """One part of a mini-batch; its n images are the labelled, then the fed-back, then the unlabelled ones.
+
+    Attributes:
+        images: (n,3,H,W) float32, on the device of the loader like all tensors here.
+        labels: (n,) int64: class, pseudo label of a fed-back image, -1 for an unlabelled one.
+        sample_ids: (n,) int64: place in `TrainingSet.unlabeled_samples`, -1 for a labelled image.
+        num_labeled: number of labelled images.
+        num_fed_back: number of fed-back images.
+        shares: where the split is one rank's share, how many labelled, fed-back and unlabelled images each rank has;
+            () where it is the whole.
+    """
+
+    images: Tensor
+    labels: Tensor
+    sample_ids: Tensor
+    num_labeled: int
+    num_fed_back: int
+    shares: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """How many labelled, fed-back and unlabelled images it holds itself."""
+        return self.num_labeled, self.num_fed_back, len(self.labels) - self.num_labeled - self.num_fed_back
+
+    @property
+    def whole_counts(self) -> tuple[int, int, int]:
+        """The same of the whole of which it is a share."""
+        labeled, fed_back, unlabeled = map(sum, zip(*(self.shares or (self.counts,)), strict=True))
+        return labeled, fed_back, unlabeled
+
+
+class MiniBatch(NamedTuple):
+    """S in `meta_train`, S~ in `meta_test` (None if not split), and the paths of broken images left out."""
+
+    meta_train: Split
+    meta_test: Split | None
+    skipped: tuple[str, ...]
