@@ -166,8 +166,8 @@ def _add_flags(parser: ArgumentParser, command: str, recipe: str | None) -> None
 
 
 def _keep_heap_on_a_cpu(device: str) -> None:
+    from dan_fast.core.devices import resolve_device
     from dan_fast.core.heap import keep_heap
-    from dan_fast.training.build import resolve_device
 
     if resolve_device(device).type == "cpu":
         keep_heap()

@@ -19,9 +19,9 @@ from rich.table import Table
 from dan_fast.bench.machine import PEAK_MEANING, environment
 from dan_fast.bench.rows import Row, plain, set_speedups, shown
 from dan_fast.bench.timing import Say
+from dan_fast.core.devices import resolve_device
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import write_text
-from dan_fast.training.build import resolve_device
 
 SCHEMA = 1
 MEANING = {

@@ -13,6 +13,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from dan_fast.core.batches import BrokenImages
+from dan_fast.core.devices import resolve_device
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import write_text
 from dan_fast.core.launched import own_rank
@@ -31,7 +32,7 @@ from dan_fast.evaluation import (
     require_scorable,
 )
 from dan_fast.training import TrainConfig
-from dan_fast.training.build import initial_network, network_of, resolve_device
+from dan_fast.training.build import initial_network, network_of
 from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.config import CacheCheck, ModelConfig, Paths, Precision, as_list
 from dan_fast.training.recipes import recipe_words

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dan_fast.core.devices import resolve_device
 from dan_fast.distributed.launch import joined
 from dan_fast.training import TrainConfig, Trainer, recipes
-from dan_fast.training.build import resolve_device
 from dan_fast.training.config import RunConfig, goes_on
 from dan_fast.training.determinism import prepare_cublas
 

@@ -1,1 +1,4 @@
-"""What every other room stands on: types, batches, the cosine, checks, errors, files, float32 and preprocessing."""
+"""What every other room stands on.
+
+Types, batches, the cosine, checks, devices, errors, files, signals, float32 and preprocessing.
+"""

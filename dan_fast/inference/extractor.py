@@ -18,13 +18,14 @@ from rich.progress import Progress
 from torch import Tensor
 
 from dan_fast.core.batches import BrokenImages
+from dan_fast.core.devices import resolve_device
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.images.loader import image_loader
 from dan_fast.data.images.reading import decode_image, read_image
 from dan_fast.data.images.transforms import resize
 from dan_fast.data.samples import Sample
 from dan_fast.nn import DAN
-from dan_fast.training.build import resolve_device, trained_network
+from dan_fast.training.build import trained_network
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
 # Called with (images done, images in all).

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import write_text
+from dan_fast.core.signals import StopRequest
 from dan_fast.reporting.arms import FINISHED, Comparison, read_comparison
 from dan_fast.reporting.report import report as write_page
 from dan_fast.sweep.grid import PlannedRun, plan_sweep
@@ -35,7 +36,6 @@ from dan_fast.sweep.set_aside import (
     settings_of_results,
 )
 from dan_fast.training.config import TrainConfig, training_differences
-from dan_fast.training.interrupt import StopRequest
 
 BEGUN, WAITING, FAILED = "begun", "waiting", "failed"
 _LOG = "train.log"

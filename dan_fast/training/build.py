@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.core.launched import local_rank, number_of_ranks
 from dan_fast.core.preprocessing import IMAGENET, Preprocessing
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.distributed.launch import ranks_in
@@ -14,33 +13,6 @@ from dan_fast.nn import DAN, ProgressiveAugmentedMemory
 from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.config import LossConfig, MemoryConfig, ModelConfig, TrainConfig
 from dan_fast.training.objective import TrainingModel
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device a setting names; "auto" is the GPU where there is one, of several ranks on a machine one for each.
-
-    Raises:
-        DanFastError: not a device, one this machine lacks, or the same GPU for several ranks.
-    """
-    ranks = number_of_ranks()
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if ranks > 1 and name.startswith("cuda:"):
-        raise DanFastError(f"The device {name} cannot serve {ranks} ranks: set it to cuda, and each takes its own GPU.")
-    if ranks > 1 and name == "cuda":
-        name = f"cuda:{local_rank()}"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise DanFastError(f"{name!r} is no device: use auto, cpu, cuda or cuda:1.") from error
-    if device.type not in ("cpu", "cuda"):
-        raise DanFastError(f"The device {name} is not supported: use auto, cpu, cuda or cuda:1.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DanFastError(
-            f"There is no device {name}, {torch.cuda.device_count()} GPUs are visible: use auto or cpu, "
-            "or see `dan-fast doctor`."
-        )
-    return device
 
 
 def initial_network(settings: dict[str, Any], num_classes: int, read_weights: bool = True) -> DAN:

@@ -2,10 +2,11 @@
 
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import TypeVar
 
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.signals import StopRequest
 from dan_fast.data.images.workers import is_worker_death
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.distributed.launch import largest, rank_in
@@ -13,33 +14,16 @@ from dan_fast.distributed.launch import largest, rank_in
 Batch = TypeVar("Batch")
 
 
-class StopRequest:
-    """While entered, notes SIGINT and SIGTERM in `requested`; a second SIGINT stops at once.
+class TrainingStop(StopRequest):
+    """A stop request that ends the batches of a training, on all its ranks after the same iteration.
 
     Attributes:
-        requested: whether this process is to stop.
         agreed: whether the batches have ended because a process of the run is to stop.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        super().__init__()
         self.agreed = False
-        self._previous: dict[int, object] = {}
-
-    def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[number] = signal.signal(number, self._note)
-            except ValueError:
-                # Only the main thread may set handlers; elsewhere the caller stops the run its own way.
-                break
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
     def until_requested(
         self, batches: Iterable[Batch], before_error: Callable[[], None], group: ProcessGroup | None = None
@@ -80,11 +64,6 @@ class StopRequest:
         if number is not None and self._previous and number not in self._previous:
             if callable(signal.getsignal(number)):
                 self._previous[number] = signal.signal(number, self._pass_on)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         try:

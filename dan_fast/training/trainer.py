@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dan_fast.core.batches import MiniBatch
+from dan_fast.core.devices import resolve_device
 from dan_fast.core.errors import DanFastError, Interrupted
 from dan_fast.data import TrainingSet
 from dan_fast.data.images.workers import is_worker_death
@@ -16,12 +17,12 @@ from dan_fast.distributed.launch import gathered, largest, rank_in, ranks_in
 from dan_fast.evaluation import Evaluation
 from dan_fast.training.alike import require_same_network, require_same_run, require_same_settings
 from dan_fast.training.batches import TrainingBatches
-from dan_fast.training.build import build_model, network_and_random_state, preprocessing_of, resolve_device
+from dan_fast.training.build import build_model, network_and_random_state, preprocessing_of
 from dan_fast.training.compiling import CompiledWhereFaster, require_compilable
 from dan_fast.training.config import TrainConfig
 from dan_fast.training.determinism import deterministic_algorithms, prepare_cublas
 from dan_fast.training.display import Display
-from dan_fast.training.interrupt import StopRequest
+from dan_fast.training.interrupt import TrainingStop
 from dan_fast.training.memory_shards import load_state, parted_state, require_room
 from dan_fast.training.objective import DivergedError, all_finite
 from dan_fast.training.optimizer import build_optimizer, set_step_size
@@ -143,7 +144,7 @@ class Trainer:
         total = epochs * self.batches.planner.iterations
         display = Display(total, self.iterations_done, self.batches.batch_size, shown=self._is_first)
         evaluations: list[Evaluation] = []
-        stop = StopRequest()
+        stop = TrainingStop()
         try:
             with (
                 deterministic_algorithms(self.config.run.deterministic),
@@ -182,7 +183,7 @@ class Trainer:
             display.say(f"Broken images skipped: {len(self.skipped)}.")
         return evaluations
 
-    def _train_epoch(self, scalars: Scalars, display: Display, stop: StopRequest) -> None:
+    def _train_epoch(self, scalars: Scalars, display: Display, stop: TrainingStop) -> None:
         if self.iteration == 0 and self.model.memory is not None and self.config.data.feedback_fraction > 0:
             sample_ids, pseudo_labels = self.model.memory.reliable_samples()
             self.feedback = sample_ids.cpu(), pseudo_labels.cpu()

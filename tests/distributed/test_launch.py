@@ -15,13 +15,14 @@ import torch
 import yaml
 from torch import distributed, nn
 
+from dan_fast.core.devices import resolve_device
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.launched import own_rank
 from dan_fast.data.synthetic import synthesize
 from dan_fast.distributed import launch
 from dan_fast.nn import DAN
 from dan_fast.training import TrainConfig, Trainer, trained_network
-from dan_fast.training.build import resolve_device, with_synchronised_norm
+from dan_fast.training.build import with_synchronised_norm
 from dan_fast.training.checkpoint import load_checkpoint
 from tests.support import ROOT
 from tests.support.ranks import Ranks

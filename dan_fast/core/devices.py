@@ -1,0 +1,33 @@
+"""The device that a setting names."""
+
+import torch
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.launched import local_rank, number_of_ranks
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device a setting names; "auto" is the GPU where there is one, of several ranks on a machine one for each.
+
+    Raises:
+        DanFastError: not a device, one this machine lacks, or the same GPU for several ranks.
+    """
+    ranks = number_of_ranks()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks > 1 and name.startswith("cuda:"):
+        raise DanFastError(f"The device {name} cannot serve {ranks} ranks: set it to cuda, and each takes its own GPU.")
+    if ranks > 1 and name == "cuda":
+        name = f"cuda:{local_rank()}"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DanFastError(f"{name!r} is no device: use auto, cpu, cuda or cuda:1.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise DanFastError(f"The device {name} is not supported: use auto, cpu, cuda or cuda:1.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DanFastError(
+            f"There is no device {name}, {torch.cuda.device_count()} GPUs are visible: use auto or cpu, "
+            "or see `dan-fast doctor`."
+        )
+    return device
