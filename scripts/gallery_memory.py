@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
+from dan_fast.bench.machine import resident_peak
 from dan_fast.evaluation import evaluate_ranking, evaluate_reranked
 
 OWN, QUERIES, WIDTH, BLOCK_BYTES = 500, 50, 32, 1 << 20
@@ -25,10 +26,9 @@ def peak_of(evaluate: partial, images: int) -> int:
     generator = torch.Generator().manual_seed(distributed.get_rank())
     gallery = torch.randn(images, WIDTH, generator=generator)
     ids, query = torch.arange(images) // 4, torch.randn(QUERIES, WIDTH, generator=torch.Generator().manual_seed(9))
-    status = Path("/proc/self/status")
     Path("/proc/self/clear_refs").write_text("5")
     evaluate(query, gallery, torch.arange(QUERIES), ids, torch.zeros(QUERIES).long(), torch.ones(images).long())
-    return 1024 * int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")))
+    return resident_peak()
 
 
 def main() -> None:

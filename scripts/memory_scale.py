@@ -19,6 +19,7 @@ from statistics import median
 
 import torch
 
+from dan_fast.bench.machine import resident_peak
 from dan_fast.bench.memory.problem import PAPER, Size, make_problem
 from dan_fast.functional.memory.pending import PendingMemory
 from dan_fast.nn import ProgressiveAugmentedMemory
@@ -26,9 +27,9 @@ from dan_fast.nn import ProgressiveAugmentedMemory
 STEPS = 8
 
 
-def resident(field: str) -> int:
-    """Bytes: VmRSS, or VmHWM for the peak."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+def resident() -> int:
+    """Bytes of this process, now."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
     return 1024 * int(line.split()[1])
 
 
@@ -60,7 +61,7 @@ def measure(slots: int, dtype: torch.dtype, batch: int, threads: int) -> dict[st
     torch.set_num_threads(threads)
     few, batches, _ = module_of(Size(100, 100, PAPER.key_dim, batch), dtype, 1)
     step(few, batches[0])  # what is loaded with the first step is no part of it
-    before = resident("VmRSS")
+    before = resident()
     memory, batches, stored = module_of(Size(slots, slots, PAPER.key_dim, batch), dtype, STEPS)
     # What drawing them left in the heap is no part of the steps either.
     ctypes.CDLL(None).malloc_trim(0)
@@ -73,7 +74,7 @@ def measure(slots: int, dtype: torch.dtype, batch: int, threads: int) -> dict[st
     return {
         "slots": slots,
         "seconds": median(seconds[2:]),
-        "peak": (resident("VmHWM") - before) / stored,
+        "peak": (resident_peak() - before) / stored,
         "stored": stored,
     }
 

@@ -14,6 +14,7 @@ import torch
 
 import dan_fast
 from dan_fast import _extension
+from dan_fast.core.devices import synchronize
 from dan_fast.core.float32 import float32_rounding
 from dan_fast.core.heap import heap_in_force
 
@@ -80,11 +81,6 @@ def _commit() -> str | None:
     if not (root / ".git").exists() or not (root / "csrc").is_dir():
         return None
     return _output("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class CacheFlush:

@@ -11,8 +11,9 @@ import torch
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dan_fast.bench.machine import CORES, CacheFlush, Copy, synchronize
+from dan_fast.bench.machine import CORES, CacheFlush, Copy
 from dan_fast.bench.rows import Row, Timing
+from dan_fast.core.devices import synchronize
 from dan_fast.core.heap import heap_in_force
 
 Say = Callable[[str], None]

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dan_fast.commands.terminal import PLAIN
+from dan_fast.core.terminal import PLAIN
 from dan_fast.data.datasets.known import KNOWN, FoundDataset, KnownDataset, find_datasets
 
 

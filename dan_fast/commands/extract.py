@@ -6,8 +6,8 @@ from pathlib import Path
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 
-from dan_fast.commands.terminal import PLAIN, progress_line
 from dan_fast.core.batches import BrokenImages
+from dan_fast.core.terminal import PLAIN, progress_line
 from dan_fast.inference import FeatureExtractor
 from dan_fast.inference.feature_file import chunk_folder, require_format, write_features
 from dan_fast.inference.sources import find_images

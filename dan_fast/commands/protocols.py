@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dan_fast.commands.terminal import PLAIN
+from dan_fast.core.terminal import PLAIN
 from dan_fast.data.named_protocols import PROTOCOLS, Part, Protocol, Shelf
 
 

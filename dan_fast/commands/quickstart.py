@@ -10,7 +10,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 from rich.table import Table as ConsoleTable
 
-from dan_fast.commands.terminal import PLAIN, progress_line
+from dan_fast.core.terminal import PLAIN, progress_line
 from dan_fast.data import ReIDDataset, image_loader, load_dataset
 from dan_fast.data.synthetic import synthesize
 from dan_fast.evaluation import DatasetFeatures, Evaluation, evaluate_features, extract_dataset

@@ -9,9 +9,9 @@ import numpy as np
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 
-from dan_fast.commands.terminal import PLAIN, progress_line
 from dan_fast.core.batches import BrokenImages
 from dan_fast.core.files import alone, remove_unfinished, write_text
+from dan_fast.core.terminal import PLAIN, progress_line
 from dan_fast.data.samples import Sample
 from dan_fast.inference import FeatureExtractor
 from dan_fast.inference.sources import Part, find_images

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dan_fast.core.types import CONVOLUTION, AttentionVariantWeights, NLCBAMWeights
+from dan_fast.core.types import AttentionVariantWeights, NLCBAMWeights, attention_shapes
 
 
 def check_features(name: str, features: Tensor) -> None:
@@ -57,15 +57,7 @@ def _check_shapes(weights: dict[str, Tensor], features: Tensor) -> None:
         if name != "conv" and (weight.ndim != 2 or 0 in weight.shape):
             raise ValueError(f"weights.{name} must be a matrix, got shape {tuple(weight.shape)}")
     hidden_c, hidden_s = (weights[name].shape[0] if name in weights else 0 for name in ("wc1", "ws1"))
-    expected = {
-        "wc1": (hidden_c, channels),
-        "wc2": (channels, hidden_c),
-        "ws1": (hidden_s, positions),
-        "ws3": (hidden_s, positions),
-        "ws2": (positions, hidden_s),
-        "ws4": (positions, hidden_s),
-        "conv": CONVOLUTION,
-    }
+    expected = attention_shapes(channels, positions, hidden_c, hidden_s)
     for name, weight in weights.items():
         if tuple(weight.shape) != expected[name]:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The device that a setting names."""
+"""The device that a setting names, and waiting for it."""
 
 import torch
 
@@ -31,3 +31,9 @@ def resolve_device(name: str) -> torch.device:
             "or see `dan-fast doctor`."
         )
     return device
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the work that a GPU was given; a CPU has none left."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

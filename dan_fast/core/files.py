@@ -133,6 +133,38 @@ def holder_of(lock_file: Path) -> str:
         return "another process"
 
 
+@contextmanager
+def alone_with_children(lock_file: Path, in_use: str, remedy: str) -> Iterator[int]:
+    """As `alone`, by a lock that the processes it is passed to hold too, until the last one ends; Unix only.
+
+    Args:
+        lock_file: stays at the end, as a child may still hold it.
+        in_use: the sentence of the error where the lock is held.
+        remedy: the end of the sentence where the file cannot be made.
+
+    Yields:
+        The descriptor of the lock, for a child to inherit.
+
+    Raises:
+        DanFastError: another process holds the lock, or the file cannot be made.
+    """
+    # Imported here: Windows does not have it.
+    import fcntl
+
+    folder = lock_file.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_file.open("w")
+    except OSError as error:
+        raise DanFastError(f"{folder} cannot be written ({error.strerror}): {remedy}.") from error
+    with lock as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DanFastError(in_use) from error
+        yield file.fileno()
+
+
 def _holder(lock_file: Path) -> Path:
     return lock_file.with_suffix(".holder")
 

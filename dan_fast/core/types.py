@@ -139,6 +139,19 @@ class NLCBAMWeights(NamedTuple):
 CONVOLUTION = (1, 2, 7, 7)
 
 
+def attention_shapes(channels: int, positions: int, hidden_c: int, hidden_s: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of an attention's weights by name, for bottlenecks of `hidden_c` and `hidden_s` units."""
+    return {
+        "wc1": (hidden_c, channels),
+        "wc2": (channels, hidden_c),
+        "ws1": (hidden_s, positions),
+        "ws3": (hidden_s, positions),
+        "ws2": (positions, hidden_s),
+        "ws4": (positions, hidden_s),
+        "conv": CONVOLUTION,
+    }
+
+
 class AttentionVariantWeights(NamedTuple):
     """The weights of an attention that Fig. 6 compares NL-CBAM with; a part whose weights are None is left out.
 

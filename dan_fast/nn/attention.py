@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from dan_fast.core.types import (
-    CONVOLUTION,
     AttentionHeadOutput,
     AttentionVariantWeights,
     NLCBAMOutput,
     NLCBAMWeights,
+    attention_shapes,
 )
 from dan_fast.functional.attention import attention_head, attention_variant, attention_variant_head, nl_cbam
 
@@ -57,15 +57,7 @@ class NLCBAM(nn.Module):
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         self.channels, self.positions, self.reduction, self.variant = channels, positions, reduction, variant
         hidden_c, hidden_s = max(1, channels // reduction), max(1, positions // reduction)
-        shapes = {
-            "wc1": (hidden_c, channels),
-            "wc2": (channels, hidden_c),
-            "ws1": (hidden_s, positions),
-            "ws3": (hidden_s, positions),
-            "ws2": (positions, hidden_s),
-            "ws4": (positions, hidden_s),
-            "conv": CONVOLUTION,
-        }
+        shapes = attention_shapes(channels, positions, hidden_c, hidden_s)
         for name in VARIANTS[variant]:
             self.register_parameter(name, nn.Parameter(torch.empty(shapes[name])))
         self.reset_parameters()

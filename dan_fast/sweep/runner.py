@@ -9,8 +9,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.core.files import write_text
+from dan_fast.core.files import alone_with_children, write_text
 from dan_fast.core.signals import StopRequest
 from dan_fast.reporting.arms import FINISHED, Comparison, read_comparison
 from dan_fast.reporting.report import report as write_page
@@ -314,22 +314,7 @@ def _write_record(out: Path, record: list[dict[str, Any]]) -> None:
     write_text(out / "sweep.json", json.dumps(record, indent=2) + "\n")
 
 
-@contextmanager
-def _alone(out: Path) -> Iterator[int]:
+def _alone(out: Path) -> AbstractContextManager[int]:
     """Hold the folder's lock, which the trainings that are started inherit; yields its descriptor."""
-    # Imported here: Windows does not have it, and no other command needs it.
-    import fcntl
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".sweep.lock").open("w")
-    except OSError as error:
-        raise DanFastError(f"{out} cannot be written ({error.strerror}): choose another --out.") from error
-    with lock as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DanFastError(
-                f"Another sweep, or a training that it started, is still at work in {out}: wait for it or stop it."
-            ) from error
-        yield file.fileno()
+    in_use = f"Another sweep, or a training that it started, is still at work in {out}: wait for it or stop it."
+    return alone_with_children(out / ".sweep.lock", in_use, "choose another --out")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dan_fast.core.batches import Split
+from dan_fast.core.devices import synchronize
 from dan_fast.core.errors import DanFastError
 from dan_fast.daml import Stage
 from dan_fast.distributed.collectives import ProcessGroup
@@ -132,8 +133,7 @@ class CompiledWhereFaster:
             self._backbone._compiled_call_impl = None
 
     def _now(self) -> float:
-        if self._step.device.type == "cuda":
-            torch.cuda.synchronize(self._step.device)
+        synchronize(self._step.device)
         return time.perf_counter()
 
 

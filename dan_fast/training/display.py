@@ -6,9 +6,9 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dan_fast.core.terminal import PLAIN
+
 SECONDS_BETWEEN_LINES = 30.0
-# Names of datasets and paths have brackets and colons that are no markup.
-_PLAIN: dict[str, bool] = {"soft_wrap": True, "highlight": False, "markup": False, "emoji": False}
 
 
 class Display:
@@ -74,9 +74,9 @@ class Display:
             self.console.print(
                 f"epoch {epoch + 1}, iteration {self._done}/{self._total}, {rate:.0f} images/s, "
                 f"{left / 60:.1f} min left, {self._losses}",
-                **_PLAIN,
+                **PLAIN,
             )
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        self.console.print(text, **_PLAIN)
+        self.console.print(text, **PLAIN)

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dan_fast.bench.data.feeds import PlainImages, apart, too_far
 from dan_fast.bench.iteration.contenders import PlainNetwork, fill_memory
-from dan_fast.bench.machine import resident_peak, synchronize
+from dan_fast.bench.machine import resident_peak
+from dan_fast.core.devices import synchronize
 from dan_fast.daml import Stage
 from dan_fast.data import MiniBatch, TrainingSet, read_image, train_transform
 from dan_fast.data.images.transforms import resize

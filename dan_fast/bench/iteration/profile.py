@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from dan_fast.bench.machine import synchronize
+from dan_fast.core.devices import synchronize
 from dan_fast.data import Split
 from dan_fast.functional.derivatives import in_forward_mode
 from dan_fast.training import MetaStep

@@ -12,7 +12,7 @@ from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from dan_fast import _extension
 from dan_fast.bench.benchmark import Bar, Benchmark, dtypes_of
-from dan_fast.bench.machine import peak_above, synchronize
+from dan_fast.bench.machine import peak_above
 from dan_fast.bench.memory import bars, contenders
 from dan_fast.bench.memory.agreement import TOLERANCES, compare
 from dan_fast.bench.memory.contenders import IN_PLACE, KERNELS, LITERAL, SCORE_SPACE, Contender, Outcome
@@ -21,6 +21,7 @@ from dan_fast.bench.process import compile_trial
 from dan_fast.bench.rows import BACKWARD, FORWARD, Row, pair, plain
 from dan_fast.bench.timing import Say, Turn, first_outcome, once, repetitions, take_turns
 from dan_fast.core.cosine import statistics_dtype
+from dan_fast.core.devices import synchronize
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.free_memory import why_too_large
 from dan_fast.triton_kernels import Products, float32_products

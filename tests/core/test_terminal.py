@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from dan_fast.commands.terminal import progress_line
+from dan_fast.core.terminal import progress_line
 
 
 def test_elsewhere_a_task_is_one_line_however_often_it_is_updated():

@@ -1,4 +1,4 @@
-"""What commands print: plain sentences, and how far a task has got."""
+"""What is printed on a terminal: plain sentences, and how far a task has got."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-# Sentences are neither broken into lines nor coloured: they contain paths to copy.
+# Sentences are neither broken into lines nor coloured: they contain paths to copy, and names whose brackets and colons
+# are no markup.
 PLAIN: dict[str, bool] = {"soft_wrap": True, "highlight": False, "markup": False, "emoji": False}
 
 
