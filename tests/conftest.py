@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,24 @@ def heap_is_left(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """A command that runs in this process would keep its heap for all tests that follow, which measure memory."""
     if request.path.name != "test_heap.py":
         monkeypatch.setattr("dan_fast.core.heap.keep_heap", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a tiny network as it was before training."""
+    from tests.support.untrained import untrained_checkpoint
+
+    return untrained_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint.pt")
+
+
+@pytest.fixture(scope="module")
+def street(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A drawn dataset with train, query and gallery images, of the size that `checkpoint` takes."""
+    from dan_fast.data.synthetic import synthesize
+
+    root = tmp_path_factory.mktemp("synthetic")
+    synthesize(root, ["street"], identities=6, cameras=2, image_size=(32, 16), test_fraction=0.5)
+    return root / "street"
 
 
 @pytest.fixture

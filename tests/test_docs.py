@@ -19,8 +19,7 @@ from dan_fast.bench import BENCHMARKS
 from dan_fast.data import load_dataset
 from dan_fast.sweep.grid import plan_sweep
 from tests.support import ROOT
-from tests.support.pages import PAGES, blocks, commands, texts, write_settings
-from tests.test_guides import GUIDES
+from tests.support.pages import GUIDES, PAGES, blocks, commands, texts, write_settings
 
 README, TRAINING, KERNELS = ROOT / "README.md", ROOT / "docs/training.md", ROOT / "docs/kernels.md"
 ROOMS_PAGES = [ROOT / "csrc/README.md", ROOT / "benchmarks/results/h200/README.md"]

@@ -7,21 +7,10 @@ import pytest
 import torch
 
 from dan_fast import cli
-from tests.support import ROOT
-from tests.support.pages import blocks, write_settings
+from tests.support.pages import GUIDES, blocks, write_settings
 
-# What a page leaves behind; the first one draws the persons and trains the network that the others use.
-LEAVES = {
-    "docs/training.md": ("runs/drawn/results.json", "runs/drawn/report/index.html", "runs/python/results.json"),
-    "docs/kernels.md": (),
-    "docs/search.md": ("runs/drawn/search/index.html", "runs/drawn/search/ranked.json", "runs/drawn/index/index.json"),
-    "docs/tracker.md": ("street.npz", "drawn.onnx"),
-    "docs/migrating.md": ("resnet18.pth",),
-    "docs/reproducing.md": ("runs/drawn_recipes/comparison.md", "runs/drawn_recipes/comparison.json"),
-    "docs/sharing.md": (),
-    "README.md": (),
-}
-TRAINING, *_ = GUIDES = [ROOT / page for page in LEAVES]
+# It draws the persons and trains the network that the others use.
+TRAINING = next(iter(GUIDES))
 
 
 def run(page: Path, folder: Path) -> None:
@@ -50,5 +39,5 @@ def test_a_guide_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch)
     if page != TRAINING and not (folder / "runs/drawn").exists():
         run(TRAINING, folder)
     run(page, folder)
-    for path in LEAVES[str(page.relative_to(ROOT))]:
+    for path in GUIDES[page]:
         assert (folder / path).is_file(), path

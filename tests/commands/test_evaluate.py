@@ -7,21 +7,8 @@ import torch
 import torchvision
 
 from dan_fast.cli import main
-from dan_fast.data.synthetic import synthesize
 from tests.support.untrained import untrained_checkpoint
 from tests.support.written_sets import cuhk03_of, manifest
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return untrained_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint.pt")
-
-
-@pytest.fixture(scope="module")
-def street(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("synthetic")
-    synthesize(root, ["street"], identities=3, cameras=2, image_size=(32, 16), test_fraction=1.0)
-    return root / "street"
 
 
 @pytest.fixture

@@ -2,28 +2,12 @@
 
 import multiprocessing
 import time
-from pathlib import Path
 
 import pytest
 
 from dan_fast.cli import main
-from dan_fast.data.synthetic import synthesize
 from dan_fast.nn import DAN
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from tests.support.untrained import untrained_checkpoint
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return untrained_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint.pt")
-
-
-@pytest.fixture(scope="module")
-def street(tmp_path_factory) -> str:
-    root = tmp_path_factory.mktemp("synthetic")
-    synthesize(root, ["street"], identities=3, cameras=2, image_size=(32, 16), test_fraction=1.0)
-    return str(root / "street")
-
 
 COMMANDS = {
     "evaluate": lambda data, out: ["--targets", data, "--out", str(out / "results.json")],
@@ -53,7 +37,7 @@ def test_a_checkpoint_of_another_version_is_one_sentence(command, change, street
         case "another shape":
             state["model"]["network.classifier.weight"] = state["model"]["network.classifier.weight"][:, :3]
     save_checkpoint(other, {name: value for name, value in state.items() if name != "format"})
-    arguments = OF_A_CHECKPOINT[command](street, tmp_path / "out")
+    arguments = OF_A_CHECKPOINT[command](str(street), tmp_path / "out")
     assert main([command, *arguments, "--checkpoint", str(other)]) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"dan-fast: {other} does not fit this version of dan_fast (") and said.count("\n") == 1
@@ -74,7 +58,7 @@ def test_a_worker_that_is_killed_is_one_sentence(command, street, checkpoint, tm
             time.sleep(0.1)
 
     monkeypatch.setattr(DAN, "embed", embed)
-    arguments = [*COMMANDS[command](street, tmp_path / "out"), "--workers", "2", "--batch_size", "2"]
+    arguments = [*COMMANDS[command](str(street), tmp_path / "out"), "--workers", "2", "--batch_size", "2"]
     assert main([command, *arguments, "--checkpoint", str(checkpoint), "--device", "cpu"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("dan-fast: A process that decodes images has died (DataLoader worker (pid ")

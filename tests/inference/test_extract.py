@@ -19,7 +19,6 @@ from dan_fast.cli import main
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import alone
 from dan_fast.data import load_dataset
-from dan_fast.data.synthetic import synthesize
 from dan_fast.evaluation import evaluate_ranking, extract_dataset
 from dan_fast.inference import feature_file
 from dan_fast.inference.sources import find_images
@@ -29,19 +28,6 @@ from tests.support.untrained import untrained_checkpoint
 
 # 48 images of 3 make 16 batches, two chunks.
 BATCH, IMAGES = 3, 48
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return untrained_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint.pt")
-
-
-@pytest.fixture(scope="module")
-def street(tmp_path_factory) -> Path:
-    """A dataset with query and gallery images."""
-    root = tmp_path_factory.mktemp("synthetic")
-    synthesize(root, ["street"], identities=6, cameras=2, image_size=(32, 16), test_fraction=0.5)
-    return root / "street"
 
 
 @pytest.fixture

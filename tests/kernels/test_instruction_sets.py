@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,25 +11,24 @@ import torch
 
 from dan_fast import _extension
 from dan_fast.data.images.augment import augment, draw, normalize
-from tests.kernels.attention import test_head_cpu, test_maps_cpu
-from tests.kernels.memory import test_scan_cpu, test_stream_cpu
-from tests.support import ROOT, slot_problems
+from tests.support import ROOT, head_problems, maps_problems, scan_problems, slot_problems
 from tests.support.toolchain import needs_extension
 
 pytestmark = [pytest.mark.slow, needs_extension]
 SETS = _extension.build_info().get("instruction_sets", ["baseline"]) if _extension.loaded() else []
 POORER = SETS[: SETS.index(torch.ops.dan_fast.instruction_set())] if SETS else []
-STREAM = [test_stream_cpu.__file__, "-k", "not wrong_argument and not opcheck", "-q", "-x", "-p", "no:cacheprovider"]
+STREAM_TESTS = str(Path(__file__).parent / "memory/test_stream_cpu.py")
+STREAM = [STREAM_TESTS, "-k", "not wrong_argument and not opcheck", "-q", "-x", "-p", "no:cacheprovider"]
 
 
 def results() -> dict[str, Any]:
     images = torch.randint(0, 256, (20, 3, 33, 17), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    exact, rounded = test_head_cpu.results()
+    exact, rounded = head_problems.results()
     return {
         "set": torch.ops.dan_fast.instruction_set(),
-        "scan": test_scan_cpu.results(),
+        "scan": scan_problems.results(),
         "head": exact,
-        "maps": test_maps_cpu.results(),
+        "maps": maps_problems.results(),
         "weights": slot_problems.results(),
         "images": [augment(images, draw(range(20), (33, 17))), normalize(images)],
         "rounded": rounded,

@@ -32,11 +32,6 @@ from tests.support.untrained import untrained_checkpoint
 NAMES = [f"{number:02d}.png" for number in range(12)]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return untrained_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint.pt")
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A gallery, two of its images twice, and queries."""

@@ -16,6 +16,8 @@ from dan_fast.functional.attention.head import HeadSaved
 ops = torch.ops.dan_fast
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Sizes of a `Case` whose rows are several vectors long, with odd ends.
+SEVERAL_VECTORS = ((2, 63, 7, 7, 5, 4), (1, 2048, 7, 7, 170, 4), (5, 40, 16, 8, 3, 10), (3, 130, 3, 5, 11, 15))
 
 
 def contiguous(x: Tensor) -> Tensor:
@@ -288,3 +290,21 @@ def assert_an_infinite_gradient_ends_where_a_unit_is_off(run: Run, case: Case) -
     assert not grads.wc1[0].any() and not grads.wc1[1].isfinite().any()
     for name, found, wanted in zip(Gradients._fields, grads, exact, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10, equal_nan=True, msg=name)
+
+
+def results() -> tuple[list[Tensor], list[Tensor]]:
+    """Of `SEVERAL_VECTORS`: what does not depend on whether * and + are one operation, and what does."""
+    exact, rounded = [], []
+    for dtype in DTYPES:
+        for layout in LAYOUTS[:2]:
+            for size in SEVERAL_VECTORS:
+                case = Case(size, dtype, layout)
+                out, grads = case.run()
+                rounded += [*out, *grads]
+                # A power of two times a number is not rounded; the gradients of these weights are of other products.
+                for x in case.arguments[1:3]:
+                    x.copy_(x.sign() * torch.exp2(x.abs().log2().round()))
+                out, (grad_features, grad_wc1, grad_wc2, *others) = case.run()
+                exact += [*out, grad_features, *others]
+                rounded += [grad_wc1, grad_wc2]
+    return exact, rounded

@@ -6,10 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tests.support.head_problems import assert_as_close, contiguous
+from tests.support.head_problems import DTYPES, assert_as_close, channels_last, contiguous
 
 ops = torch.ops.dan_fast
 OPERATORS = ("head_refine", "head_refine_backward", "head_adversary", "head_adversary_backward")
+# Sizes of a `Case` whose rows are several vectors long, with odd ends.
+SEVERAL_VECTORS = ((2, 63, 7, 7), (1, 2048, 7, 7), (2, 40, 16, 8), (3, 130, 3, 5))
 
 
 def wrong_maps(right: Tensor) -> tuple[tuple[Tensor, str], ...]:
@@ -103,3 +105,9 @@ def check(case: Case, found: Results, what: object) -> None:
         is_map = value.dim() == 4
         assert value.dtype == (case.dtype if is_map else case.statistics), name
         assert value.stride() == torch.empty_like(case.features).stride() if is_map else value.is_contiguous(), name
+
+
+def results() -> list[Tensor]:
+    """What the kernels make of `SEVERAL_VECTORS`, in all dtypes."""
+    layouts = [(dtype, layout) for dtype in DTYPES for layout in (contiguous, channels_last)]
+    return [x for dtype, layout in layouts for size in SEVERAL_VECTORS for x in Case(size, dtype, layout).run()]

@@ -10,6 +10,21 @@ from tests.support import ROOT, in_checkout
 PAGES = [in_checkout(name) for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
     (ROOT / "docs").glob("*.md")
 )
+# Pages that are run in this order, and what each leaves behind.
+GUIDES = {
+    ROOT / "docs/training.md": ("runs/drawn/results.json", "runs/drawn/report/index.html", "runs/python/results.json"),
+    ROOT / "docs/kernels.md": (),
+    ROOT / "docs/search.md": (
+        "runs/drawn/search/index.html",
+        "runs/drawn/search/ranked.json",
+        "runs/drawn/index/index.json",
+    ),
+    ROOT / "docs/tracker.md": ("street.npz", "drawn.onnx"),
+    ROOT / "docs/migrating.md": ("resnet18.pth",),
+    ROOT / "docs/reproducing.md": ("runs/drawn_recipes/comparison.md", "runs/drawn_recipes/comparison.json"),
+    ROOT / "docs/sharing.md": (),
+    ROOT / "README.md": (),
+}
 ASSIGNMENT = re.compile(r"^[A-Z_]+=\S*$")
 
 

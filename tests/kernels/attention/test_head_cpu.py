@@ -9,6 +9,7 @@ from torch import Tensor
 from tests.support.head_problems import (
     DTYPES,
     LAYOUTS,
+    SEVERAL_VECTORS,
     Case,
     Outputs,
     assert_an_infinite_gradient_ends_where_a_unit_is_off,
@@ -28,9 +29,8 @@ pytestmark = [needs_extension, pytest.mark.usefixtures("poison")]
 ops = torch.ops.dan_fast
 
 # B, C, H, W, units of the bottleneck of channel attention, hidden units of that of spatial attention
-SIZES = [(2, 1, 1, 1, 1, 1), (3, 3, 1, 2, 2, 1), (2, 63, 7, 7, 5, 4), (1, 2048, 7, 7, 170, 4), (5, 40, 16, 8, 3, 10)]
-SIZES += [(3, 130, 3, 5, 11, 15), (2, 1, 7, 7, 1, 49), (2, 2048, 1, 1, 16, 1), (2, 300, 2, 1, 25, 3)]
-SIZES += [(1, 17, 9, 15, 1, 2), (0, 5, 2, 2, 2, 1)]
+SIZES = [(2, 1, 1, 1, 1, 1), (3, 3, 1, 2, 2, 1), *SEVERAL_VECTORS, (2, 1, 7, 7, 1, 49), (2, 2048, 1, 1, 16, 1)]
+SIZES += [(2, 300, 2, 1, 25, 3), (1, 17, 9, 15, 1, 2), (0, 5, 2, 2, 2, 1)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -175,21 +175,3 @@ def test_a_wrong_argument_is_named(op: str):
     for wrong, message in wrong_maps(right[0]):
         with pytest.raises(RuntimeError, match=message):
             getattr(ops, op)(wrong, *right[1:])
-
-
-def results() -> tuple[list[Tensor], list[Tensor]]:
-    """What does not depend on whether * and + are one operation, and what does."""
-    exact, rounded = [], []
-    for dtype in DTYPES:
-        for layout in LAYOUTS[:2]:
-            for size in SIZES[2:6]:
-                case = Case(size, dtype, layout)
-                out, grads = case.run()
-                rounded += [*out, *grads]
-                # A power of two times a number is not rounded; the gradients of these weights are of other products.
-                for x in case.arguments[1:3]:
-                    x.copy_(x.sign() * torch.exp2(x.abs().log2().round()))
-                out, (grad_features, grad_wc1, grad_wc2, *others) = case.run()
-                exact += [*out, grad_features, *others]
-                rounded += [grad_wc1, grad_wc2]
-    return exact, rounded

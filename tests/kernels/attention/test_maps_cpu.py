@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from dan_fast.functional.attention.adversary import HeadAdversary
-from tests.support.head_problems import DTYPES, LAYOUTS, channels_last, contiguous
-from tests.support.maps_problems import OPERATORS, Case, check, wrong_maps
+from tests.support.head_problems import DTYPES, LAYOUTS
+from tests.support.maps_problems import OPERATORS, SEVERAL_VECTORS, Case, check, wrong_maps
 from tests.support.running import by_threads
 from tests.support.toolchain import needs_extension
 
 pytestmark = [needs_extension, pytest.mark.usefixtures("poison")]
 ops = torch.ops.dan_fast
 # B, C, H, W: fewer and more numbers a row than a vector and a chain of sums hold, and ends within a vector.
-SIZES = [(2, 1, 1, 1), (3, 3, 1, 2), (2, 63, 7, 7), (1, 2048, 7, 7), (2, 40, 16, 8), (3, 130, 3, 5), (2, 1, 7, 7)]
+SIZES = [(2, 1, 1, 1), (3, 3, 1, 2), *SEVERAL_VECTORS, (2, 1, 7, 7)]
 SIZES += [(2, 2100, 1, 1), (2, 300, 2, 1), (1, 17, 9, 15), (2, 20, 4, 4), (0, 5, 2, 2)]
 
 
@@ -146,11 +146,6 @@ def test_a_wrong_argument_is_named(op: str):
     for wrong, message in wrong_maps(right[0]):
         with pytest.raises(RuntimeError, match=message):
             call(0, wrong)
-
-
-def results() -> list[Tensor]:
-    layouts = [(dtype, layout) for dtype in DTYPES for layout in (contiguous, channels_last)]
-    return [x for dtype, layout in layouts for size in SIZES[2:6] for x in Case(size, dtype, layout).run()]
 
 
 def test_no_map_is_made_for_x2_where_only_the_adversary_wants_its_gradient():

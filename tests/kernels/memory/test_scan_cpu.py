@@ -195,18 +195,6 @@ def test_what_does_not_fit_is_named(at, change, name):
         ops.memory_scan_backward(torch.ones((), dtype=torch.float64), *everything[:11], everything[12])
 
 
-def results() -> list[Tensor]:
-    """Of problems with several chunks, odd sizes, cleared slots and ties, in both dtypes."""
-    found = []
-    for dtype in (torch.float32, torch.float64):
-        for slots, kind in (((1300, 1111), "random"), ((600, 531), "repeated"), ((13, 7), "close")):
-            arguments = Problem(slots, (5, 6), d=7, kind=kind, classes=3, dtype=dtype).arguments()
-            # The BLAS may round by the number of threads: that is not what is compared.
-            arguments[:3] = [(x * 64).round() / 64 for x in arguments[:3]]
-            found += by_operators(arguments).flat
-    return found
-
-
 def test_the_same_bits_whatever_the_number_of_threads():
     arguments = Problem((40000, 35000), (2, 3), classes=50, fill=(1.0, 1.0), dtype=torch.float32).arguments()
 
