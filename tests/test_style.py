@@ -54,3 +54,10 @@ def test_more_than_eight_arguments_travel_as_a_struct():
             if count > MOST_PARAMETERS and name.removesuffix(".__init__") not in public:
                 found.add((path.name, name))
     assert found == set(MORE_PARAMETERS)
+
+
+def test_the_trainer_stays_a_loop_around_its_parts():
+    """What it does at each step belongs into its parts, each a file of its own."""
+    tree = trees()[PACKAGE / "training/trainer.py"]
+    (trainer,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Trainer")
+    assert trainer.end_lineno - trainer.lineno + 1 <= 250
