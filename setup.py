@@ -32,7 +32,8 @@ TORCH_TARGET_VERSION = "0x020b000000000000"
 AGAIN = SOURCES["AGAIN"]
 # Where no GPU is visible: its code runs on 8.6 and 8.9 as it is, and newer GPUs translate its PTX.
 PORTABLE_CUDA_ARCH = "8.0+PTX"
-# A `*_isa.cpp` is compiled once for each of these, from the poorest to the richest; csrc/cpu/isa.h tells them apart.
+# A `*_isa.cpp` is compiled once for each of these, from the smallest instruction set to the largest; csrc/cpu/isa.h
+# tells them apart.
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {"baseline": [], "avx2": AVX2, "avx512": AVX512}
@@ -267,8 +268,8 @@ def ninja_file(
     def linked(target: str, rule: str, parts: list[Path]) -> str:
         # Of an inline function that several objects hold, the linker keeps the first: one that any CPU can run.
         objects = [name for source in parts for name in built[source]]
-        richer = [f".{name}.o" for name in sets if name != "baseline"]
-        objects.sort(key=lambda name: next((i + 1 for i, end in enumerate(richer) if name.endswith(end)), 0))
+        larger = [f".{name}.o" for name in sets if name != "baseline"]
+        objects.sort(key=lambda name: next((i + 1 for i, end in enumerate(larger) if name.endswith(end)), 0))
         return f"build {target}: {rule} {' '.join(objects)}"
 
     lines.append(linked(LIBRARY, "link", [source for source in built if not of_module(source)]))

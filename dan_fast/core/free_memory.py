@@ -7,7 +7,7 @@ import torch
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on the device; None if the system does not tell."""
+    """Bytes that can still be allocated on the device; None if the system does not report it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]

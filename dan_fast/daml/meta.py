@@ -77,7 +77,7 @@ def meta_gradients(
             returned, or double backward goes through the graph of these losses.
         add_up: where `loss_fn` gives a rank's own summand of the losses, adds gradients up over all ranks: called
             with name to tensor, the same names on each, for S, for S~ and for products of second derivatives.
-        any_failed: as `add_up`, tells whether something has failed on any rank: called with whether it has on this one,
+        any_failed: as `add_up`, whether something has failed on any rank: called with whether it has on this one,
             so that with `order=2` all of them go by double backward, or none.
 
     Raises:
@@ -101,8 +101,8 @@ def meta_gradients(
     with attention_that_serves(order):
         if order == 2:
             given = (meta_train, meta_test)
-            told = (add_up, any_failed)
-            return _total_derivatives(loss_fn, params, groups, given, inner_lr, eta, train_losses, told)
+            reductions = (add_up, any_failed)
+            return _total_derivatives(loss_fn, params, groups, given, inner_lr, eta, train_losses, reductions)
         if train_losses is None:
             current = _current(params, active)
             train_losses = loss_fn(current, meta_train)
@@ -122,10 +122,10 @@ def _total_derivatives(
     inner_lr: float | Mapping[str, float],
     eta: float,
     train_losses: Losses | None,
-    told: tuple[Callable[[Params], Params], Callable[[bool], bool]],
+    reductions: tuple[Callable[[Params], Params], Callable[[bool], bool]],
 ) -> MetaGradients:
-    """`meta_gradients` with second derivatives; `batches` are S and S~, `told` are `add_up` and `any_failed`."""
-    add_up, any_failed = told
+    """`meta_gradients` with second derivatives; `batches` are S and S~, `reductions` are `add_up` and `any_failed`."""
+    add_up, any_failed = reductions
     followers: dict[str, list[str]] = {}
     for names, loss in groups.values():
         followers.setdefault(loss, []).extend(names)

@@ -155,7 +155,7 @@ class SecondOrder:
         trunk, behind = self._parted(wanted)
         found: dict[str, Tensor] = {}
         carried: list[Tensor] = []
-        # What moves the trunk comes last and takes along what the other losses have to say to its output.
+        # What moves the trunk comes last, with the derivatives of the other losses in its output carried along.
         for loss in sorted(tangents, key=lambda name: self._moves_trunk(tangents[name])):
             if self._moves_trunk(tangents[loss]) and self.heads[loss].by_features is not None:
                 carried = self._dual_pass(loss, tangents[loss], trunk, behind, carried, found)

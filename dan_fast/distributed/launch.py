@@ -1,4 +1,4 @@
-"""The processes that torchrun started: how one joins the others, and what they tell each other on the host."""
+"""The processes that torchrun started: how one joins the others, and what they exchange on the host."""
 
 import hashlib
 import os
@@ -16,8 +16,8 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.core.launched import number_of_ranks
 from dan_fast.distributed.collectives import ProcessGroup
 
-# Seconds that ranks wait for one another before they give up; torchrun starts those of a job within minutes.
-_PATIENCE = 600.0
+# How long ranks wait for one another; torchrun starts those of a job within minutes.
+_TIMEOUT_S = 600.0
 
 
 @contextmanager
@@ -64,13 +64,13 @@ def _store_of_this_start(store: distributed.Store, rank: int, ranks: int) -> dis
     """A part of the store for the processes that run now.
 
     torchrun's store outlives a restart, and holds the addresses of the processes that are gone; its count of restarts
-    is each machine's own. So every process leaves a number that nobody else has, rank 0 makes a part of them, and a
-    process takes one that was made of its own number, and the next if that comes before all have taken it.
+    is each machine's own. So every process leaves a unique id, rank 0 makes a part of them, and a process takes
+    one that was made of its own id, and the next if that comes before all have taken it.
 
     Raises:
-        TimeoutError: a rank was not heard of.
+        TimeoutError: a rank did not register.
     """
-    own, deadline = uuid.uuid4().hex, time.monotonic() + _PATIENCE
+    own, deadline = uuid.uuid4().hex, time.monotonic() + _TIMEOUT_S
     numbers = [f"dan_fast/number/{each}" for each in range(ranks)]
     store.set(numbers[rank], own)
     made = ""
@@ -85,7 +85,7 @@ def _store_of_this_start(store: distributed.Store, rank: int, ranks: int) -> dis
             if store.check([f"{made}/taken/{each}" for each in range(ranks)]):
                 return distributed.PrefixStore(hashlib.sha256(made.encode()).hexdigest(), store)
         time.sleep(0.02)
-    raise TimeoutError(f"not all {ranks} ranks were heard of within {_PATIENCE:.0f} s")
+    raise TimeoutError(f"not all {ranks} ranks registered within {_TIMEOUT_S:.0f} s")
 
 
 def is_loss_of_a_rank(error: BaseException) -> bool:

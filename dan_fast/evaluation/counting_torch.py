@@ -92,7 +92,9 @@ class Comparable(Protocol):
 def ranks_of_part(
     distances: Comparable, labels: Labels, budget: int, query_bytes: int, division: Division
 ) -> Iterator[tuple[Pairs, np.ndarray]]:
-    """As `ranks_by_features`, for who holds a part of the gallery: counts of all parts add up to ranks; collective.
+    """As `ranks_by_features`, for the rank that holds a part of the gallery; collective.
+
+    Counts of all parts add up to ranks.
 
     Args:
         distances: of the queries and the part.
@@ -115,7 +117,7 @@ def ranks_of_part(
 
 
 def exact_of_pairs(block: Comparable, pairs: Pairs, division: Division) -> Tensor:
-    """(pairs,) distances of a block's queries, each from who holds its image of the gallery; collective."""
+    """(pairs,) distances of a block's queries, each from the rank that holds its image of the gallery; collective."""
     queries, places = _indices(pairs, block.uncertainty.device)
     held = (places >= block.images.start) & (places < block.images.stop)
     distances = torch.zeros(len(places), dtype=torch.float64, device=places.device)

@@ -1,4 +1,4 @@
-"""Images divided over ranks, consecutive ones in the order of the ranks, and what the ranks tell each other."""
+"""Images divided over ranks, consecutive ones in the order of the ranks, and what the ranks exchange."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def refused_by_all(group: ProcessGroup | None, kind: type[Exception], task: str)
     Nothing inside may be collective.
 
     Args:
-        group: None where there is one rank, which tells nobody.
+        group: None where there is one rank, and no communication.
         kind: of the error that the other ranks raise.
         task: what is done inside, as the end of "rank 1 failed to".
     """
@@ -38,7 +38,7 @@ def refused_by_all(group: ProcessGroup | None, kind: type[Exception], task: str)
     if fault is not None:
         raise fault
     if faulty:
-        raise kind(f"rank {faulty[0]} of process_group failed to {task} and says why in its own error.")
+        raise kind(f"rank {faulty[0]} of process_group failed to {task}: see that rank's error.")
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Division:
         Args:
             part: (n, d) of this rank's images.
             places: (k,) int64, in any order, the same on all ranks.
-            chosen: which of `places` this rank asks for.
+            chosen: which of `places` this rank needs.
             budget: about how many bytes travel at a time.
 
         Returns:

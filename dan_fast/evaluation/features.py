@@ -156,16 +156,16 @@ def extract_features(
                 raise ValueError(f"embed made {tuple(features.shape)} of {len(images)} images; it must make (B, d).")
             rows.append(features.to("cpu", torch.float32))
             kept.extend(indices.tolist())
-    told = gathered(process_group, (kept, rows[0].shape[1] if rows else 0))
-    everywhere = [index for own, _ in told for index in own]
+    of_ranks = gathered(process_group, (kept, rows[0].shape[1] if rows else 0))
+    everywhere = [index for own, _ in of_ranks for index in own]
     if not everywhere:
         raise DanFastError(f"None of the {len(samples)} images can be read; the first is {samples[0].path}.")
     # Joined outside of inference mode, so that the result is an ordinary tensor.
     return Features(
-        torch.cat(rows) if rows else torch.empty(0, max(width for _, width in told)),
+        torch.cat(rows) if rows else torch.empty(0, max(width for _, width in of_ranks)),
         torch.tensor([samples[index].pid for index in everywhere], dtype=torch.int64),
         torch.tensor([samples[index].camid for index in everywhere], dtype=torch.int64),
         tuple(Path(samples[index].path) for index in everywhere),
         tuple(Path(samples[index].path) for index in sorted(set(range(len(samples))) - set(everywhere))),
-        () if process_group is None else tuple(len(own) for own, _ in told),
+        () if process_group is None else tuple(len(own) for own, _ in of_ranks),
     )

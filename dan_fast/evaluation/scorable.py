@@ -65,7 +65,7 @@ def require_defined(name: str, single_shot: bool, ap: AveragePrecision, rerank: 
 
 
 def no_match(name: str) -> DanFastError:
-    """The error of a dataset in which nobody can be found again."""
+    """The error of a dataset without a match in another camera."""
     return DanFastError(
         f"{name} has no person seen by two cameras in its evaluation images, so none can be found again; "
         "check the identities and cameras."
@@ -73,7 +73,7 @@ def no_match(name: str) -> DanFastError:
 
 
 def _has_match(dataset: ReIDDataset) -> bool:
-    """Whether anybody can be found again in another camera."""
+    """Whether any person has a match in another camera."""
     # The splits of the literature have matches, and a random split has one of each person with two cameras; identity 0
     # is that of distractors, which it does not search for.
     if dataset.query:

@@ -40,7 +40,7 @@ def through_form(
     Args:
         form: the operator in PyTorch, of `inputs` in their order.
         inputs: as they were saved, with their history.
-        needed: which of them want a gradient; missing ones do not.
+        needed: which of them require a gradient; missing ones do not.
         grads: of the results, None where nothing depends on one.
     """
     views = [x.view_as(x) for x in inputs]

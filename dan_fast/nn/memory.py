@@ -47,7 +47,7 @@ class ProgressiveAugmentedMemory(nn.Module):
 
     - `DistributedDataParallel` keeps gates equal, not memories: each process would write its own rows. Forward refuses
       it beyond one process. Call the memory outside of the wrapped module, with `process_group` and each process's own
-      rows. FSDP and other wrappers are alike, but forward cannot tell.
+      rows. The same holds for FSDP and other wrappers, but forward cannot detect them.
     - `DataParallel` hands every device a copy and throws it away; forward refuses it. Wrap the backbone alone.
     - `AveragedModel` averages the gates of a copy whose memories stay what they were when it was made; forward refuses
       that copy, but cannot tell where the gates are features. Give it memories first:
@@ -144,7 +144,7 @@ class ProgressiveAugmentedMemory(nn.Module):
             gate_features: (N, 3), the backbone's last three outputs; for `gates="features"` only.
 
         Raises:
-            ValueError: `gate_features` is missing, not wanted, or of another shape.
+            ValueError: `gate_features` is missing, not needed, or of another shape.
         """
         if self.gates == "parameters":
             if gate_features is not None:

@@ -15,7 +15,7 @@ class Writes:
 
 @dataclass
 class Origin:
-    """What a copy remembers of the moment it was made.
+    """What a copy keeps of the moment it was made.
 
     Attributes:
         writes, count: of the memory that was copied, and where they stood.

@@ -52,7 +52,7 @@ class Run:
         baselines: (features, evaluation) of the untrained network and of chance, where they were evaluated.
         complaints: whole sentences on files that are there and cannot be read.
         recipe: its recipe and what was changed on top of it, in words; "" for none.
-        iterations: of an epoch; None where neither results.json nor the settings tell, as while it trains.
+        iterations: of an epoch; None where neither results.json nor the settings give them, as while it trains.
         ranks: that trained together; 1 where that was not recorded.
     """
 

@@ -102,7 +102,7 @@ def network_of(state: dict[str, Any], path: str | Path) -> DAN:
 
 
 def preprocessing_of(state: dict[str, Any]) -> Preprocessing:
-    """How the network of what `load_checkpoint` gave wants its images, whatever its backbone's library says today."""
+    """How the network of what `load_checkpoint` gave takes its images, whatever its backbone's library says today."""
     # Older checkpoints do not say; there was one way then.
     return Preprocessing.from_dict(state["preprocessing"]) if "preprocessing" in state else IMAGENET
 

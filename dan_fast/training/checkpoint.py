@@ -101,7 +101,7 @@ class CheckpointWriter:
         """Whether nothing is being written.
 
         Raises:
-            DanFastError: what was written could not be; told once.
+            DanFastError: what was written could not be; raised once.
         """
         if self._writing is not None and self._writing.done():
             self.wait()
@@ -120,7 +120,7 @@ class CheckpointWriter:
         """Wait for what is being written.
 
         Raises:
-            DanFastError: it could not be written; told once.
+            DanFastError: it could not be written; raised once.
         """
         writing, self._writing = self._writing, None
         if writing is not None:

@@ -51,7 +51,7 @@ class CompiledWhereFaster:
     """Has a step's backbone compiled after two iterations, and after 16 more, in pairs, keeps what was faster.
 
     Each iteration is one of the training. Outside of `iteration` the backbone is always as it was: evaluations,
-    checkpoints and copies know nothing of it.
+    checkpoints and copies are unaffected.
 
     Args:
         step: whose backbone it is.
@@ -59,7 +59,7 @@ class CompiledWhereFaster:
 
     Attributes:
         outcome: which was taken, and why, in one sentence; "" while it is not known.
-        say: is told that sentence, and before it that the compiler runs; to be set by the caller.
+        say: called with that sentence, and before it with one that the compiler runs; to be set by the caller.
     """
 
     def __init__(self, step: MetaStep, wanted: bool) -> None:

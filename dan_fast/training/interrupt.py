@@ -49,7 +49,7 @@ class TrainingStop(StopRequest):
             self.agreed = bool(stops)
             if failed:
                 before_error()
-                raise error or DanFastError(f"Rank {failed - 1} could not read a batch and says why in its own error.")
+                raise error or DanFastError(f"Rank {failed - 1} could not read a batch: see that rank's error.")
             if self.agreed or batch is None:
                 return
             yield batch

@@ -159,7 +159,7 @@ def _on_all(group: ProcessGroup, do: Any) -> None:
     if failed is not None:
         raise failed
     if rank:
-        raise DanFastError(f"Rank {rank - 1} could not write its part of the checkpoint and says why in its own error.")
+        raise DanFastError(f"Rank {rank - 1} could not write its part of the checkpoint: see that rank's error.")
 
 
 def _require_whole(file: Path, checksum: int) -> None:

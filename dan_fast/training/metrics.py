@@ -78,8 +78,8 @@ def pseudo_label_purity(sample_ids: Tensor, labels: Tensor, training_set: Traini
     """How often images that share a pseudo label in M' show one person.
 
     The mean over the images of true identity and at least one companion under their pseudo label of the
-    share of companions with the same identity. It needs no labelled image of the person, so it tells
-    something of unlabelled sets with persons of their own too. None where nothing can be said.
+    share of companions with the same identity. It needs no labelled image of the person, so it is
+    defined for unlabelled sets with persons of their own too. None where there is no such image.
 
     Args:
         sample_ids, labels: (n,) int64, what `ProgressiveAugmentedMemory.reliable_samples` gives: each image once, for

@@ -1,4 +1,4 @@
-"""The losses of one part of a mini-batch, Eq. (1), as `meta_gradients` wants them."""
+"""The losses of one part of a mini-batch, Eq. (1), in the form that `meta_gradients` takes."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -198,7 +198,7 @@ class TrainingModel(nn.Module):
                     gate_features=gate_features,
                 )
             except ValueError:
-                # On the CPU the memory complains at once; of keys that are not finite it is not the cause.
+                # On the CPU the memory raises at once; of keys that are not finite it is not the cause.
                 require_sound(int(fault))
                 raise
             memory_fault = self.memory.take_fault()

@@ -1,4 +1,4 @@
-"""What the ranks of a training tell each other beside their gradients: counts of images, and what a pass has found."""
+"""What the ranks of a training exchange beside their gradients: counts of images, and what a pass has found."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -31,7 +31,7 @@ def any_rank(group: ProcessGroup, holds: bool, device: torch.device) -> bool:
 
 
 def with_shares(group: ProcessGroup, splits: tuple[Split, Split | None]) -> tuple[Split, Split | None]:
-    """The splits, told how many images of each kind every rank has; one collective.
+    """The splits with how many images of each kind every rank has; one collective.
 
     Raises:
         ValueError: no rank has a labelled or fed-back image of S or of S~.
@@ -85,7 +85,7 @@ def whole_pass(
         whole,
         PassRecord(
             logits, adversary_logits, labels, pseudo_labels, sample_ids, record.gates,
-            # Features that are not finite are what is told first, as of one rank.
+            # Features that are not finite are what is reported first, as of one rank.
             torch.where((faults < 0).any(), faults.min(), faults.max()),
             fed_back_labels, fed_back_ids,
             None if record.spatial_spread is None else whole_spread,

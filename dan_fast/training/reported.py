@@ -43,7 +43,7 @@ def seen_of(state: dict[str, Any], target: ReIDDataset) -> str:
     """How many of a target's persons a checkpoint's network was trained on, in words; "" for none, as far as known.
 
     Known are the persons of the datasets, and the images, that lie where they lay in training; older checkpoints do not
-    tell any, nor do folders of `dan-fast share`, which the words then say.
+    name any, nor do folders of `dan-fast share`, which the words then say.
     """
     if "shared" in state:
         return "persons trained on not recorded"
@@ -147,7 +147,8 @@ def opening_lines(
     elif datasets.unlabeled and not any(unlabeled for _, unlabeled in places):
         yield (
             f"{', '.join(dataset.title for dataset in datasets.unlabeled)} is left aside: data.unlabeled_fraction "
-            f"{config.data.unlabeled_fraction} of data.batch_size {config.data.batch_size} is no image: raise one of them."
+            f"{config.data.unlabeled_fraction} of data.batch_size {config.data.batch_size} is no image: raise one of "
+            "them."
         )
     if config.meta.order == 2 and config.meta.procedure == "daml1":
         yield "meta.order 2 has no effect with meta.procedure daml1, which has no meta step: take daml2 or daml3."

@@ -130,7 +130,7 @@ class RunFolder:
             try:
                 yield
             except BaseException:
-                # The error that led here is the one to tell.
+                # The error that led here is the one to raise.
                 with suppress(DanFastError):
                     self._writer.wait()
                 raise
@@ -173,18 +173,18 @@ class RunFolder:
         """Whether a checkpoint within an epoch is to be written; by rank 0's clock, and collective.
 
         Raises:
-            DanFastError: an earlier one could not be written; told once.
+            DanFastError: an earlier one could not be written; raised once.
         """
         (iterations, seconds), run = self._saved_at, self._run
         due = time.monotonic() - seconds >= run.checkpoint_every_s or (
             0 < run.checkpoint_every <= iterations_done - iterations
         )
-        # In this order: what could not be written is told at once.
+        # In this order: what could not be written is raised at once.
         return bool(largest(self._group, self._writes and self._writer.is_free() and due)[0])
 
 
 def _mark(path: Path) -> tuple[int, int, int] | None:
-    """By which a file is told from another one that took its place; None where there is none."""
+    """By which a file is distinguished from another one that took its place; None where there is none."""
     try:
         status = path.stat()
     except FileNotFoundError:

@@ -27,7 +27,7 @@ _PLACES = (
 def origin_of(checkpoint: str | Path, state: Mapping[str, Any]) -> tuple[dict[str, Any], list[Evaluation]]:
     """How a checkpoint's network was trained, in plain JSON, and what it scored, for `DAN.save_pretrained`.
 
-    Folders and files are reduced to their names: what is shared does not tell where they lay.
+    Folders and files are reduced to their names: what is shared does not show where they lay.
 
     Args:
         checkpoint: the file, beside which results.json may lie; or a folder that `dan-fast share` wrote.
@@ -35,7 +35,7 @@ def origin_of(checkpoint: str | Path, state: Mapping[str, Any]) -> tuple[dict[st
 
     Returns:
         `training`: the labelled and the unlabelled sets, recipe and epoch in words; "settings", those of
-        `TrainConfig`; and "checkpoint", by which the epoch is told. `results`: the evaluations of this epoch that the
+        `TrainConfig`; and "checkpoint", which identifies the epoch. `results`: the evaluations of this epoch that the
         checkpoint or results.json holds.
 
     Raises:

@@ -151,7 +151,7 @@ class MetaStep:
 
         Raises:
             DivergedError: a feature or a gradient is not finite.
-            ValueError: batch norm or the memory refuses the batch, or the procedure wants it split otherwise.
+            ValueError: batch norm or the memory refuses the batch, or the procedure needs it split otherwise.
         """
         if (meta_test is None) != (self.meta.procedure == "daml1"):
             split = "one part, S" if self.meta.procedure == "daml1" else "two parts, S and S~"

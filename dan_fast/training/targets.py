@@ -68,7 +68,7 @@ class Targets:
             state: of the checkpoint that holds the network.
             cache: of decoded images.
             iterations_done: of the run.
-            scalars, display: told of the figures.
+            scalars, display: where the figures go.
 
         Returns:
             The figures of this epoch; after the last one those that are reported.

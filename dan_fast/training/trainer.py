@@ -157,7 +157,7 @@ class Trainer:
                 for line in opening_lines(self.config, self.datasets, self.device, self.batches.planner.places):
                     display.say(line)
                 if self.epoch > 0 and self.iteration == 0:
-                    # A run that was stopped between an epoch's checkpoint and its evaluation makes up for it.
+                    # The run was stopped between an epoch's checkpoint and its evaluation.
                     evaluations = self._evaluate_if_due(scalars, display)
                 while self.epoch < epochs:
                     self._train_epoch(scalars, display, stop)
@@ -172,7 +172,7 @@ class Trainer:
             raise Interrupted(f"Saved after iteration {self.iterations_done}.") from error
         except DivergedError as error:
             with suppress(DanFastError):
-                scalars.flush(self.iterations_done)  # what led to it; that it diverged is the error to tell
+                scalars.flush(self.iterations_done)  # what led to it; that it diverged is the error to raise
             raise DanFastError(
                 f"Training diverged at iteration {self.iterations_done} ({error}): start again in another run.out "
                 f"with a lower optimizer.lr_scale; {self.folder.checkpoint} holds the last state saved, if any."
@@ -213,7 +213,7 @@ class Trainer:
 
         Args:
             batch: on the device, or on the host; images in pinned memory are copied without waiting.
-            scalars: told of losses, accuracies, the competition and the memory.
+            scalars: takes losses, accuracies, the competition and the memory.
 
         Raises:
             DivergedError: a feature or a gradient is not finite; no parameter has moved.

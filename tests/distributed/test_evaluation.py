@@ -177,7 +177,7 @@ def broken(group: distributed.ProcessGroup, dataset: ReIDDataset) -> tuple[str, 
     whole = evaluate_dataset(of_batch, dataset, SIZE, batch_size=3, repeats=2, broken_images="skip")
     assert evaluate_dataset(of_batch, dataset, SIZE, repeats=2, broken_images="skip", **options) == whole
     last, last_one = group.rank() == group.size() - 1, group.size() - 1
-    of_others = f"rank {last_one} of process_group failed to embed its images and says why"
+    of_others = f"rank {last_one} of process_group failed to embed its images: see that rank's error"
     one_broken = replace(dataset, test=dataset.test[-9:])
     with pytest.raises(DanFastError, match="1_broken.png" if last else of_others):
         extract_dataset(of_batch, one_broken, SIZE, **options)

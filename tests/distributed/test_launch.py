@@ -154,8 +154,8 @@ def test_processes_that_are_started_again_do_not_meet_those_that_are_gone():
 
 
 def test_a_rank_that_does_not_come_is_said(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(launch, "_PATIENCE", 0.1)
-    with pytest.raises(TimeoutError, match="not all 2 ranks were heard of within 0 s"):
+    monkeypatch.setattr(launch, "_TIMEOUT_S", 0.1)
+    with pytest.raises(TimeoutError, match="not all 2 ranks registered within 0 s"):
         launch._store_of_this_start(distributed.HashStore(), 0, 2)
 
 

@@ -195,7 +195,7 @@ def refusals(group: Group) -> None:
         ),
     )
     gradient = mine._replace(keys=mine.keys.clone().requires_grad_()) if rank == last else mine
-    refused(f"keys on rank {last} of process_group differ .* want a gradient", given=gradient)
+    refused(f"keys on rank {last} of process_group differ .* require a gradient", given=gradient)
     with torch.no_grad():
         memory.alpha += 0.1 * (rank == last)
     refused(f"alpha on rank {last} of process_group is not that of rank 0")

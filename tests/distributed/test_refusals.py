@@ -140,7 +140,7 @@ def broken_image(group: Group, config: TrainConfig) -> None:
             yield batch
 
     trainer.batches.of_epoch = breaks
-    own = "^it.jpg cannot" if group.rank() == 1 else "^Rank 1 could not read a batch and says why in its own error"
+    own = "^it.jpg cannot" if group.rank() == 1 else "^Rank 1 could not read a batch: see that rank's error"
     with pytest.raises(DanFastError, match=own):
         trainer.fit()
     assert load_checkpoint(trainer.folder.checkpoint)["iteration"] == 2

@@ -16,7 +16,7 @@ from tests.support.toolchain import needs_extension
 
 pytestmark = [pytest.mark.slow, needs_extension]
 SETS = _extension.build_info().get("instruction_sets", ["baseline"]) if _extension.loaded() else []
-POORER = SETS[: SETS.index(torch.ops.dan_fast.instruction_set())] if SETS else []
+SMALLER = SETS[: SETS.index(torch.ops.dan_fast.instruction_set())] if SETS else []
 STREAM_TESTS = str(Path(__file__).parent / "memory/test_stream_cpu.py")
 STREAM = [STREAM_TESTS, "-k", "not wrong_argument and not opcheck", "-q", "-x", "-p", "no:cacheprovider"]
 
@@ -40,7 +40,7 @@ def here() -> dict[str, Any]:
     return results()
 
 
-@pytest.fixture(scope="module", params=POORER)
+@pytest.fixture(scope="module", params=SMALLER)
 def there(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The results of a process of its own, and the exit code and words of its tests of the passes over a memory."""
     file = tmp_path_factory.mktemp(request.param) / "results.pt"

@@ -136,7 +136,7 @@ class ImageCache:
     def add(self, paths: Sequence[str | Path]) -> None:
         """Open the file of a set of images, which is decoded first where there is no valid file.
 
-        An image that cannot be decoded is remembered and raises when it is read.
+        An image that cannot be decoded is recorded and raises when it is read.
 
         Raises:
             DanFastError: the folder cannot be used or is full; what was there is as it was.

@@ -64,7 +64,7 @@ def _head(
     like = features.new_empty((), dtype=dtype).expand(features.shape)
     check_weights(weights, like)
     check_cam_and_labels(cam_weight, labels, like)
-    # The operator's results go on with what its backward wants of the passes.
+    # The operator's results go on with what its backward needs from the passes.
     results = AttentionHead.run(features, *widened(weights), widened(cam_weight), labels)[:_RESULTS]
     output = AttentionHeadOutput(*results)
     output = output._replace(adversary_loss=marked(output.adversary_loss, labels, cam_weight))

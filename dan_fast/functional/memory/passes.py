@@ -55,12 +55,12 @@ def memory_commit_scores_(
 ) -> tuple[Tensor, Tensor]:
     """`memory_commit` in place, with `memory_scores` of `keys` in the same pass; without gradient.
 
-    All slots are written or none: where it raises, the version of `base` tells which.
+    All slots are written or none: where it raises, the version of `base` shows which.
     """
     version = base._version
     result = MemoryCommitScores.run(base, kept, weights, pending_keys, keys)
     if base._version == version:
-        # Then a backward pass that still wanted the old features fails instead of using the new ones. PyTorch counts
+        # Then a backward pass that still needed the old features fails instead of using the new ones. PyTorch counts
         # its own writes.
         torch.autograd.graph.increment_version(base)
     return result

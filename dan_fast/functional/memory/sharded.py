@@ -1,4 +1,4 @@
-"""A memory whose slots are divided over ranks, and what the ranks tell each other for a step.
+"""A memory whose slots are divided over ranks, and what the ranks exchange for a step.
 
 Features are divided; labels, usage, norms and what is pending are whole on every rank, and each runs the same scan over
 the gathered scores. A row's score has the same bits whichever rank computes it, so the memory is the one that a single
@@ -75,7 +75,7 @@ def read_shards(
 
     Args:
         labeled, unlabeled: M and M'.
-        waits: what `PendingMemory.read_base` is told of each, the same on all ranks.
+        waits: what `PendingMemory.read_base` takes for each, the same on all ranks.
         keys: (B + B', d), whole, in the dtype of statistics.
         unlabeled_keys: (B', d), the last of them.
 
@@ -97,7 +97,7 @@ class Exchange:
     Attributes:
         batch: the labelled rows of rank 0, of rank 1, ..., then the unlabelled ones likewise.
         gates: of the whole batch.
-        waits: what `read_shards` is told.
+        waits: as of `read_shards`.
         own_unlabeled: where this rank's rows are among the unlabelled ones.
     """
 
@@ -127,8 +127,8 @@ def exchange(
         check_memory_step(labeled.outlined(), unlabeled.outlined(), batch, gates)
     except (TypeError, ValueError) as error:
         refused = error
-    # Where a rank raised by itself the others would wait for it: all of them hear of it first.
-    ranks = _told(group, _header(labeled, unlabeled, batch, gate_features, gates, refused))
+    # Where a rank raised alone the others would wait for it: whether one refuses is exchanged first.
+    ranks = _headers(group, _header(labeled, unlabeled, batch, gate_features, gates, refused))
     if refused is not None:
         raise refused
     _check_together(ranks)
@@ -163,7 +163,7 @@ def _header(
     gates: Gates | None,
     refused: Exception | None,
 ) -> Tensor:
-    """(13,) int64, what the others have to know of this rank before anything is gathered."""
+    """(13,) int64, what the other ranks need of this one before anything is gathered."""
     device = labeled.base.device
     if refused is not None:
         return torch.tensor([1] + [0] * (len(_HEADER) - 1), device=device)
@@ -193,7 +193,7 @@ def _made_by(device: torch.device) -> tuple[object, ...]:
     return __version__, torch.__version__, kernels, _extension.build_info().get("source_hash"), processor
 
 
-def _told(group: ProcessGroup, header: Tensor) -> list[dict[str, int]]:
+def _headers(group: ProcessGroup, header: Tensor) -> list[dict[str, int]]:
     return [dict(zip(_HEADER, row, strict=True)) for row in all_gather(group, header)[0].tolist()]
 
 
@@ -202,7 +202,7 @@ def _check_together(ranks: list[dict[str, int]]) -> None:
     for rank, its in enumerate(ranks):
         if its["refused"]:
             raise ValueError(
-                f"rank {rank} of process_group refused its rows of the batch and says why in its own error: "
+                f"rank {rank} of process_group refused its rows of the batch, see that rank's error: "
                 "no memory was changed"
             )
     for rank, its in enumerate(ranks):
@@ -220,6 +220,6 @@ def _check_together(ranks: list[dict[str, int]]) -> None:
                 )
         if its["with_gradient"] != ranks[0]["with_gradient"]:
             raise ValueError(
-                f"keys on rank {rank} of process_group differ from rank 0's in whether they want a gradient, and the "
-                "backward pass needs all ranks: also keys of no rows, (0, d), have to require it"
+                f"keys on rank {rank} of process_group differ from rank 0's in whether they require a gradient, and "
+                "the backward pass needs all ranks: also keys of no rows, (0, d), have to require it"
             )
