@@ -1,19 +1,47 @@
 """What the ranks of a training exchange beside their gradients: counts of images, and what a pass has found."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
 from dan_fast.core.batches import Split
+from dan_fast.core.errors import DanFastError
 from dan_fast.distributed.collectives import ProcessGroup, all_gather, gather_parts
+from dan_fast.distributed.launch import gathered
 from dan_fast.distributed.shards import carries
 from dan_fast.training.objective import PassRecord
 
 # Losses of which each rank has a summand; the others are whole on every rank.
 _SUMMANDS = ("classification", "adversary", "regularizer")
 _PARTS = (*_SUMMANDS, "embedding", "labeled_embedding")
+
+
+class AllBrokenError(ValueError):
+    """No rank has a labelled or fed-back image of S or of S~; raised by all of them before anything has advanced."""
+
+
+@contextmanager
+def saved_if_all_are_broken(
+    group: ProcessGroup | None, skipped: Sequence[str], save: Callable[[], None]
+) -> Iterator[None]:
+    """Where an error that `AllBrokenError` has caused ends the block, on all ranks: `save()`, and name the images.
+
+    Args:
+        skipped: paths that this rank has left out of the batch.
+    """
+    try:
+        yield
+    except DanFastError as error:
+        if not isinstance(error.__cause__, AllBrokenError):
+            raise
+        save()
+        broken = [path for of_rank in gathered(group, list(skipped)) for path in of_rank]
+        raise DanFastError(
+            f"All labelled images of a batch are broken, {', '.join(broken[:1])} the first; repair the dataset."
+        ) from error
 
 
 class WholePass(NamedTuple):
@@ -34,13 +62,13 @@ def with_shares(group: ProcessGroup, splits: tuple[Split, Split | None]) -> tupl
     """The splits with how many images of each kind every rank has; one collective.
 
     Raises:
-        ValueError: no rank has a labelled or fed-back image of S or of S~.
+        AllBrokenError: no rank has a labelled or fed-back image of S or of S~.
     """
     counts = torch.tensor([split.counts for split in splits if split is not None])
     (of_ranks,) = all_gather(group, _for_host(group, counts, splits[0].labels.device))
     shares = [tuple(map(tuple, of_split)) for of_split in of_ranks.transpose(0, 1).tolist()]
     if not all(sum(labeled + fed_back for labeled, fed_back, _ in of_split) for of_split in shares):
-        raise ValueError("no rank has a labelled or fed-back image of it, as where all of them are broken")
+        raise AllBrokenError("no rank has a labelled or fed-back image of it, as where all of them are broken")
     meta_train, meta_test = splits
     return (
         meta_train._replace(shares=shares[0]),

@@ -27,6 +27,7 @@ from dan_fast.training.memory_shards import load_state, parted_state, require_ro
 from dan_fast.training.objective import DivergedError, all_finite
 from dan_fast.training.optimizer import build_optimizer, set_step_size
 from dan_fast.training.random_numbers import RunRandomNumbers
+from dan_fast.training.ranks import saved_if_all_are_broken
 from dan_fast.training.reported import opening_lines
 from dan_fast.training.run_folder import RunFolder
 from dan_fast.training.scalars import Scalars
@@ -189,9 +190,11 @@ class Trainer:
             self.feedback = sample_ids.cpu(), pseudo_labels.cpu()
         batches = self.batches.of_epoch(self.epoch, self.feedback, self.iteration)
         self.model.train()
-        for batch in stop.until_requested(batches, partial(self._save_what_is_done, scalars), self.process_group):
+        save = partial(self._save_what_is_done, scalars)
+        for batch in stop.until_requested(batches, save, self.process_group):
             self.skipped.tell(batch.skipped, display.say)
-            self.train_iteration(batch, scalars)
+            with saved_if_all_are_broken(self.process_group, batch.skipped, save):
+                self.train_iteration(batch, scalars)
             self.iteration += 1
             last = self.iteration == self.batches.planner.iterations
             log = last or self.iterations_done % self.config.run.log_every == 0

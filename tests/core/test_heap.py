@@ -102,7 +102,7 @@ def test_commands_ask_once_and_on_a_cpu_only(
 def test_quickstart_asks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     asks = []
     monkeypatch.setattr(heap, "keep_heap", lambda: asks.append(True))
-    monkeypatch.setattr("dan_fast.training.build.resolve_device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr("dan_fast.core.devices.resolve_device", lambda device: torch.device("cpu"))
     (tmp_path / "file").write_text("no folder")
     assert cli.main(["quickstart", "--out", str(tmp_path / "file" / "out")]) == 1
     assert len(asks) == 1

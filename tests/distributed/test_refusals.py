@@ -1,5 +1,6 @@
 """What ranks do not do together: each of them says so, nothing is half-written, and none is left waiting."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import distributed
 
 import dan_fast.training.alike as alike
 import dan_fast.training.memory_shards as memory_shards
+from dan_fast.core.batches import MiniBatch, Split
 from dan_fast.core.errors import DanFastError
 from dan_fast.distributed.launch import is_loss_of_a_rank
 from dan_fast.training import TrainConfig
@@ -219,3 +221,31 @@ def test_a_checkpoint_of_ranks_that_cannot_be_read_is_refused(tmp_path: Path, im
         trainer_of(config, None)
     second.write_bytes(content)
     assert trainer_of(config, None).epoch == 1
+
+
+def without_known(split: Split) -> Split:
+    """The split with its unlabelled images alone."""
+    known = split.num_labeled + split.num_fed_back
+    left = {name: getattr(split, name)[known:] for name in ("images", "labels", "sample_ids")}
+    return split._replace(**left, num_labeled=0, num_fed_back=0)
+
+
+def all_broken(group: Group, config: TrainConfig) -> None:
+    trainer = trainer_of(config, group)
+    of_epoch, path = trainer.batches.of_epoch, str(trainer.training_set.labeled_samples[3].path)
+
+    def broken(*arguments: Any) -> Iterator[MiniBatch]:
+        for number, batch in enumerate(of_epoch(*arguments)):
+            skipped = (path,) if group.rank() else ()
+            yield batch._replace(meta_test=without_known(batch.meta_test), skipped=skipped) if number == 2 else batch
+
+    trainer.batches.of_epoch = broken
+    with pytest.raises(DanFastError, match=f"^All labelled images of a batch are broken, {path} the first; repair"):
+        trainer.fit()
+    assert load_checkpoint(trainer.folder.checkpoint)["iteration"] == 2
+
+
+def test_where_all_labelled_images_of_a_batch_are_broken_all_ranks_save_and_name_one(
+    ranks: Ranks, images: Path, tmp_path: Path
+):
+    ranks.run(all_broken, settings(images, tmp_path / "run", data={"broken_images": "skip"}))
