@@ -3,7 +3,7 @@
 import json as json_text
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dan_fast.bench.machine import PEAK_MEANING, environment
-from dan_fast.bench.rows import Row, plain, set_speedups, shown
+from dan_fast.bench.rows import Row, plain, shown
 from dan_fast.bench.timing import Say
 from dan_fast.core.devices import resolve_device
 from dan_fast.core.errors import DanFastError
@@ -90,6 +90,9 @@ class Benchmark(ABC):
     bars_title: ClassVar[str] = "Bars"
     # What tells the rows of a table apart: these of `Row.of`.
     columns: ClassVar[tuple[str, ...]] = ()
+    # The contenders whom others are compared with, in rows that have the same of these of `Row.of`.
+    against: ClassVar[tuple[str, ...]] = ()
+    within: ClassVar[tuple[str, ...]] = ()
 
     device: str = "auto"
     json: str | None = None
@@ -115,13 +118,21 @@ class Benchmark(ABC):
     def bars(self, rows: Sequence[Row]) -> list[Bar]:
         """What the rows have to reach; a row that disagrees has no figure."""
 
-    def rivals(self, row: Row, rows: Sequence[Row]) -> Mapping[str, Sequence[Row]]:
+    def rivals(self, row: Row, rows: Sequence[Row]) -> dict[str, list[Row]]:
         """Whom a row of a group is compared with: the fastest of those that have a name."""
-        return {}
+        like = [other for other in rows if all(other.of[name] == row.of[name] for name in self.within)]
+        return {name: [other for other in like if other.contender == name] for name in self.against}
 
     def set_ratios(self, rows: Sequence[Row]) -> None:
-        """What is computed from the times of a group."""
-        set_speedups(rows, self.rivals)
+        """Ratios of medians to the fastest of each kind of rivals, pass by pass; none with a row that disagrees."""
+        for row in rows:
+            row.speedup = {}
+            for name, others in {} if row.disagrees else self.rivals(row, rows).items():
+                others = [other for other in others if other is not row and not other.disagrees]
+                for kind, timing in row.seconds.items():
+                    times = [other.seconds[kind].median for other in others if kind in other.seconds]
+                    if times:
+                        row.speedup.setdefault(name, {})[kind] = min(times) / timing.median
 
     def measure(self, say: Say = lambda _: None) -> Iterator[list[Row]]:
         """The groups with their ratios."""

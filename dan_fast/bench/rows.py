@@ -1,6 +1,6 @@
 """The figures of a contender, what is computed from its times, and how a row shows them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,18 +157,6 @@ class Row:
         if self.compile_seconds is not None:
             found.append(f"compiled in {self.compile_seconds:.1f} s, not counted")
         return found + self.notes
-
-
-def set_speedups(rows: Sequence[Row], rivals: Callable[[Row, Sequence[Row]], Mapping[str, Sequence[Row]]]) -> None:
-    """Ratios of medians to the fastest of each kind of rivals, pass by pass; none with a row that disagrees."""
-    for row in rows:
-        row.speedup = {}
-        for name, others in {} if row.disagrees else rivals(row, rows).items():
-            others = [other for other in others if other is not row and not other.disagrees]
-            for kind, timing in row.seconds.items():
-                times = [other.seconds[kind].median for other in others if kind in other.seconds]
-                if times:
-                    row.speedup.setdefault(name, {})[kind] = min(times) / timing.median
 
 
 def plain(value: Any) -> Any:

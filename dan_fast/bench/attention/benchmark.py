@@ -11,7 +11,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch.utils.flop_counter import FlopCounterMode
 
 from dan_fast.bench.attention import contenders
-from dan_fast.bench.attention.contenders import COMPILED, EAGER, KERNELS, HeadOutcome, HeadProblem, MapSize
+from dan_fast.bench.attention.contenders import COMPILED, EAGER, KERNELS, REFERENCE, HeadOutcome, HeadProblem, MapSize
 from dan_fast.bench.benchmark import Bar, Benchmark, at_least, at_most, contenders_of, dtypes_of, one_of
 from dan_fast.bench.machine import peak_above
 from dan_fast.bench.process import compile_trial
@@ -68,6 +68,7 @@ class AttentionBenchmark(Benchmark):
     """
 
     name: ClassVar[str] = "attention"
+    against: ClassVar[tuple[str, ...]] = (REFERENCE, EAGER, COMPILED)
     meaning: ClassVar[dict[str, str]] = {
         "seconds": "of one call; forward is without recording for autograd; repetitions of the contenders in turn, "
         "each after an untimed one and with empty caches",
@@ -145,9 +146,6 @@ class AttentionBenchmark(Benchmark):
         _, row.peak_bytes = peak_above(self.place, lambda: runner.run(True))
         del held
         return [Turn(row, kind, partial(runner.run, kind == BACKWARD), self.repeat) for kind in row.passes]
-
-    def rivals(self, row: Row, rows: Sequence[Row]) -> dict[str, list[Row]]:
-        return {other.contender: [other] for other in rows if other.contender != KERNELS}
 
     def title(self, rows: Sequence[Row]) -> str:
         return f"{rows[0].of['dtype']}, {rows[0].of['layout']}: {' x '.join(map(str, self.size[:4]))}"

@@ -45,6 +45,8 @@ class DataBenchmark(Benchmark):
 
     name: ClassVar[str] = "data"
     columns: ClassVar[tuple[str, ...]] = ("use",)
+    against: ClassVar[tuple[str, ...]] = (PLAIN,)
+    within: ClassVar[tuple[str, ...]] = ("use",)
     meaning: ClassVar[dict[str, str]] = {
         "plain": "torch's DataLoader: JPEG decoded by Pillow, torchvision transforms one image at a time, collated",
         "decoded": "dan_fast without a cache: decoded and resized in the same number of workers, augmented in batches",
@@ -125,10 +127,6 @@ class DataBenchmark(Benchmark):
             row.disagrees = too_far(largest, share)
         some = f": up to {largest:.2g} grey levels in {share:.1e} of the pixels"
         row.agreement = some if largest else ": equal pixels"
-
-    def rivals(self, row: Row, rows: Sequence[Row]) -> dict[str, list[Row]]:
-        """The plain loader in the same use."""
-        return {PLAIN: [other for other in rows if (other.contender, other.of["use"]) == (PLAIN, row.of["use"])]}
 
     def title(self, rows: Sequence[Row]) -> str:
         files, size = (" x ".join(map(str, rows[0].of[each])) for each in ("file_size", "image_size"))

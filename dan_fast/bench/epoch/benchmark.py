@@ -54,6 +54,7 @@ class EpochBenchmark(Benchmark):
 
     name: ClassVar[str] = "epoch"
     columns: ClassVar[tuple[str, ...]] = ("order",)
+    against: ClassVar[tuple[str, ...]] = (PLAIN, CACHED)
     meaning: ClassVar[dict[str, str]] = {
         "plain": "a plain PyTorch loop fed by torch's DataLoader: backbone, linear classifier, cross-entropy, SGD",
         "cached": "the same loop on the same mini-batches, fed by dan_fast from its cache of decoded images",
@@ -196,9 +197,6 @@ class EpochBenchmark(Benchmark):
             f"mini-batches of {self.batch}, {self.workers} workers of plain; recipe {', '.join(self.recipe)}"
             + (f"; {how}" if of["extrapolated"] else "")
         )
-
-    def rivals(self, row: Row, rows: Sequence[Row]) -> dict[str, list[Row]]:
-        return {name: [other for other in rows if other.contender == name] for name in (PLAIN, CACHED)}
 
     def figures(self, row: Row) -> dict[str, Any]:
         seconds = row.whole and row.whole.median

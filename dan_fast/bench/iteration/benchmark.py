@@ -68,6 +68,7 @@ class IterationBenchmark(Benchmark):
     name: ClassVar[str] = "iteration"
     bars_title: ClassVar[str] = "Bar"
     columns: ClassVar[tuple[str, ...]] = ("order", "backbone")
+    against: ClassVar[tuple[str, ...]] = (PLAIN,)
     meaning: ClassVar[dict[str, str]] = {
         "plain": "the backbone with a linear classifier: forward, cross-entropy, backward and SGD step on these images",
         "literal": "DAN in the same step with reference.memory_step and reference.attention_head, order 1",
@@ -214,9 +215,6 @@ class IterationBenchmark(Benchmark):
             f"{self.backbone}, {self.images} images of {self.height} x {self.width}, {self.precision}, "
             f"{self.labeled_slots} and {self.unlabeled_slots} slots: one training iteration"
         )
-
-    def rivals(self, row: Row, rows: Sequence[Row]) -> dict[str, list[Row]]:
-        return {PLAIN: [other for other in rows if other.contender == PLAIN]}
 
     def set_ratios(self, rows: Sequence[Row]) -> None:
         """Also round by round."""

@@ -70,6 +70,7 @@ class MemoryBenchmark(Benchmark):
     name: ClassVar[str] = "memory"
     bars_title: ClassVar[str] = "Bars: float32, 1 x slots"
     columns: ClassVar[tuple[str, ...]] = ("use",)
+    against: ClassVar[tuple[str, ...]] = (LITERAL, IN_PLACE)
     meaning: ClassVar[dict[str, str]] = {
         "seconds": "a step; forward is without recording for autograd; repetitions of the contenders in turn",
         "step": "pure: from one common state, the new memories are returned",
@@ -201,7 +202,7 @@ class MemoryBenchmark(Benchmark):
 
     def rivals(self, row: Row, rows: Sequence[Row]) -> dict[str, list[Row]]:
         """The literal forms, and for kernels the faster of the PyTorch paths in the same use."""
-        found = {name: [other for other in rows if other.contender == name] for name in (LITERAL, IN_PLACE)}
+        found = super().rivals(row, rows)
         if row.contender == KERNELS:
             paths = [other for other in rows if other.contender in (SCORE_SPACE, contenders.COMPILED)]
             found[bars.BEST_PYTORCH] = [other for other in paths if other.of["use"] == row.of["use"]]

@@ -121,6 +121,8 @@ class RankingBenchmark(Benchmark):
 
     name: ClassVar[str] = "ranking"
     columns: ClassVar[tuple[str, ...]] = ("source", "path")
+    against: ClassVar[tuple[str, ...]] = (PRODUCT, SORTING)
+    within: ClassVar[tuple[str, ...]] = ("source",)
     meaning: ClassVar[dict[str, str]] = {
         "seconds": "of one evaluation: CMC, mAP and mINP; repetitions of the contenders in turn, after one of each",
         "given distances": "float32, 1 - cos",
@@ -210,9 +212,7 @@ class RankingBenchmark(Benchmark):
         ]
 
     def rivals(self, row: Row, rows: Sequence[Row]) -> dict[str, list[Row]]:
-        """Of counting, the others from the same source."""
-        others = [other for other in rows if other.of["source"] == row.of["source"]]
-        return {other.contender: [other] for other in others if row.contender == COUNTING}
+        return super().rivals(row, rows) if row.contender == COUNTING else {}
 
     def more(self, rows: Sequence[Row]) -> dict[str, Any]:
         counted = {row.of["source"]: row for row in rows if row.contender == COUNTING}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -47,7 +47,7 @@ class SearchBenchmark(Benchmark):
     """
 
     name: ClassVar[str] = "search"
-    columns: ClassVar[tuple[str, ...]] = ()
+    against: ClassVar[tuple[str, ...]] = (FLAT, EVALUATION)
     meaning: ClassVar[dict[str, str]] = {
         "seconds": "to search for all queries at once, their exact distances and order included; in turn",
         "drawn": (
@@ -140,9 +140,6 @@ class SearchBenchmark(Benchmark):
         # Not both in memory.
         del index
         return kinds.read(path, *problem.gallery.shape)
-
-    def rivals(self, row: Row, rows: Sequence[Row]) -> Mapping[str, Sequence[Row]]:
-        return {name: [other for other in rows if other.contender == name] for name in (FLAT, EVALUATION)}
 
     def title(self, rows: Sequence[Row]) -> str:
         return f"{self.queries} queries at a time in {self.features} features, {self.width} wide"
