@@ -5,8 +5,9 @@ import torch
 
 from dan_fast import _extension, functional
 from dan_fast.bench.attention import contenders as heads
-from dan_fast.bench.attention.benchmark import AttentionBenchmark, head_bars, head_bytes, row_of
+from dan_fast.bench.attention.benchmark import AttentionBenchmark, head_bytes, row_of
 from dan_fast.bench.attention.contenders import COMPILED, EAGER, KERNELS, REFERENCE, HeadRunner, MapSize
+from dan_fast.bench.benchmark import Bar
 from dan_fast.bench.machine import CacheFlush
 from dan_fast.bench.rows import BACKWARD, FORWARD, Row, Timing
 from tests.bench import changed, written
@@ -120,7 +121,7 @@ def test_without_kernels_the_row_says_so():
     with _extension.disabled():
         eager, kernels = measure(EAGER, KERNELS, repeat=1)
     assert kernels.notes == ["no kernel ran"] and kernels.speedup[EAGER][FORWARD] > 0
-    assert {bar.verdict for bar in head_bars([eager, kernels], ["contiguous"], "cpu")} == {"not measured"}
+    assert {bar.verdict for bar in bars([eager, kernels])} == {"not measured"}
 
 
 def row(contender: str, forward: float, backward: float, **fields) -> Row:
@@ -150,25 +151,31 @@ def test_ratios():
         assert rows[wrong].speedup == {} and EAGER not in rows[2].speedup
 
 
+def bars(rows: list[Row], *layouts: str, device: str = "cpu") -> list[Bar]:
+    benchmark = AttentionBenchmark(device="cpu", layout=",".join(layouts or ["contiguous"]))
+    benchmark.place = torch.device(device)
+    return benchmark.bars(rows)
+
+
 def test_bars():
-    assert [bar.verdict for bar in head_bars(some_rows(), ["contiguous"], "cpu")] == ["met"] * 3
+    assert [bar.verdict for bar in bars(some_rows())] == ["met"] * 3
     slow = some_rows(peak_bytes=35_000_000)
     slow[0].seconds[BACKWARD] = Timing([7.9])
     AttentionBenchmark(device="cpu").set_ratios(slow)
-    assert [bar.verdict for bar in head_bars(slow, ["contiguous"], "cpu")] == ["NOT met", "met", "NOT met"]
+    assert [bar.verdict for bar in bars(slow)] == ["NOT met", "met", "NOT met"]
     for useless in ({"operators": []}, {"disagrees": "attended"}):
-        assert {bar.verdict for bar in head_bars(some_rows(**useless), ["contiguous"], "cpu")} == {"not measured"}
-    assert len(head_bars(some_rows(), list(heads.LAYOUTS), "cpu")) == 6
+        assert {bar.verdict for bar in bars(some_rows(**useless))} == {"not measured"}
+    assert len(bars(some_rows(), *heads.LAYOUTS)) == 6
 
 
 def test_the_bar_of_a_gpu():
     rows = some_rows()
     # 77.07 MB at 20 GB/s are 3.85 ms.
     rows[2].seconds[BACKWARD] = Timing([7.7e-3])
-    (bar,) = head_bars(rows, ["contiguous"], "cuda")
+    (bar,) = bars(rows, device="cuda")
     assert bar.met and bar.value == pytest.approx(7.7e-3 / (77.070336e6 / 20e9))
     rows[2].seconds[BACKWARD] = Timing([7.8e-3])
-    assert not head_bars(rows, ["contiguous"], "cuda")[0].met
+    assert not bars(rows, device="cuda")[0].met
 
 
 def test_bytes():

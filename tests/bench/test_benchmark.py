@@ -30,7 +30,7 @@ MISTAKES = {
         ("--slots_scale 1,x", 1, "slots_scale: 'x'"),
         ("--slots_scale 0", 1, "slots_scale: '0'"),
         ("--dtype int8", 1, "dtype: 'int8'"),
-        ("--contenders fastest", 1, "contenders: there is no contender 'fastest'"),
+        ("--contenders fastest", 1, "contenders: 'fastest' is not one of literal_autograd, literal_in_place"),
         ("--budget_s -1", 2, '"budget_s"'),
         ("--contenders literal_in_place --check true", 1, "bars are missed"),
     ],

@@ -154,7 +154,27 @@ class AttentionBenchmark(Benchmark):
         return {"left_out": row.left_out.get(FORWARD)}
 
     def bars(self, rows: Sequence[Row]) -> list[Bar]:
-        return head_bars(rows, self.layout, self.place.type)
+        """What the kernels have to reach; a row that disagrees, or in which no kernel ran, has no figure."""
+        kernels = {}
+        for row in rows:
+            if row.contender == KERNELS and row.operators and not row.disagrees:
+                kernels[row.of["dtype"], row.of["layout"]] = row
+        bars = []
+        if self.place.type != "cpu":
+            for dtype, layout in dict.fromkeys((row.of["dtype"], row.of["layout"]) for row in rows):
+                share = kernels.get((dtype, layout), Row(KERNELS)).bandwidth_share(BACKWARD)
+                name = f"forward + backward over the time of reading X, reading X and writing dX ({dtype}, {layout})"
+                bars.append(at_most(name, f"at most {_FLOOR_FACTOR:g} times", _FLOOR_FACTOR, share and 1 / share))
+            return bars
+        for layout in self.layout:
+            row = kernels.get(("float32", layout), Row(KERNELS))
+            for rival, least in ((EAGER, _EAGER_SPEEDUP), (COMPILED, _COMPILED_SPEEDUP)):
+                name = f"forward + backward against {rival} ({layout})"
+                bars.append(at_least(name, least, row.ratio(rival, BACKWARD)))
+            name, extra = f"memory in MB beyond X and the gradients returned ({layout})", row.extra_bytes
+            met = extra is not None and extra < _EXTRA_BYTES
+            bars.append(Bar(name, f"below {_EXTRA_BYTES / 1e6:g} MB", extra and extra / 1e6, met))
+        return bars
 
     def more(self, rows: Sequence[Row]) -> dict[str, Any]:
         return {"tolerances": {dtype: contenders.TOLERANCES[dtype] for dtype in self.dtype}}
@@ -164,26 +184,3 @@ def row_of(contender: str, of: dict[str, Any], **figures: Any) -> Row:
     """The row of a contender on a map."""
     bytes_of = {kind: head_bytes(of["size"], of["itemsize"], kind) for kind in (FORWARD, BACKWARD)}
     return Row(contender, of, model_bytes=bytes_of, **figures)
-
-
-def head_bars(rows: Sequence[Row], layouts: Sequence[str], device_type: str) -> list[Bar]:
-    """What the kernels have to reach; a row that disagrees, or in which no kernel ran, has no figure."""
-    kernels = {}
-    for row in rows:
-        if row.contender == KERNELS and row.operators and not row.disagrees:
-            kernels[row.of["dtype"], row.of["layout"]] = row
-    bars = []
-    if device_type != "cpu":
-        for dtype, layout in dict.fromkeys((row.of["dtype"], row.of["layout"]) for row in rows):
-            share = kernels.get((dtype, layout), Row(KERNELS)).bandwidth_share(BACKWARD)
-            name = f"forward + backward over the time of reading X, reading X and writing dX ({dtype}, {layout})"
-            bars.append(at_most(name, f"at most {_FLOOR_FACTOR:g} times", _FLOOR_FACTOR, share and 1 / share))
-        return bars
-    for layout in layouts:
-        row = kernels.get(("float32", layout), Row(KERNELS))
-        for rival, least in ((EAGER, _EAGER_SPEEDUP), (COMPILED, _COMPILED_SPEEDUP)):
-            bars.append(at_least(f"forward + backward against {rival} ({layout})", least, row.ratio(rival, BACKWARD)))
-        name, extra = f"memory in MB beyond X and the gradients returned ({layout})", row.extra_bytes
-        met = extra is not None and extra < _EXTRA_BYTES
-        bars.append(Bar(name, f"below {_EXTRA_BYTES / 1e6:g} MB", extra and extra / 1e6, met))
-    return bars

@@ -11,7 +11,7 @@ import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from dan_fast import _extension
-from dan_fast.bench.benchmark import Bar, Benchmark, dtypes_of
+from dan_fast.bench.benchmark import Bar, Benchmark, contenders_of, dtypes_of
 from dan_fast.bench.machine import peak_above
 from dan_fast.bench.memory import bars, contenders
 from dan_fast.bench.memory.agreement import TOLERANCES, compare
@@ -106,10 +106,8 @@ class MemoryBenchmark(Benchmark):
         super().__post_init__()
         self.slots_scale = [_scale(part) for part in self.slots_scale.split(",")]
         self.dtype = dtypes_of(self.dtype)
-        self._chosen = contenders.select(
-            None if self.contenders == "all" else map(str.strip, self.contenders.split(","))
-        )
-        self.contenders = list(dict.fromkeys(contender.name for contender in self._chosen))
+        self.contenders = contenders_of(self.contenders, contenders.NAMES)
+        self._chosen = contenders.select(self.contenders)
         self.size = Size(self.labeled_slots, self.unlabeled_slots, self.key_dim, self.batch)
         # Why a contender is not tried again, by its name.
         self._gave_up: dict[str, str] = {}

@@ -1,6 +1,6 @@
 """Five ways to make the same memory step, each as a user of it would call it."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -12,14 +12,13 @@ from dan_fast.bench.memory.literal import InPlaceMemory, in_place_step
 from dan_fast.bench.memory.problem import GATES, Problem, Size, make_problem
 from dan_fast.bench.rows import BACKWARD, FORWARD
 from dan_fast.core.cosine import statistics_dtype
-from dan_fast.core.errors import DanFastError
 from dan_fast.core.types import MemoryBatch, MemoryState, MemoryStep
 from dan_fast.nn import ProgressiveAugmentedMemory
 
 # "step": pure, the new states are returned. "module": the memory keeps its own state.
 STEP, MODULE = "step", "module"
-LITERAL, IN_PLACE, SCORE_SPACE, KERNELS = "literal_autograd", "literal_in_place", "score_space", "kernels"
-COMPILED = "score_space_compiled"
+NAMES = ("literal_autograd", "literal_in_place", "score_space", "score_space_compiled", "kernels")
+LITERAL, IN_PLACE, SCORE_SPACE, COMPILED, KERNELS = NAMES
 
 GRADIENTS = ("keys", "unlabeled_keys", "alpha", "alpha_unlabeled", "beta")
 
@@ -161,15 +160,6 @@ CONTENDERS: tuple[Contender, ...] = (
 )
 
 
-def select(names: Iterable[str] | None = None) -> tuple[Contender, ...]:
-    """The contenders of these names, in the table's order; all of them without names.
-
-    Raises:
-        DanFastError: there is no contender of a name.
-    """
-    known = dict.fromkeys(contender.name for contender in CONTENDERS)
-    wanted = list(known if names is None else names)
-    for name in wanted:
-        if name not in known:
-            raise DanFastError(f"contenders: there is no contender {name!r}: choose from {', '.join(known)}.")
-    return tuple(contender for contender in CONTENDERS if contender.name in wanted)
+def select(names: Collection[str] | None = None) -> tuple[Contender, ...]:
+    """The contenders of these names, in the table's order; all of them without names."""
+    return tuple(contender for contender in CONTENDERS if names is None or contender.name in names)

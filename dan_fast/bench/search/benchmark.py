@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from dan_fast.bench.benchmark import Bar, Benchmark, at_least, at_most, one_of
+from dan_fast.bench.benchmark import Bar, Benchmark, at_least, at_most, contenders_of
 from dan_fast.bench.machine import resident_peak
 from dan_fast.bench.rows import WHOLE, Row, shown
 from dan_fast.bench.search.problem import IMAGES_A_PERSON, SearchProblem, make_search_problem
@@ -82,7 +82,7 @@ class SearchBenchmark(Benchmark):
             raise DanFastError("The search runs on the CPU: --device cpu.")
         if self.features < _AT:
             raise DanFastError(f"features is {self.features}: at least {_AT} are searched for.")
-        chosen = CONTENDERS if self.contenders == "all" else one_of("contenders", self.contenders, CONTENDERS)
+        chosen = contenders_of(self.contenders, CONTENDERS)
         self.kinds = [name for name in CONTENDERS if name in chosen or name == FLAT]
         self._peak: int | None = None
 
