@@ -1,19 +1,18 @@
 """A function in a process of its own: its memory is its own, and it can be stopped where it takes too long."""
 
 import ctypes
-import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pkgutil import resolve_name
 from typing import Any
 
 import torch
 
-from dan_fast.bench.rows import Row, plain
+from dan_fast.bench.rows import Row
 from dan_fast.core.heap import heap_in_force, keep_heap
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -24,7 +23,7 @@ class ProcessFailed(Exception):
 
 
 def in_own_process(function: Callable[..., Any], budget_s: float | None = None, **arguments: Any) -> Any:
-    """What a function of a module returns; it gets its arguments and gives its result as JSON has them.
+    """What a function of a module returns; it gets its arguments and gives its result by pickle.
 
     It has as many CPU threads as this process, and its heap is kept where this one's is.
 
@@ -32,18 +31,13 @@ def in_own_process(function: Callable[..., Any], budget_s: float | None = None, 
         TimeoutError: it took longer than `budget_s` seconds and was stopped.
         ProcessFailed: it raised, or its process was killed.
     """
-    request = {
-        "function": f"{function.__module__}:{function.__qualname__}",
-        "arguments": plain(arguments),
-        "threads": torch.get_num_threads(),
-        "keep_heap": heap_in_force() == "kept",
-        "parent": os.getpid(),
-    }
-    command = [sys.executable, "-c", "from dan_fast.bench.process import main; main()", json.dumps(request)]
+    request = pickle.dumps((torch.get_num_threads(), heap_in_force() == "kept", function, arguments))
+    command = [sys.executable, "-c", "from dan_fast.bench.process import main; main()", str(os.getpid())]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     # A session of its own: what it has started has to stop too.
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    child = subprocess.Popen(command, start_new_session=True, **pipes)
     try:
-        output, errors = child.communicate(timeout=budget_s)
+        output, errors = child.communicate(request, budget_s)
     except subprocess.TimeoutExpired as error:
         raise TimeoutError from error
     finally:
@@ -51,21 +45,25 @@ def in_own_process(function: Callable[..., Any], budget_s: float | None = None, 
             os.killpg(child.pid, signal.SIGKILL)
             child.communicate()
     if child.returncode == 0:
-        return json.loads(output.splitlines()[-1])
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+        return pickle.loads(output)
+    lines = [line.strip() for line in errors.decode(errors="replace").splitlines() if line.strip()]
     # The exception stands first, what it is about may follow in many lines.
     named = [line for line in lines if "Error" in line.partition(":")[0] or "Exception" in line.partition(":")[0]]
     raise ProcessFailed((named or lines or [f"exit code {child.returncode}"])[-1][:300])
 
 
 def main() -> None:
-    """Runs what the first argument asks for and prints its result as the last line."""
-    request = json.loads(sys.argv[1])
-    _end_with(request["parent"])
-    torch.set_num_threads(request["threads"])
-    if request["keep_heap"]:
+    """Runs what standard input asks for and writes the result to standard output; the argument is the parent."""
+    _end_with(int(sys.argv[1]))
+    results = os.fdopen(os.dup(1), "wb")
+    # What is printed meanwhile is no part of the result.
+    os.dup2(2, 1)
+    threads, kept, function, arguments = pickle.load(sys.stdin.buffer)
+    torch.set_num_threads(threads)
+    if kept:
         keep_heap()
-    print(json.dumps(resolve_name(request["function"])(**request["arguments"])))
+    with results:
+        pickle.dump(function(**arguments), results)
 
 
 def _end_with(parent: int) -> None:
@@ -82,11 +80,10 @@ def compile_trial(row: Row, prepare: Callable[..., Callable], budget_s: float, *
 
     They run in a process of their own: stopped inside this one, the compiler would go on tracing the functions that it
     had begun with. What a trial that ends in time has compiled is found again in PyTorch's cache. `prepare`, a function
-    of a module, gets the arguments as JSON has them and returns what starts the contender's runner.
+    of a module, gets the arguments and returns what starts the contender's runner.
     """
-    where = f"{prepare.__module__}:{prepare.__qualname__}"
     try:
-        row.compile_seconds = in_own_process(first_calls, budget_s, prepare=where, arguments=arguments)
+        row.compile_seconds = in_own_process(first_calls, budget_s, prepare=prepare, **arguments)
     except TimeoutError:
         return f"torch.compile took more than {budget_s:.0f} s"
     except ProcessFailed as error:
@@ -94,9 +91,9 @@ def compile_trial(row: Row, prepare: Callable[..., Callable], budget_s: float, *
     return None
 
 
-def first_calls(prepare: str, arguments: dict[str, Any]) -> float:
+def first_calls(prepare: Callable[..., Callable], **arguments: Any) -> float:
     """The seconds of the calls in which a contender is compiled."""
-    begin = resolve_name(prepare)(**arguments)
+    begin = prepare(**arguments)
     start = time.perf_counter()
     runner = begin()
     runner.outcome()

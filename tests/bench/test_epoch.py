@@ -1,8 +1,8 @@
 """`dan-fast bench epoch` on few and small images: what it compares, what it extrapolates, and what is left out."""
 
-import json
 import math
 import multiprocessing
+import pickle
 import time
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def test_the_command_writes_everything_down(tmp_path, capsys, monkeypatch):
         """Processes take nearly all of the time: the plain loop alone has its own."""
         if arguments.get("contender") == PLAIN:
             return in_own_process(function, **arguments)
-        return json.loads(json.dumps(function(**json.loads(json.dumps(arguments)))))
+        return pickle.loads(pickle.dumps(function(**pickle.loads(pickle.dumps(arguments)))))
 
     monkeypatch.setattr(epoch, "in_own_process", mostly_here)
     content = written("epoch", tmp_path, "--recipe", "paper,dan", "--folder", str(tmp_path / "kept"))

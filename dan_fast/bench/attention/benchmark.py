@@ -124,7 +124,7 @@ class AttentionBenchmark(Benchmark):
 
     def _first_runs(self, row: Row, problem: HeadProblem, expected: HeadOutcome) -> list[Turn]:
         compiled, dtype = row.contender == COMPILED, problem.features.dtype
-        request = {"size": self.size[:], "dtype": dtype, "layout": row.of["layout"], "device": self.place}
+        request = {"size": self.size, "dtype": dtype, "layout": row.of["layout"], "device": self.place}
         if compiled and (reason := compile_trial(row, contenders.prepare_compiled, self.compile_budget_s, **request)):
             row.leave_out(reason)
             return []

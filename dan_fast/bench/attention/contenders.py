@@ -1,9 +1,9 @@
 """What the attention head is timed on, ways to run it as a user would, and whether they say the same."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -147,9 +147,9 @@ def start(name: str, problem: HeadProblem) -> HeadRunner:
     return HeadRunner(problem, head, _extension.disabled if name in (EAGER, COMPILED) else nullcontext)
 
 
-def prepare_compiled(size: Sequence[int], dtype: str, layout: str, device: str) -> Callable[[], HeadRunner]:
-    """For `compile_trial`."""
-    problem = make_head_problem(MapSize(*size), getattr(torch, dtype), layout, device)
+def prepare_compiled(**problem_of: Any) -> Callable[[], HeadRunner]:
+    """For `compile_trial`; takes what `make_head_problem` does."""
+    problem = make_head_problem(**problem_of)
     return lambda: start(COMPILED, problem)
 
 

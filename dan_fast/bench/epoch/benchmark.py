@@ -140,7 +140,7 @@ class EpochBenchmark(Benchmark):
         # Once a recipe: it leaves the cache full.
         @functools.cache
         def compared(recipe: str) -> Any:
-            return in_own_process(contenders.compare_feeds, recipe=recipe, epoch=epoch[:])
+            return in_own_process(contenders.compare_feeds, recipe=recipe, epoch=epoch)
 
         for row in rows[1:]:
             say(f"{epoch.backbone}: {row.name} is compared")
@@ -156,9 +156,8 @@ class EpochBenchmark(Benchmark):
             for row in (rows[index] for index in due if not rows[index].left_out):
                 say(f"{epoch.backbone}, {epoch.height}x{epoch.width}: {row.name}")
                 try:
-                    found = in_own_process(
-                        contenders.measure, contender=row.contender, order=row.of["order"], epoch=epoch[:]
-                    )
+                    request = {"contender": row.contender, "order": row.of["order"], "epoch": epoch}
+                    found = in_own_process(contenders.measure, **request)
                 except ProcessFailed as error:
                     row.leave_out(str(error))
                     continue

@@ -135,9 +135,8 @@ class Feed:
         return too_far(*found), f"{words}, augmented up to {found[0]:.2g} grey levels in {found[1]:.1e} of the pixels"
 
 
-def compare_feeds(recipe: str, epoch: list[Any]) -> tuple[str | None, str, float]:
+def compare_feeds(recipe: str, epoch: Epoch) -> tuple[str | None, str, float]:
     """`Feed.compare`, and the seconds that the cache was filled in before."""
-    epoch = Epoch(*epoch)
     feed = Feed(epoch, recipe)
     start = time.perf_counter()
     feed.batches.fill_cache([*feed.datasets.labeled, *feed.datasets.unlabeled])
@@ -197,13 +196,11 @@ class TrainerLoop:
             self.scalars.flush(trainer.iterations_done)
 
 
-def measure(contender: str, order: int | None, epoch: list[Any]) -> dict[str, Any]:
+def measure(contender: str, order: int | None, epoch: Epoch) -> dict[str, Any]:
     """One pass of a contender in this process, after some mini-batches of another epoch; see `EpochBenchmark.meaning`.
 
-    The contender is PLAIN, CACHED, or a recipe of the trainer's with the order of its meta gradients; `epoch` is an
-    `Epoch` as JSON has it.
+    The contender is PLAIN, CACHED, or a recipe of the trainer's with the order of its meta gradients.
     """
-    epoch = Epoch(*epoch)
     with TemporaryDirectory(prefix="dan-fast-bench-") as out:
         if contender in (PLAIN, CACHED):
             loop = PlainLoop(epoch, contender)

@@ -126,9 +126,9 @@ def _compiled_step(problem: Problem, steps: int) -> Runner:
     return _pure_step(problem, torch.compile(functional.memory_step, dynamic=False), _extension.disabled)
 
 
-def prepare_compiled(size: Sequence[int], dtype: str, device: str) -> Callable[[], Runner]:
+def prepare_compiled(size: Size, dtype: torch.dtype, device: torch.device) -> Callable[[], Runner]:
     """For `compile_trial`."""
-    problem = make_problem(Size(*size), getattr(torch, dtype), device, batches=1)
+    problem = make_problem(size, dtype, device, batches=1)
     return lambda: _compiled_step(problem, 1)
 
 
