@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from dan_fast import _extension
-from dan_fast.bench.memory.agreement import compare
-from dan_fast.bench.memory.contenders import KERNELS, Contender, Outcome, select
+from dan_fast.bench.memory.contenders import KERNELS, Contender, Outcome, compare, select
 from dan_fast.bench.memory.problem import Problem, Size, make_problem
 
 SHARES_OF_THE_PAPER = [1 / 64, 1 / 16]

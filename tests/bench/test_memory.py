@@ -8,10 +8,19 @@ from rich.console import Console
 
 from dan_fast import MemoryState, _extension, functional, reference
 from dan_fast.bench.memory import benchmark as memory
-from dan_fast.bench.memory.agreement import TOLERANCES, compare
 from dan_fast.bench.memory.bars import memory_bars, model_bytes, predict
 from dan_fast.bench.memory.benchmark import MemoryBenchmark, row_of
-from dan_fast.bench.memory.contenders import IN_PLACE, KERNELS, LITERAL, MODULE, SCORE_SPACE, STEP, select
+from dan_fast.bench.memory.contenders import (
+    IN_PLACE,
+    KERNELS,
+    LITERAL,
+    MODULE,
+    SCORE_SPACE,
+    STEP,
+    TOLERANCES,
+    compare,
+    select,
+)
 from dan_fast.bench.memory.literal import InPlaceMemory, in_place_step
 from dan_fast.bench.memory.problem import Size, make_problem
 from dan_fast.bench.rows import BACKWARD, FORWARD, Row, Timing

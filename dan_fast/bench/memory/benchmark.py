@@ -14,8 +14,7 @@ from dan_fast import _extension
 from dan_fast.bench.benchmark import Bar, Benchmark, contenders_of, dtypes_of
 from dan_fast.bench.machine import peak_above
 from dan_fast.bench.memory import bars, contenders
-from dan_fast.bench.memory.agreement import TOLERANCES, compare
-from dan_fast.bench.memory.contenders import IN_PLACE, KERNELS, LITERAL, SCORE_SPACE, Contender, Outcome
+from dan_fast.bench.memory.contenders import IN_PLACE, KERNELS, LITERAL, SCORE_SPACE, Contender, Outcome, compare
 from dan_fast.bench.memory.problem import PAPER, Problem, Size, make_problem
 from dan_fast.bench.process import compile_trial
 from dan_fast.bench.rows import BACKWARD, FORWARD, Row, pair, plain
@@ -224,7 +223,7 @@ class MemoryBenchmark(Benchmark):
         return bars.memory_bars(rows, self.place.type)
 
     def more(self, rows: Sequence[Row]) -> dict[str, Any]:
-        tolerances = {dtype: TOLERANCES[dtype] for dtype in self.dtype}
+        tolerances = {dtype: contenders.TOLERANCES[dtype] for dtype in self.dtype}
         return {"tolerances": tolerances, "prediction": bars.predict(self.size, self.slots_scale)}
 
     def more_tables(self, rows: Sequence[Row]) -> dict[str, list[dict[str, str]]]:
