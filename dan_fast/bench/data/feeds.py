@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dan_fast import data
 from dan_fast.core.preprocessing import STD
-from dan_fast.data import BatchPlanner, ImageCache, ReIDDataset, Sample, TrainingSet
+from dan_fast.data import BatchPlan, BatchPlanner, ImageCache, ReIDDataset, Sample, TrainingSet
 from dan_fast.data.synthetic import synthesize
 
 PLAIN, DECODED, CACHED = CONTENDERS = ("plain", "decoded", "cached")
@@ -42,6 +42,15 @@ class PlainImages(Dataset):
         return self.transform(data.read_image(path)), pid
 
 
+def planned(training_set: TrainingSet, plans: Iterable[BatchPlan]) -> tuple[list[Sample], list[int]]:
+    """The images of mini-batches, S before S~, with their classes, and the seeds of their draws."""
+    items = [item for plan in plans for part in plan for item in part or ()]
+    labeled, others = training_set.labeled_samples, training_set.unlabeled_samples
+    sources = (labeled if item.kind == "labeled" else others for item in items)
+    samples = [source[item.index]._replace(pid=item.label) for source, item in zip(sources, items, strict=True)]
+    return samples, [item.seed for item in items]
+
+
 class Feeds:
     """The loaders of all contenders on files of one size, height and width, which are drawn into an empty folder."""
 
@@ -51,7 +60,6 @@ class Feeds:
         self.samples = _draw_files(folder / "images", file_size, images)
         self.training_set = TrainingSet([ReIDDataset("drawn", folder / "images", train=self.samples)])
         self.plans = BatchPlanner(self.training_set.labels, 0, batch_size=batch).plan_epoch(0)
-        self.items = [item for plan in self.plans for part in plan for item in part or ()]
         self.cache = ImageCache(folder / "cache", image_size, workers=workers)
 
     def loader(self, contender: str, use: str) -> Any:
@@ -68,9 +76,8 @@ class Feeds:
         """torch's loader of `PlainImages`; on the draws of this package's to be compared with it."""
         samples, transform, seeds = self.samples, data.test_transform(self.image_size), None
         if use == TRAINING:
-            samples = [self.training_set.labeled_samples[item.index]._replace(pid=item.label) for item in self.items]
-            transform = data.train_transform(self.image_size)
-            seeds = [item.seed for item in self.items] if compared else None
+            samples, drawn = planned(self.training_set, self.plans)
+            transform, seeds = data.train_transform(self.image_size), drawn if compared else None
         options |= {"num_workers": self.workers, "pin_memory": self.device.type == "cuda"}
         return DataLoader(PlainImages(samples, transform, seeds), self.batch, **options)
 

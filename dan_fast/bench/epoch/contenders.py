@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from dan_fast.bench.data.feeds import PlainImages, apart, too_far
+from dan_fast.bench.data.feeds import PlainImages, apart, planned, too_far
 from dan_fast.bench.iteration.contenders import PlainNetwork, fill_memory
 from dan_fast.bench.machine import resident_peak
 from dan_fast.core.devices import synchronize
@@ -108,14 +108,8 @@ class Feed:
 
     def plain(self, number: int, first: int = 0) -> DataLoader:
         """torch's: the images of each mini-batch, S before S~, with their classes, on the same draws."""
-        plans = islice(self.batches.planner.batches(number), first, None)
-        items = [item for plan in plans for part in plan for item in part or ()]
-        kinds = {"labeled": self.training_set.labeled_samples}
-        samples = [
-            kinds.get(item.kind, self.training_set.unlabeled_samples)[item.index]._replace(pid=item.label)
-            for item in items
-        ]
-        images = PlainImages(samples, train_transform(self.image_size, self.preprocessing), [i.seed for i in items])
+        samples, seeds = planned(self.training_set, islice(self.batches.planner.batches(number), first, None))
+        images = PlainImages(samples, train_transform(self.image_size, self.preprocessing), seeds)
         pin = self.epoch.device != "cpu"
         return DataLoader(images, self.epoch.batch, num_workers=self.epoch.workers, pin_memory=pin)
 
