@@ -65,9 +65,9 @@ def at_least(name: str, least: float, value: float | None) -> Bar:
     return Bar(name, f"at least {least:g} times", value, value is not None and value >= least)
 
 
-def at_most(name: str, limit: str, most: float, value: float | None) -> Bar:
-    """A figure that must not be larger; `limit` says so in its unit."""
-    return Bar(name, limit, value, value is not None and value <= most)
+def at_most(name: str, most: float, value: float | None, unit: str = "times", limit: str = "") -> Bar:
+    """A figure that must not be larger; `limit` says so, by default in the unit."""
+    return Bar(name, limit or f"at most {most:g} {unit}", value, value is not None and value <= most)
 
 
 @dataclass(kw_only=True)

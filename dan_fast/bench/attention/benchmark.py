@@ -164,7 +164,7 @@ class AttentionBenchmark(Benchmark):
             for dtype, layout in dict.fromkeys((row.of["dtype"], row.of["layout"]) for row in rows):
                 share = kernels.get((dtype, layout), Row(KERNELS)).bandwidth_share(BACKWARD)
                 name = f"forward + backward over the time of reading X, reading X and writing dX ({dtype}, {layout})"
-                bars.append(at_most(name, f"at most {_FLOOR_FACTOR:g} times", _FLOOR_FACTOR, share and 1 / share))
+                bars.append(at_most(name, _FLOOR_FACTOR, share and 1 / share))
             return bars
         for layout in self.layout:
             row = kernels.get(("float32", layout), Row(KERNELS))

@@ -252,8 +252,8 @@ class EpochBenchmark(Benchmark):
             if (row.contender, row.of["order"]) == (_PAPER, 1)
         }
         return [
-            at_most(f"{_PAPER}, order 1, over {PLAIN}: {backbone}, {size[0]}x{size[1]}", f"at most {_RATIO} times",
-                    _RATIO, found.get((backbone, *size)))
+            at_most(f"{_PAPER}, order 1, over {PLAIN}: {backbone}, {size[0]}x{size[1]}", _RATIO,
+                    found.get((backbone, *size)))
             for size in self.files
             for backbone in self.backbone
         ]  # fmt: skip

@@ -277,6 +277,5 @@ class IterationBenchmark(Benchmark):
         name = f"order 1, backbone updated, over plain {self.backbone} ({self.precision}, {self.images} images)"
         value = row and row.over(PLAIN)
         if self.place.type == "cpu":
-            return [at_most(name, f"at most {_CPU_RATIO:.2f} times", _CPU_RATIO, value)]
-        value = value if self.precision == "bfloat16" else None
-        return [at_most(name, f"at most {_GPU_RATIO:.2f} times in bfloat16", _GPU_RATIO, value)]
+            return [at_most(name, _CPU_RATIO, value)]
+        return [at_most(name, _GPU_RATIO, value if self.precision == "bfloat16" else None, "times in bfloat16")]

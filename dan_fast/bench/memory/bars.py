@@ -72,7 +72,7 @@ def memory_bars(rows: Sequence[Row], device_type: str) -> list[Bar]:
             limit = (_FLOOR_FACTOR * module.limits(BACKWARD)["bytes"] + _scan_seconds(module.of["size"])) * 1e3
         value = module.seconds[BACKWARD].median * 1e3 if module.bandwidth and BACKWARD in module.seconds else None
         text = f"at most {limit:.3g} ms: 2.5 x 3 (s1+s2) d bytes / copy bandwidth + 4 us x dependent steps"
-        return [*literal, at_most(f"{name} in ms (module)", text, limit, value)]
+        return [*literal, at_most(f"{name} in ms (module)", limit, value, limit=text)]
     bars = [
         *literal,
         at_least(f"forward against {IN_PLACE} (module)", _IN_PLACE_SPEEDUP, module.ratio(IN_PLACE, FORWARD)),
@@ -81,13 +81,13 @@ def memory_bars(rows: Sequence[Row], device_type: str) -> list[Bar]:
     for row in (step, module):
         value = row.extra_bytes and row.extra_bytes / 1e6
         name = f"peak memory above the memories in MB ({row.of['use']})"
-        bars.append(at_most(name, f"at most {_PEAK_MEGABYTES} MB", _PEAK_MEGABYTES, value))
+        bars.append(at_most(name, _PEAK_MEGABYTES, value, "MB"))
     for row in (step, module):
         larger = found.get((row.of["use"], _LINEAR_TO), row)
         both = [r.seconds[BACKWARD].median / r.of["size"].slots for r in (row, larger) if BACKWARD in r.seconds]
         limit = f"time a slot at x {_LINEAR_TO} at most {_LINEAR_SLACK} times that at x 1"
         value = both[1] / both[0] if len(both) == 2 and larger is not row else None
-        bars.append(at_most(f"linear in slots ({row.of['use']})", limit, _LINEAR_SLACK, value))
+        bars.append(at_most(f"linear in slots ({row.of['use']})", _LINEAR_SLACK, value, limit=limit))
     return bars
 
 

@@ -176,7 +176,7 @@ class SearchBenchmark(Benchmark):
         return [
             Bar(f"recall@{_AT} of hnsw", f"at least {_RECALL}", hit, hit is not None and hit >= _RECALL),
             at_least("queries/s of hnsw over those of the exact search", _FASTER, faster),
-            at_most("highest resident memory in GB", f"at most {_GIGABYTES} GB", _GIGABYTES, peak),
+            at_most("highest resident memory in GB", _GIGABYTES, peak, "GB"),
         ]
 
 
