@@ -75,15 +75,15 @@ def _end_with(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def compile_trial(row: Row, prepare: Callable[..., Callable], budget_s: float, **arguments: Any) -> str | None:
+def compile_trial(row: Row, make: Callable[[], Any], start: Callable[[Any], Any], budget_s: float) -> str | None:
     """Writes into the row how long the first calls take, forward and with backward; or returns why they fail.
 
     They run in a process of their own: stopped inside this one, the compiler would go on tracing the functions that it
-    had begun with. What a trial that ends in time has compiled is found again in PyTorch's cache. `prepare`, a function
-    of a module, gets the arguments and returns what starts the contender's runner.
+    had begun with. What a trial that ends in time has compiled is found again in PyTorch's cache. `make` gives the
+    problem and `start` the contender's runner on it; both are pickled.
     """
     try:
-        row.compile_seconds = in_own_process(first_calls, budget_s, prepare=prepare, **arguments)
+        row.compile_seconds = in_own_process(first_calls, budget_s, make=make, start=start)
     except TimeoutError:
         return f"torch.compile took more than {budget_s:.0f} s"
     except ProcessFailed as error:
@@ -91,11 +91,10 @@ def compile_trial(row: Row, prepare: Callable[..., Callable], budget_s: float, *
     return None
 
 
-def first_calls(prepare: Callable[..., Callable], **arguments: Any) -> float:
+def first_calls(make: Callable[[], Any], start: Callable[[Any], Any]) -> float:
     """The seconds of the calls in which a contender is compiled."""
-    begin = prepare(**arguments)
-    start = time.perf_counter()
-    runner = begin()
+    problem, begin = make(), time.perf_counter()
+    runner = start(problem)
     runner.outcome()
     runner.run(False)
-    return time.perf_counter() - start
+    return time.perf_counter() - begin

@@ -124,11 +124,12 @@ class AttentionBenchmark(Benchmark):
 
     def _first_runs(self, row: Row, problem: HeadProblem, expected: HeadOutcome) -> list[Turn]:
         compiled, dtype = row.contender == COMPILED, problem.features.dtype
-        request = {"size": self.size, "dtype": dtype, "layout": row.of["layout"], "device": self.place}
-        if compiled and (reason := compile_trial(row, contenders.prepare_compiled, self.compile_budget_s, **request)):
+        make = partial(contenders.make_head_problem, self.size, dtype, row.of["layout"], self.place)
+        start = partial(contenders.start, row.contender)
+        if compiled and (reason := compile_trial(row, make, start, self.compile_budget_s)):
             row.leave_out(reason)
             return []
-        runner = contenders.start(row.contender, problem)
+        runner = start(problem)
         outcome = first_outcome(row, runner, compiled)
         if row.contender == KERNELS and not row.operators:
             row.notes.append("no kernel ran")

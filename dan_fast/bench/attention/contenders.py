@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -145,12 +145,6 @@ def start(name: str, problem: HeadProblem) -> HeadRunner:
         torch.compiler.reset()
         head = torch.compile(functional.attention_head, dynamic=False)
     return HeadRunner(problem, head, _extension.disabled if name in (EAGER, COMPILED) else nullcontext)
-
-
-def prepare_compiled(**problem_of: Any) -> Callable[[], HeadRunner]:
-    """For `compile_trial`; takes what `make_head_problem` does."""
-    problem = make_head_problem(**problem_of)
-    return lambda: start(COMPILED, problem)
 
 
 def _literal(x: Tensor, weights: NLCBAMWeights, cam_weight: Tensor, labels: Tensor) -> AttentionHeadOutput:

@@ -168,8 +168,8 @@ class MemoryBenchmark(Benchmark):
                 return f"a run would take about {seconds:.0f} s, the budget is {self.budget_s:.0f} s"
             return why_too_large(self.place, _MARGIN * needed, "a run") if needed else None
         if contender.compiled:
-            request = {"size": row.of["size"], "dtype": dtype, "device": self.place}
-            if reason := compile_trial(row, contenders.prepare_compiled, self.compile_budget_s, **request):
+            make = partial(make_problem, row.of["size"], dtype, self.place, batches=1)
+            if reason := compile_trial(row, make, partial(contender.start, steps=1), self.compile_budget_s):
                 self._gave_up[contender.name] = f"{reason}, at {row.of['scale']:g} x slots in {plain(dtype)}"
                 return reason
         return None

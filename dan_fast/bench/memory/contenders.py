@@ -11,7 +11,7 @@ from torch import Tensor
 from dan_fast import _extension, functional, reference
 from dan_fast.bench.agreement import Agreement, Pair, compare_pairs
 from dan_fast.bench.memory.literal import InPlaceMemory, in_place_step
-from dan_fast.bench.memory.problem import GATES, Problem, Size, make_problem
+from dan_fast.bench.memory.problem import GATES, Problem
 from dan_fast.bench.rows import BACKWARD, FORWARD
 from dan_fast.core.cosine import statistics_dtype
 from dan_fast.core.types import MemoryBatch, MemoryState, MemoryStep
@@ -128,12 +128,6 @@ def _compiled_step(problem: Problem, steps: int) -> Runner:
     return _pure_step(problem, torch.compile(functional.memory_step, dynamic=False), _extension.disabled)
 
 
-def prepare_compiled(size: Size, dtype: torch.dtype, device: torch.device) -> Callable[[], Runner]:
-    """For `compile_trial`."""
-    problem = make_problem(size, dtype, device, batches=1)
-    return lambda: _compiled_step(problem, 1)
-
-
 class Contender(NamedTuple):
     """A way of making the step in one use, STEP or MODULE; `start` takes a problem and the steps of a module's run.
 
@@ -202,6 +196,7 @@ def compare(outcome: Outcome, expected: Outcome, dtype: torch.dtype) -> Agreemen
         dtype: of the memories; it decides the tolerances.
 
     Example:
+        >>> from dan_fast.bench.memory.problem import Size, make_problem
         >>> problem = make_problem(Size(24, 12, key_dim=8, batch=2), torch.float64, "cpu")
         >>> literal, score_space, *_ = (c.start(problem, 1).outcome() for c in select()[:3])
         >>> compare(score_space, literal, problem.dtype).disagrees is None
