@@ -23,13 +23,15 @@ import torch
 from torch import Tensor
 
 from dan_fast.bench.iteration.contenders import UPDATED, DANIteration, IterationSize, plain_iteration
-from dan_fast.bench.iteration.profile import TEST, TRAIN, Profile, in_order, share_beside
+from dan_fast.bench.iteration.profile import TEST, TRAIN, Profile, in_order
 from dan_fast.training import TrainConfig
 from dan_fast.training.step_scalars import StepScalars
 
 MOST = 0.04
 CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
 Seconds = dict[str, float]
+# Parts with models and bars of their own; what is left is what a step does beside them.
+_OF_THE_NETWORK = ("backbone", "head", "memory")
 
 
 def of_plain(plain: partial[Tensor], now: Callable[[], float]) -> Seconds:
@@ -105,6 +107,12 @@ def table(pairs: list[tuple[Seconds, Seconds]]) -> list[str]:
         ms = "".join(f"{1e3 * cells[x]:9.1f}" if x in cells else f"{'':9}" for x in (TRAIN, TEST, "DAN", "plain"))
         lines.append(f"{part:20}{ms} {(cells.get('DAN', 0.0) - cells['plain']) / whole:+9.2%}")
     return lines
+
+
+def share_beside(seconds: Seconds) -> float:
+    """Which share of an iteration's time is in no part of the network: losses, optimizer and rest."""
+    beside = sum(value for part, value in seconds.items() if part.rpartition(" ")[2] not in _OF_THE_NETWORK)
+    return beside / sum(seconds.values())
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """The benchmark of a training iteration: it runs the trainer's own meta step, and gives no ratio without agreement."""
 
+import runpy
+
 import pytest
 import torch
 
@@ -9,13 +11,14 @@ from dan_fast.bench.iteration import contenders
 from dan_fast.bench.iteration.agreement import TOLERANCES, compare_iteration, group_errors
 from dan_fast.bench.iteration.benchmark import DAN, LITERAL, PAPER_RATIO, PLAIN, IterationBenchmark, row_of
 from dan_fast.bench.iteration.contenders import FROZEN, UPDATED, DANIteration, IterationSize, literal_operators
-from dan_fast.bench.iteration.profile import Profile, share_beside
+from dan_fast.bench.iteration.profile import Profile
 from dan_fast.bench.rows import WHOLE, Row, Timing
 from dan_fast.bench.timing import Operators
 from dan_fast.nn import NLCBAM, ProgressiveAugmentedMemory
 from dan_fast.training import MetaStep
 from tests.bench import TINY as COMMANDS
 from tests.bench import written
+from tests.support import in_checkout
 
 pytestmark = pytest.mark.slow
 
@@ -186,10 +189,14 @@ def test_the_profile_adds_up_and_leaves_no_hook(dan, backbone):
     parts += [f"backward {part}: {name}" for part in ("S", "S~") for name in ("backbone", "head", "memory", "losses")]
     assert profile.seconds.keys() == {*parts, "optimizer", "rest"}
     assert all(profile.seconds[part] > 0 for part in (*parts[:8], "optimizer", "rest", "backward S: losses"))
-    network = sum(value for part, value in profile.seconds.items() if part.endswith(("backbone", "head", "memory")))
-    assert share_beside(profile.seconds) == pytest.approx(1 - network / sum(profile.seconds.values()))
     # A frozen backbone gets no backward pass.
     assert (profile.seconds["backward S~: backbone"] > 0) == (backbone == UPDATED)
+
+
+def test_what_is_beside_the_network_is_in_none_of_its_parts():
+    share_beside = runpy.run_path(str(in_checkout("scripts/step_profile.py")))["share_beside"]
+    network = {"forward S: backbone": 2.5, "forward S~: head": 1.5, "backward S: memory": 1.0}
+    assert share_beside(network | {"forward S: losses": 2.0, "optimizer": 1.0, "rest": 2.0}) == 0.5
 
 
 def test_the_command_writes_everything_down(tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -24,14 +24,6 @@ PROFILE_MEANING = (
     "tangents and the second derivatives of what follows it; rest is everything outside of passes and optimizer: "
     "batch, competition, finite checks, inner step, sums of gradients"
 )
-# Parts with models and bars of their own; what is left is what a step does beside them.
-_OF_THE_NETWORK = ("backbone", "head", "memory")
-
-
-def share_beside(seconds: Mapping[str, float]) -> float:
-    """Which share of an iteration's time is in no part of the network: losses, optimizer and rest."""
-    beside = sum(value for part, value in seconds.items() if part.rpartition(" ")[2] not in _OF_THE_NETWORK)
-    return beside / sum(seconds.values())
 
 
 class Profile:
