@@ -115,12 +115,10 @@ class IterationBenchmark(Benchmark):
         super().__post_init__()
         self.order = [int(word) for word in one_of("order", self.order, ("1", "2"))]
         self.contenders = contenders_of(self.contenders, CONTENDERS)
-        for name, least, reason in (
-            ("images", _FEWEST_IMAGES, f"are too few: S and S~ need {_FEWEST_IMAGES} together, or more"),
-            ("classes", 2, "is too few: a classifier needs 2 persons or more"),
-        ):
-            if getattr(self, name) < least:
-                raise DanFastError(f"{name}: {getattr(self, name)} {reason}.")
+        if self.images < _FEWEST_IMAGES:
+            raise DanFastError(f"images: {self.images} are too few: S and S~ need {_FEWEST_IMAGES} together, or more.")
+        if self.classes < 2:
+            raise DanFastError(f"classes: {self.classes} is too few: a classifier needs 2 persons or more.")
         self.size = IterationSize(*(getattr(self, name) for name in IterationSize._fields))
 
     def groups(self, say: Say) -> Iterator[list[Row]]:

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -108,10 +109,10 @@ class SearchBenchmark(Benchmark):
             if kind == EVALUATION:
                 gallery, query = torch.from_numpy(np.asarray(problem.gallery)), torch.from_numpy(problem.query)
                 labels = problem.query_ids, problem.gallery_ids, problem.query_cams, problem.gallery_cams
-                call = lambda gallery=gallery, query=query, labels=labels: evaluate_ranking(query, gallery, *labels)  # noqa: E731
+                call = partial(evaluate_ranking, query, gallery, *labels)
             else:
                 searcher = Searcher(problem.gallery, order, kind, self._index(kind, problem, folder, row))
-                call = lambda searcher=searcher: searcher.search(problem.query, _AT)  # noqa: E731
+                call = partial(searcher.search, problem.query, _AT)
             say(f"{kind}: searching")
             begin = time.perf_counter()
             found = call()
