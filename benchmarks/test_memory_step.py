@@ -22,7 +22,7 @@ CONTENDERS = [contender for contender in select() if not contender.compiled]
 @pytest.fixture(scope="module", params=SHARES_OF_THE_PAPER, ids=lambda share: f"slots/{1 / share:.0f}")
 def expected(request) -> tuple[Problem, Outcome]:
     problem = make_problem(Size().scaled(request.param), torch.float32, "cpu", batches=STEPS)
-    return problem, CONTENDERS[0].start(problem, STEPS).outcome()
+    return problem, CONTENDERS[0].start(problem).outcome()
 
 
 @pytest.mark.parametrize("kind", ["forward", "forward_backward"])
@@ -33,7 +33,7 @@ def test_memory_step(benchmark, expected: tuple[Problem, Outcome], contender: Co
     if contender.name == KERNELS and _extension.why_not_on("cpu"):
         pytest.skip(f"no kernels: {_extension.why_not_on('cpu')}")
     problem, literal = expected
-    runner = contender.start(problem, STEPS)
+    runner = contender.start(problem)
     agreement = compare(runner.outcome(), literal, problem.dtype)
     assert agreement.disagrees is None
     benchmark.group = f"{kind}, {problem.size.labeled_slots} + {problem.size.unlabeled_slots} slots"

@@ -73,7 +73,7 @@ reason = _extension.why_not_on("cuda")
 assert reason is None, reason
 problem = make_problem(Size(300, 200, key_dim=64, batch=4), torch.float32, "cuda", batches=2)
 for contender in select(["kernels"]):
-    runner = contender.start(problem, 2)
+    runner = contender.start(problem)
     runner.outcome()
     runner.run(True)
 attention = NLCBAM(24, 15).cuda()

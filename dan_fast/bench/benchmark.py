@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jsonargparse.typing import NonNegativeInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -77,6 +77,7 @@ class Benchmark(ABC):
     Args:
         device: auto takes the GPU where there is one; or cpu, cuda, cuda:1.
         json: Also write everything into this file, anew after every table.
+        repeat: How often each contender is timed, in each of its passes: a step or call, all images, or an epoch.
         threads: CPU threads of this process; 0 leaves PyTorch's own number.
         check: Fail if a bar is missed or was not measured.
 
@@ -96,6 +97,7 @@ class Benchmark(ABC):
 
     device: str = "auto"
     json: str | None = None
+    repeat: PositiveInt = 7
     threads: NonNegativeInt = 0
     check: bool = False
 

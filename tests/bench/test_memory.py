@@ -46,8 +46,8 @@ def measure(*names: str, **settings) -> list[Row]:
 @pytest.mark.parametrize("contender", EAGER[1:], ids=lambda contender: f"{contender.name}-{contender.use}")
 def test_contenders_agree_with_the_reference(contender, dtype):
     problem = make_problem(TINY, dtype, CPU, batches=2)
-    literal = EAGER[0].start(problem, 1).outcome()
-    agreement = compare(contender.start(problem, 1).outcome(), literal, dtype)
+    literal = EAGER[0].start(problem).outcome()
+    agreement = compare(contender.start(problem).outcome(), literal, dtype)
     assert agreement.disagrees is None
     if contender.name != "literal_in_place":
         assert "gradient of beta" in agreement.errors
@@ -63,7 +63,7 @@ def test_contenders_agree_on_a_gpu(dtype):
 
 def test_the_problem_has_false_samples():
     problem = make_problem(Size(120, 200, key_dim=24, batch=16), torch.float64, CPU)
-    beta = EAGER[0].start(problem, 1).outcome().gradients[4]
+    beta = EAGER[0].start(problem).outcome().gradients[4]
     assert beta > 0, "the second term of the loss is 0 where FP and FN are empty"
 
 
@@ -103,7 +103,7 @@ PLANTED = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("what", PLANTED)
 def test_a_planted_difference_is_named(what, dtype):
-    literal = EAGER[0].start(make_problem(TINY, dtype, CPU, batches=1), 1).outcome()
+    literal = EAGER[0].start(make_problem(TINY, dtype, CPU, batches=1)).outcome()
     assert compare(literal, literal, dtype).disagrees is None
     disagrees = compare(changed(literal, *PLANTED[what]), literal, dtype).disagrees
     assert disagrees is not None and what in disagrees

@@ -63,7 +63,6 @@ class AttentionBenchmark(Benchmark):
         width: Columns of the map.
         reduction: Dimension reduction ratio r of NL-CBAM (the paper: 12).
         classes: Persons of the classifier, whose rows the class activation map reads (Market-1501: 751).
-        repeat: Repetitions of each pass of each contender.
         compile_budget_s: Seconds that torch.compile may take for one type and layout.
     """
 

@@ -40,7 +40,6 @@ class DataBenchmark(Benchmark):
         images: Number of files.
         batch: Images at a time.
         workers: Processes that decode; 0 decodes in this one.
-        repeat: Passes through all images by each contender.
     """
 
     name: ClassVar[str] = "data"
@@ -67,7 +66,6 @@ class DataBenchmark(Benchmark):
     images: PositiveInt = 1024
     batch: PositiveInt = 64
     workers: NonNegativeInt = 2
-    repeat: PositiveInt = 7
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -48,7 +48,6 @@ class EpochBenchmark(Benchmark):
         iterations: Mini-batches that are measured, to which the epoch is extrapolated; 0: all of them.
         batch: Images of a mini-batch (the paper: 64).
         workers: Processes of the plain DataLoader; by default as many as there are cores.
-        repeat: Epochs by each contender.
         folder: Folder for images and cache, which are used again; by default one that is removed at the end.
     """
 

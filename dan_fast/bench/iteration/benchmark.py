@@ -60,7 +60,6 @@ class IterationBenchmark(Benchmark):
         labeled_slots: Slots of M, all of them filled (the paper: 9000).
         unlabeled_slots: Slots of M', all of them filled (the paper: 5500).
         classes: Persons of the classifier (Market-1501: 751).
-        repeat: Repetitions of each contender.
         budget_s: Seconds that a contender may take in all its repetitions; a literal iteration that would take longer
             for a single one is left out.
     """

@@ -36,8 +36,8 @@ def foresee(contender: Contender, size: Size, dtype: torch.dtype, device: torch.
     if ratio <= 2:
         return 0.0, 0.0
     problem = make_problem(size.scaled(1 / ratio), dtype, device, batches=1)
-    contender.start(problem, 1).outcome()
-    runner = contender.start(problem, 1)
+    contender.start(problem).outcome()
+    runner = contender.start(problem)
     start = time.perf_counter()
     _, peak = peak_above(device, runner.outcome)
     synchronize(device)
@@ -53,7 +53,6 @@ class MemoryBenchmark(Benchmark):
         dtype: Types of keys and memories, with commas between: float32, bfloat16, float16, float64.
         contenders: Some of literal_autograd, literal_in_place, score_space, score_space_compiled and kernels, with
             commas between; or all.
-        repeat: Repetitions of each pass of each contender.
         steps: Steps of a module in a repetition, before what it left pending is written.
         budget_s: Seconds that a pass of a contender may take in all its repetitions; one that would take longer for
             a single one is left out.
@@ -91,7 +90,6 @@ class MemoryBenchmark(Benchmark):
     slots_scale: str = "1,0.25,4,16"
     dtype: str = "float32,bfloat16"
     contenders: str = "all"
-    repeat: PositiveInt = 7
     steps: PositiveInt = 8
     budget_s: PositiveFloat = 90.0
     compile_budget_s: NonNegativeFloat = 300.0
@@ -169,14 +167,14 @@ class MemoryBenchmark(Benchmark):
             return why_too_large(self.place, _MARGIN * needed, "a run") if needed else None
         if contender.compiled:
             make = partial(make_problem, row.of["size"], dtype, self.place, batches=1)
-            if reason := compile_trial(row, make, partial(contender.start, steps=1), self.compile_budget_s):
+            if reason := compile_trial(row, make, contender.start, self.compile_budget_s):
                 self._gave_up[contender.name] = f"{reason}, at {row.of['scale']:g} x slots in {plain(dtype)}"
                 return reason
         return None
 
     def _first_runs(self, row: Row, contender: Contender, problem: Problem) -> tuple[Outcome, list[Turn]]:
         """The step that is compared, the memory of a run, and the turns that a first time of each pass leaves room."""
-        runner = contender.start(problem, self.steps)
+        runner = contender.start(problem)
         row.steps, row.returned_bytes = runner.steps, runner.returned_bytes
         calls = {kind: partial(runner.run, kind == BACKWARD) for kind in row.passes}
         if contender.literal:

@@ -92,22 +92,22 @@ def _pure_step(problem: Problem, memory_step: Callable[..., MemoryStep], context
     return runner
 
 
-def _in_place(problem: Problem, steps: int) -> Runner:
+def _in_place(problem: Problem) -> Runner:
     """The literal loop on memories of its own."""
     memories = [InPlaceMemory(MemoryState(*(x.clone() for x in state))) for state in problem[1:3]]
     return Runner(problem, lambda batch: in_place_step(*memories, batch, GATES))
 
 
 class _Module(Runner):
-    """`nn.ProgressiveAugmentedMemory`: a run is several steps and the write of all that they left pending."""
+    """`nn.ProgressiveAugmentedMemory`: a run takes all batches and writes what the steps left pending."""
 
-    def __init__(self, problem: Problem, steps: int, context: Context = nullcontext) -> None:
+    def __init__(self, problem: Problem, context: Context = nullcontext) -> None:
         with context():
             memory = ProgressiveAugmentedMemory(*problem.size[:3], dtype=problem.dtype).to(problem.device)
             memory.labeled, memory.unlabeled = problem.labeled, problem.unlabeled
         gates = (memory.alpha, memory.alpha_unlabeled, memory.beta_logit)
         super().__init__(problem, lambda batch: memory(*batch), gates, context)
-        self.memory, self.steps = memory, steps
+        self.memory, self.steps = memory, len(problem.batches)
 
     def outcome(self) -> Outcome:
         with self.context():
@@ -122,14 +122,14 @@ class _Module(Runner):
         return result
 
 
-def _compiled_step(problem: Problem, steps: int) -> Runner:
+def _compiled_step(problem: Problem) -> Runner:
     # Whatever was traced for another size would only be in the way, and is no part of the time to compile this one.
     torch.compiler.reset()
     return _pure_step(problem, torch.compile(functional.memory_step, dynamic=False), _extension.disabled)
 
 
 class Contender(NamedTuple):
-    """A way of making the step in one use, STEP or MODULE; `start` takes a problem and the steps of a module's run.
+    """A way of making the step in one use, STEP or MODULE.
 
     The cost of a `literal` one, which goes through the memory once a sample, is estimated before it is run; the first
     calls of a `compiled` one compile.
@@ -137,21 +137,19 @@ class Contender(NamedTuple):
 
     name: str
     use: str
-    start: Callable[[Problem, int], Runner]
+    start: Callable[[Problem], Runner]
     passes: tuple[str, ...] = (FORWARD, BACKWARD)
     literal: bool = False
     compiled: bool = False
 
 
 CONTENDERS: tuple[Contender, ...] = (
-    Contender(LITERAL, STEP, lambda problem, steps: _pure_step(problem, reference.memory_step), literal=True),
+    Contender(LITERAL, STEP, lambda problem: _pure_step(problem, reference.memory_step), literal=True),
     Contender(IN_PLACE, MODULE, _in_place, (FORWARD,), literal=True),
-    Contender(
-        SCORE_SPACE, STEP, lambda problem, steps: _pure_step(problem, functional.memory_step, _extension.disabled)
-    ),
+    Contender(SCORE_SPACE, STEP, lambda problem: _pure_step(problem, functional.memory_step, _extension.disabled)),
     Contender(COMPILED, STEP, _compiled_step, compiled=True),
-    Contender(KERNELS, STEP, lambda problem, steps: _pure_step(problem, functional.memory_step)),
-    Contender(SCORE_SPACE, MODULE, lambda problem, steps: _Module(problem, steps, _extension.disabled)),
+    Contender(KERNELS, STEP, lambda problem: _pure_step(problem, functional.memory_step)),
+    Contender(SCORE_SPACE, MODULE, lambda problem: _Module(problem, _extension.disabled)),
     Contender(KERNELS, MODULE, _Module),
 )
 
@@ -198,7 +196,7 @@ def compare(outcome: Outcome, expected: Outcome, dtype: torch.dtype) -> Agreemen
     Example:
         >>> from dan_fast.bench.memory.problem import Size, make_problem
         >>> problem = make_problem(Size(24, 12, key_dim=8, batch=2), torch.float64, "cpu")
-        >>> literal, score_space, *_ = (c.start(problem, 1).outcome() for c in select()[:3])
+        >>> literal, score_space, *_ = (c.start(problem).outcome() for c in select()[:3])
         >>> compare(score_space, literal, problem.dtype).disagrees is None
         True
     """

@@ -115,7 +115,6 @@ class RankingBenchmark(Benchmark):
         memory_queries: Queries of the run whose memory is measured (MSMT17: 11659).
         memory_gallery: Gallery images of that run (MSMT17: 82161).
         memory_width: Numbers of a feature in that run; features are not counted.
-        repeat: Repetitions of each contender.
         budget_s: Seconds that a contender may take in all its repetitions, one at least.
     """
 
@@ -129,7 +128,6 @@ class RankingBenchmark(Benchmark):
         "features": "float32; the matrix product is PyTorch's, in float32, and ranks nothing; sorting forms float64",
         "model_bytes": "to read the distances, or the features; flop: of the matrix product of the features",
         "agreement": f"with sorting: CMC in every bit, mAP and mINP within {TOLERANCE:g}",
-        "speedup": "median of the other / median of dan_fast; none without agreement",
         "extra_bytes": "as peak_bytes, of an evaluation of `memory_size`; the features were there before",
     }
 
@@ -141,7 +139,6 @@ class RankingBenchmark(Benchmark):
     memory_queries: PositiveInt = MSMT17.queries
     memory_gallery: PositiveInt = MSMT17.gallery
     memory_width: PositiveInt = MSMT17.width
-    repeat: PositiveInt = 7
     budget_s: PositiveFloat = 60.0
 
     def __post_init__(self) -> None:

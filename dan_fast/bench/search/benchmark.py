@@ -43,7 +43,6 @@ class SearchBenchmark(Benchmark):
         width: Numbers of a feature.
         queries: Queries that are searched for at a time.
         contenders: Some of flat, hnsw, ivfpq and "exact ranking", with commas between, or all; flat is always there.
-        repeat: Repetitions of each contender.
         budget_s: Seconds that a contender's searches may take in all its repetitions, one at least.
     """
 
@@ -65,7 +64,6 @@ class SearchBenchmark(Benchmark):
         "disk_bytes": "of the index beside the features, which take feature_bytes; flat needs no more than these",
         "resident_peak_bytes": "highest resident memory of the process in the whole run (VmHWM), pages of the mapped "
         "features included",
-        "speedup": "median of the other / median of this one, of the same queries",
     }  # fmt: skip
 
     # Nothing of it runs on a GPU.
