@@ -8,9 +8,17 @@ import torch
 from dan_fast.bench.agreement import judge
 from dan_fast.bench.iteration import benchmark as iteration
 from dan_fast.bench.iteration import contenders
-from dan_fast.bench.iteration.agreement import TOLERANCES, compare_iteration, group_errors
 from dan_fast.bench.iteration.benchmark import DAN, LITERAL, PAPER_RATIO, PLAIN, IterationBenchmark, row_of
-from dan_fast.bench.iteration.contenders import FROZEN, UPDATED, DANIteration, IterationSize, literal_operators
+from dan_fast.bench.iteration.contenders import (
+    FROZEN,
+    TOLERANCES,
+    UPDATED,
+    DANIteration,
+    IterationSize,
+    compare_iteration,
+    group_errors,
+    literal_operators,
+)
 from dan_fast.bench.iteration.profile import Profile
 from dan_fast.bench.rows import WHOLE, Row, Timing
 from dan_fast.bench.timing import Operators

@@ -12,8 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dan_fast.bench.benchmark import Bar, Benchmark, at_most, contenders_of, one_of
 from dan_fast.bench.iteration import contenders
-from dan_fast.bench.iteration.agreement import TOLERANCES, compare_iteration
-from dan_fast.bench.iteration.contenders import FROZEN, UPDATED, DANIteration, IterationSize
+from dan_fast.bench.iteration.contenders import (
+    FROZEN,
+    TOLERANCES,
+    UPDATED,
+    DANIteration,
+    IterationSize,
+    compare_iteration,
+)
 from dan_fast.bench.iteration.profile import PROFILE_MEANING, Profile, in_order
 from dan_fast.bench.machine import peak_above
 from dan_fast.bench.memory import benchmark as memory

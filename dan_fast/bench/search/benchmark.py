@@ -1,7 +1,5 @@
 """Searching in a million features: by comparing all, by HNSW and by IVF-PQ, beside the ranking of the evaluation."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 import time

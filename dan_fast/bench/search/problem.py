@@ -1,7 +1,5 @@
 """Features to search in, drawn as those of a trained network are distributed, and written as an index keeps them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 
