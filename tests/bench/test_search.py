@@ -38,6 +38,8 @@ def test_the_command_writes_everything_down(tmp_path, monkeypatch, capsys, wrong
         assert rows[name]["build_seconds"] > 0 and rows[name]["disk_bytes"] > 10_000 and rows[name]["parameters"]
         assert rows[name]["queries_per_second"] == pytest.approx(50 / rows[name]["seconds"]["median"])
         assert rows[name]["speedup"].keys() == {FLAT, EVALUATION}
+    assert rows[FLAT]["flop"] == {WHOLE: 2 * 50 * 2000 * 32} and rows[FLAT]["over_limit"][WHOLE] > 0
+    assert rows["hnsw"]["over_limit"] == {WHOLE: None}, "which is to leave out what flat has to do"
     assert content["feature_bytes"] == 4 * 2000 * 32 and content["resident_peak_bytes"] > 10**8
     printed = capsys.readouterr().out
     for part in ("flat: agrees with the exact ranking", "Highest resident memory", "not measured", "recall@10"):

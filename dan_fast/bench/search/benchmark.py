@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from dan_fast.bench.benchmark import Bar, Benchmark, at_least, at_most, contenders_of
+from dan_fast.bench.benchmark import LEGEND, Bar, Benchmark, at_least, at_most, contenders_of
 from dan_fast.bench.machine import resident_peak
 from dan_fast.bench.rows import WHOLE, Row, shown
 from dan_fast.bench.search.problem import IMAGES_A_PERSON, SearchProblem, make_search_problem
@@ -30,6 +30,8 @@ _MILLION = 1_000_000
 _RECALL, _FASTER, _GIGABYTES = 0.98, 10, 8
 # Queries whose lists are compared with the distances of the evaluation, in all places.
 _CHECKED = 4
+# Bytes of the copy by which the bandwidth is measured: more than caches hold, and little beside the features.
+_COPIED = 2**27
 
 
 @dataclass(kw_only=True)
@@ -57,6 +59,7 @@ class SearchBenchmark(Benchmark):
         "flat": "all features are compared in float32, by PyTorch, from the mapped file; the order is by float64",
         "exact ranking": "evaluate_ranking: CMC, mAP and mINP of the queries, in float64; it gives no lists",
         "agreement": f"of flat: the lists of {_CHECKED} queries are those of the evaluation's distances",
+        "model_bytes": "of flat: to read the features; flop: of their matrix product with the queries",
         "recall": f"share of the {_AT} nearest by the exact search that are among the {_AT} found",
         "build_seconds": "from the features in the file to an index in its file; drawing and embedding are not in it",
         "disk_bytes": "of the index beside the features, which take feature_bytes; flat needs no more than these",
@@ -116,11 +119,15 @@ class SearchBenchmark(Benchmark):
             turns.append(Turn(row, WHOLE, call, count))
             if kind == FLAT:
                 nearest = found.rows
+                row.model_bytes, row.flop = (
+                    {WHOLE: problem.gallery.nbytes},
+                    {WHOLE: 2 * self.queries * problem.gallery.size},
+                )
                 row.compared_with, row.agreement = "the exact ranking", f" in the lists of {_CHECKED} queries"
                 row.disagrees = _difference(problem, nearest)
             if kind != EVALUATION:
                 row.of["recall"] = recall(found.rows, nearest)
-        take_turns(self.place, turns, say)
+        take_turns(self.place, turns, say, min(problem.gallery.nbytes, _COPIED), torch.float32)
         self._peak = resident_peak()
         return list(rows.values())
 
@@ -159,6 +166,7 @@ class SearchBenchmark(Benchmark):
         return [
             f"ms: median (quartiles, repetitions) of a search for {self.queries} queries. vs: how many times as long "
             "that one takes.",
+            LEGEND[1],
             f"disk MB: beside {4 * self.features * self.width / 1e6:.1f} MB of features. Highest resident memory of "
             f"the run: {shown(self._peak, '.2f', 1e9)} GB.",
         ]
