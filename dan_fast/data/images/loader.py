@@ -1,4 +1,4 @@
-"""From plans and samples to batches on a device: read in workers or from a cache, augmented there, one batch ahead."""
+"""From plans and samples to batches on a device: read in workers or from a cache, augmented there."""
 
 from __future__ import annotations
 
@@ -71,7 +71,10 @@ class ImageSamples(Dataset):
 
 
 class Loader:
-    """Batches on a device, one of them prepared ahead; each iteration goes through all of them in order.
+    """Batches on a device, on a GPU one of them prepared ahead; each iteration goes through all of them in order.
+
+    On a CPU the thread that prepares would take turns with those that compute on the same cores, which costs more than
+    it saves (docs/limits.md).
 
     Args:
         source: batches with uint8 images on the host.
@@ -88,6 +91,8 @@ class Loader:
         return len(self.source)
 
     def __iter__(self) -> Iterator[Any]:
+        if self.device.type == "cpu":
+            return (self.prepare(batch) for batch in self.source)
         return one_ahead(iter(self.source), self.prepare, self.device)
 
 

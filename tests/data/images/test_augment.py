@@ -14,6 +14,7 @@ from dan_fast.data import test_transform as plain_transform
 from dan_fast.data import train_transform
 from dan_fast.data.images.augment import Draws, augment, draw, normalize
 from dan_fast.data.images.feed import one_ahead
+from dan_fast.data.images.loader import Loader
 
 CPU = torch.device("cpu")
 # What is left of the transforms for an image that is resized already.
@@ -158,6 +159,14 @@ def test_an_error_comes_in_its_place(place: str) -> None:
     with pytest.raises(OSError, match="third"):
         next(results)
     assert list(results) == []
+
+
+@pytest.mark.parametrize(("device", "threads"), [("cpu", 0), ("meta", 1)])
+def test_a_loader_has_a_thread_where_the_device_does_not_compute_on_the_same_cores(device: str, threads: int) -> None:
+    before = threading.active_count()
+    results = iter(Loader(range(5), lambda number: 10 * number, device))
+    assert next(results) == 0 and threading.active_count() == before + threads
+    assert list(results) == [10, 20, 30, 40] and threading.active_count() == before
 
 
 def test_who_stops_early_leaves_no_thread() -> None:
