@@ -214,6 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DanFastError as error:
         print(f"dan-fast: {error}", file=sys.stderr)
         return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("dan-fast: interrupted.", file=sys.stderr)
+        return EXIT_INTERRUPTED
     rank = own_rank()
     name = f"dan-fast, rank {rank}" if number_of_ranks() > 1 else "dan-fast"
     try:
@@ -231,7 +234,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_ERROR
     except Interrupted as stop:
         if rank == 0:
-            print(f"dan-fast: {stop} Continue with --run.resume true.", file=sys.stderr)
+            on = (
+                "Continue with --run.resume true" if parsed.command == "train" else "The same command goes on from here"
+            )
+            print(f"dan-fast: {stop} {on}.", file=sys.stderr)
         return EXIT_INTERRUPTED
     except KeyboardInterrupt:
         print(f"{name}: interrupted.", file=sys.stderr)

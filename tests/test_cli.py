@@ -9,7 +9,9 @@ import pytest
 import torch
 import yaml
 
+from dan_fast import cli
 from dan_fast.cli import main
+from dan_fast.core.errors import Interrupted
 from dan_fast.data.synthetic import synthesize
 from tests.support import ROOT
 
@@ -200,3 +202,28 @@ def test_help_names_where_the_recipe_of_a_sweep_is_from(capsys):
     with pytest.raises(SystemExit):
         main(["sweep", "--help"])
     assert "without it that of the base, or else the grid's, or else dan" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("train --data.labeled x", "Continue with --run.resume true."),
+        ("quickstart", "The same command goes on from here."),
+    ],
+)
+def test_a_stop_names_how_to_go_on(command, words, monkeypatch, capsys):
+    def stopped(*_):
+        raise Interrupted("Saved after iteration 3.")
+
+    monkeypatch.setattr(cli, "_run", stopped)
+    assert main(command.split()) == 130
+    assert capsys.readouterr().err == f"dan-fast: Saved after iteration 3. {words}\n"
+
+
+def test_an_interrupt_while_flags_are_read_is_a_sentence(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_parse", interrupted)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "dan-fast: interrupted.\n"

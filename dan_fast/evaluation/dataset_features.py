@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dan_fast.core.errors import DanFastError
 from dan_fast.core.float32 import float32_rounding
 from dan_fast.data.samples import FixedSplits, ReIDDataset, Sample
 from dan_fast.distributed.collectives import ProcessGroup
@@ -122,14 +123,20 @@ def extract_dataset(
         dataset: with query and gallery images, or test images.
 
     Raises:
-        DanFastError: the dataset has neither a query and a gallery nor a test split, or not all the images that its
-            fixed splits name.
+        DanFastError: features are not finite, or the dataset has neither a query and a gallery nor a test split, or not
+            all the images that its fixed splits name.
     """
     require_evaluation_images(dataset)
 
     def extract(samples: tuple[Sample, ...]) -> Features:
         given = {"device": device, "precision": precision, "process_group": process_group}
-        return extract_features(embed, samples, image_size, **given, **options)
+        found = extract_features(embed, samples, image_size, **given, **options)
+        if not found.features.isfinite().all():
+            raise DanFastError(
+                f"The network's features of {dataset.title} are not finite numbers: its training has diverged; use "
+                "another checkpoint."
+            )
+        return found
 
     rounding = float32_rounding(torch.device(device)) if precision == "float32" else ""
     made = {"precision": precision, "rounding": rounding}

@@ -43,7 +43,8 @@ def network_and_random_state(
     model = ModelConfig(**settings["model"])
     if model.adversary and model.attention == "none":
         raise DanFastError(
-            "With model.attention none there is no attention for the adversary to correct: add --model.adversary false."
+            "With model.attention none there is no attention for the adversary to correct: add "
+            "--model.attention nl_cbam or --model.adversary false."
         )
     # It is made on the CPU: no GPU's generator is forked, nor seeded, as torch.manual_seed would do.
     with torch.random.fork_rng(devices=[]):

@@ -45,6 +45,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise DanFastError(f"{path} cannot be read ({error.strerror}); check permissions.") from error
     # Bytes that are no checkpoint make the readers fail in any way they can.
     except Exception as error:
         raise DanFastError(f"{path} is truncated or no checkpoint: use another one or train again.") from error

@@ -7,6 +7,7 @@ import torch
 import torchvision
 
 from dan_fast.cli import main
+from dan_fast.training.checkpoint import save_checkpoint
 from tests.support.untrained import untrained_checkpoint
 from tests.support.written_sets import cuhk03_of, manifest
 
@@ -84,3 +85,15 @@ def test_a_name_in_brackets_is_shown_as_it_is(checkpoint, street, tmp_path, caps
                  "--device", "cpu"]) == 0  # fmt: skip
     table, figures = capsys.readouterr().out.split("└")
     assert "│ a [b] " in table and "a [b], trained: " in figures
+
+
+def test_a_network_that_has_diverged_is_a_sentence(checkpoint, street, tmp_path, capsys):
+    state = torch.load(checkpoint)
+    name = next(name for name in state["model"] if name.endswith("conv1.0.weight"))
+    state["model"][name].fill_(torch.inf)
+    save_checkpoint(tmp_path / "diverged.pt", state)
+    arguments = ["--checkpoint", str(tmp_path / "diverged.pt"), "--targets", str(street), "--workers", "0"]
+    assert main(["evaluate", *arguments, "--device", "cpu"]) == 1
+    assert (
+        "The network's features of street are not finite numbers: its training has diverged" in capsys.readouterr().err
+    )

@@ -16,6 +16,7 @@ from dan_fast.core.files import remove_unfinished, write_whole
 from dan_fast.training.checkpoint import CheckpointWriter, load_checkpoint, save_checkpoint
 from dan_fast.training.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig, require_same_training
 from dan_fast.training.schedule import step_size
+from tests.support.untrained import untrained_checkpoint
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
@@ -222,3 +223,14 @@ def test_step_sizes_beyond_the_papers_epochs_and_within_an_epoch():
 def test_impossible_epochs_are_an_error(done, epochs):
     with pytest.raises(ValueError, match="epochs must be positive"):
         step_size(done, epochs)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    path = untrained_checkpoint(tmp_path / "checkpoint.pt")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("dan_fast.training.checkpoint.zipfile.ZipFile", refuse)
+    with pytest.raises(DanFastError, match=r"checkpoint.pt cannot be read \(Permission denied\); check permissions"):
+        load_checkpoint(path)

@@ -354,7 +354,7 @@ def test_mistakes_on_the_command_line_name_the_setting_and_the_choices(images, t
     message = said(capsys)
     assert '"model.attention"' in message and all(repr(variant) in message for variant in VARIANTS)
     assert train(images, tmp_path, "--model.attention", "none") == 1
-    assert "add --model.adversary false" in said(capsys)
+    assert "add --model.attention nl_cbam or --model.adversary false" in said(capsys)
     settings = TrainConfig(model=ModelConfig(backbone="resnet18", weights="none", attention="none")).to_dict()
     with pytest.raises(DanFastError, match="With model.attention none there is no attention"):
         initial_network(settings, 3)
