@@ -69,6 +69,12 @@ class DatasetFeatures(NamedTuple):
 
     def _places(self, samples: tuple[Sample, ...]) -> Tensor:
         place = {path: index for index, path in enumerate(self.test.paths)}
+        missing = [each.path for each in samples if each.path not in place and each.path not in set(self.test.skipped)]
+        if missing:
+            raise DanFastError(
+                f"The features of {self.name} lack {len(missing)} images that its fixed splits name, {missing[0]} the "
+                "first: embed all of them."
+            )
         return torch.tensor([place[each.path] for each in samples if each.path in place], dtype=torch.int64)
 
 

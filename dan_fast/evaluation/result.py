@@ -69,11 +69,12 @@ class Evaluation:
 
     @property
     def conditions(self) -> str:
-        """The conditions that figures must share to be compared: protocol, splits, scoring and epoch.
+        """The conditions that figures must share to be compared: protocol, splits, scoring, images and epoch.
 
         Of metric, AP and precision it names those that are not the default.
         """
-        parts = (self.named_protocol, self.protocol, self.scoring, self.rounding, self.epoch, self.seen)
+        left_out = f"{len(self.skipped)} broken images left out" if self.skipped else ""
+        parts = (self.named_protocol, self.protocol, left_out, self.scoring, self.rounding, self.epoch, self.seen)
         return "; ".join(filter(None, parts))
 
     @property

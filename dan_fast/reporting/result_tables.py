@@ -137,10 +137,10 @@ def _run_row(
 
 
 def _is_apart(evaluation: Evaluation) -> bool:
-    """Whether the figures are no counterpart of the paper's: of another metric or AP, re-ranked, chosen or seen."""
+    """Whether the figures are no counterpart of the paper's: another metric, AP or images, re-ranked, chosen, seen."""
     words = "; ".join((evaluation.protocol, evaluation.epoch, evaluation.seen))
     rescored = evaluation.metric not in ("", "cosine") or evaluation.ap not in ("", "standard")
-    return rescored or any(each in words for each in (RERANKED, CHOSEN, SEEN))
+    return rescored or bool(evaluation.skipped) or any(each in words for each in (RERANKED, CHOSEN, SEEN))
 
 
 def _counts(tested: Sequence[tuple[Run, Evaluation]]) -> str:

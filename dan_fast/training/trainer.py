@@ -73,6 +73,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, process_group: ProcessGroup | None = None) -> None:
+        config.require_valid()
         self.device = resolve_device(config.run.device)
         require_same_settings(process_group, config, self.device)
         require_compilable(config, process_group)
@@ -84,11 +85,9 @@ class Trainer:
         self.folder = RunFolder(config.run, process_group)
         saved = self.folder.saved_state(config)
 
-        data = config.data
-        self.datasets = load_datasets(data)
-        self.training_set = TrainingSet(
-            self.datasets.labeled, self.datasets.unlabeled, unlabeled_share=data.unlabeled_share, seed=config.run.seed
-        )
+        self.datasets = load_datasets(config.data)
+        share, seed = config.data.unlabeled_share, config.run.seed
+        self.training_set = TrainingSet(self.datasets.labeled, self.datasets.unlabeled, share, seed)
         require_same_run(process_group, self.training_set.fingerprint, self.datasets.targets, saved)
         self.folder.require_same_images(saved, self.training_set.fingerprint)
         self.targets = Targets(config, self.datasets, self.folder, self.device, process_group)

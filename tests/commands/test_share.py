@@ -72,9 +72,14 @@ def test_the_features_are_those_of_the_checkpoint(backbone: str, recipe: str, tm
 def test_figures_of_these_weights_go_along_with_their_caveats(tmp_path: Path, capsys):
     path, out = checkpoint(tmp_path), tmp_path / "shared"
     assert main(["share", "--checkpoint", str(path), "--out", str(out)]) == 0
-    assert f"street: fixed query and gallery; epoch 3 of 3; 2 {SEEN}." in capsys.readouterr().out
+    assert (
+        f"street: fixed query and gallery; 1 broken images left out; epoch 3 of 3; 2 {SEEN}." in capsys.readouterr().out
+    )
     card, config = (out / "README.md").read_text(), json.loads((out / "config.json").read_text())
-    assert "night" not in card and f"37.5 | 25.0 | fixed query and gallery; epoch 3 of 3; 2 {SEEN} |" in card
+    assert (
+        "night" not in card
+        and f"37.5 | 25.0 | fixed query and gallery; 1 broken images left out; epoch 3 of 3; 2 {SEEN} |" in card
+    )
     assert "**Figures that are" in card and "- trained on: Market-1501, CUHK03 (labeled new)\n" in card
     assert "- method: recipe dan\n- weights of: epoch 3 of 3\n- persons with labels: 7\n" in card
     assert Evaluation.from_dict(config["results"][0]).skipped == ("a.jpg",)

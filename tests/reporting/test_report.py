@@ -214,6 +214,7 @@ def test_a_run_stands_beside_the_table_it_belongs_to(tmp_path):
         {"protocol": "10 random splits; k-reciprocal re-ranking (k1 20, k2 6, lambda 0.3)"},
         {"epoch": f"epoch 3 of 9, {CHOSEN}"},
         {"seen": f"4 {SEEN}"},
+        {"skipped": ["a.jpg"], "num_query": 99},
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -274,3 +274,28 @@ def test_quickstart_without_attention_draws_none(tmp_path):
     assert main(flags) == 0
     assert json.loads((out / "run" / "results.json").read_text())["recipe"] == "plain"
     assert "recipe plain" in (out / "index.html").read_text() and not (out / "attention.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "words"),
+    [
+        ("run", "precision", "float16", "run.precision.: Expected a .*'float32', 'bfloat16'"),
+        ("model", "style_mixing", "unlabelled", "model.style_mixing.* Expected a .*'unlabeled'"),
+        ("meta", "procedure", "daml9", "meta.procedure"),
+        ("optimizer", "lr_scale", -1.0, "optimizer.lr_scale.* v>=0"),
+        ("optimizer", "epochs", "3", "^optimizer.epochs is '3': give it as 3"),
+        ("model", "instance_norm", "yes", "^model.instance_norm is 'yes': give it as True"),
+        ("data", "image_size", (64,), "data.image_size"),
+    ],
+)
+def test_settings_from_python_are_those_that_flags_take(section, name, value, words):
+    config = TrainConfig.of_recipe("plain", data={"labeled": "missing"})
+    config.require_valid()
+    setattr(getattr(config, section), name, value)
+    with pytest.raises(DanFastError, match=words):
+        Trainer(config)
+
+
+def test_a_section_is_no_mapping():
+    with pytest.raises(DanFastError, match="^data must be a DataConfig; TrainConfig.of_recipe takes mappings"):
+        Trainer(TrainConfig(data={"labeled": "x"}))

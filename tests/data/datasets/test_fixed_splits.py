@@ -165,14 +165,20 @@ def test_broken_images_are_in_no_split(dataset: ReIDDataset, tmp_path: Path) -> 
         torch.tensor([sample.pid for sample in kept]),
         torch.tensor([sample.camid for sample in kept]),
         tuple(sample.path for sample in kept),
-        (lost.path,),
     ).select(order)
+    features = features._replace(skipped=(lost.path,))
     whole = DatasetFeatures("people", None, None, features, splits=dataset.splits)
     query, gallery = whole.split(repeat=0)
     assert query.paths == tuple(sample.path for sample in split.query if sample != lost)
     assert gallery.paths == tuple(sample.path for sample in split.gallery)
     assert gallery.pids.tolist() == [sample.pid for sample in split.gallery]
-    assert evaluate_features(whole).repeats == 10
+    result = evaluate_features(whole)
+    assert result.repeats == 10 and result.conditions == "10 fixed splits, tiny 01234567; 1 broken images left out"
+    unsaid = whole._replace(test=features._replace(skipped=()))
+    with pytest.raises(
+        DanFastError, match=f"The features of people lack 1 images .*, {lost.path} the first: embed all"
+    ):
+        evaluate_features(unsaid)
 
 
 def test_missing_images_are_said_before_any_is_embedded(dataset: ReIDDataset) -> None:
