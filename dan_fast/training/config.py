@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from dan_fast.core.batches import BrokenImages
@@ -342,28 +340,6 @@ class TrainConfig:
         merged = over(recipe_settings(recipe), sections)
         return cls(recipe=recipe, **{section: makers[section](**settings) for section, settings in merged.items()})
 
-    def require_valid(self) -> None:
-        """Refuse values that the flags of their settings would refuse.
-
-        Raises:
-            DanFastError: names the setting.
-        """
-        for each in fields(self):
-            if each.name != "recipe" and not isinstance(getattr(self, each.name), each.default_factory):
-                kind = each.default_factory.__name__
-                raise DanFastError(f"{each.name} must be a {kind}; TrainConfig.of_recipe takes mappings.")
-        given = self.to_dict()
-        try:
-            read = _parser_of_settings().parse_object(given).as_dict()
-        except (ArgumentError, TypeError, ValueError) as error:
-            raise DanFastError(f"The settings are no training: {' '.join(str(error).split())}.") from error
-        for section, settings in ((name, each) for name, each in given.items() if name != "recipe"):
-            for name, value in settings.items():
-                meant = list(read[section][name]) if isinstance(value, list) else read[section][name]
-                # Of a flag, which is a text.
-                if meant != value:
-                    raise DanFastError(f"{section}.{name} is {value!r}: give it as {meant!r}.")
-
     @property
     def recipe_words(self) -> str:
         """The recipe and what was changed on top of it, as results name it; "" without a recipe."""
@@ -374,13 +350,6 @@ class TrainConfig:
         plain = asdict(self)
         plain["data"]["image_size"] = list(plain["data"]["image_size"])
         return plain
-
-
-@cache
-def _parser_of_settings() -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(TrainConfig)
-    return parser
 
 
 def goes_on(run: RunConfig | Any) -> bool:

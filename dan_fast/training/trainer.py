@@ -37,6 +37,7 @@ from dan_fast.training.sources import load_datasets
 from dan_fast.training.step import MetaStep
 from dan_fast.training.step_scalars import StepScalars
 from dan_fast.training.targets import Targets
+from dan_fast.training.valid_settings import require_valid
 from dan_fast.triton_kernels import float32_products
 
 
@@ -73,7 +74,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, process_group: ProcessGroup | None = None) -> None:
-        config.require_valid()
+        require_valid(config)
         self.device = resolve_device(config.run.device)
         require_same_settings(process_group, config, self.device)
         require_compilable(config, process_group)

@@ -16,6 +16,7 @@ from dan_fast.reporting.report import report
 from dan_fast.reporting.runs import read_runs
 from dan_fast.training import DataConfig, MetaConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer
 from dan_fast.training.recipes import RECIPES, recipe_of, recipe_settings, recipe_words
+from dan_fast.training.valid_settings import require_valid
 from tests.support.training_runs import command
 
 RECIPE_FILES = sorted((Path(cli.__file__).parent / "recipes").iterdir())
@@ -290,7 +291,7 @@ def test_quickstart_without_attention_draws_none(tmp_path):
 )
 def test_settings_from_python_are_those_that_flags_take(section, name, value, words):
     config = TrainConfig.of_recipe("plain", data={"labeled": "missing"})
-    config.require_valid()
+    require_valid(config)
     setattr(getattr(config, section), name, value)
     with pytest.raises(DanFastError, match=words):
         Trainer(config)
