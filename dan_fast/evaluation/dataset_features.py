@@ -69,7 +69,8 @@ class DatasetFeatures(NamedTuple):
 
     def _places(self, samples: tuple[Sample, ...]) -> Tensor:
         place = {path: index for index, path in enumerate(self.test.paths)}
-        missing = [each.path for each in samples if each.path not in place and each.path not in set(self.test.skipped)]
+        known = {*place, *self.test.skipped}
+        missing = [each.path for each in samples if each.path not in known]
         if missing:
             raise DanFastError(
                 f"The features of {self.name} lack {len(missing)} images that its fixed splits name, {missing[0]} the "
@@ -129,20 +130,14 @@ def extract_dataset(
         dataset: with query and gallery images, or test images.
 
     Raises:
-        DanFastError: features are not finite, or the dataset has neither a query and a gallery nor a test split, or not
-            all the images that its fixed splits name.
+        DanFastError: the dataset has neither a query and a gallery nor a test split, or not all the images that its
+            fixed splits name; and see :func:`extract_features`.
     """
     require_evaluation_images(dataset)
 
     def extract(samples: tuple[Sample, ...]) -> Features:
         given = {"device": device, "precision": precision, "process_group": process_group}
-        found = extract_features(embed, samples, image_size, **given, **options)
-        if not found.features.isfinite().all():
-            raise DanFastError(
-                f"The network's features of {dataset.title} are not finite numbers: its training has diverged; use "
-                "another checkpoint."
-            )
-        return found
+        return extract_features(embed, samples, image_size, **given, **options)
 
     rounding = float32_rounding(torch.device(device)) if precision == "float32" else ""
     made = {"precision": precision, "rounding": rounding}

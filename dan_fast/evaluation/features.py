@@ -112,8 +112,8 @@ def extract_features(
         process_group: ranks that are all given the same images and settings, and a network of the same weights.
 
     Raises:
-        DanFastError: no samples, none readable, or one unreadable where ``broken_images`` is ``"error"``; ranks that
-            differ in their images; on the other ranks whatever is raised on one.
+        DanFastError: no samples, none readable, or one unreadable where ``broken_images`` is ``"error"``; features that
+            are not finite; ranks that differ in their images; on the other ranks whatever is raised on one.
         ValueError: ``embed`` does not return (B, d), or ``precision`` is unknown.
 
     Example:
@@ -155,6 +155,10 @@ def extract_features(
             if features.ndim != 2 or len(features) != len(images):
                 raise ValueError(f"embed made {tuple(features.shape)} of {len(images)} images; it must make (B, d).")
             rows.append(features.to("cpu", torch.float32))
+            if not rows[-1].isfinite().all():
+                raise DanFastError(
+                    "The network's features are not finite numbers: its training has diverged; use another checkpoint."
+                )
             kept.extend(indices.tolist())
     of_ranks = gathered(process_group, (kept, rows[0].shape[1] if rows else 0))
     everywhere = [index for own, _ in of_ranks for index in own]

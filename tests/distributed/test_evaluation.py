@@ -189,6 +189,12 @@ def broken(group: distributed.ProcessGroup, dataset: ReIDDataset) -> tuple[str, 
 
     with pytest.raises(RuntimeError if last else DanFastError, match="out of memory" if last else of_others):
         extract_dataset(fails, dataset, SIZE, broken_images="skip", **options)
+
+    def diverged(images: Tensor) -> Tensor:
+        return of_batch(images) * (torch.nan if last else 1)
+
+    with pytest.raises(DanFastError, match="features are not finite numbers" if last else of_others):
+        extract_dataset(diverged, dataset, SIZE, broken_images="skip", **options)
     with pytest.raises(DanFastError, match="batch_size is 3 on rank 1 and 4 on rank 0: evaluate the same"):
         extract_dataset(of_batch, dataset, SIZE, batch_size=3 + (group.rank() == 0), process_group=group)
     features = extract_dataset(of_batch, dataset, SIZE, broken_images="skip", **options)

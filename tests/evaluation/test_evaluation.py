@@ -233,7 +233,7 @@ def test_datasets_that_cannot_be_scored(people):
         for refuse in (require_scorable, lambda dataset: evaluate_dataset(colours, dataset, SIZE)):
             with pytest.raises(DanFastError, match=rf"tiny (\(.+\) )?has {sentence}"):
                 refuse(dataset)
-    with pytest.raises(DanFastError, match="features of tiny are not finite numbers: its training has diverged"):
+    with pytest.raises(DanFastError, match="network's features are not finite numbers: its training has diverged"):
         evaluate_dataset(lambda images: colours(images) * np.nan, tiny(test=people), SIZE)
     with pytest.raises(ValueError, match="repeats is 0"):
         evaluate_dataset(colours, tiny(test=people), SIZE, repeats=0)
