@@ -3,9 +3,12 @@
 A command is imported when it runs, most of them with PyTorch: `--help`, `--version` and a wrong command import none.
 """
 
+import os
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
@@ -14,6 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 import dan_fast
 from dan_fast.core.errors import DanFastError, Interrupted
 from dan_fast.core.launched import number_of_ranks, own_rank
+from dan_fast.core.yaml_files import read_mapping
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -67,29 +71,91 @@ _COMMANDS = {
     ),
 }
 
+# The flags that take several paths or names, and how these are written.
+_FLAGS_OF_LISTS = {
+    "--data.labeled": "'[A, B]'",
+    "--data.unlabeled": "'[A, B]'",
+    "--data.targets": "'[A, B]'",
+    "--targets": "'[A, B]'",
+    "--images": "'[A, B]'",
+    "--domains": "'[A, B]'",
+    "--gallery": "A B",
+    "--query": "A B",
+}
+
 
 def _parse(argv: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
     """The parser and what it made of the flags; the settings of a recipe are the defaults of `train`.
 
     Raises:
-        DanFastError: there is no such recipe.
+        DanFastError: there is no such recipe, or a file of settings cannot be read.
         ArgumentError: a flag or its value is wrong.
     """
+    _require_given_once(argv)
+    files = _values(argv, "--config")
+    for file in filter(os.path.isfile, files):
+        _require_sections(file, argv[0])
     if "train" not in argv[:1]:
         parser = _parser(argv)
-        return parser, parser.parse_args(argv)
+        return parser, _with_home(parser.parse_args(argv))
     from dan_fast.commands.train import recipe_asked_for, recipe_of_run
 
-    asked = recipe_asked_for(argv)
+    asked = recipe_asked_for(_values(argv, "--recipe"), files)
     # Appended, so that the recipe of a flag also wins over a file that names another one.
     argv = [*argv, "--recipe", asked] if asked is not None else argv
     parser = _parser(argv, asked)
-    parsed = parser.parse_args(argv)
+    parsed = _with_home(parser.parse_args(argv))
     continued = recipe_of_run(parsed.train.run) if asked is None else None
     if continued is not None:
         parser = _parser(argv, continued)
-        parsed = parser.parse_args(argv)
+        parsed = _with_home(parser.parse_args(argv))
     return parser, parsed
+
+
+def _values(argv: Sequence[str], flag: str) -> list[str]:
+    """What a command line gives a flag, in order."""
+    values = []
+    for word, following in pairwise([*argv, ""]):
+        if word == flag:
+            values.append(following)
+        elif word.startswith(f"{flag}="):
+            values.append(word.removeprefix(f"{flag}="))
+    return values
+
+
+def _require_given_once(argv: Sequence[str]) -> None:
+    """Refuse a flag of a list that is given several times: all but the last would be left out.
+
+    Raises:
+        ArgumentError: names the flag.
+    """
+    for flag, example in _FLAGS_OF_LISTS.items():
+        if len(_values(argv, flag)) > 1:
+            raise ArgumentError(None, f"{flag} is given more than once: give all of it together, {flag} {example}")
+
+
+def _require_sections(file: str, command: str) -> None:
+    """Refuse a file of settings that the parser would not name.
+
+    Raises:
+        DanFastError: it cannot be read, or what should be a section of a training's settings is none.
+    """
+    content = read_mapping(Path(file), "a file of settings")
+    if command == "train":
+        for section, settings in content.items():
+            if section != "recipe" and "." not in str(section) and not isinstance(settings, dict):
+                held = "empty" if settings is None else repr(settings)
+                raise DanFastError(
+                    f"{section} in {file} is {held} and should be a mapping of settings: write some, or leave it out."
+                )
+
+
+def _with_home(parsed: Namespace) -> Namespace:
+    """With the home folder in the place of the ~ that paths begin with, which a shell leaves in files and after =."""
+    for name, value in parsed.items():
+        if isinstance(value, str) and value.startswith("~"):
+            parsed[name] = os.path.expanduser(value)
+    return parsed
 
 
 def _parser(argv: Sequence[str], recipe: str | None = None) -> ArgumentParser:
@@ -206,10 +272,12 @@ def _run(parser: ArgumentParser, parsed: Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 after an error, 2 for wrong flags, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        parser, parsed = _parse(sys.argv[1:] if argv is None else argv)
+        parser, parsed = _parse(argv)
     except ArgumentError as error:
-        print(f"dan-fast: {' '.join(str(error).split())} (see `dan-fast --help`)", file=sys.stderr)
+        command = " ".join(["dan-fast", *(word for word in argv[:1] if word in _COMMANDS), "--help"])
+        print(f"dan-fast: {' '.join(str(error).split())} (see `{command}`)", file=sys.stderr)
         return EXIT_USAGE
     except DanFastError as error:
         print(f"dan-fast: {error}", file=sys.stderr)

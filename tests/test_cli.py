@@ -4,15 +4,20 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import get_type_hints
 
 import pytest
 import torch
 import yaml
 
 from dan_fast import cli
-from dan_fast.cli import main
+from dan_fast.cli import _COMMANDS, _FLAGS_OF_LISTS, _parse, main
 from dan_fast.core.errors import Interrupted
 from dan_fast.data.synthetic import synthesize
+from dan_fast.training.config import DataConfig, Paths
 from tests.support import ROOT
 
 
@@ -129,6 +134,18 @@ def test_synthesize_prints_the_manifests(tmp_path, capsys):
         (["train", "--config", "/nowhere.yaml"], 2, "does not exist: '/nowhere.yaml'"),
         (["evaluate", "--checkpoint", "/nowhere.pt", "--targets", "x"], 1, "/nowhere.pt does not exist"),
         (["evaluate"], 2, "arguments are required"),
+        (["train", "--data.labeled", "a", "--data.labeled=b"], 2, "--data.labeled is given more than once"),
+        (["search", "--gallery", "a", "--query", "b", "--query", "c"], 2, "--query A B (see `dan-fast search --help`)"),
+        (["bench", "memory", "--no-such", "1"], 2, "(see `dan-fast bench --help`)"),
+        (["evaluate", "--checkpoint", "~/no.pt", "--targets", "x"], 1, f"{Path.home() / 'no.pt'} does not exist"),
+        (["evaluate", "--checkpoint", "x", "--targets", "x", "--out", "/proc/x.json"], 1, "/proc/x.json could not be"),
+        (["evaluate", "--checkpoint", "x", "--targets", "x", "--out", "/"], 1, "/ is a folder"),
+        (
+            ["search", "--gallery", "x", "--query", "x", "--checkpoint", "x", "--out", "/proc/x"],
+            1,
+            "/proc/x/ranked.json",
+        ),
+        (["export", "--checkpoint", "x", "--out", "/proc/x.onnx"], 1, "/proc/x.onnx could not be written"),
         (["evaluate", "--checkpoint", "x", "--targets", "[]"], 1, "targets is empty"),
         (["evaluate", "--checkpoint", "x", "--targets", "x", "--device", "mps"], 1, "mps"),
         (["synthesize", "--root", "/proc/none", "--domains", "[night]"], 1, "/proc/none"),
@@ -148,6 +165,44 @@ def test_an_unknown_key_in_the_yaml_is_named(tmp_path, capsys):
     path.write_text("data:\n  labeled: a\n  labled: b\n")
     assert main(["train", "--config", str(path)]) == 2
     assert "data.labled" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"data:\n", "data in {} is empty and should be a mapping of settings"),
+        (b"model: nl_cbam\n", "model in {} is 'nl_cbam' and should be a mapping of settings"),
+        (b"- data\n", "{} is not a file of settings: it must be a YAML mapping"),
+        (b"data: {a\n", "{} is not YAML (line 2, column 1: "),
+        (b"\xff\xfe\x00", "{} cannot be read as a file of settings"),
+    ],
+)
+def test_a_file_that_holds_no_settings_is_named(content, sentence, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    assert main(["train", f"--config={path}"]) == 1
+    error = capsys.readouterr().err
+    assert sentence.format(path) in error and error.count("\n") == 1
+
+
+def test_sections_may_be_written_with_dots(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("data.batch_size: 12\nrun: {out: ~/runs/x}\nrecipe: plain\n")
+    settings = _parse(["train", "--config", str(path)])[1].train
+    assert settings.data.batch_size == 12 and settings.recipe == "plain"
+    assert settings.run.out == str(Path.home() / "runs" / "x")
+
+
+def test_each_flag_of_a_list_is_known_as_one():
+    listed = {Paths, Paths | None, Sequence[str]}
+    found = set()
+    for name, (called, _) in _COMMANDS.items():
+        called = resolve_name(called)
+        if name not in ("bench", "train"):
+            found |= {f"--{flag}" for flag, kind in get_type_hints(called).items() if kind in listed}
+    found |= {f"--data.{flag}" for flag, kind in get_type_hints(DataConfig).items() if kind in listed}
+    # Those given by their places.
+    assert found - {"--paths", "--roots", "--runs"} == _FLAGS_OF_LISTS.keys()
 
 
 def test_a_truncated_checkpoint_is_named(run, images, tmp_path, capsys):

@@ -15,7 +15,7 @@ from rich.text import Text
 from dan_fast.core.batches import BrokenImages
 from dan_fast.core.devices import resolve_device
 from dan_fast.core.errors import DanFastError
-from dan_fast.core.files import write_text
+from dan_fast.core.files import require_writable, write_text
 from dan_fast.core.launched import own_rank
 from dan_fast.data import ImageCache, ReIDDataset
 from dan_fast.data.datasets.load import load_targets
@@ -90,6 +90,8 @@ def evaluate(
     """
     paths = as_list(targets or [])
     _require_targets(paths, protocol, root)
+    if out is not None and own_rank() == 0:
+        require_writable(out)
     place = resolve_device(device)
     with joined(place) as process_group:
         state = load_checkpoint(checkpoint)

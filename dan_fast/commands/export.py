@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.files import require_writable
 from dan_fast.data.datasets.finding import image_files
 from dan_fast.data.images.reading import read_image
 from dan_fast.data.images.transforms import resize
@@ -38,6 +39,7 @@ def export(
     """
     if format == "pt2" and precision == "int8":
         raise DanFastError("--precision int8 is made by ONNX Runtime: use --format onnx, or another precision.")
+    require_writable(out)
     network = trained_network(checkpoint)[0]
     found = export_network(network, out, format, input, precision, _read(as_list(images or []), network))
     (height, width), (mean, std, interpolation) = network.image_size, network.preprocessing

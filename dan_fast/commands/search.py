@@ -10,7 +10,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 
 from dan_fast.core.batches import BrokenImages
-from dan_fast.core.files import alone, remove_unfinished, write_text
+from dan_fast.core.files import alone, remove_unfinished, require_writable, write_text
 from dan_fast.core.terminal import PLAIN, progress_line
 from dan_fast.data.samples import Sample
 from dan_fast.inference import FeatureExtractor
@@ -60,6 +60,7 @@ def search(
             written.
     """
     folder, console = Path(out), Console()
+    require_writable(folder / "ranked.json")
     if index != "flat":
         faiss_library()
     # What the page of a search before shows may lie among the gallery's images, and is none of them.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,20 +26,17 @@ def train(config: TrainConfig) -> None:
         Trainer(config, process_group).fit()
 
 
-def recipe_asked_for(argv: Sequence[str]) -> str | None:
-    """The recipe that the flags of a command line or its YAML files name; None where they name none.
+def recipe_asked_for(named: Sequence[str], files: Sequence[str]) -> str | None:
+    """The recipe that flags or YAML files name; None where they name none.
 
     It must be known before the other flags are parsed, because its settings are their defaults.
+
+    Args:
+        named: the values of --recipe, of which the last one wins.
+        files: the values of --config.
     """
-    scan = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    scan.add_argument("--recipe")
-    scan.add_argument("--config", action="append", default=[])
-    try:
-        found, _ = scan.parse_known_args(argv)
-    except ArgumentError:
-        return None  # a flag without its value, which the parser of all flags reports
-    of_files = [recipe for path in found.config if (recipe := recipes.recipe_of_file(path)) is not None]
-    return found.recipe or (of_files[-1] if of_files else None)
+    of_files = [recipe for path in files if (recipe := recipes.recipe_of_file(path)) is not None]
+    return next((each[-1] for each in (named, of_files) if each), None)
 
 
 def recipe_of_run(run: RunConfig | Any) -> str | None:

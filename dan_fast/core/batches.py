@@ -39,6 +39,29 @@ class Split(NamedTuple):
         labeled, fed_back, unlabeled = map(sum, zip(*(self.shares or (self.counts,)), strict=True))
         return labeled, fed_back, unlabeled
 
+    def require_sound(self, num_classes: int) -> None:
+        """Refuse what no training step can take; labels on a GPU are not looked at, which would wait for it.
+
+        Raises:
+            TypeError: images that are not floating.
+            ValueError: labels of labelled or fed-back images that are none of `num_classes` classes.
+
+        Example:
+            >>> import torch
+            >>> images, unknown = torch.zeros(2, 3, 64, 32), torch.full((2,), -1)
+            >>> Split(images, torch.tensor([0, 1]), unknown, num_labeled=2, num_fed_back=0).require_sound(num_classes=2)
+        """
+        if not self.images.is_floating_point():
+            raise TypeError(f"images must be floating, of normalised pixels, got {self.images.dtype}")
+        known = self.labels[: self.num_labeled + self.num_fed_back]
+        if known.device.type == "cpu" and len(known) > 0:
+            lowest, highest = map(int, known.aminmax())
+            if lowest < 0 or highest >= num_classes:
+                raise ValueError(
+                    f"labels of labelled and fed-back images must be from 0 to {num_classes - 1}, the classes of the "
+                    f"network, got {lowest if lowest < 0 else highest}"
+                )
+
 
 class MiniBatch(NamedTuple):
     """S in `meta_train`, S~ in `meta_test` (None if not split), and the paths of broken images left out."""

@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -76,6 +77,29 @@ def write_whole(path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """`write_whole` for text, in UTF-8."""
     write_whole(path, lambda stream: stream.write(text.encode()))
+
+
+def require_writable(path: str | Path) -> None:
+    """Refuse a file that `write_whole` could not write, before the work is done whose result it is to hold.
+
+    Raises:
+        DanFastError: the path is a folder, or its folder can be neither written nor made.
+
+    Example:
+        >>> import tempfile
+        >>> require_writable(Path(tempfile.mkdtemp()) / "new" / "figures.json")
+    """
+    path = Path(path).absolute()
+    if path.is_dir():
+        raise DanFastError(f"{path} is a folder: name a file in it.")
+    folder = next(each for each in path.parents if each.exists())
+    try:
+        # By a file without a name: rights alone do not say whether a mount takes one.
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise DanFastError(
+            f"{path} could not be written, as {folder} takes no files ({error.strerror}): choose another folder."
+        ) from error
 
 
 def remove_unfinished(folder: Path, names: str = ".*") -> None:

@@ -12,7 +12,7 @@ from dan_fast.reporting.arms import read_comparison
 from dan_fast.reporting.groups import SYMBOLS, Line, compared, models, swept_settings, titles, unlabeled_shares
 from dan_fast.reporting.html import Figure, Table, write_report
 from dan_fast.reporting.result_tables import contradictions_table, paper_tables, result_tables
-from dan_fast.reporting.run_figures import Missing, no_scalars, run_figures
+from dan_fast.reporting.run_figures import NO_MEMORY, Missing, no_scalars, run_figures
 from dan_fast.reporting.runs import Run, read_runs
 from dan_fast.reporting.side_by_side import (
     GATES,
@@ -124,8 +124,8 @@ def _gates(runs: Sequence[Run], out: Path, missing: list[Missing]) -> list[Figur
     shown = [run for run in runs if any(tag in run.scalars for tag in GATES)]
     for run in runs:
         if run not in shown:
-            why = "It has no memory, as it was trained without unlabelled images."
-            missing.append(Missing(run.name, "gates, Fig. 5(b)", why if not run.unlabeled else no_scalars(run)))
+            why = NO_MEMORY if run.scalars else no_scalars(run)
+            missing.append(Missing(run.name, "gates, Fig. 5(b)", why))
     if not shown:
         return []
     path = plot_gates(shown, out / "gates.png")

@@ -29,6 +29,7 @@ _FLAT = 1e-6
 # What the pictures show, for readers who cannot see them.
 CURVES = "Line charts over the iterations, one a kind of value."
 HEAT_MAPS = "Rows of images of persons, each beside itself under a heat map."
+NO_MEMORY = "It was trained without the memory."
 _CAPTIONED = {
     "train/loss/total": "L_total on S",
     "test/loss/total": "L_total on S~",
@@ -76,8 +77,7 @@ def run_figures(run: Run, out: Path, stem: str, images: int, seed: int, missing:
         missing.append(Missing(run.name, "t-SNE, Fig. 10", str(error)))
         return figures
     if slots is None:
-        why = "It has no memory, as it was trained without unlabelled images."
-        missing.append(Missing(run.name, "t-SNE, Fig. 10", why))
+        missing.append(Missing(run.name, "t-SNE, Fig. 10", NO_MEMORY))
         return figures
     shown = {memory: sample(each, _MOST_SLOTS, seed) for memory, each in slots.items()}
     contents = "; ".join(

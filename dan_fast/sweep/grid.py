@@ -13,10 +13,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
 
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.yaml_files import read_mapping
 from dan_fast.training import TrainConfig
 from dan_fast.training.recipes import DEFAULT_RECIPE, over, recipe_of, recipe_settings
 
@@ -86,7 +86,7 @@ def plan_sweep(
     start = content.get("base", {}) if base is None else str(base)
     if isinstance(start, str):
         path = Path(start) if base is not None else place.parent / start
-        start = _read_mapping(path, "a configuration of a training")
+        start = read_mapping(path, "a configuration of a training")
     start = {**start, "recipe": recipe or recipe_of(start) or content.get("recipe", DEFAULT_RECIPE)}
     named = "arms" in content
     arms = _arms(content, place) if named else _arms_of_grids(content.get("grids"), place)
@@ -149,7 +149,7 @@ def _read_grid(grid: str | Path) -> tuple[dict[str, Any], Path]:
         place = Path(str(files("dan_fast.sweep").joinpath("grids", f"{grid}.yaml")))
     if not place.is_file():
         raise DanFastError(f"{grid} is no file and none of the shipped grids: {', '.join(GRIDS)}.")
-    content = _read_mapping(place, "a grid of settings")
+    content = read_mapping(place, "a grid of settings")
     unknown = sorted(map(str, content.keys() - set(_KEYS)))
     if unknown:
         raise DanFastError(
@@ -163,17 +163,6 @@ def _read_grid(grid: str | Path) -> tuple[dict[str, Any], Path]:
     if not isinstance(content.get("base", {}), (dict, str)):
         raise DanFastError(f"The base of {place} is neither settings nor a path: write one of them.")
     return content, place
-
-
-def _read_mapping(path: Path, what: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise DanFastError(f"{path} cannot be read as {what} ({reason}): name a YAML file.") from error
-    if not isinstance(content, dict):
-        raise DanFastError(f"{path} is not {what}: it must be a YAML mapping.")
-    return content
 
 
 def _arms(content: Mapping[str, Any], place: Path) -> dict[str, dict[str, Any]]:

@@ -45,7 +45,7 @@ class DataConfig:
         labeled: Folders or manifests whose train split is labelled; several are fused (Sec. III-D). FOLDER@VARIANT
             chooses among the variants of a dataset that has several, such as "cuhk03@labeled new".
         unlabeled: Folders or manifests whose train split is used without labels; none: "w/o unlabelled",
-            a training without memory (the paper adds MSMT17).
+            without memory but for loss.labeled_embedding (the paper adds MSMT17).
         targets: Folders or manifests to evaluate on after the last epoch, never trained on; those of one name are
             called by the folders above them too.
         protocol: In place of these three, a protocol of the literature by its name, such as table4 or p1; `dan-fast

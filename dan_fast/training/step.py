@@ -150,12 +150,17 @@ class MetaStep:
             meta_test: S~; None for "daml1", which does not split its batches.
 
         Raises:
-            DivergedError: a feature or a gradient is not finite.
-            ValueError: batch norm or the memory refuses the batch, or the procedure needs it split otherwise.
+            DivergedError: a feature or a gradient is not finite; batch norm's running statistics may have taken it in,
+                so go on from a state that was saved before.
+            ValueError: batch norm or the memory refuses the batch, labels are no classes of the network, or the
+                procedure needs the batch split otherwise.
+            TypeError: images that are not floating.
         """
         if (meta_test is None) != (self.meta.procedure == "daml1"):
             split = "one part, S" if self.meta.procedure == "daml1" else "two parts, S and S~"
             raise ValueError(f"the procedure {self.meta.procedure} takes batches of {split}")
+        for part in filter(None, (meta_train, meta_test)):
+            part.require_sound(self.model.network.classifier.out_features)
         with attention_that_serves(self.meta.order):
             meta_train = self._to_device(meta_train)
             if self.process_group is not None:

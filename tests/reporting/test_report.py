@@ -101,6 +101,7 @@ def test_a_second_report_does_not_mix_its_pictures_with_anothers(trained, tmp_pa
 def test_missing_pieces_are_said_in_the_page(trained, images, tmp_path):
     bare = fake_run(tmp_path / "bare", results=(), data={"unlabeled": []})
     (bare / "results.json").write_text("{]")
+    fake_run(tmp_path / "plain", scalars={"train/loss/total": (2.0, 1.0)})
     no_attention = fake_run(tmp_path / "none", model={"attention": "none", "adversary": False})
     (no_attention / "checkpoint.pt").write_bytes((trained / "checkpoint.pt").read_bytes())
     older = fake_run(tmp_path / "older", data={"targets": [str(images / "street")]})
@@ -112,7 +113,8 @@ def test_missing_pieces_are_said_in_the_page(trained, images, tmp_path):
     text = text_of(report([tmp_path], tmp_path / "page", images=2))
     assert "bare | results | " in text and "results.json holds no evaluations" in text
     assert "bare | results | Not evaluated: let it train to its end" in text
-    assert re.search(r"bare \| gates, Fig. 5\(b\) \| It has no memory", text)
+    assert re.search(r"bare \| gates, Fig. 5\(b\) \| .*tensorboard holds no such scalars", text)
+    assert re.search(r"plain \| gates, Fig. 5\(b\) \| It was trained without the memory", text)
     assert re.search(r"bare \| heat maps and t-SNE, Figs. 9 and 10 \| .*checkpoint.pt does not exist", text)
     assert "none | heat maps, Fig. 9 | Its network has no attention." in text
     assert re.search(r"older \| heat maps, Fig. 9 \| .*checkpoint.pt does not fit this version of dan_fast", text)

@@ -195,7 +195,7 @@ def test_names_are_folders():
         ({"base": "gone.yaml", "grids": [{"model.reduction": [1]}]}, "gone.yaml cannot be read as a configuration"),
         ({"base": {"model": 3}, "grids": [{"model.reduction": [1]}]}, "model of the sweep's base is no mapping"),
         ({"grids": [{"model.reduction": [1]}]}, "names no labelled images"),
-        ("[}", "cannot be read as a grid of settings"),
+        ("[}", r"grid.yaml is not YAML \(line 1, column 2: "),
         ("just words", "is not a grid of settings"),
     ],
 )

@@ -1,5 +1,7 @@
 """A meta step on tensors alone: whose gradients it follows, what is frozen, what it keeps and what it refuses."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -232,6 +234,27 @@ def test_gradients_that_are_not_finite_do_not_move_the_weights(monkeypatch):
 def test_a_batch_that_is_split_otherwise_is_refused(procedure, parts, sentence):
     with pytest.raises(ValueError, match=sentence):
         tiny_step(procedure=procedure).gradients(*[split()] * parts)
+
+
+def test_a_batch_that_no_network_takes_is_refused_before_anything_advances():
+    model = training_model()
+    meta_step, good = tiny_step(model), split(1)
+    labels, classes = good.labels.clone(), model.network.classifier.out_features
+    labels[0] = classes
+    before = copy.deepcopy(model.state_dict())
+    for bad, kind, sentence in (
+        (
+            good._replace(labels=labels),
+            ValueError,
+            f"from 0 to {classes - 1}, the classes .*, got {classes}",
+        ),
+        (good._replace(labels=torch.full_like(labels, -1)), ValueError, "got -1"),
+        (good._replace(images=good.images.to(torch.uint8)), TypeError, "must be floating, of normalised pixels, got"),
+    ):
+        for parts in ((bad, split(2)), (split(2), bad)):
+            with pytest.raises(kind, match=sentence):
+                meta_step.step(*parts)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_parameter_that_the_optimizer_lacks_is_named():

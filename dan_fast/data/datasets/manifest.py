@@ -71,9 +71,10 @@ def _integer(text: str, column: str, place: str) -> int:
         value = int(text)
     except ValueError:
         value = None
-    if value is None or value < -1:
+    # What a table of int64 holds.
+    if value is None or not -1 <= value < 2**63:
         raise DanFastError(
-            f"{place}: the {column} {text!r} is not a number; use whole numbers from 0 on"
+            f"{place}: the {column} {text!r} is not a whole number from 0 to 2^63 - 1; correct it"
             + (", or leave it empty where the identity is unknown." if column == "pid" else ".")
         )
     return value

@@ -23,6 +23,7 @@ def read_state_dict(path: Path, owner: str) -> dict[str, Tensor]:
     Raises:
         DanFastError: no such file, a damaged one, or one without a state dict.
     """
+    path = path.expanduser()
     if not path.is_file():
         raise DanFastError(f"there is no weights file {path}; give its path, or 'none' or 'imagenet' as weights")
     read, kind = load_file, "safetensors file"

@@ -1,0 +1,39 @@
+"""Settings in YAML files."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dan_fast.core.errors import DanFastError
+
+
+def read_mapping(path: Path, what: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Args:
+        path: the file.
+        what: what it should be, in words, for the sentence of an error.
+
+    Raises:
+        DanFastError: there is no such file, it cannot be read as YAML, or it holds something else.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "base.yaml"
+        >>> _ = path.write_text("data: {labeled: market}")
+        >>> read_mapping(path, "a configuration of a training")
+        {'data': {'labeled': 'market'}}
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+        raise DanFastError(f"{path} is not YAML ({place}{error.problem}): correct it.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise DanFastError(f"{path} cannot be read as {what} ({reason}): name a YAML file.") from error
+    if not isinstance(content, dict):
+        raise DanFastError(f"{path} is not {what}: it must be a YAML mapping.")
+    return content
