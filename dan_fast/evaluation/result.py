@@ -74,7 +74,18 @@ class Evaluation:
         Of metric, AP and precision it names those that are not the default.
         """
         left_out = f"{len(self.skipped)} broken images left out" if self.skipped else ""
-        parts = (self.named_protocol, self.protocol, left_out, self.scoring, self.rounding, self.epoch, self.seen)
+        unmatched = self.num_query - self.num_valid
+        alone = f"{unmatched} of {self.num_query} queries left out, without a match" if unmatched else ""
+        parts = (
+            self.named_protocol,
+            self.protocol,
+            left_out,
+            alone,
+            self.scoring,
+            self.rounding,
+            self.epoch,
+            self.seen,
+        )
         return "; ".join(filter(None, parts))
 
     @property

@@ -151,6 +151,14 @@ def test_fixed_split_is_scored_once(fixed):
     assert result.protocol == "fixed query and gallery"
 
 
+def test_queries_without_a_match_are_said(fixed):
+    person = fixed.query[0].pid
+    alone = [each for each in fixed.query if each.pid == person]
+    gone = dataclasses.replace(fixed, gallery=tuple(each for each in fixed.gallery if each.pid != person))
+    result = evaluate_dataset(colours, gone, SIZE)
+    assert result.conditions == f"fixed query and gallery; {len(alone)} of 12 queries left out, without a match"
+
+
 def test_random_splits_are_averaged(people):
     dataset, counted = tiny(test=people), Mock(side_effect=colours)
     result = evaluate_dataset(counted, dataset, SIZE, repeats=4, seed=3)
