@@ -326,8 +326,8 @@ def test_no_compiler_leaves_no_library_and_the_reason(build: ModuleType, tools, 
 @pytest.mark.compile
 @pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler on this machine")
 def test_a_cuda_toolkit_that_fails_leaves_the_cpu_part(build: ModuleType, tools, tmp_path: Path):
-    # All of it, optimised and for all instruction sets, takes a minute and is what installing compiles: of the operators
-    # one, with files without content in place of the others, as an older compiler that knows no AVX.
+    # All operators, optimised and for all instruction sets, take a minute, and installing compiles them: here one, with
+    # files without content in place of the others, by a compiler that knows no AVX.
     others = "|".join(f'*"{ROOT}"/{each}*' for each in ("csrc/memory/", "csrc/attention/", "python_bindings/[am]"))
     compiler = f"""case "$*" in *avx*) exit 1;; esac
 PATH="{PATH}"

@@ -21,6 +21,7 @@ from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.config import RunConfig, TrainConfig, goes_on
 from dan_fast.training.display import Display
 from dan_fast.training.recipes import NO_RECIPE, recipe_changes
+from dan_fast.training.without_effect import without_effect
 
 CHOSEN = "CHOSEN ON THE TARGET: not comparable"
 SEEN = "OF THE PERSONS TESTED ON WERE TRAINED ON: not comparable"
@@ -131,7 +132,7 @@ def describe(datasets: DatasetRoles, unlabeled_share: float = 1.0) -> str:
 def opening_lines(
     config: TrainConfig, datasets: DatasetRoles, device: torch.device, places: Sequence[tuple[int, int]]
 ) -> Iterator[str]:
-    """What a run says before it starts: its protocol, what it leaves aside, what becomes of float32.
+    """What a run says before it starts: its protocol, what is left aside, what has no effect, what becomes of float32.
 
     Args:
         config, datasets, device: of the run.
@@ -150,8 +151,7 @@ def opening_lines(
             f"{config.data.unlabeled_fraction} of data.batch_size {config.data.batch_size} is no image: raise one of "
             "them."
         )
-    if config.meta.order == 2 and config.meta.procedure == "daml1":
-        yield "meta.order 2 has no effect with meta.procedure daml1, which has no meta step: take daml2 or daml3."
+    yield from without_effect(config, any(unlabeled for _, unlabeled in places))
     rounding = float32_rounding(device)
     if rounding and config.run.precision == "float32":
         yield f"Float32 on {device}: {rounding}, as torch.backends has it."

@@ -7,12 +7,10 @@ import pytest
 import torch
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.data.named_protocols import DatasetRoles
 from dan_fast.reporting.curves import read_scalars
-from dan_fast.training import TrainConfig, Trainer, trained_network
+from dan_fast.training import Trainer, trained_network
 from dan_fast.training.build import build_memory
 from dan_fast.training.config import MemoryConfig
-from dan_fast.training.reported import opening_lines
 from tests.support.steps import tiny_network
 from tests.support.training_runs import assert_same_training, config
 
@@ -141,13 +139,6 @@ def test_gates_that_nothing_trains_do_not_decay(images, tmp_path, settings):
 def test_gates_that_are_features_have_no_start():
     with pytest.raises(DanFastError, match="memory.initial_alpha -4.0 is for gates that are parameters"):
         build_memory(MemoryConfig(gates="features", initial_alpha=-4.0), key_dim=3)
-
-
-def test_second_order_without_a_meta_step_is_said() -> None:
-    for procedure, said in (("daml1", True), ("daml2", False)):
-        given = TrainConfig.of_recipe("dan", data={"labeled": "x"}, meta={"order": 2, "procedure": procedure})
-        lines = list(opening_lines(given, DatasetRoles((), (), ()), torch.device("cpu"), []))
-        assert any("meta.order 2 has no effect with meta.procedure daml1" in line for line in lines) is said
 
 
 @pytest.mark.parametrize(("batch_size", "said"), [(4, True), (8, False)])

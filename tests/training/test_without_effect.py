@@ -1,0 +1,79 @@
+"""Settings that are said to change nothing: trainings with and without them learn the same bit for bit."""
+
+import pytest
+import torch
+
+from dan_fast.training import TrainConfig, Trainer
+from dan_fast.training.recipes import over
+from dan_fast.training.without_effect import without_effect
+from tests.support.training_runs import config
+
+BASES = {
+    "without memory": {"data": {"unlabeled": []}, "model": {"attention": "none", "adversary": False},
+                       "meta": {"procedure": "daml1"}},
+    "lending": {"model": {"style_mixing": "unlabeled"}, "loss": {"labeled_embedding": 1.0}},
+    "without competition": {"model": {"adversary": False}, "loss": {"labeled_embedding": 1.0}},
+}  # fmt: skip
+OF_PSEUDO_LABELS = {
+    "data.feedback_fraction": 0.2,
+    "memory.unlabeled_slots": 9,
+    "memory.decay_unlabeled": 0.5,
+    "loss.embedding": 2.0,
+    "loss.regularizer": 2.0,
+    "loss.confidence_prior": 2.0,
+}
+IDLE = {
+    "without memory": OF_PSEUDO_LABELS | {
+        "data.unlabeled_fraction": 0.25, "memory.labeled_slots": 9, "memory.decay": 0.5, "memory.gates": "features",
+        "memory.initial_alpha": -4.0, "memory.temperature": 0.5, "model.reduction": 4, "loss.adversary": 2.0,
+        "loss.adversary_reach": "attention", "meta.order": 2, "meta.eta": 0.5, "meta.stall_guard": 1,
+        "meta.tie": "both",
+    },
+    "lending": OF_PSEUDO_LABELS,
+    "without competition": {"meta.stall_guard": 1, "meta.tie": "both", "loss.adversary": 2.0},
+}  # fmt: skip
+CASES = [(base, setting) for base, settings in IDLE.items() for setting in settings]
+
+
+def section(setting: str, value: object) -> dict[str, dict[str, object]]:
+    name, key = setting.split(".")
+    return {name: {key: value}}
+
+
+def trained(images, out, sections) -> dict[str, torch.Tensor]:
+    short = {"data": {"iterations": 2}, "optimizer": {"epochs": 1}}
+    trainer = Trainer(config(images, out, **over(sections, short)))
+    trainer.fit()
+    return trainer.model.network.state_dict()
+
+
+@pytest.fixture(scope="module")
+def bases(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    return {name: trained(images, folder / name, sections) for name, sections in BASES.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("base", "setting"), CASES)
+def test_what_is_said_to_change_nothing_changes_nothing(base, setting, bases, images, tmp_path, capsys):
+    sections = over(BASES[base], section(setting, IDLE[base][setting]))
+    found = trained(images, tmp_path / "run", sections)
+    assert all(torch.equal(value, found[name]) for name, value in bases[base].items())
+    words = " ".join(capsys.readouterr().out.split())
+    assert f"{setting} {IDLE[base][setting]}" in words and " nothing w" in words
+
+
+@pytest.mark.parametrize("setting", sorted({setting for _, setting in CASES}))
+def test_of_what_has_an_effect_nothing_is_said(setting):
+    (value,) = {settings[setting] for settings in IDLE.values() if setting in settings}
+    sections = over(
+        {"loss": {"labeled_embedding": 1.0}, "model": {"attention": "nl_cbam", "adversary": True}},
+        section(setting, value),
+    )
+    given = TrainConfig.of_recipe("none", **over({"data": {"labeled": "x", "unlabeled": "y"}}, sections))
+    assert list(without_effect(given, unlabeled=True)) == []
+
+
+def test_what_a_recipe_sets_is_not_said():
+    for recipe in ("dan", "paper", "plain"):
+        assert list(without_effect(TrainConfig.of_recipe(recipe), unlabeled=False)) == []
