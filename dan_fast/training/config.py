@@ -44,8 +44,8 @@ class DataConfig:
     Args:
         labeled: Folders or manifests whose train split is labelled; several are fused (Sec. III-D). FOLDER@VARIANT
             chooses among the variants of a dataset that has several, such as "cuhk03@labeled new".
-        unlabeled: Folders or manifests whose train split is used without labels; none: "w/o unlabelled",
-            without memory but for loss.labeled_embedding (the paper adds MSMT17).
+        unlabeled: Folders or manifests whose train split is used without labels; leave it out to train "w/o unlabelled"
+            images, where only loss.labeled_embedding has a memory (the paper adds MSMT17).
         targets: Folders or manifests to evaluate on after the last epoch, never trained on; those of one name are
             called by the folders above them too.
         protocol: In place of these three, a protocol of the literature by its name, such as table4 or p1; `dan-fast
@@ -111,8 +111,8 @@ class ModelConfig:
             the batch, or its unlabelled images, which then serve for that alone; without such images no styles are
             mixed.
         instance_norm: Have the first norm of each early block normalise half of its channels image by image, as
-            IBN-Net-a does: less of a camera's style stays in the maps. For ResNets and others of timm with batch norm;
-            auto is true where the backbone has such blocks.
+            IBN-Net-a does in three stages and this in two: less of a camera's style stays in the maps. For ResNets and
+            others of timm with batch norm; auto is true where the backbone has such blocks.
         feature: What tests compare: attended, the attention branch's (the paper), or pooled, the backbone's own.
         gradient_checkpointing: Compute maps of the backbone again in the backward pass instead of keeping them all:
             less memory, more time, the same gradients.
