@@ -1,4 +1,4 @@
-"""Persons that are both trained on and tested on: by the dataset's root and their number, or by an image's file."""
+"""Persons that are both trained on and tested on: by numbering and number, or by an image's file."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.data.samples import ReIDDataset, Sample
 
 
-def root_of(dataset: ReIDDataset) -> str:
-    """The real path of a dataset's root: the same by whatever path it was named, and for all its variants."""
-    return os.path.realpath(dataset.root)
+def numbering_of(dataset: ReIDDataset) -> str:
+    """Within what a dataset's pids name persons: the numbering that it names, else the real path of its root.
+
+    That path is the same by whatever path the dataset was named, and for all its variants.
+    """
+    return dataset.identities or os.path.realpath(dataset.root)
 
 
 def real_paths(samples: Iterable[Sample]) -> Iterator[str]:
@@ -42,11 +45,11 @@ def persons_in_both(trained: Mapping[str, Set[int]], target: ReIDDataset, images
     """The persons of a target that were trained on, ascending.
 
     Args:
-        trained: `root_of` a dataset -> pids of the persons trained on.
+        trained: `numbering_of` a dataset -> pids of the persons trained on.
         target: the dataset tested on.
         images: `image_keys` of the images trained on, which may be named by another dataset, with other pids or none.
     """
-    found, tested = set(trained.get(root_of(target), frozenset())), persons_tested(target)
+    found, tested = set(trained.get(numbering_of(target), frozenset())), persons_tested(target)
     if images:
         samples = [each for each in (*target.query, *target.gallery, *target.test) if each.pid in tested]
         found |= {sample.pid for sample, key in zip(samples, image_keys(samples), strict=True) if key in images}
@@ -69,7 +72,7 @@ def require_disjoint_persons(
     """
     targets = list(targets)
     for dataset in trained_on:
-        trained = {root_of(dataset): {sample.pid for sample in dataset.train if sample.pid >= 0}}
+        trained = {numbering_of(dataset): {sample.pid for sample in dataset.train if sample.pid >= 0}}
         images = set(image_keys(dataset.train)) if targets else frozenset()
         for target in targets:
             both = persons_in_both(trained, target, images)

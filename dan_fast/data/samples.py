@@ -54,7 +54,7 @@ class ReIDDataset:
 
     Attributes:
         name: what messages and tables call it.
-        root: the folder its files lie in; identities are unique within one root.
+        root: the folder its files lie in.
         train: training images; pid -1 marks an image without known identity, of use as an unlabelled one
             only.
         query: images to search for.
@@ -64,6 +64,8 @@ class ReIDDataset:
             protocol"); "" where there is only one.
         splits: the fixed splits of `test` by which results are compared; None where there are none.
         single_shot: whether a query is searched for in one gallery image of each person only, drawn anew many times.
+        identities: a name for the numbering of persons, where it is not that of all datasets of this root; two datasets
+            of one numbering have the same person for the same pid.
     """
 
     name: str
@@ -75,6 +77,7 @@ class ReIDDataset:
     variant: str = ""
     splits: FixedSplits | None = None
     single_shot: bool = False
+    identities: str = ""
 
     @property
     def title(self) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.images.packed import Packed
-from dan_fast.data.overlap import image_keys, real_paths, root_of
+from dan_fast.data.overlap import image_keys, numbering_of, real_paths
 from dan_fast.data.samples import ReIDDataset, Sample
 
 _Identity = tuple[str, int]  # (real path of the dataset's root, pid)
@@ -122,20 +122,21 @@ def _train_images(datasets: Sequence[ReIDDataset], role: str) -> list[_TrainImag
     images = []
     seen: set[str] = set()
     for dataset in datasets:
-        root = root_of(dataset)
+        numbering = numbering_of(dataset)
         for sample, path in zip(dataset.train, real_paths(dataset.train), strict=True):
             relative = os.path.relpath(sample.path, dataset.root)
             if path in seen:
                 raise DanFastError(f"{sample.path} of {dataset.name} is {role} twice; name each dataset once.")
             seen.add(path)
-            images.append(_TrainImage(sample, (root, sample.pid), f"{dataset.name}\0{relative.replace(os.sep, '/')}"))
+            address = f"{dataset.name}\0{relative.replace(os.sep, '/')}"
+            images.append(_TrainImage(sample, (numbering, sample.pid), address))
     return images
 
 
 def _number_identities(images: Sequence[_TrainImage]) -> dict[_Identity, int]:
     """Numbers by order of the datasets, then by pid: independent of the order of the files."""
-    roots = list(dict.fromkeys(image.identity[0] for image in images))
-    ordered = sorted({image.identity for image in images}, key=lambda each: (roots.index(each[0]), each[1]))
+    numberings = list(dict.fromkeys(image.identity[0] for image in images))
+    ordered = sorted({image.identity for image in images}, key=lambda each: (numberings.index(each[0]), each[1]))
     return {identity: number for number, identity in enumerate(ordered)}
 
 
@@ -145,9 +146,9 @@ def _numbers(images: Sequence[_TrainImage], numbering: dict[_Identity, int]) -> 
 
 def _persons(images: Sequence[_TrainImage]) -> dict[str, Tensor]:
     pids: dict[str, set[int]] = {}
-    for root, pid in {image.identity for image in images if image.sample.pid >= 0}:
-        pids.setdefault(root, set()).add(pid)
-    return {root: torch.tensor(sorted(pids[root]), dtype=torch.int64) for root in sorted(pids)}
+    for numbering, pid in {image.identity for image in images if image.sample.pid >= 0}:
+        pids.setdefault(numbering, set()).add(pid)
+    return {numbering: torch.tensor(sorted(pids[numbering]), dtype=torch.int64) for numbering in sorted(pids)}
 
 
 def _share(images: list[_TrainImage], share: float, seed: int) -> list[_TrainImage]:

@@ -45,9 +45,9 @@ class DatasetFeatures(NamedTuple):
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        """The files that could not be decoded."""
+        """The files that could not be decoded, each once."""
         parts = (part for part in (self.query, self.gallery, self.test) if part is not None)
-        return tuple(str(path) for part in parts for path in part.skipped)
+        return tuple(dict.fromkeys(str(path) for part in parts for path in part.skipped))
 
     def split(
         self, seed: int = 0, repeat: int = 0, process_group: ProcessGroup | None = None

@@ -19,7 +19,8 @@ class Evaluation:
         cmc, mAP, mINP: means over the repeats; ``cmc[k - 1]`` is rank-k accuracy.
         cmc_std, mAP_std, mINP_std: sample standard deviations over the repeats, None where there was one.
         repeats: number of splits scored.
-        num_query, num_gallery, num_valid: images searched for, searched in, and queries that have a match.
+        num_query, num_gallery, num_valid: images searched for, searched in, and queries that have a match, in the last
+            split.
         skipped: files that could not be decoded and were left out.
         variant: of the dataset, in words, "" where it has only one.
         splits: name and hash of the fixed splits that were scored, "" for any others.
@@ -31,6 +32,7 @@ class Evaluation:
         precision: in which the network ran, "float32" or "bfloat16"; "" where that is not known.
         rounding: of float32 numbers by the device all the same, in words ("TF32 in convolutions"); "" for none.
         seen: how many of the persons tested on the network was trained on, in words; "" for none, as far as known.
+        unmatched: queries without a match, of all splits together, which are left out.
     """
 
     dataset: str
@@ -56,6 +58,7 @@ class Evaluation:
     precision: str = ""
     rounding: str = ""
     seen: str = ""
+    unmatched: int = 0
 
     @property
     def scoring(self) -> str:
@@ -73,14 +76,11 @@ class Evaluation:
 
         Of metric, AP and precision it names those that are not the default.
         """
-        left_out = f"{len(self.skipped)} broken images left out" if self.skipped else ""
-        unmatched = self.num_query - self.num_valid
-        alone = f"{unmatched} of {self.num_query} queries left out, without a match" if unmatched else ""
         parts = (
             self.named_protocol,
             self.protocol,
-            left_out,
-            alone,
+            f"{len(self.skipped)} broken images left out" if self.skipped else "",
+            f"{self.unmatched} queries without a match left out" if self.unmatched else "",
             self.scoring,
             self.rounding,
             self.epoch,

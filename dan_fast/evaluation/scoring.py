@@ -53,12 +53,14 @@ def evaluate_features(
     require_defined(features.name, features.single_shot, ap, reranking is not None)
     rank = evaluate_ranking if reranking is None else partial(evaluate_reranked, reranking=reranking)
     results: list[RankingResult] = []
+    unmatched = 0
     for repeat in range(repeats):
         query, gallery = features.split(seed, repeat, process_group)
         if features.single_shot:
             results.append(_rank(evaluate_single_shot, features.name, query, gallery, seed=seed, **options))
         else:
             results.append(_rank(rank, features.name, query, gallery, ap=ap, **options))
+        unmatched += len(query.paths) - results[-1].num_valid
     cmc = torch.stack([result.cmc for result in results])
     precision = torch.tensor([result.mAP for result in results], dtype=torch.float64)
     penalty = torch.tensor([result.mINP for result in results], dtype=torch.float64)
@@ -83,6 +85,7 @@ def evaluate_features(
         ap=ap,
         precision=features.precision,
         rounding=features.rounding,
+        unmatched=unmatched,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.datasets.load import all_images
-from dan_fast.data.samples import ReIDDataset, Sample
+from dan_fast.data.samples import FixedSplit, FixedSplits, ReIDDataset, Sample
 from dan_fast.evaluation.dataset_features import DatasetFeatures, extract_dataset, random_split
 from dan_fast.evaluation.features import extract_features
 from dan_fast.evaluation.ranking import evaluate_ranking
@@ -156,7 +156,26 @@ def test_queries_without_a_match_are_said(fixed):
     alone = [each for each in fixed.query if each.pid == person]
     gone = dataclasses.replace(fixed, gallery=tuple(each for each in fixed.gallery if each.pid != person))
     result = evaluate_dataset(colours, gone, SIZE)
-    assert result.conditions == f"fixed query and gallery; {len(alone)} of 12 queries left out, without a match"
+    assert result.conditions == f"fixed query and gallery; {len(alone)} queries without a match left out"
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_queries_without_a_match_are_counted_in_each_split(people, order):
+    first, *others = people
+    found = [each for each in others if each.pid == first.pid and each.camid != first.camid]
+    stranger = next(each for each in others if each.pid != first.pid)
+    splits = [FixedSplit((), (first,), tuple(found)), FixedSplit((), (first, stranger), tuple(found))]
+    named = FixedSplits("two", "0123456789", tuple(splits[each] for each in order))
+    result = evaluate_dataset(colours, tiny(test=(first, stranger, *found), splits=named), SIZE)
+    assert result.unmatched == 1 and "; 1 queries without a match left out" in result.conditions
+
+
+def test_an_image_that_is_query_and_gallery_is_left_out_once(people, tmp_path):
+    broken = Sample(tmp_path / "broken.jpg", people[0].pid, 7)
+    broken.path.write_text("no image")
+    both = (*people, broken)
+    result = evaluate_dataset(colours, tiny(query=both, gallery=both), SIZE, broken_images="skip")
+    assert result.skipped == (str(broken.path),) and "1 broken images left out" in result.conditions
 
 
 def test_random_splits_are_averaged(people):

@@ -7,6 +7,7 @@ is a default here, and the variant goes with every result.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -72,10 +73,10 @@ def _variants(folder: Path) -> tuple[str, ...]:
 def read_cuhk03(folder: Path, name: str, variant: str) -> ReIDDataset:
     """Reads CUHK03 from its extracted images and the files of its splits, or from CUHK03-NP's folders.
 
-    A pid is 1000 times the pair of cameras plus the person's number in it; a camid is 1 or 2, the camera in
-    its pair. Under the classic protocol (Li et al., CVPR 2014) all images of the 100 test people are query and
-    gallery at once: it is single-shot, a gallery is one image of each person, drawn anew many times. Under the new
-    one (Zhong et al., CVPR 2017), and in CUHK03-NP, all matches in the gallery count.
+    A pid is 1000 times the pair of cameras plus the person's number in it, or CUHK03-NP's own number; a camid is 1 or
+    2, the camera in its pair. Under the classic protocol (Li et al., CVPR 2014) all images of the 100 test people are
+    query and gallery at once: it is single-shot, a gallery is one image of each person, drawn anew many times. Under
+    the new one (Zhong et al., CVPR 2017), and in CUHK03-NP, all matches in the gallery count.
 
     Args:
         folder: the folder that `find` gave.
@@ -91,7 +92,9 @@ def read_cuhk03(folder: Path, name: str, variant: str) -> ReIDDataset:
     box, new, split = match.groups()
     if new and is_market1501(folder / box):
         parts = read_market1501(folder / box, name)
-        return ReIDDataset(name, folder, parts.train, parts.query, parts.gallery, variant=variant)
+        # Its numbers from 1 on are those of other persons than the same numbers in the archive.
+        numbering = f"CUHK03-NP in {os.path.realpath(folder)}"
+        return ReIDDataset(name, folder, parts.train, parts.query, parts.gallery, variant=variant, identities=numbering)
     images = _Images(_images(folder, box))
     file = _new_split(folder, box) if new else _classic_splits(folder, box)
     if file.suffix == ".mat":

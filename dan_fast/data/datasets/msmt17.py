@@ -65,6 +65,8 @@ def read_msmt17(folder: Path, name: str, variant: str) -> ReIDDataset:
         query=_read_list(home / "list_query.txt", test, _TRAIN_IDS),
         gallery=_read_list(home / "list_gallery.txt", test, _TRAIN_IDS),
         variant=variant,
+        # The versions show the same people, by the same numbers, and lie in folders of their own.
+        identities=MSMT17.title,
     )
 
 

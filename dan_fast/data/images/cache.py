@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
@@ -32,7 +32,7 @@ from dan_fast.data.images.cache_header import (
     write_header,
 )
 from dan_fast.data.images.packed import Packed
-from dan_fast.data.images.reading import decode_image
+from dan_fast.data.images.reading import decode_image, read_image
 from dan_fast.data.images.transforms import resize
 from dan_fast.data.images.workers import SentenceLoader
 
@@ -241,6 +241,11 @@ class ImageCache:
             if source.digest != header.digests[row].tobytes():
                 return f"{names[row]} has changed since it was decoded"
             header.sources[row] = source.status
+        for row in header.broken:
+            # Pillow may have been told since to take a truncated file, or have found a decoder.
+            with suppress(DanFastError):
+                read_image(Path(names[row]))
+                return f"{names[row]} can be decoded by now"
         touched = bool((header.sources != before).any())
         if check == "full" or status.st_mtime_ns != header.written:
             damaged = [row for row, image in enumerate(images) if digest(image) != header.rows[row].tobytes()]

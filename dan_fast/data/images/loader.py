@@ -209,6 +209,8 @@ class _PlannedBatches(Dataset):
                 skipped.append(str(path))
                 continue
             kept.append(item)
+        if not items:
+            raise DanFastError("A rank's share of a batch holds no image: take fewer ranks or larger batches.")
         if not kept or not self.shares and all(item.kind == "unlabeled" for item in kept):
             images = "images of a rank's share of a batch"
             if not self.shares:

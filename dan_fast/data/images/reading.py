@@ -43,6 +43,9 @@ def decode_image(content: bytes | Image.Image | np.ndarray | Tensor, path: Path 
         if pixels.numel() == 0:
             raise ValueError("it has no pixels")
         return pixels
+    # Another attempt may have the room.
+    except MemoryError:
+        raise
     # Pillow's decoders raise many kinds of exception on damaged files, struct.error and SyntaxError too.
     except Exception as error:
         raise unreadable(path, error) from error

@@ -9,7 +9,9 @@ import pytest
 from scipy.io import savemat
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.data import ReIDDataset, load_dataset, read_image
+from dan_fast.data import ReIDDataset, TrainingSet, load_dataset, read_image
+from dan_fast.data.datasets.load import all_images
+from dan_fast.data.overlap import numbering_of, persons_in_both
 from tests.support.dataset_shelf import tiny_image
 from tests.support.refusals import refusal
 from tests.support.written_sets import cuhk03_of
@@ -71,6 +73,15 @@ def test_msmt17_of_two_versions_asks_which(tmp_path: Path) -> None:
     assert dataset.train[0].path.parts[-3] == "mask_train_v2"
     assert load_dataset(first).variant == "V1"
     assert "has no variant 'V2'; choose 'V1'" in sentence(first, "V2")
+
+
+def test_the_versions_of_msmt17_show_the_same_persons(tmp_path: Path) -> None:
+    first = load_dataset(msmt17(tmp_path / "MSMT17_V1"))
+    second = load_dataset(msmt17(tmp_path / "elsewhere/MSMT17_V2", "mask_train_v2", "mask_test_v2"))
+    everybody = [all_images(each) for each in (first, second)]
+    trained = {numbering: set(pids.tolist()) for numbering, pids in TrainingSet(everybody[:1]).persons.items()}
+    assert persons_in_both(trained, second) == [1041, 1043]
+    assert TrainingSet(everybody).num_classes == TrainingSet(everybody[:1]).num_classes == 3
 
 
 def test_msmt17_with_mistakes(tmp_path: Path) -> None:
@@ -189,6 +200,17 @@ def test_cuhk03_np_and_its_levels(tmp_path: Path) -> None:
     assert_found_from([tmp_path, home / "detected"], dataset)
     tiny_image(home / "labeled" / "bounding_box_train" / "0003_c1_21.png")
     assert "choose 'detected, new protocol' or 'labeled, new protocol'" in sentence(home)
+
+
+def test_the_two_numberings_of_cuhk03_are_kept_apart(tmp_path: Path) -> None:
+    images = [f"1_001_{camera}_{5 * camera:02}.png" for camera in (1, 2)]
+    home = cuhk03_of(tmp_path / "cuhk03", {}, {"train": [], "query": images[:1], "gallery": images[1:]})
+    for box in ("labeled", "detected"):
+        tiny_image(home / box / "bounding_box_train" / f"1001_c1_{len(box)}.png")
+    labeled, detected = (load_dataset(home, variant=f"{box} new") for box in ("labeled", "detected"))
+    classic = load_dataset(home, variant="labeled classic split 1")
+    trained = {numbering_of(labeled): {1001}}
+    assert persons_in_both(trained, classic) == [] and numbering_of(detected) == numbering_of(labeled)
 
 
 def test_cuhk03_with_mistakes(cuhk03: Path) -> None:

@@ -8,11 +8,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from dan_fast.commands.evaluate import evaluate
 from dan_fast.core.errors import DanFastError
@@ -239,6 +240,21 @@ def test_a_broken_image_is_an_error_where_it_is_read(tmp_path: Path, folder: Pat
     opened.cache.add([absent, tmp_path / "images" / "never.png"])
     assert opened.holds([absent])
     assert Opened(folder, [*paths, absent]).holds([*paths, absent])
+
+
+def test_what_could_not_be_decoded_is_tried_again(folder: Path, paths: list[Path], monkeypatch) -> None:
+    content = paths[1].read_bytes()
+    paths[1].write_bytes(content[: len(content) // 2])
+    assert Opened(folder, paths).holds([paths[0], *paths[2:]])
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    opened = Opened(folder, paths)
+    assert opened.holds(paths) and f"{paths[1]} can be decoded by now" in opened.said[0]
+
+
+def test_an_image_for_which_there_is_no_memory_is_not_broken(paths: list[Path], monkeypatch) -> None:
+    monkeypatch.setattr("dan_fast.data.images.reading._pixels", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        read_image(paths[0])
 
 
 def slowly(monkeypatch: pytest.MonkeyPatch, log: Path, seconds: Callable[[int], float]) -> None:

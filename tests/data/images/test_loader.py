@@ -201,6 +201,13 @@ def test_a_part_without_any_labelled_image_left_is_an_error(source: TrainingSet)
         load(source, plan, broken_images="skip", shares=True)
 
 
+def test_a_share_without_an_image_is_a_sentence(source: TrainingSet) -> None:
+    (plan, *_) = planner(source).plan_epoch(0)
+    empty = type(plan)(*(None if part is None else [] for part in plan))
+    with pytest.raises(DanFastError, match="share of a batch holds no image: take fewer ranks or larger batches"):
+        load(source, [empty], shares=True)
+
+
 def test_image_loader_keeps_the_order_and_leaves_broken_images_out(source: TrainingSet) -> None:
     samples = source.labeled_samples
     batches = list(image_loader(samples, SIZE, batch_size=3))
