@@ -128,7 +128,8 @@ def _train_images(datasets: Sequence[ReIDDataset], role: str) -> list[_TrainImag
             if path in seen:
                 raise DanFastError(f"{sample.path} of {dataset.name} is {role} twice; name each dataset once.")
             seen.add(path)
-            address = f"{dataset.name}\0{relative.replace(os.sep, '/')}"
+            # Without the folders by which a set of the same name is told apart: they depend on what is tested on.
+            address = f"{dataset.name.rpartition('/')[2]}\0{relative.replace(os.sep, '/')}"
             images.append(_TrainImage(sample, (numbering, sample.pid), address))
     return images
 

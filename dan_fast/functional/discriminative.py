@@ -64,7 +64,8 @@ def losses_of_scores(
     lengths = norm_from_square(keys.square().sum(1))[:, None] * norm_from_square(square_norms)
     logits = scores / (lengths * temperature)
     positive = _log_sum(logits, own) - own.sum(1).clamp(min=1).to(keys.dtype).log()
-    losses = F.softplus(_log_sum(logits, others) - positive)
+    # Linear from 50 on, where the rest is below the last bit of float64 in the derivatives too; by default from 20.
+    losses = F.softplus(_log_sum(logits, others) - positive, threshold=50)
     # Without others P / (P + N) is 1.
     return torch.where(own.any(1) & others.any(1), losses, 0.0)
 

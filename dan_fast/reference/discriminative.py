@@ -1,5 +1,7 @@
 """L_lde for samples of known identity: the first term of Eq. (15) over the labelled memory."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,10 +43,11 @@ def discriminative_loss(keys: Tensor, labels: Tensor, slots: Tensor, slot_labels
             losses.append(key.new_zeros(()))
             continue
         cosines = torch.stack([_direction(key) @ _direction(slot.to(dtype)) for slot in slots])
-        weights = torch.exp(cosines / temperature)
-        positive = weights[own].mean()
-        negative = weights[(slot_labels >= 0) & ~own].sum()
-        losses.append(-torch.log(positive / (positive + negative)))
+        # By logarithms: exp(1 / T) is no float32 at a T of 0.01.
+        logits = cosines / temperature
+        positive = logits[own].logsumexp(0) - math.log(int(own.sum()))
+        negatives = logits[(slot_labels >= 0) & ~own]
+        losses.append(torch.cat([positive[None], negatives]).logsumexp(0) - positive)
     return torch.stack(losses) if losses else keys.new_zeros(0, dtype=dtype)
 
 

@@ -66,6 +66,11 @@ class TrainingBatches:
             iterations=data.iterations,
         )
         self._lending = config.model.style_mixing == "unlabeled"
+        if training_set.unlabeled_samples and not any(unlabeled for _, unlabeled in self.planner.places):
+            raise DanFastError(
+                f"No batch has a place for unlabelled images: data.unlabeled_fraction {data.unlabeled_fraction} of "
+                f"data.batch_size {data.batch_size} is none; raise one of them, or set data.unlabeled_share to 0."
+            )
         self._require_an_image_each()
 
     def fill_cache(self, datasets: Iterable[ReIDDataset]) -> None:

@@ -129,14 +129,11 @@ def describe(datasets: DatasetRoles, unlabeled_share: float = 1.0) -> str:
     return "; ".join([*parts, f"tested on {titles(datasets.targets)}"])
 
 
-def opening_lines(
-    config: TrainConfig, datasets: DatasetRoles, device: torch.device, places: Sequence[tuple[int, int]]
-) -> Iterator[str]:
+def opening_lines(config: TrainConfig, datasets: DatasetRoles, device: torch.device) -> Iterator[str]:
     """What a run says before it starts: its protocol, what is left aside, what has no effect, what becomes of float32.
 
     Args:
         config, datasets, device: of the run.
-        places: for how many labelled and unlabelled images each part of a mini-batch has room.
     """
     if config.data.protocol:
         yield f"Protocol {config.data.protocol}: {describe(datasets, config.data.unlabeled_share)}."
@@ -145,13 +142,7 @@ def opening_lines(
             f"{', '.join(dataset.title for dataset in datasets.unlabeled)} is left aside, because "
             "data.unlabeled_share is 0: --recipe dan and --recipe paper train with unlabelled images."
         )
-    elif datasets.unlabeled and not any(unlabeled for _, unlabeled in places):
-        yield (
-            f"{', '.join(dataset.title for dataset in datasets.unlabeled)} is left aside: data.unlabeled_fraction "
-            f"{config.data.unlabeled_fraction} of data.batch_size {config.data.batch_size} is no image: raise one of "
-            "them."
-        )
-    yield from without_effect(config, any(unlabeled for _, unlabeled in places))
+    yield from without_effect(config, len(datasets.unlabeled) > 0 and config.data.unlabeled_share > 0)
     rounding = float32_rounding(device)
     if rounding and config.run.precision == "float32":
         yield f"Float32 on {device}: {rounding}, as torch.backends has it."

@@ -124,6 +124,7 @@ class MetaStep:
         # A loss that does not reach the classifier would move it by momentum and weight decay alone.
         reached = model.network.adversary_reach == "all" and _CAM_WEIGHT in self._params
         self._cam_weight = _CAM_WEIGHT if reached else None
+        self._competes = self.meta.procedure == "daml3" and model.network.adversary
 
     @property
     def device(self) -> torch.device:
@@ -152,8 +153,8 @@ class MetaStep:
         Raises:
             DivergedError: a feature or a gradient is not finite; batch norm's running statistics may have taken it in,
                 so go on from a state that was saved before.
-            ValueError: batch norm or the memory refuses the batch, labels are no classes of the network, or the
-                procedure needs the batch split otherwise.
+            ValueError: batch norm or the memory refuses the batch, labels are no classes of the network, S has no
+                labelled image where a competition is held, or the procedure needs the batch split otherwise.
             TypeError: images that are not floating.
         """
         if (meta_test is None) != (self.meta.procedure == "daml1"):
@@ -161,10 +162,12 @@ class MetaStep:
             raise ValueError(f"the procedure {self.meta.procedure} takes batches of {split}")
         for part in filter(None, (meta_train, meta_test)):
             part.require_sound(self.model.network.classifier.out_features)
-        with attention_that_serves(self.meta.order):
+        with attention_that_serves(self.meta.order if meta_test is not None else 1):
             meta_train = self._to_device(meta_train)
             if self.process_group is not None:
                 meta_train, meta_test = with_shares(self.process_group, (meta_train, meta_test))
+            if self._competes and meta_train.whole_counts[0] == 0:
+                raise ValueError("S needs a labelled image, by which the competition is decided")
             result = self._gradients(meta_train, meta_test)
             self._average_statistics()
             return result
@@ -196,7 +199,7 @@ class MetaStep:
 
         stage, groups, unread = None, None, [train.record]
         if self.meta.procedure == "daml3":
-            if self.model.network.adversary:
+            if self._competes:
                 stage, unread = self._compete(train.record), []
             groups = self._groups(stage or Stage.ATTENTION)
         meta_test = self._to_device(meta_test)

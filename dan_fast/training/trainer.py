@@ -155,7 +155,7 @@ class Trainer:
                 self.random.in_process(),
             ):
                 self._compiled.say = display.say
-                for line in opening_lines(self.config, self.datasets, self.device, self.batches.planner.places):
+                for line in opening_lines(self.config, self.datasets, self.device):
                     display.say(line)
                 if self.epoch > 0 and self.iteration == 0:
                     # The run was stopped between an epoch's checkpoint and its evaluation.

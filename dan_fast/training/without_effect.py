@@ -18,7 +18,8 @@ def without_effect(config: TrainConfig, unlabeled: bool) -> Iterator[str]:
         >>> list(without_effect(config, unlabeled=False))
         ['meta.order 2 and meta.eta 0.5 change nothing with meta.procedure daml1, which has no meta step.']
     """
-    labelled_by_memory = unlabeled and config.model.style_mixing != "unlabeled"
+    mixing, attention = config.model.style_mixing, config.model.attention
+    labelled_by_memory = unlabeled and mixing != "unlabeled"
     by_labels = config.loss.labeled_embedding > 0
     rules = [
         (("data.unlabeled_fraction",), unlabeled, "without unlabelled images"),
@@ -29,7 +30,6 @@ def without_effect(config: TrainConfig, unlabeled: bool) -> Iterator[str]:
                 "memory.decay_unlabeled",
                 "loss.embedding",
                 "loss.regularizer",
-                "loss.confidence_prior",
             ),
             labelled_by_memory,
             "without unlabelled images that are given pseudo labels, not styles alone (model.style_mixing)",
@@ -39,8 +39,15 @@ def without_effect(config: TrainConfig, unlabeled: bool) -> Iterator[str]:
             labelled_by_memory or by_labels,
             "without a memory, which pseudo labels or loss.labeled_embedding need",
         ),
+        (
+            ("loss.confidence_prior",),
+            labelled_by_memory and config.loss.embedding > 0,
+            "without unlabelled images in L_lde (loss.embedding, model.style_mixing)",
+        ),
         (("memory.temperature",), by_labels, "where loss.labeled_embedding is 0"),
-        (("model.reduction",), config.model.attention != "none", "without an attention"),
+        (("model.style_mixing",), mixing != "unlabeled" or unlabeled, "without unlabelled images"),
+        (("model.reduction",), attention not in ("none", "spatial"), f"with model.attention {attention}"),
+        (("model.feature",), attention != "none", "with model.attention none"),
         (("loss.adversary", "loss.adversary_reach"), config.model.adversary, "without model.adversary"),
         (
             ("meta.order", "meta.eta"),
@@ -58,3 +65,12 @@ def without_effect(config: TrainConfig, unlabeled: bool) -> Iterator[str]:
         idle = [f"{name} {changes[name]}" for name in names if name in changes]
         if idle and not has_effect:
             yield f"{' and '.join(idle)} change{'s' if len(idle) == 1 else ''} nothing {reason}."
+    if (
+        labelled_by_memory
+        and mixing == "none"
+        and not any((config.loss.embedding, config.loss.regularizer, config.data.feedback_fraction))
+    ):
+        yield (
+            "Unlabelled images take places in the batches and part in no loss: set loss.embedding, loss.regularizer or "
+            "data.feedback_fraction, have them lend styles (model.style_mixing), or set data.unlabeled_share to 0."
+        )

@@ -74,6 +74,8 @@ def test_fingerprint_follows_paths_labels_roles_and_share_but_not_the_place() ->
     assert TrainingSet([moved, two], [extra]).fingerprint == base
     # Gaps between pids change no label.
     assert TrainingSet([dataset("one", [1, 9]), two], [extra]).fingerprint == base
+    # By what folder one is told apart from a target of its name depends on the targets.
+    assert TrainingSet([replace(one, name="x/one"), two], [extra]).fingerprint == base
     others = [
         TrainingSet([two, one], [extra]),
         TrainingSet([one, two]),

@@ -71,11 +71,11 @@ def test_images_that_lend_their_style_have_no_part_in_any_loss(images, tmp_path)
 
 
 def test_a_batch_may_have_no_image_that_lends_its_style(images, tmp_path):
-    settings = {"data": {"unlabeled_fraction": 0.0}, "model": {"style_mixing": "unlabeled"}}
-    trainer = Trainer(config(images, tmp_path / "run", **settings, meta={"procedure": "daml1"}))
-    assert trainer.model.lending and trainer.batches.planner.places == [(8, 0)]
+    settings = {"data": {"unlabeled_fraction": 0.2, "batch_size": 9}, "model": {"style_mixing": "unlabeled"}}
+    trainer = Trainer(config(images, tmp_path / "run", **settings, meta={"procedure": "daml2"}))
+    assert trainer.model.lending and trainer.batches.planner.places == [(4, 1), (4, 0)]
     # Their own are not mixed in its place.
-    batch = next(iter(trainer.batches.of_epoch(0, None))).meta_train
+    batch = next(iter(trainer.batches.of_epoch(0, None))).meta_test
     model = trainer.model.train()
     assert torch.equal(model.maps(batch), model.maps(batch))
     assert not torch.equal(model.network.maps(batch.images), model.network.maps(batch.images))
@@ -141,14 +141,9 @@ def test_gates_that_are_features_have_no_start():
         build_memory(MemoryConfig(gates="features", initial_alpha=-4.0), key_dim=3)
 
 
-@pytest.mark.parametrize(("batch_size", "said"), [(4, True), (8, False)])
-def test_unlabelled_images_for_which_no_batch_has_a_place_are_said_to_be_left(
-    images, tmp_path, batch_size, said, capsys
-):
-    data = {"batch_size": batch_size, "unlabeled_fraction": 0.2}
-    trainer = Trainer(config(images, tmp_path / "run", data=data))
-    trainer.train_iteration = lambda *_: pytest.fail("stop here")
-    with pytest.raises(pytest.fail.Exception):
-        trainer.fit()
-    words = " ".join(capsys.readouterr().out.split())
-    assert ("mall is left aside: data.unlabeled_fraction 0.2 of data.batch_size 4 is no image" in words) is said
+def test_unlabelled_images_for_which_no_batch_has_a_place_are_refused(images, tmp_path):
+    data = {"batch_size": 4, "unlabeled_fraction": 0.2}
+    with pytest.raises(DanFastError, match="data.unlabeled_fraction 0.2 of data.batch_size 4 is none; raise one of"):
+        Trainer(config(images, tmp_path / "run", data=data))
+    Trainer(config(images, tmp_path / "run", data={**data, "unlabeled_share": 0.0}))
+    Trainer(config(images, tmp_path / "run", data={**data, "batch_size": 8}))

@@ -1,6 +1,7 @@
 """A meta step on tensors alone: whose gradients it follows, what is frozen, what it keeps and what it refuses."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -234,6 +235,22 @@ def test_gradients_that_are_not_finite_do_not_move_the_weights(monkeypatch):
 def test_a_batch_that_is_split_otherwise_is_refused(procedure, parts, sentence):
     with pytest.raises(ValueError, match=sentence):
         tiny_step(procedure=procedure).gradients(*[split()] * parts)
+
+
+def test_a_competition_needs_a_labelled_image():
+    unknown = split(1)
+    unknown = unknown._replace(labels=torch.full_like(unknown.labels, -1), num_labeled=0, num_fed_back=0)
+    with pytest.raises(ValueError, match="S needs a labelled image, by which the competition is decided"):
+        tiny_step(procedure="daml3").step(unknown, split(2))
+
+
+def test_at_daml1_the_attention_of_a_vit_is_fused_whatever_the_order(monkeypatch):
+    orders = []
+    given = "dan_fast.training.step.attention_that_serves"
+    monkeypatch.setattr(given, lambda order: orders.append(order) or nullcontext())
+    tiny_step(procedure="daml1", order=2).step(split(1))
+    tiny_step(procedure="daml2", order=2).step(split(1), split(2))
+    assert orders == [1, 2]
 
 
 def test_a_batch_that_no_network_takes_is_refused_before_anything_advances():

@@ -13,6 +13,8 @@ BASES = {
                        "meta": {"procedure": "daml1"}},
     "lending": {"model": {"style_mixing": "unlabeled"}, "loss": {"labeled_embedding": 1.0}},
     "without competition": {"model": {"adversary": False}, "loss": {"labeled_embedding": 1.0}},
+    "spatial attention": {"model": {"attention": "spatial", "adversary": False}},
+    "without L_lde": {"loss": {"embedding": 0.0}},
 }  # fmt: skip
 OF_PSEUDO_LABELS = {
     "data.feedback_fraction": 0.2,
@@ -27,10 +29,12 @@ IDLE = {
         "data.unlabeled_fraction": 0.25, "memory.labeled_slots": 9, "memory.decay": 0.5, "memory.gates": "features",
         "memory.initial_alpha": -4.0, "memory.temperature": 0.5, "model.reduction": 4, "loss.adversary": 2.0,
         "loss.adversary_reach": "attention", "meta.order": 2, "meta.eta": 0.5, "meta.stall_guard": 1,
-        "meta.tie": "both",
+        "meta.tie": "both", "model.style_mixing": "unlabeled", "model.feature": "pooled",
     },
     "lending": OF_PSEUDO_LABELS,
     "without competition": {"meta.stall_guard": 1, "meta.tie": "both", "loss.adversary": 2.0},
+    "spatial attention": {"model.reduction": 4},
+    "without L_lde": {"loss.confidence_prior": 2.0},
 }  # fmt: skip
 CASES = [(base, setting) for base, settings in IDLE.items() for setting in settings]
 
@@ -44,7 +48,9 @@ def trained(images, out, sections) -> dict[str, torch.Tensor]:
     short = {"data": {"iterations": 2}, "optimizer": {"epochs": 1}}
     trainer = Trainer(config(images, out, **over(sections, short)))
     trainer.fit()
-    return trainer.model.network.state_dict()
+    network = trainer.model.network.eval()
+    features = network.embed(torch.randn(2, 3, *network.image_size, generator=torch.Generator().manual_seed(0)))
+    return {**network.state_dict(), "features": features}
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +78,13 @@ def test_of_what_has_an_effect_nothing_is_said(setting):
     )
     given = TrainConfig.of_recipe("none", **over({"data": {"labeled": "x", "unlabeled": "y"}}, sections))
     assert list(without_effect(given, unlabeled=True)) == []
+
+
+def test_unlabelled_images_of_no_use_are_said_to_be():
+    for mixing, loss, said in (("none", 0.0, True), ("batch", 0.0, False), ("none", 0.1, False)):
+        changes = {"model": {"style_mixing": mixing}, "loss": {"regularizer": loss}}
+        lines = list(without_effect(TrainConfig.of_recipe("dan", **changes), unlabeled=True))
+        assert any("take places in the batches and part in no loss" in line for line in lines) is said
 
 
 def test_what_a_recipe_sets_is_not_said():
