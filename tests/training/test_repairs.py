@@ -71,9 +71,9 @@ def test_images_that_lend_their_style_have_no_part_in_any_loss(images, tmp_path)
 
 
 def test_a_batch_may_have_no_image_that_lends_its_style(images, tmp_path):
-    settings = {"data": {"unlabeled_fraction": 0.2, "batch_size": 9}, "model": {"style_mixing": "unlabeled"}}
+    settings = {"data": {"unlabeled_fraction": 0.09, "batch_size": 11}, "model": {"style_mixing": "unlabeled"}}
     trainer = Trainer(config(images, tmp_path / "run", **settings, meta={"procedure": "daml2"}))
-    assert trainer.model.lending and trainer.batches.planner.places == [(4, 1), (4, 0)]
+    assert trainer.model.lending and trainer.batches.planner.places == [(5, 1), (5, 0)]
     # Their own are not mixed in its place.
     batch = next(iter(trainer.batches.of_epoch(0, None))).meta_test
     model = trainer.model.train()
