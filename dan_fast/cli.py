@@ -143,7 +143,13 @@ def _require_sections(file: str, command: str) -> None:
     content = read_mapping(Path(file), "a file of settings")
     if command == "train":
         for section, settings in content.items():
-            if section != "recipe" and "." not in str(section) and not isinstance(settings, dict):
+            if section == "recipe" or "." in str(section) or isinstance(settings, dict):
+                continue
+            # A section may stand in a file of its own.
+            own = Path(file).parent / settings if isinstance(settings, str) else None
+            if own is not None and own.is_file():
+                read_mapping(own, f"the settings of {section}")
+            else:
                 held = "empty" if settings is None else repr(settings)
                 raise DanFastError(
                     f"{section} in {file} is {held} and should be a mapping of settings: write some, or leave it out."

@@ -193,6 +193,16 @@ def test_sections_may_be_written_with_dots(tmp_path):
     assert settings.run.out == str(Path.home() / "runs" / "x")
 
 
+def test_a_section_may_stand_in_a_file_of_its_own(tmp_path, capsys):
+    path, own = tmp_path / "config.yaml", tmp_path / "data.yaml"
+    path.write_text("data: data.yaml\n")
+    own.write_text("batch_size: 12\n")
+    assert _parse(["train", "--config", str(path)])[1].train.data.batch_size == 12
+    own.write_text("- 12\n")
+    assert main(["train", "--config", str(path)]) == 1
+    assert f"{own} is not the settings of data: it must be a YAML mapping" in capsys.readouterr().err
+
+
 def test_each_flag_of_a_list_is_known_as_one():
     listed = {Paths, Paths | None, Sequence[str]}
     found = set()

@@ -17,7 +17,7 @@ from dan_fast.data.images.packed import Packed
 from dan_fast.data.overlap import image_keys, numbering_of, real_paths
 from dan_fast.data.samples import ReIDDataset, Sample
 
-_Identity = tuple[str, int]  # (real path of the dataset's root, pid)
+_Identity = tuple[str, int]  # (numbering, pid)
 
 
 class TrainingSet:
