@@ -44,7 +44,7 @@ class Report(NamedTuple):
 
 
 def report() -> Report:
-    """Find out what was built and what is missing; loads the extension, changes nothing.
+    """Find out what was built and what is missing; loads the extension, and on a GPU Triton builds its launcher.
 
     Example:
         >>> report().versions[0][0]

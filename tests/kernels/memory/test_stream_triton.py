@@ -3,10 +3,16 @@
 The interpreter is chosen when Triton is imported, so the checks run in a process of their own, which imports this file.
 """
 
+import contextlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,17 +146,109 @@ def test_the_kind_of_products_is_put_back_and_checked():
             pass
 
 
-def test_a_machine_without_triton_gets_one_sentence(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def afresh() -> Iterator[None]:
+    """Forgets what is known of Triton, before and after."""
+    for cache in (caches := (triton_kernels.why_not, triton_kernels._why_no_launcher)):
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_a_machine_without_triton_gets_one_sentence(afresh: None, monkeypatch: pytest.MonkeyPatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
     )
-    triton_kernels.why_not.cache_clear()
-    try:
-        with pytest.raises(DanFastError, match="memory_scores on a GPU needs Triton: .* run `pip install triton`"):
-            _ = triton_kernels.memory_scores
-    finally:
-        triton_kernels.why_not.cache_clear()
+    with pytest.raises(DanFastError, match="memory_scores on a GPU needs Triton: .* run `pip install triton`"):
+        _ = triton_kernels.memory_scores
+
+
+def pretend_gpus(monkeypatch: pytest.MonkeyPatch, driver: Callable[[], object]) -> None:
+    """GPUs that serve, for which Triton makes its driver by `driver`."""
+    import triton
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(type(triton.runtime.driver), "active", property(lambda self: driver()))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "error, reason, remedy",
+    [
+        (RuntimeError("Failed to find C compiler. Please specify"), "Failed to find C compiler", "install gcc and"),
+        (
+            subprocess.CalledProcessError(1, ["/bin/gcc", "a.c", "-l:libcuda.so.1"]),
+            "/bin/gcc ended with",
+            "install gcc",
+        ),
+        (FileNotFoundError(2, "No such file", "cc-9"), "[Errno 2] No such file: 'cc-9'", "install gcc and"),
+        (PermissionError(13, "Permission denied", "/root/.triton"), "denied: '/root/.triton'", "set TRITON_CACHE_DIR"),
+        (ImportError("failed to map segment from shared object"), "failed to map", "set TRITON_CACHE_DIR"),
+        (AssertionError("libcuda.so cannot found!\nPlease"), "libcuda.so cannot found)", "set TRITON_LIBCUDA_PATH"),
+        (AssertionError(), "(AssertionError)", "install gcc"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_a_gpu_whose_launcher_cannot_be_built_gets_one_sentence_once(
+    afresh: None, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str, remedy: str
+):
+    tried = []
+
+    def driver() -> object:
+        tried.append(error)
+        raise error
+
+    pretend_gpus(monkeypatch, driver)
+    found = {triton_kernels.why_not(device) for device in (0, 1, 0)}
+    (sentence,) = found
+    assert sentence.startswith("Triton cannot build what launches its kernels (")
+    assert reason in sentence and f"); {remedy}" in sentence and "\n" not in sentence and ". " not in sentence
+    assert len(tried) == 1, "a compiler that fails takes its time"
+    assert triton_kernels.why_not() is None
+
+
+@needs_triton
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_gpu_whose_launcher_is_there_is_served_where_kernels_can_be_kept(
+    afresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, writable: bool
+):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path) if writable else "/sys")  # where not even root makes a file
+    pretend_gpus(monkeypatch, lambda: SimpleNamespace(utils=object()))
+    found = triton_kernels.why_not(0)
+    assert found is None if writable else "set TRITON_CACHE_DIR" in found
+
+
+@needs_triton
+@pytest.mark.compile
+@pytest.mark.parametrize("lacking", ["compiler", "headers", "folder"])
+def test_what_triton_itself_says_of_a_machine_is_understood(
+    afresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lacking: str
+):
+    from triton.backends.nvidia import driver
+    from triton.runtime import build
+
+    if (compiler := shutil.which("gcc") or shutil.which("clang")) is None:
+        pytest.skip("neither gcc nor clang is installed")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / ("file" if lacking == "folder" else "cache")))
+    if lacking == "headers":
+        monkeypatch.setattr(sysconfig, "get_paths", lambda **options: {"include": str(tmp_path)})
+        monkeypatch.setenv("CC", compiler)
+    else:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CC", raising=False)
+    find = getattr(build, "_find_compiler", None)
+    if hasattr(find, "cache_clear"):
+        find.cache_clear()
+    # The driver's library is not there without a GPU.
+    monkeypatch.setattr(driver, "library_dirs", lambda: [])
+    pretend_gpus(monkeypatch, lambda: SimpleNamespace(utils=driver.CudaUtils()))
+    remedy = "set TRITON_CACHE_DIR" if lacking == "folder" else "install gcc and Python's headers"
+    assert f"); {remedy}" in triton_kernels.why_not(0)
 
 
 @pytest.mark.slow
