@@ -116,12 +116,12 @@ def why_not_on(device_type: str, index: int | None = None) -> str | None:
 
 
 @functools.cache
-def _warn_once(device_type: str, reason: str) -> None:
+def _warn_once(where: str, reason: str) -> None:
     # At the caller's line, past the frames of the package and of PyTorch.
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
         level, frame = level + 1, frame.f_back
-    warnings.warn(f"dan_fast takes its PyTorch path on {device_type}: {reason}", RuntimeWarning, stacklevel=level)
+    warnings.warn(f"dan_fast takes its PyTorch path on {where}: {reason}", RuntimeWarning, stacklevel=level)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import ctypes
 import datetime
+import importlib
 import os
 import platform
 import re
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 import dan_fast
-from dan_fast import _extension
+from dan_fast import _extension, triton_kernels
 from dan_fast.core.devices import synchronize
 from dan_fast.core.float32 import float32_rounding
 from dan_fast.core.heap import heap_in_force
@@ -50,10 +51,22 @@ def environment(device: torch.device) -> dict[str, Any]:
         "float32": float32_rounding(device) or "IEEE",
         "heap": heap_in_force() if device.type == "cpu" else None,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "triton": _triton(device) if device.type == "cuda" else None,
         "cuda": torch.version.cuda,
         "driver": _output(*_DRIVER) if device.type == "cuda" else None,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
+
+
+def why_no_triton(device: torch.device) -> str | None:
+    """Why the passes over a memory run in PyTorch on this GPU though its other kernels run; None if they do not."""
+    if device.type != "cuda":
+        return None
+    return triton_kernels.why_not(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _triton(device: torch.device) -> str:
+    return why_no_triton(device) or importlib.import_module("triton").__version__
 
 
 def _of_file(path: str, pattern: str) -> str | None:

@@ -11,7 +11,8 @@ import torch
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dan_fast.bench.machine import CORES, CacheFlush, Copy
+from dan_fast import triton_kernels
+from dan_fast.bench.machine import CORES, CacheFlush, Copy, why_no_triton
 from dan_fast.bench.rows import Row, Timing
 from dan_fast.core.devices import synchronize
 from dan_fast.core.heap import heap_in_force
@@ -138,7 +139,7 @@ def take_turns(
 
 
 class Operators(TorchDispatchMode):
-    """Which operators of dan_fast run: a row says what it timed."""
+    """Which operators of dan_fast run, but for those whose Triton kernel cannot: a row says what it timed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,5 +147,7 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "dan_fast":
-            self.names.add(func.name().removeprefix("dan_fast::"))
+            name = func.name().removeprefix("dan_fast::")
+            if name not in triton_kernels.__all__ or why_no_triton(args[0].device) is None:
+                self.names.add(name)
         return func(*args, **(kwargs or {}))

@@ -26,7 +26,7 @@ class Operator:
     Attributes:
         name: of the operator in its namespace.
         triton: whether `triton_kernels` holds the kernel for CUDA tensors under this name. Where Triton cannot serve,
-            `form` does within the same operator.
+            `form` does within the same operator, which warns once.
         schema: of an operator that has no kernel but is opaque to `torch.compile`: it is defined here, and `form`
             serves all devices.
         op: the registered operator.
@@ -61,8 +61,11 @@ class Operator:
 
     @classmethod
     def _on_gpu(cls, *arguments: Tensor) -> Any:
-        usable = triton_kernels.why_not(arguments[0].device.index) is None
-        return (getattr(triton_kernels, cls.name) if usable else cls.form)(*arguments)
+        reason = triton_kernels.why_not(arguments[0].device.index)
+        if reason is not None:
+            _extension._warn_once("a GPU for the passes over a memory", reason)
+            return cls.form(*arguments)
+        return getattr(triton_kernels, cls.name)(*arguments)
 
     @staticmethod
     def setup(ctx: Context, inputs: tuple[Tensor, ...], output: Any) -> None:

@@ -1,12 +1,16 @@
 """The benchmark of the memory step: the contenders agree, and what disagrees or does not fit is said, not timed."""
 
 import io
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dan_fast import MemoryState, _extension, functional, reference
+from dan_fast import MemoryState, _extension, functional, reference, triton_kernels
+from dan_fast.bench.machine import environment
 from dan_fast.bench.memory import benchmark as memory
 from dan_fast.bench.memory.bars import memory_bars, model_bytes, predict
 from dan_fast.bench.memory.benchmark import MemoryBenchmark, row_of
@@ -24,6 +28,7 @@ from dan_fast.bench.memory.contenders import (
 from dan_fast.bench.memory.literal import InPlaceMemory, in_place_step
 from dan_fast.bench.memory.problem import Size, make_problem
 from dan_fast.bench.rows import BACKWARD, FORWARD, Row, Timing
+from dan_fast.bench.timing import Operators
 from dan_fast.core.types import Gates, MemoryBatch
 from tests.bench import TINY as COMMANDS
 from tests.bench import changed, written
@@ -297,6 +302,41 @@ def test_without_the_extension_kernels_are_not_timed(monkeypatch):
     kernels = [row for row in rows if row.contender == KERNELS]
     assert [row.left_out[FORWARD] for row in kernels] == ["it was not built"] * 2
     assert not any(row.seconds for row in kernels)
+
+
+@pytest.fixture
+def gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> str:
+    reason = "Triton is not installed; run `pip install triton`"
+    monkeypatch.setattr(triton_kernels, "why_not", lambda index=None: reason)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    return reason
+
+
+def test_where_triton_cannot_serve_kernels_are_not_timed_on_a_gpu(gpu_without_triton, monkeypatch):
+    monkeypatch.setattr(_extension, "why_not_on", lambda *device: None)
+    benchmark, (contender,) = tiny(KERNELS), (each for each in select([KERNELS]) if each.use == STEP)
+    for place, reason in ((CPU, None), (torch.device("cuda"), gpu_without_triton)):
+        benchmark.place = place
+        assert benchmark._why_not(row_of(contender, {"size": TINY, "itemsize": 4}), contender, torch.float32) == reason
+
+
+def test_the_environment_says_whether_triton_serves_the_gpu(gpu_without_triton, monkeypatch):
+    assert environment(CPU)["triton"] is None
+    assert environment(torch.device("cuda"))["triton"] == gpu_without_triton
+    monkeypatch.setattr(triton_kernels, "why_not", lambda index=None: None)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.6.1"))
+    assert environment(torch.device("cuda"))["triton"] == "3.6.1"
+
+
+@pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
+def test_an_operator_that_takes_its_form_for_want_of_triton_is_no_kernel(gpu_without_triton):
+    with FakeTensorMode():
+        keys, base = torch.empty(2, 3, device="cuda"), torch.empty(4, 3, device="cuda")
+        with Operators() as operators:
+            torch.ops.dan_fast.memory_scores(keys, base)
+            torch.ops.dan_fast.row_sq_norms(base)
+    assert operators.names == {"row_sq_norms"}
 
 
 @pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")

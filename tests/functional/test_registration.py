@@ -1,9 +1,12 @@
 """Every operator that is built has its class, and no gradient that is a kernel is without its second derivative."""
 
+import warnings
+
 import pytest
 import torch
 
-from dan_fast import _extension
+from dan_fast import _extension, triton_kernels
+from dan_fast.functional.memory.passes import MemoryScores
 from dan_fast.functional.registration import KernelBackward, Operator
 
 pytestmark = pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
@@ -20,6 +23,20 @@ def test_each_operator_has_a_class():
     gradients = {name for name in _extension._OPERATORS if name.endswith("_backward")}
     assert {f"{name}_backward" for name in operators(KernelBackward)} == gradients
     assert operators(Operator) - {"float32_product"} == set(_extension._OPERATORS) - gradients - ELSEWHERE
+
+
+def test_a_gpu_without_triton_takes_the_form_and_one_warning_says_why(forget: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(triton_kernels, "why_not", lambda device: "Triton is not installed; run `pip install triton`")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        # What is registered for CUDA tensors.
+        results = [MemoryScores._on_gpu(torch.tensor([[2.0, 1.0]]), torch.tensor([[3.0, 4.0]])) for _ in range(2)]
+    assert [[x.tolist() for x in result] for result in results] == [[[[10.0]], [25.0]]] * 2
+    assert [str(w.message) for w in caught] == [
+        "dan_fast takes its PyTorch path on a GPU for the passes over a memory: Triton is not installed; "
+        "run `pip install triton`"
+    ]
+    assert caught[0].filename == __file__ and caught[0].category is RuntimeWarning
 
 
 def test_a_gradient_that_is_differentiated_is_not_a_kernels():

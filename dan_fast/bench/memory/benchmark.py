@@ -12,7 +12,7 @@ from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from dan_fast import _extension
 from dan_fast.bench.benchmark import Bar, Benchmark, contenders_of, dtypes_of
-from dan_fast.bench.machine import peak_above
+from dan_fast.bench.machine import peak_above, why_no_triton
 from dan_fast.bench.memory import bars, contenders
 from dan_fast.bench.memory.contenders import IN_PLACE, KERNELS, LITERAL, SCORE_SPACE, Contender, Outcome, compare
 from dan_fast.bench.memory.problem import PAPER, Problem, Size, make_problem
@@ -159,7 +159,7 @@ class MemoryBenchmark(Benchmark):
         if contender.name in self._gave_up:
             return self._gave_up[contender.name]
         if contender.name == KERNELS:
-            return _extension.why_not_on(self.place.type, self.place.index)
+            return _extension.why_not_on(self.place.type, self.place.index) or why_no_triton(self.place)
         if contender.literal:
             seconds, needed = foresee(contender, row.of["size"], dtype, self.place)
             if seconds > self.budget_s:
