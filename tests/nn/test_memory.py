@@ -122,7 +122,7 @@ def test_a_backward_that_wants_overwritten_features_fails():
 
 
 def test_a_checkpoint_does_not_decide_the_rounding():
-    """Bit for bit: with and without a state dict taken after every other batch, by the float32 module."""
+    """On a CPU bit for bit: with and without a state dict taken after every other batch, by the float32 module."""
     read, fresh = make(dtype=torch.float32), make(dtype=torch.float32)
     for at, batch in enumerate(batches(8, dtype=torch.float32)):
         for memory in (read, fresh):

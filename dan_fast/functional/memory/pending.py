@@ -171,7 +171,9 @@ class PendingMemory:
     def is_counted_on(self) -> bool:
         """Whether a graph or the memory of another step needs the features as they are.
 
-        Snapshots are no part of it: a checkpoint takes one, and may not decide in which order numbers are added.
+        Snapshots are no part of it: a checkpoint takes one, and may not have later keys wait, which are added in
+        another order. That is all it takes on a CPU. On a GPU a pass that commits and scores rounds otherwise than one
+        that only scores, so a snapshot changes no bit only where every step is settled.
         """
         return len(self._base.holders) > 1 or self._base.is_read_by_a_graph()
 
