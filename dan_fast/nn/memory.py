@@ -59,7 +59,8 @@ class ProgressiveAugmentedMemory(nn.Module):
     rank 1's, ..., then the unlabelled ones likewise. The loss is the whole batch's, the same on every rank and counted
     once: its gradient in a rank's own rows is that of the whole loss, and so are the gates' gradients, equal on all
     ranks. So sum, not average, over the ranks the gradients of what made the rows, and leave the gates' as they are.
-    Second derivatives follow the same rule. Where kernels run, the memory is bit for bit that of a single rank.
+    Second derivatives follow the same rule. Where kernels run on CPUs, the memory is bit for bit that of a single rank;
+    on GPUs up to rounding, because a single rank whose state was read writes the next keys in a pass of their own.
     Forward, backward through it, `labeled`, `unlabeled`, `state_dict` and a step's states are collective: all ranks
     call them in one order. Assigning and loading states, `reliable_samples`, `occupied_slots` and `settle` are not.
 

@@ -1,9 +1,11 @@
 """A memory whose slots are divided over ranks, and what the ranks exchange for a step.
 
 Features are divided; labels, usage, norms and what is pending are whole on every rank, and each runs the same scan over
-the gathered scores. A row's score has the same bits whichever rank computes it, so the memory is the one that a single
-rank would hold. A step gathers three times, a few numbers, the batch and the scores, and its backward pass adds up the
-gradient of the keys once.
+the gathered scores. In a pass a row's score has the same bits whichever rank computes it, so on CPUs the memory is bit
+for bit the one that a single rank would hold. On GPUs it is so up to rounding: a single rank hands out its own features
+as a snapshot, so its next commit goes to new ones and scores in a further pass; ranks, which hand out a copy, do both
+in one. A step gathers three times, a few numbers, the batch and the scores, and its backward pass adds up the gradient
+of the keys once.
 """
 
 import zlib
