@@ -58,11 +58,14 @@ def memory_step(
     Returns:
         `MemoryStep`: L_lde as the mean over the unlabelled samples that were not skipped (0 if there is
         none), the pseudo labels (-1 where M is wholly empty: skipped), and both new states, detached. Of
-        half-precision memories everything but the features is computed in float32, the loss included.
+        half-precision memories everything but the features is computed in float32, the loss included. On a
+        GPU and in a compiled function, where looking at the values of tensors would wait for the device or break
+        the graph, bad ones give the loss NaN, pseudo labels -1 and both states as they came in.
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: a wrong shape or device, NaN or Inf, a negative label or sample id, a decay not in [0, 1].
+        ValueError: a wrong shape or device, a number that is not finite, a decay not in [0, 1], or, in a tensor on
+            the CPU, NaN or Inf, a negative label or sample id.
 
     Example:
         >>> empty = MemoryState.empty(slots=3, key_dim=2)

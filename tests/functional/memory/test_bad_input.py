@@ -2,12 +2,13 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 
-from dan_fast import MemoryState
+from dan_fast import MemoryState, _extension, functional
 from tests.support.memory_arguments import (
     BATCH,
     F64,
@@ -186,6 +187,21 @@ def test_a_wrong_gate_is_named(impl, name):
     number = arguments()[name].item()
     found = [impl.memory_step(**given).loss for given in (arguments(), arguments() | {name: number})]
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("path", ["kernel", "pytorch"])
+@pytest.mark.parametrize("name, wrong", [("unlabeled_keys", math.nan), ("labels", -1), ("alpha", math.inf)])
+def test_where_values_are_not_looked_at_bad_ones_give_nan_and_leave_the_states(path, name, wrong, monkeypatch):
+    """As on a GPU and in a compiled function."""
+    given = arguments()
+    value = given[name].clone()
+    value.view(-1)[-1] = wrong
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with nullcontext() if path == "kernel" else _extension.disabled():
+        step = functional.memory_step(**given | {name: value})
+    assert step.loss.isnan() and set(step.pseudo_labels.tolist()) == {-1}
+    for memory in ("labeled", "unlabeled"):
+        assert all(map(torch.equal, getattr(step, memory), given[memory]))
 
 
 def test_the_first_of_several_faults_is_named(impl):
