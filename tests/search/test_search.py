@@ -45,7 +45,9 @@ def folder(tmp_path) -> Path:
 @pytest.fixture
 def run(folder, checkpoint):
     def run(*arguments: object, out: str = "out", code: int = 0) -> list[dict]:
-        flags = ["--checkpoint", checkpoint, "--gallery", folder / "gallery", "--query", folder / "queries"]
+        usual = {"--checkpoint": checkpoint, "--gallery": folder / "gallery", "--query": folder / "queries"}
+        # A list that is given twice is refused.
+        flags = [word for name, value in usual.items() if name not in arguments for word in (name, value)]
         return searched(folder / out, *flags, *arguments, code=code).get("queries", [])
 
     return run
