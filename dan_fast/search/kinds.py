@@ -1,9 +1,9 @@
 """The approximate indexes, as faiss makes, extends, writes and searches them.
 
 HNSW is the graph of Malkov and Yashunin ("Efficient and Robust Approximate Nearest Neighbor Search Using Hierarchical
-Navigable Small World Graphs", TPAMI 2020), here of numbers rounded to eight bits. IVF-PQ looks into the cells of a
-coarse quantizer that are nearest and compares codes of a byte for eight numbers (Jegou et al., "Product Quantization
-for Nearest Neighbor Search", TPAMI 2011).
+Navigable Small World Graphs", TPAMI 2020), here of numbers from -1 to 1 rounded to eight bits. IVF-PQ looks into the
+cells of a coarse quantizer that are nearest and compares codes of a byte for eight numbers (Jegou et al., "Product
+Quantization for Nearest Neighbor Search", TPAMI 2011).
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ IndexKind: TypeAlias = Literal["flat", "hnsw", "ivfpq"]
 CHUNK = 65536
 # Neighbours of a node in the graph, and how many candidates are kept while it is built and searched.
 _M, _EF_CONSTRUCTION, _EF_SEARCH = 32, 120, 256
+# The eight bits of a number in the graph are of those from minus this to this.
+_RANGE = 1
 # Numbers that a byte of a code stands for, cells that are looked into, iterations of k-means, rows a cell to train on.
 _NUMBERS_A_BYTE, _PROBES, _ITERATIONS, _TRAINED_A_CELL = 8, 32, 10, 64
 # A code of a byte has so many values, which take as many rows to train.
@@ -34,7 +36,8 @@ class Approximate(NamedTuple):
     """What tells a kind of approximate index from another.
 
     Attributes:
-        new: (rows, size) to an untrained index and its parameters, which stand in index.json.
+        new: (rows, size) to an index, untrained where it learns from features, and its parameters, which stand in
+            index.json.
         fetched: places wanted to those that faiss is asked for, of which the exact distances decide.
         search: (index, features, places, selector) to (Q, places) rows, -1 where there are no more.
     """
@@ -81,8 +84,9 @@ def extend(index: Any, features: np.ndarray) -> None:
 
 
 def is_outgrown(kind: str, parameters: dict[str, Any], rows: int) -> bool:
-    """Whether an index was trained on so few images that it has to be made anew for `rows`."""
-    return kind == "ivfpq" and rows > 4 * parameters["rows_when_trained"]
+    """Whether an index was trained on images that do not stand for `rows`, so that it has to be made anew."""
+    # A graph without a range has those of its first gallery, which clip what came later for good.
+    return "range" not in parameters if kind == "hnsw" else rows > 4 * parameters["rows_when_trained"]
 
 
 def write(index: Any, path: Path) -> None:
@@ -126,8 +130,10 @@ def _new_hnsw(rows: int, size: int) -> tuple[Any, dict[str, Any]]:
     # eight bits are a quarter of the memory traffic, which the time of a search is; exact distances follow.
     index = faiss.IndexHNSWSQ(size, faiss.ScalarQuantizer.QT_8bit, _M, faiss.METRIC_L2)
     index.hnsw.efConstruction = _EF_CONSTRUCTION
-    parameters = {"M": _M, "efConstruction": _EF_CONSTRUCTION, "efSearch": _EF_SEARCH, "bits": 8}
-    return index, parameters | {"trained_on": min(rows, CHUNK)}
+    # Ranges that hold every feature of length 1: learnt from a gallery they would clip those that are added later.
+    index.train(np.array([[-_RANGE], [_RANGE]], dtype=np.float32).repeat(size, axis=1))
+    parameters = {"M": _M, "efConstruction": _EF_CONSTRUCTION, "efSearch": _EF_SEARCH, "bits": 8, "range": _RANGE}
+    return index, parameters
 
 
 def _search_hnsw(index: Any, queries: np.ndarray, places: int, selector: Any) -> np.ndarray:
@@ -156,7 +162,8 @@ def _search_ivfpq(index: Any, queries: np.ndarray, places: int, selector: Any) -
 
 
 _KINDS = {
-    "hnsw": Approximate(_new_hnsw, lambda places: places + 8, _search_hnsw),
+    # Of a network that tells little apart, all cosines above 0.999, eight bits order the first neighbours otherwise.
+    "hnsw": Approximate(_new_hnsw, lambda places: places + 24, _search_hnsw),
     # Codes only guess the order of near images: many are fetched for the exact distances to decide.
     "ivfpq": Approximate(_new_ivfpq, lambda places: 20 * places + 50, _search_ivfpq),
 }

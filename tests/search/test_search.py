@@ -24,7 +24,7 @@ from dan_fast.nn import DAN
 from dan_fast.reporting import search_page as page_module
 from dan_fast.search import GalleryIndex, gallery_index, kinds, update_index
 from dan_fast.search.exact import _MARGIN as MARGIN
-from dan_fast.search.searcher import Searcher
+from dan_fast.search.searcher import Searcher, recall
 from tests.support.searches import draw, search_page, searched
 from tests.support.tiny_training import IMAGE_SIZE, OneConvolution
 from tests.support.untrained import untrained_checkpoint
@@ -337,6 +337,38 @@ def test_an_approximate_index_is_written_extended_and_searched(tmp_path, monkeyp
     )
     with pytest.raises(DanFastError, match="missing or damaged"):
         kinds.read(tmp_path / "a.faiss", 2900, 32)
+
+
+@pytest.mark.parametrize("size", [64, 512])
+@pytest.mark.parametrize("first", [1, 10], ids=["one image", "one person"])
+def test_a_graph_that_began_with_little_finds_what_is_added(first, size):
+    features, queries = clustered(3000, size)[:2900], clustered(3000, size)[2900:]
+    # One person after the other, as the files of a folder.
+    features = features[np.argsort(np.arange(2900) % 300, kind="stable")]
+    index, _ = kinds.build("hnsw", features[:first])
+    kinds.extend(index, features)
+    searcher = Searcher(features, np.arange(2900), "hnsw", index)
+    found, exact = searcher.search(queries, 10), searcher.search(queries, 10, exact=True)
+    assert recall(found.rows, exact.rows) > 0.99
+
+
+def test_numbers_of_the_graph_are_those_of_the_features():
+    """Of any of length 1, to a step of the eight bits, whatever it was built of."""
+    features = np.concatenate([np.eye(48, dtype=np.float32), -np.eye(48, dtype=np.float32), clustered(50, 48)])
+    index, _ = kinds.build("hnsw", features[:1])
+    kinds.extend(index, features)
+    assert np.abs(index.storage.reconstruct_n(0, len(features)) - features).max() <= 2 / 255
+
+
+def test_a_graph_with_ranges_of_its_first_gallery_serves_until_it_is_made_anew(run, folder, checkpoint):
+    lists = run("--index", "hnsw")
+    described = folder / "out" / "index" / "index.json"
+    content = json.loads(described.read_text())
+    del content["kinds"]["hnsw"]["parameters"]["range"]
+    described.write_text(json.dumps(content))
+    assert GalleryIndex(described.parent, FeatureExtractor(checkpoint, "cpu"), "hnsw").size == 14
+    assert run("--index", "hnsw") == lists
+    assert json.loads(described.read_text())["kinds"]["hnsw"]["parameters"]["range"] == 1
 
 
 def test_recall_tells_an_index_that_finds_others(run, folder, monkeypatch, capsys):
