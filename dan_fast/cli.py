@@ -216,8 +216,10 @@ def _add_flags(parser: ArgumentParser, command: str, recipe: str | None) -> None
             parser.add_argument("paths", nargs="+", type=str, metavar="PATH", help=of_images)
             parser.add_function_arguments(called, skip={"paths"})
         case "search":
-            of_gallery = "Folders, files or patterns to search in, or a dataset, whose gallery is taken if it has one."
-            of_queries = "Images to search for, given alike; of a dataset its queries."
+            of_gallery = (
+                "Folders, files or patterns to search in, or datasets: of each its gallery, or all if it has none."
+            )
+            of_queries = "Images to search for, given alike; of each dataset its queries, or all if it has none."
             for name, what in (("gallery", of_gallery), ("query", of_queries)):
                 parser.add_argument(f"--{name}", nargs="+", required=True, type=str, metavar="PATH", help=what)
             parser.add_function_arguments(called, skip={"gallery", "query"})

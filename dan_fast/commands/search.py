@@ -14,7 +14,7 @@ from dan_fast.core.files import alone, remove_unfinished, require_writable, writ
 from dan_fast.core.terminal import PLAIN, progress_line
 from dan_fast.data.samples import Sample
 from dan_fast.inference import FeatureExtractor
-from dan_fast.inference.sources import Part, find_images
+from dan_fast.inference.sources import find_images
 from dan_fast.reporting.search_page import PICTURES, write_search_page
 from dan_fast.search import GalleryIndex, Update, update_index
 from dan_fast.search.kinds import IndexKind, faiss_library
@@ -42,8 +42,8 @@ def search(
     network attends to. A query's own file is left out of its list.
 
     Args:
-        gallery: Folders, files or patterns to search in, or a dataset, whose gallery is taken where it has one.
-        query: Images to search for, given alike; of a dataset its queries.
+        gallery: Folders, files or patterns to search in, or datasets, of each its gallery, or all where it has none.
+        query: Images to search for, given alike; of each dataset its queries, or all where it has none.
         checkpoint: The checkpoint.pt of a run, or a shared folder.
         out: Folder for the index, the lists and the page.
         index: flat compares all features; hnsw, a graph, and ivfpq, codes in cells, compare few of millions, and what
@@ -64,8 +64,8 @@ def search(
     if index != "flat":
         faiss_library()
     # What the page of a search before shows may lie among the gallery's images, and is none of them.
-    both = (find_images(paths, leave_out=folder / PICTURES) for paths in (gallery, query))
-    images, queries = (_of_split(parts, split) for parts, split in zip(both, ("gallery", "query"), strict=True))
+    images = _of_split(gallery, "gallery", leave_out=folder / PICTURES)
+    queries = _of_split(query, "query", leave_out=folder / PICTURES)
     extractor = FeatureExtractor(checkpoint, device, batch_size, workers=workers, broken_images=broken_images)
     try:
         # The queries first: one that cannot be decoded is known before the gallery is embedded.
@@ -107,11 +107,14 @@ def search(
     console.print(f"{page}: {len(lists)} queries in {found.size} images.", **PLAIN)
 
 
-def _of_split(parts: Sequence[Part], split: str) -> list[Sample]:
-    """The images of a split, where there are any of it, and those of no dataset; else all."""
-    if any(part.split == split for part in parts):
-        parts = [part for part in parts if part.split in (split, "")]
-    return [sample for part in parts for sample in part.samples]
+def _of_split(paths: Sequence[str], split: str, leave_out: Path) -> list[Sample]:
+    """Of each path the images of a split, where it is a dataset that has any of it; else all of that path."""
+    samples: list[Sample] = []
+    for path in paths:
+        parts = find_images([path], leave_out)
+        chosen = [part for part in parts if part.split == split] or parts
+        samples += (sample for part in chosen for sample in part.samples)
+    return samples
 
 
 def _sentences(update: Update) -> list[str]:

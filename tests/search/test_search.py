@@ -28,6 +28,7 @@ from dan_fast.search.searcher import Searcher, recall
 from tests.support.searches import draw, search_page, searched
 from tests.support.tiny_training import IMAGE_SIZE, OneConvolution
 from tests.support.untrained import untrained_checkpoint
+from tests.support.written_sets import manifest
 
 NAMES = [f"{number:02d}.png" for number in range(12)]
 
@@ -130,6 +131,24 @@ def test_an_extended_index_is_a_new_one(run, folder, embedded, capsys):
     returned = run("--top", 20)
     assert sum(embedded) == 3, "an image that comes back is not embedded again"
     assert paths_of(returned) == paths_of(run("--top", 20, out="newer"))
+
+
+@pytest.mark.parametrize("other", ["train", "gallery"])
+def test_of_each_dataset_the_split_is_taken_where_it_has_one(run, folder, other):
+    """Whatever another dataset beside it has."""
+    names = {"gallery": (3, 4), "query": (3, 4)}, {other: (5, 6, 7)}
+    whole, part = (Path(manifest(folder / place, **each)) for place, each in zip("wp", names, strict=True))
+    for place in (whole, part):
+        draw(place, [path.name for path in place.glob("*.jpg")])
+    paths = (part, folder / "gallery" / "03.png", whole)
+    lists = run("--gallery", *paths, "--query", *paths, "--top", 20)
+    expected = [part / f"{other}{number}.jpg" for number in range(3)] + [folder / "gallery" / "03.png"]
+    gallery, queries = (
+        [*map(str, expected), *(f"{whole}/{split}{number}.jpg" for number in range(2))]
+        for split in ("gallery", "query")
+    )
+    assert [each["path"] for each in lists] == queries
+    assert {*paths_of(lists)[-1]} == {*gallery}
 
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw"])
