@@ -23,6 +23,8 @@ from dan_fast.search.searcher import Found, Searcher
 # To be raised with every change of what is in an index, the pixels that features are of among it.
 _SCHEMA = 2
 _FEATURES, _INDEX, _UNFINISHED = "features.f32", "index.json", "unfinished.json"
+# The lists in these files that have an entry for each row.
+_COLUMNS = "paths", "status", "pids", "camids"
 # So many images, and a tenth of those that are there, are embedded before they are written down.
 _SAVED = 4096
 
@@ -217,42 +219,48 @@ def _embed(
 ) -> list[Path]:
     """Append the features of files, and absolute path and status of each; returns those that cannot be decoded."""
     skipped: list[Path] = []
-    saved = len(stored["paths"])
+    added: list[tuple[str, tuple[int, int]]] = []
+    before, saved = len(stored["paths"]), 0
     file = folder / _FEATURES
+
+    def whole() -> dict[str, Any]:
+        unknown = [-1] * len(added)
+        columns = ([path for path, _ in added], [status for _, status in added], unknown, unknown)
+        return stored | {name: stored[name] + column for name, column in zip(_COLUMNS, columns, strict=True)}
+
     try:
         file.touch()
         # Its end is inside, where what could not be written is tried once more.
         with file.open("r+b") as stream:
             # What a killed process wrote and did not write down.
-            stream.truncate(4 * stored["size"] * saved)
+            stream.truncate(4 * stored["size"] * before)
             stream.seek(0, os.SEEK_END)
 
             def save() -> None:
                 stream.flush()
                 os.fsync(stream.fileno())
-                _save(folder / _UNFINISHED, stored)
+                _save(folder / _UNFINISHED, whole())
 
             try:
                 done = 0
                 for rows in extractor.batches([given for given, *_ in new]):
                     share, readable = new[done : done + len(rows)], rows[:, 0].isfinite()
                     stream.write(rows[readable].numpy().data)
-                    for (given, path, status), is_readable in zip(share, readable.tolist(), strict=True):
-                        if is_readable:
-                            for name, value in (("paths", path), ("status", status), ("pids", -1), ("camids", -1)):
-                                stored[name].append(value)
-                        else:
-                            skipped.append(given)
+                    found = list(zip(share, readable.tolist(), strict=True))
+                    skipped += [given for (given, *_), is_readable in found if not is_readable]
+                    # All of a batch in one step: an interrupt comes before it or after it.
+                    added += [(path, status) for (_, path, status), is_readable in found if is_readable]
                     done += len(rows)
                     progress(done, len(new))
-                    if len(stored["paths"]) - saved >= max(_SAVED, saved // 10):
-                        saved = len(stored["paths"])
+                    if len(added) - saved >= max(_SAVED, (before + saved) // 10):
+                        saved = len(added)
                         save()
             finally:
-                if len(stored["paths"]) > saved:
+                if len(added) > saved:
                     save()
     except OSError as error:
         raise DanFastError(f"{file} could not be written ({error.strerror}): make room.") from error
+    stored.update(whole())
     return skipped
 
 
@@ -283,7 +291,7 @@ def _latest(folder: Path, extractor: FeatureExtractor) -> dict[str, Any]:
     """What is known of the features: of a call that was stopped, if it came further than the last that was not."""
     own = weights_hash(extractor.network)
     found = [content for name in (_INDEX, _UNFINISHED) if (content := _read(folder, name, own)) is not None]
-    fresh = {name: [] for name in ("paths", "status", "pids", "camids", "gallery")}
+    fresh = {name: [] for name in (*_COLUMNS, "gallery")}
     fresh |= {"schema": _SCHEMA, "weights": own, "size": extractor.size, "kinds": {}}
     return max(found, key=lambda content: len(content["paths"]), default=fresh)
 
@@ -294,6 +302,7 @@ def _read(folder: Path, name: str, own: str) -> dict[str, Any] | None:
     try:
         content = json.loads(file.read_bytes())
         schema, weights, size = content["schema"], content["weights"], content["size"]
+        lengths = {len(content[column]) for column in _COLUMNS}
         lacking = 4 * size * len(content["paths"]) - (folder / _FEATURES).stat().st_size
     except FileNotFoundError:
         if file.exists():
@@ -310,6 +319,10 @@ def _read(folder: Path, name: str, own: str) -> dict[str, Any] | None:
             f"{folder} is an index of another checkpoint (weights {weights[:8]}, not {own[:8]}): use that one, or name "
             "another folder."
         )
+    if len(lengths) > 1:
+        # Without the other the index is as it was before the call that was stopped.
+        wrong = file if name == _UNFINISHED else folder
+        raise DanFastError(f"{file} has lists of different lengths: remove {wrong}, and what it lacks is made anew.")
     if lacking > 0:
         raise DanFastError(f"{folder / _FEATURES} is cut short: remove {folder}, and it is made anew.")
     return content

@@ -1,6 +1,7 @@
 """`dan-fast search`: the order of its lists, how its index is kept and extended, its page, and what it refuses."""
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -195,6 +196,43 @@ def test_a_kill_at_any_moment_leaves_the_index_as_it_was(folder, tmp_path, monke
         assert {path.name for path in copy.iterdir()} == {path.name for path in index.iterdir()}
 
 
+def test_an_interrupt_between_any_two_lines_leaves_whole_rows(folder, tmp_path, monkeypatch):
+    network = DAN(2, OneConvolution(), IMAGE_SIZE, reduction=2).eval()
+    monkeypatch.setattr("dan_fast.inference.extractor.trained_network", lambda path: (network, {}))
+    extract, images = FeatureExtractor("tiny", "cpu", batch_size=2), find_images([str(folder / "gallery")])[0].samples
+    images = images[:5]
+    expected = extract([image.path for image in images]).numpy()
+
+    def interrupting(line: int):
+        lines = itertools.count()
+
+        def at_line(frame, event, argument):
+            if event == "line" and next(lines) == line:
+                raise KeyboardInterrupt
+            return at_line
+
+        return lambda frame, *_: at_line if frame.f_code is gallery_index._embed.__code__ else None
+
+    for line in itertools.count():
+        index, before = tmp_path / f"index{line}", sys.gettrace()
+        sys.settrace(interrupting(line))
+        try:
+            update_index(index, extract, images)
+        except KeyboardInterrupt:
+            interrupted = True
+        else:
+            interrupted = False
+        finally:
+            sys.settrace(before)
+        update_index(index, extract, images)
+        assert [image.path for image in GalleryIndex(index, extract).images] == [image.path for image in images]
+        features = np.fromfile(index / "features.f32", dtype=np.float32).reshape(expected.shape)
+        np.testing.assert_allclose(features, expected, atol=1e-6)
+        if not interrupted:
+            break
+    assert line > 30
+
+
 def test_what_is_stopped_goes_on(run, folder, embedded, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         batches = FeatureExtractor.batches
@@ -282,7 +320,7 @@ def test_a_mistake_is_one_sentence(run, folder, monkeypatch, capsys, arguments, 
         assert not (folder / "out").exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "nonsense", "newer", "older", "without features", "graph"])
+@pytest.mark.parametrize("damage", ["cut", "nonsense", "newer", "older", "without features", "graph", "lists"])
 def test_a_damaged_index_is_named(run, folder, capsys, damage):
     run("--index", "hnsw")
     index = folder / "out" / "index"
@@ -297,6 +335,9 @@ def test_a_damaged_index_is_named(run, folder, capsys, damage):
             described.write_text(json.dumps(json.loads(described.read_text()) | {"schema": schema}))
         case "without features":
             features.unlink()
+        case "lists":
+            content = json.loads(described.read_text())
+            described.write_text(json.dumps(content | {"camids": content["camids"][:-1]}))
         case "graph":
             (graph,) = index.glob("*.faiss")
             graph.write_bytes(graph.read_bytes()[:200])
@@ -308,6 +349,20 @@ def test_a_damaged_index_is_named(run, folder, capsys, damage):
     if damage == "graph":
         graph.unlink()
         assert len(run("--index", "hnsw")) == 3
+
+
+def test_unfinished_lists_of_different_lengths_are_named_and_the_index_stays(run, folder, embedded, capsys):
+    lists = run()
+    unfinished = folder / "out" / "index" / "unfinished.json"
+    content = json.loads(unfinished.with_name("index.json").read_text())
+    unfinished.write_text(json.dumps(content | {"paths": [*content["paths"], "more.png"]}))
+    capsys.readouterr()
+    run(code=1)
+    error = capsys.readouterr().err
+    assert f"{unfinished} has lists of different lengths: remove {unfinished}, and" in error and error.count("\n") == 1
+    unfinished.unlink()
+    embedded.clear()
+    assert run() == lists and sum(embedded) == 3
 
 
 def test_images_that_cannot_be_decoded_are_skipped(run, folder, embedded, capsys):
