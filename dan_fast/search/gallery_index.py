@@ -110,6 +110,8 @@ class GalleryIndex:
     def search(self, features: np.ndarray, places: int, exact: bool = False) -> Found:
         """The images nearest to (Q,C) features of length 1; `exact` compares all features whatever the kind is.
 
+        Beside its result it needs the memory of about a thousand queries, however many there are.
+
         Raises:
             ValueError: features that are not finite, as those of images that could not be decoded.
         """

@@ -14,8 +14,6 @@ from dan_fast.search.searcher import recall
 
 # Queries that the exact search is asked too, to tell what an approximate one misses.
 _COMPARED = 200
-# Queries at a time: what lies in memory of them does not depend on how many there are.
-_BLOCK = 1024
 
 
 def ranked_lists(
@@ -29,15 +27,13 @@ def ranked_lists(
     """
     readable = np.flatnonzero(np.isfinite(features).all(axis=1))
     lists = [_described(query) | {"matches": None} for query in queries]
-    for first in range(0, len(readable), _BLOCK):
-        block = readable[first : first + _BLOCK]
-        found = index.search(features[block], top + 1)
-        for place, scores, rows in zip(block.tolist(), found.scores, found.rows, strict=True):
-            own = lists[place]["path"]
-            images = [(index.images[row], score) for row, score in zip(rows, scores.tolist(), strict=True) if row >= 0]
-            matches = [_described(image) | {"score": score} for image, score in images]
-            matches = [match for match in matches if match["path"] != own][:top]
-            lists[place]["matches"] = [{"rank": rank} | match for rank, match in enumerate(matches, start=1)]
+    found = index.search(features[readable], top + 1)
+    for place, scores, rows in zip(readable.tolist(), found.scores, found.rows, strict=True):
+        own = lists[place]["path"]
+        images = [(index.images[row], score) for row, score in zip(rows, scores.tolist(), strict=True) if row >= 0]
+        matches = [_described(image) | {"score": score} for image, score in images]
+        matches = [match for match in matches if match["path"] != own][:top]
+        lists[place]["matches"] = [{"rank": rank} | match for rank, match in enumerate(matches, start=1)]
     return lists
 
 

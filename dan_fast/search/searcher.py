@@ -11,6 +11,8 @@ from dan_fast.search.exact import nearest_in_float32, order_exactly, search_exac
 
 # Beyond the places wanted: what float32 may have in another order than float64.
 _MARGIN = 8
+# Queries at a time: the products of all of them with a chunk of the features would take 256 KB a query.
+_BLOCK = 1024
 
 
 class Found(NamedTuple):
@@ -42,18 +44,22 @@ class Searcher:
 
     def search(self, queries: np.ndarray, places: int, exact: bool = False) -> Found:
         """The nearest features to (Q,C) queries of length 1; `exact` compares all whatever the kind is."""
-        queries = np.ascontiguousarray(queries, dtype=np.float32)
-        if exact or self.kind == "flat":
-            distances, rows = search_exactly(self.features, queries, places, self.order)
-        else:
-            asked = min(kinds.fetched(self.kind, places), len(self.features))
-            rows = kinds.search(self.kind, self.index, queries, asked, self._gone)
-            rows = nearest_in_float32(self.features, queries, rows, places + _MARGIN)
-            distances, rows = order_exactly(self.features, queries, rows, self.order)
-            lacking = ((0, 0), (0, max(0, places - rows.shape[1])))
-            distances = np.pad(distances[:, :places], lacking, constant_values=np.inf)
-            rows = np.pad(rows[:, :places], lacking, constant_values=-1)
+        distances, rows = np.full((len(queries), places), np.inf), np.full((len(queries), places), -1, dtype=np.int64)
+        for first in range(0, len(queries), _BLOCK):
+            block = slice(first, first + _BLOCK)
+            near, found = self._of_block(np.ascontiguousarray(queries[block], dtype=np.float32), places, exact)
+            kept = min(places, near.shape[1])
+            distances[block, :kept], rows[block, :kept] = near[:, :kept], found[:, :kept]
         return Found(1 - distances, rows)
+
+    def _of_block(self, queries: np.ndarray, places: int, exact: bool) -> tuple[np.ndarray, np.ndarray]:
+        """(Q,k) distances and rows in their order; k is the places or more, or less where there are no more rows."""
+        if exact or self.kind == "flat":
+            return search_exactly(self.features, queries, places, self.order)
+        asked = min(kinds.fetched(self.kind, places), len(self.features))
+        rows = kinds.search(self.kind, self.index, queries, asked, self._gone)
+        rows = nearest_in_float32(self.features, queries, rows, places + _MARGIN)
+        return order_exactly(self.features, queries, rows, self.order)
 
 
 def recall(found: np.ndarray, nearest: np.ndarray) -> float:

@@ -24,7 +24,7 @@ from dan_fast.inference.sources import find_images
 from dan_fast.nn import DAN
 from dan_fast.reporting import search_page as page_module
 from dan_fast.search import GalleryIndex, gallery_index, kinds, update_index
-from dan_fast.search.exact import _MARGIN as MARGIN
+from dan_fast.search import exact as exact_search
 from dan_fast.search.searcher import Searcher, recall
 from tests.support.searches import draw, search_page, searched
 from tests.support.tiny_training import IMAGE_SIZE, OneConvolution
@@ -97,10 +97,32 @@ def test_lists_are_exact_where_float32_is_not(monkeypatch, spread):
     expected[:, order < 0] = torch.inf
     found = Searcher(features, order, "flat").search(queries, 10)
     assert np.array_equal(found.rows, expected.argsort(dim=1, stable=True)[:, :10].numpy())
-    near = np.argsort(-(queries @ features.T), axis=1)[:, : 10 + MARGIN]
+    near = np.argsort(-(queries @ features.T), axis=1)[:, : 10 + exact_search._MARGIN]
     assert np.isin(found.rows, near).all() == (spread == 1), "whether the candidates of float32 do"
     some = Searcher(features[:6], order[:6], "flat").search(queries, 10)
     assert (some.rows[:, 5:] == -1).all() and np.isneginf(some.scores[:, 5:]).all()
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivfpq"])
+def test_many_queries_are_searched_for_in_blocks(monkeypatch, kind):
+    """What the products take does not depend on how many queries there are, and the lists do not depend on blocks."""
+    features, queries, asked = clustered(300), clustered(2110), []
+
+    def counted(call, place):
+        return lambda *arguments: asked.append(len(arguments[place])) or call(*arguments)
+
+    monkeypatch.setattr(exact_search, "_candidates", counted(exact_search._candidates, 1))
+    monkeypatch.setattr(kinds, "search", counted(kinds.search, 2))
+    searcher = Searcher(features, np.arange(300), kind, None if kind == "flat" else kinds.build(kind, features)[0])
+    found = searcher.search(queries, 4)
+    assert max(asked) <= 1024 and sum(asked) == 2110
+    assert found.rows.shape == found.scores.shape == (2110, 4)
+    for share in (slice(0, 5), slice(1020, 1030), slice(2100, 2110)):
+        alone_found = searcher.search(queries[share], 4)
+        assert np.array_equal(found.rows[share], alone_found.rows)
+        assert np.array_equal(found.scores[share], alone_found.scores)
+    none = searcher.search(queries[:0], 4)
+    assert none.rows.shape == none.scores.shape == (0, 4)
 
 
 def test_the_own_file_of_a_query_is_left_out(run, folder):
