@@ -12,6 +12,7 @@ from rich.console import Console
 from dan_fast.core.batches import BrokenImages
 from dan_fast.core.files import alone, remove_unfinished, require_writable, write_text
 from dan_fast.core.terminal import PLAIN, progress_line
+from dan_fast.data.images.reading import DECODED_BY
 from dan_fast.data.samples import Sample
 from dan_fast.inference import FeatureExtractor
 from dan_fast.inference.sources import find_images
@@ -80,7 +81,7 @@ def search(
     finally:
         with suppress(OSError):
             folder.rmdir()
-    for line in _sentences(update):
+    for line in _sentences(update, folder / "index"):
         console.print(line, **PLAIN)
     found = GalleryIndex(folder / "index", extractor, index)
     lists = ranked_lists(found, queries, features, top)
@@ -117,10 +118,13 @@ def _of_split(paths: Sequence[str], split: str, leave_out: Path) -> list[Sample]
     return samples
 
 
-def _sentences(update: Update) -> list[str]:
+def _sentences(update: Update, index: Path) -> list[str]:
     changed = f", {len(update.changed)} of them changed" if update.changed else ""
     lines = [f"Index: {update.added} images embedded{changed}, {update.kept} were there."]
     if update.gone:
         lines.append(f"{len(update.gone)} images of the index are not in the gallery and are not found, the first is "
                      f"{update.gone[0]}.")  # fmt: skip
+    if others := [each for each in update.decoded_by if each != DECODED_BY]:
+        lines.append(f"Images of the index were decoded by {' and by '.join(others)}, and this is {DECODED_BY}, whose "
+                     f"pixels may differ a little: remove {index}, and all is made anew.")  # fmt: skip
     return lines + [f"Skipped {path}: it cannot be decoded." for path in update.skipped]

@@ -19,6 +19,7 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import alone, remove_unfinished, write_whole
 from dan_fast.core.float32 import float32_rounding
 from dan_fast.data.images.cache_header import digest, status_of
+from dan_fast.data.images.reading import DECODED_BY
 from dan_fast.data.samples import Sample
 from dan_fast.inference.extractor import FeatureExtractor, Show, weights_hash
 from dan_fast.inference.sources import Part
@@ -66,7 +67,8 @@ def write_features(out: Path, extractor: FeatureExtractor, parts: Sequence[Part]
     column of lists of C numbers.
 
     What is done lies in `chunk_folder` until everything is. Started again it goes on from there; features of images
-    that have changed since, of other weights or of another batch size are made anew.
+    that have changed since, of other weights, of another batch size or of another version of Pillow, torchvision or
+    PyTorch are made anew.
 
     Args:
         out: the file; see `require_format`.
@@ -110,6 +112,7 @@ def _chunks(folder: Path, extractor: FeatureExtractor, parts: Sequence[Part], pr
     """The files of consecutive features, those that are missing made first."""
     made_by = (
         _FORMAT,
+        DECODED_BY,
         torch.__version__,
         extractor.device.type,
         float32_rounding(extractor.device),

@@ -14,6 +14,7 @@ import numpy as np
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import absolute, alone, remove_unfinished, write_text
 from dan_fast.data.images.cache_header import status_of
+from dan_fast.data.images.reading import DECODED_BY
 from dan_fast.data.samples import Sample
 from dan_fast.inference.extractor import FeatureExtractor, Show, weights_hash
 from dan_fast.search import kinds
@@ -38,6 +39,8 @@ class Update(NamedTuple):
         changed: files that are not those that were embedded before.
         gone: images of the index that the gallery does not hold; they are not found.
         skipped: images that could not be decoded.
+        decoded_by: the versions of Pillow and torchvision that decoded and resized the images of the index, as far as
+            it says; features of the same image by others may differ a little.
     """
 
     added: int
@@ -45,6 +48,7 @@ class Update(NamedTuple):
     changed: list[Path]
     gone: list[Path]
     skipped: list[Path]
+    decoded_by: list[str]
 
 
 class GalleryIndex:
@@ -209,6 +213,7 @@ def _add_images(
         changed=[Path(path) for path in new if path in before],
         gone=[Path(path) for path in sorted(before - images.keys())],
         skipped=skipped,
+        decoded_by=stored["decoded_by"],
     )
 
 
@@ -228,7 +233,10 @@ def _embed(
     def whole() -> dict[str, Any]:
         unknown = [-1] * len(added)
         columns = ([path for path, _ in added], [status for _, status in added], unknown, unknown)
-        return stored | {name: stored[name] + column for name, column in zip(_COLUMNS, columns, strict=True)}
+        extended = {name: stored[name] + column for name, column in zip(_COLUMNS, columns, strict=True)}
+        # An index may be older than this entry.
+        known = {*stored.get("decoded_by", ()), *([DECODED_BY] if added else ())}
+        return stored | extended | {"decoded_by": sorted(known)}
 
     try:
         file.touch()

@@ -281,7 +281,7 @@ def test_of_a_shared_folder_the_features_are_those_of_its_checkpoint(run, folder
     assert np.array_equal(shared["features"], given["features"])
 
 
-@pytest.mark.parametrize("change", ["image", "checkpoint", "batch size", "rounding", "skipped", "nothing"])
+@pytest.mark.parametrize("change", ["image", "checkpoint", "batch size", "rounding", "decoder", "skipped", "nothing"])
 def test_what_has_changed_since_is_made_anew(run, folder, checkpoint, tmp_path, embedded, monkeypatch, change):
     more, images, place = [], [folder], 3
     if change == "skipped":
@@ -299,6 +299,8 @@ def test_what_has_changed_since_is_made_anew(run, folder, checkpoint, tmp_path, 
         more, images = ["--batch_size", 2 * BATCH], files_of(folder)[:24]
     if change == "rounding":
         monkeypatch.setattr(feature_file, "float32_rounding", lambda device: "TF32 in convolutions")
+    if change == "decoder":
+        monkeypatch.setattr(feature_file, "DECODED_BY", "Pillow 99")
     found = run(*images, *more, code=1 if change == "skipped" else 0)
     if change == "skipped":
         assert not found, "an image that was skipped is an error where none is to be"

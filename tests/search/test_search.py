@@ -17,8 +17,10 @@ import torch
 
 from dan_fast import DanFastError, FeatureExtractor
 from dan_fast.cli import main
+from dan_fast.commands import search as search_command
 from dan_fast.core.files import alone
 from dan_fast.data import load_dataset
+from dan_fast.data.images import reading
 from dan_fast.evaluation import pairwise_distances
 from dan_fast.inference.sources import find_images
 from dan_fast.nn import DAN
@@ -371,6 +373,43 @@ def test_a_damaged_index_is_named(run, folder, capsys, damage):
     if damage == "graph":
         graph.unlink()
         assert len(run("--index", "hnsw")) == 3
+
+
+def test_what_other_versions_decoded_is_said(run, folder, embedded, monkeypatch, capsys):
+    index = folder / "out" / "index"
+
+    def decoded_by() -> list[str]:
+        return json.loads((index / "index.json").read_text())["decoded_by"]
+
+    run()
+    assert "decoded by" not in capsys.readouterr().out and decoded_by() == [reading.DECODED_BY]
+    for place in (gallery_index, search_command):
+        monkeypatch.setattr(place, "DECODED_BY", "Pillow 99")
+    said = (
+        f"Images of the index were decoded by {reading.DECODED_BY}, and this is Pillow 99, whose pixels may differ a "
+        f"little: remove {index}, and all is made anew."
+    )
+    embedded.clear()
+    run()
+    assert said in capsys.readouterr().out.splitlines() and decoded_by() == [reading.DECODED_BY]
+    assert sum(embedded) == 3, "what is there is kept"
+    draw(folder / "gallery", ["new.png"], seed=6)
+    run()
+    assert said in capsys.readouterr().out.splitlines() and {*decoded_by()} == {"Pillow 99", reading.DECODED_BY}
+
+
+def test_an_index_that_does_not_say_what_decoded_it_is_extended(run, folder, embedded, capsys):
+    run()
+    described = folder / "out" / "index" / "index.json"
+    content = json.loads(described.read_text())
+    del content["decoded_by"]
+    for added in ([], ["new.png"]):
+        described.write_text(json.dumps(content))
+        draw(folder / "gallery", added, seed=6)
+        embedded.clear()
+        run()
+        assert sum(embedded) == 3 + len(added) and "decoded by" not in capsys.readouterr().out
+        assert len(json.loads(described.read_text())["decoded_by"]) == len(added)
 
 
 def test_unfinished_lists_of_different_lengths_are_named_and_the_index_stays(run, folder, embedded, capsys):

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
-import PIL
 import torch
-import torchvision
 from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -32,7 +30,7 @@ from dan_fast.data.images.cache_header import (
     write_header,
 )
 from dan_fast.data.images.packed import Packed
-from dan_fast.data.images.reading import decode_image, read_image
+from dan_fast.data.images.reading import DECODED_BY, decode_image, read_image
 from dan_fast.data.images.transforms import resize
 from dan_fast.data.images.workers import SentenceLoader
 
@@ -43,8 +41,6 @@ NO_CACHE, USER_CACHE = "none", "user"
 _LOG = logging.getLogger(__name__)
 # Part of every name: to be raised with every change of the pixels or of the file format.
 _FORMAT = 3
-# Other versions may decode and resize to other pixel values.
-_MADE_BY = f"Pillow {PIL.__version__}, torchvision {torchvision.__version__}"
 _BATCH = 32
 
 
@@ -231,8 +227,8 @@ class ImageCache:
         if status.st_size != images.offset + images.nbytes:
             return f"{file} is corrupt: it has {status.st_size} bytes and not {images.offset + images.nbytes}"
 
-        if header.made_by != _MADE_BY:
-            return f"they are of {header.made_by} and this is {_MADE_BY}"
+        if header.made_by != DECODED_BY:
+            return f"they are of {header.made_by} and this is {DECODED_BY}"
 
         current = np.array([status_of(name) for name in names], dtype=np.int64)
         changed, before = (current != header.sources).any(1), header.sources.copy()
@@ -288,7 +284,7 @@ class ImageCache:
             digests=as_rows([each.source.digest for each in decoded]),
             rows=as_rows([each.row for each in decoded]),
             written=file.stat().st_mtime_ns,
-            made_by=_MADE_BY,
+            made_by=DECODED_BY,
             broken={row: each.broken for row, each in enumerate(decoded) if each.broken is not None},
         )
         write_header(header_file, header)

@@ -6,13 +6,17 @@ import io
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
+import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from dan_fast.core.errors import DanFastError
 
+# What decodes and resizes: other versions may do it to other pixel values.
+DECODED_BY = f"Pillow {PIL.__version__}, torchvision {torchvision.__version__}"
 # Of EXIF.
 _ORIENTATION = 0x0112
 

@@ -174,7 +174,7 @@ def test_touched_images_keep_their_pixels(made: Path, paths: list[Path], monkeyp
 def test_another_version_of_the_decoder_has_the_set_made_anew(
     made: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "_MADE_BY", "Pillow 99")
+    monkeypatch.setattr(cache, "DECODED_BY", "Pillow 99")
     assert Opened(made, paths).said[0].endswith("and this is Pillow 99.")
     assert Opened(made, paths).said == []
 
