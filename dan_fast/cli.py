@@ -71,16 +71,13 @@ _COMMANDS = {
     ),
 }
 
-# The flags that take several paths or names, and how these are written.
+# The flags of each command that take several paths or names, and how these are written.
 _FLAGS_OF_LISTS = {
-    "--data.labeled": "'[A, B]'",
-    "--data.unlabeled": "'[A, B]'",
-    "--data.targets": "'[A, B]'",
-    "--targets": "'[A, B]'",
-    "--images": "'[A, B]'",
-    "--domains": "'[A, B]'",
-    "--gallery": "A B",
-    "--query": "A B",
+    "train": dict.fromkeys(("--data.labeled", "--data.unlabeled", "--data.targets"), "'[A, B]'"),
+    "evaluate": {"--targets": "'[A, B]'"},
+    "export": {"--images": "'[A, B]'"},
+    "synthesize": {"--domains": "'[A, B]'"},
+    "search": {"--gallery": "A B", "--query": "A B"},
 }
 
 
@@ -92,14 +89,14 @@ def _parse(argv: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
         ArgumentError: a flag or its value is wrong.
     """
     _require_given_once(argv)
-    files = _values(argv, "--config")
-    for file in filter(os.path.isfile, files):
-        _require_sections(file, argv[0])
+    files = [_config_file(given) for given in _values(argv, "--config")]
     if "train" not in argv[:1]:
         parser = _parser(argv)
         return parser, _with_home(parser.parse_args(argv))
-    from dan_fast.commands.train import recipe_asked_for, recipe_of_run
+    from dan_fast.commands.train import recipe_asked_for, recipe_of_run, require_sections
 
+    for file in filter(Path.is_file, files):
+        require_sections(file)
     asked = recipe_asked_for(_values(argv, "--recipe"), files)
     # Appended, so that the recipe of a flag also wins over a file that names another one.
     argv = [*argv, "--recipe", asked] if asked is not None else argv
@@ -124,44 +121,45 @@ def _values(argv: Sequence[str], flag: str) -> list[str]:
 
 
 def _require_given_once(argv: Sequence[str]) -> None:
-    """Refuse a flag of a list that is given several times: all but the last would be left out.
+    """Refuse a flag of a list that is given several times, path by path: all but the last would be left out.
+
+    A list in brackets is meant to replace what stands before it.
 
     Raises:
         ArgumentError: names the flag.
     """
-    for flag, example in _FLAGS_OF_LISTS.items():
-        if len(_values(argv, flag)) > 1:
+    for flag, example in _FLAGS_OF_LISTS.get(argv[0] if argv else "", {}).items():
+        values = _values(argv, flag)
+        if len(values) > 1 and not values[-1].startswith("["):
             raise ArgumentError(None, f"{flag} is given more than once: give all of it together, {flag} {example}")
 
 
-def _require_sections(file: str, command: str) -> None:
-    """Refuse a file of settings that the parser would not name.
+def _config_file(given: str) -> Path:
+    """The path that --config names, a file of settings where there is one.
 
     Raises:
-        DanFastError: it cannot be read, or what should be a section of a training's settings is none.
+        DanFastError: the file cannot be read, or settings themselves stand there.
     """
-    content = read_mapping(Path(file), "a file of settings")
-    if command == "train":
-        for section, settings in content.items():
-            if section == "recipe" or "." in str(section) or isinstance(settings, dict):
-                continue
-            # A section may stand in a file of its own.
-            own = Path(file).parent / settings if isinstance(settings, str) else None
-            if own is not None and own.is_file():
-                read_mapping(own, f"the settings of {section}")
-            else:
-                held = "empty" if settings is None else repr(settings)
-                raise DanFastError(
-                    f"{section} in {file} is {held} and should be a mapping of settings: write some, or leave it out."
-                )
+    path = Path(given).expanduser()
+    if path.is_file():
+        read_mapping(path, "a file of settings")
+    elif any(mark in given for mark in ("{", "\n", ": ")):
+        raise DanFastError("--config takes the path of a file, not settings: write them into one.")
+    return path
 
 
 def _with_home(parsed: Namespace) -> Namespace:
     """With the home folder in the place of the ~ that paths begin with, which a shell leaves in files and after =."""
     for name, value in parsed.items():
-        if isinstance(value, str) and value.startswith("~"):
-            parsed[name] = os.path.expanduser(value)
+        if isinstance(value, str):
+            parsed[name] = _expanded(value)
+        elif isinstance(value, list):
+            parsed[name] = [_expanded(each) if isinstance(each, str) else each for each in value]
     return parsed
+
+
+def _expanded(text: str) -> str:
+    return os.path.expanduser(text) if text.startswith("~") else text
 
 
 def _parser(argv: Sequence[str], recipe: str | None = None) -> ArgumentParser:
@@ -176,6 +174,8 @@ def _parser(argv: Sequence[str], recipe: str | None = None) -> ArgumentParser:
         description="Data Assimilation Network for generalizable person re-identification.",
         version=dan_fast.__version__,
         exit_on_error=False,
+        # Recipes and files are looked for before the flags are parsed, by their whole names.
+        allow_abbrev=False,
     )
     commands = parser.add_subcommands(required=True, dest="command")
     named = next((word for word in argv if word in _COMMANDS), None)
@@ -187,7 +187,7 @@ def _parser(argv: Sequence[str], recipe: str | None = None) -> ArgumentParser:
 
 
 def _add_command(group: Any, name: str, summary: str) -> ArgumentParser:
-    subparser = ArgumentParser(description=summary, exit_on_error=False)
+    subparser = ArgumentParser(description=summary, exit_on_error=False, allow_abbrev=False)
     subparser.add_argument("--config", action="config", help="YAML file with these settings; flags win over it.")
     group.add_subcommand(name, subparser, help=summary)
     return subparser

@@ -136,10 +136,16 @@ def test_synthesize_prints_the_manifests(tmp_path, capsys):
         (["evaluate"], 2, "arguments are required"),
         (["train", "--data.labeled", "a", "--data.labeled=b"], 2, "--data.labeled is given more than once"),
         (["search", "--gallery", "a", "--query", "b", "--query", "c"], 2, "--query A B (see `dan-fast search --help`)"),
+        (["report", "/nowhere", "--images", "2", "--images", "3"], 1, "/nowhere"),
         (["bench", "memory", "--no-such", "1"], 2, "(see `dan-fast bench --help`)"),
         (["evaluate", "--checkpoint", "~/no.pt", "--targets", "x"], 1, f"{Path.home() / 'no.pt'} does not exist"),
         (["evaluate", "--checkpoint", "x", "--targets", "x", "--out", "/proc/x.json"], 1, "/proc/x.json could not be"),
         (["evaluate", "--checkpoint", "x", "--targets", "x", "--out", "/"], 1, "/ is a folder"),
+        (
+            ["evaluate", "--checkpoint", "x", "--targets", "x", "--out", f"/{'x' * 300}/y.json"],
+            1,
+            "could not be written",
+        ),
         (
             ["search", "--gallery", "x", "--query", "x", "--checkpoint", "x", "--out", "/proc/x"],
             1,
@@ -172,6 +178,7 @@ def test_an_unknown_key_in_the_yaml_is_named(tmp_path, capsys):
     [
         (b"data:\n", "data in {} is empty and should be a mapping of settings"),
         (b"model: nl_cbam\n", "model in {} is 'nl_cbam' and should be a mapping of settings"),
+        (b"run: {out: 2026-02-30}\n", "{} cannot be read as a file of settings (day is out of range for month"),
         (b"- data\n", "{} is not a file of settings: it must be a YAML mapping"),
         (b"data: {a\n", "{} is not YAML (line 2, column 1: "),
         (b"\xff\xfe\x00", "{} cannot be read as a file of settings"),
@@ -193,6 +200,28 @@ def test_sections_may_be_written_with_dots(tmp_path):
     assert settings.run.out == str(Path.home() / "runs" / "x")
 
 
+def test_a_list_in_brackets_replaces_what_stands_before_it():
+    parsed = _parse(["train", "--data.labeled", "a", "--data.labeled", "[b, c]"])[1].train
+    assert parsed.data.labeled == ["b", "c"]
+
+
+def test_a_setting_that_is_in_no_section_is_named(tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text("lr_scale: 10\n")
+    assert main(["train", "--config", str(path)]) == 2
+    assert "lr_scale" in (error := capsys.readouterr().err) and "mapping of settings" not in error
+
+
+def test_a_recipe_is_found_wherever_it_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "config.yaml").write_text("recipe: paper\n")
+    for flags in (["--recipe", "paper"], ["--recipe=paper"], ["--config=~/config.yaml"], ["--config", "~/config.yaml"]):
+        assert _parse(["train", *flags])[1].train.meta.procedure == "daml3"
+    assert main(["train", "--rec", "paper"]) == 2
+    assert main(["train", "--config", "{recipe: paper}"]) == 1
+    assert "--config takes the path of a file, not settings" in capsys.readouterr().err
+
+
 def test_a_section_may_stand_in_a_file_of_its_own(tmp_path, capsys):
     path, own = tmp_path / "config.yaml", tmp_path / "data.yaml"
     path.write_text("data: data.yaml\n")
@@ -205,14 +234,12 @@ def test_a_section_may_stand_in_a_file_of_its_own(tmp_path, capsys):
 
 def test_each_flag_of_a_list_is_known_as_one():
     listed = {Paths, Paths | None, Sequence[str]}
-    found = set()
-    for name, (called, _) in _COMMANDS.items():
-        called = resolve_name(called)
-        if name not in ("bench", "train"):
-            found |= {f"--{flag}" for flag, kind in get_type_hints(called).items() if kind in listed}
-    found |= {f"--data.{flag}" for flag, kind in get_type_hints(DataConfig).items() if kind in listed}
-    # Those given by their places.
-    assert found - {"--paths", "--roots", "--runs"} == _FLAGS_OF_LISTS.keys()
+    given_by_their_places = {"paths", "roots", "runs"}
+    for name, (called, _) in ((name, each) for name, each in _COMMANDS.items() if name != "bench"):
+        kinds = get_type_hints(DataConfig) if name == "train" else get_type_hints(resolve_name(called))
+        flags = {flag for flag, kind in kinds.items() if kind in listed} - given_by_their_places
+        prefix = "--data." if name == "train" else "--"
+        assert {f"{prefix}{flag}" for flag in flags} == _FLAGS_OF_LISTS.get(name, {}).keys(), name
 
 
 def test_a_truncated_checkpoint_is_named(run, images, tmp_path, capsys):

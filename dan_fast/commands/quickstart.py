@@ -153,19 +153,25 @@ def _config(folder: Path, epochs: int, seed: int, workers: int, recipe: str) -> 
             "unlabeled": [str(folder / "data" / name) for name in UNLABELED],
             "targets": [str(folder / "data" / UNSEEN)],
             "image_size": IMAGE_SIZE,
-            "unlabeled_fraction": 0.25,
             "workers": workers,
         },
         model={"backbone": "resnet18", "weights": "none"},
-        memory={"labeled_slots": 600, "unlabeled_slots": 400},
         optimizer={"epochs": epochs, "lr_scale": 30.0},
         run={"out": str(run), "resume": "auto", "seed": seed},
     )
-    # Within a few hundred iterations pseudo labels stay poor, so few images are fed back.
-    config.data.feedback_fraction = min(config.data.feedback_fraction, 0.25)
-    # A long guard seldom acts in so short a run, and a backbone frozen half the time learns little. A recipe without
-    # a guard gets none.
-    config.meta.stall_guard = min(config.meta.stall_guard, 2)
+    # What a recipe has no use for stays as it is.
+    if config.data.unlabeled_share > 0:
+        config.data.unlabeled_fraction = 0.25
+    if config.loss.embedding > 0 or config.loss.labeled_embedding > 0:
+        config.memory.labeled_slots = 600
+    if config.loss.embedding > 0:
+        config.memory.unlabeled_slots = 400
+        # Within a few hundred iterations pseudo labels stay poor, so few images are fed back.
+        config.data.feedback_fraction = min(config.data.feedback_fraction, 0.25)
+    if config.meta.procedure == "daml3":
+        # A long guard seldom acts in so short a run, and a backbone frozen half the time learns little. A recipe
+        # without a guard gets none.
+        config.meta.stall_guard = min(config.meta.stall_guard, 2)
     return config
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from dan_fast.core.devices import resolve_device
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.yaml_files import read_mapping
 from dan_fast.distributed.launch import joined
 from dan_fast.training import TrainConfig, Trainer, recipes
 from dan_fast.training.config import RunConfig, goes_on
@@ -26,7 +29,7 @@ def train(config: TrainConfig) -> None:
         Trainer(config, process_group).fit()
 
 
-def recipe_asked_for(named: Sequence[str], files: Sequence[str]) -> str | None:
+def recipe_asked_for(named: Sequence[str], files: Sequence[Path]) -> str | None:
     """The recipe that flags or YAML files name; None where they name none.
 
     It must be known before the other flags are parsed, because its settings are their defaults.
@@ -37,6 +40,26 @@ def recipe_asked_for(named: Sequence[str], files: Sequence[str]) -> str | None:
     """
     of_files = [recipe for path in files if (recipe := recipes.recipe_of_file(path)) is not None]
     return next((each[-1] for each in (named, of_files) if each), None)
+
+
+def require_sections(file: Path) -> None:
+    """Refuse a file of settings in which a section of a training's is none, which the parser would not name.
+
+    Raises:
+        DanFastError: names the section.
+    """
+    content = read_mapping(file, "a file of settings")
+    for section in (each.name for each in fields(TrainConfig) if each.name in content and each.name != "recipe"):
+        settings = content[section]
+        # A section may stand in a file of its own.
+        own = file.parent / settings if isinstance(settings, str) else None
+        if own is not None and own.is_file():
+            read_mapping(own, f"the settings of {section}")
+        elif not isinstance(settings, dict):
+            held = "empty" if settings is None else repr(settings)
+            raise DanFastError(
+                f"{section} in {file} is {held} and should be a mapping of settings: write some, or leave it out."
+            )
 
 
 def recipe_of_run(run: RunConfig | Any) -> str | None:

@@ -90,16 +90,15 @@ def require_writable(path: str | Path) -> None:
         >>> require_writable(Path(tempfile.mkdtemp()) / "new" / "figures.json")
     """
     path = Path(path).absolute()
-    if path.is_dir():
-        raise DanFastError(f"{path} is a folder: name a file in it.")
-    folder = next(each for each in path.parents if each.exists())
     try:
+        is_folder = path.is_dir()
+        folder = next((each for each in path.parents if each.exists()), path.parent)
         # By a file without a name: rights alone do not say whether a mount takes one.
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise DanFastError(
-            f"{path} could not be written, as {folder} takes no files ({error.strerror}): choose another folder."
-        ) from error
+        raise DanFastError(f"{path} could not be written ({error.strerror}): choose another folder.") from error
+    if is_folder:
+        raise DanFastError(f"{path} is a folder: name a file in it.")
 
 
 def remove_unfinished(folder: Path, names: str = ".*") -> None:

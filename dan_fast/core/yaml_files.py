@@ -31,7 +31,8 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
         raise DanFastError(f"{path} is not YAML ({place}{error.problem}): correct it.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    # A date that does not exist is a ValueError, as is what is no UTF-8.
+    except (OSError, ValueError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise DanFastError(f"{path} cannot be read as {what} ({reason}): name a YAML file.") from error
     if not isinstance(content, dict):

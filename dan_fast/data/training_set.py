@@ -23,9 +23,9 @@ _Identity = tuple[str, int]  # (numbering, pid)
 class TrainingSet:
     """The train splits of the labelled datasets with labels 0..c-1, and those of the unlabelled datasets.
 
-    An identity is a (dataset root, pid): pids of different datasets never mix, and gaps between pids do no
-    harm. The position of an image in `unlabeled_samples` is its sample id, the one the memory stores. The
-    true identities of unlabelled images are for measuring only and enter no loss.
+    An identity is a (numbering, pid), by `overlap.numbering_of`: pids of different datasets never mix but where they
+    share one, and gaps between pids do no harm. The position of an image in `unlabeled_samples` is its sample id, the
+    one the memory stores. The true identities of unlabelled images are for measuring only and enter no loss.
 
     Args:
         labeled: datasets whose train images of known identity train the classifier.
@@ -43,7 +43,7 @@ class TrainingSet:
         true_labels: (n_unlabeled,) int64, the class where the identity is one of the labelled ones, else -1.
         true_ids: (n_unlabeled,) int64, a number 0.. for each identity among the unlabelled images, -1 if
             unknown.
-        persons: real path of a dataset's root -> ascending int64 pids of its persons, labelled or not, in these images.
+        persons: numbering of a dataset -> ascending int64 pids of its persons, labelled or not, in these images.
         images: (n,) int64, `overlap.image_keys` of these images, ascending.
         fingerprint: SHA-256 (hex) of dataset names, relative paths, labels and roles. Sample ids and labels
             mean the same in two sets of equal fingerprint, wherever the folders lie.

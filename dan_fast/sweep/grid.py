@@ -85,7 +85,7 @@ def plan_sweep(
     content, place = _read_grid(grid)
     start = content.get("base", {}) if base is None else str(base)
     if isinstance(start, str):
-        path = Path(start) if base is not None else place.parent / start
+        path = Path(start).expanduser() if base is not None else place.parent / Path(start).expanduser()
         start = read_mapping(path, "a configuration of a training")
     start = {**start, "recipe": recipe or recipe_of(start) or content.get("recipe", DEFAULT_RECIPE)}
     named = "arms" in content

@@ -5,6 +5,7 @@ import multiprocessing
 import pickle
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,6 +96,19 @@ def test_operations_of_grouped_convolutions_are_not_counted_as_dense():
     with FlopCounterMode(display=False) as counter:
         layer(images).sum().backward()
     assert contenders.operations(counter) == 3 * 2 * (2 * 8 * 36) * 9 < counter.get_total_flops()
+
+
+def test_what_is_decoded_ahead_before_the_clock_starts_is_decoded_before_it_stops():
+    given = Epoch("", "", "resnet18", 64, 32, batch=8, iterations=3, workers=2, device="cpu", untimed=2)
+    assert given.planned == 2 + 3 + 4
+    trained, handed_out = [], iter(range(given.planned))
+    contenders.go_through(SimpleNamespace(batches=lambda number: handed_out, train=trained.append), given)
+    assert trained == [0, 1, 2, 3, 4] and len(list(handed_out)) == 4
+    # A whole epoch decodes all of it while the clock runs.
+    whole = given._replace(untimed=0)
+    loop = SimpleNamespace(batches=lambda number: iter(range(whole.planned)), train=trained.append)
+    contenders.go_through(loop, whole)
+    assert trained[5:] == [0, 1, 2]
 
 
 def test_losses_that_differ_are_a_difference():

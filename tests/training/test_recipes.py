@@ -17,6 +17,7 @@ from dan_fast.reporting.runs import read_runs
 from dan_fast.training import DataConfig, MetaConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer
 from dan_fast.training.recipes import RECIPES, recipe_of, recipe_settings, recipe_words
 from dan_fast.training.valid_settings import require_valid
+from dan_fast.training.without_effect import without_effect
 from tests.support.training_runs import command
 
 RECIPE_FILES = sorted((Path(cli.__file__).parent / "recipes").iterdir())
@@ -264,7 +265,7 @@ def test_quickstart_keeps_what_its_short_run_needs(tmp_path):
     )
     assert (paper.meta.stall_guard, paper.loss.confidence_prior) == (0, 0.0)
     dan, plain = (_config(tmp_path, 3, 0, 0, name) for name in ("dan", "plain"))
-    assert (dan.optimizer.lr_scale, dan.memory.labeled_slots, dan.meta.stall_guard) == (30.0, 600, 2)
+    assert (dan.optimizer.lr_scale, dan.memory.labeled_slots, dan.meta.stall_guard) == (30.0, 600, 20)
     assert plain.model.attention == "none" and plain.data.unlabeled_share == 0
 
 
@@ -300,3 +301,9 @@ def test_settings_from_python_are_those_that_flags_take(section, name, value, wo
 def test_a_section_is_no_mapping():
     with pytest.raises(DanFastError, match="^data must be a DataConfig; TrainConfig.of_recipe takes mappings"):
         Trainer(TrainConfig(data={"labeled": "x"}))
+
+
+@pytest.mark.parametrize("recipe", ["dan", "paper", "plain"])
+def test_quickstart_chooses_nothing_that_has_no_effect(recipe, tmp_path):
+    config = _config(tmp_path, 1, 0, 0, recipe)
+    assert list(without_effect(config, unlabeled=config.data.unlabeled_share > 0)) == []

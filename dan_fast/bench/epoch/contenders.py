@@ -38,13 +38,17 @@ _CAMERAS, _IMAGES_PER_CAMERA = 6, 2
 _PER_PERSON = len(_DOMAINS) * _CAMERAS * _IMAGES_PER_CAMERA
 # Mini-batches before those that are timed, whose images and losses are compared: what rounding does grows with a step.
 _FIRST = 2
+# Mini-batches that a worker of torch's DataLoader decodes ahead.
+_AHEAD = 2
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Epoch(NamedTuple):
     """What is gone through: `iterations` mini-batches are measured after `untimed` ones of the same pass.
 
-    `folder` is that of `draw_files`, `cache` the cache's; `workers` are the plain DataLoader's.
+    Where some are untimed the pass goes on after those that are measured: when the clock stops workers have decoded as
+    much for later ones as they had when it started. `folder` is that of `draw_files`, `cache` the cache's;
+    `workers` are the plain DataLoader's.
     """
 
     folder: str
@@ -58,13 +62,18 @@ class Epoch(NamedTuple):
     device: str
     untimed: int = 0
 
+    @property
+    def planned(self) -> int:
+        """Mini-batches of a pass."""
+        return self.untimed + self.iterations + (_AHEAD * max(1, self.workers) if self.untimed else 0)
+
     def settings(self, recipe: str, order: int = 1, out: str = "unused") -> TrainConfig:
         """Of a training from random weights."""
         domains = [str(Path(self.folder) / name) for name in _DOMAINS]
         labeled = domains if recipe == PLAIN_RECIPE else domains[:1]
         data = {"labeled": labeled, "unlabeled": domains[len(labeled) :], "image_size": (self.height, self.width)}
         data |= {"batch_size": self.batch, "workers": self.workers, "cache": self.cache}
-        data |= {"iterations": self.untimed + self.iterations}
+        data |= {"iterations": self.planned}
         # Of all the same backbone, which is the plain loop's.
         model = {"backbone": self.backbone, "weights": "none", "instance_norm": False}
         run = {"out": out, "device": self.device}
@@ -201,13 +210,13 @@ def measure(contender: str, order: int | None, epoch: Epoch) -> dict[str, Any]:
         else:
             loop = TrainerLoop(epoch, contender, order or 1, out)
         losses = []
-        for batch in loop.batches(0, max(0, epoch.untimed + epoch.iterations - _FIRST)):
+        for batch in loop.batches(0, max(0, epoch.planned - _FIRST)):
             with FlopCounterMode(display=False) as counter:
                 losses.append(loop.train(batch))
         found = go_through(loop, epoch)
     cuda = torch.device(epoch.device).type == "cuda"
     found |= {"flop": operations(counter), "losses": [loss.item() for loss in losses if loss is not None]}
-    return found | {"peak_bytes": torch.cuda.max_memory_allocated() if cuda else resident_peak()}
+    return found | {"peak_bytes": torch.cuda.max_memory_allocated(epoch.device) if cuda else resident_peak()}
 
 
 def operations(counter: FlopCounterMode) -> int:
@@ -223,7 +232,9 @@ def go_through(loop: Any, epoch: Epoch) -> dict[str, Any]:
     synchronize(device)
     before, start = cpu_seconds(), time.perf_counter()
     waits = start
-    for number, batch in enumerate(loop.batches(1), start=1):
+    # Held to the end: where it is dropped its workers end, which takes time.
+    batches = iter(loop.batches(1))
+    for number, batch in enumerate(batches, start=1):
         waiting += time.perf_counter() - waits
         loop.train(batch)
         if number == epoch.untimed:
@@ -232,6 +243,8 @@ def go_through(loop: Any, epoch: Epoch) -> dict[str, Any]:
             before, start, waiting = cpu_seconds(), time.perf_counter(), 0.0
         count = number - epoch.untimed
         waits = time.perf_counter()
+        if epoch.untimed and count == epoch.iterations:
+            break
     waiting += time.perf_counter() - waits
     synchronize(device)
     seconds = time.perf_counter() - start

@@ -14,6 +14,7 @@ from typing import IO, Any, Literal, NamedTuple
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from PIL import ImageFile
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -179,9 +180,10 @@ class ImageCache:
                 if not isinstance(found, _Opened):
                     remove_unfinished(self.folder, rf"{key}\..*")
                     self._build(file, header, names, why=found)
-                    found = self._inspect(file, header, names, "quick")
+                    found = self._inspect(file, header, names, "quick", again=False)
         except DanFastError:
             # A read-only folder is enough where all contents are unchanged.
+            found = self._inspect(file, header, names, self.check, again=False)
             if not isinstance(found, _Opened):
                 raise
         if isinstance(found, _Opened):
@@ -209,8 +211,13 @@ class ImageCache:
         finally:
             lock.release()
 
-    def _inspect(self, file: Path, header_file: Path, names: list[str], check: Check) -> _Opened | str:
-        """The set if it can be used, else why not: "" where there is none."""
+    def _inspect(
+        self, file: Path, header_file: Path, names: list[str], check: Check, again: bool = True
+    ) -> _Opened | str:
+        """The set if it can be used, else why not: "" where there is none.
+
+        With `again` broken images are tried once more.
+        """
         shape = (len(names), 3, *self.image_size)
         try:
             header = read_header(header_file)
@@ -237,7 +244,7 @@ class ImageCache:
             if source.digest != header.digests[row].tobytes():
                 return f"{names[row]} has changed since it was decoded"
             header.sources[row] = source.status
-        for row in header.broken:
+        for row in header.broken if again else ():
             # Pillow may have been told since to take a truncated file, or have found a decoder.
             with suppress(DanFastError):
                 read_image(Path(names[row]))
@@ -308,12 +315,15 @@ class _Decoding(Dataset):
     def __init__(self, names: Sequence[str], transform: Callable[[Tensor], Tensor]) -> None:
         self.names = Packed(names)
         self.transform = transform
+        self.takes_truncated = ImageFile.LOAD_TRUNCATED_IMAGES
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> _Decoded:
         name = self.names[index]
+        # As in the process that asks, which a worker that was not forked does not know.
+        ImageFile.LOAD_TRUNCATED_IMAGES = self.takes_truncated
         source = read_source(name)
         if source.content is None:
             return _Decoded(None, source, source.error)

@@ -251,6 +251,21 @@ def test_what_could_not_be_decoded_is_tried_again(folder: Path, paths: list[Path
     assert opened.holds(paths) and f"{paths[1]} can be decoded by now" in opened.said[0]
 
 
+@pytest.mark.slow
+def test_workers_decode_as_the_process_that_asks(folder: Path, paths: list[Path], monkeypatch) -> None:
+    content = paths[1].read_bytes()
+    paths[1].write_bytes(content[: len(content) // 2])
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    start = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        cache = ImageCache(folder, SIZE, workers=1, say=lambda line: None)
+        cache.add(paths)
+    finally:
+        multiprocessing.set_start_method(start, force=True)
+    cache.read(paths[1])
+
+
 def test_an_image_for_which_there_is_no_memory_is_not_broken(paths: list[Path], monkeypatch) -> None:
     monkeypatch.setattr("dan_fast.data.images.reading._pixels", Mock(side_effect=MemoryError))
     with pytest.raises(MemoryError):
