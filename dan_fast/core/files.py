@@ -160,6 +160,8 @@ def holder_of(lock_file: Path) -> str:
 def alone_with_children(lock_file: Path, in_use: str, remedy: str) -> Iterator[int]:
     """As `alone`, by a lock that the processes it is passed to hold too, until the last one ends; Unix only.
 
+    On a file system without locks nothing is locked.
+
     Args:
         lock_file: stays at the end, as a child may still hold it.
         in_use: the sentence of the error where the lock is held.
@@ -185,6 +187,9 @@ def alone_with_children(lock_file: Path, in_use: str, remedy: str) -> Iterator[i
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise DanFastError(in_use) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise DanFastError(f"{folder} cannot be locked ({error.strerror}): {remedy}.") from error
         yield file.fileno()
 
 

@@ -73,12 +73,15 @@ class ArmRun(NamedTuple):
         iterations: of the training; None where they were not recorded.
         seconds: that it took, evaluation included; None where they were not recorded.
         trained_on: titles of the datasets it learnt from, labelled or not.
+        timed_on: run.device and the threads that the sweep gave it, on which its seconds depend; None where they were
+            not recorded.
     """
 
     scores: Mapping[Target, Mapping[str, float]]
     iterations: int | None
     seconds: float | None
     trained_on: frozenset[str] = frozenset()
+    timed_on: tuple[str | None, int | None] = (None, None)
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,11 @@ class Comparison:
         """What was tested on, in order, and at the end the mean of those that all runs share and none learnt from."""
         found = dict.fromkeys(target for arm in self.arms for run in arm.runs.values() for target in run.scores)
         return sorted(found, key=lambda target: target.title == MEAN_OF_TARGETS.title)
+
+    @property
+    def is_timed_alike(self) -> bool:
+        """Whether the seconds of all runs are of one device and one number of threads."""
+        return len({run.timed_on for arm in self.arms for run in arm.runs.values()}) < 2
 
     def difference(self, arm: Arm, target: Target, metric: str) -> PairedDifference | None:
         """Of an arm to the baseline; None for the baseline itself and where no seed is in both."""
@@ -180,6 +188,8 @@ class Comparison:
                 f"± is the standard deviation over the seeds; what is over {self.baseline} is the mean of the "
                 "differences seed by seed, in percentage points, with its 95 % interval (Student's t)."
             ]
+        if not self.is_timed_alike:
+            notes.append("Seconds are left out: trainings ran on other devices or with other numbers of threads.")
         notes += [f"{arm.name}: {arm.recipe}." for arm in self.arms if arm.recipe]
         for arm in self.arms:
             notes += [f"Missing: {arm.name}, seed {seed}: {why}" for seed, why in arm.missing.items()]
@@ -222,7 +232,7 @@ class Comparison:
         iterations = sorted({run.iterations for run in ran if run.iterations is not None})
         # One number, unless the arm's runs differ in it.
         span = " to ".join(str(each) for each in dict.fromkeys((*iterations[:1], *iterations[-1:])))
-        seconds = [run.seconds for run in ran if run.seconds is not None]
+        seconds = [run.seconds for run in ran if run.seconds is not None and self.is_timed_alike]
         return [
             arm.name,
             str(seeds),
@@ -278,7 +288,8 @@ def _read_run(folder: Path, entry: Mapping[str, Any]) -> ArmRun | str:
         return "it was tested on nothing; name data.targets in the base."
     scores = {target_of(each): {metric: each.percentages()[metric] for metric in METRICS} for each in evaluations}
     trained_on = frozenset((*content.get("labeled", ()), *content.get("unlabeled", ())))
-    return ArmRun(scores, content.get("iterations"), entry["seconds"], trained_on)
+    timed_on = entry.get("device"), entry.get("threads")
+    return ArmRun(scores, content.get("iterations"), entry["seconds"], trained_on, timed_on)
 
 
 def _with_mean(runs: Mapping[tuple[str, int], ArmRun]) -> dict[tuple[str, int], ArmRun]:

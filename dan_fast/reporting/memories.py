@@ -15,6 +15,7 @@ from dan_fast.training.memory_shards import stored_features
 
 _MARKERS = ("o", "s", "^")
 _LABELS_SHOWN = len(COLOURS) * 2
+_BLOCK = 1024  # slots whose cosines with all are held at a time
 _FEWEST = 4  # t-SNE needs a neighbour and more points than its perplexity
 MEMORIES = {"labeled": "M, labels", "unlabeled": "M′, pseudo labels"}
 
@@ -67,10 +68,13 @@ def neighbours_agree(slots: Slots) -> float | None:
     """
     if len(slots.labels) < 2:
         return None
-    unit = _unit(slots.features)
-    cosines = unit @ unit.T
-    np.fill_diagonal(cosines, -np.inf)
-    return float((slots.labels[cosines.argmax(1)] == slots.labels).mean())
+    unit, agree = _unit(slots.features), 0
+    for first in range(0, len(unit), _BLOCK):
+        cosines = unit[first : first + _BLOCK] @ unit.T
+        rows = np.arange(len(cosines))
+        cosines[rows, first + rows] = -np.inf
+        agree += int((slots.labels[cosines.argmax(1)] == slots.labels[first : first + _BLOCK]).sum())
+    return agree / len(unit)
 
 
 def layout(slots: Slots, seed: int = 0) -> np.ndarray:

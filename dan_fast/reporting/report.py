@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from dan_fast.reporting.runs import Run, read_runs
 from dan_fast.reporting.side_by_side import (
     GATES,
     METRICS,
+    counts,
     describe,
     evaluated_epochs,
     means,
@@ -26,6 +28,8 @@ from dan_fast.reporting.side_by_side import (
 )
 from dan_fast.reporting.watched import watched_table
 
+# What a report calls its pictures.
+_PICTURE = re.compile(r"(\d\d+_(curves|attention|memories)|gates|models\d+|unlabeled_share|over_.*)\.png")
 _LINES = "Line charts, one a target, with the values of the setting from left to right."
 
 
@@ -87,7 +91,13 @@ def _written(found: Sequence[Run], out: Path, images: int, seed: int) -> Path:
         rows = [list(each) for each in missing]
         tables.append(Table("Not on this page", ["run", "what", "why, and what to do"], rows))
     tables.append(contradictions_table())
-    return write_report(out, "dan_fast: runs beside the paper", _summary(found), tables, figures)
+    page = write_report(out, "dan_fast: runs beside the paper", _summary(found), tables, figures)
+    shown = {Path(figure.path).name for figure in figures}
+    for picture in out.glob("*.png"):
+        # Of an earlier report; among them may be persons who were left out of this one.
+        if _PICTURE.fullmatch(picture.name) and picture.name not in shown:
+            picture.unlink(missing_ok=True)
+    return page
 
 
 def _summary(runs: Sequence[Run]) -> str:
@@ -200,9 +210,9 @@ def _of(line: Line) -> str:
 
 def _all_means(line: Line, show: Callable[[object], str]) -> str:
     """R1 and mAP of a line on every target in words."""
-    parts = [
-        f"{metric} on {target.title} ({target.protocol}): {describe(means(line, target, metric), show)}."
-        for target in compared([line])
-        for metric in METRICS
-    ]
+    parts = []
+    for target in compared([line]):
+        for metric in METRICS:
+            words = describe(means(line, target, metric), show, counts(line, target))
+            parts.append(f"{metric} on {target.title} ({target.protocol}): {words}.")
     return " ".join(parts)

@@ -81,7 +81,7 @@ def run_figures(run: Run, out: Path, stem: str, images: int, seed: int, missing:
         return figures
     shown = {memory: sample(each, _MOST_SLOTS, seed) for memory, each in slots.items()}
     contents = "; ".join(
-        f"{title.split(',')[0]}: {slots[memory].describe()}{_agreement(shown[memory])}"
+        f"{title.split(',')[0]}: {slots[memory].describe()}{_agreement(slots[memory])}"
         for memory, title in MEMORIES.items()
     )
     drawn = f" Of a memory with more than {_MOST_SLOTS} slots in use that many are drawn, at random."

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dan_fast.evaluation import Evaluation
 from dan_fast.reporting.canvas import COLOURS, legend_label, save_png, style
 from dan_fast.reporting.groups import Line, Target, compared, result_on
 from dan_fast.reporting.runs import Run
@@ -121,12 +122,23 @@ def plot_over_setting(lines: Sequence[Line], label: str, out_png: str | Path, pe
 
 def means(line: Line, target: Target, metric: str) -> dict[object, float]:
     """The mean of R1 or mAP in percent for each value of the setting in which a line's runs differ."""
-    found = {}
-    for value, runs in line.points.items():
-        results = [result for run in runs if (result := result_on(run, target)) is not None]
-        if results:
-            found[value] = fmean(result.percentages()[metric] for result in results)
-    return found
+    return {
+        value: fmean(result.percentages()[metric] for result in results)
+        for value, results in _tested(line, target).items()
+    }
+
+
+def counts(line: Line, target: Target) -> dict[object, int]:
+    """How many runs each of the `means` is of."""
+    return {value: len(results) for value, results in _tested(line, target).items()}
+
+
+def _tested(line: Line, target: Target) -> dict[object, list[Evaluation]]:
+    found = {
+        value: [result for run in runs if (result := result_on(run, target)) is not None]
+        for value, runs in line.points.items()
+    }
+    return {value: results for value, results in found.items() if results}
 
 
 def _draw_line(axes: Axes, line: Line, target: Target, metric: str, place: int, factor: float) -> None:
@@ -227,6 +239,13 @@ def _short(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME // 2 - 1]}…{name[-_LONGEST_NAME // 2 :]}"
 
 
-def describe(values: dict[object, float], show: Callable[[object], str] = str) -> str:
-    """Values in words, for readers who do not see the picture: "12.3 at 0.2, 14.0 at 0.6"."""
-    return ", ".join(f"{value:.1f} at {show(key)}" for key, value in values.items())
+def describe(
+    values: dict[object, float], show: Callable[[object], str] = str, runs: dict[object, int] | None = None
+) -> str:
+    """Values in words, for readers who do not see the picture: "12.3 at 0.2, 14.0 at 0.6".
+
+    With `runs`, how many each value is the mean of, these are named where they differ.
+    """
+    differ = runs is not None and len(set(runs.values())) > 1
+    of = {key: f" (mean of {runs[key]})" if differ else "" for key in values}
+    return ", ".join(f"{value:.1f} at {show(key)}{of[key]}" for key, value in values.items())

@@ -158,7 +158,11 @@ def _run_all(
                         continue
                     begun = entry["state"] == BEGUN
                     console.print(f"{where}: {'goes on' if begun else 'starts'} ...")
-                    entry |= {"threads": threads, "running": True}
+                    timed_on = {"threads": threads, "device": run.config.run.device}
+                    if entry["seconds"] is not None and any(entry[name] != value for name, value in timed_on.items()):
+                        # Seconds of two kinds are no time of a training.
+                        entry |= {"seconds": None, "timed": False}
+                    entry |= timed_on | {"running": True}
                     _write_record(out, record)
                     active.append(_Training(where, run, entry, _start(run, lock, threads), time.monotonic()))
                 if stop.requested and not signalled:
@@ -288,6 +292,7 @@ def _entry(run: PlannedRun, state: str, before: Mapping[str, Any]) -> dict[str, 
     kept = {
         "seconds": before.get("seconds") if state != WAITING and timed else None,
         "threads": before.get("threads") if state != WAITING else None,
+        "device": before.get("device") if state != WAITING else None,
         "timed": timed,
     }
     if not run.arm:

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from dan_fast.reporting.arms import MEAN_OF_TARGETS, paired_difference, read_comparison
+from dan_fast.reporting.html import ABSENT
 from dan_fast.training.reported import CHOSEN
 from tests.support.figures import evaluation
 
@@ -162,3 +163,13 @@ def test_what_is_no_record_of_a_sweep_compares_nothing(tmp_path, content):
     if content is not None:
         (tmp_path / "sweep.json").write_text(content)
     assert read_comparison(tmp_path) is None
+
+
+def test_seconds_of_other_threads_or_devices_are_not_set_side_by_side(folder):
+    entries = json.loads((folder / "sweep.json").read_text())
+    alike = [entry | {"threads": 2, "device": "cpu"} for entry in entries]
+    for changes, said in (({}, False), ({"threads": 1}, True), ({"device": "cuda"}, True)):
+        found = read_comparison(written(folder, [alike[0] | changes, *alike[1:]]))
+        (table, *_) = found.tables()
+        assert {row[-1] == ABSENT for row in table.rows} == {said}
+        assert any(note.startswith("Seconds are left out") for note in found.notes()) is said

@@ -25,7 +25,7 @@ from dan_fast.reporting.memories import Slots, layout, neighbours_agree, plot_me
 from dan_fast.reporting.report import report
 from dan_fast.reporting.result_tables import paper_tables, paper_target, result_tables
 from dan_fast.reporting.runs import read_runs
-from dan_fast.reporting.side_by_side import evaluated_epochs
+from dan_fast.reporting.side_by_side import describe, evaluated_epochs
 from dan_fast.reporting.watched import watched_table
 from dan_fast.training import DataConfig, MemoryConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer
 from dan_fast.training.reported import CHOSEN, SEEN
@@ -94,8 +94,15 @@ def test_a_second_report_does_not_mix_its_pictures_with_anothers(trained, tmp_pa
     ):
         report([trained], out=tmp_path, images=0)
     assert [path.name for path in tmp_path.iterdir()] == [".01_curves.png.0a.part"]
-    report([trained], out=tmp_path, images=0)
+    report([trained], out=tmp_path, images=2)
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    # Persons who are left out of a later page do not stay beside it; what is not the report's does.
+    for name in ("02_memories.png", "over_loss.adversary.png", "mine.png"):
+        (tmp_path / name).write_bytes((tmp_path / "01_attention.png").read_bytes())
+    report([trained], out=tmp_path, images=0)
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "gates.png", "01_curves.png", "01_memories.png", "mine.png",
+    }  # fmt: skip
 
 
 def test_missing_pieces_are_said_in_the_page(trained, images, tmp_path):
@@ -485,7 +492,7 @@ def slots(count: int = 30) -> Slots:
     )
 
 
-def test_tsne_is_seeded_and_puts_like_with_like():
+def test_tsne_is_seeded_and_puts_like_with_like(monkeypatch):
     here = slots()
     places = layout(here, seed=1)
     assert np.array_equal(places, layout(here, seed=1)) and not np.array_equal(places, layout(here, seed=2))
@@ -493,6 +500,10 @@ def test_tsne_is_seeded_and_puts_like_with_like():
     nearest = np.linalg.norm(places[:, None] - centres, axis=2).argmin(1)
     assert (nearest == here.labels).all()
     assert neighbours_agree(here) == 1.0
+    mixed = Slots(here.features, np.random.default_rng(0).permutation(here.labels))
+    whole = neighbours_agree(mixed)
+    monkeypatch.setattr("dan_fast.reporting.memories._BLOCK", 4)
+    assert neighbours_agree(mixed) == whole != 1.0
     # By the angle: a long feature is no nearer to another label than a short one.
     assert (
         neighbours_agree(Slots(np.array([[1.0, 0.0], [90.0, 1.0], [1.0, 5.0], [1.0, 4.0]]), np.array([0, 0, 1, 1])))
@@ -538,3 +549,9 @@ def test_an_evaluation_is_read_back_as_it_was(tmp_path):
     assert read_runs([folder])[0].results == (given,)
     with pytest.raises(DanFastError):
         read_runs([tmp_path / "r" / "config.yaml"])
+
+
+def test_means_over_fewer_seeds_say_so():
+    assert describe({0.2: 12.34, 0.6: 14.0}, str, {0.2: 3, 0.6: 3}) == "12.3 at 0.2, 14.0 at 0.6"
+    words = "12.3 at 0.2 (mean of 3), 14.0 at 0.6 (mean of 1)"
+    assert describe({0.2: 12.34, 0.6: 14.0}, str, {0.2: 3, 0.6: 1}) == words

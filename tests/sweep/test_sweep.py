@@ -1,5 +1,7 @@
 """`dan-fast sweep`: which trainings a grid means, and that killed, failed and finished ones are told apart."""
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -17,6 +19,7 @@ import yaml
 
 from dan_fast.cli import main
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.files import alone_with_children
 from dan_fast.data.synthetic import synthesize
 from dan_fast.reporting.curves import read_scalars
 from dan_fast.reporting.groups import swept_settings
@@ -496,6 +499,31 @@ def test_a_stop_ends_all_trainings_under_way_and_a_later_call_goes_on(quick, thr
     # A call that finds all finished does not forget what they took.
     quick(three)
     assert recorded(quick.out, "seconds") == now
+
+
+def test_seconds_of_two_numbers_of_threads_are_no_time(quick, three):
+    held = quick.out / reduce(1)
+    stopper = when(lambda: (held / "ready").exists(), lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        quick(three, parallel=2, **{reduce(1): "hold"})
+    stopper.join()
+    assert recorded(quick.out, "seconds")[0] > 0
+    quick(three, parallel=1)
+    first, *_ = json.loads((quick.out / "sweep.json").read_text())
+    assert (first["state"], first["seconds"], first["timed"]) == ("finished", None, False)
+
+
+def test_without_locks_a_sweep_goes_on(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with alone_with_children(tmp_path / ".lock", "in use", "choose another") as descriptor:
+        assert os.fstat(descriptor)
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    held = alone_with_children(tmp_path / ".lock", "in use", "choose another")
+    with pytest.raises(DanFastError, match=r"cannot be locked \(Input/output error\): choose another"), held:
+        pass
 
 
 def test_arms_end_in_a_comparison(quick, tmp_path, capsys):
