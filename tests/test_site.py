@@ -29,7 +29,7 @@ def test_the_site_is_built_and_fetches_nothing(tmp_path: Path):
         fetched = re.findall(r"<(?:script|img|link)\b[^>]*?(?:src|href)=\"(https?:[^\"]+)", page.read_text())
         assert fetched == []
     assert 'href="docs/training/"' in start.read_text()
-    assert (tmp_path / "benchmarks/results/cpu/epoch.json").is_file()
+    assert (tmp_path / "benchmarks/results/cpu/epoch_resnet18.json").is_file()
 
 
 def test_broken_links_and_pages_that_no_menu_names_end_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
