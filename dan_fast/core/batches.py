@@ -55,7 +55,7 @@ class Split(NamedTuple):
             raise TypeError(f"images must be floating, of normalised pixels, got {self.images.dtype}")
         known = self.labels[: self.num_labeled + self.num_fed_back]
         if known.device.type == "cpu" and len(known) > 0:
-            lowest, highest = map(int, known.aminmax())
+            lowest, highest = known.numpy().min(), known.numpy().max()
             if lowest < 0 or highest >= num_classes:
                 raise ValueError(
                     f"labels of labelled and fed-back images must be from 0 to {num_classes - 1}, the classes of the "

@@ -89,10 +89,10 @@ def require_writable(path: str | Path) -> None:
         >>> import tempfile
         >>> require_writable(Path(tempfile.mkdtemp()) / "new" / "figures.json")
     """
-    path = Path(path).absolute()
+    place = Path(path).absolute()
     try:
-        is_folder = path.is_dir()
-        folder = next((each for each in path.parents if each.exists()), path.parent)
+        is_folder = place.is_dir()
+        folder = next((each for each in place.parents if each.exists()), place.parent)
         # By a file without a name: rights alone do not say whether a mount takes one.
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:

@@ -275,7 +275,7 @@ def test_a_file_that_is_not_the_network_is_not_written(tmp_path, monkeypatch, fo
         (bytes, ["--images", "no.png"], "no.png cannot be decoded (No such file or directory)"),
         (bytes, ["--images", "."], "There are no images in .:"),
         (bytes, ["--format", "pt2", "--precision", "int8"], "use --format onnx"),
-        (bytes, ["--out", "."], ". is a folder: name a file in it, such as network.pt2."),
+        (bytes, ["--out", "."], ". is a folder: name a file in it."),
         (bytes, ["--out", "out.onnx"], "out.onnx is to be written as pt2: name it .pt2, or choose format onnx."),
     ],
 )

@@ -232,10 +232,10 @@ def test_weights_that_are_not_finite_never_reach_the_checkpoint(images, finished
     assert trainer.folder.checkpoint.read_bytes() == before
 
 
-@pytest.mark.parametrize(("fraction", "trained"), [(0.0, False), (0.5, True)])
-def test_gates_are_trained_where_batches_have_unlabelled_images(images, tmp_path, fraction, trained):
+@pytest.mark.parametrize(("share", "trained"), [(0.0, False), (1.0, True)])
+def test_gates_are_trained_where_batches_have_unlabelled_images(images, tmp_path, share, trained):
     """Without, weight decay would be all that moves them."""
-    given = {"data": {"unlabeled_fraction": fraction}, "loss": {"labeled_embedding": 0.5}}
+    given = {"data": {"unlabeled_share": share}, "loss": {"labeled_embedding": 0.5}}
     trainer = Trainer(config(images, tmp_path / "run", **given))
     gates = list(trainer.model.memory.parameters())
     assert gates and {gate.requires_grad for gate in gates} == {trained}
@@ -243,7 +243,7 @@ def test_gates_are_trained_where_batches_have_unlabelled_images(images, tmp_path
 
 def test_a_batch_that_cannot_be_normalised_is_told_apart_from_divergence(images, tmp_path):
     with pytest.raises(DanFastError, match="cannot go on at iteration 0: Expected more than 1 value per channel"):
-        Trainer(config(images, tmp_path / "run", data={"batch_size": 2})).fit()
+        Trainer(config(images, tmp_path / "run", data={"batch_size": 2, "unlabeled_share": 0.0})).fit()
 
 
 # What to watch in training, and the range that it and the mean over a window cannot leave.

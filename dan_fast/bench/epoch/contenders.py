@@ -181,7 +181,8 @@ class TrainerLoop:
         datasets, model = self.trainer.datasets, self.trainer.model
         self.trainer.batches.fill_cache([*datasets.labeled, *datasets.unlabeled])
         if model.memory is not None:
-            fill_memory(model.memory, self.trainer.training_set.num_classes)
+            training_set = self.trainer.training_set
+            fill_memory(model.memory, training_set.num_classes, len(training_set.unlabeled_samples))
         # The dearer kind: the backbone is updated.
         self.trainer.meta_step.competition.decide = lambda attention_won: Stage.ATTENTION
         self.scalars = Scalars(Path(out) / "tensorboard")

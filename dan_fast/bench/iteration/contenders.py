@@ -115,14 +115,19 @@ class DANIteration:
             memory.labeled, memory.unlabeled = before
 
 
-def fill_memory(memory: ProgressiveAugmentedMemory, classes: int) -> None:
-    """Fills every slot, as after some epochs, with keys of persons whose labels are below `classes`."""
+def fill_memory(memory: ProgressiveAugmentedMemory, classes: int, images: int = 0) -> None:
+    """Fills every slot, as after some epochs, with keys of persons whose labels are below `classes`.
+
+    Where `images` is not 0 the sample ids of M' are below it.
+    """
     labeled, key_dim = memory.labeled.features.shape
     slots = Size(labeled, len(memory.unlabeled.features), key_dim, batch=1)
     problem = make_problem(slots, torch.float32, memory.labeled.features.device, batches=0)
     memory.labeled, memory.unlabeled = (
         state._replace(labels=state.labels % classes) for state in (problem.labeled, problem.unlabeled)
     )
+    if images:
+        memory.unlabeled = memory.unlabeled._replace(sample_ids=memory.unlabeled.sample_ids % images)
 
 
 @dataclass
