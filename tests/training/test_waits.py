@@ -12,7 +12,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dan_fast
-from dan_fast.core.batches import Split
 from dan_fast.core.types import MemoryStep
 from dan_fast.daml import Stage
 from dan_fast.nn import DAN
@@ -118,19 +117,15 @@ def step_scalars() -> StepScalars:
         ("daml2", None, 1),
     ],
 )
-def test_the_host_reads_from_the_device_only_where_it_must(
-    scalars, step_scalars, procedure, stage, expected, order, monkeypatch
-):
-    # Of labels it looks at those that lie on the host, as all do here.
-    monkeypatch.setattr(Split, "require_sound", lambda self, num_classes: None)
+def test_the_host_reads_from_the_device_only_where_it_must(scalars, step_scalars, procedure, stage, expected, order):
     meta_step = tiny_step(procedure=procedure, order=order)
     decide(meta_step, stage)
     batch = split(1), split(2)
     with HostReads() as reads:
         step_scalars.add(scalars, meta_step.step(*batch))
-    # On the CPU, and there only, memory and attention head look at their labels at once, without a wait.
-    at_once = [reads.places.pop(place) for place in ("functional/memory/step.py", "core/attention_checks.py")]
-    assert at_once == [2, 2]
+    # On the CPU, and there only, batches, memory and attention head look at their labels at once, without a wait.
+    places = "core/batches.py", "functional/memory/step.py", "core/attention_checks.py"
+    assert [reads.places.pop(place) for place in places] == [4, 2, 2]
     assert reads.places == {"training/step.py": expected}
 
 

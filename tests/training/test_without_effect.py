@@ -36,12 +36,15 @@ IDLE = {
     "spatial attention": {"model.reduction": 4},
     "without L_lde": {"loss.confidence_prior": 2.0},
 }  # fmt: skip
-CASES = [(base, setting) for base, settings in IDLE.items() for setting in settings]
+SETTINGS = sorted({setting for settings in IDLE.values() for setting in settings})
 
 
-def section(setting: str, value: object) -> dict[str, dict[str, object]]:
-    name, key = setting.split(".")
-    return {name: {key: value}}
+def sections_of(settings: dict[str, object]) -> dict[str, dict[str, object]]:
+    sections: dict[str, dict[str, object]] = {}
+    for setting, value in settings.items():
+        name, key = setting.split(".")
+        sections.setdefault(name, {})[key] = value
+    return sections
 
 
 def trained(images, out, sections) -> dict[str, torch.Tensor]:
@@ -53,28 +56,23 @@ def trained(images, out, sections) -> dict[str, torch.Tensor]:
     return {**network.state_dict(), "features": features}
 
 
-@pytest.fixture(scope="module")
-def bases(images, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bases")
-    return {name: trained(images, folder / name, sections) for name, sections in BASES.items()}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("base", "setting"), CASES)
-def test_what_is_said_to_change_nothing_changes_nothing(base, setting, bases, images, tmp_path, capsys):
-    sections = over(BASES[base], section(setting, IDLE[base][setting]))
-    found = trained(images, tmp_path / "run", sections)
-    assert all(torch.equal(value, found[name]) for name, value in bases[base].items())
+@pytest.mark.parametrize("base", BASES)
+def test_what_is_said_to_change_nothing_changes_nothing(base, images, tmp_path, capsys):
+    expected = trained(images, tmp_path / "base", BASES[base])
+    capsys.readouterr()
+    found = trained(images, tmp_path / "run", over(BASES[base], sections_of(IDLE[base])))
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
     words = " ".join(capsys.readouterr().out.split())
-    assert f"{setting} {IDLE[base][setting]}" in words and " nothing w" in words
+    assert all(f"{setting} {value}" in words for setting, value in IDLE[base].items()) and " nothing w" in words
 
 
-@pytest.mark.parametrize("setting", sorted({setting for _, setting in CASES}))
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_of_what_has_an_effect_nothing_is_said(setting):
     (value,) = {settings[setting] for settings in IDLE.values() if setting in settings}
     sections = over(
         {"loss": {"labeled_embedding": 1.0}, "model": {"attention": "nl_cbam", "adversary": True}},
-        section(setting, value),
+        sections_of({setting: value}),
     )
     given = TrainConfig.of_recipe("none", **over({"data": {"labeled": "x", "unlabeled": "y"}}, sections))
     assert list(without_effect(given, unlabeled=True)) == []
