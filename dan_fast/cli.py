@@ -6,7 +6,7 @@ A command is imported when it runs, most of them with PyTorch: `--help`, `--vers
 import os
 import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from pkgutil import resolve_name
@@ -89,15 +89,15 @@ def _parse(argv: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
         ArgumentError: a flag or its value is wrong.
     """
     _require_given_once(argv)
-    files = [_config_file(given) for given in _values(argv, "--config")]
+    files = {path: content for given in _values(argv, "--config") for path, content in _settings_in(given)}
     if "train" not in argv[:1]:
         parser = _parser(argv)
         return parser, _with_home(parser.parse_args(argv))
     from dan_fast.commands.train import recipe_asked_for, recipe_of_run, require_sections
 
-    for file in filter(Path.is_file, files):
-        require_sections(file)
-    asked = recipe_asked_for(_values(argv, "--recipe"), files)
+    for file, content in files.items():
+        require_sections(file, content)
+    asked = recipe_asked_for(_values(argv, "--recipe"), [*files.values()])
     # Appended, so that the recipe of a flag also wins over a file that names another one.
     argv = [*argv, "--recipe", asked] if asked is not None else argv
     parser = _parser(argv, asked)
@@ -134,18 +134,17 @@ def _require_given_once(argv: Sequence[str]) -> None:
             raise ArgumentError(None, f"{flag} is given more than once: give all of it together, {flag} {example}")
 
 
-def _config_file(given: str) -> Path:
-    """The path that --config names, a file of settings where there is one.
+def _settings_in(given: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The file that --config names, and what it holds; nothing where there is none, which the parser says.
 
     Raises:
         DanFastError: the file cannot be read, or settings themselves stand there.
     """
     path = Path(given).expanduser()
     if path.is_file():
-        read_mapping(path, "a file of settings")
+        yield path, read_mapping(path, "a file of settings")
     elif any(mark in given for mark in ("{", "\n", ": ")):
         raise DanFastError("--config takes the path of a file, not settings: write them into one.")
-    return path
 
 
 def _with_home(parsed: Namespace) -> Namespace:

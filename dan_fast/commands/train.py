@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -29,26 +29,25 @@ def train(config: TrainConfig) -> None:
         Trainer(config, process_group).fit()
 
 
-def recipe_asked_for(named: Sequence[str], files: Sequence[Path]) -> str | None:
+def recipe_asked_for(named: Sequence[str], files: Sequence[Mapping[str, Any]]) -> str | None:
     """The recipe that flags or YAML files name; None where they name none.
 
     It must be known before the other flags are parsed, because its settings are their defaults.
 
     Args:
         named: the values of --recipe, of which the last one wins.
-        files: the values of --config.
+        files: what the files of --config hold.
     """
-    of_files = [recipe for path in files if (recipe := recipes.recipe_of_file(path)) is not None]
+    of_files = [recipe for content in files if (recipe := recipes.recipe_of(content)) is not None]
     return next((each[-1] for each in (named, of_files) if each), None)
 
 
-def require_sections(file: Path) -> None:
-    """Refuse a file of settings in which a section of a training's is none, which the parser would not name.
+def require_sections(file: Path, content: Mapping[str, Any]) -> None:
+    """Refuse what a file of settings holds if a section of a training's is none, which the parser would not name.
 
     Raises:
         DanFastError: names the section.
     """
-    content = read_mapping(file, "a file of settings")
     for section in (each.name for each in fields(TrainConfig) if each.name in content and each.name != "recipe"):
         settings = content[section]
         # A section may stand in a file of its own.

@@ -29,7 +29,7 @@ from dan_fast.reporting.side_by_side import (
 from dan_fast.reporting.watched import watched_table
 
 # What a report calls its pictures.
-_PICTURE = re.compile(r"(\d\d+_(curves|attention|memories)|gates|models\d+|unlabeled_share|over_.*)\.png")
+_PICTURE = re.compile(r"(\d\d+_(curves|attention|memories)|gates|models\d+|unlabeled_share|over_\w+\.\w+)\.png")
 _LINES = "Line charts, one a target, with the values of the setting from left to right."
 
 

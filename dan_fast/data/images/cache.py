@@ -183,7 +183,8 @@ class ImageCache:
                     found = self._inspect(file, header, names, "quick", again=False)
         except DanFastError:
             # A read-only folder is enough where all contents are unchanged.
-            found = self._inspect(file, header, names, self.check, again=False)
+            if not isinstance(found, _Opened):
+                found = self._inspect(file, header, names, self.check, again=False)
             if not isinstance(found, _Opened):
                 raise
         if isinstance(found, _Opened):
