@@ -78,6 +78,12 @@ def test_of_what_has_an_effect_nothing_is_said(setting):
     assert list(without_effect(given, unlabeled=True)) == []
 
 
+def test_a_meta_step_without_a_competition_has_an_order_and_a_weight():
+    given = TrainConfig.of_recipe("dan", meta={"procedure": "daml2", "order": 2, "eta": 0.5, "tie": "both"})
+    (line,) = without_effect(given, unlabeled=False)
+    assert line.startswith("meta.tie both changes nothing where there is no competition")
+
+
 def test_unlabelled_images_of_no_use_are_said_to_be():
     for mixing, loss, said in (("none", 0.0, True), ("batch", 0.0, False), ("none", 0.1, False)):
         changes = {"model": {"style_mixing": mixing}, "loss": {"regularizer": loss}}
