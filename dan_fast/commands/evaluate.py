@@ -37,6 +37,7 @@ from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.config import CacheCheck, ModelConfig, Paths, Precision, as_list
 from dan_fast.training.recipes import recipe_words
 from dan_fast.training.reported import epoch_of, seen_of
+from dan_fast.training.starting import start_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -118,6 +119,7 @@ def evaluate(
         )
         embeddings: dict[str, Callable[[torch.Tensor], torch.Tensor] | None] = {"trained": network.to(place).embed}
         if baselines:
+            start = start_of(ModelConfig(**settings["model"]).weights)
             embeddings["untrained"] = initial_network(settings, network.classifier.out_features).to(place).eval().embed
             embeddings["chance"] = None
         generator = torch.Generator().manual_seed(seed)
@@ -146,6 +148,8 @@ def evaluate(
                 evaluation = evaluate_features(features, repeats, seed, **scoring, process_group=process_group)
                 if name == "trained":
                     evaluation = replace(evaluation, **conditions, seen=seen_of(state, dataset))
+                elif name == "untrained" and start is not None:
+                    evaluation = replace(evaluation, seen=seen_of(start, dataset))
                 results.append((name, evaluation))
     if own_rank() > 0:
         return

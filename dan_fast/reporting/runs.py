@@ -54,6 +54,7 @@ class Run:
         recipe: its recipe and what was changed on top of it, in words; "" for none.
         iterations: of an epoch; None where neither results.json nor the settings give them, as while it trains.
         ranks: that trained together; 1 where that was not recorded.
+        started_from: the trainings before it in words, the last one first, where it started from a trained network.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Run:
     recipe: str = ""
     iterations: int | None = None
     ranks: int = 1
+    started_from: tuple[str, ...] = ()
 
     @property
     def checkpoint(self) -> Path:
@@ -86,7 +88,8 @@ class Run:
         words = list(self.labeled)
         share = self.settings["data"]["unlabeled_share"]
         part = "unlabelled" if share == 1 else f"{100 * share:g} % unlabelled"
-        return " + ".join([*words, *(f"{word} ({part})" for word in self.unlabeled)])
+        here = " + ".join([*words, *(f"{word} ({part})" for word in self.unlabeled)])
+        return ", after ".join([here, *self.started_from])
 
     @property
     def model(self) -> str:
@@ -173,6 +176,7 @@ def _read_run(folder: Path, name: str) -> Run:
     complaints: list[str] = []
     sources = _sources(settings["data"])
     iterations, ranks = settings["data"]["iterations"] or None, 1
+    started_from: list[str] = []
     # The trainer's own results first.
     for path in sorted(folder.glob("*.json"), key=lambda path: (path.name != "results.json", path.name)):
         try:
@@ -180,7 +184,7 @@ def _read_run(folder: Path, name: str) -> Run:
             if path.name == "results.json":
                 sources = {role: content.get(role, names) for role, names in sources.items()}
                 # Older versions write neither ranks nor iterations.
-                ranks = content.get("ranks", 1)
+                ranks, started_from = content.get("ranks", 1), content.get("started_from", [])
                 if iterations is None and content.get("iterations"):
                     iterations = content["iterations"] // content["epochs"]
                 content = content["targets"]
@@ -196,7 +200,8 @@ def _read_run(folder: Path, name: str) -> Run:
         sources["unlabeled"] = []
     names = {role: tuple(names) for role, names in sources.items()}
     return Run(name, folder, settings, **names, results=tuple(results), baselines=tuple(baselines),
-               complaints=tuple(complaints), recipe=recipe, iterations=iterations, ranks=ranks)  # fmt: skip
+               complaints=tuple(complaints), recipe=recipe, iterations=iterations, ranks=ranks,
+               started_from=tuple(started_from))  # fmt: skip
 
 
 def _sources(data: Mapping[str, Any]) -> dict[str, list[str]]:

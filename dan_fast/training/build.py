@@ -13,6 +13,7 @@ from dan_fast.nn import DAN, ProgressiveAugmentedMemory
 from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.config import LossConfig, MemoryConfig, ModelConfig, TrainConfig
 from dan_fast.training.objective import TrainingModel
+from dan_fast.training.starting import start_of, take_weights
 
 
 def initial_network(settings: dict[str, Any], num_classes: int, read_weights: bool = True) -> DAN:
@@ -27,7 +28,8 @@ def initial_network(settings: dict[str, Any], num_classes: int, read_weights: bo
             or hub need not be there any more.
 
     Raises:
-        DanFastError: an adversary without an attention; the backbone's weights, see `build_backbone`.
+        DanFastError: an adversary without an attention; the weights, see `build_backbone`, `start_of` and
+            `take_weights`.
     """
     return network_and_random_state(settings, num_classes, read_weights)[0]
 
@@ -46,6 +48,7 @@ def network_and_random_state(
             "With model.attention none there is no attention for the adversary to correct: add "
             "--model.attention nl_cbam or --model.adversary false."
         )
+    start = start_of(model.weights) if read_weights else None
     # It is made on the CPU: no GPU's generator is forked, nor seeded, as torch.manual_seed would do.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings["run"]["seed"])
@@ -55,7 +58,7 @@ def network_and_random_state(
             image_size=tuple(settings["data"]["image_size"]),
             reduction=model.reduction,
             dropout=model.dropout,
-            weights=model.weights if read_weights else "none",
+            weights=model.weights if read_weights and start is None else "none",
             attention=model.attention,
             adversary=model.adversary,
             adversary_reach=LossConfig(**settings["loss"]).adversary_reach,
@@ -64,7 +67,10 @@ def network_and_random_state(
             gradient_checkpointing=model.gradient_checkpointing,
             instance_norm=model.instance_norm,
         )
-        return network, torch.get_rng_state()
+        random_state = torch.get_rng_state()
+    if start is not None:
+        take_weights(network, network_of(start, model.weights), model.weights)
+    return network, random_state
 
 
 def trained_network(path: str | Path) -> tuple[DAN, dict[str, Any]]:

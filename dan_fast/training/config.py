@@ -98,8 +98,9 @@ class ModelConfig:
     Args:
         backbone: torchvision ResNet (the paper: resnet50): resnet18, resnet34, resnet50 or resnet101; or timm:NAME for
             a model of timm that gives a map.
-        weights: none, imagenet (the paper; the library's own download) or the path of a state dict in the names of
-            torchvision or timm, saved by torch.save or safetensors.
+        weights: none, imagenet (the paper; the library's own download), the path of a state dict in the names of
+            torchvision or timm, saved by torch.save or safetensors, or of a checkpoint or shared folder of this
+            package, from whose network the training starts.
         attention: The attention (the paper: nl_cbam). The others are those of Fig. 6: cbam, the spatial
             attention of nl_cbam (non_local) or of cbam (spatial) alone, or none.
         adversary: Train with the attention adversary network (the paper), that is L_aad and the competition of

@@ -50,7 +50,8 @@ def seen_of(state: dict[str, Any], target: ReIDDataset) -> str:
         return "persons trained on not recorded"
     trained = {root: set(pids.tolist()) for root, pids in state.get("persons", {}).items()}
     both = persons_in_both(trained, target, set(state["images"].tolist()) if "images" in state else frozenset())
-    return f"{len(both)} {SEEN}" if both else ""
+    before = ["persons that its first weights were trained on not recorded"] if state.get("unrecorded") else []
+    return ", ".join([f"{len(both)} {SEEN}"] * bool(both) + before)
 
 
 class EpochChoice:
@@ -129,12 +130,18 @@ def describe(datasets: DatasetRoles, unlabeled_share: float = 1.0) -> str:
     return "; ".join([*parts, f"tested on {titles(datasets.targets)}"])
 
 
-def opening_lines(config: TrainConfig, datasets: DatasetRoles, device: torch.device) -> Iterator[str]:
-    """What a run says before it starts: its protocol, what is left aside, what has no effect, what becomes of float32.
+def opening_lines(
+    config: TrainConfig, datasets: DatasetRoles, device: torch.device, started_from: Sequence[str] | None = None
+) -> Iterator[str]:
+    """What a run says before it starts: where it comes from, its protocol, what is left aside, what has no effect, what
+    becomes of float32.
 
     Args:
         config, datasets, device: of the run.
+        started_from: the trainings before it in words, the last one first, where it starts from a trained network.
     """
+    if started_from:
+        yield f"Starts from {', which started from '.join(started_from)}."
     if config.data.protocol:
         yield f"Protocol {config.data.protocol}: {describe(datasets, config.data.unlabeled_share)}."
     if datasets.unlabeled and config.data.unlabeled_share == 0:
@@ -198,6 +205,8 @@ def write_results(
         "epoch": reported[0].epoch if reported else epoch_of(state),
         "targets": [each.to_dict() for each in reported],
     }
+    if "started_from" in state:
+        results["started_from"] = state["started_from"]
     if settings["run"].get("compile"):
         results["compiled"] = state.get("compiled") or "The run ended before it was known whether that is faster."
     if choice is not None:

@@ -13,7 +13,7 @@ from dan_fast.evaluation import Evaluation, evaluate_dataset
 from dan_fast.nn import DAN
 from dan_fast.training.config import TrainConfig
 from dan_fast.training.display import Display
-from dan_fast.training.reported import EpochChoice, epoch_of, say, write_results
+from dan_fast.training.reported import EpochChoice, epoch_of, say, seen_of, write_results
 from dan_fast.training.run_folder import RunFolder
 from dan_fast.training.scalars import Scalars, target_tags
 
@@ -92,6 +92,7 @@ class Targets:
                 named_protocol=self._config.data.protocol or "",
                 epoch=epoch_of(state),
                 recipe=self._config.recipe_words,
+                seen=seen_of(state, dataset),
             )
             evaluations.append(evaluation)
             figures = evaluation.percentages()

@@ -34,6 +34,7 @@ from dan_fast.training.scalars import Scalars
 from dan_fast.training.schedule import step_size
 from dan_fast.training.skipped import SkippedImages
 from dan_fast.training.sources import load_datasets
+from dan_fast.training.starting import whom_it_saw
 from dan_fast.training.step import MetaStep
 from dan_fast.training.step_scalars import StepScalars
 from dan_fast.training.targets import Targets
@@ -53,7 +54,6 @@ class Trainer:
     A trainer is a guest in its process: it has random numbers of its own, and `fit` puts back the process's generators
     of the CPU and of the run's GPU, and the handlers of SIGINT and SIGTERM, when it leaves. `train_iteration` called
     without `fit` draws from the process's generators. What NumPy and Python draw from is not touched.
-
     The step itself, without files, is `MetaStep`; the trainer's is `meta_step`.
 
     With a `process_group` its ranks train one network, each with a trainer of its own, of the same settings: they take
@@ -91,6 +91,7 @@ class Trainer:
         self.training_set = TrainingSet(self.datasets.labeled, self.datasets.unlabeled, share, seed)
         require_same_run(process_group, self.training_set.fingerprint, self.datasets.targets, saved)
         self.folder.require_same_images(saved, self.training_set.fingerprint)
+        self._seen = whom_it_saw(self.training_set, config.model.weights, saved)
         self.targets = Targets(config, self.datasets, self.folder, self.device, process_group)
 
         lending = config.model.style_mixing == "unlabeled" and len(self.training_set.unlabeled_samples) > 0
@@ -155,7 +156,7 @@ class Trainer:
                 self.random.in_process(),
             ):
                 self._compiled.say = display.say
-                for line in opening_lines(self.config, self.datasets, self.device):
+                for line in opening_lines(self.config, self.datasets, self.device, self._seen.get("started_from")):
                     display.say(line)
                 if self.epoch > 0 and self.iteration == 0:
                     # The run was stopped between an epoch's checkpoint and its evaluation.
@@ -269,7 +270,8 @@ class Trainer:
     def _state_of_network(self, of_model: dict[str, Tensor]) -> dict[str, Any]:
         return {
             "config": self.config.to_dict(),
-            **{name: getattr(self.training_set, name) for name in ("fingerprint", "num_classes", "persons", "images")},
+            **{name: getattr(self.training_set, name) for name in ("fingerprint", "num_classes")},
+            **self._seen,
             "preprocessing": self.model.network.preprocessing.to_dict(),
             "ranks": ranks_in(self.process_group),
             "epoch": self.epoch,

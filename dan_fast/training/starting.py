@@ -1,0 +1,111 @@
+"""A trained network as what another training starts from: its weights, and whom they were trained on."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dan_fast.core.errors import DanFastError
+from dan_fast.data import TrainingSet
+from dan_fast.nn import DAN
+from dan_fast.nn.backbones.weights import load_fitting
+from dan_fast.training.checkpoint import FORMAT, load_checkpoint
+from dan_fast.training.reported import epoch_of
+
+# The format's name without its version: a checkpoint of another version is refused as one.
+_MARK = FORMAT.rpartition(" ")[0].encode()
+
+
+def start_of(weights: str) -> dict[str, Any] | None:
+    """What `load_checkpoint` gives where `model.weights` names a checkpoint or a shared folder; None where it does not.
+
+    Raises:
+        DanFastError: see `load_checkpoint`.
+    """
+    path = Path(weights).expanduser()
+    named = weights not in ("none", "imagenet")
+    return load_checkpoint(path) if named and (path.is_dir() or _is_checkpoint(path)) else None
+
+
+def _is_checkpoint(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            return any(_MARK in archive.read(name) for name in pickles)
+    except (OSError, zipfile.BadZipFile):
+        # No such file, no permission, or safetensors: for the reader of weights.
+        return False
+
+
+def take_weights(network: DAN, trained: DAN, weights: str) -> None:
+    """Give a new network the backbone of a trained one, the attention where it is of one kind, and how images are read.
+
+    The classifier, of other persons, stays as it is drawn.
+
+    Raises:
+        DanFastError: another backbone, one with instance norm and one without, or of position embeddings for another
+            size of image.
+    """
+    given = {
+        "backbone": (network.backbone_name, trained.backbone_name),
+        "instance_norm": (network.instance_norm, trained.instance_norm),
+    }
+    for name, (wanted, found) in given.items():
+        if wanted != found:
+            raise DanFastError(
+                f"model.weights {weights} holds a network of model.{name} {_word(found)}, and here it is "
+                f"{_word(wanted)}: set model.{name} to {_word(found)}, or name other weights."
+            )
+    height, width = trained.image_size
+    owner = f"{network.backbone_name} for images of {height} x {width}"
+    load_fitting(network.backbone, trained.backbone.state_dict(), owner, weights, lambda key: False)
+    kinds = [(each.attention.variant, each.attention.reduction, each.map_size) for each in (network, trained)]
+    if kinds[0] == kinds[1]:
+        network.attention.load_state_dict(trained.attention.state_dict())
+    network.preprocessing = trained.preprocessing
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def whom_it_saw(training_set: TrainingSet, weights: str, saved: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Whom the network of a run is trained on, before it too, as its checkpoints say.
+
+    Args:
+        training_set: of the run.
+        weights: what it starts from, `model.weights`.
+        saved: the run's checkpoint where it goes on from one.
+
+    Returns:
+        "persons" and "images" as of `TrainingSet`. Where it starts from a trained network, "started_from" as well, each
+        training before it in words, the last one first, and "unrecorded", whether persons of one are not known.
+    """
+    start = None if saved is not None else start_of(weights)
+    before = saved or start or {}
+    persons, images = training_set.persons, training_set.images
+    for numbering, pids in before.get("persons", {}).items():
+        persons = persons | {numbering: _union(persons.get(numbering, pids), pids)}
+    seen = {"persons": persons, "images": _union(images, before.get("images", images))}
+    if start is None:
+        return seen | {name: before[name] for name in ("started_from", "unrecorded") if name in before}
+    whole = {"persons", "images"} <= start.keys() and not start.get("unrecorded", False)
+    earlier = start.get("shared", start).get("started_from", [])
+    return seen | {"started_from": [_words(weights, start), *earlier], "unrecorded": not whole}
+
+
+def _union(some: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    return torch.cat([some, others]).unique()
+
+
+def _words(weights: str, start: Mapping[str, Any]) -> str:
+    """A training in words, without the folders of the machine it ran on."""
+    data, path = start["config"]["data"], Path(weights)
+    labeled = ", ".join(Path(each.removesuffix("/manifest.csv")).name for each in data["labeled"])
+    # Each run's file is a checkpoint.pt; a shared folder has a name of its own.
+    name = path.name if "shared" in start else f"{path.parent.name}/{path.name}".lstrip("/")
+    return f"{name}, {epoch_of(dict(start))}, trained on {labeled or data.get('protocol') or 'what is not recorded'}"
