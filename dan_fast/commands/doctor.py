@@ -16,6 +16,7 @@ import dan_fast
 from dan_fast import __version__, _extension, triton_kernels
 from dan_fast._sources import AGAIN, source_hash
 from dan_fast.core.heap import why_heap_is_left
+from dan_fast.evaluation import counting
 
 
 class Report(NamedTuple):
@@ -153,8 +154,10 @@ def _paths(with_gpu: bool) -> list[tuple[str, str, str]]:
             ("memory_step: scan", device, f"{kernel} kernel" if served else "PyTorch, in score space"),
             ("cosine_softmax, false_sample_sets", device, f"{kernel} kernels" if served else "PyTorch"),
             ("attention_head", device, f"{kernel} kernels" if served else "PyTorch"),
+            ("nl_cbam, attention_adversary", device, f"{kernel} kernels" if served else "PyTorch"),
         ]
-    return rows
+    ranks = _extension.enabled() and not isinstance(counting.load(), str)
+    return [*rows, ("ranking by distances or features", "cpu", "C++ kernel" if ranks else "PyTorch")]
 
 
 def _gpus() -> Iterable[tuple[str, str, str, str, str]]:

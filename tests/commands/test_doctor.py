@@ -30,8 +30,9 @@ def test_the_report_names_versions_paths_and_parts():
     assert {"Python", "torchvision", "triton", "compiler of the build", "nvcc of the build"} <= versions.keys()
     operators = " ".join(operator for operator, _, _ in found.paths)
     for name in ("row_sq_norms", "memory_step: passes", "memory_step: scan", "cosine_softmax, false_sample_sets",
-                 "attention_head"):  # fmt: skip
+                 "attention_head", "nl_cbam, attention_adversary"):  # fmt: skip
         assert operators.count(name) == len({device for _, device, _ in found.paths})
+    assert operators.count("ranking") == 1  # by C++ on a CPU alone
     text, _ = printed()
     for cell in (torch.__version__, "memory_step", "CPU kernels", "CUDA kernels"):
         assert cell in text
@@ -43,6 +44,7 @@ def test_with_the_extension_the_kernel_serves_and_nothing_is_broken():
     assert found.broken == [], "is the extension older than csrc?"
     assert found.exit_code == 0
     assert ("row_sq_norms", "cpu", "C++ kernel") in found.paths
+    assert found.paths[-1] == ("ranking by distances or features", "cpu", "C++ kernel")
     assert dict(found.built)["CPU kernels"] == "yes"
     built_with_cuda = "CUDA" in _extension.build_info()["built"]
     assert dict(found.built)["CUDA kernels"].startswith("yes, for" if built_with_cuda else "no")
