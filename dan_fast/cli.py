@@ -3,6 +3,7 @@
 A command is imported when it runs, most of them with PyTorch: `--help`, `--version` and a wrong command import none.
 """
 
+import io
 import os
 import sys
 from argparse import ArgumentError
@@ -280,6 +281,9 @@ def _run(parser: ArgumentParser, parsed: Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 after an error, 2 for wrong flags, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files are printed, of which some have bytes that are no UTF-8.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         parser, parsed = _parse(argv)
     except ArgumentError as error:

@@ -1,6 +1,8 @@
 """The command line: what each command leaves behind, and one sentence and an exit code for each mistake."""
 
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -48,6 +50,16 @@ def test_train_writes_the_settings_it_was_given(run, images):
     assert settings["data"]["labeled"] == [str(images / "campus")]
     expected = {"epochs": 1, "lr_scale": 1.0, "momentum": 0.9, "weight_decay": 5e-4, "backbone_lr_scale": 1.0}
     assert settings["optimizer"] == expected
+
+
+def test_names_that_are_no_utf_8_can_be_printed(tmp_path, monkeypatch):
+    strict = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdout", strict)
+    folder = os.path.join(tmp_path, os.fsdecode(b"caf\xe9"))
+    assert main(["synthesize", "--root", folder, "--domains", "[mall]", "--identities", "2", "--cameras", "2",
+                 "--image_size", "[32, 16]"]) == 0  # fmt: skip
+    strict.flush()
+    assert rb"caf\udce9" in strict.buffer.getvalue()
 
 
 @pytest.mark.slow

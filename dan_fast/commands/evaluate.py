@@ -154,6 +154,10 @@ def evaluate(
     if own_rank() > 0:
         return
 
+    if out is not None:
+        # Before anything is printed, which may fail: to a full disk, or a reader that has left.
+        content = [{"features": name, **evaluation.to_dict()} for name, evaluation in results]
+        write_text(out, json.dumps(content, indent=2) + "\n")
     # Folded: a variant must stay readable in a narrow window.
     table = Table(Column("target", overflow="fold"), "features", *results[0][1].percentages())
     for name, evaluation in results:
@@ -163,9 +167,6 @@ def evaluate(
         print(f"{evaluation.title}, {name}: {evaluation.conditions_and_recipe}.")
     for path in sorted({path for _, evaluation in results for path in evaluation.skipped}):
         print(f"Skipped {path}: it cannot be decoded.")
-    if out is not None:
-        content = [{"features": name, **evaluation.to_dict()} for name, evaluation in results]
-        write_text(out, json.dumps(content, indent=2) + "\n")
 
 
 def _random_features(

@@ -12,7 +12,8 @@ Decisions where the papers leave a choice:
 - P-1, P-2 and P-3 are those of META (Xu et al., ECCV 2022), which takes CUHK03's labeled boxes (14,096 images), the
   new protocol and MSMT17 V2; V1 is taken where V2 is not found. CUHK-SYSU has one set of crops, used whole by all.
 
-The fixed splits of VIPeR, PRID, GRID and i-LIDS are those of this package; no paper gives its own.
+The fixed splits of VIPeR, PRID, GRID and i-LIDS are those of this package: none of these papers lists its own, and the
+partitions in GRID's archive are not taken (docs/fidelity.md).
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Set
 from hashlib import blake2b
+from itertools import combinations
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.samples import ReIDDataset, Sample
@@ -54,6 +55,20 @@ def persons_in_both(trained: Mapping[str, Set[int]], target: ReIDDataset, images
         samples = [each for each in (*target.query, *target.gallery, *target.test) if each.pid in tested]
         found |= {sample.pid for sample, key in zip(samples, image_keys(samples), strict=True) if key in images}
     return sorted(found & tested)
+
+
+def taken_for_one(datasets: Iterable[ReIDDataset]) -> Iterator[str]:
+    """A sentence for each two manifests of one folder with pids in common, which are taken for the same persons."""
+    for one, other in combinations(datasets, 2):
+        named = any(each.identities or each.variant for each in (one, other))
+        if named or one.name == other.name or numbering_of(one) != numbering_of(other):
+            continue
+        pids = ({sample.pid for sample in each.train if sample.pid >= 0} for each in (one, other))
+        if both := set.intersection(*pids):
+            yield (
+                f"{len(both)} persons, {min(both)} the first, are taken for the same ones in {one.name} and in "
+                f"{other.name}, which lie in one folder: if each numbers persons of its own, give each a folder."
+            )
 
 
 def require_disjoint_persons(

@@ -161,7 +161,12 @@ def _share(images: list[_TrainImage], share: float, seed: int) -> list[_TrainIma
 def _fingerprint(labeled: Sequence[_TrainImage], labels: Tensor, unlabeled: Sequence[_TrainImage]) -> str:
     digest = hashlib.sha256()
     for image, label in zip(labeled, labels.tolist(), strict=True):
-        digest.update(f"labeled\0{image.address}\0{label}\n".encode())
+        digest.update(_bytes(f"labeled\0{image.address}\0{label}\n"))
     for image in unlabeled:
-        digest.update(f"unlabeled\0{image.address}\n".encode())
+        digest.update(_bytes(f"unlabeled\0{image.address}\n"))
     return digest.hexdigest()
+
+
+def _bytes(text: str) -> bytes:
+    """With the bytes of file names that are no UTF-8 as they are."""
+    return text.encode(errors="surrogateescape")

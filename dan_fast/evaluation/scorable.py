@@ -30,7 +30,7 @@ def require_evaluation_images(dataset: ReIDDataset) -> None:
     """Refuse a dataset without images to test on, or without all the images that its fixed splits name.
 
     Raises:
-        DanFastError: images are missing; the sentence says which.
+        DanFastError: images are missing, or of no camera, or of both kinds of test; the sentence says which.
     """
     if bool(dataset.query) != bool(dataset.gallery):
         missing = "gallery" if dataset.query else "query"
@@ -41,6 +41,17 @@ def require_evaluation_images(dataset: ReIDDataset) -> None:
         raise DanFastError(
             f"{dataset.name} ({dataset.root}) has neither query and gallery nor test images: "
             "name a dataset with a test split or leave it out of the targets."
+        )
+    if dataset.query and dataset.test:
+        raise DanFastError(
+            f"{dataset.name} ({dataset.root}) has test images, which are split at random, beside query and gallery "
+            "images, which are not: name all of them query and gallery, or give these a manifest of their own."
+        )
+    unknown = sum(sample.camid < 0 for sample in (*dataset.query, *dataset.gallery, *dataset.test))
+    if unknown:
+        raise DanFastError(
+            f"{unknown} images of {dataset.name} ({dataset.root}) that are tested on have no camera (camid below 0), "
+            "by which matches of a query's own camera are left out: give their cameras numbers from 0."
         )
     if not dataset.query and dataset.splits is not None and dataset.splits.missing:
         raise DanFastError(

@@ -85,9 +85,13 @@ def contradictions_table() -> Table:
 
 def belongs(run: Run, table: PaperTable, target: str) -> bool:
     """Whether a run is to be read beside a table: VI has the target's images among the unlabelled ones, IV and V
-    do not; IX compares procedures of training and takes all that the paper's targets were not part of."""
-    sees_target = any(paper_target(name.split(" (")[0]) == target for name in run.unlabeled)
-    return sees_target if table.number == "VI" else not sees_target
+    do not; IX compares procedures of training and takes all that the paper's targets were not part of. None has the
+    target among the labelled ones."""
+
+    def has_target(names: Sequence[str]) -> bool:
+        return any(paper_target(name.split(" (")[0]) == target for name in names)
+
+    return not has_target(run.labeled) and has_target(run.unlabeled) == (table.number == "VI")
 
 
 def _paper_table(table: PaperTable, target: str, faults: Sequence[Contradiction], runs: Sequence[Run]) -> Table:

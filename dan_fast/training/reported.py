@@ -15,7 +15,7 @@ from dan_fast.core.files import write_text
 from dan_fast.core.float32 import float32_rounding
 from dan_fast.data import ReIDDataset
 from dan_fast.data.named_protocols import DatasetRoles
-from dan_fast.data.overlap import persons_in_both
+from dan_fast.data.overlap import persons_in_both, taken_for_one
 from dan_fast.evaluation import COLUMNS, Evaluation
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.config import RunConfig, TrainConfig, goes_on
@@ -142,6 +142,7 @@ def opening_lines(
     """
     if started_from:
         yield f"Starts from {', which started from '.join(started_from)}."
+    yield from taken_for_one((*datasets.labeled, *datasets.unlabeled))
     if config.data.protocol:
         yield f"Protocol {config.data.protocol}: {describe(datasets, config.data.unlabeled_share)}."
     if datasets.unlabeled and config.data.unlabeled_share == 0:

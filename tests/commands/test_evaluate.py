@@ -1,5 +1,6 @@
 """`dan-fast evaluate`: what cannot be evaluated is refused before anything is embedded."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -37,10 +38,27 @@ def test_a_target_that_cannot_be_scored_is_refused_before_the_first_is_embedded(
         ("learnt", {"train": [1, 1]}, "has neither query and gallery nor test images: name a dataset with a test"),
         ("asked", {"query": [1, 1]}, "has no gallery images: add them or evaluate on another dataset."),
         ("alone", {"query": [1, 2], "gallery": [1, 2]}, "has no person seen by two cameras in its evaluation images"),
+        (
+            "mixed",
+            {"query": [1], "gallery": [2, 1], "test": [3, 3]},
+            "has test images, which are split at random, beside",
+        ),
     ):
         assert evaluated(checkpoint, street, manifest(tmp_path / name, **parts)) == 1
         said = refused(capsys)
         assert said.startswith(name) and sentence in said
+
+
+@pytest.mark.usefixtures("nothing_embedded")
+@pytest.mark.parametrize("split", ["query", "gallery", "test"])
+def test_images_of_unknown_cameras_are_no_images_to_test_on(checkpoint, tmp_path, capsys, split):
+    parts = {"test": [1, 1, 1]} if split == "test" else {"query": [1, 1], "gallery": [1, 1]}
+    path = Path(manifest(tmp_path / "street", train=[5, 5], **parts)) / "manifest.csv"
+    # In train, too, where they matter to nobody.
+    text = path.read_text().replace("train0.jpg,5,0", "train0.jpg,5,-1")
+    path.write_text(text.replace(f"{split}0.jpg,1,0", f"{split}0.jpg,1,-1"))
+    assert evaluated(checkpoint, path.parent) == 1
+    assert refused(capsys).startswith("1 images of street (")
 
 
 @pytest.mark.usefixtures("nothing_embedded")
@@ -69,6 +87,16 @@ def test_a_shared_folder_has_no_network_before_training(street, tmp_path, capsys
         "shared is a shared folder, which does not hold the weights that its training started from (w.pth): evaluate "
         "it without --baselines, or the checkpoint.pt of the run."
     )
+
+
+@pytest.mark.slow
+def test_figures_are_written_before_they_are_printed(checkpoint, street, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("rich.console.Console.print", fail)
+    assert evaluated(checkpoint, street, out=tmp_path / "figures.json") == 1
+    assert len(json.loads((tmp_path / "figures.json").read_text())) == 1
 
 
 @pytest.mark.slow

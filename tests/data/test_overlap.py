@@ -4,12 +4,15 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from dan_fast.data import ReIDDataset, Sample, TrainingSet, load_dataset
-from dan_fast.data.overlap import persons_in_both, persons_tested
-from dan_fast.training.config import DataConfig
-from dan_fast.training.reported import SEEN, seen_of
+from dan_fast.data.named_protocols import DatasetRoles
+from dan_fast.data.overlap import persons_in_both, persons_tested, taken_for_one
+from dan_fast.training.config import DataConfig, TrainConfig
+from dan_fast.training.reported import SEEN, opening_lines, seen_of
 from dan_fast.training.sources import load_datasets
+from tests.support.dataset_shelf import touch
 from tests.support.refusals import refusal
 from tests.support.written_sets import cuhk03_of, manifest
 
@@ -113,6 +116,25 @@ def test_a_relative_path_is_of_the_folder_that_one_works_in(tmp_path: Path, monk
         again = listed(home / "again" / "m.csv", home / "data", rows)
         monkeypatch.chdir(home)
         assert "person 1 the first" in refused(labeled=again, targets="data")
+
+
+def test_manifests_of_one_folder_with_the_same_pids_are_named(tmp_path: Path, cuhk03: Path) -> None:
+    pids = {"shop": (1, 2), "street": (2, 3, 4), "square": (5, -1), "mall": (6, -1)}
+    paths = [
+        listed(tmp_path / f"{name}.csv", tmp_path, [(f"{name}{pid}.jpg", pid, "train") for pid in of])
+        for name, of in pids.items()
+    ]
+    touch(tmp_path, [f"{name}{pid}.jpg" for name, of in pids.items() for pid in of])
+    datasets = [load_dataset(path) for path in paths]
+    (said,) = taken_for_one(datasets)
+    assert said.startswith("1 persons, 2 the first, are taken for the same ones in shop and in street, which lie")
+    (tmp_path / "apart").mkdir()
+    apart = load_dataset(manifest(tmp_path / "apart", train=[1, 2]))
+    boxes = [load_dataset(f"{cuhk03}@{box} new") for box in ("detected", "labeled")]
+    assert list(taken_for_one([datasets[0], apart, *boxes])) == []
+    roles = DatasetRoles(tuple(datasets[:1]), tuple(datasets[1:]), ())
+    config = TrainConfig.of_recipe("plain", data={"labeled": paths[0]})
+    assert said in list(opening_lines(config, roles, torch.device("cpu")))
 
 
 def test_an_image_of_two_datasets_is_trained_on_once(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The fused training set: labels, what is known about unlabelled images, the share, the fingerprint."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +106,14 @@ def test_mistakes(labeled: list[ReIDDataset], unlabeled: list[ReIDDataset], shar
     with pytest.raises(DanFastError) as caught:
         TrainingSet(labeled, unlabeled, unlabeled_share=share)
     assert expected in str(caught.value)
+
+
+def test_a_file_name_may_have_bytes_that_are_no_utf_8() -> None:
+    def of(name: bytes) -> str:
+        odd = ReIDDataset("odd", Path("/odd"), train=(Sample(Path("/odd", os.fsdecode(name)), 1, 1),))
+        return TrainingSet([dataset("a", [1, 2]), odd]).fingerprint
+
+    assert of(b"caf\xe9.jpg") == of(b"caf\xe9.jpg") != of(b"caf\xe8.jpg")
 
 
 def test_no_unlabelled_image_is_needed_for_a_share_of_none() -> None:

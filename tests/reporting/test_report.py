@@ -192,6 +192,7 @@ def test_a_run_stands_beside_the_table_it_belongs_to(tmp_path):
     folders = [
         fake_run(tmp_path / "dg", [("DukeMTMC-reID", 0.5, 0.4)], data=data),
         fake_run(tmp_path / "uda", [("dukemtmcreid", 0.6, 0.5)], data={**data, "unlabeled": ["dukemtmc-reid"]}),
+        fake_run(tmp_path / "supervised", [("DukeMTMC-reID", 0.8, 0.7)], data={"labeled": ["dukemtmc-reid"]}),
         fake_run(tmp_path / "small", [("VIPeR", 0.4, 0.45, 10)], meta={"procedure": "daml1"}),
     ]
     tables = {table.title.split(":")[0]: table for table in paper_tables(read_runs(folders))}

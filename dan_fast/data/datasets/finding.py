@@ -50,9 +50,10 @@ def _descend(folder: Path, name: str) -> Path | None:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The files of a folder that are named like images, by name; none where the folder is absent."""
+    """The files of a folder that are named like images, by name, hidden ones not; none where the folder is absent."""
     if not folder.is_dir():
         return []
     # Sorted by name: the order of a directory listing differs between file systems.
-    files = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    # macOS puts a hidden ._0001.jpg beside each 0001.jpg that it writes to a file system of others.
+    files = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
     return sorted(files, key=lambda path: path.name)

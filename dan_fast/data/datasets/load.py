@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -72,8 +73,10 @@ def load_targets(paths: Sequence[str | Path]) -> list[ReIDDataset]:
         DanFastError: a dataset is named twice; and as `load_dataset`.
     """
     targets = [load_dataset(path) for path in paths]
-    for path, target in zip(paths, targets, strict=True):
-        if targets.count(target) > 1:
+    # By whatever paths they are named.
+    places = [(os.path.realpath(target.root), target.name, target.variant) for target in targets]
+    for path, place in zip(paths, places, strict=True):
+        if places.count(place) > 1:
             raise DanFastError(f"The target {path} is named twice: leave one of them out.")
     alike: dict[str, list[Path]] = {target.title: [] for target in targets}
     for target in targets:

@@ -166,3 +166,21 @@ def test_targets_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> 
     assert [each.name for each in targets] == ["shop/test", "mall/test", "shop/night", "mall/night", "street"]
     with pytest.raises(DanFastError, match="The target .*night/manifest.csv is named twice: leave one of them out."):
         load_targets([others[0], others[0].parent, others[1]])
+
+
+def test_a_target_named_twice_is_one_by_whatever_path(
+    market: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / market.name).symlink_to(market)
+    monkeypatch.chdir(market.parent)
+    for again in (market.name, tmp_path / "link" / market.name):
+        with pytest.raises(DanFastError, match=f"The target .*{market.name} is named twice: leave one of them out."):
+            load_targets([market, again])
+
+
+def test_hidden_files_are_no_images(market: Path) -> None:
+    before = load_dataset(market)
+    for part in ("bounding_box_train", "query", "bounding_box_test"):
+        (market / part / "._0001_c1s1_000151_01.jpg").write_bytes(b"of macOS")
+    assert load_dataset(market) == before
