@@ -46,8 +46,8 @@ def extract(
     require_format(file)
     parts = find_images(paths)
     extractor = FeatureExtractor(checkpoint, device, batch_size, workers=workers, broken_images=broken_images)
-    for split, samples in parts:
-        known = f"of the {split} split" if split else "without identities"
+    for split, samples, dataset in parts:
+        known = "without identities" if dataset is None else f"of the {split} split"
         console.print(f"{len(samples)} images {known}, the first is {samples[0].path}.", **PLAIN)
     try:
         with progress_line(console, "Extracting features") as show:

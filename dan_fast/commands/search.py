@@ -13,9 +13,8 @@ from dan_fast.core.batches import BrokenImages
 from dan_fast.core.files import alone, remove_unfinished, require_writable, write_text
 from dan_fast.core.terminal import PLAIN, progress_line
 from dan_fast.data.images.reading import DECODED_BY
-from dan_fast.data.samples import Sample
 from dan_fast.inference import FeatureExtractor
-from dan_fast.inference.sources import find_images
+from dan_fast.inference.sources import Part, find_images, samples_of
 from dan_fast.reporting.search_page import PICTURES, write_search_page
 from dan_fast.search import GalleryIndex, Update, update_index
 from dan_fast.search.kinds import IndexKind, faiss_library
@@ -65,8 +64,9 @@ def search(
     if index != "flat":
         faiss_library()
     # What the page of a search before shows may lie among the gallery's images, and is none of them.
-    images = _of_split(gallery, "gallery", leave_out=folder / PICTURES)
-    queries = _of_split(query, "query", leave_out=folder / PICTURES)
+    searched = _of_split(gallery, "gallery", leave_out=folder / PICTURES)
+    asked = _of_split(query, "query", leave_out=folder / PICTURES)
+    images, queries = samples_of(searched), samples_of(asked)
     extractor = FeatureExtractor(checkpoint, device, batch_size, workers=workers, broken_images=broken_images)
     try:
         # The queries first: one that cannot be decoded is known before the gallery is embedded.
@@ -84,7 +84,7 @@ def search(
     for line in _sentences(update, folder / "index"):
         console.print(line, **PLAIN)
     found = GalleryIndex(folder / "index", extractor, index)
-    lists = ranked_lists(found, queries, features, top)
+    lists = ranked_lists(found, asked, searched, features, top)
     for each in lists:
         if each["matches"] is None:
             console.print(f"Skipped the query {each['path']}: it cannot be decoded.", **PLAIN)
@@ -108,14 +108,13 @@ def search(
     console.print(f"{page}: {len(lists)} queries in {found.size} images.", **PLAIN)
 
 
-def _of_split(paths: Sequence[str], split: str, leave_out: Path) -> list[Sample]:
+def _of_split(paths: Sequence[str], split: str, leave_out: Path) -> list[Part]:
     """Of each path the images of a split, where it is a dataset that has any of it; else all of that path."""
-    samples: list[Sample] = []
+    chosen: list[Part] = []
     for path in paths:
         parts = find_images([path], leave_out)
-        chosen = [part for part in parts if part.split == split] or parts
-        samples += (sample for part in chosen for sample in part.samples)
-    return samples
+        chosen += [part for part in parts if part.split == split] or parts
+    return chosen
 
 
 def _sentences(update: Update, index: Path) -> list[str]:

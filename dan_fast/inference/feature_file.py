@@ -22,7 +22,7 @@ from dan_fast.data.images.cache_header import digest, status_of
 from dan_fast.data.images.reading import DECODED_BY
 from dan_fast.data.samples import Sample
 from dan_fast.inference.extractor import FeatureExtractor, Show, weights_hash
-from dan_fast.inference.sources import Part
+from dan_fast.inference.sources import Part, samples_of
 
 # A chunk is so many batches: what a process that is stopped or killed has to do again.
 _BATCHES = 8
@@ -85,13 +85,13 @@ def write_features(out: Path, extractor: FeatureExtractor, parts: Sequence[Part]
     """
     require_format(out)
     if out.suffix == ".parquet":
-        _require_utf8(sample.path for part in parts for sample in part.samples)
+        _require_utf8(sample.path for sample in samples_of(parts))
     folder = chunk_folder(out)
     try:
         with alone(folder / ".lock"):
             remove_unfinished(out.parent, re.escape(out.name))
             chunks = _chunks(folder, extractor, parts, progress)
-            samples = [sample for part in parts for sample in part.samples]
+            samples = samples_of(parts)
             columns = {
                 "paths": np.array([str(sample.path) for sample in samples]),
                 "pids": np.array([sample.pid for sample in samples], dtype=np.int64),
@@ -121,7 +121,7 @@ def _chunks(folder: Path, extractor: FeatureExtractor, parts: Sequence[Part], pr
     )
     step = _BATCHES * extractor.batch_size
     total, done, files = sum(len(part.samples) for part in parts), 0, []
-    for _, samples in parts:
+    for samples in (part.samples for part in parts):
         shares = [samples[first : first + step] for first in range(0, len(samples), step)]
         names = [folder / f"{_key(made_by, share)}.npy" for share in shares]
         kept = next((place for place, name in enumerate(names) if not _is_done(name, extractor)), len(names))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from glob import glob, has_magic
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.datasets.finding import IMAGE_SUFFIXES
 from dan_fast.data.datasets.load import holds_dataset, load_dataset
-from dan_fast.data.samples import SPLITS, Sample
+from dan_fast.data.samples import SPLITS, ReIDDataset, Sample
 
 
 class Part(NamedTuple):
@@ -20,10 +21,12 @@ class Part(NamedTuple):
     Attributes:
         split: of the dataset that they are of; "" for other images.
         samples: the images, pid and camid -1 where they are unknown.
+        dataset: that they are of; None for other images.
     """
 
     split: str
     samples: tuple[Sample, ...]
+    dataset: ReIDDataset | None = None
 
 
 def find_images(paths: Sequence[str], leave_out: Path | None = None) -> list[Part]:
@@ -49,12 +52,17 @@ def find_images(paths: Sequence[str], leave_out: Path | None = None) -> list[Par
         >>> [(part.split, [sample.path.name for sample in part.samples]) for part in find_images([str(folder)])]
         [('', ['a.png', 'b.jpg'])]
     """
-    parts: list[tuple[str, list[Sample]]] = []
-    for split, samples in (part for path in paths for part in _parts_at(path, leave_out)):
-        if split or not parts or parts[-1][0]:
-            parts.append((split, []))
-        parts[-1][1].extend(samples)
-    return [Part(split, tuple(samples)) for split, samples in parts]
+    found = (part for path in paths for part in _parts_at(path, leave_out))
+    parts: list[Part] = []
+    for of_dataset, group in groupby(found, lambda part: part.dataset is not None):
+        some = list(group)
+        parts += some if of_dataset else [Part("", samples_of(some))]
+    return parts
+
+
+def samples_of(parts: Iterable[Part]) -> tuple[Sample, ...]:
+    """The images of all parts, in their order."""
+    return tuple(sample for part in parts for sample in part.samples)
 
 
 def _parts_at(text: str, leave_out: Path | None) -> Iterator[Part]:
@@ -65,7 +73,7 @@ def _parts_at(text: str, leave_out: Path | None) -> Iterator[Part]:
         yield _unknown([path])
     elif path.exists() or _names_a_variant(path):
         dataset = load_dataset(path)
-        parts = [Part(split, getattr(dataset, split)) for split in SPLITS if getattr(dataset, split)]
+        parts = [Part(split, getattr(dataset, split), dataset) for split in SPLITS if getattr(dataset, split)]
         if not parts:
             raise DanFastError(f"The dataset at {path} has no images; name another one.")
         yield from parts

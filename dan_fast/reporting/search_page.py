@@ -64,7 +64,7 @@ def write_search_page(folder: str | Path, content: Mapping[str, Any], extractor:
         paragraphs=_paragraphs(content, len(shown), attends),
         queries=[
             {"query": _cell(query, drawn, attends), "matches": None if query["matches"] is None else
-             [_cell(match, drawn, attends, query) for match in query["matches"]]}
+             [_cell(match, drawn, attends) for match in query["matches"]]}
             for query in shown
         ],
     )  # fmt: skip
@@ -103,14 +103,9 @@ def _name(path: str, weights: str) -> str:
     return digest(repr((path, status_of(path), weights)).encode()).hex()
 
 
-def _cell(
-    image: Mapping[str, Any], drawn: Mapping[str, str], attends: bool, query: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def _cell(image: Mapping[str, Any], drawn: Mapping[str, str], attends: bool) -> dict[str, Any]:
     """What the template shows of an image."""
     known = [f"{word} {image[key]}" for word, key in (("person", "pid"), ("camera", "camid")) if image[key] is not None]
-    right = None
-    if query is not None and None not in (image["pid"], query["pid"]):
-        right = image["pid"] == query["pid"]
     name = drawn.get(image["path"])
     return {
         # Bytes of a name that are no UTF-8 are shown as signs of replacement.
@@ -118,7 +113,7 @@ def _cell(
         "image": name and f"{PICTURES}/{name}.jpg",
         "overlay": f"{PICTURES}/{name}-attention.jpg" if name and attends else None,
         "known": ", ".join(known),
-        "right": right,
+        "right": image.get("same_person"),
         "rank": image.get("rank"),
         "score": image.get("score"),
     }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from dan_fast.core.files import absolute
+from dan_fast.data.overlap import numbering_of
 from dan_fast.data.samples import Sample
+from dan_fast.inference.sources import Part, samples_of
 from dan_fast.search.gallery_index import GalleryIndex
 from dan_fast.search.searcher import recall
 
@@ -17,24 +19,68 @@ _COMPARED = 200
 
 
 def ranked_lists(
-    index: GalleryIndex, queries: Sequence[Sample], features: np.ndarray, top: int
+    index: GalleryIndex, queries: Sequence[Part], gallery: Sequence[Part], features: np.ndarray, top: int
 ) -> list[dict[str, Any]]:
     """For each query its path, pid and camid, and under "matches" the images nearest to it, nearest first.
 
-    A match has a rank, a path, a score (the cosine), a pid and a camid; what is not known is None. The file that is the
-    query itself, by its path, is left out; images of the same person by the same camera, which figures of merit leave
-    out, are not. A query whose features are NaN has None for its matches.
+    A match has a rank, a path, a score (the cosine), a pid, a camid, and `same_person`, whether it shows the query's
+    one; what is not known is None. The file that is the query itself, by its path, is left out; images of the same
+    person by the same camera, which figures of merit leave out, are not. A query whose features are NaN has None for
+    its matches.
+
+    Args:
+        index: of the gallery.
+        queries: the images that are searched for.
+        gallery: the images that the index was last updated with.
+        features: (Q,C) of the queries.
+        top: images in a list.
     """
     readable = np.flatnonzero(np.isfinite(features).all(axis=1))
-    lists = [_described(query) | {"matches": None} for query in queries]
+    lists = [_described(query) | {"matches": None} for query in samples_of(queries)]
+    persons = _Persons(queries, gallery)
     found = index.search(features[readable], top + 1)
     for place, scores, rows in zip(readable.tolist(), found.scores, found.rows, strict=True):
         own = lists[place]["path"]
         images = [(index.images[row], score) for row, score in zip(rows, scores.tolist(), strict=True) if row >= 0]
         matches = [_described(image) | {"score": score} for image, score in images]
         matches = [match for match in matches if match["path"] != own][:top]
-        lists[place]["matches"] = [{"rank": rank} | match for rank, match in enumerate(matches, start=1)]
+        lists[place]["matches"] = [
+            {"rank": rank} | match | {"same_person": persons.same(place, lists[place]["pid"], match)}
+            for rank, match in enumerate(matches, start=1)
+        ]
     return lists
+
+
+class _Persons:
+    """Which pids can be compared: they name persons within a numbering only, and not all of them do."""
+
+    def __init__(self, queries: Sequence[Part], gallery: Sequence[Part]) -> None:
+        self._of_queries = [numbering for numbering, _ in _numbered(queries)]
+        self._of_gallery: dict[str, str | None] = {}
+        # Of several with one path the first counts, as in the index.
+        for numbering, sample in _numbered(gallery):
+            self._of_gallery.setdefault(absolute(sample.path), numbering)
+        datasets = [part.dataset for part in (*queries, *gallery) if part.dataset is not None]
+        # Elsewhere it is the pid of distractors, who are many persons or none.
+        self._with_person_0 = {
+            numbering_of(dataset) for dataset in datasets if any(sample.pid == 0 for sample in dataset.query)
+        }
+
+    def same(self, query: int, pid: int | None, match: dict[str, Any]) -> bool | None:
+        """Whether a match shows the person of the query at a place; None where that is not known."""
+        numbering = self._of_queries[query]
+        if None in (numbering, pid, match["pid"]) or self._of_gallery.get(match["path"]) != numbering:
+            return None
+        if pid == match["pid"] == 0 and numbering not in self._with_person_0:
+            return None
+        return pid == match["pid"]
+
+
+def _numbered(parts: Sequence[Part]) -> Iterator[tuple[str | None, Sample]]:
+    """Each image after the numbering of its pid, None where it is of no dataset."""
+    for part in parts:
+        numbering = None if part.dataset is None else numbering_of(part.dataset)
+        yield from ((numbering, sample) for sample in part.samples)
 
 
 def measured_recall(index: GalleryIndex, features: np.ndarray, top: int) -> dict[str, Any]:

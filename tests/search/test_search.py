@@ -560,6 +560,53 @@ def test_the_page_shows_persons_cameras_and_odd_names(tmp_path):
     assert plain.shape == overlaid.shape == (32, 16, 3) and not np.array_equal(plain, overlaid)
 
 
+def drawn_set(folder: Path, **pids: list[int]) -> str:
+    """The dataset of `manifest`, with images that differ."""
+    manifest(folder, **pids)
+    draw(folder, [f"{split}{number}.jpg" for split in pids for number in range(len(pids[split]))], len(str(folder)))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("query", "gallery", "said"),
+    [
+        # One numbering: persons, another person, and a distractor, who is nobody that was searched for.
+        ("market", "market", {("market", 7): True, ("market", 8): False, ("market", 0): False}),
+        # The same numbers are other persons elsewhere.
+        ("elsewhere", "market", {("market", 7): None, ("market", 8): None, ("market", 0): None}),
+        # All of a set without queries, of which no two distractors are one person.
+        ("grid", "grid", {("grid", 0): None, ("grid", 7): False}),
+        # Here 0 is a person.
+        ("zero", "zero", {("zero", 0): True, ("zero", 7): False}),
+        # Images without identities.
+        ("plain", "market", {("market", 7): None, ("market", 8): None, ("market", 0): None}),
+    ],
+)
+def test_the_same_person_is_said_of_one_numbering_and_not_of_distractors(run, tmp_path, query, gallery, said):
+    drawn_set(tmp_path / "market", query=[7], gallery=[7, 8, 0])
+    drawn_set(tmp_path / "elsewhere", query=[7])
+    drawn_set(tmp_path / "grid", test=[0, 0, 7])
+    drawn_set(tmp_path / "zero", query=[0], gallery=[0, 7])
+    draw(tmp_path / "plain", ["a.png"], seed=9)
+    lists, page = run("--gallery", tmp_path / gallery, "--query", tmp_path / query), tmp_path / "out" / "index.html"
+    found = {(Path(each["path"]).parent.name, each["pid"]): each["same_person"] for each in lists[0]["matches"]}
+    assert found == said
+    of_all = [match["same_person"] for each in lists for match in each["matches"]]
+    for words, value in (("same person", True), ("another person", False)):
+        assert page.read_text().count(words) == of_all.count(value)
+
+
+def test_an_image_of_two_galleries_is_of_the_numbering_of_the_first(run, tmp_path):
+    market = drawn_set(tmp_path / "market", query=[7], gallery=[7])
+    rows = ["path,pid,camid,split", "../market/gallery0.jpg,7,2,gallery"]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "manifest.csv").write_text("\n".join(rows) + "\n")
+    for gallery, said in (([market, other], True), ([other, market], None)):
+        (query,) = run("--gallery", *gallery, "--query", market)
+        assert [each["same_person"] for each in query["matches"]] == [said]
+
+
 def test_without_attention_there_is_no_overlay_and_what_is_not_shown_goes(run, folder, monkeypatch):
     run("--query", folder / "queries" / "a.png", "--top", 2)
     before = {file.name for file in (folder / "out" / "search_images").iterdir()}
