@@ -44,13 +44,13 @@ def require_format(out: Path) -> None:
         _pyarrow()
 
 
-def _require_utf8(paths: Iterable[Path]) -> None:
-    for path in paths:
+def _require_utf8(names: Iterable[str]) -> None:
+    for name in names:
         try:
-            str(path).encode()
+            name.encode()
         except UnicodeEncodeError as error:
             raise DanFastError(
-                f"The name {str(path)!r} is not UTF-8, of which Parquet's texts are: rename it, or write a .npz file."
+                f"The name {name!r} is not UTF-8, of which Parquet's texts are: rename it, or write a .npz file."
             ) from error
 
 
@@ -63,8 +63,8 @@ def write_features(out: Path, extractor: FeatureExtractor, parts: Sequence[Part]
     """Write the features of images, and what is known of these, into a .npz or .parquet file.
 
     It holds, each with N rows in the order of the images, `features`, (N,C) float32 of length 1; `paths`; `pids` and
-    `camids`, int64, -1 where they are unknown; and `splits`, "" where there is none. In a Parquet file `features` is a
-    column of lists of C numbers.
+    `camids`, int64, -1 where they are unknown; and `splits` and `datasets`, the titles of these, "" where there is
+    none. In a Parquet file `features` is a column of lists of C numbers.
 
     What is done lies in `chunk_folder` until everything is. Started again it goes on from there; features of images
     that have changed since, of other weights, of another batch size or of another version of Pillow, torchvision or
@@ -85,7 +85,8 @@ def write_features(out: Path, extractor: FeatureExtractor, parts: Sequence[Part]
     """
     require_format(out)
     if out.suffix == ".parquet":
-        _require_utf8(sample.path for sample in samples_of(parts))
+        _require_utf8(str(sample.path) for sample in samples_of(parts))
+        _require_utf8(map(_title, parts))
     folder = chunk_folder(out)
     try:
         with alone(folder / ".lock"):
@@ -97,6 +98,8 @@ def write_features(out: Path, extractor: FeatureExtractor, parts: Sequence[Part]
                 "pids": np.array([sample.pid for sample in samples], dtype=np.int64),
                 "camids": np.array([sample.camid for sample in samples], dtype=np.int64),
                 "splits": np.array([part.split for part in parts for _ in part.samples]),
+                # A pid names a person within its dataset only.
+                "datasets": np.array([_title(part) for part in parts for _ in part.samples]),
             }
             unread = np.concatenate([np.isnan(np.load(chunk, mmap_mode="r")[:, 0]) for chunk in chunks])
             write_whole(out, lambda stream: _WRITERS[out.suffix](stream, chunks, extractor.size, columns))
@@ -106,6 +109,10 @@ def write_features(out: Path, extractor: FeatureExtractor, parts: Sequence[Part]
         with suppress(OSError):
             folder.rmdir()
     return [samples[place].path for place in np.flatnonzero(unread)]
+
+
+def _title(part: Part) -> str:
+    return "" if part.dataset is None else part.dataset.title
 
 
 def _chunks(folder: Path, extractor: FeatureExtractor, parts: Sequence[Part], progress: Show) -> list[Path]:

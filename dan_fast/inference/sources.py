@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.datasets.finding import IMAGE_SUFFIXES
-from dan_fast.data.datasets.load import holds_dataset, load_dataset
+from dan_fast.data.datasets.load import holds_dataset, load_dataset, told_apart
 from dan_fast.data.samples import SPLITS, ReIDDataset, Sample
 
 
@@ -21,7 +21,7 @@ class Part(NamedTuple):
     Attributes:
         split: of the dataset that they are of; "" for other images.
         samples: the images, pid and camid -1 where they are unknown.
-        dataset: that they are of; None for other images.
+        dataset: that they are of, different ones by different titles; None for other images.
     """
 
     split: str
@@ -52,12 +52,19 @@ def find_images(paths: Sequence[str], leave_out: Path | None = None) -> list[Par
         >>> [(part.split, [sample.path.name for sample in part.samples]) for part in find_images([str(folder)])]
         [('', ['a.png', 'b.jpg'])]
     """
-    found = (part for path in paths for part in _parts_at(path, leave_out))
+    found = _by_title([part for path in paths for part in _parts_at(path, leave_out)])
     parts: list[Part] = []
     for of_dataset, group in groupby(found, lambda part: part.dataset is not None):
         some = list(group)
         parts += some if of_dataset else [Part("", samples_of(some))]
     return parts
+
+
+def _by_title(parts: Sequence[Part]) -> list[Part]:
+    """The parts, of datasets whose titles tell them apart."""
+    datasets = {id(part.dataset): part.dataset for part in parts if part.dataset is not None}
+    named = dict(zip(datasets, told_apart(list(datasets.values())), strict=True))
+    return [part._replace(dataset=named.get(id(part.dataset))) for part in parts]
 
 
 def samples_of(parts: Iterable[Part]) -> tuple[Sample, ...]:

@@ -19,6 +19,8 @@ from dan_fast.cli import main
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import alone
 from dan_fast.data import load_dataset
+from dan_fast.data.samples import SPLITS
+from dan_fast.data.synthetic import synthesize
 from dan_fast.evaluation import evaluate_ranking, extract_dataset
 from dan_fast.inference import feature_file
 from dan_fast.inference.sources import find_images
@@ -119,11 +121,43 @@ def test_a_dataset_gives_what_is_evaluated_to_the_last_bit(run, checkpoint, stre
     assert f"{len(dataset.query)} images of the query split" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_of_several_datasets_each_is_scored_by_its_rows(run, checkpoint, street, folder, tmp_path, suffix):
+    """Two of one name, whose persons have the same numbers, and images without identities."""
+    out = tmp_path / f"features{suffix}"
+    synthesize(tmp_path / "other", ["street"], identities=6, cameras=2, image_size=(32, 16), seed=1, test_fraction=0.5)
+    targets = [street, tmp_path / "other" / "street"]
+    run(targets[0], folder / "a", targets[1], targets[0] / "manifest.csv", "--out", out)
+    found = np.load(out) if suffix == ".npz" else columns_of(out)
+    titles = [f"{target.parent.name}/street" for target in targets]
+    again = found["datasets"].tolist()
+    counts = [sum(len(getattr(load_dataset(target), split)) for split in SPLITS) for target in targets]
+    # The first is named twice.
+    assert again == [titles[0]] * counts[0] + [""] * 16 + [titles[1]] * counts[1] + [titles[0]] * counts[0]
+    once = np.arange(len(again)) < len(again) - counts[0]
+    figures = tmp_path / "figures.json"
+    evaluate = f"evaluate --checkpoint {checkpoint} --workers 0 --device cpu --out {figures} --batch_size {BATCH}"
+    assert main([*evaluate.split(), "--targets", f"[{targets[0]}, {targets[1]}]"]) == 0
+    scored = json.loads(figures.read_text())
+    assert [each["dataset"] for each in scored] == titles
+    for title, expected in zip(titles, scored, strict=True):
+        rows = [once & (found["datasets"] == title) & (found["splits"] == split) for split in ("query", "gallery")]
+        arguments = [found[name][side] for name in ("features", "pids", "camids") for side in rows]
+        assert evaluate_ranking(*arguments, metric="cosine").mAP == expected["mAP"]
+
+
+def columns_of(file: Path) -> dict[str, np.ndarray]:
+    table = pytest.importorskip("pyarrow.parquet").read_table(file)
+    columns = {name: np.array(table.column(name).to_pylist()) for name in table.column_names}
+    return columns | {"features": columns["features"].astype(np.float32)}
+
+
 def test_what_paths_name(run, folder, street):
     everything = run(folder)
     assert everything["paths"].tolist() == [str(path) for path in files_of(folder)]
     assert everything["features"].shape == (IMAGES, 96) and everything["features"].dtype == np.float32
     assert set(everything["pids"]) == set(everything["camids"]) == {-1} and set(everything["splits"]) == {""}
+    assert set(everything["datasets"]) == {""}
     assert run(f"{folder}/**/*.png")["paths"].tolist() == [str(p) for p in files_of(folder) if p.suffix == ".png"]
     a, b = folder / "a", folder / "b"
     mixed = run(b / "01.png", a, street / "manifest.csv", f"{b}/0[14].*")
@@ -162,8 +196,14 @@ def test_a_name_that_parquet_cannot_hold_is_refused_before_images_are_read(run, 
     pytest.importorskip("pyarrow")
     shutil.copy(files_of(folder)[0], folder / os.fsdecode(b"caf\xe9.jpg"))
     run(folder, "--out", tmp_path / "features.parquet", code=1)
-    assert "is not UTF-8, of which Parquet's texts are: rename it, or write a .npz file." in capsys.readouterr().err
+    sentence = "is not UTF-8, of which Parquet's texts are: rename it, or write a .npz file."
+    assert sentence in capsys.readouterr().err
     assert not embedded and [path.name for path in tmp_path.iterdir()] == ["photos"]
+    # The name of a dataset, too.
+    named = folder / os.fsdecode(b"caf\xe9.csv")
+    named.write_text("path,pid,camid,split\na/00.BMP,1,1,query\n")
+    run(named, "--out", tmp_path / "features.parquet", code=1)
+    assert sentence in capsys.readouterr().err and not embedded
 
 
 def test_a_parquet_file_holds_the_same(run, folder, tmp_path):
@@ -174,7 +214,7 @@ def test_a_parquet_file_holds_the_same(run, folder, tmp_path):
     assert table.column_names == list(found)
     features = table.column("features").combine_chunks()
     assert np.array_equal(features.flatten().to_numpy().reshape(-1, features.type.list_size), found["features"])
-    for name in ("paths", "pids", "camids", "splits"):
+    for name in ("paths", "pids", "camids", "splits", "datasets"):
         assert table.column(name).to_pylist() == found[name].tolist()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["features.npz", "features.parquet", "photos"]
 

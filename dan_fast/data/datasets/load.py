@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,15 +73,35 @@ def load_targets(paths: Sequence[str | Path]) -> list[ReIDDataset]:
         DanFastError: a dataset is named twice; and as `load_dataset`.
     """
     targets = [load_dataset(path) for path in paths]
-    # By whatever paths they are named.
-    places = [(os.path.realpath(target.root), target.name, target.variant) for target in targets]
-    for path, place in zip(paths, places, strict=True):
-        if places.count(place) > 1:
+    # One is the same by whatever path it is named.
+    identities = list(map(_identity, targets))
+    for path, identity in zip(paths, identities, strict=True):
+        if identities.count(identity) > 1:
             raise DanFastError(f"The target {path} is named twice: leave one of them out.")
-    alike: dict[str, list[Path]] = {target.title: [] for target in targets}
-    for target in targets:
-        alike[target.title].append(_place(target))
-    return [replace(target, name=_told_apart(_place(target), alike[target.title])) for target in targets]
+    return told_apart(targets)
+
+
+def told_apart(datasets: Sequence[ReIDDataset]) -> list[ReIDDataset]:
+    """The datasets, those of one title renamed by the folders above them, so that different ones have different titles.
+
+    Example:
+        >>> named = [ReIDDataset("test", Path(folder)) for folder in ("/data/shop", "/data/mall", "/data/mall")]
+        >>> [each.name for each in told_apart(named)]
+        ['shop/test', 'mall/test', 'mall/test']
+    """
+    alike: dict[str, dict[Path, list[ReIDDataset]]] = {}
+    for dataset in datasets:
+        here = alike.setdefault(dataset.title, {}).setdefault(_place(dataset), [])
+        if dataset not in here:
+            here.append(dataset)
+
+    def named(dataset: ReIDDataset) -> ReIDDataset:
+        place, places = _place(dataset), alike[dataset.title]
+        # Manifests in one folder can have one name: that of the folder, and the same of their own.
+        number = 1 + places[place].index(dataset)
+        return replace(dataset, name=_tail(place, places) + (f" ({number})" if number > 1 else ""))
+
+    return [named(dataset) for dataset in datasets]
 
 
 def holds_dataset(folder: Path) -> bool:
@@ -129,14 +149,20 @@ def all_images(dataset: ReIDDataset) -> ReIDDataset:
     )
 
 
+def _identity(target: ReIDDataset) -> tuple[object, ...]:
+    tested = (*target.query, *target.gallery, *target.test)
+    images = [(os.path.relpath(each.path, target.root), each.pid) for each in tested]
+    return os.path.realpath(target.root), target.name, target.variant, images
+
+
 def _place(target: ReIDDataset) -> Path:
     """Its folder, and in it its name, which a folder in the Market-1501 layout has already."""
     root = target.root.absolute()
     return root if root.name == target.name else root / target.name
 
 
-def _told_apart(path: Path, alike: Sequence[Path]) -> str:
-    """The last parts of a path, as many as no other of those that are alike has."""
+def _tail(path: Path, alike: Collection[Path]) -> str:
+    """The last parts of a path, as many as no other of different paths has."""
     tails = ({other.parts[-count:] for other in alike} for count in range(1, len(path.parts) + 1))
     count = 1 + next(number for number, found in enumerate(tails) if len(found) == len(alike))
     return "/".join(path.parts[-count:])

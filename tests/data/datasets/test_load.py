@@ -164,6 +164,10 @@ def test_targets_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> 
     others = [write_manifest(tmp_path / site / "night", *rows) for site in ("shop", "mall")]
     targets = load_targets([*paths, *others, write_manifest(tmp_path / "street", *rows)])
     assert [each.name for each in targets] == ["shop/test", "mall/test", "shop/night", "mall/night", "street"]
+    # One named like its folder, beside the manifest there.
+    (tmp_path / "street" / "street.csv").write_text("path,pid,camid,split\nimages/a.jpg,2,1,query\n")
+    targets = load_targets([*paths, tmp_path / "street", tmp_path / "street" / "street.csv"])
+    assert [each.name for each in targets] == ["shop/test", "mall/test", "street", "street (2)"]
     with pytest.raises(DanFastError, match="The target .*night/manifest.csv is named twice: leave one of them out."):
         load_targets([others[0], others[0].parent, others[1]])
 
