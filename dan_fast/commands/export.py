@@ -1,5 +1,6 @@
 """`dan-fast export`: a trained network as a file that runs without this package."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from dan_fast.data.datasets.finding import image_files
 from dan_fast.data.images.reading import read_image
 from dan_fast.data.images.transforms import resize
 from dan_fast.export import Format, Input, Precision, export_network
-from dan_fast.export.exporting import TOLERANCE
+from dan_fast.export.exporting import BATCH, TOLERANCE
 from dan_fast.nn import DAN
 from dan_fast.training.build import trained_network
 from dan_fast.training.config import Paths, as_list
@@ -40,8 +41,9 @@ def export(
     if format == "pt2" and precision == "int8":
         raise DanFastError("--precision int8 is made by ONNX Runtime: use --format onnx, or another precision.")
     require_writable(out)
+    files = _files(as_list(images or []))
     network = trained_network(checkpoint)[0]
-    found = export_network(network, out, format, input, precision, _read(as_list(images or []), network))
+    found = export_network(network, out, format, input, precision, _read(files, network) if files else None)
     (height, width), (mean, std, interpolation) = network.image_size, network.preprocessing
     values = "uint8" if input == "uint8" else f"float32 of mean {mean} and deviation {std}"
     print(
@@ -53,10 +55,19 @@ def export(
     print(f"Largest difference to the network's features on {found.images} images: {found.largest:.1e}{allowed}.")
 
 
-def _read(paths: list[str], network: DAN) -> Tensor | None:
-    """The images of files and folders, (n, 3, H, W) uint8, resized as evaluation does; None without paths."""
+def _files(paths: list[str]) -> list[Path]:
+    """The image files at paths, of folders those in them."""
+    missing = [path for path in paths if not Path(path).exists()]
+    if missing:
+        raise DanFastError(f"There is no image at {missing[0]}; check the path for a typing mistake.")
     files = [file for path in map(Path, paths) for file in (image_files(path) if path.is_dir() else [path])]
     if paths and not files:
         raise DanFastError(f"There are no images in {', '.join(paths)}: name other folders, or image files.")
+    return files
+
+
+def _read(files: Sequence[Path], network: DAN) -> Iterator[Tensor]:
+    """The images, (n, 3, H, W) uint8, resized as evaluation does, some at a time."""
     resized = resize(network.image_size, network.preprocessing.interpolation)
-    return torch.stack([resized(read_image(file)) for file in files]) if files else None
+    for first in range(0, len(files), BATCH):
+        yield torch.stack([resized(read_image(file)) for file in files[first : first + BATCH]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from math import isfinite
 from os import PathLike
@@ -27,7 +27,9 @@ Precision: TypeAlias = Literal["float32", "float16", "int8"]
 
 # The largest difference of a float32 file's features, of unit length, to the network's.
 TOLERANCE = 1e-4
-_DRAWN, _BATCH = 9, 8
+# Images in a batch that the file and the network are compared on.
+BATCH = 8
+_DRAWN = 9
 
 
 class Difference(NamedTuple):
@@ -50,7 +52,7 @@ def export_network(
     format: Format = "onnx",
     input: Input = "uint8",
     precision: Precision = "float32",
-    images: Tensor | None = None,
+    images: Tensor | Iterable[Tensor] | None = None,
 ) -> Difference:
     """Write a network to a file that needs nothing of dan_fast, and compare the file with the network.
 
@@ -64,13 +66,14 @@ def export_network(
         input: "uint8", normalised by the file, or "normalized": float32 that has been normalised.
         precision: "float16" halves the file; "int8", of ONNX alone, makes about a quarter of it: weights of 8 bits, but
             for the first convolution and those of groups, and inner values rounded to 8 bits in each batch.
-        images: (n, 3, H, W) uint8 to compare on; by default some are drawn at random.
+        images: (n, 3, H, W) uint8 to compare on, or batches of these, of which few are held at a time; by default some
+            are drawn at random.
 
     Raises:
         DanFastError: the path is a folder or has the other format's suffix, a package is missing, the network cannot
             be traced, the features are not finite or, of a float32 file, differ by more than 1e-4, or another process
             is writing the same file. There is no file then, or the one that was there.
-        ValueError: int8 without ONNX.
+        ValueError: int8 without ONNX, or no image in `images`.
 
     Example:
         >>> import tempfile
@@ -87,13 +90,8 @@ def export_network(
     _require_name(path, format)
     network = deepcopy(network).cpu().eval()
     images = _drawn(network.image_size) if images is None else images
-    transform = test_transform(network.image_size, network.preprocessing)
-    normalized = torch.stack([transform(image) for image in images])
-    wanted = F.normalize(_batched(network.embed, normalized), dim=1)
-    content, run = _made(network, format, input, precision)
-    given = _batched(run, images if input == "uint8" else normalized)
-    cosines = F.cosine_similarity(given, wanted)
-    found = Difference(float((given - wanted).abs().max()), float(cosines.min()), len(images))
+    content, run = _made(deepcopy(network), format, input, precision)
+    found = _compared(network, run, input, images.split(BATCH) if isinstance(images, Tensor) else images)
     _require_alike(found, precision, path)
     with alone(path.with_name(f".{path.name}.lock")):
         remove_unfinished(path.parent, re.escape(path.name))
@@ -137,10 +135,32 @@ def _drawn(image_size: tuple[int, int]) -> Tensor:
 
 
 @torch.no_grad()
-def _batched(embed: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """What `embed` gives for the last image alone, as a batch of one, and for the others in larger ones."""
-    parts = [*images[:-1].split(_BATCH), images[-1:]] if len(images) > 1 else [images]
-    return torch.cat([embed(part) for part in parts])
+def _compared(network: DAN, run: formats.Run, takes: Input, batches: Iterable[Tensor]) -> Difference:
+    """How what `run` gives for images differs from the network's features."""
+    transform = test_transform(network.image_size, network.preprocessing)
+    largest, cosine, count = torch.tensor(0.0), torch.tensor(1.0), 0
+    for images in _with_one_alone(batches):
+        normalized = torch.stack([transform(image) for image in images])
+        wanted = F.normalize(network.embed(normalized), dim=1)
+        given = run(images if takes == "uint8" else normalized)
+        # Of tensors, as NaN would get lost among Python's numbers.
+        largest = torch.maximum(largest, (given - wanted).abs().max())
+        cosine = torch.minimum(cosine, F.cosine_similarity(given, wanted).min())
+        count += len(images)
+    if not count:
+        raise ValueError("images holds no image to compare on")
+    return Difference(float(largest), float(cosine), count)
+
+
+def _with_one_alone(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The batches, but for the last image, which comes by itself: a file may be right for larger batches only."""
+    held = None
+    for batch in filter(len, batches):
+        if held is not None:
+            yield held
+        held = batch
+    if held is not None:
+        yield from filter(len, (held[:-1], held[-1:]))
 
 
 def _require_alike(found: Difference, precision: Precision, path: str | PathLike[str]) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from dan_fast.data.images.reading import read_image
 from dan_fast.data.images.transforms import resize
 from dan_fast.data.samples import Sample
 from dan_fast.evaluation import extract_features
-from dan_fast.export import export_network
+from dan_fast.export import Difference, export_network, formats
 from dan_fast.export.formats import METADATA
 from dan_fast.export.graph import FeatureGraph
 from dan_fast.nn import DAN
@@ -266,13 +267,95 @@ def test_a_file_that_is_not_the_network_is_not_written(tmp_path, monkeypatch, fo
     assert out.read_bytes() == b"of an earlier export"
 
 
+def changed_run(monkeypatch, change=lambda done, features: features) -> list[int]:
+    """How many images the file is run on at a time; `change` gets the number of those before, and the features."""
+    run_pt2, counts = formats.run_pt2, []
+
+    def changed(content: bytes) -> formats.Run:
+        run = run_pt2(content)
+
+        def counted(images: torch.Tensor) -> torch.Tensor:
+            counts.append(len(images))
+            return change(sum(counts[:-1]), run(images))
+
+        return counted
+
+    monkeypatch.setattr(formats, "run_pt2", changed)
+    return counts
+
+
+def noise(count: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, *IMAGE_SIZE), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("batches", "expected"),
+    [(1, [1]), (8, [7, 1]), (9, [8, 1]), (20, [8, 8, 3, 1]), ([1, 0, 3, 1], [1, 3, 1]), ([2, 12, 0], [2, 11, 1])],
+)
+def test_each_image_is_compared_once_and_the_last_by_itself(tmp_path, monkeypatch, batches, expected):
+    counts = changed_run(monkeypatch)
+    images = noise(batches) if isinstance(batches, int) else map(noise, batches)
+    found = export_network(one_convolution(), tmp_path / "network.pt2", "pt2", images=images)
+    assert counts == expected and found.images == sum(expected)
+
+
+@pytest.mark.parametrize("images", [noise(0), ()])
+def test_without_an_image_to_compare_on_there_is_no_file(tmp_path, images):
+    with pytest.raises(ValueError, match="images holds no image to compare on"):
+        export_network(one_convolution(), tmp_path / "network.pt2", "pt2", images=images)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", [0, 8, 16])
+def test_the_worst_batch_counts_wherever_it_is(tmp_path, monkeypatch, place):
+    out, images = tmp_path / "network.pt2", noise(17)
+
+    def found_where(change) -> Difference:
+        with monkeypatch.context() as patch:
+            changed_run(patch, lambda done, features: change(features) if done == place else features)
+            return export_network(one_convolution(), out, "pt2", precision="float16", images=images)
+
+    for change in (lambda features: features + torch.nan, lambda features: features + torch.inf):
+        with pytest.raises(DanFastError, match="gives features that are not finite"):
+            found_where(change)
+    assert not list(tmp_path.iterdir())
+    found = found_where(torch.neg)
+    assert found.cosine == pytest.approx(-1, abs=1e-3) and found.largest > 0.5
+
+
+def test_of_many_batches_few_are_held_at_a_time(tmp_path):
+    held, most = [], []
+
+    def batch() -> torch.Tensor:
+        images = noise(4)
+        held.append(weakref.ref(images))
+        most.append(sum(each() is not None for each in held))
+        return images
+
+    export_network(one_convolution(), tmp_path / "network.pt2", "pt2", images=(batch() for _ in range(12)))
+    assert len(held) == 12 and max(most) <= 3
+
+
+def test_the_command_reads_images_as_they_are_compared(shelf, tmp_path, monkeypatch):
+    folder, ahead, read = tmp_path / "images", [], []
+    folder.mkdir()
+    for number in range(20):
+        Image.new("RGB", SIZE[::-1], (12 * number, 0, 0)).save(folder / f"{number}.png")
+    monkeypatch.setattr("dan_fast.commands.export.read_image", lambda file: read.append(file) or read_image(file))
+    counts = changed_run(monkeypatch, lambda done, features: ahead.append(len(read) - done) or features)
+    flags = ["--checkpoint", str(shelf / "cnn.pt"), "--format", "pt2", "--out", str(tmp_path / "network.pt2")]
+    assert main(["export", *flags, "--images", str(folder)]) == 0
+    assert counts == [8, 8, 3, 1] and sorted(read) == sorted(folder.iterdir()) and max(ahead) == 16
+
+
 @pytest.mark.parametrize(
     ("damage", "flags", "sentence"),
     [
         (lambda content: content[: len(content) // 2], [], "is truncated or no checkpoint"),
         (lambda content: content.replace(b"dan_fast checkpoint 1", b"dan_fast checkpoint 0"), [], "is damaged"),
         (None, [], "is not a checkpoint of this version of dan_fast"),
-        (bytes, ["--images", "no.png"], "no.png cannot be decoded (No such file or directory)"),
+        (bytes, ["--images", "no.png"], "There is no image at no.png; check the path for a typing mistake."),
+        (bytes, ["--images", "checkpoint.pt"], "checkpoint.pt cannot be decoded"),
         (bytes, ["--images", "."], "There are no images in .:"),
         (bytes, ["--format", "pt2", "--precision", "int8"], "use --format onnx"),
         (bytes, ["--out", "."], ". is a folder: name a file in it."),
