@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.evaluation import Evaluation
-from dan_fast.training.config import TrainConfig
+from dan_fast.training.config import TrainConfig, as_list
+from dan_fast.training.last_names import last_names, names_of_paths
 from dan_fast.training.recipes import recipe_words
 from dan_fast.training.reported import epoch_of
 
 # Of a run's folder only results of the epoch that a checkpoint holds belong to it.
 _EVALUATIONS = ("targets", "last_epoch")
-# Settings that are, or may be, folders and files of the machine that trained.
-_PLACES = (
-    *(("data", name) for name in ("labeled", "unlabeled", "targets", "root", "cache")),
-    ("model", "weights"),
-    ("run", "out"),
-)
+# Settings that are, or may be, folders and files of the machine that trained: lists of datasets, and others.
+_DATASETS = ("labeled", "unlabeled", "targets")
+_PLACES = (("data", "root"), ("data", "cache"), ("model", "weights"), ("run", "out"))
+# What of the training names datasets.
+_SETS = ("trained_on", "trained_without_labels_on")
+# The variant in a title.
+_VARIANT = re.compile(r" \([^/]*\)$")
 
 
 def origin_of(checkpoint: str | Path, state: Mapping[str, Any]) -> tuple[dict[str, Any], list[Evaluation]]:
     """How a checkpoint's network was trained, in plain JSON, and what it scored, for `DAN.save_pretrained`.
 
-    Folders and files are reduced to their names: what is shared does not show where they lay.
+    Folders and files are reduced to their names: what is shared does not show where they lay. So are datasets that are
+    told apart by the folders above them; where that makes names equal, they are numbered, as in "market (2)".
 
     Args:
         checkpoint: the file, beside which results.json may lie; or a folder that `dan-fast share` wrote.
@@ -48,7 +52,7 @@ def origin_of(checkpoint: str | Path, state: Mapping[str, Any]) -> tuple[dict[st
         (['market'], 'recipe plain', 'epoch 60 of 500', [])
     """
     if "shared" in state:
-        return dict(state["shared"]), [Evaluation.from_dict(each) for each in state["evaluations"]]
+        return _by_last_names(state["shared"], [Evaluation.from_dict(each) for each in state["evaluations"]])
     settings, epoch = _without_folders(state["config"]), epoch_of(dict(state))
     reported = _results_beside(Path(checkpoint))
     of_protocol = [settings["data"].get("protocol") or "not recorded"]
@@ -68,7 +72,23 @@ def origin_of(checkpoint: str | Path, state: Mapping[str, Any]) -> tuple[dict[st
     }
     found = state.get("evaluations") or [each for part in _EVALUATIONS for each in reported.get(part, [])]
     of_epoch = [Evaluation.from_dict(each) for each in found if each.get("epoch") == epoch]
-    return training, [replace(each, skipped=tuple(Path(path).name for path in each.skipped)) for each in of_epoch]
+    results = [replace(each, skipped=tuple(Path(path).name for path in each.skipped)) for each in of_epoch]
+    return _by_last_names(training, results)
+
+
+def _by_last_names(
+    training: Mapping[str, Any], results: Sequence[Evaluation]
+) -> tuple[dict[str, Any], list[Evaluation]]:
+    """Training and results, a dataset by the same name in both."""
+    tested = {each.title: each.dataset for each in results}
+    # A shared folder may hold anything.
+    sets = {part: training[part] for part in _SETS if isinstance(training.get(part), list)}
+    # Of what was not tested on the title alone is known.
+    names = {title: tested.get(title, _VARIANT.sub("", title)) for titles in sets.values() for title in titles}
+    shown = last_names([*names.values(), *(each.dataset for each in results)])
+    short = {title: shown[name] + title.removeprefix(name) for title, name in names.items()}
+    sets = {part: [short[title] for title in titles] for part, titles in sets.items()}
+    return {**training, **sets}, [replace(each, dataset=shown[each.dataset]) for each in results]
 
 
 def _results_beside(checkpoint: Path) -> dict[str, Any]:
@@ -85,10 +105,8 @@ def _results_beside(checkpoint: Path) -> dict[str, Any]:
 def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
     shown = {section: dict(values) if isinstance(values, Mapping) else values for section, values in settings.items()}
     for section, name in _PLACES:
-        value = shown[section].get(name)
-        if isinstance(value, list):
-            # A manifest has the name of its folder.
-            shown[section][name] = [Path(each.removesuffix("/manifest.csv")).name for each in value]
-        elif value:
+        if value := shown[section].get(name):
             shown[section][name] = Path(value).name
+    lists = names_of_paths(*(as_list(shown["data"].get(name) or []) for name in _DATASETS))
+    shown["data"].update(zip(_DATASETS, lists, strict=True))
     return shown

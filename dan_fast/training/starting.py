@@ -14,6 +14,7 @@ from dan_fast.data import TrainingSet
 from dan_fast.nn import DAN
 from dan_fast.nn.backbones.weights import load_fitting
 from dan_fast.training.checkpoint import FORMAT, load_checkpoint
+from dan_fast.training.last_names import names_of_paths
 from dan_fast.training.reported import epoch_of
 
 # The format's name without its version: a checkpoint of another version is refused as one.
@@ -105,7 +106,7 @@ def _union(some: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 def _words(weights: str, start: Mapping[str, Any]) -> str:
     """A training in words, without the folders of the machine it ran on."""
     data, path = start["config"]["data"], Path(weights)
-    labeled = ", ".join(Path(each.removesuffix("/manifest.csv")).name for each in data["labeled"])
+    labeled = ", ".join(names_of_paths(data["labeled"])[0])
     # Each run's file is a checkpoint.pt; a shared folder has a name of its own.
     name = path.name if "shared" in start else f"{path.parent.name}/{path.name}".lstrip("/")
     return f"{name}, {epoch_of(dict(start))}, trained on {labeled or data.get('protocol') or 'what is not recorded'}"

@@ -158,3 +158,46 @@ def test_without_results_the_sets_are_those_that_were_used_by_their_folders_name
     config = TrainConfig.of_recipe(recipe, data=data).to_dict()
     training, _ = origin_of(tmp_path / "checkpoint.pt", {"config": config, "epoch": 1, "iteration": 0})
     assert (training["trained_on"], training["trained_without_labels_on"]) == (["market"], unlabeled)
+
+
+def test_datasets_that_their_folders_told_apart_are_numbered_alike_in_training_and_results(tmp_path: Path):
+    path, shared = checkpoint(tmp_path), tmp_path / "shared"
+    # A variant stands in brackets in a title, and so may a part of a folder's name.
+    of_folders = ("bob/market", "alice/market", "frank/night (old)", "gail/night (old)", "street")
+    tested = [*((name, "") for name in of_folders), ("carol/CUHK03", "new"), ("dan/CUHK03", "new")]
+    found = [figures(name, "epoch 3 of 3", variant=variant).to_dict() for name, variant in tested]
+    of_run = {
+        "labeled": ["alice/market", "dan/CUHK03 (new)", "erin/CUHK03 (old)", "gail/night (old)"],
+        "unlabeled": ["street", "bob/market"],
+        "targets": found,
+    }
+    (tmp_path / "results.json").write_text(json.dumps(of_run))
+    assert main(["share", "--checkpoint", str(path), "--out", str(shared)]) == 0
+    config, card = json.loads((shared / "config.json").read_text()), (shared / "README.md").read_text()
+    training, results = config["training"], [Evaluation.from_dict(each) for each in config["results"]]
+    assert training["trained_on"] == ["market", "CUHK03 (new)", "CUHK03 (2) (old)", "night (old)"]
+    assert training["trained_without_labels_on"] == ["street", "market (2)"]
+    titles = ["market (2)", "market", "night (old) (2)", "night (old)", "street", "CUHK03 (3) (new)", "CUHK03 (new)"]
+    assert [each.title for each in results] == titles
+    assert [each.variant for each in results] == [variant for _, variant in tested]
+    assert "- trained on: market, CUHK03 (new), CUHK03 (2) (old), night (old)\n" in card and "| market (2) |" in card
+    folders = ("alice", "bob", "carol", "dan/", "erin", "frank", "gail")
+    assert not [name for name in folders if name in card + json.dumps(config)]
+    # Shared again they stay as they are, and those of a folder that has all names as they were become the same.
+    state = load_checkpoint(shared)
+    assert origin_of(shared, state) == (training, results)
+    sets = {"trained_on": of_run["labeled"], "trained_without_labels_on": of_run["unlabeled"]}
+    before = state | {"shared": state["shared"] | sets, "evaluations": found}
+    assert origin_of(shared, before) == (training, results)
+
+
+def test_paths_of_one_name_are_numbered_and_so_are_the_settings(tmp_path: Path):
+    data = {
+        "labeled": ["/home/me/a/market", "/home/me/b/market"],
+        "unlabeled": ["/home/me/mall"],
+        "targets": ["/home/me/b/market/manifest.csv", "/home/me/c/mall"],
+    }
+    config = TrainConfig.of_recipe("dan", data=data).to_dict()
+    training, _ = origin_of(tmp_path / "checkpoint.pt", {"config": config, "epoch": 1, "iteration": 0})
+    assert training["trained_on"] == training["settings"]["data"]["labeled"] == ["market", "market (2)"]
+    assert training["settings"]["data"]["targets"] == ["market (2)", "mall (2)"]

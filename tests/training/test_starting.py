@@ -165,6 +165,14 @@ def test_a_run_goes_on_without_the_network_it_started_from(earlier, images, tmp_
     }
 
 
+def test_sets_of_one_name_that_it_was_trained_on_are_numbered(earlier, images, tmp_path):
+    state = load_checkpoint(earlier)
+    state["config"]["data"]["labeled"] = ["/home/a/campus", "/home/b/campus/manifest.csv"]
+    save_checkpoint(tmp_path / "old.pt", state)
+    trainer = Trainer(of_mall(images, tmp_path / "run", tmp_path / "old.pt"))
+    assert trainer._seen["started_from"] == [f"{tmp_path.name}/old.pt, epoch 1 of 1, trained on campus, campus (2)"]
+
+
 def test_a_checkpoint_of_before_does_not_say_whom_it_was_trained_on(earlier, images, tmp_path):
     state = load_checkpoint(earlier)
     del state["persons"], state["images"]
