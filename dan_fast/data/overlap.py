@@ -60,8 +60,8 @@ def persons_in_both(trained: Mapping[str, Set[int]], target: ReIDDataset, images
 def taken_for_one(datasets: Iterable[ReIDDataset]) -> Iterator[str]:
     """A sentence for each two manifests of one folder with pids in common, which are taken for the same persons."""
     for one, other in combinations(datasets, 2):
-        named = any(each.identities or each.variant for each in (one, other))
-        if named or one.name == other.name or numbering_of(one) != numbering_of(other):
+        # Variants of one dataset have its name.
+        if one.name == other.name or numbering_of(one) != numbering_of(other):
             continue
         pids = ({sample.pid for sample in each.train if sample.pid >= 0} for each in (one, other))
         if both := set.intersection(*pids):

@@ -145,16 +145,23 @@ def test_where_it_started_is_said_kept_and_shared(earlier, images, tmp_path, cap
     assert load_checkpoint(third / "checkpoint.pt")["started_from"] == [second, first]
     (evaluation,) = json.loads((third / "results.json").read_text())["targets"]
     assert evaluation["seen"] == NOT_RECORDED
+    fourth = of_mall(images, tmp_path / "fourth", third / "checkpoint.pt")
+    (evaluation,) = Trainer(fourth).fit()
+    assert evaluation.seen == NOT_RECORDED
 
 
-def test_a_run_goes_on_without_the_network_it_started_from(earlier, images, tmp_path):
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_run_goes_on_without_the_network_it_started_from(earlier, images, tmp_path, gone):
     copy = tmp_path / "base.pt"
     copy.write_bytes(earlier.read_bytes())
     settings = of_mall(images, tmp_path / "run", copy)
     settings.run.checkpoint_every = 1
     trainer = Trainer(settings)
     trainer._save()
-    copy.unlink()
+    if gone:
+        copy.unlink()
+    else:  # another training's checkpoint by now
+        copy.write_bytes((tmp_path / "run/checkpoint.pt").read_bytes())
     settings.run.resume = True
     again = Trainer(settings)
     assert again._seen.keys() == trainer._seen.keys()
