@@ -20,7 +20,8 @@ def mix_styles(features: Tensor, partners: Tensor, share: Tensor) -> Tensor:
         share: (B,) floating, how much of its own style a map keeps; 1 leaves it as it is.
 
     Returns:
-        (B, C, H, W), of the dtype and in the memory layout of `features`. The statistics carry no gradient.
+        (B, C, H, W), of the dtype and in the memory layout of `features`; half precision is rounded once, at the end.
+        The statistics carry no gradient.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or partner does not fit.
@@ -36,7 +37,9 @@ def mix_styles(features: Tensor, partners: Tensor, share: Tensor) -> Tensor:
         # Detached too: tangents of forward mode pass through no_grad.
         wide = features.detach().to(statistics_dtype(features.dtype))
         variance, mean = torch.var_mean(wide, (2, 3), keepdim=True)
-        deviation, own = (variance + EPSILON).sqrt(), share.to(wide.dtype)[:, None, None, None]
-        scale = own + (1 - own) * deviation[partners] / deviation
-        shift = own * mean + (1 - own) * mean[partners] - scale * mean
-    return features * scale.to(features.dtype) + shift.to(features.dtype)
+        deviation = (variance + EPSILON).sqrt()
+    own = share.to(wide.dtype)[:, None, None, None]
+    scale = own + (1 - own) * (deviation[partners] / deviation)
+    shift = own * mean + (1 - own) * mean[partners] - scale * mean
+    # Where a channel hardly varies the two terms cancel, so neither may be rounded to half precision.
+    return (features.to(wide.dtype) * scale + shift).to(features.dtype)
