@@ -69,12 +69,13 @@ def false_sample_sets(evaluation: Tensor, labels: Tensor, pseudo_labels: Tensor)
     """
     check_false_sample_sets(evaluation, labels, pseudo_labels)
     occupied = labels >= 0
+    slots = occupied.nonzero()[:, 0]
     false_positive = torch.zeros(evaluation.shape, dtype=torch.bool, device=evaluation.device)
     false_negative = torch.zeros_like(false_positive)
     for row, pseudo_label in enumerate(pseudo_labels):
         same = occupied & (labels == pseudo_label)
-        ranking = evaluation[row].detach().masked_fill(~occupied, -torch.inf)
-        largest = ranking.sort(descending=True, stable=True).indices[: int(same.sum())]
+        ranking = evaluation[row, slots].detach().sort(descending=True, stable=True).indices
+        largest = slots[ranking[: int(same.sum())]]
         in_largest = torch.zeros_like(occupied)
         in_largest[largest] = True
         false_positive[row] = same & ~in_largest

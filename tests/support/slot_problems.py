@@ -67,7 +67,9 @@ def sets(slots: int, batch: int = 6, classes: int = 5, seed: int = 0, kind: str 
         case "equal":
             evaluation = torch.full_like(evaluation, 0.25)
         case "odd":
-            odd = torch.tensor([math.nan, -math.nan, 0.0, -0.0, math.inf, -1.5, 1e-320, -1e-45, 2.0], dtype=F64)
+            odd = torch.tensor(
+                [math.nan, -math.nan, 0.0, -0.0, math.inf, -math.inf, -1.5, 1e-320, -1e-45, 2.0], dtype=F64
+            )
             evaluation = odd[torch.randint(0, odd.numel(), (batch, slots), generator=generator)]
     labels = torch.randint(-1, classes, (slots,), generator=generator)
     pseudo_labels = torch.randint(-1, classes + 1, (batch,), generator=generator)

@@ -42,10 +42,11 @@ class FalseSampleSets(Operator):
     def form(evaluation: Tensor, labels: Tensor, pseudo_labels: Tensor) -> tuple[Tensor, Tensor]:
         occupied = labels >= 0
         same = occupied & (labels == pseudo_labels[:, None])
-        ranking = evaluation.detach().masked_fill(~occupied, -torch.inf)
         # Stable: among equal weights the lowest slot comes first.
-        order = ranking.sort(dim=-1, descending=True, stable=True).indices
-        within = torch.arange(labels.numel(), device=labels.device) < same.sum(-1, keepdim=True)
+        order = evaluation.detach().sort(dim=-1, descending=True, stable=True).indices
+        # Counted along the order, and not by a weight of -inf, which an occupied slot may have too.
+        taking_part = occupied[order]
+        within = taking_part & (taking_part.cumsum(-1) <= same.sum(-1, keepdim=True))
         in_largest = torch.zeros_like(same).scatter(-1, order, within)
         return same & ~in_largest, occupied & ~same & in_largest
 

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dan_fast import functional, reference
+from dan_fast.functional.memory.false_sets import FalseSampleSets
 from tests.support.slot_problems import F64, KINDS, SIZES, literal_sets, sets
 from tests.support.toolchain import needs_extension
 
 DTYPES = (F64, torch.float32, torch.float16, torch.bfloat16)
+SETS = (reference.false_sample_sets, functional.false_sample_sets, FalseSampleSets.form)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -21,9 +23,8 @@ def test_the_sets_are_those_of_a_stable_sort(slots: int, kind: str, dtype: torch
     evaluation, labels, pseudo_labels = sets(slots, kind=kind)
     evaluation = evaluation.to(dtype)
     expected = literal_sets(evaluation, labels, pseudo_labels)
-    for impl in (functional, reference):
-        found = impl.false_sample_sets(evaluation, labels, pseudo_labels)
-        assert all(map(torch.equal, found, expected)), impl.__name__
+    for sets_of in SETS:
+        assert all(map(torch.equal, sets_of(evaluation, labels, pseudo_labels), expected)), sets_of.__module__
     assert torch.equal(*(x.sum(1) for x in expected))
     if slots >= 63 and kind != "equal":
         assert expected[0].any()
@@ -39,6 +40,13 @@ def test_all_slots_of_the_label_and_all_but_one():
         assert not found[0].any() and not found[1].any()
 
 
+@pytest.mark.parametrize("sets_of", SETS, ids=["reference", "functional", "form"])
+def test_an_empty_slot_is_below_a_weight_of_minus_infinity(sets_of):
+    evaluation = torch.tensor([[0.0, -math.inf, 1.0, -math.inf, -math.inf]])
+    found = sets_of(evaluation, torch.tensor([-1, 5, 6, 5, 5]), torch.tensor([5]))
+    assert [x.int().tolist() for x in found] == [[[0, 0, 0, 0, 1]], [[0, 0, 1, 0, 0]]]
+
+
 def test_the_sets_at_the_size_of_the_paper():
     for seed, classes in ((0, 2), (1, 750)):
         problem = sets(9000, batch=3, classes=classes, seed=seed, kind="close")
@@ -49,12 +57,13 @@ def test_the_sets_at_the_size_of_the_paper():
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), slots=st.integers(1, 30), dtype=st.sampled_from([F64, torch.float32, torch.float16]))
 def test_any_sets(data: st.DataObject, slots: int, dtype: torch.dtype):
-    number = st.floats(width=16).filter(lambda x: x != -math.inf) | st.sampled_from([0.0, -0.0, 0.5, math.nan])
+    number = st.floats(width=16) | st.sampled_from([0.0, -0.0, 0.5, math.nan, -math.inf])
     evaluation = torch.tensor([data.draw(st.lists(number, min_size=slots, max_size=slots))], dtype=dtype)
     labels = torch.tensor(data.draw(st.lists(st.integers(-2, 2), min_size=slots, max_size=slots)))
     pseudo_labels = torch.tensor([data.draw(st.integers(-2, 3))])
-    found = [impl.false_sample_sets(evaluation, labels, pseudo_labels) for impl in (functional, reference)]
-    assert all(map(torch.equal, *found))
+    wanted, *found = (sets_of(evaluation, labels, pseudo_labels) for sets_of in SETS)
+    assert all(torch.equal(a, b) for got in found for a, b in zip(got, wanted, strict=True))
+    assert wanted[0].sum() == wanted[1].sum()
 
 
 def test_no_gradient_comes_out_of_the_sets():
