@@ -17,6 +17,7 @@ from dan_fast.core.types import (
     NLCBAMOutput,
     NLCBAMWeights,
 )
+from dan_fast.reference.memory import zero_of
 
 
 def nl_cbam(features: Tensor, weights: NLCBAMWeights) -> NLCBAMOutput:
@@ -91,10 +92,11 @@ def attention_adversary(features: Tensor, refined: Tensor, cam_weight: Tensor, l
         losses.append(loss)
         refined_maps.append(refined_map)
         adversary_maps.append(adversary_map)
+    nothing = zero_of(features, refined, cam_weight)
     return AdversaryOutput(
-        loss=stack(losses, features),
+        loss=stack(losses, features) + nothing,
         refined_map=stack(refined_maps, features, positions),
-        adversary_map=stack(adversary_maps, features, positions),
+        adversary_map=stack(adversary_maps, features, positions) + nothing,
     )
 
 

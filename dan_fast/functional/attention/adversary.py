@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dan_fast.core.attention_checks import check_features, check_refined
 from dan_fast.core.types import AdversaryOutput
-from dan_fast.functional.attention.head_torch import adversary_loss, label_rows, weighted_channel_sum
+from dan_fast.functional.attention.head_torch import adversary_loss, label_rows, weighted_channel_sum, where_known
 from dan_fast.functional.attention.labels import check_cam_and_labels, marked
 from dan_fast.functional.autocast import outside_autocast, widened
 from dan_fast.functional.registration import Context, KernelBackward, empty_like
@@ -58,7 +58,7 @@ class HeadAdversary(KernelBackward):
     @staticmethod
     def form(features: Tensor, refined: Tensor, rows: Tensor, labels: Tensor) -> AdversaryOutput:
         refined_map = refined.flatten(2).to(rows.dtype).mean(dim=1)
-        adversary_map = weighted_channel_sum(features.flatten(2).to(rows.dtype), rows)
+        adversary_map = where_known(weighted_channel_sum(features.flatten(2).to(rows.dtype), rows), labels)
         return AdversaryOutput(adversary_loss(refined_map, adversary_map, labels), refined_map, adversary_map)
 
     @staticmethod

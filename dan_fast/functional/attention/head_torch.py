@@ -61,10 +61,17 @@ def weighted_channel_sum(x: Tensor, weight: Tensor) -> Tensor:
 
 def label_rows(cam_weight: Tensor, labels: Tensor) -> Tensor:
     """The classifier's row (B, C) of each label, zero for -1."""
-    return cam_weight[labels.clamp(0, cam_weight.shape[0] - 1)] * (labels >= 0).unsqueeze(1)
+    return torch.where((labels >= 0).unsqueeze(1), cam_weight[labels.clamp(0, cam_weight.shape[0] - 1)], 0)
+
+
+def where_known(maps: Tensor, labels: Tensor) -> Tensor:
+    """Maps (B, P), 0 for the label -1 whatever they hold, with a gradient of 0."""
+    return torch.where((labels >= 0).unsqueeze(1), maps, 0)
 
 
 def adversary_loss(refined_map: Tensor, adversary_map: Tensor, labels: Tensor) -> Tensor:
     """L_aad (B,) of Eq. (4), 0 for the label -1."""
+    # Before the sigmoids too: 0 times the derivative of NaN would be NaN.
+    refined_map, adversary_map = (where_known(x, labels) for x in (refined_map, adversary_map))
     loss = torch.sigmoid(refined_map + adversary_map) * torch.sigmoid((refined_map - adversary_map).abs())
     return torch.where(labels >= 0, loss.sum(dim=1), 0)

@@ -1,6 +1,7 @@
 """The equations of NL-CBAM and the adversary: worked by hand, by finite differences, and by each other."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -208,6 +209,40 @@ def test_unknown_label_has_no_loss_and_no_gradient(impl):
     assert head.adversary_loss[1:].tolist() == [0, 0]
     (gradient,) = torch.autograd.grad(head.adversary_loss.sum(), features)
     assert gradient[1:].abs().sum() == 0
+
+
+def test_a_batch_of_unknown_labels_has_gradients_of_zero(impl):
+    for batch in (3, 0):
+        features, weights, cam_weight, _ = problem((batch, 4, 2, 2))
+        leaves = [features, features.detach().flip(1), cam_weight]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        unknown = torch.full((batch,), -1)
+        loss, _, adversary_map = impl.attention_adversary(*leaves, unknown)
+        for output in (loss, adversary_map):
+            gradients = torch.autograd.grad(output.sum(), leaves, retain_graph=True, materialize_grads=True)
+            assert not any(gradient.any() for gradient in gradients)
+        impl.attention_head(features, weights, cam_weight, unknown).adversary_loss.sum().backward()
+        assert not features.grad.any() and not cam_weight.grad.any()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("at", ["features", "refined", "cam_weight"])
+@pytest.mark.parametrize("by", ["reference", "kernels", "form"])
+def test_an_unknown_label_has_zeros_whatever_its_map_holds(by, at, value):
+    features, weights, cam_weight, _ = problem((3, 4, 2, 2))
+    leaves = {"features": features, "refined": features.detach().flip(1), "cam_weight": cam_weight}
+    leaves[at][0] = value
+    leaves = [leaf.requires_grad_() for leaf in leaves.values()]
+    labels = torch.tensor([-1, 2, 1])
+    impl = reference if by == "reference" else functional
+    with _extension.disabled() if by == "form" else nullcontext():
+        loss, _, adversary_map = impl.attention_adversary(*leaves, labels)
+        gradients = torch.autograd.grad(loss.sum() + adversary_map.sum(), leaves)
+        head = impl.attention_head(leaves[0], weights, cam_weight, labels)
+        (of_head,) = torch.autograd.grad(head.adversary_loss.sum(), cam_weight)
+    assert loss[0] == 0 and not adversary_map[0].any() and loss.isfinite().all()
+    for gradient in (*gradients, of_head):
+        assert not gradient[0].any() and gradient[1].any() and gradient.isfinite().all()
 
 
 def test_equal_maps_have_finite_second_derivatives_and_no_push(impl):
