@@ -33,8 +33,8 @@ def discriminative_loss(keys: Tensor, labels: Tensor, slots: Tensor, slot_labels
         temperature: positive; divides the cosines.
 
     Returns:
-        (B,), float32 for half-precision keys, else their dtype; 0 without a gradient where the label is unknown or the
-        memory holds no slot of it.
+        (B,), float32 for half-precision keys, else their dtype; 0, as is its gradient, where the label is unknown or
+        the memory holds no slot of it.
 
     Raises:
         TypeError, ValueError: a dtype, shape or device does not fit, or the temperature is not positive.
@@ -62,7 +62,8 @@ def losses_of_scores(
     # Whatever an empty slot holds; a logit that overflows would be left out of the sums, but not of their derivatives.
     scores, square_norms = scores.masked_fill(empty, 0.0), square_norms.masked_fill(empty, 1.0)
     lengths = norm_from_square(keys.square().sum(1))[:, None] * norm_from_square(square_norms)
-    logits = scores / (lengths * temperature)
+    # Apart: the derivative divides by the square of what a tensor is divided by, and that of a small temperature is 0.
+    logits = scores / lengths / temperature
     positive = _log_sum(logits, own) - own.sum(1).clamp(min=1).to(keys.dtype).log()
     # Linear from 50 on, where the rest is below the last bit of float64 in the derivatives too; by default from 20.
     losses = F.softplus(_log_sum(logits, others) - positive, threshold=50)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dan_fast.core.checks import check_discriminative_loss
 from dan_fast.core.cosine import norm_from_square, statistics_dtype
+from dan_fast.reference.memory import zero_of
 
 
 def discriminative_loss(keys: Tensor, labels: Tensor, slots: Tensor, slot_labels: Tensor, temperature: float) -> Tensor:
@@ -23,8 +24,8 @@ def discriminative_loss(keys: Tensor, labels: Tensor, slots: Tensor, slot_labels
         temperature: positive.
 
     Returns:
-        (B,), float32 for half-precision keys, else their dtype; 0 without a gradient where the label is unknown or the
-        memory holds no slot of it.
+        (B,), float32 for half-precision keys, else their dtype; 0, as is its gradient, where the label is unknown or
+        the memory holds no slot of it.
 
     Raises:
         TypeError, ValueError: a dtype, shape or device does not fit, or the temperature is not positive.
@@ -48,7 +49,7 @@ def discriminative_loss(keys: Tensor, labels: Tensor, slots: Tensor, slot_labels
         positive = logits[own].logsumexp(0) - math.log(int(own.sum()))
         negatives = logits[(slot_labels >= 0) & ~own]
         losses.append(torch.cat([positive[None], negatives]).logsumexp(0) - positive)
-    return torch.stack(losses) if losses else keys.new_zeros(0, dtype=dtype)
+    return (torch.stack(losses) if losses else keys.new_zeros(0, dtype=dtype)) + zero_of(keys, slots)
 
 
 def _direction(vector: Tensor) -> Tensor:

@@ -54,6 +54,14 @@ def test_a_small_temperature_is_no_overflow(impl):
     assert torch.allclose(losses.double(), expected, rtol=1e-4) and losses.max() > 20
 
 
+def test_the_gradient_of_the_smallest_temperature_is_finite(impl):
+    keys, slots = (x.requires_grad_() for x in problem(torch.float32))
+    losses = impl.discriminative_loss(keys, LABELS, slots, SLOT_LABELS, 1e-30)
+    assert losses.isfinite().all() and losses.max() > 1e29
+    for gradient in torch.autograd.grad(losses.sum(), [keys, slots]):
+        assert gradient.isfinite().all() and gradient.abs().max() > 1e29
+
+
 def test_derivatives_against_finite_differences():
     def loss(keys: Tensor, slots: Tensor) -> Tensor:
         return functional.discriminative_loss(keys, LABELS, slots, SLOT_LABELS, 0.5)
@@ -96,6 +104,14 @@ def test_whatever_an_empty_slot_holds_changes_nothing(impl, content: float):
     assert torch.equal(losses, expected)
     losses.sum().backward()
     assert keys.grad.isfinite().all() or not math.isfinite(content)
+
+
+def test_a_batch_of_unknown_labels_has_gradients_of_zero(impl):
+    for rows in (5, 0):
+        keys, slots = (x.requires_grad_() for x in (problem()[0][:rows], problem()[1]))
+        losses = impl.discriminative_loss(keys, torch.full((rows,), -1), slots, SLOT_LABELS, 0.2)
+        losses.sum().backward()
+        assert not keys.grad.any() and not slots.grad.any()
 
 
 def test_degenerate_memories_and_keys(impl):
