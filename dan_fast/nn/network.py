@@ -163,8 +163,10 @@ class DAN(nn.Module):
                 the B of the output. 0: the B images lend theirs to one another; None: no style is mixed.
 
         Raises:
-            ValueError: images of another size than `image_size`, or labels that do not fit.
+            ValueError: images of another size than `image_size`, labels that do not fit, or lenders where no style is
+                mixed or more of them than images.
             TypeError: labels that are not int64.
+            RuntimeError: a replica of `nn.DataParallel` that would mix styles.
         """
         return self.branches(self.maps(images, lenders), labels)
 
@@ -176,6 +178,8 @@ class DAN(nn.Module):
         mixing = self.styles is not None and self.training
         if lenders and not mixing:
             raise ValueError("lenders lend their style in training mode, to a network with style_mixing")
+        if lenders is not None and not 0 <= lenders <= images.shape[0]:
+            raise ValueError(f"lenders must be from 0 to {images.shape[0]}, the number of images, got {lenders}")
         with self.styles.within(lenders) if mixing else nullcontext():
             features = self.backbone(images)
         if features.shape[-2:] != self.map_size:

@@ -21,7 +21,8 @@ class StyleMixing:
     all images. Lenders are used for their style only and leave the batch after the last of these stages.
 
     Args:
-        stages: modules of a backbone, in the order in which they run, each giving a (B, C, H, W) map.
+        stages: modules of a backbone, in the order in which they run, each giving a (B, C, H, W) map. A replica of
+            `nn.DataParallel` refuses to mix: all replicas have this one object, and run at the same time.
 
     Example:
         >>> early, late = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
@@ -32,7 +33,7 @@ class StyleMixing:
     """
 
     def __init__(self, stages: Sequence[nn.Module]) -> None:
-        self._last = stages[-1]
+        self._stages = list(stages)
         self._lenders: int | None = None
         for stage in stages:
             stage.register_forward_hook(self._mix)
@@ -52,6 +53,11 @@ class StyleMixing:
     def _mix(self, stage: nn.Module, inputs: tuple, features: Tensor) -> Tensor:
         if self._lenders is None:
             return features
+        if stage not in self._stages:
+            raise RuntimeError(
+                "styles cannot be mixed in a replica of DataParallel, as the replicas share the lenders: train on one "
+                "device or with DistributedDataParallel"
+            )
         count, device = features.shape[0], features.device
         takers = count - self._lenders
         if self._lenders:
@@ -62,7 +68,7 @@ class StyleMixing:
         share = torch._sample_dirichlet(torch.full((count, 2), _CONCENTRATION, device=device))[:, 0]
         left_alone = (torch.rand(count, device=device) >= _PROBABILITY) | (torch.arange(count, device=device) >= takers)
         mixed = mix_styles(features, partners, share.masked_fill(left_alone, 1.0))
-        return mixed[:takers] if stage is self._last else mixed
+        return mixed[:takers] if stage is self._stages[-1] else mixed
 
 
 def style_mixing_of(backbone: nn.Module, image_size: tuple[int, int]) -> StyleMixing:

@@ -128,6 +128,33 @@ def test_lenders_go_no_further_than_the_early_stages():
     assert seen_by(network, network.backbone.layer3, images, lenders=2).shape[0] == 4
 
 
+@pytest.mark.parametrize("lenders", [7, -1])
+def test_lenders_are_images_of_the_batch(lenders: int):
+    network = tiny()
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(ValueError, match=f"lenders must be from 0 to 6, the number of images, got {lenders}"):
+        network(torch.rand(6, 3, 64, 32), lenders=lenders)
+    assert all(map(torch.equal, network.state_dict().values(), before.values()))
+
+
+def replica_of(module: nn.Module) -> nn.Module:
+    """As `nn.DataParallel` makes it for a further device, with the parameters themselves."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module.named_children():
+        replica._modules[name] = replica_of(child)
+    replica._parameters = dict(module._parameters)
+    return replica
+
+
+def test_a_replica_of_data_parallel_mixes_no_styles():
+    network, images = tiny(), torch.rand(6, 3, 64, 32)
+    for lenders in (2, 0):
+        with pytest.raises(RuntimeError, match="in a replica of DataParallel.* or with DistributedDataParallel"):
+            replica_of(network)(images, lenders=lenders)
+    assert replica_of(network)(images, lenders=None).pooled.shape[0] == 6
+    assert network(images, lenders=2).pooled.shape[0] == 4
+
+
 def test_styles_come_from_the_lenders_and_from_them_alone():
     network = tiny()
     # Frozen statistics: the images of a batch meet in the style mixing and nowhere else.
