@@ -17,6 +17,9 @@ class HalfInstanceNorm(nn.Module):
     Args:
         norm: whose place it takes; an activation inside, as timm's have, is kept.
 
+    Raises:
+        ValueError: the activation has numbers of its own for each channel, as `nn.PReLU(C)`.
+
     Example:
         >>> norm = HalfInstanceNorm(nn.BatchNorm2d(4)).eval()
         >>> x = torch.rand(2, 4, 8, 4)
@@ -26,6 +29,9 @@ class HalfInstanceNorm(nn.Module):
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__()
+        # Half of the channels go through it apart, in another order of dimensions.
+        if any(numbers.numel() > 1 for numbers in getattr(norm, "act", nn.Identity()).parameters()):
+            raise ValueError("norm must have an activation that is the same for all channels: give it one, or none")
         self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:

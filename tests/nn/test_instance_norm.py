@@ -33,6 +33,15 @@ def test_half_of_the_channels_is_normalised_image_by_image(training: bool, with_
     torch.testing.assert_close(out[:, 3:], batch_norm(x)[:, 3:])
 
 
+def test_an_activation_of_each_channel_is_refused() -> None:
+    norm = nn.BatchNorm2d(4)
+    norm.act = nn.PReLU(4)
+    with pytest.raises(ValueError, match="an activation that is the same for all channels"):
+        HalfInstanceNorm(norm)
+    norm.act = nn.PReLU()
+    assert HalfInstanceNorm(norm)(torch.randn(2, 4, 5, 3)).shape == (2, 4, 5, 3)
+
+
 def test_a_channels_last_map_has_a_channels_last_derivative() -> None:
     x = torch.randn(3, 6, 5, 4).to(memory_format=torch.channels_last).requires_grad_()
     out = HalfInstanceNorm(nn.BatchNorm2d(6))(x)
