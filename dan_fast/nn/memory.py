@@ -321,7 +321,7 @@ class ProgressiveAugmentedMemory(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ProgressiveAugmentedMemory":
         super()._apply(fn, recurse)
         self._labeled, self._unlabeled = self._labeled.mapped(fn), self._unlabeled.mapped(fn)
-        self._fault = None if self._fault is None else fn(self._fault)
+        self._fault = None if self._fault is None else self._fault.to(fn(self._fault).device)
         return self
 
     def parted_state_dict(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

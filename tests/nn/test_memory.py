@@ -285,6 +285,19 @@ def test_moves_with_its_module():
     assert copy.deepcopy(memory).to("meta").labeled.features.device.type == "meta"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_type_is_that_of_the_features(dtype: torch.dtype):
+    """`Module.type` hands on integers too, and a label of 2049 is none of float16."""
+    memory, twin = stepped(2, torch.float32), stepped(2, torch.float32)
+    for one in (memory, twin):
+        one.unlabeled = one.unlabeled._replace(sample_ids=one.unlabeled.sample_ids + 2049)
+    memory.type(dtype)
+    twin.to(dtype)
+    for name in ("labeled", "unlabeled"):
+        assert_states_close(getattr(memory, name), getattr(twin, name), rtol=0, atol=0)
+    memory(*next(batches(1, seed=2, dtype=dtype)))
+
+
 def test_a_move_to_where_it_is_leaves_what_was_handed_out_alone():
     memory, (first, *rest) = make(dtype=torch.float32), batches(4, dtype=torch.float32)
     step = memory(*first)

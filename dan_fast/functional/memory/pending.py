@@ -220,20 +220,21 @@ class PendingMemory:
         return self.unsettled()
 
     def mapped(self, fn: Callable[[Tensor], Tensor]) -> "PendingMemory":
-        """The settled memory with `fn` of every tensor, usage and evaluation staying in the dtype of statistics."""
+        """The settled memory with `fn` of every tensor, of which only the features take its dtype.
+
+        Usage and evaluation stay in the dtype of statistics, and integers what they are.
+        """
         self.settle()
-        state = MemoryState(*map(fn, self.unsettled()))
-        dtype = statistics_dtype(state.features.dtype)
-        # From what they were: a step through half precision would round them.
-        usage, evaluation = (
-            new if new.dtype == dtype else old.to(new.device, dtype)
-            for old, new in ((self.usage, state.usage), (self.evaluation, state.evaluation))
-        )
-        state = state._replace(usage=usage, evaluation=evaluation)
-        if state.features is not self.base:
-            return self.like(state)
+        features, rest = fn(self.base), {}
+        for name, old in self.unsettled()._asdict().items():
+            if name != "features":
+                dtype = statistics_dtype(features.dtype) if old.is_floating_point() else old.dtype
+                new = fn(old)
+                # From what it was: a step through half precision would round it.
+                rest[name] = new if new.dtype == dtype else old.to(new.device, dtype)
+        if features is not self.base:
+            return self.like(MemoryState(features, **rest))
         # Nothing has moved: what counted on these features still does.
-        rest = {name: value for name, value in state._asdict().items() if name != "features"}
         return replace(self, **rest)
 
     def unsettled(self) -> MemoryState:
