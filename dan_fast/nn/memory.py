@@ -53,6 +53,8 @@ class ProgressiveAugmentedMemory(nn.Module):
       that copy, but cannot tell where the gates are features. Give it memories first:
       `averaged.labeled, averaged.unlabeled = memory.labeled, memory.unlabeled`.
       Averages over a state dict, as timm's `ModelEmaV2`, mix slots of different samples: leave the memory out.
+    - Activation checkpointing would write each batch again in the backward pass; forward refuses that. Checkpoint only
+      what makes the keys. `labeled_loss` may be computed again as long as nothing has been written in between.
 
     With `process_group` the slots are divided over its ranks, each of which keeps the features of its share and hands
     in its own rows; rows of a batch may be divided in any way, none for some. The batch is rank 0's labelled rows,
@@ -187,7 +189,7 @@ class ProgressiveAugmentedMemory(nn.Module):
             TypeError, ValueError: an argument does not fit, here or on another rank; both memories are as they were.
                 What is wrong with the values in tensors on a GPU is for `check_faults` or `take_fault` to say.
             RuntimeError: a CUDA graph is being captured (`functional.memory_step` can be), or the memory is inside of
-                a wrapper that would let it fall behind; the sentence says which and what to do.
+                a wrapper that would let it fall behind or of a backward pass; the sentence says which and what to do.
         """
         require_to_be_carried(self, self._origin)
         memories, batch = (self._labeled, self._unlabeled), MemoryBatch(keys, labels, unlabeled_keys, sample_ids)

@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 from dan_fast.nn import ProgressiveAugmentedMemory
 from tests.support.memory_modules import assert_states_close, batches, make
@@ -50,6 +51,33 @@ def test_a_deep_copy_has_memories_of_its_own():
     torch.save(copy.deepcopy(twin), file)
     file.seek(0)
     assert_memories_equal(torch.load(file, weights_only=False), twin)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_step_that_a_backward_pass_would_repeat_is_refused(use_reentrant: bool):
+    memory, twin = make(), make()
+    (keys, *rest), second = batches(2)
+    keys.requires_grad_()
+    loss = checkpoint(lambda keys: memory(keys, *rest).loss, keys, use_reentrant=use_reentrant)
+    assert torch.equal(loss, twin(keys, *rest).loss)
+    with pytest.raises(RuntimeError, match="no step inside of a backward pass, .* call the memory outside"):
+        loss.backward()
+    assert keys.grad is None
+    memory(*second).loss.backward()
+    twin(*second)
+    assert_memories_equal(memory, twin)
+
+
+def test_what_makes_the_keys_may_be_computed_again():
+    (batch,), gradients = batches(1), []
+    for recomputed in (True, False):
+        memory = make()
+        torch.manual_seed(0)
+        layer = nn.Linear(5, 5, dtype=torch.float64)
+        keys = checkpoint(layer, batch[0], use_reentrant=False) if recomputed else layer(batch[0])
+        memory(keys, *batch[1:]).loss.backward()
+        gradients.append(layer.weight.grad)
+    assert torch.equal(*gradients) and gradients[0].any()
 
 
 def averaged_over_a_training() -> tuple[ProgressiveAugmentedMemory, AveragedModel]:

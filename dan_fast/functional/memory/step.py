@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.module_tracker import ModuleTracker
 
 from dan_fast.core.checks import check_memory_step
 from dan_fast.core.cosine import statistics_dtype
@@ -97,6 +98,7 @@ def pending_memory_step(
 
     Raises:
         NotImplementedError: forward mode: the memories advance, so a pass that is repeated would start from others.
+        RuntimeError: inside of a backward pass, for the same reason.
         RuntimeError: a CUDA graph is being captured. Which tensors wait is decided here, at every step anew; a
             replay would start from the same memory each time.
 
@@ -104,7 +106,7 @@ def pending_memory_step(
         `(result, labeled, unlabeled)`; the memories that came in hold what they held, though they may have
         settled it.
     """
-    _require_no_tangents()
+    _require_one_pass()
     if labeled.base.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a CUDA graph would replay this step from the same memory: capture functional.memory_step and copy the "
@@ -145,7 +147,7 @@ def sharded_memory_step(
     Returns:
         As `pending_memory_step`; the loss is that of the whole batch, the pseudo labels are those of `batch`.
     """
-    _require_no_tangents()
+    _require_one_pass()
     with lasting_tensors():
         batch = _in_memory_dtype(labeled.unsettled(), batch)
         given = exchange(labeled, unlabeled, batch, gate_features, gates_of)
@@ -162,7 +164,13 @@ def sharded_memory_step(
         )
 
 
-def _require_no_tangents() -> None:
+def _require_one_pass() -> None:
+    # Of a tracker that has not been entered this is all that is asked: whether the thread runs a backward pass.
+    if ModuleTracker().is_bw:
+        raise RuntimeError(
+            "a memory takes no step inside of a backward pass, where activation checkpointing would compute one again "
+            "from memories that have advanced: checkpoint only what makes the keys, and call the memory outside of it"
+        )
     if in_forward_mode():
         raise NotImplementedError(
             "a memory that advances has no forward mode; functional.memory_step, which leaves its memories alone, has"
