@@ -196,6 +196,17 @@ def check_false_sample_sets(evaluation: Tensor, labels: Tensor, pseudo_labels: T
     _check_device("pseudo_labels", pseudo_labels, evaluation.device, "evaluation")
 
 
+def check_keys(keys: object, features: Tensor) -> None:
+    """Check that keys (B, d) fit the features (s, d) of a labelled memory, but for their values.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape or device.
+    """
+    _check_tensor("keys", keys, ("B", features.shape[1]), features.dtype)
+    _check_device("keys", keys, features.device, "labeled.features")
+
+
 def check_discriminative_loss(
     keys: object, labels: object, slots: object, slot_labels: object, temperature: float
 ) -> None:

@@ -24,6 +24,13 @@ def full_precision(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if autocasts(device.type) else nullcontext()
 
 
+def keys_in_memory_dtype(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """Under autocast, keys as the network gives them are stored and compared in the dtype of the memory."""
+    if not isinstance(keys, Tensor) or not keys.is_floating_point() or not autocasts(keys.device.type):
+        return keys
+    return keys.to(dtype)
+
+
 def widened(value: Any) -> Any:
     """float16 and bfloat16 to float32, in a tensor or in each weight of an attention; anything else as it is."""
     if isinstance(value, NLCBAMWeights | AttentionVariantWeights):

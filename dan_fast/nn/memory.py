@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dan_fast.core.checks import check_keys
 from dan_fast.core.cosine import statistics_dtype
 from dan_fast.core.types import Gates, MemoryBatch, MemoryState, MemoryStep
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.distributed.shards import check_group
+from dan_fast.functional.autocast import keys_in_memory_dtype
 from dan_fast.functional.discriminative import discriminative_loss, sharded_discriminative_loss
 from dan_fast.functional.memory.pending import LazyStep, PendingMemory
 from dan_fast.functional.memory.scan_types import sentence_of
@@ -218,9 +220,14 @@ class ProgressiveAugmentedMemory(nn.Module):
 
         Returns:
             (B,), of the rows of all ranks with a `process_group`: whole, as the loss of `forward` is.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit. Under autocast keys are taken to the memory's dtype.
         """
+        keys = keys_in_memory_dtype(keys, self._labeled.base.dtype)
         if self.process_group is not None:
             return sharded_discriminative_loss(self._labeled, keys, labels, sizes, temperature)
+        check_keys(keys, self._labeled.base)
         # It has to be settled to be read, so the next write copies M.
         state = self.labeled
         return discriminative_loss(keys, labels, state.features, state.labels, temperature)

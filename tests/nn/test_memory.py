@@ -93,6 +93,28 @@ def test_under_autocast_half_precision_keys_are_taken_to_the_memory():
     assert_states_close(memories[0].labeled, memories[1].labeled, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("own, given", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_the_loss_of_labelled_keys_takes_what_forward_takes(own: torch.dtype, given: torch.dtype):
+    memory = make(dtype=own)
+    first, (keys, labels, *_) = batches(2, dtype=torch.float32)
+    memory(*(x.to(own) if x.is_floating_point() else x for x in first))
+    keys = keys.to(given).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = memory.labeled_loss(keys, labels, 0.1)
+    state = memory.labeled
+    expected = functional.discriminative_loss(keys.to(own), labels, state.features, state.labels, 0.1)
+    assert losses.dtype == torch.float32 and torch.equal(losses, expected)
+    (gradient,) = torch.autograd.grad(losses.sum(), keys)
+    assert gradient.dtype == given and gradient.any()
+    for wrong, error, words in (
+        (keys, TypeError, f"keys must be {own}"),
+        (keys.to(own)[:, :2], ValueError, r"keys must have shape \(B, 5\)"),
+        (keys.to("meta", own), ValueError, "keys is on meta, labeled.features on cpu"),
+    ):
+        with pytest.raises(error, match=words):
+            memory.labeled_loss(wrong, labels, 0.1)
+
+
 def test_features_are_overwritten_in_place_when_nothing_counts_on_them():
     memory = make()
     address = memory._labeled.base.data_ptr()

@@ -9,7 +9,7 @@ from torch.utils.module_tracker import ModuleTracker
 from dan_fast.core.checks import check_memory_step
 from dan_fast.core.cosine import statistics_dtype
 from dan_fast.core.types import Gates, MemoryBatch, MemoryState, MemoryStep
-from dan_fast.functional.autocast import autocasts, full_precision, outside_autocast
+from dan_fast.functional.autocast import full_precision, keys_in_memory_dtype, outside_autocast
 from dan_fast.functional.derivatives import in_forward_mode
 from dan_fast.functional.memory.passes import memory_commit, memory_scores
 from dan_fast.functional.memory.pending import PendingMemory, lasting_tensors
@@ -178,15 +178,12 @@ def _require_one_pass() -> None:
 
 
 def _in_memory_dtype(labeled: MemoryState, batch: MemoryBatch) -> MemoryBatch:
-    """Under autocast, keys as the network gives them are stored and compared in the dtype of the memory."""
     dtype = getattr(getattr(labeled, "features", None), "dtype", None)  # whatever it is will be checked
-
-    def cast(value: Tensor) -> Tensor:
-        if dtype is None or not isinstance(value, Tensor) or not value.is_floating_point():
-            return value
-        return value.to(dtype) if autocasts(value.device.type) else value
-
-    return batch._replace(keys=cast(batch.keys), unlabeled_keys=cast(batch.unlabeled_keys))
+    if dtype is None:
+        return batch
+    return batch._replace(
+        keys=keys_in_memory_dtype(batch.keys, dtype), unlabeled_keys=keys_in_memory_dtype(batch.unlabeled_keys, dtype)
+    )
 
 
 @outside_autocast(widen=False)
