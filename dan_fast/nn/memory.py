@@ -16,12 +16,12 @@ from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.distributed.shards import check_group
 from dan_fast.functional.autocast import keys_in_memory_dtype
 from dan_fast.functional.discriminative import discriminative_loss, sharded_discriminative_loss
-from dan_fast.functional.memory.pending import LazyStep, PendingMemory
+from dan_fast.functional.memory.pending import LazyStep
 from dan_fast.functional.memory.scan_types import sentence_of
 from dan_fast.functional.memory.sharded import ShardedMemory
 from dan_fast.functional.memory.step import pending_memory_step, sharded_memory_step
 from dan_fast.nn.memory_copies import Origin, Writes, require_to_be_carried
-from dan_fast.nn.memory_states import held_memory, joined, parted, replacement
+from dan_fast.nn.memory_states import held_memory, joined, memories_of, parted, replacement
 
 _INITIAL_BETA = 0.1
 
@@ -380,25 +380,16 @@ class ProgressiveAugmentedMemory(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        loaded: dict[str, PendingMemory] = {}
-        own: set[str] = set()
-        for memory, held in (("labeled", self._labeled), ("unlabeled", self._unlabeled)):
-            names = {field: f"{prefix}{memory}.{field}" for field in MemoryState._fields}
-            own |= set(names.values())
-            missing = [name for name in names.values() if name not in state_dict]
-            missing_keys.extend(missing)
-            if missing:
-                continue
-            fields = held.unsettled()._asdict()
-            # As PyTorch does with parameters: the file's values in the dtype and on the device of the module.
-            values = {field: state_dict[name].to(fields[field]) for field, name in names.items()}
-            try:
-                loaded[memory] = replacement(f"{prefix}{memory}", held, MemoryState(**values))
-            except (TypeError, ValueError) as error:
-                error_msgs.append(str(error))
-        rest = {name: value for name, value in state_dict.items() if name not in own}
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        refused = error_msgs or (strict and (missing_keys or unexpected_keys))
-        if not refused and len(loaded) == 2:
-            self._labeled, self._unlabeled = loaded["labeled"], loaded["unlabeled"]
+        held = {f"{prefix}labeled": self._labeled, f"{prefix}unlabeled": self._unlabeled}
+        found = memories_of(state_dict, held, local_metadata.get("assign_to_params_buffers", False))
+        missing_keys += found.missing
+        error_msgs += found.errors
+        if found.errors:  # PyTorch will raise: before the gates are touched
+            return
+        super()._load_from_state_dict(
+            found.rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        # Keys that are missing or not expected are for the caller's `strict` to judge, which is not known here.
+        if found.loaded and not error_msgs:
+            self._labeled, self._unlabeled = (held | found.loaded).values()
             self._origin = None

@@ -1,6 +1,7 @@
 """States that a memory takes in and gives out: whole, or only the features of a rank's slots."""
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -20,8 +21,11 @@ def _with_statistics(state: MemoryState) -> MemoryState:
     return state._replace(usage=state.usage.to(dtype), evaluation=state.evaluation.to(dtype))
 
 
-def replacement(name: str, held: PendingMemory, state: MemoryState) -> PendingMemory:
-    """A copy of `state`, if it fits where `held` is; for `name` in the error else."""
+def replacement(name: str, held: PendingMemory, state: MemoryState, assign: bool = False) -> PendingMemory:
+    """A copy of `state`, if it fits where `held` is; for `name` in the error else.
+
+    With `assign` it may be of another dtype and on another device than `held`.
+    """
     check_state(name, state)
     old, new = held.base, state.features
     if new.shape != held.shape:
@@ -29,12 +33,53 @@ def replacement(name: str, held: PendingMemory, state: MemoryState) -> PendingMe
             f"{name}.features must have shape {held.shape} like this memory, got {tuple(new.shape)}: "
             "make the memory with as many slots and the same key_dim"
         )
-    if new.dtype != old.dtype:
+    if new.dtype != old.dtype and not assign:
         raise TypeError(f"{name}.features must be {old.dtype} like this memory, got {new.dtype}")
-    if new.device != old.device:
+    if new.device != old.device and not assign:
         raise ValueError(f"{name}.features is on {new.device}, this memory on {old.device}: move one with .to()")
     own = state._replace(features=new[held.rows])
     return held.like(_with_statistics(MemoryState(*(x.detach().clone() for x in own))))
+
+
+class MemoriesRead(NamedTuple):
+    """What a state dict has for memories.
+
+    Attributes:
+        loaded: by name, each memory of which it has all fields, and which fits.
+        missing: the names that are not loaded because they, or others of the same memory, are missing.
+        errors: a sentence for each memory that does not fit.
+        rest: the entries that are no memory's.
+    """
+
+    loaded: dict[str, PendingMemory]
+    missing: list[str]
+    errors: list[str]
+    rest: dict[str, Tensor]
+
+
+def memories_of(state_dict: Mapping[str, Tensor], held: Mapping[str, PendingMemory], assign: bool) -> MemoriesRead:
+    """The memories that a state dict has, to take the places of `held`, which stay as they are.
+
+    Args:
+        state_dict: under `name.field`, the fields of `MemoryState`.
+        held: by name.
+        assign: as of `nn.Module.load_state_dict`.
+    """
+    read = MemoriesRead({}, [], [], dict(state_dict))
+    for memory, old in held.items():
+        fields = old.unsettled()._asdict()
+        values = {field: read.rest.pop(f"{memory}.{field}", None) for field in fields}
+        if any(value is None for value in values.values()):
+            read.missing.extend(f"{memory}.{field}" for field in fields)
+            continue
+        if not assign:
+            # As PyTorch does with parameters: the file's values in the dtype and on the device of the module.
+            values = {field: value.to(fields[field]) for field, value in values.items()}
+        try:
+            read.loaded[memory] = replacement(memory, old, MemoryState(**values), assign)
+        except (TypeError, ValueError) as error:
+            read.errors.append(str(error))
+    return read
 
 
 def parted(held: PendingMemory) -> tuple[dict[str, Tensor], Tensor]:

@@ -247,19 +247,70 @@ def test_state_dict_round_trip_goes_on_bit_for_bit(tmp_path, dtype):
     assert memory["memory"].unlabeled.usage.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def test_a_state_dict_that_does_not_fit_changes_nothing():
-    memory, state = stepped(1), make().state_dict()
-    larger = ProgressiveAugmentedMemory(SLOTS + 1, PSEUDO_SLOTS, DIM, dtype=torch.float64).state_dict()
+def loadable() -> dict[str, torch.Tensor]:
+    return stepped(2).state_dict() | {"alpha": torch.tensor(3.0, dtype=torch.float64)}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_dict_that_does_not_fit_changes_nothing(strict: bool):
+    memory, state = stepped(1), loadable()
     before = copy.deepcopy(memory.state_dict())
+    longer = torch.cat([state["labeled.features"], state["labeled.features"][:1]])
     for wrong, sentence in (
-        (larger, r"labeled.features must have shape \(12, 5\) like this memory"),
-        ({name: state[name] for name in state if name != "unlabeled.usage"}, "Missing key.*unlabeled.usage"),
-        (state | {"labeled.colour": torch.zeros(1)}, "Unexpected key.*labeled.colour"),
+        ({"labeled.features": longer}, r"labeled.labels must have shape \(13,\)"),
+        ({f"labeled.{name}": x for name, x in MemoryState.empty(11, DIM)._asdict().items()}, r"shape \(12, 5\) like"),
+        ({"alpha_unlabeled": torch.zeros(2)}, "size mismatch for alpha_unlabeled"),
     ):
         with pytest.raises(RuntimeError, match=sentence):
-            memory.load_state_dict(wrong)
+            memory.load_state_dict(state | wrong, strict=strict)
+        for name, value in memory.state_dict().items():
+            # PyTorch loads one parameter after the other.
+            assert torch.equal(value, before[name]) or (name == "alpha" and "alpha_unlabeled" in wrong)
+
+
+def test_what_a_state_dict_lacks_or_has_too_much_is_said():
+    state = loadable()
+    with pytest.raises(RuntimeError, match="Missing key.*unlabeled.usage"):
+        make().load_state_dict({name: state[name] for name in state if name != "unlabeled.usage"})
+    with pytest.raises(RuntimeError, match="Unexpected key.*labeled.colour"):
+        make().load_state_dict(state | {"labeled.colour": torch.zeros(1)})
+
+
+def test_a_memory_that_is_complete_is_loaded_without_the_other():
+    module, state = nn.ModuleDict({"first": nn.Linear(1, 1), "memory": make()}), loadable()
+    partial = {f"memory.{name}": value for name, value in state.items() if name != "unlabeled.sample_ids"}
+    found = module.load_state_dict(partial | {"second": torch.zeros(1)}, strict=False)
+    assert set(found.missing_keys) == {
+        "first.weight", "first.bias", *(f"memory.unlabeled.{field}" for field in MemoryState._fields)
+    }  # fmt: skip
+    memory = module["memory"]
+    assert_states_close(memory.labeled, [state[f"labeled.{field}"] for field in MemoryState._fields], rtol=0, atol=0)
+    assert memory.alpha == 3 and memory.occupied_slots()[1] == 0
+    memory(*next(batches(1, seed=3)))
+
+
+def test_a_module_without_storage_takes_a_state_dict_as_it_is():
+    trained = stepped(2)
+    with torch.device("meta"):
+        memory = make(dtype=torch.float32)
+    memory.load_state_dict(trained.state_dict(), assign=True)
+    assert memory.labeled.features.dtype == torch.float64 and memory.labeled.features.device.type == "cpu"
+    state = copy.deepcopy(trained.state_dict())
+    for batch in batches(2, seed=3):
+        assert torch.equal(memory(*batch).loss, trained(*batch).loss)
+    # Nor are the tensors of the state dict those that later steps overwrite.
+    other = make()
+    given = copy.deepcopy(state)
+    other.load_state_dict(given, assign=True)
+    for batch in batches(2, seed=3):
+        other(*batch)
     for name in ("labeled", "unlabeled"):
-        assert_states_close(getattr(memory, name), [before[f"{name}.{f}"] for f in MemoryState._fields])
+        assert_states_close(getattr(other, name), getattr(memory, name), rtol=0, atol=0)
+        for field in MemoryState._fields:
+            assert torch.equal(given[f"{name}.{field}"], state[f"{name}.{field}"])
+    larger = ProgressiveAugmentedMemory(SLOTS + 1, PSEUDO_SLOTS, DIM)
+    with pytest.raises(RuntimeError, match=r"labeled.features must have shape \(13, 5\)"):
+        larger.load_state_dict(state, assign=True)
 
 
 def test_states_are_assignable_and_checked():
