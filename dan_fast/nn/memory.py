@@ -316,8 +316,12 @@ class ProgressiveAugmentedMemory(nn.Module):
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))
         copied._writes = Writes()
         gates = [(gate, gate._version) for gate in copied.parameters()]
-        copied._origin = Origin(self._writes, self._writes.count, gates)
+        left_behind = self._origin is not None and self._origin.has_been_left_behind()
+        copied._origin = Origin(self._writes, self._writes.count, gates, left_behind)
         return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_writes": Writes(), "_origin": self._origin and self._origin.in_a_file()}
 
     def extra_repr(self) -> str:
         (labeled_slots, key_dim), unlabeled_slots = self._labeled.shape, self._unlabeled.shape[0]

@@ -20,15 +20,22 @@ class Origin:
     Attributes:
         writes, count: of the memory that was copied, and where they stood.
         gates: the copy's parameters and their versions, by which a change in place is seen.
+        left_behind: what was copied or read from a file had itself been left behind.
     """
 
     writes: Writes
     count: int
     gates: list[tuple[nn.Parameter, int]]
+    left_behind: bool = False
 
     def has_been_left_behind(self) -> bool:
         """Whether the gates were written over while the memory that was copied went on."""
-        return self.writes.count > self.count and any(gate._version != version for gate, version in self.gates)
+        changed = any(gate._version != version for gate, version in self.gates)
+        return self.left_behind or (self.writes.count > self.count and changed)
+
+    def in_a_file(self) -> "Origin | None":
+        """What a file keeps of it: the versions there are others, and no memory that was copied goes on."""
+        return Origin(Writes(), 0, [], left_behind=True) if self.has_been_left_behind() else None
 
 
 def require_to_be_carried(memory: nn.Module, origin: Origin | None) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from dan_fast.nn import ProgressiveAugmentedMemory
 from tests.support.memory_modules import assert_states_close, batches, make
 from tests.support.ranks import Ranks
+
+
+def saved_and_read(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def assert_memories_equal(actual: ProgressiveAugmentedMemory, expected: ProgressiveAugmentedMemory) -> None:
@@ -47,10 +55,19 @@ def test_a_deep_copy_has_memories_of_its_own():
     for one in (memory, twin):
         one(*third)
     assert_memories_equal(twin, memory)
-    file = io.BytesIO()
-    torch.save(copy.deepcopy(twin), file)
-    file.seek(0)
-    assert_memories_equal(torch.load(file, weights_only=False), twin)
+    assert_memories_equal(saved_and_read(copy.deepcopy(twin)), twin)
+
+
+def test_a_copy_read_from_a_file_goes_on():
+    memory = make()
+    first, second = batches(2)
+    memory(*first)
+    twin = copy.deepcopy(memory)
+    memory(*second)  # the one that the file's was copied from has gone on
+    read = saved_and_read(twin), pickle.loads(pickle.dumps(twin))
+    for one in (twin, *read):
+        one(*second)
+        assert_memories_equal(one, memory)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -100,6 +117,11 @@ def test_an_average_of_the_gates_is_refused_until_it_has_memories():
         RuntimeError, match="as AveragedModel does, .* assign the trained memory's labeled and unlabeled"
     ):
         averaged(*batch)
+    for other in (copy.deepcopy(averaged), saved_and_read(averaged), saved_and_read(copy.deepcopy(averaged))):
+        with pytest.raises(RuntimeError, match="as AveragedModel does"):
+            other(*batch)
+        other.module.load_state_dict(memory.state_dict())
+        other(*batch)
     averaged.module.labeled, averaged.module.unlabeled = memory.labeled, memory.unlabeled
     assert_memories_equal(averaged.module, memory)
     averaged(*batch)
