@@ -224,6 +224,12 @@ def build() -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="module")
+def toolchain(build: ModuleType) -> ModuleType:
+    """What `build` has imported."""
+    return sys.modules["setup_toolchain"]
+
+
 @pytest.fixture
 def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A PATH that holds what a test puts there: name -> body of a script."""
@@ -243,6 +249,11 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         return folder
 
     return put
+
+
+def test_a_backend_that_leaves_the_checkout_out_of_the_path_can_run_the_build():
+    code = f"import runpy; runpy.run_path({str(in_checkout('setup.py'))!r})"
+    subprocess.run([sys.executable, "-I", "-c", code], check=True)
 
 
 def test_the_compiler(build: ModuleType, tools, monkeypatch: pytest.MonkeyPatch):
@@ -273,10 +284,12 @@ def test_nvcc(build: ModuleType, tools, tmp_path: Path, monkeypatch: pytest.Monk
     assert build.find_nvcc() == on_path, "a CUDA_HOME that is not there is no error"
 
 
-def test_torch_is_asked_for_only_where_there_is_none(build: ModuleType, tools, monkeypatch: pytest.MonkeyPatch):
+def test_torch_is_asked_for_only_where_there_is_none(
+    build: ModuleType, toolchain: ModuleType, tools, monkeypatch: pytest.MonkeyPatch
+):
     tools(**{"c++": "exit 0"})
     assert build.find_torch() is not None and build.build_requirements() == []
-    monkeypatch.setattr(build, "OLDEST_TORCH", (99, 0))
+    monkeypatch.setattr(toolchain, "OLDEST_TORCH", (99, 0))
     assert build.find_torch() is None and build.build_requirements() == ["torch>=99.0"]
 
 
@@ -407,16 +420,23 @@ def test_the_source_distribution_holds_all_that_a_build_and_the_tests_need(descr
     files = {path for room in (*ROOMS, "docs", "scripts") for path in (ROOT / room).rglob("*") if path.is_file()}
     files = {path.relative_to(ROOT) for path in files if not any(map(path.match, made)) and path.suffix != ".pyc"}
     packed = set(map(Path, (described / "SOURCES.txt").read_text().splitlines()))
-    alone = {"setup.py", "pyproject.toml", "LICENSE", "CITATION.cff", ".github/workflows/wheels.yml"}
+    alone = {
+        "setup.py",
+        "setup_toolchain.py",
+        "pyproject.toml",
+        "LICENSE",
+        "CITATION.cff",
+        ".github/workflows/wheels.yml",
+    }
     assert packed >= files | set(map(Path, alone))
     assert not any(path.match(name) for path in packed for name in made)
 
 
-def test_the_metadata_of_a_wheel(described: Path, build: ModuleType):
+def test_the_metadata_of_a_wheel(described: Path, build: ModuleType, toolchain: ModuleType):
     told = importlib.metadata.Distribution.at(described)
     wanted = set(told.requires)
-    torch = ".".join(map(str, build.OLDEST_TORCH))
-    assert f"torch>={torch}" in wanted and int(build.TORCH_TARGET_VERSION, 16) >> 48 == 2 << 8 | build.OLDEST_TORCH[1]
+    major, minor = toolchain.OLDEST_TORCH
+    assert f"torch>={major}.{minor}" in wanted and int(build.TORCH_TARGET_VERSION, 16) >> 48 == major << 8 | minor
     assert (told.metadata["Name"], told.version) == ("dan-fast", dan_fast.__version__)
     assert (told.metadata["License-Expression"], told.metadata["Requires-Python"]) == ("Apache-2.0", ">=3.11")
     extras = set(told.metadata.get_all("Provides-Extra"))
@@ -426,7 +446,7 @@ def test_the_metadata_of_a_wheel(described: Path, build: ModuleType):
     assert {entry.value for entry in told.entry_points} == {"dan_fast.cli:main"}
 
 
-def test_the_workflow_repairs_and_checks_by_the_scripts(build: ModuleType):
+def test_the_workflow_repairs_and_checks_by_the_scripts(toolchain: ModuleType):
     text = in_checkout(".github/workflows/wheels.yml").read_text()
     jobs = yaml.safe_load(text)["jobs"]
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cibuildwheel"]
@@ -436,7 +456,7 @@ def test_the_workflow_repairs_and_checks_by_the_scripts(build: ModuleType):
     assert all(os.access(ROOT / script, os.X_OK) for script in (check, repair))
     assert f'{repair} "$wheel" dist' in (ROOT / "scripts/build_wheels.sh").read_text()
     tried = jobs["check"]["strategy"]["matrix"]
-    assert tried["torch"] == ["torch=={}.{}.*".format(*build.OLDEST_TORCH), "torch"]
+    assert tried["torch"] == ["torch=={}.{}.*".format(*toolchain.OLDEST_TORCH), "torch"]
     built = re.search(r"cp3{([\d,]+)}-manylinux_x86_64", settings["build"])[1].split(",")
     assert tried["python"] == [f"3.{built[0]}", f"3.{built[-1]}"] and built[0] == "11"
     assert "secrets" not in text and jobs["publish"]["permissions"] == {"id-token": "write"}
