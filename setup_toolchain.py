@@ -38,6 +38,20 @@ class CannotBuild(Exception):
     """One sentence: what is missing and what to do about it."""
 
 
+def printed_by(command: list[str]) -> str:
+    """What a program writes to its standard output, whatever its exit status.
+
+    Raises:
+        CannotBuild: it cannot be executed, as one for another processor.
+    """
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace").stdout
+    except OSError as error:
+        raise CannotBuild(
+            f"{command[0]} cannot be executed ({error.strerror}); repair or remove it, then {AGAIN}"
+        ) from error
+
+
 def find_torch() -> Torch | None:
     """A torch >= 2.11 of the build environment or of the one that is installed into; it is not imported.
 
@@ -62,7 +76,10 @@ def find_compiler() -> list[str]:
     """The C++ compiler's command: CXX if it is set, else the first of the usual names on PATH."""
     if sys.platform != "linux":
         raise CannotBuild("the compiled extension is built on Linux only")
-    chosen = shlex.split(os.environ.get("CXX", ""))
+    try:
+        chosen = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise CannotBuild(f"CXX is no command ({error}); correct or unset it, then {AGAIN}") from error
     if chosen and shutil.which(chosen[0]) is None:
         raise CannotBuild(f"CXX names {chosen[0]}, which was not found; install it or unset CXX, then {AGAIN}")
     for command in [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]:
@@ -88,7 +105,7 @@ def cuda_archs(nvcc: str) -> list[str]:
     """TORCH_CUDA_ARCH_LIST as a list like ["8.6", "9.0+PTX"]; without it the visible GPUs or else the portable one."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if not wanted:
-        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+        known = printed_by([nvcc, "--list-gpu-code"]).split()
         visible = visible_gpus()
         if visible and float(visible[0]) >= 8 and all("sm_" + arch.replace(".", "") in known for arch in visible):
             return visible
@@ -111,9 +128,12 @@ def visible_gpus() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    answer = subprocess.run(asked, capture_output=True, text=True)
+    try:
+        answer = printed_by(asked)
+    except CannotBuild:
+        return []
     # What it writes where there is no driver, or an old one that does not know the question, is no capability.
-    found = {line.strip() for line in answer.stdout.splitlines() if re.fullmatch(r"\d+\.\d", line.strip())}
+    found = {line.strip() for line in answer.splitlines() if re.fullmatch(r"\d+\.\d", line.strip())}
     return sorted(found, key=float)
 
 
@@ -126,8 +146,7 @@ def python_headers() -> Path:
 
 def first_line(command: list[str], pattern: str = ".+") -> str:
     """The first line of `command --version` that matches, as the name of a compiler."""
-    output = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
-    found = re.search(pattern, output)
+    found = re.search(pattern, printed_by([*command, "--version"]))
     return found[0].strip() if found else command[0]
 
 

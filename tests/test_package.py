@@ -269,6 +269,9 @@ def test_the_compiler(build: ModuleType, tools, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("CXX", "nosuch")
     with pytest.raises(build.CannotBuild, match="CXX names nosuch, which was not found"):
         build.find_compiler()
+    monkeypatch.setenv("CXX", '"')
+    with pytest.raises(build.CannotBuild, match=r"CXX is no command \(No closing quotation\); correct or unset it"):
+        build.find_compiler()
 
 
 def test_nvcc(build: ModuleType, tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -334,6 +337,22 @@ def test_no_compiler_leaves_no_library_and_the_reason(build: ModuleType, tools, 
     assert json.loads((package / "_build_info.json").read_text()) == info
     (sentence,) = info["missing"]
     assert sentence.startswith("no compiled extension: no C++ compiler was found")
+
+
+def test_a_program_that_cannot_be_executed_is_as_one_that_is_not_there(build: ModuleType, tools, tmp_path: Path):
+    folder = tools(**{"nvcc": "exit 0", "nvidia-smi": "exit 0", "c++": "exit 1"})
+    for name in ("nvcc", "nvidia-smi"):
+        (folder / name).write_bytes(b"\x7fELF of another processor")
+    assert build.cuda_archs(str(tools(nvcc="echo sm_90") / "nvcc")) == ["8.0+PTX"], "nvidia-smi"
+    (folder / "nvcc").write_bytes(b"\x7fELF of another processor")
+    no_cuda, no_cpu = build.build_native(tmp_path / "package", tmp_path / "scratch")["missing"]
+    assert no_cuda.startswith(
+        f"no CUDA kernels: {folder}/nvcc cannot be executed (Exec format error); repair or remove"
+    )
+    assert no_cpu.startswith("no compiled extension: the compiler failed"), "which was tried for the CPU part"
+    (folder / "c++").write_bytes(b"\x7fELF of another processor")
+    (sentence,) = build.build_native(tmp_path / "package", tmp_path / "scratch")["missing"]
+    assert sentence.startswith("no compiled extension: c++ cannot be executed (Exec format error); repair or remove")
 
 
 @pytest.mark.compile
