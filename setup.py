@@ -8,6 +8,7 @@ every torch >= 2.11 and every Python, so the torch whose headers it was built wi
 """
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -107,8 +108,9 @@ def ninja_file(
     libraries = [f"-L{torch.folder / 'lib'}", "-ltorch"]
     if nvcc:
         torch_flags += ["-DUSE_CUDA", "-DDAN_FAST_CUDA"]
-        # nvcc takes one program: of "ccache g++ -m64" that is g++.
-        host = [nvcc, "-ccbin", [word for word in compiler if not word.startswith("-")][-1]]
+        # nvcc takes one program: of "ccache g++ -isystem /opt" that is g++.
+        programs = itertools.takewhile(lambda word: not word.startswith("-"), compiler)
+        host = [nvcc, "-ccbin", [*programs][-1]]
         device = [*host, "-Xcompiler=-fPIC,-Wall,-Wextra"]
         link = [*host, "-shared", "-cudart=static", "-Xlinker=--no-as-needed"]
     else:

@@ -403,6 +403,15 @@ def test_only_the_memory_is_compiled_without_contraction(build: ModuleType):
     assert all("-O3" in given for given in flags.values())
 
 
+@pytest.mark.parametrize(
+    "compiler", ["g++", "ccache g++ -m64", "g++ -isystem /opt/x", "ccache g++ -I include -m64 -include all.h"]
+)
+def test_nvcc_is_told_the_program_among_the_words_of_the_compiler(build: ModuleType, compiler: str):
+    rules = build.ninja_file(build.find_torch(), compiler.split(), "nvcc", ["9.0"], {"baseline": []}, None)
+    assert set(re.findall(r"-ccbin (\S+)", rules)) == {"g++"}
+    assert f"command = {compiler} -O3" in rules
+
+
 def test_the_wheel_is_for_this_python_where_it_holds_the_module(build: ModuleType, tmp_path: Path):
     distribution = setuptools.Distribution(
         {"ext_modules": [setuptools.Extension("dan_fast._native", [])], "cmdclass": {"build_ext": build.BuildNative}}
