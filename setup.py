@@ -193,7 +193,9 @@ def compile_libraries(folder: Path, rules: str) -> list[Path]:
         raise CannotBuild(f"the Python package ninja was not found; install it, then {AGAIN}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text(rules)
+    jobs = os.environ.get("MAX_JOBS", "")
     command = [sys.executable, "-m", "ninja", "-C", str(folder)]
+    command += ["-j", jobs] if re.fullmatch("0*[1-9][0-9]*", jobs) else []
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(run.stdout, flush=True)
     if run.returncode != 0:

@@ -403,6 +403,20 @@ def test_only_the_memory_is_compiled_without_contraction(build: ModuleType):
     assert all("-O3" in given for given in flags.values())
 
 
+def test_max_jobs_limits_the_files_compiled_at_a_time(build: ModuleType, tmp_path: Path, monkeypatch):
+    commands = []
+
+    def ran(command: list[str], **given: object) -> subprocess.CompletedProcess:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, "")
+
+    monkeypatch.setattr(build.subprocess, "run", ran)
+    for jobs in ("3", "0", "-1", "many", ""):
+        monkeypatch.setenv("MAX_JOBS", jobs)
+        build.compile_libraries(tmp_path, "")
+    assert commands[0][-2:] == ["-j", "3"] and not any("-j" in command for command in commands[1:])
+
+
 @pytest.mark.parametrize(
     "compiler", ["g++", "ccache g++ -m64", "g++ -isystem /opt/x", "ccache g++ -I include -m64 -include all.h"]
 )
