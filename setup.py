@@ -180,8 +180,7 @@ def ninja_file(
 
 def sources(with_cuda: bool) -> list[Path]:
     suffixes = {".cpp", ".cu"} if with_cuda else {".cpp"}
-    found = (path for room in SOURCES["ROOMS"] for path in (ROOT / room).rglob("*"))
-    return sorted(path for path in found if path.suffix in suffixes)
+    return [path for path in SOURCES["source_files"](ROOT) if path.suffix in suffixes]
 
 
 def of_module(source: Path) -> bool:

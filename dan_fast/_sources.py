@@ -1,6 +1,7 @@
 """What the build and the installed package share; setup.py runs this file: it imports the standard library only."""
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOMS = ("csrc", "python_bindings")
@@ -19,10 +20,18 @@ def nvcc_flags(source: Path) -> tuple[str, ...]:
     return _NVCC_FLAGS if contracts else (*_NVCC_FLAGS, "-fmad=false")
 
 
+def source_files(root: Path) -> Iterator[Path]:
+    """The files of the native sources under `root`, in one order; what an editor leaves beside them is none."""
+    for room in ROOMS:
+        for path in sorted((root / room).rglob("*.*")):
+            hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+            if path.is_file() and not hidden and not path.name.endswith(("~", "#")):
+                yield path
+
+
 def source_hash(root: Path) -> str:
     """A digest of all native sources under `root`; it tells a binary that is older than its checkout."""
     digest = hashlib.sha256()
-    for room in ROOMS:
-        for path in sorted((root / room).rglob("*.*")):
-            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    for path in source_files(root):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]

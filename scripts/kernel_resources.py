@@ -40,7 +40,7 @@ def find_nvcc() -> str | None:
 
 
 def all_sources() -> list[Path]:
-    return sorted(path for room in SOURCES["ROOMS"] for path in (ROOT / room).rglob("*.cu"))
+    return [path for path in SOURCES["source_files"](ROOT) if path.suffix == ".cu"]
 
 
 def readable(names: Iterable[str]) -> dict[str, str]:
