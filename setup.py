@@ -17,6 +17,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -253,12 +255,33 @@ def build_native(package: Path, scratch: Path) -> dict:
     return info
 
 
+@contextmanager
+def building_alone(lock_file: Path) -> Iterator[None]:
+    """Two builds in one checkout write the same objects and the same libraries: the second waits for the first."""
+    if sys.platform != "linux":  # where nothing is compiled, and Windows lacks fcntl
+        yield
+        return
+    import fcntl
+
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    with lock_file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"dan_fast: waiting for another build in {ROOT}", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # some file systems of a network have no locks
+            print(f"dan_fast: {lock_file} cannot be locked ({error.strerror})", file=sys.stderr)
+        yield
+
+
 class BuildNative(build_ext):
     """Builds with ninja instead of setuptools' compiler; into the checkout for an editable install."""
 
     def run(self) -> None:
         package = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
-        info = build_native(package / "dan_fast", ROOT / "build/native")
+        with building_alone(ROOT / "build/native.lock"):
+            info = build_native(package / "dan_fast", ROOT / "build/native")
         print(f"dan_fast: built {' and '.join(info['built']) or 'no extension: PyTorch serves every operator'}")
         for sentence in info["missing"]:
             print(f"dan_fast: {sentence}", file=sys.stderr)

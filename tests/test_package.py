@@ -1,6 +1,7 @@
 """The package: one version, imports that point downwards, and a build that copes with whatever is missing."""
 
 import ast
+import errno
 import importlib.metadata
 import importlib.util
 import json
@@ -11,10 +12,13 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
+import time
 import tomllib
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -455,6 +459,52 @@ def test_the_wheel_is_for_this_python_where_it_holds_the_module(build: ModuleTyp
     (tmp_path / "dan_fast" / build.MODULE).touch()
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert wheel.get_tag()[:2] == (python, python)
+
+
+def test_a_second_build_in_a_checkout_waits_for_the_first(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    began, go_on, events = threading.Event(), threading.Event(), []
+
+    def build_native(package: Path, scratch: Path) -> dict:
+        events.append("begins")
+        began.set()
+        assert go_on.wait(30)
+        events.append("ends")
+        return {"built": ["CPU"], "missing": []}
+
+    def install() -> None:
+        command = build.BuildNative(setuptools.Distribution())
+        command.editable_mode = True
+        command.run()
+
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build, "build_native", build_native)
+    first, second = (threading.Thread(target=install) for _ in range(2))
+    first.start()
+    assert began.wait(30)
+    second.start()
+    waits = f"dan_fast: waiting for another build in {tmp_path}\n"
+    said = ""
+    deadline = time.monotonic() + 30
+    while waits not in said and time.monotonic() < deadline:
+        said += capfd.readouterr().err
+        time.sleep(0.01)
+    assert said == waits and events == ["begins"]
+    go_on.set()
+    first.join(30)
+    second.join(30)
+    assert events == ["begins", "ends", "begins", "ends"]
+
+
+def test_without_locks_of_the_file_system_the_build_goes_on(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", MagicMock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    with build.building_alone(tmp_path / "build/lock"):
+        pass
+    assert "lock cannot be locked (No locks available)" in capsys.readouterr().err
 
 
 def test_a_compiler_that_fails_leaves_no_library_and_its_error(build: ModuleType, tools, tmp_path: Path):
