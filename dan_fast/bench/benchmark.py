@@ -28,7 +28,8 @@ MEANING = {
     "seconds": "of a pass; forward is without recording for autograd; repetitions of the contenders in turn",
     "model_bytes": "a model: the bytes that a pass cannot do without",
     "limit_seconds": "model_bytes / bandwidth and flop / rate, which no run can go below; over_limit: over the larger",
-    "rate": "operations/s of the fastest of torch's and NumPy's products of 2048 x 2048, in the type of the arithmetic",
+    "rate": "operations/s of the fastest of torch's and NumPy's products of 2048 x 2048, on a GPU of 8 of 4096 x 4096 "
+    "in a row, in the type of the arithmetic; null where it bounds nothing, as for TF32 convolutions on a GPU",
     "bandwidth_share": "model_bytes / copy bandwidth / time; above 1 where a cache serves",
     "bandwidth": "bytes/s read and written by Tensor.copy_, taken in turn with the contenders",
     "speedup": "median of the other / median of this one, pass by pass; none without agreement",

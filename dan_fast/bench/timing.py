@@ -15,11 +15,14 @@ from dan_fast import triton_kernels
 from dan_fast.bench.machine import CORES, CacheFlush, Copy, why_no_triton
 from dan_fast.bench.rows import Row, Timing
 from dan_fast.core.devices import synchronize
+from dan_fast.core.float32 import float32_settings
 from dan_fast.core.heap import heap_in_force
 
 Say = Callable[[str], None]
-# Rows of the square matrices whose product says how fast the machine multiplies, and how often it is tried.
-_PRODUCT, _PRODUCTS = 2048, 5
+# How fast a machine multiplies is said by so many products, one after the other, of square matrices with so many rows,
+# and is tried so often. On a GPU to launch a small product and to wait for it takes about as long as the product.
+_PRODUCTS = {"cpu": (1, 2048), "cuda": (8, 4096)}
+_TRIES = 5
 
 
 def once(device: torch.device, run: Callable[[], object], flush: Callable[[], None] = lambda: None) -> float:
@@ -45,13 +48,30 @@ def product_rate(device: torch.device, dtype: torch.dtype, threads: int) -> floa
         >>> product_rate(torch.device("cpu"), torch.float32, torch.get_num_threads()) > 1e9
         True
     """
-    matrices = [torch.rand(_PRODUCT, _PRODUCT, device=device).to(dtype) for _ in range(2)]
-    products = [lambda: matrices[0] @ matrices[1]]
+    count, rows = _PRODUCTS[device.type]
+    matrices = [torch.rand(rows, rows, device=device).to(dtype) for _ in range(2)]
+
+    def multiply() -> None:
+        for _ in range(count):
+            _ = matrices[0] @ matrices[1]
+
+    products = [multiply]
     # NumPy's library takes all cores, whatever torch's number of threads is.
     if device.type == "cpu" and threads >= CORES and dtype in (torch.float32, torch.float64):
         arrays = [matrix.numpy() for matrix in matrices]
         products.append(lambda: np.matmul(*arrays))
-    return 2 * _PRODUCT**3 / min(once(device, product) for product in products for _ in range(_PRODUCTS))
+    return count * 2 * rows**3 / min(once(device, product) for product in products for _ in range(_TRIES))
+
+
+def rated_type(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
+    """The type whose `product_rate` no network that computes in `dtype` can exceed.
+
+    None where there is none: convolutions of float32 numbers go through the tensor cores, PyTorch's default on a GPU,
+    and products of matrices do not.
+    """
+    settings = float32_settings(device)
+    faster = settings["convolutions"] not in ("ieee", settings["matrix_products"])
+    return None if dtype == torch.float32 and faster else dtype
 
 
 def repetitions(seconds: float, repeat: int, budget_s: float) -> int:
@@ -112,7 +132,7 @@ def take_turns(
         turns: the passes.
         say: told what is going on.
         copy_bytes: also time a copy of about so many bytes in each round, the rows' `bandwidth`.
-        dtype: of the arithmetic, whose `product_rate` is the rows' `rate`.
+        dtype: of the arithmetic, whose `product_rate` is the rows' `rate`; None: they have none.
         warm: call once untimed before each timed call: memory that another contender freed may have gone back to the
             system, and getting it anew takes time.
     """

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dan_fast import _extension
 from dan_fast.bench import timing
@@ -130,8 +131,8 @@ def test_the_limit_is_the_larger_of_bytes_and_operations():
 
 def test_the_rate_is_that_of_the_fastest_product(monkeypatch):
     threads = torch.get_num_threads()
-    monkeypatch.setattr(timing, "_PRODUCT", 4)
-    monkeypatch.setattr(timing, "_PRODUCTS", 2)
+    monkeypatch.setattr(timing, "_PRODUCTS", {"cpu": (1, 4)})
+    monkeypatch.setattr(timing, "_TRIES", 2)
     # Two products of torch, and two of NumPy where it has no more threads than torch.
     for cores, best in ((threads, 3.0), (threads + 1, 5.0)):
         seconds = iter([9.0, 5.0, 4.0, 3.0])
@@ -140,6 +141,30 @@ def test_the_rate_is_that_of_the_fastest_product(monkeypatch):
         timing.product_rate.cache_clear()
         assert product_rate(CPU, torch.float32, threads) == 2 * 4**3 / best
     timing.product_rate.cache_clear()
+
+
+def test_on_a_gpu_several_products_are_timed_at_once(monkeypatch):
+    def seconds(device, multiply):
+        with FlopCounterMode(display=False) as counter:
+            multiply()
+        assert counter.get_total_flops() == 3 * 2 * 4**3
+        return 0.5
+
+    monkeypatch.setattr(timing, "_PRODUCTS", {"meta": (3, 4)})
+    monkeypatch.setattr(timing, "once", seconds)
+    timing.product_rate.cache_clear()
+    assert product_rate(torch.device("meta"), torch.bfloat16, 1) == 3 * 2 * 4**3 / 0.5
+    timing.product_rate.cache_clear()
+
+
+def test_a_network_has_a_rate_where_products_are_as_fast_as_its_convolutions(monkeypatch):
+    cases = {("tf32", "ieee"): None, ("tf32", "tf32"): torch.float32, ("ieee", "ieee"): torch.float32,
+             ("ieee", "tf32"): torch.float32}  # fmt: skip
+    for (convolutions, products), rated in cases.items():
+        found = {"convolutions": convolutions, "matrix_products": products}
+        monkeypatch.setattr(timing, "float32_settings", lambda device, found=found: found)
+        assert timing.rated_type(CPU, torch.float32) == rated
+        assert timing.rated_type(CPU, torch.bfloat16) == torch.bfloat16
 
 
 def test_what_is_measured_of_the_machine_is_in_the_rows(monkeypatch):

@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dan_fast.bench import timing
 from dan_fast.bench.data.feeds import PlainImages
 from dan_fast.bench.epoch import benchmark as epoch
 from dan_fast.bench.epoch import contenders
 from dan_fast.bench.epoch.benchmark import EpochBenchmark
 from dan_fast.bench.epoch.contenders import CACHED, PLAIN, Epoch, Feed, compare_losses, draw_files, drawn_images
+from dan_fast.bench.machine import Copy
 from dan_fast.bench.process import ProcessFailed, in_own_process
-from dan_fast.bench.rows import WHOLE, Timing
+from dan_fast.bench.rows import WHOLE, Row, Timing
 from tests.bench import TINY, written
 
 
@@ -153,6 +155,15 @@ def test_what_fails_is_left_out_and_what_disagrees_has_no_ratio(monkeypatch):
     benchmark, plain, cached, first, second = measured(monkeypatch, loss=1.1)
     assert cached.disagrees.startswith("losses") and benchmark.figures(cached)["ratio"] == {}
     assert benchmark.figures(first)["ratio"] == {PLAIN: 1.0}
+
+
+def test_convolutions_faster_than_products_leave_no_limit_by_operations(monkeypatch):
+    settings = {"convolutions": "tf32", "matrix_products": "ieee"}
+    monkeypatch.setattr(timing, "float32_settings", lambda device: settings)
+    monkeypatch.setattr(epoch, "Copy", lambda device, size: Copy(device, 2**20))
+    row = Row(PLAIN, model_bytes={WHOLE: 1}, flop={WHOLE: 1.0})
+    tiny()._measure_machine([row])
+    assert row.limits(WHOLE).keys() == {"bytes"}
 
 
 def test_images_are_drawn_once_and_are_whole_persons(drawn, monkeypatch):

@@ -5,6 +5,7 @@ import runpy
 import pytest
 import torch
 
+from dan_fast.bench import timing
 from dan_fast.bench.agreement import judge
 from dan_fast.bench.iteration import benchmark as iteration
 from dan_fast.bench.iteration import contenders
@@ -131,6 +132,16 @@ def leaky_memory(memory, *arguments, **settings):
     step = STEP(memory, *arguments, **settings)
     memory.labeled = step.labeled._replace(features=step.labeled.features * torch.linspace(0.9, 1, TINY_KEYS))
     return step
+
+
+def test_convolutions_faster_than_products_leave_no_limit_by_operations(monkeypatch):
+    settings, rated = {"convolutions": "tf32", "matrix_products": "ieee"}, []
+    monkeypatch.setattr(timing, "float32_settings", lambda device: settings)
+    monkeypatch.setattr(iteration, "take_turns", lambda *arguments: rated.append(arguments[-1]))
+    for precision in ("float32", "bfloat16"):
+        given = COMMANDS["iteration"] | {"contenders": PLAIN, "precision": precision}
+        list(IterationBenchmark(device="cpu", **given).measure())
+    assert rated == [None, torch.bfloat16]
 
 
 HEAD, STEP, TINY_KEYS = NLCBAM.head, ProgressiveAugmentedMemory.forward, 509

@@ -19,7 +19,7 @@ from dan_fast.bench.iteration.benchmark import EPOCH_IMAGES
 from dan_fast.bench.machine import CORES, Copy
 from dan_fast.bench.process import ProcessFailed, in_own_process
 from dan_fast.bench.rows import WHOLE, Row, Timing, shown
-from dan_fast.bench.timing import Say, once, product_rate, rounds
+from dan_fast.bench.timing import Say, once, product_rate, rated_type, rounds
 from dan_fast.core.errors import DanFastError
 from dan_fast.nn.backbones.resnet import BACKBONES
 from dan_fast.nn.backbones.timm import PREFIX
@@ -183,7 +183,8 @@ class EpochBenchmark(Benchmark):
     def _measure_machine(self, rows: Sequence[Row]) -> None:
         copy = Copy(self.place, math.inf)
         seconds = Timing([once(self.place, copy) for _ in range(1 + _COPIES)][1:])
-        rate = product_rate(self.place, torch.float32, torch.get_num_threads())
+        rated = rated_type(self.place, torch.float32)
+        rate = product_rate(self.place, rated, torch.get_num_threads()) if rated else None
         for row in rows:
             row.bandwidth, row.rate = copy.moved_bytes / seconds.median, rate
 

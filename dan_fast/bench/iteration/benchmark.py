@@ -27,7 +27,7 @@ from dan_fast.bench.memory.contenders import LITERAL as LITERAL_STEP
 from dan_fast.bench.memory.contenders import MODULE, select
 from dan_fast.bench.memory.problem import Size
 from dan_fast.bench.rows import BACKWARD, WHOLE, Row, Timing, shown
-from dan_fast.bench.timing import Operators, Say, Turn, repetitions, take_turns
+from dan_fast.bench.timing import Operators, Say, Turn, rated_type, repetitions, take_turns
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.free_memory import why_too_large
 from dan_fast.training.config import Precision
@@ -139,7 +139,7 @@ class IterationBenchmark(Benchmark):
             say(f"first runs: {row.name}")
             turns += self._first_runs(row, dan, plain)
         bytes_moved = max((turn.row.model_bytes[WHOLE] for turn in turns), default=0)
-        take_turns(self.place, turns, say, bytes_moved, getattr(torch, self.precision))
+        take_turns(self.place, turns, say, bytes_moved, rated_type(self.place, getattr(torch, self.precision)))
         yield rows
 
     def _compare(self, rows: list[Row], say: Say) -> None:
