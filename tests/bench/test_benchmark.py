@@ -2,6 +2,7 @@
 
 import math
 import os
+import runpy
 import shutil
 import subprocess
 import warnings
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dan_fast import _extension
+from dan_fast import _extension, triton_kernels
 from dan_fast.bench import timing
 from dan_fast.bench.agreement import relative_error
 from dan_fast.bench.machine import environment, peak_above
@@ -22,7 +23,9 @@ from dan_fast.core import heap
 from dan_fast.core.free_memory import free_memory
 from dan_fast.functional.memory.row_norms import row_sq_norms
 from tests.bench import command
-from tests.support import in_checkout
+from tests.support import ROOT, in_checkout
+from tests.support.running import Called
+from tests.support.toolchain import needs_extension
 
 CPU = torch.device("cpu")
 
@@ -253,14 +256,24 @@ def test_the_gpu_check_goes_on_after_a_failure(tmp_path):
     tools.mkdir()
     scripts = {
         "python": 'case "$*" in *"pip install"*) exit 3;; *"-m gpu"*) sleep 60;; *) echo "ran $*";; esac',
-        "compute-sanitizer": 'case "$*" in *racecheck*) echo "ERROR SUMMARY: 2 errors"; exit 9;; esac',
+        "compute-sanitizer": 'case "$*" in *racecheck*) echo "ERROR SUMMARY: 2 errors"; exit 9;; esac\n'
+        'echo "$PYTORCH_NO_CUDA_MEMORY_CACHING;$PYTHONPATH"',
         "nvidia-smi": "echo GPU",
     }
     for name, body in scripts.items():
         (tools / name).write_text(f"#!/bin/sh\n{body}\n")
         (tools / name).chmod(0o755)
+    (out / "quickstart/run").mkdir(parents=True)
+    for stale in ("memory.json", "attention.json", "iteration.json", "ranking.json", "quickstart/run/last.pt"):
+        (out / stale).write_text("of an earlier run")
+    (out / "notes.txt").write_text("of the user")
     script = in_checkout("scripts/gpu_check.sh")
-    settings = {"OUT": str(out), "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": "python", "GPU_TESTS_S": "1"}
+    settings = {"PYTHONPATH": "elsewhere"} | {
+        "OUT": str(out),
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "PYTHON": "python",
+        "GPU_TESTS_S": "1",
+    }
     done = subprocess.run(["bash", script], env=os.environ | settings, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     summary = (out / "summary.txt").read_text()
@@ -269,6 +282,31 @@ def test_the_gpu_check_goes_on_after_a_failure(tmp_path):
     assert verdicts["build"] == verdicts["gpu_tests"] == verdicts["racecheck"] == "FAIL"
     assert verdicts["memcheck"] == verdicts["synccheck"] == verdicts["bench"] == "ok"
     assert "time limit" in summary and "ran -m dan_fast bench memory" in (out / "bench.log").read_text()
+    # memcheck is blind to what lies beside a tensor in a block of PyTorch's allocator.
+    assert (out / "memcheck.log").read_text() == f"1;{ROOT}:elsewhere\n"
+    assert (out / "synccheck.log").read_text() == f";{ROOT}:elsewhere\n"
+    assert not (out / "quickstart").exists() and {path.name for path in out.iterdir() if path.suffix != ".log"} == {
+        "summary.txt",
+        "notes.txt",
+    }
+
+
+@pytest.mark.slow
+@needs_extension
+def test_what_is_sanitized_runs_every_operator_of_the_extension():
+    small_steps = runpy.run_path(str(in_checkout("scripts/small_steps.py")))
+    with Called() as called:
+        small_steps["run"](CPU)
+    assert {f"dan_fast::{name}" for name in _extension._OPERATORS} <= called.names
+
+
+def test_what_is_sanitized_takes_no_path_of_pytorch(monkeypatch):
+    small_steps = runpy.run_path(str(in_checkout("scripts/small_steps.py")))
+    monkeypatch.setattr(_extension, "why_not_on", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(triton_kernels, "why_not", {3: "Triton is not installed"}.get)
+    with pytest.raises(RuntimeError, match="Triton is not installed"):
+        small_steps["run"](torch.device("cuda"))
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
