@@ -29,6 +29,7 @@ COMMANDS = ("pip install -e . && dan-fast quickstart", "pip install -e '.[test]'
 FOREIGN = {
     "migrating.md": {"--config-file", "--eval-only", "--resume", "--num-gpus"},
     "scaling.md": {"--trainings"},  # of scripts/rank_overhead.py
+    "training.md": {"--gpus-per-task"},  # of srun
 }
 # Blocks that are neither run nor parsed, by page and language, and why.
 LEFT = {("README.md", "bibtex"): "a citation", ("CONTRIBUTING.md", "text"): "a tree of folders"}

@@ -3,14 +3,14 @@
 import torch
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.core.launched import local_rank, number_of_ranks
+from dan_fast.core.launched import local_rank, local_ranks, number_of_ranks
 
 
 def resolve_device(name: str) -> torch.device:
     """The device a setting names; "auto" is the GPU where there is one, of several ranks on a machine one for each.
 
     Raises:
-        DanFastError: not a device, one this machine lacks, or the same GPU for several ranks.
+        DanFastError: not a device, one this machine lacks, the same GPU for several ranks, or more ranks than GPUs.
     """
     ranks = number_of_ranks()
     if name == "auto":
@@ -18,7 +18,7 @@ def resolve_device(name: str) -> torch.device:
     if ranks > 1 and name.startswith("cuda:"):
         raise DanFastError(f"The device {name} cannot serve {ranks} ranks: set it to cuda, and each takes its own GPU.")
     if ranks > 1 and name == "cuda":
-        name = f"cuda:{local_rank()}"
+        name = f"cuda:{_own_gpu()}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -31,6 +31,19 @@ def resolve_device(name: str) -> torch.device:
             "or see `dan-fast doctor`."
         )
     return device
+
+
+def _own_gpu() -> int:
+    """The visible GPU that this rank takes: the one of its number or, where its launcher shows it only one, that."""
+    visible = torch.cuda.device_count()
+    if visible == 1:
+        return 0
+    if 1 < visible < local_ranks():
+        raise DanFastError(
+            f"{local_ranks()} ranks on this machine cannot share {visible} GPUs: start as many ranks as GPUs are "
+            "visible, or set the device to cpu."
+        )
+    return local_rank()
 
 
 def synchronize(device: torch.device) -> None:

@@ -28,7 +28,7 @@ def joined(device: torch.device) -> Iterator[ProcessGroup | None]:
         The group of all ranks; None where there is one alone, which needs none.
 
     Raises:
-        DanFastError: the ranks do not find each other, or one of them was lost inside.
+        DanFastError: the ranks do not find each other, two have the same GPU, or one of them was lost inside.
     """
     if number_of_ranks() == 1:
         yield None
@@ -48,6 +48,8 @@ def joined(device: torch.device) -> Iterator[ProcessGroup | None]:
             "every machine reaches, and start all ranks."
         ) from error
     try:
+        if of_gpus:
+            _require_own_gpus(distributed.group.WORLD, device)
         yield distributed.group.WORLD
     except RuntimeError as error:
         if not is_loss_of_a_rank(error):
@@ -86,6 +88,16 @@ def _store_of_this_start(store: distributed.Store, rank: int, ranks: int) -> dis
                 return distributed.PrefixStore(hashlib.sha256(made.encode()).hexdigest(), store)
         time.sleep(0.02)
     raise TimeoutError(f"not all {ranks} ranks registered within {_TIMEOUT_S:.0f} s")
+
+
+def _require_own_gpus(group: ProcessGroup, device: torch.device) -> None:
+    """Raises where two ranks have the same GPU, which NCCL refuses in the first collective, as if a rank were lost."""
+    held = gathered(group, str(torch.cuda.get_device_properties(device).uuid))
+    if len(set(held)) < len(held):
+        raise DanFastError(
+            f"{len(held)} ranks cannot share {len(set(held))} GPUs: start as many ranks as GPUs are visible, or set "
+            "the device to cpu."
+        )
 
 
 def is_loss_of_a_rank(error: BaseException) -> bool:

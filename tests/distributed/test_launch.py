@@ -7,8 +7,10 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -183,5 +185,38 @@ def test_each_rank_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(DanFastError, match="The device cuda:0 cannot serve 2 ranks: set it to cuda"):
         resolve_device("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(DanFastError, match="There is no device cuda:1"):
+    assert str(resolve_device("auto")) == "cuda:0", "its launcher shows each rank its own GPU"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(DanFastError, match="3 ranks on this machine cannot share 2 GPUs: start as many ranks as GPUs"):
         resolve_device("auto")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(DanFastError, match="There is no device cuda:1, 0 GPUs are visible: use auto or cpu"):
+        resolve_device("cuda")
+
+
+def test_ranks_that_share_a_gpu_are_refused_before_nccl_does(monkeypatch: pytest.MonkeyPatch):
+    own = SimpleNamespace(uuid="GPU-1")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: own)
+    for others, refused in ((["GPU-2"], False), (["GPU-2", "GPU-1"], True)):
+        monkeypatch.setattr(launch, "gathered", lambda group, value, others=others: [value, *others])
+        with (
+            pytest.raises(DanFastError, match="3 ranks cannot share 2 GPUs: start as many ranks as GPUs are visible")
+            if refused
+            else nullcontext()
+        ):
+            launch._require_own_gpus(distributed.group.WORLD, torch.device("cuda:0"))
+
+
+def test_joining_asks_for_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    as_rank(monkeypatch, 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(distributed, "rendezvous", lambda where: iter([("store", 0, 2)]))
+    monkeypatch.setattr(distributed, "init_process_group", MagicMock())
+    monkeypatch.setattr(distributed, "destroy_process_group", MagicMock())
+    monkeypatch.setattr(launch, "_store_of_this_start", MagicMock())
+    monkeypatch.setattr(launch, "_require_own_gpus", MagicMock(side_effect=DanFastError("cannot share")))
+    with launch.joined(torch.device("cpu")):
+        pass
+    with pytest.raises(DanFastError, match="cannot share"), launch.joined(torch.device("cuda:0")):
+        pass
