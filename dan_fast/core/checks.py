@@ -27,6 +27,19 @@ STEP_FAULTS = (
 )
 
 
+def may_look_at(tensor: Tensor) -> bool:
+    """Whether reading values of `tensor` neither waits for a device, nor breaks a graph, nor is refused by a vmap."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not in_vmap()
+
+
+def in_vmap() -> bool:
+    """Whether `torch.vmap` is at work, so that a tensor may stand for many; not seen by a compiler that traces."""
+    if torch.compiler.is_compiling():
+        return False
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    return any(each.key() == torch._C._functorch.TransformType.Vmap for each in transforms)
+
+
 def _check_tensor(name: str, value: object, shape: Sequence[int | str], dtype: torch.dtype | None) -> None:
     """`shape` holds sizes, or names for sizes that are free; `dtype` None stands for any floating type."""
     if not isinstance(value, Tensor):

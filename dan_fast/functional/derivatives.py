@@ -13,6 +13,14 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def in_transform() -> bool:
+    """Whether tensors may be more than their numbers: in forward mode, or in a transform of `torch.func`.
+
+    PyTorch has no rule by which the autograd of a registered operator takes part in `grad`, `vjp`, `jacrev` or `vmap`.
+    """
+    return in_forward_mode() or torch._C._are_functorch_transforms_active()
+
+
 def carry_tangents(tensors: Iterable[Tensor | None]) -> bool:
     """Whether any of them, None left out, carries a tangent."""
     return in_forward_mode() and any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dan_fast.core.float32 import exact_float32
 from dan_fast.functional.autocast import full_precision
-from dan_fast.functional.derivatives import in_forward_mode
+from dan_fast.functional.derivatives import in_transform
 from dan_fast.functional.registration import Context, Operator
 
 
@@ -33,7 +33,7 @@ def product(left: Tensor, right: Tensor, addend: Tensor | None = None) -> Tensor
         tensor([[11.]])
     """
     if left.dtype == torch.float32:
-        return (_WithTangents.apply if in_forward_mode() else Float32Product.op)(left, right, addend)
+        return (_Transformable.apply if in_transform() else Float32Product.op)(left, right, addend)
     # Nothing rounds float64.
     return left @ right if addend is None else torch.addmm(addend, left, right)
 
@@ -63,10 +63,10 @@ class Float32Product(Operator):
         return _gradients(ctx, grad, product)
 
 
-class _WithTangents(torch.autograd.Function):
-    """`Float32Product` in forward mode: registered operators have no rule for tangents and would lose them silently.
+class _Transformable(torch.autograd.Function):
+    """`Float32Product` in forward mode, where registered operators lose tangents silently, and in `torch.func`.
 
-    Its form alone would do for the tangents, but PyTorch's backward of it rounds where the caller's settings do.
+    Its form alone would do for both, but PyTorch's derivatives of it round where the caller's settings do.
     """
 
     generate_vmap_rule = True
@@ -81,12 +81,12 @@ class _WithTangents(torch.autograd.Function):
     def jvp(ctx: Context, left_tangent: Tensor | None, right_tangent: Tensor | None, tangent: Tensor | None) -> Tensor:
         left, right = ctx.saved_tensors
         if left_tangent is not None:
-            tangent = _WithTangents.apply(left_tangent, right, tangent)
-        return tangent if right_tangent is None else _WithTangents.apply(left, right_tangent, tangent)
+            tangent = _Transformable.apply(left_tangent, right, tangent)
+        return tangent if right_tangent is None else _Transformable.apply(left, right_tangent, tangent)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, grad, _WithTangents.apply)
+        return _gradients(ctx, grad, _Transformable.apply)
 
 
 def _gradients(ctx: Context, grad: Tensor | None, multiply: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:

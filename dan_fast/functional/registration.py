@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dan_fast import _extension, triton_kernels
 from dan_fast.functional.autocast import full_precision
-from dan_fast.functional.derivatives import carry_tangents, in_forward_mode, through_form, without_graph
+from dan_fast.functional.derivatives import carry_tangents, in_transform, through_form, without_graph
 
 Context = torch.autograd.function.FunctionCtx
 
@@ -74,8 +74,8 @@ class Operator:
 
     @staticmethod
     def serves(tensor: Tensor) -> bool:
-        """Whether kernels serve the device of `tensor`; in forward mode the PyTorch forms do."""
-        return not in_forward_mode() and _extension.serves(tensor.device.type, tensor.device.index)
+        """Whether kernels serve the device of `tensor`; in forward mode and in `torch.func` the PyTorch forms do."""
+        return not in_transform() and _extension.serves(tensor.device.type, tensor.device.index)
 
     @classmethod
     def run(cls, *arguments: Any) -> Any:

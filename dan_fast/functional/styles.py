@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dan_fast.core.attention_checks import check_styles
+from dan_fast.core.checks import may_look_at
 from dan_fast.core.cosine import statistics_dtype
 from dan_fast.reference.styles import EPSILON
 
@@ -31,8 +32,7 @@ def mix_styles(features: Tensor, partners: Tensor, share: Tensor) -> Tensor:
         >>> mix_styles(maps, torch.tensor([1, 0]), torch.tensor([0.0, 1.0])).flatten().round(decimals=3)
         tensor([10., 14., 10., 14.])
     """
-    looking = partners.device.type == "cpu" and not torch.compiler.is_compiling()
-    check_styles(features, partners, share, values=looking)
+    check_styles(features, partners, share, values=may_look_at(partners))
     with torch.no_grad():
         # Detached too: tangents of forward mode pass through no_grad.
         wide = features.detach().to(statistics_dtype(features.dtype))

@@ -64,7 +64,8 @@ def attention_variant_head(
         weights: those of the parts of the attention that take part.
         cam_weight: (c, C), the weights of the classifier.
         labels: (B,) int64, the class of each sample, -1 where it is unknown. A label that is neither raises
-            on the CPU; on a GPU and under `torch.compile`, where looking would wait, its loss is NaN.
+            on the CPU; on a GPU, under `torch.compile` and under `torch.vmap`, where looking would wait or is refused,
+            its loss is NaN.
 
     Returns:
         `AttentionHeadOutput(attended (B, C), pooled (B, C), channel_attention (B, C),

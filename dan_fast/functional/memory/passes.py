@@ -89,6 +89,8 @@ def _product(left: Tensor, base: Tensor, transposed: bool) -> Tensor:
 class _HalfProduct(torch.autograd.Function):
     """The product with a constant half-precision memory, widened piece by piece."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(left: Tensor, base: Tensor, transposed: bool) -> Tensor:
         pieces = base.split(_ROWS)

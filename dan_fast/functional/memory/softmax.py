@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dan_fast.core.checks import check_cosine_softmax, check_keys_finite
+from dan_fast.core.checks import check_cosine_softmax, check_keys_finite, may_look_at
 from dan_fast.core.cosine import norm_from_square, occupied_softmax, statistics_dtype
 from dan_fast.functional.autocast import outside_autocast
 from dan_fast.functional.memory.passes import memory_scores
@@ -27,8 +27,9 @@ def cosine_softmax(keys: Tensor, slots: Tensor, occupied: Tensor | None = None) 
 
     Returns:
         (B, s), float32 for half-precision keys, else the dtype of `keys`. A row is 0 if no slot is occupied. On a
-        GPU and in a compiled function, where looking at a key would wait for the device or break the graph, the
-        row of a key that is not finite, or whose squared norm is not, has weight NaN in every occupied slot.
+        GPU, in a compiled function and under `torch.vmap`, where looking at a key would wait for the device, break the
+        graph or be refused, the row of a key that is not finite, or whose squared norm is not, has weight NaN in every
+        occupied slot.
 
     Raises:
         TypeError, ValueError: a dtype, shape or device does not fit, or, on the CPU, a key is not finite.
@@ -38,7 +39,7 @@ def cosine_softmax(keys: Tensor, slots: Tensor, occupied: Tensor | None = None) 
         tensor([[0.5000, 0.5000]])
     """
     check_cosine_softmax(keys, slots, occupied)
-    if keys.device.type == "cpu" and not torch.compiler.is_compiling():
+    if may_look_at(keys):
         check_keys_finite(keys)
     keys = keys.to(statistics_dtype(keys.dtype))
     scores, square_norms = memory_scores(keys, slots)

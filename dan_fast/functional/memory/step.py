@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.utils.module_tracker import ModuleTracker
 
-from dan_fast.core.checks import check_memory_step
+from dan_fast.core.checks import check_memory_step, in_vmap, may_look_at
 from dan_fast.core.cosine import statistics_dtype
 from dan_fast.core.types import Gates, MemoryBatch, MemoryState, MemoryStep
 from dan_fast.functional.autocast import full_precision, keys_in_memory_dtype, outside_autocast
-from dan_fast.functional.derivatives import in_forward_mode
+from dan_fast.functional.derivatives import in_transform
 from dan_fast.functional.memory.passes import memory_commit, memory_scores
 from dan_fast.functional.memory.pending import PendingMemory, lasting_tensors
 from dan_fast.functional.memory.scan import scan
@@ -67,6 +67,7 @@ def memory_step(
         TypeError: a wrong type or dtype.
         ValueError: a wrong shape or device, a number that is not finite, a decay not in [0, 1], or, in a tensor on
             the CPU, NaN or Inf, a negative label or sample id.
+        NotImplementedError: it is called under `torch.vmap`.
 
     Example:
         >>> empty = MemoryState.empty(slots=3, key_dim=2)
@@ -75,6 +76,10 @@ def memory_step(
         >>> step.pseudo_labels, step.unlabeled.labels
         (tensor([7]), tensor([ 7, -1, -1]))
     """
+    if in_vmap():
+        raise NotImplementedError(
+            "a memory is written slot by slot, which torch.vmap cannot: call memory_step in a loop"
+        )
     batch = _in_memory_dtype(labeled, MemoryBatch(keys, labels, unlabeled_keys, sample_ids))
     gates = Gates(alpha, alpha_unlabeled, beta, decay, decay_unlabeled)
     check_memory_step(labeled, unlabeled, batch, gates)
@@ -97,7 +102,8 @@ def pending_memory_step(
     """`memory_step` between memories whose writes may wait; errors as there.
 
     Raises:
-        NotImplementedError: forward mode: the memories advance, so a pass that is repeated would start from others.
+        NotImplementedError: forward mode or a transform of `torch.func`: the memories advance, so a pass that is
+            repeated would start from others, and would keep tensors that are nothing outside of the transform.
         RuntimeError: inside of a backward pass, for the same reason.
         RuntimeError: a CUDA graph is being captured. Which tensors wait is decided here, at every step anew; a
             replay would start from the same memory each time.
@@ -171,9 +177,10 @@ def _require_one_pass() -> None:
             "a memory takes no step inside of a backward pass, where activation checkpointing would compute one again "
             "from memories that have advanced: checkpoint only what makes the keys, and call the memory outside of it"
         )
-    if in_forward_mode():
+    if in_transform():
         raise NotImplementedError(
-            "a memory that advances has no forward mode; functional.memory_step, which leaves its memories alone, has"
+            "a memory that advances has no forward mode and no place in a transform of torch.func: take "
+            "functional.memory_step, which leaves its memories alone"
         )
 
 
@@ -205,7 +212,7 @@ def _scan_batch(
         )
     )  # fmt: skip
     # Elsewhere than on the CPU reading the flag would wait for the device: there it is for the caller to read.
-    if result.fault.device.type == "cpu" and not torch.compiler.is_compiling() and result.fault:
+    if may_look_at(result.fault) and result.fault:
         raise ValueError(sentence_of(int(result.fault)))
     return result
 
