@@ -1,7 +1,7 @@
 """Gradients of the meta-optimisation objective, Eqs. (17)-(18) and Algorithm 1."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dan_fast.daml.gathered import gathered
 from dan_fast.daml.second_order import SecondOrder, each_gradient
-from dan_fast.daml.traced import TracedLosses, traced_losses
+from dan_fast.daml.traced import TracedLosses, loss_of, traced_losses
 
 Params = Mapping[str, Tensor]
 Losses = Mapping[str, Tensor]
@@ -58,8 +58,9 @@ def meta_gradients(
     Second derivatives are taken by forward over reverse: `loss_fn` is called again with `meta_train`, by numbers that
     carry a tangent, for each pair of groups with losses of their own. Those calls draw the random numbers of the first
     one and leave the statistics of batch norm alone. A `loss_fn` that gives other losses then, since it keeps another
-    state, or whose operators lack forward mode, goes by double backward, with a warning the first time; one with a
-    method `traced` has only a part of it run again, see `dan_fast.daml.TracedLosses`.
+    state, or whose operators lack forward mode, goes by double backward, with a warning the first time, for which
+    it has to be the same object, or a method of the same one, from call to call; one with a method `traced` has only a
+    part of it run again, see `dan_fast.daml.TracedLosses`.
 
     Args:
         loss_fn: maps (name to tensor, batch) to a dict of scalar losses; called once with `meta_train`, then
@@ -83,6 +84,7 @@ def meta_gradients(
     Raises:
         ValueError: `order` is not 1 or 2, a parameter stands in two groups or is unknown or has no `inner_lr`, or a
             loss that a group names is missing.
+        RuntimeError: it is called in `torch.inference_mode`; `torch.no_grad` around it has no effect.
 
     Example:
         >>> w = torch.tensor(1.0, dtype=torch.float64)
@@ -98,8 +100,9 @@ def meta_gradients(
     active = {name for names, _ in groups.values() for name in names}
     if isinstance(inner_lr, Mapping) and active - inner_lr.keys():
         raise ValueError(f"inner_lr names no step size for {min(active - inner_lr.keys())!r}")
-    with attention_that_serves(order):
-        if order == 2:
+    with differentiable(order):
+        # Where nothing is trained there is no second derivative.
+        if order == 2 and active:
             given = (meta_train, meta_test)
             reductions = (add_up, any_failed)
             return _total_derivatives(loss_fn, params, groups, given, inner_lr, eta, train_losses, reductions)
@@ -132,16 +135,16 @@ def _total_derivatives(
     active = [name for names in followers.values() for name in names]
     if train_losses is None:
         current = _current(params, active)
-        traced = traced_losses(loss_fn, current, batches[0], active)
+        traced = traced_losses(loss_fn, current, batches[0], active, followers)
     else:
         current = dict(params)
         traced = train_losses if isinstance(train_losses, TracedLosses) else TracedLosses.whole(train_losses)
     for loss in followers:
-        _loss(traced, loss)
+        loss_of(traced, loss)
     second = SecondOrder(traced, {name: current[name] for name in active}, followers, any_failed)
     train_grads = add_up(second.gradients())
     moved, test_losses = _test_pass(loss_fn, current, train_grads, inner_lr, batches[1])
-    found = each_gradient([_loss(test_losses, loss) for loss in followers], [moved[name] for name in active])
+    found = each_gradient([loss_of(test_losses, loss) for loss in followers], [moved[name] for name in active])
     by_test = [
         gathered({name: grad for name, grad in zip(active, each, strict=True) if grad is not None}) for each in found
     ]
@@ -183,13 +186,20 @@ def _test_pass(
     return moved, loss_fn({**constants, **moved}, meta_test)
 
 
-def attention_that_serves(order: int) -> AbstractContextManager[None]:
-    """Inside, attention (`scaled_dot_product_attention`) can be differentiated `order` times.
+@contextmanager
+def differentiable(order: int) -> Iterator[None]:
+    """Inside, what is computed can be differentiated `order` times, also where the caller takes no gradients.
 
-    PyTorch's fused kernels have no second derivative. It is for forward and backward passes alike: gradient
-    checkpointing runs the former again in the latter.
+    PyTorch's fused kernels of attention (`scaled_dot_product_attention`) have no second derivative. It is for forward
+    and backward passes alike: gradient checkpointing runs the former again in the latter.
+
+    Raises:
+        RuntimeError: it is entered in `torch.inference_mode`, which cannot be undone inside.
     """
-    return sdpa_kernel(SDPBackend.MATH) if order > 1 else nullcontext()
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("torch.inference_mode records nothing to differentiate: take meta gradients outside of it")
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if order > 1 else nullcontext():
+        yield
 
 
 def _check_groups(params: Params, groups: Groups) -> None:
@@ -203,19 +213,13 @@ def _check_groups(params: Params, groups: Groups) -> None:
             owner[name] = group
 
 
-def _loss(losses: Losses, name: str) -> Tensor:
-    if name not in losses:
-        raise ValueError(f"groups: loss {name!r} is not among those loss_fn returned: {', '.join(losses)}")
-    return losses[name]
-
-
 def _group_gradients(losses: Losses, params: Params, groups: Groups) -> dict[str, Tensor]:
     """The gradient of each group's loss in its own parameters; zero where it does not depend on one."""
     grads: dict[str, Tensor] = {}
     remaining = len(groups)
     for names, loss_name in groups.values():
         remaining -= 1
-        loss = _loss(losses, loss_name)
+        loss = loss_of(losses, loss_name)
         inputs = [params[name] for name in names]
         if not loss.requires_grad or not inputs:
             grads.update((name, torch.zeros_like(value)) for name, value in zip(names, inputs, strict=True))

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from types import MethodType
 from typing import Any
 
 import torch
@@ -26,8 +27,7 @@ from dan_fast.daml.gathered import gathered
 from dan_fast.daml.traced import Params, TracedLosses
 from dan_fast.distributed.launch import is_loss_of_a_rank
 
-# By identity: a loss_fn need not be hashable.
-_by_double_backward: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_by_double_backward: weakref.WeakValueDictionary[tuple[int, int], Any] = weakref.WeakValueDictionary()
 
 
 class _NotServed(RuntimeError):
@@ -118,11 +118,12 @@ class SecondOrder:
         Raises:
             ValueError: an operator has neither forward mode nor second derivatives.
         """
-        if _by_double_backward.get(id(loss_fn)) is not loss_fn:
+        key, owner = _identity(loss_fn)
+        if _by_double_backward.get(key) is not owner:
             try:
                 return self.by_forward_over_reverse(tangents, wanted)
             except _NotServed as error:
-                _by_double_backward[id(loss_fn)] = loss_fn
+                _by_double_backward[key] = owner
                 reason = str(error).strip().partition("\n")[0]
                 warnings.warn(
                     "order 2 goes by double backward, which takes more time and memory, since forward over reverse "
@@ -277,11 +278,26 @@ class SecondOrder:
         if self.losses.trusted:
             return
         rounding = 1e3 * torch.finfo(features.dtype).eps
-        if not torch.allclose(features, self.losses.features.detach(), rounding, rounding):
+        if not torch.allclose(features, self.losses.features.detach(), rounding, rounding, equal_nan=True):
             raise RuntimeError(
                 "loss_fn gave other losses when it was called again with the same parameters and batch, so it keeps a "
                 "state, which has now advanced by this batch twice; give loss_fn a method traced, see TracedLosses"
             )
+
+
+def _identity(loss_fn: Any) -> tuple[tuple[int, int], Any]:
+    """What a loss_fn is remembered by, which need not be hashable, and what has to live for as long.
+
+    A bound method is another object each time it is looked up, and what has no weak references stands for its class.
+    """
+    owner, function = loss_fn, type(loss_fn)
+    if isinstance(loss_fn, MethodType):
+        owner, function = loss_fn.__self__, loss_fn.__func__
+    try:
+        weakref.ref(owner)
+    except TypeError:
+        owner = type(owner)
+    return (id(owner), id(function)), owner
 
 
 @cache

@@ -6,11 +6,12 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from dan_fast.daml.cut import Cut
 
 Params = Mapping[str, Tensor]
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 class TracedLosses(dict[str, Tensor]):
@@ -77,32 +78,49 @@ class TracedLosses(dict[str, Tensor]):
 
 
 def traced_losses(
-    loss_fn: Callable[[Params, Any], Mapping[str, Tensor]], params: Params, batch: Any, active: Collection[str]
+    loss_fn: Callable[[Params, Any], Mapping[str, Tensor]],
+    params: Params,
+    batch: Any,
+    active: Collection[str],
+    followed: Collection[str],
 ) -> TracedLosses:
     """The losses of a batch as second derivatives need them.
 
     Args:
-        loss_fn: see `meta_gradients`. Of one without a method `traced` everything is trunk, and the losses are its
-            features: it is called again as a whole.
+        loss_fn: see `meta_gradients`. Of one without a method `traced` everything is trunk, and the losses that are
+            followed are its features: it is called again as a whole.
         params: name to tensor.
         batch: for `loss_fn`.
         active: the parameters that require a gradient.
+        followed: the losses that are differentiated, by name.
+
+    Raises:
+        ValueError: one of them is missing.
     """
     if hasattr(loss_fn, "traced"):
         return loss_fn.traced(params, batch)
     random = random_state(next(iter(params.values())).device)
     losses = loss_fn(params, batch)
-    names = list(losses)
-    features = torch.stack([losses[name] for name in names])
+    features = torch.stack([loss_of(losses, name) for name in followed])
     constants = {name: value.detach() for name, value in params.items()}
 
     def again(values: Params) -> Tensor:
         found = loss_fn({**constants, **values}, batch)
-        return torch.stack([found[name] for name in names])
+        return torch.stack([found[name] for name in followed])
 
-    return TracedLosses(
-        dict(zip(names, features.unbind(), strict=True)), features, active, again, random, trusted=False
-    )
+    found = {**losses, **dict(zip(followed, features.unbind(), strict=True))}
+    return TracedLosses(found, features, active, again, random, trusted=False)
+
+
+def loss_of(losses: Mapping[str, Tensor], name: str) -> Tensor:
+    """The loss of a group.
+
+    Raises:
+        ValueError: it is missing.
+    """
+    if name not in losses:
+        raise ValueError(f"groups: loss {name!r} is not among those loss_fn returned: {', '.join(losses)}")
+    return losses[name]
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -125,17 +143,27 @@ def _random_numbers(state: Mapping[str, Tensor]) -> Iterator[None]:
 @contextmanager
 def _statistics_kept() -> Iterator[None]:
     """Inside, layers in training mode normalise by the batch and leave their running statistics alone."""
-    frozen: list[nn.Module] = []
+    taken: dict[nn.Module, dict[str, Tensor | None]] = {}
 
-    def freeze(module: nn.Module, _: Any) -> None:
+    def take(module: nn.Module, _: Any) -> None:
         if module.training and getattr(module, "track_running_stats", False):
             module.track_running_stats = False
-            frozen.append(module)
+            # Instance norm updates what it has, whatever that says.
+            names = ("running_mean", "running_var") if isinstance(module, _INSTANCE_NORMS) else ()
+            taken[module] = {name: module._buffers[name] for name in names}
+            module._buffers.update(dict.fromkeys(names))
 
-    handle = register_module_forward_pre_hook(freeze)
+    def give_back(module: nn.Module, *_: Any) -> None:
+        # At once: `torch.func.functional_call` may have lent a buffer, which it takes back when the call is over.
+        if module in taken:
+            module._buffers.update(taken.pop(module))
+            module.track_running_stats = True
+
+    handles = register_module_forward_pre_hook(take), register_module_forward_hook(give_back, always_call=True)
     try:
         yield
     finally:
-        handle.remove()
-        for module in frozen:
-            module.track_running_stats = True
+        for handle in handles:
+            handle.remove()
+        for module in list(taken):
+            give_back(module)

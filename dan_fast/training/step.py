@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dan_fast.core.batches import Split
 from dan_fast.daml import Competition, Stage, accuracies_tie, active_groups, attention_wins, meta_gradients
-from dan_fast.daml.meta import attention_that_serves
+from dan_fast.daml.meta import differentiable
 from dan_fast.distributed.buckets import add_up
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.training.config import MetaConfig
@@ -156,13 +156,14 @@ class MetaStep:
             ValueError: batch norm or the memory refuses the batch, labels are no classes of the network, S has no
                 labelled image where a competition is held, or the procedure needs the batch split otherwise.
             TypeError: images that are not floating.
+            RuntimeError: it is called in `torch.inference_mode`.
         """
         if (meta_test is None) != (self.meta.procedure == "daml1"):
             split = "one part, S" if self.meta.procedure == "daml1" else "two parts, S and S~"
             raise ValueError(f"the procedure {self.meta.procedure} takes batches of {split}")
         for part in filter(None, (meta_train, meta_test)):
             part.require_sound(self.model.network.classifier.out_features)
-        with attention_that_serves(self.meta.order if meta_test is not None else 1):
+        with differentiable(self.meta.order if meta_test is not None else 1):
             meta_train = self._to_device(meta_train)
             if self.process_group is not None:
                 meta_train, meta_test = with_shares(self.process_group, (meta_train, meta_test))

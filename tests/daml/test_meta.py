@@ -246,6 +246,31 @@ def test_groups_of_each_stage_list_every_parameter_at_most_once():
 
 
 @pytest.mark.parametrize("order", [1, 2])
+def test_gradients_are_those_outside_of_no_grad(order):
+    params, groups, train, test = quadratic_problem()
+    expected = meta_gradients(coupled_losses, params, groups, train, test, INNER_LR, ETA, order).grads
+    with torch.no_grad():
+        found = meta_gradients(coupled_losses, params, groups, train, test, INNER_LR, ETA, order).grads
+        assert not torch.is_grad_enabled()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_inference_mode_is_refused_before_a_loss_is_computed(order):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode .* outside of it"):
+        meta_gradients(lambda *_: pytest.fail("called"), {"w": torch.ones(2)}, None, 1.0, 1.0, INNER_LR, order=order)
+
+
+@pytest.mark.parametrize("groups", [None, {}, {"memory": ([], "total")}])
+@pytest.mark.parametrize("order", [1, 2])
+def test_without_parameters_there_are_losses_alone(groups, order):
+    found = meta_gradients(
+        lambda params, batch: {"total": batch}, {}, groups, torch.ones(()), torch.zeros(()), 0.1, 1.0, order
+    )
+    assert found == ({"total": 1.0}, {"total": 0.0}, {})
+
+
+@pytest.mark.parametrize("order", [1, 2])
 def test_each_parameter_may_have_an_inner_step_of_its_own(order):
     """L(S) = (v + w)^2 at v = 1, w = 2 moves v by 0.1 x 6 and w by 0.01 x 6; L(S~) = 3 v w."""
 

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dan_fast.core.types import MemoryState, NLCBAMWeights
-from dan_fast.daml import Stage, meta_gradients
+from dan_fast.daml import Stage, meta_gradients, second_order
 from dan_fast.daml.second_order import SecondOrder
 from dan_fast.functional import attention_head, discriminative_loss, memory_step
 from dan_fast.nn import DAN
@@ -194,6 +195,84 @@ def test_what_cannot_go_forward_goes_back_and_says_so_once(trouble):
         again = meta_gradients(loss_fn, params, None, 1.0, 2.0, inner_lr=0.1).grads["w"]
     torch.testing.assert_close(again, expected, rtol=1e-12, atol=0)
     assert len(calls) == 2
+
+
+class Drifting:
+    """Losses of a state that each call advances."""
+
+    __slots__ = ("calls",)
+
+    def __init__(self):
+        self.calls = 0
+
+    def losses(self, params: dict[str, Tensor], batch: float) -> dict[str, Tensor]:
+        self.calls += 1
+        return {"total": (params["w"].square() * batch).sum() + self.calls * params["w"].sum()}
+
+    __call__ = losses
+
+
+class Weakly(Drifting):
+    __slots__ = ("__weakref__",)
+
+
+@pytest.mark.parametrize("form", [Drifting, Weakly])
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_fallback_is_remembered_of_a_bound_method_and_without_weak_references(form, bound, monkeypatch):
+    monkeypatch.setattr(second_order, "_by_double_backward", weakref.WeakValueDictionary())
+    drifting = form()
+    for iteration in range(3):
+        before = drifting.calls
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            loss_fn = drifting.losses if bound else drifting
+            meta_gradients(loss_fn, {"w": torch.ones(2)}, None, 1.0, 2.0, inner_lr=0.1)
+        # Once more where forward over reverse is tried.
+        assert (len(said), drifting.calls - before) == ((1, 3) if iteration == 0 else (0, 2))
+
+
+@pytest.mark.parametrize("name", ["total", "logged"])
+def test_a_loss_that_is_not_a_number_is_no_state(name):
+    def loss_fn(params: dict[str, Tensor], batch: float) -> dict[str, Tensor]:
+        losses = {"total": (params["w"].square() * batch).sum(), "logged": params["w"].sum()}
+        return {**losses, name: losses[name] * torch.nan}
+
+    found = meta_gradients(loss_fn, {"w": torch.ones(2)}, None, 1.0, 2.0, inner_lr=0.1)
+    assert found.grads["w"].isnan().all() == (name == "total") and found.train_losses[name].isnan()
+
+
+def test_a_result_that_no_group_follows_may_have_any_shape():
+    def loss_fn(params: dict[str, Tensor], batch: float) -> dict[str, Tensor]:
+        return {"logits": params["w"] * batch, **cubes(params, batch)}
+
+    params = {"w": torch.tensor([0.5, -2.0], dtype=torch.float64)}
+    found, expected = (meta_gradients(each, params, None, 1.0, 2.0, inner_lr=0.1) for each in (loss_fn, cubes))
+    assert torch.equal(found.grads["w"], expected.grads["w"])
+    assert list(found.train_losses) == ["logits", "total"] and found.train_losses["logits"].shape == (2,)
+
+
+@pytest.mark.parametrize("lent", [True, False])
+def test_running_statistics_of_instance_norm_are_counted_once(lent):
+    """Whether they are the module's own or those that the caller hands in."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.InstanceNorm2d(4, affine=True, track_running_stats=True))
+    params = {name: value.detach() for name, value in network.named_parameters()}
+    images = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = []
+    for order in (1, 2):
+        network[1].reset_running_stats()
+        own = network[1].running_mean
+        buffers = {name: value.clone() for name, value in network.named_buffers()} if lent else {}
+
+        def loss_fn(
+            params: dict[str, Tensor], batch: Tensor, buffers: dict[str, Tensor] = buffers
+        ) -> dict[str, Tensor]:
+            maps = functional_call(network, {**params, **buffers}, (batch,))
+            return {"total": (maps.square() * torch.arange(4.0)[:, None, None]).sum()}
+
+        meta_gradients(loss_fn, params, None, images, images + 3, inner_lr=0.0, order=order)
+        assert network[1].running_mean is own and network[1].track_running_stats
+        found.append(buffers["1.running_mean"] if lent else own.clone())
+    assert found[0].abs().max() > 0 and torch.equal(*found)
 
 
 def test_what_goes_neither_way_is_a_sentence():

@@ -246,11 +246,23 @@ def test_a_competition_needs_a_labelled_image():
 
 def test_at_daml1_the_attention_of_a_vit_is_fused_whatever_the_order(monkeypatch):
     orders = []
-    given = "dan_fast.training.step.attention_that_serves"
+    given = "dan_fast.training.step.differentiable"
     monkeypatch.setattr(given, lambda order: orders.append(order) or nullcontext())
     tiny_step(procedure="daml1", order=2).step(split(1))
     tiny_step(procedure="daml2", order=2).step(split(1), split(2))
     assert orders == [1, 2]
+
+
+@pytest.mark.parametrize("procedure, parts", [("daml1", 1), ("daml3", 2)])
+def test_a_caller_without_gradients_gets_them_and_inference_mode_is_refused(procedure, parts):
+    halves = [split(seed) for seed in (1, 2)][:parts]
+    expected = tiny_step(procedure=procedure).gradients(*halves).grads
+    meta_step = tiny_step(procedure=procedure)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode .* outside of it"):
+        meta_step.gradients(*halves)
+    with torch.no_grad():
+        found = meta_step.gradients(*halves).grads
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_a_batch_that_no_network_takes_is_refused_before_anything_advances():
