@@ -140,7 +140,8 @@ class CompiledWhereFaster:
 def _difference(step: MetaStep, split: Split, in_use: Callable[[Any], Any], compiled: Any) -> float:
     """How far the compiled backbone's features are from the plain one's, as a share of their norm.
 
-    Forward and backward are compiled for parameters and for the tensors that the inner step puts in their place.
+    Forward and backward are compiled for parameters and for the tensors that the inner step puts in their place, and
+    forward for constants, which these are where the adversary has won: none of it is left for an iteration of the run.
     Buffers and the random state are put back.
     """
     model, device = step.model, step.device
@@ -163,9 +164,14 @@ def _difference(step: MetaStep, split: Split, in_use: Callable[[Any], Any], comp
     moved = {name: value.detach().clone().requires_grad_(value.requires_grad) for name, value in own.items()}
     with torch.no_grad():
         expected = features(own)
+    errors = []
     with in_use(compiled):
         for params in (own, moved):
             found = features(params)
             trained = [value for value in params.values() if value.requires_grad]
             torch.autograd.grad(found.float().sum(), trained, allow_unused=True)
-    return float((found.detach() - expected).norm() / expected.norm())
+            errors.append((found.detach() - expected).norm())
+        if step.competes:
+            found = features({name: value.detach() for name, value in own.items()})
+            errors.append((found - expected).norm())
+    return float(torch.stack(errors).max() / expected.norm())

@@ -73,6 +73,7 @@ class MetaStep:
     Attributes:
         model, optimizer, meta, process_group: as given.
         competition: decides which groups are trained; its state is the state of the step.
+        competes: whether it is held.
         objective: runs the model with other values for its parameters.
 
     Raises:
@@ -124,7 +125,7 @@ class MetaStep:
         # A loss that does not reach the classifier would move it by momentum and weight decay alone.
         reached = model.network.adversary_reach == "all" and _CAM_WEIGHT in self._params
         self._cam_weight = _CAM_WEIGHT if reached else None
-        self._competes = self.meta.procedure == "daml3" and model.network.adversary
+        self.competes = self.meta.procedure == "daml3" and model.network.adversary
 
     @property
     def device(self) -> torch.device:
@@ -167,7 +168,7 @@ class MetaStep:
             meta_train = self._to_device(meta_train)
             if self.process_group is not None:
                 meta_train, meta_test = with_shares(self.process_group, (meta_train, meta_test))
-            if self._competes and meta_train.whole_counts[0] == 0:
+            if self.competes and meta_train.whole_counts[0] == 0:
                 raise ValueError("S needs a labelled image, by which the competition is decided")
             result = self._gradients(meta_train, meta_test)
             self._average_statistics()
@@ -200,7 +201,7 @@ class MetaStep:
 
         stage, groups, unread = None, None, [train.record]
         if self.meta.procedure == "daml3":
-            if self._competes:
+            if self.competes:
                 stage, unread = self._compete(train.record), []
             groups = self._groups(stage or Stage.ATTENTION)
         meta_test = self._to_device(meta_test)

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from dan_fast.core.errors import DanFastError, Interrupted
+from dan_fast.daml import Stage
 from dan_fast.training import Trainer, compiling
 from dan_fast.training.compiling import CompiledWhereFaster
-from tests.support.steps import split, tiny_step
+from tests.support.steps import decide, split, tiny_step
 from tests.support.training_runs import assert_same_training, config, snapshot, stop_after
 
 ITERATIONS = 20
@@ -79,6 +80,27 @@ def test_what_fails_or_disagrees_is_left_out_and_changes_no_bit(compiler, senten
     assert compiled.outcome == f"The backbone is not compiled: {sentence}."
     expected = plain()
     assert all(torch.equal(value, expected[name]) for name, value in step.model.named_parameters())
+
+
+@pytest.mark.parametrize("procedure", ["daml2", "daml3"])
+def test_every_kind_of_pass_is_compiled_in_the_trial(procedure):
+    """A compiler makes code of its own for tensors that are parameters, have a gradient or have none."""
+    step, kinds = tiny_step(procedure=procedure), []
+    backbone = step.model.network.backbone
+
+    def kind_of_pass(images: torch.Tensor) -> torch.Tensor:
+        weight = backbone.conv.weight
+        kinds.append((type(weight), weight.requires_grad, torch.is_grad_enabled()))
+        return backbone._call_impl(images)
+
+    backbone.compile = lambda **_: setattr(backbone, "_compiled_call_impl", kind_of_pass)
+    decide(step, *[Stage.ADVERSARY, Stage.ADVERSARY, Stage.BOTH, Stage.BOTH, Stage.ATTENTION] * 4)
+    compiled = CompiledWhereFaster(step, wanted=True)
+    run(compiled, 3)
+    in_trial = set(kinds)
+    kinds.clear()
+    run(compiled, 17)
+    assert in_trial == set(kinds) and len(in_trial) == (3 if procedure == "daml3" else 2)
 
 
 @pytest.mark.compile
