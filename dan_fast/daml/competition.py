@@ -67,7 +67,7 @@ def attention_wins(attention_logits: Tensor, adversary_logits: Tensor, labels: T
     """Whether the attention branch wins, () bool on the logits' device, which is not waited for.
 
     The branch with the higher accuracy wins; on a tie the one with the lower cross-entropy, and attention if
-    that is equal too.
+    that is equal too, as it is of no samples.
 
     Args:
         attention_logits: (n, c) floating, of the labelled samples of S.
@@ -76,8 +76,11 @@ def attention_wins(attention_logits: Tensor, adversary_logits: Tensor, labels: T
     """
     attention_logits, adversary_logits = attention_logits.detach(), adversary_logits.detach()
     lead = _lead(attention_logits, adversary_logits, labels)
-    closer = F.cross_entropy(attention_logits.float(), labels) <= F.cross_entropy(adversary_logits.float(), labels)
-    return (lead > 0) | ((lead == 0) & closer)
+    # Sums, as there is no mean of no samples.
+    loss, of_adversary = (
+        F.cross_entropy(each.float(), labels, reduction="sum") for each in (attention_logits, adversary_logits)
+    )
+    return (lead > 0) | ((lead == 0) & (loss <= of_adversary))
 
 
 def accuracies_tie(attention_logits: Tensor, adversary_logits: Tensor, labels: Tensor) -> Tensor:

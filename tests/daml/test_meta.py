@@ -207,6 +207,11 @@ def test_the_more_accurate_branch_wins_and_of_two_the_one_of_lower_cross_entropy
     assert attention_wins(sure, sure, LABELS)
 
 
+def test_attention_wins_where_there_is_no_sample():
+    none = torch.zeros(0, 3)
+    assert attention_wins(none, none, LABELS[:0]) and accuracies_tie(none, none, LABELS[:0])
+
+
 def test_the_stall_guard_frees_both_groups_until_attention_wins():
     competition = Competition(stall_guard=3)
     stages = [competition.decide(False) for _ in range(5)]
