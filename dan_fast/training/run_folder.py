@@ -166,7 +166,11 @@ class RunFolder:
         self._saved_at = iterations_done, time.monotonic()
 
     def is_behind(self, iterations_done: int) -> bool:
-        """Whether iterations were done since the last checkpoint."""
+        """Whether iterations were done that no checkpoint holds; what is being written is waited for."""
+        try:
+            self._writer.wait()
+        except DanFastError:
+            return True  # the checkpoint that is due now says so, if there still is no room
         return iterations_done > self._saved_at[0]
 
     def checkpoint_is_due(self, iterations_done: int) -> bool:

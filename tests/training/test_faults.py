@@ -240,6 +240,39 @@ def test_a_full_disk_or_quota_is_a_sentence_and_the_run_goes_on_later(images, tm
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("full", ["for a moment", "for good"])
+def test_a_checkpoint_that_failed_beside_the_training_is_written_before_another_error(
+    images, tmp_path, here, monkeypatch, full
+):
+    """The disk is full when a checkpoint is written, and then the next batch cannot be read."""
+    here(tiny_config(images, tmp_path / "whole"))
+    setup = tiny_config(images, tmp_path / "run", run={"checkpoint_every": 3})
+    trainer, replace, tried = Trainer(setup), os.replace, []
+    of_epoch = trainer.batches.of_epoch
+
+    def broken(*arguments):
+        yield from list(of_epoch(*arguments))[:3]
+        raise DanFastError("an image cannot be decoded")
+
+    def without_room(one: str, other: str) -> None:
+        if Path(other).name == "checkpoint.pt":
+            tried.append(trainer.iterations_done)
+            if len(tried) == 1 or full == "for good":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(one, other)
+
+    trainer.batches.of_epoch = broken
+    sentence = "cannot be decoded" if full == "for a moment" else "checkpoint.pt could not be written"
+    with monkeypatch.context() as patch, pytest.raises(DanFastError, match=sentence):
+        patch.setattr(os, "replace", without_room)
+        trainer.fit()
+    assert tried == [3, 3]
+    if full == "for a moment":
+        assert iterations_saved(tmp_path / "run", 5) == 3
+    here(setup)
+    assert_same_training(tmp_path / "whole", tmp_path / "run")
+
+
 @pytest.mark.parametrize("what", ["replaced", "deleted"])
 def test_a_cache_that_is_replaced_or_deleted_is_read_on(images, tmp_path, here, what):
     here(tiny_config(images, tmp_path / "whole"))
