@@ -4,7 +4,6 @@ A command is imported when it runs, most of them with PyTorch: `--help`, `--vers
 """
 
 import io
-import os
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 import dan_fast
 from dan_fast.core.errors import DanFastError, Interrupted
+from dan_fast.core.home import with_home
 from dan_fast.core.launched import number_of_ranks, own_rank
 from dan_fast.core.yaml_files import read_mapping
 
@@ -93,7 +93,7 @@ def _parse(argv: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
     files = {path: content for given in _values(argv, "--config") for path, content in _settings_in(given)}
     if "train" not in argv[:1]:
         parser = _parser(argv)
-        return parser, _with_home(parser.parse_args(argv))
+        return parser, with_home(parser.parse_args(argv))
     from dan_fast.commands.train import recipe_asked_for, recipe_of_run, require_sections
 
     for file, content in files.items():
@@ -102,11 +102,11 @@ def _parse(argv: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
     # Appended, so that the recipe of a flag also wins over a file that names another one.
     argv = [*argv, "--recipe", asked] if asked is not None else argv
     parser = _parser(argv, asked)
-    parsed = _with_home(parser.parse_args(argv))
+    parsed = with_home(parser.parse_args(argv))
     continued = recipe_of_run(parsed.train.run) if asked is None else None
     if continued is not None:
         parser = _parser(argv, continued)
-        parsed = _with_home(parser.parse_args(argv))
+        parsed = with_home(parser.parse_args(argv))
     return parser, parsed
 
 
@@ -146,20 +146,6 @@ def _settings_in(given: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield path, read_mapping(path, "a file of settings")
     elif any(mark in given for mark in ("{", "\n", ": ")):
         raise DanFastError("--config takes the path of a file, not settings: write them into one.")
-
-
-def _with_home(parsed: Namespace) -> Namespace:
-    """With the home folder in the place of the ~ that paths begin with, which a shell leaves in files and after =."""
-    for name, value in parsed.items():
-        if isinstance(value, str):
-            parsed[name] = _expanded(value)
-        elif isinstance(value, list):
-            parsed[name] = [_expanded(each) if isinstance(each, str) else each for each in value]
-    return parsed
-
-
-def _expanded(text: str) -> str:
-    return os.path.expanduser(text) if text.startswith("~") else text
 
 
 def _parser(argv: Sequence[str], recipe: str | None = None) -> ArgumentParser:

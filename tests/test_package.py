@@ -170,6 +170,7 @@ def test_the_list_of_commands_waits_for_no_command(arguments: list[str]):
         "dan_fast.cli",
         "dan_fast.core",
         "dan_fast.core.errors",
+        "dan_fast.core.home",
         "dan_fast.core.launched",
         "dan_fast.core.yaml_files",
     }

@@ -16,6 +16,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.home import with_home
 from dan_fast.core.yaml_files import read_mapping
 from dan_fast.training import TrainConfig
 from dan_fast.training.recipes import DEFAULT_RECIPE, over, recipe_of, recipe_settings
@@ -73,7 +74,7 @@ def plan_sweep(
 
     Raises:
         DanFastError: a file is missing or of another form, a setting or recipe does not exist, a setting does not take
-            a value, or two arms have the same settings.
+            a value, or two arms, or recipes of a grid, have the same settings, or two combinations the same name.
 
     Example:
         >>> import tempfile
@@ -105,10 +106,11 @@ def plan_sweep(
         key = json.dumps({**config.to_dict(), "recipe": ""}, sort_keys=True)
         config.run.out = str(Path(out) / name)
         same = planned.setdefault(key, PlannedRun(name, settings, config, arm if baseline else "", baseline))
-        if named and same.name != name:
+        # Several grids may share a combination, but two recipes that come to the same are a mistake.
+        if same.name != name and (named or same.config.recipe != config.recipe):
             raise DanFastError(
-                f"The arms {same.arm} and {arm} of {place} have the same settings: change one, or leave from the base "
-                "what they are to differ in, because the base wins over a recipe."
+                f"{same.name} and {name} of {place} have the same settings: change one, or leave from the base what "
+                "they are to differ in, because the base wins over a recipe."
             )
     if baseline and not any(run.arm == baseline for run in planned.values()):
         raise DanFastError(
@@ -130,7 +132,8 @@ def run_name(settings: Mapping[str, Any]) -> str:
         'model.reduction=4,data.unlabeled=none'
     """
     name = ",".join(f"{setting}={_word(value)}" for setting, value in settings.items()) or "base"
-    exact = json.dumps(settings, sort_keys=True)
+    # A date, as YAML reads 2024-05-01, is no value of JSON; whether a setting takes it is checked later.
+    exact = json.dumps(settings, sort_keys=True, default=str)
     readable = "".join(letter if letter.isalnum() or letter in "=,.-_+" else "-" for letter in name)
     if readable == name and len(name) <= _LONGEST_NAME:
         return name
@@ -193,7 +196,14 @@ def _dotted(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _arms_of_grids(grids: Any, place: Path) -> dict[str, dict[str, Any]]:
-    return {run_name(settings): settings for settings in _combinations(grids, place)}
+    arms: dict[str, dict[str, Any]] = {}
+    for settings in _combinations(grids, place):
+        name = run_name(settings)
+        if arms.setdefault(name, settings) != settings:
+            raise DanFastError(
+                f"Two combinations of {place} are called {name}: leave out one, or write its values otherwise."
+            )
+    return arms
 
 
 def _seeds(content: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]], place: Path) -> list[int]:
@@ -229,7 +239,7 @@ def _combinations(grids: Any, place: Path) -> Iterator[dict[str, Any]]:
                 raise DanFastError(f"{setting} in {place} has {values!r}: give it a list of one value or more.")
             _require_free(setting, place)
         for values in itertools.product(*grid.values()):
-            yield dict(zip(grid, values, strict=True))
+            yield dict(zip(map(str, grid), values, strict=True))
 
 
 def _configured(parser: ArgumentParser, base: Mapping[str, Any], settings: Mapping[str, Any], name: str) -> TrainConfig:
@@ -242,6 +252,6 @@ def _configured(parser: ArgumentParser, base: Mapping[str, Any], settings: Mappi
             raise DanFastError(f"{section} of the sweep's base is no mapping of settings: correct it.")
         nested[section][key] = value
     try:
-        return TrainConfig(**vars(parser.instantiate(parser.parse_object(nested))))
+        return TrainConfig(**vars(parser.instantiate(with_home(parser.parse_object(nested)))))
     except (ArgumentError, TypeError, ValueError) as error:
         raise DanFastError(f"The settings of {name} are no training: {' '.join(str(error).split())}.") from error

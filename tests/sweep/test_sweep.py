@@ -158,6 +158,31 @@ def test_a_recipe_comes_from_the_arm_the_flag_the_base_the_grid_or_the_default(t
     assert recipes() == ["none"]
 
 
+def test_the_home_folder_is_written_out_in_base_and_grid(tmp_path):
+    """As the training writes it into its config.yaml, with which the sweep compares."""
+    base = {"data": {"labeled": "~/market", "root": "~/sets"}, "model": {"weights": "~/w.pt"}}
+    path = write(tmp_path / "grid.yaml", {"base": base, "grids": [{"data.targets": [["~/duke", "b~"], "~"]}]})
+    home, runs = str(Path.home()), plan_sweep(path, None, "out")
+    assert [run.config.data.targets for run in runs] == [[f"{home}/duke", "b~"], [home]]
+    first = runs[0].config
+    assert (first.data.labeled, first.data.root) == ([f"{home}/market"], f"{home}/sets")
+    assert first.model.weights == f"{home}/w.pt"
+
+
+def test_recipes_that_a_whole_base_wins_over_are_an_error(tmp_path):
+    """The config.yaml of a run names every setting."""
+    base = TrainConfig.of_recipe("dan", data={"labeled": "market"}).to_dict()
+    path = write(tmp_path / "grid.yaml", {"base": base, "grids": [{"recipe": ["plain", "dan"]}]})
+    with pytest.raises(DanFastError, match="recipe=plain and recipe=dan of .* have the same settings: .* base wins"):
+        plan_sweep(path, None, "out")
+
+
+def test_a_date_in_a_grid_is_one_sentence(tmp_path):
+    path = write(tmp_path / "grid.yaml", "base: {data: {labeled: a}}\ngrids: [{data.targets: [[2024-05-01]]}]")
+    with pytest.raises(DanFastError, match="settings of data.targets=2024-05-01 are no training: .*Expected a .*str"):
+        plan_sweep(path, None, "out")
+
+
 def test_names_are_folders():
     assert run_name({}) == "base"
     settings = {"data.unlabeled": ["a", "b"], "model.adversary": True}
@@ -185,7 +210,7 @@ def test_names_are_folders():
         ({"base": BASE, "arms": {"a": {"loss.advrsary": 1}}}, "settings of a are no training: .*advrsary"),
         ({"base": BASE, "arms": {"a": {"recipe": "dna"}}}, "There is no recipe 'dna'"),
         ({"base": {**BASE, "recipe": "dna"}, "arms": {"a": {}}}, "There is no recipe 'dna'"),
-        ({"base": BASE, "arms": {"a": {}, "b": {"recipe": "dan"}}}, "The arms a and b of .* have the same settings"),
+        ({"base": BASE, "arms": {"a": {}, "b": {"recipe": "dan"}}}, "a and b of .* have the same settings"),
         ({"base": BASE, "arms": {"a": {}}, "baseline": "b"}, "baseline 'b' of .* is none of its arms: name one of a"),
         ({"base": BASE, "arms": {"a": {}}, "baseline": ["a"]}, "baseline .* of .* is none of its arms"),
         ({"base": BASE, "recipe": "dna", "arms": {"a": {}}}, "There is no recipe 'dna'"),
@@ -193,6 +218,15 @@ def test_names_are_folders():
         ({"base": BASE, "arms": {"a": {}}, "seeds": [1, 1]}, "give it a list of different whole numbers"),
         ({"base": BASE, "arms": {"a": {}}, "seeds": [True, -1]}, "give it a list of different whole numbers"),
         ({"base": BASE, "arms": {"a": {"run.seed": 3}}, "seeds": [1]}, "has both `seeds` and run.seed"),
+        ({"base": BASE, "grids": [{"data.targets": [["a", "b"], ["a+b"]]}]}, "are called data.targets=a.b: leave out"),
+        (
+            {"base": BASE, "grids": [{"data.targets": [[]]}, {"data.targets": [["none"]]}]},
+            "are called data.targets=none",
+        ),
+        (
+            {"base": BASE, "grids": [{1: [2], "model.reduction": [3]}]},
+            "settings of 1=2,model.reduction=3 are no training",
+        ),
         ({"base": BASE, "grid": []}, "has 'grid'; a grid has a list `grids`"),
         ({"base": 3, "grids": [{"model.reduction": [1]}]}, "base of .* is neither settings nor a path"),
         ({"base": "gone.yaml", "grids": [{"model.reduction": [1]}]}, "gone.yaml cannot be read as a configuration"),
