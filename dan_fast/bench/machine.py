@@ -15,7 +15,7 @@ import torch
 
 import dan_fast
 from dan_fast import _extension, triton_kernels
-from dan_fast.core.devices import synchronize
+from dan_fast.core.devices import device_name, synchronize
 from dan_fast.core.float32 import float32_rounding
 from dan_fast.core.heap import heap_in_force
 
@@ -44,13 +44,13 @@ def environment(device: torch.device) -> dict[str, Any]:
         "nvcc": info.get("nvcc"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cpu": _of_file("/proc/cpuinfo", r"model name\s*:\s*(.+)") or platform.processor() or platform.machine(),
+        "cpu": device_name(torch.device("cpu")),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": CORES,
         "threads": torch.get_num_threads(),
         "float32": float32_rounding(device) or "IEEE",
         "heap": heap_in_force() if device.type == "cpu" else None,
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "gpu": device_name(device) if device.type == "cuda" else None,
         "triton": _triton(device) if device.type == "cuda" else None,
         "cuda": torch.version.cuda,
         "driver": _output(*_DRIVER) if device.type == "cuda" else None,

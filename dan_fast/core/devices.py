@@ -1,4 +1,9 @@
-"""The device that a setting names, and waiting for it."""
+"""The device that a setting names, its model, and waiting for it."""
+
+import platform
+import re
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -44,6 +49,17 @@ def _own_gpu() -> int:
             "visible, or set the device to cpu."
         )
     return local_rank()
+
+
+def device_name(device: torch.device) -> str:
+    """The model of a GPU or of the machine's CPU, as the system names it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
 
 
 def synchronize(device: torch.device) -> None:

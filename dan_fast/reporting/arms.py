@@ -17,6 +17,7 @@ from dan_fast.evaluation import Evaluation
 from dan_fast.reporting.groups import Target, target_of
 from dan_fast.reporting.html import ABSENT, Table
 from dan_fast.training.reported import CHOSEN, SEEN
+from dan_fast.training.surroundings import VERSIONS
 
 METRICS = ("mAP", "R1")
 CONFIDENCE = 0.95
@@ -73,15 +74,17 @@ class ArmRun(NamedTuple):
         iterations: of the training; None where they were not recorded.
         seconds: that it took, evaluation included; None where they were not recorded.
         trained_on: titles of the datasets it learnt from, labelled or not.
-        timed_on: run.device and the threads that the sweep gave it, on which its seconds depend; None where they were
-            not recorded.
+        timed_on: the devices and numbers of threads on which its seconds depend, as its processes had them; in results
+            of older versions the one of run.device and of the sweep, None where it was not recorded.
+        ran_under: see `dan_fast.training.surroundings.ran_under`; empty in results of older versions.
     """
 
     scores: Mapping[Target, Mapping[str, float]]
     iterations: int | None
     seconds: float | None
     trained_on: frozenset[str] = frozenset()
-    timed_on: tuple[str | None, int | None] = (None, None)
+    timed_on: tuple[tuple[str | None, int | None], ...] = ()
+    ran_under: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ class Comparison:
     @property
     def is_timed_alike(self) -> bool:
         """Whether the seconds of all runs are of one device and one number of threads."""
-        return len({run.timed_on for arm in self.arms for run in arm.runs.values()}) < 2
+        return len({run.timed_on for run in self._runs() if run.seconds is not None}) < 2
 
     def difference(self, arm: Arm, target: Target, metric: str) -> PairedDifference | None:
         """Of an arm to the baseline; None for the baseline itself and where no seed is in both."""
@@ -190,6 +193,9 @@ class Comparison:
             ]
         if not self.is_timed_alike:
             notes.append("Seconds are left out: trainings ran on other devices or with other numbers of threads.")
+        versions = self._versions()
+        if versions:
+            notes.append(f"Trainings ran under several versions: {versions}.")
         notes += [f"{arm.name}: {arm.recipe}." for arm in self.arms if arm.recipe]
         for arm in self.arms:
             notes += [f"Missing: {arm.name}, seed {seed}: {why}" for seed, why in arm.missing.items()]
@@ -206,6 +212,17 @@ class Comparison:
             drawn = (" | ".join(map(str.ljust, line, widths)) for line in lines)
             parts.append(f"### {table.title}\n\n" + "".join(f"| {line} |\n" for line in drawn) + "\n")
         return "".join([*parts, *(f"- {note}\n" for note in self.notes())])
+
+    def _runs(self) -> list[ArmRun]:
+        return [run for arm in self.arms for run in arm.runs.values()]
+
+    def _versions(self) -> str:
+        """The versions of whatever the trainings had several of, in words; "" where none are known."""
+        found: dict[str, dict[str, None]] = {name: {} for name in VERSIONS}
+        for under in (each for run in self._runs() for each in run.ran_under):
+            for name in VERSIONS:
+                found[name][str(under.get(name) or "none")] = None
+        return "; ".join(f"{name} {', '.join(values)}" for name, values in found.items() if len(values) > 1)
 
     def _row(self, arm: Arm, target: Target) -> dict[str, Any]:
         row: dict[str, Any] = {"arm": arm.name}
@@ -288,8 +305,12 @@ def _read_run(folder: Path, entry: Mapping[str, Any]) -> ArmRun | str:
         return "it was tested on nothing; name data.targets in the base."
     scores = {target_of(each): {metric: each.percentages()[metric] for metric in METRICS} for each in evaluations}
     trained_on = frozenset((*content.get("labeled", ()), *content.get("unlabeled", ())))
-    timed_on = entry.get("device"), entry.get("threads")
-    return ArmRun(scores, content.get("iterations"), entry["seconds"], trained_on, timed_on)
+    ran_under = tuple(content.get("ran_under", ()))
+    # A setting such as auto means another device on another machine, so that what the training found comes first.
+    timed_on = tuple(dict.fromkeys((each.get("device"), each.get("threads")) for each in ran_under or (entry,)))
+    # Seconds of two kinds are no time of a training.
+    seconds = entry["seconds"] if len(timed_on) == 1 else None
+    return ArmRun(scores, content.get("iterations"), seconds, trained_on, timed_on, ran_under)
 
 
 def _with_mean(runs: Mapping[tuple[str, int], ArmRun]) -> dict[tuple[str, int], ArmRun]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from dan_fast import __version__, _extension
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import ReIDDataset
 from dan_fast.distributed.collectives import ProcessGroup
@@ -14,6 +13,7 @@ from dan_fast.distributed.launch import require_same
 from dan_fast.distributed.shards import carries
 from dan_fast.nn import DAN
 from dan_fast.training.config import TrainConfig
+from dan_fast.training.surroundings import versions
 
 # Where images lie and are decoded may differ from machine to machine; which they are is compared by fingerprint.
 _OF_A_MACHINE = {
@@ -35,12 +35,8 @@ def require_same_settings(group: ProcessGroup | None, config: TrainConfig, devic
     plain = config.to_dict()
     sections = {name: values for name, values in plain.items() if isinstance(values, dict)}
     settings = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
-    versions = {
-        "The version of dan_fast": __version__,
-        "The version of torch": torch.__version__,
-        "The source of the extension": _extension.build_info().get("source_hash"),
-    }
-    require_same(group, list(versions.items()), "install the same versions on all machines")
+    names = "The version of dan_fast", "The version of torch", "The source of the extension"
+    require_same(group, list(zip(names, versions().values(), strict=True)), "install the same versions on all machines")
     require_same(group, [("The kind of run.device", device.type)], "set run.device to cpu, or see `dan-fast doctor`")
     given = [(name, value) for name, value in settings.items() if name not in _OF_A_MACHINE]
     require_same(group, given, "start all ranks with the same settings")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.config import RunConfig, TrainConfig, goes_on
 from dan_fast.training.display import Display
 from dan_fast.training.recipes import NO_RECIPE, recipe_changes
+from dan_fast.training.surroundings import changes_of_surroundings
 from dan_fast.training.without_effect import without_effect
 
 CHOSEN = "CHOSEN ON THE TARGET: not comparable"
@@ -131,17 +132,20 @@ def describe(datasets: DatasetRoles, unlabeled_share: float = 1.0) -> str:
 
 
 def opening_lines(
-    config: TrainConfig, datasets: DatasetRoles, device: torch.device, started_from: Sequence[str] | None = None
+    config: TrainConfig, datasets: DatasetRoles, device: torch.device, past: Mapping[str, Any]
 ) -> Iterator[str]:
-    """What a run says before it starts: where it comes from, its protocol, what is left aside, what has no effect, what
-    becomes of float32.
+    """What a run says before it starts: where it comes from, under what else it ran, its protocol, what is left aside,
+    what has no effect, what becomes of float32.
 
     Args:
         config, datasets, device: of the run.
-        started_from: the trainings before it in words, the last one first, where it starts from a trained network.
+        past: `whom_it_saw` and `ran_under` of the run.
     """
-    if started_from:
-        yield f"Starts from {', which started from '.join(started_from)}."
+    if past.get("started_from"):
+        yield f"Starts from {', which started from '.join(past['started_from'])}."
+    changed = ", ".join(changes_of_surroundings(past["ran_under"]))
+    if changed:
+        yield f"Not all of this run ran alike: {changed}."
     yield from taken_for_one((*datasets.labeled, *datasets.unlabeled))
     if config.data.protocol:
         yield f"Protocol {config.data.protocol}: {describe(datasets, config.data.unlabeled_share)}."
@@ -172,7 +176,7 @@ def write_results(
     choice: EpochChoice | None = None,
     iterations: int | None = None,
 ) -> list[Evaluation]:
-    """Write what a finished training reports as JSON: recipe, protocol, data, precision, epoch and figures.
+    """Write what a finished training reports as JSON: recipe, protocol, data, precision, epoch, versions and figures.
 
     Args:
         path: the file to write.
@@ -198,6 +202,7 @@ def write_results(
         "epochs": state["epoch"],
         "iterations": iterations,
         "ranks": state["ranks"],
+        "ran_under": state["ran_under"],
         "precision": settings["run"]["precision"],
         "float32": float32_rounding(device) or "IEEE",
         "protocol": settings["data"]["protocol"],

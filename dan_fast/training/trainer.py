@@ -37,6 +37,7 @@ from dan_fast.training.sources import load_datasets
 from dan_fast.training.starting import whom_it_saw
 from dan_fast.training.step import MetaStep
 from dan_fast.training.step_scalars import StepScalars
+from dan_fast.training.surroundings import ran_under
 from dan_fast.training.targets import Targets
 from dan_fast.training.valid_settings import require_valid
 from dan_fast.triton_kernels import float32_products
@@ -91,7 +92,7 @@ class Trainer:
         self.training_set = TrainingSet(self.datasets.labeled, self.datasets.unlabeled, share, seed)
         require_same_run(process_group, self.training_set.fingerprint, self.datasets.targets, saved)
         self.folder.require_same_images(saved, self.training_set.fingerprint)
-        self._seen = whom_it_saw(self.training_set, config.model.weights, saved)
+        self._past = whom_it_saw(self.training_set, config.model.weights, saved) | ran_under(self.device, saved)
         self.targets = Targets(config, self.datasets, self.folder, self.device, process_group)
 
         lending = config.model.style_mixing == "unlabeled" and len(self.training_set.unlabeled_samples) > 0
@@ -156,7 +157,7 @@ class Trainer:
                 self.random.in_process(),
             ):
                 self._compiled.say = display.say
-                for line in opening_lines(self.config, self.datasets, self.device, self._seen.get("started_from")):
+                for line in opening_lines(self.config, self.datasets, self.device, self._past):
                     display.say(line)
                 if self.epoch > 0 and self.iteration == 0:
                     # The run was stopped between an epoch's checkpoint and its evaluation.
@@ -271,7 +272,7 @@ class Trainer:
         return {
             "config": self.config.to_dict(),
             **{name: getattr(self.training_set, name) for name in ("fingerprint", "num_classes")},
-            **self._seen,
+            **self._past,
             "preprocessing": self.model.network.preprocessing.to_dict(),
             "ranks": ranks_in(self.process_group),
             "epoch": self.epoch,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import distributed
 
-import dan_fast.training.alike as alike
 import dan_fast.training.memory_shards as memory_shards
+import dan_fast.training.surroundings as surroundings
 from dan_fast.core.batches import MiniBatch, Split
 from dan_fast.core.errors import DanFastError
 from dan_fast.distributed.launch import is_loss_of_a_rank
@@ -51,11 +51,11 @@ def test_ranks_that_differ_are_refused_on_all(ranks: Ranks, images: Path, tmp_pa
 
 
 def other_version(group: Group, config: TrainConfig) -> None:
-    before, alike.__version__ = alike.__version__, f"0.0.{group.rank()}"
+    before, surroundings.__version__ = surroundings.__version__, f"0.0.{group.rank()}"
     try:
         refused(group, config, "^The version of dan_fast is '0.0.1' on rank 1 and '0.0.0' on rank 0: install", {})
     finally:
-        alike.__version__ = before
+        surroundings.__version__ = before
 
 
 def test_unequal_versions_are_refused_on_all(ranks: Ranks, images: Path, tmp_path: Path):

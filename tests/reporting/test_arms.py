@@ -165,6 +165,50 @@ def test_what_is_no_record_of_a_sweep_compares_nothing(tmp_path, content):
     assert read_comparison(tmp_path) is None
 
 
+def under(torch: str, device: str = "a CPU", threads: int = 2) -> dict:
+    return {"dan_fast": "0.1.0", "torch": torch, "extension": None, "device": device, "threads": threads}
+
+
+def ran(folder: Path, *processes: dict) -> None:
+    """Has all results but those of plain and dan with seed 0 come from a process of torch 2.11; those from these."""
+    for results in folder.glob("*/results.json"):
+        of_run = list(processes) if results.parent.name.endswith("seed=0") else [under("2.11.0")]
+        results.write_text(json.dumps(json.loads(results.read_text()) | {"ran_under": of_run}))
+
+
+@pytest.mark.parametrize("processes", [[under("2.12.0")], [under("2.11.0"), under("2.12.0")]])
+def test_several_versions_are_said(folder, processes):
+    said = "Trainings ran under several versions: torch 2.11.0, 2.12.0."
+    ran(folder, *processes)
+    assert said in read_comparison(folder).notes()
+    # What older results do not tell is no difference.
+    ran(folder, under("2.11.0"))
+    (folder / "plain,run.seed=0/results.json").write_text((folder / "dan,run.seed=0/results.json").read_text())
+    older = folder / "plain,run.seed=1/results.json"
+    content = json.loads(older.read_text())
+    del content["ran_under"]
+    older.write_text(json.dumps(content))
+    assert not [note for note in read_comparison(folder).notes() if "versions" in note]
+
+
+def test_seconds_are_of_the_device_that_the_training_found(folder):
+    """Which auto, and no number of threads, leave open."""
+    entries = json.loads((folder / "sweep.json").read_text())
+    written(folder, [entry | {"threads": None, "device": "auto"} for entry in entries])
+    for of_two, shown in (
+        ([under("2.11.0")], [63, 62]),
+        ([under("2.11.0", device="a GPU")], [None, None]),
+        ([under("2.11.0", threads=4)], [None, None]),
+        # What went on elsewhere has no seconds; it takes none from the others.
+        ([under("2.11.0"), under("2.11.0", device="a GPU")], [64, 63]),
+    ):
+        ran(folder, *of_two)
+        found = read_comparison(folder)
+        (table, *_) = found.tables()
+        assert [row[-1] for row in table.rows] == [ABSENT if each is None else str(each) for each in shown]
+        assert any(note.startswith("Seconds are left out") for note in found.notes()) == (shown[0] is None)
+
+
 def test_seconds_of_other_threads_or_devices_are_not_set_side_by_side(folder):
     entries = json.loads((folder / "sweep.json").read_text())
     alike = [entry | {"threads": 2, "device": "cpu"} for entry in entries]

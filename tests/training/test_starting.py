@@ -96,10 +96,10 @@ def test_an_attention_of_another_kind_is_drawn(earlier, images, tmp_path):
 
 def test_persons_of_the_earlier_training_count_as_seen(earlier, images, tmp_path):
     trainer = Trainer(of_mall(images, tmp_path / "run", earlier))
-    persons = {Path(root).name: pids.numel() for root, pids in trainer._seen["persons"].items()}
+    persons = {Path(root).name: pids.numel() for root, pids in trainer._past["persons"].items()}
     assert persons == {"campus": 4, "mall": 4}
     samples = [sample for name in ("campus", "mall") for sample in load_dataset(images / name).train]
-    assert trainer._seen["images"].numel() == len(samples)
+    assert trainer._past["images"].numel() == len(samples)
     # Test persons of campus were not trained on, so there is nothing to say.
     (evaluation,) = trainer.fit()
     assert evaluation.seen == ""
@@ -164,11 +164,11 @@ def test_a_run_goes_on_without_the_network_it_started_from(earlier, images, tmp_
         copy.write_bytes((tmp_path / "run/checkpoint.pt").read_bytes())
     settings.run.resume = True
     again = Trainer(settings)
-    assert again._seen.keys() == trainer._seen.keys()
-    assert torch.equal(again._seen["images"], trainer._seen["images"])
-    assert again._seen["started_from"] == trainer._seen["started_from"]
-    assert {name: pids.tolist() for name, pids in again._seen["persons"].items()} == {
-        name: pids.tolist() for name, pids in trainer._seen["persons"].items()
+    assert again._past.keys() == trainer._past.keys()
+    assert torch.equal(again._past["images"], trainer._past["images"])
+    assert again._past["started_from"] == trainer._past["started_from"]
+    assert {name: pids.tolist() for name, pids in again._past["persons"].items()} == {
+        name: pids.tolist() for name, pids in trainer._past["persons"].items()
     }
 
 

@@ -23,7 +23,7 @@ from dan_fast.data.overlap import image_keys
 from dan_fast.data.synthetic import synthesize
 from dan_fast.reporting.curves import plot_curves, read_scalars
 from dan_fast.training import DataConfig, Interrupted, TrainConfig, Trainer
-from dan_fast.training.checkpoint import load_checkpoint
+from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.display import Display
 from dan_fast.training.objective import DivergedError
 from dan_fast.training.scalars import Scalars
@@ -46,6 +46,28 @@ def finished(images, tmp_path_factory) -> Path:
 def test_a_checkpoint_holds_which_images_were_trained_on(images, finished):
     trained = [sample for name in ("campus", "mall") for sample in load_dataset(images / name).train]
     assert set(load_checkpoint(finished / "checkpoint.pt")["images"].tolist()) == set(image_keys(trained))
+
+
+def test_a_run_that_goes_on_under_other_versions_says_so_and_records_both(images, finished, tmp_path, capsys):
+    out = tmp_path / "run"
+    state = load_checkpoint(finished / "checkpoint.pt")
+    (now,) = state["ran_under"]
+    assert (now["torch"], now["threads"]) == (torch.__version__, torch.get_num_threads()) and now["device"] != "cpu"
+    assert json.loads((finished / "results.json").read_text())["ran_under"] == [now]
+    older = now | {"torch": "2.0.0"}
+    for before, found in (([older], [older, now]), ([now], [now]), ([], [now])):
+        out.mkdir(exist_ok=True)
+        save_checkpoint(out / "checkpoint.pt", {**state, "ran_under": before})
+        trainer = Trainer(config(images, out, optimizer=ONE_EPOCH, run=RESUME))
+        trainer.fit()
+        assert json.loads((out / "results.json").read_text())["ran_under"] == found
+        said = f"Not all of this run ran alike: torch is {torch.__version__} and was 2.0.0." in " ".join(
+            capsys.readouterr().out.split()
+        )
+        assert said == (len(found) > 1)
+    trainer._past["ran_under"] = [older, now]
+    trainer._save()
+    assert load_checkpoint(out / "checkpoint.pt")["ran_under"] == [older, now]
 
 
 def test_targets_of_one_name_have_names_and_curves_of_their_own(images, tmp_path):
