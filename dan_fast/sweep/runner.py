@@ -274,8 +274,9 @@ def _require_same_settings(run: PlannedRun) -> None:
     # A continued training checks these itself; a finished one is not started again, so they are checked here.
     for section, name in (*(("data", role) for role in ("labeled", "unlabeled", "protocol")), _CHOICE):
         now, before = wanted[section][name], saved.get(section, {}).get(name, defaults[section][name])
-        if before != now:
-            differences.append(f"{section}.{name} is {now!r} here and {before!r} there")
+        clause = f"{section}.{name} is {now!r} here and {before!r} there"
+        if before != now and clause not in differences:
+            differences.append(clause)
     if differences:
         raise DanFastError(
             f"{run.folder} holds a training with other settings ({'; '.join(differences)}): choose another --out."

@@ -366,18 +366,20 @@ _FREE_TO_CHANGE = {
     *(("data", name) for name in ("labeled", "unlabeled", "protocol", "root")),
     *(("run", each.name) for each in fields(RunConfig) if each.name not in ("seed", "precision")),
 }
+# These decide what is reported where an epoch is chosen: the highest of the figures there were.
+_OF_A_CHOICE = {("run", "choose_epoch_on_target"), ("run", "evaluate_every")}
 
 
 def training_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """The settings that `current` has otherwise than `saved` and that decide what is learnt, a clause each."""
-    differences = []
+    """What `current` has otherwise than `saved` of what decides what is learnt or chosen, a clause each."""
+    differences, free = [], _FREE_TO_CHANGE - (_OF_A_CHOICE if current["run"]["choose_epoch_on_target"] else set())
     # A setting that did not exist yet when the saved ones were written had its default.
     defaults = TrainConfig().to_dict()
     # What a recipe stands for is among the settings; by which name they came does not matter.
     for section, values in ((each, values) for each, values in current.items() if each != "recipe"):
         for name, value in values.items():
             before = saved.get(section, {}).get(name, defaults[section][name])
-            if before != value and (section, name) not in _FREE_TO_CHANGE:
+            if before != value and (section, name) not in free:
                 differences.append(f"{section}.{name} is {value!r} here and {before!r} there")
     return differences
 

@@ -184,7 +184,8 @@ def write_results(
         datasets: trained on and tested on.
         last: evaluations of the last epoch.
         device: that was trained on.
-        choice: the chosen epoch, whose figures are then reported; those of the last one stand beside them.
+        choice: the chosen epoch, whose figures are then reported; those of the last one and how often there
+            was one to choose stand beside them.
         iterations: how many the whole training took.
 
     Returns:
@@ -216,6 +217,7 @@ def write_results(
     if settings["run"].get("compile"):
         results["compiled"] = state.get("compiled") or "The run ended before it was known whether that is faster."
     if choice is not None:
+        results["evaluate_every"] = settings["run"]["evaluate_every"]
         results["last_epoch"] = [each.to_dict() for each in last]
     write_text(path, json.dumps(results, indent=2) + "\n")
     return reported

@@ -14,11 +14,15 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import alone, holder_of, remove_unfinished, write_text
 from dan_fast.core.free_memory import why_too_large
 from dan_fast.core.launched import local_ranks
+from dan_fast.core.yaml_files import read_mapping
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.distributed.launch import gathered, largest, rank_in, ranks_in
 from dan_fast.training.checkpoint import CheckpointWriter, load_checkpoint
 from dan_fast.training.config import RunConfig, TrainConfig, goes_on, require_same_training
 from dan_fast.training.memory_shards import remove_shards, write_checkpoint_of_ranks
+
+# A run that goes on may have them otherwise, and its results are then others.
+_OF_RESULTS = (*(("data", name) for name in ("targets", "protocol", "root")), ("run", "choose_epoch_on_target"))
 
 
 class RunFolder:
@@ -93,12 +97,16 @@ class RunFolder:
             )
 
     def write_settings(self, config: TrainConfig) -> None:
-        """Write config.yaml.
+        """Write config.yaml, after results.json of other targets, or of another choice of the epoch, is removed.
+
+        A run that is killed before it has new results must not leave the old ones beside settings that they are not of.
 
         Raises:
             DanFastError: see `write_text`; or a rank does not see the folder of rank 0.
         """
         if self._writes:
+            if _what_is_reported(self._settings_there()) != _what_is_reported(config.to_dict()):
+                (self.path / "results.json").unlink(missing_ok=True)
             write_text(self.path / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
         largest(self._group, 0)  # from here on rank 0 holds the folder
         seen = gathered(self._group, holder_of(self._lock))
@@ -108,6 +116,13 @@ class RunFolder:
                     f"Rank {rank} does not see {self.path} as rank 0 has it: "
                     "put run.out on a file system that all machines share."
                 )
+
+    def _settings_there(self) -> dict[str, Any]:
+        """Those of config.yaml; none where it cannot be read."""
+        try:
+            return read_mapping(self.path / "config.yaml", "the settings of a run")
+        except DanFastError:
+            return {}
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -185,6 +200,15 @@ class RunFolder:
         )
         # In this order: what could not be written is raised at once.
         return bool(largest(self._group, self._writes and self._writer.is_free() and due)[0])
+
+
+def _what_is_reported(settings: dict[str, Any]) -> list[Any]:
+    """The values of the settings that decide which figures results.json holds; None where there is no such section."""
+    found, defaults = [], TrainConfig().to_dict()
+    for section, name in _OF_RESULTS:
+        values = settings.get(section)
+        found.append(values.get(name, defaults[section][name]) if isinstance(values, Mapping) else None)
+    return found
 
 
 def _mark(path: Path) -> tuple[int, int, int] | None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -618,6 +619,27 @@ def test_a_folder_with_other_settings_is_left_alone(quick, three, tmp_path):
     # A run that failed before its first checkpoint holds nothing worth keeping: its mistake may be corrected.
     (quick.out / reduce(1) / "checkpoint.pt").unlink()
     assert quick(three)[3:] == ["model.reduction=1 new"]
+
+
+def test_a_finished_choice_among_other_epochs_is_another_training(quick, three):
+    quick(reductions(three, 1, run={"evaluate_every": 1}))
+    # What is reported is the last epoch: in between nothing depends on it.
+    assert quick(reductions(three, 1, run={"evaluate_every": 2})) == ["model.reduction=1 new"]
+    for run, sentence in (
+        (
+            {"evaluate_every": 1, "choose_epoch_on_target": True},
+            r"\(run.choose_epoch_on_target is True here and False ",
+        ),
+        ({"evaluate_every": 1}, ""),
+    ):
+        reductions(three, 1, run=run)
+        with pytest.raises(DanFastError, match=sentence) if sentence else nullcontext():
+            quick(three)
+    reductions(three, 2, run={"evaluate_every": 1, "choose_epoch_on_target": True})
+    quick(three)
+    reductions(three, 2, run={"evaluate_every": 2, "choose_epoch_on_target": True})
+    with pytest.raises(DanFastError, match=r"\(run.evaluate_every is 2 here and 1 there\): choose another --out"):
+        quick(three)
 
 
 def test_the_list_runs_nothing(quick, three, capsys):

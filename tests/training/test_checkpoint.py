@@ -7,14 +7,18 @@ import shutil
 import signal
 import threading
 import zipfile
+from contextlib import nullcontext
 
 import pytest
 import torch
+import yaml
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import remove_unfinished, write_whole
 from dan_fast.training.checkpoint import CheckpointWriter, load_checkpoint, save_checkpoint
 from dan_fast.training.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig, require_same_training
+from dan_fast.training.recipes import over
+from dan_fast.training.run_folder import RunFolder
 from dan_fast.training.schedule import step_size
 from tests.support.untrained import untrained_checkpoint
 
@@ -189,6 +193,64 @@ def test_another_configuration_is_refused_by_the_names_that_differ(tmp_path):
     current = TrainConfig(data=DataConfig(labeled=["b"]), optimizer=OptimizerConfig(epochs=7)).to_dict()
     with pytest.raises(DanFastError, match=r"\(optimizer.epochs is 7 here and 500 there\)"):
         require_same_training(saved, current, tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "sentence"),
+    [
+        (
+            (False, 0),
+            (True, 1),
+            "evaluate_every is 1 here and 0 there; .*choose_epoch_on_target is True here and False",
+        ),
+        ((False, 1), (True, 1), "choose_epoch_on_target is True here and False there"),
+        ((True, 1), (True, 2), "evaluate_every is 2 here and 1 there"),
+        ((True, 1), (False, 2), None),
+        ((False, 1), (False, 2), None),
+    ],
+)
+def test_an_epoch_is_chosen_among_all_that_were_to_be_evaluated_or_not_at_all(before, now, sentence, tmp_path):
+    saved, current = (
+        TrainConfig(run=RunConfig(choose_epoch_on_target=choice, evaluate_every=every)).to_dict()
+        for choice, every in (before, now)
+    )
+    with pytest.raises(DanFastError, match=sentence) if sentence else nullcontext():
+        require_same_training(saved, current, tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"run": {"log_every": 3, "evaluate_every": 2}}, True),
+        ({"data": {"targets": ["other"]}}, False),
+        ({"data": {"protocol": "p1"}}, False),
+        ({"data": {"root": "elsewhere"}}, False),
+        ({"run": {"choose_epoch_on_target": True}}, False),
+    ],
+)
+def test_results_never_stand_beside_settings_that_they_are_not_of(changes, kept, tmp_path):
+    """Wherever the run is killed after its settings have been written."""
+    settings = {"data": {"targets": ["one"]}, "run": {"out": str(tmp_path)}}
+    config = TrainConfig.of_recipe("none", **settings)
+    results = tmp_path / "results.json"
+    RunFolder(config.run).write_settings(config)
+    results.write_text("{}")
+    # A version that did not have a setting yet wrote results of its default.
+    older = config.to_dict()
+    del older["run"]["choose_epoch_on_target"], older["data"]["root"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(older))
+    config = TrainConfig.of_recipe("none", **over(settings, changes))
+    RunFolder(config.run).write_settings(config)
+    assert results.exists() == kept
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["data"]["targets"] == config.data.targets
+
+
+def test_results_beside_settings_that_cannot_be_read_are_removed(tmp_path):
+    config = TrainConfig(run=RunConfig(out=str(tmp_path)))
+    for name in ("config.yaml", "results.json"):
+        (tmp_path / name).write_text("[}")
+    RunFolder(config.run).write_settings(config)
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_where_a_run_takes_place_may_change(tmp_path):

@@ -205,6 +205,7 @@ def test_the_best_epoch_is_reported_with_its_weights_and_says_so(whole, images, 
     assert CHOSEN == "CHOSEN ON THE TARGET: not comparable"
     results = json.loads((out / "results.json").read_text())
     assert results["epoch"] == f"epoch 2 of 3, {CHOSEN}" and results["epochs"] == 3
+    assert results["evaluate_every"] == 1
     assert [each["epoch"] for each in results["targets"]] == [f"epoch 2 of 3, {CHOSEN}"]
     assert [(each["mAP"], each["epoch"]) for each in results["last_epoch"]] == [(0.4, "epoch 3 of 3")]
     network, _ = trained_network(out / "chosen.pt")
