@@ -77,6 +77,8 @@ class ArmRun(NamedTuple):
         timed_on: the devices and numbers of threads on which its seconds depend, as its processes had them; in results
             of older versions the one of run.device and of the sweep, None where it was not recorded.
         ran_under: see `dan_fast.training.surroundings.ran_under`; empty in results of older versions.
+        at_once: how many trainings of the sweep ran while it did, itself included, on average over its seconds; None
+            where it was not recorded.
     """
 
     scores: Mapping[Target, Mapping[str, float]]
@@ -85,6 +87,7 @@ class ArmRun(NamedTuple):
     trained_on: frozenset[str] = frozenset()
     timed_on: tuple[tuple[str | None, int | None], ...] = ()
     ran_under: tuple[Mapping[str, Any], ...] = ()
+    at_once: float | None = None
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,9 @@ class Comparison:
             ]
         if not self.is_timed_alike:
             notes.append("Seconds are left out: trainings ran on other devices or with other numbers of threads.")
+        at_once = self._at_once()
+        if at_once and self.is_timed_alike:
+            notes.append(f"Seconds depend on how many trainings ran at once, on average {at_once}.")
         versions = self._versions()
         if versions:
             notes.append(f"Trainings ran under several versions: {versions}.")
@@ -215,6 +221,15 @@ class Comparison:
 
     def _runs(self) -> list[ArmRun]:
         return [run for arm in self.arms for run in arm.runs.values()]
+
+    def _at_once(self) -> str:
+        """How many trainings ran at once in each arm, in words; "" where none is known to differ."""
+        found = {}
+        for arm in self.arms:
+            known = [run.at_once for run in arm.runs.values() if run.at_once is not None]
+            if known:
+                found[arm.name] = f"{fmean(known):.1f}"
+        return ", ".join(f"{mean} for {name}" for name, mean in found.items()) if len(set(found.values())) > 1 else ""
 
     def _versions(self) -> str:
         """The versions of whatever the trainings had several of, in words; "" where none are known."""
@@ -310,7 +325,9 @@ def _read_run(folder: Path, entry: Mapping[str, Any]) -> ArmRun | str:
     timed_on = tuple(dict.fromkeys((each.get("device"), each.get("threads")) for each in ran_under or (entry,)))
     # Seconds of two kinds are no time of a training.
     seconds = entry["seconds"] if len(timed_on) == 1 else None
-    return ArmRun(scores, content.get("iterations"), seconds, trained_on, timed_on, ran_under)
+    of_all = entry.get("seconds_of_all")
+    at_once = of_all / seconds if of_all is not None and seconds else None
+    return ArmRun(scores, content.get("iterations"), seconds, trained_on, timed_on, ran_under, at_once)
 
 
 def _with_mean(runs: Mapping[tuple[str, int], ArmRun]) -> dict[tuple[str, int], ArmRun]:

@@ -146,11 +146,12 @@ def _run_all(
     )
     active: list[_Training] = []
     threads = _threads_of_each(parallel)
-    signalled = False
+    signalled, looked = False, time.monotonic()
     _write_record(out, record)
     with StopRequest() as stop:
         try:
             while active or (waiting and not stop.requested):
+                looked = _add_seconds(active, looked)
                 while waiting and len(active) < parallel and not stop.requested:
                     where, run, entry = waiting.popleft()
                     if entry["state"] == FINISHED:
@@ -185,6 +186,18 @@ def _run_all(
         if stop.requested:
             raise KeyboardInterrupt
     return [entry for entry in record if entry["state"] == FAILED]
+
+
+def _add_seconds(active: Sequence[_Training], since: float) -> float:
+    """Add up, for each training under way, the seconds of all of them from the time `since` on; returns the time now.
+
+    Those that share a machine are slower: over its own seconds this is how many ran at once on average.
+    """
+    now = time.monotonic()
+    for training in active:
+        if training.entry["seconds_of_all"] is not None:
+            training.entry["seconds_of_all"] += (now - since) * len(active)
+    return now
 
 
 def _start(run: PlannedRun, lock: int, threads: int | None) -> subprocess.Popen[bytes]:
@@ -292,6 +305,8 @@ def _entry(run: PlannedRun, state: str, before: Mapping[str, Any]) -> dict[str, 
     timed = state == WAITING or (before.get("timed", bool(before)) and not before.get("running", False))
     kept = {
         "seconds": before.get("seconds") if state != WAITING and timed else None,
+        # An older record does not have it.
+        "seconds_of_all": before.get("seconds_of_all") if state != WAITING else 0.0,
         "threads": before.get("threads") if state != WAITING else None,
         "device": before.get("device") if state != WAITING else None,
         "timed": timed,

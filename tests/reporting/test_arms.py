@@ -209,6 +209,23 @@ def test_seconds_are_of_the_device_that_the_training_found(folder):
         assert any(note.startswith("Seconds are left out") for note in found.notes()) == (shown[0] is None)
 
 
+def test_seconds_of_arms_that_ran_beside_others_and_alone_say_so(folder):
+    """As where two are trained at a time and their number is odd."""
+    entries = json.loads((folder / "sweep.json").read_text())
+
+    def notes(**at_once: float) -> list[str]:
+        of_all = [entry | {"seconds_of_all": at_once[entry["arm"]] * entry["seconds"]} for entry in entries]
+        found = read_comparison(written(folder, of_all))
+        assert [row[-1] for row in found.tables()[0].rows] == ["63", "62"]
+        return [note for note in found.notes() if "at once" in note]
+
+    assert notes(plain=1.98, dan=2.01) == []
+    said = "Seconds depend on how many trainings ran at once, on average 2.0 for plain, 1.5 for dan."
+    assert notes(plain=2.0, dan=1.5) == [said]
+    written(folder, [entry | {"seconds_of_all": None} for entry in entries])
+    assert not [note for note in read_comparison(folder).notes() if "at once" in note]
+
+
 def test_seconds_of_other_threads_or_devices_are_not_set_side_by_side(folder):
     entries = json.loads((folder / "sweep.json").read_text())
     alike = [entry | {"threads": 2, "device": "cpu"} for entry in entries]

@@ -494,6 +494,21 @@ def test_two_at_a_time_are_two_and_not_three(quick, three, monkeypatch):
     assert (quick.out / reduce(4) / "threads").read_text() == "5"
 
 
+def test_how_many_ran_at_once_is_recorded(quick, three, monkeypatch):
+    quick(reductions(three, 1, 2), parallel=2, **{reduce(1): "meet", reduce(2): "meet"})
+    of_all = recorded(quick.out, "seconds_of_all")
+    assert min(of_all) > 0
+    quick(reductions(three, 1, 2, 3))
+    *before, third = recorded(quick.out, "seconds_of_all")
+    assert before == of_all and third > 0
+    entries = [{"seconds_of_all": before} for before in (0.0, 4.0, None)]
+    trainings = [Mock(entry=entry) for entry in entries]
+    monkeypatch.setattr(sweeping.time, "monotonic", lambda: 12.0)
+    assert sweeping._add_seconds(trainings, 10.0) == 12.0
+    # That of an older version, which began to count too late, is not known.
+    assert [entry["seconds_of_all"] for entry in entries] == [6.0, 10.0, None]
+
+
 def test_more_at_a_time_than_cores_have_a_thread_each(quick, three, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
     quick(three, parallel=8)
