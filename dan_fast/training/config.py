@@ -175,8 +175,8 @@ class LossConfig:
         adversary: lambda1 of L_aad (the paper: 0.6).
         embedding: lambda2 of L_lde (the paper: 0.5).
         regularizer: lambda3 of R (the paper: 0.2).
-        confidence_prior: Weight of -log(beta) added to L_lde, so that beta rises as pseudo labels become
-            reliable (Fig. 5b); the paper: 0, with which beta can only fall.
+        confidence_prior: Weight of -log(beta) added to L_lde, so that beta rises as pseudo labels become reliable
+            (Fig. 5b); the paper: 0, with which its gradient can only lower beta and weight decay works against it.
         adversary_reach: What the gradient of L_aad reaches: all of the network (the paper), or the attention alone,
             which it is to correct.
         labeled_embedding: Weight of the first term of Eq. (15) for labelled images too, by their own labels (the

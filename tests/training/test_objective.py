@@ -8,9 +8,10 @@ from dan_fast.daml import attention_wins
 from dan_fast.functional import discriminative_loss
 from dan_fast.nn import ProgressiveAugmentedMemory
 from dan_fast.reference import memory as literal
-from dan_fast.training import LossConfig, TrainingModel
+from dan_fast.training import LossConfig, OptimizerConfig, TrainingModel
 from dan_fast.training.metrics import accuracy
 from dan_fast.training.objective import all_finite
+from dan_fast.training.optimizer import build_optimizer
 from tests.support.steps import split, tiny_network, training_model
 
 
@@ -117,6 +118,16 @@ def test_the_prior_moves_beta_up_and_the_literal_loss_does_not():
     falls = torch.autograd.grad(literal(split())[0]["embedding"], literal.memory.beta_logit)[0]
     torch.testing.assert_close(falls - rises, torch.tensor(0.5 * 0.1 * 0.9))
     assert falls >= 0
+
+
+def test_weight_decay_moves_beta_up_where_the_literal_loss_leaves_it():
+    model = training_model(confidence_prior=0.0)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    beta = model.memory.beta.item()
+    # As for a batch without a second term of Eq. (15).
+    model.memory.beta_logit.grad = torch.zeros_like(model.memory.beta_logit)
+    optimizer.step()
+    assert beta < model.memory.beta.item() < 0.5
 
 
 def test_without_memory_nothing_of_it_is_in_the_loss():

@@ -25,7 +25,7 @@ RECIPE_FILES = sorted((Path(cli.__file__).parent / "recipes").iterdir())
 BESIDE_THE_METHOD = {
     *("data.labeled", "data.unlabeled", "data.targets", "data.protocol", "data.root", "data.image_size"),
     *("data.batch_size", "data.workers", "data.broken_images", "data.cache", "data.cache_check"),
-    *("model.backbone", "model.weights"),
+    *("model.backbone", "model.weights", "optimizer.epochs", "optimizer.lr_scale"),
 }
 
 
@@ -56,7 +56,7 @@ def test_a_recipe_sets_what_exists_and_only_the_method(name, tmp_path):
     defaults = {k: v for k, v in TrainConfig().to_dict().items() if k != "recipe"}
     assert content.keys() <= dotted(defaults).keys()
     assert not content.keys() & BESIDE_THE_METHOD
-    assert not any(setting.startswith(("run.", "optimizer.")) for setting in content)
+    assert not any(setting.startswith("run.") for setting in content)
     # As a file of settings it passes the checks of every flag.
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"recipe": "none", **recipe_settings(name)}))
     assert method(parsed("--config", str(tmp_path / "recipe.yaml"))) == method(TrainConfig.of_recipe(name))
@@ -66,6 +66,12 @@ def test_paper_is_the_paper_as_printed():
     paper, defaults = TrainConfig.of_recipe("paper"), TrainConfig()
     expected = dotted(method(defaults)) | {"loss.confidence_prior": 0.0, "meta.stall_guard": 0}
     assert dotted(method(paper)) == expected
+    # Sec. IV-B, whatever the defaults become.
+    of_optimizer = {"momentum": 0.9, "weight_decay": 5e-4, "backbone_lr_scale": 1.0}
+    assert (
+        recipe_settings("paper")["optimizer"] == of_optimizer
+        and asdict(paper.optimizer).items() >= of_optimizer.items()
+    )
 
 
 def test_plain_has_no_part_of_dan():
@@ -156,6 +162,14 @@ def test_words_name_what_was_changed_in_the_method_alone():
     defaults = TrainConfig().to_dict()
     assert config.recipe_words == "recipe dan, with model.dropout=0.1, memory.labeled_slots=5"
     assert TrainConfig.of_recipe("paper").recipe_words == "recipe paper"
+    config.optimizer.weight_decay = 0.0
+    assert config.recipe_words.endswith("labeled_slots=5, optimizer.weight_decay=0.0")
+    paper = TrainConfig.of_recipe("paper", optimizer={"momentum": 0.5, "backbone_lr_scale": 0.1, "lr_scale": 30.0})
+    assert paper.recipe_words == "recipe paper, with optimizer.momentum=0.5, optimizer.backbone_lr_scale=0.1"
+    # Results of before recipes named them, and of before there was such a setting.
+    older = TrainConfig.of_recipe("paper").to_dict()
+    del older["optimizer"]["backbone_lr_scale"]
+    assert recipe_words(older, defaults) == "recipe paper"
     # A checkpoint of another version: a setting that it lacks had its default, a recipe may be gone.
     assert recipe_words({"recipe": "dan", "meta": {"order": 2}}, defaults).startswith("recipe dan, with ")
     assert recipe_words({"recipe": "bygone"}, defaults) == "recipe bygone, which this version does not have"
