@@ -134,7 +134,7 @@ def test_manifests_of_one_folder_with_the_same_pids_are_named(tmp_path: Path, cu
     assert list(taken_for_one([datasets[0], apart, *boxes])) == []
     roles = DatasetRoles(tuple(datasets[:1]), tuple(datasets[1:]), ())
     config = TrainConfig.of_recipe("plain", data={"labeled": paths[0]})
-    assert said in list(opening_lines(config, roles, torch.device("cpu")))
+    assert said in list(opening_lines(config, roles, torch.device("cpu"), {"ran_under": []}))
 
 
 def test_an_image_of_two_datasets_is_trained_on_once(tmp_path: Path) -> None:

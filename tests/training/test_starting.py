@@ -177,7 +177,7 @@ def test_sets_of_one_name_that_it_was_trained_on_are_numbered(earlier, images, t
     state["config"]["data"]["labeled"] = ["/home/a/campus", "/home/b/campus/manifest.csv"]
     save_checkpoint(tmp_path / "old.pt", state)
     trainer = Trainer(of_mall(images, tmp_path / "run", tmp_path / "old.pt"))
-    assert trainer._seen["started_from"] == [f"{tmp_path.name}/old.pt, epoch 1 of 1, trained on campus, campus (2)"]
+    assert trainer._past["started_from"] == [f"{tmp_path.name}/old.pt, epoch 1 of 1, trained on campus, campus (2)"]
 
 
 def test_a_checkpoint_of_before_does_not_say_whom_it_was_trained_on(earlier, images, tmp_path):
