@@ -102,8 +102,8 @@ def test_the_experiments_take_the_device_that_their_tables_are_of():
         for path in in_checkout("benchmarks/experiments").glob("*.yaml")
         if path.stem != "base"
     }
-    gpu = {"auto"}
-    assert devices == {"recipes": gpu, "cuhk03": gpu, "long": gpu, "parts": gpu, "order": {"cpu"}}
+    gpu, cpu = {"auto"}, {"cpu"}
+    assert devices == {"recipes": gpu, "cuhk03": gpu, "long": gpu, "parts": gpu, "larger": cpu, "order": cpu}
 
 
 def test_arms_are_trained_once_a_seed(tmp_path):
