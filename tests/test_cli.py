@@ -62,6 +62,12 @@ def test_names_that_are_no_utf_8_can_be_printed(tmp_path, monkeypatch):
     assert rb"caf\udce9" in strict.buffer.getvalue()
 
 
+def test_a_run_into_a_file_is_one_sentence(images, tmp_path, capsys):
+    (tmp_path / "afile").touch()
+    assert main(tiny_run(images, tmp_path / "afile")) == 1
+    assert "afile is a file: name another run.out, the folder of a run." in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_written_settings_start_the_same_run(run, images, tmp_path):
     assert main(["train", "--config", str(run / "config.yaml"), "--run.out", str(tmp_path / "again")]) == 0
@@ -193,6 +199,11 @@ def test_an_unknown_key_in_the_yaml_is_named(tmp_path, capsys):
         (b"run: {out: 2026-02-30}\n", "{} cannot be read as a file of settings (day is out of range for month"),
         (b"- data\n", "{} is not a file of settings: it must be a YAML mapping"),
         (b"data: {a\n", "{} is not YAML (line 2, column 1: "),
+        (
+            b"optimizer: {epochs: 3}\ndata: {}\noptimizer: {momentum: 0}\n",
+            "{} has optimizer in lines 1 and 3: write it",
+        ),
+        (b"data:\n  labeled: a\n  labeled: b\n", "{} has labeled in lines 2 and 3: write it once."),
         (b"\xff\xfe\x00", "{} cannot be read as a file of settings"),
     ],
 )

@@ -16,7 +16,8 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
         what: what it should be, in words, for the sentence of an error.
 
     Raises:
-        DanFastError: there is no such file, it cannot be read as YAML, or it holds something else.
+        DanFastError: there is no such file, it cannot be read as YAML, a key stands twice in a mapping of it, or it
+            holds something else.
 
     Example:
         >>> import tempfile
@@ -26,7 +27,9 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
         {'data': {'labeled': 'market'}}
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _require_single_keys(path, yaml.compose(text, yaml.SafeLoader))
+        content = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
@@ -38,3 +41,18 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DanFastError(f"{path} is not {what}: it must be a YAML mapping.")
     return content
+
+
+def _require_single_keys(path: Path, node: yaml.Node | None) -> None:
+    """Refuse a key that stands twice in a mapping, of which YAML keeps the last one alone."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+    lines: dict[str, int] = {}
+    for key, _ in pairs:
+        if isinstance(key, yaml.ScalarNode):
+            line = key.start_mark.line + 1
+            first = lines.setdefault(key.value, line)
+            if first != line:
+                raise DanFastError(f"{path} has {key.value} in lines {first} and {line}: write it once.")
+    inner = [value for _, value in pairs] if pairs else node.value if isinstance(node, yaml.SequenceNode) else ()
+    for each in inner:
+        _require_single_keys(path, each)

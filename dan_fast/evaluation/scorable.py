@@ -32,6 +32,11 @@ def require_evaluation_images(dataset: ReIDDataset) -> None:
     Raises:
         DanFastError: images are missing, or of no camera, or of both kinds of test; the sentence says which.
     """
+    if (dataset.query or dataset.gallery) and dataset.test:
+        raise DanFastError(
+            f"{dataset.name} ({dataset.root}) has test images, which are split at random, beside query or gallery "
+            "images, which are not: name all of them query and gallery, or give these a manifest of their own."
+        )
     if bool(dataset.query) != bool(dataset.gallery):
         missing = "gallery" if dataset.query else "query"
         raise DanFastError(
@@ -41,11 +46,6 @@ def require_evaluation_images(dataset: ReIDDataset) -> None:
         raise DanFastError(
             f"{dataset.name} ({dataset.root}) has neither query and gallery nor test images: "
             "name a dataset with a test split or leave it out of the targets."
-        )
-    if dataset.query and dataset.test:
-        raise DanFastError(
-            f"{dataset.name} ({dataset.root}) has test images, which are split at random, beside query and gallery "
-            "images, which are not: name all of them query and gallery, or give these a manifest of their own."
         )
     unknown = sum(sample.camid < 0 for sample in (*dataset.query, *dataset.gallery, *dataset.test))
     if unknown:

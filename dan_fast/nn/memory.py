@@ -36,7 +36,7 @@ def _settles_each_step(device: torch.device) -> bool:
 
 
 class ProgressiveAugmentedMemory(nn.Module):
-    """M and M' of Sec. III-C with their learnable gates; every forward advances both.
+    """M and M' of Sec. III-C with their learnable gates; every forward advances both, in eval mode too.
 
     New features are not written into the memories at once: they wait beside them and are folded in when many
     wait or when `labeled`, `unlabeled`, `state_dict` or a step's states are read. Results do not depend on it

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,14 +19,16 @@ Paths = list[str] | str
 
 
 def _make_plain(section: Any) -> None:
-    """Turn the types with which flags are checked into plain numbers, which load with weights_only=True."""
+    """Turn paths to text, and the types with which flags are checked into numbers that load with weights_only=True."""
     for each in fields(section):
         setattr(section, each.name, _plain(getattr(section, each.name)))
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(_plain, value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_plain, value))
+    if isinstance(value, PathLike):
+        return fspath(value)
     for kind in (bool, int, float):
         if isinstance(value, kind):
             return kind(value)

@@ -5,10 +5,13 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from dan_fast.core.terminal import PLAIN
 
 SECONDS_BETWEEN_LINES = 30.0
+_LOSSES = ("total", "classification", "labeled_embedding", "adversary", "embedding", "regularizer")
+_BAR = 20
 
 
 class Display:
@@ -29,12 +32,14 @@ class Display:
         self._losses = ""
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(_BAR),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}"),
+            # The first to be cut in a narrow window.
+            TextColumn("{task.fields[losses]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+            expand=True,
             console=self.console,
             disable=not (shown and self.console.is_terminal),
         )
@@ -53,9 +58,10 @@ class Display:
         """One more iteration is done; `means` are new scalars, if any."""
         self._done += 1
         if means:
-            shown = ("total", "classification", "adversary", "embedding")
+            losses = {name: means[f"train/loss/{name}"] for name in _LOSSES if f"train/loss/{name}" in means}
+            # Of the others those that the training has.
             self._losses = " ".join(
-                f"{name} {means[f'train/loss/{name}']:.3f}" for name in shown if f"train/loss/{name}" in means
+                f"{name} {value:.3f}" for name, value in losses.items() if name == "total" or value != 0
             )
         now = time.monotonic()
         rate = (self._done - self._first) * self._images / max(now - self._started, 1e-9)

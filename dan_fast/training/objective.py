@@ -113,6 +113,9 @@ class TrainingModel(nn.Module):
         lending: unlabelled samples lend their style to the others and have no part in any loss; where there are none,
             no style is mixed.
         autocast_dtype: the network's forward runs under autocast in this type; None: as its weights are.
+
+    Raises:
+        ValueError: L_aad is to reach the attention alone, and the network was made for all of it.
     """
 
     def __init__(
@@ -125,6 +128,11 @@ class TrainingModel(nn.Module):
         lending: bool = False,
     ) -> None:
         super().__init__()
+        if weights.adversary_reach == "attention" and network.adversary and network.adversary_reach == "all":
+            raise ValueError(
+                "weights.adversary_reach is 'attention' and the network's, which decides, is 'all': make it with "
+                "DAN(adversary_reach='attention')"
+            )
         self.network = network
         self.temperature = temperature
         self.lending = lending

@@ -41,6 +41,8 @@ class RunFolder:
         self._writes = rank_in(group) == 0
         self.path = Path(run.out)
         self.checkpoint = self.path / "checkpoint.pt"
+        if self.path.exists() and not self.path.is_dir():
+            raise DanFastError(f"{self.path} is a file: name another run.out, the folder of a run.")
         self._lock = self.path / ".run.lock"
         self._run = run
         self._found = _mark(self.checkpoint)

@@ -11,10 +11,11 @@ from dan_fast.daml import Competition, Stage, accuracies_tie, active_groups, att
 from dan_fast.daml.meta import differentiable
 from dan_fast.distributed.buckets import add_up
 from dan_fast.distributed.collectives import ProcessGroup
-from dan_fast.training.config import MetaConfig
+from dan_fast.training.config import MetaConfig, TrainConfig
 from dan_fast.training.metrics import accuracy
 from dan_fast.training.objective import DivergedError, Objective, PassRecord, TrainingModel, all_finite, require_sound
 from dan_fast.training.ranks import WholePass, any_rank, whole_pass, with_shares
+from dan_fast.training.valid_settings import require_valid
 
 _CAM_WEIGHT = "network.classifier.weight"
 
@@ -78,6 +79,7 @@ class MetaStep:
 
     Raises:
         ValueError: the optimizer lacks a parameter that requires a gradient, or the memory has another process group.
+        DanFastError: a setting of `meta` or a weight of the losses that is none, such as an unknown procedure.
 
     Example:
         >>> from dan_fast.nn import DAN, ProgressiveAugmentedMemory
@@ -107,6 +109,8 @@ class MetaStep:
         self.process_group = process_group
         self.optimizer = optimizer
         self.meta = MetaConfig() if meta is None else meta
+        # A procedure that is none would train as another one.
+        require_valid(TrainConfig(meta=self.meta, loss=model.weights))
         self.competition = Competition(self.meta.stall_guard)
         self.objective = Objective(model)
         self._params = {name: value for name, value in model.named_parameters() if value.requires_grad}

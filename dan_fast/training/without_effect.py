@@ -23,6 +23,7 @@ def without_effect(config: TrainConfig, unlabeled: bool) -> Iterator[str]:
     by_labels = config.loss.labeled_embedding > 0
     rules = [
         (("data.unlabeled_fraction",), unlabeled, "without unlabelled images"),
+        (("data.unlabeled_share",), unlabeled or config.data.unlabeled_share == 0, "without unlabelled images"),
         (
             (
                 "data.feedback_fraction",

@@ -38,6 +38,7 @@ def test_a_target_that_cannot_be_scored_is_refused_before_the_first_is_embedded(
         ("learnt", {"train": [1, 1]}, "has neither query and gallery nor test images: name a dataset with a test"),
         ("asked", {"query": [1, 1]}, "has no gallery images: add them or evaluate on another dataset."),
         ("alone", {"query": [1, 2], "gallery": [1, 2]}, "has no person seen by two cameras in its evaluation images"),
+        ("named", {"query": [1], "test": [1, 1]}, "name all of them query and gallery, or give these a manifest"),
         (
             "mixed",
             {"query": [1], "gallery": [2, 1], "test": [3, 3]},

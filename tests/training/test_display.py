@@ -1,6 +1,9 @@
 """What a run says on the terminal."""
 
+import io
+
 import pytest
+from rich.console import Console
 
 from dan_fast.training import display
 from dan_fast.training.display import Display
@@ -12,6 +15,23 @@ def test_text_is_printed_as_it_is(capsys):
         shown.say("x [/y]")
         shown.say("street [day], :car:: mAP 1.0")
     assert capsys.readouterr().out == "x [/y]\nstreet [day], :car:: mAP 1.0\n"
+
+
+def test_losses_that_a_training_does_not_have_are_left_out(capsys):
+    with Display(1, 0, 1) as shown:
+        losses = {"total": 0.0, "classification": 0.737, "labeled_embedding": 2.063, "adversary": 0.0, "embedding": 0.0}
+        shown.advance(0, {f"train/loss/{name}": value for name, value in losses.items()})
+    assert capsys.readouterr().out.endswith(", total 0.000 classification 0.737 labeled_embedding 2.063\n")
+
+
+def test_a_narrow_window_cuts_the_losses_alone(monkeypatch):
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(display, "Console", lambda quiet: console)
+    with Display(3600, 0, 64) as shown:
+        shown.advance(11, {"train/loss/total": 1.25, "train/loss/classification": 0.5})
+    last = stream.getvalue().rpartition("epoch 12")[2].partition("\n")[0]
+    assert "1/3600" in last and "images/s" in last and "0:00:0" in last and last.endswith("…")
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1e9])

@@ -44,6 +44,14 @@ def method(config: TrainConfig) -> dict:
     return {name: value for name, value in config.to_dict().items() if name not in ("recipe", "run", "optimizer")}
 
 
+def test_paths_are_taken_as_paths():
+    data = {"labeled": Path("a"), "targets": [Path("b/c")]}
+    config = TrainConfig.of_recipe("plain", data=data, model={"weights": Path("w.pth")}, run={"out": Path("d")})
+    assert (config.data.labeled, config.data.targets, config.run.out) == (["a"], ["b/c"], "d")
+    assert config.model.weights == "w.pth"
+    require_valid(config)
+
+
 def test_the_package_has_the_recipes_that_it_names():
     assert [path.name for path in RECIPE_FILES] == [f"{name}.yaml" for name in sorted(RECIPES)]
     assert {"dan", "paper", "plain"} == set(RECIPES)

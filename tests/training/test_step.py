@@ -2,15 +2,17 @@
 
 import copy
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from dan_fast.core.errors import DanFastError
 from dan_fast.daml import Stage, active_groups, meta_gradients
 from dan_fast.data import Split
-from dan_fast.training import MetaConfig, MetaStep
-from dan_fast.training.objective import DivergedError, Objective
+from dan_fast.training import LossConfig, MetaConfig, MetaStep
+from dan_fast.training.objective import DivergedError, Objective, TrainingModel
 from tests.support.steps import decide, split, tiny_network, tiny_step, training_model
 from tests.support.training_runs import snapshot
 
@@ -235,6 +237,31 @@ def test_gradients_that_are_not_finite_do_not_move_the_weights(monkeypatch):
 def test_a_batch_that_is_split_otherwise_is_refused(procedure, parts, sentence):
     with pytest.raises(ValueError, match=sentence):
         tiny_step(procedure=procedure).gradients(*[split()] * parts)
+
+
+@pytest.mark.parametrize(
+    ("meta", "loss", "named"),
+    [
+        ({"procedure": "DAML3"}, {}, "meta.procedure"),
+        ({"tie": "attention"}, {}, "meta.tie"),
+        ({"eta": -1.0}, {}, "meta.eta"),
+        ({}, {"adversary": -1.0}, "loss.adversary"),
+    ],
+)
+def test_settings_that_no_training_takes_are_refused(meta, loss, named):
+    model = training_model()
+    model.weights = replace(model.weights, **loss)
+    with pytest.raises(DanFastError, match=named):
+        MetaStep(model, torch.optim.SGD(model.parameters(), lr=0.1), MetaConfig(**meta))
+
+
+def test_a_reach_that_the_network_does_not_have_is_refused():
+    network = tiny_network()
+    assert network.adversary_reach == "all"
+    with pytest.raises(ValueError, match="make it with DAN.adversary_reach='attention'"):
+        TrainingModel(network, None, LossConfig(adversary_reach="attention"))
+    network.adversary = False
+    assert TrainingModel(network, None, LossConfig(adversary_reach="attention"))
 
 
 def test_a_competition_needs_a_labelled_image():

@@ -91,6 +91,19 @@ def test_unlabelled_images_of_no_use_are_said_to_be():
         assert any("take places in the batches and part in no loss" in line for line in lines) is said
 
 
+def test_a_share_of_no_unlabelled_images_is_of_no_use_and_no_share_of_some_is():
+    shares = [(0.5, []), (0.0, ["b"]), (0.5, ["b"])]
+    said = [
+        list(
+            without_effect(
+                TrainConfig.of_recipe("dan", data={"unlabeled_share": share, "unlabeled": sets}), bool(sets and share)
+            )
+        )
+        for share, sets in shares
+    ]
+    assert said == [["data.unlabeled_share 0.5 changes nothing without unlabelled images."], [], []]
+
+
 def test_what_a_recipe_sets_is_not_said():
     for recipe in ("dan", "paper", "plain"):
         assert list(without_effect(TrainConfig.of_recipe(recipe), unlabeled=False)) == []
