@@ -143,21 +143,23 @@ def _random_numbers(state: Mapping[str, Tensor]) -> Iterator[None]:
 @contextmanager
 def _statistics_kept() -> Iterator[None]:
     """Inside, layers in training mode normalise by the batch and leave their running statistics alone."""
+    frozen: set[nn.Module] = set()
     taken: dict[nn.Module, dict[str, Tensor | None]] = {}
 
     def take(module: nn.Module, _: Any) -> None:
         if module.training and getattr(module, "track_running_stats", False):
+            # Until the end, by which a pass that is computed again knows that this one left the statistics alone.
             module.track_running_stats = False
-            # Instance norm updates what it has, whatever that says.
-            names = ("running_mean", "running_var") if isinstance(module, _INSTANCE_NORMS) else ()
-            taken[module] = {name: module._buffers[name] for name in names}
-            module._buffers.update(dict.fromkeys(names))
+            frozen.add(module)
+        if module in frozen and isinstance(module, _INSTANCE_NORMS):
+            # It updates what it has, whatever that says.
+            taken[module] = {name: module._buffers[name] for name in ("running_mean", "running_var")}
+            module._buffers.update(dict.fromkeys(taken[module]))
 
     def give_back(module: nn.Module, *_: Any) -> None:
         # At once: `torch.func.functional_call` may have lent a buffer, which it takes back when the call is over.
         if module in taken:
             module._buffers.update(taken.pop(module))
-            module.track_running_stats = True
 
     handles = register_module_forward_pre_hook(take), register_module_forward_hook(give_back, always_call=True)
     try:
@@ -167,3 +169,5 @@ def _statistics_kept() -> Iterator[None]:
             handle.remove()
         for module in list(taken):
             give_back(module)
+        for module in frozen:
+            module.track_running_stats = True
