@@ -29,10 +29,7 @@ def _plain(value: Any) -> Any:
         return type(value)(map(_plain, value))
     if isinstance(value, PathLike):
         return fspath(value)
-    for kind in (bool, int, float):
-        if isinstance(value, kind):
-            return kind(value)
-    return value
+    return next((kind(value) for kind in (bool, int, float) if isinstance(value, kind)), value)
 
 
 def as_list(paths: Paths) -> list[str]:

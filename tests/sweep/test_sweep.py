@@ -753,7 +753,7 @@ def test_trainings_killed_in_the_middle_go_on(tmp_path, capsys):
     assert states(out) == ["finished"] * 3
     assert (first / "results.json").stat().st_mtime_ns == finished_at
     iterations = [read_scalars(folder)["train/loss/total"][0].tolist() for folder in (first, second, third)]
-    assert all(each == iterations[0] for each in iterations) and 0 < steps < len(iterations[0])
+    assert all(each == iterations[0] for each in iterations) and 0 < steps <= len(iterations[0])
     # The second went on from its checkpoint: what it logged before being stopped was not logged again.
     logged = sorted((second / "tensorboard").iterdir())
     assert len(logged) == 2
