@@ -4,6 +4,7 @@ A command is imported when it runs, most of them with PyTorch: `--help`, `--vers
 """
 
 import io
+import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ import dan_fast
 from dan_fast.core.errors import DanFastError, Interrupted
 from dan_fast.core.home import with_home
 from dan_fast.core.launched import number_of_ranks, own_rank
+from dan_fast.core.nearest import nearest
 from dan_fast.core.yaml_files import read_mapping
 
 EXIT_ERROR = 1
@@ -233,6 +235,22 @@ def _keep_heap_on_a_cpu(device: str) -> None:
         keep_heap()
 
 
+def _meant(command: str, said: str) -> str:
+    """What a wrong flag, setting or further word of a command may have meant; "" where it is not known."""
+    wrong = re.search(r"(?:unrecognized arguments: |does not accept option ')([^ ']+)", said)
+    if wrong is None or command not in _COMMANDS or command == "bench":
+        return ""
+    name = wrong[1]
+    lists = [flag for flag, example in _FLAGS_OF_LISTS.get(command, {}).items() if example.startswith("'")]
+    if "unrecognized" in said and name[0] != "-":
+        return f"; several values of {' or '.join(lists)} are written as one, '[A, B]'" if lists else ""
+    parser = ArgumentParser(exit_on_error=False)
+    _add_flags(parser, command, None)
+    flags = re.findall(r"--([\w.]+) (?!CONFIG)", parser.format_usage())
+    near = nearest(name.lstrip("-").partition("=")[0], flags)
+    return f"; is {' or '.join(f'--{each}' for each in near)} meant?" if near else ""
+
+
 def _run(parser: ArgumentParser, parsed: Namespace) -> int:
     command, settings = parsed.command, parser.instantiate(parsed)[parsed.command]
     match command:
@@ -274,7 +292,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser, parsed = _parse(argv)
     except ArgumentError as error:
         command = " ".join(["dan-fast", *(word for word in argv[:1] if word in _COMMANDS), "--help"])
-        print(f"dan-fast: {' '.join(str(error).split())} (see `{command}`)", file=sys.stderr)
+        said = " ".join(str(error).split())
+        print(f"dan-fast: {said}{_meant(argv[0] if argv else '', said)} (see `{command}`)", file=sys.stderr)
         return EXIT_USAGE
     except DanFastError as error:
         print(f"dan-fast: {error}", file=sys.stderr)

@@ -147,7 +147,10 @@ def test_synthesize_prints_the_manifests(tmp_path, capsys):
     [
         (["train", "--data.labeled", "/nowhere"], 1, "There is no dataset at /nowhere"),
         (["train"], 1, "data.labeled is empty"),
-        (["train", "--data.labeld", "x"], 2, "unrecognized arguments: --data.labeld x"),
+        (["train", "--data.labeld", "x"], 2, "unrecognized arguments: --data.labeld x; is --data.labeled or --data.un"),
+        (["train", "--order=2"], 2, "unrecognized arguments: --order=2; is --meta.order meant? (see"),
+        (["evaluate", "--targets", "a", "b"], 2, "b; several values of --targets are written as one, '[A, B]' (see"),
+        (["doctor", "--all", "b"], 2, "unrecognized arguments: --all b (see `dan-fast doctor --help`)"),
         (["train", "--optimizer.epochs", "0"], 2, '"optimizer.epochs"'),
         (["train", "--config", "/nowhere.yaml"], 2, "does not exist: '/nowhere.yaml'"),
         (["evaluate", "--checkpoint", "/nowhere.pt", "--targets", "x"], 1, "/nowhere.pt does not exist"),

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import require_writable
-from dan_fast.data.datasets.finding import image_files
 from dan_fast.data.images.reading import read_image
 from dan_fast.data.images.transforms import resize
 from dan_fast.export import Format, Input, Precision, export_network
 from dan_fast.export.exporting import BATCH, TOLERANCE
+from dan_fast.inference.sources import find_images, samples_of
 from dan_fast.nn import DAN
 from dan_fast.training.build import trained_network
 from dan_fast.training.config import Paths, as_list
@@ -36,12 +36,12 @@ def export(
             caller has normalised.
         precision: float32; float16, half the size; or int8 (onnx alone), about a quarter, with inner
             values rounded in each batch.
-        images: Images, or folders of images, to compare the file and the network on; random ones by default.
+        images: Images, folders of images or datasets, to compare the file and the network on; random ones by default.
     """
     if format == "pt2" and precision == "int8":
         raise DanFastError("--precision int8 is made by ONNX Runtime: use --format onnx, or another precision.")
     require_writable(out)
-    files = _files(as_list(images or []))
+    files = [sample.path for sample in samples_of(find_images(as_list(images or [])))]
     network = trained_network(checkpoint)[0]
     found = export_network(network, out, format, input, precision, _read(files, network) if files else None)
     (height, width), (mean, std, interpolation) = network.image_size, network.preprocessing
@@ -53,17 +53,6 @@ def export(
     )
     allowed = f" ({TOLERANCE:.0e} is allowed)" if precision == "float32" else f"; smallest cosine {found.cosine:.5f}"
     print(f"Largest difference to the network's features on {found.images} images: {found.largest:.1e}{allowed}.")
-
-
-def _files(paths: list[str]) -> list[Path]:
-    """The image files at paths, of folders those in them."""
-    missing = [path for path in paths if not Path(path).exists()]
-    if missing:
-        raise DanFastError(f"There is no image at {missing[0]}; check the path for a typing mistake.")
-    files = [file for path in map(Path, paths) for file in (image_files(path) if path.is_dir() else [path])]
-    if paths and not files:
-        raise DanFastError(f"There are no images in {', '.join(paths)}: name other folders, or image files.")
-    return files
 
 
 def _read(files: Sequence[Path], network: DAN) -> Iterator[Tensor]:

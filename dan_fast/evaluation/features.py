@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.preprocessing import IMAGENET, Preprocessing
@@ -86,13 +86,13 @@ def extract_features(
     broken_images: Literal["error", "skip"] = "error",
     progress: Callable[[int, int], None] | None = None,
     cache: ImageCache | None = None,
-    preprocessing: Preprocessing = IMAGENET,
+    preprocessing: Preprocessing | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Features:
     """Embed images in order, without gradients.
 
-    The caller puts the model into evaluation mode: with batch normalisation or dropout in training mode the
-    features would depend on the batch.
+    A network has to be in evaluation mode: with batch normalisation or dropout in training mode the features would
+    depend on the batch. Where ``embed`` is a module or a method of one, that is checked; else it is up to the caller.
 
     With ``process_group`` the batches, which are those of one rank, are divided over the ranks: each reads and embeds
     consecutive ones and keeps their features; labels, paths and what was skipped are known to all.
@@ -108,13 +108,15 @@ def extract_features(
         broken_images: an unreadable image is an error, or is left out of the result.
         progress: called with (images read, images in all) at each batch, of this rank's.
         cache: holds or takes the decoded images, of all ranks; the features are the same.
-        preprocessing: how images are resized and normalised for the network: ``DAN.preprocessing``.
+        preprocessing: how images are resized and normalised for the network; by default ``embed.preprocessing`` where
+            it is a module that has one, or that of the module of which it is a method (``DAN.preprocessing``), else
+            torchvision's of ImageNet.
         process_group: ranks that are all given the same images and settings, and a network of the same weights.
 
     Raises:
         DanFastError: no samples, none readable, or one unreadable where ``broken_images`` is ``"error"``; features that
             are not finite; ranks that differ in their images; on the other ranks whatever is raised on one.
-        ValueError: ``embed`` does not return (B, d), or ``precision`` is unknown.
+        ValueError: ``embed`` does not return (B, d), its network is in training mode, or ``precision`` is unknown.
 
     Example:
         >>> from pathlib import Path
@@ -132,6 +134,14 @@ def extract_features(
         require_same(process_group, given, "evaluate the same images in the same batches on all ranks")
     if precision not in ("float32", "bfloat16"):
         raise ValueError(f"precision is {precision!r}; it must be 'float32' or 'bfloat16'.")
+    network = embed if isinstance(embed, nn.Module) else getattr(embed, "__self__", None)
+    if isinstance(network, nn.Module) and network.training:
+        raise ValueError(
+            f"embed is of a {type(network).__name__} in training mode, whose features depend on the batch; call its "
+            "eval() first."
+        )
+    own = getattr(network, "preprocessing", None)
+    preprocessing = preprocessing or (own if isinstance(own, Preprocessing) else IMAGENET)
     if not samples:
         raise DanFastError("There are no images to embed; check that the split asked for is not empty.")
     device, part = torch.device(device), range(len(samples))

@@ -155,10 +155,15 @@ def check_block_bytes(block_bytes: int) -> None:
 
 
 def as_tensor(value: ArrayLike, name: str) -> Tensor:
-    """The numbers of an argument without their graph, or a ValueError naming what is missing or complex."""
+    """The numbers of an argument without their graph, or a ValueError naming what is missing, complex or no number."""
     if value is None:
         raise ValueError(f"{name} is missing; ranking needs it.")
-    tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+    try:
+        tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} is no array of numbers; where it holds names, number them alike for queries and gallery."
+        ) from error
     if tensor.is_complex():
         raise ValueError(f"{name} is complex; it must hold real numbers.")
     return tensor

@@ -107,7 +107,7 @@ def evaluate_dataset(
 
     A dataset with query and gallery images is scored once, on them. One with a test split only is split as its fixed
     splits say, all of them, and where it has none at random, ``repeats`` times, by :func:`random_split`. Each image is
-    embedded once. The caller puts the model into evaluation mode.
+    embedded once. A network has to be in evaluation mode.
 
     With ``process_group`` the batches are divided over its ranks, and each keeps the features of its own images, all
     queries excepted, which every rank holds. Images yet to be split are divided like a gallery; for each split the

@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.home import with_home
+from dan_fast.core.nearest import nearest
 from dan_fast.core.yaml_files import read_mapping
 from dan_fast.training import TrainConfig
 from dan_fast.training.recipes import DEFAULT_RECIPE, over, recipe_of, recipe_settings
@@ -182,7 +183,7 @@ def _arms(content: Mapping[str, Any], place: Path) -> dict[str, dict[str, Any]]:
             raise DanFastError(f"The arm {name} in {place} has {settings!r}: give it a mapping of dotted settings.")
     named = {name: dict(_dotted(settings or {})) for name, settings in arms.items()}
     for setting in itertools.chain(*named.values()):
-        _require_free(setting, place)
+        _require_setting(setting, place)
     return named
 
 
@@ -223,9 +224,15 @@ def _baseline(content: Mapping[str, Any], arms: Mapping[str, Any], place: Path) 
     return baseline
 
 
-def _require_free(setting: Any, place: Path) -> None:
+def _require_setting(setting: Any, place: Path) -> None:
+    """Refuse what is no setting of a training, or one of the sweep's own."""
     if str(setting) in ("run.out", "run.resume"):
         raise DanFastError(f"{setting} in {place} is for the sweep to choose: leave it out.")
+    sections = TrainConfig().to_dict()
+    names = [f"{section}.{name}" for section, held in sections.items() if isinstance(held, dict) for name in held]
+    if str(setting) not in ("recipe", *names):
+        meant = f"; is {' or '.join(near)} meant?" if (near := nearest(str(setting), names)) else "."
+        raise DanFastError(f"{setting} in {place} is no setting of a training{meant}")
 
 
 def _combinations(grids: Any, place: Path) -> Iterator[dict[str, Any]]:
@@ -237,7 +244,7 @@ def _combinations(grids: Any, place: Path) -> Iterator[dict[str, Any]]:
         for setting, values in grid.items():
             if not isinstance(values, list) or not values:
                 raise DanFastError(f"{setting} in {place} has {values!r}: give it a list of one value or more.")
-            _require_free(setting, place)
+            _require_setting(setting, place)
         for values in itertools.product(*grid.values()):
             yield dict(zip(map(str, grid), values, strict=True))
 

@@ -154,6 +154,8 @@ def opening_lines(
             f"{', '.join(dataset.title for dataset in datasets.unlabeled)} is left aside, because "
             "data.unlabeled_share is 0: --recipe dan and --recipe paper train with unlabelled images."
         )
+    if config.run.evaluate_every and not datasets.targets:
+        yield f"run.evaluate_every {config.run.evaluate_every} changes nothing without data.targets or data.protocol."
     yield from without_effect(config, len(datasets.unlabeled) > 0 and config.data.unlabeled_share > 0)
     rounding = float32_rounding(device)
     if rounding and config.run.precision == "float32":

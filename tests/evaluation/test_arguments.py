@@ -23,6 +23,8 @@ REFUSED_BY_ALL = [
     ({"gallery_cams": [1, 1]}, r"gallery_cams has shape \(2,\); it must be \(3,\)"),
     ({"query_ids": [[1, 2, 3]]}, r"query_ids has shape \(1, 3\)"),
     ({"gallery_ids": [1.0, 2.0, 3.0]}, "gallery_ids is torch.float64; it must hold integers"),
+    ({"query_ids": ["ann", "bob"]}, "query_ids is no array of numbers; where it holds names, number them alike"),
+    ({"gallery_cams": [[1, 2], [3], [4]]}, "gallery_cams is no array of numbers"),
     ({"gallery_cams": [1, 1, 1]}, "query_ids share no identity"),
     ({"metric": "manhattan"}, "metric is 'manhattan'"),
     ({"max_rank": 0}, "max_rank is 0"),

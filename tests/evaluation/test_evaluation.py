@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.preprocessing import IMAGENET, Preprocessing
 from dan_fast.data.datasets.load import all_images
 from dan_fast.data.samples import FixedSplit, FixedSplits, ReIDDataset, Sample
 from dan_fast.evaluation.dataset_features import DatasetFeatures, extract_dataset, random_split
@@ -73,6 +74,30 @@ def test_bfloat16_runs_under_autocast(people):
     assert result.features.dtype == torch.float32
     extract_features(half, people[:3], SIZE)
     assert seen[1].dtype == torch.float32
+
+
+def test_a_network_brings_its_preprocessing_and_has_to_be_in_evaluation_mode(people):
+    class Network(torch.nn.Module):
+        preprocessing = Preprocessing(mean=(0.0, 0.1, 0.2), std=(0.5, 0.5, 1.0), interpolation="bicubic")
+
+        def forward(self, images):
+            return colours(images)
+
+        def embed(self, images):
+            return self(images)
+
+    network = Network().eval()
+    expected = extract_features(colours, people[:3], SIZE, preprocessing=network.preprocessing).features
+    usual = extract_features(colours, people[:3], SIZE).features
+    for embed in (network, network.embed):
+        assert torch.equal(extract_features(embed, people[:3], SIZE).features, expected)
+        assert torch.equal(extract_features(embed, people[:3], SIZE, preprocessing=IMAGENET).features, usual)
+        network.train()
+        with pytest.raises(ValueError, match=r"of a Network in training mode, .* on the batch; call its eval\(\)"):
+            evaluate_dataset(embed, tiny(test=people), SIZE)
+        network.eval()
+    network.preprocessing = "of its own kind"
+    assert torch.equal(extract_features(network, people[:3], SIZE).features, usual)
 
 
 def test_broken_images_are_named_or_left_out(people, tmp_path):

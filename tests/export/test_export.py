@@ -346,6 +346,11 @@ def test_the_command_reads_images_as_they_are_compared(shelf, tmp_path, monkeypa
     flags = ["--checkpoint", str(shelf / "cnn.pt"), "--format", "pt2", "--out", str(tmp_path / "network.pt2")]
     assert main(["export", *flags, "--images", str(folder)]) == 0
     assert counts == [8, 8, 3, 1] and sorted(read) == sorted(folder.iterdir()) and max(ahead) == 16
+    # As a dataset, whose images lie in a folder below and are not all of those there.
+    (tmp_path / "manifest.csv").write_text("path,pid,camid,split\nimages/7.png,1,1,query\nimages/5.png,1,2,gallery\n")
+    read.clear()
+    assert main(["export", *flags, "--images", str(tmp_path)]) == 0
+    assert read == [folder / "7.png", folder / "5.png"]
 
 
 @pytest.mark.parametrize(
@@ -354,9 +359,9 @@ def test_the_command_reads_images_as_they_are_compared(shelf, tmp_path, monkeypa
         (lambda content: content[: len(content) // 2], [], "is truncated or no checkpoint"),
         (lambda content: content.replace(b"dan_fast checkpoint 1", b"dan_fast checkpoint 0"), [], "is damaged"),
         (None, [], "is not a checkpoint of this version of dan_fast"),
-        (bytes, ["--images", "no.png"], "There is no image at no.png; check the path for a typing mistake."),
+        (bytes, ["--images", "no.png"], "There is nothing at no.png, and no file fits it as a pattern;"),
         (bytes, ["--images", "checkpoint.pt"], "checkpoint.pt cannot be decoded"),
-        (bytes, ["--images", "."], "There are no images in .:"),
+        (bytes, ["--images", "."], ". holds no image (a file named"),
         (bytes, ["--format", "pt2", "--precision", "int8"], "use --format onnx"),
         (bytes, ["--out", "."], ". is a folder: name a file in it."),
         (bytes, ["--out", "out.onnx"], "out.onnx is to be written as pt2: name it .pt2, or choose format onnx."),

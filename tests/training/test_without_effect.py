@@ -1,10 +1,15 @@
 """Settings that are said to change nothing: trainings with and without them learn the same bit for bit."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from dan_fast.data.named_protocols import DatasetRoles
+from dan_fast.data.samples import ReIDDataset
 from dan_fast.training import TrainConfig, Trainer
 from dan_fast.training.recipes import over
+from dan_fast.training.reported import opening_lines
 from dan_fast.training.without_effect import without_effect
 from tests.support.training_runs import config
 
@@ -107,3 +112,14 @@ def test_a_share_of_no_unlabelled_images_is_of_no_use_and_no_share_of_some_is():
 def test_what_a_recipe_sets_is_not_said():
     for recipe in ("dan", "paper", "plain"):
         assert list(without_effect(TrainConfig.of_recipe(recipe), unlabeled=False)) == []
+
+
+def test_epochs_between_evaluations_are_of_no_use_without_targets():
+    def said(every, targets):
+        config = TrainConfig.of_recipe("plain", run={"evaluate_every": every})
+        datasets = DatasetRoles((), (), tuple(ReIDDataset(name, Path(name)) for name in targets))
+        past = {"started_from": [], "ran_under": []}
+        return list(opening_lines(config, datasets, torch.device("cpu"), past))
+
+    assert said(5, []) == ["run.evaluate_every 5 changes nothing without data.targets or data.protocol."]
+    assert said(5, ["mall"]) == said(0, []) == []

@@ -24,9 +24,9 @@ def load_dataset(path: str | Path, name: str | None = None, variant: str | None 
     """Read the dataset at a path: a known one in any layout it is found in, or a Market-1501 folder or manifest.
 
     The known ones are those of `dan_fast.data.datasets.known.KNOWN`, in the folders of torchreid, of fast-reid or of
-    their archives; a folder one level above or inside is accepted too. Where such a dataset differs from the
-    literature, a warning is logged. Any other dataset is a folder in the Market-1501 layout, a folder with a
-    manifest.csv, or a .csv manifest.
+    their archives; a folder one level above is accepted too, and one inside but in the Market-1501 layout. Where such
+    a dataset differs from the literature, a warning is logged. Any other dataset is a folder in the Market-1501
+    layout, a folder with a manifest.csv, or a .csv manifest.
 
     The order of the samples depends on the files alone: by name in a folder, by row in a manifest or list. A
     split that is absent is empty.
@@ -184,12 +184,17 @@ def _load(path: Path, name: str | None, variant: str | None) -> ReIDDataset:
     found = _known_at(path)
     if len({place for _, place in found}) > 1:
         raise DanFastError(_above([place for _, place in found if place != path], path))
-    if found:
+    # That would read the other parts, too: of a folder "query" more than is asked for, or none of it.
+    if found and not (_is_part(path) and found[0][1] == path.absolute().parent):
         return _load_known(*found[0], name, variant)
     if is_market1501(path):
         _expect_no_variant(path, variant)
         return read_market1501(path, name or own_name)
     raise DanFastError(_where_it_is(path))
+
+
+def _is_part(path: Path) -> bool:
+    return path.absolute().name in PARTS.values() and is_market1501(path.absolute().parent)
 
 
 def _known_at(path: Path) -> list[tuple[KnownDataset, Path]]:
@@ -218,7 +223,7 @@ def _above(inside: list[Path], path: Path) -> str:
 
 def _where_it_is(path: Path) -> str:
     parent = path.absolute().parent
-    if path.absolute().name in PARTS.values() and is_market1501(parent):
+    if _is_part(path):
         return f"{path} is only one part of the Market-1501 folder {parent}; give that folder instead."
     if (parent / MANIFEST).is_file():
         return f"{path} seems to hold the images of the manifest {parent / MANIFEST}; give {parent} instead."

@@ -13,6 +13,7 @@ PARTS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_b
 # 0001_c1s1_000151_01.jpg: person 1, camera 1; other sets with this layout differ after the camera.
 _NAME = re.compile(r"(-?\d+)_c(\d+)")
 _OWN_NAME = re.compile(r"-?\d+_c\d+s\d+_")
+_TITLE = re.compile(r"(?<![a-z])market", re.IGNORECASE)
 
 
 def is_market1501(folder: Path) -> bool:
@@ -45,7 +46,17 @@ def layout_with(folder: Path, name: re.Pattern[str]) -> bool:
 
 def _find(folder: Path) -> Path | None:
     names = ("Market-1501-v15.09.15", "market1501", "Market-1501", "market1501/Market-1501-v15.09.15")
-    return locate(folder, lambda place: layout_with(place, _OWN_NAME), names, tuple(PARTS.values()))
+    return locate(folder, _is_its_own, names, tuple(PARTS.values()))
+
+
+def _is_its_own(folder: Path) -> bool:
+    """Whether it is called Market or has a part as large as published; people name their own images like its, too."""
+    if not layout_with(folder, _OWN_NAME):
+        return False
+    published = MARKET1501.counts[""]
+    return bool(_TITLE.search(folder.absolute().name)) or any(
+        len(image_files(folder / PARTS[split])) == published[split].images for split in ("train", "query")
+    )
 
 
 def _read_part(folder: Path) -> tuple[Sample, ...]:

@@ -68,6 +68,21 @@ def test_everything_is_found_once_where_it_lies(shelf: Path) -> None:
     ]
 
 
+def test_images_of_ones_own_that_are_named_like_market_1501s(tmp_path: Path, caplog, monkeypatch) -> None:
+    for name in ("shop", "supermarket", "Market-1501-dev"):
+        tiny_image(tmp_path / name / "bounding_box_train" / "0002_c1s1_000451_03.jpg")
+    caplog.set_level("WARNING")
+    assert [each.path.name for each in find_datasets(tmp_path)] == ["Market-1501-dev"]
+    assert len(load_dataset(tmp_path / "shop").train) == len(load_dataset(tmp_path / "supermarket").train) == 1
+    assert caplog.text == ""
+    load_dataset(tmp_path / "Market-1501-dev")
+    assert "of Market-1501-dev differs from Zheng et al., ICCV 2015: 1 instead of 751 identities" in caplog.text
+    # As large as published, it is that under any name.
+    published = KNOWN["market1501"].counts[""]
+    monkeypatch.setitem(published, "train", published["train"]._replace(images=1))
+    assert len(find_datasets(tmp_path)) == 3
+
+
 def test_a_dataset_is_not_searched_for_others(shelf: Path) -> None:
     inner = shelf / "Market-1501-v15.09.15" / "gt_bbox"
     tiny_image(inner / "query" / "0001_c2_f0046182.jpg")

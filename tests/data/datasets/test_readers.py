@@ -268,4 +268,4 @@ def test_dukemtmc_and_market1501_as_torchreid_has_them(
         dataset = load_dataset(home)
     assert (dataset.name, rows(dataset.train)) == (home.name, [(image, *expected)])
     assert warning in caplog.text
-    assert_found_from([tmp_path, home.parent, home / "bounding_box_train"], dataset)
+    assert_found_from([tmp_path, home.parent], dataset)
