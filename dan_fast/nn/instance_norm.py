@@ -18,7 +18,8 @@ class HalfInstanceNorm(nn.Module):
         norm: whose place it takes; an activation inside, as timm's have, is kept.
 
     Raises:
-        ValueError: the activation has numbers of its own for each channel, as `nn.PReLU(C)`.
+        ValueError: no batch norm with a weight and a bias, or one whose activation has numbers of its own for each
+            channel, as `nn.PReLU(C)`.
 
     Example:
         >>> norm = HalfInstanceNorm(nn.BatchNorm2d(4)).eval()
@@ -29,6 +30,8 @@ class HalfInstanceNorm(nn.Module):
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__()
+        if not isinstance(norm, nn.BatchNorm2d) or not norm.affine:
+            raise ValueError(f"norm must be a BatchNorm2d with affine=True, whose weight and bias it takes: {norm}")
         # Half of the channels go through it apart, in another order of dimensions.
         if any(numbers.numel() > 1 for numbers in getattr(norm, "act", nn.Identity()).parameters()):
             raise ValueError("norm must have an activation that is the same for all channels: give it one, or none")

@@ -43,7 +43,12 @@ class StyleMixing:
         """Inside, forward passes mix styles; the last `lenders` images of a batch are used for their style only.
 
         With None nothing is mixed.
+
+        Raises:
+            ValueError: lenders are no number from 0, or, where the network runs, no fewer than the images of the batch.
         """
+        if lenders is not None and (not isinstance(lenders, int) or lenders < 0):
+            raise ValueError(f"lenders is {lenders!r}; it must be None or a whole number from 0")
         self._lenders = lenders
         try:
             yield
@@ -60,6 +65,8 @@ class StyleMixing:
             )
         count, device = features.shape[0], features.device
         takers = count - self._lenders
+        if takers < 1:
+            raise ValueError(f"lenders is {self._lenders} of a batch of {count} images; it must be less")
         if self._lenders:
             partners = takers + torch.randint(self._lenders, (count,), device=device)
         else:

@@ -220,6 +220,17 @@ def test_gradients_of_second_order_meet_no_obstacle():
     assert second.abs().sum() > 0
 
 
+def test_more_lenders_than_a_batch_has_images_to_spare():
+    mixing = StyleMixing([early := nn.Conv2d(3, 4, 3)])
+    for lenders in (-1, 1.5):
+        with pytest.raises(ValueError, match=f"lenders is {lenders}; it must be None"), mixing.within(lenders):
+            pass
+    for lenders in (3, 4):
+        with pytest.raises(ValueError, match=f"lenders is {lenders} of a batch of 3 images"), mixing.within(lenders):
+            early(torch.rand(3, 3, 5, 5))
+    assert early(torch.rand(3, 3, 5, 5)).shape[0] == 3  # nothing is mixed any more
+
+
 def test_who_cannot_mix_says_so():
     # A ViT; stages that timm names and the model has not; a stage whose map is added to that of a whole batch.
     for name in ("timm:test_vit", "timm:hrnet_w18_small", "timm:legacy_xception"):

@@ -40,6 +40,9 @@ def test_an_activation_of_each_channel_is_refused() -> None:
         HalfInstanceNorm(norm)
     norm.act = nn.PReLU()
     assert HalfInstanceNorm(norm)(torch.randn(2, 4, 5, 3)).shape == (2, 4, 5, 3)
+    for other in (nn.BatchNorm2d(4, affine=False), nn.GroupNorm(2, 4)):
+        with pytest.raises(ValueError, match="norm must be a BatchNorm2d with affine=True"):
+            HalfInstanceNorm(other)
 
 
 def test_a_channels_last_map_has_a_channels_last_derivative() -> None:
