@@ -19,7 +19,6 @@ import dan_fast
 from dan_fast.core.errors import DanFastError, Interrupted
 from dan_fast.core.home import with_home
 from dan_fast.core.launched import number_of_ranks, own_rank
-from dan_fast.core.nearest import nearest
 from dan_fast.core.yaml_files import read_mapping
 
 EXIT_ERROR = 1
@@ -240,6 +239,8 @@ def _meant(command: str, said: str) -> str:
     wrong = re.search(r"(?:unrecognized arguments: |does not accept option ')([^ ']+)", said)
     if wrong is None or command not in _COMMANDS or command == "bench":
         return ""
+    from dan_fast.core.nearest import nearest
+
     name = wrong[1]
     lists = [flag for flag, example in _FLAGS_OF_LISTS.get(command, {}).items() if example.startswith("'")]
     if "unrecognized" in said and name[0] != "-":

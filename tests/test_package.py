@@ -144,8 +144,10 @@ def test_the_meta_step_knows_no_file_of_images():
         path = todo.pop()
         seen.add(path)
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ImportFrom) and node.module.startswith("dan_fast."):
-                named = PACKAGE.parent / node.module.replace(".", "/")
+            from_it = [node.module] if isinstance(node, ast.ImportFrom) else []
+            whole = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            for name in (each for each in (*from_it, *whole) if each.startswith("dan_fast.")):
+                named = PACKAGE.parent / name.replace(".", "/")
                 module = named / "__init__.py" if named.is_dir() else named.with_suffix(".py")
                 todo += {module} - seen
     rooms = {path.relative_to(PACKAGE).parts[0] for path in seen}

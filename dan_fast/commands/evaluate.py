@@ -31,6 +31,7 @@ from dan_fast.evaluation import (
     extract_dataset,
     require_scorable,
 )
+from dan_fast.inference.extractor import weights_hash
 from dan_fast.training import TrainConfig
 from dan_fast.training.build import initial_network, network_of
 from dan_fast.training.checkpoint import load_checkpoint
@@ -87,7 +88,7 @@ def evaluate(
         cache: Folder for decoded images, for the next evaluation; user is dan-fast in the user's cache folder, none
             decodes images each time.
         cache_check: quick compares sizes and modification times of the images, full all contents.
-        out: Also write the figures into this JSON file.
+        out: Also write the figures into this JSON file; in the folder of its run a report shows them.
     """
     paths = as_list(targets or [])
     _require_targets(paths, protocol, root)
@@ -107,6 +108,7 @@ def evaluate(
             "epoch": epoch_of(state),
             "recipe": recipe_words(settings, TrainConfig().to_dict()),
         }
+        weights = weights_hash(network)
         image_size = tuple(settings["data"]["image_size"])
         preprocessing = network.preprocessing
         decoded = ImageCache.of_setting(
@@ -156,7 +158,7 @@ def evaluate(
 
     if out is not None:
         # Before anything is printed, which may fail: to a full disk, or a reader that has left.
-        content = [{"features": name, **evaluation.to_dict()} for name, evaluation in results]
+        content = [{"features": name, "weights": weights, **evaluation.to_dict()} for name, evaluation in results]
         write_text(out, json.dumps(content, indent=2) + "\n")
     # Folded: a variant must stay readable in a narrow window.
     table = Table(Column("target", overflow="fold"), "features", *results[0][1].percentages())

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that a loop looks at where it can stop."""
+"""Ctrl-C, SIGTERM and SIGHUP as a request that a loop looks at where it can stop."""
 
 import signal
 from types import FrameType, TracebackType
@@ -6,7 +6,9 @@ from typing import Self
 
 
 class StopRequest:
-    """While entered, notes SIGINT and SIGTERM in `requested`; a second SIGINT stops at once.
+    """While entered, notes SIGINT, SIGTERM and SIGHUP in `requested`; a second SIGINT stops at once.
+
+    SIGHUP, which a terminal that is closed sends, is left alone where it is ignored, as `nohup` has it.
 
     Attributes:
         requested: whether this process is to stop.
@@ -17,7 +19,10 @@ class StopRequest:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        names = (name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))  # Windows lacks the last
+        for number in (getattr(signal, name) for name in names):
+            if number not in (signal.SIGINT, signal.SIGTERM) and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             try:
                 self._previous[number] = signal.signal(number, self._note)
             except ValueError:

@@ -103,7 +103,8 @@ def write_features(out: Path, extractor: FeatureExtractor, parts: Sequence[Part]
             }
             unread = np.concatenate([np.isnan(np.load(chunk, mmap_mode="r")[:, 0]) for chunk in chunks])
             write_whole(out, lambda stream: _WRITERS[out.suffix](stream, chunks, extractor.size, columns))
-            shutil.rmtree(folder)
+            # On NFS a lock file that is still open leaves one of another name, which goes when the lock is released.
+            shutil.rmtree(folder, ignore_errors=True)
     finally:
         # One without any chunk is of no use.
         with suppress(OSError):

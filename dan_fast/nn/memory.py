@@ -224,6 +224,7 @@ class ProgressiveAugmentedMemory(nn.Module):
         Raises:
             TypeError, ValueError: an argument does not fit. Under autocast keys are taken to the memory's dtype.
         """
+        require_to_be_carried(self, self._origin)
         keys = keys_in_memory_dtype(keys, self._labeled.base.dtype)
         if self.process_group is not None:
             return sharded_discriminative_loss(self._labeled, keys, labels, sizes, temperature)

@@ -235,7 +235,7 @@ class Comparison:
         """The versions of whatever the trainings had several of, in words; "" where none are known."""
         found: dict[str, dict[str, None]] = {name: {} for name in VERSIONS}
         for under in (each for run in self._runs() for each in run.ran_under):
-            for name in VERSIONS:
+            for name in (each for each in VERSIONS if each in under):  # older versions recorded fewer
                 found[name][str(under.get(name) or "none")] = None
         return "; ".join(f"{name} {', '.join(values)}" for name, values in found.items() if len(values) > 1)
 

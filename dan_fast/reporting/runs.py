@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,9 @@ import yaml
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.named_protocols import PROTOCOLS
 from dan_fast.evaluation import Evaluation
+from dan_fast.inference.extractor import weights_hash
 from dan_fast.reporting.curves import read_scalars
+from dan_fast.training.build import trained_network
 from dan_fast.training.config import TrainConfig
 from dan_fast.training.recipes import recipe_words
 
@@ -54,6 +57,7 @@ class Run:
         recipe: its recipe and what was changed on top of it, in words; "" for none.
         iterations: of an epoch; None where neither results.json nor the settings give them, as while it trains.
         ranks: that trained together; 1 where that was not recorded.
+        skipped: how many training images could not be decoded.
         started_from: the trainings before it in words, the last one first, where it started from a trained network.
     """
 
@@ -69,6 +73,7 @@ class Run:
     iterations: int | None = None
     ranks: int = 1
     started_from: tuple[str, ...] = ()
+    skipped: int = 0
 
     @property
     def checkpoint(self) -> Path:
@@ -89,7 +94,8 @@ class Run:
         share = self.settings["data"]["unlabeled_share"]
         part = "unlabelled" if share == 1 else f"{100 * share:g} % unlabelled"
         here = " + ".join([*words, *(f"{word} ({part})" for word in self.unlabeled)])
-        return ", after ".join([here, *self.started_from])
+        broken = f" without {self.skipped} images that could not be decoded" if self.skipped else ""
+        return ", after ".join([here + broken, *self.started_from])
 
     @property
     def model(self) -> str:
@@ -177,17 +183,22 @@ def _read_run(folder: Path, name: str) -> Run:
     sources = _sources(settings["data"])
     iterations, ranks = settings["data"]["iterations"] or None, 1
     started_from: list[str] = []
+    skipped = 0
     # The trainer's own results first.
     for path in sorted(folder.glob("*.json"), key=lambda path: (path.name != "results.json", path.name)):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if path.name == "results.json":
                 sources = {role: content.get(role, names) for role, names in sources.items()}
-                # Older versions write neither ranks nor iterations.
+                # Older versions write neither ranks nor iterations, nor what follows.
                 ranks, started_from = content.get("ranks", 1), content.get("started_from", [])
+                skipped = content.get("skipped", 0)
                 if iterations is None and content.get("iterations"):
                     iterations = content["iterations"] // content["epochs"]
                 content = content["targets"]
+            if isinstance(content, list) and not _is_of(folder, content):
+                complaints.append(f"{path} is of other weights than those of this run: evaluate it again.")
+                continue
             for entry in content if isinstance(content, list) else ():
                 features, evaluation = entry.get("features", "trained"), Evaluation.from_dict(entry)
                 if features != "trained":
@@ -201,7 +212,20 @@ def _read_run(folder: Path, name: str) -> Run:
     names = {role: tuple(names) for role, names in sources.items()}
     return Run(name, folder, settings, **names, results=tuple(results), baselines=tuple(baselines),
                complaints=tuple(complaints), recipe=recipe, iterations=iterations, ranks=ranks,
-               started_from=tuple(started_from))  # fmt: skip
+               started_from=tuple(started_from), skipped=skipped)  # fmt: skip
+
+
+def _is_of(folder: Path, evaluations: Sequence[Any]) -> bool:
+    """Whether evaluations are of a network that lies in the folder, as far as they name their weights.
+
+    A run that went on, or was started anew, leaves those of `dan-fast evaluate` beside a network that they are not of.
+    """
+    named = {each.get("weights") for each in evaluations} - {None}
+    found = set()
+    for file in (folder / "checkpoint.pt", folder / "chosen.pt") if named else ():
+        with suppress(DanFastError):  # absent, or damaged, which the pictures of the run say
+            found.add(weights_hash(trained_network(file)[0]))
+    return not found or named <= found
 
 
 def _sources(data: Mapping[str, Any]) -> dict[str, list[str]]:

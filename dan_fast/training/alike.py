@@ -35,8 +35,11 @@ def require_same_settings(group: ProcessGroup | None, config: TrainConfig, devic
     plain = config.to_dict()
     sections = {name: values for name, values in plain.items() if isinstance(values, dict)}
     settings = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
-    names = "The version of dan_fast", "The version of torch", "The source of the extension"
-    require_same(group, list(zip(names, versions().values(), strict=True)), "install the same versions on all machines")
+    installed = [
+        ("The source of the extension" if name == "extension" else f"The version of {name}", found)
+        for name, found in versions().items()
+    ]
+    require_same(group, installed, "install the same versions on all machines")
     require_same(group, [("The kind of run.device", device.type)], "set run.device to cpu, or see `dan-fast doctor`")
     given = [(name, value) for name, value in settings.items() if name not in _OF_A_MACHINE]
     require_same(group, given, "start all ranks with the same settings")

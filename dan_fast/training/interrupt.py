@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run at the end of an iteration, so that it can be saved whole."""
+"""Ctrl-C, SIGTERM and SIGHUP end a run at the end of an iteration, so that it can be saved whole."""
 
 import signal
 from collections.abc import Callable, Iterable, Iterator

@@ -21,7 +21,7 @@ from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.config import RunConfig, TrainConfig, goes_on
 from dan_fast.training.display import Display
 from dan_fast.training.recipes import NO_RECIPE, recipe_changes
-from dan_fast.training.surroundings import changes_of_surroundings
+from dan_fast.training.surroundings import changes_of_surroundings, rounding_in_words
 from dan_fast.training.without_effect import without_effect
 
 CHOSEN = "CHOSEN ON THE TARGET: not comparable"
@@ -174,18 +174,18 @@ def write_results(
     state: dict[str, Any],
     datasets: DatasetRoles,
     last: list[Evaluation],
-    device: torch.device,
     choice: EpochChoice | None = None,
     iterations: int | None = None,
 ) -> list[Evaluation]:
     """Write what a finished training reports as JSON: recipe, protocol, data, precision, epoch, versions and figures.
+
+    With "skipped", the number of training images that could not be decoded.
 
     Args:
         path: the file to write.
         state: the checkpoint's, of the last epoch.
         datasets: trained on and tested on.
         last: evaluations of the last epoch.
-        device: that was trained on.
         choice: the chosen epoch, whose figures are then reported; those of the last one and how often there
             was one to choose stand beside them.
         iterations: how many the whole training took.
@@ -207,10 +207,11 @@ def write_results(
         "ranks": state["ranks"],
         "ran_under": state["ran_under"],
         "precision": settings["run"]["precision"],
-        "float32": float32_rounding(device) or "IEEE",
+        "float32": rounding_in_words(state["ran_under"]),
         "protocol": settings["data"]["protocol"],
         "labeled": [dataset.title for dataset in datasets.labeled],
         "unlabeled": [dataset.title for dataset in unlabeled],
+        "skipped": len(state["skipped"]),
         "epoch": reported[0].epoch if reported else epoch_of(state),
         "targets": [each.to_dict() for each in reported],
     }

@@ -130,7 +130,8 @@ class RunFolder:
     def held(self) -> Iterator[None]:
         """Inside, no other process trains in the folder; what is being written is whole when it is left by an error.
 
-        Results of an earlier run, whose checkpoint is gone, are removed: they would be read as those of this one.
+        Results and the chosen epoch of an earlier run, whose checkpoint is gone, are removed: they would be taken
+        for those of this one.
 
         Raises:
             DanFastError: another process trains in it, or has since this object was made.
@@ -143,7 +144,8 @@ class RunFolder:
                     f"Another process has written {self.checkpoint} since this one began: start it again."
                 )
             if self._writes and not self.checkpoint.exists():
-                (self.path / "results.json").unlink(missing_ok=True)
+                for name in ("results.json", "chosen.pt"):
+                    (self.path / name).unlink(missing_ok=True)
             try:
                 yield
             except BaseException:

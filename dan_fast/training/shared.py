@@ -61,6 +61,7 @@ def origin_of(checkpoint: str | Path, state: Mapping[str, Any]) -> tuple[dict[st
         "trained_on": reported.get("labeled") or settings["data"]["labeled"] or of_protocol,
         "trained_without_labels_on": reported.get("unlabeled", unlabeled),
         "started_from": state.get("started_from", []),
+        "images_left_out_as_broken": len(state.get("skipped", ())),
         "method": recipe_words(settings, TrainConfig().to_dict()),
         "weights_of": epoch,
         "settings": settings,

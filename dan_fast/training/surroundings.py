@@ -2,27 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import PIL
 import torch
+import torchvision
 
 from dan_fast import __version__, _extension
 from dan_fast.core.devices import device_name
+from dan_fast.core.float32 import float32_rounding
 
-VERSIONS = ("dan_fast", "torch", "extension")
+VERSIONS = ("dan_fast", "torch", "torchvision", "Pillow", "timm", "extension")
 
 
 def versions() -> dict[str, str | None]:
-    """The version of each of :data:`VERSIONS`; of the extension the digest of its sources, None where none was built.
+    """The version of each of :data:`VERSIONS`; of the extension the digest of its sources; None for what is not there.
 
     Example:
         >>> list(versions())
-        ['dan_fast', 'torch', 'extension']
+        ['dan_fast', 'torch', 'torchvision', 'Pillow', 'timm', 'extension']
     """
-    # As a plain string: a checkpoint is loaded with weights_only=True.
-    found = __version__, str(torch.__version__), _extension.build_info().get("source_hash")
+    # As plain strings: a checkpoint is loaded with weights_only=True.
+    images = str(torchvision.__version__), PIL.__version__
+    found = __version__, str(torch.__version__), *images, _timm(), _extension.build_info().get("source_hash")
     return dict(zip(VERSIONS, found, strict=True))
+
+
+def _timm() -> str | None:
+    try:
+        return version("timm")
+    except PackageNotFoundError:
+        return None
+
+
+def rounding_in_words(past: Sequence[Mapping[str, Any]]) -> str:
+    """How float32 products were rounded by the processes of a run, one after the other: "IEEE" where they were not.
+
+    Args:
+        past: of `ran_under`.
+
+    Example:
+        >>> rounding_in_words([{"float32": "TF32 in convolutions"}, {"float32": "IEEE"}, {"float32": "IEEE"}])
+        'TF32 in convolutions, then IEEE'
+    """
+    found = [each.get("float32", "not recorded") for each in past]
+    return ", then ".join(each for each, before in zip(found, [None, *found], strict=False) if each != before)
 
 
 def ran_under(device: torch.device, saved: Mapping[str, Any] | None) -> dict[str, list[dict[str, Any]]]:
@@ -33,15 +59,16 @@ def ran_under(device: torch.device, saved: Mapping[str, Any] | None) -> dict[str
         saved: the run's checkpoint where it goes on from one.
 
     Returns:
-        "ran_under": for each process that differs from the one before it, `versions` and "device", its model, and
-        "threads" of the CPU.
+        "ran_under": for each process that differs from the one before it, `versions` and "device", its model, "threads"
+        of the CPU and "float32", how its products are rounded.
     """
     before = [] if saved is None else saved.get("ran_under", [])
-    now = {**versions(), "device": device_name(device), "threads": torch.get_num_threads()}
+    rounding = float32_rounding(device) or "IEEE"
+    now = {**versions(), "device": device_name(device), "threads": torch.get_num_threads(), "float32": rounding}
     return {"ran_under": before if before[-1:] == [now] else [*before, now]}
 
 
-def changes_of_surroundings(past: list[Mapping[str, Any]]) -> Iterator[str]:
+def changes_of_surroundings(past: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What the last process of a run has otherwise than the one before it, a clause each.
 
     Example:
@@ -50,5 +77,8 @@ def changes_of_surroundings(past: list[Mapping[str, Any]]) -> Iterator[str]:
     """
     for before, now in zip(past[-2:-1], past[-1:], strict=False):
         yield from (
-            f"{name} is {now[name]} and was {before.get(name)}" for name in now if before.get(name) != now[name]
+            f"{name} is {now[name]} and was {before[name]}"
+            for name in now
+            # Older versions recorded less.
+            if name in before and before[name] != now[name]
         )

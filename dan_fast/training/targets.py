@@ -109,7 +109,7 @@ class Targets:
         path = self._folder.path / "results.json"
         if not self._writes:
             return evaluations if self._choice is None else self._choice.evaluations
-        reported = write_results(path, state, self._datasets, evaluations, self._device, self._choice, iterations_done)
+        reported = write_results(path, state, self._datasets, evaluations, self._choice, iterations_done)
         if reported is not evaluations:
             for evaluation in reported:
                 say(evaluation, display)

@@ -53,8 +53,8 @@ class Trainer:
     which waits for the copy to host memory only.
 
     A trainer is a guest in its process: it has random numbers of its own, and `fit` puts back the process's generators
-    of the CPU and of the run's GPU, and the handlers of SIGINT and SIGTERM, when it leaves. `train_iteration` called
-    without `fit` draws from the process's generators. What NumPy and Python draw from is not touched.
+    of the CPU and of the run's GPU, and the handlers of signals, when it leaves. `train_iteration` called without
+    `fit` draws from the process's generators. What NumPy and Python draw from is not touched.
     The step itself, without files, is `MetaStep`; the trainer's is `meta_step`.
 
     With a `process_group` its ranks train one network, each with a trainer of its own, of the same settings: they take
@@ -131,7 +131,7 @@ class Trainer:
         """Train to the last epoch and evaluate on the targets.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM came; the run was saved and can be resumed.
+            Interrupted: SIGINT, SIGTERM or SIGHUP came; the run was saved and can be resumed.
             DanFastError: training diverged, an image cannot be read, a process that decodes images died, or a file
                 cannot be written; of these all but the first and the last find the run saved. Or another process
                 trains in the folder, or did since this trainer was made.
@@ -203,8 +203,7 @@ class Trainer:
             display.advance(self.epoch, scalars.flush(self.iterations_done) if log else None)
             if last:
                 self.epoch, self.iteration = self.epoch + 1, 0
-                of_all = set().union(*gathered(self.process_group, set(self.skipped)))
-                self.skipped.tell(sorted(of_all), display.say)
+                self.skipped.tell(sorted(set().union(*gathered(self.process_group, set(self.skipped)))), display.say)
             if self.folder.checkpoint_is_due(self.iterations_done):
                 self._save(wait=False)
         if stop.agreed:
@@ -277,6 +276,7 @@ class Trainer:
             "ranks": ranks_in(self.process_group),
             "epoch": self.epoch,
             "iteration": self.iteration,
+            "skipped": sorted(self.skipped),
             "model": of_model,
             # For what is reported; nothing goes on from it.
             **({"compiled": self._compiled.outcome} if self.config.run.compile else {}),

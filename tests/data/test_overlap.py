@@ -137,6 +137,15 @@ def test_manifests_of_one_folder_with_the_same_pids_are_named(tmp_path: Path, cu
     assert said in list(opening_lines(config, roles, torch.device("cpu"), {"ran_under": []}))
 
 
+def test_manifests_of_one_folder_that_one_is_named_by_a_link_number_alike(tmp_path: Path) -> None:
+    home = tmp_path / "market"
+    target = manifest(home, test=[1, 1, 2, 2])
+    touch(home, ["train0.jpg"])
+    (tmp_path / "link").symlink_to(home)
+    labeled = listed(tmp_path / "link" / "labeled.csv", tmp_path / "link", [("train0.jpg", 2, "train")])
+    assert "person 2 the first" in refused(labeled=labeled, targets=target)
+
+
 def test_an_image_of_two_datasets_is_trained_on_once(tmp_path: Path) -> None:
     market = load_dataset(manifest(tmp_path / "market", train=[1, 1, 2, 2]))
     again = load_dataset(listed(tmp_path / "again.csv", tmp_path / "market", [("train0.jpg", 7, "train")]))

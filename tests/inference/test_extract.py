@@ -1,5 +1,6 @@
 """`dan-fast extract`: what is in its files, what paths name, and how it goes on after a stop."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -349,6 +351,14 @@ def test_what_has_changed_since_is_made_anew(run, folder, checkpoint, tmp_path, 
     changed = FeatureExtractor(more[1] if change == "checkpoint" else checkpoint, "cpu", BATCH)
     expected = changed(files_of(folder)).numpy()[: len(found["features"])]
     np.testing.assert_allclose(found["features"], expected, atol=1e-6)
+
+
+def test_a_file_is_whole_where_a_lock_that_is_open_cannot_be_removed(run, folder, monkeypatch):
+    """As on NFS, which keeps an open file under another name until it is closed, so that its folder is not empty."""
+    rmdir = os.rmdir
+    monkeypatch.setattr(os, "rmdir", Mock(side_effect=OSError(errno.ENOTEMPTY, "Directory not empty")))
+    assert len(run(folder)["paths"]) == IMAGES
+    monkeypatch.setattr(os, "rmdir", rmdir)
 
 
 def test_one_process_at_a_time_writes_a_file(run, folder, tmp_path, capsys):

@@ -117,6 +117,8 @@ def test_an_average_of_the_gates_is_refused_until_it_has_memories():
         RuntimeError, match="as AveragedModel does, .* assign the trained memory's labeled and unlabeled"
     ):
         averaged(*batch)
+    with pytest.raises(RuntimeError, match="as AveragedModel does"):
+        averaged.module.labeled_loss(*batch[:2], temperature=0.05)
     for other in (copy.deepcopy(averaged), saved_and_read(averaged), saved_and_read(copy.deepcopy(averaged))):
         with pytest.raises(RuntimeError, match="as AveragedModel does"):
             other(*batch)

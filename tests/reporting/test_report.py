@@ -19,6 +19,7 @@ from dan_fast.core.files import alone
 from dan_fast.data.datasets.known import KNOWN
 from dan_fast.data.synthetic import synthesize
 from dan_fast.evaluation import Evaluation
+from dan_fast.inference.extractor import weights_hash
 from dan_fast.reporting import memories, side_by_side
 from dan_fast.reporting.groups import models, swept_settings, target_of, unlabeled_shares
 from dan_fast.reporting.memories import Slots, layout, neighbours_agree, plot_memories, sample, stored_slots
@@ -28,9 +29,11 @@ from dan_fast.reporting.runs import read_runs
 from dan_fast.reporting.side_by_side import describe, evaluated_epochs
 from dan_fast.reporting.watched import watched_table
 from dan_fast.training import DataConfig, MemoryConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer
+from dan_fast.training.build import trained_network
 from dan_fast.training.reported import CHOSEN, SEEN
 from tests.support.fake_runs import fake_run
 from tests.support.figures import evaluation
+from tests.support.untrained import untrained_checkpoint
 
 ON_STREET = "fixed query and gallery, 30 queries, 40 gallery images"
 
@@ -187,6 +190,22 @@ def test_baselines_and_later_evaluations_are_read(tmp_path):
                                  "5.0 ± 1.0"]  # fmt: skip
 
 
+def test_evaluations_of_weights_that_are_gone_are_left_out_and_named(tmp_path):
+    folder = fake_run(tmp_path / "r")
+    untrained_checkpoint(folder / "chosen.pt", run={"seed": 3})
+    untrained_checkpoint(folder / "checkpoint.pt", run={"seed": 4})
+    weights = [weights_hash(trained_network(folder / name)[0]) for name in ("chosen.pt", "checkpoint.pt")]
+    for number, of in enumerate([*weights, "0" * 32]):
+        content = [{"features": "trained", "weights": of, **evaluation(f"night{number}", 0.3, 0.2)}]
+        (folder / f"night{number}.json").write_text(json.dumps(content))
+    [run] = read_runs([folder])
+    assert [each.dataset for each in run.results] == ["street", "night0", "night1"]
+    assert run.complaints == (f"{folder}/night2.json is of other weights than those of this run: evaluate it again.",)
+    for name in ("chosen.pt", "checkpoint.pt"):
+        (folder / name).write_bytes(b"cut short")  # whose they are cannot be told then
+    assert len(read_runs([folder])[0].results) == 4
+
+
 def test_a_run_stands_beside_the_table_it_belongs_to(tmp_path):
     data = {"labeled": ["Market-1501"], "unlabeled": ["MSMT17"]}
     folders = [
@@ -284,6 +303,10 @@ def test_a_protocol_names_what_was_trained_on(tmp_path):
     (folder / "results.json").write_text(json.dumps(results | {"labeled": ["Market (V7)"], "unlabeled": []}))
     [run] = read_runs([folder])
     assert run.sources == "Market (V7)"
+    results = json.loads((folder / "results.json").read_text()) | {"skipped": 7, "started_from": ["MSMT17"]}
+    (folder / "results.json").write_text(json.dumps(results))
+    [run] = read_runs([folder])
+    assert run.sources == "Market (V7) without 7 images that could not be decoded, after MSMT17"
     row = [table for table in paper_tables([run]) if not table.folded][0].rows[-1]
     assert row[2] == "table6-market-to-duke; fixed query and gallery; epoch 3 of 9, CHOSEN"
 

@@ -1,9 +1,11 @@
 """Trainings and evaluations by the name of a protocol, and epochs chosen on the target, which say so."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from dan_fast.cli import main
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.datasets.fixed_splits import DIGESTS
 from dan_fast.evaluation import Evaluation
+from dan_fast.inference.extractor import weights_hash
 from dan_fast.training import DataConfig, TrainConfig, Trainer, trained_network
 from dan_fast.training import targets as targets_module
 from dan_fast.training.checkpoint import load_checkpoint
@@ -28,6 +31,10 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return full_shelf(tmp_path_factory.mktemp("shelf") / "datasets").root
+
+
+def weights_of(out: Path) -> str:
+    return weights_hash(trained_network(out / "checkpoint.pt")[0])
 
 
 def flags(root: Path, out: Path, protocol: str) -> list[str]:
@@ -95,7 +102,7 @@ def test_evaluate_by_protocol_gives_what_the_training_gave(root, tmp_path):
     arguments = ["--root", str(root), "--workers", "0", "--device", "cpu", "--out", str(figures)]
     assert main(["evaluate", "--checkpoint", str(out / "checkpoint.pt"), "--protocol", "p2-cuhk03", *arguments]) == 0
     (row,) = json.loads(figures.read_text())
-    assert row.pop("features") == "trained"
+    assert row.pop("features") == "trained" and row.pop("weights") == weights_of(out)
     assert [row] == json.loads((out / "results.json").read_text())["targets"]
     assert (row["variant"], row["named_protocol"]) == ("labeled, new protocol", "p2-cuhk03")
     assert (row["metric"], row["ap"], row["precision"], row["rounding"]) == ("cosine", "standard", "float32", "")
@@ -115,7 +122,8 @@ def test_a_training_in_bfloat16_evaluates_as_the_command_does(images, tmp_path):
                 "--workers", "0", "--device", "cpu", "--out", str(figures)]  # fmt: skip
     assert main(evaluate) == 0
     (row,) = json.loads(figures.read_text())
-    assert row.pop("features") == "trained" and [row] == results["targets"]
+    assert row.pop("features") == "trained" and row.pop("weights") == weights_of(out)
+    assert [row] == results["targets"]
 
 
 def test_a_network_trained_otherwise_has_no_figures_of_a_protocol(p1, root, tmp_path, capsys):
@@ -218,6 +226,16 @@ def test_the_best_epoch_is_reported_with_its_weights_and_says_so(whole, images, 
         assert json.loads((tmp_path / "figures.json").read_text())[0]["epoch"] == words
         table = " ".join(capsys.readouterr().out.replace("│", " ").split())
         assert ("CHOSEN" in table) == (name == "chosen.pt")
+
+
+def test_an_epoch_chosen_by_an_earlier_run_is_not_taken_for_this_ones(whole, images, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(whole.out, out)
+    (out / "checkpoint.pt").unlink()
+    monkeypatch.setattr(Trainer, "train_iteration", Mock(side_effect=Killed))
+    with pytest.raises(Killed):
+        Trainer(chosen(images, out, resume="auto")).fit()
+    assert not (out / "chosen.pt").exists() and not (out / "results.json").exists()
 
 
 def test_the_last_epoch_is_reported_unless_asked_otherwise(images, tmp_path, monkeypatch):

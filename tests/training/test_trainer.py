@@ -54,17 +54,19 @@ def test_a_run_that_goes_on_under_other_versions_says_so_and_records_both(images
     (now,) = state["ran_under"]
     assert (now["torch"], now["threads"]) == (torch.__version__, torch.get_num_threads()) and now["device"] != "cpu"
     assert json.loads((finished / "results.json").read_text())["ran_under"] == [now]
-    older = now | {"torch": "2.0.0"}
-    for before, found in (([older], [older, now]), ([now], [now]), ([], [now])):
+    older, less = now | {"torch": "2.0.0", "float32": "TF32 in convolutions"}, {"torch": now["torch"]}
+    for before, found in (([older], [older, now]), ([now], [now]), ([], [now]), ([less], [less, now])):
         out.mkdir(exist_ok=True)
         save_checkpoint(out / "checkpoint.pt", {**state, "ran_under": before})
         trainer = Trainer(config(images, out, optimizer=ONE_EPOCH, run=RESUME))
         trainer.fit()
-        assert json.loads((out / "results.json").read_text())["ran_under"] == found
-        said = f"Not all of this run ran alike: torch is {torch.__version__} and was 2.0.0." in " ".join(
-            capsys.readouterr().out.split()
-        )
-        assert said == (len(found) > 1)
+        results = json.loads((out / "results.json").read_text())
+        rounded = {id(older): "TF32 in convolutions, then ", id(less): "not recorded, then "}.get(id(found[0]), "")
+        assert results["ran_under"] == found and results["float32"] == f"{rounded}IEEE"
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("Not all of this run ran alike" in said) == (before == [older])
+        of_both = f"torch is {torch.__version__} and was 2.0.0, float32 is IEEE and was TF32 in convolutions."
+        assert (of_both in said) == (before == [older])
     trainer._past["ran_under"] = [older, now]
     trainer._save()
     assert load_checkpoint(out / "checkpoint.pt")["ran_under"] == [older, now]

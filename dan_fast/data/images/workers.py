@@ -129,8 +129,10 @@ def _is_lost_connection(error: BaseException) -> bool:
 def _start_worker(worker: int) -> None:
     # Garbage collection would write to every page inherited from the parent, and so copy it.
     gc.freeze()
-    # Both may reach the whole process group; the main process decides what to save and ends the workers.
+    # All three may reach the whole process group; the main process decides what to save and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
