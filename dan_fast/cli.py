@@ -94,7 +94,9 @@ def _parse(argv: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
     files = {path: content for given in _values(argv, "--config") for path, content in _settings_in(given)}
     if "train" not in argv[:1]:
         parser = _parser(argv)
-        return parser, with_home(parser.parse_args(argv))
+        parsed = with_home(parser.parse_args(argv))
+        _require_values(parsed)
+        return parser, parsed
     from dan_fast.commands.train import recipe_asked_for, recipe_of_run, require_sections
 
     for file, content in files.items():
@@ -108,7 +110,25 @@ def _parse(argv: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
     if continued is not None:
         parser = _parser(argv, continued)
         parsed = with_home(parser.parse_args(argv))
+    _require_values(parsed, asked or continued)
     return parser, parsed
+
+
+def _require_values(parsed: Namespace, recipe: str | None = None) -> None:
+    """Refuse settings that are left empty, in a file mostly: the parser takes None for a value of any of them.
+
+    Raises:
+        DanFastError: names the setting.
+    """
+    settings = parsed[parsed.command]
+    if settings is None or "what" in settings:
+        return
+    parser = ArgumentParser(exit_on_error=False)
+    _add_flags(parser, parsed.command, recipe)
+    defaults = parser.get_defaults()
+    for name, value in settings.items():
+        if value is None and defaults.get(name) is not None:
+            raise DanFastError(f"{name} is empty: give it a value, or leave it out.")
 
 
 def _values(argv: Sequence[str], flag: str) -> list[str]:

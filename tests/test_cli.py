@@ -134,6 +134,13 @@ def test_quickstart_leaves_a_report_with_pictures(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "untrained" in printed and "trained" in printed and "mAP" in printed
     assert main(command) == 0
+    before = {file: file.read_bytes() for file in (out / "data").rglob("*") if file.is_file()}
+    capsys.readouterr()
+    for other in (["--identities", "7"], ["--seed", "1"]):
+        assert main([*command, *other]) == 1
+        said = f"{out} holds a quickstart with --identities 6 --seed 0: give these again, or choose another --out."
+        assert said in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in (out / "data").rglob("*") if file.is_file()} == before
 
 
 def test_synthesize_prints_the_manifests(tmp_path, capsys):

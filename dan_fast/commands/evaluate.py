@@ -16,6 +16,7 @@ from dan_fast.core.batches import BrokenImages
 from dan_fast.core.devices import resolve_device
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import require_writable, write_text
+from dan_fast.core.float32 import BFLOAT16_ON_A_CPU
 from dan_fast.core.launched import own_rank
 from dan_fast.data import ImageCache, ReIDDataset
 from dan_fast.data.datasets.load import load_targets
@@ -167,6 +168,8 @@ def evaluate(
     Console().print(table)
     for name, evaluation in results:
         print(f"{evaluation.title}, {name}: {evaluation.conditions_and_recipe}.")
+    if place.type == "cpu" and precision == "bfloat16":
+        print(BFLOAT16_ON_A_CPU)
     for path in sorted({path for _, evaluation in results for path in evaluation.skipped}):
         print(f"Skipped {path}: it cannot be decoded.")
 

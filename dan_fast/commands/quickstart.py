@@ -1,5 +1,6 @@
 """A whole experiment in minutes: synthetic domains, a small DAN, an unseen domain, a report."""
 
+import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +11,8 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 from rich.table import Table as ConsoleTable
 
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.files import write_text
 from dan_fast.core.terminal import PLAIN, progress_line
 from dan_fast.data import ReIDDataset, image_loader, load_dataset
 from dan_fast.data.synthetic import synthesize
@@ -58,6 +61,7 @@ def quickstart(
     console = Console()
     folder = Path(out)
     console.print(f"Recipe {recipe}.", **PLAIN)
+    _keep_what_was_drawn(folder, {"identities": identities, "seed": seed})
     # All persons of the unseen domain are test persons, and none of the others.
     draw = partial(synthesize, folder / "data", identities=identities, seed=seed, image_size=IMAGE_SIZE)
     for domains, test_fraction in (((*LABELED, *UNLABELED), 0.0), ((UNSEEN,), 1.0)):
@@ -82,6 +86,23 @@ def quickstart(
     console.print(shown)
     page = quickstart_page(folder, config, network, features, results)
     console.print(f"Report: {page} ({time.monotonic() - started:.0f} s)", **PLAIN)
+
+
+def _keep_what_was_drawn(folder: Path, wanted: dict[str, int]) -> None:
+    """Refuse to draw other images where a training has those of an earlier call, else write down which are drawn.
+
+    Raises:
+        DanFastError: there is such a training; or see `write_text`.
+    """
+    file = folder / "drawn.json"
+    try:
+        drawn = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        drawn = wanted
+    if drawn != wanted and (folder / "run" / "checkpoint.pt").exists():
+        flags = " ".join(f"--{name} {value}" for name, value in drawn.items())
+        raise DanFastError(f"{folder} holds a quickstart with {flags}: give these again, or choose another --out.")
+    write_text(file, json.dumps(wanted) + "\n")
 
 
 def results_table(before: Evaluation, after: Evaluation) -> Table:

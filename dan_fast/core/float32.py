@@ -7,6 +7,11 @@ from typing import Any
 
 import torch
 
+# docs/limits.md says where it was seen.
+BFLOAT16_ON_A_CPU = (
+    "bfloat16 on a CPU: PyTorch's convolutions of small maps can read memory that was never written there, so that "
+    "figures change from call to call; use float32."
+)
 _EXACT = ("none", "ieee")
 _NAMES = {"tf32": "TF32", "bf16": "bfloat16"}
 # Process-wide settings: two threads that set and restore them at the same time would undo each other's changes.

@@ -167,7 +167,8 @@ def extract_features(
             rows.append(features.to("cpu", torch.float32))
             if not rows[-1].isfinite().all():
                 raise DanFastError(
-                    "The network's features are not finite numbers: its training has diverged; use another checkpoint."
+                    "The network's features are not finite numbers: its training has diverged; use another checkpoint"
+                    f"{', or float32' if precision == 'bfloat16' else ''}."
                 )
             kept.extend(indices.tolist())
     of_ranks = gathered(process_group, (kept, rows[0].shape[1] if rows else 0))

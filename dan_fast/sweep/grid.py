@@ -21,6 +21,7 @@ from dan_fast.core.nearest import nearest
 from dan_fast.core.yaml_files import read_mapping
 from dan_fast.training import TrainConfig
 from dan_fast.training.recipes import DEFAULT_RECIPE, over, recipe_of, recipe_settings
+from dan_fast.training.valid_settings import require_no_empty_setting
 
 GRIDS = ("fig6", "fig7", "fig8", "table9", "recipes")
 _KEYS = ("base", "recipe", "grids", "arms", "seeds", "baseline")
@@ -258,6 +259,10 @@ def _configured(parser: ArgumentParser, base: Mapping[str, Any], settings: Mappi
         if not isinstance(nested.setdefault(section, {}), dict):
             raise DanFastError(f"{section} of the sweep's base is no mapping of settings: correct it.")
         nested[section][key] = value
+    try:
+        require_no_empty_setting(nested)
+    except DanFastError as error:
+        raise DanFastError(f"Of {name}, {error}") from error
     try:
         return TrainConfig(**vars(parser.instantiate(with_home(parser.parse_object(nested)))))
     except (ArgumentError, TypeError, ValueError) as error:

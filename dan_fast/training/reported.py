@@ -12,7 +12,7 @@ import torch
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import write_text
-from dan_fast.core.float32 import float32_rounding
+from dan_fast.core.float32 import BFLOAT16_ON_A_CPU, float32_rounding
 from dan_fast.data import ReIDDataset
 from dan_fast.data.named_protocols import DatasetRoles
 from dan_fast.data.overlap import persons_in_both, taken_for_one
@@ -157,6 +157,8 @@ def opening_lines(
     if config.run.evaluate_every and not datasets.targets:
         yield f"run.evaluate_every {config.run.evaluate_every} changes nothing without data.targets or data.protocol."
     yield from without_effect(config, len(datasets.unlabeled) > 0 and config.data.unlabeled_share > 0)
+    if device.type == "cpu" and config.run.precision == "bfloat16":
+        yield BFLOAT16_ON_A_CPU
     rounding = float32_rounding(device)
     if rounding and config.run.precision == "float32":
         yield f"Float32 on {device}: {rounding}, as torch.backends has it."

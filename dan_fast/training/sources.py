@@ -1,10 +1,8 @@
 """The datasets of a training, by their paths or by the name of a protocol."""
 
-from dataclasses import replace
-
 from dan_fast.core.errors import DanFastError
-from dan_fast.data import ReIDDataset, load_dataset
-from dan_fast.data.datasets.load import load_targets
+from dan_fast.data import load_dataset
+from dan_fast.data.datasets.load import read_targets, told_apart
 from dan_fast.data.named_protocols import DatasetRoles, resolve_protocol
 from dan_fast.data.overlap import require_disjoint_persons
 from dan_fast.evaluation import require_scorable
@@ -47,15 +45,12 @@ def _by_path(data: DataConfig) -> DatasetRoles:
         raise DanFastError(
             "data.labeled is empty: name at least one folder or manifest with labelled images, or a data.protocol."
         )
-    targets = tuple(load_targets(data.targets))
-    # One that is tested on too has one name in results, by which it is no unseen target.
-    names = {(target.root, target.name.rpartition("/")[2]): target.name for target in targets}
-
-    def learnt(path: str) -> ReIDDataset:
-        dataset = load_dataset(path)
-        return replace(dataset, name=names.get((dataset.root, dataset.name), dataset.name))
-
-    roles = DatasetRoles(*(tuple(map(learnt, each)) for each in (data.labeled, data.unlabeled)), targets)
+    trained_on = [load_dataset(path) for path in (*data.labeled, *data.unlabeled)]
+    # One that is tested on too has one name in results, by which it is no unseen target; two of one name have different
+    # ones, by which a target is not taken for a set that was trained on.
+    named = told_apart([*trained_on, *read_targets(data.targets)])
+    ends = len(data.labeled), len(trained_on)
+    roles = DatasetRoles(tuple(named[: ends[0]]), tuple(named[ends[0] : ends[1]]), tuple(named[ends[1] :]))
     # Unlabelled images of which no share is taken are left aside.
     unlabeled = roles.unlabeled if data.unlabeled_share > 0 else ()
     remedy = "name other datasets or variants in data.labeled, data.unlabeled or data.targets"

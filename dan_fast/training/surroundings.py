@@ -51,20 +51,22 @@ def rounding_in_words(past: Sequence[Mapping[str, Any]]) -> str:
     return ", then ".join(each for each, before in zip(found, [None, *found], strict=False) if each != before)
 
 
-def ran_under(device: torch.device, saved: Mapping[str, Any] | None) -> dict[str, list[dict[str, Any]]]:
+def ran_under(device: torch.device, ranks: int, saved: Mapping[str, Any] | None) -> dict[str, list[dict[str, Any]]]:
     """Under what the processes of a run ran, in order and as far as its checkpoint knows; this process comes last.
 
     Args:
         device: of this process.
+        ranks: how many processes train together now.
         saved: the run's checkpoint where it goes on from one.
 
     Returns:
         "ran_under": for each process that differs from the one before it, `versions` and "device", its model, "threads"
-        of the CPU and "float32", how its products are rounded.
+        of the CPU, "float32", how its products are rounded, and "ranks".
     """
     before = [] if saved is None else saved.get("ran_under", [])
     rounding = float32_rounding(device) or "IEEE"
-    now = {**versions(), "device": device_name(device), "threads": torch.get_num_threads(), "float32": rounding}
+    here = {"device": device_name(device), "threads": torch.get_num_threads(), "float32": rounding, "ranks": ranks}
+    now = {**versions(), **here}
     return {"ran_under": before if before[-1:] == [now] else [*before, now]}
 
 

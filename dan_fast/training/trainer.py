@@ -39,7 +39,7 @@ from dan_fast.training.step import MetaStep
 from dan_fast.training.step_scalars import StepScalars
 from dan_fast.training.surroundings import ran_under
 from dan_fast.training.targets import Targets
-from dan_fast.training.valid_settings import require_valid
+from dan_fast.training.valid_settings import own_copy
 from dan_fast.triton_kernels import float32_products
 
 
@@ -75,11 +75,10 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, process_group: ProcessGroup | None = None) -> None:
-        require_valid(config)
+        self.config = config = own_copy(config)
         self.device = resolve_device(config.run.device)
         require_same_settings(process_group, config, self.device)
         require_compilable(config, process_group)
-        self.config = config
         self.process_group = process_group
         self._is_first = rank_in(process_group) == 0
         if config.run.deterministic and self.device.type == "cuda":
@@ -92,7 +91,8 @@ class Trainer:
         self.training_set = TrainingSet(self.datasets.labeled, self.datasets.unlabeled, share, seed)
         require_same_run(process_group, self.training_set.fingerprint, self.datasets.targets, saved)
         self.folder.require_same_images(saved, self.training_set.fingerprint)
-        self._past = whom_it_saw(self.training_set, config.model.weights, saved) | ran_under(self.device, saved)
+        now = ran_under(self.device, ranks_in(process_group), saved)
+        self._past = whom_it_saw(self.training_set, config.model.weights, saved) | now
         self.targets = Targets(config, self.datasets, self.folder, self.device, process_group)
 
         lending = config.model.style_mixing == "unlabeled" and len(self.training_set.unlabeled_samples) > 0

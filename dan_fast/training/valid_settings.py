@@ -1,12 +1,15 @@
 """Settings that were given from Python, held to what their flags take."""
 
+import copy
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
+from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.training.config import TrainConfig
+from dan_fast.training.config import TrainConfig, as_list
 
 
 def require_valid(config: TrainConfig) -> None:
@@ -18,10 +21,12 @@ def require_valid(config: TrainConfig) -> None:
     Example:
         >>> require_valid(TrainConfig.of_recipe("plain", data={"labeled": "market"}))
     """
-    for each in fields(config):
-        if each.name != "recipe" and not isinstance(getattr(config, each.name), each.default_factory):
+    sections = [each for each in fields(config) if each.name != "recipe"]
+    for each in sections:
+        if not isinstance(getattr(config, each.name), each.default_factory):
             kind = each.default_factory.__name__
             raise DanFastError(f"{each.name} must be a {kind}; TrainConfig.of_recipe takes mappings.")
+    require_no_empty_setting({each.name: vars(getattr(config, each.name)) for each in sections})
     given = config.to_dict()
     try:
         read = _parser().parse_object(given).as_dict()
@@ -33,6 +38,35 @@ def require_valid(config: TrainConfig) -> None:
             # A text, which a flag would turn into something else.
             if meant != value:
                 raise DanFastError(f"{section}.{name} is {value!r}: give it as {meant!r}.")
+
+
+def own_copy(config: TrainConfig) -> TrainConfig:
+    """Settings that stay as they are whatever becomes of those given; paths that were set as a text are lists.
+
+    Raises:
+        DanFastError: see `require_valid`.
+    """
+    require_valid(config)
+    copied = copy.deepcopy(config)
+    for name in ("labeled", "unlabeled", "targets"):
+        setattr(copied.data, name, as_list(getattr(copied.data, name)))
+    return copied
+
+
+def require_no_empty_setting(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that are None where that is no choice: the parser takes it for any of them, and trains otherwise.
+
+    Args:
+        settings: section -> name -> value, as YAML holds them; what is no setting is left to the parser.
+
+    Raises:
+        DanFastError: names the first one.
+    """
+    for section, defaults in TrainConfig().to_dict().items():
+        held = settings.get(section)
+        for name in defaults if isinstance(defaults, dict) and isinstance(held, Mapping) else ():
+            if name in held and held[name] is None and defaults[name] is not None:
+                raise DanFastError(f"{section}.{name} is empty: give it a value, or leave it out.")
 
 
 @cache

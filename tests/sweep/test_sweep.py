@@ -208,6 +208,10 @@ def test_names_are_folders():
         ({"base": BASE, "arms": {"a/b": {}}}, "The arm 'a/b' in .* cannot be a folder's name"),
         ({"base": BASE, "arms": {"a": 3}}, "The arm a in .* has 3: give it a mapping"),
         ({"base": BASE, "arms": {"a": {"run.out": "b"}}}, "run.out in .* is for the sweep to choose"),
+        (
+            {"base": BASE, "arms": {"a": {"meta.eta": None}}},
+            "Of a, meta.eta is empty: give it a value, or leave it out",
+        ),
         ({"base": BASE, "arms": {"a": {"order": 1}}}, "order in .* is no setting of a training; is meta.order meant"),
         ({"base": BASE, "arms": {"a": {"recipe": "dna"}}}, "There is no recipe 'dna'"),
         ({"base": {**BASE, "recipe": "dna"}, "arms": {"a": {}}}, "There is no recipe 'dna'"),

@@ -21,6 +21,12 @@ from dan_fast.training.without_effect import without_effect
 from tests.support.training_runs import command
 
 RECIPE_FILES = sorted((Path(cli.__file__).parent / "recipes").iterdir())
+TINY = """
+data: {{labeled: [{images}/campus], image_size: [16, 16], batch_size: 8, iterations: 1, workers: 0}}
+model: {{backbone: "timm:test_resnet", weights: none}}
+optimizer: {{epochs: 1}}
+run: {{out: "{out}", device: cpu}}
+"""
 # Where and on what a run takes place, how long and with which step sizes is for the user to say.
 BESIDE_THE_METHOD = {
     *("data.labeled", "data.unlabeled", "data.targets", "data.protocol", "data.root", "data.image_size"),
@@ -318,6 +324,44 @@ def test_settings_from_python_are_those_that_flags_take(section, name, value, wo
     setattr(getattr(config, section), name, value)
     with pytest.raises(DanFastError, match=words):
         Trainer(config)
+
+
+SETTINGS = {
+    name: value
+    for name, value in dotted(
+        {name: each for name, each in TrainConfig().to_dict().items() if name != "recipe"}
+    ).items()
+    if value is not None
+}
+
+
+def test_no_setting_is_left_empty(tmp_path, capsys):
+    """The parser takes None for a value of any of them, and a procedure that is none trains as another one."""
+    assert len(SETTINGS) > 50 and "meta.procedure" in SETTINGS
+    for setting in SETTINGS:
+        section, _, name = setting.partition(".")
+        said = f"{setting} is empty: give it a value, or leave it out."
+        file = tmp_path / "empty.yaml"
+        file.write_text(f"{section}:\n  {name}:\n")
+        assert main(["train", "--config", str(file)]) == 1 and capsys.readouterr().err == f"dan-fast: {said}\n"
+        config = TrainConfig.of_recipe("plain", data={"labeled": "missing"})
+        setattr(getattr(config, section), name, None)
+        with pytest.raises(DanFastError, match=f"^{said}"):
+            require_valid(config)
+    (tmp_path / "empty.yaml").write_text("targets: x\nrepeats:\n")
+    assert main(["evaluate", "--checkpoint", "x", "--config", str(tmp_path / "empty.yaml")]) == 1
+    assert capsys.readouterr().err.startswith("dan-fast: repeats is empty")
+
+
+def test_a_trainer_has_settings_of_its_own(images, tmp_path):
+    config = TrainConfig.of_recipe("plain", **yaml.safe_load(TINY.format(images=images, out=tmp_path / "run")))
+    config.data.targets = str(images / "mall")
+    trainer = Trainer(config)
+    config.run.seed, config.run.out, config.data.batch_size = 9, str(tmp_path / "other"), 12
+    trainer.fit()
+    kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (kept["run"]["seed"], kept["data"]["batch_size"], kept["data"]["targets"]) == (0, 8, [str(images / "mall")])
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_section_is_no_mapping():

@@ -52,6 +52,7 @@ def test_a_run_that_goes_on_under_other_versions_says_so_and_records_both(images
     out = tmp_path / "run"
     state = load_checkpoint(finished / "checkpoint.pt")
     (now,) = state["ran_under"]
+    assert now["ranks"] == 1
     assert (now["torch"], now["threads"]) == (torch.__version__, torch.get_num_threads()) and now["device"] != "cpu"
     assert json.loads((finished / "results.json").read_text())["ran_under"] == [now]
     older, less = now | {"torch": "2.0.0", "float32": "TF32 in convolutions"}, {"torch": now["torch"]}
@@ -93,6 +94,9 @@ def test_targets_of_one_name_have_names_and_curves_of_their_own(images, tmp_path
     learnt = {"labeled": [str(images / "campus"), str(tmp_path / "mall")], "unlabeled": [], "targets": targets}
     datasets = load_datasets(DataConfig(**learnt))
     assert [each.name for each in datasets.labeled] == ["campus", f"{tmp_path.name}/mall"]
+    # One that was trained on is told apart from a target of its name too.
+    datasets = load_datasets(DataConfig(labeled=[str(tmp_path / "mall")], targets=[str(images / "mall")]))
+    assert [each.name for each in (*datasets.labeled, *datasets.targets)] == [f"{name}/mall" for name in parents[::-1]]
 
 
 def test_a_run_says_what_its_device_makes_of_float32(images, tmp_path, capsys):

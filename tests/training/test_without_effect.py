@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dan_fast.core.float32 import BFLOAT16_ON_A_CPU
 from dan_fast.data.named_protocols import DatasetRoles
 from dan_fast.data.samples import ReIDDataset
 from dan_fast.training import TrainConfig, Trainer
@@ -123,3 +124,12 @@ def test_epochs_between_evaluations_are_of_no_use_without_targets():
 
     assert said(5, []) == ["run.evaluate_every 5 changes nothing without data.targets or data.protocol."]
     assert said(5, ["mall"]) == said(0, []) == []
+
+
+def test_bfloat16_on_a_cpu_is_warned_of():
+    config = TrainConfig.of_recipe("plain", run={"precision": "bfloat16"})
+    said = [
+        list(opening_lines(config, DatasetRoles((), (), ()), torch.device(name), {"started_from": [], "ran_under": []}))
+        for name in ("cpu", "cuda")
+    ]
+    assert said == [[BFLOAT16_ON_A_CPU], []]

@@ -70,6 +70,15 @@ def load_targets(paths: Sequence[str | Path]) -> list[ReIDDataset]:
     Results go by names: of "a/test.csv" and "b/test.csv" they could else not be told whose they are.
 
     Raises:
+        DanFastError: see `read_targets`.
+    """
+    return told_apart(read_targets(paths))
+
+
+def read_targets(paths: Sequence[str | Path]) -> list[ReIDDataset]:
+    """Read the datasets that are tested on.
+
+    Raises:
         DanFastError: a dataset is named twice; and as `load_dataset`.
     """
     targets = [load_dataset(path) for path in paths]
@@ -78,7 +87,7 @@ def load_targets(paths: Sequence[str | Path]) -> list[ReIDDataset]:
     for path, identity in zip(paths, identities, strict=True):
         if identities.count(identity) > 1:
             raise DanFastError(f"The target {path} is named twice: leave one of them out.")
-    return told_apart(targets)
+    return targets
 
 
 def told_apart(datasets: Sequence[ReIDDataset]) -> list[ReIDDataset]:
