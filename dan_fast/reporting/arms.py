@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -202,6 +202,10 @@ class Comparison:
         versions = self._versions()
         if versions:
             notes.append(f"Trainings ran under several versions: {versions}.")
+        seen = _learnt_from(self._runs())
+        left = [target.title for target in self.targets if _without_variant(target.title) in seen]
+        if left:
+            notes.append(f"No unseen targets, because trainings learnt from sets of their name: {', '.join(left)}.")
         notes += [f"{arm.name}: {arm.recipe}." for arm in self.arms if arm.recipe]
         for arm in self.arms:
             notes += [f"Missing: {arm.name}, seed {seed}: {why}" for seed, why in arm.missing.items()]
@@ -330,18 +334,26 @@ def _read_run(folder: Path, entry: Mapping[str, Any]) -> ArmRun | str:
     return ArmRun(scores, content.get("iterations"), seconds, trained_on, timed_on, ran_under, at_once)
 
 
+def _learnt_from(runs: Iterable[ArmRun]) -> set[str]:
+    return {_without_variant(title) for run in runs for title in run.trained_on}
+
+
+def _without_variant(title: str) -> str:
+    """Another variant of a dataset is of the same cameras."""
+    return title.split(" (")[0]
+
+
 def _with_mean(runs: Mapping[tuple[str, int], ArmRun]) -> dict[tuple[str, int], ArmRun]:
     """The runs with the mean over the targets that all were tested on and none learnt from, where there are several.
 
     A set whose train images were learnt from is no measure of generalisation to unseen cameras.
     """
     tested = [run.scores.keys() for run in runs.values()]
-    # Another variant of a dataset is of the same cameras.
-    seen = {title.split(" (")[0] for run in runs.values() for title in run.trained_on}
+    seen = _learnt_from(runs.values())
     common = [
         target
         for target in (tested[0] if tested else ())
-        if all(target in each for each in tested) and target.title.split(" (")[0] not in seen
+        if all(target in each for each in tested) and _without_variant(target.title) not in seen
     ]
     if len(common) < 2:
         return dict(runs)

@@ -153,6 +153,8 @@ def test_the_mean_leaves_out_what_a_run_learnt_from(folder, learnt):
     assert [target.title for target in comparison.targets] == [
         "street", "mall", "campus (labeled, new protocol)", MEAN_OF_TARGETS.title,
     ]  # fmt: skip
+    said = "No unseen targets, because trainings learnt from sets of their name: campus (labeled, new protocol)."
+    assert said in comparison.notes()
 
 
 @pytest.mark.parametrize(
