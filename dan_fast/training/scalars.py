@@ -1,6 +1,7 @@
 """What a run writes down: means over a window of iterations, as TensorBoard scalars."""
 
 import re
+import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -32,6 +33,7 @@ class Scalars:
         self._folder = folder
         self._window: list[tuple[str, Tensor | float, Tensor | bool]] = []
         self._writer = None
+        self._excepthook = threading.excepthook
         if folder is None:
             return
         with self._named_errors():
@@ -46,6 +48,7 @@ class Scalars:
                 # The names begin with the time, and clocks are set back.
                 filename_suffix=f".part{part}",
             )
+        threading.excepthook = self._leave_to_main_thread
 
     def add(self, name: str, value: Tensor | float, counts: Tensor | bool = True) -> None:
         """Put a value into the window.
@@ -81,6 +84,13 @@ class Scalars:
         with suppress(OSError):
             if self._writer is not None:
                 self._writer.close()
+        if threading.excepthook == self._leave_to_main_thread:
+            threading.excepthook = self._excepthook
+
+    def _leave_to_main_thread(self, raised: threading.ExceptHookArgs) -> None:
+        """What TensorBoard's thread could not write is raised by its next call too, and made a sentence of."""
+        if not (isinstance(raised.exc_value, OSError) and type(raised.thread).__module__.startswith("tensorboard.")):
+            self._excepthook(raised)
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:

@@ -28,6 +28,7 @@ from dan_fast.training.display import Display
 from dan_fast.training.objective import DivergedError
 from dan_fast.training.scalars import Scalars
 from dan_fast.training.sources import load_datasets
+from tests.support import ROOT
 from tests.support.training_runs import IMAGE_SIZE, NoScalars, assert_same_training, config, snapshot, stop_after
 
 pytestmark = pytest.mark.slow
@@ -357,6 +358,32 @@ def test_a_stopped_run_has_logged_all_that_it_did(images, tmp_path):
     assert list(means) == pytest.approx([each[:3].mean(), each[3:].mean()], rel=1e-5)
 
 
+FULL_DISK = """
+import resource, sys, threading
+from pathlib import Path
+from dan_fast.core.errors import DanFastError
+from dan_fast.training.scalars import Scalars
+
+hook = threading.excepthook
+scalars = Scalars(Path(sys.argv[1]))
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+try:
+    for step in range(10_000):
+        scalars.add("train/loss/total", 1.0)
+        scalars.flush(step)
+except DanFastError as error:
+    print(error)
+scalars.close()
+assert threading.excepthook is hook
+"""
+
+
+def test_a_disk_that_is_full_for_tensorboards_thread_leaves_no_traceback(tmp_path):
+    ran = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.startswith(f"Scalars could not be written to {tmp_path} (File too large): make room")
+
+
 def test_a_full_disk_while_logging_is_one_sentence(tmp_path, monkeypatch):
     scalars = Scalars(tmp_path / "tensorboard")
     scalars.add("train/loss/total", 1.0)
@@ -369,6 +396,8 @@ def test_a_full_disk_while_logging_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(DanFastError, match="tensorboard .No space left on device.: make room"):
         scalars.flush(1)
     scalars.close()
+    monkeypatch.undo()
+    scalars.close()  # before its folder goes
 
 
 def test_fit_works_outside_the_main_thread(images, tmp_path):
