@@ -1,11 +1,12 @@
 """What holds for every file of the package."""
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from tests.support import PACKAGE
+from tests.support import PACKAGE, ROOT
 
 MOST_PARAMETERS = 8
 # Functions that users do not call and that take more: file, function and why.
@@ -14,6 +15,20 @@ MORE_PARAMETERS = {
     ("pass_kernels.py", "combine_pass"): "as above",
     ("evaluate.py", "evaluate"): "a command: its parameters are its flags",
     ("search.py", "search"): "as above",
+}
+
+# Inner loops of the kernels, which take pointers, strides and lengths one by one; and one that Python calls.
+MORE_PARAMETERS_IN_CPP = {
+    *(
+        ("cpu_loops.h", name)
+        for name in ("add_products", "add_products_to_rows", "inner_products", "inner_products_of")
+    ),
+    *(("scan_cpu_reverse.h", name) for name in ("evaluation_backward", "add_key_backward")),
+    ("scan_cpu_backward_isa.cpp", "retrieval_backward"),
+    ("head_spatial.h", "column"),
+    ("combine_isa.cpp", "combine_columns"),
+    ("softmax_cpu_isa.cpp", "differentiate"),
+    ("ranking.cpp", "features_ranks"),
 }
 
 
@@ -54,6 +69,29 @@ def test_more_than_eight_arguments_travel_as_a_struct():
             if count > MOST_PARAMETERS and name.removesuffix(".__init__") not in public:
                 found.add((path.name, name))
     assert found == set(MORE_PARAMETERS)
+
+
+def cpp_functions(text: str) -> Iterator[tuple[str, int]]:
+    """Names of the functions that a C++ or CUDA file defines, and how many parameters each has."""
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
+    for opening in re.finditer(r"\b(\w+)\s*\(", text):
+        depth, angles, count, end = 1, 0, 1, opening.end()
+        while depth and end < len(text) and text[end] != ";":
+            depth += (text[end] in "([{") - (text[end] in ")]}")
+            angles = max(0, angles + (text[end] == "<") - (text[end] == ">"))
+            count += text[end] == "," and depth == 1 and not angles
+            end += 1
+        defined = depth == 0 and re.match(r"\s*(const\s*|noexcept\s*)*\{", text[end:])
+        if defined and opening[1] not in ("if", "for", "while", "switch"):
+            yield opening[1], count
+
+
+def test_more_than_eight_arguments_travel_as_a_struct_in_cpp_too():
+    assert dict(cpp_functions("int f(A<B, C> a, int b) const { g(1, 2); } // h(int a) {}")) == {"f": 2}
+    files = [path for room in ("csrc", "python_bindings") for path in (ROOT / room).rglob("*.[ch]*")]
+    found = [(path.name, *each) for path in files for each in cpp_functions(path.read_text())]
+    assert len(found) > 500
+    assert {(file, name) for file, name, count in found if count > MOST_PARAMETERS} == MORE_PARAMETERS_IN_CPP
 
 
 def test_the_trainer_stays_a_loop_around_its_parts():
