@@ -44,11 +44,11 @@ def _check_tensor(name: str, value: object, shape: Sequence[int | str], dtype: t
     """`shape` holds sizes, or names for sizes that are free; `dtype` None stands for any floating type."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    wanted = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
     fits = value.dim() == len(shape) and all(
         isinstance(want, str) or size == want for size, want in zip(value.shape, shape, strict=True)
     )
-    if not fits:
+    if not fits:  # else no sentence, which torch.compile cannot make of sizes that are free
+        wanted = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
         raise ValueError(f"{name} must have shape {wanted}, got {tuple(value.shape)}")
     if dtype is None and not value.is_floating_point():
         raise TypeError(f"{name} must have a floating dtype, got {value.dtype}: convert it with .float()")

@@ -45,7 +45,7 @@ def discriminative_loss(keys: Tensor, labels: Tensor, slots: Tensor, slot_labels
         tensor([0.3133])
     """
     check_discriminative_loss(keys, labels, slots, slot_labels, temperature)
-    keys = keys.to(statistics_dtype(keys.dtype))
+    keys = _of_known(keys.to(statistics_dtype(keys.dtype)), labels)
     return losses_of_scores(*memory_scores(keys, slots), keys, labels, slot_labels, temperature)
 
 
@@ -89,9 +89,15 @@ def sharded_discriminative_loss(
     group, shard = memory.shard.group, memory.shard
     memory.settle()
     keys, labels = gather_parts(group, [keys.to(memory.dtype), labels], [sizes, sizes], 0)
+    keys = _of_known(keys, labels)
     own = memory.read_base(hand_out(group, keys), waits=False)
     found = memory.completed(keys, *gather_parts(group, own, [shard.sizes] * 2, -1))
     return losses_of_scores(*found, keys, labels, memory.labels, temperature)
+
+
+def _of_known(keys: Tensor, labels: Tensor) -> Tensor:
+    """Keys with ones in the rows that count nowhere: what is not finite in them would reach the derivative by slots."""
+    return keys.masked_fill((labels < 0)[:, None], 1.0)
 
 
 def _log_sum(logits: Tensor, members: Tensor) -> Tensor:

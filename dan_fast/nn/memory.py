@@ -118,7 +118,7 @@ class ProgressiveAugmentedMemory(nn.Module):
         if process_group is not None:
             check_group(process_group, labeled_slots=labeled_slots, unlabeled_slots=unlabeled_slots)
         self.process_group = process_group
-        self.decay, self.decay_unlabeled, self.gates = decay, decay_unlabeled, gates
+        self.decay, self.decay_unlabeled, self.gates = float(decay), float(decay_unlabeled), gates
         self._labeled, self._unlabeled = (
             held_memory(MemoryState.empty(slots, key_dim, dtype))
             if process_group is None

@@ -54,7 +54,9 @@ class Searcher:
 
     def _of_block(self, queries: np.ndarray, places: int, exact: bool) -> tuple[np.ndarray, np.ndarray]:
         """(Q,k) distances and rows in their order; k is the places or more, or less where there are no more rows."""
-        if exact or self.kind == "flat":
+        # An index keeps images that are gone: where most are, its candidates would be of them.
+        alive = len(self.order) - len(self._gone)
+        if exact or self.kind == "flat" or 10 * alive <= len(self.order):
             return search_exactly(self.features, queries, places, self.order)
         asked = min(kinds.fetched(self.kind, places), len(self.features))
         rows = kinds.search(self.kind, self.index, queries, asked, self._gone)

@@ -166,7 +166,9 @@ class MetaStep:
         if (meta_test is None) != (self.meta.procedure == "daml1"):
             split = "one part, S" if self.meta.procedure == "daml1" else "two parts, S and S~"
             raise ValueError(f"the procedure {self.meta.procedure} takes batches of {split}")
-        for part in filter(None, (meta_train, meta_test)):
+        for part in (each for each in (meta_train, meta_test) if each is not None):
+            if self.process_group is None and len(part.labels) == 0:
+                raise ValueError("a part of the batch has no images: S and S~ need one or more each")
             part.require_sound(self.model.network.classifier.out_features)
         with differentiable(self.meta.order if meta_test is not None else 1):
             meta_train = self._to_device(meta_train)

@@ -130,12 +130,29 @@ def test_degenerate_memories_and_keys(impl):
     assert keys.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf, 1e200])
+def test_a_key_without_a_label_has_no_derivative_whatever_it_holds(impl, broken):
+    keys, slots = problem()
+    labels = LABELS.clone()
+    labels[1], keys[1, 0] = -1, broken
+    keys.requires_grad_()
+    slots.requires_grad_()
+    losses = impl.discriminative_loss(keys, labels, slots, SLOT_LABELS, 0.2)
+    grad_keys, grad_slots = torch.autograd.grad(losses.sum(), (keys, slots))
+    assert losses[1] == 0 and not grad_keys[1].any()
+    kept = [0, 2, 3, 4]
+    others = impl.discriminative_loss(keys[kept], labels[kept], slots, SLOT_LABELS, 0.2)
+    torch.testing.assert_close(grad_slots, torch.autograd.grad(others.sum(), slots)[0])
+
+
 @pytest.mark.compile
 def test_the_compiler_traces_it_whole():
     keys, slots = problem()
     compiled = torch.compile(functional.discriminative_loss, fullgraph=True, backend="aot_eager")
     expected = functional.discriminative_loss(keys, LABELS, slots, SLOT_LABELS, 0.2)
     assert torch.allclose(compiled(keys, LABELS, slots, SLOT_LABELS, 0.2), expected, rtol=1e-12)
+    # A last batch, for which sizes become free.
+    assert torch.allclose(compiled(keys[:3], LABELS[:3], slots, SLOT_LABELS, 0.2), expected[:3], rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -471,6 +472,13 @@ def test_gates_from_features():
             memory(*batch, gate_features=wrong)
     with pytest.raises(ValueError, match="gate_features are for"):
         make()(*batch, gate_features=features)
+
+
+def test_a_decay_of_numpy_is_a_number():
+    memory = ProgressiveAugmentedMemory(2, 2, DIM, decay=np.float32(0.5), decay_unlabeled=torch.tensor(0.25))
+    assert (memory.decay, memory.decay_unlabeled) == (0.5, 0.25)
+    (batch,) = batches(1, dtype=torch.float32)
+    assert memory(*batch).loss.isfinite()
 
 
 @pytest.mark.parametrize("settings", [{"decay": 1.5}, {"gates": "both"}, {"labeled_slots": 0}])

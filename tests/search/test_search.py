@@ -474,6 +474,16 @@ def test_an_approximate_index_is_written_extended_and_searched(tmp_path, monkeyp
         kinds.read(tmp_path / "a.faiss", 2900, 32)
 
 
+@pytest.mark.parametrize("kind", ["hnsw", "ivfpq"])
+def test_a_small_part_of_an_index_is_compared_whole(kind):
+    features, queries = clustered(3000)[:2900], clustered(3000)[2900:]
+    order = np.full(2900, -1)
+    order[::150] = np.arange(20)
+    searcher = Searcher(features, order, kind, kinds.build(kind, features)[0])
+    found, exact = searcher.search(queries, 10), searcher.search(queries, 10, exact=True)
+    assert (found.rows >= 0).all() and np.array_equal(found.rows, exact.rows)
+
+
 @pytest.mark.parametrize("size", [64, 512])
 @pytest.mark.parametrize("first", [1, 10], ids=["one image", "one person"])
 def test_a_graph_that_began_with_little_finds_what_is_added(first, size):

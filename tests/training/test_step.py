@@ -239,6 +239,16 @@ def test_a_batch_that_is_split_otherwise_is_refused(procedure, parts, sentence):
         tiny_step(procedure=procedure).gradients(*[split()] * parts)
 
 
+def test_a_part_without_images_is_refused_before_anything_moves():
+    none = Split(torch.rand(0, *split().images.shape[1:]), *[torch.empty(0, dtype=torch.int64)] * 2, 0, 0)
+    for procedure, parts in (("daml1", (none,)), ("daml2", (none, split())), ("daml2", (split(), none))):
+        meta_step = tiny_step(procedure=procedure)
+        before = snapshot(meta_step.model)
+        with pytest.raises(ValueError, match="^a part of the batch has no images: S and S~ need one or more each"):
+            meta_step.gradients(*parts)
+        assert all(torch.equal(value, before[name]) for name, value in snapshot(meta_step.model).items())
+
+
 @pytest.mark.parametrize(
     ("meta", "loss", "named"),
     [

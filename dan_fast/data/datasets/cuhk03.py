@@ -14,8 +14,9 @@ from pathlib import Path
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.datasets.cuhk03_archive import ARCHIVE, RELEASE, archive_of, extract_cuhk03
-from dan_fast.data.datasets.finding import locate
-from dan_fast.data.datasets.market1501 import is_market1501, read_market1501
+from dan_fast.data.datasets.file_names import are_named
+from dan_fast.data.datasets.finding import image_files, locate
+from dan_fast.data.datasets.market1501 import PARTS, is_market1501, read_market1501
 from dan_fast.data.samples import Counts, KnownDataset, ReIDDataset, Sample
 
 BOXES = ("detected", "labeled")
@@ -34,8 +35,18 @@ def _images(folder: Path, box: str) -> Path:
 
 def _holds(folder: Path) -> bool:
     return (
-        any(_images(folder, box).is_dir() or is_market1501(folder / box) for box in BOXES)
+        any(are_named(_images(folder, box), _NAME) or _is_new_protocol(folder, box) for box in BOXES)
         or archive_of(folder) is not None
+    )
+
+
+def _is_new_protocol(folder: Path, box: str) -> bool:
+    """Whether it is CUHK03-NP by a name above or its size: people have folders "labeled" of their own."""
+    place = folder.absolute()
+    train = CUHK03.counts[f"{box}, new protocol"]["train"].images
+    return is_market1501(folder / box) and (
+        any("cuhk03" in name.lower() for name in (place.name, place.parent.name))
+        or len(image_files(folder / box / PARTS["train"])) == train
     )
 
 

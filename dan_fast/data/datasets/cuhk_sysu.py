@@ -11,7 +11,7 @@ from PIL import Image
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.datasets.extraction import save_image, whole_folder
-from dan_fast.data.datasets.file_names import named_images
+from dan_fast.data.datasets.file_names import are_named, named_images
 from dan_fast.data.datasets.finding import locate
 from dan_fast.data.samples import Counts, KnownDataset, ReIDDataset, Sample
 
@@ -26,7 +26,7 @@ _QUALITY = 95
 
 
 def _holds(folder: Path) -> bool:
-    return (folder / _CROPS).is_dir() or (folder / _PEOPLE).is_file()
+    return are_named(folder / _CROPS, _NAME) or (folder / _PEOPLE).is_file()
 
 
 def _find(folder: Path) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 from dan_fast.core.errors import DanFastError
@@ -23,7 +24,7 @@ def read_manifest(file: Path, name: str) -> ReIDDataset:
     """
     try:
         with open(file, newline="", encoding="utf-8-sig") as stream:
-            rows = _parse(csv.DictReader(stream, skipinitialspace=True), file)
+            rows = _parse(csv.DictReader(stream, skipinitialspace=True, strict=True), file)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DanFastError(f"The manifest {file} cannot be read as UTF-8 CSV ({error}); repair the file.") from error
     missing = [sample.path for _, sample in rows if not sample.path.is_file()]
@@ -47,7 +48,8 @@ def _parse(reader: csv.DictReader, file: Path) -> list[tuple[str, Sample]]:
         )
     reader.fieldnames = header
     rows: list[tuple[str, Sample]] = []
-    line_of: dict[Path, int] = {}
+    line_of: dict[str, int] = {}
+    folders: dict[str, str] = {}
     for row in reader:
         place = f"{file}, line {reader.line_num}"
         values = {column: (row[column] or "").strip() for column in COLUMNS}
@@ -57,13 +59,23 @@ def _parse(reader: csv.DictReader, file: Path) -> list[tuple[str, Sample]]:
             raise DanFastError(f"{place}: the split {values['split']!r} is unknown; use one of {', '.join(SPLITS)}.")
         pid = _integer(values["pid"] or "-1", "pid", place)
         sample = Sample(file.parent / values["path"], pid, _integer(values["camid"], "camid", place))
-        if sample.path in line_of:
+        file_itself = _real(sample.path, folders)
+        if file_itself in line_of:
             raise DanFastError(
-                f"{place}: {values['path']} is already listed in line {line_of[sample.path]}; keep one of the two rows."
+                f"{place}: {values['path']} is already listed in line {line_of[file_itself]}; keep one of the two rows."
             )
-        line_of[sample.path] = reader.line_num
+        line_of[file_itself] = reader.line_num
         rows.append((values["split"], sample))
     return rows
+
+
+def _real(path: Path, folders: dict[str, str]) -> str:
+    """The real path of a file, by those of the folders that are known, which grow: each is asked for once."""
+    folder = os.path.dirname(path)
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    found = os.path.join(folders[folder], path.name)
+    return os.path.realpath(found) if os.path.islink(found) else found
 
 
 def _integer(text: str, column: str, place: str) -> int:

@@ -29,10 +29,12 @@ def is_named_market1501(folder: Path) -> bool:
 
 
 def read_market1501(folder: Path, name: str, variant: str = "") -> ReIDDataset:
-    """Reads a Market-1501 folder; images of pid -1 (bad detections) are left out, absent parts are empty.
+    """Reads a Market-1501 folder; absent parts are empty.
+
+    Images of pid -1, bad detections, are left out of query and gallery; those to train on can serve as unlabelled ones.
 
     Raises:
-        DanFastError: an image whose name does not begin with identity and camera.
+        DanFastError: an image whose name does not begin with identity and camera, whole numbers below 2^63.
     """
     splits = {split: _read_part(folder / part) for split, part in PARTS.items()}
     return ReIDDataset(name, folder, **splits, variant=variant)
@@ -63,12 +65,13 @@ def _read_part(folder: Path) -> tuple[Sample, ...]:
     samples = []
     for path in image_files(folder):
         match = _NAME.match(path.name)
-        if match is None:
+        # What a table of int64 holds.
+        if match is None or max(map(int, match.groups())) >= 2**63:
             raise DanFastError(
                 f"{path} is not named like a Market-1501 image (0001_c1s1_000151_01.jpg: person, camera); "
                 "rename it, or describe the images in a manifest.csv with the columns path,pid,camid,split."
             )
-        if int(match[1]) >= 0:
+        if int(match[1]) >= 0 or path.parent.name == PARTS["train"]:
             samples.append(Sample(path, int(match[1]), int(match[2])))
     return tuple(samples)
 

@@ -50,12 +50,17 @@ def cache_folder(setting: str) -> Path | None:
 
     The user's is `dan-fast` in `$XDG_CACHE_HOME`, or in `~/.cache` where that is not set.
 
+    Raises:
+        DanFastError: nothing is named, as by a variable of the shell that is not set.
+
     Example:
         >>> cache_folder("none"), cache_folder("/scratch/images")
         (None, PosixPath('/scratch/images'))
     """
     if setting == NO_CACHE:
         return None
+    if not setting:
+        raise DanFastError(f"The folder of the cache is empty: name one, {USER_CACHE} or {NO_CACHE}.")
     if setting != USER_CACHE:
         return Path(setting).expanduser()
     base = os.environ.get("XDG_CACHE_HOME", "")

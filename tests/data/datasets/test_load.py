@@ -6,7 +6,8 @@ import pytest
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import Sample, load_dataset
-from dan_fast.data.datasets.load import load_targets
+from dan_fast.data.datasets.known import find_datasets
+from dan_fast.data.datasets.load import holds_dataset, load_targets
 from tests.support.dataset_shelf import tiny_image
 from tests.support.refusals import refusal
 
@@ -60,6 +61,30 @@ def test_market_image_with_another_name(market: Path) -> None:
     assert "person.jpg is not named like a Market-1501 image" in sentence(market)
 
 
+@pytest.mark.parametrize("name", ["20240101123456789012_c1.png", "0003_c20240101123456789012.png"])
+def test_numbers_that_no_table_holds_are_one_sentence(market: Path, name: str) -> None:
+    tiny_image(market / "query" / name)
+    assert f"{name} is not named like a Market-1501 image" in sentence(market)
+
+
+def test_images_to_train_on_of_unknown_persons_are_kept(market: Path) -> None:
+    tiny_image(market / "bounding_box_train" / "-1_c2s1_000001_00.jpg")
+    dataset = load_dataset(market)
+    assert [sample.pid for sample in dataset.train].count(-1) == 1
+    assert all(sample.pid >= 0 for sample in (*dataset.query, *dataset.gallery))
+
+
+def test_folders_of_general_names_are_no_datasets_of_the_literature(tmp_path: Path) -> None:
+    for name in ("labeled", "detected"):
+        tiny_image(tmp_path / "data" / name / "bounding_box_train" / "0002_c1_000451.jpg")
+        dataset = load_dataset(tmp_path / "data" / name)
+        assert (dataset.name, dataset.title, dataset.root) == (name, name, tmp_path / "data" / name)
+    for name in ("cropped_images", "images_labeled"):
+        tiny_image(tmp_path / "photos" / name / "holiday.jpg")
+    assert find_datasets(tmp_path) == []
+    assert not holds_dataset(tmp_path / "photos")
+
+
 def test_manifest_keeps_the_order_of_rows_and_ignores_further_columns(tmp_path: Path) -> None:
     file = write_manifest(
         tmp_path / "shop",
@@ -102,10 +127,16 @@ def test_manifest_splits_go_where_they_are_named(tmp_path: Path) -> None:
         ("images/b.jpg,1,,train", "the camid '' is not a whole number"),
         (",1,1,train", "the path is empty"),
         ("./images/a.jpg,2,1,query", "./images/a.jpg is already listed in line 2"),
+        ("images/../images/a.jpg,2,1,query", "images/../images/a.jpg is already listed in line 2"),
+        ("images/link.jpg,2,1,query", "images/link.jpg is already listed in line 2"),
+        ("linked/a.jpg,2,1,query", "linked/a.jpg is already listed in line 2"),
     ],
 )
 def test_manifest_with_a_wrong_row(tmp_path: Path, row: str, expected: str) -> None:
-    message = sentence(write_manifest(tmp_path, "images/a.jpg,1,1,train", row))
+    file = write_manifest(tmp_path, "images/a.jpg,1,1,train", row)
+    (tmp_path / "images" / "link.jpg").symlink_to(tmp_path / "images" / "a.jpg")
+    (tmp_path / "linked").symlink_to(tmp_path / "images")
+    message = sentence(file)
     assert f"line 3: {expected}" in message and "manifest.csv" in message
 
 
@@ -121,6 +152,15 @@ def test_manifest_that_is_empty_or_no_text(tmp_path: Path) -> None:
     assert "lacks the column path" in sentence(file)
     file.write_bytes(b"path,pid,camid,split\n\xff\xfe\xfa,1,1,train\n")
     assert "cannot be read as UTF-8 CSV" in sentence(file)
+
+
+@pytest.mark.parametrize("rows", [['images/a.jpg,1,1,train,"tall man', "images/b.jpg,1,2,query,"],
+                                  ['images/a.jpg,1,1,train,"tall', 'images/b.jpg,1,2,query,man"x']])  # fmt: skip
+def test_a_quote_that_takes_other_rows_in_is_refused(tmp_path: Path, rows: list[str]) -> None:
+    message = sentence(write_manifest(tmp_path, *rows, header="path,pid,camid,split,note"))
+    assert "cannot be read as UTF-8 CSV" in message
+    inside = write_manifest(tmp_path, 'images/a.jpg,1,1,train,15" bag', header="path,pid,camid,split,note")
+    assert len(load_dataset(inside).train) == 1
 
 
 def test_manifest_with_missing_images_names_the_first_and_counts(tmp_path: Path) -> None:

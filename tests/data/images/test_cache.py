@@ -408,6 +408,8 @@ def test_the_folder_of_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert cache_folder("none") is None and ImageCache.of_setting("none", SIZE) is None
+    with pytest.raises(DanFastError, match="The folder of the cache is empty: name one, user or none"):
+        cache_folder("")
     assert cache_folder("user") == Path("/home/me/.cache/dan-fast")
     assert cache_folder("~/images") == Path("/home/me/images")
     monkeypatch.setenv("XDG_CACHE_HOME", "/scratch")

@@ -168,6 +168,9 @@ def test_compiled_whole_with_gradients():
         total, *rest = function(keys, slots, problem.occupied)
         found.append((*rest, *torch.autograd.grad(total, [keys, slots])))
     assert all(map(torch.equal, *found))
+    smaller = problem.keys[:3], problem.slots[:4], problem.occupied[:4]  # sizes that are free by now
+    softmax = torch.compile(functional.cosine_softmax, fullgraph=True, backend="aot_eager", dynamic=True)
+    assert torch.allclose(softmax(*smaller), functional.cosine_softmax(*smaller), rtol=1e-12)
     # What an eager call refuses, a compiled one cannot look at: it shows in the row of that key, and only there.
     for bad in (math.nan, math.inf, 1e200):
         keys = problem.keys.clone()
