@@ -37,6 +37,15 @@ def heap_is_left(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr("dan_fast.core.heap.keep_heap", lambda: False)
 
 
+@pytest.fixture
+def sound_bfloat16() -> Iterator[None]:
+    """PyTorch's own convolutions: oneDNN's of small maps in bfloat16 read memory never written (docs/limits.md)."""
+    import torch
+
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=False):
+        yield
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a tiny network as it was before training."""

@@ -31,7 +31,7 @@ from tests.support import in_checkout
 
 pytestmark = pytest.mark.slow
 
-TINY = IterationSize("resnet18", 64, 32, images=8, labeled_slots=24, unlabeled_slots=12, classes=6)
+TINY = IterationSize("resnet18", 128, 64, images=8, labeled_slots=24, unlabeled_slots=12, classes=6)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_the_batch_is_planned_as_in_training_and_the_memories_are_full(dan):
     assert int(memory.labeled.labels.max()) < TINY.classes
     assert (meta_train.num_labeled, meta_train.num_fed_back) == (2, 0)
     assert (meta_test.num_labeled, meta_test.num_fed_back) == (1, 1)
-    assert meta_train.images.shape == (4, 3, 64, 32) and (meta_test.labels[2:] == -1).all()
+    assert meta_train.images.shape == (4, 3, 128, 64) and (meta_test.labels[2:] == -1).all()
 
 
 @pytest.mark.parametrize("order", [1, 2])

@@ -93,6 +93,7 @@ def first_order(model: TrainingModel, stage: Stage, images: Tensor) -> dict[str,
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("sound_bfloat16")
 def test_both_methods_agree_under_autocast(monkeypatch):
     model = training_model(network=network("resnet18", dropout=0.0))
     model.autocast_dtype = torch.bfloat16

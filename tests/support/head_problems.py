@@ -163,8 +163,9 @@ def assert_right(case: Case, out: Outputs, grads: Gradients, elsewhere: Case | N
     out a few times closer or further by the order of its terms alone.
     """
     exact = case.formulas(torch.float64)
-    # The positions of a map are added one after the other, where PyTorch adds in pairs.
-    roundings = max(16.0, case.arguments.features.shape[2:].numel() ** 0.5)
+    # The positions of a map are added one after the other, where PyTorch adds in pairs; on some CPUs its products come
+    # out closer than on others.
+    roundings = max(24.0, case.arguments.features.shape[2:].numel() ** 0.5)
     rounded = [case.formulas(case.statistics)]
     if elsewhere is not None:
         there = elsewhere.formulas(case.statistics)

@@ -319,6 +319,7 @@ def test_each_model_of_figure_6_trains(runs, tmp_path, model):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("sound_bfloat16")
 @pytest.mark.parametrize(
     "flags", ["meta.order 2", "meta.procedure daml1", "meta.procedure daml2", "run.precision bfloat16"]
 )
