@@ -19,10 +19,10 @@ class StopRequest:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Self:
-        names = (name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))  # Windows lacks the last
-        for number in (getattr(signal, name) for name in names):
-            if number not in (signal.SIGINT, signal.SIGTERM) and signal.getsignal(number) == signal.SIG_IGN:
-                continue
+        numbers, hangup = [signal.SIGINT, signal.SIGTERM], getattr(signal, "SIGHUP", None)  # Windows lacks the last
+        if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+            numbers.append(hangup)
+        for number in numbers:
             try:
                 self._previous[number] = signal.signal(number, self._note)
             except ValueError:

@@ -8,7 +8,7 @@ from hashlib import blake2b
 from itertools import combinations
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.data.samples import ReIDDataset, Sample
+from dan_fast.data.samples import ReIDDataset, Sample, real_paths
 
 
 def numbering_of(dataset: ReIDDataset) -> str:
@@ -17,17 +17,6 @@ def numbering_of(dataset: ReIDDataset) -> str:
     That path is the same by whatever path the dataset was named, and for all its variants.
     """
     return dataset.identities or os.path.realpath(dataset.root)
-
-
-def real_paths(samples: Iterable[Sample]) -> Iterator[str]:
-    """The real path of each image: the same by whatever dataset, path or link it was named."""
-    folders: dict[str, str] = {}
-    for sample in samples:
-        folder, name = os.path.split(sample.path)
-        if folder not in folders:
-            folders[folder] = os.path.realpath(folder)
-        path = os.path.join(folders[folder], name)
-        yield os.path.realpath(path) if os.path.islink(path) else path
 
 
 def image_keys(samples: Iterable[Sample]) -> Iterator[int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,17 @@ class Sample(NamedTuple):
     path: Path
     pid: int
     camid: int
+
+
+def real_paths(samples: Iterable[Sample]) -> Iterator[str]:
+    """The real path of each image: the same by whatever dataset, path or link it was named."""
+    folders: dict[str, str] = {}
+    for sample in samples:
+        folder, name = os.path.split(sample.path)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        path = os.path.join(folders[folder], name)
+        yield os.path.realpath(path) if os.path.islink(path) else path
 
 
 class FixedSplit(NamedTuple):

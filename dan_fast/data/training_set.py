@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.images.packed import Packed
-from dan_fast.data.overlap import image_keys, numbering_of, real_paths
-from dan_fast.data.samples import ReIDDataset, Sample
+from dan_fast.data.overlap import image_keys, numbering_of
+from dan_fast.data.samples import ReIDDataset, Sample, real_paths
 
 _Identity = tuple[str, int]  # (numbering, pid)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.data.samples import SPLITS, ReIDDataset, Sample
+from dan_fast.data.samples import SPLITS, ReIDDataset, Sample, real_paths
 
 COLUMNS = ("path", "pid", "camid", "split")
 
@@ -48,8 +47,7 @@ def _parse(reader: csv.DictReader, file: Path) -> list[tuple[str, Sample]]:
         )
     reader.fieldnames = header
     rows: list[tuple[str, Sample]] = []
-    line_of: dict[str, int] = {}
-    folders: dict[str, str] = {}
+    lines: list[tuple[int, str]] = []
     for row in reader:
         place = f"{file}, line {reader.line_num}"
         values = {column: (row[column] or "").strip() for column in COLUMNS}
@@ -59,23 +57,16 @@ def _parse(reader: csv.DictReader, file: Path) -> list[tuple[str, Sample]]:
             raise DanFastError(f"{place}: the split {values['split']!r} is unknown; use one of {', '.join(SPLITS)}.")
         pid = _integer(values["pid"] or "-1", "pid", place)
         sample = Sample(file.parent / values["path"], pid, _integer(values["camid"], "camid", place))
-        file_itself = _real(sample.path, folders)
-        if file_itself in line_of:
-            raise DanFastError(
-                f"{place}: {values['path']} is already listed in line {line_of[file_itself]}; keep one of the two rows."
-            )
-        line_of[file_itself] = reader.line_num
         rows.append((values["split"], sample))
+        lines.append((reader.line_num, values["path"]))
+    line_of: dict[str, int] = {}
+    for (line, name), path in zip(lines, real_paths(sample for _, sample in rows), strict=True):
+        first = line_of.setdefault(path, line)
+        if first != line:
+            raise DanFastError(
+                f"{file}, line {line}: {name} is already listed in line {first}; keep one of the two rows."
+            )
     return rows
-
-
-def _real(path: Path, folders: dict[str, str]) -> str:
-    """The real path of a file, by those of the folders that are known, which grow: each is asked for once."""
-    folder = os.path.dirname(path)
-    if folder not in folders:
-        folders[folder] = os.path.realpath(folder)
-    found = os.path.join(folders[folder], path.name)
-    return os.path.realpath(found) if os.path.islink(found) else found
 
 
 def _integer(text: str, column: str, place: str) -> int:
