@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from dan_fast.functional.memory.scan_types import sentence_of
 from dan_fast.functional.memory.sharded import ShardedMemory
 from dan_fast.functional.memory.step import pending_memory_step, sharded_memory_step
 from dan_fast.nn.memory_copies import Origin, Writes, require_to_be_carried
-from dan_fast.nn.memory_states import held_memory, joined, memories_of, parted, replacement
+from dan_fast.nn.memory_states import held_memory, joined, memories_of, parted, reliable_samples_of, replacement
 
 _INITIAL_BETA = 0.1
 
@@ -111,8 +112,10 @@ class ProgressiveAugmentedMemory(nn.Module):
                 raise ValueError(f"{name} must lie in [0, 1], got {rate}")
         sizes = {"labeled_slots": labeled_slots, "unlabeled_slots": unlabeled_slots, "key_dim": key_dim}
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be positive, got {size}")
+            if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
+                raise ValueError(f"{name} must be a positive integer, got {size!r}")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating type as torch.float32, got {dtype}")
         if gates not in ("parameters", "features"):
             raise ValueError(f'gates must be "parameters" or "features", got {gates!r}')
         if process_group is not None:
@@ -128,14 +131,20 @@ class ProgressiveAugmentedMemory(nn.Module):
         self._fault: Tensor | None = None
         self._writes = Writes()
         self._origin: Origin | None = None
-        start = {
-            "alpha": 0.0,
-            "alpha_unlabeled": 0.0,
-            "beta_logit": math.log(_INITIAL_BETA / (1 - _INITIAL_BETA)),
-        }
+        start = {"alpha": 0.0, "alpha_unlabeled": 0.0, "beta_logit": math.log(_INITIAL_BETA / (1 - _INITIAL_BETA))}
         for name, value in start.items():
             gate = torch.tensor(value, dtype=statistics_dtype(dtype))
             self.register_parameter(name, nn.Parameter(gate) if gates == "parameters" else None)
+
+    @property
+    def key_dim(self) -> int:
+        """d, the length of a key."""
+        return self._labeled.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the keys and the stored features, which `.to()` changes."""
+        return self._labeled.base.dtype
 
     @property
     def beta(self) -> Tensor:
@@ -225,7 +234,7 @@ class ProgressiveAugmentedMemory(nn.Module):
             TypeError, ValueError: an argument does not fit. Under autocast keys are taken to the memory's dtype.
         """
         require_to_be_carried(self, self._origin)
-        keys = keys_in_memory_dtype(keys, self._labeled.base.dtype)
+        keys = keys_in_memory_dtype(keys, self.dtype)
         if self.process_group is not None:
             return sharded_discriminative_loss(self._labeled, keys, labels, sizes, temperature)
         check_keys(keys, self._labeled.base)
@@ -300,15 +309,7 @@ class ProgressiveAugmentedMemory(nn.Module):
         Returns:
             `(sample_ids (n,), pseudo_labels (n,))`, int64.
         """
-        state = self._unlabeled
-        slots = (state.labels >= 0).nonzero()[:, 0]
-        by_usage = slots[state.usage[slots].argsort(descending=True, stable=True)]
-        by_image = by_usage[state.sample_ids[by_usage].argsort(stable=True)]
-        ids = state.sample_ids[by_image]
-        first = torch.ones_like(ids, dtype=torch.bool)
-        first[1:] = ids[1:] != ids[:-1]
-        chosen = by_image[first].sort().values
-        return state.sample_ids[chosen], state.labels[chosen]
+        return reliable_samples_of(self._unlabeled)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ProgressiveAugmentedMemory":
         copied = type(self).__new__(type(self))
@@ -325,11 +326,10 @@ class ProgressiveAugmentedMemory(nn.Module):
         return self.__dict__ | {"_writes": Writes(), "_origin": self._origin and self._origin.in_a_file()}
 
     def extra_repr(self) -> str:
-        (labeled_slots, key_dim), unlabeled_slots = self._labeled.shape, self._unlabeled.shape[0]
+        labeled_slots, unlabeled_slots = self._labeled.shape[0], self._unlabeled.shape[0]
         return (
-            f"labeled_slots={labeled_slots}, unlabeled_slots={unlabeled_slots}, key_dim={key_dim}, "
-            f"decay={self.decay}, decay_unlabeled={self.decay_unlabeled}, "
-            f"dtype={self._labeled.base.dtype}, gates={self.gates!r}"
+            f"labeled_slots={labeled_slots}, unlabeled_slots={unlabeled_slots}, key_dim={self.key_dim}, "
+            f"decay={self.decay}, decay_unlabeled={self.decay_unlabeled}, dtype={self.dtype}, gates={self.gates!r}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ProgressiveAugmentedMemory":

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from dan_fast.core.checks import check_state
@@ -14,6 +15,18 @@ from dan_fast.functional.memory.pending import PendingMemory
 def held_memory(state: MemoryState) -> PendingMemory:
     """A memory that starts from `state`."""
     return PendingMemory.of(_with_statistics(state))
+
+
+def reliable_samples_of(unlabeled: PendingMemory) -> tuple[Tensor, Tensor]:
+    """Each image of M' once, `(sample_ids, pseudo_labels)`: see `ProgressiveAugmentedMemory.reliable_samples`."""
+    slots = (unlabeled.labels >= 0).nonzero()[:, 0]
+    by_usage = slots[unlabeled.usage[slots].argsort(descending=True, stable=True)]
+    by_image = by_usage[unlabeled.sample_ids[by_usage].argsort(stable=True)]
+    ids = unlabeled.sample_ids[by_image]
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[1:] = ids[1:] != ids[:-1]
+    chosen = by_image[first].sort().values
+    return unlabeled.sample_ids[chosen], unlabeled.labels[chosen]
 
 
 def _with_statistics(state: MemoryState) -> MemoryState:

@@ -107,7 +107,8 @@ class TrainingModel(nn.Module):
 
     Args:
         network: the DAN.
-        memory: None trains without unlabelled images. Its gates are frozen where l2 is 0, or with `lending`.
+        memory: of any dtype; None trains without unlabelled images. Its gates are frozen where l2 is 0, or with
+            `lending`.
         weights: l1, l2, l3, the prior on beta and the weight of "labeled_embedding".
         temperature: of "labeled_embedding".
         lending: unlabelled samples lend their style to the others and have no part in any loss; where there are none,
@@ -115,7 +116,8 @@ class TrainingModel(nn.Module):
         autocast_dtype: the network's forward runs under autocast in this type; None: as its weights are.
 
     Raises:
-        ValueError: L_aad is to reach the attention alone, and the network was made for all of it.
+        ValueError: L_aad is to reach the attention alone, and the network was made for all of it; or the memory's keys
+            are of another length than the network's.
     """
 
     def __init__(
@@ -132,6 +134,11 @@ class TrainingModel(nn.Module):
             raise ValueError(
                 "weights.adversary_reach is 'attention' and the network's, which decides, is 'all': make it with "
                 "DAN(adversary_reach='attention')"
+            )
+        if memory is not None and memory.key_dim != network.key_dim:
+            raise ValueError(
+                f"memory.key_dim is {memory.key_dim} and the network gives keys of {network.key_dim}: make it with "
+                f"ProgressiveAugmentedMemory(key_dim={network.key_dim})"
             )
         self.network = network
         self.temperature = temperature
@@ -189,13 +196,13 @@ class TrainingModel(nn.Module):
         pseudo_labels = split.sample_ids.new_empty(0)
         if self.memory is not None:
             # A memory refuses keys that are not finite: it stays as it is if any feature is not, without a wait.
-            keys = self.network.keys(out).float() + torch.where(finite, 0.0, torch.nan)
+            keys = self.network.keys(out).to(self.memory.dtype) + torch.where(finite, 0.0, torch.nan)
             gate_features = self.network.gate_features(out).float() if self.memory.gates == "features" else None
             if self.weights.labeled_embedding > 0 and whole_labeled > 0:
                 terms = self.memory.labeled_loss(
                     keys[:labeled], split.labels[:labeled], self.temperature, [each[0] for each in split.shares]
                 )
-                labeled_embedding = self.weights.labeled_embedding * terms.mean()
+                labeled_embedding = self.weights.labeled_embedding * terms.mean().float()
             occupied_before = self.memory.occupied_slots()[1]
             try:
                 step = self.memory(
@@ -217,7 +224,8 @@ class TrainingModel(nn.Module):
                 (gate_features,) = gather_parts(self.memory.process_group, [gate_features], [sizes], 0)
             alpha, alpha_unlabeled, beta = self.memory.gate_values(gate_features)
             if whole_unlabeled > 0:
-                embedding = self.weights.embedding * (step.loss.float() - self.weights.confidence_prior * beta.log())
+                prior = self.weights.confidence_prior * beta.log()
+                embedding = self.weights.embedding * (step.loss - prior).float()
             pseudo_labels = step.pseudo_labels
             # Each sample that is not skipped fills one slot, so what M' does not hold in addition has left it.
             cleared = occupied_before + (pseudo_labels >= 0).sum() - self.memory.occupied_slots()[1]

@@ -225,6 +225,7 @@ def test_a_step_keeps_its_states_when_the_memory_goes_on():
         *first, 0.0, 0.0, 0.1, 0.9, 0.8,
     )  # fmt: skip
     assert isinstance(step, MemoryStep) and isinstance(step.labeled, MemoryState)
+    assert repr(step).count("MemoryState(features=tensor") == 2
     assert_states_close(step.labeled, expected.labeled)
     loss, pseudo_labels, labeled, unlabeled = step
     assert loss is step.loss and pseudo_labels is step[1]
@@ -481,7 +482,11 @@ def test_a_decay_of_numpy_is_a_number():
     assert memory(*batch).loss.isfinite()
 
 
-@pytest.mark.parametrize("settings", [{"decay": 1.5}, {"gates": "both"}, {"labeled_slots": 0}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"decay": 1.5}, {"gates": "both"}, {"labeled_slots": 0}, {"unlabeled_slots": 4.0}, {"key_dim": True}]
+    + [{"dtype": torch.int64}, {"dtype": "float32"}],
+)
 def test_wrong_settings(settings):
-    with pytest.raises(ValueError, match=next(iter(settings))):
+    with pytest.raises((TypeError, ValueError), match=next(iter(settings))):
         ProgressiveAugmentedMemory(**({"labeled_slots": 2, "unlabeled_slots": 2, "key_dim": 2} | settings))

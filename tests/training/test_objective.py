@@ -155,6 +155,30 @@ def test_labelled_images_are_told_apart_by_the_memory_as_it_was_before_them():
     assert gradient.abs().sum() > 0
 
 
+@pytest.mark.parametrize("gates", ["parameters", "features"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float64, 1e-5)])
+def test_a_memory_of_another_dtype_takes_the_networks_keys(dtype, tolerance, gates):
+    network, found = tiny_network(), {}
+    for each in (torch.float32, dtype):
+        memory = ProgressiveAugmentedMemory(4, 4, network.key_dim, dtype=each, gates=gates)
+        model = TrainingModel(network, memory, LossConfig(labeled_embedding=2.0, embedding=1.0))
+        model(split())
+        losses, _ = model(split(seed=6))
+        losses["total"].backward()
+        found[each] = [losses[name] for name in ("total", "embedding", "labeled_embedding")]
+        found[each].append(network.backbone.conv.weight.grad.norm())
+        network.zero_grad()
+        assert memory.dtype == memory.labeled.features.dtype == each
+    assert all(loss.dtype == torch.float32 and loss.isfinite() and loss > 0 for loss in found[dtype])
+    torch.testing.assert_close(found[dtype], found[torch.float32], rtol=tolerance, atol=0)
+
+
+def test_a_memory_for_keys_of_another_length_is_refused():
+    network = tiny_network()
+    with pytest.raises(ValueError, match=r"key_dim is 5 .*keys of 3: .*key_dim=3\)"):
+        TrainingModel(network, ProgressiveAugmentedMemory(4, 4, key_dim=5), LossConfig())
+
+
 @pytest.mark.parametrize("reach, touched", [("all", True), ("attention", False)])
 def test_what_the_adversary_loss_reaches(reach, touched):
     network = tiny_network(adversary_reach=reach)

@@ -269,6 +269,9 @@ class LazyStep(MemoryStep):
     def __iter__(self) -> Iterator[Any]:
         return map(_settled, super().__iter__())
 
+    def __repr__(self) -> str:
+        return repr(MemoryStep(*self))
+
 
 def _settled(value: Any) -> Any:
     return value.snapshot() if isinstance(value, PendingMemory) else value
