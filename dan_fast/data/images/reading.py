@@ -77,8 +77,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _of_eight_bits(image: Image.Image) -> Image.Image:
     """An image of 16 bits in 8; Pillow would make white of all that is above 255."""
-    # Older versions of Pillow have mode I for a PNG of 16 bits.
-    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
+    # Mode I is of 16 bits in a PGM, and for older versions of Pillow in a PNG.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"its mode {image.mode} has numbers of no known range")

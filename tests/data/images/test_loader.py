@@ -245,7 +245,7 @@ def test_any_kind_of_image_becomes_rgb(tmp_path: Path, mode: str) -> None:
     assert (image.int() - 204).abs().max() <= 2
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
 def test_of_16_bits_the_upper_8_are_taken(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"image.{suffix}"
     Image.fromarray(np.array([[0, 255, 256], [0x7FFF, 0x80FF, 0xFFFF]], dtype=np.uint16)).save(path)
