@@ -32,7 +32,7 @@ FOREIGN = {
     "training.md": {"--gpus-per-task"},  # of srun
 }
 # Blocks that are neither run nor parsed, by page and language, and why.
-LEFT = {("README.md", "bibtex"): "a citation", ("CONTRIBUTING.md", "text"): "a tree of folders"}
+LEFT = {("CONTRIBUTING.md", "text"): "a tree of folders"}
 # Pages whose Python blocks need what other tests have, a LitData store or a process without dan_fast.
 ELSEWHERE = {"feeding.md": "tests/data/images/test_feeding.py", "export.md": "tests/export/test_export.py"}
 LINES = [(page, words) for page in PAGES for words in commands(page)]
@@ -107,6 +107,7 @@ def parse(words: list[str]) -> None:
 @pytest.mark.parametrize(("page", "words"), LINES, ids=[f"{page.stem}: {' '.join(words)}" for page, words in LINES])
 def test_a_command_parses(page: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_settings(page, tmp_path)
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     monkeypatch.chdir(tmp_path)
     match words:
         case ["dan-fast", *arguments]:

@@ -77,7 +77,7 @@ def evaluate(
         baselines: Also evaluate the network as it was before training, and random features (chance). Not of a shared
             folder whose training started from a file of weights, which it does not hold.
         repeats: Random splits of a target that has no fixed ones; mean and standard deviation are printed.
-        seed: Seed of the random splits.
+        seed: Seed of the random splits and of the random features of --baselines.
         metric: How features are compared.
         ap: standard takes the mean precision at each true match, trapezoid is the old MATLAB code's.
         rerank: Re-rank by k-reciprocal encoding (Zhong et al. 2017; k1 20, k2 6, lambda 0.3); the results say so.

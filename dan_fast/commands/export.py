@@ -29,7 +29,7 @@ def export(
     """Write a trained network to a file that runs without dan_fast, run it, and print how it differs.
 
     Args:
-        checkpoint: The checkpoint.pt of a run, or its chosen.pt.
+        checkpoint: The checkpoint.pt of a run, its chosen.pt, or a folder that `dan-fast share` wrote.
         out: The file to write.
         format: onnx for ONNX Runtime and what else reads ONNX, or pt2, which torch.export.load reads.
         input: What the file takes, RGB at the network's size: uint8, normalised inside, or normalized, float32 that the

@@ -44,7 +44,7 @@ def search(
     Args:
         gallery: Folders, files or patterns to search in, or datasets, of each its gallery, or all where it has none.
         query: Images to search for, given alike; of each dataset its queries, or all where it has none.
-        checkpoint: The checkpoint.pt of a run, or a shared folder.
+        checkpoint: The checkpoint.pt of a run, its chosen.pt, or a folder that `dan-fast share` wrote.
         out: Folder for the index, the lists and the page.
         index: flat compares all features; hnsw, a graph, and ivfpq, codes in cells, compare few of millions, and what
             they miss is measured.

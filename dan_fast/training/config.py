@@ -44,8 +44,8 @@ class DataConfig:
     Args:
         labeled: Folders or manifests whose train split is labelled; several are fused (Sec. III-D). FOLDER@VARIANT
             chooses among the variants of a dataset that has several, such as "cuhk03@labeled new".
-        unlabeled: Folders or manifests whose train split is used without labels; leave it out to train "w/o unlabelled"
-            images, where only loss.labeled_embedding has a memory (the paper adds MSMT17).
+        unlabeled: Folders or manifests whose train split is used without labels (the paper: MSMT17), for styles or
+            pseudo labels, as the recipe says. Without any only loss.labeled_embedding has a memory.
         targets: Folders or manifests to evaluate on after the last epoch, never trained on; those of one name are
             called by the folders above them too.
         protocol: In place of these three, a protocol of the literature by its name, such as table4 or p1; `dan-fast
@@ -55,11 +55,10 @@ class DataConfig:
         image_size: Height and width to which images are resized (the paper: 224 224).
         batch_size: Images an iteration, S and S~ together (the paper: 64), on however many ranks.
         batch_size_per_rank: Whether batch_size is for each rank, and the whole batch as many times as large.
-        iterations: Iterations of an epoch, with which trainings of other batches are compared at equal length; 0: as
-            many as the labelled images fill.
+        iterations: Iterations of an epoch, to compare trainings of different batches at equal length; 0: as many as the
+            labelled images fill.
         unlabeled_fraction: Share of unlabelled images in a batch.
-        feedback_fraction: Most of S~'s labelled places that reliable pseudo samples of M' may take; 0 feeds
-            none back.
+        feedback_fraction: Largest share of S~'s labelled places for images of M' under their pseudo label; 0: none.
         workers: Processes that decode images; 0 decodes in the training process.
         broken_images: Stop with an error at an image that cannot be decoded, or skip and count it.
         cache: Folder for decoded images, which then are read several times as fast and come out the same; a dataset
@@ -98,9 +97,8 @@ class ModelConfig:
     Args:
         backbone: torchvision ResNet (the paper: resnet50): resnet18, resnet34, resnet50 or resnet101; or timm:NAME for
             a model of timm that gives a map.
-        weights: none, imagenet (the paper; the library's own download), the path of a state dict in the names of
-            torchvision or timm, saved by torch.save or safetensors, or of a checkpoint or shared folder of this
-            package, from whose network the training starts.
+        weights: none; imagenet (the paper), the library's own download; the file of a state dict in torchvision's or
+            timm's names (torch.save, safetensors); or a checkpoint or shared folder of this package, to fine-tune.
         attention: The attention (the paper: nl_cbam). The others are those of Fig. 6: cbam, the spatial
             attention of nl_cbam (non_local) or of cbam (spatial) alone, or none.
         adversary: Train with the attention adversary network (the paper), that is L_aad and the competition of
@@ -108,12 +106,12 @@ class ModelConfig:
         reduction: Dimension reduction ratio r of the attention's bottlenecks (the paper: 12); 1 is NL-CBAM* of
             Fig. 6.
         dropout: Dropout rate before the classifier (the paper: 0.5).
-        style_mixing: The images whose style early maps take a part of in training: none (the paper), other images of
-            the batch, or its unlabelled images, which then serve for that alone; without such images no styles are
-            mixed.
-        instance_norm: Have the first norm of each early block normalise half of its channels image by image, as
-            IBN-Net-a does in three stages and this in two: less of a camera's style stays in the maps. For ResNets and
-            others of timm with batch norm; auto is true where the backbone has such blocks.
+        style_mixing: Whose channel statistics early maps take a part of in training: none (the paper); batch, of its
+            other images; or unlabeled, of its unlabelled images, which then serve for that alone. Without such images
+            nothing is mixed.
+        instance_norm: Half of the channels of the first norm of each early block are normalised image by image, in two
+            stages (IBN-Net-a: three), which takes out some of a camera's style. For ResNets and others of timm with
+            batch norm; auto: where the backbone has such blocks.
         feature: What tests compare: attended, the attention branch's (the paper), or pooled, the backbone's own.
         gradient_checkpointing: Compute maps of the backbone again in the backward pass instead of keeping them all:
             less memory, more time, the same gradients.
@@ -142,14 +140,15 @@ class MemoryConfig:
     """The progressive augmented memory.
 
     Args:
-        labeled_slots: Slots s1 of the labelled memory M (the paper: 9000).
+        labeled_slots: Slots s1 of the labelled memory M (the paper: 9000). With loss.labeled_embedding some for each
+            person, as one without a slot has no such loss.
         unlabeled_slots: Slots s2 of the unlabelled memory M' (the paper: 5500).
         decay: Decay kappa1 of the usage of M, Eq. (5) (the paper: 0.99).
         decay_unlabeled: Decay kappa2 of the usage of M', Eq. (12) (the paper: 0.99).
         gates: alpha, alpha' and beta as parameters (Table II) or read from the last three features of the
             backbone (Sec. IV-B).
-        initial_alpha: What alpha and alpha' start from as parameters (the paper does not say; 0: a key goes by halves
-            to the least-used slot and, spread thin, to all; -4: nearly all of it to the least-used slot).
+        initial_alpha: Start of alpha and alpha' as parameters (the paper does not say). 0: half of a key goes to the
+            least-used slot, half is spread over all; -4: nearly all of it goes to the least-used slot.
         temperature: Divides the cosines in loss.labeled_embedding (the paper: it has no such loss).
         products: How a GPU multiplies keys and slots: float32, or tf32x3, three products on its tensor cores for each
             one, with 1.2 times the error.
@@ -224,8 +223,8 @@ class OptimizerConfig:
     Args:
         epochs: Passes through the labelled images, or through data.iterations (the paper: 500); fewer stretch
             Eq. (19) over them.
-        lr_scale: Factor on the step sizes delta1 and delta2 of Eq. (19) (the paper: 1; a network trained
-            from scratch for few epochs needs 10 to 50).
+        lr_scale: Factor on the step sizes delta1 and delta2 of Eq. (19) (the paper: 1, over 500 epochs). Short
+            trainings need 30 to 60, with a meta step half of that.
         momentum: Momentum of the outer step (the paper: 0.9).
         weight_decay: Weight decay of the outer step (the paper: 5e-4).
         backbone_lr_scale: Further factor on both step sizes for the backbone's parameters (the paper: 1); below 1
@@ -243,7 +242,7 @@ class OptimizerConfig:
 
 @dataclass
 class RunConfig:
-    """Where and how the run takes place; nothing here changes what is learnt but seed and precision.
+    """Where and how the run takes place; seed and precision change what is learnt, the others at most its rounding.
 
     Args:
         out: Folder of the run: config.yaml, checkpoint.pt, tensorboard/, results.json.
