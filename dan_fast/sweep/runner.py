@@ -10,7 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,21 +23,16 @@ from rich.table import Table
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import alone_with_children, write_text
 from dan_fast.core.signals import StopRequest
+from dan_fast.core.yaml_files import read_mapping
 from dan_fast.reporting.arms import FINISHED, Comparison, read_comparison
 from dan_fast.reporting.report import report as write_page
 from dan_fast.sweep.grid import PlannedRun, plan_sweep
-from dan_fast.sweep.set_aside import (
-    CHECKPOINT,
-    RESULTS,
-    SETTINGS,
-    put_back,
-    read_settings,
-    set_aside,
-    settings_of_results,
-)
 from dan_fast.training.config import TrainConfig, training_differences
 
 BEGUN, WAITING, FAILED = "begun", "waiting", "failed"
+RESULTS, SETTINGS, CHECKPOINT = "results.json", "config.yaml", "checkpoint.pt"
+# What a training is started with. It writes config.yaml itself, and removes results of other targets first.
+_GIVEN = "sweep.yaml"
 _LOG = "train.log"
 _CHOICE = ("run", "choose_epoch_on_target")
 # What PyTorch and the libraries below it take as the number of their threads when they are loaded.
@@ -91,9 +86,6 @@ def sweep(
         console.print(table)
         return
     with _alone(Path(out)) as lock:
-        for run in runs:
-            # What a sweep that was killed has set aside.
-            put_back(run.folder)
         before = _read_record(Path(out))
         record = [_entry(run, state_of(run), before.get(run.name, {})) for run in runs]
         failed = _run_all(runs, record, Path(out), lock, console, parallel)
@@ -113,7 +105,7 @@ def sweep(
 
 def state_of(run: PlannedRun) -> str:
     """Whether a training is "finished", "begun" (has a checkpoint to go on from) or "waiting"."""
-    of_results = settings_of_results(run.folder)
+    of_results = _settings_there(run.folder) if _has_results(run.folder) else None
     # With other targets the trainer only evaluates again; in another root it looks for the images it was trained on.
     data = None if of_results is None else of_results.get("data", {})
     if data is not None and (data.get("targets"), data.get("root")) == (run.config.data.targets, run.config.data.root):
@@ -181,7 +173,6 @@ def _run_all(
                 training.process.kill()
             for training in active:
                 training.process.wait()
-                put_back(training.run.folder)
             raise
         if stop.requested:
             raise KeyboardInterrupt
@@ -202,9 +193,7 @@ def _add_seconds(active: Sequence[_Training], since: float) -> float:
 
 def _start(run: PlannedRun, lock: int, threads: int | None) -> subprocess.Popen[bytes]:
     """Start a training in a process of its own, which saves itself when it is sent SIGTERM."""
-    # Results of other targets must not stand beside the new settings.
-    set_aside(run.folder)
-    write_text(run.folder / SETTINGS, yaml.safe_dump(run.config.to_dict(), sort_keys=False))
+    write_text(run.folder / _GIVEN, yaml.safe_dump(run.config.to_dict(), sort_keys=False))
     limits = {} if threads is None else dict.fromkeys(_THREADS, str(threads))
     with (run.folder / _LOG).open("ab") as log:
         # The child inherits the lock: if this process is killed, no other sweep starts while the child runs.
@@ -221,7 +210,6 @@ def _start(run: PlannedRun, lock: int, threads: int | None) -> subprocess.Popen[
 def _note_end(training: _Training, stopped: bool, console: Console) -> None:
     """Record how a training ended, and print it."""
     run, entry = training.run, training.entry
-    put_back(run.folder)
     del entry["running"]
     seconds = time.monotonic() - training.started
     if entry["timed"]:
@@ -255,7 +243,7 @@ def _write_comparison(comparison: Comparison, out: Path, console: Console) -> No
 
 
 def _command(folder: Path) -> Sequence[str]:
-    command = [sys.executable, "-m", "dan_fast", "train", "--config", str(folder / SETTINGS)]
+    command = [sys.executable, "-m", "dan_fast", "train", "--config", str(folder / _GIVEN)]
     return [*command, "--run.resume", "auto"]
 
 
@@ -276,11 +264,25 @@ def _results(run: PlannedRun) -> str:
     return "; ".join(parts) or "finished, no target to evaluate on"
 
 
+def _has_results(folder: Path) -> bool:
+    with suppress(OSError, ValueError):
+        json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        return True
+    return False
+
+
+def _settings_there(folder: Path) -> dict[str, Any] | None:
+    """What config.yaml in the folder holds, the settings of results.json beside it; None where it cannot be read."""
+    with suppress(DanFastError):
+        return read_mapping(folder / SETTINGS, "the settings of a run")
+    return None
+
+
 def _require_same_settings(run: PlannedRun) -> None:
     """Refuse a folder with a training of other settings, which is neither continued nor overwritten."""
     if not any((run.folder / name).exists() for name in (CHECKPOINT, RESULTS)):
         return
-    saved, wanted, defaults = read_settings(run.folder), run.config.to_dict(), TrainConfig().to_dict()
+    saved, wanted, defaults = _settings_there(run.folder), run.config.to_dict(), TrainConfig().to_dict()
     if saved is None:
         raise DanFastError(f"{run.folder} holds a training without a readable config.yaml: choose another --out.")
     differences = training_differences(saved, wanted)

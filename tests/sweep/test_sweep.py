@@ -27,7 +27,6 @@ from dan_fast.reporting.groups import swept_settings
 from dan_fast.reporting.report import report
 from dan_fast.reporting.runs import read_runs
 from dan_fast.sweep import runner as sweeping
-from dan_fast.sweep import set_aside as aside
 from dan_fast.sweep.grid import GRIDS, plan_sweep, run_name
 from dan_fast.sweep.runner import sweep
 from dan_fast.training import TrainConfig
@@ -264,11 +263,15 @@ if str(folder.parent.resolve() / ".sweep.lock") not in files:
     sys.exit("The lock is not held.")
 with open(folder.parent / "calls", "a") as calls:
     print(folder.name, "resumed" if resumed else "new", file=calls)
+if plan == "refuse":
+    sys.exit("dan-fast: There is no such target.")
+# From here on it trains in the folder.
+given, settings = (folder / "sweep.yaml").read_text(), folder / "config.yaml"
+if settings.exists() and settings.read_text() != given:
+    (folder / "results.json").unlink(missing_ok=True)
+settings.write_text(given)
 if not resumed:
     (folder / "checkpoint.pt").touch()
-if plan == "go on":
-    (folder / "checkpoint.pt").write_text("more")
-    sys.exit("It trained and failed.")
 (folder / "threads").write_text(os.environ.get("OMP_NUM_THREADS", "not set"))
 active = folder.parent / "active"
 active.mkdir(exist_ok=True)
@@ -302,7 +305,7 @@ if plan == "die":
     os.kill(os.getpid(), signal.SIGKILL)
 if plan == "wait":
     time.sleep(60)
-epochs = yaml.safe_load((folder / "config.yaml").read_text())["optimizer"]["epochs"]
+epochs = yaml.safe_load(given)["optimizer"]["epochs"]
 targets = plan if isinstance(plan, list) else []
 (folder / "results.json").write_text(json.dumps({"epochs": epochs, "iterations": 12, "targets": targets}))
 """
@@ -387,9 +390,9 @@ def listed(grid: Path, out: Path, capsys: pytest.CaptureFixture) -> list[str]:
     return [line.split()[3] for line in capsys.readouterr().out.splitlines() if "model.reduction" in line]
 
 
-@pytest.mark.parametrize("end", ["fail", "die", "no start"])
-def test_results_of_other_targets_are_kept_until_there_are_new_ones(quick, three, finished, end, monkeypatch, capsys):
-    """Whether the training fails, is killed, or the sweep is before it has started it."""
+@pytest.mark.parametrize("end", ["refuse", "no start"])
+def test_results_of_other_targets_are_kept_until_the_training_begins(quick, three, finished, end, monkeypatch, capsys):
+    """Whether the training fails before that, or the sweep before it has started it."""
     names = ("results.json", "config.yaml")
     before = [(quick.out / reduce(1) / name).read_bytes() for name in names]
     finished("duke")
@@ -407,40 +410,17 @@ def test_results_of_other_targets_are_kept_until_there_are_new_ones(quick, three
     finished("duke")
     quick(three)
     assert states(quick.out) == ["finished"] and listed(three, quick.out, capsys) == ["finished"]
-    assert not list(quick.out.rglob("set_aside.json"))
     finished([])
     assert listed(three, quick.out, capsys) == ["begun"]
 
 
-def test_results_of_what_was_trained_on_are_not_put_back(quick, three, finished, capsys):
+def test_a_training_that_is_killed_leaves_no_results_of_other_targets(quick, three, finished, capsys):
     finished("duke")
-    with pytest.raises(DanFastError, match="It trained and failed"):
-        quick(three, **{reduce(1): "go on"})
-    finished([])
-    assert listed(three, quick.out, capsys) == ["begun"] and not list(quick.out.rglob("set_aside.json"))
-
-
-def test_the_settings_are_back_before_the_results(tmp_path, monkeypatch):
-    """Whenever it is killed, results never stand beside settings that they are not of."""
-    texts = {"config.yaml": "data: {targets: []}", "results.json": "{}"}
-    for name, text in texts.items():
-        (tmp_path / name).write_text(text)
-    aside.set_aside(tmp_path)
-    assert not (tmp_path / "results.json").exists()
-    (tmp_path / "config.yaml").write_text("data: {targets: [duke]}")
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        written = []
-        patched.setattr(aside, "write_text", lambda path, text: written.append(path.name) or _stop_at(path, text))
-        aside.put_back(tmp_path)
-    assert written == ["config.yaml", "results.json"] and not (tmp_path / "results.json").exists()
-    aside.put_back(tmp_path)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == texts
-
-
-def _stop_at(path: Path, text: str) -> None:
-    if path.name == "results.json":
-        raise KeyboardInterrupt
-    path.write_text(text)
+    with pytest.raises(DanFastError, match="It was ended by SIGKILL"):
+        quick(three, **{reduce(1): "die"})
+    for targets in ("duke", []):
+        finished(targets)
+        assert listed(three, quick.out, capsys) == ["begun"]
 
 
 @pytest.mark.parametrize(
@@ -728,7 +708,6 @@ def test_a_target_that_cannot_be_tested_on_costs_no_results(tmp_path, capsys):
     assert "learnt" in (said := capsys.readouterr().err) and "has neither query and gallery nor test images" in said
     assert (run.folder / "results.json").read_bytes() == results
     assert listed(grid(street), out, capsys) == ["finished"]
-    assert not (run.folder / "set_aside.json").exists()
 
 
 @pytest.mark.slow
