@@ -150,6 +150,11 @@ class Stream {
           const int64_t c = v * kWidth<A>;
           if (tile + r < rows && c < width) keep(row, tile + r, column + c, width - c, sum);
         };
+        // Where what is read is not written to, prefetching it makes a commit of M and M' a third slower.
+        if (pass_.stored != pass_.base) {
+          multiply_each<kStreamRows, kStreamVectors>(tile_rows, pending, panel, 1, NothingAhead{}, finish);
+          continue;
+        }
         const PiecesAhead ahead = next_tile(row + tile, pass_.queries == 0 ? column : columns, width, pending);
         multiply_each<kStreamRows, kStreamVectors>(tile_rows, pending, panel, 1, ahead, finish);
       }
