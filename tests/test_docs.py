@@ -2,6 +2,7 @@
 
 import contextlib
 import doctest
+import functools
 import importlib
 import io
 import json
@@ -209,15 +210,18 @@ def test_relative_links_resolve(page: Path):
         assert not anchor or anchor in anchors(target), link
 
 
+@functools.cache
+def names_of_tests() -> set[str]:
+    files = (ROOT / "tests").rglob("*.py")
+    return {name for path in files for name in re.findall(r"def (test_\w+)", path.read_text())}
+
+
 @pytest.mark.parametrize("page", [*PAGES, *ROOMS_PAGES], ids=lambda page: str(page.relative_to(ROOT)))
 def test_names_resolve(page: Path):
     text = page.read_text()
     for name in re.findall(r"`(dan_fast(?:\.\w+)*)`", text):
         resolve(name)
-    tests = {
-        name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
-    }
-    assert set(re.findall(r"`(test_\w+)`", text)) <= tests
+    assert set(re.findall(r"`(test_\w+)`", text)) <= names_of_tests()
     rooms = "csrc|python_bindings|dan_fast|tests|benchmarks|scripts|docs"
     for file in re.findall(rf"`((?:{rooms})/[\w./*-]+\.\w+)`", text):
         assert any(ROOT.glob(file)), file

@@ -9,7 +9,14 @@ from dan_fast.data.synthetic import synthesize
 from tests.support.ranks import Ranks
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids="{} ranks".format)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Two and four ranks, or as many as `RANKS` of a file says."""
+    if "ranks" in metafunc.fixturenames:
+        numbers = getattr(metafunc.module, "RANKS", (2, 4))
+        metafunc.parametrize("ranks", numbers, indirect=True, scope="module", ids="{} ranks".format)
+
+
+@pytest.fixture(scope="module")
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     with Ranks(request.param, tmp_path_factory.mktemp("ranks") / "store") as ranks:
         yield ranks

@@ -35,6 +35,12 @@ REFUSED_BY_ALL = [
 EVALUATIONS = (evaluate_ranking, evaluate_single_shot, evaluate_reranked)
 
 
+@pytest.mark.parametrize("evaluate", EVALUATIONS)
+def test_what_is_changed_to_be_refused_is_right(path, evaluate):
+    assert evaluate(**{"block_bytes": 1, **ARGUMENTS}).mAP == 1
+
+
+# Arguments are looked at before the path is chosen.
 @pytest.mark.parametrize(
     ("evaluate", "change", "sentence"),
     [
@@ -46,8 +52,7 @@ EVALUATIONS = (evaluate_ranking, evaluate_single_shot, evaluate_reranked)
         (evaluate_reranked, {"reranking": Reranking(weight=1.5)}, "weight is 1.5; it must lie between 0 and 1"),
     ],
 )
-def test_errors_name_the_argument(path, evaluate, change, sentence):
-    assert evaluate(**{"block_bytes": 1, **ARGUMENTS}).mAP == 1
+def test_errors_name_the_argument(evaluate, change, sentence):
     with pytest.raises(ValueError, match=sentence):
         evaluate(**{**ARGUMENTS, **change})
 

@@ -199,18 +199,37 @@ class Full(io.FileIO):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("stage", ["write", "fsync", "replace"])
-@pytest.mark.parametrize("kind", ["config.yaml", "checkpoint.pt", "chosen.pt", "results.json", ".npy", ".npz"])
-def test_a_full_disk_or_quota_is_a_sentence_and_the_run_goes_on_later(images, tmp_path, here, monkeypatch, kind, stage):
-    def setup(out: str) -> TrainConfig:
-        return tiny_config(
-            images,
-            tmp_path / out,
-            data={"iterations": 2, "targets": str(images / "mall"), "cache": str(tmp_path / f"cache of {out}")},
-            run={"evaluate_every": 1, "choose_epoch_on_target": True, "checkpoint_every": 1},
-        )
+def with_all_files(images: Path, folder: Path) -> TrainConfig:
+    """A training that writes every kind of file."""
+    return tiny_config(
+        images,
+        folder / "run",
+        data={"iterations": 2, "targets": str(images / "mall"), "cache": str(folder / "cache")},
+        run={"evaluate_every": 1, "choose_epoch_on_target": True, "checkpoint_every": 1},
+    )
 
-    here(setup("whole"))
+
+@pytest.fixture(scope="module")
+def whole(images, trainings, tmp_path_factory) -> Path:
+    """The folder of such a training to which nothing happened."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainings.start(with_all_files(images, folder), folder / "log")
+    assert trainings.wait() == 0, (folder / "log").read_text()
+    return folder / "run"
+
+
+# All are written by one function, in which the three stages are.
+@pytest.mark.parametrize(
+    ("kind", "stage"),
+    [
+        *((kind, "write") for kind in ("config.yaml", "checkpoint.pt", "chosen.pt", "results.json", ".npy", ".npz")),
+        *(("checkpoint.pt", stage) for stage in ("fsync", "replace")),
+    ],
+)
+def test_a_full_disk_or_quota_is_a_sentence_and_the_run_goes_on_later(
+    images, whole, tmp_path, here, monkeypatch, kind, stage
+):
+    setup = with_all_files(images, tmp_path)
     fsync, replace, open_path = os.fsync, os.replace, Path.open
 
     def is_meant(name: str) -> bool:
@@ -235,12 +254,11 @@ def test_a_full_disk_or_quota_is_a_sentence_and_the_run_goes_on_later(images, tm
             patch.setattr(os, "replace", lambda one, other: quota(other) or replace(one, other))
         reason = "No space left on device" if stage == "write" else "Disk quota exceeded"
         with pytest.raises(DanFastError, match=rf"{kind} could not be written \({reason}\)"):
-            here(setup("run"))
+            here(setup)
     assert not list(tmp_path.rglob("*.part")) and not list((tmp_path / "run").glob("*" + kind))
-    here(setup("run"))
-    assert_same_training(tmp_path / "whole", tmp_path / "run")
-    results = [(tmp_path / out / "results.json").read_text() for out in ("whole", "run")]
-    assert results[0] == results[1]
+    here(setup)
+    assert_same_training(whole, tmp_path / "run")
+    assert (whole / "results.json").read_text() == (tmp_path / "run" / "results.json").read_text()
 
 
 @pytest.mark.parametrize("full", ["for a moment", "for good"])

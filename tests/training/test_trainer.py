@@ -3,26 +3,23 @@
 import errno
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from dan_fast.cli import main
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import load_dataset
 from dan_fast.data.overlap import image_keys
 from dan_fast.data.synthetic import synthesize
 from dan_fast.reporting.curves import plot_curves, read_scalars
-from dan_fast.training import DataConfig, Interrupted, TrainConfig, Trainer
+from dan_fast.training import DataConfig, Interrupted, Trainer
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.display import Display
 from dan_fast.training.objective import DivergedError
@@ -158,32 +155,6 @@ def test_a_run_stopped_by_ctrl_c_resumes_bit_for_bit(images, tmp_path):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def command_line(setup: TrainConfig, *more: str) -> list[str]:
-    path = Path(setup.run.out).with_suffix(".yaml")
-    path.write_text(json.dumps(setup.to_dict()))
-    return [sys.executable, "-m", "dan_fast", "train", "--config", str(path), *more]
-
-
-def test_a_killed_run_resumes_bit_for_bit(images, tmp_path):
-    whole = config(images, tmp_path / "whole", optimizer={"epochs": 6})
-    threads = torch.get_num_threads()
-    killed = config(images, tmp_path / "killed", optimizer={"epochs": 6}, run={"checkpoint_every": 1})
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    process = subprocess.Popen(command_line(killed), env=environment)
-    checkpoint = tmp_path / "killed" / "checkpoint.pt"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    reached = load_checkpoint(checkpoint)
-    assert (reached["epoch"], reached["iteration"]) < (6, 0)
-    assert main([*command_line(killed, "--run.resume", "true")[3:]]) == 0
-    Trainer(whole).fit()
-    assert_same_training(tmp_path / "whole", tmp_path / "killed")
-
-
 def test_a_second_run_in_the_same_folder_is_refused(images, finished):
     before = (finished / "checkpoint.pt").read_bytes()
     with pytest.raises(DanFastError, match="already holds a run"):
@@ -224,6 +195,12 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
     with pytest.raises(DanFastError, match=sentence):
         Trainer(config(images, tmp_path / "run", **sections))
     assert not (tmp_path / "run").exists()
+    # Neither are results of other targets that are there.
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text("{}")
+    with pytest.raises(DanFastError, match=sentence):
+        Trainer(config(images, tmp_path / "run", **sections))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["results.json"]
 
 
 def test_a_diverged_run_says_so_and_keeps_its_checkpoint(images, tmp_path):

@@ -181,7 +181,7 @@ class FlagLater(torch.nn.Module):
 
     def __init__(self, memory: torch.nn.Module, faults: list[int]) -> None:
         super().__init__()
-        self.memory, self.faults, self.gates = memory, faults, memory.gates
+        self.memory, self.faults, self.gates, self.dtype = memory, faults, memory.gates, memory.dtype
         self.gate_values, self.occupied_slots = memory.gate_values, memory.occupied_slots
 
     def forward(self, keys: Tensor, labels: Tensor, unlabeled_keys: Tensor, sample_ids: Tensor, gate_features=None):
