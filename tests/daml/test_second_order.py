@@ -69,8 +69,9 @@ def network(backbone: str | nn.Module, **settings) -> DAN:
 @pytest.mark.parametrize(
     ("backbone", "settings", "stage"),
     [
-        *(("resnet18", {"adversary_reach": "attention", "style_mixing": True}, stage) for stage in Stage),
-        ("resnet18", {"dropout": 0.5, "instance_norm": True}, Stage.BOTH),
+        ("resnet18", {"adversary_reach": "attention", "style_mixing": True}, Stage.BOTH),
+        *(("timm:test_resnet", {"adversary_reach": "attention", "style_mixing": True}, stage) for stage in Stage),
+        ("timm:test_resnet", {"dropout": 0.5, "instance_norm": True}, Stage.BOTH),
         ("timm:efficientnet_lite0", {"attention": "none", "adversary": False}, Stage.ATTENTION),
         ("timm:test_vit", {}, Stage.BOTH),
     ],
@@ -95,7 +96,7 @@ def first_order(model: TrainingModel, stage: Stage, images: Tensor) -> dict[str,
 @pytest.mark.slow
 @pytest.mark.usefixtures("sound_bfloat16")
 def test_both_methods_agree_under_autocast(monkeypatch):
-    model = training_model(network=network("resnet18", dropout=0.0))
+    model = training_model(network=network("timm:test_resnet", dropout=0.0))
     model.autocast_dtype = torch.bfloat16
     found, expected = both_ways(model, Stage.BOTH, monkeypatch, torch.randn(2, 7, 3, 64, 32))
     flat = [torch.cat([grads[name].flatten() for name in found]) for grads in (found, expected)]
