@@ -20,7 +20,7 @@ from dan_fast.core.home import with_home
 from dan_fast.core.nearest import nearest
 from dan_fast.core.yaml_files import read_mapping
 from dan_fast.training import TrainConfig
-from dan_fast.training.recipes import DEFAULT_RECIPE, over, recipe_of, recipe_settings
+from dan_fast.training.recipes import DEFAULT_RECIPE, over, recipe_of, recipe_settings, word_of
 from dan_fast.training.valid_settings import require_no_empty_setting
 
 GRIDS = ("fig6", "fig7", "fig8", "table9", "recipes")
@@ -145,7 +145,7 @@ def run_name(settings: Mapping[str, Any]) -> str:
 def _word(value: Any) -> str:
     if isinstance(value, list):
         return "+".join(map(_word, value)) or "none"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return word_of(value)
 
 
 def _read_grid(grid: str | Path) -> tuple[dict[str, Any], Path]:

@@ -146,9 +146,15 @@ def recipe_words(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> st
         return ""
     if name not in RECIPES:
         return f"recipe {name}, which this version does not have"
-    changes = [f"{setting}={_word(value)}" for setting, value in recipe_changes(settings, defaults).items()]
+    changes = [f"{setting}={word_of(value)}" for setting, value in recipe_changes(settings, defaults).items()]
     return f"recipe {name}" + (f", with {', '.join(changes)}" if changes else "")
 
 
-def _word(value: Any) -> str:
+def word_of(value: object) -> str:
+    """A setting's value as a flag has it.
+
+    Example:
+        >>> word_of(True), word_of(0.5)
+        ('true', '0.5')
+    """
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -15,6 +15,7 @@ from dan_fast.nn import DAN
 from dan_fast.nn.backbones.weights import load_fitting
 from dan_fast.training.checkpoint import FORMAT, load_checkpoint
 from dan_fast.training.last_names import names_of_paths
+from dan_fast.training.recipes import word_of
 from dan_fast.training.reported import epoch_of
 
 # The format's name without its version: a checkpoint of another version is refused as one.
@@ -58,8 +59,8 @@ def take_weights(network: DAN, trained: DAN, weights: str) -> None:
     for name, (wanted, found) in given.items():
         if wanted != found:
             raise DanFastError(
-                f"model.weights {weights} holds a network of model.{name} {_word(found)}, and here it is "
-                f"{_word(wanted)}: set model.{name} to {_word(found)}, or name other weights."
+                f"model.weights {weights} holds a network of model.{name} {word_of(found)}, and here it is "
+                f"{word_of(wanted)}: set model.{name} to {word_of(found)}, or name other weights."
             )
     height, width = trained.image_size
     owner = f"{network.backbone_name} for images of {height} x {width}"
@@ -68,10 +69,6 @@ def take_weights(network: DAN, trained: DAN, weights: str) -> None:
     if kinds[0] == kinds[1]:
         network.attention.load_state_dict(trained.attention.state_dict())
     network.preprocessing = trained.preprocessing
-
-
-def _word(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def whom_it_saw(training_set: TrainingSet, weights: str, saved: Mapping[str, Any] | None) -> dict[str, Any]:
