@@ -101,9 +101,11 @@ def test_inside_the_literal_operators_none_of_the_package_runs(still):
     assert "head" not in vars(still.model.network.attention) and "forward" not in vars(still.model.memory)
 
 
-@pytest.mark.parametrize("precision", TOLERANCES)
-@pytest.mark.parametrize("backbone", [UPDATED, FROZEN])
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize(
+    ("order", "backbone", "precision"),
+    [(order, UPDATED, precision) for order in (1, 2) for precision in TOLERANCES]
+    + [(1, FROZEN, "bfloat16"), (2, FROZEN, "float32")],
+)
 def test_the_gradients_are_the_literal_ones_up_to_rounding(still, monkeypatch, order, backbone, precision):
     half = torch.bfloat16 if precision == "bfloat16" else None
     monkeypatch.setattr(still.model, "autocast_dtype", half)
