@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dan_fast.core.checks import check_device
 from dan_fast.core.types import AttentionVariantWeights, NLCBAMWeights, attention_shapes
 
 
@@ -93,13 +94,8 @@ def check_cam(cam_weight: Tensor, labels: Tensor, features: Tensor) -> None:
             f"cam_weight must be (c, {features.shape[1]}) with c at least 1 to fit features, "
             f"got shape {tuple(cam_weight.shape)}"
         )
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels must be an int64 tensor, got {got}")
-    if labels.shape != features.shape[:1]:
-        raise ValueError(f"labels must be ({features.shape[0]},), one a sample, got shape {tuple(labels.shape)}")
-    if labels.device != features.device:
-        raise ValueError(f"labels is on {labels.device} but features is on {features.device}")
+    _check_int64("labels", labels)
+    _check_one_each("labels", labels, features)
 
 
 def check_label_values(cam_weight: Tensor, labels: Tensor) -> None:
@@ -130,14 +126,9 @@ def check_styles(features: Tensor, partners: Tensor, share: Tensor, values: bool
     if features.shape[2] * features.shape[3] < 2:
         raise ValueError("features must have two positions or more: one has no deviation, take an earlier map")
     _check_floating("share", share)
-    if not isinstance(partners, Tensor) or partners.dtype != torch.int64:
-        got = partners.dtype if isinstance(partners, Tensor) else type(partners).__name__
-        raise TypeError(f"partners must be an int64 tensor, got {got}")
-    for name, value in (("partners", partners), ("share", share)):
-        if value.shape != (count,):
-            raise ValueError(f"{name} must be ({count},), one an image, got shape {tuple(value.shape)}")
-        if value.device != features.device:
-            raise ValueError(f"{name} is on {value.device} but features is on {features.device}")
+    _check_int64("partners", partners)
+    _check_one_each("partners", partners, features)
+    _check_one_each("share", share, features)
     if values and count and not partners.is_meta:
         low, high = (int(bound) for bound in torch.stack(torch.aminmax(partners)).tolist())
         if low < 0 or high >= count:
@@ -147,12 +138,23 @@ def check_styles(features: Tensor, partners: Tensor, share: Tensor, values: bool
 def _check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name} must be a floating tensor, got {got}")
+        raise TypeError(f"{name} must be a floating tensor, got {got}: convert it with .float()")
+
+
+def _check_int64(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64:
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be an int64 tensor, got {got}: convert it with .to(torch.int64)")
+
+
+def _check_one_each(name: str, tensor: Tensor, features: Tensor) -> None:
+    if tensor.shape != features.shape[:1]:
+        raise ValueError(f"{name} must be ({features.shape[0]},), one an image, got shape {tuple(tensor.shape)}")
+    check_device(name, tensor, features.device, "features")
 
 
 def _check_like(name: str, tensor: Tensor, features: Tensor) -> None:
     _check_floating(name, tensor)
     if tensor.dtype != features.dtype:
-        raise TypeError(f"{name} is {tensor.dtype} but features is {features.dtype}")
-    if tensor.device != features.device:
-        raise ValueError(f"{name} is on {tensor.device} but features is on {features.device}")
+        raise TypeError(f"{name} is {tensor.dtype} but features is {features.dtype}: convert one with .to()")
+    check_device(name, tensor, features.device, "features")

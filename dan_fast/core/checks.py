@@ -56,7 +56,8 @@ def _check_tensor(name: str, value: object, shape: Sequence[int | str], dtype: t
         raise TypeError(f"{name} must be {dtype}, got {value.dtype}: convert it with .to({dtype})")
 
 
-def _check_device(name: str, value: Tensor, device: torch.device, of: str) -> None:
+def check_device(name: str, value: Tensor, device: torch.device, of: str) -> None:
+    """`value` is on `device`, that of the argument `of`; else ValueError."""
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}, {of} on {device}: move one with .to(device)")
 
@@ -89,7 +90,7 @@ def _state_form(name: str, state: object) -> None:
         if value.dtype not in allowed:
             raise TypeError(f"{name}.{field} must be {allowed[1]} like {name}.features, got {value.dtype}")
     for field in state._fields[1:]:
-        _check_device(f"{name}.{field}", getattr(state, field), state.features.device, f"{name}.features")
+        check_device(f"{name}.{field}", getattr(state, field), state.features.device, f"{name}.features")
 
 
 def _not_a_slot(state: MemoryState) -> Tensor:
@@ -120,7 +121,7 @@ def _not_finite(keys: Tensor) -> Tensor:
 def _check_gate(name: str, gate: object, device: torch.device) -> None:
     if isinstance(gate, Tensor):
         _check_tensor(name, gate, (), None)
-        _check_device(name, gate, device, "keys")
+        check_device(name, gate, device, "keys")
     elif isinstance(gate, bool) or not isinstance(gate, int | float):
         raise TypeError(f"{name} must be a () tensor or a number, got {type(gate).__name__}")
     elif not math.isfinite(gate):
@@ -146,7 +147,7 @@ def check_memory_step(labeled: MemoryState, unlabeled: MemoryState, batch: Memor
     _check_tensor("unlabeled_keys", batch.unlabeled_keys, ("B'", memory.shape[1]), memory.dtype)
     _check_tensor("sample_ids", batch.sample_ids, (batch.unlabeled_keys.shape[0],), torch.int64)
     for name, value in {"unlabeled.features": unlabeled.features, **batch._asdict()}.items():
-        _check_device(name, value, memory.device, "labeled.features")
+        check_device(name, value, memory.device, "labeled.features")
     for name, rate in (("decay", gates.decay), ("decay_unlabeled", gates.decay_unlabeled)):
         if isinstance(rate, bool) or not isinstance(rate, int | float):
             raise TypeError(f"{name} must be a number, got {type(rate).__name__}")
@@ -184,10 +185,10 @@ def check_cosine_softmax(keys: Tensor, slots: Tensor, occupied: Tensor | None) -
     """
     _check_tensor("keys", keys, ("B", "d"), None)
     _check_tensor("slots", slots, ("s", keys.shape[1]), keys.dtype)
-    _check_device("slots", slots, keys.device, "keys")
+    check_device("slots", slots, keys.device, "keys")
     if occupied is not None:
         _check_tensor("occupied", occupied, (slots.shape[0],), torch.bool)
-        _check_device("occupied", occupied, keys.device, "keys")
+        check_device("occupied", occupied, keys.device, "keys")
 
 
 def check_keys_finite(keys: Tensor) -> None:
@@ -205,8 +206,8 @@ def check_false_sample_sets(evaluation: Tensor, labels: Tensor, pseudo_labels: T
     _check_tensor("evaluation", evaluation, ("B", "s"), None)
     _check_tensor("labels", labels, (evaluation.shape[1],), torch.int64)
     _check_tensor("pseudo_labels", pseudo_labels, (evaluation.shape[0],), torch.int64)
-    _check_device("labels", labels, evaluation.device, "evaluation")
-    _check_device("pseudo_labels", pseudo_labels, evaluation.device, "evaluation")
+    check_device("labels", labels, evaluation.device, "evaluation")
+    check_device("pseudo_labels", pseudo_labels, evaluation.device, "evaluation")
 
 
 def check_keys(keys: object, features: Tensor) -> None:
@@ -217,7 +218,7 @@ def check_keys(keys: object, features: Tensor) -> None:
         ValueError: a wrong shape or device.
     """
     _check_tensor("keys", keys, ("B", features.shape[1]), features.dtype)
-    _check_device("keys", keys, features.device, "labeled.features")
+    check_device("keys", keys, features.device, "labeled.features")
 
 
 def check_discriminative_loss(
@@ -234,7 +235,7 @@ def check_discriminative_loss(
     _check_tensor("slots", slots, ("s", keys.shape[1]), keys.dtype)
     _check_tensor("slot_labels", slot_labels, (slots.shape[0],), torch.int64)
     for name, value in (("labels", labels), ("slots", slots), ("slot_labels", slot_labels)):
-        _check_device(name, value, keys.device, "keys")
+        check_device(name, value, keys.device, "keys")
     if slots.shape[0] == 0:
         raise ValueError("slots must hold at least one slot, got none")
     if not (temperature > 0 and math.isfinite(temperature)):
