@@ -40,6 +40,7 @@ from dan_fast.training.step_scalars import StepScalars
 from dan_fast.training.surroundings import ran_under
 from dan_fast.training.targets import Targets
 from dan_fast.training.valid_settings import own_copy
+from dan_fast.triton_kernels import float32_products
 
 
 class Trainer:
@@ -150,6 +151,7 @@ class Trainer:
         try:
             with (
                 deterministic_algorithms(self.config.run.deterministic),
+                float32_products(self.config.memory.products),
                 stop,
                 display,
                 self.random.in_process(),

@@ -36,7 +36,7 @@ def without_effect(config: TrainConfig, unlabeled: bool) -> Iterator[str]:
             "without unlabelled images that are given pseudo labels, not styles alone (model.style_mixing)",
         ),
         (
-            ("memory.labeled_slots", "memory.decay", "memory.gates", "memory.initial_alpha"),
+            ("memory.labeled_slots", "memory.decay", "memory.gates", "memory.initial_alpha", "memory.products"),
             labelled_by_memory or by_labels,
             "without a memory, which pseudo labels or loss.labeled_embedding need",
         ),

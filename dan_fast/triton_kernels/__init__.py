@@ -9,13 +9,29 @@ import importlib
 import importlib.util
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 
 from dan_fast.core.errors import DanFastError
 
-__all__ = ["memory_combine", "memory_commit", "memory_commit_scores_", "memory_scores", "why_not"]
+__all__ = [
+    "Products",
+    "float32_products",
+    "memory_combine",
+    "memory_commit",
+    "memory_commit_scores_",
+    "memory_scores",
+    "products_now",
+    "why_not",
+]
+
+Products = Literal["float32", "tf32x3"]
+# Of the process, not of a thread: PyTorch runs the backward pass of a GPU in threads of its own.
+_products: Products = "float32"
 
 # The oldest that the kernels are known to compile with, PyTorch 2.11's.
 _OLDEST = (3, 6)
@@ -73,6 +89,38 @@ def _why_no_launcher() -> str | None:
             remedy = "install gcc and Python's headers (Debian: `apt-get install gcc python3-dev`)"
         return f"Triton cannot build what launches its kernels ({reason}); {remedy}"
     return None
+
+
+@contextmanager
+def float32_products(kind: Products) -> Iterator[None]:
+    """How the kernels multiply float32 numbers meanwhile, in the forward and in the backward pass.
+
+    Args:
+        kind: "float32", the default, or "tf32x3": in place of each product three on the tensor cores, of parts of 11
+            bits. Under Triton's interpreter scores then err 1.2 times as much as float32's; that tensor cores truncate
+            where they add is not in it. Memories in float64 and bfloat16 are multiplied as ever.
+
+    Raises:
+        ValueError: another kind.
+
+    Example:
+        >>> with float32_products("tf32x3"):
+        ...     products_now()
+        'tf32x3'
+    """
+    global _products
+    if kind not in get_args(Products):
+        raise ValueError(f"kind must be one of {', '.join(get_args(Products))}, got {kind!r}")
+    before, _products = _products, kind
+    try:
+        yield
+    finally:
+        _products = before
+
+
+def products_now() -> Products:
+    """What `float32_products` has set."""
+    return _products
 
 
 def __getattr__(name: str) -> object:

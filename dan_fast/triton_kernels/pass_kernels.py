@@ -1,7 +1,8 @@
 """The bodies of the Triton kernels of `passes`: a pass over a memory, and the product of its backward.
 
 Products. A slot is told from another by the last bits of its score, so no product is rounded below float32: no TF32,
-whatever `torch.backends.cuda.matmul.allow_tf32` says, and not in the gradient either. Still a bfloat16 memory meets
+whatever `torch.backends.cuda.matmul.allow_tf32` says, and not in the gradient either, unless `float32_products` asks
+for three of TF32 in place of one of float32. Still a bfloat16 memory meets
 float32 keys on the tensor cores: a float32 number is the sum of three of bfloat16 and a product of two of bfloat16 is
 exact in float32, so three products with float32 accumulation lose nothing. That needs no promise that the keys are
 representable in bfloat16, and weights keep their 24 bits. float16 has too small a range for the split; it is widened
@@ -16,8 +17,15 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def _product(wide, stored, SPLIT: tl.constexpr):
-    """wide (M, K) @ stored (K, N) in the dtype of `wide`; SPLIT: float32 by bfloat16 in three exact parts.
+def _tf32(x):
+    """The nearest float32 of 11 bits, half away from zero. The interpreter's dot knows no TF32."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _product(wide, stored, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """wide (M, K) @ stored (K, N) in the dtype of `wide`, with Triton's "ieee" or "tf32x3" as PRECISION; SPLIT: float32
+    by bfloat16 in three exact parts.
 
     The parts are added from the smallest and apart from any running sum, because a tensor core truncates when it
     adds: a long sum kept there would come out systematically short.
@@ -33,8 +41,15 @@ def _product(wide, stored, SPLIT: tl.constexpr):
         total = tl.dot(low, stored)
         total = tl.dot(middle, stored, total)
         total = tl.dot(high, stored, total)
+    elif _INTERPRETED and PRECISION == "tf32x3":
+        stored = stored.to(wide.dtype)
+        wide_high, stored_high = _tf32(wide), _tf32(stored)
+        wide_low, stored_low = _tf32(wide - wide_high), _tf32(stored - stored_high)
+        low = tl.dot(wide_high, stored_low, tl.dot(wide_low, stored_high))
+        # Of infinity there is no rest.
+        total = tl.dot(wide_high, stored_high, tl.where(low == low, low, 0.0))
     else:
-        total = tl.dot(wide, stored.to(wide.dtype), input_precision="ieee", out_dtype=wide.dtype)
+        total = tl.dot(wide, stored.to(wide.dtype), input_precision=PRECISION, out_dtype=wide.dtype)
     return total
 
 
@@ -82,6 +97,7 @@ def memory_pass(
     SCORES: tl.constexpr,
     SPLIT_PENDING: tl.constexpr,
     SPLIT_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
     HELD_BLOCKS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -121,11 +137,13 @@ def memory_pass(
             new = tl.where(keep == 0, 0.0, keep * slot.to(stat))
             for block in tl.static_range(HELD_BLOCKS):
                 key = _rows(pending_keys, block * BLOCK_P, pending, column, dim, BLOCK_P)
-                new += _product(shares[block], key, SPLIT_PENDING)
+                new += _product(shares[block], key, SPLIT_PENDING, PRECISION)
             if HELD_BLOCKS == 0:
                 for u in range(0, pending, BLOCK_P):
                     share = _shares(weights, u, pending, first, slots, BLOCK_P, BLOCK_S)
-                    new += _product(share, _rows(pending_keys, u, pending, column, dim, BLOCK_P), SPLIT_PENDING)
+                    new += _product(
+                        share, _rows(pending_keys, u, pending, column, dim, BLOCK_P), SPLIT_PENDING, PRECISION
+                    )
             slot = new.to(slot.dtype)
             here = live[:, None] & (column < dim)[None, :]
             tl.store(target + within[:, None] * target_stride + column[None, :], slot, mask=here)
@@ -133,7 +151,7 @@ def memory_pass(
         squares += wide * wide
         if SCORES:
             key = _rows(keys, tl.program_id(1) * BLOCK_T, steps, column, dim, BLOCK_T)
-            total += _product(key, tl.trans(slot), SPLIT_KEYS)
+            total += _product(key, tl.trans(slot), SPLIT_KEYS, PRECISION)
     if tl.program_id(1) == 0:
         tl.store(square_norms + first + within, tl.sum(squares, 1), mask=live)
     if SCORES:
@@ -152,6 +170,7 @@ def combine_pass(
     steps,
     share,
     SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -172,5 +191,5 @@ def combine_pass(
             base + row[:, None] * base_stride + column[None, :], mask=live[:, None] & inside[None, :], other=0.0
         )
         weight = tl.load(weights + step[:, None] * slots + row[None, :], mask=wanted & live[None, :], other=0.0)
-        total += _product(weight, slot, SPLIT)
+        total += _product(weight, slot, SPLIT, PRECISION)
     tl.store(parts + (part * steps + step[:, None]) * dim + column[None, :], total, mask=wanted & inside[None, :])

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from dan_fast.core.cosine import statistics_dtype
+from dan_fast.triton_kernels import products_now
 from dan_fast.triton_kernels.pass_kernels import combine_pass, memory_pass
 
 # Keys that one pass scores; more of them take further passes.
@@ -42,6 +43,10 @@ def _splits(wide: torch.dtype, stored: torch.dtype) -> bool:
     return wide == torch.float32 and stored == torch.bfloat16
 
 
+def _precision(wide: torch.dtype) -> str:
+    return "tf32x3" if wide == torch.float32 and products_now() == "tf32x3" else "ieee"
+
+
 def _tile(rows: int) -> int:
     """The least tile that holds `rows` keys: what is padded is multiplied too. The trainer's half batches have 32."""
     return next((tile for tile in (16, 32, 64) if rows <= tile), MAX_KEYS)
@@ -66,6 +71,7 @@ def plan_pass(
         "SCORES": steps > 0,
         "SPLIT_PENDING": split_pending,
         "SPLIT_KEYS": split_keys,
+        "PRECISION": _precision(statistics),
         "HELD_BLOCKS": held_tile // block_p if 0 < (pending or 0) <= held_tile else 0,
         "BLOCK_P": block_p,
         "BLOCK_T": tile,
@@ -84,6 +90,7 @@ def plan_combine(stored: torch.dtype, statistics: torch.dtype, steps: int) -> Pl
     block_d = 32 if to_widen else 64
     constants = {
         "SPLIT": split,
+        "PRECISION": _precision(statistics),
         "BLOCK_T": min(_tile(steps), 64),
         "BLOCK_S": 32 if split else 16,
         "BLOCK_D": block_d,

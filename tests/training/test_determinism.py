@@ -1,4 +1,4 @@
-"""`run.deterministic`: what it sets and puts back, what is refused, and equal bits on a GPU."""
+"""`run.deterministic`: what it and `memory.products` set and put back, what is refused, and equal bits on a GPU."""
 
 import os
 import subprocess
@@ -15,6 +15,7 @@ from dan_fast.commands import train as train_command
 from dan_fast.core.errors import DanFastError
 from dan_fast.training import DataConfig, Interrupted, RunConfig, TrainConfig, Trainer
 from dan_fast.training.determinism import deterministic_algorithms, prepare_cublas
+from dan_fast.triton_kernels import products_now
 from tests.support import ROOT
 from tests.support.training_runs import assert_same_training, config, stop_after
 
@@ -35,19 +36,20 @@ def flags() -> tuple[bool, ...]:
 
 @pytest.mark.parametrize("wanted", [False, True])
 def test_a_run_sets_it_and_leaves_the_process_as_it_was(images: Path, tmp_path: Path, monkeypatch, wanted: bool):
-    before, seen = flags(), []
+    before, seen = (*flags(), "float32"), []
     step = Trainer.train_iteration
 
     def watched(trainer: Trainer, *arguments: object) -> None:
-        seen.append(flags())
+        seen.append((*flags(), products_now()))
         step(trainer, *arguments)
 
     monkeypatch.setattr(Trainer, "train_iteration", watched)
-    trainer = Trainer(config(images, tmp_path / "run", run={"deterministic": wanted}))
-    assert flags() == before
+    memory = {"products": "tf32x3" if wanted else "float32"}
+    trainer = Trainer(config(images, tmp_path / "run", memory=memory, run={"deterministic": wanted}))
+    assert (*flags(), products_now()) == before
     trainer.fit()
-    inside = (True, False, False, False, before[4]) if wanted else before
-    assert seen and set(seen) == {inside} and flags() == before
+    inside = (True, False, False, False, before[4], "tf32x3") if wanted else before
+    assert seen and set(seen) == {inside} and (*flags(), products_now()) == before
 
 
 def test_an_operator_that_cannot_repeat_itself_is_named():

@@ -20,8 +20,8 @@ _FLOOR_FACTOR, _STEP_SECONDS = 2.5, 4e-6
 
 # Data sheets: bytes a second, and operations a second on tensor cores without sparsity, added in float32.
 _GPUS = (
-    {"name": "RTX 3090", "bandwidth": 936e9, "float32": 35.6e12, "bfloat16": 71e12},
-    {"name": "H100 SXM", "bandwidth": 3.35e12, "float32": 66.9e12, "bfloat16": 989.4e12},
+    {"name": "RTX 3090", "bandwidth": 936e9, "float32": 35.6e12, "tf32": 35.6e12, "bfloat16": 71e12},
+    {"name": "H100 SXM", "bandwidth": 3.35e12, "float32": 66.9e12, "tf32": 494.7e12, "bfloat16": 989.4e12},
 )
 
 
@@ -96,17 +96,17 @@ def predict(size: Size, scales: Sequence[float]) -> dict[str, Any]:
 
     Example:
         >>> rows = predict(Size(), [1.0])["rows"]
-        >>> [(row["dtype"], round(row["bytes_ms"], 2), round(row["operations_ms"], 2)) for row in rows[:2]]
-        [('float32', 0.38, 0.23), ('bfloat16', 0.19, 0.34)]
+        >>> [(row["dtype"], round(row["bytes_ms"], 2), round(row["operations_ms"], 2)) for row in rows[:3]]
+        [('float32', 0.38, 0.23), ('float32 as tf32x3', 0.38, 0.68), ('bfloat16', 0.19, 0.34)]
     """
     rows = []
-    # Type, bytes a number, and the products that each one takes, at the rate of its type.
-    forms = (("float32", 4, 1), ("bfloat16", 2, 3))
-    for gpu, (name, itemsize, products), scale in itertools.product(_GPUS, forms, scales):
+    # Type, bytes a number, the products that each one takes, and at which rate.
+    forms = (("float32", 4, 1, "float32"), ("float32 as tf32x3", 4, 3, "tf32"), ("bfloat16", 2, 3, "bfloat16"))
+    for gpu, (name, itemsize, products, rate), scale in itertools.product(_GPUS, forms, scales):
         scaled = size.scaled(scale)
         moved = model_bytes(scaled, itemsize, MODULE, BACKWARD)
         flop = products * product_flop(scaled, BACKWARD)
-        figures = {"bytes_ms": moved / gpu["bandwidth"] * 1e3, "operations_ms": flop / gpu[name] * 1e3}
+        figures = {"bytes_ms": moved / gpu["bandwidth"] * 1e3, "operations_ms": flop / gpu[rate] * 1e3}
         floor = max(figures.values())
         figures |= {"floor_ms": floor, "with_scan_ms": floor + _scan_seconds(scaled) * 1e3}
         problem = {"gpu": gpu["name"], "dtype": name, "scale": scale, "bytes": moved, "flop": flop}

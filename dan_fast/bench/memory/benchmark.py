@@ -23,6 +23,7 @@ from dan_fast.core.cosine import statistics_dtype
 from dan_fast.core.devices import synchronize
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.free_memory import why_too_large
+from dan_fast.triton_kernels import Products, float32_products
 
 # The literal forms are tried at so many slots of M to foresee their time and memory, which are linear in the slots.
 _PROBE_SLOTS = 140
@@ -61,6 +62,7 @@ class MemoryBenchmark(Benchmark):
         unlabeled_slots: Slots of M' at scale 1 (the paper: 5500).
         key_dim: Numbers of a key (the paper: 2045).
         batch: Labelled samples a step, and as many unlabelled ones (the paper: 32).
+        products: How the kernels multiply float32 on a GPU, as memory.products of a training: float32 or tf32x3.
     """
 
     name: ClassVar[str] = "memory"
@@ -95,6 +97,7 @@ class MemoryBenchmark(Benchmark):
     unlabeled_slots: PositiveInt = PAPER.unlabeled_slots
     key_dim: PositiveInt = PAPER.key_dim
     batch: PositiveInt = PAPER.batch
+    products: Products = "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,13 +111,16 @@ class MemoryBenchmark(Benchmark):
 
     def groups(self, say: Say) -> Iterator[list[Row]]:
         for dtype, scale in itertools.product(self.dtype, self.slots_scale):
-            yield self._group(scale, dtype, say)
+            with float32_products(self.products):
+                group = self._group(scale, dtype, say)
+            yield group
 
     def _group(self, scale: float, dtype: torch.dtype, say: Say) -> list[Row]:
         """All contenders on one problem; one that fails leaves the reason in its row."""
         size, memories = self.size.scaled(scale), self.size.scaled(scale).slots * self.key_dim * dtype.itemsize
-        # On a GPU bfloat16 goes through tensor cores, three products for each one.
-        rated = statistics_dtype(dtype) if dtype != torch.bfloat16 or self.place.type == "cpu" else None
+        # On a GPU others go through tensor cores, three products for each one.
+        in_float32 = self.products == "float32" and dtype != torch.bfloat16
+        rated = statistics_dtype(dtype) if in_float32 or self.place.type == "cpu" else None
         of = {"dtype": plain(dtype), "itemsize": dtype.itemsize, "scale": scale, "size": size}
         rows = [row_of(each, of) for each in self._chosen]
         if reason := why_too_large(self.place, 2 * memories, "the memories"):

@@ -49,6 +49,31 @@ SHAPES = (
 )
 
 
+def check_three_products_of_tf32() -> None:
+    """Nearly as exact as float32, a thousandfold as one of TF32 would be; the interpreter rounds the parts for it."""
+    case = Case(64, 300, 16, torch.float32)
+    for x in (case.keys, case.weights, case.base):
+        x.abs_()
+    keys, weights, base = (x.double() for x in (case.keys, case.weights, case.base))
+    exact = keys @ base.T, weights @ base
+    results = {}
+    for kind in ("float32", "tf32x3"):
+        with triton_kernels.float32_products(kind):
+            scores, _ = triton_kernels.memory_scores(case.keys, case.base)
+            results[kind] = scores, triton_kernels.memory_combine(case.weights, case.base)
+            check_commit(triton_kernels, Case(33, 45, 31, torch.float32, 16))
+            check_special_values(triton_kernels)
+    for of_exact, single, triple in zip(exact, *results.values(), strict=True):
+        assert not torch.equal(single, triple), "the setting did not reach the kernel"
+        errors = [(x - of_exact).square().mean().sqrt().item() for x in (single, triple)]
+        print(f"tf32x3 errs {errors[1] / errors[0]:.2f} times as much as float32")
+        assert errors[1] < 1.5 * errors[0]
+    with triton_kernels.float32_products("tf32x3"):
+        for dtype in (torch.bfloat16, torch.float64):
+            check_products(triton_kernels, Case(33, 45, 31, dtype))
+        check_exact_products(triton_kernels)
+
+
 def check_overlap_refused() -> None:
     base, one = torch.ones(1, 4).expand(3, 4), torch.ones(3)
     for memory in (base, torch.ones(4, 3).T):
@@ -71,6 +96,7 @@ def run_all() -> None:
         check_products(triton_kernels, Case(700, 9, 3, dtype))
     check_exact_products(triton_kernels)
     check_special_values(triton_kernels)
+    check_three_products_of_tf32()
     check_overlap_refused()
 
 
@@ -108,6 +134,16 @@ def test_wrong_arguments_are_named(change: dict[str, Tensor], error: type[Except
     }
     with pytest.raises(error, match=message):
         triton_kernels.memory_commit_scores_(**{**arguments, **change})
+
+
+def test_the_kind_of_products_is_put_back_and_checked():
+    with pytest.raises(KeyError), triton_kernels.float32_products("tf32x3"):
+        assert triton_kernels.products_now() == "tf32x3"
+        raise KeyError
+    assert triton_kernels.products_now() == "float32"
+    with pytest.raises(ValueError, match="^kind must be one of float32, tf32x3, got 'tf32'"):
+        with triton_kernels.float32_products("tf32"):
+            pass
 
 
 @pytest.fixture

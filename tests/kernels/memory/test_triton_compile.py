@@ -85,12 +85,12 @@ def compiled(kernel: Any, plan: Any, types: dict[str, str], arch: int) -> Resour
     )
 
 
-def check(resources: Resources, arch: int, title: str) -> None:
+def check(resources: Resources, arch: int, title: str, tf32: bool = False) -> None:
     line = f"{title:44} {resources.registers:4} registers {resources.stack:4} stack {resources.shared:7} B shared"
     print(line)
     assert resources.stack == 0, f"it spills: {line}"
     assert resources.shared <= SHARED_LIMIT[arch], line
-    assert "tf32" not in resources.ptx
+    assert ("tf32" in resources.ptx) == tf32
 
 
 def row_offsets(ttir: str, matrix: str) -> set[str]:
@@ -132,6 +132,29 @@ def test_the_combination(storage: torch.dtype, steps: int, arch: int):
     plan = passes.plan_combine(storage, f32, steps)
     types = {"base": "*" + TYPES[storage], "weights": "*fp32", "parts": "*fp32"}
     check(compiled(passes.combine_pass, plan, types, arch), arch, f"sm_{arch} combine {TYPES[storage]} {steps}")
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("pending, steps", [(64, 64), (32, 32), (None, 64), (None, 32)])
+def test_three_products_of_tf32(pending: int | None, steps: int, arch: int):
+    from dan_fast.triton_kernels import float32_products, passes
+
+    with float32_products("tf32x3"):
+        plan = passes.plan_pass(f32, f32, pending, pending and f32, steps)
+        combination = passes.plan_combine(f32, f32, steps)
+        assert passes.plan_pass(f64, f64, pending, pending and f64, steps).constants["PRECISION"] == "ieee"
+    names = [
+        "base",
+        "square_norms",
+        "keys",
+        "scores",
+        *(["target", "kept", "weights", "pending_keys"] if pending else []),
+    ]
+    resources = compiled(passes.memory_pass, plan, dict.fromkeys(names, "*fp32"), arch)
+    check(resources, arch, f"sm_{arch} pass tf32x3 pending {pending} keys {steps}", tf32=True)
+    types = dict.fromkeys(("base", "weights", "parts"), "*fp32")
+    resources = compiled(passes.combine_pass, combination, types, arch)
+    check(resources, arch, f"sm_{arch} combine tf32x3 {steps}", tf32=True)
 
 
 @pytest.mark.parametrize("keys, tile", [(1, 16), (16, 16), (17, 32), (32, 32), (33, 64), (65, 128), (128, 128)])
