@@ -13,9 +13,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """None where a single file is asked for: it imports PyTorch once, and a debugger works."""
+    """None of a single file's: it imports PyTorch once, and a debugger works. One more than cores: many tests wait."""
     files = {argument.partition("::")[0] for argument in config.args}
-    return 0 if len(files) == 1 and os.path.isfile(files.pop()) else None
+    if len(files) == 1 and os.path.isfile(files.pop()):
+        return 0
+    return 1 + (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

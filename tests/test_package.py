@@ -58,6 +58,7 @@ def test_no_file_has_more_than_400_lines():
     assert {path.name for path in (*code, *pages) if len(path.read_text().splitlines()) > 400} == set()
 
 
+@pytest.mark.slow
 def test_every_docstring_begins_with_a_sentence():
     without = set()
     for path in PACKAGE.rglob("*.py"):

@@ -183,6 +183,7 @@ def test_bytes():
     assert head_bytes(MapSize(), 4, BACKWARD) == 3 * 64 * 2048 * 49 * 4
 
 
+@pytest.mark.slow
 def test_each_is_timed_after_a_run_of_its_own_and_with_empty_caches(monkeypatch):
     events, run, flush = [], HeadRunner.run, CacheFlush.__call__
     assert CacheFlush(torch.device("cpu")).buffer.nbytes >= 2**20

@@ -37,6 +37,7 @@ def test_figures_bars_and_file(tmp_path, capsys):
         assert part in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", USES)
 def test_a_loader_with_other_pixels_has_no_ratio(monkeypatch, use):
     name = "augment" if use == TRAINING else "normalize"
@@ -56,6 +57,7 @@ def test_a_loader_with_other_pixels_has_no_ratio(monkeypatch, use):
     assert [bar.verdict == "not measured" for bar in small().bars(rows)] == [each == use for each in USES]
 
 
+@pytest.mark.slow
 def test_a_loader_that_leaves_images_out_is_found(monkeypatch):
     own = Feeds.loader
 

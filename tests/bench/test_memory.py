@@ -129,6 +129,7 @@ def test_what_disagrees_has_no_ratio(monkeypatch, capsys, tmp_path):
     assert rows[SCORE_SPACE, MODULE]["speedup"].keys() == {LITERAL, IN_PLACE}
 
 
+@pytest.mark.slow
 def test_without_the_literal_autograd_form_the_other_literal_one_is_compared_too(monkeypatch):
     """A ratio over a form that was compared with nothing would say nothing."""
     monkeypatch.setattr(
@@ -166,6 +167,7 @@ def test_what_takes_too_long_is_left_out_with_the_reason(monkeypatch):
     assert "a run would take about" in rows[0].left_out[FORWARD] and "the budget is" in rows[1].left_out[BACKWARD]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_left_out_with_the_reason(monkeypatch):
     monkeypatch.setattr(memory, "_PROBE_SLOTS", 10)
     monkeypatch.setattr(memory, "foresee", lambda *of: (0.0, 5e9))
@@ -179,6 +181,7 @@ def test_what_does_not_fit_is_left_out_with_the_reason(monkeypatch):
     assert "the memories would need" in row.left_out[FORWARD]
 
 
+@pytest.mark.slow
 def test_repetitions_end_with_the_budget(monkeypatch):
     real = memory.once
     # The first run of each pass decides: half the budget leaves two repetitions.
@@ -283,6 +286,7 @@ def test_both_limits_are_printed_and_written():
     assert "matrix products 1000.0 GFLOP/s" in console.file.getvalue() and "/ 5.62" in console.file.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, arithmetic", [("bfloat16", torch.float32), ("float64", torch.float64)])
 def test_the_rate_is_that_of_the_arithmetic(monkeypatch, dtype, arithmetic):
     monkeypatch.setattr("dan_fast.bench.timing.product_rate", lambda device, of, threads: {arithmetic: 1e12}[of])
@@ -339,6 +343,7 @@ def test_an_operator_that_takes_its_form_for_want_of_triton_is_no_kernel(gpu_wit
     assert operators.names == {"row_sq_norms"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
 def test_each_row_says_which_operators_ran():
     for found in measure(SCORE_SPACE, KERNELS):

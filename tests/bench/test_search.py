@@ -24,6 +24,7 @@ def test_features_are_distributed_as_those_of_a_network(tmp_path):
     assert np.array_equal(again.gallery, problem.gallery) and np.array_equal(again.query, problem.query)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [False, True])
 def test_the_command_writes_everything_down(tmp_path, monkeypatch, capsys, wrong):
     if wrong:
@@ -46,6 +47,7 @@ def test_the_command_writes_everything_down(tmp_path, monkeypatch, capsys, wrong
         assert part in printed
 
 
+@pytest.mark.slow
 def test_what_the_exact_search_gets_wrong_is_said(monkeypatch):
     monkeypatch.setattr(
         "dan_fast.search.searcher.search_exactly", lambda *a: (np.zeros((50, 10)), np.ones((50, 10), int))

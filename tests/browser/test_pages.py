@@ -20,6 +20,8 @@ from dan_fast.training.build import initial_network
 from tests.support.fake_runs import fake_run
 from tests.support.searches import search_page
 
+pytestmark = pytest.mark.slow
+
 CHECKS = Path(__file__).with_name("checks.js").read_text(encoding="utf-8")
 WIDE, NARROW = 1200, 400
 

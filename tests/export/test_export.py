@@ -32,6 +32,8 @@ from dan_fast.training.checkpoint import save_checkpoint
 from tests.support import ROOT, in_checkout
 from tests.support.tiny_training import IMAGE_SIZE, OneConvolution
 
+pytestmark = [pytest.mark.slow, pytest.mark.compile]
+
 SIZE = (64, 32)
 BACKBONES = {"resnet": "resnet18", "cnn": "timm:test_efficientnet", "vit": "timm:test_vit"}
 FILES = {"onnx": "uint8", "pt2": "normalized"}
@@ -132,7 +134,6 @@ def wanted(shelf: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), MADE)
 def test_a_file_gives_the_features_of_evaluation_without_dan_fast(exported, wanted, name: str, kind: str):
     results = np.load(exported[kind] / "results.npz")
@@ -143,7 +144,6 @@ def test_a_file_gives_the_features_of_evaluation_without_dan_fast(exported, want
     assert (wanted[name] - wanted[name][0]).abs().max() > 1e-3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), MADE)
 def test_a_file_says_what_it_takes_and_holds_no_operator_or_path_of_ours(exported, shelf, name: str, kind: str):
     file = exported[kind] / f"{name}.{kind}"
@@ -166,7 +166,6 @@ def test_a_file_says_what_it_takes_and_holds_no_operator_or_path_of_ours(exporte
     assert str(ROOT).encode() not in content and sys.prefix.encode() not in content
 
 
-@pytest.mark.slow
 def test_an_input_of_another_size_is_refused_with_the_size_wanted(exported):
     session = onnxruntime.InferenceSession(exported["onnx"] / "vit.onnx", providers=["CPUExecutionProvider"])
     with pytest.raises(Exception, match="images for the following indices\n index: 2 Got: 48 Expected: 64"):
@@ -176,7 +175,6 @@ def test_an_input_of_another_size_is_refused_with_the_size_wanted(exported):
         module(torch.zeros(1, 3, 48, 32))
 
 
-@pytest.mark.slow
 def test_the_blocks_of_the_page_run_without_dan_fast(exported, shelf, wanted, tmp_path):
     (tmp_path / "features.onnx").write_bytes((exported["onnx"] / "resnet.onnx").read_bytes())
     page = in_checkout("docs/export.md").read_text()
@@ -193,7 +191,6 @@ np.save("found.npy", features([resized(image) for image in images]))
     assert cosines.min() > 0.9999
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "kind"), [("float16", "FLOAT16"), ("int8", "INT8")])
 def test_a_smaller_precision_is_near(tmp_path, precision: str, kind: str):
     found = export_network(one_convolution(), tmp_path / "small.onnx", precision=precision)
@@ -202,7 +199,6 @@ def test_a_smaller_precision_is_near(tmp_path, precision: str, kind: str):
     assert getattr(onnx.TensorProto, kind) in types
 
 
-@pytest.mark.slow
 def test_int8_leaves_the_first_convolution_and_those_of_groups_in_float32(tmp_path):
     layers = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.Conv2d(8, 4, 1)
     network = DAN(2, backbone=torch.nn.Sequential(*layers), image_size=IMAGE_SIZE, attention="none", adversary=False)
@@ -211,7 +207,6 @@ def test_int8_leaves_the_first_convolution_and_those_of_groups_in_float32(tmp_pa
     assert kinds == ["Conv", "Conv", "ConvInteger"]
 
 
-@pytest.mark.slow
 def test_the_remains_of_a_killed_export_go_and_a_second_one_is_told_who_is_at_work(tmp_path):
     out = tmp_path / "network.pt2"
     for name in (out.name, "another.pt2"):
