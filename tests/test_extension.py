@@ -59,13 +59,11 @@ def test_a_set_of_instructions_the_compiler_does_not_know_is_left_out(tmp_path: 
 @pytest.mark.slow
 @needs_extension
 def test_the_instruction_set_is_one_that_was_built_and_an_unknown_one_is_refused():
-    built = _extension.build_info()["instruction_sets"]
-    program = f"import torch; torch.ops.load_library({str(_extension.LIBRARY)!r}); "
-    program += "torch.ops.dan_fast.instruction_set()"
-    environment = os.environ | {"DAN_FAST_ISA": "sse9"}
-    refused = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert torch.ops.dan_fast.instruction_set() in built
-    assert "'sse9'; set it to baseline, avx2 or avx512, or unset it" in refused.stderr
+    assert torch.ops.dan_fast.instruction_set() in _extension.build_info()["instruction_sets"]
+    command = [sys.executable, "-m", "dan_fast", "doctor"]
+    refused = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"DAN_FAST_ISA": "sse9"})
+    sentence = "The environment variable DAN_FAST_ISA is 'sse9'; set it to baseline, avx2 or avx512, or unset it."
+    assert (refused.returncode, refused.stderr) == (1, f"dan-fast: {sentence}\n") and refused.stdout == ""
 
 
 @needs_extension

@@ -46,7 +46,7 @@ Isa chosen() {
   for (const Isa set : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
     if (cap == std::string(kNames[static_cast<int>(set)])) return std::min(set, best);
   }
-  throw std::runtime_error("the environment variable DAN_FAST_ISA is '" + std::string(cap) +
+  throw std::runtime_error("The environment variable DAN_FAST_ISA is '" + std::string(cap) +
                            "'; set it to baseline, avx2 or avx512, or unset it");
 }
 

@@ -137,7 +137,8 @@ def _built(info: dict) -> list[tuple[str, str]]:
     if not _extension.loaded():
         return [("CPU kernels", "no"), ("CUDA kernels", "no"), heap]
     cuda = f"yes, for {', '.join(info.get('cuda_archs', []))}" if _extension.has_cuda_kernels() else "no"
-    return [("CPU kernels", "yes"), ("CUDA kernels", cuda), heap]
+    cpu = f"yes, for {torch.ops.dan_fast.instruction_set()} of {', '.join(info.get('instruction_sets', []))}"
+    return [("CPU kernels", cpu), ("CUDA kernels", cuda), heap]
 
 
 def _paths(with_gpu: bool) -> list[tuple[str, str, str]]:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+_CGROUP = Path("/sys/fs/cgroup")
+
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be allocated on the device; None if the system does not report it."""
@@ -16,11 +18,12 @@ def free_memory(device: torch.device) -> int | None:
     except (OSError, TypeError):
         return None
     try:
-        group = Path("/sys/fs/cgroup")
-        left = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        # Pages of files that were read count as used until others need their place.
+        cached = re.findall(r"^(?:in)?active_file (\d+)$", (_CGROUP / "memory.stat").read_text(), re.MULTILINE)
     except (OSError, ValueError):  # no cgroup, or no limit: "max"
         return available
-    return min(available, left)
+    return min(available, limit - used + sum(map(int, cached)))
 
 
 def why_too_large(device: torch.device, needed: float, what: str) -> str | None:

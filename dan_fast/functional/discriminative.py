@@ -29,7 +29,7 @@ def discriminative_loss(keys: Tensor, labels: Tensor, slots: Tensor, slot_labels
         keys: (B, d) floating.
         labels: (B,) int64, the label of each key; -1 where it is unknown.
         slots: (s, d), features of the memory, dtype and device of `keys`.
-        slot_labels: (s,) int64, its labels; -1 is an empty slot, which takes no part.
+        slot_labels: (s,) int64, its labels; -1 is an empty slot, which takes no part whatever finite numbers it holds.
         temperature: positive; divides the cosines.
 
     Returns:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -142,6 +143,24 @@ def test_a_backward_that_wants_overwritten_features_fails():
     memory(*second)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
+
+
+def test_what_saved_tensor_hooks_pack_is_not_overwritten():
+    """Packed as another tensor of the same numbers, as by a hook that only moves what is elsewhere."""
+    grads = []
+    for hooks in (nullcontext(), torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda x: x)):
+        memory, (*before, batch, first, second) = make(), batches(5)
+        for each in before:
+            memory(*each)
+        keys = batch[0].clone().requires_grad_()
+        with hooks:
+            loss = memory(keys, *batch[1:]).loss
+        memory(*first), memory(*second)
+        grads += torch.autograd.grad(loss, keys)
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=0)
+    address = memory._labeled.base.data_ptr()
+    memory(*before[0]), memory.settle()
+    assert memory._labeled.base.data_ptr() == address, "without hooks it is written in place again"
 
 
 def test_a_checkpoint_does_not_decide_the_rounding():

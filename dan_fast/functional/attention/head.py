@@ -69,6 +69,9 @@ def _head(
     results = AttentionHead.run(features, *widened(weights), widened(cam_weight), labels)[:_RESULTS]
     output = AttentionHeadOutput(*results)
     output = output._replace(adversary_loss=marked(output.adversary_loss, labels, cam_weight))
+    # The backward holds the operator's own: a caller may change what he gets, as dropout in place does.
+    attended, pooled, *maps, losses = output
+    output = AttentionHeadOutput(attended.clone(), pooled.clone(), *maps, losses.clone())
     return AttentionHeadOutput(*(value.to(dtype) for value in output))
 
 

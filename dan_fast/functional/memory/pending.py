@@ -46,6 +46,9 @@ class _Base:
     def for_graph(self) -> Tensor:
         """The features under a name of their own, which lives as long as a graph that was made with it."""
         alias = self.features.detach()
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            # What a hook packs may be another tensor of these numbers, and the alias gone.
+            self.shared = True
         self._readers = [reader for reader in self._readers if reader() is not None]
         self._readers.append(weakref.ref(alias))
         return alias

@@ -26,7 +26,8 @@ def scan(given: ScanInput) -> ScanResult:
     loss, *rest = MemoryScan.op(*given._replace(labeled=list(given.labeled), unlabeled=list(given.unlabeled)))
     pseudo_labels, fault, *written = (x.detach() for x in rest[: 2 + 2 * _WRITTEN])
     memories = WrittenSlots(*written[:_WRITTEN]), WrittenSlots(*written[_WRITTEN:])
-    return ScanResult(loss, pseudo_labels, fault, *memories)
+    # The backward holds the operator's own: a caller may change what he gets, as in `loss += ...`.
+    return ScanResult(loss.clone(), pseudo_labels.clone(), fault, *memories)
 
 
 class MemoryScan(KernelBackward):

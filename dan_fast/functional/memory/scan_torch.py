@@ -81,7 +81,8 @@ class _Writes:
             length = self.square_lengths[step]
             exact = after.square() / torch.where(length > 0, length, 1.0)
             self.square_norms = torch.where(length > 0, exact, self.square_norms)
-        self.scores = torch.addr(rest, self.columns[step][step + 1 :], weights)
+        # Not addr, whose derivative is a product that autocast rounds on a GPU.
+        self.scores = torch.addcmul(rest, self.columns[step][step + 1 :, None], weights)
 
         self.labels = torch.where(is_least_used, label, self.labels)
         self.sample_ids = torch.where(is_least_used, sample_id, self.sample_ids)

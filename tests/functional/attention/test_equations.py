@@ -193,6 +193,20 @@ def test_head_is_its_parts(impl):
     assert_agree(head, expected)
 
 
+def test_what_the_head_returns_may_be_changed_in_place(impl):
+    """As `Dropout(inplace=True)` and `losses *= ...` do."""
+    grads = []
+    for name in ("attended", "pooled", "adversary_loss"):
+        for changes in (False, True):
+            features, *rest = problem((2, 5, 2, 3))[:4]
+            features.requires_grad_()
+            result = getattr(impl.attention_head(features, *rest), name)
+            result = result.mul_(2) if changes else 2 * result
+            grads += torch.autograd.grad(result.square().sum(), features)
+    for plain, changed in zip(grads[::2], grads[1::2], strict=True):
+        assert torch.equal(plain, changed) and plain.abs().sum() > 0
+
+
 def test_unknown_label_has_no_loss_and_no_gradient(impl):
     features, weights, cam_weight, _ = problem((3, 4, 2, 2))
     labels = torch.tensor([2, -1, -1])

@@ -3,12 +3,25 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dan_fast import MemoryState, _extension, functional
 from dan_fast.functional.memory.passes import memory_combine, memory_scores
 from dan_fast.functional.memory.row_norms import row_sq_norms
 from tests.support.memory_arguments import BATCH, F64, TENSORS, arguments, get, module, put, tensors
 from tests.support.memory_problems import agree, in_dtype
+
+
+class Seen(TorchDispatchMode):
+    """The names of the operators that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name().partition(".")[0])
+        return func(*args, **(kwargs or {}))
 
 
 def views(x):
@@ -110,6 +123,35 @@ def test_mixed_precision_around_it_changes_nothing():
     with torch.autocast("cpu", torch.bfloat16):
         mixed = functional.memory_step(**given)
     assert all(map(torch.equal, tensors(mixed), tensors(plain)))
+
+
+def test_no_product_is_left_to_autocast():
+    """What PyTorch's form multiplies, in any derivative, goes by the product that turns it off.
+
+    On a GPU autocast rounds addr and mv, which it leaves alone on a CPU.
+    """
+    given = arguments(torch.float32)
+    with Seen() as seen, _extension.disabled():
+        loss = functional.memory_step(**given | {"keys": given["keys"].requires_grad_()}).loss
+        (grad,) = torch.autograd.grad(loss, given["keys"], create_graph=True)
+        torch.autograd.grad(grad.square().sum(), given["keys"])
+    assert "torch_dan_fast::float32_product" in seen.names
+    assert not seen.names & {f"aten::{name}" for name in ("addr", "mv", "mm", "addmm", "bmm", "baddbmm", "addmv")}
+
+
+def test_what_is_returned_may_be_changed_in_place(impl):
+    """`loss += ...`, and pseudo labels of which some are struck out."""
+    given = arguments()
+    grads = []
+    for changes in (False, True):
+        keys = given["keys"].clone().requires_grad_()
+        step = impl.memory_step(**given | {"keys": keys})
+        loss, pseudo_labels = step.loss, step.pseudo_labels
+        if changes:
+            loss += 1.0
+            pseudo_labels.fill_(-1)
+        grads += torch.autograd.grad(loss, keys)
+    assert torch.equal(*grads) and grads[0].abs().sum() > 0
 
 
 def test_a_memory_advanced_without_gradients_can_be_trained_on():

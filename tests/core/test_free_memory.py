@@ -1,0 +1,27 @@
+"""How much memory is said to be free, where a container limits it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dan_fast.core import free_memory
+from dan_fast.core.free_memory import why_too_large
+
+CPU = torch.device("cpu")
+
+
+def test_pages_of_files_that_were_read_are_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(free_memory, "_CGROUP", tmp_path)
+    of_machine = free_memory.free_memory(CPU)
+    for name, text in (
+        ("max", "1000000\n"),
+        ("current", "999000\n"),
+        ("stat", "anon 100\nactive_file 20000\ninactive_file 3000\nunevictable 7\nactive_anon 90\n"),
+    ):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert free_memory.free_memory(CPU) == 1000 + 20000 + 3000
+    assert why_too_large(CPU, 24000, "it") is None
+    assert why_too_large(CPU, 24001, "it") == "it would need about 0.0 GB, 0.0 GB are free"
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory.free_memory(CPU) == pytest.approx(of_machine, rel=0.2)
