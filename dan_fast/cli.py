@@ -4,6 +4,7 @@ A command is imported when it runs, most of them with PyTorch: `--help`, `--vers
 """
 
 import io
+import os
 import re
 import sys
 from argparse import ArgumentError
@@ -162,7 +163,7 @@ def _settings_in(given: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     Raises:
         DanFastError: the file cannot be read, or settings themselves stand there.
     """
-    path = Path(given).expanduser()
+    path = Path(os.path.expanduser(given))
     if path.is_file():
         yield path, read_mapping(path, "a file of settings")
     elif any(mark in given for mark in ("{", "\n", ": ")):

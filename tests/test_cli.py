@@ -136,9 +136,10 @@ def test_quickstart_leaves_a_report_with_pictures(tmp_path, capsys):
     assert main(command) == 0
     before = {file: file.read_bytes() for file in (out / "data").rglob("*") if file.is_file()}
     capsys.readouterr()
-    for other in (["--identities", "7"], ["--seed", "1"]):
+    for other in (["--identities", "7"], ["--seed", "1"], ["--epochs", "2"], ["--recipe", "dan"]):
         assert main([*command, *other]) == 1
-        said = f"{out} holds a quickstart with --identities 6 --seed 0: give these again, or choose another --out."
+        flags = "--identities 6 --seed 0 --epochs 1 --recipe paper"
+        said = f"{out} holds a quickstart with {flags}: give these again, or choose another --out."
         assert said in capsys.readouterr().err
     assert {file: file.read_bytes() for file in (out / "data").rglob("*") if file.is_file()} == before
 
@@ -192,6 +193,16 @@ def test_a_mistake_is_one_sentence_and_an_exit_code(arguments, code, sentence, c
     captured = capsys.readouterr()
     assert sentence in captured.err and captured.err.count("\n") == 1
     assert "Traceback" not in captured.err
+
+
+def test_figures_are_not_written_over_what_a_training_wrote(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("recipe: plain")
+    for name in ("results.json", "checkpoint.pt"):
+        out = tmp_path / name
+        out.write_text("kept")
+        assert main(["evaluate", "--checkpoint", "x", "--targets", "x", "--out", str(out)]) == 1
+        assert f"{out} is written by the training itself: name another file" in capsys.readouterr().err
+        assert out.read_text() == "kept"
 
 
 def test_an_unknown_key_in_the_yaml_is_named(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ def list_datasets(
     Raises:
         DanFastError: a folder that is absent or cannot be read, or an archive that cannot be extracted.
     """
-    folders = [Path(root).expanduser() for root in roots]
+    folders = [Path(os.path.expanduser(root)) for root in roots]
     found = _search(folders)
     if extract and _extract(found):
         found = _search(folders)

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -42,6 +43,7 @@ from dan_fast.training.reported import epoch_of, seen_of
 from dan_fast.training.starting import start_of
 
 _LOG = logging.getLogger(__name__)
+_OF_A_TRAINING = ("checkpoint.pt", "chosen.pt", "config.yaml", "results.json")
 
 
 def evaluate(
@@ -94,6 +96,7 @@ def evaluate(
     paths = as_list(targets or [])
     _require_targets(paths, protocol, root)
     if out is not None and own_rank() == 0:
+        _require_own(Path(out))
         require_writable(out)
     place = resolve_device(device)
     with joined(place) as process_group:
@@ -201,6 +204,11 @@ def _require_first_weights(state: dict[str, Any], checkpoint: str) -> None:
             f"{checkpoint} is a shared folder, which does not hold the weights that its training started from "
             f"({weights}): evaluate it without --baselines, or the checkpoint.pt of the run."
         )
+
+
+def _require_own(out: Path) -> None:
+    if out.name in _OF_A_TRAINING and (out.parent / "config.yaml").is_file():
+        raise DanFastError(f"{out} is written by the training itself: name another file, such as evaluation.json.")
 
 
 def _require_targets(paths: Sequence[str], protocol: str | None, root: str | None) -> None:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
@@ -60,8 +61,7 @@ def quickstart(
     started = time.monotonic()
     console = Console()
     folder = Path(out)
-    console.print(f"Recipe {recipe}.", **PLAIN)
-    _keep_what_was_drawn(folder, {"identities": identities, "seed": seed})
+    _keep_what_was_asked_for(folder, {"identities": identities, "seed": seed, "epochs": epochs, "recipe": recipe})
     # All persons of the unseen domain are test persons, and none of the others.
     draw = partial(synthesize, folder / "data", identities=identities, seed=seed, image_size=IMAGE_SIZE)
     for domains, test_fraction in (((*LABELED, *UNLABELED), 0.0), ((UNSEEN,), 1.0)):
@@ -88,16 +88,17 @@ def quickstart(
     console.print(f"Report: {page} ({time.monotonic() - started:.0f} s)", **PLAIN)
 
 
-def _keep_what_was_drawn(folder: Path, wanted: dict[str, int]) -> None:
-    """Refuse to draw other images where a training has those of an earlier call, else write down which are drawn.
+def _keep_what_was_asked_for(folder: Path, wanted: dict[str, Any]) -> None:
+    """Refuse to draw other images, or to train otherwise, where an earlier call has trained, else write down which.
 
     Raises:
         DanFastError: there is such a training; or see `write_text`.
     """
     file = folder / "drawn.json"
     try:
-        drawn = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        # Older versions wrote down less.
+        drawn = wanted | json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
         drawn = wanted
     if drawn != wanted and (folder / "run" / "checkpoint.pt").exists():
         flags = " ".join(f"--{name} {value}" for name, value in drawn.items())

@@ -14,8 +14,8 @@ from dan_fast.core.files import alone, remove_unfinished, require_writable, writ
 from dan_fast.core.terminal import PLAIN, progress_line
 from dan_fast.data.images.reading import DECODED_BY
 from dan_fast.inference import FeatureExtractor
-from dan_fast.inference.sources import Part, find_images, samples_of
-from dan_fast.reporting.search_page import PICTURES, write_search_page
+from dan_fast.inference.sources import LISTS, PICTURES, Part, find_images, samples_of
+from dan_fast.reporting.search_page import write_search_page
 from dan_fast.search import GalleryIndex, Update, update_index
 from dan_fast.search.kinds import IndexKind, faiss_library
 from dan_fast.search.lists import measured_recall, ranked_lists
@@ -60,20 +60,43 @@ def search(
             written.
     """
     folder, console = Path(out), Console()
-    require_writable(folder / "ranked.json")
+    require_writable(folder / LISTS)
     if index != "flat":
         faiss_library()
-    # What the page of a search before shows may lie among the gallery's images, and is none of them.
-    searched = _of_split(gallery, "gallery", leave_out=folder / PICTURES)
-    asked = _of_split(query, "query", leave_out=folder / PICTURES)
+    searched, asked = _of_split(gallery, "gallery"), _of_split(query, "query")
     images, queries = samples_of(searched), samples_of(asked)
     extractor = FeatureExtractor(checkpoint, device, batch_size, workers=workers, broken_images=broken_images)
     try:
         # The queries first: one that cannot be decoded is known before the gallery is embedded.
         with progress_line(console, f"Embedding {len(queries)} queries") as show:
             features = extractor([sample.path for sample in queries], show).numpy()
-        with progress_line(console, f"Embedding what is new of {len(images)} gallery images") as show:
-            update = update_index(folder / "index", extractor, images, index, show)
+        # The lists, the page and its images belong together, and to this gallery.
+        with alone(folder / ".lock"):
+            with progress_line(console, f"Embedding what is new of {len(images)} gallery images") as show:
+                update = update_index(folder / "index", extractor, images, index, show)
+            for line in _sentences(update, folder / "index"):
+                console.print(line, **PLAIN)
+            found = GalleryIndex(folder / "index", extractor, index)
+            lists = ranked_lists(found, asked, searched, features, top)
+            for each in lists:
+                if each["matches"] is None:
+                    console.print(f"Skipped the query {each['path']}: it cannot be decoded.", **PLAIN)
+            content = {
+                "schema": _SCHEMA,
+                "weights": found.weights,
+                "index": {"kind": index, "images": found.size, "parameters": found.parameters},
+                "top": top,
+                "recall": None,
+                "queries": lists,
+            }
+            if index != "flat" and np.isfinite(features).any():
+                content["recall"] = measured_recall(found, features, top)
+                recall = "recall@{at} {value:.4f} of the exact search, over {queries} queries"
+                console.print(recall.format(**content["recall"]))
+            for place in (folder, folder / PICTURES):
+                remove_unfinished(place)
+            write_text(folder / LISTS, json.dumps(content, indent=1) + "\n")
+            page = write_search_page(folder, content, extractor)
     except KeyboardInterrupt:
         if (folder / "index").exists():
             console.print(f"What is done lies in {folder / 'index'}: the same command goes on from there.", **PLAIN)
@@ -81,38 +104,14 @@ def search(
     finally:
         with suppress(OSError):
             folder.rmdir()
-    for line in _sentences(update, folder / "index"):
-        console.print(line, **PLAIN)
-    found = GalleryIndex(folder / "index", extractor, index)
-    lists = ranked_lists(found, asked, searched, features, top)
-    for each in lists:
-        if each["matches"] is None:
-            console.print(f"Skipped the query {each['path']}: it cannot be decoded.", **PLAIN)
-    content = {
-        "schema": _SCHEMA,
-        "weights": found.weights,
-        "index": {"kind": index, "images": found.size, "parameters": found.parameters},
-        "top": top,
-        "recall": None,
-        "queries": lists,
-    }
-    if index != "flat" and np.isfinite(features).any():
-        content["recall"] = measured_recall(found, features, top)
-        console.print("recall@{at} {value:.4f} of the exact search, over {queries} queries".format(**content["recall"]))
-    # The lists, the page and its images belong together.
-    with alone(folder / ".lock"):
-        for place in (folder, folder / PICTURES):
-            remove_unfinished(place)
-        write_text(folder / "ranked.json", json.dumps(content, indent=1) + "\n")
-        page = write_search_page(folder, content, extractor)
     console.print(f"{page}: {len(lists)} queries in {found.size} images.", **PLAIN)
 
 
-def _of_split(paths: Sequence[str], split: str, leave_out: Path) -> list[Part]:
+def _of_split(paths: Sequence[str], split: str) -> list[Part]:
     """Of each path the images of a split, where it is a dataset that has any of it; else all of that path."""
     chosen: list[Part] = []
     for path in paths:
-        parts = find_images([path], leave_out)
+        parts = find_images([path])
         chosen += [part for part in parts if part.split == split] or parts
     return chosen
 

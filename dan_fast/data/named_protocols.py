@@ -19,6 +19,7 @@ partitions in GRID's archive are not taken (docs/fidelity.md).
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,7 +194,7 @@ class Shelf:
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).expanduser()
+        self.root = Path(os.path.expanduser(root))
         self._found = find_datasets(self.root)
         self._read: dict[Part, ReIDDataset] = {}
 

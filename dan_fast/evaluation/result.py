@@ -124,10 +124,12 @@ class Evaluation:
         """The evaluation that `to_dict` gave; entries that are no attributes are ignored.
 
         Raises:
-            TypeError: an attribute is missing.
+            TypeError: an attribute is missing, or a figure is no number.
         """
         known = {each.name for each in fields(cls)} & values.keys()
-        return cls(**{key: tuple(values[key]) if isinstance(values[key], list) else values[key] for key in known})
+        found = cls(**{key: tuple(values[key]) if isinstance(values[key], list) else values[key] for key in known})
+        found.row()
+        return found
 
     @staticmethod
     def _columns(cmc: tuple[float, ...], m_ap: float, m_inp: float) -> dict[str, float]:

@@ -73,7 +73,7 @@ def export_network(
         DanFastError: the path is a folder or has the other format's suffix, a package is missing, the network cannot
             be traced, the features are not finite or, of a float32 file, differ by more than 1e-4, or another process
             is writing the same file. There is no file then, or the one that was there.
-        ValueError: int8 without ONNX, or no image in `images`.
+        ValueError: int8 without ONNX, or no image in `images`, or images of another shape or dtype.
 
     Example:
         >>> import tempfile
@@ -139,7 +139,11 @@ def _compared(network: DAN, run: formats.Run, takes: Input, batches: Iterable[Te
     """How what `run` gives for images differs from the network's features."""
     transform = test_transform(network.image_size, network.preprocessing)
     largest, cosine, count = torch.tensor(0.0), torch.tensor(1.0), 0
+    shape = (3, *network.image_size)
     for images in _with_one_alone(batches):
+        if images.dtype != torch.uint8 or images.shape[1:] != shape:
+            found = f"{tuple(images.shape)} of {images.dtype}"
+            raise ValueError(f"images must be (n, {', '.join(map(str, shape))}) of torch.uint8, got {found}")
         normalized = torch.stack([transform(image) for image in images])
         wanted = F.normalize(network.embed(normalized), dim=1)
         given = run(images if takes == "uint8" else normalized)

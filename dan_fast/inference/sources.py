@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from glob import glob, has_magic
@@ -13,6 +14,10 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.data.datasets.finding import IMAGE_SUFFIXES
 from dan_fast.data.datasets.load import holds_dataset, load_dataset, told_apart
 from dan_fast.data.samples import SPLITS, ReIDDataset, Sample
+
+# What `dan-fast search` writes into its folder: the lists, and beside them a folder of the pictures of its page.
+LISTS, PICTURES = "ranked.json", "search_images"
+_LOG = logging.getLogger(__name__)
 
 
 class Part(NamedTuple):
@@ -29,17 +34,17 @@ class Part(NamedTuple):
     dataset: ReIDDataset | None = None
 
 
-def find_images(paths: Sequence[str], leave_out: Path | None = None) -> list[Part]:
+def find_images(paths: Sequence[str]) -> list[Part]:
     """The images at paths, in the order of the paths.
 
     A path is a dataset, whose splits are parts of their own: what `dan_fast.data.load_dataset` takes, a manifest too.
     Or it is a folder, of which all files named like images count, those in folders below too and hidden ones not, in
     the order of their names; a file; or a pattern of files such as "frames/**/*.jpg". Images of these three that follow
-    each other are one part. Links are followed, to folders too.
+    each other are one part. Links are followed, to folders too. The pictures of a page that `dan-fast search` wrote are
+    none of a folder's or a pattern's images.
 
     Args:
         paths: as above.
-        leave_out: a folder whose images do not count for the folders and patterns given.
 
     Raises:
         DanFastError: nothing at a path, a folder without images, or a dataset with mistakes in it.
@@ -52,7 +57,7 @@ def find_images(paths: Sequence[str], leave_out: Path | None = None) -> list[Par
         >>> [(part.split, [sample.path.name for sample in part.samples]) for part in find_images([str(folder)])]
         [('', ['a.png', 'b.jpg'])]
     """
-    found = _by_title([part for path in paths for part in _parts_at(path, leave_out)])
+    found = _by_title([part for path in paths for part in _parts_at(path)])
     parts: list[Part] = []
     for of_dataset, group in groupby(found, lambda part: part.dataset is not None):
         some = list(group)
@@ -72,26 +77,40 @@ def samples_of(parts: Iterable[Part]) -> tuple[Sample, ...]:
     return tuple(sample for part in parts for sample in part.samples)
 
 
-def _parts_at(text: str, leave_out: Path | None) -> Iterator[Part]:
-    path, left_out = Path(text).expanduser(), leave_out and os.path.realpath(leave_out)
+def _parts_at(text: str) -> Iterator[Part]:
+    path = Path(os.path.expanduser(text))
     if path.is_dir() and not holds_dataset(path):
-        yield _unknown(_images_below(path, left_out))
+        yield _unknown(_images_below(path))
     elif path.is_file() and path.suffix.lower() != ".csv":
         yield _unknown([path])
     elif path.exists() or _names_a_variant(path):
         dataset = load_dataset(path)
         parts = [Part(split, getattr(dataset, split), dataset) for split in SPLITS if getattr(dataset, split)]
+        _tell_what_lies_beside(path, dataset)
         if not parts:
             raise DanFastError(f"The dataset at {path} has no images; name another one.")
         yield from parts
     else:
         found = (Path(name) for name in sorted(glob(str(path), recursive=True)))
-        files = [file for file in found if file.is_file() and os.path.realpath(file.parent) != left_out]
+        files = [file for file in found if file.is_file() and not _is_of_a_page(file.parent)]
         if not files:
             raise DanFastError(
                 f"There is nothing at {text}, and no file fits it as a pattern; check for a typing mistake."
             )
         yield _unknown(files)
+
+
+def _tell_what_lies_beside(path: Path, dataset: ReIDDataset) -> None:
+    """Warn where a folder above a dataset holds other images too, which are not read."""
+    root, above = dataset.root.absolute(), path.absolute()
+    if root == above or not root.is_relative_to(above):
+        return
+    others = [file for file in _images_below(path) if not file.absolute().is_relative_to(root)]
+    if others:
+        _LOG.warning(
+            "%s is read as %s, which lies at %s: %d other images below it, such as %s, are left out.",
+            path, dataset.title, dataset.root, len(others), others[0],
+        )  # fmt: skip
 
 
 def _names_a_variant(path: Path) -> bool:
@@ -104,17 +123,22 @@ def _unknown(files: Sequence[Path]) -> Part:
     return Part("", tuple(Sample(file, -1, -1) for file in files))
 
 
+def _is_of_a_page(folder: Path) -> bool:
+    """Whether it holds the pictures of a search's page, which are parts of galleries and queries."""
+    return folder.name == PICTURES and (folder.parent / LISTS).is_file()
+
+
 def _refuse(error: OSError) -> None:
     raise DanFastError(f"{error.filename} cannot be read ({error.strerror}); check permissions.") from error
 
 
-def _images_below(folder: Path, left_out: str | None) -> list[Path]:
+def _images_below(folder: Path) -> list[Path]:
     files, seen, starts = [], set(), [folder]
     # Links to folders come after all that is no link: what both name has its own path, and one to a folder above ends.
     for start in starts:
         for place, folders, names in os.walk(start, onerror=_refuse):
             real = os.path.realpath(place)
-            if real in seen or real == left_out:
+            if real in seen or (Path(place) != folder and _is_of_a_page(Path(place))):
                 folders.clear()
                 continue
             seen.add(real)

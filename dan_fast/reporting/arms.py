@@ -16,6 +16,7 @@ from scipy.special import stdtrit
 from dan_fast.evaluation import Evaluation
 from dan_fast.reporting.groups import Target, target_of
 from dan_fast.reporting.html import ABSENT, Table
+from dan_fast.training.recipes import word_of
 from dan_fast.training.reported import CHOSEN, SEEN
 from dan_fast.training.surroundings import VERSIONS
 
@@ -96,7 +97,7 @@ class Arm:
 
     Attributes:
         name: as the sweep calls it.
-        recipe: of its trainings and what was changed on top of it, in words; "" for none.
+        recipe: of its trainings, what was changed on top of it and what else this arm sets, in words; "" for none.
         runs: the finished ones, by seed.
         missing: seeds without a finished training, and why.
     """
@@ -196,15 +197,16 @@ class Comparison:
             ]
         if not self.is_timed_alike:
             notes.append("Seconds are left out: trainings ran on other devices or with other numbers of threads.")
-        at_once = self._at_once()
-        if at_once and self.is_timed_alike:
+        if (at_once := self._at_once()) and self.is_timed_alike:
             notes.append(f"Seconds depend on how many trainings ran at once, on average {at_once}.")
-        versions = self._versions()
-        if versions:
+        if versions := self._versions():
             notes.append(f"Trainings ran under several versions: {versions}.")
+        lengths = {arm.name: span for arm in self.arms if (span := _span(arm.runs.values()))}
+        if len(set(lengths.values())) > 1:
+            each = ", ".join(f"{name} {span}" for name, span in lengths.items())
+            notes.append(f"Trainings differ in their iterations ({each}): data.iterations makes epochs equally long.")
         seen = _learnt_from(self._runs())
-        left = [target.title for target in self.targets if _without_variant(target.title) in seen]
-        if left:
+        if left := [target.title for target in self.targets if _without_variant(target.title) in seen]:
             notes.append(f"No unseen targets, because trainings learnt from sets of their name: {', '.join(left)}.")
         notes += [f"{arm.name}: {arm.recipe}." for arm in self.arms if arm.recipe]
         for arm in self.arms:
@@ -265,18 +267,15 @@ class Comparison:
         else:
             differences = [_difference(self.difference(arm, target, metric), seeds) for metric in METRICS]
         ran = [run for run in arm.runs.values() if target in run.scores]
-        iterations = sorted({run.iterations for run in ran if run.iterations is not None})
-        # One number, unless the arm's runs differ in it.
-        span = " to ".join(str(each) for each in dict.fromkeys((*iterations[:1], *iterations[-1:])))
         seconds = [run.seconds for run in ran if run.seconds is not None and self.is_timed_alike]
-        return [
-            arm.name,
-            str(seeds),
-            *means,
-            *differences,
-            span or ABSENT,
-            f"{fmean(seconds):.0f}" if seconds else ABSENT,
-        ]
+        mean = f"{fmean(seconds):.0f}" if seconds else ABSENT
+        return [arm.name, str(seeds), *means, *differences, _span(ran) or ABSENT, mean]
+
+
+def _span(runs: Iterable[ArmRun]) -> str:
+    """Their iterations, as far as known: one number, unless they differ in it."""
+    known = sorted({run.iterations for run in runs if run.iterations is not None})
+    return " to ".join(str(each) for each in dict.fromkeys((*known[:1], *known[-1:])))
 
 
 def read_comparison(folder: str | Path) -> Comparison | None:
@@ -294,7 +293,9 @@ def read_comparison(folder: str | Path) -> Comparison | None:
     except (OSError, ValueError):
         return None
     entries = (
-        [each for each in record if isinstance(each, dict) and each.get("arm")] if isinstance(record, list) else []
+        [each for each in record if isinstance(each, dict) and each.get("arm") and each.get("planned", True)]
+        if isinstance(record, list)
+        else []
     )
     # Older versions write no arms; whatever else lacks a field is no record of a sweep.
     if not entries or any(_ENTRY - each.keys() for each in entries):
@@ -306,8 +307,21 @@ def read_comparison(folder: str | Path) -> Comparison | None:
         of_arm = [entry for entry in entries if entry["arm"] == name]
         finished = {entry["seed"]: runs[name, entry["seed"]] for entry in of_arm if (name, entry["seed"]) in runs}
         missing = {entry["seed"]: str(read[name, entry["seed"]]) for entry in of_arm if entry["seed"] not in finished}
-        arms.append(Arm(name, of_arm[0]["recipe"], finished, missing))
+        arms.append(Arm(name, _in_words(of_arm[0]), finished, missing))
     return Comparison(folder.resolve().name, entries[0]["baseline"], tuple(arms))
+
+
+def _in_words(entry: Mapping[str, Any]) -> str:
+    """The recipe of an arm, what was changed on top of it, and what else is set for this arm alone."""
+    recipe = entry["recipe"]
+    own = [
+        f"{name}={word_of(value)}"
+        for name, value in entry.get("settings", {}).items()
+        if name not in ("recipe", "run.seed") and f"{name}=" not in recipe
+    ]
+    if not own:
+        return recipe
+    return f"{recipe}, {', '.join(own)}" if ", with " in recipe else f"{recipe or 'no recipe'}, with {', '.join(own)}"
 
 
 def _read_run(folder: Path, entry: Mapping[str, Any]) -> ArmRun | str:

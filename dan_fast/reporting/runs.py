@@ -14,12 +14,13 @@ import numpy as np
 import yaml
 
 from dan_fast.core.errors import DanFastError
+from dan_fast.data.datasets.load import MANIFEST
 from dan_fast.data.named_protocols import PROTOCOLS
 from dan_fast.evaluation import Evaluation
 from dan_fast.inference.extractor import weights_hash
 from dan_fast.reporting.curves import read_scalars
 from dan_fast.training.build import trained_network
-from dan_fast.training.config import TrainConfig
+from dan_fast.training.config import TrainConfig, as_list
 from dan_fast.training.recipes import recipe_words
 
 # Settings of where a run takes place and what it is tested on: they do not change what it learns.
@@ -132,14 +133,16 @@ def dotted(settings: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any
 
 
 def dataset_word(path: str) -> str:
-    """What to call a dataset of which only the path is known: its folder's name.
+    """What to call a dataset of which only the path is known: its folder's name, or that of a manifest of its own name.
 
     Example:
-        >>> dataset_word("data/street/manifest.csv")
-        'street'
+        >>> dataset_word("data/street/manifest.csv"), dataset_word("data/mall.csv"), dataset_word("data/VIPeR.v1.0")
+        ('street', 'mall', 'VIPeR.v1.0')
     """
     place = Path(path)
-    return place.parent.name if place.suffix and place.parent.name else place.name
+    if place.suffix.lower() != ".csv":
+        return place.name
+    return place.parent.name if place.name == MANIFEST and place.parent.name else place.stem
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
@@ -189,7 +192,8 @@ def _read_run(folder: Path, name: str) -> Run:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if path.name == "results.json":
-                sources = {role: content.get(role, names) for role, names in sources.items()}
+                said = {role: content.get(role) for role in sources}
+                sources |= {role: names for role, names in said.items() if names is not None}
                 # Older versions write neither ranks nor iterations, nor what follows.
                 ranks, started_from = content.get("ranks", 1), content.get("started_from", [])
                 skipped = content.get("skipped", 0)
@@ -205,7 +209,7 @@ def _read_run(folder: Path, name: str) -> Run:
                     baselines.append((features, evaluation))
                 elif evaluation not in results:
                     results.append(evaluation)
-        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, OSError) as error:
             complaints.append(f"{path} holds no evaluations of this version ({error}): evaluate the run again.")
     if settings["data"]["unlabeled_share"] == 0:
         sources["unlabeled"] = []
@@ -251,6 +255,5 @@ def _read_settings(path: Path) -> tuple[dict[str, dict[str, Any]], str]:
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
         raise DanFastError(f"{path} is no configuration of a training: restore it or leave its folder out.") from error
     for name in ("labeled", "unlabeled", "targets"):
-        if isinstance(settings["data"][name], str):
-            settings["data"][name] = [settings["data"][name]]
+        settings["data"][name] = as_list(settings["data"][name] or [])
     return settings, recipe

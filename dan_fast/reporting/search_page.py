@@ -16,12 +16,12 @@ from dan_fast.data.images.cache_header import digest, status_of
 from dan_fast.data.images.loader import image_loader
 from dan_fast.data.samples import Sample
 from dan_fast.inference import FeatureExtractor
+from dan_fast.inference.sources import PICTURES
 from dan_fast.nn.attention import VARIANTS
 from dan_fast.reporting.heatmaps import attention_overlays
 from dan_fast.reporting.html import write_page
 
-# The folder of the page's pictures, and the names that they have in it.
-PICTURES = "search_images"
+# The names of the page's pictures in their folder.
 _PICTURE = re.compile(r"[0-9a-f]{32}(-attention)?\.jpg")
 # Of more queries the page would be slow to load; the file of the lists has all.
 SHOWN = 50

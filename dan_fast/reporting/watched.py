@@ -56,13 +56,20 @@ WATCHED = {
 
 def watched_table(runs: Sequence[Run]) -> Table | None:
     """First and last value of every scalar of `WATCHED` that any of the runs has logged; None where none has."""
-    tags = [tag for tag in WATCHED if any(tag in run.scalars for run in runs)]
+    tags = [tag for tag in WATCHED if any(_has(run, tag) for run in runs)]
     if not tags:
         return None
     shown = [run for run in runs if any(tag in run.scalars for tag in tags)]
     rows = [[WATCHED[tag][0], *(_from_to(run.scalars.get(tag)) for run in shown), WATCHED[tag][1], tag] for tag in tags]
     columns = ["what", *(run.name for run in shown), "what to look for", "scalar"]
     return Table("What to watch in training", columns, rows, "First to last value that a run logged; – : not logged.")
+
+
+def _has(run: Run, tag: str) -> bool:
+    """Whether a run logged it and has what it is of: an adversary beside the branch, a memory that is written to."""
+    beside = {"train/logit_norm/attention": "train/logit_norm/adversary"}.get(tag, tag)
+    curve = run.scalars.get(tag)
+    return curve is not None and beside in run.scalars and (tag != "memory/slots_unlabeled" or bool(curve[1].any()))
 
 
 def _from_to(curve: tuple[np.ndarray, np.ndarray] | None) -> str:

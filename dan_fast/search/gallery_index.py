@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
@@ -117,8 +117,11 @@ class GalleryIndex:
         Beside its result it needs the memory of about a thousand queries, however many there are.
 
         Raises:
-            ValueError: features that are not finite, as those of images that could not be decoded.
+            ValueError: features of another shape, or that are not finite, as those of images that could not be decoded.
         """
+        width = self._searcher.features.shape[1]
+        if features.ndim != 2 or features.shape[1] != width:
+            raise ValueError(f"features must be (Q, {width}), as the network gives them, got {features.shape}")
         if not np.isfinite(features).all():
             raise ValueError("features holds NaN or Inf: leave the images out that could not be decoded.")
         return self._searcher.search(features, places, exact)
@@ -154,6 +157,7 @@ def update_index(
         progress: called with (images embedded, images to embed).
 
     Raises:
+        ValueError: there is no such kind.
         DanFastError: faiss is not installed, for another kind than flat; an index of another checkpoint, an image that
             cannot be decoded, no image at all, too few for the kind, or a folder that cannot be written or that another
             process is writing to.
@@ -161,6 +165,8 @@ def update_index(
     Example: see `GalleryIndex`.
     """
     folder = Path(folder)
+    if kind not in get_args(IndexKind):
+        raise ValueError(f"kind must be one of {', '.join(get_args(IndexKind))}, got {kind!r}")
     if kind != "flat":
         kinds.faiss_library()
     images: dict[str, Sample] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping
@@ -88,7 +89,8 @@ def plan_sweep(
     content, place = _read_grid(grid)
     start = content.get("base", {}) if base is None else str(base)
     if isinstance(start, str):
-        path = Path(start).expanduser() if base is not None else place.parent / Path(start).expanduser()
+        given = Path(os.path.expanduser(start))
+        path = given if base is not None else place.parent / given
         start = read_mapping(path, "a configuration of a training")
     start = {**start, "recipe": recipe or recipe_of(start) or content.get("recipe", DEFAULT_RECIPE)}
     named = "arms" in content

@@ -334,7 +334,10 @@ def _read_record(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def _write_record(out: Path, record: list[dict[str, Any]]) -> None:
-    write_text(out / "sweep.json", json.dumps(record, indent=2) + "\n")
+    """Write the entries; those of trainings that another grid planned stay, for when they are planned again."""
+    names = {entry["name"] for entry in record}
+    others = [entry | {"planned": False} for name, entry in _read_record(out).items() if name not in names]
+    write_text(out / "sweep.json", json.dumps(record + others, indent=2) + "\n")
 
 
 def _alone(out: Path) -> AbstractContextManager[int]:

@@ -10,7 +10,7 @@ from dan_fast.core.preprocessing import IMAGENET, Preprocessing
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.distributed.launch import ranks_in
 from dan_fast.nn import DAN, ProgressiveAugmentedMemory
-from dan_fast.training.checkpoint import load_checkpoint
+from dan_fast.training.checkpoint import fitting_this_version, load_checkpoint
 from dan_fast.training.config import LossConfig, MemoryConfig, ModelConfig, TrainConfig
 from dan_fast.training.objective import TrainingModel
 from dan_fast.training.starting import start_of, take_weights
@@ -94,17 +94,12 @@ def network_of(state: dict[str, Any], path: str | Path) -> DAN:
         DanFastError: settings or weights of another version.
     """
     prefix = "network."
-    try:
+    with fitting_this_version(path):
         network = initial_network(state["config"], state["num_classes"], read_weights=False)
         network.preprocessing = preprocessing_of(state)
         network.load_state_dict(
             {name.removeprefix(prefix): value for name, value in state["model"].items() if name.startswith(prefix)}
         )
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".")
-        raise DanFastError(
-            f"{path} does not fit this version of dan_fast ({reason}): use the version that wrote it, or train again."
-        ) from error
     return network.eval()
 
 

@@ -1,7 +1,9 @@
 """Checkpoints: one file with everything, read back without running code."""
 
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -55,8 +57,27 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} is damaged, the checksum of {damaged} in it does not fit: use another one or train again."
         )
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise DanFastError(f"{path} is not a checkpoint of this version of dan_fast ({FORMAT!r}).")
+        raise DanFastError(
+            f"{path} is not a checkpoint of this version of dan_fast ({FORMAT!r}); a network of another program is "
+            "evaluated in Python, by dan_fast.evaluation.evaluate_dataset, or trained on from, by --model.weights."
+        )
     return state
+
+
+@contextmanager
+def fitting_this_version(path: str | Path) -> Iterator[None]:
+    """Inside, a checkpoint is read whose settings and tensors another version may have written.
+
+    Raises:
+        DanFastError: they do not fit.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise DanFastError(
+            f"{path} does not fit this version of dan_fast ({reason}): use the version that wrote it, or train again."
+        ) from error
 
 
 def _state_of_folder(folder: Path) -> dict[str, Any]:

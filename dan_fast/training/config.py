@@ -52,7 +52,7 @@ class DataConfig:
             protocols` lists them.
         root: Folder in which the protocol's datasets lie, up to two levels deep.
         unlabeled_share: Share p of the unlabelled images that is used (Fig. 7; the paper: 1).
-        image_size: Height and width to which images are resized (the paper: 224 224).
+        image_size: Height and width to which images are resized, written as '[256, 128]' (the paper: '[224, 224]').
         batch_size: Images an iteration, S and S~ together (the paper: 64), on however many ranks.
         batch_size_per_rank: Whether batch_size is for each rank, and the whole batch as many times as large.
         iterations: Iterations of an epoch, to compare trainings of different batches at equal length; 0: as many as the
@@ -228,7 +228,7 @@ class OptimizerConfig:
         momentum: Momentum of the outer step (the paper: 0.9).
         weight_decay: Weight decay of the outer step (the paper: 5e-4).
         backbone_lr_scale: Further factor on both step sizes for the backbone's parameters (the paper: 1); below 1
-            pretrained layers keep more of what they know.
+            pretrained layers keep more of what they know; 0 keeps weights, while batch norm's statistics move on.
     """
 
     epochs: PositiveInt = 500
@@ -391,7 +391,10 @@ def require_same_training(saved: dict[str, Any], current: dict[str, Any], checkp
     """
     differences = training_differences(saved, current)
     if differences:
+        # The step size and what falls with it follow the whole length.
+        longer = any(each.startswith("optimizer.epochs ") for each in differences)
+        anew = f", which may start from its weights, --model.weights {checkpoint}" if longer else ""
         raise DanFastError(
             f"{checkpoint} was trained with another configuration ({'; '.join(differences)}): "
-            "use its settings (config.yaml beside it) or another run.out."
+            f"use its settings (config.yaml beside it) or another run.out{anew}."
         )

@@ -24,7 +24,7 @@ from dan_fast.core.free_memory import why_too_large
 from dan_fast.core.launched import local_ranks
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.distributed.launch import gathered, largest
-from dan_fast.training.checkpoint import save_checkpoint
+from dan_fast.training.checkpoint import fitting_this_version, save_checkpoint
 from dan_fast.training.objective import TrainingModel
 
 _NETWORK, _MEMORY = "network.", "memory."
@@ -76,11 +76,12 @@ def load_state(model: TrainingModel, state: Mapping[str, Any], folder: Path) -> 
         folder: in which the shards are.
 
     Raises:
-        DanFastError: a shard is missing or damaged.
+        DanFastError: a shard is missing or damaged, or tensors do not fit.
     """
     shards = state.get("memory_shards")
     if not shards:
-        model.load_state_dict(state["model"])
+        with fitting_this_version(folder / "checkpoint.pt"):
+            model.load_state_dict(state["model"])
         return
     parts: dict[str, dict[str, Tensor]] = {_NETWORK: {}, _MEMORY: {}}
     for name, value in state["model"].items():
@@ -92,8 +93,9 @@ def load_state(model: TrainingModel, state: Mapping[str, Any], folder: Path) -> 
     def read(name: str, rows: slice) -> Tensor:
         return _rows_of_shards(folder, shards, name, rows, require_whole)
 
-    model.network.load_state_dict(parts[_NETWORK])
-    model.memory.load_parted_state_dict(parts[_MEMORY], read)
+    with fitting_this_version(folder / "checkpoint.pt"):
+        model.network.load_state_dict(parts[_NETWORK])
+        model.memory.load_parted_state_dict(parts[_MEMORY], read)
 
 
 def stored_features(state: Mapping[str, Any], folder: Path, memory: str) -> Tensor | None:

@@ -24,7 +24,7 @@ class PassRecord(NamedTuple):
     Attributes:
         logits, adversary_logits: (num_labeled, c), of the labelled samples, for the competition.
         labels: (num_labeled,) int64.
-        pseudo_labels, sample_ids: (B',) int64, of the unlabelled samples; empty without a memory.
+        pseudo_labels, sample_ids: (B',) int64, of the unlabelled samples; pseudo_labels is (0,) without a memory.
         gates: () sigmoid of alpha and of alpha', and beta; None without a memory.
         fault: () integer on the device, 0 if all was well: what `require_sound` takes, read from the device.
         fed_back_labels, fed_back_ids: (num_fed_back,) int64, pseudo label and sample id of each fed-back sample.
@@ -66,6 +66,13 @@ def require_sound(fault: int) -> None:
         raise DivergedError("features or their squared norms are not finite")
     if fault:
         raise ValueError(sentence_of(fault))
+
+
+def why_refused(error: ValueError) -> str:
+    """What kept a step from being taken, in words that name a setting where PyTorch's name none."""
+    if "more than 1 value per channel" in str(error):
+        return "batch norm needs more than one image of S, of S~ or of a rank's share: raise data.batch_size"
+    return str(error)
 
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:

@@ -40,7 +40,8 @@ def saved_if_all_are_broken(
         save()
         broken = [path for of_rank in gathered(group, list(skipped)) for path in of_rank]
         raise DanFastError(
-            f"All labelled images of a batch are broken, {', '.join(broken[:1])} the first; repair the dataset."
+            f"All labelled images of a batch are broken, and of all its broken images {', '.join(broken[:1])} is the "
+            "first: repair the dataset."
         ) from error
 
 

@@ -20,7 +20,7 @@ from dan_fast.evaluation import COLUMNS, Evaluation
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.config import RunConfig, TrainConfig, goes_on
 from dan_fast.training.display import Display
-from dan_fast.training.recipes import NO_RECIPE, recipe_changes
+from dan_fast.training.recipes import NO_RECIPE, recipe_changes, recipe_words
 from dan_fast.training.surroundings import changes_of_surroundings, rounding_in_words
 from dan_fast.training.without_effect import without_effect
 
@@ -134,13 +134,16 @@ def describe(datasets: DatasetRoles, unlabeled_share: float = 1.0) -> str:
 def opening_lines(
     config: TrainConfig, datasets: DatasetRoles, device: torch.device, past: Mapping[str, Any]
 ) -> Iterator[str]:
-    """What a run says before it starts: where it comes from, under what else it ran, its protocol, what is left aside,
-    what has no effect, what becomes of float32.
+    """What a run says before it starts: its recipe and what is changed on top of it, where it comes from, under what
+    else it ran, its protocol, what is left aside, what has no effect, what becomes of float32.
 
     Args:
         config, datasets, device: of the run.
         past: `whom_it_saw` and `ran_under` of the run.
     """
+    words = recipe_words(config.to_dict(), type(config)().to_dict())
+    if words:
+        yield f"{words[0].upper()}{words[1:]}."
     if past.get("started_from"):
         yield f"Starts from {', which started from '.join(past['started_from'])}."
     changed = ", ".join(changes_of_surroundings(past["ran_under"]))

@@ -47,6 +47,7 @@ class RunFolder:
         self._run = run
         self._found = _mark(self.checkpoint)
         self._writer = CheckpointWriter()
+        self._is_torn = False
         self.note_saved(0)
 
     def saved_state(self, config: TrainConfig) -> dict[str, Any] | None:
@@ -69,6 +70,11 @@ class RunFolder:
             )
         self._require_room()
         state = load_checkpoint(self.checkpoint)
+        if "optimizer" not in state:
+            raise DanFastError(
+                f"{self.checkpoint} holds a network to evaluate, such as that of a chosen epoch, and no training to "
+                "continue: put the run's own back, or name this one as model.weights of another run."
+            )
         require_same_training(state["config"], config.to_dict(), self.checkpoint)
         before, ranks = state.get("ranks", 1), ranks_in(self._group)
         if config.data.batch_size_per_rank and before != ranks:
@@ -109,7 +115,10 @@ class RunFolder:
         if self._writes:
             if _what_is_reported(self._settings_there()) != _what_is_reported(config.to_dict()):
                 (self.path / "results.json").unlink(missing_ok=True)
-            write_text(self.path / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+            # Of the training, for others to start from, not of this call, which may go on with it.
+            settings = config.to_dict()
+            settings["run"]["resume"] = False
+            write_text(self.path / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
         largest(self._group, 0)  # from here on rank 0 holds the folder
         seen = gathered(self._group, holder_of(self._lock))
         for rank, holder in enumerate(seen):
@@ -127,6 +136,13 @@ class RunFolder:
             return {}
 
     @contextmanager
+    def whole_iteration(self) -> Iterator[None]:
+        """Around an iteration and its count: where an error leaves it, what is in memory is no state to go on from."""
+        self._is_torn = True
+        yield
+        self._is_torn = False
+
+    @contextmanager
     def held(self) -> Iterator[None]:
         """Inside, no other process trains in the folder; what is being written is whole when it is left by an error.
 
@@ -134,8 +150,13 @@ class RunFolder:
         for those of this one.
 
         Raises:
-            DanFastError: another process trains in it, or has since this object was made.
+            DanFastError: another process trains in it, or has since this object was made; or see `whole_iteration`.
         """
+        if self._is_torn:
+            raise DanFastError(
+                f"This training was stopped in the middle of an iteration: begin anew from {self.checkpoint}, by a "
+                "trainer with run.resume auto."
+            )
         with alone(self._lock) if self._writes else nullcontext():
             if self._writes:
                 remove_unfinished(self.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ def start_of(weights: str) -> dict[str, Any] | None:
     Raises:
         DanFastError: see `load_checkpoint`.
     """
-    path = Path(weights).expanduser()
+    path = Path(os.path.expanduser(weights))
     named = weights not in ("none", "imagenet")
     return load_checkpoint(path) if named and (path.is_dir() or _is_checkpoint(path)) else None
 
@@ -62,7 +63,7 @@ def take_weights(network: DAN, trained: DAN, weights: str) -> None:
                 f"model.weights {weights} holds a network of model.{name} {word_of(found)}, and here it is "
                 f"{word_of(wanted)}: set model.{name} to {word_of(found)}, or name other weights."
             )
-    height, width = trained.image_size
+    height, width = network.image_size
     owner = f"{network.backbone_name} for images of {height} x {width}"
     load_fitting(network.backbone, trained.backbone.state_dict(), owner, weights, lambda key: False)
     kinds = [(each.attention.variant, each.attention.reduction, each.map_size) for each in (network, trained)]

@@ -24,7 +24,7 @@ from dan_fast.training.determinism import deterministic_algorithms, prepare_cubl
 from dan_fast.training.display import Display
 from dan_fast.training.interrupt import TrainingStop
 from dan_fast.training.memory_shards import load_state, parted_state, require_room
-from dan_fast.training.objective import DivergedError, all_finite
+from dan_fast.training.objective import DivergedError, all_finite, why_refused
 from dan_fast.training.optimizer import build_optimizer, set_step_size
 from dan_fast.training.random_numbers import RunRandomNumbers
 from dan_fast.training.ranks import saved_if_all_are_broken
@@ -195,11 +195,13 @@ class Trainer:
         save = partial(self._save_what_is_done, scalars)
         for batch in stop.until_requested(batches, save, self.process_group):
             self.skipped.tell(batch.skipped, display.say)
-            with saved_if_all_are_broken(self.process_group, batch.skipped, save):
+            with self.folder.whole_iteration(), saved_if_all_are_broken(self.process_group, batch.skipped, save):
                 self.train_iteration(batch, scalars)
-            self.iteration += 1
+                self.iteration += 1
             last = self.iteration == self.batches.planner.iterations
             log = last or self.iterations_done % self.config.run.log_every == 0
+            if log and self._is_first and self.model.memory is not None:
+                self._step_scalars.add_memory(scalars, self.model.memory)
             display.advance(self.epoch, scalars.flush(self.iterations_done) if log else None)
             if last:
                 self.epoch, self.iteration = self.epoch + 1, 0
@@ -229,14 +231,12 @@ class Trainer:
         try:
             result = self._compiled.step(batch.meta_train, batch.meta_test)
         except ValueError as error:
-            raise DanFastError(f"Training cannot go on at iteration {self.iterations_done}: {error}.") from error
+            at = self.iterations_done
+            raise DanFastError(f"Training cannot go on at iteration {at}: {why_refused(error)}.") from error
         if not self._is_first:
             return
         self._step_scalars.add(scalars, result)
         scalars.add("train/step_size", lr)
-        last_of_window = (self.iterations_done + 1) % self.config.run.log_every == 0
-        if self.model.memory is not None and last_of_window:
-            self._step_scalars.add_memory(scalars, self.model.memory)
 
     def _evaluate_if_due(self, scalars: Scalars, display: Display) -> list[Evaluation]:
         if not self.targets.are_due(self.epoch):

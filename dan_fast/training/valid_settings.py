@@ -1,6 +1,7 @@
 """Settings that were given from Python, held to what their flags take."""
 
 import copy
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
@@ -32,6 +33,8 @@ def require_valid(config: TrainConfig) -> None:
         read = _parser().parse_object(given).as_dict()
     except (ArgumentError, TypeError, ValueError) as error:
         raise DanFastError(f"The settings are no training: {' '.join(str(error).split())}.") from error
+    if given["run"]["seed"] >= 2**64:
+        raise DanFastError(f"run.seed is {given['run']['seed']}: it must be below 2^64.")
     for section, settings in ((name, each) for name, each in given.items() if name != "recipe"):
         for name, value in settings.items():
             meant = list(read[section][name]) if isinstance(value, list) else read[section][name]
@@ -48,6 +51,7 @@ def own_copy(config: TrainConfig) -> TrainConfig:
     """
     require_valid(config)
     copied = copy.deepcopy(config)
+    copied.run.out = os.path.expanduser(copied.run.out)
     for name in ("labeled", "unlabeled", "targets"):
         setattr(copied.data, name, as_list(getattr(copied.data, name)))
     return copied

@@ -242,7 +242,9 @@ def all_broken(group: Group, config: TrainConfig) -> None:
             yield batch._replace(meta_test=without_known(batch.meta_test), skipped=skipped) if number == 2 else batch
 
     trainer.batches.of_epoch = broken
-    with pytest.raises(DanFastError, match=f"^All labelled images of a batch are broken, {path} the first; repair"):
+    with pytest.raises(
+        DanFastError, match=f"^All labelled images of a batch are broken, and of all .* {path} is the first: repair"
+    ):
         trainer.fit()
     assert load_checkpoint(trainer.folder.checkpoint)["iteration"] == 2
 

@@ -176,6 +176,24 @@ def test_a_pattern_with_an_at_sign_is_no_variant(tmp_path: Path):
     assert [sample.path.name for sample in part.samples] == ["a@2x.jpg", "b@2x.jpg"]
 
 
+def test_images_beside_a_dataset_below_a_folder_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for name in ("VIPeR/cam_a/000_45.bmp", "VIPeR/cam_b/000_90.bmp", "holiday/1.jpg", "top.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (part,) = find_images([str(tmp_path)])
+    assert [sample.path.parent.name for sample in part.samples] == ["cam_a", "cam_b"]
+    others = f"2 other images below it, such as {tmp_path / 'holiday/1.jpg'}, are left out"
+    assert f"{tmp_path} is read as VIPeR, which lies at {tmp_path / 'VIPeR'}: {others}" in caplog.text
+    caplog.clear()
+    find_images([str(tmp_path / "VIPeR")])
+    assert "left out" not in caplog.text
+
+
+def test_a_user_that_does_not_exist_is_nothing_at_a_path():
+    with pytest.raises(DanFastError, match="There is nothing at ~nobody-of-this-name/x"):
+        find_images(["~nobody-of-this-name/x"])
+
+
 def test_a_folder_below_that_cannot_be_read_is_not_left_out(tmp_path: Path):
     for name in ("a/1.jpg", "b/2.jpg"):
         (tmp_path / name).parent.mkdir()

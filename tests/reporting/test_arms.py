@@ -99,6 +99,35 @@ def test_the_markdown_can_be_pasted(folder):
     assert "- dan: recipe dan." in text and "95 % interval (Student's t)" in text and "One seed" not in text
 
 
+def test_what_an_arm_sets_and_how_long_it_trained_is_said(tmp_path):
+    entries = [
+        finished(tmp_path, "plain", 0, evaluation("street", 0.5, 0.4), settings={"run.seed": 0}),
+        finished(
+            tmp_path,
+            "dan",
+            0,
+            evaluation("street", 0.6, 0.5),
+            recipe="recipe dan, with meta.order=2",
+            settings={"recipe": "dan", "meta.order": 2, "data.batch_size": 32, "model.adversary": True},
+        ),
+    ]
+    notes = read_comparison(written(tmp_path, entries)).notes()
+    assert "plain: recipe plain." in notes
+    assert "dan: recipe dan, with meta.order=2, data.batch_size=32, model.adversary=true." in notes
+    assert not any("differ in their iterations" in note for note in notes)
+    results = tmp_path / "dan,run.seed=0" / "results.json"
+    results.write_text(json.dumps(json.loads(results.read_text()) | {"iterations": 160}))
+    notes = read_comparison(tmp_path).notes()
+    assert any("differ in their iterations (plain 120, dan 160): data.iterations makes" in note for note in notes)
+
+
+def test_an_entry_that_the_last_grid_did_not_plan_is_passed_over(folder):
+    entries = json.loads((folder / "sweep.json").read_text())
+    for entry in entries:
+        entry["planned"] = entry["seed"] != 1
+    assert {seed for arm in read_comparison(written(folder, entries)).arms for seed in arm.runs} == {0, 2, 7, 9}
+
+
 def test_one_seed_has_no_interval_and_says_so(tmp_path):
     entries = [
         finished(tmp_path, arm, 0, evaluation("street", 0.5, score)) for arm, score in (("plain", 0.30), ("dan", 0.31))

@@ -118,6 +118,11 @@ def test_missing_pieces_are_said_in_the_page(trained, images, tmp_path):
     state = torch.load(trained / "checkpoint.pt")
     del state["config"]["data"]["image_size"]
     torch.save(state, older / "checkpoint.pt")
+    for number, wrong in enumerate(({"iterations": 3, "epochs": 0}, {"labeled": None}, {"targets": [None]})):
+        odd = fake_run(tmp_path / f"odd{number}", data={"labeled": None})
+        content = json.loads((odd / "results.json").read_text())
+        content["targets"][0]["mAP"] = None
+        (odd / "results.json").write_text(json.dumps(content | wrong))
     damaged = fake_run(tmp_path / "damaged")
     (damaged / "checkpoint.pt").write_bytes(b"PK")
     text = text_of(report([tmp_path], tmp_path / "page", images=2))
@@ -130,6 +135,7 @@ def test_missing_pieces_are_said_in_the_page(trained, images, tmp_path):
     assert re.search(r"older \| heat maps, Fig. 9 \| .*checkpoint.pt does not fit this version of dan_fast", text)
     assert re.search(r"damaged \| heat maps and t-SNE.*truncated or no checkpoint", text)
     assert "damaged | curves | " in text
+    assert text.count("holds no evaluations of this version") == 4
 
 
 @pytest.mark.slow
@@ -426,7 +432,9 @@ def test_names_are_no_formulas_and_none_is_left_out_of_a_legend(tmp_path, monkey
 def test_what_to_watch_is_a_table_of_what_was_logged(tmp_path):
     old = {"competition/backbone_frozen": [0.0, 0.25], "train/loss/total": [3.0, 2.0]}
     new = {"competition/ties": [1.0, 0.5, 0.125], "competition/backbone_frozen": [0.5, 0.75],
-           "attention/spatial_spread": [1e-6, 0.0123456], "train/loss/labeled_embedding": [2.0, 1.0]}  # fmt: skip
+           "attention/spatial_spread": [1e-6, 0.0123456], "train/loss/labeled_embedding": [2.0, 1.0],
+           # Of a network without an adversary and a memory that is not written to.
+           "train/logit_norm/attention": [1.0, 2.0], "memory/slots_unlabeled": [0.0, 0.0]}  # fmt: skip
     fake_run(tmp_path / "silent", scalars={"train/loss/total": [1.0]})
     runs = [fake_run(tmp_path / name, scalars=each) for name, each in {"old": old, "new": new}.items()]
     table = watched_table(read_runs([*runs, tmp_path / "silent"]))

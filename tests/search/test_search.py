@@ -652,6 +652,26 @@ def test_among_the_gallery_it_takes_nothing_and_finds_no_picture_of_its_page(
     assert not any("search_images" in path for path in sum(paths_of(lists), []))
 
 
+def test_pictures_of_another_search_are_not_found(run, folder):
+    """The page of a search that lies in the gallery shows queries, which would be found first."""
+    run("--out", folder / "gallery" / "first")
+    lists = run("--out", folder / "gallery" / "second")
+    assert not any("search_images" in path for path in sum(paths_of(lists), []))
+    assert len(find_images([str(folder / "gallery" / "first" / "search_images")])) == 1, "asked for by its own name"
+
+
+def test_what_does_not_fit_an_index_is_said(run, folder, checkpoint):
+    run()
+    extractor = FeatureExtractor(checkpoint, "cpu")
+    index = GalleryIndex(folder / "out" / "index", extractor)
+    for shape in ((4,), (1, 3)):
+        with pytest.raises(ValueError, match=r"features must be \(Q, \d+\), as the network gives them, got"):
+            index.search(np.zeros(shape, np.float32), places=1)
+    with pytest.raises(ValueError, match="kind must be one of flat, hnsw, ivfpq, got 'tree'"):
+        update_index(folder / "new", extractor, [], "tree")
+    assert not (folder / "new").exists()
+
+
 def test_a_second_index_leaves_the_first_as_it_is(folder, checkpoint, monkeypatch):
     """It comes before the first one's first batch, when that has no features yet."""
     extractor, images = FeatureExtractor(checkpoint, "cpu"), find_images([str(folder / "gallery")])[0].samples

@@ -277,6 +277,8 @@ def test_resume_auto_starts_and_goes_on(images, tmp_path, capsys):
     assert main(command) == 0
     assert yaml.safe_load((out / "config.yaml").read_text())["recipe"] == "plain" and (out / "results.json").exists()
     assert torch.equal(before["random"]["cpu"], torch.load(out / "checkpoint.pt")["random"]["cpu"])
+    assert yaml.safe_load((out / "config.yaml").read_text())["run"]["resume"] is False, "others may start from it"
+    assert "Recipe plain.\n" in capsys.readouterr().out
     # A folder without a checkpoint starts, with the recipe that is asked for.
     (out / "checkpoint.pt").unlink()
     assert main(command) == 0

@@ -155,6 +155,48 @@ def test_a_run_stopped_by_ctrl_c_resumes_bit_for_bit(images, tmp_path):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def test_a_trainer_that_was_cut_off_in_an_iteration_does_not_go_on(images, tmp_path, monkeypatch):
+    trainer = Trainer(config(images, tmp_path / "run", optimizer=ONE_EPOCH))
+    step = trainer.optimizer.step
+    with monkeypatch.context() as cut:
+        # The second Ctrl-C, when weights have moved and the iteration is not counted.
+        cut.setattr(trainer.optimizer, "step", lambda: step() or signal.raise_signal(signal.SIGINT) or interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            trainer.fit()
+    with pytest.raises(
+        DanFastError, match="in the middle of an iteration: begin anew from .*run.resume auto"
+    ):
+        trainer.fit()
+    Trainer(config(images, tmp_path / "run", optimizer=ONE_EPOCH, run={"resume": "auto"})).fit()
+    Trainer(config(images, tmp_path / "whole", optimizer=ONE_EPOCH)).fit()
+    assert_same_training(tmp_path / "whole", tmp_path / "run")
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_is_no_training_to_continue_is_one_sentence(images, finished, tmp_path):
+    state = load_checkpoint(finished / "checkpoint.pt")
+    (weight, *_) = state["model"]
+    renamed = {f"{name}.old" if name == weight else name: value for name, value in state["model"].items()}
+    for wrong, sentence in (
+        ({name: value for name, value in state.items() if name != "optimizer"}, "holds a network to evaluate, such as"),
+        ({**state, "model": renamed}, f"does not fit this version of dan_fast .*{weight}"),
+    ):
+        save_checkpoint(tmp_path / "run" / "checkpoint.pt", wrong)
+        with pytest.raises(DanFastError, match=f"checkpoint.pt {sentence}"):
+            Trainer(config(images, tmp_path / "run", optimizer=ONE_EPOCH, run=RESUME))
+
+
+def test_the_folder_and_the_seed_are_taken_as_flags_take_them(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert Trainer(config(images, "~/run", optimizer=ONE_EPOCH)).folder.path == tmp_path / "run"
+    with pytest.raises(DanFastError, match=f"run.seed is {2**64}: it must be below 2\\^64"):
+        Trainer(config(images, tmp_path / "other", run={"seed": 2**64}))
+
+
 def test_a_second_run_in_the_same_folder_is_refused(images, finished):
     before = (finished / "checkpoint.pt").read_bytes()
     with pytest.raises(DanFastError, match="already holds a run"):

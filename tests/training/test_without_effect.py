@@ -122,8 +122,9 @@ def test_epochs_between_evaluations_are_of_no_use_without_targets():
         past = {"started_from": [], "ran_under": []}
         return list(opening_lines(config, datasets, torch.device("cpu"), past))
 
-    assert said(5, []) == ["run.evaluate_every 5 changes nothing without data.targets or data.protocol."]
-    assert said(5, ["mall"]) == said(0, []) == []
+    idle = "run.evaluate_every 5 changes nothing without data.targets or data.protocol."
+    assert said(5, []) == ["Recipe plain.", idle]
+    assert said(5, ["mall"]) == said(0, []) == ["Recipe plain."]
 
 
 def test_bfloat16_on_a_cpu_is_warned_of():
@@ -132,4 +133,4 @@ def test_bfloat16_on_a_cpu_is_warned_of():
         list(opening_lines(config, DatasetRoles((), (), ()), torch.device(name), {"started_from": [], "ran_under": []}))
         for name in ("cpu", "cuda")
     ]
-    assert said == [[BFLOAT16_ON_A_CPU], []]
+    assert said == [["Recipe plain.", BFLOAT16_ON_A_CPU], ["Recipe plain."]]

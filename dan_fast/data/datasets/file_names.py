@@ -39,8 +39,9 @@ def named_images(folder: Path, pattern: re.Pattern[str], example: str) -> list[t
 
 
 def are_named(folder: Path, pattern: re.Pattern[str]) -> bool:
-    """Whether there is a folder with images of which the first matches the pattern."""
-    return any(pattern.match(path.name) for path in image_files(folder)[:1])
+    """Whether there is a folder with images of which most match the pattern: one stray file decides nothing."""
+    names = [path.name for path in image_files(folder)]
+    return 2 * sum(pattern.match(name) is not None for name in names) > len(names)
 
 
 def by_key(samples: Iterable[tuple[str, Sample]]) -> dict[str, Sample]:

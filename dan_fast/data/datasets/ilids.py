@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from dan_fast.data.datasets.file_names import are_named, by_key, named_images
-from dan_fast.data.datasets.finding import locate
+from dan_fast.data.datasets.finding import image_files, locate
 from dan_fast.data.datasets.fixed_splits import fixed_splits
 from dan_fast.data.samples import Counts, KnownDataset, ReIDDataset, Sample
 
@@ -42,7 +42,13 @@ def read_ilids(folder: Path, name: str, variant: str = "") -> ReIDDataset:
 
 def _find(folder: Path) -> Path | None:
     names = ("Persons", "i-LIDS_Pedestrian/Persons", "ilids/i-LIDS_Pedestrian/Persons", "QMUL-iLIDS/images", "images")
-    return locate(folder, lambda place: are_named(place, _NAME), names)
+    return locate(folder, _holds, names)
+
+
+def _holds(place: Path) -> bool:
+    # The frames of a clip, numbered alike, are of one person if of any.
+    named = map(_NAME.match, (path.name for path in image_files(place)))
+    return are_named(place, _NAME) and len({match[1] for match in named if match}) > 1
 
 
 ILIDS = KnownDataset(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ KNOWN: Mapping[str, KnownDataset] = {
 }
 
 
+_LOG = logging.getLogger(__name__)
 _NOUNS = {"ids": "identities", "cameras": "cameras", "images": "images"}
 _WORD = re.compile(r"\w+")
 _SPLIT_NUMBER = re.compile(r", split \d+$")
@@ -133,7 +136,8 @@ def find_datasets(root: Path) -> list[FoundDataset]:
     listed with the reason; nothing is changed or downloaded.
 
     Raises:
-        DanFastError: there is no such folder, or a folder in it cannot be read.
+        DanFastError: there is no such folder, or it cannot be read; a folder in it that cannot is passed over with a
+            warning.
     """
     if not root.is_dir():
         raise DanFastError(f"There is no folder {root}; check the path for a typing mistake.")
@@ -157,8 +161,16 @@ def _find(root: Path) -> list[FoundDataset]:
                 found += new
         # Folders inside a dataset are its own parts, often with tens of thousands of files.
         if depth and not any(folder.resolve() in places for places in own.values()):
-            pending += [(child, depth - 1) for child in sorted(folder.iterdir()) if child.is_dir()]
+            pending += [(child, depth - 1) for child in sorted(folder.iterdir()) if child.is_dir() and _is_open(child)]
     return found
+
+
+def _is_open(folder: Path) -> bool:
+    """Whether it can be read; a disk has a folder, lost+found, that only the system may read."""
+    if os.access(folder, os.R_OK | os.X_OK):
+        return True
+    _LOG.warning("%s cannot be read and is passed over.", folder)
+    return False
 
 
 def _inspect(known: KnownDataset, place: Path, variant: str) -> FoundDataset:

@@ -52,7 +52,7 @@ def load_dataset(path: str | Path, name: str | None = None, variant: str | None 
         >>> dataset.name, dataset.train[0].pid, dataset.train[0].camid, dataset.query
         ('tiny', 7, 2, ())
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if variant is None and not path.exists() and "@" in path.name:
         stem, variant = path.name.rsplit("@", 1)
         path = path.with_name(stem) if stem else path.parent
@@ -179,7 +179,8 @@ def _tail(path: Path, alike: Collection[Path]) -> str:
 
 def _load(path: Path, name: str | None, variant: str | None) -> ReIDDataset:
     if not path.exists():
-        raise DanFastError(f"There is no dataset at {path}; check the path for a typing mistake.")
+        several = f"; several are written '[{', '.join(str(path).split(','))}]'" if "," in str(path) else ""
+        raise DanFastError(f"There is no dataset at {path}; give the path of its folder{several}.")
     own_name = path.absolute().name
     if path.is_file():
         if path.suffix.lower() != ".csv":

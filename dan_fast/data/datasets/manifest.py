@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 from dan_fast.core.errors import DanFastError
@@ -51,8 +52,10 @@ def _parse(reader: csv.DictReader, file: Path) -> list[tuple[str, Sample]]:
     for row in reader:
         place = f"{file}, line {reader.line_num}"
         values = {column: (row[column] or "").strip() for column in COLUMNS}
-        if not values["path"]:
-            raise DanFastError(f"{place}: the path is empty; give the image's path relative to the manifest.")
+        if not values["path"] or "\0" in values["path"]:
+            raise DanFastError(
+                f"{place}: the path is empty or no path; give the image's path relative to the manifest."
+            )
         if values["split"] not in SPLITS:
             raise DanFastError(f"{place}: the split {values['split']!r} is unknown; use one of {', '.join(SPLITS)}.")
         pid = _integer(values["pid"] or "-1", "pid", place)
@@ -70,10 +73,8 @@ def _parse(reader: csv.DictReader, file: Path) -> list[tuple[str, Sample]]:
 
 
 def _integer(text: str, column: str, place: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = None
+    # int reads 1_2 as 12: persons of different names would become one.
+    value = int(text) if re.fullmatch(r"[+-]?[0-9]+", text) else None
     # What a table of int64 holds.
     if value is None or not -1 <= value < 2**63:
         raise DanFastError(

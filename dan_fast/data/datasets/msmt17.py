@@ -73,14 +73,20 @@ def read_msmt17(folder: Path, name: str, variant: str) -> ReIDDataset:
 def _read_list(file: Path, images: Path, first_pid: int = 0) -> tuple[Sample, ...]:
     if not file.is_file():
         raise DanFastError(f"MSMT17 lacks {file}; put the list of the original archive there.")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DanFastError(f"{file} is no text in UTF-8; restore the list of the original archive.") from error
     samples = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             relative, pid = line.rsplit(maxsplit=1)
             # 0000/0000_000_01_0303morning_0015_0.jpg: the third number is the camera.
             camid = int(relative.rpartition("/")[2].split("_")[2])
+            if not pid.isdecimal():
+                raise ValueError(pid)
             samples.append(Sample(images / relative, first_pid + int(pid), camid))
         except (ValueError, IndexError) as error:
             raise DanFastError(

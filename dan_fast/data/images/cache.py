@@ -62,7 +62,7 @@ def cache_folder(setting: str) -> Path | None:
     if not setting:
         raise DanFastError(f"The folder of the cache is empty: name one, {USER_CACHE} or {NO_CACHE}.")
     if setting != USER_CACHE:
-        return Path(setting).expanduser()
+        return Path(os.path.expanduser(setting))
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification: a path that is not absolute is to be ignored.
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "dan-fast"

@@ -1,5 +1,6 @@
 """Files of pretrained weights: read without running code, and loaded only where all of them fit."""
 
+import os
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -23,7 +24,7 @@ def read_state_dict(path: Path, owner: str) -> dict[str, Tensor]:
     Raises:
         DanFastError: no such file, a damaged one, or one without a state dict.
     """
-    path = path.expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise DanFastError(f"there is no weights file {path}; give its path, or 'none' or 'imagenet' as weights")
     read, kind = load_file, "safetensors file"
@@ -38,7 +39,8 @@ def read_state_dict(path: Path, owner: str) -> dict[str, Tensor]:
             f"download it again or save the state dict of {owner} in it"
         ) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise DanFastError(f"the weights file {path} holds no state dict; save that of {owner} in it")
+        held = ", ".join(map(str, [*state][:_NAMED_KEYS])) if isinstance(state, Mapping) else type(state).__name__
+        raise DanFastError(f"the weights file {path} holds no state dict but {held}; save that of {owner} in it")
     return dict(state)
 
 

@@ -92,6 +92,17 @@ def test_a_dataset_is_not_searched_for_others(shelf: Path) -> None:
     assert len(find_datasets(shelf / "a")) == 1
 
 
+def test_a_folder_that_only_the_system_may_read_is_passed_over(
+    shelf: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = find_datasets(shelf)
+    (shelf / "lost+found").mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "lost+found" and access(path, mode))
+    assert find_datasets(shelf) == before and before
+    assert f"{shelf / 'lost+found'} cannot be read and is passed over." in caplog.text
+
+
 def test_of_twenty_splits_the_first_is_listed(tmp_path: Path) -> None:
     tiny_image(tmp_path / "images_detected" / "1_001_1_01.png")
     part = {"train": [["1_001_1_01.png", 0, 0]], "query": [], "gallery": []}

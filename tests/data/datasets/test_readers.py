@@ -90,6 +90,10 @@ def test_msmt17_with_mistakes(tmp_path: Path) -> None:
     assert "list_query.txt, line 3: '0000/person.jpg 0' is not an image and its person" in sentence(home)
     (home / "list_query.txt").write_text("0000/0000_000_02_x.jpg 0\n0000/0000_000_02_0303morning_0020_0.jpg 0\n")
     assert sentence(home).startswith("1 of the 2 images") and "0000_000_02_x.jpg the first" in sentence(home)
+    (home / "list_query.txt").write_text("0000/0000_000_02_0303morning_0020_0.jpg 1_0\n")
+    assert "1_0' is not an image and its person" in sentence(home)
+    (home / "list_query.txt").write_bytes(b"\x1f\x8b\xff\xfe 0\n")
+    assert sentence(home) == f"{home / 'list_query.txt'} is no text in UTF-8; restore the list of the original archive."
     (home / "list_query.txt").unlink()
     assert f"lacks {home / 'list_query.txt'}" in sentence(home)
 

@@ -84,6 +84,19 @@ def test_other_folders_are_none_of_them(tmp_path: Path, name: str) -> None:
     assert known.find(tmp_path / "x.jpg") is None
 
 
+def test_one_stray_image_hides_no_set_and_frames_of_a_clip_are_none(tmp_path: Path) -> None:
+    for camera in ("cam_a", "cam_b"):
+        touch(tmp_path / "VIPeR" / camera, ["000_45.bmp", "001_45.bmp"])
+    touch(tmp_path / "VIPeR" / "cam_a", ["(1).bmp"])
+    with pytest.raises(DanFastError, match=r"\(1\)\.bmp is not named like the images beside it \(000_45\.bmp\)"):
+        load_dataset(tmp_path / "VIPeR")
+    for count in (5, 20):
+        touch(tmp_path / f"clip{count}", [f"{1001 + frame:07}.jpg" for frame in range(count)])
+        assert ILIDS.find(tmp_path / f"clip{count}") is None
+    touch(tmp_path / "images", ["0001001.jpg", "0001002.jpg", "0002001.jpg", "0002002.jpg"])
+    assert ILIDS.find(tmp_path) == tmp_path / "images"
+
+
 @pytest.mark.parametrize("name", SMALL_SETS)
 def test_the_counts_of_the_literature(whole: dict[str, ReIDDataset], name: str) -> None:
     known, dataset = SMALL_SETS[name][0], whole[name]
