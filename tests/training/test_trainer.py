@@ -163,9 +163,7 @@ def test_a_trainer_that_was_cut_off_in_an_iteration_does_not_go_on(images, tmp_p
         cut.setattr(trainer.optimizer, "step", lambda: step() or signal.raise_signal(signal.SIGINT) or interrupt())
         with pytest.raises(KeyboardInterrupt):
             trainer.fit()
-    with pytest.raises(
-        DanFastError, match="in the middle of an iteration: begin anew from .*run.resume auto"
-    ):
+    with pytest.raises(DanFastError, match="in the middle of an iteration: begin anew from .*run.resume auto"):
         trainer.fit()
     Trainer(config(images, tmp_path / "run", optimizer=ONE_EPOCH, run={"resume": "auto"})).fit()
     Trainer(config(images, tmp_path / "whole", optimizer=ONE_EPOCH)).fit()
