@@ -207,7 +207,7 @@ def test_a_vit_of_other_images_is_refused(images, tmp_path):
     settings = of_mall(images, tmp_path / "run", tmp_path / "vit/checkpoint.pt", **vit)
     settings.data.image_size = [64, 32]
     with pytest.raises(
-        DanFastError, match="do not fit timm:test_vit for images of 32 x 32 .of another shape: model.pos"
+        DanFastError, match="do not fit timm:test_vit for images of 64 x 32 .of another shape: model.pos"
     ):
         Trainer(settings)
 
