@@ -7,12 +7,16 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dan_fast.core.errors import DanFastError
+
+# How often a worker looks whether its parent is there.
+_WATCH_S = 5.0
 
 
 class WorkerDied(DanFastError):
@@ -45,11 +49,12 @@ class SentenceLoader(DataLoader):
             num_workers=workers,
             # Else each iteration would draw the workers' base seed from the global generator.
             generator=torch.Generator(),
-            worker_init_fn=_start_worker,
             **options,
         )
 
     def __iter__(self) -> Iterator[Any]:
+        # Of the process that forks them, which need not be the one that made the loader.
+        self.worker_init_fn = partial(_start_worker, os.getpid())
         # Not a generator, so that the worker processes are forked here, by the caller's thread, not at the first batch.
         return map(_raised, _OfWorkers(super().__iter__()) if self.num_workers else super().__iter__())
 
@@ -126,7 +131,7 @@ def _is_lost_connection(error: BaseException) -> bool:
     return isinstance(error, kinds) and not str(error).startswith("Caught ")
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(parent: int, worker: int) -> None:
     # Garbage collection would write to every page inherited from the parent, and so copy it.
     gc.freeze()
     # All three may reach the whole process group; the main process decides what to save and ends the workers.
@@ -135,11 +140,15 @@ def _start_worker(worker: int) -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
 
 
 def _end_with_parent(parent: int) -> None:
-    """End this worker at its parent's SIGTERM, by which multiprocessing ends it at exit, and at no other one."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+    """End this worker at its parent's SIGTERM, by which multiprocessing ends it at exit, and at no other one.
+
+    And where the parent is gone: PyTorch's own watch takes who is the parent when it begins, which may be too late.
+    """
+    while True:
+        found = signal.sigtimedwait({signal.SIGTERM}, _WATCH_S)
+        if (found is not None and found.si_pid == parent) or os.getppid() != parent:
+            os._exit(0)

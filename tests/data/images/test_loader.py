@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -322,6 +324,14 @@ def test_ctrl_c_is_left_to_the_main_process(source: TrainingSet) -> None:
         os.kill(worker.pid, signal.SIGINT)
     got += batches
     assert same(got, load(source, plans))
+
+
+def test_a_worker_whose_parent_was_killed_before_it_looked_ends() -> None:
+    """PyTorch's watch would take whoever adopted it for its parent, and it would wait for ever."""
+    code = "import time; from dan_fast.data.images import workers; workers._WATCH_S = 0.1; "
+    code += "workers._start_worker(2**22 + 1, 0); time.sleep(60)"
+    ended = subprocess.run([sys.executable, "-c", code], timeout=50, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_loaders_reach_workers_that_are_not_forked(source: TrainingSet) -> None:
