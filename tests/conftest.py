@@ -13,11 +13,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """None of a single file's: it imports PyTorch once, and a debugger works. One more than cores: many tests wait."""
+    """None where a single file is asked for: it imports PyTorch once, and a debugger works."""
     files = {argument.partition("::")[0] for argument in config.args}
-    if len(files) == 1 and os.path.isfile(files.pop()):
-        return 0
-    return 1 + (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return 0 if len(files) == 1 and os.path.isfile(files.pop()) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
