@@ -4,7 +4,6 @@ A command is imported when it runs, most of them with PyTorch: `--help`, `--vers
 """
 
 import io
-import os
 import re
 import sys
 from argparse import ArgumentError
@@ -18,7 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 import dan_fast
 from dan_fast.core.errors import DanFastError, Interrupted
-from dan_fast.core.home import with_home
+from dan_fast.core.home import expanded, with_home
 from dan_fast.core.launched import number_of_ranks, own_rank
 from dan_fast.core.yaml_files import read_mapping
 
@@ -163,7 +162,7 @@ def _settings_in(given: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     Raises:
         DanFastError: the file cannot be read, or settings themselves stand there.
     """
-    path = Path(os.path.expanduser(given))
+    path = expanded(given)
     if path.is_file():
         yield path, read_mapping(path, "a file of settings")
     elif any(mark in given for mark in ("{", "\n", ": ")):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_text
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dan_fast.core.home import expanded
 from dan_fast.core.terminal import PLAIN
 from dan_fast.data.datasets.known import KNOWN, FoundDataset, KnownDataset, find_datasets
 
@@ -32,7 +32,7 @@ def list_datasets(
     Raises:
         DanFastError: a folder that is absent or cannot be read, or an archive that cannot be extracted.
     """
-    folders = [Path(os.path.expanduser(root)) for root in roots]
+    folders = [expanded(root) for root in roots]
     found = _search(folders)
     if extract and _extract(found):
         found = _search(folders)

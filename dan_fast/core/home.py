@@ -1,23 +1,34 @@
-"""The home folder in the place of ~ in settings."""
+"""The home folder in the place of the ~ that a path begins with."""
+
+from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from jsonargparse import Namespace
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with the home folder in the place of the ~ that it begins with; with that of no user it stays.
+
+    Example:
+        >>> expanded("a/b.jpg").name, str(expanded("~nobody-of-this-name/b.jpg"))
+        ('b.jpg', '~nobody-of-this-name/b.jpg')
+    """
+    return Path(os.path.expanduser(path))
 
 
 def with_home(parsed: Namespace) -> Namespace:
-    """With the home folder in the place of the ~ that paths begin with, which a shell leaves in files and after =.
+    """Settings with the home folder in the place of ~, which a shell leaves in files and after =.
 
     Args:
         parsed: settings by dotted names, which is changed; of its values strings and lists of them are looked at.
     """
     for name, value in parsed.items():
         if isinstance(value, str):
-            parsed[name] = _expanded(value)
+            parsed[name] = os.path.expanduser(value)
         elif isinstance(value, list):
-            parsed[name] = [_expanded(each) if isinstance(each, str) else each for each in value]
+            parsed[name] = [os.path.expanduser(each) if isinstance(each, str) else each for each in value]
     return parsed
-
-
-def _expanded(text: str) -> str:
-    return os.path.expanduser(text) if text.startswith("~") else text

@@ -19,13 +19,13 @@ partitions in GRID's archive are not taken (docs/fidelity.md).
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.home import expanded
 from dan_fast.data.datasets.known import KNOWN, FoundDataset, find_datasets
 from dan_fast.data.datasets.load import all_images
 from dan_fast.data.overlap import require_disjoint_persons
@@ -194,7 +194,7 @@ class Shelf:
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(os.path.expanduser(root))
+        self.root = expanded(root)
         self._found = find_datasets(self.root)
         self._read: dict[Part, ReIDDataset] = {}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.home import expanded
 from dan_fast.data.datasets.finding import IMAGE_SUFFIXES
 from dan_fast.data.datasets.load import holds_dataset, load_dataset, told_apart
 from dan_fast.data.samples import SPLITS, ReIDDataset, Sample
@@ -78,7 +79,7 @@ def samples_of(parts: Iterable[Part]) -> tuple[Sample, ...]:
 
 
 def _parts_at(text: str) -> Iterator[Part]:
-    path = Path(os.path.expanduser(text))
+    path = expanded(text)
     if path.is_dir() and not holds_dataset(path):
         yield _unknown(_images_below(path))
     elif path.is_file() and path.suffix.lower() != ".csv":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.core.home import with_home
+from dan_fast.core.home import expanded, with_home
 from dan_fast.core.nearest import nearest
 from dan_fast.core.yaml_files import read_mapping
 from dan_fast.training import TrainConfig
@@ -89,7 +88,7 @@ def plan_sweep(
     content, place = _read_grid(grid)
     start = content.get("base", {}) if base is None else str(base)
     if isinstance(start, str):
-        given = Path(os.path.expanduser(start))
+        given = expanded(start)
         path = given if base is not None else place.parent / given
         start = read_mapping(path, "a configuration of a training")
     start = {**start, "recipe": recipe or recipe_of(start) or content.get("recipe", DEFAULT_RECIPE)}

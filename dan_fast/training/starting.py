@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.home import expanded
 from dan_fast.data import TrainingSet
 from dan_fast.nn import DAN
 from dan_fast.nn.backbones.weights import load_fitting
@@ -29,7 +29,7 @@ def start_of(weights: str) -> dict[str, Any] | None:
     Raises:
         DanFastError: see `load_checkpoint`.
     """
-    path = Path(os.path.expanduser(weights))
+    path = expanded(weights)
     named = weights not in ("none", "imagenet")
     return load_checkpoint(path) if named and (path.is_dir() or _is_checkpoint(path)) else None
 

@@ -1,7 +1,6 @@
 """Settings that were given from Python, held to what their flags take."""
 
 import copy
-import os
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
@@ -10,6 +9,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.home import expanded
 from dan_fast.training.config import TrainConfig, as_list
 
 
@@ -51,7 +51,7 @@ def own_copy(config: TrainConfig) -> TrainConfig:
     """
     require_valid(config)
     copied = copy.deepcopy(config)
-    copied.run.out = os.path.expanduser(copied.run.out)
+    copied.run.out = str(expanded(copied.run.out))
     for name in ("labeled", "unlabeled", "targets"):
         setattr(copied.data, name, as_list(getattr(copied.data, name)))
     return copied

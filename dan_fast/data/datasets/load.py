@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.home import expanded
 from dan_fast.data.datasets.known import KNOWN, KnownDataset, check_counts, choose_variant
 from dan_fast.data.datasets.manifest import read_manifest
 from dan_fast.data.datasets.market1501 import PARTS, is_market1501, is_named_market1501, read_market1501
@@ -52,7 +53,7 @@ def load_dataset(path: str | Path, name: str | None = None, variant: str | None 
         >>> dataset.name, dataset.train[0].pid, dataset.train[0].camid, dataset.query
         ('tiny', 7, 2, ())
     """
-    path = Path(os.path.expanduser(path))
+    path = expanded(path)
     if variant is None and not path.exists() and "@" in path.name:
         stem, variant = path.name.rsplit("@", 1)
         path = path.with_name(stem) if stem else path.parent

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import absolute, remove_unfinished, write_whole
+from dan_fast.core.home import expanded
 from dan_fast.data.images.cache_header import (
     Header,
     Source,
@@ -62,7 +63,7 @@ def cache_folder(setting: str) -> Path | None:
     if not setting:
         raise DanFastError(f"The folder of the cache is empty: name one, {USER_CACHE} or {NO_CACHE}.")
     if setting != USER_CACHE:
-        return Path(os.path.expanduser(setting))
+        return expanded(setting)
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification: a path that is not absolute is to be ignored.
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "dan-fast"

@@ -1,6 +1,5 @@
 """Files of pretrained weights: read without running code, and loaded only where all of them fit."""
 
-import os
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -10,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.home import expanded
 
 _NAMED_KEYS = 5
 
@@ -24,7 +24,7 @@ def read_state_dict(path: Path, owner: str) -> dict[str, Tensor]:
     Raises:
         DanFastError: no such file, a damaged one, or one without a state dict.
     """
-    path = Path(os.path.expanduser(path))
+    path = expanded(path)
     if not path.is_file():
         raise DanFastError(f"there is no weights file {path}; give its path, or 'none' or 'imagenet' as weights")
     read, kind = load_file, "safetensors file"

@@ -3,25 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dan_fast import MemoryState, _extension, functional
 from dan_fast.functional.memory.passes import memory_combine, memory_scores
 from dan_fast.functional.memory.row_norms import row_sq_norms
 from tests.support.memory_arguments import BATCH, F64, TENSORS, arguments, get, module, put, tensors
 from tests.support.memory_problems import agree, in_dtype
-
-
-class Seen(TorchDispatchMode):
-    """The names of the operators that run inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.name().partition(".")[0])
-        return func(*args, **(kwargs or {}))
+from tests.support.running import Called
 
 
 def views(x):
@@ -131,12 +119,13 @@ def test_no_product_is_left_to_autocast():
     On a GPU autocast rounds addr and mv, which it leaves alone on a CPU.
     """
     given = arguments(torch.float32)
-    with Seen() as seen, _extension.disabled():
+    with Called() as called, _extension.disabled():
         loss = functional.memory_step(**given | {"keys": given["keys"].requires_grad_()}).loss
         (grad,) = torch.autograd.grad(loss, given["keys"], create_graph=True)
         torch.autograd.grad(grad.square().sum(), given["keys"])
-    assert "torch_dan_fast::float32_product" in seen.names
-    assert not seen.names & {f"aten::{name}" for name in ("addr", "mv", "mm", "addmm", "bmm", "baddbmm", "addmv")}
+    names = {name.partition(".")[0] for name in called.names}
+    assert "torch_dan_fast::float32_product" in names
+    assert not names & {f"aten::{name}" for name in ("addr", "mv", "mm", "addmm", "bmm", "baddbmm", "addmv")}
 
 
 def test_what_is_returned_may_be_changed_in_place(impl):
