@@ -14,8 +14,8 @@ def expanded(path: str | Path) -> Path:
     """The path with the home folder in the place of the ~ that it begins with; with that of no user it stays.
 
     Example:
-        >>> expanded("a/b.jpg").name, str(expanded("~nobody-of-this-name/b.jpg"))
-        ('b.jpg', '~nobody-of-this-name/b.jpg')
+        >>> expanded("~/b.jpg") == Path.home() / "b.jpg", str(expanded("~nobody-of-this-name/b.jpg"))
+        (True, '~nobody-of-this-name/b.jpg')
     """
     return Path(os.path.expanduser(path))
 
