@@ -9,7 +9,7 @@ which names them. docs/feeding.md shows the training.
 
 import json
 import os
-import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -101,5 +101,11 @@ def write(
 
 
 if __name__ == "__main__":
-    folder, height, width, *names = sys.argv[1:]
-    write([load_dataset(name) for name in names], Path(folder), (int(height), int(width)), workers=os.cpu_count() or 0)
+    parser = ArgumentParser(description="Write the train splits of datasets as chunks of LitData.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("image_size", type=int, nargs=2, metavar=("height", "width"))
+    parser.add_argument("datasets", nargs="+")
+    parser.add_argument("--interpolation", default=IMAGENET.interpolation, help="of the network's preprocessing")
+    given = parser.parse_args()
+    datasets = [load_dataset(name) for name in given.datasets]
+    write(datasets, given.folder, tuple(given.image_size), given.interpolation, os.cpu_count() or 0)

@@ -84,7 +84,7 @@ def random_split(pids: Tensor, camids: Tensor, seed: int = 0, repeat: int = 0) -
 
     An identity that would have all of its images drawn keeps one of them, drawn at random, in the gallery.
     With one image in each of two cameras, as in VIPeR, one is thus searched for and the other is to be found.
-    Identity 0 is that of distractors: they are in the gallery, all of them.
+    Identity 0 is that of distractors, and none below it is known: they are in the gallery, all of them.
 
     Args:
         pids: (n,) int64 identities.
@@ -107,7 +107,7 @@ def random_split(pids: Tensor, camids: Tensor, seed: int = 0, repeat: int = 0) -
     _, drawn = np.unique(np.stack([people, cameras], axis=1), axis=0, return_index=True)
     _, first, group, images = np.unique(people, return_index=True, return_inverse=True, return_counts=True)
     queries = np.bincount(group[drawn], minlength=len(images))
-    drawn = np.setdiff1d(drawn[people[drawn] != 0], first[queries == images])
+    drawn = np.setdiff1d(drawn[people[drawn] > 0], first[queries == images])
     is_query = np.zeros(len(pids), dtype=bool)
     is_query[order[drawn]] = True
     return torch.from_numpy(np.flatnonzero(is_query)), torch.from_numpy(np.flatnonzero(~is_query))

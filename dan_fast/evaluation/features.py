@@ -162,6 +162,9 @@ def extract_features(
             if len(images) == 0:
                 continue
             features = embed(images)
+            if not isinstance(features, Tensor):
+                made = type(features).__name__
+                raise ValueError(f"embed made a {made}; it must make a (B, d) tensor, as the embed method of a DAN.")
             if features.ndim != 2 or len(features) != len(images):
                 raise ValueError(f"embed made {tuple(features.shape)} of {len(images)} images; it must make (B, d).")
             rows.append(features.to("cpu", torch.float32))

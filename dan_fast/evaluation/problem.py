@@ -159,7 +159,9 @@ def as_tensor(value: ArrayLike, name: str) -> Tensor:
     if value is None:
         raise ValueError(f"{name} is missing; ranking needs it.")
     try:
-        tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+        tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(_native(value))
+    except RuntimeError as error:
+        raise ValueError(f"{name} is a list that NumPy cannot read ({error}); torch.stack its tensors.") from error
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{name} is no array of numbers; where it holds names, number them alike for queries and gallery."
@@ -167,6 +169,14 @@ def as_tensor(value: ArrayLike, name: str) -> Tensor:
     if tensor.is_complex():
         raise ValueError(f"{name} is complex; it must hold real numbers.")
     return tensor
+
+
+def _native(value: ArrayLike) -> np.ndarray:
+    """An array that PyTorch can take: other machines' files have other bytes first, and it has no long double."""
+    array = np.ascontiguousarray(value)
+    if array.dtype.kind == "f" and array.dtype.itemsize > 8:
+        return array.astype(np.float64)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _not_finite(name: str) -> ValueError:

@@ -30,7 +30,7 @@ def require_evaluation_images(dataset: ReIDDataset) -> None:
     """Refuse a dataset without images to test on, or without all the images that its fixed splits name.
 
     Raises:
-        DanFastError: images are missing, or of no camera, or of both kinds of test; the sentence says which.
+        DanFastError: images are missing, of no person, of no camera or of both kinds of test; the sentence says which.
     """
     if (dataset.query or dataset.gallery) and dataset.test:
         raise DanFastError(
@@ -47,7 +47,14 @@ def require_evaluation_images(dataset: ReIDDataset) -> None:
             f"{dataset.name} ({dataset.root}) has neither query and gallery nor test images: "
             "name a dataset with a test split or leave it out of the targets."
         )
-    unknown = sum(sample.camid < 0 for sample in (*dataset.query, *dataset.gallery, *dataset.test))
+    tested = (*dataset.query, *dataset.gallery, *dataset.test)
+    nameless = sum(sample.pid < 0 for sample in tested)
+    if nameless:
+        raise DanFastError(
+            f"{nameless} images of {dataset.name} ({dataset.root}) that are tested on are of nobody known (pid below "
+            "0), and would count as one person: leave them out, or give those that are only to distract the pid 0."
+        )
+    unknown = sum(sample.camid < 0 for sample in tested)
     if unknown:
         raise DanFastError(
             f"{unknown} images of {dataset.name} ({dataset.root}) that are tested on have no camera (camid below 0), "

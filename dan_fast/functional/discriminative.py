@@ -72,7 +72,7 @@ def losses_of_scores(
 
 
 def sharded_discriminative_loss(
-    memory: ShardedMemory, keys: Tensor, labels: Tensor, sizes: Sequence[int], temperature: float
+    memory: ShardedMemory, keys: Tensor, labels: Tensor, sizes: Sequence[int] | None, temperature: float
 ) -> Tensor:
     """`discriminative_loss` of the rows of all ranks, by the slots of all of them; two collectives.
 
@@ -85,8 +85,18 @@ def sharded_discriminative_loss(
 
     Returns:
         (B,), whole; the gradient in this rank's keys is that of what is made of the whole.
+
+    Raises:
+        TypeError, ValueError: an argument of this rank does not fit. The other ranks are not told.
     """
     group, shard = memory.shard.group, memory.shard
+    state = memory.outlined()
+    check_discriminative_loss(keys, labels, state.features, state.labels, temperature)
+    if sizes is None or len(sizes) != group.size() or sizes[group.rank()] != len(keys):
+        raise ValueError(
+            f"sizes must hold the number of keys of each of the {group.size()} ranks, {len(keys)} at {group.rank()}, "
+            f"got {sizes}"
+        )
     memory.settle()
     keys, labels = gather_parts(group, [keys.to(memory.dtype), labels], [sizes, sizes], 0)
     keys = _of_known(keys, labels)

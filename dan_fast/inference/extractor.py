@@ -32,6 +32,8 @@ ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tens
 Show: TypeAlias = Callable[[int, int], None]
 # A list of more batches than these gets a bar on a terminal.
 _LONG = 10
+# What features are returned as, whatever torch.set_default_dtype and torch.set_default_device say.
+_ROWS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
 class FeatureExtractor:
@@ -120,7 +122,7 @@ class FeatureExtractor:
             ValueError: an array, a tensor or a batch of another shape.
         """
         images = _listed(images)
-        total, rows = len(images), [torch.empty(0, self.size)]
+        total, rows = len(images), [torch.empty(0, self.size, **_ROWS)]
         with _bar(total, _LONG * self.batch_size) if progress is None else nullcontext(progress) as show:
             done = 0
             for features in self.batches(images):
@@ -167,7 +169,7 @@ class FeatureExtractor:
             preprocessing=self.preprocessing,
         )
         for first, (batch, places) in zip(range(0, len(images), self.batch_size), loader, strict=True):
-            rows = torch.full((min(self.batch_size, len(images) - first), self.size), torch.nan)
+            rows = torch.full((min(self.batch_size, len(images) - first), self.size), torch.nan, **_ROWS)
             if len(places):
                 rows[places - first] = self._embed(batch)
             yield rows

@@ -17,6 +17,7 @@ from torch import Tensor
 from dan_fast import __version__
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import alone, remove_unfinished, write_whole
+from dan_fast.core.home import expanded
 from dan_fast.core.preprocessing import Preprocessing
 from dan_fast.nn.backbones.weights import load_fitting, read_state_dict
 from dan_fast.nn.model_card import model_card
@@ -41,12 +42,14 @@ def save_network(
     name: str | None = None,
 ) -> None:
     """See `DAN.save_pretrained`; the card calls the network by `name`, else by that of the folder."""
-    folder = Path(folder)
+    folder = expanded(folder)
     if network.backbone_name is None:
         raise DanFastError(
             f"A network around a module cannot be built again from {CONFIG}: give DAN its backbone by name, or save "
             "its state_dict() and keep the code that makes the module."
         )
+    arguments = _arguments(network)
+    _require_readable(network, arguments)
     # safetensors takes neither channels_last nor storage that tensors share.
     weights = save(
         {
@@ -58,7 +61,7 @@ def save_network(
     config = {
         "format": FORMAT,
         "dan_fast": __version__,
-        "network": _arguments(network),
+        "network": arguments,
         "preprocessing": network.preprocessing.to_dict(),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "training": None if training is None else dict(training),
@@ -89,7 +92,7 @@ def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
         DanFastError: no such folder, or a file in it that is missing, damaged, of another version or of another
             network.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     path, weights = folder / CONFIG, folder / WEIGHTS
     for file in (path, weights):
         if not file.is_file():
@@ -135,14 +138,14 @@ def network_of_folder(kind: type[Network], folder: str | os.PathLike[str]) -> Ne
     except (KeyError, TypeError, ValueError) as error:
         raise DanFastError(f"{path} does not describe a network ({error}): copy the folder again.") from error
     load_fitting(network, tensors, f"DAN of {arguments['backbone']}", Path(folder) / WEIGHTS, lambda key: False)
-    return network.eval()
+    return network.eval().to("cpu", torch.float32)
 
 
 def fetched_folder(source: str | os.PathLike[str], options: Mapping[str, Any]) -> Path:
     """The folder `source`; where there is none, that of the Hub's repository of this id, downloaded."""
-    if os.path.isdir(source):
-        return Path(source)
-    if os.path.exists(source):
+    if expanded(source).is_dir():
+        return expanded(source)
+    if expanded(source).exists():
         raise DanFastError(
             f"{source} is a file: name the folder that DAN.save_pretrained wrote, or read a checkpoint with "
             "dan_fast.training.trained_network."
@@ -230,6 +233,22 @@ def _arguments(network: DAN) -> dict[str, Any]:
         "gradient_checkpointing": network.backbone.gradient_checkpointing,
         "instance_norm": network.instance_norm,
     }
+
+
+def _require_readable(network: DAN, arguments: dict[str, Any]) -> None:
+    """Refuse a network whose parts were replaced or wrapped, so that its arguments build another one."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            again = type(network)(**arguments)
+    except TypeError as error:
+        raise DanFastError(f"A {type(network).__name__} is not built by DAN's arguments: save a DAN.") from error
+    own, built = ({name: tuple(value.shape) for name, value in each.state_dict().items()} for each in (network, again))
+    differing = sorted(name for name, _ in own.items() ^ built.items())
+    if differing:
+        raise DanFastError(
+            f"A network that was changed after it was built cannot be built again from {CONFIG}, it differs in "
+            f"{differing[0]}: take parts out of torch.compile and other wrappers, or make the DAN as it is to be."
+        )
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:

@@ -231,13 +231,13 @@ class ProgressiveAugmentedMemory(nn.Module):
             (B,), of the rows of all ranks with a `process_group`: whole, as the loss of `forward` is.
 
         Raises:
-            TypeError, ValueError: an argument does not fit. Under autocast keys are taken to the memory's dtype.
+            TypeError, ValueError: an argument does not fit; a rank raises alone. Under autocast keys get M's dtype.
         """
         require_to_be_carried(self, self._origin)
         keys = keys_in_memory_dtype(keys, self.dtype)
+        check_keys(keys, self._labeled.base)
         if self.process_group is not None:
             return sharded_discriminative_loss(self._labeled, keys, labels, sizes, temperature)
-        check_keys(keys, self._labeled.base)
         # It has to be settled to be read, so the next write copies M.
         state = self.labeled
         return discriminative_loss(keys, labels, state.features, state.labels, temperature)

@@ -61,5 +61,6 @@ def require_to_be_carried(memory: nn.Module, origin: Origin | None) -> None:
     if origin is not None and origin.has_been_left_behind():
         raise RuntimeError(
             "the gates of this copy were changed in place, as AveragedModel does, while its memories stayed what "
-            "they were when it was copied: assign the trained memory's labeled and unlabeled to it first"
+            "they were when it was copied: assign the trained memory's labeled and unlabeled to it first, or its own "
+            "ones again, copy.labeled, copy.unlabeled = copy.labeled, copy.unlabeled, if it is to go on from those"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from os import PathLike
@@ -72,7 +73,7 @@ class DAN(nn.Module):
             "attention", with the map and the classifier's weight as constants.
         feature: what `embed` gives: "attended" or "pooled".
         style_mixing: in training mode early maps take a part of their style from other images, see `StyleMixing`; for
-            a backbone given by name.
+            a backbone given by name. True where the setting `model.style_mixing` is "batch" or "unlabeled".
         gradient_checkpointing: for a backbone given by name, see `build_backbone`.
         instance_norm: the first norm of each early block is half an instance norm, see `HalfInstanceNorm`; for a
             backbone given by name. "auto" is True where it has such blocks.
@@ -88,6 +89,7 @@ class DAN(nn.Module):
     Raises:
         DanFastError: the backbone's name or weights, see `build_backbone`; or one without what a setting changes.
         ValueError: an argument out of range, or a module whose output is not such a map.
+        TypeError: a number that is no whole one, or text such as "none" in the place of True or False.
 
     Example:
         >>> model = DAN(num_classes=10, backbone="resnet18", image_size=(128, 64)).eval()
@@ -112,6 +114,14 @@ class DAN(nn.Module):
         instance_norm: bool | Literal["auto"] = False,
     ) -> None:
         super().__init__()
+        # As plain numbers: NumPy's would train, and fail when the network is saved.
+        num_classes, reduction = operator.index(num_classes), operator.index(reduction)
+        _require_flags(
+            adversary=adversary,
+            style_mixing=style_mixing,
+            gradient_checkpointing=gradient_checkpointing,
+            instance_norm=instance_norm is True if instance_norm == "auto" else instance_norm,
+        )
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         if len(image_size) != 2 or min(image_size) < 1:
@@ -322,6 +332,14 @@ class DAN(nn.Module):
         head = self.attention.head(features, self.classifier.weight, unknown)
         correction = self.attention.head(features.detach(), self.classifier.weight.detach(), labels)
         return head._replace(adversary_loss=correction.adversary_loss)
+
+
+def _require_flags(**flags: object) -> None:
+    """Refuse the words that settings have in the place of a flag, of which "none" would be taken as True."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            also = ' or "auto"' if name == "instance_norm" else ""
+            raise TypeError(f"{name} must be True or False{also}, got {value!r}")
 
 
 def _map_shape(backbone: nn.Module, image_size: tuple[int, int]) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.module_tracker import ModuleTracker
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.functional.styles import mix_styles
@@ -35,6 +36,7 @@ class StyleMixing:
     def __init__(self, stages: Sequence[nn.Module]) -> None:
         self._stages = list(stages)
         self._lenders: int | None = None
+        self._has_mixed = False
         for stage in stages:
             stage.register_forward_hook(self._mix)
 
@@ -42,20 +44,28 @@ class StyleMixing:
     def within(self, lenders: int | None = 0) -> Iterator[None]:
         """Inside, forward passes mix styles; the last `lenders` images of a batch are used for their style only.
 
-        With None nothing is mixed.
+        With None nothing is mixed. A block inside of another one holds until it ends. A stage that mixed must not be
+        computed again in the backward pass, which is refused with a RuntimeError there.
 
         Raises:
             ValueError: lenders are no number from 0, or, where the network runs, no fewer than the images of the batch.
         """
         if lenders is not None and (not isinstance(lenders, int) or lenders < 0):
             raise ValueError(f"lenders is {lenders!r}; it must be None or a whole number from 0")
-        self._lenders = lenders
+        before, self._lenders = self._lenders, lenders
         try:
             yield
         finally:
-            self._lenders = None
+            self._lenders = before
 
     def _mix(self, stage: nn.Module, inputs: tuple, features: Tensor) -> Tensor:
+        # Of a tracker that has not been entered this is all that is asked: whether the thread runs a backward pass.
+        if self._has_mixed and ModuleTracker().is_bw:
+            raise RuntimeError(
+                "styles are mixed by draws that would not be the same when activation checkpointing computes the maps "
+                "again: checkpoint what follows these stages, or mix no styles"
+            )
+        self._has_mixed = self._lenders is not None
         if self._lenders is None:
             return features
         if stage not in self._stages:

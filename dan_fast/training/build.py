@@ -88,7 +88,7 @@ def trained_network(path: str | Path) -> tuple[DAN, dict[str, Any]]:
 
 
 def network_of(state: dict[str, Any], path: str | Path) -> DAN:
-    """The network of what `load_checkpoint` gave for a path, in eval mode on the CPU.
+    """The network of what `load_checkpoint` gave for a path, in eval mode on the CPU, in float32.
 
     Raises:
         DanFastError: settings or weights of another version.
@@ -100,7 +100,7 @@ def network_of(state: dict[str, Any], path: str | Path) -> DAN:
         network.load_state_dict(
             {name.removeprefix(prefix): value for name, value in state["model"].items() if name.startswith(prefix)}
         )
-    return network.eval()
+    return network.eval().to("cpu", torch.float32)
 
 
 def preprocessing_of(state: dict[str, Any]) -> Preprocessing:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import write_whole
+from dan_fast.core.home import expanded
 from dan_fast.nn.hub import read_folder
 
 FORMAT = "dan_fast checkpoint 1"
@@ -37,7 +38,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         DanFastError: no such file, a truncated or damaged one, or not a checkpoint of this package; or a folder that
             cannot be read or does not say how the network was trained.
     """
-    path = Path(path)
+    path = expanded(path)
     if path.is_dir():
         return _state_of_folder(path)
     if not path.is_file():

@@ -48,6 +48,28 @@ def batches(count: int, dim: int, dtype: torch.dtype, ranks: int, size: int = 5)
         yield MemoryBatch(keys, labels, unlabeled_keys, ids), shares(rows), shares(pseudo_rows)
 
 
+def labelled_refusals(group: Group) -> None:
+    memory, _ = pair(group, 9, 7, 4)
+    keys, labels, sizes = torch.ones(2, 4), torch.tensor([0, 1]), [2] * group.size()
+    for wrong, error, words in (
+        ({"keys": keys.double()}, TypeError, "keys must be torch.float32"),
+        ({"keys": keys[:, :3]}, ValueError, r"keys must have shape \(B, 4\)"),
+        ({"labels": labels[:1]}, ValueError, r"labels must have shape \(2,\)"),
+        ({"labels": labels + 0.5}, TypeError, "labels must be torch.int64"),
+        ({"temperature": 0.0}, ValueError, "temperature must be positive"),
+        ({"sizes": None}, ValueError, f"each of the {group.size()} ranks, 2 at {group.rank()}, got None"),
+        ({"sizes": [1] * group.size()}, ValueError, "sizes must hold the number of keys of each"),
+        ({"sizes": sizes[1:]}, ValueError, "sizes must hold the number of keys of each"),
+    ):
+        with pytest.raises(error, match=words):
+            memory.labeled_loss(**{"keys": keys, "labels": labels, "temperature": 0.1, "sizes": sizes, **wrong})
+    assert memory.labeled_loss(keys, labels, 0.1, sizes).shape == (2 * group.size(),)
+
+
+def test_the_loss_of_labelled_keys_refuses_what_one_rank_refuses(ranks: Ranks):
+    ranks.run(labelled_refusals)
+
+
 def own(group: Group, batch: MemoryBatch, shares: list[int], pseudo_shares: list[int]) -> MemoryBatch:
     sizes = (shares, shares, pseudo_shares, pseudo_shares)
     return MemoryBatch(*(x.split(size)[group.rank()] for x, size in zip(batch, sizes, strict=True)))

@@ -25,6 +25,7 @@ REFUSED_BY_ALL = [
     ({"gallery_ids": [1.0, 2.0, 3.0]}, "gallery_ids is torch.float64; it must hold integers"),
     ({"query_ids": ["ann", "bob"]}, "query_ids is no array of numbers; where it holds names, number them alike"),
     ({"gallery_cams": [[1, 2], [3], [4]]}, "gallery_cams is no array of numbers"),
+    ({"gallery_features": list(FEATURES.clone().requires_grad_())}, r"gallery_features is a list .*torch.stack its"),
     ({"gallery_cams": [1, 1, 1]}, "query_ids share no identity"),
     ({"metric": "manhattan"}, "metric is 'manhattan'"),
     ({"max_rank": 0}, "max_rank is 0"),
@@ -38,6 +39,15 @@ EVALUATIONS = (evaluate_ranking, evaluate_single_shot, evaluate_reranked)
 @pytest.mark.parametrize("evaluate", EVALUATIONS)
 def test_what_is_changed_to_be_refused_is_right(path, evaluate):
     assert evaluate(**{"block_bytes": 1, **ARGUMENTS}).mAP == 1
+
+
+@pytest.mark.parametrize("evaluate", EVALUATIONS)
+def test_arrays_of_other_machines_and_long_doubles(path, evaluate):
+    given = {name: np.asarray(value) for name, value in ARGUMENTS.items()}
+    turned = {name: value.astype(value.dtype.newbyteorder(">")) for name, value in given.items()}
+    longer = {name: given[name].astype(np.longdouble) for name in ("query_features", "gallery_features")}
+    for changed in (turned, given | longer):
+        assert evaluate(**{"block_bytes": 1, **changed}).mAP == 1
 
 
 # Arguments are looked at before the path is chosen.

@@ -118,6 +118,9 @@ def test_extraction_errors(people):
         extract_features(colours, [], SIZE)
     with pytest.raises(ValueError, match=r"embed made \(2, 3, 8, 4\) of 2 images"):
         extract_features(lambda images: images, people[:2], SIZE)
+    for made, name in (((1, 2), "tuple"), (np.ones((2, 3)), "ndarray")):
+        with pytest.raises(ValueError, match=f"embed made a {name}; it must make a .* as the embed method of a DAN"):
+            extract_features(lambda images, made=made: made, people[:2], SIZE)
     with pytest.raises(ValueError, match="precision is 'half'"):
         extract_features(colours, people[:2], SIZE, precision="half")
 
@@ -290,6 +293,20 @@ def test_datasets_that_cannot_be_scored(people):
         evaluate_dataset(lambda images: colours(images) * np.nan, tiny(test=people), SIZE)
     with pytest.raises(ValueError, match="repeats is 0"):
         evaluate_dataset(colours, tiny(test=people), SIZE, repeats=0)
+
+
+@pytest.mark.parametrize("part", ["test", "gallery", "query"])
+def test_images_of_nobody_known_are_refused(people, part):
+    nameless = tuple(sample._replace(pid=-1) for sample in people)
+    parts = {"test": nameless} if part == "test" else {"query": people, "gallery": people, part: people + nameless}
+    sentence = rf"^{len(people)} images of tiny \(.+\) that are tested on are of nobody known \(pid below 0\)"
+    with pytest.raises(DanFastError, match=sentence):
+        evaluate_dataset(colours, tiny(**parts), SIZE)
+
+
+def test_nobody_known_is_searched_for():
+    query, gallery = random_split(torch.tensor([-1, -1, 1, 1, -1]), torch.tensor([1, 2, 1, 2, 1]))
+    assert len(query) == 1 and len(gallery) == 4 and int(query[0]) in (2, 3)
 
 
 def test_a_single_shot_dataset(people):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dan_fast import functional, reference
 from dan_fast.core.errors import DanFastError
@@ -229,6 +230,27 @@ def test_more_lenders_than_a_batch_has_images_to_spare():
         with pytest.raises(ValueError, match=f"lenders is {lenders} of a batch of 3 images"), mixing.within(lenders):
             early(torch.rand(3, 3, 5, 5))
     assert early(torch.rand(3, 3, 5, 5)).shape[0] == 3  # nothing is mixed any more
+
+
+def test_a_block_inside_of_another_one_ends_with_it():
+    mixing = StyleMixing([early := nn.Conv2d(3, 4, 3)])
+    images = torch.rand(5, 3, 5, 5)
+    with mixing.within(lenders=2):
+        with mixing.within(None):
+            assert early(images).shape[0] == 5
+        assert early(images).shape[0] == 3
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_maps_that_were_mixed_are_not_computed_again(use_reentrant: bool):
+    mixing = StyleMixing([early := nn.Conv2d(3, 4, 3)])
+    images = torch.rand(5, 3, 5, 5, requires_grad=True)
+    with mixing.within():
+        mixed = checkpoint(early, images, use_reentrant=use_reentrant)
+    with pytest.raises(RuntimeError, match="not be the same when activation checkpointing computes the maps again"):
+        mixed.sum().backward()
+    checkpoint(early, images, use_reentrant=use_reentrant).sum().backward()  # without a style there is no draw
+    assert images.grad is not None
 
 
 def test_who_cannot_mix_says_so():

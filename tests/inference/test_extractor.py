@@ -88,6 +88,16 @@ def test_the_features_come_batch_by_batch(extract, paths, expected):
     assert [len(rows) for rows in batches] == [4, 4, 2] and torch.equal(torch.cat(batches), expected)
 
 
+def test_defaults_of_the_process_change_nothing(checkpoint, paths, expected):
+    torch.set_default_dtype(torch.float64)
+    try:
+        extract = FeatureExtractor(checkpoint, "cpu", BATCH)
+        found = [extract(paths), extract([])]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found[0], expected) and all(each.dtype == torch.float32 for each in found)
+
+
 def test_a_floating_batch_is_taken_as_it_is(extract, paths, expected):
     transform = test_transform(extract.image_size, extract.preprocessing)
     batch = torch.stack([transform(torch.tensor(each).permute(2, 0, 1)) for each in arrays_of(paths)])

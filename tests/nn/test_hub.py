@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -154,6 +155,35 @@ def test_what_is_refused_leaves_a_folder_as_it_was(saved: Path, tmp_path: Path, 
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
     network("timm:test_vit").save_pretrained(kept)
     assert read_folder(kept)[0]["network"]["backbone"] == "timm:test_vit"
+
+
+def recompiled(changed: DAN) -> None:
+    changed.backbone = torch.compile(changed.backbone)
+
+
+def another_classifier(changed: DAN) -> None:
+    changed.classifier = torch.nn.Linear(changed.classifier.in_features, 9)
+
+
+def fewer_classes(changed: DAN) -> None:
+    changed.classifier.weight = torch.nn.Parameter(changed.classifier.weight[:3].detach())
+
+
+@pytest.mark.parametrize("change", [recompiled, another_classifier, fewer_classes])
+def test_a_network_that_was_changed_does_not_replace_one_that_can_be_read(saved: Path, tmp_path: Path, change):
+    kept, changed = Path(shutil.copytree(saved, tmp_path / "kept")), network()
+    change(changed)
+    with pytest.raises(DanFastError, match="cannot be built again from config.json, it differs in (backbone|class)"):
+        changed.save_pretrained(kept)
+    assert DAN.from_pretrained(kept).embed(images()).equal(DAN.from_pretrained(saved).embed(images()))
+
+
+def test_numbers_of_numpy_and_the_home_folder(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    first = DAN(np.int64(5), "timm:test_resnet", SIZE, reduction=torch.tensor(3)).eval()
+    first.save_pretrained("~/net")
+    assert DAN.from_pretrained("~/net").embed(images()).equal(first.embed(images()))
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]
 
 
 @pytest.mark.slow

@@ -189,6 +189,21 @@ def test_another_image_size_is_refused(size):
 
 
 @pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("style_mixing", "none"),
+        ("instance_norm", "none"),
+        ("adversary", "false"),
+        ("gradient_checkpointing", 1),
+    ],
+)
+def test_words_of_settings_are_no_flags(flag, value):
+    also = ' or "auto"' if flag == "instance_norm" else ""
+    with pytest.raises(TypeError, match=f"^{flag} must be True or False{also}, got {value!r}$"):
+        DAN(4, "resnet18", (32, 16), **{flag: value})
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"num_classes": 0}, "num_classes"),

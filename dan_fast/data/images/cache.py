@@ -117,7 +117,7 @@ class ImageCache:
     ) -> None:
         if check not in ("quick", "full"):
             raise DanFastError(f"The check of the cache is {check!r}; set it to quick or full.")
-        self.folder = Path(os.path.abspath(folder))
+        self.folder = Path(os.path.abspath(expanded(folder)))
         self.check = check
         self.workers = workers
         self.say = say

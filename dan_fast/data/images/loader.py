@@ -211,6 +211,11 @@ class _PlannedBatches(Dataset):
             kept.append(item)
         if not items:
             raise DanFastError("A rank's share of a batch holds no image: take fewer ranks or larger batches.")
+        if not skipped[skipped_before:] and not self.shares and all(item.kind == "unlabeled" for item in items):
+            raise DanFastError(
+                "A part of a batch has no labelled image, as a rank's share may: pass shares=True where ranks take the "
+                "step together."
+            )
         if not kept or not self.shares and all(item.kind == "unlabeled" for item in kept):
             images = "images of a rank's share of a batch"
             if not self.shares:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dan_fast import DanFastError
+from dan_fast.core.preprocessing import IMAGENET
 from dan_fast.data import BatchPlanner, TrainingSet, load_dataset, read_image, training_loader
 from dan_fast.data.images.transforms import resize
 from dan_fast.data.synthetic import synthesize
@@ -82,7 +83,7 @@ def test_mini_batches_of_whole_batches_are_those_of_the_loader(folders: list[Pat
     def read_batch(paths: list[Path]) -> torch.Tensor:
         return torch.stack([resize(SIZE)(read_image(path)) for path in paths])
 
-    found = example(2)["mini_batches"](source, plans, read_batch, SIZE)
+    found = example(2)["mini_batches"](source, plans, read_batch, SIZE, IMAGENET)
     for batch, expected in zip(found, training_loader(source, plans, SIZE), strict=True):
         for split, wanted in zip(batch[:2], expected[:2], strict=True):
             assert all(map(torch.equal, split[:3], wanted[:3])) and split[3:] == wanted[3:]

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import (
+    BatchPlan,
     BatchPlanner,
     ImageSamples,
     MiniBatch,
@@ -185,6 +186,16 @@ def test_broken_images_are_skipped_and_named(source: TrainingSet, workers: int) 
             assert torch.equal(left.sample_ids, full.sample_ids[kept])
             kinds = [part[place].kind for place in kept]
             assert left[3:5] == (kinds.count("labeled"), kinds.count("fed_back"))
+
+
+def test_a_share_without_a_labelled_image_says_what_it_needs(source: TrainingSet) -> None:
+    (part, other), *_ = planner(source).plan_epoch(0)
+    share = tuple(item for item in part if item.kind == "unlabeled")
+    assert share
+    with pytest.raises(DanFastError, match="no labelled image, as a rank's share may: pass shares=True"):
+        next(iter(training_loader(source, [BatchPlan(share, other)], SIZE)))
+    (batch,) = training_loader(source, [BatchPlan(share, other)], SIZE, shares=True)
+    assert batch.meta_train.num_labeled == 0 and len(batch.meta_train.images) == len(share)
 
 
 def test_a_part_without_any_labelled_image_left_is_an_error(source: TrainingSet) -> None:
