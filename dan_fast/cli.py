@@ -254,20 +254,27 @@ def _keep_heap_on_a_cpu(device: str) -> None:
         keep_heap()
 
 
-def _meant(command: str, said: str) -> str:
+def _meant(argv: Sequence[str], said: str) -> str:
     """What a wrong flag, setting or further word of a command may have meant; "" where it is not known."""
+    command = argv[0] if argv else ""
     wrong = re.search(r"(?:unrecognized arguments: |does not accept option ')([^ ']+)", said)
     if wrong is None or command not in _COMMANDS or command == "bench":
         return ""
     from dan_fast.core.nearest import nearest
 
     name = wrong[1]
-    lists = [flag for flag, example in _FLAGS_OF_LISTS.get(command, {}).items() if example.startswith("'")]
-    if "unrecognized" in said and name[0] != "-":
-        return f"; several values of {' or '.join(lists)} are written as one, '[A, B]'" if lists else ""
     parser = ArgumentParser(exit_on_error=False)
     _add_flags(parser, command, None)
-    flags = re.findall(r"--([\w.]+) (?!CONFIG)", parser.format_usage())
+    usage = parser.format_usage()
+    if "unrecognized" in said and name[0] != "-":
+        given = {word.partition("=")[0] for word in argv}
+        required = re.findall(r"--\w+", re.sub(r"\[.*?\]", "", usage, flags=re.S))
+        missing = [flag for flag in required if flag not in given]
+        if missing:
+            return f"; is {missing[0]} {name} meant?"
+        lists = [flag for flag, example in _FLAGS_OF_LISTS.get(command, {}).items() if example.startswith("'")]
+        return f"; several values of {' or '.join(lists)} are written as one, '[A, B]'" if lists else ""
+    flags = re.findall(r"--([\w.]+) (?!CONFIG)", usage)
     near = nearest(name.lstrip("-").partition("=")[0], flags)
     return f"; is {' or '.join(f'--{each}' for each in near)} meant?" if near else ""
 
@@ -314,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ArgumentError as error:
         command = " ".join(["dan-fast", *(word for word in argv[:1] if word in _COMMANDS), "--help"])
         said = " ".join(str(error).split())
-        print(f"dan-fast: {said}{_meant(argv[0] if argv else '', said)} (see `{command}`)", file=sys.stderr)
+        print(f"dan-fast: {said}{_meant(argv, said)} (see `{command}`)", file=sys.stderr)
         return EXIT_USAGE
     except DanFastError as error:
         print(f"dan-fast: {error}", file=sys.stderr)
