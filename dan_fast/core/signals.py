@@ -1,6 +1,8 @@
 """Ctrl-C, SIGTERM and SIGHUP as a request that a loop looks at where it can stop."""
 
+import os
 import signal
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -10,11 +12,15 @@ class StopRequest:
 
     SIGHUP, which a terminal that is closed sends, is left alone where it is ignored, as `nohup` has it.
 
+    Args:
+        words: written to standard error at the first SIGINT: what is waited for, and what a second one loses.
+
     Attributes:
         requested: whether this process is to stop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, words: str = "") -> None:
+        self._words = words
         self.requested = False
         self._previous: dict[int, object] = {}
 
@@ -39,4 +45,7 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self._words and number == signal.SIGINT:
+            with suppress(OSError):  # Past Python's own buffers, in which the signal may have arrived.
+                os.write(2, f"\n{self._words}\n".encode())
         self.requested = True

@@ -34,6 +34,7 @@ RESULTS, SETTINGS, CHECKPOINT = "results.json", "config.yaml", "checkpoint.pt"
 # What a training is started with. It writes config.yaml itself, and removes results of other targets first.
 _GIVEN = "sweep.yaml"
 _LOG = "train.log"
+_STOPPING = "Stopping when the trainings under way are saved; Ctrl-C again kills them, and what is not saved is lost."
 _CHOICE = ("run", "choose_epoch_on_target")
 # What PyTorch and the libraries below it take as the number of their threads when they are loaded.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -140,7 +141,7 @@ def _run_all(
     threads = _threads_of_each(parallel)
     signalled, looked = False, time.monotonic()
     _write_record(out, record)
-    with StopRequest() as stop:
+    with StopRequest(_STOPPING) as stop:
         try:
             while active or (waiting and not stop.requested):
                 looked = _add_seconds(active, looked)

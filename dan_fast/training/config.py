@@ -61,7 +61,7 @@ class DataConfig:
         feedback_fraction: Largest share of S~'s labelled places for images of M' under their pseudo label; 0: none.
         workers: Processes that decode images; 0 decodes in the training process.
         broken_images: Stop with an error at an image that cannot be decoded, or skip and count it.
-        cache: Folder for decoded images, which then are read several times as fast and come out the same; a dataset
+        cache: Folder for decoded images, which come out the same, faster: 1.75 times in a training on two cores. A dataset
             takes 3 height width bytes an image there. user is dan-fast in the user's cache folder ($XDG_CACHE_HOME or
             ~/.cache), none decodes images each time.
         cache_check: quick compares sizes and modification times of the images, and contents where these differ; full
@@ -242,7 +242,7 @@ class OptimizerConfig:
 
 @dataclass
 class RunConfig:
-    """Where and how the run takes place; seed and precision change what is learnt, the others at most its rounding.
+    """Where and how a run takes place; seed, precision and GPU or CPU change what is learnt, the rest its rounding.
 
     Args:
         out: Folder of the run: config.yaml, checkpoint.pt, tensorboard/, results.json.

@@ -21,8 +21,8 @@ class TrainingStop(StopRequest):
         agreed: whether the batches have ended because a process of the run is to stop.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, words: str = "") -> None:
+        super().__init__(words)
         self.agreed = False
 
     def until_requested(

@@ -13,6 +13,7 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.core.home import expanded
 from dan_fast.data import TrainingSet
 from dan_fast.nn import DAN
+from dan_fast.nn.backbones.timm import PREFIX, TimmMap, downloaded_in_words, with_positions_of
 from dan_fast.nn.backbones.weights import load_fitting
 from dan_fast.training.checkpoint import FORMAT, load_checkpoint
 from dan_fast.training.last_names import names_of_paths
@@ -47,11 +48,11 @@ def _is_checkpoint(path: Path) -> bool:
 def take_weights(network: DAN, trained: DAN, weights: str) -> None:
     """Give a new network the backbone of a trained one, the attention where it is of one kind, and how images are read.
 
-    The classifier, of other persons, stays as it is drawn.
+    The classifier, of other persons, stays as it is drawn. Position embeddings are resampled to the size of image.
 
     Raises:
-        DanFastError: another backbone, one with instance norm and one without, or of position embeddings for another
-            size of image.
+        DanFastError: another backbone, one with instance norm and one without, or tensors of another shape, as those of
+            relative positions for another size of image.
     """
     given = {
         "backbone": (network.backbone_name, trained.backbone_name),
@@ -65,24 +66,30 @@ def take_weights(network: DAN, trained: DAN, weights: str) -> None:
             )
     height, width = network.image_size
     owner = f"{network.backbone_name} for images of {height} x {width}"
-    load_fitting(network.backbone, trained.backbone.state_dict(), owner, weights, lambda key: False)
+    state = trained.backbone.state_dict()
+    if isinstance(network.backbone, TimmMap):
+        state = with_positions_of(network.backbone, trained.backbone)
+    load_fitting(network.backbone, state, owner, weights, lambda key: False)
     kinds = [(each.attention.variant, each.attention.reduction, each.map_size) for each in (network, trained)]
     if kinds[0] == kinds[1]:
         network.attention.load_state_dict(trained.attention.state_dict())
     network.preprocessing = trained.preprocessing
 
 
-def whom_it_saw(training_set: TrainingSet, weights: str, saved: Mapping[str, Any] | None) -> dict[str, Any]:
+def whom_it_saw(
+    training_set: TrainingSet, backbone: str, weights: str, saved: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """Whom the network of a run is trained on, before it too, as its checkpoints say.
 
     Args:
         training_set: of the run.
-        weights: what it starts from, `model.weights`.
+        backbone, weights: what it starts from, `model.backbone` and `model.weights`.
         saved: the run's checkpoint where it goes on from one.
 
     Returns:
-        "persons" and "images" as of `TrainingSet`. Where it starts from a trained network, "started_from" as well, each
-        training before it in words, the last one first, and "unrecorded", whether persons of one are not known.
+        "persons" and "images" as of `TrainingSet`. Where it starts from a trained network or from what timm downloads,
+        "started_from" as well, each training before it in words, the last one first; and "unrecorded", whether persons
+        of one are not known.
     """
     start = None if saved is not None else start_of(weights)
     before = saved or start or {}
@@ -90,6 +97,9 @@ def whom_it_saw(training_set: TrainingSet, weights: str, saved: Mapping[str, Any
     for numbering, pids in before.get("persons", {}).items():
         persons = persons | {numbering: _union(persons.get(numbering, pids), pids)}
     seen = {"persons": persons, "images": _union(images, before.get("images", images))}
+    if saved is None and weights == "imagenet" and backbone.startswith(PREFIX):
+        downloaded = downloaded_in_words(backbone.removeprefix(PREFIX))
+        return seen | ({"started_from": [downloaded], "unrecorded": False} if downloaded else {})
     if start is None:
         return seen | {name: before[name] for name in ("started_from", "unrecorded") if name in before}
     whole = {"persons", "images"} <= start.keys() and not start.get("unrecorded", False)

@@ -42,6 +42,10 @@ from dan_fast.training.targets import Targets
 from dan_fast.training.valid_settings import own_copy
 from dan_fast.triton_kernels import float32_products
 
+_STOPPING = (
+    "Stopping when this iteration or evaluation is done; Ctrl-C again stops at once, and what is not saved is lost."
+)
+
 
 class Trainer:
     """Trains a DAN as `config` says and keeps everything in the folder `config.run.out`.
@@ -92,7 +96,7 @@ class Trainer:
         require_same_run(process_group, self.training_set.fingerprint, self.datasets.targets, saved)
         self.folder.require_same_images(saved, self.training_set.fingerprint)
         now = ran_under(self.device, ranks_in(process_group), saved)
-        self._past = whom_it_saw(self.training_set, config.model.weights, saved) | now
+        self._past = whom_it_saw(self.training_set, config.model.backbone, config.model.weights, saved) | now
         self.targets = Targets(config, self.datasets, self.folder, self.device, process_group)
 
         lending = config.model.style_mixing == "unlabeled" and len(self.training_set.unlabeled_samples) > 0
@@ -147,7 +151,7 @@ class Trainer:
         total = epochs * self.batches.planner.iterations
         display = Display(total, self.iterations_done, self.batches.batch_size, shown=self._is_first)
         evaluations: list[Evaluation] = []
-        stop = TrainingStop()
+        stop = TrainingStop(_STOPPING if self._is_first else "")
         try:
             with (
                 deterministic_algorithms(self.config.run.deterministic),

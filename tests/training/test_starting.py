@@ -4,16 +4,20 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 
 from dan_fast.cli import main
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import load_dataset
+from dan_fast.nn import DAN
 from dan_fast.reporting.runs import read_runs
 from dan_fast.training import TrainConfig, Trainer, trained_network
 from dan_fast.training.build import initial_network
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.reported import SEEN
+from dan_fast.training.starting import take_weights
 from tests.support.training_runs import command, config
 
 pytestmark = pytest.mark.slow
@@ -201,15 +205,37 @@ def test_a_network_of_another_kind_is_refused(earlier, images, tmp_path, changes
     assert not (tmp_path / "run").exists()
 
 
-def test_a_vit_of_other_images_is_refused(images, tmp_path):
+def test_position_embeddings_are_those_of_the_trained_network_resampled(images, tmp_path):
     vit = {"backbone": "timm:test_vit", "instance_norm": False}
     Trainer(of_campus(images, tmp_path / "vit", **vit))._save()
     settings = of_mall(images, tmp_path / "run", tmp_path / "vit/checkpoint.pt", **vit)
-    settings.data.image_size = [64, 32]
-    with pytest.raises(
-        DanFastError, match="do not fit timm:test_vit for images of 64 x 32 .of another shape: model.pos"
-    ):
-        Trainer(settings)
+    settings.data.image_size = [64, 48]
+    found = Trainer(settings).model.network.backbone
+    trained = trained_network(tmp_path / "vit/checkpoint.pt")[0].backbone
+    assert trained.grid != found.grid == (4, 3)
+    sizes = {"new_size": [4, 3], "old_size": list(trained.grid), "num_prefix_tokens": 1}
+    assert torch.equal(found.model.pos_embed, resample_abs_pos_embed(trained.model.pos_embed, **sizes))
+    assert torch.equal(found.model.blocks[0].attn.qkv.weight, trained.model.blocks[0].attn.qkv.weight)
+
+
+def test_positions_that_are_no_row_of_tokens_are_refused_for_other_images():
+    trained, network = (DAN(3, "timm:visformer_tiny", size) for size in ((64, 32), (64, 64)))
+    sentence = "weights a.pt do not fit timm:visformer_tiny for images of 64 x 64 .of another shape: model.pos_embed"
+    with pytest.raises(DanFastError, match=sentence):
+        take_weights(network, trained, "a.pt")
+
+
+def test_which_weights_timm_downloads_is_said_and_recorded(images, tmp_path, capsys, monkeypatch):
+    state = timm.create_model("test_resnet").state_dict()
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *args, **options: dict(state))
+    first = of_campus(images, tmp_path / "first", backbone="timm:test_resnet", weights="imagenet", instance_norm=False)
+    Trainer(first).fit()
+    words = "timm's test_resnet.r160_in1k, licence apache-2.0"
+    assert f"Starts from {words}." in capsys.readouterr().out
+    assert json.loads((tmp_path / "first/results.json").read_text())["started_from"] == [words]
+    unlike = {"backbone": "timm:test_resnet", "instance_norm": False}
+    after = Trainer(of_mall(images, tmp_path / "second", tmp_path / "first/checkpoint.pt", **unlike))
+    assert after._past["started_from"][1:] == [words] and not after._past["unrecorded"]
 
 
 def test_the_folder_of_a_run_and_a_damaged_checkpoint_are_named(earlier, images, tmp_path):

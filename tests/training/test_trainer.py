@@ -137,7 +137,7 @@ def test_every_procedure_trains(images, tmp_path, change):
     assert (trainer.model.memory is None) == (change.get("data") is not None)
 
 
-def test_a_run_stopped_by_ctrl_c_resumes_bit_for_bit(images, tmp_path):
+def test_a_run_stopped_by_ctrl_c_resumes_bit_for_bit(images, tmp_path, capfd):
     handler = signal.getsignal(signal.SIGINT)
     # Few checkpoints: the one of the interruption must not change what comes after it.
     Trainer(config(images, tmp_path / "whole")).fit()
@@ -147,6 +147,8 @@ def test_a_run_stopped_by_ctrl_c_resumes_bit_for_bit(images, tmp_path):
         torch.rand(3)
         with pytest.raises(Interrupted, match=f"iteration {stop}"):
             trainer.fit()
+        words = "Stopping when this iteration or evaluation is done; Ctrl-C again stops at once"
+        assert capfd.readouterr().err.count(words) == 1
     last = Trainer(config(images, tmp_path / "parts", run=RESUME))
     # What a caller draws between making the trainer and starting it must not shift the dropout.
     torch.rand(3)

@@ -1,6 +1,7 @@
 """Models of timm up to their last map; timm is imported only when such a model is built."""
 
 import difflib
+import math
 import sys
 from collections.abc import Mapping
 from os import PathLike
@@ -113,6 +114,39 @@ def build_timm(
     if gradient_checkpointing:
         _checkpoint_gradients(backbone, name)
     return backbone
+
+
+def downloaded_in_words(name: str) -> str | None:
+    """Which weights `imagenet` is for a model, with their licence; None where timm or such a model is not there.
+
+    Example:
+        >>> downloaded_in_words("vit_small_patch14_dinov2")
+        "timm's vit_small_patch14_dinov2.lvd142m, licence apache-2.0"
+    """
+    try:
+        from timm.models import get_pretrained_cfg
+    except ImportError:
+        return None
+    found = get_pretrained_cfg(name)
+    if found is None:
+        return None
+    plain, tag = name.partition(".")[0], getattr(found, "tag", None)
+    return f"timm's {plain}{f'.{tag}' if tag else ''}, licence {getattr(found, 'license', None) or 'not stated'}"
+
+
+def with_positions_of(wanted: TimmMap, trained: TimmMap) -> dict[str, Tensor]:
+    """The state dict of a trained ViT, its position embeddings resampled to another one's size of image."""
+    state, name = trained.state_dict(), "model.pos_embed"
+    positions = state.get(name)
+    if positions is not None and positions.ndim == 3 and trained.grid and wanted.grid and trained.grid != wanted.grid:
+        # Of the class and registers, where they have positions of their own.
+        others = positions.shape[1] - math.prod(trained.grid)
+        if others in (0, trained.prefix):
+            from timm.layers import resample_abs_pos_embed
+
+            sizes = {"new_size": list(wanted.grid), "old_size": list(trained.grid)}
+            state[name] = resample_abs_pos_embed(positions, **sizes, num_prefix_tokens=others)
+    return state
 
 
 def _import_timm(name: str) -> ModuleType:
