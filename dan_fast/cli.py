@@ -81,6 +81,8 @@ _FLAGS_OF_LISTS = {
     "synthesize": {"--domains": "'[A, B]'"},
     "search": {"--gallery": "A B", "--query": "A B"},
 }
+# What of the other commands is a list, in a file too.
+_LISTS = {"extract": ["paths"], "search": ["gallery", "query"], "report": ["runs"], "datasets": ["roots"]}
 
 
 def _parse(argv: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
@@ -93,6 +95,10 @@ def _parse(argv: Sequence[str]) -> tuple[ArgumentParser, Namespace]:
     _require_given_once(argv)
     files = {path: content for given in _values(argv, "--config") for path, content in _settings_in(given)}
     if "train" not in argv[:1]:
+        for file, content in files.items():
+            for name in _LISTS.get(argv[0], []):
+                if isinstance(content.get(name), str):
+                    raise DanFastError(f"{name} in {file} is one text: write a list, {name}: [A, B].")
         parser = _parser(argv)
         parsed = with_home(parser.parse_args(argv))
         _require_values(parsed)

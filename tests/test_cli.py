@@ -151,6 +151,22 @@ def test_synthesize_prints_the_manifests(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "content", "name"),
+    [
+        (["extract"], "paths: a", "paths"),
+        (["search", "--query", "b"], "gallery: a", "gallery"),
+        (["report"], "runs: runs/dan", "runs"),
+        (["datasets"], "roots: data", "roots"),
+    ],
+)
+def test_one_text_is_no_list_in_a_file(tmp_path, capsys, arguments, content, name):
+    path = tmp_path / "settings.yaml"
+    path.write_text(content)
+    assert main([*arguments, "--config", str(path)]) == 1
+    assert capsys.readouterr().err == f"dan-fast: {name} in {path} is one text: write a list, {name}: [A, B].\n"
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
         (["train", "--data.labeled", "/nowhere"], 1, "There is no dataset at /nowhere"),

@@ -60,7 +60,7 @@ def export_network(
     evaluation mode, at unit length. How images are to be resized stands in its metadata.
 
     Args:
-        network: of any device and mode; it stays as it is.
+        network: of any device, mode and floating type; it stays as it is.
         path: of the file.
         format: "onnx", which ONNX Runtime and others run, or "pt2", which `torch.export.load` reads.
         input: "uint8", normalised by the file, or "normalized": float32 that has been normalised.
@@ -88,7 +88,7 @@ def export_network(
         raise ValueError("precision int8 is made for format onnx alone")
     path = Path(path)
     _require_name(path, format)
-    network = deepcopy(network).cpu().eval()
+    network = deepcopy(network).to("cpu", torch.float32).eval()
     images = _drawn(network.image_size) if images is None else images
     content, run = _made(deepcopy(network), format, input, precision)
     found = _compared(network, run, input, images.split(BATCH) if isinstance(images, Tensor) else images)

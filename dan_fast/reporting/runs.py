@@ -195,8 +195,8 @@ def _read_run(folder: Path, name: str) -> Run:
                 said = {role: content.get(role) for role in sources}
                 sources |= {role: names for role, names in said.items() if names is not None}
                 # Older versions write neither ranks nor iterations, nor what follows.
-                ranks, started_from = content.get("ranks", 1), content.get("started_from", [])
-                skipped = content.get("skipped", 0)
+                ranks, started_from = content.get("ranks") or 1, list(content.get("started_from") or [])
+                skipped = content.get("skipped") or 0
                 if iterations is None and content.get("iterations"):
                     iterations = content["iterations"] // content["epochs"]
                 content = content["targets"]

@@ -39,12 +39,12 @@ class Approximate(NamedTuple):
         new: (rows, size) to an index, untrained where it learns from features, and its parameters, which stand in
             index.json.
         fetched: places wanted to those that faiss is asked for, of which the exact distances decide.
-        search: (index, features, places, selector) to (Q, places) rows, -1 where there are no more.
+        search: (index, features, places) to (Q, places) rows, -1 where there are no more.
     """
 
     new: Callable[[int, int], tuple[Any, dict[str, Any]]]
     fetched: Callable[[int], int]
-    search: Callable[[Any, np.ndarray, int, Any], np.ndarray]
+    search: Callable[[Any, np.ndarray, int], np.ndarray]
 
 
 def faiss_library() -> ModuleType:
@@ -117,11 +117,9 @@ def fetched(kind: str, places: int) -> int:
     return _KINDS[kind].fetched(places)
 
 
-def search(kind: str, index: Any, queries: np.ndarray, places: int, gone: np.ndarray) -> np.ndarray:
-    """(Q, places) int64 rows near (Q,C) queries, none of those in `gone`; -1 where there are no more."""
-    faiss = faiss_library()
-    selector = faiss.IDSelectorNot(faiss.IDSelectorBatch(gone)) if len(gone) else None
-    return _KINDS[kind].search(index, queries, places, selector)
+def search(kind: str, index: Any, queries: np.ndarray, places: int) -> np.ndarray:
+    """(Q, places) int64 rows near (Q,C) queries; -1 where there are no more."""
+    return _KINDS[kind].search(index, queries, places)
 
 
 def _new_hnsw(rows: int, size: int) -> tuple[Any, dict[str, Any]]:
@@ -136,8 +134,8 @@ def _new_hnsw(rows: int, size: int) -> tuple[Any, dict[str, Any]]:
     return index, parameters
 
 
-def _search_hnsw(index: Any, queries: np.ndarray, places: int, selector: Any) -> np.ndarray:
-    wanted = faiss_library().SearchParametersHNSW(efSearch=max(_EF_SEARCH, 2 * places), sel=selector)
+def _search_hnsw(index: Any, queries: np.ndarray, places: int) -> np.ndarray:
+    wanted = faiss_library().SearchParametersHNSW(efSearch=max(_EF_SEARCH, 2 * places))
     return index.search(queries, places, params=wanted)[1]
 
 
@@ -156,8 +154,8 @@ def _new_ivfpq(rows: int, size: int) -> tuple[Any, dict[str, Any]]:
     return index, parameters | {"rows_when_trained": rows}
 
 
-def _search_ivfpq(index: Any, queries: np.ndarray, places: int, selector: Any) -> np.ndarray:
-    wanted = faiss_library().SearchParametersIVF(nprobe=min(_PROBES, index.nlist), sel=selector)
+def _search_ivfpq(index: Any, queries: np.ndarray, places: int) -> np.ndarray:
+    wanted = faiss_library().SearchParametersIVF(nprobe=min(_PROBES, index.nlist))
     return index.search(queries, places, params=wanted)[1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,10 +59,22 @@ class Searcher:
         alive = len(self.order) - len(self._gone)
         if exact or self.kind == "flat" or 10 * alive <= len(self.order):
             return search_exactly(self.features, queries, places, self.order)
-        asked = min(kinds.fetched(self.kind, places), len(self.features))
-        rows = kinds.search(self.kind, self.index, queries, asked, self._gone)
+        wanted = kinds.fetched(self.kind, places)
+        # As many more as are gone on average. Where more are gone near a query, what is left of its candidates need not
+        # be the nearest of all that are left.
+        asked = min(math.ceil(wanted * len(self.order) / alive), len(self.features))
+        rows = kinds.search(self.kind, self.index, queries, asked)
+        rows[self.order[rows] < 0] = -1
+        least = min((wanted + places) // 2 if len(self._gone) else places, alive)
+        lacking = np.flatnonzero((rows >= 0).sum(axis=1) < least)
         rows = nearest_in_float32(self.features, queries, rows, places + _MARGIN)
-        return order_exactly(self.features, queries, rows, self.order)
+        distances, rows = order_exactly(self.features, queries, rows, self.order)
+        if len(lacking):
+            distances[lacking], rows[lacking] = np.inf, -1
+            exact = search_exactly(self.features, queries[lacking], min(places, alive), self.order)
+            for values, others in zip((distances, rows), exact, strict=True):
+                values[lacking, : others.shape[1]] = others
+        return distances, rows
 
 
 def recall(found: np.ndarray, nearest: np.ndarray) -> float:

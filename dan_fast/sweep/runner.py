@@ -22,6 +22,7 @@ from rich.table import Table
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import alone_with_children, write_text
+from dan_fast.core.launched import number_of_ranks
 from dan_fast.core.signals import StopRequest
 from dan_fast.core.yaml_files import read_mapping
 from dan_fast.reporting.arms import FINISHED, Comparison, read_comparison
@@ -76,6 +77,8 @@ def sweep(
             work in the folder; or trainings failed, after all others were run.
         KeyboardInterrupt: it was interrupted; the trainings that were running have been saved.
     """
+    if number_of_ranks() > 1:
+        raise DanFastError("A sweep starts a process for each training itself: call it without torchrun, once.")
     runs = plan_sweep(grid, base, out, recipe)
     for run in runs:
         _require_same_settings(run)
@@ -158,7 +161,14 @@ def _run_all(
                         entry |= {"seconds": None, "timed": False}
                     entry |= timed_on | {"running": True}
                     _write_record(out, record)
-                    active.append(_Training(where, run, entry, _start(run, lock, threads), time.monotonic()))
+                    try:
+                        process = _start(run, lock, threads)
+                    except (DanFastError, OSError) as error:
+                        del entry["running"]
+                        entry |= {"state": FAILED, "sentence": str(error)}
+                        console.print(f"{where}: failed: {error}")
+                        continue
+                    active.append(_Training(where, run, entry, process, time.monotonic()))
                 if stop.requested and not signalled:
                     for training in active:
                         training.process.send_signal(signal.SIGTERM)
@@ -169,9 +179,11 @@ def _run_all(
                     _write_record(out, record)
                 if active:
                     time.sleep(_SECONDS_BETWEEN_LOOKS)
-        except BaseException:
+        except BaseException as error:
+            # At an error they save themselves; who presses Ctrl-C again does not want to wait for that.
+            ending = signal.SIGKILL if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
             for training in active:
-                training.process.kill()
+                training.process.send_signal(ending)
             for training in active:
                 training.process.wait()
             raise

@@ -85,8 +85,8 @@ def _state_of_folder(folder: Path) -> dict[str, Any]:
     if (folder / "checkpoint.pt").is_file():
         raise DanFastError(f"{folder} is the folder of a run: name the checkpoint.pt in it.")
     config, weights = read_folder(folder)
-    training = config["training"] or {}
-    if not {"settings", "checkpoint"} <= training.keys():
+    training = config["training"]
+    if not _is_of_this_package(training):
         raise DanFastError(
             f"{folder} does not say how its network was trained: read it with DAN.from_pretrained, or have "
             "`dan-fast share` write it from the checkpoint."
@@ -101,6 +101,17 @@ def _state_of_folder(folder: Path) -> dict[str, Any]:
         "evaluations": config["results"],
         "shared": training,
     }
+
+
+def _is_of_this_package(training: Any) -> bool:
+    """Whether what `DAN.save_pretrained` was given is of `dan_fast.training.shared.origin_of`, not one's own."""
+    if not isinstance(training, dict):
+        return False
+    settings, checkpoint = training.get("settings"), training.get("checkpoint")
+    if not isinstance(settings, dict) or not isinstance(checkpoint, dict):
+        return False
+    sections = [settings.get(name) for name in ("data", "model", "loss", "optimizer", "run")]
+    return all(isinstance(each, dict) for each in sections) and {"epoch", "iteration"} <= checkpoint.keys()
 
 
 def _require_one_network(folder: Path, network: dict[str, Any], settings: dict[str, Any]) -> None:

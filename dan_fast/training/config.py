@@ -61,8 +61,8 @@ class DataConfig:
         feedback_fraction: Largest share of S~'s labelled places for images of M' under their pseudo label; 0: none.
         workers: Processes that decode images; 0 decodes in the training process.
         broken_images: Stop with an error at an image that cannot be decoded, or skip and count it.
-        cache: Folder for decoded images, which come out the same, faster: 1.75 times in a training on two cores. A dataset
-            takes 3 height width bytes an image there. user is dan-fast in the user's cache folder ($XDG_CACHE_HOME or
+        cache: Folder for decoded images, which come out the same, 1.75 times as fast in a training on two cores; each
+            takes 3 height width bytes there. user is dan-fast in the user's cache folder ($XDG_CACHE_HOME or
             ~/.cache), none decodes images each time.
         cache_check: quick compares sizes and modification times of the images, and contents where these differ; full
             compares all contents, of the images and of what is cached.

@@ -47,8 +47,12 @@ def _by_path(data: DataConfig) -> DatasetRoles:
         )
     trained_on = [load_dataset(path) for path in (*data.labeled, *data.unlabeled)]
     # One that is tested on too has one name in results, by which it is no unseen target; two of one name have different
-    # ones, by which a target is not taken for a set that was trained on.
-    named = told_apart([*trained_on, *read_targets(data.targets)])
+    # ones, by which a target is not taken for a set that was trained on. A target's name does not depend on what is
+    # trained on, so that trainings can be compared.
+    targets = read_targets(data.targets)
+    named = told_apart([*trained_on, *targets])
+    short = dict(zip(named[len(trained_on) :], told_apart(targets), strict=True))
+    named = [short.get(dataset, dataset) for dataset in named]
     ends = len(data.labeled), len(trained_on)
     roles = DatasetRoles(tuple(named[: ends[0]]), tuple(named[ends[0] : ends[1]]), tuple(named[ends[1] :]))
     # Unlabelled images of which no share is taken are left aside.

@@ -150,6 +150,14 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path, capsys, monkeypatch):
     initial_network(load_checkpoint(path)["config"], 7, read_weights=False).save_pretrained("untold")
     with pytest.raises(DanFastError, match="untold does not say how its network was trained: read it with DAN.from"):
         load_checkpoint("untold")
+    for own in (
+        {"settings": {"lr": 0.1}, "checkpoint": "last.pt"},
+        {"settings": {}, "checkpoint": {}},
+        {"recipe": "x"},
+    ):
+        DAN.from_pretrained("untold").save_pretrained("untold", training=own)
+        with pytest.raises(DanFastError, match="untold does not say how its network was trained"):
+            load_checkpoint("untold")
 
 
 @pytest.mark.parametrize(("recipe", "unlabeled"), [("plain", []), ("dan", ["mall"])])

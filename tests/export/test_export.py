@@ -218,6 +218,11 @@ def test_the_remains_of_a_killed_export_go_and_a_second_one_is_told_who_is_at_wo
     assert {path.name for path in tmp_path.iterdir()} == {out.name, ".another.pt2.0a.part"}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_network_of_another_floating_type_is_written_in_float32(tmp_path, dtype: torch.dtype):
+    assert export_network(one_convolution().to(dtype), tmp_path / "network.pt2", "pt2").largest < 1e-4
+
+
 def test_the_network_stays_as_it_is(tmp_path):
     network = one_convolution()
     network.backbone.bn.eval()

@@ -123,6 +123,9 @@ def test_missing_pieces_are_said_in_the_page(trained, images, tmp_path):
         content = json.loads((odd / "results.json").read_text())
         content["targets"][0]["mAP"] = None
         (odd / "results.json").write_text(json.dumps(content | wrong))
+    nulls = fake_run(tmp_path / "nulls")
+    content = json.loads((nulls / "results.json").read_text())
+    (nulls / "results.json").write_text(json.dumps(content | dict.fromkeys(("ranks", "started_from", "skipped"))))
     damaged = fake_run(tmp_path / "damaged")
     (damaged / "checkpoint.pt").write_bytes(b"PK")
     text = text_of(report([tmp_path], tmp_path / "page", images=2))

@@ -484,6 +484,22 @@ def test_a_small_part_of_an_index_is_compared_whole(kind):
     assert (found.rows >= 0).all() and np.array_equal(found.rows, exact.rows)
 
 
+@pytest.mark.parametrize("kind", ["hnsw", "ivfpq"])
+@pytest.mark.parametrize("places", [10, 1500])
+def test_where_all_that_is_near_is_gone_what_is_left_is_found(kind, places):
+    """The images of a night leave the gallery, and a night's image is searched for."""
+    random, features = np.random.default_rng(0), clustered(3000, 64)
+    features = np.concatenate([features, np.zeros((3000, 1), np.float32)], axis=1)
+    features[:1200] = 0.1 * random.standard_normal((1200, 65)) * (np.arange(65) < 64) + 5 * (np.arange(65) == 64)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    order = np.where(np.arange(3000) < 1200, -1, np.arange(3000))
+    searcher = Searcher(features, order, kind, kinds.build(kind, features)[0])
+    queries = np.concatenate([features[:20], features[-20:]])
+    found, exact = (searcher.search(queries, places, exact=exact) for exact in (False, True))
+    assert (found.rows >= 1200).all() and recall(found.rows, exact.rows) > 0.95
+    assert np.isfinite(found.scores).all() and (np.diff(found.scores) <= 0).all()
+
+
 @pytest.mark.parametrize("size", [64, 512])
 @pytest.mark.parametrize("first", [1, 10], ids=["one image", "one person"])
 def test_a_graph_that_began_with_little_finds_what_is_added(first, size):

@@ -443,6 +443,37 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(quick, three, what, sentence
     assert recorded(quick.out, "sentence")[1] == ""
 
 
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_a_training_that_cannot_be_started_does_not_end_the_others(quick, three, parallel):
+    (quick.out / reduce(2)).touch()
+    with pytest.raises(DanFastError, match="1 of 3 trainings failed, the first being model.reduction=2: .*File exists"):
+        quick(three, parallel)
+    assert states(quick.out) == ["finished", "failed", "finished"]
+    assert not any("running" in entry for entry in json.loads((quick.out / "sweep.json").read_text()))
+
+
+def test_an_error_of_the_sweep_lets_the_trainings_save_themselves(quick, three, monkeypatch):
+    (quick.out / "plan").write_text(json.dumps({reduce(1): "wait"}))
+    sent = []
+    send = subprocess.Popen.send_signal
+    monkeypatch.setattr(subprocess.Popen, "send_signal", lambda self, number: sent.append(number) or send(self, number))
+    for error, number in ((DanFastError("The disk is full."), signal.SIGTERM), (KeyboardInterrupt(), signal.SIGKILL)):
+        with monkeypatch.context() as broken:
+            broken.setattr(sweeping, "_add_seconds", Mock(side_effect=[0.0, error]))
+            with pytest.raises(type(error)):
+                sweep(str(three), out=str(quick.out), report=False)
+        assert sent == [number]
+        sent.clear()
+
+
+def test_a_sweep_is_not_started_by_torchrun(quick, three, monkeypatch):
+    set_by_torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**set_by_torchrun, "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DanFastError, match="A sweep starts a process for each training itself: call it without torch"):
+        sweep(str(three), out=str(quick.out), report=False)
+
+
 def test_a_time_of_which_a_part_is_not_known_is_not_given(quick, three, monkeypatch):
     with pytest.raises(DanFastError, match="2 of 3 trainings failed"):
         quick(three, **{reduce(1): "fail", reduce(2): "fail"})
