@@ -28,6 +28,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*\w")
 COMMANDS = ("pip install -e . && dan-fast quickstart", "pip install -e '.[test]' && pytest")
 # Flags of torchreid and fast-reid.
 FOREIGN = {
+    "feeding.md": {"--interpolation"},  # of scripts/litdata_images.py
     "migrating.md": {"--config-file", "--eval-only", "--resume", "--num-gpus"},
     "scaling.md": {"--trainings"},  # of scripts/rank_overhead.py
     "training.md": {"--gpus-per-task"},  # of srun
