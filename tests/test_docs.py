@@ -31,7 +31,7 @@ FOREIGN = {
     "feeding.md": {"--interpolation"},  # of scripts/litdata_images.py
     "migrating.md": {"--config-file", "--eval-only", "--resume", "--num-gpus"},
     "scaling.md": {"--trainings"},  # of scripts/rank_overhead.py
-    "training.md": {"--gpus-per-task"},  # of srun
+    "training.md": {"--gpus-per-task", "--shutdown-timeout"},  # of srun, and of newer versions of torchrun
 }
 # Blocks that are neither run nor parsed, by page and language, and why.
 LEFT = {("CONTRIBUTING.md", "text"): "a tree of folders"}
