@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, needs_extension]
 SETS = _extension.build_info().get("instruction_sets", ["baseline"]) if _extension.loaded() else []
 SMALLER = SETS[: SETS.index(torch.ops.dan_fast.instruction_set())] if SETS else []
 STREAM_TESTS = str(Path(__file__).parent / "memory/test_stream_cpu.py")
-STREAM = [STREAM_TESTS, "-k", "not wrong_argument and not opcheck", "-q", "-x", "-p", "no:cacheprovider"]
+STREAM = [STREAM_TESTS, "-k", "not wrong_argument", "-q", "-x", "-p", "no:cacheprovider"]
 
 
 def results() -> dict[str, Any]:

@@ -111,3 +111,14 @@ def results() -> list[Tensor]:
     """What the kernels make of `SEVERAL_VECTORS`, in all dtypes."""
     layouts = [(dtype, layout) for dtype in DTYPES for layout in (contiguous, channels_last)]
     return [x for dtype, layout in layouts for size in SEVERAL_VECTORS for x in Case(size, dtype, layout).run()]
+
+
+def arguments(case: Case) -> dict[str, list[Tensor]]:
+    """Of each operator."""
+    maps = ops.head_adversary(case.features, case.refined, case.rows, case.labels)[1:]
+    return {
+        "head_refine": [case.features, *case.attentions],
+        "head_refine_backward": [case.features, *case.attentions, case.grad_refined],
+        "head_adversary": [case.features, case.refined, case.rows, case.labels],
+        "head_adversary_backward": [case.features, case.rows, case.labels, *maps, *case.grads],
+    }

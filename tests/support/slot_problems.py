@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dan_fast.functional.memory.row_norms import row_sq_norms
+
 F64 = torch.float64
 SIZES = (0, 1, 63, 100, 1000, 9000)
 KINDS = ("random", "close", "ties", "equal", "odd")  # of weights whose sets are wanted
@@ -38,6 +40,12 @@ def weights(
         features[2::9] = 0.0
     occupied = None if fill is None else torch.rand(slots, generator=generator) < fill
     return Weights(keys, features, occupied, factors)
+
+
+def operands(dtype: torch.dtype, batch: int = 4, slots: int = 33, seed: int = 0) -> tuple[Tensor, ...]:
+    """What the operator `slot_softmax` takes: products, squared norms of slots and of keys, and the mask."""
+    problem = weights(slots, batch, seed=seed).to(dtype)
+    return problem.keys @ problem.slots.mT, row_sq_norms(problem.slots), row_sq_norms(problem.keys), problem.occupied
 
 
 def literal_sets(evaluation: Tensor, labels: Tensor, pseudo_labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -73,11 +73,9 @@ def test_no_gradient_comes_out_of_the_sets():
 
 
 @needs_extension
-def test_the_operator():
-    op, (evaluation, *labels) = torch.ops.dan_fast.false_sample_sets, sets(33, batch=4)
-    torch.library.opcheck(op.default, (evaluation, *labels))
+def test_the_operator_names_a_wrong_argument():
     with pytest.raises(RuntimeError, match="evaluation must be float64, float32, bfloat16 or float16"):
-        op(torch.ones(1, 2).long(), torch.tensor([0, 1]), torch.tensor([0]))
+        torch.ops.dan_fast.false_sample_sets(torch.ones(1, 2).long(), torch.tensor([0, 1]), torch.tensor([0]))
 
 
 @pytest.mark.gpu

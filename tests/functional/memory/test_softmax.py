@@ -10,7 +10,7 @@ from dan_fast import _extension, functional, reference
 from dan_fast.functional.memory.row_norms import row_sq_norms
 from tests.support.memory_problems import agree
 from tests.support.running import Called, by_threads
-from tests.support.slot_problems import F64, SIZES, Weights, weights
+from tests.support.slot_problems import F64, SIZES, Weights, operands, weights
 from tests.support.toolchain import needs_extension
 
 
@@ -121,22 +121,6 @@ def test_each_is_one_operator_and_the_pytorch_form_gives_the_same():
     assert not [name for name in called.names if name.startswith("dan_fast")]
     agree(found, plain, 1e-10)
     assert all(map(torch.equal, sets, plain_sets))
-
-
-def operands(dtype: torch.dtype, batch: int = 4, slots: int = 33, seed: int = 0) -> tuple[Tensor, ...]:
-    problem = weights(slots, batch, seed=seed).to(dtype)
-    return problem.keys @ problem.slots.mT, row_sq_norms(problem.slots), row_sq_norms(problem.keys), problem.occupied
-
-
-@pytest.mark.compile
-@needs_extension
-def test_opcheck():
-    ops, (*tensors, occupied) = torch.ops.dan_fast, operands(F64)
-    leaves = [x.detach().clone().requires_grad_() for x in tensors]
-    for mask in (occupied, None):
-        torch.library.opcheck(ops.slot_softmax.default, (*leaves, mask))
-    result = ops.slot_softmax(*tensors, occupied)
-    torch.library.opcheck(ops.slot_softmax_backward.default, (torch.randn_like(result), result, *tensors))
 
 
 @needs_extension

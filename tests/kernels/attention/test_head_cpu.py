@@ -136,19 +136,6 @@ def _calls(case: Case) -> dict[str, list[Tensor | None]]:
     }
 
 
-@pytest.mark.compile
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
-@pytest.mark.parametrize("missing", [(), ("pooled", "channel_attention")], ids=str)
-def test_registration(missing: tuple[str, ...], layout: Callable[[Tensor], Tensor]):
-    """Schemas, fake tensors, autograd and compilation."""
-    case = Case((2, 5, 2, 3, 3, 2), torch.float64, layout)
-    case.grads = case.grads._replace(**dict.fromkeys(missing))
-    for op, given in _calls(case).items():
-        if op == "attention_head":
-            given = [x.detach().requires_grad_() if x.is_floating_point() else x for x in given]
-        torch.library.opcheck(getattr(ops, op).default, tuple(given))
-
-
 # Which of several arguments say how many there are of something, and which are then said to be wrong.
 DOUBTFUL = {"wc1": "wc1|wc2", "ws1": "ws1|ws3"}
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dan_fast.functional.attention.adversary import HeadAdversary
 from tests.support.head_problems import DTYPES, LAYOUTS
-from tests.support.maps_problems import OPERATORS, SEVERAL_VECTORS, Case, check, wrong_maps
+from tests.support.maps_problems import OPERATORS, SEVERAL_VECTORS, Case, arguments, check, wrong_maps
 from tests.support.running import by_threads
 from tests.support.toolchain import needs_extension
 
@@ -104,27 +104,6 @@ def test_any_strides_of_the_other_arguments():
     case.attentions, case.grads = tuple(map(spread, case.attentions)), tuple(map(spread, case.grads))
     case.rows, case.labels = spread(case.rows), spread(case.labels)
     assert all(torch.equal(a, b) for a, b in zip(case.run(), expected, strict=True))
-
-
-def arguments(case: Case) -> dict[str, list[Tensor]]:
-    maps = ops.head_adversary(case.features, case.refined, case.rows, case.labels)[1:]
-    return {
-        "head_refine": [case.features, *case.attentions],
-        "head_refine_backward": [case.features, *case.attentions, case.grad_refined],
-        "head_adversary": [case.features, case.refined, case.rows, case.labels],
-        "head_adversary_backward": [case.features, case.rows, case.labels, *maps, *case.grads],
-    }
-
-
-@pytest.mark.compile
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
-@pytest.mark.parametrize("op", OPERATORS)
-def test_registration(op: str, layout: Callable[[Tensor], Tensor]):
-    """Schema, fake tensors, autograd and compilation."""
-    given = arguments(Case((2, 5, 2, 3), torch.float64, layout))[op]
-    if not op.endswith("backward"):
-        given = [x.requires_grad_() if x.is_floating_point() else x for x in given]
-    torch.library.opcheck(getattr(ops, op).default, tuple(given))
 
 
 @pytest.mark.parametrize("op", OPERATORS)

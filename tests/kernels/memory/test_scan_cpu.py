@@ -201,14 +201,3 @@ def test_the_same_bits_whatever_the_number_of_threads():
     first, *others = by_threads(lambda: by_operators(arguments))
     assert (first.unlabeled_record.events & 1).any()
     assert all(all(map(torch.equal, first.flat, other.flat)) for other in others)
-
-
-@pytest.mark.compile
-@pytest.mark.parametrize("batch", [(3, 2), (0, 2), (3, 0)])
-def test_opcheck(batch):
-    scores, unlabeled_scores, gram, gates, *rest = Problem((7, 5), batch, classes=2).arguments()
-    leaves = [x.detach().requires_grad_() for x in (scores, unlabeled_scores, gram, gates)]
-    torch.library.opcheck(torch.ops.dan_fast.memory_scan.default, (*leaves, *rest))
-    plain = (scores, unlabeled_scores, gram, gates, *rest)
-    arguments = (torch.ones_like(gates[0]), *plain, torch.ops.dan_fast.memory_scan(*plain))
-    torch.library.opcheck(torch.ops.dan_fast.memory_scan_backward.default, arguments)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import dan_fast.functional  # noqa: F401 - registers what torch.compile and opcheck need of the operators
 from tests.support.running import by_threads
 from tests.support.stream_problems import (
     DTYPES,
@@ -151,23 +150,6 @@ def test_more_than_two_to_the_31_numbers():
     scores, square_norms = ops.memory_commit_scores_(base, *writes, keys)
     stored, same_norms = ops.memory_commit(near, *writes)
     assert torch.equal(base, stored) and torch.equal(square_norms, same_norms)
-
-
-@pytest.mark.compile
-def test_opcheck():
-    case = Case(9, 11, 3, torch.float32)
-    for op, arguments in (
-        (ops.memory_scores, (case.keys, case.base)),
-        (ops.memory_combine, (case.weights, case.base)),
-        (ops.memory_commit, (case.base, *case.writes())),
-        (ops.memory_commit_scores_, (case.base, *case.writes(), case.keys)),
-    ):
-        torch.library.opcheck(op.default, arguments)
-        # Nothing promises that a memory or keys come contiguous.
-        turned = [
-            x.mT.contiguous().mT if x.dim() == 2 and op is not ops.memory_commit_scores_ else x for x in arguments
-        ]
-        torch.library.opcheck(op.default, turned)
 
 
 KEYS, BASE, KEPT, WEIGHTS = torch.ones(2, 4), torch.ones(3, 4), torch.ones(3), torch.ones(2, 3)
