@@ -150,9 +150,11 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path, capsys, monkeypatch):
     initial_network(load_checkpoint(path)["config"], 7, read_weights=False).save_pretrained("untold")
     with pytest.raises(DanFastError, match="untold does not say how its network was trained: read it with DAN.from"):
         load_checkpoint("untold")
+    settings = load_checkpoint(path)["config"]
     for own in (
-        {"settings": {"lr": 0.1}, "checkpoint": "last.pt"},
-        {"settings": {}, "checkpoint": {}},
+        {"settings": {"lr": 0.1}, "checkpoint": "a.pt"},
+        {"settings": {}, "checkpoint": {"epoch": 3, "iteration": 0}},
+        {"settings": settings, "checkpoint": {"epoch": 3}},
         {"recipe": "x"},
     ):
         DAN.from_pretrained("untold").save_pretrained("untold", training=own)

@@ -9,6 +9,7 @@ import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest.mock import Mock
 from urllib.parse import unquote
 
 import numpy as np
@@ -27,6 +28,7 @@ from dan_fast.nn import DAN
 from dan_fast.reporting import search_page as page_module
 from dan_fast.search import GalleryIndex, gallery_index, kinds, update_index
 from dan_fast.search import exact as exact_search
+from dan_fast.search import searcher as searching
 from dan_fast.search.searcher import Searcher, recall
 from tests.support.searches import draw, search_page, searched
 from tests.support.tiny_training import IMAGE_SIZE, OneConvolution
@@ -459,8 +461,12 @@ def test_an_approximate_index_is_written_extended_and_searched(tmp_path, monkeyp
     kinds.extend(index, features)
     order = np.arange(2900)
     order[::3] = -1
-    searcher = Searcher(features, order, kind, index)
-    found, exact = searcher.search(queries, 10), searcher.search(queries, 10, exact=True)
+    searcher, exactly = Searcher(features, order, kind, index), Mock(side_effect=exact_search.search_exactly)
+    monkeypatch.setattr(searching, "search_exactly", exactly)
+    found = searcher.search(queries, 10)
+    # A third of all persons is gone, and of the images near a query seldom much more.
+    assert sum(len(call.args[1]) for call in exactly.call_args_list) <= len(queries) / 5
+    exact = searcher.search(queries, 10, exact=True)
     assert (found.rows % 3 != 0).all() and (found.rows >= 2000).any()
     hits = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.rows, exact.rows, strict=True)])
     assert hits >= least
