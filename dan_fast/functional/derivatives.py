@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.module_tracker import ModuleTracker
 
 
 def in_forward_mode() -> bool:
@@ -19,6 +20,12 @@ def in_transform() -> bool:
     PyTorch has no rule by which the autograd of a registered operator takes part in `grad`, `vjp`, `jacrev` or `vmap`.
     """
     return in_forward_mode() or torch._C._are_functorch_transforms_active()
+
+
+def in_backward_pass() -> bool:
+    """Whether this thread runs a backward pass, as activation checkpointing does when it computes a part again."""
+    # Of a tracker that has not been entered this is all that can be asked.
+    return ModuleTracker().is_bw
 
 
 def carry_tangents(tensors: Iterable[Tensor | None]) -> bool:

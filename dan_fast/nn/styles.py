@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.utils.module_tracker import ModuleTracker
 
 from dan_fast.core.errors import DanFastError
+from dan_fast.functional.derivatives import in_backward_pass
 from dan_fast.functional.styles import mix_styles
 from dan_fast.nn.backbones.trial import trial
 
@@ -59,8 +59,7 @@ class StyleMixing:
             self._lenders = before
 
     def _mix(self, stage: nn.Module, inputs: tuple, features: Tensor) -> Tensor:
-        # Of a tracker that has not been entered this is all that is asked: whether the thread runs a backward pass.
-        if self._has_mixed and ModuleTracker().is_bw:
+        if self._has_mixed and in_backward_pass():
             raise RuntimeError(
                 "styles are mixed by draws that would not be the same when activation checkpointing computes the maps "
                 "again: checkpoint what follows these stages, or mix no styles"

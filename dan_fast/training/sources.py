@@ -51,8 +51,8 @@ def _by_path(data: DataConfig) -> DatasetRoles:
     # trained on, so that trainings can be compared.
     targets = read_targets(data.targets)
     named = told_apart([*trained_on, *targets])
-    short = dict(zip(named[len(trained_on) :], told_apart(targets), strict=True))
-    named = [short.get(dataset, dataset) for dataset in named]
+    short = {long.title: target for long, target in zip(named[len(trained_on) :], told_apart(targets), strict=True)}
+    named = [short.get(dataset.title, dataset) for dataset in named]
     ends = len(data.labeled), len(trained_on)
     roles = DatasetRoles(tuple(named[: ends[0]]), tuple(named[ends[0] : ends[1]]), tuple(named[ends[1] :]))
     # Unlabelled images of which no share is taken are left aside.

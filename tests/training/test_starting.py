@@ -240,6 +240,13 @@ def test_which_weights_timm_downloads_is_said_and_recorded(images, tmp_path, cap
     assert after._past["started_from"][1:] == [words] and not after._past["unrecorded"]
 
 
+@pytest.mark.parametrize("name", ["timm:test_resnet.none_such", "timm:none_such"])
+def test_weights_that_timm_does_not_have_are_named(images, tmp_path, name):
+    named = of_campus(images, tmp_path / "run", backbone=name, weights="imagenet", instance_norm=False)
+    with pytest.raises(DanFastError, match=f"has no model '{name.removeprefix('timm:')}'; the nearest are"):
+        Trainer(named)
+
+
 def test_the_folder_of_a_run_and_a_damaged_checkpoint_are_named(earlier, images, tmp_path):
     with pytest.raises(DanFastError, match=r"is the folder of a run: name the checkpoint\.pt in it"):
         Trainer(of_mall(images, tmp_path / "run", earlier.parent))

@@ -4,13 +4,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.module_tracker import ModuleTracker
 
 from dan_fast.core.checks import check_memory_step, in_vmap, may_look_at
 from dan_fast.core.cosine import statistics_dtype
 from dan_fast.core.types import Gates, MemoryBatch, MemoryState, MemoryStep
 from dan_fast.functional.autocast import full_precision, keys_in_memory_dtype, outside_autocast
-from dan_fast.functional.derivatives import in_transform
+from dan_fast.functional.derivatives import in_backward_pass, in_transform
 from dan_fast.functional.memory.passes import memory_commit, memory_scores
 from dan_fast.functional.memory.pending import PendingMemory, lasting_tensors
 from dan_fast.functional.memory.scan import scan
@@ -171,8 +170,7 @@ def sharded_memory_step(
 
 
 def _require_one_pass() -> None:
-    # Of a tracker that has not been entered this is all that is asked: whether the thread runs a backward pass.
-    if ModuleTracker().is_bw:
+    if in_backward_pass():
         raise RuntimeError(
             "a memory takes no step inside of a backward pass, where activation checkpointing would compute one again "
             "from memories that have advanced: checkpoint only what makes the keys, and call the memory outside of it"

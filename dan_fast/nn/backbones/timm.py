@@ -125,9 +125,11 @@ def downloaded_in_words(name: str) -> str | None:
     """
     try:
         from timm.models import get_pretrained_cfg
-    except ImportError:
+
+        found = get_pretrained_cfg(name)
+    # No timm, or no such weights of a model, which `build_timm` says in its own words.
+    except (ImportError, RuntimeError):
         return None
-    found = get_pretrained_cfg(name)
     if found is None:
         return None
     plain, tag = name.partition(".")[0], getattr(found, "tag", None)
