@@ -14,6 +14,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import torch
 
 import dan_fast.training.trainer as training
 from dan_fast.core.errors import DanFastError
-from dan_fast.data import training_loader
+from dan_fast.data import MiniBatch, training_loader
 from dan_fast.reporting.curves import read_scalars
 from dan_fast.training import Interrupted, TrainConfig, Trainer
 from dan_fast.training.checkpoint import CheckpointWriter, load_checkpoint
@@ -367,14 +368,21 @@ def test_a_clock_that_jumps_changes_nothing(images, tmp_path, here, monkeypatch)
 def test_a_worker_leaves_a_sigterm_that_is_not_its_parents(images, here, tmp_path):
     """That of the parent, by which multiprocessing ends workers at exit, it obeys."""
     trainer = Trainer(tiny_config(images, tmp_path / "run"))
-    batches = iter(training_loader(trainer.training_set, trainer.batches.planner.plan_epoch(0), (16, 16), workers=1))
-    next(batches)
-    (worker,) = (pid for pid in workers_of(os.getpid()) if "pt_data_worker" in Path(f"/proc/{pid}/comm").read_text())
+
+    def begun() -> tuple[Iterator[MiniBatch], int]:
+        # Loaders of earlier tests may not have been collected.
+        before = set(workers_of(os.getpid()))
+        plans = trainer.batches.planner.plan_epoch(0)
+        batches = iter(training_loader(trainer.training_set, plans, (16, 16), workers=1))
+        next(batches)
+        new = set(workers_of(os.getpid())) - before
+        (worker,) = (pid for pid in new if "pt_data_worker" in Path(f"/proc/{pid}/comm").read_text())
+        return batches, worker
+
+    batches, worker = begun()
     subprocess.run(["kill", "-TERM", str(worker)], check=True)
     assert len(list(batches)) == trainer.batches.planner.iterations - 1
-    batches = iter(training_loader(trainer.training_set, trainer.batches.planner.plan_epoch(0), (16, 16), workers=1))
-    next(batches)
-    (worker,) = (pid for pid in workers_of(os.getpid()) if "pt_data_worker" in Path(f"/proc/{pid}/comm").read_text())
+    batches, worker = begun()
     os.kill(worker, signal.SIGTERM)
     wait_until(lambda: has_ended(worker), seconds=10)
     batches.close()
