@@ -303,14 +303,6 @@ def test_each_flag_of_a_list_is_known_as_one():
         assert {f"{prefix}{flag}" for flag in flags} == _FLAGS_OF_LISTS.get(name, {}).keys(), name
 
 
-def test_a_truncated_checkpoint_is_named(run, images, tmp_path, capsys):
-    half = tmp_path / "half.pt"
-    content = (run / "checkpoint.pt").read_bytes()
-    half.write_bytes(content[: len(content) // 2])
-    assert main(["evaluate", "--checkpoint", str(half), "--targets", str(images / "street")]) == 1
-    assert "half.pt is truncated or no checkpoint" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_a_broken_image_stops_or_is_skipped_with_a_count(images, tmp_path, capsys):
     root = tmp_path / "broken"
