@@ -56,6 +56,13 @@ def _check_tensor(name: str, value: object, shape: Sequence[int | str], dtype: t
         raise TypeError(f"{name} must be {dtype}, got {value.dtype}: convert it with .to({dtype})")
 
 
+def check_gate_features(value: object) -> None:
+    """(N, 3), N at least 1, of any floating dtype; else TypeError or ValueError."""
+    _check_tensor("gate_features", value, ("N", 3), None)
+    if value.shape[0] == 0:
+        raise ValueError("gate_features must have a row or more, (N, 3) with N >= 1, got (0, 3)")
+
+
 def check_device(name: str, value: Tensor, device: torch.device, of: str) -> None:
     """`value` is on `device`, that of the argument `of`; else ValueError."""
     if value.device != device:

@@ -3,14 +3,13 @@
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dan_fast.core.checks import check_keys
+from dan_fast.core.checks import check_gate_features, check_keys
 from dan_fast.core.cosine import statistics_dtype
 from dan_fast.core.types import Gates, MemoryBatch, MemoryState, MemoryStep
 from dan_fast.distributed.collectives import ProcessGroup
@@ -158,7 +157,7 @@ class ProgressiveAugmentedMemory(nn.Module):
             gate_features: (N, 3), the backbone's last three outputs; for `gates="features"` only.
 
         Raises:
-            ValueError: `gate_features` is missing, not needed, or of another shape.
+            TypeError, ValueError: `gate_features` is missing, not needed, no floating tensor, or of another shape.
         """
         if self.gates == "parameters":
             if gate_features is not None:
@@ -166,8 +165,7 @@ class ProgressiveAugmentedMemory(nn.Module):
             return self.alpha, self.alpha_unlabeled, torch.sigmoid(self.beta_logit)
         if gate_features is None:
             raise ValueError('gate_features must be given, (N, 3), because gates="features"')
-        if gate_features.dim() != 2 or gate_features.shape[1] != 3 or gate_features.shape[0] == 0:
-            raise ValueError(f"gate_features must be (N, 3) with N >= 1, got {tuple(gate_features.shape)}")
+        check_gate_features(gate_features)
         alpha, alpha_unlabeled, beta_logit = gate_features.mean(0).unbind()
         return alpha, alpha_unlabeled, torch.sigmoid(beta_logit)
 
@@ -276,7 +274,7 @@ class ProgressiveAugmentedMemory(nn.Module):
     @labeled.setter
     def labeled(self, state: MemoryState) -> None:
         self._labeled = replacement("labeled", self._labeled, state)
-        self._origin = None
+        self._origin = self._origin and self._origin.after_assigning("labeled")
 
     @property
     def unlabeled(self) -> MemoryState:
@@ -286,7 +284,7 @@ class ProgressiveAugmentedMemory(nn.Module):
     @unlabeled.setter
     def unlabeled(self, state: MemoryState) -> None:
         self._unlabeled = replacement("unlabeled", self._unlabeled, state)
-        self._origin = None
+        self._origin = self._origin and self._origin.after_assigning("unlabeled")
 
     def settle(self) -> None:
         """Fold what waits into both memories; when to do so changes results by rounding only.
@@ -339,7 +337,10 @@ class ProgressiveAugmentedMemory(nn.Module):
         return self
 
     def parted_state_dict(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The state dict in two: what every rank holds, and the features of this rank's slots; not collective."""
+        """The state dict in two: what every rank holds, and the features of this rank's slots; not collective.
+
+        The tensors are the memory's own, which its next step may overwrite: write or copy them before it.
+        """
         whole: dict[str, Tensor] = {name: value.detach() for name, value in self.named_parameters()}
         features = {}
         for memory, held in (("labeled", self._labeled), ("unlabeled", self._unlabeled)):
@@ -352,20 +353,17 @@ class ProgressiveAugmentedMemory(nn.Module):
 
         Args:
             whole: its first part.
-            read: features of a range of slots, by their name in the second part.
+            read: features of a range of slots, by their name in the second part; they are copied.
 
         Raises:
-            ValueError: a memory of another number of slots.
+            ValueError: a memory of another number of slots or numbers, or one that is not whole; all is as it was.
         """
-        loaded = {}
-        for memory, held in (("labeled", self._labeled), ("unlabeled", self._unlabeled)):
-            prefix = f"{memory}."
-            fields = {name.removeprefix(prefix): x for name, x in whole.items() if name.startswith(prefix)}
-            loaded[memory] = joined(memory, held, fields, partial(read, f"{memory}.features"))
+        gates = [*self.named_parameters()]
+        loaded = joined({"labeled": self._labeled, "unlabeled": self._unlabeled}, dict(gates), whole, read)
         with torch.no_grad():
-            for name, value in self.named_parameters():
+            for name, value in gates:
                 value.copy_(whole[name])
-        self._labeled, self._unlabeled = loaded["labeled"], loaded["unlabeled"]
+        self._labeled, self._unlabeled = loaded
         self._origin = None
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
@@ -397,4 +395,5 @@ class ProgressiveAugmentedMemory(nn.Module):
         # Keys that are missing or not expected are for the caller's `strict` to judge, which is not known here.
         if found.loaded and not error_msgs:
             self._labeled, self._unlabeled = (held | found.loaded).values()
-            self._origin = None
+            if self._origin is not None:
+                self._origin = self._origin.after_assigning(*(name.removeprefix(prefix) for name in found.loaded))

@@ -1,6 +1,6 @@
 """Where a memory module would fall behind: replicas, wrappers and copies that carry parameters but no memories."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,12 +21,14 @@ class Origin:
         writes, count: of the memory that was copied, and where they stood.
         gates: the copy's parameters and their versions, by which a change in place is seen.
         left_behind: what was copied or read from a file had itself been left behind.
+        stale: which memories are still those of that moment.
     """
 
     writes: Writes
     count: int
     gates: list[tuple[nn.Parameter, int]]
     left_behind: bool = False
+    stale: frozenset[str] = frozenset({"labeled", "unlabeled"})
 
     def has_been_left_behind(self) -> bool:
         """Whether the gates were written over while the memory that was copied went on."""
@@ -35,7 +37,12 @@ class Origin:
 
     def in_a_file(self) -> "Origin | None":
         """What a file keeps of it: the versions there are others, and no memory that was copied goes on."""
-        return Origin(Writes(), 0, [], left_behind=True) if self.has_been_left_behind() else None
+        return Origin(Writes(), 0, [], True, self.stale) if self.has_been_left_behind() else None
+
+    def after_assigning(self, *memories: str) -> "Origin | None":
+        """What is left of it when these memories have been replaced; None when both have been."""
+        stale = self.stale - set(memories)
+        return replace(self, stale=stale) if stale else None
 
 
 def require_to_be_carried(memory: nn.Module, origin: Origin | None) -> None:

@@ -1,6 +1,6 @@
 """States that a memory takes in and gives out: whole, or only the features of a rank's slots."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -96,29 +96,47 @@ def memories_of(state_dict: Mapping[str, Tensor], held: Mapping[str, PendingMemo
 
 
 def parted(held: PendingMemory) -> tuple[dict[str, Tensor], Tensor]:
-    """What every rank holds of a memory, by the fields of `MemoryState`, and the features of this rank's slots."""
+    """What every rank holds of a memory, by the fields of `MemoryState`, and the features of this rank's slots.
+
+    These are the memory's own: its next step may write to them.
+    """
     held.settle()
     features, *rest = held.unsettled()
     return dict(zip(MemoryState._fields[1:], rest, strict=True)), features
 
 
 def joined(
-    name: str, held: PendingMemory, whole: Mapping[str, Tensor], read: Callable[[slice], Tensor]
-) -> PendingMemory:
-    """The memory of what `parted` gave, in the place of `held`.
+    held: Mapping[str, PendingMemory],
+    gates: Iterable[str],
+    whole: Mapping[str, Tensor],
+    read: Callable[[str, slice], Tensor],
+) -> list[PendingMemory]:
+    """The memories of what `parted` gave, in the places of `held`.
 
     Args:
-        name: of the memory, for errors.
-        whole: by the fields of `MemoryState`, but for the features.
-        read: the features of a range of slots, from wherever they are.
+        held: by name.
+        gates: what else has to be in `whole`, by name.
+        whole: under `name.field`, the fields of `MemoryState` but for the features, and the gates.
+        read: the features of a range of slots, from wherever they are; they are copied.
 
     Raises:
-        ValueError: of another number of slots.
+        ValueError: of another number of slots, features of another shape, or something is missing.
     """
-    fields = held.unsettled()._asdict()
-    given = {field: whole[field].to(value) for field, value in fields.items() if field != "features"}
-    if given["labels"].shape != held.labels.shape:
-        raise ValueError(f"{name} has {held.labels.numel()} slots here and {given['labels'].numel()} in what is read")
-    slots = range(held.labels.numel())[held.rows]
-    features = read(slice(slots.start, slots.stop)).to(held.base)
-    return held.like(MemoryState(features, *(given[field].clone() for field in MemoryState._fields[1:])))
+    fields = MemoryState._fields[1:]
+    for name in (*gates, *(f"{memory}.{field}" for memory in held for field in fields)):
+        if name not in whole:
+            raise ValueError(f"{name} is missing in what is read: give all that parted_state_dict gave")
+    loaded = []
+    for memory, old in held.items():
+        given = [whole[f"{memory}.{field}"].to(getattr(old, field), copy=True) for field in fields]
+        if given[0].shape != old.labels.shape:
+            raise ValueError(f"{memory} has {old.labels.numel()} slots here and {given[0].numel()} in what is read")
+        slots = range(old.labels.numel())[old.rows]
+        features = read(f"{memory}.features", slice(slots.start, slots.stop))
+        if features.shape != old.base.shape:
+            raise ValueError(
+                f"{memory}.features of slots {slots.start} to {slots.stop - 1} must have shape "
+                f"{tuple(old.base.shape)}, got {tuple(features.shape)}"
+            )
+        loaded.append(old.like(MemoryState(features.to(old.base, copy=True), *given)))
+    return loaded

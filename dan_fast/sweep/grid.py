@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from argparse import ArgumentError
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -28,6 +29,8 @@ _KEYS = ("base", "recipe", "grids", "arms", "seeds", "baseline")
 _LONGEST_NAME = 120
 # Also a folder's name, followed by ",run.seed=0".
 _ARM_NAME = re.compile(r"[A-Za-z0-9][\w.+=,-]{0,79}")
+# What stands beside the folders of the trainings.
+_OF_THE_SWEEP = ("report", "sweep.json", "comparison.json", "comparison.md")
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ def plan_sweep(
         ['meta.procedure=daml1', 'meta.procedure=daml2', 'meta.procedure=daml3']
     """
     content, place = _read_grid(grid)
+    out = expanded(out)
     start = content.get("base", {}) if base is None else str(base)
     if isinstance(start, str):
         given = expanded(start)
@@ -107,7 +111,7 @@ def plan_sweep(
         config.run.out, config.run.resume = "", False
         # Two trainings are the same where their settings are, whatever the recipe.
         key = json.dumps({**config.to_dict(), "recipe": ""}, sort_keys=True)
-        config.run.out = str(Path(out) / name)
+        config.run.out = str(out / name)
         same = planned.setdefault(key, PlannedRun(name, settings, config, arm if baseline else "", baseline))
         # Several grids may share a combination, but two recipes that come to the same are a mistake.
         if same.name != name and (named or same.config.recipe != config.recipe):
@@ -150,7 +154,7 @@ def _word(value: Any) -> str:
 
 
 def _read_grid(grid: str | Path) -> tuple[dict[str, Any], Path]:
-    place = Path(grid)
+    place = expanded(grid)
     if str(grid) in GRIDS and not place.is_file():
         place = Path(str(files("dan_fast.sweep").joinpath("grids", f"{grid}.yaml")))
     if not place.is_file():
@@ -181,11 +185,18 @@ def _arms(content: Mapping[str, Any], place: Path) -> dict[str, dict[str, Any]]:
             raise DanFastError(
                 f"The arm {name!r} in {place} cannot be a folder's name: use letters, digits and _ . + = , - only."
             )
+        if name in _OF_THE_SWEEP:
+            raise DanFastError(f"The arm {name} in {place} is called as a file of the sweep itself: rename it.")
         if not isinstance(settings, dict | None):
             raise DanFastError(f"The arm {name} in {place} has {settings!r}: give it a mapping of dotted settings.")
-    named = {name: dict(_dotted(settings or {})) for name, settings in arms.items()}
+    pairs = {name: [*_dotted(settings or {})] for name, settings in arms.items()}
+    named = {name: dict(of_arm) for name, of_arm in pairs.items()}
     for setting in itertools.chain(*named.values()):
         _require_setting(setting, place)
+    for name, of_arm in pairs.items():
+        for setting, count in Counter(setting for setting, _ in of_arm).items():
+            if count > 1:
+                raise DanFastError(f"The arm {name} in {place} gives {setting} twice: leave out one of them.")
     return named
 
 

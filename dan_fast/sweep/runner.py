@@ -22,6 +22,7 @@ from rich.table import Table
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import alone_with_children, write_text
+from dan_fast.core.home import expanded
 from dan_fast.core.launched import number_of_ranks
 from dan_fast.core.signals import StopRequest
 from dan_fast.core.yaml_files import read_mapping
@@ -79,7 +80,8 @@ def sweep(
     """
     if number_of_ranks() > 1:
         raise DanFastError("A sweep starts a process for each training itself: call it without torchrun, once.")
-    runs = plan_sweep(grid, base, out, recipe)
+    folder = expanded(out)
+    runs = plan_sweep(grid, base, folder, recipe)
     for run in runs:
         _require_same_settings(run)
     console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -89,17 +91,17 @@ def sweep(
             table.add_row(run.name, state_of(run))
         console.print(table)
         return
-    with _alone(Path(out)) as lock:
-        before = _read_record(Path(out))
+    with _alone(folder) as lock:
+        before = _read_record(folder)
         record = [_entry(run, state_of(run), before.get(run.name, {})) for run in runs]
-        failed = _run_all(runs, record, Path(out), lock, console, parallel)
-        comparison = read_comparison(out)
+        failed = _run_all(runs, record, folder, lock, console, parallel)
+        comparison = read_comparison(folder)
         if comparison is not None:
-            _write_comparison(comparison, Path(out), console)
+            _write_comparison(comparison, folder, console)
     if report:
         finished = [run.folder for run in runs if state_of(run) == FINISHED]
         if finished:
-            console.print(f"Report: {write_page(finished, Path(out) / 'report')}")
+            console.print(f"Report: {write_page(finished, folder / 'report')}")
     if failed:
         raise DanFastError(
             f"{len(failed)} of {len(runs)} trainings failed, the first being {failed[0]['name']}: "

@@ -59,17 +59,26 @@ def any_rank(group: ProcessGroup, holds: bool, device: torch.device) -> bool:
     return bool(found)
 
 
-def with_shares(group: ProcessGroup, splits: tuple[Split, Split | None]) -> tuple[Split, Split | None]:
+def with_shares(group: ProcessGroup, splits: tuple[Split, Split | None], lending: bool) -> tuple[Split, Split | None]:
     """The splits with how many images of each kind every rank has; one collective.
+
+    Args:
+        lending: whether unlabelled images are in no loss.
 
     Raises:
         AllBrokenError: no rank has a labelled or fed-back image of S or of S~.
+        ValueError: a rank has no image of one of them that is in a loss; raised by all ranks.
     """
     counts = torch.tensor([split.counts for split in splits if split is not None])
     (of_ranks,) = all_gather(group, _for_host(group, counts, splits[0].labels.device))
     shares = [tuple(map(tuple, of_split)) for of_split in of_ranks.transpose(0, 1).tolist()]
     if not all(sum(labeled + fed_back for labeled, fed_back, _ in of_split) for of_split in shares):
         raise AllBrokenError("no rank has a labelled or fed-back image of it, as where all of them are broken")
+    for part, of_split in zip(("S", "S~"), shares, strict=False):
+        for rank, (labeled, fed_back, unlabeled) in enumerate(of_split):
+            if labeled + fed_back + (0 if lending else unlabeled) == 0:
+                kind = "labelled or fed-back image" if lending else "image"
+                raise ValueError(f"rank {rank} has no {kind} of {part}: give each rank one or more")
     meta_train, meta_test = splits
     return (
         meta_train._replace(shares=shares[0]),

@@ -171,7 +171,7 @@ class RunFolder:
                 yield
             except BaseException:
                 # The error that led here is the one to raise.
-                with suppress(DanFastError):
+                with suppress(DanFastError), self._unsaved_if_it_fails():
                     self._writer.wait()
                 raise
             finally:
@@ -193,24 +193,33 @@ class RunFolder:
         Raises:
             DanFastError: this checkpoint or an earlier one could not be written.
         """
-        if self._group is None:
-            self._writer.save(self.checkpoint, state)
-        else:
-            write_checkpoint_of_ranks(self._group, self.checkpoint, state, features, iterations_done)
-        self.note_saved(iterations_done)
-        if wait:
-            self._writer.wait()
+        with self._unsaved_if_it_fails():
+            if self._group is None:
+                self._writer.save(self.checkpoint, state)
+            else:
+                write_checkpoint_of_ranks(self._group, self.checkpoint, state, features, iterations_done)
+            self.note_saved(iterations_done)
+            if wait:
+                self._writer.wait()
 
     def note_saved(self, iterations_done: int) -> None:
         """The run is saved up to here: the next checkpoint is due so much later."""
         self._saved_at = iterations_done, time.monotonic()
 
+    @contextmanager
+    def _unsaved_if_it_fails(self) -> Iterator[None]:
+        """Around what raises that a checkpoint could not be written: a later `is_behind` knows."""
+        try:
+            yield
+        except DanFastError:
+            self.note_saved(-1)
+            raise
+
     def is_behind(self, iterations_done: int) -> bool:
         """Whether iterations were done that no checkpoint holds; what is being written is waited for."""
-        try:
+        # The checkpoint that is due now says so, if there still is no room.
+        with suppress(DanFastError), self._unsaved_if_it_fails():
             self._writer.wait()
-        except DanFastError:
-            return True  # the checkpoint that is due now says so, if there still is no room
         return iterations_done > self._saved_at[0]
 
     def checkpoint_is_due(self, iterations_done: int) -> bool:
@@ -223,8 +232,9 @@ class RunFolder:
         due = time.monotonic() - seconds >= run.checkpoint_every_s or (
             0 < run.checkpoint_every <= iterations_done - iterations
         )
-        # In this order: what could not be written is raised at once.
-        return bool(largest(self._group, self._writes and self._writer.is_free() and due)[0])
+        with self._unsaved_if_it_fails():
+            # In this order: what could not be written is raised at once.
+            return bool(largest(self._group, self._writes and self._writer.is_free() and due)[0])
 
 
 def _what_is_reported(settings: dict[str, Any]) -> list[Any]:

@@ -159,7 +159,8 @@ class MetaStep:
             DivergedError: a feature or a gradient is not finite; batch norm's running statistics may have taken it in,
                 so go on from a state that was saved before.
             ValueError: batch norm or the memory refuses the batch, labels are no classes of the network, S has no
-                labelled image where a competition is held, or the procedure needs the batch split otherwise.
+                labelled image where a competition is held, a part or a rank's share of it has no image, or the
+                procedure needs the batch split otherwise.
             TypeError: images that are not floating.
             RuntimeError: it is called in `torch.inference_mode`.
         """
@@ -173,7 +174,7 @@ class MetaStep:
         with differentiable(self.meta.order if meta_test is not None else 1):
             meta_train = self._to_device(meta_train)
             if self.process_group is not None:
-                meta_train, meta_test = with_shares(self.process_group, (meta_train, meta_test))
+                meta_train, meta_test = with_shares(self.process_group, (meta_train, meta_test), self.model.lending)
             if self.competes and meta_train.whole_counts[0] == 0:
                 raise ValueError("S needs a labelled image, by which the competition is decided")
             result = self._gradients(meta_train, meta_test)

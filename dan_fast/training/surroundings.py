@@ -51,15 +51,17 @@ def rounding_in_words(past: Sequence[Mapping[str, Any]]) -> str:
     return ", then ".join(each for each, before in zip(found, [None, *found], strict=False) if each != before)
 
 
-def ran_under(device: torch.device, ranks: int, saved: Mapping[str, Any] | None) -> dict[str, list[dict[str, Any]]]:
+def ran_under(device: torch.device, ranks: int, saved: Mapping[str, Any] | None, epochs: int) -> dict[str, Any]:
     """Under what the processes of a run ran, in order and as far as its checkpoint knows; this process comes last.
 
     Args:
         device: of this process.
         ranks: how many processes train together now.
         saved: the run's checkpoint where it goes on from one.
+        epochs: of the whole training.
 
     Returns:
+        "ranks": how many trained last, which where the training has ended are not those that evaluate it again; and
         "ran_under": for each process that differs from the one before it, `versions` and "device", its model, "threads"
         of the CPU, "float32", how its products are rounded, and "ranks".
     """
@@ -67,7 +69,8 @@ def ran_under(device: torch.device, ranks: int, saved: Mapping[str, Any] | None)
     rounding = float32_rounding(device) or "IEEE"
     here = {"device": device_name(device), "threads": torch.get_num_threads(), "float32": rounding, "ranks": ranks}
     now = {**versions(), **here}
-    return {"ran_under": before if before[-1:] == [now] else [*before, now]}
+    trained = ranks if saved is None or saved["epoch"] < epochs else saved.get("ranks", 1)
+    return {"ran_under": before if before[-1:] == [now] else [*before, now], "ranks": trained}
 
 
 def changes_of_surroundings(past: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -95,7 +95,7 @@ class Trainer:
         self.training_set = TrainingSet(self.datasets.labeled, self.datasets.unlabeled, share, seed)
         require_same_run(process_group, self.training_set.fingerprint, self.datasets.targets, saved)
         self.folder.require_same_images(saved, self.training_set.fingerprint)
-        now = ran_under(self.device, ranks_in(process_group), saved)
+        now = ran_under(self.device, ranks_in(process_group), saved, config.optimizer.epochs)
         self._past = whom_it_saw(self.training_set, config.model.backbone, config.model.weights, saved) | now
         self.targets = Targets(config, self.datasets, self.folder, self.device, process_group)
 
@@ -163,6 +163,7 @@ class Trainer:
                 self._compiled.say = display.say
                 for line in opening_lines(self.config, self.datasets, self.device, self._past):
                     display.say(line)
+                self._save_what_is_done(scalars)  # by an earlier call, whose checkpoint may not have been written
                 if self.epoch > 0 and self.iteration == 0:
                     # The run was stopped between an epoch's checkpoint and its evaluation.
                     evaluations = self._evaluate_if_due(scalars, display)
@@ -201,14 +202,13 @@ class Trainer:
             self.skipped.tell(batch.skipped, display.say)
             with self.folder.whole_iteration(), saved_if_all_are_broken(self.process_group, batch.skipped, save):
                 self.train_iteration(batch, scalars)
-                self.iteration += 1
-            last = self.iteration == self.batches.planner.iterations
+                epoch, last = self.epoch, self.iteration + 1 == self.batches.planner.iterations
+                self.epoch, self.iteration = (epoch + 1, 0) if last else (epoch, self.iteration + 1)
             log = last or self.iterations_done % self.config.run.log_every == 0
             if log and self._is_first and self.model.memory is not None:
                 self._step_scalars.add_memory(scalars, self.model.memory)
-            display.advance(self.epoch, scalars.flush(self.iterations_done) if log else None)
+            display.advance(epoch, scalars.flush(self.iterations_done) if log else None)
             if last:
-                self.epoch, self.iteration = self.epoch + 1, 0
                 self.skipped.tell(sorted(set().union(*gathered(self.process_group, set(self.skipped)))), display.say)
             if self.folder.checkpoint_is_due(self.iterations_done):
                 self._save(wait=False)
@@ -277,7 +277,6 @@ class Trainer:
             **{name: getattr(self.training_set, name) for name in ("fingerprint", "num_classes")},
             **self._past,
             "preprocessing": self.model.network.preprocessing.to_dict(),
-            "ranks": ranks_in(self.process_group),
             "epoch": self.epoch,
             "iteration": self.iteration,
             "skipped": sorted(self.skipped),

@@ -13,6 +13,7 @@ import dan_fast.training.surroundings as surroundings
 from dan_fast.core.batches import MiniBatch, Split
 from dan_fast.core.errors import DanFastError
 from dan_fast.distributed.launch import is_loss_of_a_rank
+from dan_fast.nn import ProgressiveAugmentedMemory
 from dan_fast.training import TrainConfig
 from dan_fast.training.checkpoint import load_checkpoint
 from tests.support import rank_trainings
@@ -253,3 +254,19 @@ def test_where_all_labelled_images_of_a_batch_are_broken_all_ranks_save_and_name
     ranks: Ranks, images: Path, tmp_path: Path
 ):
     ranks.run(all_broken, settings(images, tmp_path / "run", data={"broken_images": "skip"}))
+
+
+def wrong_gate_features(group: Group) -> None:
+    memory = ProgressiveAugmentedMemory(5, 4, 3, gates="features", process_group=group)
+    batch = torch.ones(1, 3), torch.zeros(1, dtype=torch.int64), torch.ones(1, 3), torch.zeros(1, dtype=torch.int64)
+    last = group.size() - 1
+    for wrong in ([[0.0] * 3], torch.zeros(1, 3, dtype=torch.int64)):
+        is_wrong = group.rank() == last
+        sentence = "gate_features must" if is_wrong else f"rank {last} of process_group refused its rows"
+        with pytest.raises(TypeError if is_wrong else ValueError, match=sentence):
+            memory(*batch, gate_features=wrong if is_wrong else torch.zeros(1, 3))
+    memory(*batch, gate_features=torch.zeros(1, 3))
+
+
+def test_gate_features_that_are_none_are_named_and_leave_no_rank_waiting(ranks: Ranks):
+    ranks.run(wrong_gate_features)

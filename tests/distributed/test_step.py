@@ -38,7 +38,7 @@ def share(split: Split, rank: int, sizes: tuple[list[int], ...]) -> Split:
         first = start + sum(of_kind[:rank])
         places += range(first, first + of_kind[rank])
         start += count
-    at = torch.tensor(places)
+    at = torch.tensor(places, dtype=torch.int64)
     return Split(split.images[at], split.labels[at], split.sample_ids[at], sizes[0][rank], sizes[1][rank])
 
 
@@ -114,6 +114,15 @@ def same_steps(group: Group, procedure: str, order: int, gates: str, attention: 
     nothing = share(whole_split(5, (0, 0, ranks)), group.rank(), ([0] * ranks, [0] * ranks, [1] * ranks))
     with pytest.raises(ValueError, match="no rank has a labelled or fed-back image of it, as where all of them are"):
         mine.step(*[nothing] * len(parts))
+    before = {name: value.clone() for name, value in mine.model.state_dict().items()}
+    sizes = ([2] + [1] * (ranks - 2) + [0], [0] * ranks, [0] * ranks)
+    none_of_last = share(whole_split(6, (ranks, 0, 0)), group.rank(), sizes)
+    for place, name in zip(range(len(parts)), ("S", "S~"), strict=False):
+        splits = [part for part, _ in parts]
+        splits[place] = none_of_last
+        with pytest.raises(ValueError, match=f"rank {ranks - 1} has no image of {name}: give each rank one or more"):
+            mine.step(*splits)
+    assert all(map(torch.equal, mine.model.state_dict().values(), before.values()))
 
 
 @pytest.mark.parametrize(

@@ -333,6 +333,30 @@ def test_a_module_without_storage_takes_a_state_dict_as_it_is():
         larger.load_state_dict(state, assign=True)
 
 
+def test_a_parted_state_is_copied_or_refused():
+    memory, taken, other = stepped(2), make(), make()
+    whole, features = memory.parted_state_dict()
+    kept = {name: value.clone() for name, value in features.items()}
+    for each in (taken, other):
+        each.load_parted_state_dict(whole, lambda name, rows: kept[name][rows])
+    states = copy.deepcopy(memory.state_dict())
+    for batch in batches(3, seed=5):
+        taken(*batch)
+    taken.settle()
+    assert all(map(torch.equal, kept.values(), features.values()))
+    assert all(map(torch.equal, other.state_dict().values(), states.values()))
+    lacking = {name: value for name, value in whole.items() if name not in ("unlabeled.usage", "alpha")}
+    for given, read, match in (
+        (lacking, lambda name, rows: kept[name][rows], "^alpha is missing in what is read"),
+        (lacking | {"alpha": whole["alpha"]}, lambda name, rows: kept[name][rows], "^unlabeled.usage is missing"),
+        (whole, lambda name, rows: kept[name][rows][:, 1:], "^labeled.features of slots 0 to .* must have shape"),
+        (whole, lambda name, rows: kept[name][rows][1:], "^labeled.features of slots 0 to .* must have shape"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            other.load_parted_state_dict(given, read)
+    assert all(map(torch.equal, other.state_dict().values(), states.values()))
+
+
 def test_states_are_assignable_and_checked():
     memory, other = make(), stepped(2)
     memory.labeled, memory.unlabeled = other.labeled, other.unlabeled
@@ -472,7 +496,10 @@ def test_gates_from_features():
     torch.testing.assert_close(grad, torch.autograd.grad(expected.loss, features)[0])
     assert grad.abs().sum() > 0
     for wrong in (None, features[:, :2], features[:0]):
-        with pytest.raises(ValueError, match="gate_features must be"):
+        with pytest.raises(ValueError, match="gate_features must (be|have)"):
+            memory(*batch, gate_features=wrong)
+    for wrong in (features.tolist(), features.long()):
+        with pytest.raises(TypeError, match="gate_features must (be a tensor|have a floating dtype)"):
             memory(*batch, gate_features=wrong)
     with pytest.raises(ValueError, match="gate_features are for"):
         make()(*batch, gate_features=features)

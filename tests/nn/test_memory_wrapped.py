@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
@@ -124,13 +125,41 @@ def test_an_average_of_the_gates_is_refused_until_it_has_memories():
             other(*batch)
         other.module.load_state_dict(memory.state_dict())
         other(*batch)
-    averaged.module.labeled, averaged.module.unlabeled = memory.labeled, memory.unlabeled
+    averaged.module.labeled = memory.labeled
+    with pytest.raises(RuntimeError, match="as AveragedModel does"):
+        averaged(*batch)  # M' is as old as the copy
+    for other in (copy.deepcopy(averaged), saved_and_read(averaged)):
+        with pytest.raises(RuntimeError, match="as AveragedModel does"):
+            other(*batch)
+    averaged.module.unlabeled = memory.unlabeled
     assert_memories_equal(averaged.module, memory)
     averaged(*batch)
 
     memory, averaged = averaged_over_a_training()
     averaged.module.load_state_dict(memory.state_dict())
     assert torch.equal(averaged(*batch).loss, memory(*batch).loss)
+
+
+def test_of_a_state_dict_with_one_memory_the_other_is_still_missed():
+    memory, averaged = averaged_over_a_training()
+    (batch,) = batches(1, seed=9)
+    parts = [{k: v for k, v in memory.state_dict().items() if k.startswith(name)} for name in ("labeled", "unlabeled")]
+    averaged.module.load_state_dict(parts[1], strict=False)
+    with pytest.raises(RuntimeError, match="as AveragedModel does"):
+        averaged(*batch)
+    averaged.module.load_state_dict(parts[0], strict=False)
+    averaged(*batch)
+
+
+def test_what_another_process_gets_is_not_overwritten_by_this_one():
+    """torch.multiprocessing shares the storage of what it hands over."""
+    memory = make()
+    memory(*next(batches(1)))
+    received, before = pickle.loads(ForkingPickler.dumps(memory)), copy.deepcopy(memory)
+    for batch in batches(3, seed=1):
+        memory(*batch)
+    memory.settle()
+    assert_memories_equal(received, before)
 
 
 def test_a_copy_whose_gates_are_its_own_is_not_refused():

@@ -161,7 +161,8 @@ def test_the_home_folder_is_written_out_in_base_and_grid(tmp_path):
     """As the training writes it into its config.yaml, with which the sweep compares."""
     base = {"data": {"labeled": "~/market", "root": "~/sets"}, "model": {"weights": "~/w.pt"}}
     path = write(tmp_path / "grid.yaml", {"base": base, "grids": [{"data.targets": [["~/duke", "b~"], "~"]}]})
-    home, runs = str(Path.home()), plan_sweep(path, None, "out")
+    home, runs = str(Path.home()), plan_sweep(path, None, "~/out")
+    assert runs[0].folder.parent == Path.home() / "out"
     assert [run.config.data.targets for run in runs] == [[f"{home}/duke", "b~"], [home]]
     first = runs[0].config
     assert (first.data.labeled, first.data.root) == ([f"{home}/market"], f"{home}/sets")
@@ -205,6 +206,14 @@ def test_names_are_folders():
         ({"base": BASE, "arms": []}, "arms in .* must map names to dotted settings"),
         ({"base": BASE, "arms": {"a/b": {}}}, "The arm 'a/b' in .* cannot be a folder's name"),
         ({"base": BASE, "arms": {"a": 3}}, "The arm a in .* has 3: give it a mapping"),
+        *(
+            ({"base": BASE, "arms": {"a": {}, name: {}}}, f"The arm {name} in .* is called as a file of the sweep")
+            for name in ("report", "sweep.json", "comparison.json", "comparison.md")
+        ),
+        (
+            {"base": BASE, "arms": {"a": {"meta": {"order": 2}, "meta.order": 1}}},
+            "The arm a in .* gives meta.order twice: leave out one",
+        ),
         ({"base": BASE, "arms": {"a": {"run.out": "b"}}}, "run.out in .* is for the sweep to choose"),
         (
             {"base": BASE, "arms": {"a": {"meta.eta": None}}},

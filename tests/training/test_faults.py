@@ -27,6 +27,7 @@ from dan_fast.data import MiniBatch, training_loader
 from dan_fast.reporting.curves import read_scalars
 from dan_fast.training import Interrupted, TrainConfig, Trainer
 from dan_fast.training.checkpoint import CheckpointWriter, load_checkpoint
+from dan_fast.training.scalars import Scalars
 from dan_fast.training.shared import origin_of
 from tests.support.tiny_training import Trainings, has_ended, tiny_config, tiny_network, wait_until, workers_of
 from tests.support.training_runs import assert_same_training
@@ -286,6 +287,55 @@ def test_a_checkpoint_that_failed_beside_the_training_is_written_before_another_
     if full == "for a moment":
         assert iterations_saved(tmp_path / "run", 5) == 3
     here(setup)
+    assert_same_training(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["waited for", "beside the training"])
+def test_what_could_not_be_saved_is_saved_before_it_is_evaluated(images, tmp_path, here, monkeypatch, beside):
+    """The same trainer goes on, as in a notebook, when room has been made."""
+    target = {"targets": str(images / "mall"), "iterations": 2}
+    here(tiny_config(images, tmp_path / "whole", data=target))
+    # At 3 of 4 iterations, or before the evaluation of the last epoch.
+    setup = tiny_config(images, tmp_path / "run", data=target, run={"checkpoint_every": 3 if beside else 0})
+    trainer, replace, tried = Trainer(setup), os.replace, []
+
+    def without_room(one: str, other: str) -> None:
+        if Path(other).name == "checkpoint.pt":
+            tried.append(trainer.iterations_done)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(one, other)
+
+    with monkeypatch.context() as patch, pytest.raises(DanFastError, match="checkpoint.pt could not be written"):
+        patch.setattr(os, "replace", without_room)
+        trainer.fit()
+    assert tried and not (tmp_path / "run" / "checkpoint.pt").exists()
+    evaluate, saved = trainer.targets.evaluate, []
+
+    def after_saving(*arguments):
+        saved.append(iterations_saved(tmp_path / "run", 2))
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(trainer.targets, "evaluate", after_saving)
+    trainer.fit()
+    assert saved == [4]
+    assert_same_training(tmp_path / "whole", tmp_path / "run")
+
+
+def test_scalars_that_an_epoch_could_not_write_at_its_end_cost_no_iteration(images, tmp_path, here, monkeypatch):
+    here(tiny_config(images, tmp_path / "whole"))
+    trainer, flush, flushed = Trainer(tiny_config(images, tmp_path / "run")), Scalars.flush, []
+
+    def once_without_room(scalars: Scalars, step: int) -> dict[str, float]:
+        flushed.append(step)
+        if flushed.count(5) == 1 == flushed.count(step):
+            raise DanFastError("scalars could not be written")
+        return flush(scalars, step)
+
+    monkeypatch.setattr(Scalars, "flush", once_without_room)
+    with pytest.raises(DanFastError, match="scalars could not be written"):
+        trainer.fit()
+    assert trainer.iterations_done == 5
+    trainer.fit()
     assert_same_training(tmp_path / "whole", tmp_path / "run")
 
 

@@ -56,12 +56,13 @@ def test_a_run_that_goes_on_under_other_versions_says_so_and_records_both(images
     older, less = now | {"torch": "2.0.0", "float32": "TF32 in convolutions"}, {"torch": now["torch"]}
     for before, found in (([older], [older, now]), ([now], [now]), ([], [now]), ([less], [less, now])):
         out.mkdir(exist_ok=True)
-        save_checkpoint(out / "checkpoint.pt", {**state, "ran_under": before})
+        save_checkpoint(out / "checkpoint.pt", {**state, "ran_under": before, "ranks": 2})
         trainer = Trainer(config(images, out, optimizer=ONE_EPOCH, run=RESUME))
         trainer.fit()
         results = json.loads((out / "results.json").read_text())
         rounded = {id(older): "TF32 in convolutions, then ", id(less): "not recorded, then "}.get(id(found[0]), "")
         assert results["ran_under"] == found and results["float32"] == f"{rounded}IEEE"
+        assert results["ranks"] == 2  # one process evaluates what two have trained
         said = " ".join(capsys.readouterr().out.split())
         assert ("Not all of this run ran alike" in said) == (before == [older])
         of_both = f"torch is {torch.__version__} and was 2.0.0, float32 is IEEE and was TF32 in convolutions."

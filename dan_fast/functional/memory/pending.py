@@ -5,6 +5,7 @@ folds in what waits from the batch before, so that a step reads and writes the m
 reads it once more.
 """
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,10 +110,18 @@ class PendingMemory:
             state = MemoryState(*(x.clone() if x.is_inference() else x.detach() for x in state))
         return cls(_Base(state.features), *state[1:], **fields)
 
-    def __reduce__(self) -> tuple:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PendingMemory":
         # Copies and files hold the settled state: what else counts on the features is not theirs.
         self.settle()
-        return PendingMemory.of, (self.unsettled(),)
+        return self.like(copy.deepcopy(self.unsettled(), memo))
+
+    def __reduce__(self) -> tuple:
+        return PendingMemory.of, (self.to_hand_over(),)
+
+    def to_hand_over(self) -> MemoryState:
+        """The settled state; another process may share its storage, so the features are not those that go on."""
+        self.settle()
+        return self.unsettled()._replace(features=self.base.clone())
 
     def like(self, state: MemoryState) -> "PendingMemory":
         """`of`, for a state that takes the place of this memory; its features are those of `rows`."""

@@ -40,8 +40,7 @@ class ShardedMemory(PendingMemory):
         return cls.of(state._replace(features=own), shard=shard)
 
     def __reduce__(self) -> tuple:
-        self.settle()
-        return _of_rows, (self.unsettled(), self.shard)
+        return _of_rows, (self.to_hand_over(), self.shard)
 
     def like(self, state: MemoryState) -> "ShardedMemory":
         return self.of(state, shard=self.shard)
