@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dan_fast.core.checks import check_device
+from dan_fast.core.cosine import FLOATING
 from dan_fast.core.types import AttentionVariantWeights, NLCBAMWeights, attention_shapes
 
 
@@ -136,7 +137,7 @@ def check_styles(features: Tensor, partners: Tensor, share: Tensor, values: bool
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATING:
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name} must be a floating tensor, got {got}: convert it with .float()")
 

@@ -4,12 +4,13 @@ Each error names the argument and the remedy. Values are looked at in a single t
 """
 
 import math
+import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dan_fast.core.cosine import statistics_dtype
+from dan_fast.core.cosine import FLOATING, statistics_dtype
 from dan_fast.core.types import Gates, MemoryBatch, MemoryState
 
 # What may be wrong with the values of a memory step, in the order in which it is looked for.
@@ -28,8 +29,15 @@ STEP_FAULTS = (
 
 
 def may_look_at(tensor: Tensor) -> bool:
-    """Whether reading values of `tensor` neither waits for a device, nor breaks a graph, nor is refused by a vmap."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not in_vmap()
+    """Whether reading values of `tensor` neither waits for a device, nor breaks a graph, nor is refused."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or in_vmap():
+        return False
+    # Under FakeTensorMode there are none, and make_fx and torch.func.linearize record what is done to them.
+    modes = torch._C._TorchDispatchModeKey
+    if any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY)):
+        return False
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")  # not imported, so there are none
+    return fakes is None or not fakes.is_fake(tensor)
 
 
 def in_vmap() -> bool:
@@ -50,7 +58,7 @@ def _check_tensor(name: str, value: object, shape: Sequence[int | str], dtype: t
     if not fits:  # else no sentence, which torch.compile cannot make of sizes that are free
         wanted = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
         raise ValueError(f"{name} must have shape {wanted}, got {tuple(value.shape)}")
-    if dtype is None and not value.is_floating_point():
+    if dtype is None and value.dtype not in FLOATING:
         raise TypeError(f"{name} must have a floating dtype, got {value.dtype}: convert it with .float()")
     if dtype is not None and value.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {value.dtype}: convert it with .to({dtype})")

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 NORM_FLOOR = 1e-12
+# What kernels and forms compute in; PyTorch's types of 8 bits are for storage alone.
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

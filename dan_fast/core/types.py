@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dan_fast.core.cosine import FLOATING
+
 
 class MemoryState(NamedTuple):
     """One external memory, M or M' of Sec. III-C.
@@ -50,8 +52,8 @@ class MemoryState(NamedTuple):
         """
         if slots < 1 or key_dim < 1:
             raise ValueError(f"slots and key_dim must be positive, got slots={slots} and key_dim={key_dim}")
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating type, got {dtype}")
+        if dtype not in FLOATING:
+            raise TypeError(f"dtype must be a floating type, float64, float32, float16 or bfloat16, got {dtype}")
         nothing = torch.full((slots,), -1, dtype=torch.int64, device=device)
         return cls(
             features=torch.zeros(slots, key_dim, dtype=dtype, device=device),

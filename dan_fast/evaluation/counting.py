@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dan_fast import _extension
 from dan_fast._sources import AGAIN
+from dan_fast.core.errors import DanFastError
 from dan_fast.evaluation import counting_torch
 from dan_fast.evaluation.distances import PartDistances, distance_scale, square_norms
 from dan_fast.evaluation.divided import Division, refused_by_all
@@ -36,6 +37,10 @@ def load() -> ModuleType | str:
     except ImportError as error:
         missing = [sentence for sentence in _extension.build_info().get("missing", []) if "CUDA" not in sentence]
         return missing[0] if missing else f"{error}; {AGAIN}"
+    try:
+        _ranking.isa()
+    except RuntimeError as error:  # DAN_FAST_ISA is no set
+        raise DanFastError(f"{error}.") from None
     return _ranking
 
 
@@ -132,18 +137,16 @@ def ranks_by_shards(problem: RankingProblem) -> Iterator[tuple[Pairs, np.ndarray
     yield from found if _kernels_for(query) is None else in_blocks(found, _feature_blocks(query, labels, budget))
 
 
-def whole_gallery(problem: RankingProblem, terms: int = 1) -> tuple[Division, Labels, tuple[np.ndarray, np.ndarray]]:
+def whole_gallery(problem: RankingProblem) -> tuple[Division, Labels, tuple[np.ndarray, np.ndarray]]:
     """How a gallery is divided, its labels, and the squared norms of the queries and of it; collective.
 
     Args:
         problem: without a group its gallery is the whole.
-        terms: of the size of a squared norm, that a distance adds up without an overflow.
     """
     query, shard, group = problem.query, problem.gallery, problem.group
     with refused_by_all(group, ValueError, "check its part of the gallery"):
         own = square_norms(query, problem.block_bytes), square_norms(shard, problem.block_bytes)
-        with np.errstate(over="ignore"):
-            problem.check_squares(*(terms * squares for squares in own))
+        problem.check_squares(*own)
     division = Division.of_part(group, shard)
     ids, cams, squares = (
         division.gather_array(x, shard.device)

@@ -44,7 +44,9 @@ class RankingProblem(NamedTuple):
             ("query_features", self.query, query_squares),
             ("gallery_features", self.gallery, gallery_squares),
         ):
-            broken = np.flatnonzero(~np.isfinite(squares))
+            # A squared Euclidean distance adds up four terms of the size of a squared norm at most.
+            with np.errstate(over="ignore"):
+                broken = np.flatnonzero(~np.isfinite(4 * squares))
             if len(broken) and not bool(torch.isfinite(features[broken[0]]).all()):
                 raise _not_finite(name)
             if len(broken):

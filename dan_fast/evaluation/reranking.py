@@ -157,8 +157,7 @@ def _check_reranking(reranking: Reranking) -> None:
 def _reranked(problem: RankingProblem, reranking: Reranking) -> tuple[_Reranked, Labels, Division]:
     """Distances of queries and the part of the gallery, and labels and division of the whole; collective."""
     query, gallery, budget = problem.query, problem.gallery, problem.block_bytes
-    # A distance adds up four terms of the size of a squared norm at most.
-    division, labels, squares = whole_gallery(problem, terms=4)
+    division, labels, squares = whole_gallery(problem)
     images = Images(query, gallery, squares, problem.metric, budget, division)
     found = nearest(images, max(reranking.k1 + 1, reranking.k2))
     neighbours = images.gather(*(each.places.to(torch.int32).cpu().numpy() for each in found))

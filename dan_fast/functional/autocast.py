@@ -24,11 +24,14 @@ def full_precision(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if autocasts(device.type) else nullcontext()
 
 
-def keys_in_memory_dtype(keys: Tensor, dtype: torch.dtype) -> Tensor:
-    """Under autocast, keys as the network gives them are stored and compared in the dtype of the memory."""
-    if not isinstance(keys, Tensor) or not keys.is_floating_point() or not autocasts(keys.device.type):
+def keys_in_memory_dtype(keys: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Under autocast, keys as the network gives them are stored and compared in the dtype of the memory.
+
+    What is no floating tensor, and keys beside slots that are none (`dtype` None), are for the checks to refuse.
+    """
+    if dtype is None or not isinstance(keys, Tensor) or not keys.is_floating_point():
         return keys
-    return keys.to(dtype)
+    return keys.to(dtype) if autocasts(keys.device.type) else keys
 
 
 def widened(value: Any) -> Any:

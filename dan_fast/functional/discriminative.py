@@ -9,7 +9,7 @@ from torch import Tensor
 from dan_fast.core.checks import check_discriminative_loss
 from dan_fast.core.cosine import norm_from_square, statistics_dtype
 from dan_fast.distributed.collectives import gather_parts, hand_out
-from dan_fast.functional.autocast import outside_autocast
+from dan_fast.functional.autocast import full_precision, keys_in_memory_dtype
 from dan_fast.functional.memory.passes import memory_scores
 from dan_fast.functional.memory.sharded import ShardedMemory
 
@@ -18,7 +18,6 @@ from dan_fast.functional.memory.sharded import ShardedMemory
 _FAR = 80.0
 
 
-@outside_autocast(widen=False)
 def discriminative_loss(keys: Tensor, labels: Tensor, slots: Tensor, slot_labels: Tensor, temperature: float) -> Tensor:
     """-log(P / (P + N)) of Eq. (15) for keys whose label is known, at a temperature.
 
@@ -26,7 +25,7 @@ def discriminative_loss(keys: Tensor, labels: Tensor, slots: Tensor, slot_labels
     any number of times in keys and slots, whatever autocast says in the dtype of statistics.
 
     Args:
-        keys: (B, d) floating.
+        keys: (B, d) floating; under autocast they get the dtype of the slots.
         labels: (B,) int64, the label of each key; -1 where it is unknown.
         slots: (s, d), features of the memory, dtype and device of `keys`.
         slot_labels: (s,) int64, its labels; -1 is an empty slot, which takes no part whatever finite numbers it holds.
@@ -44,9 +43,11 @@ def discriminative_loss(keys: Tensor, labels: Tensor, slots: Tensor, slot_labels
         >>> discriminative_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([4]), slots, slot_labels, temperature=1.0)
         tensor([0.3133])
     """
+    keys = keys_in_memory_dtype(keys, getattr(slots, "dtype", None))
     check_discriminative_loss(keys, labels, slots, slot_labels, temperature)
-    keys = _of_known(keys.to(statistics_dtype(keys.dtype)), labels)
-    return losses_of_scores(*memory_scores(keys, slots), keys, labels, slot_labels, temperature)
+    with full_precision(keys.device):
+        keys = _of_known(keys.to(statistics_dtype(keys.dtype)), labels)
+        return losses_of_scores(*memory_scores(keys, slots), keys, labels, slot_labels, temperature)
 
 
 def losses_of_scores(

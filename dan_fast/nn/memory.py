@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dan_fast.core.checks import check_gate_features, check_keys
-from dan_fast.core.cosine import statistics_dtype
+from dan_fast.core.cosine import FLOATING, statistics_dtype
 from dan_fast.core.types import Gates, MemoryBatch, MemoryState, MemoryStep
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.distributed.shards import check_group
@@ -113,8 +113,8 @@ class ProgressiveAugmentedMemory(nn.Module):
         for name, size in sizes.items():
             if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
                 raise ValueError(f"{name} must be a positive integer, got {size!r}")
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating type as torch.float32, got {dtype}")
+        if dtype not in FLOATING:
+            raise TypeError(f"dtype must be a floating type as torch.float32, of 16 bits or more, got {dtype}")
         if gates not in ("parameters", "features"):
             raise ValueError(f'gates must be "parameters" or "features", got {gates!r}')
         if process_group is not None:

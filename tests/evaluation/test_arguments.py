@@ -31,6 +31,8 @@ REFUSED_BY_ALL = [
     ({"max_rank": 0}, "max_rank is 0"),
     ({"block_bytes": 0}, "block_bytes is 0"),
     ({"gallery_features": FEATURES.double() * 1e200}, "gallery_features holds numbers whose squares overflow"),
+    # Distances add up four of them.
+    ({"gallery_features": FEATURES.double() * 1.2e154, "metric": "euclidean"}, "gallery_features holds numbers whose"),
     ({"query_features": FEATURES * 1j}, "query_features is complex"),
 ]
 EVALUATIONS = (evaluate_ranking, evaluate_single_shot, evaluate_reranked)

@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 import threading
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from dan_fast import _extension
 from dan_fast.bench.machine import peak_above
+from dan_fast.core.errors import DanFastError
 from dan_fast.evaluation import counting
 from dan_fast.evaluation.distances import tree_dots
 from dan_fast.evaluation.ranking import evaluate_ranking, pairwise_distances, rank_distances
@@ -305,6 +307,13 @@ def test_instruction_sets_agree(monkeypatch):
         results[isa] = lines
     assert len(results["baseline"]) == 12
     assert all(lines == results["baseline"] for lines in results.values())
+
+
+@needs_module
+def test_an_instruction_set_that_is_none_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(counting.load(), "isa", MagicMock(side_effect=RuntimeError("DAN_FAST_ISA is 'sse9'")))
+    with pytest.raises(DanFastError, match="^DAN_FAST_ISA is 'sse9'.$"):
+        counting.load.__wrapped__()
 
 
 def test_memory_is_bounded():

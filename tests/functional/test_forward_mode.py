@@ -51,6 +51,24 @@ def test_a_tangent_goes_through(loss: Callable[[Tensor], Tensor], dtype: torch.d
     torch.testing.assert_close(jvp(grad(loss), (keys,), (along,))[1], second, **tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_tangent_of_half_precision_slots_goes_through(dtype: torch.dtype):
+    keys, start, along = draw(7, 5, dtype=dtype), slots(dtype), draw(6, 5, dtype=dtype, seed=3)
+
+    def weights(x: Tensor) -> Tensor:
+        return cosine_softmax(keys.to(x.dtype), x)
+
+    def losses(x: Tensor) -> Tensor:
+        return discriminative_loss(keys.to(x.dtype), torch.arange(7) % 3, x, LABELS, 0.5)
+
+    for function in (weights, losses):
+        exact = jvp(function, (start.double(),), (along.double(),))[1]
+        assert exact.abs().max() > 0.05
+        torch.testing.assert_close(jvp(function, (start,), (along,))[1].double(), exact, rtol=1e-4, atol=1e-5)
+        whole = (jacfwd(function)(start).double() * along.double()).sum((-2, -1))
+        torch.testing.assert_close(whole, exact, rtol=0.02, atol=0.02 * exact.abs().max().item())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_tangent_of_a_gradient_goes_through_a_backward_pass(dtype: torch.dtype):
     """Of a graph that was made before there were tangents."""

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, vmap
-from torch.func import grad, jacrev, vjp
+from torch._subclasses import FakeTensorMode
+from torch.func import grad, jacrev, jvp, linearize, vjp
 
 from dan_fast import MemoryState, NLCBAMWeights
 from dan_fast.functional import (
@@ -96,6 +97,17 @@ def test_a_vmap_is_a_loop(name: str):
     per_sample = vmap(grad(lambda y: function(y).square().sum()))(batch)
     looped = torch.stack([grad(lambda y: function(y).square().sum())(each) for each in batch])
     torch.testing.assert_close(per_sample, looped, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_values_that_are_not_there_are_not_looked_at(name: str):
+    function, x = FUNCTIONS[name]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        found = function(mode.from_tensor(x))
+    assert found.shape == function(x).shape
+    values, slope = linearize(function, x)
+    torch.testing.assert_close(values, function(x))
+    torch.testing.assert_close(slope(x.cos()), jvp(function, (x,), (x.cos(),))[1])
 
 
 def test_labels_are_not_looked_at_in_a_vmap():

@@ -515,7 +515,7 @@ def test_a_decay_of_numpy_is_a_number():
 @pytest.mark.parametrize(
     "settings",
     [{"decay": 1.5}, {"gates": "both"}, {"labeled_slots": 0}, {"unlabeled_slots": 4.0}, {"key_dim": True}]
-    + [{"dtype": torch.int64}, {"dtype": "float32"}],
+    + [{"dtype": torch.int64}, {"dtype": "float32"}, {"dtype": torch.float8_e5m2}],
 )
 def test_wrong_settings(settings):
     with pytest.raises((TypeError, ValueError), match=next(iter(settings))):

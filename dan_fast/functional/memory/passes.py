@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dan_fast.core.float32 import exact_float32
 from dan_fast.functional.autocast import full_precision
+from dan_fast.functional.derivatives import carry_tangents
 from dan_fast.functional.memory.row_norms import row_sq_norms
 from dan_fast.functional.products import product
 from dan_fast.functional.registration import Context, Operator, empty_like
@@ -80,7 +81,7 @@ def _commit_into(target: Tensor, base: Tensor, kept: Tensor, weights: Tensor, pe
 
 def _product(left: Tensor, base: Tensor, transposed: bool) -> Tensor:
     """`left @ base^T` or `left @ base`, widening a half-precision memory."""
-    if base.dtype != left.dtype and not base.requires_grad:
+    if base.dtype != left.dtype and not (base.requires_grad or carry_tangents((base,))):
         return _HalfProduct.apply(left, base, transposed)
     wide = base.to(left.dtype)
     return product(left, wide.mT if transposed else wide)

@@ -6,9 +6,8 @@ One read of the memory and no temporary, where `features.square().sum(1)` writes
 import torch
 from torch import Tensor
 
+from dan_fast.core.cosine import FLOATING
 from dan_fast.functional.registration import Context, Operator
-
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def row_sq_norms(features: Tensor) -> Tensor:
@@ -33,7 +32,7 @@ def row_sq_norms(features: Tensor) -> Tensor:
     """
     if not isinstance(features, Tensor):
         raise TypeError(f"features must be a tensor, got {type(features).__name__}")
-    if features.dtype not in _DTYPES:
+    if features.dtype not in FLOATING:
         raise TypeError(f"features must be float64, float32, float16 or bfloat16, got {features.dtype}")
     if features.dim() != 2:
         raise ValueError(f"features must be (s, d), got shape {tuple(features.shape)}")

@@ -7,13 +7,12 @@ from torch import Tensor
 
 from dan_fast.core.checks import check_cosine_softmax, check_keys_finite, may_look_at
 from dan_fast.core.cosine import norm_from_square, occupied_softmax, statistics_dtype
-from dan_fast.functional.autocast import outside_autocast
+from dan_fast.functional.autocast import full_precision, keys_in_memory_dtype
 from dan_fast.functional.memory.passes import memory_scores
 from dan_fast.functional.memory.row_norms import row_sq_norms
 from dan_fast.functional.registration import Context, KernelBackward, empty_like
 
 
-@outside_autocast(widen=False)
 def cosine_softmax(keys: Tensor, slots: Tensor, occupied: Tensor | None = None) -> Tensor:
     """Attention of keys over memory slots by cosine similarity, Eqs. (7) and (11).
 
@@ -21,7 +20,7 @@ def cosine_softmax(keys: Tensor, slots: Tensor, occupied: Tensor | None = None) 
     keys and slots, whatever autocast says in the dtype of statistics, and traced whole by `torch.compile`.
 
     Args:
-        keys: (B, d) floating.
+        keys: (B, d) floating; under autocast they get the dtype of the slots.
         slots: (s, d), dtype and device of `keys`.
         occupied: (s,) bool; empty slots get weight 0. None: every slot is occupied.
 
@@ -38,12 +37,14 @@ def cosine_softmax(keys: Tensor, slots: Tensor, occupied: Tensor | None = None) 
         >>> cosine_softmax(torch.tensor([[3.0, 0.0]]), torch.tensor([[1.0, 0.0], [2.0, 0.0]]))
         tensor([[0.5000, 0.5000]])
     """
+    keys = keys_in_memory_dtype(keys, getattr(slots, "dtype", None))
     check_cosine_softmax(keys, slots, occupied)
     if may_look_at(keys):
         check_keys_finite(keys)
-    keys = keys.to(statistics_dtype(keys.dtype))
-    scores, square_norms = memory_scores(keys, slots)
-    return SlotSoftmax.run(scores, square_norms, row_sq_norms(keys), occupied)
+    with full_precision(keys.device):
+        keys = keys.to(statistics_dtype(keys.dtype))
+        scores, square_norms = memory_scores(keys, slots)
+        return SlotSoftmax.run(scores, square_norms, row_sq_norms(keys), occupied)
 
 
 class SlotSoftmax(KernelBackward):

@@ -61,6 +61,14 @@ def test_a_wrong_dtype_is_named(impl, name, dtype):
     refuses(impl, put(given, name, get(given, name).to(dtype)), TypeError, f"^{blamed} must .*got torch")
 
 
+@pytest.mark.parametrize("name", FLOATS)
+def test_eight_bits_are_refused(impl, name):
+    given = arguments()
+    refuses(
+        impl, put(given, name, get(given, name).to(torch.float8_e4m3fn)), TypeError, f"^{name} must .*got torch.float8"
+    )
+
+
 @pytest.mark.parametrize("name", INTEGERS)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float64, torch.bool, torch.uint8], ids=str)
 def test_integers_that_are_not_int64_are_named(impl, name, dtype):

@@ -180,6 +180,11 @@ def test_autocast_does_not_reach_inside():
     problem = weights(100).to(torch.float32)
     actual, expected = (with_gradients(f, problem) for f in (under_autocast, functional.cosine_softmax))
     assert all(map(torch.equal, actual, expected))
+    with torch.autocast("cpu", torch.bfloat16):
+        keys = torch.nn.Linear(problem.keys.shape[1], problem.keys.shape[1])(problem.keys)
+        found = functional.cosine_softmax(keys, problem.slots)
+    assert keys.dtype == torch.bfloat16
+    assert torch.equal(found, functional.cosine_softmax(keys.float(), problem.slots))
 
 
 @needs_extension
