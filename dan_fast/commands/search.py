@@ -15,6 +15,7 @@ from dan_fast.core.terminal import PLAIN, progress_line
 from dan_fast.data.images.reading import DECODED_BY
 from dan_fast.inference import FeatureExtractor
 from dan_fast.inference.sources import LISTS, PICTURES, Part, find_images, samples_of
+from dan_fast.reporting.html import require_own_page
 from dan_fast.reporting.search_page import write_search_page
 from dan_fast.search import GalleryIndex, Update, update_index
 from dan_fast.search.kinds import IndexKind, faiss_library
@@ -61,6 +62,7 @@ def search(
     """
     folder, console = Path(out), Console()
     require_writable(folder / LISTS)
+    require_own_page(folder / "index.html")
     if index != "flat":
         faiss_library()
     searched, asked = _of_split(gallery, "gallery"), _of_split(query, "query")

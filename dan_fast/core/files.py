@@ -75,8 +75,18 @@ def write_whole(path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """`write_whole` for text, in UTF-8."""
-    write_whole(path, lambda stream: stream.write(text.encode()))
+    """`write_whole` for text, in UTF-8; what of a file's name is none is written as U+FFFD."""
+    write_whole(path, lambda stream: stream.write(printable(text).encode()))
+
+
+def printable(text: str) -> str:
+    """A text of file names with U+FFFD in the place of bytes that are no UTF-8, which Python has as surrogates.
+
+    Example:
+        >>> printable(os.fsdecode(bytes([99, 97, 233]))) == "ca\N{REPLACEMENT CHARACTER}"
+        True
+    """
+    return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def require_writable(path: str | Path) -> None:

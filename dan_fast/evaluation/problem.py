@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -144,8 +145,8 @@ def check_metric(metric: Metric) -> None:
 
 def check_scoring(max_rank: int, ap: AveragePrecision) -> None:
     """Raise ValueError for a figure that is not defined."""
-    if max_rank < 1:
-        raise ValueError(f"max_rank is {max_rank}; it must be at least 1.")
+    if not isinstance(max_rank, Integral) or max_rank < 1:
+        raise ValueError(f"max_rank is {max_rank}; it must be a whole number, at least 1.")
     if ap not in ("standard", "trapezoid"):
         raise ValueError(f"ap is {ap!r}; it must be 'standard' or 'trapezoid'.")
 

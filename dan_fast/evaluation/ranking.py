@@ -141,6 +141,9 @@ def rank_distances(
     matrix = as_tensor(distances, "distances")
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise ValueError(f"distances has shape {tuple(matrix.shape)}; it must be a non-empty (queries, gallery).")
+    if matrix.dtype == torch.uint64:
+        # Kernels count by signed numbers: in the same order, lower by 2^63.
+        matrix = matrix.view(torch.int64) ^ torch.iinfo(torch.int64).min
     labels = check_labels(query_ids, gallery_ids, query_cams, gallery_cams, *matrix.shape)
     check_scoring(max_rank, ap)
     check_block_bytes(block_bytes)

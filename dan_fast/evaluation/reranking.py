@@ -10,6 +10,7 @@ rows.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -148,8 +149,9 @@ def reranked_distances(
 
 def _check_reranking(reranking: Reranking) -> None:
     for name in ("k1", "k2"):
-        if getattr(reranking, name) < 1:
-            raise ValueError(f"{name} is {getattr(reranking, name)}; it must be at least 1.")
+        value = getattr(reranking, name)
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} is {value}; it must be a whole number, at least 1.")
     if not 0 <= reranking.weight <= 1:
         raise ValueError(f"weight is {reranking.weight}; it must lie between 0 and 1.")
 

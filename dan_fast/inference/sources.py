@@ -93,12 +93,26 @@ def _parts_at(text: str) -> Iterator[Part]:
         yield from parts
     else:
         found = (Path(name) for name in sorted(glob(str(path), recursive=True)))
-        files = [file for file in found if file.is_file() and not _is_of_a_page(file.parent)]
+        files = _once([file for file in found if file.is_file() and not _is_of_a_page(file.parent)])
         if not files:
             raise DanFastError(
                 f"There is nothing at {text}, and no file fits it as a pattern; check for a typing mistake."
             )
         yield _unknown(files)
+
+
+def _once(files: Sequence[Path]) -> list[Path]:
+    """Each file by one path, where links to folders give it several, as one to a folder above does without end.
+
+    The path is the one that goes through no link, or else the first of the shortest.
+    """
+    by_place: dict[tuple[str, str], list[Path]] = {}
+    for file in files:
+        by_place.setdefault((os.path.realpath(file.parent), file.name), []).append(file)
+    return sorted(
+        min(same, key=lambda file: (os.path.abspath(file.parent) != real, len(file.parts)))
+        for (real, _), same in by_place.items()
+    )
 
 
 def _tell_what_lies_beside(path: Path, dataset: ReIDDataset) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dan_fast import __version__
 from dan_fast.core.errors import DanFastError
-from dan_fast.core.files import alone, remove_unfinished, write_whole
+from dan_fast.core.files import alone, printable, remove_unfinished, write_whole
 from dan_fast.core.home import expanded
 from dan_fast.core.preprocessing import Preprocessing
 from dan_fast.nn.backbones.weights import load_fitting, read_state_dict
@@ -69,7 +69,7 @@ def save_network(
     }
     text = json.dumps(config, indent=2) + "\n"
     card = model_card(name or folder.resolve().name, network.classifier.in_features, config, results)
-    contents = {WEIGHTS: weights, CONFIG: text.encode(), CARD: card.encode()}
+    contents = {WEIGHTS: weights, CONFIG: text.encode(), CARD: printable(card).encode()}
     _require_own_or_empty(folder)
     with alone(folder / ".lock"):
         remove_unfinished(folder)

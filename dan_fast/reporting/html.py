@@ -121,8 +121,9 @@ def write_page(page: Path, template: str, **values: object) -> Path:
         The path of the page.
 
     Raises:
-        DanFastError: the page cannot be written.
+        DanFastError: the page cannot be written, or one is there that is not of this package.
     """
+    require_own_page(page)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dan_fast.reporting"),
         autoescape=True,
@@ -135,6 +136,16 @@ def write_page(page: Path, template: str, **values: object) -> Path:
     return page
 
 
+def require_own_page(page: Path) -> None:
+    """Refuse to write a page in the place of one that was not written by this package.
+
+    Raises:
+        DanFastError: such a page is there.
+    """
+    if page.is_file() and b"dan_fast" not in page.read_bytes():
+        raise DanFastError(f"{page} is not a page of dan_fast: choose another folder, or move it away.")
+
+
 def link_from(folder: str | Path, path: str | Path) -> str:
     """The address of a file for a page in ``folder``, relative and quoted.
 
@@ -142,4 +153,4 @@ def link_from(folder: str | Path, path: str | Path) -> str:
         >>> link_from("runs/page", "runs/images/a b#1.png")
         '../images/a%20b%231.png'
     """
-    return quote(Path(os.path.relpath(path, folder)).as_posix())
+    return quote(os.fsencode(Path(os.path.relpath(path, folder)).as_posix()))

@@ -11,7 +11,7 @@ from jsonargparse.typing import NonNegativeInt
 from dan_fast.core.files import alone, remove_unfinished
 from dan_fast.reporting.arms import read_comparison
 from dan_fast.reporting.groups import SYMBOLS, Line, compared, models, swept_settings, titles, unlabeled_shares
-from dan_fast.reporting.html import Figure, Table, write_report
+from dan_fast.reporting.html import Figure, Table, require_own_page, write_report
 from dan_fast.reporting.result_tables import contradictions_table, paper_tables, result_tables
 from dan_fast.reporting.run_figures import NO_MEMORY, Missing, no_scalars, run_figures
 from dan_fast.reporting.runs import Run, read_runs
@@ -63,6 +63,8 @@ def report(
     # The pictures of two pages have the same names.
     with alone(out / ".lock"):
         remove_unfinished(out)
+        # Before minutes of drawing.
+        require_own_page(out / "index.html")
         return _written(found, out, images, seed)
 
 
@@ -74,6 +76,7 @@ def _written(found: Sequence[Run], out: Path, images: int, seed: int) -> Path:
         for run in found
         if not run.results
     ]  # fmt: skip
+    is_new = not (out / "index.html").is_file()
     figures = _gates(found, out, missing)
     figures += _models(found, out, missing)
     figures += _shares(found, out, missing)
@@ -93,7 +96,7 @@ def _written(found: Sequence[Run], out: Path, images: int, seed: int) -> Path:
     tables.append(contradictions_table())
     page = write_report(out, "dan_fast: runs beside the paper", _summary(found), tables, figures)
     shown = {Path(figure.path).name for figure in figures}
-    for picture in out.glob("*.png"):
+    for picture in () if is_new else out.glob("*.png"):
         # Of an earlier report; among them may be persons who were left out of this one.
         if _PICTURE.fullmatch(picture.name) and picture.name not in shown:
             picture.unlink(missing_ok=True)

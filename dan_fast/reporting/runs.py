@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.files import printable
 from dan_fast.data.datasets.load import MANIFEST
 from dan_fast.data.named_protocols import PROTOCOLS
 from dan_fast.evaluation import Evaluation
@@ -169,7 +170,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 def _names(folders: Sequence[Path]) -> list[str]:
     """The last parts of the paths, as many as distinguish the folders."""
-    parts = [folder.resolve().parts for folder in folders]
+    parts = [tuple(map(printable, folder.resolve().parts)) for folder in folders]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-count:]) for each in parts]
         if len(set(names)) == len(names):
@@ -205,6 +206,7 @@ def _read_run(folder: Path, name: str) -> Run:
                 continue
             for entry in content if isinstance(content, list) else ():
                 features, evaluation = entry.get("features", "trained"), Evaluation.from_dict(entry)
+                evaluation = replace(evaluation, dataset=printable(evaluation.dataset))
                 if features != "trained":
                     baselines.append((features, evaluation))
                 elif evaluation not in results:
@@ -213,7 +215,7 @@ def _read_run(folder: Path, name: str) -> Run:
             complaints.append(f"{path} holds no evaluations of this version ({error}): evaluate the run again.")
     if settings["data"]["unlabeled_share"] == 0:
         sources["unlabeled"] = []
-    names = {role: tuple(names) for role, names in sources.items()}
+    names = {role: tuple(map(printable, names)) for role, names in sources.items()}
     return Run(name, folder, settings, **names, results=tuple(results), baselines=tuple(baselines),
                complaints=tuple(complaints), recipe=recipe, iterations=iterations, ranks=ranks,
                started_from=tuple(started_from), skipped=skipped)  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dan_fast.core.files import write_whole
+from dan_fast.core.files import printable, write_whole
 from dan_fast.data.images.cache_header import digest, status_of
 from dan_fast.data.images.loader import image_loader
 from dan_fast.data.samples import Sample
@@ -109,7 +108,7 @@ def _cell(image: Mapping[str, Any], drawn: Mapping[str, str], attends: bool) -> 
     name = drawn.get(image["path"])
     return {
         # Bytes of a name that are no UTF-8 are shown as signs of replacement.
-        "file": os.fsencode(Path(image["path"]).name).decode(errors="replace"),
+        "file": printable(Path(image["path"]).name),
         "image": name and f"{PICTURES}/{name}.jpg",
         "overlay": f"{PICTURES}/{name}-attention.jpg" if name and attends else None,
         "known": ", ".join(known),

@@ -212,7 +212,8 @@ def _add_images(
         row = known.get((path, *statuses[path]))
         if row is not None:
             stored["gallery"].append(row)
-            stored["pids"][row], stored["camids"][row] = sample.pid, sample.camid
+            # NumPy's integers are no JSON.
+            stored["pids"][row], stored["camids"][row] = int(sample.pid), int(sample.camid)
     return Update(
         added=len(new) - len(skipped),
         kept=len(images) - len(new),

@@ -2,7 +2,7 @@
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import load_dataset
-from dan_fast.data.datasets.load import read_targets, told_apart
+from dan_fast.data.datasets.load import is_same, read_targets, told_apart
 from dan_fast.data.named_protocols import DatasetRoles, resolve_protocol
 from dan_fast.data.overlap import require_disjoint_persons
 from dan_fast.evaluation import require_scorable
@@ -50,11 +50,13 @@ def _by_path(data: DataConfig) -> DatasetRoles:
     # ones, by which a target is not taken for a set that was trained on. A target's name does not depend on what is
     # trained on, so that trainings can be compared.
     targets = read_targets(data.targets)
-    named = told_apart([*trained_on, *targets])
-    short = {long.title: target for long, target in zip(named[len(trained_on) :], told_apart(targets), strict=True)}
-    named = [short.get(dataset.title, dataset) for dataset in named]
-    ends = len(data.labeled), len(trained_on)
-    roles = DatasetRoles(tuple(named[: ends[0]]), tuple(named[ends[0] : ends[1]]), tuple(named[ends[1] :]))
+    tested = told_apart(targets)
+    named = [
+        next((called for target, called in zip(targets, tested, strict=True) if is_same(dataset, target)), long)
+        for dataset, long in zip(trained_on, told_apart([*trained_on, *targets]), strict=False)
+    ]
+    end = len(data.labeled)
+    roles = DatasetRoles(tuple(named[:end]), tuple(named[end:]), tuple(tested))
     # Unlabelled images of which no share is taken are left aside.
     unlabeled = roles.unlabeled if data.unlabeled_share > 0 else ()
     remedy = "name other datasets or variants in data.labeled, data.unlabeled or data.targets"

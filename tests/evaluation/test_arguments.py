@@ -29,6 +29,7 @@ REFUSED_BY_ALL = [
     ({"gallery_cams": [1, 1, 1]}, "query_ids share no identity"),
     ({"metric": "manhattan"}, "metric is 'manhattan'"),
     ({"max_rank": 0}, "max_rank is 0"),
+    ({"max_rank": 2.0}, "max_rank is 2.0; it must be a whole number, at least 1"),
     ({"block_bytes": 0}, "block_bytes is 0"),
     ({"gallery_features": FEATURES.double() * 1e200}, "gallery_features holds numbers whose squares overflow"),
     # Distances add up four of them.
@@ -59,8 +60,9 @@ def test_arrays_of_other_machines_and_long_doubles(path, evaluate):
         *((evaluate, *refused) for evaluate in EVALUATIONS for refused in REFUSED_BY_ALL),
         *((evaluate, {"ap": "exact"}, "ap is 'exact'") for evaluate in (evaluate_ranking, evaluate_reranked)),
         (evaluate_single_shot, {"repeats": 0}, "repeats is 0"),
-        (evaluate_reranked, {"reranking": Reranking(k1=0)}, "k1 is 0; it must be at least 1"),
-        (evaluate_reranked, {"reranking": Reranking(k2=0)}, "k2 is 0; it must be at least 1"),
+        (evaluate_reranked, {"reranking": Reranking(k1=0)}, "k1 is 0; it must be a whole number, at least 1"),
+        (evaluate_reranked, {"reranking": Reranking(k1=2.0)}, "k1 is 2.0; it must be a whole number, at least 1"),
+        (evaluate_reranked, {"reranking": Reranking(k2=0)}, "k2 is 0; it must be a whole number, at least 1"),
         (evaluate_reranked, {"reranking": Reranking(weight=1.5)}, "weight is 1.5; it must lie between 0 and 1"),
     ],
 )

@@ -309,6 +309,12 @@ def test_instruction_sets_agree(monkeypatch):
     assert all(lines == results["baseline"] for lines in results.values())
 
 
+def test_unsigned_distances_of_64_bits_are_in_order(path):
+    distances = np.array([[2**63 + 5, 3, 2**63 + 9], [2**64 - 1, 2**63, 2**63 - 1]], np.uint64)
+    labels = [1, 2], [1, 2, 3], [0, 0], [1, 1, 1]
+    assert rank_distances(distances, *labels).mAP == 0.5
+
+
 @needs_module
 def test_an_instruction_set_that_is_none_is_one_sentence(monkeypatch):
     monkeypatch.setattr(counting.load(), "isa", MagicMock(side_effect=RuntimeError("DAN_FAST_ISA is 'sse9'")))

@@ -176,6 +176,18 @@ def test_a_pattern_with_an_at_sign_is_no_variant(tmp_path: Path):
     assert [sample.path.name for sample in part.samples] == ["a@2x.jpg", "b@2x.jpg"]
 
 
+def test_a_pattern_takes_each_file_once_whatever_links_lead_to_it(tmp_path: Path):
+    for name in ("a/1.jpg", "a/2.jpg", "b/1.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    (tmp_path / "0").symlink_to(tmp_path / "b")
+    (part,) = find_images([f"{tmp_path}/**/*.jpg"])
+    assert [str(sample.path.relative_to(tmp_path)) for sample in part.samples] == ["a/1.jpg", "a/2.jpg", "b/1.jpg"]
+    (part,) = find_images([f"{tmp_path}/0/*.jpg"])
+    assert [sample.path for sample in part.samples] == [tmp_path / "0" / "1.jpg"]
+
+
 def test_images_beside_a_dataset_below_a_folder_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     for name in ("VIPeR/cam_a/000_45.bmp", "VIPeR/cam_b/000_90.bmp", "holiday/1.jpg", "top.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -108,6 +108,27 @@ def test_a_second_report_does_not_mix_its_pictures_with_anothers(trained, tmp_pa
     }  # fmt: skip
 
 
+@pytest.mark.slow
+def test_pages_and_pictures_of_ones_own_stay(trained, tmp_path):
+    for name in ("models1.png", "12_curves.png"):
+        (tmp_path / name).write_bytes(b"mine")
+    (tmp_path / "index.html").write_text("<h1>My holidays</h1>")
+    with pytest.raises(DanFastError, match="index.html is not a page of dan_fast: choose another folder"):
+        report([trained], out=tmp_path, images=0)
+    assert {path.name for path in tmp_path.glob("[!.]*")} == {"models1.png", "12_curves.png", "index.html"}
+    (tmp_path / "index.html").unlink()
+    report([trained], out=tmp_path, images=0)
+    assert [(tmp_path / name).read_bytes() for name in ("models1.png", "12_curves.png")] == [b"mine"] * 2
+
+
+def test_names_that_are_no_utf_8_are_shown_with_signs_of_replacement(tmp_path):
+    odd = os.fsdecode(b"night\xff")
+    run = fake_run(tmp_path / odd, results=[(odd, 0.5, 0.4)])
+    other = fake_run(tmp_path / "other", results=[(odd, 0.3, 0.2)], loss={"adversary": 0.1})
+    page = report([run, other], out=tmp_path / odd / "page", images=0).read_text()
+    assert "night\ufffd" in page
+
+
 def test_missing_pieces_are_said_in_the_page(trained, images, tmp_path):
     bare = fake_run(tmp_path / "bare", results=(), data={"unlabeled": []})
     (bare / "results.json").write_text("{]")

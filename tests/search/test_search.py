@@ -22,6 +22,7 @@ from dan_fast.commands import search as search_command
 from dan_fast.core.files import alone
 from dan_fast.data import load_dataset
 from dan_fast.data.images import reading
+from dan_fast.data.samples import Sample
 from dan_fast.evaluation import pairwise_distances
 from dan_fast.inference.sources import find_images
 from dan_fast.nn import DAN
@@ -709,6 +710,21 @@ def test_what_does_not_fit_an_index_is_said(run, folder, checkpoint):
     with pytest.raises(ValueError, match="kind must be one of flat, hnsw, ivfpq, got 'tree'"):
         update_index(folder / "new", extractor, [], "tree")
     assert not (folder / "new").exists()
+
+
+def test_a_page_of_ones_own_is_not_written_over(run, folder, embedded, capsys):
+    (folder / "out").mkdir()
+    (folder / "out" / "index.html").write_text("<h1>My holidays</h1>")
+    run(code=1)
+    assert "index.html is not a page of dan_fast: choose another folder, or move it away." in capsys.readouterr().err
+    assert not embedded and [path.name for path in (folder / "out").iterdir()] == ["index.html"]
+
+
+def test_persons_and_cameras_may_be_numbers_of_numpy(folder, checkpoint):
+    samples = [Sample(path, np.int64(1), np.int32(2)) for path in sorted((folder / "gallery").iterdir())]
+    extractor = FeatureExtractor(checkpoint, "cpu", workers=0)
+    assert update_index(folder / "index", extractor, samples).added == len(samples)
+    assert update_index(folder / "index", extractor, samples).kept == len(samples)
 
 
 def test_a_second_index_leaves_the_first_as_it_is(folder, checkpoint, monkeypatch):

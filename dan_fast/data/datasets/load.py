@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.files import absolute
 from dan_fast.core.home import expanded
 from dan_fast.data.datasets.known import KNOWN, KnownDataset, check_counts, choose_variant
 from dan_fast.data.datasets.manifest import read_manifest
 from dan_fast.data.datasets.market1501 import PARTS, is_market1501, is_named_market1501, read_market1501
-from dan_fast.data.samples import ReIDDataset, Sample
+from dan_fast.data.samples import SPLITS, ReIDDataset, Sample, real_paths
 
 __all__ = ["ReIDDataset", "Sample", "all_images", "holds_dataset", "load_dataset"]
 
@@ -99,19 +100,34 @@ def told_apart(datasets: Sequence[ReIDDataset]) -> list[ReIDDataset]:
         >>> [each.name for each in told_apart(named)]
         ['shop/test', 'mall/test', 'mall/test']
     """
+    # One is the same by whatever links it is named, and called by the first of them.
+    first: dict[str, Path] = {}
     alike: dict[str, dict[Path, list[ReIDDataset]]] = {}
+
+    def place_of(dataset: ReIDDataset) -> Path:
+        return first.setdefault(os.path.realpath(_place(dataset)), _place(dataset))
+
     for dataset in datasets:
-        here = alike.setdefault(dataset.title, {}).setdefault(_place(dataset), [])
-        if dataset not in here:
+        here = alike.setdefault(dataset.title, {}).setdefault(place_of(dataset), [])
+        if not any(is_same(dataset, other) for other in here):
             here.append(dataset)
 
     def named(dataset: ReIDDataset) -> ReIDDataset:
-        place, places = _place(dataset), alike[dataset.title]
+        place, places = place_of(dataset), alike[dataset.title]
         # Manifests in one folder can have one name: that of the folder, and the same of their own.
-        number = 1 + places[place].index(dataset)
+        number = 1 + next(at for at, other in enumerate(places[place]) if is_same(dataset, other))
         return replace(dataset, name=_tail(place, places) + (f" ({number})" if number > 1 else ""))
 
     return [named(dataset) for dataset in datasets]
+
+
+def is_same(one: ReIDDataset, other: ReIDDataset) -> bool:
+    """Whether two are the same images of the same persons, by whatever paths and names they were read."""
+    if one == other:
+        return True
+    if os.path.realpath(one.root) != os.path.realpath(other.root) or one.variant != other.variant:
+        return False
+    return all(_images(getattr(one, split)) == _images(getattr(other, split)) for split in SPLITS)
 
 
 def holds_dataset(folder: Path) -> bool:
@@ -160,14 +176,17 @@ def all_images(dataset: ReIDDataset) -> ReIDDataset:
 
 
 def _identity(target: ReIDDataset) -> tuple[object, ...]:
-    tested = (*target.query, *target.gallery, *target.test)
-    images = [(os.path.relpath(each.path, target.root), each.pid) for each in tested]
+    images = _images((*target.query, *target.gallery, *target.test))
     return os.path.realpath(target.root), target.name, target.variant, images
+
+
+def _images(samples: Sequence[Sample]) -> list[tuple[str, int]]:
+    return [(path, sample.pid) for path, sample in zip(real_paths(samples), samples, strict=True)]
 
 
 def _place(target: ReIDDataset) -> Path:
     """Its folder, and in it its name, which a folder in the Market-1501 layout has already."""
-    root = target.root.absolute()
+    root = Path(absolute(target.root))
     return root if root.name == target.name else root / target.name
 
 

@@ -46,6 +46,9 @@ def _parse(reader: csv.DictReader, file: Path) -> list[tuple[str, Sample]]:
         raise DanFastError(
             f"The manifest {file} lacks the column {absent[0]}; its first line must be path,pid,camid,split."
         )
+    doubled = [column for column in COLUMNS if header.count(column) > 1]
+    if doubled:
+        raise DanFastError(f"The manifest {file} has the column {doubled[0]} twice; leave out or rename one of them.")
     reader.fieldnames = header
     rows: list[tuple[str, Sample]] = []
     lines: list[tuple[int, str]] = []

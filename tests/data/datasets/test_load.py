@@ -8,6 +8,8 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.data import Sample, load_dataset
 from dan_fast.data.datasets.known import find_datasets
 from dan_fast.data.datasets.load import holds_dataset, load_targets
+from dan_fast.training.config import DataConfig
+from dan_fast.training.sources import load_datasets
 from tests.support.dataset_shelf import tiny_image
 from tests.support.refusals import refusal
 
@@ -147,6 +149,8 @@ def test_manifest_with_a_wrong_row(tmp_path: Path, row: str, expected: str) -> N
 def test_manifest_without_a_column(tmp_path: Path, column: str) -> None:
     header = "path,pid,camid,split".replace(column, "other")
     assert f"lacks the column {column};" in sentence(write_manifest(tmp_path, "x,1,1,train", header=header))
+    twice = write_manifest(tmp_path, "x,1,1,train,9", header=f"path,pid,camid,split, {column}")
+    assert sentence(twice).endswith(f"manifest.csv has the column {column} twice; leave out or rename one of them.")
 
 
 def test_manifest_that_is_empty_or_no_text(tmp_path: Path) -> None:
@@ -229,6 +233,32 @@ def test_a_target_named_twice_is_one_by_whatever_path(
     for again in (market.name, tmp_path / "link" / market.name):
         with pytest.raises(DanFastError, match=f"The target .*{market.name} is named twice: leave one of them out."):
             load_targets([market, again])
+
+
+def test_a_set_is_called_alike_by_whatever_path_it_is_trained_and_tested_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [f"images/{name}.jpg,{pid},{cam},{split}" for name, pid, cam, split in (
+        ("a", 1, 1, "train"), ("b", 2, 1, "query"), ("c", 2, 2, "gallery"))]  # fmt: skip
+    night = write_manifest(tmp_path / "data" / "night", *rows).parent
+    write_manifest(tmp_path / "other" / "night", *rows)
+    (tmp_path / "lnk").symlink_to(tmp_path / "data")
+    (tmp_path / "evening").symlink_to(night)
+    monkeypatch.chdir(tmp_path)
+    for path, name in (
+        ("data/night", "night"),
+        ("lnk/night", "night"),
+        ("./data/../data/night", "night"),
+        (str(night), "night"),
+        ("data/night/manifest.csv", "night"),
+        ("evening", "evening"),
+    ):
+        for labeled, target in (("data/night", path), (path, "data/night")):
+            roles = load_datasets(DataConfig(labeled=[labeled], targets=[target, "other/night"]))
+            (learnt,), (same, other) = roles.labeled, roles.targets
+            assert learnt.name == same.name, path
+            assert other.name != same.name and other.name.endswith("night")
+            assert same.name.split("/")[-1] == (name if target == path else "night")
 
 
 def test_hidden_files_are_no_images(market: Path) -> None:
