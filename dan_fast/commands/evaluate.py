@@ -33,7 +33,7 @@ from dan_fast.evaluation import (
     extract_dataset,
     require_scorable,
 )
-from dan_fast.inference.extractor import weights_hash
+from dan_fast.nn.weights_hash import weights_hash
 from dan_fast.training import TrainConfig
 from dan_fast.training.build import initial_network, network_of
 from dan_fast.training.checkpoint import load_checkpoint

@@ -1,6 +1,7 @@
 """`dan-fast share`: a trained network as a folder of weights, configuration and model card, and on the Hub."""
 
 from dan_fast.nn.hub import FILES, hub_mixin
+from dan_fast.nn.weights_hash import weights_hash
 from dan_fast.training.build import network_of
 from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.shared import origin_of
@@ -25,12 +26,15 @@ def share(checkpoint: str, out: str, push: str | None = None) -> None:
         hub_mixin("--push")
     state = load_checkpoint(checkpoint)
     network = network_of(state, checkpoint)
-    training, results = origin_of(checkpoint, state)
+    training, results = origin_of(checkpoint, state, weights_hash(network))
     network.save_pretrained(out, training=training, results=results)
     print(f"{out}: {', '.join(FILES)}.")
     for evaluation in results:
         print(f"{evaluation.title}: {evaluation.conditions_and_recipe}.")
     if not results:
-        print(f"No figures go with it: neither {checkpoint} nor a results.json beside it has any of this epoch.")
+        print(
+            f"No figures go with it: neither {checkpoint} nor a results.json beside it has any of this epoch and "
+            "these weights."
+        )
     if push is not None:
         print(network.push_to_hub(push, training=training, results=results))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -24,7 +23,6 @@ from dan_fast.data.images.loader import image_loader
 from dan_fast.data.images.reading import decode_image, read_image
 from dan_fast.data.images.transforms import resize
 from dan_fast.data.samples import Sample
-from dan_fast.nn import DAN
 from dan_fast.training.build import trained_network
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
@@ -237,23 +235,3 @@ def _bar(total: int, long: int) -> Iterator[Show]:
     with Progress(console=console, transient=True, disable=not shown) as bar:
         task = bar.add_task("Features", total=total)
         yield lambda done, _: bar.update(task, completed=done)
-
-
-def weights_hash(network: DAN) -> str:
-    """What a feature depends on, in 32 hexadecimal digits, wherever its checkpoint lies: weights and preprocessing.
-
-    Example:
-        >>> network = DAN(num_classes=2, backbone="resnet18", image_size=(32, 16))
-        >>> before = weights_hash(network)
-        >>> _ = network.classifier.weight.data.neg_()
-        >>> before == weights_hash(network)
-        False
-    """
-    preprocessing = sorted(network.preprocessing.to_dict().items())
-    settings = (network.backbone_name, network.image_size, preprocessing, network.feature, network.attention.variant)
-    found = hashlib.blake2b(repr(settings).encode(), digest_size=16)
-    for name, value in sorted(network.state_dict().items()):
-        value = value.detach().cpu().contiguous()
-        found.update(repr((name, value.dtype, tuple(value.shape))).encode())
-        found.update(value.reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()

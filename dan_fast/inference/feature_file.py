@@ -21,8 +21,9 @@ from dan_fast.core.float32 import float32_rounding
 from dan_fast.data.images.cache_header import digest, status_of
 from dan_fast.data.images.reading import DECODED_BY
 from dan_fast.data.samples import Sample
-from dan_fast.inference.extractor import FeatureExtractor, Show, weights_hash
+from dan_fast.inference.extractor import FeatureExtractor, Show
 from dan_fast.inference.sources import Part, samples_of
+from dan_fast.nn.weights_hash import weights_hash
 
 # A chunk is so many batches: what a process that is stopped or killed has to do again.
 _BATCHES = 8

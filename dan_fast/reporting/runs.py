@@ -18,7 +18,7 @@ from dan_fast.core.files import printable
 from dan_fast.data.datasets.load import MANIFEST
 from dan_fast.data.named_protocols import PROTOCOLS
 from dan_fast.evaluation import Evaluation
-from dan_fast.inference.extractor import weights_hash
+from dan_fast.nn.weights_hash import weights_hash
 from dan_fast.reporting.curves import read_scalars
 from dan_fast.training.build import trained_network
 from dan_fast.training.config import TrainConfig, as_list

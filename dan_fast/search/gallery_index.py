@@ -16,7 +16,8 @@ from dan_fast.core.files import absolute, alone, remove_unfinished, write_text
 from dan_fast.data.images.cache_header import status_of
 from dan_fast.data.images.reading import DECODED_BY
 from dan_fast.data.samples import Sample
-from dan_fast.inference.extractor import FeatureExtractor, Show, weights_hash
+from dan_fast.inference.extractor import FeatureExtractor, Show
+from dan_fast.nn.weights_hash import weights_hash
 from dan_fast.search import kinds
 from dan_fast.search.kinds import IndexKind
 from dan_fast.search.searcher import Found, Searcher

@@ -179,6 +179,7 @@ def write_results(
     state: dict[str, Any],
     datasets: DatasetRoles,
     last: list[Evaluation],
+    weights: str,
     choice: EpochChoice | None = None,
     iterations: int | None = None,
 ) -> list[Evaluation]:
@@ -191,6 +192,7 @@ def write_results(
         state: the checkpoint's, of the last epoch.
         datasets: trained on and tested on.
         last: evaluations of the last epoch.
+        weights: of which network they are, `weights_hash`.
         choice: the chosen epoch, whose figures are then reported; those of the last one and how often there
             was one to choose stand beside them.
         iterations: how many the whole training took.
@@ -218,6 +220,7 @@ def write_results(
         "unlabeled": [dataset.title for dataset in unlabeled],
         "skipped": len(state["skipped"]),
         "epoch": reported[0].epoch if reported else epoch_of(state),
+        "weights": weights,
         "targets": [each.to_dict() for each in reported],
     }
     if "started_from" in state:

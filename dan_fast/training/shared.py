@@ -27,7 +27,9 @@ _SETS = ("trained_on", "trained_without_labels_on")
 _VARIANT = re.compile(r" \([^/]*\)$")
 
 
-def origin_of(checkpoint: str | Path, state: Mapping[str, Any]) -> tuple[dict[str, Any], list[Evaluation]]:
+def origin_of(
+    checkpoint: str | Path, state: Mapping[str, Any], weights: str | None = None
+) -> tuple[dict[str, Any], list[Evaluation]]:
     """How a checkpoint's network was trained, in plain JSON, and what it scored, for `DAN.save_pretrained`.
 
     Folders and files are reduced to their names: what is shared does not show where they lay. So are datasets that are
@@ -36,6 +38,8 @@ def origin_of(checkpoint: str | Path, state: Mapping[str, Any]) -> tuple[dict[st
     Args:
         checkpoint: the file, beside which results.json may lie; or a folder that `dan-fast share` wrote.
         state: what `dan_fast.training.checkpoint.load_checkpoint` gave for it.
+        weights: `weights_hash` of its network; results.json that names another one is not looked at, as where the
+            checkpoints of several trainings lie in one folder.
 
     Returns:
         `training`: the labelled and the unlabelled sets, recipe and epoch in words; "settings", those of
@@ -55,6 +59,9 @@ def origin_of(checkpoint: str | Path, state: Mapping[str, Any]) -> tuple[dict[st
         return _by_last_names(state["shared"], [Evaluation.from_dict(each) for each in state["evaluations"]])
     settings, epoch = _without_folders(state["config"]), epoch_of(dict(state))
     reported = _results_beside(Path(checkpoint))
+    # It names the network of the last epoch; a chosen one has its figures with it.
+    if not state.get("chosen") and weights is not None and reported.get("weights", weights) != weights:
+        reported = {}
     of_protocol = [settings["data"].get("protocol") or "not recorded"]
     unlabeled = [] if settings["data"].get("unlabeled_share") == 0 else settings["data"]["unlabeled"]
     training = {

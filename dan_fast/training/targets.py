@@ -11,6 +11,7 @@ from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.distributed.launch import rank_in
 from dan_fast.evaluation import Evaluation, evaluate_dataset
 from dan_fast.nn import DAN
+from dan_fast.nn.weights_hash import weights_hash
 from dan_fast.training.config import TrainConfig
 from dan_fast.training.display import Display
 from dan_fast.training.reported import EpochChoice, epoch_of, say, seen_of, write_results
@@ -109,7 +110,9 @@ class Targets:
         path = self._folder.path / "results.json"
         if not self._writes:
             return evaluations if self._choice is None else self._choice.evaluations
-        reported = write_results(path, state, self._datasets, evaluations, self._choice, iterations_done)
+        reported = write_results(
+            path, state, self._datasets, evaluations, weights_hash(network), self._choice, iterations_done
+        )
         if reported is not evaluations:
             for evaluation in reported:
                 say(evaluation, display)

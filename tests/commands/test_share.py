@@ -13,6 +13,7 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.data.synthetic import synthesize
 from dan_fast.evaluation import Evaluation
 from dan_fast.nn import DAN
+from dan_fast.nn.weights_hash import weights_hash
 from dan_fast.training import TrainConfig, trained_network
 from dan_fast.training.build import initial_network
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
@@ -88,6 +89,20 @@ def test_figures_of_these_weights_go_along_with_their_caveats(tmp_path: Path, ca
     again = tmp_path / "again"
     assert main(["share", "--checkpoint", str(out), "--out", str(again)]) == 0
     assert json.loads((again / "config.json").read_text()) == config
+
+
+def test_figures_of_other_weights_in_the_folder_are_not_its_own(tmp_path: Path, capsys):
+    path = checkpoint(tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    network, state = trained_network(path)[0], load_checkpoint(path)
+    for named, shared in ((weights_hash(network), True), ("0" * 32, False)):
+        (tmp_path / "results.json").write_text(json.dumps(results | {"weights": named}))
+        assert main(["share", "--checkpoint", str(path), "--out", str(tmp_path / f"out-{shared}")]) == 0
+        assert ("| street |" in (tmp_path / f"out-{shared}/README.md").read_text()) == shared
+        assert ("has any of this epoch and these weights" in capsys.readouterr().out) != shared
+    assert origin_of(path, state, weights_hash(network))[0]["trained_on"] == ["market", "cuhk03@labeled new"]
+    chosen = state | {"chosen": True, "evaluations": [figures("dusk", "epoch 3 of 3").to_dict()]}
+    assert origin_of(path, chosen, weights_hash(network))[0]["trained_on"] == ["Market-1501", "CUHK03 (labeled new)"]
 
 
 def test_the_chosen_epoch_says_so_and_an_epoch_without_figures_too(tmp_path: Path, capsys):

@@ -19,7 +19,7 @@ from dan_fast.core.files import alone
 from dan_fast.data.datasets.known import KNOWN
 from dan_fast.data.synthetic import synthesize
 from dan_fast.evaluation import Evaluation
-from dan_fast.inference.extractor import weights_hash
+from dan_fast.nn.weights_hash import weights_hash
 from dan_fast.reporting import memories, side_by_side
 from dan_fast.reporting.groups import models, swept_settings, target_of, unlabeled_shares
 from dan_fast.reporting.memories import Slots, layout, neighbours_agree, plot_memories, sample, stored_slots

@@ -15,7 +15,7 @@ from dan_fast.cli import main
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.datasets.fixed_splits import DIGESTS
 from dan_fast.evaluation import Evaluation
-from dan_fast.inference.extractor import weights_hash
+from dan_fast.nn.weights_hash import weights_hash
 from dan_fast.training import DataConfig, TrainConfig, Trainer, trained_network
 from dan_fast.training import targets as targets_module
 from dan_fast.training.checkpoint import load_checkpoint

@@ -18,8 +18,9 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.data import load_dataset
 from dan_fast.data.overlap import image_keys
 from dan_fast.data.synthetic import synthesize
+from dan_fast.nn.weights_hash import weights_hash
 from dan_fast.reporting.curves import plot_curves, read_scalars
-from dan_fast.training import DataConfig, Interrupted, Trainer
+from dan_fast.training import DataConfig, Interrupted, Trainer, trained_network
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.display import Display
 from dan_fast.training.objective import DivergedError
@@ -52,7 +53,9 @@ def test_a_run_that_goes_on_under_other_versions_says_so_and_records_both(images
     (now,) = state["ran_under"]
     assert now["ranks"] == 1
     assert (now["torch"], now["threads"]) == (torch.__version__, torch.get_num_threads()) and now["device"] != "cpu"
-    assert json.loads((finished / "results.json").read_text())["ran_under"] == [now]
+    of_run = json.loads((finished / "results.json").read_text())
+    assert of_run["ran_under"] == [now]
+    assert of_run["weights"] == weights_hash(trained_network(finished / "checkpoint.pt")[0])
     older, less = now | {"torch": "2.0.0", "float32": "TF32 in convolutions"}, {"torch": now["torch"]}
     for before, found in (([older], [older, now]), ([now], [now]), ([], [now]), ([less], [less, now])):
         out.mkdir(exist_ok=True)
