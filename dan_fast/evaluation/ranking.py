@@ -85,7 +85,8 @@ def evaluate_ranking(
         gallery_ids: (G,) integer identities.
         query_cams: (Q,) integer cameras.
         gallery_cams: (G,) integer cameras.
-        metric: ``"cosine"`` (1 - cos) or ``"euclidean"``.
+        metric: ``"cosine"`` (1 - cos) or ``"euclidean"``, whose distances are compared on a grid of 2^-40 of the
+            largest possible one: where one image's features are 10^6 times as long as the others', those are ties.
         max_rank: length of the CMC curve; a smaller gallery repeats its last value.
         ap: ``"standard"``, the mean of the precision at each match, or ``"trapezoid"``, the rule of the first
             MATLAB code of Market-1501, which averages the precision at a match with that one place before.

@@ -118,8 +118,11 @@ class GalleryIndex:
         Beside its result it needs the memory of about a thousand queries, however many there are.
 
         Raises:
-            ValueError: features of another shape, or that are not finite, as those of images that could not be decoded.
+            ValueError: features of another shape, or that are not finite, as those of images that could not be decoded;
+                or a number of places below 1.
         """
+        if places < 1:
+            raise ValueError(f"places is {places}: at least 1 is needed")
         width = self._searcher.features.shape[1]
         if features.ndim != 2 or features.shape[1] != width:
             raise ValueError(f"features must be (Q, {width}), as the network gives them, got {features.shape}")

@@ -707,6 +707,8 @@ def test_what_does_not_fit_an_index_is_said(run, folder, checkpoint):
     for shape in ((4,), (1, 3)):
         with pytest.raises(ValueError, match=r"features must be \(Q, \d+\), as the network gives them, got"):
             index.search(np.zeros(shape, np.float32), places=1)
+    with pytest.raises(ValueError, match="places is 0: at least 1 is needed"):
+        index.search(np.zeros((1, index.size), np.float32), places=0)
     with pytest.raises(ValueError, match="kind must be one of flat, hnsw, ivfpq, got 'tree'"):
         update_index(folder / "new", extractor, [], "tree")
     assert not (folder / "new").exists()
