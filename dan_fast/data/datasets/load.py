@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.core.files import absolute
 from dan_fast.core.home import expanded
 from dan_fast.data.datasets.known import KNOWN, KnownDataset, check_counts, choose_variant
 from dan_fast.data.datasets.manifest import read_manifest
@@ -100,22 +99,16 @@ def told_apart(datasets: Sequence[ReIDDataset]) -> list[ReIDDataset]:
         >>> [each.name for each in told_apart(named)]
         ['shop/test', 'mall/test', 'mall/test']
     """
-    # One is the same by whatever links it is named, and called by the first of them.
-    first: dict[str, Path] = {}
     alike: dict[str, dict[Path, list[ReIDDataset]]] = {}
-
-    def place_of(dataset: ReIDDataset) -> Path:
-        return first.setdefault(os.path.realpath(_place(dataset)), _place(dataset))
-
     for dataset in datasets:
-        here = alike.setdefault(dataset.title, {}).setdefault(place_of(dataset), [])
-        if not any(is_same(dataset, other) for other in here):
+        here = alike.setdefault(dataset.title, {}).setdefault(_place(dataset), [])
+        if dataset not in here:
             here.append(dataset)
 
     def named(dataset: ReIDDataset) -> ReIDDataset:
-        place, places = place_of(dataset), alike[dataset.title]
+        place, places = _place(dataset), alike[dataset.title]
         # Manifests in one folder can have one name: that of the folder, and the same of their own.
-        number = 1 + next(at for at, other in enumerate(places[place]) if is_same(dataset, other))
+        number = 1 + places[place].index(dataset)
         return replace(dataset, name=_tail(place, places) + (f" ({number})" if number > 1 else ""))
 
     return [named(dataset) for dataset in datasets]
@@ -186,7 +179,7 @@ def _images(samples: Sequence[Sample]) -> list[tuple[str, int]]:
 
 def _place(target: ReIDDataset) -> Path:
     """Its folder, and in it its name, which a folder in the Market-1501 layout has already."""
-    root = Path(absolute(target.root))
+    root = target.root.absolute()
     return root if root.name == target.name else root / target.name
 
 
