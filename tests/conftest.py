@@ -1,5 +1,6 @@
 """How the tests run: the long files first, each worker with its share of the cores, one file in this process."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in of_a_gpu:
                 item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays until the end: no search for garbage has to go through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

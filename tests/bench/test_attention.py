@@ -183,10 +183,20 @@ def test_bytes():
     assert head_bytes(MapSize(), 4, BACKWARD) == 3 * 64 * 2048 * 49 * 4
 
 
+EMPTY_CACHES = CacheFlush.__call__  # as it is outside these tests
+
+
+def test_caches_are_emptied_by_writing_all_of_the_buffer():
+    flush = CacheFlush(torch.device("cpu"))
+    assert flush.buffer.nbytes >= 2**20
+    flush.buffer = torch.ones(1000, dtype=torch.uint8)
+    EMPTY_CACHES(flush)
+    assert not flush.buffer.any()
+
+
 @pytest.mark.slow
 def test_each_is_timed_after_a_run_of_its_own_and_with_empty_caches(monkeypatch):
     events, run, flush = [], HeadRunner.run, CacheFlush.__call__
-    assert CacheFlush(torch.device("cpu")).buffer.nbytes >= 2**20
     monkeypatch.setattr(HeadRunner, "run", lambda *of: (events.append(of), run(*of))[1])
     monkeypatch.setattr(CacheFlush, "__call__", lambda self: (events.append("flush"), flush(self))[1])
     measure(EAGER, KERNELS)

@@ -111,7 +111,7 @@ def peaks() -> None:
     torch.set_num_threads(1)
     trunk = trunk_of(nn.Sequential, 16, 6, torch.float32)
     params = {name: value.detach() for name, value in trunk.named_parameters()}
-    batches = torch.randn(2, 8, 16, 64, 64)
+    batches = torch.randn(2, 4, 16, 64, 64)
     for order, cuts in ((1, 0), (2, 4), (2, 0)):
 
         def run(order: int = order, cuts: int = cuts) -> None:
