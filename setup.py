@@ -24,6 +24,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # which the backend of a PEP 517 build leaves out
 from setup_toolchain import (
@@ -64,11 +65,11 @@ def gencode(archs: list[str]) -> list[str]:
 
 def instruction_sets(compiler: list[str]) -> dict[str, list[str]]:
     """Of INSTRUCTION_SETS those that the compiler, and the machine it compiles for, know."""
-    vectors = "typedef double V __attribute__((vector_size(64))); V sum(V a, V b) { return a + b; }\n"
+    vectors = b"typedef double V __attribute__((vector_size(64))); V sum(V a, V b) { return a + b; }\n"
     probe = [*compiler, "-x", "c++", "-O2", "-c", "-", "-o", os.devnull]
     known = {}
     for name, flags in INSTRUCTION_SETS.items():
-        if flags and subprocess.run([*probe, *flags], input=vectors, capture_output=True, text=True).returncode:
+        if flags and subprocess.run([*probe, *flags], input=vectors, capture_output=True).returncode:
             break
         known[name] = flags
     return known
@@ -197,7 +198,7 @@ def compile_libraries(folder: Path, rules: str) -> list[Path]:
     jobs = os.environ.get("MAX_JOBS", "")
     command = [sys.executable, "-m", "ninja", "-C", str(folder)]
     command += ["-j", jobs] if re.fullmatch("0*[1-9][0-9]*", jobs) else []
-    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     print(run.stdout, flush=True)
     if run.returncode != 0:
         errors = [line for line in run.stdout.splitlines() if re.search(r"\berror\b|fatal", line)]
@@ -244,6 +245,11 @@ def build_native(package: Path, scratch: Path) -> dict:
     except CannotBuild as reason:
         info["missing"].append(f"no compiled extension: {reason}")
     package.mkdir(parents=True, exist_ok=True)
+    # The modules of other Pythons that share the checkout stay, and what they were built from.
+    info["rankings"] = {name: each for name, each in rankings_of(package).items() if (package / name).is_file()}
+    info["rankings"].pop(MODULE, None)
+    if info["ranking"]:
+        info["rankings"][MODULE] = info["source_hash"]
     for name in {LIBRARY, MODULE} - {library.name for library in libraries}:
         (package / name).unlink(missing_ok=True)
     for library in libraries:
@@ -253,6 +259,14 @@ def build_native(package: Path, scratch: Path) -> dict:
         staged.replace(package / library.name)
     (package / BUILD_INFO).write_text(json.dumps(info, indent=2) + "\n")
     return info
+
+
+def rankings_of(package: Path) -> dict[str, str]:
+    """What an earlier build says of the modules in a folder: the source hash of each."""
+    try:
+        return json.loads((package / BUILD_INFO).read_text()).get("rankings", {})
+    except (OSError, ValueError):
+        return {}
 
 
 @contextmanager
@@ -273,6 +287,15 @@ def building_alone(lock_file: Path) -> Iterator[None]:
         except OSError as error:  # some file systems of a network have no locks
             print(f"dan_fast: {lock_file} cannot be locked ({error.strerror})", file=sys.stderr)
         yield
+
+
+class BuildPython(build_py):
+    """Without what earlier builds in this folder copied: the next wheel would hold modules that are gone."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "dan_fast", ignore_errors=True)
+        super().run()
 
 
 class BuildNative(build_ext):
@@ -307,5 +330,5 @@ if __name__ == "__main__":
     setup(
         setup_requires=build_requirements(),
         ext_modules=[Extension("dan_fast._native", sources=[], optional=True)],
-        cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
+        cmdclass={"build_py": BuildPython, "build_ext": BuildNative, "bdist_wheel": Wheel},
     )

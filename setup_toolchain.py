@@ -82,6 +82,8 @@ def find_compiler() -> list[str]:
         raise CannotBuild(f"CXX is no command ({error}); correct or unset it, then {AGAIN}") from error
     if chosen and shutil.which(chosen[0]) is None:
         raise CannotBuild(f"CXX names {chosen[0]}, which was not found; install it or unset CXX, then {AGAIN}")
+    if chosen and os.sep in chosen[0]:
+        chosen[0] = os.path.abspath(chosen[0])  # ninja runs in another folder
     for command in [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]:
         if shutil.which(command[0]) is not None:
             return command
@@ -95,7 +97,7 @@ def find_nvcc() -> str:
     for candidate in candidates:
         nvcc = shutil.which(candidate)
         if nvcc is not None:
-            return nvcc
+            return os.path.abspath(nvcc)
     raise CannotBuild(
         f"nvcc was not found; if there is a GPU, install the CUDA toolkit, put nvcc on PATH, then {AGAIN}"
     )

@@ -47,8 +47,8 @@ _disabled = 0
 def build_info() -> dict[str, Any]:
     """What setup.py wrote down; empty if dan_fast was not installed but only put on the path.
 
-    Keys: `built`, `ranking`, `cuda_archs`, `instruction_sets`, `missing`, `source_hash`; `compiler`, `nvcc`,
-    `torch_headers` if found.
+    Keys: `built`, `ranking`, `cuda_archs`, `instruction_sets`, `missing`, `source_hash`; `rankings`, the source hash of
+    each Python's module of the ranking; `compiler`, `nvcc`, `torch_headers` if found.
     """
     try:
         return json.loads(BUILD_INFO.read_text())
@@ -64,8 +64,8 @@ def _load() -> str | None:
         DanFastError: the environment variable DAN_FAST_ISA names no instruction set.
     """
     if not LIBRARY.is_file():
-        missing = build_info().get("missing")
-        return missing[-1] if missing else f"the compiled extension was not built; {AGAIN}"
+        missing = [each for each in build_info().get("missing", []) if each.startswith("no compiled extension")]
+        return missing[0] if missing else f"the compiled extension was not built; {AGAIN}"
     try:
         torch.ops.load_library(LIBRARY)
     except (OSError, RuntimeError) as error:

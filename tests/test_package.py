@@ -338,11 +338,14 @@ def test_the_cuda_architectures(build: ModuleType, tools, monkeypatch: pytest.Mo
 def test_no_compiler_leaves_no_library_and_the_reason(build: ModuleType, tools, tmp_path: Path):
     package = tmp_path / "package"
     package.mkdir()
-    for name in (build.LIBRARY, build.MODULE):
+    others = {"_ranking.of-another-python.so": "its sources"}
+    for name in (build.LIBRARY, build.MODULE, *others):
         (package / name).write_bytes(b"of an earlier build")
+    earlier = {"rankings": others | {build.MODULE: "older ones", "_ranking.gone.so": "x"}}
+    (package / build.BUILD_INFO).write_text(json.dumps(earlier))
     info = build.build_native(package, tmp_path / "scratch")
-    assert info["built"] == [] and not info["ranking"]
-    assert [path.name for path in package.iterdir()] == ["_build_info.json"]
+    assert info["built"] == [] and not info["ranking"] and info["rankings"] == others
+    assert {path.name for path in package.iterdir()} == {"_build_info.json", *others}
     assert json.loads((package / "_build_info.json").read_text()) == info
     (sentence,) = info["missing"]
     assert sentence.startswith("no compiled extension: no C++ compiler was found")
@@ -450,6 +453,45 @@ def test_nvcc_is_told_the_program_among_the_words_of_the_compiler(build: ModuleT
     rules = build.ninja_file(build.find_torch(), compiler.split(), "nvcc", ["9.0"], {"baseline": []}, None)
     assert set(re.findall(r"-ccbin (\S+)", rules)) == {"g++"}
     assert f"command = {compiler} -O3" in rules
+
+
+def test_a_wheel_holds_no_module_that_is_gone(build: ModuleType, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    package, built = tmp_path / "dan_fast", tmp_path / "build/lib/dan_fast"
+    package.mkdir()
+    for name in ("__init__.py", "new.py"):
+        (package / name).touch()
+    built.mkdir(parents=True)
+    (built / "gone.py").touch()
+    distribution = setuptools.Distribution({"packages": ["dan_fast"], "cmdclass": {"build_py": build.BuildPython}})
+    distribution.script_name = "setup.py"
+    distribution.run_command("build_py")
+    assert sorted(path.name for path in built.iterdir()) == ["__init__.py", "new.py"]
+
+
+def test_tools_named_by_a_path_of_this_folder_serve_ninja_in_another(toolchain: ModuleType, tools, monkeypatch):
+    folder = tools(cxx="", nvcc="").parent
+    (folder / "bin").mkdir()
+    (folder / "tools/nvcc").rename(folder / "bin/nvcc")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(toolchain.shutil, "which", lambda name: name if Path(name).is_file() else None)
+    monkeypatch.setenv("CXX", "tools/cxx -m64")
+    monkeypatch.setenv("CUDA_HOME", ".")
+    assert toolchain.find_compiler() == [str(folder / "tools/cxx"), "-m64"]
+    assert toolchain.find_nvcc() == str(folder / "bin/nvcc")
+
+
+def test_what_a_compiler_prints_need_not_be_utf8(build: ModuleType, tools, tmp_path: Path, monkeypatch):
+    folder = tools(cxx=r"printf '\377' >&2")
+    assert list(build.instruction_sets([str(folder / "cxx")])) == list(build.INSTRUCTION_SETS)
+    ran = build.subprocess.run
+    monkeypatch.setattr(
+        build.subprocess,
+        "run",
+        lambda command, **given: ran(["/bin/sh", "-c", r"printf 'error \377'; exit 1"], **given),
+    )
+    with pytest.raises(build.CannotBuild, match="the compiler failed .error \ufffd"):
+        build.compile_libraries(tmp_path / "scratch", "")
 
 
 def test_the_wheel_is_for_this_python_where_it_holds_the_module(build: ModuleType, tmp_path: Path):

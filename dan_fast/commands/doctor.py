@@ -56,7 +56,10 @@ def report() -> Report:
     if not _extension.loaded():
         (broken if _extension.LIBRARY.is_file() else advice).append(str(_extension.why_not()))
     advice += [sentence for sentence in info.get("missing", []) if sentence not in advice]
-    if stale(info.get("source_hash")):
+    ranking = counting.load()
+    if isinstance(ranking, str) and ranking not in advice:
+        (broken if counting.MODULE.is_file() else advice).append(ranking)
+    if stale(info):
         broken.append(f"csrc or python_bindings changed since the extension was built; {AGAIN}")
     gpus = list(_gpus())
     if torch.version.cuda is None and torch.version.hip is None:
@@ -88,10 +91,12 @@ def print_report(console: Console | None = None) -> int:
     return found.exit_code
 
 
-def stale(built_from: str | None) -> bool:
-    """Whether this is a checkout whose native sources differ from those that were built."""
+def stale(info: dict) -> bool:
+    """Whether this is a checkout whose native sources differ from those that were built, by `_extension.build_info`."""
     root = Path(dan_fast.__file__).resolve().parents[1]
-    return built_from is not None and (root / "csrc").is_dir() and source_hash(root) != built_from
+    # Of several Pythons that share a checkout, each has a ranking of its own.
+    built_from = {info.get("source_hash"), info.get("rankings", {}).get(counting.MODULE.name)} - {None}
+    return (root / "csrc").is_dir() and any(each != source_hash(root) for each in built_from)
 
 
 def _versions(info: dict) -> list[tuple[str, str]]:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 
@@ -91,10 +90,10 @@ def search(
                 "recall": None,
                 "queries": lists,
             }
-            if index != "flat" and np.isfinite(features).any():
-                content["recall"] = measured_recall(found, features, top)
+            if index != "flat" and (measured := measured_recall(found, asked, features, top)) is not None:
+                content["recall"] = measured
                 recall = "recall@{at} {value:.4f} of the exact search, over {queries} queries"
-                console.print(recall.format(**content["recall"]))
+                console.print(recall.format(**measured))
             for place in (folder, folder / PICTURES):
                 remove_unfinished(place)
             write_text(folder / LISTS, json.dumps(content, indent=1) + "\n")

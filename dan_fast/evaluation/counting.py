@@ -7,8 +7,11 @@ matches need a rank, so no list is sorted and no matrix of all queries and galle
 from __future__ import annotations
 
 import functools
+import platform
+import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -24,6 +27,7 @@ from dan_fast.evaluation.divided import Division, refused_by_all
 from dan_fast.evaluation.pairs import Labels, Pairs, pairs_in_blocks
 from dan_fast.evaluation.problem import RankingProblem
 
+MODULE = Path(_extension.__file__).with_name(f"_ranking{sysconfig.get_config_var('EXT_SUFFIX')}")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Bytes that the kernels and the lists of pairs take for a gallery image of a query's identity, a query and a thread.
 _PAIR_BYTES, _QUERY_BYTES, _THREAD_BYTES = 96, 64, 4
@@ -35,8 +39,11 @@ def load() -> ModuleType | str:
     try:
         from dan_fast import _ranking
     except ImportError as error:
-        missing = [sentence for sentence in _extension.build_info().get("missing", []) if "CUDA" not in sentence]
-        return missing[0] if missing else f"{error}; {AGAIN}"
+        if MODULE.is_file():
+            return f"{MODULE} does not load ({error}); {AGAIN}"
+        missing = [each for each in _extension.build_info().get("missing", []) if each.startswith("no compiled")]
+        not_built = f"the compiled ranking was not built for Python {platform.python_version()}; {AGAIN}"
+        return missing[0] if missing else not_built
     try:
         _ranking.isa()
     except RuntimeError as error:  # DAN_FAST_ISA is no set

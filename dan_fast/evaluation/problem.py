@@ -177,6 +177,8 @@ def as_tensor(value: ArrayLike, name: str) -> Tensor:
 def _native(value: ArrayLike) -> np.ndarray:
     """An array that PyTorch can take: other machines' files have other bytes first, and it has no long double."""
     array = np.ascontiguousarray(value)
+    if any(stride < 0 for stride in array.strides):  # along one row or column that counts as contiguous
+        array = array.copy()
     if array.dtype.kind == "f" and array.dtype.itemsize > 8:
         return array.astype(np.float64)
     return array.astype(array.dtype.newbyteorder("="), copy=False)

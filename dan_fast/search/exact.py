@@ -14,6 +14,8 @@ _MARGIN = 22
 # Pairs whose distances are formed at a time: of more, temporaries leave the cache and it takes five times as long.
 _PAIRS = 256
 _BUDGET = 64 * 2**20
+# Candidates of all queries at a time: where a network tells nothing apart, each image is one for each query.
+_CANDIDATES = 2**22
 
 
 def search_exactly(
@@ -39,12 +41,15 @@ def search_exactly(
     error = 1e-6 + features.shape[1] * 2.0**-24
     todo, fetched = np.arange(len(queries)), places + _MARGIN
     while len(todo):
-        products, found = _candidates(features, queries[todo], min(fetched, alive), order)
-        exact, ordered = order_exactly(features, queries[todo], found, order)
-        kept = min(places, exact.shape[1])
-        distances[todo, :kept], rows[todo, :kept] = exact[:, :kept], ordered[:, :kept]
-        settled = (fetched >= alive) | (exact[:, kept - 1] < 1 - products.min(axis=1) - error)
-        todo, fetched = todo[~settled], 2 * fetched
+        unsettled, together = [], max(1, _CANDIDATES // min(fetched, alive))
+        for asked in (todo[first : first + together] for first in range(0, len(todo), together)):
+            products, found = _candidates(features, queries[asked], min(fetched, alive), order)
+            exact, ordered = order_exactly(features, queries[asked], found, order)
+            kept = min(places, exact.shape[1])
+            distances[asked, :kept], rows[asked, :kept] = exact[:, :kept], ordered[:, :kept]
+            settled = (fetched >= alive) | (exact[:, kept - 1] < 1 - products.min(axis=1) - error)
+            unsettled.append(asked[~settled])
+        todo, fetched = np.concatenate(unsettled), 2 * fetched
     return distances, rows
 
 

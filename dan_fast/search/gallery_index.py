@@ -27,7 +27,8 @@ _SCHEMA = 2
 _FEATURES, _INDEX, _UNFINISHED = "features.f32", "index.json", "unfinished.json"
 # The lists in these files that have an entry for each row.
 _COLUMNS = "paths", "status", "pids", "camids"
-# So many images, and a tenth of those that are there, are embedded before they are written down.
+# So many images, and a tenth of those since the last update that was finished, are embedded before they are written
+# down.
 _SAVED = 4096
 
 
@@ -95,9 +96,8 @@ class GalleryIndex:
     def __init__(self, folder: str | Path, extractor: FeatureExtractor, kind: IndexKind = "flat") -> None:
         folder = Path(folder)
         self.weights = weights_hash(extractor.network)
-        stored = _read(folder, _INDEX, self.weights)
-        if stored is None or (kind != "flat" and stored["kinds"].get(kind, {}).get("rows") != len(stored["paths"])):
-            raise DanFastError(f"{folder} holds no finished {kind} index: make it by `dan-fast search`.")
+        stored, index = _finished(folder, self.weights, kind)
+        self.parameters = {} if kind == "flat" else stored["kinds"][kind]["parameters"]
         features, count = _mapped(folder, stored), len(stored["paths"])
         self.images = [
             Sample(Path(path), pid, camid)
@@ -105,11 +105,6 @@ class GalleryIndex:
         ]
         order = np.full(count, -1, dtype=np.int64)
         order[stored["gallery"]] = np.arange(len(stored["gallery"]))
-        index, self.parameters = None, {}
-        if kind != "flat":
-            found = stored["kinds"][kind]
-            self.parameters = found["parameters"]
-            index = kinds.read(folder / found["file"], *features.shape)
         self._searcher = Searcher(features, order, kind, index)
 
     def search(self, features: np.ndarray, places: int, exact: bool = False) -> Found:
@@ -180,8 +175,8 @@ def update_index(
         with alone(folder / ".lock"):
             try:
                 remove_unfinished(folder)
-                stored = _latest(folder, extractor)
-                update = _add_images(folder, stored, extractor, images, progress)
+                stored, finished = _latest(folder, extractor)
+                update = _add_images(folder, stored, finished, extractor, images, progress)
                 if not stored["gallery"]:
                     raise DanFastError("No image of the gallery can be decoded: name another folder.")
                 if kind != "flat":
@@ -203,14 +198,20 @@ def update_index(
 
 
 def _add_images(
-    folder: Path, stored: dict[str, Any], extractor: FeatureExtractor, images: dict[str, Sample], progress: Show
+    folder: Path,
+    stored: dict[str, Any],
+    finished: int,
+    extractor: FeatureExtractor,
+    images: dict[str, Sample],
+    progress: Show,
 ) -> Update:
     """Embed what is new among the images, and write down which rows are the gallery."""
     before = set(stored["paths"])
     statuses = {path: status_of(path) for path in images}
     known = _rows(stored)
     new = [path for path in images if (path, *statuses[path]) not in known]
-    skipped = _embed(folder, stored, extractor, [(images[path].path, path, statuses[path]) for path in new], progress)
+    files = [(images[path].path, path, statuses[path]) for path in new]
+    skipped = _embed(folder, stored, finished, extractor, files, progress)
     known, stored["gallery"] = _rows(stored), []
     for path, sample in images.items():
         row = known.get((path, *statuses[path]))
@@ -231,6 +232,7 @@ def _add_images(
 def _embed(
     folder: Path,
     stored: dict[str, Any],
+    finished: int,
     extractor: FeatureExtractor,
     new: Sequence[tuple[Path, str, tuple[int, int]]],
     progress: Show,
@@ -260,7 +262,10 @@ def _embed(
             def save() -> None:
                 stream.flush()
                 os.fsync(stream.fileno())
-                _save(folder / _UNFINISHED, whole())
+                everything = whole()
+                # The others stand in index.json: to write them again would take longer than to embed what is new.
+                since = {name: everything[name][finished:] for name in _COLUMNS}
+                _save(folder / _UNFINISHED, everything | since | {"gallery": [], "finished": finished})
 
             try:
                 done = 0
@@ -273,7 +278,7 @@ def _embed(
                     added += [(path, status) for (_, path, status), is_readable in found if is_readable]
                     done += len(rows)
                     progress(done, len(new))
-                    if len(added) - saved >= max(_SAVED, (before + saved) // 10):
+                    if len(added) - saved >= max(_SAVED, (before - finished + saved) // 10):
                         saved = len(added)
                         save()
             finally:
@@ -308,13 +313,42 @@ def _rows(stored: dict[str, Any]) -> dict[tuple[str, int, int], int]:
     return {(path, *status): row for row, (path, status) in enumerate(pairs)}
 
 
-def _latest(folder: Path, extractor: FeatureExtractor) -> dict[str, Any]:
-    """What is known of the features: of a call that was stopped, if it came further than the last that was not."""
+def _finished(folder: Path, own: str, kind: IndexKind) -> tuple[dict[str, Any], Any]:
+    """What index.json says, and faiss's index of an approximate kind."""
+    while True:
+        stored = _read(folder, _INDEX, own)
+        if stored is None or (kind != "flat" and stored["kinds"].get(kind, {}).get("rows") != len(stored["paths"])):
+            raise DanFastError(f"{folder} holds no finished {kind} index: make it by `dan-fast search`.")
+        if kind == "flat":
+            return stored, None
+        try:
+            found = stored["kinds"][kind]
+            return stored, kinds.read(folder / found["file"], found["rows"], stored["size"])
+        except DanFastError:
+            # An update that came to its end in between has removed that file, and index.json names another one.
+            if (again := _read(folder, _INDEX, own)) is None or again["kinds"].get(kind) == found:
+                raise
+
+
+def _latest(folder: Path, extractor: FeatureExtractor) -> tuple[dict[str, Any], int]:
+    """What is known of the features, and how many rows of it stand in index.json.
+
+    The others are of a call that was stopped.
+    """
     own = weights_hash(extractor.network)
-    found = [content for name in (_INDEX, _UNFINISHED) if (content := _read(folder, name, own)) is not None]
-    fresh = {name: [] for name in (*_COLUMNS, "gallery")}
-    fresh |= {"schema": _SCHEMA, "weights": own, "size": extractor.size, "kinds": {}}
-    return max(found, key=lambda content: len(content["paths"]), default=fresh)
+    index, unfinished = (_read(folder, name, own) for name in (_INDEX, _UNFINISHED))
+    if index is None:
+        index = {name: [] for name in (*_COLUMNS, "gallery")}
+        index |= {"schema": _SCHEMA, "weights": own, "size": extractor.size, "kinds": {}}
+    count = len(index["paths"])
+    # Builds that did not count the finished rows wrote all of them. What follows another index.json was left by a call
+    # that was killed after it had written the next one.
+    if unfinished is None or (finished := unfinished.get("finished", 0)) not in (0, count):
+        return index, count
+    joined = {name: index[name][:finished] + unfinished[name] for name in _COLUMNS}
+    if len(joined["paths"]) <= count:
+        return index, count
+    return index | joined | {"decoded_by": unfinished.get("decoded_by", [])}, count
 
 
 def _read(folder: Path, name: str, own: str) -> dict[str, Any] | None:
@@ -324,7 +358,8 @@ def _read(folder: Path, name: str, own: str) -> dict[str, Any] | None:
         content = json.loads(file.read_bytes())
         schema, weights, size = content["schema"], content["weights"], content["size"]
         lengths = {len(content[column]) for column in _COLUMNS}
-        lacking = 4 * size * len(content["paths"]) - (folder / _FEATURES).stat().st_size
+        rows = content.get("finished", 0) + len(content["paths"])
+        lacking = 4 * size * rows - (folder / _FEATURES).stat().st_size
     except FileNotFoundError:
         if file.exists():
             raise DanFastError(f"{folder} lacks {_FEATURES}: remove the folder, and it is made anew.") from None

@@ -12,7 +12,7 @@ from dan_fast.data.overlap import numbering_of
 from dan_fast.data.samples import Sample
 from dan_fast.inference.sources import Part, samples_of
 from dan_fast.search.gallery_index import GalleryIndex
-from dan_fast.search.searcher import recall
+from dan_fast.search.searcher import Found, recall
 
 # Queries that the exact search is asked too, to tell what an approximate one misses.
 _COMPARED = 200
@@ -38,12 +38,10 @@ def ranked_lists(
     readable = np.flatnonzero(np.isfinite(features).all(axis=1))
     lists = [_described(query) | {"matches": None} for query in samples_of(queries)]
     persons = _Persons(queries, gallery)
-    found = index.search(features[readable], top + 1)
+    found = _others(index, [lists[place]["path"] for place in readable], features[readable], top)
     for place, scores, rows in zip(readable.tolist(), found.scores, found.rows, strict=True):
-        own = lists[place]["path"]
         images = [(index.images[row], score) for row, score in zip(rows, scores.tolist(), strict=True) if row >= 0]
         matches = [_described(image) | {"score": score} for image, score in images]
-        matches = [match for match in matches if match["path"] != own][:top]
         lists[place]["matches"] = [
             {"rank": rank} | match | {"same_person": persons.same(place, lists[place]["pid"], match)}
             for rank, match in enumerate(matches, start=1)
@@ -83,12 +81,31 @@ def _numbered(parts: Sequence[Part]) -> Iterator[tuple[str | None, Sample]]:
         yield from ((numbering, sample) for sample in part.samples)
 
 
-def measured_recall(index: GalleryIndex, features: np.ndarray, top: int) -> dict[str, Any]:
-    """Of the `top` images that the exact search finds, the share that this index finds, over some of the queries."""
-    readable = features[np.isfinite(features).all(axis=1)]
+def measured_recall(
+    index: GalleryIndex, queries: Sequence[Part], features: np.ndarray, top: int
+) -> dict[str, Any] | None:
+    """Of the lists that the exact search would give, the share that this index finds, over some of the queries.
+
+    None where these lists are empty.
+    """
+    readable = np.flatnonzero(np.isfinite(features).all(axis=1))
     some = readable[np.linspace(0, len(readable) - 1, min(_COMPARED, len(readable))).astype(int)]
-    found, exact = (index.search(some, top, exact).rows for exact in (False, True))
-    return {"at": top, "value": recall(found, exact), "queries": len(some)}
+    samples = samples_of(queries)
+    own = [absolute(samples[place].path) for place in some]
+    found, exact = (_others(index, own, features[some], top, exact).rows for exact in (False, True))
+    return {"at": top, "value": recall(found, exact), "queries": len(some)} if (exact >= 0).any() else None
+
+
+def _others(index: GalleryIndex, own: Sequence[str], features: np.ndarray, top: int, exact: bool = False) -> Found:
+    """The `top` nearest images to queries, of which each has a path of its own that is left out."""
+    scores, rows = index.search(features, top + 1, exact)
+    is_own = [
+        [row >= 0 and absolute(index.images[row].path) == path for row in of_query]
+        for path, of_query in zip(own, rows.tolist(), strict=True)
+    ]
+    # A file is in an index once: it goes last, and the last is one too many.
+    kept = np.argsort(np.array(is_own, dtype=bool).reshape(rows.shape), axis=1, kind="stable")[:, :top]
+    return Found(*(np.take_along_axis(values, kept, axis=1) for values in (scores, rows)))
 
 
 def _described(sample: Sample) -> dict[str, Any]:

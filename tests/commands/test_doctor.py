@@ -1,6 +1,8 @@
 """What `dan-fast doctor` says of this machine, of a broken extension and of one that is missing."""
 
 import io
+import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -9,8 +11,10 @@ import pytest
 import torch
 from rich.console import Console
 
+import dan_fast
 from dan_fast import __version__, _extension, cli
 from dan_fast.commands import doctor
+from dan_fast.evaluation import counting
 from tests.support import in_checkout
 from tests.support.toolchain import needs_extension
 
@@ -89,10 +93,41 @@ def test_a_library_that_does_not_load_is_broken(monkeypatch: pytest.MonkeyPatch,
     assert f"broken: {broken} does not load with torch" in text
 
 
-def test_a_binary_older_than_its_sources_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    in_checkout("csrc")
+def test_a_missing_library_is_not_explained_by_missing_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     info = tmp_path / "info.json"
-    info.write_text('{"built": ["CPU"], "missing": [], "cuda_archs": [], "source_hash": "of other sources"}')
+    info.write_text('{"missing": ["no CUDA kernels: nvcc was not found; install it"]}')
+    monkeypatch.setattr(_extension, "LIBRARY", tmp_path / "absent.so")
+    monkeypatch.setattr(_extension, "BUILD_INFO", info)
+    assert str(_extension.why_not()).startswith("the compiled extension was not built; reinstall")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_ranking_that_does_not_load_is_broken_and_one_that_is_not_there_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: bool
+):
+    module = tmp_path / counting.MODULE.name
+    if there:
+        module.write_bytes(b"not a library")
+    monkeypatch.setattr(counting, "MODULE", module)
+    monkeypatch.setattr(counting, "load", counting.load.__wrapped__)
+    monkeypatch.delattr(dan_fast, "_ranking", raising=False)
+    monkeypatch.setitem(sys.modules, "dan_fast._ranking", None)
+    monkeypatch.setattr(_extension, "BUILD_INFO", tmp_path / "absent.json")
+    text, code = printed(width=1000)
+    assert code == int(there)
+    said = f"broken: {module} does not load" if there else "missing: the compiled ranking was not built for Python 3."
+    assert said in text
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_binary_older_than_its_sources_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, native: bool):
+    """The operators, and the ranking of this Python; that of another one is none of its business."""
+    now = doctor.source_hash(in_checkout("csrc").parent)
+    rankings = {counting.MODULE.name: now if native else "other", "_ranking.of-another.so": "other"}
+    info = tmp_path / "info.json"
+    content = {"built": ["CPU"], "missing": [], "cuda_archs": [], "source_hash": "other" if native else now}
+    info.write_text(json.dumps(content | {"rankings": rankings}))
+    assert not doctor.stale({"source_hash": now, "rankings": rankings | {counting.MODULE.name: now}})
     monkeypatch.setattr(_extension, "BUILD_INFO", info)
     found = doctor.report()
     assert found.exit_code == 1

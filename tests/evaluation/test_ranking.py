@@ -244,6 +244,9 @@ def test_layouts_types_and_threads_do_not_matter(metric):
     assert_equal(rank_distances(np.asfortranarray(distances), *labels), expected)
     assert_equal(rank_distances(torch.from_numpy(distances).T.contiguous().T, *labels), expected)
     assert_equal(rank_distances(np.repeat(distances, 2, axis=1)[:, ::2], *labels), expected)
+    # A reversed axis of length 1 counts as contiguous, and PyTorch refuses its stride.
+    column, one = distances[:, :1], (labels[0], labels[1][:1], labels[2], labels[3][:1])
+    assert_equal(rank_distances(column[:, ::-1], *one), by_sorting(column, *one))
 
 
 def test_the_dot_product_of_a_key():

@@ -217,7 +217,8 @@ def test_a_kill_at_any_moment_leaves_the_index_as_it_was(folder, tmp_path, monke
             assert np.array_equal(found.rows, before.rows)
         contents = [json.loads(file.read_text()) for file in copy.glob("*.json")]
         update = update_index(copy, extract, images, kind)
-        assert update.added == 14 - max((len(content["paths"]) for content in contents), default=0)
+        known = (content.get("finished", 0) + len(content["paths"]) for content in contents)
+        assert update.added == 14 - max(known, default=0)
         found = GalleryIndex(copy, extract, kind).search(query, 14)
         np.testing.assert_allclose(found.scores, whole.scores, atol=1e-6)
         assert {path.name for path in copy.iterdir()} == {path.name for path in index.iterdir()}
@@ -275,6 +276,61 @@ def test_what_is_stopped_goes_on(run, folder, embedded, monkeypatch, capsys):
     assert "the same command goes on from there" in capsys.readouterr().out
     embedded.clear()
     assert len(run()) == 3 and sum(embedded) == 3 + 14 - 8
+
+
+def test_what_is_killed_goes_on_at_what_was_written_down(run, folder, embedded, monkeypatch):
+    """An update of a finished index writes down its own images alone; so does the next one that goes on."""
+    run()
+    finished, unfinished = (folder / "out" / "index" / name for name in ("index.json", "unfinished.json"))
+    before = finished.read_bytes()
+    new = [f"new-{number:02d}.png" for number in range(16)]
+    draw(folder / "gallery", new, seed=6)
+    monkeypatch.setattr(gallery_index, "_SAVED", 4)
+    save = gallery_index._save
+    for written in (8, 12):
+        with monkeypatch.context() as patch:
+
+            def killed(file: Path, stored: dict, most: int = written) -> None:
+                if len(stored["paths"]) > most:
+                    raise KeyboardInterrupt
+                save(file, stored)
+
+            patch.setattr(gallery_index, "_save", killed)
+            run(code=130)
+        assert finished.read_bytes() == before
+        assert [Path(path).name for path in json.loads(unfinished.read_text())["paths"]] == new[:written]
+    left = unfinished.read_bytes()
+    embedded.clear()
+    lists = run()
+    assert sum(embedded) == 3 + 4 and not unfinished.exists()
+    # A call that was killed after it had written index.json leaves the other file.
+    unfinished.write_bytes(left)
+    embedded.clear()
+    assert run() == lists and sum(embedded) == 3
+    # Builds that did not count the finished rows wrote all of them.
+    content = json.loads(finished.read_text())
+    unfinished.write_text(json.dumps(content))
+    for name in ("paths", "status", "pids", "camids"):
+        content[name] = content[name][:14]
+    finished.write_text(json.dumps(content | {"gallery": list(range(14))}))
+    embedded.clear()
+    assert run() == lists and sum(embedded) == 3
+
+
+def test_an_index_that_is_opened_while_an_update_ends_is_the_new_one(run, folder, checkpoint, monkeypatch):
+    run("--index", "hnsw")
+    draw(folder / "gallery", ["new.png"], seed=6)
+    read = kinds.read
+
+    def late(path: Path, rows: int, size: int):
+        with monkeypatch.context() as patch:
+            patch.setattr(kinds, "read", read)
+            run("--index", "hnsw")
+            return read(path, rows, size)
+
+    monkeypatch.setattr(kinds, "read", late)
+    index = folder / "out" / "index"
+    assert GalleryIndex(index, FeatureExtractor(checkpoint, "cpu"), "hnsw").size == 15
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -550,6 +606,48 @@ def test_recall_tells_an_index_that_finds_others(run, folder, monkeypatch, capsy
     assert value < 0.6
     assert f"recall@3 {value:.4f}" in capsys.readouterr().out
     assert f"recall@3 is {value:.4f}" in (folder / "out" / "index.html").read_text()
+
+
+def test_recall_is_of_the_lists_which_lack_a_querys_own_file(run, folder, monkeypatch, capsys):
+    """Here each query finds itself and then a wrong image, unless that happens to be right."""
+    gallery = folder / "gallery"
+    searched_for = ["--index", "hnsw", "--top", 1, "--query", gallery]
+    search = kinds.search
+    monkeypatch.setattr(kinds, "fetched", lambda kind, places: places)
+    for name in ("00-copy.png", "03.png", "05.png", "11-copy.png"):
+        (gallery / name).unlink()
+    monkeypatch.setattr(
+        kinds, "search", lambda *of: np.where(np.arange(of[3]) == 0, search(*of), (search(*of)[:, :1] + 5) % 10)
+    )
+    lists = run(*searched_for)
+    assert all(each["path"] not in paths for each, paths in zip(lists, paths_of(lists), strict=True))
+    value = json.loads((folder / "out" / "ranked.json").read_text())["recall"]["value"]
+    monkeypatch.setattr(kinds, "search", search)
+    shares = [found == exact for found, exact in zip(paths_of(lists), paths_of(run(*searched_for)), strict=True)]
+    assert value == sum(shares) / len(shares) < 0.5
+    alone_in_it = draw(folder / "one", ["one.png"])
+    capsys.readouterr()
+    run("--index", "hnsw", "--query", alone_in_it, "--gallery", alone_in_it, out="alone")
+    assert json.loads((folder / "alone" / "ranked.json").read_text())["recall"] is None
+    assert "recall@" not in capsys.readouterr().out
+
+
+def test_where_all_images_are_alike_the_candidates_of_few_queries_are_held_at_a_time(monkeypatch):
+    features = np.ones((3000, 64), np.float32) + 1e-6 * clustered(3000, 64)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    order, asked = np.arange(3000), []
+    expected = exact_search.search_exactly(features, features[:40], 10, order)
+    candidates = exact_search._candidates
+
+    def counted(features, queries, places, order):
+        asked.append(len(queries) * places)
+        return candidates(features, queries, places, order)
+
+    monkeypatch.setattr(exact_search, "_candidates", counted)
+    monkeypatch.setattr(exact_search, "_CANDIDATES", 6000)
+    for found, wanted in zip(exact_search.search_exactly(features, features[:40], 10, order), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    assert max(asked) == 6000 and len(asked) > 20
 
 
 class Page(HTMLParser):
