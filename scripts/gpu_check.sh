@@ -8,6 +8,7 @@
 # iteration.json and ranking.json hold the benchmarks; they and the folder quickstart are removed from OUT first.
 # --dry-run prints the commands only. GPU_TESTS_S and the like below change a limit.
 set -uo pipefail
+called_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 case ${1:-} in
@@ -18,8 +19,13 @@ case ${1:-} in
     exit 2
     ;;
 esac
-out=${OUT:-build/gpu_check}
+# Names are those of the folder that this was called from.
+from_there() {
+  case $1 in /*) echo "$1" ;; *) echo "$called_from/$1" ;; esac
+}
+out=$([ -n "${OUT:-}" ] && from_there "$OUT" || echo build/gpu_check)
 python=${PYTHON:-python3}
+case $python in */*) python=$(from_there "$python") ;; esac
 failed=0
 
 # With 30 s for the first and third part the limits add up to 540 s.

@@ -2,8 +2,9 @@
 // docs/fidelity.md follows step by step. They are written once: the CPU and the CUDA scan differ only in how they walk
 // the slots and add them up.
 //
-// This room is compiled without contracting a * b + c (-ffp-contract=off, nvcc -fmad=false): usage then has the same
-// bits on every path that is given the same cosines, and equal histories stay exact ties.
+// This room is compiled without contracting a * b + c (-ffp-contract=off, nvcc -fmad=false): a rule then gives the same
+// bits on every path, and equal histories stay exact ties. Sums over slots are added in an order of each device's own,
+// so that usage agrees between devices to rounding.
 #pragma once
 
 #include <cmath>

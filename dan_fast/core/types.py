@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dan_fast.core.cosine import FLOATING
+from dan_fast.core.cosine import FLOATING, statistics_dtype
 
 
 class MemoryState(NamedTuple):
@@ -19,7 +19,7 @@ class MemoryState(NamedTuple):
     Attributes:
         features: (s, d) floating, the stored keys; the rows of empty slots are zero.
         labels: (s,) int64, label or pseudo label.
-        usage: (s,) floating, W^u of Eq. (5).
+        usage: (s,) floating, W^u of Eq. (5); float32 beside features in half precision, as `evaluation`.
         evaluation: (s,) floating, W^e of the last write, Eq. (7).
         least_used: () int64, the slot the next write clears and fills, Eq. (6).
         sample_ids: (s,) int64, which image filled the slot; -1 in a labelled memory.
@@ -58,8 +58,8 @@ class MemoryState(NamedTuple):
         return cls(
             features=torch.zeros(slots, key_dim, dtype=dtype, device=device),
             labels=nothing,
-            usage=torch.zeros(slots, dtype=dtype, device=device),
-            evaluation=torch.zeros(slots, dtype=dtype, device=device),
+            usage=torch.zeros(slots, dtype=statistics_dtype(dtype), device=device),
+            evaluation=torch.zeros(slots, dtype=statistics_dtype(dtype), device=device),
             least_used=torch.zeros((), dtype=torch.int64, device=device),
             sample_ids=nothing.clone(),
         )
@@ -68,6 +68,12 @@ class MemoryState(NamedTuple):
     def occupied(self) -> Tensor:
         """(s,) bool, the slots that hold a sample."""
         return self.labels >= 0
+
+
+def with_statistics(state: MemoryState) -> MemoryState:
+    """`state` with usage and evaluation in the dtype that they are computed in; half precision would round them."""
+    dtype = statistics_dtype(state.features.dtype)
+    return state._replace(usage=state.usage.to(dtype), evaluation=state.evaluation.to(dtype))
 
 
 class MemoryBatch(NamedTuple):

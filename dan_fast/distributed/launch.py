@@ -28,7 +28,8 @@ def joined(device: torch.device) -> Iterator[ProcessGroup | None]:
         The group of all ranks; None where there is one alone, which needs none.
 
     Raises:
-        DanFastError: the ranks do not find each other, two have the same GPU, or one of them was lost inside.
+        DanFastError: the ranks do not find each other, some have a GPU and others none, two have the same one, or one
+            of them was lost inside.
     """
     if number_of_ranks() == 1:
         yield None
@@ -48,8 +49,7 @@ def joined(device: torch.device) -> Iterator[ProcessGroup | None]:
             "every machine reaches, and start all ranks."
         ) from error
     try:
-        if of_gpus:
-            _require_own_gpus(distributed.group.WORLD, device)
+        _require_own_devices(distributed.group.WORLD, device)
         yield distributed.group.WORLD
     except RuntimeError as error:
         if not is_loss_of_a_rank(error):
@@ -90,10 +90,21 @@ def _store_of_this_start(store: distributed.Store, rank: int, ranks: int) -> dis
     raise TimeoutError(f"not all {ranks} ranks registered within {_TIMEOUT_S:.0f} s")
 
 
-def _require_own_gpus(group: ProcessGroup, device: torch.device) -> None:
-    """Raises where two ranks have the same GPU, which NCCL refuses in the first collective, as if a rank were lost."""
-    held = gathered(group, str(torch.cuda.get_device_properties(device).uuid))
-    if len(set(held)) < len(held):
+def _require_own_devices(group: ProcessGroup, device: torch.device) -> None:
+    """Raises on all ranks where they have devices of several kinds, or two the same GPU.
+
+    NCCL refuses the latter in the first collective, as if a rank were lost.
+    """
+    of_gpu = device.type == "cuda"
+    ranks = gathered(group, (device.type, str(torch.cuda.get_device_properties(device).uuid) if of_gpu else None))
+    for rank, (kind, _) in enumerate(ranks):
+        if kind != ranks[0][0]:
+            raise DanFastError(
+                f"Rank {rank} runs on {kind} and rank 0 on {ranks[0][0]}: set the device to cpu, or see what `dan-fast "
+                "doctor` says there."
+            )
+    held = [gpu for _, gpu in ranks]
+    if of_gpu and len(set(held)) < len(held):
         raise DanFastError(
             f"{len(held)} ranks cannot share {len(set(held))} GPUs: start as many ranks as GPUs are visible, or set "
             "the device to cpu."

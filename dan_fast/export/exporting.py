@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import alone, remove_unfinished, write_whole
+from dan_fast.core.home import expanded
 from dan_fast.data.images.transforms import test_transform
 from dan_fast.export import formats
 from dan_fast.export.graph import FeatureGraph, description, traced
@@ -86,7 +87,7 @@ def export_network(
         formats.require_packages()
     elif precision == "int8":
         raise ValueError("precision int8 is made for format onnx alone")
-    path = Path(path)
+    path = expanded(path)
     _require_name(path, format)
     network = deepcopy(network).to("cpu", torch.float32).eval()
     images = _drawn(network.image_size) if images is None else images

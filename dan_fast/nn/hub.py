@@ -48,7 +48,10 @@ def save_network(
             f"A network around a module cannot be built again from {CONFIG}: give DAN its backbone by name, or save "
             "its state_dict() and keep the code that makes the module."
         )
-    arguments = _arguments(network)
+    try:
+        arguments = _arguments(network)
+    except AttributeError as error:
+        raise _was_changed(str(error)) from error
     _require_readable(network, arguments)
     # safetensors takes neither channels_last nor storage that tensors share.
     weights = save(
@@ -64,7 +67,7 @@ def save_network(
         "network": arguments,
         "preprocessing": network.preprocessing.to_dict(),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
-        "training": None if training is None else dict(training),
+        "training": None if training is None else _plain_json(training),
         "results": [each.to_dict() for each in results],
     }
     text = json.dumps(config, indent=2) + "\n"
@@ -245,10 +248,23 @@ def _require_readable(network: DAN, arguments: dict[str, Any]) -> None:
     own, built = ({name: tuple(value.shape) for name, value in each.state_dict().items()} for each in (network, again))
     differing = sorted(name for name, _ in own.items() ^ built.items())
     if differing:
-        raise DanFastError(
-            f"A network that was changed after it was built cannot be built again from {CONFIG}, it differs in "
-            f"{differing[0]}: take parts out of torch.compile and other wrappers, or make the DAN as it is to be."
-        )
+        raise _was_changed(f"it differs in {differing[0]}")
+
+
+def _was_changed(how: str) -> DanFastError:
+    return DanFastError(
+        f"A network that was changed after it was built cannot be built again from {CONFIG}, {how}: take parts out of "
+        "torch.compile and other wrappers, or make the DAN as it is to be."
+    )
+
+
+def _plain_json(training: Mapping[str, Any]) -> dict[str, Any]:
+    plain = dict(training)
+    try:
+        json.dumps(plain, allow_nan=False)
+    except ValueError as error:  # NaN, or a list that holds itself
+        raise TypeError(f"training is not plain JSON ({error}): give numbers that are finite") from error
+    return plain
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:

@@ -52,8 +52,8 @@ def require_to_be_carried(memory: nn.Module, origin: Origin | None) -> None:
         RuntimeError: `memory` is a replica, stands inside of a wrapper of many processes, or is a copy whose gates went
             on without its memories.
     """
-    # A replica has no parameters of its own, not even those that are None.
-    if "alpha" not in memory._parameters:
+    # As DataParallel marks them: they have no parameters of their own, and neither has a gate with a parametrization.
+    if getattr(memory, "_is_replica", False):
         raise RuntimeError(
             "a replica of DataParallel would write memories that are thrown away: wrap the backbone alone in "
             "DataParallel and call the memory outside of it, or use one device"

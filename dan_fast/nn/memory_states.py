@@ -6,15 +6,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dan_fast.core.checks import check_state
-from dan_fast.core.cosine import statistics_dtype
-from dan_fast.core.types import MemoryState
+from dan_fast.core.checks import check_state, may_look_at
+from dan_fast.core.types import MemoryState, with_statistics
 from dan_fast.functional.memory.pending import PendingMemory
+from dan_fast.functional.memory.row_norms import row_sq_norms
 
 
 def held_memory(state: MemoryState) -> PendingMemory:
     """A memory that starts from `state`."""
-    return PendingMemory.of(_with_statistics(state))
+    return PendingMemory.of(with_statistics(state))
 
 
 def reliable_samples_of(unlabeled: PendingMemory) -> tuple[Tensor, Tensor]:
@@ -27,11 +27,6 @@ def reliable_samples_of(unlabeled: PendingMemory) -> tuple[Tensor, Tensor]:
     first[1:] = ids[1:] != ids[:-1]
     chosen = by_image[first].sort().values
     return unlabeled.sample_ids[chosen], unlabeled.labels[chosen]
-
-
-def _with_statistics(state: MemoryState) -> MemoryState:
-    dtype = statistics_dtype(state.features.dtype)
-    return state._replace(usage=state.usage.to(dtype), evaluation=state.evaluation.to(dtype))
 
 
 def replacement(name: str, held: PendingMemory, state: MemoryState, assign: bool = False) -> PendingMemory:
@@ -50,8 +45,12 @@ def replacement(name: str, held: PendingMemory, state: MemoryState, assign: bool
         raise TypeError(f"{name}.features must be {old.dtype} like this memory, got {new.dtype}")
     if new.device != old.device and not assign:
         raise ValueError(f"{name}.features is on {new.device}, this memory on {old.device}: move one with .to()")
+    if may_look_at(new) and not row_sq_norms(new).isfinite().all():
+        raise ValueError(
+            f"{name}.features must be finite, and so must the squares of their lengths: go back to a state that is"
+        )
     own = state._replace(features=new[held.rows])
-    return held.like(_with_statistics(MemoryState(*(x.detach().clone() for x in own))))
+    return held.like(with_statistics(MemoryState(*(x.detach().clone() for x in own))))
 
 
 class MemoriesRead(NamedTuple):

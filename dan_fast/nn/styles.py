@@ -103,13 +103,20 @@ def style_mixing_of(backbone: nn.Module, image_size: tuple[int, int]) -> StyleMi
     if not stages:
         raise _cannot_mix()
     mixing = StyleMixing(stages)
+    shapes: list[torch.Size] = []
+    hooks = [stage.register_forward_hook(lambda *given: shapes.append(given[2].shape)) for stage in stages]
     try:
         with trial(backbone) as like, mixing.within(lenders=1):
             rows = backbone(like.new_zeros(3, 3, *image_size)).shape[0]
     # The map of a stage may be a list, too small, or one of several branches that are added up again.
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise _cannot_mix() from error
-    if rows != 2:
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # Channels that stand last, as between the blocks of SAM's ViT, would not be those whose styles are mixed.
+    channels = getattr(backbone, "early_channels", [shape[1] for shape in shapes])
+    if rows != 2 or any(n == shape[-1] != shape[1] for n, shape in zip(channels, shapes, strict=True)):
         raise _cannot_mix()
     return mixing
 

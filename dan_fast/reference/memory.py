@@ -153,7 +153,8 @@ def _working_copy(state: MemoryState) -> MemoryState:
 
 
 def _outgoing(state: MemoryState, like: MemoryState) -> MemoryState:
-    return MemoryState(*(x.detach().to(old.dtype, copy=True) for x, old in zip(state, like, strict=True)))
+    copied = MemoryState(*(x.detach().clone() for x in state))
+    return copied._replace(features=copied.features.to(like.features.dtype))
 
 
 def memory_step(

@@ -57,8 +57,8 @@ class Trainer:
     which waits for the copy to host memory only.
 
     A trainer is a guest in its process: it has random numbers of its own, and `fit` puts back the process's generators
-    of the CPU and of the run's GPU, and the handlers of signals, when it leaves. `train_iteration` called without
-    `fit` draws from the process's generators. What NumPy and Python draw from is not touched.
+    of the CPU and of the run's GPU, and the handlers of signals, when it leaves; what NumPy and Python draw from stays.
+    `train_iteration` called without `fit` takes the process's generators, determinism and `float32_products`.
     The step itself, without files, is `MetaStep`; the trainer's is `meta_step`.
 
     With a `process_group` its ranks train one network, each with a trainer of its own, of the same settings: they take

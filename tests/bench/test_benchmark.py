@@ -262,12 +262,13 @@ def test_the_gpu_check_goes_on_after_a_failure(tmp_path):
     (out / "notes.txt").write_text("of the user")
     script = in_checkout("scripts/gpu_check.sh")
     settings = {"PYTHONPATH": "elsewhere"} | {
-        "OUT": str(out),
+        "OUT": "out",  # of the folder that it is called from
         "PATH": f"{tools}:{os.environ['PATH']}",
-        "PYTHON": "python",
+        "PYTHON": "tools/python",
         "GPU_TESTS_S": "1",
     }
-    done = subprocess.run(["bash", script], env=os.environ | settings, capture_output=True, text=True, timeout=60)
+    environment = os.environ | settings
+    done = subprocess.run(["bash", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     summary = (out / "summary.txt").read_text()
     assert summary in done.stdout

@@ -195,28 +195,48 @@ def test_each_rank_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch):
         resolve_device("cuda")
 
 
+def test_an_index_of_a_device_is_not_cut_to_eight_bits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert str(resolve_device("cuda:1")) == "cuda:1" and str(resolve_device("cuda")) == "cuda"
+    for name in ("cuda:2", "cuda:200", "cuda:255", "cuda:256", "cuda:257"):
+        with pytest.raises(DanFastError, match=f"There is no device {name}, 2 GPUs are visible"):
+            resolve_device(name)
+
+
 def test_ranks_that_share_a_gpu_are_refused_before_nccl_does(monkeypatch: pytest.MonkeyPatch):
     own = SimpleNamespace(uuid="GPU-1")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: own)
-    for others, refused in ((["GPU-2"], False), (["GPU-2", "GPU-1"], True)):
-        monkeypatch.setattr(launch, "gathered", lambda group, value, others=others: [value, *others])
-        with (
-            pytest.raises(DanFastError, match="3 ranks cannot share 2 GPUs: start as many ranks as GPUs are visible")
-            if refused
-            else nullcontext()
-        ):
-            launch._require_own_gpus(distributed.group.WORLD, torch.device("cuda:0"))
+    one, two, none = ("cuda", "GPU-1"), ("cuda", "GPU-2"), ("cpu", None)
+    shared, mixed = (
+        "3 ranks cannot share 2 GPUs: start as many",
+        "Rank 1 runs on (cpu|cuda) and rank 0 on (cuda|cpu): set",
+    )
+    for device, ranks, refused in (
+        ("cuda:0", [one, two], None),
+        ("cuda:0", [one, two, one], shared),
+        ("cuda:0", [one, none], mixed),
+        ("cpu", [one, none], mixed),
+        ("cpu", [none, one], mixed),
+        ("cpu", [none, none], None),
+    ):
+
+        def gathered(group, value, ranks=ranks):
+            assert value in ranks
+            return ranks
+
+        monkeypatch.setattr(launch, "gathered", gathered)
+        with pytest.raises(DanFastError, match=refused) if refused else nullcontext():
+            launch._require_own_devices(distributed.group.WORLD, torch.device(device))
 
 
-def test_joining_asks_for_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch):
+def test_joining_asks_for_a_device_of_its_own_on_all_ranks(monkeypatch: pytest.MonkeyPatch):
     as_rank(monkeypatch, 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(distributed, "rendezvous", lambda where: iter([("store", 0, 2)]))
     monkeypatch.setattr(distributed, "init_process_group", MagicMock())
     monkeypatch.setattr(distributed, "destroy_process_group", MagicMock())
     monkeypatch.setattr(launch, "_store_of_this_start", MagicMock())
-    monkeypatch.setattr(launch, "_require_own_gpus", MagicMock(side_effect=DanFastError("cannot share")))
-    with launch.joined(torch.device("cpu")):
-        pass
-    with pytest.raises(DanFastError, match="cannot share"), launch.joined(torch.device("cuda:0")):
-        pass
+    monkeypatch.setattr(launch, "_require_own_devices", MagicMock(side_effect=DanFastError("cannot share")))
+    for device in ("cpu", "cuda:0"):
+        with pytest.raises(DanFastError, match="cannot share"), launch.joined(torch.device(device)):
+            pass

@@ -223,6 +223,13 @@ def test_a_network_of_another_floating_type_is_written_in_float32(tmp_path, dtyp
     assert export_network(one_convolution().to(dtype), tmp_path / "network.pt2", "pt2").largest < 1e-4
 
 
+def test_the_home_folder_is_where_it_is_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    export_network(one_convolution(), "~/n.pt2", "pt2")
+    assert [path.name for path in tmp_path.iterdir()] == ["n.pt2"]
+
+
 def test_the_network_stays_as_it_is(tmp_path):
     network = one_convolution()
     network.backbone.bn.eval()

@@ -254,8 +254,9 @@ def test_maps_that_were_mixed_are_not_computed_again(use_reentrant: bool):
 
 
 def test_who_cannot_mix_says_so():
-    # A ViT; stages that timm names and the model has not; a stage whose map is added to that of a whole batch.
-    for name in ("timm:test_vit", "timm:hrnet_w18_small", "timm:legacy_xception"):
+    # A ViT; stages that timm names and the model has not; a stage whose map is added to that of a whole batch; blocks
+    # whose maps have their channels last, where the last map has them first.
+    for name in ("timm:test_vit", "timm:hrnet_w18_small", "timm:legacy_xception", "timm:samvit_base_patch16"):
         with pytest.raises(DanFastError, match="Styles are mixed in the early maps of a convolutional network"):
             DAN(5, name, (64, 32), style_mixing=True)
     with pytest.raises(DanFastError, match="set model.gradient_checkpointing to false"):

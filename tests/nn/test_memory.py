@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from dan_fast import MemoryState, functional
+from dan_fast import MemoryState, functional, reference
 from dan_fast.core.types import MemoryStep
-from dan_fast.functional.memory import pending
+from dan_fast.functional.memory import pending, step
 from dan_fast.nn import ProgressiveAugmentedMemory
 from dan_fast.nn import memory as memories
 from dan_fast.training.determinism import deterministic_algorithms
@@ -369,10 +369,60 @@ def test_states_are_assignable_and_checked():
         (before._replace(labels=before.labels[:3]), ValueError, "labeled.labels must have shape"),
         ("state", TypeError, "labeled must be a MemoryState"),
         (MemoryState.empty(SLOTS, DIM, torch.float64, "meta"), ValueError, "labeled.features is on meta"),
+        (before._replace(features=before.features * torch.nan), ValueError, "labeled.features must be finite"),
+        (before._replace(features=before.features + 1e200), ValueError, "must be finite, and so must the squares"),
     ):
         with pytest.raises(error, match=match):
             memory.labeled = wrong
     assert_states_close(memory.labeled, before)
+
+
+def test_no_way_to_a_memory_leads_through_the_capture_of_a_cuda_graph(monkeypatch):
+    memory, (first, second) = make(), batches(2)
+    memory(*first)
+    before = {name: value.clone() for name, value in memory.state_dict().items()}
+
+    def captured(features):
+        raise RuntimeError("captured")
+
+    ways = (
+        lambda: memory(*second),
+        lambda: memory.labeled_loss(*second[:2], 0.1),
+        lambda: memory.labeled,
+        lambda: memory.unlabeled,
+        memory.settle,
+        memory.state_dict,
+        lambda: copy.deepcopy(memory),
+    )
+    with monkeypatch.context() as patch:
+        for module in (pending, step):
+            patch.setattr(module, "require_no_capture", captured)
+        for way in ways:
+            with pytest.raises(RuntimeError, match="captured"):
+                way()
+    assert all(torch.equal(value, before[name]) for name, value in memory.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_function_and_module_are_one_memory_in_half_precision(dtype: torch.dtype):
+    """Usage is float32 in both, and so in the reference: half precision would confuse the least-used slots."""
+    memory = make(dtype=dtype)
+    gates = memory.alpha.item(), memory.alpha_unlabeled.item(), memory.beta.item(), 0.9, 0.8
+    states = [[MemoryState.empty(n, DIM, dtype) for n in (SLOTS, PSEUDO_SLOTS)] for _ in range(2)]
+    for batch in batches(40, dtype=dtype):
+        memory(*batch)
+        for impl, state in zip((functional, reference), states, strict=True):
+            state[:] = impl.memory_step(*state, *batch, *gates)[2:]
+    for given in (state._replace(usage=state.usage.to(dtype)) for state in states[0]):
+        assert given.usage.dtype == dtype
+        for impl in (functional, reference):
+            for keys in (batch[0], batch[0][:0]):
+                new = impl.memory_step(given, given, keys, batch[1][: len(keys)], *batch[2:], *gates).labeled
+                assert new.usage.dtype == new.evaluation.dtype == torch.float32
+    for ours, by_function, by_reference in zip((memory.labeled, memory.unlabeled), *states, strict=True):
+        assert by_function.usage.dtype == by_reference.evaluation.dtype == torch.float32
+        assert torch.equal(ours.labels, by_function.labels) and torch.equal(ours.usage, by_function.usage)
+        assert torch.equal(ours.labels, by_reference.labels)
 
 
 def test_moves_with_its_module():

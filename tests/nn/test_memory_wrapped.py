@@ -43,6 +43,14 @@ def test_a_replica_of_data_parallel_is_refused():
         assert_memories_equal(memory, before)
 
 
+def test_a_gate_with_a_parametrization_is_no_replica():
+    memory, plain = make(), make()
+    nn.utils.parametrize.register_parametrization(memory, "alpha", nn.Hardtanh())
+    for batch in batches(2):
+        assert torch.equal(memory(*batch).loss, plain(*batch).loss)
+    assert_memories_equal(memory, plain)
+
+
 def test_a_deep_copy_has_memories_of_its_own():
     memory = make()
     first, second, third = batches(3)

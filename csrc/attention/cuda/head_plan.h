@@ -1,5 +1,6 @@
 // How the kernels of the attention head divide a batch among blocks, and what they keep in the caller's workspace.
-// Nothing here depends on the GPU but how many samples are worked on at a time: sums have the same order on all.
+// Nothing here depends on the GPU but how many samples are worked on at a time and, on one that holds fewer than 48 blocks
+// at a time, into how many parts channels are divided: sums have the same order on all others.
 // Plain C++.
 #pragma once
 

@@ -35,6 +35,15 @@ def lasting_tensors() -> Iterator[None]:
         yield
 
 
+def require_no_capture(features: Tensor) -> None:
+    """Refuse a memory inside of the capture of a CUDA graph: the tensors that it lies in change with each step."""
+    if features.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph would replay this from the memory of now: capture functional.memory_step or "
+            "functional.discriminative_loss, and copy the states that a step returns into those that it was given"
+        )
+
+
 class _Base:
     """The features before the pending writes, and what still counts on them staying as they are."""
 
@@ -163,6 +172,7 @@ class PendingMemory:
 
     def read_base(self, keys: Tensor, waits: bool) -> tuple[Tensor, Tensor]:
         """Scores and square norms of the rows of `base`, with the pending writes unless these go on waiting."""
+        require_no_capture(self.base)
         if self.pending and not waits:
             if not (self.is_counted_on() or self._base.shared):
                 scores, norms = self._commit_in_place(keys)
@@ -219,6 +229,7 @@ class PendingMemory:
 
     def settle(self) -> None:
         """Write what is pending."""
+        require_no_capture(self.base)
         with lasting_tensors():
             if self.pending and (self.is_counted_on() or self._base.shared):
                 self._settle_into_new()

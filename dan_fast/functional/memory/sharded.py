@@ -191,7 +191,8 @@ def _made_by(device: torch.device) -> tuple[object, ...]:
         processor: object = properties.name, properties.multi_processor_count
     else:
         processor = torch.ops.dan_fast.instruction_set() if kernels else torch.backends.cpu.get_cpu_capability()
-    return __version__, torch.__version__, kernels, _extension.build_info().get("source_hash"), processor
+    built = _extension.build_info()
+    return __version__, torch.__version__, kernels, built.get("source_hash"), built.get("cuda_archs"), processor
 
 
 def _headers(group: ProcessGroup, header: Tensor) -> list[dict[str, int]]:

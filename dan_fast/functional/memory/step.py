@@ -7,11 +7,11 @@ from torch import Tensor
 
 from dan_fast.core.checks import check_memory_step, in_vmap, may_look_at
 from dan_fast.core.cosine import statistics_dtype
-from dan_fast.core.types import Gates, MemoryBatch, MemoryState, MemoryStep
+from dan_fast.core.types import Gates, MemoryBatch, MemoryState, MemoryStep, with_statistics
 from dan_fast.functional.autocast import full_precision, keys_in_memory_dtype, outside_autocast
 from dan_fast.functional.derivatives import in_backward_pass, in_transform
 from dan_fast.functional.memory.passes import memory_commit, memory_scores
-from dan_fast.functional.memory.pending import PendingMemory, lasting_tensors
+from dan_fast.functional.memory.pending import PendingMemory, lasting_tensors, require_no_capture
 from dan_fast.functional.memory.scan import scan
 from dan_fast.functional.memory.scan_types import ScanInput, ScanResult, Slots, WrittenSlots, sentence_of
 from dan_fast.functional.memory.sharded import GatesOf, ShardedMemory, exchange, read_shards
@@ -112,11 +112,7 @@ def pending_memory_step(
         settled it.
     """
     _require_one_pass()
-    if labeled.base.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "a CUDA graph would replay this step from the same memory: capture functional.memory_step and copy the "
-            "states that it returns into those that it was given"
-        )
+    require_no_capture(labeled.base)
     with lasting_tensors():
         before, unlabeled_before = labeled.unsettled(), unlabeled.unsettled()
         batch = _in_memory_dtype(before, batch)
@@ -153,6 +149,7 @@ def sharded_memory_step(
         As `pending_memory_step`; the loss is that of the whole batch, the pseudo labels are those of `batch`.
     """
     _require_one_pass()
+    require_no_capture(labeled.base)
     with lasting_tensors():
         batch = _in_memory_dtype(labeled.unsettled(), batch)
         given = exchange(labeled, unlabeled, batch, gate_features, gates_of)
@@ -239,19 +236,15 @@ def _storable(keys: Tensor, fault: Tensor) -> Tensor:
 def _after(memory: PendingMemory, keys: Tensor, written: WrittenSlots, fault: Tensor) -> PendingMemory:
     if keys.shape[0] == 0:
         return memory
-    usage, evaluation = (
-        x.to(old.dtype) for x, old in ((written.usage, memory.usage), (written.evaluation, memory.evaluation))
-    )
-    up_to_date = written._asdict() | {"usage": usage, "evaluation": evaluation}
+    up_to_date = written._asdict()
     kept, held = up_to_date.pop("kept"), up_to_date.pop("held")
     return memory.after(kept, held, _storable(keys, fault), **up_to_date)
 
 
 def _new_state(old: MemoryState, keys: Tensor, written: WrittenSlots, fault: Tensor) -> MemoryState:
     if keys.shape[0] == 0:
-        return MemoryState(*(x.detach().clone() for x in old))
+        return with_statistics(MemoryState(*(x.detach().clone() for x in old)))
     features, _ = memory_commit(old.features.detach(), written.kept, written.held, _storable(keys, fault))
     return MemoryState(
-        features, written.labels, written.usage.to(old.usage.dtype), written.evaluation.to(old.evaluation.dtype),
-        written.least_used, written.sample_ids,
-    )  # fmt: skip
+        features, written.labels, written.usage, written.evaluation, written.least_used, written.sample_ids
+    )

@@ -53,12 +53,22 @@ class TimmMap(nn.Module):
     @property
     def early_stages(self) -> list[nn.Module]:
         """The first two stages, whose maps `StyleMixing` changes; empty where the model does not name its stages."""
+        return [stage for stage, _ in self._early()]
+
+    @property
+    def early_channels(self) -> list[int | None]:
+        """Of each early stage how many channels its map has, where timm says so."""
+        return [channels for _, channels in self._early()]
+
+    def _early(self) -> list[tuple[nn.Module, int | None]]:
         stages = getattr(self.model, "feature_info", None)
         if not isinstance(stages, list) or self.grid is not None or self.channels_last:
             return []
         named = dict(self.model.named_modules())
         found = [
-            named[name] for stage in stages if (name := stage.get("module")) in named and not _is_stem(name, named)
+            (named[name], stage.get("num_chs"))
+            for stage in stages
+            if (name := stage.get("module")) in named and not _is_stem(name, named)
         ]
         return found[:_EARLY_STAGES] if len(found) >= _EARLY_STAGES else []
 

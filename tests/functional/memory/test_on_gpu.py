@@ -76,7 +76,8 @@ def test_a_key_that_is_not_finite_on_the_gpu_is_told_later_and_not_written(name)
 
 
 @pytest.mark.gpu
-def test_a_memory_that_would_be_replayed_from_the_same_state_is_not_captured():
+@pytest.mark.parametrize("way", ["forward", "labeled_loss", "labeled"])
+def test_a_memory_that_would_be_replayed_from_the_same_state_is_not_captured(way: str):
     memory = module().cuda()
     given = {name: arguments()[name].cuda() for name in BATCH}
     memory(**given)
@@ -87,7 +88,12 @@ def test_a_memory_that_would_be_replayed_from_the_same_state_is_not_captured():
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         given["keys"].mul_(1)  # an empty graph would be warned about
-        memory(**given)
+        if way == "forward":
+            memory(**given)
+        elif way == "labeled":
+            _ = memory.labeled
+        else:
+            memory.labeled_loss(given["keys"], given["labels"], 0.1)
     assert all(torch.equal(value, before[field]) for field, value in memory.state_dict().items())
 
 
