@@ -199,6 +199,7 @@ def test_one_text_is_no_list_in_a_file(tmp_path, capsys, arguments, content, nam
         ),
         (["export", "--checkpoint", "x", "--out", "/proc/x.onnx"], 1, "/proc/x.onnx could not be written"),
         (["evaluate", "--checkpoint", "x", "--targets", "[]"], 1, "targets is empty"),
+        (["evaluate", "--checkpoint", "x", "--targets", "x", "--seed", str(2**64)], 1, "must be below 2^64"),
         (["evaluate", "--checkpoint", "x", "--targets", "x", "--device", "mps"], 1, "mps"),
         (["synthesize", "--root", "/proc/none", "--domains", "[night]"], 1, "/proc/none"),
         (["frobnicate"], 2, "invalid choice: 'frobnicate'"),

@@ -93,6 +93,8 @@ def evaluate(
         cache_check: quick compares sizes and modification times of the images, full all contents.
         out: Also write the figures into this JSON file; in the folder of its run a report shows them.
     """
+    if seed >= 2**64:
+        raise DanFastError(f"The seed is {seed}: it must be below 2^64.")
     paths = as_list(targets or [])
     _require_targets(paths, protocol, root)
     if out is not None and own_rank() == 0:

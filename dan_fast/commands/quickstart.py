@@ -14,6 +14,7 @@ from rich.table import Table as ConsoleTable
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import write_text
+from dan_fast.core.home import expanded
 from dan_fast.core.terminal import PLAIN, progress_line
 from dan_fast.data import ReIDDataset, image_loader, load_dataset
 from dan_fast.data.synthetic import synthesize
@@ -60,7 +61,7 @@ def quickstart(
     require_recipe(recipe)
     started = time.monotonic()
     console = Console()
-    folder = Path(out)
+    folder = expanded(out)
     _keep_what_was_asked_for(folder, {"identities": identities, "seed": seed, "epochs": epochs, "recipe": recipe})
     # All persons of the unseen domain are test persons, and none of the others.
     draw = partial(synthesize, folder / "data", identities=identities, seed=seed, image_size=IMAGE_SIZE)

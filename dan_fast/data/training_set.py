@@ -49,7 +49,7 @@ class TrainingSet:
             mean the same in two sets of equal fingerprint, wherever the folders lie.
 
     Raises:
-        DanFastError: no labelled image, fewer than two identities, unlabelled datasets without a train image,
+        DanFastError: no labelled image, fewer than two identities, a dataset without a train image for its role,
             an image given twice in one role, a share outside [0, 1].
 
     Example:
@@ -71,9 +71,10 @@ class TrainingSet:
         if not 0.0 <= unlabeled_share <= 1.0:
             raise DanFastError(f"The share of unlabelled images is {unlabeled_share}; choose it between 0 and 1.")
         known = [image for image in _train_images(labeled, "labelled") if image.sample.pid >= 0]
-        if not known:
+        without = [dataset for dataset in labeled if not any(sample.pid >= 0 for sample in dataset.train)]
+        if without or not known:
             raise DanFastError(
-                f"There is no train image of known identity in {_names(labeled)}; "
+                f"There is no train image of known identity in {_names(without)}; "
                 "give a labelled dataset with a train split."
             )
         classes = _number_identities(known)
@@ -84,9 +85,10 @@ class TrainingSet:
         self.num_classes = len(classes)
 
         kept = _share(_train_images(unlabeled, "unlabelled"), unlabeled_share, seed)
-        if unlabeled and unlabeled_share > 0 and not kept:
+        without = [dataset for dataset in unlabeled if not dataset.train]
+        if without and unlabeled_share > 0:
             raise DanFastError(
-                f"There is no train image in the unlabelled {_names(unlabeled)}; give another dataset, "
+                f"There is no train image in the unlabelled {_names(without)}; give another dataset, "
                 "or none to train without unlabelled images."
             )
         people = _number_identities([image for image in kept if image.sample.pid >= 0])

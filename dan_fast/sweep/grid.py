@@ -27,6 +27,7 @@ from dan_fast.training.valid_settings import require_no_empty_setting
 GRIDS = ("fig6", "fig7", "fig8", "table9", "recipes")
 _KEYS = ("base", "recipe", "grids", "arms", "seeds", "baseline")
 _LONGEST_NAME = 120
+_SECTIONS = TrainConfig().to_dict().keys() - {"recipe"}
 # Also a folder's name, followed by ",run.seed=0".
 _ARM_NAME = re.compile(r"[A-Za-z0-9][\w.+=,-]{0,79}")
 # What stands beside the folders of the trainings.
@@ -95,6 +96,13 @@ def plan_sweep(
         given = expanded(start)
         path = given if base is not None else place.parent / given
         start = read_mapping(path, "a configuration of a training")
+        # A section may be a file of its own, beside this one.
+        start = {
+            name: read_mapping(path.parent / expanded(section), f"the section {name}")
+            if isinstance(section, str) and name in _SECTIONS
+            else section
+            for name, section in start.items()
+        }
     start = {**start, "recipe": recipe or recipe_of(start) or content.get("recipe", DEFAULT_RECIPE)}
     named = "arms" in content
     arms = _arms(content, place) if named else _arms_of_grids(content.get("grids"), place)

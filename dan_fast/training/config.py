@@ -25,6 +25,8 @@ def _make_plain(section: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # NumPy's and PyTorch's numbers and arrays
+        value = value.tolist()
     if isinstance(value, (tuple, list)):
         return type(value)(map(_plain, value))
     if isinstance(value, PathLike):
@@ -361,7 +363,7 @@ def goes_on(run: RunConfig | Any) -> bool:
 _FREE_TO_CHANGE = {
     *(("data", name) for name in ("workers", "targets", "broken_images", "cache", "cache_check")),
     ("model", "gradient_checkpointing"),
-    # Which images these hold is compared by fingerprint, wherever they lie.
+    # Which images these hold is compared by fingerprint, wherever folders of these names lie.
     *(("data", name) for name in ("labeled", "unlabeled", "protocol", "root")),
     *(("run", each.name) for each in fields(RunConfig) if each.name not in ("seed", "precision")),
 }

@@ -55,13 +55,15 @@ class RunFolder:
 
         Raises:
             DanFastError: a checkpoint is there and is not to be continued, or the other way round, or it is one of
-                other settings or, with a batch for each, of another number of ranks; and as `load_checkpoint`.
+                other settings or, with a batch for each, of another number of ranks; or where the run starts there is a
+                config.yaml or results.json that no run has written; and as `load_checkpoint`.
         """
         if not goes_on(self._run):
             if self.checkpoint.exists():
                 raise DanFastError(
                     f"{self.path} already holds a run: add --run.resume true to continue it or choose another run.out."
                 )
+            self._require_no_others_files()
             return None
         if not self.checkpoint.exists():
             raise DanFastError(
@@ -84,6 +86,15 @@ class RunFolder:
             )
         return state
 
+    def _require_no_others_files(self) -> None:
+        """Refuse to write over a configuration and results that no run has left here."""
+        is_of_run = not TrainConfig().to_dict().keys() - {"recipe"} - self._settings_there().keys()
+        for name in ("config.yaml", "results.json"):
+            if not is_of_run and (self.path / name).exists():
+                raise DanFastError(
+                    f"{self.path / name} is not of a run, and this one would write over it: choose another run.out."
+                )
+
     def _require_room(self) -> None:
         """Refuse a checkpoint that each rank of this machine would read whole, where that is too much."""
         if self._group is not None and self.checkpoint.is_file():
@@ -100,8 +111,8 @@ class RunFolder:
         """
         if saved is not None and saved["fingerprint"] != fingerprint:
             raise DanFastError(
-                f"{self.checkpoint} was trained on other images than data.labeled and data.unlabeled hold now: "
-                "restore them or choose another run.out."
+                f"{self.checkpoint} was trained on other images than data.labeled and data.unlabeled hold now, or "
+                "their folders have other names: restore them or choose another run.out."
             )
 
     def write_settings(self, config: TrainConfig) -> None:

@@ -38,9 +38,14 @@ def require_valid(config: TrainConfig) -> None:
     for section, settings in ((name, each) for name, each in given.items() if name != "recipe"):
         for name, value in settings.items():
             meant = list(read[section][name]) if isinstance(value, list) else read[section][name]
-            # A text, which a flag would turn into something else.
-            if meant != value:
+            # A text, which a flag would turn into something else; repr tells 8 from 8.0, which is no number of images.
+            if meant != value or (type(meant) is not float and repr(meant) != repr(value)):
                 raise DanFastError(f"{section}.{name} is {value!r}: give it as {meant!r}.")
+    paths = {"run.out": [given["run"]["out"]]}
+    paths |= {f"data.{name}": as_list(given["data"][name]) for name in ("labeled", "unlabeled", "targets")}
+    for name, named in paths.items():
+        if "" in named:
+            raise DanFastError(f"{name} holds an empty path, as by a variable of the shell that is not set: name it.")
 
 
 def own_copy(config: TrainConfig) -> TrainConfig:

@@ -87,6 +87,13 @@ def test_same_seed_same_bytes(small, tmp_path):
     assert not any(other[name] == same[name] for name in same if name != "manifest.csv")
 
 
+def test_the_home_folder_is_where_it_is_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (made,) = synthesize("~/x", ["campus"], identities=2, cameras=2)
+    assert made.is_relative_to(tmp_path / "x") and [each.name for each in tmp_path.iterdir()] == ["x"]
+
+
 def test_images_do_not_depend_on_what_else_is_made(small, tmp_path):
     root, _ = small
     synthesize(tmp_path, ["street", "campus"], identities=7, cameras=4, images_per_camera=3, seed=3)

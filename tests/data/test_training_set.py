@@ -95,8 +95,20 @@ def test_fingerprint_follows_paths_labels_roles_and_share_but_not_the_place() ->
     [
         ([], [], 1.0, "no train image of known identity in an empty list"),
         ([dataset("one", [-1, -1])], [], 1.0, "no train image of known identity in one (sets/one)"),
+        (
+            [dataset("a", [1, 2]), dataset("one", [])],
+            [],
+            1.0,
+            "of known identity in one (sets/one); give",
+        ),
         ([dataset("one", [3, 3])], [], 1.0, "one (sets/one) show one identity"),
         ([dataset("one", [3, 4])], [dataset("none", [])], 0.5, "no train image in the unlabelled none"),
+        (
+            [dataset("one", [3, 4])],
+            [dataset("x", [1]), dataset("none", [])],
+            0.5,
+            "image in the unlabelled none (sets/no",
+        ),
         ([dataset("one", [3, 4])] * 2, [], 1.0, "0.jpg of one is labelled twice"),
         ([dataset("one", [3, 4])], [dataset("x", [1])] * 2, 1.0, "0.jpg of x is unlabelled twice"),
         ([dataset("one", [3, 4])], [dataset("x", [1])], 1.5, "1.5; choose it between 0 and 1"),

@@ -68,6 +68,15 @@ def test_a_base_is_inline_beside_the_grid_or_named(tmp_path, grid):
     assert plan_sweep(grid, tmp_path / "base.yaml", "out")[0].config.data.labeled == ["there"]
 
 
+def test_a_section_of_a_base_may_be_a_file_beside_it(tmp_path, grid):
+    """As `dan-fast train --config` takes it."""
+    (tmp_path / "sub").mkdir()
+    base = write(tmp_path / "sub/base.yaml", {"data": "data.yaml", "optimizer": {"epochs": 3}})
+    write(tmp_path / "sub/data.yaml", {"labeled": "there"})
+    run = plan_sweep(grid, base, "out")[0]
+    assert run.config.data.labeled == ["there"] and run.config.optimizer.epochs == 3
+
+
 def test_the_shipped_grids_are_the_papers(tmp_path):
     base = write(tmp_path / "base.yaml", {"data": {"labeled": "m", "unlabeled": "u"}})
     planned = {grid: plan_sweep(grid, base, "out") for grid in GRIDS}

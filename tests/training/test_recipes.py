@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -318,6 +319,10 @@ def test_quickstart_without_attention_draws_none(tmp_path):
         ("optimizer", "epochs", "3", "^optimizer.epochs is '3': give it as 3"),
         ("model", "instance_norm", "yes", "^model.instance_norm is 'yes': give it as True"),
         ("data", "image_size", (64,), "data.image_size"),
+        ("data", "image_size", [64.0, 32], "^data.image_size is .64.0, 32.: give it as .64, 32."),
+        ("data", "batch_size", 8.0, "^data.batch_size is 8.0: give it as 8"),
+        ("data", "targets", ["a", ""], "^data.targets holds an empty path, as by a variable of the shell"),
+        ("run", "out", "", "^run.out holds an empty path"),
     ],
 )
 def test_settings_from_python_are_those_that_flags_take(section, name, value, words):
@@ -326,6 +331,20 @@ def test_settings_from_python_are_those_that_flags_take(section, name, value, wo
     setattr(getattr(config, section), name, value)
     with pytest.raises(DanFastError, match=words):
         Trainer(config)
+
+
+def test_numbers_of_numpy_are_numbers(images, tmp_path):
+    numpy = {
+        "data": {"labeled": str(images / "campus"), "batch_size": np.int64(8), "image_size": np.array([32, 16])},
+        "optimizer": {"epochs": np.int64(1), "lr_scale": np.float32(30)},
+        "model": {"backbone": "resnet18", "weights": "none", "instance_norm": np.bool_(False)},
+        "run": {"out": str(tmp_path / "run"), "seed": np.int64(3), "device": "cpu"},
+    }
+    given = TrainConfig.of_recipe("plain", **numpy)
+    assert type(given.run.seed) is type(given.optimizer.epochs) is int and type(given.optimizer.lr_scale) is float
+    require_valid(given)
+    Trainer(given).folder.write_settings(given)
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["data"]["image_size"] == [32, 16]
 
 
 SETTINGS = {

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import load_dataset
@@ -213,6 +214,23 @@ def test_a_second_run_in_the_same_folder_is_refused(images, finished):
     assert (finished / "checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "results.json"])
+def test_files_that_no_run_has_written_are_not_written_over(images, tmp_path, name):
+    run = config(images, tmp_path / "run", optimizer=ONE_EPOCH)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine: 1  # with a comment\n")
+    for resume in (False, "auto"):
+        run.run.resume = resume
+        with pytest.raises(DanFastError, match=f"{name} is not of a run, and this one would write over it"):
+            Trainer(run)
+    assert (tmp_path / "run" / name).read_text() == "mine: 1  # with a comment\n"
+    (tmp_path / "run" / name).unlink()
+    # What a run leaves that stopped before its first checkpoint is no obstacle.
+    Trainer(run).folder.write_settings(run)
+    (tmp_path / "run/results.json").write_text("{}")
+    Trainer(run)
+
+
 def test_what_no_weight_shows_is_in_the_checkpoint_too(images, tmp_path):
     trainer = Trainer(config(images, tmp_path / "run"))
     trainer.meta_step.competition.adversary_streak = 7
@@ -247,9 +265,12 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
     # Neither are results of other targets that are there.
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "results.json").write_text("{}")
+    settings = yaml.safe_dump(config(images, tmp_path / "run").to_dict())
+    (tmp_path / "run" / "config.yaml").write_text(settings)
     with pytest.raises(DanFastError, match=sentence):
         Trainer(config(images, tmp_path / "run", **sections))
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["results.json"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "results.json"}
+    assert (tmp_path / "run" / "config.yaml").read_text() == settings
 
 
 def test_a_diverged_run_says_so_and_keeps_its_checkpoint(images, tmp_path):

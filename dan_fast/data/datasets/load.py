@@ -53,6 +53,8 @@ def load_dataset(path: str | Path, name: str | None = None, variant: str | None 
         >>> dataset.name, dataset.train[0].pid, dataset.train[0].camid, dataset.query
         ('tiny', 7, 2, ())
     """
+    if not str(path):
+        raise DanFastError("The path of a dataset is empty, as by a variable of the shell that is not set: name it.")
     path = expanded(path)
     if variant is None and not path.exists() and "@" in path.name:
         stem, variant = path.name.rsplit("@", 1)
@@ -185,16 +187,19 @@ def _place(target: ReIDDataset) -> Path:
 
 def _tail(path: Path, alike: Collection[Path]) -> str:
     """The last parts of a path, as many as no other of different paths has."""
-    tails = ({other.parts[-count:] for other in alike} for count in range(1, len(path.parts) + 1))
+    longest = max(len(other.parts) for other in alike)
+    tails = ({other.parts[-count:] for other in alike} for count in range(1, longest + 1))
     count = 1 + next(number for number, found in enumerate(tails) if len(found) == len(alike))
-    return "/".join(path.parts[-count:])
+    return str(Path(*path.parts[-count:]))
 
 
 def _load(path: Path, name: str | None, variant: str | None) -> ReIDDataset:
     if not path.exists():
         several = f"; several are written '[{', '.join(str(path).split(','))}]'" if "," in str(path) else ""
+        if str(path).startswith("["):
+            several = "; in a list, names that are numbers stand in quotes"
         raise DanFastError(f"There is no dataset at {path}; give the path of its folder{several}.")
-    own_name = path.absolute().name
+    own_name = (path.resolve() if path.name == ".." else path.absolute()).name
     if path.is_file():
         if path.suffix.lower() != ".csv":
             raise DanFastError(f"{path} is a file but no .csv manifest; give a dataset's folder or its manifest.")

@@ -52,7 +52,7 @@ def cache_folder(setting: str) -> Path | None:
     The user's is `dan-fast` in `$XDG_CACHE_HOME`, or in `~/.cache` where that is not set.
 
     Raises:
-        DanFastError: nothing is named, as by a variable of the shell that is not set.
+        DanFastError: nothing is named, as by a variable of the shell that is not set; or there is no home folder.
 
     Example:
         >>> cache_folder("none"), cache_folder("/scratch/images")
@@ -66,7 +66,12 @@ def cache_folder(setting: str) -> Path | None:
         return expanded(setting)
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification: a path that is not absolute is to be ignored.
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "dan-fast"
+    if os.path.isabs(base):
+        return Path(base) / "dan-fast"
+    home = expanded("~")
+    if not home.is_absolute():
+        raise DanFastError("There is no home folder to keep a cache in: set XDG_CACHE_HOME, or name the folder.")
+    return home / ".cache" / "dan-fast"
 
 
 class ImageCache:

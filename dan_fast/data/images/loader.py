@@ -237,7 +237,7 @@ class _Decode:
 def _reader(paths: Sequence[Path], image_size: tuple[int, int], interpolation: str, cache: ImageCache | None) -> Read:
     if cache is None:
         return _Decode(image_size, interpolation)
-    if cache.image_size != tuple(image_size):
+    if tuple(cache.image_size) != tuple(image_size):
         raise ValueError(f"the cache is of images of {cache.image_size} and not of {tuple(image_size)}")
     if cache.interpolation != interpolation:
         raise ValueError(f"the cache is of {cache.interpolation} images and not of {interpolation} ones")

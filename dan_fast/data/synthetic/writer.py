@@ -12,6 +12,7 @@ import numpy as np
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import alone, remove_unfinished
+from dan_fast.core.home import expanded
 from dan_fast.data.synthetic.domains import DOMAINS, Domain
 from dan_fast.data.synthetic.person import sample_identity
 from dan_fast.data.synthetic.scene import render, sample_camera, sample_view, scenery
@@ -68,7 +69,7 @@ def synthesize(
         >>> m.read_text().splitlines()[1]
         'images/100000_c1_00.jpg,100000,1,train'
     """
-    root = Path(root)
+    root = expanded(root)
     chosen = _checked(domains, identities, cameras, images_per_camera, image_size, seed, test_fraction)
     _require_own(root)
     created = [folder for folder in (root, *root.parents) if not folder.exists()]

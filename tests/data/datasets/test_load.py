@@ -220,6 +220,11 @@ def test_targets_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> 
     (tmp_path / "street" / "street.csv").write_text("path,pid,camid,split\nimages/a.jpg,2,1,query\n")
     targets = load_targets([*paths, tmp_path / "street", tmp_path / "street" / "street.csv"])
     assert [each.name for each in targets] == ["shop/test", "mall/test", "street", "street (2)"]
+    # Where they lie at other depths, one of them above all that tells the others apart.
+    deep = [write_manifest(tmp_path / place / "test", *rows) for place in ("", "l1/a/b/c/d/e/f", "l2/a/b/c/d/e/f")]
+    names = [each.name for each in load_targets(deep)]
+    assert [name[-len("l1/a/b/c/d/e/f/test") :] for name in names[1:]] == [f"l{n}/a/b/c/d/e/f/test" for n in (1, 2)]
+    assert names[0].endswith("test") and len(set(names)) == 3 and not any(name.startswith("//") for name in names)
     with pytest.raises(DanFastError, match="The target .*night/manifest.csv is named twice: leave one of them out."):
         load_targets([others[0], others[0].parent, others[1]])
 
@@ -259,6 +264,28 @@ def test_a_set_is_called_alike_by_whatever_path_it_is_trained_and_tested_on(
             assert learnt.name == same.name, path
             assert other.name != same.name and other.name.endswith("night")
             assert same.name.split("/")[-1] == (name if target == path else "night")
+
+
+def test_a_set_named_by_dots_has_the_name_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_manifest(tmp_path / "night", "images/a.jpg,1,1,train").parent
+    monkeypatch.chdir(folder / "images")
+    assert load_dataset("..").name == "night"
+    monkeypatch.chdir(folder)
+    assert load_dataset(".").name == "night"
+
+
+def test_names_that_a_list_cannot_hold_and_none_at_all_are_said(tmp_path: Path) -> None:
+    with pytest.raises(DanFastError, match=r"no dataset at \[2024, 2025\].*; in a list, names that are numbers"):
+        load_dataset("[2024, 2025]")
+    with pytest.raises(DanFastError, match="The path of a dataset is empty, as by a variable of the shell"):
+        load_dataset("")
+
+
+def test_images_of_every_suffix_that_is_read_count(market: Path) -> None:
+    before = len(load_dataset(market).train)
+    for number, suffix in enumerate((".JPG", ".jfif", ".gif", ".webp")):
+        (market / "bounding_box_train" / f"090{number}_c1s1_000151_01{suffix}").touch()
+    assert len(load_dataset(market).train) == before + 4
 
 
 def test_hidden_files_are_no_images(market: Path) -> None:

@@ -417,6 +417,10 @@ def test_the_folder_of_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert cache_folder("user") == Path("/home/me/.cache/dan-fast")
     assert ImageCache.of_setting("/scratch/x", SIZE, "full").folder == Path("/scratch/x")
+    # A container's user may be in no list of users.
+    monkeypatch.setattr("os.path.expanduser", str)
+    with pytest.raises(DanFastError, match="no home folder to keep a cache in: set XDG_CACHE_HOME, or name the folder"):
+        cache_folder("user")
 
 
 def test_loaders_give_the_same_with_a_cache_and_without(tmp_path: Path, folder: Path, source: TrainingSet) -> None:
