@@ -275,6 +275,15 @@ def test_without_parameters_there_are_losses_alone(groups, order):
     assert found == ({"total": 1.0}, {"total": 0.0}, {})
 
 
+def test_buffers_that_have_no_gradient_are_named():
+    params = {"w": torch.ones((), dtype=torch.float64), "num_batches_tracked": torch.tensor(3)}
+    for groups in (None, {"all": (["num_batches_tracked"], "total")}):
+        with pytest.raises(
+            ValueError, match="'num_batches_tracked' is torch.int64 and has no gradient: name the param"
+        ):
+            meta_gradients(lambda params, batch: {"total": params["w"] * batch}, params, groups, 1.0, 1.0, 0.1)
+
+
 @pytest.mark.parametrize("order", [1, 2])
 def test_each_parameter_may_have_an_inner_step_of_its_own(order):
     """L(S) = (v + w)^2 at v = 1, w = 2 moves v by 0.1 x 6 and w by 0.01 x 6; L(S~) = 3 v w."""
