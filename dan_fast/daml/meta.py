@@ -210,7 +210,7 @@ def _check_groups(params: Params, groups: Groups) -> None:
                 raise ValueError(f"groups: {group!r} names parameter {name!r}, which is not in params")
             if not params[name].is_floating_point():
                 raise ValueError(
-                    f"{name!r} is {params[name].dtype} and has no gradient: name the parameters that are trained in groups"
+                    f"{name!r} is {params[name].dtype} and has no gradient: name in groups what is trained"
                 )
             if name in owner:
                 raise ValueError(f"groups: {name!r} stands in {owner[name]!r} and again in {group!r}; list it once")

@@ -279,7 +279,7 @@ def test_buffers_that_have_no_gradient_are_named():
     params = {"w": torch.ones((), dtype=torch.float64), "num_batches_tracked": torch.tensor(3)}
     for groups in (None, {"all": (["num_batches_tracked"], "total")}):
         with pytest.raises(
-            ValueError, match="'num_batches_tracked' is torch.int64 and has no gradient: name the param"
+            ValueError, match="'num_batches_tracked' is torch.int64 and has no gradient: name in groups"
         ):
             meta_gradients(lambda params, batch: {"total": params["w"] * batch}, params, groups, 1.0, 1.0, 0.1)
 
