@@ -43,7 +43,7 @@ def memory_step(
     first sample and the last.
 
     Args:
-        labeled: M, s1 slots of d numbers.
+        labeled: M, s1 slots of d numbers; finite, as those of M', which is not looked at.
         unlabeled: M', s2 slots of d numbers.
         keys: (B, d), dtype and device of the memories.
         labels: (B,) int64, not negative.
