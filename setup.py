@@ -293,8 +293,9 @@ class BuildPython(build_py):
     """Without what earlier builds in this folder copied: the next wheel would hold modules that are gone."""
 
     def run(self) -> None:
-        if not self.editable_mode:
-            shutil.rmtree(Path(self.build_lib) / "dan_fast", ignore_errors=True)
+        copied = Path(self.build_lib) / "dan_fast"
+        if not self.editable_mode and copied.resolve() != ROOT / "dan_fast":
+            shutil.rmtree(copied, ignore_errors=True)
         super().run()
 
 

@@ -467,6 +467,13 @@ def test_a_wheel_holds_no_module_that_is_gone(build: ModuleType, tmp_path: Path,
     distribution.script_name = "setup.py"
     distribution.run_command("build_py")
     assert sorted(path.name for path in built.iterdir()) == ["__init__.py", "new.py"]
+    # --build-lib may name the checkout itself, whose sources are no copies.
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    distribution = setuptools.Distribution({"packages": ["dan_fast"], "cmdclass": {"build_py": build.BuildPython}})
+    distribution.script_name = "setup.py"
+    distribution.get_command_obj("build_py").build_lib = "."
+    distribution.run_command("build_py")
+    assert sorted(path.name for path in package.iterdir()) == ["__init__.py", "new.py"]
 
 
 def test_tools_named_by_a_path_of_this_folder_serve_ninja_in_another(toolchain: ModuleType, tools, monkeypatch):

@@ -116,7 +116,7 @@ def style_mixing_of(backbone: nn.Module, image_size: tuple[int, int]) -> StyleMi
             hook.remove()
     # Channels that stand last, as between the blocks of SAM's ViT, would not be those whose styles are mixed.
     channels = getattr(backbone, "early_channels", [shape[1] for shape in shapes])
-    if rows != 2 or any(n == shape[-1] != shape[1] for n, shape in zip(channels, shapes, strict=True)):
+    if rows != 2 or any(n == shape[-1] != shape[1] for n, shape in zip(channels, shapes, strict=False)):
         raise _cannot_mix()
     return mixing
 
