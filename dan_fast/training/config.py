@@ -25,13 +25,11 @@ def _make_plain(section: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):  # NumPy's and PyTorch's numbers and arrays
-        value = value.tolist()
+    value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's and PyTorch's numbers and arrays
     if isinstance(value, (tuple, list)):
         return type(value)(map(_plain, value))
-    if isinstance(value, PathLike):
-        return fspath(value)
-    return next((kind(value) for kind in (bool, int, float) if isinstance(value, kind)), value)
+    casts = {bool: bool, int: int, float: float, PathLike: fspath}
+    return next((cast(value) for kind, cast in casts.items() if isinstance(value, kind)), value)
 
 
 def as_list(paths: Paths) -> list[str]:
