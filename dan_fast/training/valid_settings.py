@@ -39,7 +39,7 @@ def require_valid(config: TrainConfig) -> None:
         for name, value in settings.items():
             meant = list(read[section][name]) if isinstance(value, list) else read[section][name]
             # A text, which a flag would turn into something else; repr tells 8 from 8.0, which is no number of images.
-            if meant != value or (type(meant) is not float and repr(meant) != repr(value)):
+            if meant != value or (not isinstance(meant, float) and repr(meant) != repr(value)):
                 raise DanFastError(f"{section}.{name} is {value!r}: give it as {meant!r}.")
     paths = {"run.out": [given["run"]["out"]]}
     paths |= {f"data.{name}": as_list(given["data"][name]) for name in ("labeled", "unlabeled", "targets")}
