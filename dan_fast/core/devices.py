@@ -31,7 +31,7 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise DanFastError(f"The device {name} is not supported: use auto, cpu, cuda or cuda:1.")
     # The index of a torch.device has eight bits: cuda:256 would be cuda:0.
-    if device.type == "cuda" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and int(str(name).partition(":")[2] or 0) >= torch.cuda.device_count():
         raise DanFastError(
             f"There is no device {name}, {torch.cuda.device_count()} GPUs are visible: use auto or cpu, "
             "or see `dan-fast doctor`."

@@ -82,8 +82,8 @@ def meta_gradients(
             so that with `order=2` all of them go by double backward, or none.
 
     Raises:
-        ValueError: `order` is not 1 or 2, a parameter stands in two groups or is unknown or no floating tensor or has
-            no `inner_lr`, or a loss that a group names is missing.
+        ValueError: `order` is not 1 or 2, a parameter stands in two groups or is unknown or of integers or has no
+            `inner_lr`, or a loss that a group names is missing.
         RuntimeError: it is called in `torch.inference_mode`; `torch.no_grad` around it has no effect.
 
     Example:
@@ -208,7 +208,7 @@ def _check_groups(params: Params, groups: Groups) -> None:
         for name in names:
             if name not in params:
                 raise ValueError(f"groups: {group!r} names parameter {name!r}, which is not in params")
-            if not params[name].is_floating_point():
+            if not (params[name].is_floating_point() or params[name].is_complex()):
                 raise ValueError(
                     f"{name!r} is {params[name].dtype} and has no gradient: name in groups what is trained"
                 )

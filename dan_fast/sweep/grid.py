@@ -92,17 +92,12 @@ def plan_sweep(
     content, place = _read_grid(grid)
     out = expanded(out)
     start = content.get("base", {}) if base is None else str(base)
+    folder = place.parent
     if isinstance(start, str):
         given = expanded(start)
-        path = given if base is not None else place.parent / given
-        start = read_mapping(path, "a configuration of a training")
-        # A section may be a file of its own, beside this one.
-        start = {
-            name: read_mapping(path.parent / expanded(section), f"the section {name}")
-            if isinstance(section, str) and name in _SECTIONS
-            else section
-            for name, section in start.items()
-        }
+        path = given if base is not None else folder / given
+        start, folder = read_mapping(path, "a configuration of a training"), path.parent
+    start = _with_sections_read(start, folder)
     start = {**start, "recipe": recipe or recipe_of(start) or content.get("recipe", DEFAULT_RECIPE)}
     named = "arms" in content
     arms = _arms(content, place) if named else _arms_of_grids(content.get("grids"), place)
@@ -137,6 +132,16 @@ def plan_sweep(
             "The sweep's base names no labelled images: give --base a configuration with data.labeled or data.protocol."
         )
     return list(planned.values())
+
+
+def _with_sections_read(base: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A base whose sections may be files in its folder, as `dan-fast train --config` takes them."""
+    return {
+        name: read_mapping(folder / expanded(section), f"the section {name}")
+        if isinstance(section, str) and name in _SECTIONS
+        else section
+        for name, section in base.items()
+    }
 
 
 def run_name(settings: Mapping[str, Any]) -> str:

@@ -44,7 +44,6 @@ def epoch_of(state: dict[str, Any]) -> str:
 def seen_of(state: dict[str, Any], target: ReIDDataset) -> str:
     """How many of a target's persons a checkpoint's network was trained on, in words; "" for none, as far as known.
 
-    And whether the epoch of the weights that its training started from was chosen on a target.
     Known are the persons of the datasets, and the images, that lie where they lay in training; older checkpoints do not
     name any, nor do folders of `dan-fast share`, which the words then say.
     """
@@ -53,8 +52,6 @@ def seen_of(state: dict[str, Any], target: ReIDDataset) -> str:
     trained = {root: set(pids.tolist()) for root, pids in state.get("persons", {}).items()}
     both = persons_in_both(trained, target, set(state["images"].tolist()) if "images" in state else frozenset())
     before = ["persons that its first weights were trained on not recorded"] if state.get("unrecorded") else []
-    if state.get("started_from_chosen"):
-        before.append(f"its first weights {CHOSEN}")
     return ", ".join([f"{len(both)} {SEEN}"] * bool(both) + before)
 
 

@@ -1,5 +1,6 @@
 """The folder of a run: one process at a time writes to it, and its checkpoint is what the run goes on from."""
 
+import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -89,10 +90,12 @@ class RunFolder:
     def _require_no_others_files(self) -> None:
         """Refuse to write over a configuration and results that no run has left here."""
         is_of_run = not TrainConfig().to_dict().keys() - {"recipe"} - self._settings_there().keys()
-        for name in ("config.yaml", "results.json"):
-            if not is_of_run and (self.path / name).exists():
+        results = self.path / "results.json"
+        others = {self.path / "config.yaml": not is_of_run, results: not (is_of_run or _are_results(results))}
+        for file, is_others in others.items():
+            if is_others and file.exists():
                 raise DanFastError(
-                    f"{self.path / name} is not of a run, and this one would write over it: choose another run.out."
+                    f"{file} is not of a run, which would write over it: rename it, or choose another run.out."
                 )
 
     def _require_room(self) -> None:
@@ -255,6 +258,15 @@ def _what_is_reported(settings: dict[str, Any]) -> list[Any]:
         values = settings.get(section)
         found.append(values.get(name, defaults[section][name]) if isinstance(values, Mapping) else None)
     return found
+
+
+def _are_results(file: Path) -> bool:
+    """Whether a run has written this file."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"epoch", "targets"} <= content.keys()
 
 
 def _mark(path: Path) -> tuple[int, int, int] | None:

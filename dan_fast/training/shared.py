@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -117,4 +118,7 @@ def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
             shown[section][name] = Path(value).name
     lists = names_of_paths(*(as_list(shown["data"].get(name) or []) for name in _DATASETS))
     shown["data"].update(zip(_DATASETS, lists, strict=True))
+    # JSON has no number for a checkpoint that is never due by time.
+    for values in (each for each in shown.values() if isinstance(each, dict)):
+        values.update({name: str(x) for name, x in values.items() if isinstance(x, float) and not math.isfinite(x)})
     return shown

@@ -88,8 +88,8 @@ def whom_it_saw(
 
     Returns:
         "persons" and "images" as of `TrainingSet`. Where it starts from a trained network or from what timm downloads,
-        "started_from" as well, each training before it in words, the last one first; "unrecorded", whether persons of
-        one are not known; and "started_from_chosen", whether the epoch of one was chosen on a target.
+        "started_from" as well, each training before it in words, the last one first; and "unrecorded", whether persons
+        of one are not known.
     """
     start = None if saved is not None else start_of(weights)
     before = saved or start or {}
@@ -101,14 +101,10 @@ def whom_it_saw(
         downloaded = downloaded_in_words(backbone.removeprefix(PREFIX))
         return seen | ({"started_from": [downloaded], "unrecorded": False} if downloaded else {})
     if start is None:
-        carried = ("started_from", "unrecorded", "started_from_chosen")
-        return seen | {name: before[name] for name in carried if name in before}
+        return seen | {name: before[name] for name in ("started_from", "unrecorded") if name in before}
     whole = {"persons", "images"} <= start.keys() and not start.get("unrecorded", False)
     earlier = start.get("shared", start).get("started_from", [])
-    chosen = start.get("chosen", False) or start.get("started_from_chosen", False)
-    return seen | {
-        "started_from": [_words(weights, start), *earlier], "unrecorded": not whole, "started_from_chosen": chosen
-    }  # fmt: skip
+    return seen | {"started_from": [_words(weights, start), *earlier], "unrecorded": not whole}
 
 
 def _union(some: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

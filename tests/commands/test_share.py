@@ -180,9 +180,10 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path, capsys, monkeypatch):
 @pytest.mark.parametrize(("recipe", "unlabeled"), [("plain", []), ("dan", ["mall"])])
 def test_without_results_the_sets_are_those_that_were_used_by_their_folders_names(recipe, unlabeled, tmp_path):
     data = {"labeled": ["/home/me/market/manifest.csv"], "unlabeled": ["/home/me/mall"]}
-    config = TrainConfig.of_recipe(recipe, data=data).to_dict()
+    config = TrainConfig.of_recipe(recipe, data=data, run={"checkpoint_every_s": float("inf")}).to_dict()
     training, _ = origin_of(tmp_path / "checkpoint.pt", {"config": config, "epoch": 1, "iteration": 0})
     assert (training["trained_on"], training["trained_without_labels_on"]) == (["market"], unlabeled)
+    assert json.loads(json.dumps(training, allow_nan=False))["settings"]["run"]["checkpoint_every_s"] == "inf"
 
 
 def test_datasets_that_their_folders_told_apart_are_numbered_alike_in_training_and_results(tmp_path: Path):

@@ -275,6 +275,17 @@ def test_without_parameters_there_are_losses_alone(groups, order):
     assert found == ({"total": 1.0}, {"total": 0.0}, {})
 
 
+@pytest.mark.parametrize(("order", "at_test"), [(1, 0.8), (2, 0.8**2)])
+def test_complex_parameters_have_gradients(order, at_test):
+    def loss_fn(params, batch):
+        return {"total": (params["w"].abs() * batch) ** 2}
+
+    # d|w|^2 is 2w as PyTorch has it, and the inner step leaves 0.8 of w.
+    w = torch.tensor(1 + 2j, dtype=torch.complex128)
+    found = meta_gradients(loss_fn, {"w": w}, None, 1, 1, 0.1, order=order)
+    torch.testing.assert_close(found.grads["w"], (1 + at_test) * 2 * w)
+
+
 def test_buffers_that_have_no_gradient_are_named():
     params = {"w": torch.ones((), dtype=torch.float64), "num_batches_tracked": torch.tensor(3)}
     for groups in (None, {"all": (["num_batches_tracked"], "total")}):

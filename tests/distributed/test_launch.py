@@ -197,7 +197,8 @@ def test_each_rank_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch):
 
 def test_an_index_of_a_device_is_not_cut_to_eight_bits(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert str(resolve_device("cuda:1")) == "cuda:1" and str(resolve_device("cuda")) == "cuda"
+    for device in ("cuda:1", "cuda"):
+        assert resolve_device(device) == resolve_device(torch.device(device)) == torch.device(device)
     for name in ("cuda:2", "cuda:200", "cuda:255", "cuda:256", "cuda:257"):
         with pytest.raises(DanFastError, match=f"There is no device {name}, 2 GPUs are visible"):
             resolve_device(name)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dan_fast import MemoryState, functional, reference
 from dan_fast.core.types import MemoryStep
@@ -401,6 +402,14 @@ def test_no_way_to_a_memory_leads_through_the_capture_of_a_cuda_graph(monkeypatc
             with pytest.raises(RuntimeError, match="captured"):
                 way()
     assert all(torch.equal(value, before[name]) for name, value in memory.state_dict().items())
+
+
+def test_fake_tensors_of_a_gpu_ask_no_driver():
+    with FakeTensorMode(), torch.device("cuda"):
+        memory = make()
+        assert memory.labeled.features.is_cuda
+        memory.settle()
+        assert "labeled.features" in memory.state_dict()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -73,8 +73,9 @@ def test_a_section_of_a_base_may_be_a_file_beside_it(tmp_path, grid):
     (tmp_path / "sub").mkdir()
     base = write(tmp_path / "sub/base.yaml", {"data": "data.yaml", "optimizer": {"epochs": 3}})
     write(tmp_path / "sub/data.yaml", {"labeled": "there"})
-    run = plan_sweep(grid, base, "out")[0]
-    assert run.config.data.labeled == ["there"] and run.config.optimizer.epochs == 3
+    inline = {"base": {"data": "data.yaml", "optimizer": {"epochs": 3}}, "grids": [{"meta.eta": [0.5]}]}
+    for run in (plan_sweep(grid, base, "out")[0], plan_sweep(write(tmp_path / "sub/in.yaml", inline), None, "out")[0]):
+        assert run.config.data.labeled == ["there"] and run.config.optimizer.epochs == 3
 
 
 def test_the_shipped_grids_are_the_papers(tmp_path):

@@ -16,7 +16,7 @@ from dan_fast.reporting.runs import read_runs
 from dan_fast.training import TrainConfig, Trainer, trained_network
 from dan_fast.training.build import initial_network
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from dan_fast.training.reported import CHOSEN, SEEN
+from dan_fast.training.reported import SEEN
 from dan_fast.training.starting import take_weights
 from tests.support.training_runs import command, config
 
@@ -238,17 +238,6 @@ def test_which_weights_timm_downloads_is_said_and_recorded(images, tmp_path, cap
     unlike = {"backbone": "timm:test_resnet", "instance_norm": False}
     after = Trainer(of_mall(images, tmp_path / "second", tmp_path / "first/checkpoint.pt", **unlike))
     assert after._past["started_from"][1:] == [words] and not after._past["unrecorded"]
-
-
-def test_weights_that_were_chosen_on_a_target_mark_what_starts_from_them(earlier, images, tmp_path):
-    save_checkpoint(tmp_path / "chosen.pt", load_checkpoint(earlier) | {"chosen": True})
-    settings = of_mall(images, tmp_path / "run", tmp_path / "chosen.pt")
-    Trainer(settings).fit()
-    assert f"its first weights {CHOSEN}" in (tmp_path / "run/results.json").read_text()
-    # And what starts from that one.
-    again = Trainer(of_mall(images, tmp_path / "again", tmp_path / "run/checkpoint.pt"))
-    assert again._past["started_from_chosen"]
-    assert not Trainer(of_mall(images, tmp_path / "other", earlier))._past["started_from_chosen"]
 
 
 @pytest.mark.parametrize("name", ["timm:test_resnet.none_such", "timm:none_such"])

@@ -221,11 +221,12 @@ def test_files_that_no_run_has_written_are_not_written_over(images, tmp_path, na
     (tmp_path / "run" / name).write_text("mine: 1  # with a comment\n")
     for resume in (False, "auto"):
         run.run.resume = resume
-        with pytest.raises(DanFastError, match=f"{name} is not of a run, and this one would write over it"):
+        with pytest.raises(DanFastError, match=f"{name} is not of a run, which would write over it: rename"):
             Trainer(run)
     assert (tmp_path / "run" / name).read_text() == "mine: 1  # with a comment\n"
     (tmp_path / "run" / name).unlink()
-    # What a run leaves that stopped before its first checkpoint is no obstacle.
+    # What a run leaves is no obstacle: results alone, and settings where it stopped before its first checkpoint.
+    (tmp_path / "run/results.json").write_text('{"epoch": "epoch 1 of 1", "targets": []}')
     Trainer(run).folder.write_settings(run)
     (tmp_path / "run/results.json").write_text("{}")
     Trainer(run)

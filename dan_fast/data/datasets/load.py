@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -195,9 +196,11 @@ def _tail(path: Path, alike: Collection[Path]) -> str:
 
 def _load(path: Path, name: str | None, variant: str | None) -> ReIDDataset:
     if not path.exists():
-        several = f"; several are written '[{', '.join(str(path).split(','))}]'" if "," in str(path) else ""
-        if str(path).startswith("["):
+        several = ""
+        if re.fullmatch(r"\[.*\]", path.name):  # a list that the parser took for a text
             several = "; in a list, names that are numbers stand in quotes"
+        elif "," in str(path) and not str(path).startswith("["):
+            several = f"; several are written '[{', '.join(str(path).split(','))}]'"
         raise DanFastError(f"There is no dataset at {path}; give the path of its folder{several}.")
     own_name = (path.resolve() if path.name == ".." else path.absolute()).name
     if path.is_file():

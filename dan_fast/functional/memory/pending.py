@@ -37,7 +37,8 @@ def lasting_tensors() -> Iterator[None]:
 
 def require_no_capture(features: Tensor) -> None:
     """Refuse a memory inside of the capture of a CUDA graph: the tensors that it lies in change with each step."""
-    if features.is_cuda and torch.cuda.is_current_stream_capturing():
+    # Of fake tensors there may be some without a driver, which would be asked.
+    if features.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a CUDA graph would replay this from the memory of now: capture functional.memory_step or "
             "functional.discriminative_loss, and copy the states that a step returns into those that it was given"

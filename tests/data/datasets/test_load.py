@@ -1,11 +1,13 @@
 """Reading datasets: both layouts, their order, and one sentence for each mistake in them."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import Sample, load_dataset
+from dan_fast.data.datasets.finding import IMAGE_SUFFIXES
 from dan_fast.data.datasets.known import find_datasets
 from dan_fast.data.datasets.load import holds_dataset, load_targets
 from dan_fast.training.config import DataConfig
@@ -277,15 +279,23 @@ def test_a_set_named_by_dots_has_the_name_of_its_folder(tmp_path: Path, monkeypa
 def test_names_that_a_list_cannot_hold_and_none_at_all_are_said(tmp_path: Path) -> None:
     with pytest.raises(DanFastError, match=r"no dataset at \[2024, 2025\].*; in a list, names that are numbers"):
         load_dataset("[2024, 2025]")
+    for path, hint in (
+        ("[my set]/x", "give the path of its folder."),
+        ("[/data/a, /data/b", "give the path of its folder."),
+        ("/data/a,/data/b", "several are written '[/data/a, /data/b]'."),
+    ):
+        with pytest.raises(DanFastError, match=f"{re.escape(hint)}$"):
+            load_dataset(path)
     with pytest.raises(DanFastError, match="The path of a dataset is empty, as by a variable of the shell"):
         load_dataset("")
 
 
 def test_images_of_every_suffix_that_is_read_count(market: Path) -> None:
     before = len(load_dataset(market).train)
-    for number, suffix in enumerate((".JPG", ".jfif", ".gif", ".webp")):
-        (market / "bounding_box_train" / f"090{number}_c1s1_000151_01{suffix}").touch()
-    assert len(load_dataset(market).train) == before + 4
+    assert {".jpg", ".jfif", ".png"} < IMAGE_SUFFIXES
+    for number, suffix in enumerate(sorted(IMAGE_SUFFIXES)):
+        (market / "bounding_box_train" / f"{900 + number:04d}_c1s1_000151_01{suffix.upper()}").touch()
+    assert len(load_dataset(market).train) == before + len(IMAGE_SUFFIXES)
 
 
 def test_hidden_files_are_no_images(market: Path) -> None:
