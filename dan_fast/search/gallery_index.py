@@ -341,11 +341,11 @@ def _latest(folder: Path, extractor: FeatureExtractor) -> tuple[dict[str, Any], 
         index = {name: [] for name in (*_COLUMNS, "gallery")}
         index |= {"schema": _SCHEMA, "weights": own, "size": extractor.size, "kinds": {}}
     count = len(index["paths"])
-    # Builds that did not count the finished rows wrote all of them. What follows another index.json was left by a call
-    # that was killed after it had written the next one.
-    if unfinished is None or (finished := unfinished.get("finished", 0)) not in (0, count):
+    # Builds that did not count the finished rows wrote all of them. Where index.json is gone nobody knows what they were.
+    if unfinished is None or (finished := unfinished.get("finished", 0)) > count:
         return index, count
     joined = {name: index[name][:finished] + unfinished[name] for name in _COLUMNS}
+    # Left by a call that was killed after it had written index.json.
     if len(joined["paths"]) <= count:
         return index, count
     return index | joined | {"decoded_by": unfinished.get("decoded_by", [])}, count

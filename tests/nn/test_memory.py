@@ -418,6 +418,7 @@ def test_function_and_module_are_one_memory_in_half_precision(dtype: torch.dtype
     memory = make(dtype=dtype)
     gates = memory.alpha.item(), memory.alpha_unlabeled.item(), memory.beta.item(), 0.9, 0.8
     states = [[MemoryState.empty(n, DIM, dtype) for n in (SLOTS, PSEUDO_SLOTS)] for _ in range(2)]
+    assert states[0][0].usage.dtype == states[0][0].evaluation.dtype == torch.float32
     for batch in batches(40, dtype=dtype):
         memory(*batch)
         for impl, state in zip((functional, reference), states, strict=True):

@@ -307,6 +307,11 @@ def test_what_is_killed_goes_on_at_what_was_written_down(run, folder, embedded, 
     unfinished.write_bytes(left)
     embedded.clear()
     assert run() == lists and sum(embedded) == 3
+    # Without index.json the rows before those of the other file are of unknown images.
+    unfinished.write_bytes(left)
+    finished.unlink()
+    embedded.clear()
+    assert run() == lists and sum(embedded) == 3 + 30
     # Builds that did not count the finished rows wrote all of them.
     content = json.loads(finished.read_text())
     unfinished.write_text(json.dumps(content))
