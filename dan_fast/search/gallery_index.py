@@ -341,7 +341,7 @@ def _latest(folder: Path, extractor: FeatureExtractor) -> tuple[dict[str, Any], 
         index = {name: [] for name in (*_COLUMNS, "gallery")}
         index |= {"schema": _SCHEMA, "weights": own, "size": extractor.size, "kinds": {}}
     count = len(index["paths"])
-    # Builds that did not count the finished rows wrote all of them. Where index.json is gone nobody knows what they were.
+    # Builds that did not count the finished rows wrote all. Without index.json nobody knows of which images they are.
     if unfinished is None or (finished := unfinished.get("finished", 0)) > count:
         return index, count
     joined = {name: index[name][:finished] + unfinished[name] for name in _COLUMNS}
