@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from dan_fast.cli import main
@@ -39,3 +40,17 @@ def search_page(folder: Path) -> Path:
     flags = ["--checkpoint", checkpoint, "--gallery", street, odd, "--query", street, odd]
     searched(folder / "out", *flags, "--top", 5, "--broken_images", "skip")
     return folder / "out" / "index.html"
+
+
+def paths_of(lists: list[dict]) -> list[list[str]]:
+    """What each list found."""
+    return [[match["path"] for match in each["matches"] or ()] for each in lists]
+
+
+def clustered(count: int, size: int = 32) -> np.ndarray:
+    """Features, ten about each of some centres."""
+    random = np.random.default_rng(2)
+    centres = random.standard_normal((count // 10, size))
+    return torch.nn.functional.normalize(
+        torch.from_numpy(centres[np.arange(count) % len(centres)] + 0.4 * random.standard_normal((count, size)))
+    ).to(torch.float32).numpy()  # fmt: skip

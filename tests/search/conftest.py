@@ -1,0 +1,40 @@
+"""A small gallery, and searches in it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dan_fast import FeatureExtractor
+from tests.support.searches import draw, searched
+
+NAMES = [f"{number:02d}.png" for number in range(12)]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A gallery, two of its images twice, and queries."""
+    draw(tmp_path / "gallery", NAMES)
+    for name, copy in (("03.png", "00-copy.png"), ("05.png", "11-copy.png")):
+        shutil.copy(tmp_path / "gallery" / name, tmp_path / "gallery" / copy)
+    draw(tmp_path / "queries", ["a.png", "b.png", "c.png"], seed=1)
+    return tmp_path
+
+
+@pytest.fixture
+def run(folder, checkpoint):
+    def run(*arguments: object, out: str = "out", code: int = 0) -> list[dict]:
+        usual = {"--checkpoint": checkpoint, "--gallery": folder / "gallery", "--query": folder / "queries"}
+        # A list that is given twice is refused.
+        flags = [word for name, value in usual.items() if name not in arguments for word in (name, value)]
+        return searched(folder / out, *flags, *arguments, code=code).get("queries", [])
+
+    return run
+
+
+@pytest.fixture
+def embedded(monkeypatch) -> list[int]:
+    """How many images each batch had that a network embedded."""
+    counts, embed = [], FeatureExtractor._embed
+    monkeypatch.setattr(FeatureExtractor, "_embed", lambda self, x: counts.append(len(x)) or embed(self, x))
+    return counts

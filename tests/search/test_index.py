@@ -1,0 +1,155 @@
+"""An index of a gallery: how it is extended, of which network and decoder it is."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from dan_fast import DanFastError, FeatureExtractor
+from dan_fast.cli import main
+from dan_fast.commands import search as search_command
+from dan_fast.data.images import reading
+from dan_fast.data.samples import Sample
+from dan_fast.inference.sources import find_images
+from dan_fast.nn import DAN
+from dan_fast.search import GalleryIndex, gallery_index, update_index
+from tests.support.searches import draw, paths_of
+from tests.support.untrained import untrained_checkpoint
+
+
+def test_an_extended_index_is_a_new_one(run, folder, embedded, capsys):
+    gallery, away = folder / "gallery", folder / "away"
+    draw(gallery, ["04b.png", "zz.png"], seed=3)
+    for name in ("04b.png", "05.png", "zz.png"):
+        shutil.move(gallery / name, folder / name)
+    run()
+    shutil.move(gallery / "02.png", away)
+    draw(gallery, ["07.png"], seed=4)
+    for name in ("04b.png", "05.png", "zz.png"):
+        shutil.move(folder / name, gallery / name)
+    embedded.clear()
+    capsys.readouterr()
+    extended = run("--top", 20)
+    printed = capsys.readouterr().out
+    assert sum(embedded) == 3 + 4
+    assert "4 images embedded, 1 of them changed, 11 were there." in printed
+    assert f"1 images of the index are not in the gallery and are not found, the first is {gallery}/02.png" in printed
+    assert paths_of(extended) == paths_of(run("--top", 20, out="new"))
+    shutil.move(away, gallery / "02.png")
+    embedded.clear()
+    returned = run("--top", 20)
+    assert sum(embedded) == 3, "an image that comes back is not embedded again"
+    assert paths_of(returned) == paths_of(run("--top", 20, out="newer"))
+
+
+def test_persons_and_cameras_may_be_numbers_of_numpy(folder, checkpoint):
+    samples = [Sample(path, np.int64(1), np.int32(2)) for path in sorted((folder / "gallery").iterdir())]
+    extractor = FeatureExtractor(checkpoint, "cpu", workers=0)
+    assert update_index(folder / "index", extractor, samples).added == len(samples)
+    assert update_index(folder / "index", extractor, samples).kept == len(samples)
+
+
+def test_an_image_behind_a_link_and_back_is_known_by_the_file_that_it_is(folder, checkpoint):
+    real = folder / "real"
+    (real / "store").mkdir(parents=True)
+    (folder / "set").symlink_to(real / "store")
+    draw(real / "images", ["a.png"])
+    extractor, index = FeatureExtractor(checkpoint, "cpu"), folder / "index"
+    (sample,) = find_images([str(folder / "set/../images/a.png")])[0].samples
+    update_index(index, extractor, [sample])
+    assert [each.path for each in GalleryIndex(index, extractor).images] == [real / "images/a.png"]
+    draw(real / "images", ["a.png"], seed=9)
+    assert update_index(index, extractor, [sample]).changed == [real / "images/a.png"]
+
+
+def test_a_second_index_leaves_the_first_as_it_is(folder, checkpoint, monkeypatch):
+    """It comes before the first one's first batch, when that has no features yet."""
+    extractor, images = FeatureExtractor(checkpoint, "cpu"), find_images([str(folder / "gallery")])[0].samples
+    batches = FeatureExtractor.batches
+
+    def another_comes(self, paths):
+        with monkeypatch.context() as patch, pytest.raises(DanFastError, match="is in use by process"):
+            patch.setattr(FeatureExtractor, "batches", batches)
+            update_index(folder / "index", extractor, images)
+        yield from batches(self, paths)
+
+    monkeypatch.setattr(FeatureExtractor, "batches", another_comes)
+    assert update_index(folder / "index", extractor, images).added == len(images)
+    assert GalleryIndex(folder / "index", extractor).size == len(images)
+
+
+def test_what_does_not_fit_an_index_is_said(run, folder, checkpoint):
+    run()
+    extractor = FeatureExtractor(checkpoint, "cpu")
+    index = GalleryIndex(folder / "out" / "index", extractor)
+    for shape in ((4,), (1, 3)):
+        with pytest.raises(ValueError, match=r"features must be \(Q, \d+\), as the network gives them, got"):
+            index.search(np.zeros(shape, np.float32), places=1)
+    with pytest.raises(ValueError, match="places is 0: at least 1 is needed"):
+        index.search(np.zeros((1, index.size), np.float32), places=0)
+    with pytest.raises(ValueError, match="kind must be one of flat, hnsw, ivfpq, got 'tree'"):
+        update_index(folder / "new", extractor, [], "tree")
+    assert not (folder / "new").exists()
+
+
+def test_of_another_checkpoint_it_is_refused(run, folder, checkpoint, capsys):
+    run()
+    before = {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
+    other = untrained_checkpoint(folder / "other.pt", run={"seed": 7})
+    run("--checkpoint", other, code=1)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{folder}/out/index is an index of another checkpoint (weights " in error
+    assert before == {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
+    shutil.copy(checkpoint, folder / "moved.pt")
+    assert main(["share", "--checkpoint", str(checkpoint), "--out", str(folder / "shared")]) == 0
+    for same in ("moved.pt", "shared"):
+        assert paths_of(run("--checkpoint", folder / same)) == paths_of(
+            json.loads(before[folder / "out/ranked.json"])["queries"]
+        )
+
+
+def test_the_hash_is_of_all_that_features_depend_on():
+    def network(**settings) -> str:
+        torch.manual_seed(0)
+        return gallery_index.weights_hash(DAN(2, "resnet18", (32, 16), **settings))
+
+    assert network() == network() != network(feature="pooled")
+
+
+def test_what_other_versions_decoded_is_said(run, folder, embedded, monkeypatch, capsys):
+    index = folder / "out" / "index"
+
+    def decoded_by() -> list[str]:
+        return json.loads((index / "index.json").read_text())["decoded_by"]
+
+    run()
+    assert "decoded by" not in capsys.readouterr().out and decoded_by() == [reading.DECODED_BY]
+    for place in (gallery_index, search_command):
+        monkeypatch.setattr(place, "DECODED_BY", "Pillow 99")
+    said = (
+        f"Images of the index were decoded by {reading.DECODED_BY}, and this is Pillow 99, whose pixels may differ a "
+        f"little: remove {index}, and all is made anew."
+    )
+    embedded.clear()
+    run()
+    assert said in capsys.readouterr().out.splitlines() and decoded_by() == [reading.DECODED_BY]
+    assert sum(embedded) == 3, "what is there is kept"
+    draw(folder / "gallery", ["new.png"], seed=6)
+    run()
+    assert said in capsys.readouterr().out.splitlines() and {*decoded_by()} == {"Pillow 99", reading.DECODED_BY}
+
+
+def test_an_index_that_does_not_say_what_decoded_it_is_extended(run, folder, embedded, capsys):
+    run()
+    described = folder / "out" / "index" / "index.json"
+    content = json.loads(described.read_text())
+    del content["decoded_by"]
+    for added in ([], ["new.png"]):
+        described.write_text(json.dumps(content))
+        draw(folder / "gallery", added, seed=6)
+        embedded.clear()
+        run()
+        assert sum(embedded) == 3 + len(added) and "decoded by" not in capsys.readouterr().out
+        assert len(json.loads(described.read_text())["decoded_by"]) == len(added)
