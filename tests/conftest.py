@@ -71,6 +71,17 @@ def street(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "street"
 
 
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two domains, campus and mall, of four training and two test persons with four images each."""
+    from dan_fast.data.synthetic import synthesize
+
+    root = tmp_path_factory.mktemp("images")
+    synthesize(root, ["campus", "mall"], identities=6, cameras=2, images_per_camera=2, image_size=(32, 32), seed=1,
+               test_fraction=0.34)  # fmt: skip
+    return root
+
+
 @pytest.fixture
 def forget() -> Iterator[None]:
     """Forgets what is known of the extension, before and after, so that a test can take it away."""

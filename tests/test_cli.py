@@ -23,13 +23,6 @@ from dan_fast.training.config import DataConfig, Paths
 from tests.support import ROOT
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    synthesize(root, ["campus", "street"], identities=6, cameras=2, image_size=(32, 32), test_fraction=0.5)
-    return root
-
-
 def tiny_run(images, out) -> list[str]:
     return [
         *("train", "--data.labeled", str(images / "campus"), "--data.image_size", "[32, 32]", "--data.workers", "0"),
@@ -78,13 +71,13 @@ def test_the_written_settings_start_the_same_run(run, images, tmp_path):
 
 def test_evaluate_prints_a_table_and_writes_json(run, images, tmp_path, capsys):
     out = tmp_path / "figures.json"
-    targets = f"[{images / 'street'}, {images / 'campus'}]"
+    targets = f"[{images / 'mall'}, {images / 'campus'}]"
     checkpoint = str(run / "checkpoint.pt")
     assert main(["evaluate", "--checkpoint", checkpoint, "--targets", targets, "--baselines", "true",
                  "--workers", "0", "--out", str(out)]) == 0  # fmt: skip
     rows = json.loads(out.read_text())
     assert [(row["dataset"], row["features"]) for row in rows] == [
-        (dataset, features) for dataset in ("street", "campus") for features in ("trained", "untrained", "chance")
+        (dataset, features) for dataset in ("mall", "campus") for features in ("trained", "untrained", "chance")
     ]
     assert all(0 <= row["mAP"] <= 1 for row in rows)
     assert "untrained" in capsys.readouterr().out
@@ -93,9 +86,9 @@ def test_evaluate_prints_a_table_and_writes_json(run, images, tmp_path, capsys):
 @pytest.mark.slow
 def test_evaluate_under_torchrun_says_and_writes_what_one_process_does(run, images, tmp_path, capsys):
     one, two = tmp_path / "one.json", tmp_path / "two.json"
-    shutil.copytree(images / "street", tmp_path / "street")
-    (tmp_path / "street/images/500005_c2_01.jpg").write_bytes(b"not an image")
-    command = ["evaluate", "--checkpoint", str(run / "checkpoint.pt"), "--targets", str(tmp_path / "street")]
+    shutil.copytree(images / "mall", tmp_path / "mall")
+    (tmp_path / "mall/images/400005_c2_01.jpg").write_bytes(b"not an image")
+    command = ["evaluate", "--checkpoint", str(run / "checkpoint.pt"), "--targets", str(tmp_path / "mall")]
     command += ["--baselines", "true", "--broken_images", "skip", "--batch_size", "4", "--workers", "0"]
     command += ["--device", "cpu", "--rerank", "true", "--cache", str(tmp_path / "cache"), "--out"]
     threads = torch.get_num_threads()
@@ -114,12 +107,12 @@ def test_evaluate_under_torchrun_says_and_writes_what_one_process_does(run, imag
 
 def test_evaluate_prints_and_writes_how_it_scored(run, images, tmp_path, capsys):
     out = tmp_path / "figures.json"
-    command = ["evaluate", "--checkpoint", str(run / "checkpoint.pt"), "--targets", str(images / "street")]
+    command = ["evaluate", "--checkpoint", str(run / "checkpoint.pt"), "--targets", str(images / "mall")]
     assert main([*command, "--metric", "euclidean", "--ap", "trapezoid", "--precision", "bfloat16",
                  "--baselines", "true", "--workers", "0", "--out", str(out)]) == 0  # fmt: skip
     printed = " ".join(capsys.readouterr().out.split())
     for features in ("trained", "untrained", "chance"):
-        assert f"street, {features}: fixed query and gallery; euclidean distance; trapezoid AP; bfloat16" in printed
+        assert f"mall, {features}: fixed query and gallery; euclidean distance; trapezoid AP; bfloat16" in printed
     recorded = {(row["metric"], row["ap"], row["precision"]) for row in json.loads(out.read_text())}
     assert recorded == {("euclidean", "trapezoid", "bfloat16")}
 

@@ -13,7 +13,7 @@ from tests.support import head_problems, maps_problems, stream_problems
 from tests.support.head_problems import LAYOUTS, saved
 from tests.support.scan_problems import Problem
 from tests.support.slot_problems import F64, operands, sets
-from tests.support.toolchain import needs_extension
+from tests.support.toolchain import needs_cuda_kernels, needs_extension
 
 pytestmark = [pytest.mark.compile, needs_extension, pytest.mark.usefixtures("poison")]
 ops = torch.ops.dan_fast
@@ -114,3 +114,9 @@ def test_each_has_an_example():
 def test_registration(op: str):
     for arguments in EXAMPLES[op]():
         torch.library.opcheck(getattr(ops, op).default, arguments)
+
+
+@needs_cuda_kernels
+@pytest.mark.parametrize("op", EXAMPLES)
+def test_a_gpu_has_a_kernel_of_it(op: str):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dan_fast::{op}", "CUDA")

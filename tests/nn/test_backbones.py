@@ -22,7 +22,6 @@ from dan_fast.core.preprocessing import IMAGENET, Preprocessing
 from dan_fast.daml import Stage, meta_gradients
 from dan_fast.data import ImageCache, Split, image_loader, read_image, training_loader
 from dan_fast.data.samples import Sample
-from dan_fast.data.synthetic import synthesize
 from dan_fast.nn import DAN, build_backbone
 from dan_fast.nn.backbones.recompute import with_weights_kept
 from dan_fast.training import LossConfig, MetaConfig, MetaStep, TrainConfig, Trainer, TrainingModel, trained_network
@@ -280,14 +279,6 @@ def test_the_network_wants_its_images_as_its_backbone_does():
     assert clip.mean == (0.48145466, 0.4578275, 0.40821073) and clip.std[0] == 0.26862954
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("pictures")
-    synthesize(root, ["campus", "mall"], identities=6, cameras=2, images_per_camera=2, image_size=(48, 24), seed=1,
-               test_fraction=0.34)  # fmt: skip
-    return root
-
-
 def by_hand(path: Path, preprocessing: Preprocessing) -> torch.Tensor:
     image = F.resize(read_image(path), list(SIZE), InterpolationMode(preprocessing.interpolation), antialias=True)
     mean, std = (torch.tensor(each)[:, None, None] for each in (preprocessing.mean, preprocessing.std))
@@ -298,8 +289,8 @@ OTHER = Preprocessing((0.1, 0.5, 0.7), (0.3, 0.5, 0.9), "bicubic")
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_loaders_resize_and_normalise_as_asked(pictures: Path, tmp_path: Path, cached: bool):
-    paths = sorted((pictures / "campus").rglob("*.jpg"))[:3]
+def test_loaders_resize_and_normalise_as_asked(images: Path, tmp_path: Path, cached: bool):
+    paths = sorted((images / "campus").rglob("*.jpg"))[:3]
     samples = [Sample(path, 1, 1) for path in paths]
     cache = ImageCache(tmp_path, SIZE, interpolation="bicubic") if cached else None
     read, _ = next(iter(image_loader(samples, SIZE, cache=cache, preprocessing=OTHER)))
@@ -308,8 +299,8 @@ def test_loaders_resize_and_normalise_as_asked(pictures: Path, tmp_path: Path, c
                                                  for path in paths]), atol=1e-3)  # fmt: skip
 
 
-def test_a_cache_is_of_one_interpolation(pictures: Path, tmp_path: Path):
-    paths = sorted((pictures / "campus").rglob("*.jpg"))[:3]
+def test_a_cache_is_of_one_interpolation(images: Path, tmp_path: Path):
+    paths = sorted((images / "campus").rglob("*.jpg"))[:3]
     for interpolation in ("bilinear", "bicubic"):
         ImageCache(tmp_path, SIZE, interpolation=interpolation).add(paths)
     assert len(list(tmp_path.glob("*.npy"))) == 2
@@ -317,15 +308,15 @@ def test_a_cache_is_of_one_interpolation(pictures: Path, tmp_path: Path):
         image_loader([Sample(paths[0], 1, 1)], SIZE, cache=ImageCache(tmp_path, SIZE), preprocessing=OTHER)
 
 
-def of_vit(pictures: Path, out: Path, **optimizer) -> TrainConfig:
+def of_vit(images: Path, out: Path, **optimizer) -> TrainConfig:
     sections = {"data": {"image_size": SIZE}, "model": {"backbone": "timm:test_vit"}}
-    return config(pictures, out, **sections, optimizer={"epochs": 1, **optimizer})
+    return config(images, out, **sections, optimizer={"epochs": 1, **optimizer})
 
 
 @pytest.fixture(scope="module")
-def run(pictures: Path, tmp_path_factory) -> Path:
+def run(images: Path, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "vit"
-    Trainer(of_vit(pictures, out)).fit()
+    Trainer(of_vit(images, out)).fit()
     return out
 
 
@@ -341,7 +332,7 @@ def test_a_checkpoint_keeps_how_images_are_read_and_an_older_one_has_the_old_def
     assert trained_network(other)[0].preprocessing == IMAGENET
 
 
-def test_training_reads_images_as_the_network_wants_them(pictures: Path, tmp_path: Path, monkeypatch):
+def test_training_reads_images_as_the_network_wants_them(images: Path, tmp_path: Path, monkeypatch):
     asked = []
 
     def loader(*arguments, **options):
@@ -349,7 +340,7 @@ def test_training_reads_images_as_the_network_wants_them(pictures: Path, tmp_pat
         return training_loader(*arguments, **options)
 
     monkeypatch.setattr("dan_fast.training.batches.training_loader", loader)
-    trainer = Trainer(of_vit(pictures, tmp_path / "run"))
+    trainer = Trainer(of_vit(images, tmp_path / "run"))
     seen, real = [], trainer.train_iteration
 
     def watched(batch, scalars):
@@ -365,7 +356,7 @@ def test_training_reads_images_as_the_network_wants_them(pictures: Path, tmp_pat
 
 @pytest.mark.parametrize("cache", [False, True])
 def test_evaluation_reads_images_as_the_network_wants_them(
-    run: Path, pictures: Path, tmp_path: Path, monkeypatch, cache: bool
+    run: Path, images: Path, tmp_path: Path, monkeypatch, cache: bool
 ):
     seen, real = [], DAN.embed
 
@@ -374,20 +365,20 @@ def test_evaluation_reads_images_as_the_network_wants_them(
         return real(network, images)
 
     monkeypatch.setattr(DAN, "embed", embed)
-    words = ["--checkpoint", str(run / "checkpoint.pt"), "--targets", str(pictures / "mall"), "--workers", "0"]
+    words = ["--checkpoint", str(run / "checkpoint.pt"), "--targets", str(images / "mall"), "--workers", "0"]
     if cache:
         words += ["--cache", str(tmp_path / "cache")]
     assert main(["evaluate", *words, "--repeats", "1", "--device", "cpu"]) == 0
     black = torch.tensor([-1.0, -1.0, -1.0])[:, None, None]
     found = torch.cat(seen)
     assert found.shape[1:] == (3, *SIZE) and (found >= black).all() and (found <= 1 + 1e-6).all()
-    every = [by_hand(path, Preprocessing(HALVES, HALVES, "bicubic")) for path in (pictures / "mall").rglob("*.jpg")]
+    every = [by_hand(path, Preprocessing(HALVES, HALVES, "bicubic")) for path in (images / "mall").rglob("*.jpg")]
     for image in found:
         assert min(float((image - each).abs().max()) for each in every) < 1e-5
 
 
-def test_the_backbones_steps_are_scaled(pictures: Path, tmp_path: Path, monkeypatch):
-    trainer = Trainer(of_vit(pictures, tmp_path / "run", backbone_lr_scale=0.25, momentum=0.0))
+def test_the_backbones_steps_are_scaled(images: Path, tmp_path: Path, monkeypatch):
+    trainer = Trainer(of_vit(images, tmp_path / "run", backbone_lr_scale=0.25, momentum=0.0))
     steps = []
 
     def watched(*arguments, **options):
@@ -417,8 +408,8 @@ def test_the_backbones_steps_are_scaled(pictures: Path, tmp_path: Path, monkeypa
             torch.testing.assert_close(value.detach(), expected)
 
 
-def test_a_run_with_scaled_steps_is_continued(pictures: Path, tmp_path: Path):
-    settings = of_vit(pictures, tmp_path / "run", backbone_lr_scale=0.5)
+def test_a_run_with_scaled_steps_is_continued(images: Path, tmp_path: Path):
+    settings = of_vit(images, tmp_path / "run", backbone_lr_scale=0.5)
     Trainer(settings).fit()
     settings.run.resume = True
     scales = [group["lr_scale"] for group in Trainer(settings).optimizer.param_groups]
@@ -429,8 +420,8 @@ def test_a_run_with_scaled_steps_is_continued(pictures: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_a_vit_trains_with_both_orders(pictures: Path, tmp_path: Path, order: int):
-    settings = of_vit(pictures, tmp_path / "run")
+def test_a_vit_trains_with_both_orders(images: Path, tmp_path: Path, order: int):
+    settings = of_vit(images, tmp_path / "run")
     settings.meta.order, settings.model.gradient_checkpointing = order, True
     trainer = Trainer(settings)
     before = trainer.model.network.backbone.model.pos_embed.detach().clone()

@@ -11,6 +11,7 @@ from scipy import stats
 from dan_fast.reporting.arms import MEAN_OF_TARGETS, paired_difference, read_comparison
 from dan_fast.reporting.html import ABSENT
 from dan_fast.training.reported import CHOSEN
+from tests.support.fake_runs import with_results
 from tests.support.figures import evaluation
 
 # By seed, in percent. Differences to plain: 2, 3 and 1; seed 7 and seed 9 have no partner.
@@ -115,8 +116,7 @@ def test_what_an_arm_sets_and_how_long_it_trained_is_said(tmp_path):
     assert "plain: recipe plain." in notes
     assert "dan: recipe dan, with meta.order=2, data.batch_size=32, model.adversary=true." in notes
     assert not any("differ in their iterations" in note for note in notes)
-    results = tmp_path / "dan,run.seed=0" / "results.json"
-    results.write_text(json.dumps(json.loads(results.read_text()) | {"iterations": 160}))
+    with_results(tmp_path / "dan,run.seed=0", iterations=160)
     notes = read_comparison(tmp_path).notes()
     assert any("differ in their iterations (plain 120, dan 160): data.iterations makes" in note for note in notes)
 
@@ -160,9 +160,7 @@ def test_what_is_missing_is_named(tmp_path):
 
 def test_the_mean_says_that_an_epoch_was_chosen_on_a_target(folder):
     for results in folder.glob("*/results.json"):
-        content = json.loads(results.read_text())
-        content["targets"][0]["epoch"] = f"epoch 2 of 3, {CHOSEN}"
-        results.write_text(json.dumps(content))
+        with_results(results.parent, {"epoch": f"epoch 2 of 3, {CHOSEN}"})
     comparison = read_comparison(folder)
     assert [target.protocol for target in comparison.targets if target.title == MEAN_OF_TARGETS.title] == [CHOSEN]
     assert comparison.targets[-1].title == MEAN_OF_TARGETS.title
@@ -204,7 +202,7 @@ def ran(folder: Path, *processes: dict) -> None:
     """Has all results but those of plain and dan with seed 0 come from a process of torch 2.11; those from these."""
     for results in folder.glob("*/results.json"):
         of_run = list(processes) if results.parent.name.endswith("seed=0") else [under("2.11.0")]
-        results.write_text(json.dumps(json.loads(results.read_text()) | {"ran_under": of_run}))
+        with_results(results.parent, ran_under=of_run)
 
 
 @pytest.mark.parametrize("processes", [[under("2.12.0")], [under("2.11.0"), under("2.12.0")]])

@@ -17,7 +17,6 @@ from dan_fast.cli import main
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import alone
 from dan_fast.data.datasets.known import KNOWN
-from dan_fast.data.synthetic import synthesize
 from dan_fast.evaluation import Evaluation
 from dan_fast.nn.weights_hash import weights_hash
 from dan_fast.reporting import memories, side_by_side
@@ -28,11 +27,12 @@ from dan_fast.reporting.result_tables import paper_tables, paper_target, result_
 from dan_fast.reporting.runs import read_runs
 from dan_fast.reporting.side_by_side import describe, evaluated_epochs
 from dan_fast.reporting.watched import watched_table
-from dan_fast.training import DataConfig, MemoryConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer
+from dan_fast.training import Trainer
 from dan_fast.training.build import trained_network
 from dan_fast.training.reported import CHOSEN, SEEN
-from tests.support.fake_runs import fake_run
+from tests.support.fake_runs import fake_run, with_results
 from tests.support.figures import evaluation
+from tests.support.training_runs import config
 from tests.support.untrained import untrained_checkpoint
 
 ON_STREET = "fixed query and gallery, 30 queries, 40 gallery images"
@@ -45,27 +45,11 @@ def text_of(page: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("images")
-    synthesize(root, ["campus", "mall", "street"], identities=6, cameras=2, images_per_camera=2, image_size=(32, 32),
-               test_fraction=0.5)  # fmt: skip
-    return root
-
-
-@pytest.fixture(scope="module")
 def trained(images, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "tiny"
-    config = TrainConfig(
-        data=DataConfig(
-            labeled=str(images / "campus"), unlabeled=str(images / "mall"), targets=str(images / "street"),
-            image_size=(32, 32), batch_size=8, workers=0,
-        ),
-        model=ModelConfig(backbone="timm:test_resnet", weights="none"),
-        memory=MemoryConfig(labeled_slots=12, unlabeled_slots=9),
-        optimizer=OptimizerConfig(epochs=2, lr_scale=10.0),
-        run=RunConfig(out=str(out), device="cpu", log_every=1, evaluate_every=1),
-    )  # fmt: skip
-    Trainer(config).fit()
+    slots = {"labeled_slots": 12, "unlabeled_slots": 9}
+    target = {"targets": str(images / "mall")}
+    Trainer(config(images, out, data=target, memory=slots, run={"evaluate_every": 1})).fit()
     return out
 
 
@@ -80,8 +64,8 @@ def test_a_trained_run_gives_a_full_page(trained, tmp_path, capsys):
         with Image.open(tmp_path / "page" / name) as image:
             assert image.format == "PNG" and min(image.size) > 100
     text = text_of(page)
-    assert "campus + mall (unlabelled)" in text and "Results on street" in text
-    assert "of tiny at epoch 2 of 2 over 3 images of street" in text
+    assert "campus + mall (unlabelled)" in text and "Results on mall" in text
+    assert "of tiny at epoch 2 of 2 over 3 images of mall" in text
     assert "at epoch 2 of 2: M: 12 slots" in text
     assert "dan-fast sweep --grid fig7" in text
     assert not re.search(r"tiny \| (curves|gates|heat maps|t-SNE|results)", text)
@@ -135,18 +119,13 @@ def test_missing_pieces_are_said_in_the_page(trained, images, tmp_path):
     fake_run(tmp_path / "plain", scalars={"train/loss/total": (2.0, 1.0)})
     no_attention = fake_run(tmp_path / "none", model={"attention": "none", "adversary": False})
     (no_attention / "checkpoint.pt").write_bytes((trained / "checkpoint.pt").read_bytes())
-    older = fake_run(tmp_path / "older", data={"targets": [str(images / "street")]})
+    older = fake_run(tmp_path / "older", data={"targets": [str(images / "mall")]})
     state = torch.load(trained / "checkpoint.pt")
     del state["config"]["data"]["image_size"]
     torch.save(state, older / "checkpoint.pt")
     for number, wrong in enumerate(({"iterations": 3, "epochs": 0}, {"labeled": None}, {"targets": [None]})):
-        odd = fake_run(tmp_path / f"odd{number}", data={"labeled": None})
-        content = json.loads((odd / "results.json").read_text())
-        content["targets"][0]["mAP"] = None
-        (odd / "results.json").write_text(json.dumps(content | wrong))
-    nulls = fake_run(tmp_path / "nulls")
-    content = json.loads((nulls / "results.json").read_text())
-    (nulls / "results.json").write_text(json.dumps(content | dict.fromkeys(("ranks", "started_from", "skipped"))))
+        with_results(fake_run(tmp_path / f"odd{number}", data={"labeled": None}), {"mAP": None}, **wrong)
+    with_results(fake_run(tmp_path / "nulls"), **dict.fromkeys(("ranks", "started_from", "skipped")))
     damaged = fake_run(tmp_path / "damaged")
     (damaged / "checkpoint.pt").write_bytes(b"PK")
     text = text_of(report([tmp_path], tmp_path / "page", images=2))
@@ -328,14 +307,10 @@ def test_a_protocol_names_what_was_trained_on(tmp_path):
         "Table VI, DukeMTMC-reID"
     ]
     # What the trainer found to be there says more than the protocol's name.
-    results = json.loads((folder / "results.json").read_text())
-    results["targets"][0] |= {"named_protocol": "table6-market-to-duke", "epoch": "epoch 3 of 9, CHOSEN"}
-    (folder / "results.json").write_text(json.dumps(results | {"labeled": ["Market (V7)"], "unlabeled": []}))
-    [run] = read_runs([folder])
+    of_target = {"named_protocol": "table6-market-to-duke", "epoch": "epoch 3 of 9, CHOSEN"}
+    [run] = read_runs([with_results(folder, of_target, labeled=["Market (V7)"], unlabeled=[])])
     assert run.sources == "Market (V7)"
-    results = json.loads((folder / "results.json").read_text()) | {"skipped": 7, "started_from": ["MSMT17"]}
-    (folder / "results.json").write_text(json.dumps(results))
-    [run] = read_runs([folder])
+    [run] = read_runs([with_results(folder, skipped=7, started_from=["MSMT17"])])
     assert run.sources == "Market (V7) without 7 images that could not be decoded, after MSMT17"
     row = [table for table in paper_tables([run]) if not table.folded][0].rows[-1]
     assert row[2] == "table6-market-to-duke; fixed query and gallery; epoch 3 of 9, CHOSEN"
@@ -403,11 +378,13 @@ def test_networks_are_named_as_in_fig_6(tmp_path):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The curves of each panel that is drawn: label -> (x, y)."""
-    panels: dict[str, dict[str, tuple[list, list]]] = {}
+    """The curves of each panel that is drawn, label -> (x, y); under "legends" the labels of each legend."""
+    panels: dict[str, dict[str, tuple[list, list]] | list[list[str]]] = {"legends": []}
     save = side_by_side.save_png
 
     def note(figure, path):
+        for each in figure.legends:
+            panels["legends"].append([text.get_text().lstrip("\u200b") for text in each.get_texts()])
         for axes in figure.axes:
             lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
             title = axes.get_title(loc="left").replace("\n", ", ", 1).replace("\n", " ")
@@ -438,19 +415,12 @@ def test_pictures_show_the_figures_and_captions_say_them(tmp_path, drawn):
     assert "p0.5: β from 0.100 to 0.500" in text
 
 
-def test_names_are_no_formulas_and_none_is_left_out_of_a_legend(tmp_path, monkeypatch):
-    legends, save = [], side_by_side.save_png
-
-    def note(figure, path):
-        legends.extend([text.get_text().lstrip("\u200b") for text in each.get_texts()] for each in figure.legends)
-        return save(figure, path)
-
-    monkeypatch.setattr(side_by_side, "save_png", note)
+def test_names_are_no_formulas_and_none_is_left_out_of_a_legend(tmp_path, drawn):
     for name, share in (("_a", 0.0), ("a$^$b", 1.0)):
         fake_run(tmp_path / "runs" / name, [("_$^$", 0.3, 0.2)], data={"unlabeled_share": share},
                  scalars={"memory/beta": [0.1, 0.5], "eval/_$^$/mAP": [20.0, 30.0]})  # fmt: skip
     report([tmp_path / "runs"], tmp_path / "page")
-    assert ["_a", "a$^$b"] in legends
+    assert ["_a", "a$^$b"] in drawn["legends"]
 
 
 def test_what_to_watch_is_a_table_of_what_was_logged(tmp_path):
@@ -480,19 +450,15 @@ def test_runs_are_of_one_kind_where_their_batches_are(tmp_path):
     """Whether of one rank or of several with a batch for each."""
     sizes = {"one": (32, False, 1), "two": (16, True, 2), "smaller": (16, True, 1)}
     for name, (size, per_rank, ranks) in sizes.items():
-        folder = fake_run(tmp_path / name, data={"batch_size": size, "batch_size_per_rank": per_rank})
-        content = json.loads((folder / "results.json").read_text())
-        (folder / "results.json").write_text(json.dumps(content | {"ranks": ranks}))
+        data = {"batch_size": size, "batch_size_per_rank": per_rank}
+        with_results(fake_run(tmp_path / name, data=data), ranks=ranks)
     learning = {run.name: run.learning() for run in read_runs([tmp_path])}
     assert learning["one"] == learning["two"] != learning["smaller"]
 
 
 def test_a_table_says_of_which_runs_the_target_had_which_images(tmp_path):
     for name, images in (("a", 30), ("b", 30), ("c", 31)):
-        folder = fake_run(tmp_path / name)
-        content = json.loads((folder / "results.json").read_text())
-        content["targets"][0]["num_query"] = images
-        (folder / "results.json").write_text(json.dumps(content))
+        with_results(fake_run(tmp_path / name), {"num_query": images})
     [table] = result_tables(read_runs([tmp_path]))
     assert table.note.endswith(
         "30 queries, 40 gallery images for a, b; 31 queries, 40 gallery images for c: "
@@ -503,14 +469,9 @@ def test_a_table_says_of_which_runs_the_target_had_which_images(tmp_path):
 def test_results_of_other_protocols_are_not_drawn_together(tmp_path, drawn):
     for share, repeats in ((0.0, 10), (0.25, 1), (0.5, 1), (1.0, 1)):
         fake_run(tmp_path / f"p{share}", [("street", 0.3, share / 2, repeats)], data={"unlabeled_share": share})
-    chosen = json.loads((tmp_path / "p1.0" / "results.json").read_text())
-    chosen["targets"][0]["epoch"] = f"epoch 3 of 9, {CHOSEN}"
-    (tmp_path / "p1.0" / "results.json").write_text(json.dumps(chosen))
+    with_results(tmp_path / "p1.0", {"epoch": f"epoch 3 of 9, {CHOSEN}"})
     for share, change in ((0.6, {"num_query": 31}), (0.7, {"num_gallery": 41}), (0.8, {"epoch": "epoch 3 of 9"})):
-        folder = fake_run(tmp_path / f"p{share}", data={"unlabeled_share": share})
-        content = json.loads((folder / "results.json").read_text())
-        content["targets"][0] |= change
-        (folder / "results.json").write_text(json.dumps(content))
+        with_results(fake_run(tmp_path / f"p{share}", data={"unlabeled_share": share}), change)
     report([tmp_path], tmp_path / "page")
     shown = {title: lines["mAP"][0] for title, lines in drawn.items() if title.startswith("unlabeled_share")}
     assert shown == {f"unlabeled_share: street, {ON_STREET}": [25, 50]}

@@ -31,3 +31,11 @@ def fake_run(folder: Path, results=(("street", 0.5, 0.4),), scalars=None, iterat
                 for step, value in values.items() if isinstance(values, dict) else enumerate(values):
                     writer.add_scalar(tag, value, step)
     return folder
+
+
+def with_results(folder: Path, of_target: dict | None = None, **changes: object) -> Path:
+    """The folder of a run, its results.json changed; `of_target` in the figures of the first target."""
+    content = json.loads((folder / "results.json").read_text())
+    content["targets"][0] |= of_target or {}
+    (folder / "results.json").write_text(json.dumps(content | changes))
+    return folder

@@ -293,6 +293,26 @@ def assert_an_infinite_gradient_ends_where_a_unit_is_off(run: Run, case: Case) -
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10, equal_nan=True, msg=name)
 
 
+# What is true of a case, its size and its dtype. Host threads take those of few numbers alone.
+UNUSUAL_AND_SMALL = [
+    (assert_the_first_of_several_maxima_leads, (2, 66, 2, 4, 3, 2), torch.float32),
+    (assert_what_is_not_finite_spreads, (5, 42, 2, 4, 3, 2), torch.float32),
+    (assert_an_unknown_label_has_no_loss_and_no_gradient, (5, 20, 2, 2, 3, 2), torch.float32),
+    (assert_equal_maps_have_no_gradient_of_their_difference, (3, 4, 2, 2, 2, 2), torch.float64),
+    (assert_closed_channels_have_the_gradients_of_the_formulas, (2, 18, 2, 2, 3, 1), torch.float64),
+    (assert_an_infinite_gradient_ends_where_a_unit_is_off, (2, 18, 2, 2, 3, 1), torch.float64),
+]
+MAXIMA_AMID = (
+    *((2, 70, 7, 7, 6, 2), (2, 5, 1, 3, 6, 2), (2, 33, 9, 8, 6, 2)),
+    *((2, 2100, 2, 1, 6, 2), (2, 2100, 7, 7, 6, 2)),
+)
+UNUSUAL = [(assert_the_first_of_several_maxima_leads, size, dtype) for size in MAXIMA_AMID for dtype in DTYPES]
+UNUSUAL += [(assert_what_is_not_finite_spreads, (5, 150, 7, 7, 13, 3), dtype) for dtype in DTYPES]
+UNUSUAL += [(assert_an_unknown_label_has_no_loss_and_no_gradient, (5, 20, 3, 3, 4, 2), dtype) for dtype in DTYPES]
+UNUSUAL += [(holds, (2, 40, 7, 7, 6, 4), torch.float64) for holds, _, _ in UNUSUAL_AND_SMALL[4:]]
+UNUSUAL += UNUSUAL_AND_SMALL[3:]
+
+
 def results() -> tuple[list[Tensor], list[Tensor]]:
     """Of `SEVERAL_VECTORS`: what does not depend on whether * and + are one operation, and what does."""
     exact, rounded = [], []

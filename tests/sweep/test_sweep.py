@@ -34,6 +34,7 @@ from tests.support import in_checkout
 from tests.support.figures import evaluation
 
 BASE = {"data": {"labeled": "market"}}
+WHOLE = TrainConfig.of_recipe("dan", **BASE).to_dict()
 
 
 def write(path: Path, content: object) -> Path:
@@ -60,22 +61,19 @@ def test_a_grid_is_every_combination_once(tmp_path, grid):
     assert [run.name for run in runs] == ["loss.adversary=0.6", "model.reduction=4"]
 
 
-def test_a_base_is_inline_beside_the_grid_or_named(tmp_path, grid):
-    write(tmp_path / "base.yaml", {"data": {"labeled": "there"}, "optimizer": {"epochs": 3}})
-    beside = write(tmp_path / "beside.yaml", {"base": "base.yaml", "grids": [{"meta.eta": [0.5]}]})
-    [run] = plan_sweep(beside, None, "out")
-    assert (run.config.data.labeled, run.config.optimizer.epochs, run.config.meta.eta) == (["there"], 3, 0.5)
-    assert plan_sweep(grid, tmp_path / "base.yaml", "out")[0].config.data.labeled == ["there"]
-
-
-def test_a_section_of_a_base_may_be_a_file_beside_it(tmp_path, grid):
+@pytest.mark.parametrize("section", [{"labeled": "there"}, "data.yaml"], ids=["inline", "file"])
+def test_a_base_is_inline_beside_the_grid_or_named_and_a_section_of_it_a_file(tmp_path, grid, section):
     """As `dan-fast train --config` takes it."""
     (tmp_path / "sub").mkdir()
-    base = write(tmp_path / "sub/base.yaml", {"data": "data.yaml", "optimizer": {"epochs": 3}})
     write(tmp_path / "sub/data.yaml", {"labeled": "there"})
-    inline = {"base": {"data": "data.yaml", "optimizer": {"epochs": 3}}, "grids": [{"meta.eta": [0.5]}]}
-    for run in (plan_sweep(grid, base, "out")[0], plan_sweep(write(tmp_path / "sub/in.yaml", inline), None, "out")[0]):
-        assert run.config.data.labeled == ["there"] and run.config.optimizer.epochs == 3
+    content = {"data": section, "optimizer": {"epochs": 3}}
+    base = write(tmp_path / "sub/base.yaml", content)
+    runs = [plan_sweep(grid, base, "out")[0]]
+    for place in (content, "base.yaml"):
+        beside = write(tmp_path / "sub/grid.yaml", {"base": place, "grids": [{"meta.eta": [0.5]}]})
+        runs += plan_sweep(beside, None, "out")
+        assert runs[-1].config.meta.eta == 0.5
+    assert all((run.config.data.labeled, run.config.optimizer.epochs) == (["there"], 3) for run in runs)
 
 
 def test_the_shipped_grids_are_the_papers(tmp_path):
@@ -179,20 +177,6 @@ def test_the_home_folder_is_written_out_in_base_and_grid(tmp_path):
     assert first.model.weights == f"{home}/w.pt"
 
 
-def test_recipes_that_a_whole_base_wins_over_are_an_error(tmp_path):
-    """The config.yaml of a run names every setting."""
-    base = TrainConfig.of_recipe("dan", data={"labeled": "market"}).to_dict()
-    path = write(tmp_path / "grid.yaml", {"base": base, "grids": [{"recipe": ["plain", "dan"]}]})
-    with pytest.raises(DanFastError, match="recipe=plain and recipe=dan of .* have the same settings: .* base wins"):
-        plan_sweep(path, None, "out")
-
-
-def test_a_date_in_a_grid_is_one_sentence(tmp_path):
-    path = write(tmp_path / "grid.yaml", "base: {data: {labeled: a}}\ngrids: [{data.targets: [[2024-05-01]]}]")
-    with pytest.raises(DanFastError, match="settings of data.targets=2024-05-01 are no training: .*Expected a .*str"):
-        plan_sweep(path, None, "out")
-
-
 def test_names_are_folders():
     assert run_name({}) == "base"
     settings = {"data.unlabeled": ["a", "b"], "model.adversary": True}
@@ -251,6 +235,15 @@ def test_names_are_folders():
         ({"base": "gone.yaml", "grids": [{"model.reduction": [1]}]}, "gone.yaml cannot be read as a configuration"),
         ({"base": {"model": 3}, "grids": [{"model.reduction": [1]}]}, "model of the sweep's base is no mapping"),
         ({"grids": [{"model.reduction": [1]}]}, "names no labelled images"),
+        # The config.yaml of a run, which names every setting.
+        (
+            {"base": WHOLE, "grids": [{"recipe": ["plain", "dan"]}]},
+            "recipe=plain and recipe=dan of .* have the same settings: .* base wins",
+        ),
+        (
+            "base: {data: {labeled: a}}\ngrids: [{data.targets: [[2024-05-01]]}]",
+            "settings of data.targets=2024-05-01 are no training: .*Expected a .*str",
+        ),
         ("[}", r"grid.yaml is not YAML \(line 1, column 2: "),
         ("just words", "is not a grid of settings"),
     ],
@@ -258,15 +251,8 @@ def test_names_are_folders():
 def test_a_wrong_grid_is_one_sentence(content, sentence, tmp_path):
     path = write(tmp_path / "grid.yaml", content)
     with pytest.raises(DanFastError, match=sentence) as raised:
-        plan_sweep(path, None, tmp_path / "out")
+        sweep(str(path), out=str(tmp_path / "out"))
     assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
-
-
-def test_a_wrong_grid_ends_the_command_before_anything_is_written(tmp_path, capsys):
-    path = write(tmp_path / "grid.yaml", "just words")
-    assert main(["sweep", "--grid", str(path), "--out", str(tmp_path / "out")]) == 1
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
-    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_grid_names_the_shipped_ones(tmp_path):
@@ -524,10 +510,10 @@ def test_two_at_a_time_are_two_and_not_three(quick, three, monkeypatch):
     assert states(quick.out) == ["finished"] * 3
     assert max(files_of(quick.out, "beside")) == "2" and files_of(quick.out, "threads") == ["3"] * 3
     assert recorded(quick.out, "threads") == [3] * 3 and min(recorded(quick.out, "seconds")) > 0
-    # One that runs alone has what the user gives it.
-    reductions(three, 4)
-    quick(three)
-    assert (quick.out / reduce(4) / "threads").read_text() == "5"
+    # Of more at a time than there are cores each has a thread; one that runs alone has what the user gives it.
+    for number, parallel, expected in ((4, 8, "1"), (5, 1, "5")):
+        quick(reductions(three, number), parallel=parallel)
+        assert (quick.out / reduce(number) / "threads").read_text() == expected
 
 
 def test_how_many_ran_at_once_is_recorded(quick, three, monkeypatch):
@@ -543,12 +529,6 @@ def test_how_many_ran_at_once_is_recorded(quick, three, monkeypatch):
     assert sweeping._add_seconds(trainings, 10.0) == 12.0
     # That of an older version, which began to count too late, is not known.
     assert [entry["seconds_of_all"] for entry in entries] == [6.0, 10.0, None]
-
-
-def test_more_at_a_time_than_cores_have_a_thread_each(quick, three, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
-    quick(three, parallel=8)
-    assert files_of(quick.out, "threads") == ["1"] * 3
 
 
 def when(ready: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:

@@ -12,7 +12,6 @@ from dan_fast.cli import main
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.types import CONVOLUTION, AttentionVariantWeights, NLCBAMWeights
 from dan_fast.data import Split
-from dan_fast.data.synthetic import synthesize
 from dan_fast.functional import attention_head, nl_cbam
 from dan_fast.nn import NLCBAM
 from dan_fast.nn.attention import VARIANTS
@@ -265,21 +264,13 @@ def test_without_an_adversary_there_is_one_branch():
     assert not torch.equal(out.logits, out.adversary_logits)
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    settings = {"identities": 4, "cameras": 2, "images_per_camera": 1, "image_size": (32, 32), "test_fraction": 0}
-    synthesize(root, ["campus"], **settings)
-    return root / "campus"
-
-
 def said(capsys) -> str:
     return " ".join(capsys.readouterr().err.split())
 
 
 def train(images, out, *flags) -> int:
     return main([
-        *("train", "--data.labeled", str(images), "--data.image_size", "[64, 32]", "--data.workers", "0"),
+        *("train", "--data.labeled", str(images / "campus"), "--data.image_size", "[64, 32]", "--data.workers", "0"),
         *("--data.batch_size", "8", "--model.backbone", "timm:test_resnet", "--model.weights", "none"),
         *("--optimizer.epochs", "1", "--optimizer.lr_scale", "20", "--run.device", "cpu", "--run.out", str(out)),
         *("--run.log_every", "1", "--recipe", "paper", *flags),

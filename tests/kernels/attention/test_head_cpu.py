@@ -10,15 +10,10 @@ from tests.support.head_problems import (
     DTYPES,
     LAYOUTS,
     SEVERAL_VECTORS,
+    UNUSUAL,
     Case,
     Outputs,
-    assert_an_infinite_gradient_ends_where_a_unit_is_off,
-    assert_an_unknown_label_has_no_loss_and_no_gradient,
-    assert_closed_channels_have_the_gradients_of_the_formulas,
-    assert_equal_maps_have_no_gradient_of_their_difference,
     assert_right,
-    assert_the_first_of_several_maxima_leads,
-    assert_what_is_not_finite_spreads,
     saved,
 )
 from tests.support.maps_problems import wrong_maps
@@ -72,33 +67,9 @@ def test_the_layouts_are_read_as_they_lie():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "holds, size",
-    [
-        (assert_the_first_of_several_maxima_leads, (2, 70, 7, 7, 6, 2)),
-        (assert_the_first_of_several_maxima_leads, (2, 5, 1, 3, 6, 2)),
-        (assert_the_first_of_several_maxima_leads, (2, 33, 9, 8, 6, 2)),
-        (assert_the_first_of_several_maxima_leads, (2, 2100, 2, 1, 6, 2)),
-        (assert_what_is_not_finite_spreads, (5, 150, 7, 7, 13, 3)),
-        (assert_an_unknown_label_has_no_loss_and_no_gradient, (5, 20, 3, 3, 4, 2)),
-    ],
-)
+@pytest.mark.parametrize("holds, size, dtype", UNUSUAL)
 def test_unusual_numbers(holds: Callable, size: tuple[int, ...], dtype: torch.dtype, layout: Callable):
     holds(Case.run, Case(size, dtype, layout))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
-@pytest.mark.parametrize(
-    "holds, size",
-    [
-        (assert_equal_maps_have_no_gradient_of_their_difference, (3, 4, 2, 2, 2, 2)),
-        (assert_closed_channels_have_the_gradients_of_the_formulas, (2, 40, 7, 7, 6, 4)),
-        (assert_an_infinite_gradient_ends_where_a_unit_is_off, (2, 18, 2, 2, 3, 1)),
-    ],
-)
-def test_unusual_numbers_in_float64(holds: Callable, size: tuple[int, ...], layout: Callable):
-    holds(Case.run, Case(size, torch.float64, layout))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tests.support.head_problems import NAMED_LAYOUTS, channels_last, contiguous, part
-from tests.support.maps_problems import OPERATORS, Case, Results, check
-from tests.support.toolchain import Guarded, call_on_host, library_on_host, needs_compiler, needs_cuda_kernels
+from tests.support.maps_problems import Case, Results, check
+from tests.support.toolchain import Guarded, call_on_host, library_on_host, needs_compiler
 
 pytestmark = [pytest.mark.compile, needs_compiler]
 
@@ -97,12 +97,6 @@ def test_an_unknown_label_has_no_loss_and_no_gradient(library: ctypes.CDLL):
     assert (found.adversary_map[0] == 0).all() and (found.grad_rows[0] == 0).all()
     assert (found.grad_features_of_adversary[0] == 0).all() and (found.grad_rows[1] != 0).all()
     assert torch.equal(found.grad_refined_map[0], case.grads[1][0])
-
-
-@needs_cuda_kernels
-@pytest.mark.parametrize("name", OPERATORS)
-def test_the_operators_are_registered_for_cuda(name: str):
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dan_fast::{name}", "CUDA")
 
 
 def on_device(case: Case) -> Case:

@@ -18,7 +18,7 @@ from tests.support.scan_problems import (
     by_operators,
     in_dtype,
 )
-from tests.support.toolchain import Guarded, library_on_host, needs_compiler, needs_cuda_kernels
+from tests.support.toolchain import Guarded, library_on_host, needs_compiler
 
 pytestmark = [pytest.mark.compile, needs_compiler]
 
@@ -79,12 +79,6 @@ def test_the_grid_changes_rounding_only(library: ctypes.CDLL):
     first, *others = (on_host(library, grid, arguments).flat for grid in ((1, 32), (5, 32), (2, 96)))
     for other in others:
         torch.testing.assert_close(first, other, rtol=1e-12, atol=1e-12)
-
-
-@needs_cuda_kernels
-@pytest.mark.parametrize("name", ["memory_scan", "memory_scan_backward"])
-def test_the_operators_are_registered_for_cuda(name: str):
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dan_fast::{name}", "CUDA")
 
 
 def on_gpu(arguments: list) -> list:
