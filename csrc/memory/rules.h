@@ -83,11 +83,11 @@ DAN_FAST_HD typename Grid<T>::Key order_key(T cosine) {
   return static_cast<typename Grid<T>::Key>((cosine + T(1)) * Grid<T>::kSteps);
 }
 
-// Eq. (8), as lerp: the share of the key that goes to a slot whose last evaluation is `evaluation`.
+// Eq. (8): the share of the key that goes to a slot whose last evaluation is `evaluation`. A gate of 1 leaves exactly
+// that, so that slots which tie go on to do so.
 template <typename T>
 DAN_FAST_HD T write_weight(T evaluation, bool is_least_used, T gate) {
-  const T one = is_least_used ? T(1) : T(0);
-  return one + gate * (evaluation - one);
+  return gate * evaluation + (is_least_used ? T(1) - gate : T(0));
 }
 
 // Its derivative in the gate; that in the evaluation is the gate.

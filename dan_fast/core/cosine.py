@@ -27,7 +27,8 @@ def on_grid(cosine: Tensor) -> Tensor:
     Parallel keys have equal cosines in exact arithmetic, but whichever way they are computed the last bits
     differ, and an argmax, a top-n set or a least-used slot would be decided by them. On the grid a tie is a
     tie, so that "lowest index first" means the same on every path. The shift is below the rounding error of
-    the inner products themselves.
+    the inner products themselves. In float32 scores that were carried through several writes err by more than a
+    step: the paths may then part a tie of parallel keys in other ways.
     """
     steps = 2.0**40 if cosine.dtype == torch.float64 else 2.0**22
     values = cosine.detach()

@@ -46,10 +46,11 @@ def nl_cbam(features: Tensor, weights: NLCBAMWeights) -> NLCBAMOutput:
     batch, channels, height, width = features.shape
     samples = [_nl_cbam_sample(x.reshape(channels, height * width), weights) for x in features.unbind()]
     refined, channel_attention, spatial_attention = zip(*samples, strict=True) if samples else ((), (), ())
+    nothing = zero_of(features, *weights)
     return NLCBAMOutput(
-        refined=stack(refined, features, channels, height * width).reshape(features.shape),
-        channel_attention=stack(channel_attention, features, channels),
-        spatial_attention=stack(spatial_attention, features, height * width),
+        refined=stack(refined, nothing, channels, height * width).reshape(features.shape),
+        channel_attention=stack(channel_attention, nothing, channels),
+        spatial_attention=stack(spatial_attention, nothing, height * width),
     )
 
 
@@ -94,9 +95,9 @@ def attention_adversary(features: Tensor, refined: Tensor, cam_weight: Tensor, l
         adversary_maps.append(adversary_map)
     nothing = zero_of(features, refined, cam_weight)
     return AdversaryOutput(
-        loss=stack(losses, features) + nothing,
-        refined_map=stack(refined_maps, features, positions),
-        adversary_map=stack(adversary_maps, features, positions) + nothing,
+        loss=stack(losses, nothing) + nothing,
+        refined_map=stack(refined_maps, zero_of(refined), positions),
+        adversary_map=stack(adversary_maps, nothing, positions) + nothing,
     )
 
 
@@ -170,6 +171,6 @@ def non_local_attention_of(scaled: Tensor, weights: NLCBAMWeights | AttentionVar
     return s @ c  # Eq. (3), A_S = S C
 
 
-def stack(rows: list[Tensor] | tuple[Tensor, ...], features: Tensor, *shape: int) -> Tensor:
-    """The rows as a batch; torch.stack takes no empty list."""
-    return torch.stack(list(rows)) if rows else features.new_zeros(0, *shape)
+def stack(rows: list[Tensor] | tuple[Tensor, ...], nothing: Tensor, *shape: int) -> Tensor:
+    """The rows as a batch; torch.stack takes no empty list. `nothing` is `zero_of` what they depend on."""
+    return torch.stack(list(rows)) if rows else nothing.new_zeros(0, *shape) + nothing

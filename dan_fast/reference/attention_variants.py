@@ -7,6 +7,7 @@ from torch import Tensor
 from dan_fast.core.attention_checks import check_features, check_variant_weights
 from dan_fast.core.types import AttentionHeadOutput, AttentionVariantWeights, NLCBAMOutput
 from dan_fast.reference.attention import channel_attention_of, non_local_attention_of, pool_and_correct, stack
+from dan_fast.reference.memory import zero_of
 
 
 def attention_variant(features: Tensor, weights: AttentionVariantWeights) -> NLCBAMOutput:
@@ -38,10 +39,11 @@ def attention_variant(features: Tensor, weights: AttentionVariantWeights) -> NLC
     channels, positions = features.shape[1], features.shape[2] * features.shape[3]
     samples = [_variant_sample(x, weights) for x in features.unbind()]
     refined, channel_attention, spatial_attention = zip(*samples, strict=True) if samples else ((), (), ())
+    nothing = zero_of(features, *(weight for weight in weights if weight is not None))
     return NLCBAMOutput(
-        refined=stack(refined, features, *features.shape[1:]),
-        channel_attention=stack(channel_attention, features, channels),
-        spatial_attention=stack(spatial_attention, features, positions),
+        refined=stack(refined, nothing, *features.shape[1:]),
+        channel_attention=stack(channel_attention, nothing, channels),
+        spatial_attention=stack(spatial_attention, nothing, positions),
     )
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dan_fast.core.attention_checks import check_styles
+from dan_fast.reference.memory import zero_of
 
 # Beside a variance, so that a channel without any is not divided by 0 (Zhou et al. 2021).
 EPSILON = 1e-6
@@ -41,7 +42,7 @@ def mix_styles(features: Tensor, partners: Tensor, share: Tensor) -> Tensor:
         gamma = own * deviation + (1 - own) * other_deviation
         beta = own * mean + (1 - own) * other_mean
         mixed.append(gamma * (x - mean) / deviation + beta)
-    return torch.stack(mixed).to(features.dtype) if mixed else features.clone()
+    return torch.stack(mixed).to(features.dtype) if mixed else features + zero_of(share)
 
 
 def _style(x: Tensor) -> tuple[Tensor, Tensor]:

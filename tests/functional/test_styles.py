@@ -54,6 +54,12 @@ def test_values_and_derivatives_agree():
         assert b.abs().sum() > 0
 
 
+def test_of_no_images_gradients_are_0(impl):
+    leaves = [torch.zeros(shape, requires_grad=True) for shape in ((0, 3, 2, 2), (0,))]
+    mixed = impl.mix_styles(leaves[0], torch.zeros(0, dtype=torch.int64), leaves[1])
+    assert [each.shape for each in torch.autograd.grad(mixed.sum(), leaves)] == [each.shape for each in leaves]
+
+
 def test_the_statistics_carry_no_gradient():
     features = maps().requires_grad_()
     functional.mix_styles(features, PARTNERS, SHARE)[0].sum().backward()

@@ -69,7 +69,7 @@ class _Writes:
         is_least_used = self.slots == self.least_used
         cleared = is_least_used if dropped is None else is_least_used | dropped
         keep = (~cleared).to(self.scores.dtype)
-        weights = torch.lerp(is_least_used.to(keep.dtype), self.evaluation, gate)
+        weights = gate * self.evaluation + (1 - gate) * is_least_used
         score, rest = (self.scores * keep).split([1, self.scores.shape[0] - 1])
         before = score[0]
         after = torch.addcmul(before, weights, self.square_lengths[step])

@@ -139,8 +139,12 @@ def test_no_attention_is_pooling_and_no_sample_is_no_row():
     for variant in VARIANTS:
         _, weights, cam, labels = problem(variant)
         for ops in (functional, reference):
-            empty = ops.attention_variant_head(features[:0], weights, cam, labels[:0])
+            used = [each.clone().requires_grad_() for each in weights if each is not None]
+            given = dict(zip(VARIANTS[variant], used, strict=True))
+            empty = ops.attention_variant_head(features[:0], AttentionVariantWeights(**given), cam, labels[:0])
             assert [tuple(each.shape) for each in empty] == [(0, 5), (0, 5), (0, 5), (0, 8), (0,)]
+            for gradient in torch.autograd.grad(empty.attended.sum(), used) if used else ():
+                assert not gradient.any()
 
 
 @EVERY_VARIANT

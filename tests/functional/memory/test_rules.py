@@ -1,10 +1,12 @@
 """Each rule of the memory step on cases computed by hand, for both implementations."""
 
+import contextlib
 import math
 
+import pytest
 import torch
 
-from dan_fast import MemoryState
+from dan_fast import MemoryState, _extension, functional, reference
 
 E = math.e
 
@@ -117,6 +119,17 @@ def test_an_empty_slot_takes_no_share_of_a_write_but_as_the_least_used(impl):
     old = state([[1.0, 0], [0, 0], [0, 0]], [1, -1, -1], [1.0, 0, 0], [0.4, 0.3, 0.3], 1)
     new = step(impl, old, empty(1), [[0.0, 1.0]], [2]).labeled
     same(new.features, [[1.0, 0.2], [0, 0.5], [0, 0]])
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_an_open_gate_leaves_ties_between_slots_of_one_key(kernels):
+    """The least-used slot too takes what the last evaluation gives it, to the last bit, and no more."""
+    keys = dict(unlabeled_keys=[[1.0, 1.0]] * 11, ids=range(11), alpha_unlabeled=50.0, decay_unlabeled=0.0)
+    for slots in range(2, 20):
+        with contextlib.nullcontext() if kernels else _extension.disabled():
+            steps = [step(impl, empty(1), empty(slots), [[1.0, 1.0]], [3], **keys) for impl in (functional, reference)]
+        found, expected = (each.unlabeled.sample_ids.tolist() for each in steps)
+        assert found == expected
 
 
 def test_retrieval_takes_the_lowest_slot_of_equal_ones_and_no_empty_one(impl):
