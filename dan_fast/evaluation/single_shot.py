@@ -59,6 +59,8 @@ def evaluate_single_shot(
         check_scoring(max_rank, "standard")
         if repeats < 1:
             raise ValueError(f"repeats is {repeats}; it must be at least 1.")
+        if seed < 0:
+            raise ValueError(f"seed is {seed}; it must be at least 0.")
     division, labels, squares = whole_gallery(problem)
     scale = distance_scale(*squares, metric)
     distances = PartDistances(problem.query, problem.gallery, scale, block_bytes, division.rows.start)

@@ -16,6 +16,7 @@ from scipy.special import stdtrit
 from dan_fast.evaluation import Evaluation
 from dan_fast.reporting.groups import Target, target_of
 from dan_fast.reporting.html import ABSENT, Table
+from dan_fast.reporting.result_tables import cameras_of
 from dan_fast.training.recipes import word_of
 from dan_fast.training.reported import CHOSEN, SEEN
 from dan_fast.training.surroundings import VERSIONS
@@ -206,7 +207,7 @@ class Comparison:
             each = ", ".join(f"{name} {span}" for name, span in lengths.items())
             notes.append(f"Trainings differ in their iterations ({each}): data.iterations makes epochs equally long.")
         seen = _learnt_from(self._runs())
-        if left := [target.title for target in self.targets if _without_variant(target.title) in seen]:
+        if left := [target.title for target in self.targets if cameras_of(target.title) in seen]:
             notes.append(f"No unseen targets, because trainings learnt from sets of their name: {', '.join(left)}.")
         notes += [f"{arm.name}: {arm.recipe}." for arm in self.arms if arm.recipe]
         for arm in self.arms:
@@ -349,12 +350,7 @@ def _read_run(folder: Path, entry: Mapping[str, Any]) -> ArmRun | str:
 
 
 def _learnt_from(runs: Iterable[ArmRun]) -> set[str]:
-    return {_without_variant(title) for run in runs for title in run.trained_on}
-
-
-def _without_variant(title: str) -> str:
-    """Another variant of a dataset is of the same cameras."""
-    return title.split(" (")[0]
+    return {cameras_of(title) for run in runs for title in run.trained_on}
 
 
 def _with_mean(runs: Mapping[tuple[str, int], ArmRun]) -> dict[tuple[str, int], ArmRun]:
@@ -367,7 +363,7 @@ def _with_mean(runs: Mapping[tuple[str, int], ArmRun]) -> dict[tuple[str, int], 
     common = [
         target
         for target in (tested[0] if tested else ())
-        if all(target in each for each in tested) and _without_variant(target.title) not in seen
+        if all(target in each for each in tested) and cameras_of(target.title) not in seen
     ]
     if len(common) < 2:
         return dict(runs)

@@ -27,14 +27,20 @@ _ALIASES = {
 
 
 def paper_target(name: str) -> str | None:
-    """The paper's name of a dataset, None for one it does not test on.
+    """The paper's name of a dataset, in whatever folder, None for one it does not test on.
 
     Example:
         >>> paper_target("Market-1501-v15.09.15"), paper_target("prid450s")
         ('Market1501', None)
     """
-    word = re.sub(r"[^a-z0-9]", "", name.lower())
+    word = re.sub(r"[^a-z0-9]", "", name.rpartition("/")[2].lower())
     return next((target for target, words in _ALIASES.items() if word in words), None)
+
+
+def cameras_of(title: str) -> str:
+    """What two datasets of the same cameras have in common: the name without a variant, of the paper's sets its own."""
+    name = title.split(" (")[0]
+    return paper_target(name) or name
 
 
 def result_tables(runs: Sequence[Run]) -> list[Table]:
@@ -89,7 +95,7 @@ def belongs(run: Run, table: PaperTable, target: str) -> bool:
     target among the labelled ones."""
 
     def has_target(names: Sequence[str]) -> bool:
-        return any(paper_target(name.split(" (")[0]) == target for name in names)
+        return any(cameras_of(name) == target for name in names)
 
     return not has_target(run.labeled) and has_target(run.unlabeled) == (table.number == "VI")
 

@@ -98,7 +98,7 @@ def measured_recall(
 
 def _others(index: GalleryIndex, own: Sequence[str], features: np.ndarray, top: int, exact: bool = False) -> Found:
     """The `top` nearest images to queries, of which each has a path of its own that is left out."""
-    scores, rows = index.search(features, top + 1, exact)
+    scores, rows = index.search(features, min(top, index.size) + 1, exact)
     is_own = [
         [row >= 0 and absolute(index.images[row].path) == path for row in of_query]
         for path, of_query in zip(own, rows.tolist(), strict=True)

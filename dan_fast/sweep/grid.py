@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from argparse import ArgumentError
 from collections import Counter
@@ -145,7 +146,7 @@ def _with_sections_read(base: Mapping[str, Any], folder: Path) -> dict[str, Any]
 
 
 def run_name(settings: Mapping[str, Any]) -> str:
-    """The folder of a training: its settings, cut with a hash where they are too long for a file's name.
+    """The folder of a training: its settings, cut with a hash where they are too long for a file's name, in bytes.
 
     Example:
         >>> run_name({"model.reduction": 4, "data.unlabeled": []})
@@ -155,9 +156,11 @@ def run_name(settings: Mapping[str, Any]) -> str:
     # A date, as YAML reads 2024-05-01, is no value of JSON; whether a setting takes it is checked later.
     exact = json.dumps(settings, sort_keys=True, default=str)
     readable = "".join(letter if letter.isalnum() or letter in "=,.-_+" else "-" for letter in name)
-    if readable == name and len(name) <= _LONGEST_NAME:
+    encoded = os.fsencode(readable)
+    if readable == name and len(encoded) <= _LONGEST_NAME:
         return name
-    return f"{readable[:_LONGEST_NAME]}-{sha256(exact.encode()).hexdigest()[:8]}"
+    # A letter that is cut through goes.
+    return f"{encoded[:_LONGEST_NAME].decode(errors='ignore')}-{sha256(exact.encode()).hexdigest()[:8]}"
 
 
 def _word(value: Any) -> str:

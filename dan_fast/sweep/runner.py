@@ -289,7 +289,9 @@ def _has_results(folder: Path) -> bool:
 def _settings_there(folder: Path) -> dict[str, Any] | None:
     """What config.yaml in the folder holds, the settings of results.json beside it; None where it cannot be read."""
     with suppress(DanFastError):
-        return read_mapping(folder / SETTINGS, "the settings of a run")
+        settings = read_mapping(folder / SETTINGS, "the settings of a run")
+        if all(isinstance(values, Mapping) for section, values in settings.items() if section != "recipe"):
+            return settings
     return None
 
 

@@ -17,7 +17,7 @@ from dan_fast.data import ReIDDataset
 from dan_fast.data.named_protocols import DatasetRoles
 from dan_fast.data.overlap import persons_in_both, taken_for_one
 from dan_fast.evaluation import COLUMNS, Evaluation
-from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from dan_fast.training.checkpoint import fitting_this_version, load_checkpoint, save_checkpoint
 from dan_fast.training.config import RunConfig, TrainConfig, goes_on
 from dan_fast.training.display import Display
 from dan_fast.training.recipes import NO_RECIPE, recipe_changes, recipe_words
@@ -76,7 +76,9 @@ class EpochChoice:
         self._writes = writes
         self.evaluations: list[Evaluation] = []
         if resume and path.is_file():
-            self.evaluations = [Evaluation.from_dict(each) for each in load_checkpoint(path)["evaluations"]]
+            state = load_checkpoint(path)
+            with fitting_this_version(path):
+                self.evaluations = [Evaluation.from_dict(each) for each in state["evaluations"]]
             self._require_the_same([each.title for each in self.evaluations], targets)
 
     @classmethod

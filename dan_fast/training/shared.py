@@ -59,10 +59,10 @@ def origin_of(
     if "shared" in state:
         return _by_last_names(state["shared"], [Evaluation.from_dict(each) for each in state["evaluations"]])
     settings, epoch = _without_folders(state["config"]), epoch_of(dict(state))
-    reported = _results_beside(Path(checkpoint))
+    reported, evaluations = _results_beside(Path(checkpoint))
     # It names the network of the last epoch; a chosen one has its figures with it.
     if not state.get("chosen") and weights is not None and reported.get("weights", weights) != weights:
-        reported = {}
+        reported, evaluations = {}, []
     of_protocol = [settings["data"].get("protocol") or "not recorded"]
     unlabeled = [] if settings["data"].get("unlabeled_share") == 0 else settings["data"]["unlabeled"]
     training = {
@@ -79,8 +79,8 @@ def origin_of(
             "chosen": state.get("chosen", False),
         },
     }
-    found = state.get("evaluations") or [each for part in _EVALUATIONS for each in reported.get(part, [])]
-    of_epoch = [Evaluation.from_dict(each) for each in found if each.get("epoch") == epoch]
+    found = [Evaluation.from_dict(each) for each in state.get("evaluations", ())] or evaluations
+    of_epoch = [each for each in found if each.epoch == epoch]
     results = [replace(each, skipped=tuple(Path(path).name for path in each.skipped)) for each in of_epoch]
     return _by_last_names(training, results)
 
@@ -100,15 +100,20 @@ def _by_last_names(
     return {**training, **sets}, [replace(each, dataset=shown[each.dataset]) for each in results]
 
 
-def _results_beside(checkpoint: Path) -> dict[str, Any]:
+def _results_beside(checkpoint: Path) -> tuple[dict[str, Any], list[Evaluation]]:
     path = checkpoint.parent / "results.json"
     if not path.is_file():
-        return {}
+        return {}, []
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        if not isinstance(content, dict):
+            return {}, []
+        for part in ("labeled", "unlabeled"):
+            if not all(isinstance(name, str) for name in content.get(part) or ()):
+                raise TypeError(f"{part} is no list of names")
+        return content, [Evaluation.from_dict(each) for part in _EVALUATIONS for each in content.get(part, [])]
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise DanFastError(f"{path} is damaged ({error}): remove it, or evaluate again.") from error
-    return content if isinstance(content, dict) else {}
 
 
 def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -158,9 +158,17 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path, capsys, monkeypatch):
         assert main(["share", "--checkpoint", str(path), *arguments]) == 1
         said = capsys.readouterr().err
         assert said.startswith(f"dan-fast: {sentence}") and said.count("\n") == 1
-    (tmp_path / "results.json").write_text("{")
-    assert main(["share", "--checkpoint", str(path), "--out", "new"]) == 1
-    assert "results.json is damaged" in capsys.readouterr().err
+    for damaged in (
+        "{",
+        '{"targets": 5}',
+        '{"targets": [1]}',
+        '{"targets": [{"epoch": "epoch 1 of 1"}]}',
+        '{"labeled": [5]}',
+    ):
+        (tmp_path / "results.json").write_text(damaged)
+        assert main(["share", "--checkpoint", str(path), "--out", "new"]) == 1
+        said = capsys.readouterr().err
+        assert "results.json is damaged (" in said and said.count("\n") == 1
     assert not Path("new").exists()
     initial_network(load_checkpoint(path)["config"], 7, read_weights=False).save_pretrained("untold")
     with pytest.raises(DanFastError, match="untold does not say how its network was trained: read it with DAN.from"):

@@ -276,7 +276,7 @@ def test_figures_that_are_scored_otherwise_are_not_laid_beside_the_papers_as_equ
     assert "‡" not in table.note and "‡" not in str(table.rows)
 
 
-@pytest.mark.parametrize("name", ["viper", "GRID", "i-LIDS", "ilids", "prid_2011", "duke", "Market-1501-v15.09.15"])
+@pytest.mark.parametrize("name", ["viper", "GRID", "i-LIDS", "ilids", "prid_2011", "duke", "x/Market-1501-v15.09.15"])
 def test_the_papers_targets_are_known_by_any_spelling(name):
     assert paper_target(name) is not None
 

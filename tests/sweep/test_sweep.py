@@ -183,7 +183,8 @@ def test_names_are_folders():
     assert run_name(settings) == "data.unlabeled=a+b,model.adversary=true"
     paths = [run_name({"data.labeled": [path]}) for path in ("/a/b", "-a/b", "/a b")]
     assert len(set(paths)) == 3 and not any("/" in name or " " in name for name in paths)
-    assert len(run_name({f"section.{number}": number for number in range(99)})) < 200
+    for long in ({f"section.{number}": number for number in range(99)}, {"data.labeled": "数据" * 99}):
+        assert len(run_name(long).encode()) < 200
 
 
 @pytest.mark.parametrize(
@@ -642,8 +643,11 @@ def test_a_folder_with_other_settings_is_left_alone(quick, three, tmp_path):
         ("nothing", "data.labeled is"),
         ("results.json", "data.labeled is"),
         ("config.yaml", "without a readable config.yaml"),
+        ("a section", "without a readable config.yaml"),
     ):
         (quick.out / reduce(1) / lost).unlink(missing_ok=True)
+        if lost == "a section":
+            write(quick.out / reduce(1) / "config.yaml", "data:")
         with pytest.raises(DanFastError, match=sentence):
             quick(three)
     assert len(quick.calls) == 3

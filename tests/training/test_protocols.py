@@ -302,6 +302,11 @@ def test_the_mean_over_the_targets_decides_and_figures_on_other_targets_are_drop
         again.offer([replace(again.evaluations[0], num_query=7, mAP=1.0), again.evaluations[1]], {"epoch": 3})
     assert (tmp_path / "chosen.pt").read_bytes() == before
     assert EpochChoice(tmp_path / "chosen.pt", resume=False, targets=["mall", "street"]).evaluations == []
+    content = torch.load(tmp_path / "chosen.pt", weights_only=True)
+    del content["evaluations"]
+    torch.save(content, tmp_path / "chosen.pt")
+    with pytest.raises(DanFastError, match="chosen.pt does not fit this version"):
+        EpochChoice(tmp_path / "chosen.pt", resume=True, targets=["mall"])
 
 
 def test_the_epoch_of_a_checkpoint_within_one():

@@ -77,7 +77,7 @@ def _parse(reader: csv.DictReader, file: Path) -> list[tuple[str, Sample]]:
 
 def _integer(text: str, column: str, place: str) -> int:
     # int reads 1_2 as 12: persons of different names would become one.
-    value = int(text) if re.fullmatch(r"[+-]?[0-9]+", text) else None
+    value = int(text) if re.fullmatch(r"[+-]?0*[0-9]{1,19}", text) else None
     # What a table of int64 holds.
     if value is None or not -1 <= value < 2**63:
         raise DanFastError(

@@ -241,7 +241,8 @@ class ImageCache:
         # A file of another kind raises many kinds of exception, zipfile's and pickle's too.
         except Exception as error:
             return f"{file} or its header is corrupt: {' '.join(str(error).split())}"
-        if images.shape != shape or images.dtype != np.uint8 or len(header.sources) != len(names):
+        shapes = [part.shape for part in (header.sources, header.digests, header.rows)]
+        if images.shape != shape or images.dtype != np.uint8 or shapes != [(len(names), each) for each in (2, 16, 16)]:
             return f"{file} is corrupt: it holds {images.dtype} {images.shape} and not uint8 {shape}"
         if status.st_size != images.offset + images.nbytes:
             return f"{file} is corrupt: it has {status.st_size} bytes and not {images.offset + images.nbytes}"

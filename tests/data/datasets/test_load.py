@@ -125,6 +125,7 @@ def test_manifest_splits_go_where_they_are_named(tmp_path: Path) -> None:
         ("images/b.jpg,1,1,val", "the split 'val' is unknown; use one of train, query, gallery, test"),
         ("images/b.jpg,1,1", "the split '' is unknown"),
         ("images/b.jpg,one,1,train", "the pid 'one' is not a whole number"),
+        (f"images/b.jpg,{'1' * 5000},1,train", "the pid '1111"),
         (f"images/b.jpg,{2**63},1,train", f"the pid '{2**63}' is not a whole number from 0 to 2^63 - 1"),
         ("images/b.jpg,-7,1,train", "the pid '-7'"),
         ("images/b.jpg,1_2,1,train", "the pid '1_2' is not a whole number"),

@@ -179,6 +179,12 @@ def test_another_version_of_the_decoder_has_the_set_made_anew(
     assert Opened(made, paths).said == []
 
 
+def narrow(header: Path) -> None:
+    """Sources without their modification time."""
+    content = dict(np.load(header))
+    np.savez(header, **{**content, "sources": content["sources"][:, :1]})
+
+
 DAMAGES = {
     # name: what is done to pixels and header, the check that finds it, the sentence
     "truncate": (lambda data, _: os.truncate(data, data.stat().st_size - 1), "quick", "is corrupt"),
@@ -192,6 +198,7 @@ DAMAGES = {
     "flip shape": (lambda data, _: flip_byte(data, data.read_bytes().index(b"(5,") + 1), "quick", "is corrupt"),
     "flip header": (lambda _, header: flip_byte(header, header.stat().st_size // 2), "quick", "is corrupt"),
     "empty header": (lambda _, header: header.write_bytes(b""), "quick", "is corrupt"),
+    "narrow header": (lambda _, header: narrow(header), "quick", "is corrupt"),
     "lose header": (lambda _, header: header.unlink(), "quick", "is missing"),
     "lose data": (lambda data, _: data.unlink(), "quick", "is missing"),
 }
