@@ -1,5 +1,6 @@
 """`dan-fast report`: which runs are compared, what stands beside the paper, and what is said of what is missing."""
 
+import itertools
 import json
 import os
 import re
@@ -456,6 +457,21 @@ def test_runs_are_of_one_kind_where_their_batches_are(tmp_path):
     assert learning["one"] == learning["two"] != learning["smaller"]
 
 
+def test_what_is_learnt_depends_on_the_precision_and_the_images_of_a_protocol_and_on_no_cache(tmp_path):
+    data = {"labeled": [], "unlabeled": [], "root": "r"}
+    kinds = {
+        "float32": {"run": {"precision": "float32"}},
+        "bfloat16": {"run": {"precision": "bfloat16"}},
+        "cached": {"data": {"cache": "user", "cache_check": "full", "workers": 3}},
+        **{name: {"data": {**data, "protocol": name}} for name in ("p1", "p2-msmt17", "p3-msmt17")},
+    }
+    for name, settings in kinds.items():
+        fake_run(tmp_path / name, **settings)
+    learning = {run.name: run.learning() for run in read_runs([tmp_path])}
+    assert learning.pop("cached") == learning["float32"]
+    assert all(one != other for one, other in itertools.combinations(learning.values(), 2))
+
+
 def test_a_table_says_of_which_runs_the_target_had_which_images(tmp_path):
     for name, images in (("a", 30), ("b", 30), ("c", 31)):
         with_results(fake_run(tmp_path / name), {"num_query": images})
@@ -551,10 +567,12 @@ def test_few_or_bad_slots(tmp_path):
 
 
 def test_a_sample_of_slots_is_seeded():
-    some = sample(slots(), 7, seed=3)
-    assert len(some.labels) == 7
-    assert np.array_equal(some.labels, sample(slots(), 7, seed=3).labels)
-    assert sample(slots(), 30) is not None and len(sample(slots(), 30).labels) == 30
+    numbered = Slots(slots().features, np.arange(30))
+    some = sample(numbered, 7, seed=3).labels
+    assert len(some) == 7 and (np.diff(some) > 0).all(), "in their order"
+    assert np.array_equal(some, sample(numbered, 7, seed=3).labels)
+    assert not np.array_equal(some, sample(numbered, 7, seed=4).labels)
+    assert len(sample(slots(), 30).labels) == 30
     assert memories.Slots(slots().features, slots().labels).describe() == "30 slots of 3 labels"
 
 

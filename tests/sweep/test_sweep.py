@@ -177,6 +177,11 @@ def test_the_home_folder_is_written_out_in_base_and_grid(tmp_path):
     assert first.model.weights == f"{home}/w.pt"
 
 
+def test_results_are_said_in_percent(quick, three, capsys):
+    quick(reductions(three, 5), **{reduce(5): [evaluation("street", 0.5, 0.25)]})
+    assert "street R1 50.0, mAP 25.0" in capsys.readouterr().out
+
+
 def test_names_are_folders():
     assert run_name({}) == "base"
     settings = {"data.unlabeled": ["a", "b"], "model.adversary": True}
@@ -282,7 +287,8 @@ if settings.exists() and settings.read_text() != given:
 settings.write_text(given)
 if not resumed:
     (folder / "checkpoint.pt").touch()
-(folder / "threads").write_text(os.environ.get("OMP_NUM_THREADS", "not set"))
+libraries = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+(folder / "threads").write_text(" ".join(sorted({os.environ.get(name, "not set") for name in libraries})))
 active = folder.parent / "active"
 active.mkdir(exist_ok=True)
 (active / folder.name).touch()
@@ -505,7 +511,8 @@ def test_a_protocol_in_another_root_is_looked_at_again(quick, three):
 
 def test_two_at_a_time_are_two_and_not_three(quick, three, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    for library in sweeping._THREADS:
+        monkeypatch.setenv(library, "5")
     calls = quick(three, parallel=2, **{reduce(1): "meet", reduce(2): "meet"})
     assert sorted(calls) == [f"{reduce(number)} new" for number in (1, 2, 3)]
     assert states(quick.out) == ["finished"] * 3
@@ -654,6 +661,20 @@ def test_a_folder_with_other_settings_is_left_alone(quick, three, tmp_path):
     # A run that failed before its first checkpoint holds nothing worth keeping: its mistake may be corrected.
     (quick.out / reduce(1) / "checkpoint.pt").unlink()
     assert quick(three)[3:] == ["model.reduction=1 new"]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "sentence"),
+    [
+        ({"labeled": "a", "unlabeled": "b"}, {"labeled": "a"}, r"data.unlabeled is \[\] here and \['b'\] there"),
+        ({"protocol": "p1"}, {"protocol": "table4"}, "data.protocol is 'table4' here and 'p1' there"),
+    ],
+)
+def test_a_finished_training_on_other_images_is_another_one(quick, three, before, now, sentence):
+    quick(reductions(three, 1, data={**before, "root": "r" if "protocol" in before else ""}))
+    with pytest.raises(DanFastError, match=sentence):
+        quick(reductions(three, 1, data={**now, "root": "r" if "protocol" in now else ""}))
+    assert len(quick.calls) == 1
 
 
 def test_a_finished_choice_among_other_epochs_is_another_training(quick, three):

@@ -34,6 +34,21 @@ def test_a_narrow_window_cuts_the_losses_alone(monkeypatch):
     assert "1/3600" in last and "images/s" in last and "0:00:0" in last and last.endswith("…")
 
 
+def test_rate_and_time_left_are_of_the_iterations_since_it_started(monkeypatch, capsys):
+    """Not of those before it was resumed."""
+    now = iter([100.0, 110.0, 140.0])
+    monkeypatch.setattr(display.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", 0.0)
+    with Display(1000, 700, 64) as shown:
+        shown.advance(6)
+        shown.advance(6)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(", ")[1:4] for line in lines] == [
+        ["iteration 701/1000", "6 images/s", "49.8 min left"],
+        ["iteration 702/1000", "3 images/s", "99.3 min left"],
+    ]
+
+
 @pytest.mark.parametrize("seconds", [0.0, 1e9])
 def test_where_there_is_no_bar_a_line_comes_now_and_then_and_at_the_end(seconds, monkeypatch, capsys):
     monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", seconds)

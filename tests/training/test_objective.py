@@ -130,6 +130,13 @@ def test_weight_decay_moves_beta_up_where_the_literal_loss_leaves_it():
     assert beta < model.memory.beta.item() < 0.5
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_momentum_and_weight_decay_are_those_of_the_settings(scale):
+    settings = OptimizerConfig(momentum=0.3, weight_decay=0.01, backbone_lr_scale=scale)
+    for group in build_optimizer(training_model(), settings).param_groups:
+        assert (group["momentum"], group["weight_decay"]) == (0.3, 0.01)
+
+
 def test_without_memory_nothing_of_it_is_in_the_loss():
     model = training_model(memory=False)
     losses, record = model(split())
