@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from dan_fast.data.datasets.known import KNOWN
 from dan_fast.evaluation import COLUMNS, Evaluation
 from dan_fast.evaluation.reranking import RERANKED
 from dan_fast.reporting.groups import titles
@@ -13,6 +14,7 @@ from dan_fast.reporting.paper_tables import PAPER_TABLES, Contradiction, PaperTa
 from dan_fast.reporting.runs import Run
 from dan_fast.training.reported import CHOSEN, SEEN
 
+_VARIANT = re.compile(r" \([^/]*\)$")
 _MARK = "†"
 _APART = "‡"
 # The names of datasets in papers, archives and other code bases; letters and digits only.
@@ -33,22 +35,33 @@ def paper_target(name: str) -> str | None:
         >>> paper_target("Market-1501-v15.09.15"), paper_target("prid450s")
         ('Market1501', None)
     """
-    word = re.sub(r"[^a-z0-9]", "", name.rpartition("/")[2].lower())
-    return next((target for target, words in _ALIASES.items() if word in words), None)
+    return next((target for target, words in _ALIASES.items() if _letters(name) in words), None)
 
 
 def cameras_of(title: str) -> str:
-    """What two datasets of the same cameras have in common: the name without a variant, of the paper's sets its own."""
-    name = title.split(" (")[0]
-    return paper_target(name) or name
+    """What two datasets of the same cameras have in common: the name without a variant, of a published set its own."""
+    name = _VARIANT.sub("", title)
+    return paper_target(name) or _PUBLISHED.get(_letters(name), name)
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.rpartition("/")[2].lower())
+
+
+_PUBLISHED = {_letters(spelling): known.title for known in KNOWN.values() for spelling in (known.name, known.title)}
 
 
 def result_tables(runs: Sequence[Run]) -> list[Table]:
-    """A table for each target that runs were tested on and the paper was not."""
+    """A table for each target that runs were tested on, of those that no table of the paper takes."""
     tables = []
     for target in titles(runs):
-        tested = [(run, each) for run in runs for each in run.results if each.title == target]
-        if paper_target(tested[0][1].dataset) is None:
+        tested = [
+            (run, each)
+            for run in runs
+            for each in run.results
+            if each.title == target and not _is_beside_the_paper(run, each)
+        ]
+        if tested:
             rows = [_run_row(run, each, COLUMNS) for run, each in tested]
             rows += [
                 _run_row(run, each, COLUMNS, features)
@@ -56,9 +69,15 @@ def result_tables(runs: Sequence[Run]) -> list[Table]:
                 for features, each in run.baselines
                 if each.title == target
             ]
-            note = f"The paper has no figures for {target}. {_counts(tested)}"
+            note = f"The paper has no figures for {target} of such trainings. {_counts(tested)}"
             tables.append(Table(f"Results on {target}", _header(COLUMNS), rows, note))
     return tables
+
+
+def _is_beside_the_paper(run: Run, result: Evaluation) -> bool:
+    target = paper_target(result.dataset)
+    of_target = (paper_table(number) for number in PAPER_TABLES)
+    return any(target in table.targets and belongs(run, table, target) for table in of_target)
 
 
 def paper_tables(runs: Sequence[Run]) -> list[Table]:

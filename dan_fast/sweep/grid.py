@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 from argparse import ArgumentError
 from collections import Counter
@@ -28,6 +27,7 @@ from dan_fast.training.valid_settings import require_no_empty_setting
 GRIDS = ("fig6", "fig7", "fig8", "table9", "recipes")
 _KEYS = ("base", "recipe", "grids", "arms", "seeds", "baseline")
 _LONGEST_NAME = 120
+_BYTES_OF_A_NAME = 255  # that file systems take
 _SECTIONS = TrainConfig().to_dict().keys() - {"recipe"}
 # Also a folder's name, followed by ",run.seed=0".
 _ARM_NAME = re.compile(r"[A-Za-z0-9][\w.+=,-]{0,79}")
@@ -146,7 +146,7 @@ def _with_sections_read(base: Mapping[str, Any], folder: Path) -> dict[str, Any]
 
 
 def run_name(settings: Mapping[str, Any]) -> str:
-    """The folder of a training: its settings, cut with a hash where they are too long for a file's name, in bytes.
+    """The folder of a training: its settings, cut with a hash where they are too long for a file's name.
 
     Example:
         >>> run_name({"model.reduction": 4, "data.unlabeled": []})
@@ -156,11 +156,12 @@ def run_name(settings: Mapping[str, Any]) -> str:
     # A date, as YAML reads 2024-05-01, is no value of JSON; whether a setting takes it is checked later.
     exact = json.dumps(settings, sort_keys=True, default=str)
     readable = "".join(letter if letter.isalnum() or letter in "=,.-_+" else "-" for letter in name)
-    encoded = os.fsencode(readable)
-    if readable == name and len(encoded) <= _LONGEST_NAME:
-        return name
+    hashed = sha256(exact.encode()).hexdigest()[:8]
+    short = name if readable == name and len(name) <= _LONGEST_NAME else f"{readable[:_LONGEST_NAME]}-{hashed}"
+    if len(short.encode()) <= _BYTES_OF_A_NAME:
+        return short
     # A letter that is cut through goes.
-    return f"{encoded[:_LONGEST_NAME].decode(errors='ignore')}-{sha256(exact.encode()).hexdigest()[:8]}"
+    return f"{readable.encode()[:_LONGEST_NAME].decode(errors='ignore')}-{hashed}"
 
 
 def _word(value: Any) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,11 @@ def origin_of(
     if "shared" in state:
         return _by_last_names(state["shared"], [Evaluation.from_dict(each) for each in state["evaluations"]])
     settings, epoch = _without_folders(state["config"]), epoch_of(dict(state))
-    reported, evaluations = _results_beside(Path(checkpoint))
+    beside = Path(checkpoint).parent / "results.json"
+    reported = _results(beside)
     # It names the network of the last epoch; a chosen one has its figures with it.
     if not state.get("chosen") and weights is not None and reported.get("weights", weights) != weights:
-        reported, evaluations = {}, []
+        reported = {}
     of_protocol = [settings["data"].get("protocol") or "not recorded"]
     unlabeled = [] if settings["data"].get("unlabeled_share") == 0 else settings["data"]["unlabeled"]
     training = {
@@ -79,8 +81,9 @@ def origin_of(
             "chosen": state.get("chosen", False),
         },
     }
-    found = [Evaluation.from_dict(each) for each in state.get("evaluations", ())] or evaluations
-    of_epoch = [each for each in found if each.epoch == epoch]
+    with _undamaged(beside):
+        found = state.get("evaluations") or [each for part in _EVALUATIONS for each in reported.get(part, [])]
+        of_epoch = [Evaluation.from_dict(each) for each in found if each.get("epoch") == epoch]
     results = [replace(each, skipped=tuple(Path(path).name for path in each.skipped)) for each in of_epoch]
     return _by_last_names(training, results)
 
@@ -100,19 +103,25 @@ def _by_last_names(
     return {**training, **sets}, [replace(each, dataset=shown[each.dataset]) for each in results]
 
 
-def _results_beside(checkpoint: Path) -> tuple[dict[str, Any], list[Evaluation]]:
-    path = checkpoint.parent / "results.json"
+def _results(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        return {}, []
-    try:
+        return {}
+    with _undamaged(path):
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            return {}, []
+            return {}
         for part in ("labeled", "unlabeled"):
-            if not all(isinstance(name, str) for name in content.get(part) or ()):
+            names = content.get(part) or []
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise TypeError(f"{part} is no list of names")
-        return content, [Evaluation.from_dict(each) for part in _EVALUATIONS for each in content.get(part, [])]
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        return content
+
+
+@contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DanFastError(f"{path} is damaged ({error}): remove it, or evaluate again.") from error
 
 

@@ -162,14 +162,20 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path, capsys, monkeypatch):
         "{",
         '{"targets": 5}',
         '{"targets": [1]}',
-        '{"targets": [{"epoch": "epoch 1 of 1"}]}',
+        '{"targets": [{"epoch": "epoch 3 of 3"}]}',
         '{"labeled": [5]}',
+        '{"labeled": "market"}',
     ):
         (tmp_path / "results.json").write_text(damaged)
         assert main(["share", "--checkpoint", str(path), "--out", "new"]) == 1
         said = capsys.readouterr().err
         assert "results.json is damaged (" in said and said.count("\n") == 1
     assert not Path("new").exists()
+    # Figures of another epoch or network are not looked at.
+    (tmp_path / "results.json").write_text('{"targets": [{"epoch": "epoch 1 of 3"}]}')
+    assert origin_of(path, load_checkpoint(path))[1] == []
+    (tmp_path / "results.json").write_text('{"weights": "of another", "targets": [1]}')
+    assert origin_of(path, load_checkpoint(path), "of this one")[1] == []
     initial_network(load_checkpoint(path)["config"], 7, read_weights=False).save_pretrained("untold")
     with pytest.raises(DanFastError, match="untold does not say how its network was trained: read it with DAN.from"):
         load_checkpoint("untold")

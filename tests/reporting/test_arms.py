@@ -172,7 +172,8 @@ def test_the_mean_says_that_an_epoch_was_chosen_on_a_target(folder):
     [
         ("campus", "campus"),
         ("campus (detected, new protocol)", "campus"),
-        ("copy/market1501", "Market-1501-v15.09.15"),
+        ("data (1)/market1501", "Market-1501-v15.09.15"),
+        ("a/cuhk03 (detected, new protocol)", "b/CUHK03"),
     ],
 )
 def test_the_mean_leaves_out_what_a_run_learnt_from(folder, learnt, target):

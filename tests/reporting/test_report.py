@@ -24,7 +24,7 @@ from dan_fast.reporting import memories, side_by_side
 from dan_fast.reporting.groups import models, swept_settings, target_of, unlabeled_shares
 from dan_fast.reporting.memories import Slots, layout, neighbours_agree, plot_memories, sample, stored_slots
 from dan_fast.reporting.report import report
-from dan_fast.reporting.result_tables import paper_tables, paper_target, result_tables
+from dan_fast.reporting.result_tables import cameras_of, paper_tables, paper_target, result_tables
 from dan_fast.reporting.runs import read_runs
 from dan_fast.reporting.side_by_side import describe, evaluated_epochs
 from dan_fast.reporting.watched import watched_table
@@ -297,6 +297,16 @@ def test_the_papers_targets_are_known_by_their_titles():
 @pytest.mark.parametrize("name", ["ilids-vid", "prid450s", "street", "msmt17", "market1501-500k"])
 def test_other_datasets_are_not_taken_for_the_papers(name):
     assert paper_target(name) is None
+
+
+@pytest.mark.parametrize("learnt", ["market1501", "data (1)/market1501", "market1501 (V7)"])
+def test_figures_on_cameras_that_were_learnt_from_stand_in_a_table_of_their_own(tmp_path, learnt):
+    run = fake_run(tmp_path / "run", [("data (2)/market1501", 0.5, 0.4)])
+    runs = read_runs([with_results(run, labeled=[learnt], unlabeled=[])])
+    assert all(table.folded for table in paper_tables(runs))
+    [table] = result_tables(runs)
+    assert table.title == "Results on data (2)/market1501" and len(table.rows) == 1
+    assert cameras_of("old (2020)/mall") != cameras_of("old (2020)/campus")
 
 
 def test_a_protocol_names_what_was_trained_on(tmp_path):

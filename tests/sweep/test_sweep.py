@@ -188,8 +188,10 @@ def test_names_are_folders():
     assert run_name(settings) == "data.unlabeled=a+b,model.adversary=true"
     paths = [run_name({"data.labeled": [path]}) for path in ("/a/b", "-a/b", "/a b")]
     assert len(set(paths)) == 3 and not any("/" in name or " " in name for name in paths)
-    for long in ({f"section.{number}": number for number in range(99)}, {"data.labeled": "数据" * 99}):
-        assert len(run_name(long).encode()) < 200
+    assert len(run_name({f"section.{number}": number for number in range(99)})) < 200
+    for long in ("数据" * 99, "-" + "数据" * 30):
+        assert len(run_name({"data.labeled": long}).encode()) <= 255
+    assert run_name({"data.labeled": "数据" * 30}) == "data.labeled=" + "数据" * 30, "which is short enough"
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,9 @@ def record(**changes: object) -> PassRecord:
 def scalars_of(stage: Stage | None = Stage.ATTENTION, adversary: bool = True, **changes: object) -> Kept:
     losses = [{"total": torch.tensor(value)} for value in (1.5, 2.5)]
     found = Kept()
-    result = StepResult({}, stage, *losses, record(**changes), record(**changes))
+    # What S~ has too, and which its own pass says last.
+    of_test = dict(logits=torch.ones(3, 2), gates=None, spatial_spread=None, sample_ids=torch.tensor([3, 3]))
+    result = StepResult({}, stage, *losses, record(**changes), record(**{**changes, **of_test}))
     StepScalars(TRUTH, torch.device("cpu"), adversary).add(found, result)
     return found
 

@@ -77,11 +77,11 @@ def _parse(reader: csv.DictReader, file: Path) -> list[tuple[str, Sample]]:
 
 def _integer(text: str, column: str, place: str) -> int:
     # int reads 1_2 as 12: persons of different names would become one.
-    value = int(text) if re.fullmatch(r"[+-]?0*[0-9]{1,19}", text) else None
+    value = int(text) if re.fullmatch(r"[+-]?[0-9]{1,40}", text) else None
     # What a table of int64 holds.
     if value is None or not -1 <= value < 2**63:
         raise DanFastError(
-            f"{place}: the {column} {text!r} is not a whole number from 0 to 2^63 - 1; correct it"
+            f"{place}: the {column} {text[:40]!r} is not a whole number from 0 to 2^63 - 1; correct it"
             + (", or leave it empty where the identity is unknown." if column == "pid" else ".")
         )
     return value

@@ -242,8 +242,10 @@ class ImageCache:
         except Exception as error:
             return f"{file} or its header is corrupt: {' '.join(str(error).split())}"
         shapes = [part.shape for part in (header.sources, header.digests, header.rows)]
-        if images.shape != shape or images.dtype != np.uint8 or shapes != [(len(names), each) for each in (2, 16, 16)]:
+        if images.shape != shape or images.dtype != np.uint8:
             return f"{file} is corrupt: it holds {images.dtype} {images.shape} and not uint8 {shape}"
+        if shapes != [(len(names), each) for each in (2, 16, 16)]:
+            return f"{header_file} is corrupt: its tables are of {shapes}"
         if status.st_size != images.offset + images.nbytes:
             return f"{file} is corrupt: it has {status.st_size} bytes and not {images.offset + images.nbytes}"
 

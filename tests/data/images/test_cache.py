@@ -179,10 +179,10 @@ def test_another_version_of_the_decoder_has_the_set_made_anew(
     assert Opened(made, paths).said == []
 
 
-def narrow(header: Path) -> None:
-    """Sources without their modification time."""
+def narrow(header: Path, part: str) -> None:
+    """One of its tables, such as sources without their modification time."""
     content = dict(np.load(header))
-    np.savez(header, **{**content, "sources": content["sources"][:, :1]})
+    np.savez(header, **{**content, part: content[part][:, :1]})
 
 
 DAMAGES = {
@@ -198,7 +198,10 @@ DAMAGES = {
     "flip shape": (lambda data, _: flip_byte(data, data.read_bytes().index(b"(5,") + 1), "quick", "is corrupt"),
     "flip header": (lambda _, header: flip_byte(header, header.stat().st_size // 2), "quick", "is corrupt"),
     "empty header": (lambda _, header: header.write_bytes(b""), "quick", "is corrupt"),
-    "narrow header": (lambda _, header: narrow(header), "quick", "is corrupt"),
+    **{
+        f"narrow {part}": (lambda _, header, part=part: narrow(header, part), "quick", ".npz is corrupt: its tables")
+        for part in ("sources", "digests", "rows")
+    },
     "lose header": (lambda _, header: header.unlink(), "quick", "is missing"),
     "lose data": (lambda data, _: data.unlink(), "quick", "is missing"),
 }

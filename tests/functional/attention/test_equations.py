@@ -280,6 +280,7 @@ def test_empty_batch(impl, name):
     outputs = call(impl, name, *arguments)
     full = call(impl, name, *flat_arguments(name, *problem((2, 7, 3, 2))))
     assert [o.shape for o in outputs] == [(0, *o.shape[1:]) for o in full]
+    assert all(output.requires_grad for output in outputs)
     for gradient in torch.autograd.grad(sum(o.sum() for o in outputs), floating(arguments)):
         assert gradient.abs().sum() == 0
 

@@ -195,6 +195,7 @@ def test_the_gpu_does_what_the_formulas_say(size: tuple[int, ...], layout: Calla
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("holds, size, dtype", UNUSUAL)
+# Half precision and float64 have been run on host threads and the CPU alone.
 def test_unusual_numbers_on_the_gpu(holds: Callable, size: tuple[int, ...], dtype: torch.dtype, layout: Callable):
     holds(run_on_gpu, Case(size, dtype, layout))
 
