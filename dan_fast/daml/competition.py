@@ -6,6 +6,8 @@ from enum import StrEnum
 import torch.nn.functional as F
 from torch import Tensor
 
+from dan_fast.core.cosine import statistics_dtype
+
 
 class Stage(StrEnum):
     """Which groups an iteration updates; the gates Gm are updated in every stage."""
@@ -78,7 +80,8 @@ def attention_wins(attention_logits: Tensor, adversary_logits: Tensor, labels: T
     lead = _lead(attention_logits, adversary_logits, labels)
     # Sums, as there is no mean of no samples.
     loss, of_adversary = (
-        F.cross_entropy(each.float(), labels, reduction="sum") for each in (attention_logits, adversary_logits)
+        F.cross_entropy(each.to(statistics_dtype(each.dtype)), labels, reduction="sum")
+        for each in (attention_logits, adversary_logits)
     )
     return (lead > 0) | ((lead == 0) & (loss <= of_adversary))
 
@@ -120,6 +123,7 @@ def active_groups(
         cam_weight: the classifier's weight, which CAM uses. It joins Ga while Gb is frozen; else it is
             trained by L_total, which contains l1 L_aad. None: L_aad does not reach it, and it stays frozen too.
     """
+    stage = Stage(stage)
     # The backbone comes last: the last backward pass of a graph frees what the forward pass kept.
     groups: dict[str, tuple[list[str], str]] = {}
     if memory:

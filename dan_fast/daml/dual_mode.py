@@ -25,8 +25,18 @@ class DualMode(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = (_batch_norm if func is F.batch_norm else func)(*args, **(kwargs or {}))
-        return result if torch.is_grad_enabled() else tree_map_only(Tensor, Tensor.detach, result)
+        kwargs = kwargs or {}
+        if func == Tensor.data.__get__:
+            return args[0].detach()
+        if torch.is_inference_mode_enabled():
+            return tree_map_only(Tensor, Tensor.detach, func(*args, **kwargs))
+        if not torch.is_grad_enabled():
+            # What goes in, so that a tensor that is changed in place keeps its tangent, as it keeps its gradient.
+            return func(*tree_map_only(Tensor, Tensor.detach, args), **tree_map_only(Tensor, Tensor.detach, kwargs))
+        result = (_batch_norm if func is F.batch_norm else func)(*args, **kwargs)
+        if func is torch.autograd.grad and not kwargs.get("create_graph"):
+            return tree_map_only(Tensor, Tensor.detach, result)
+        return result
 
 
 def _batch_norm(

@@ -1,7 +1,9 @@
 """Gradients of the meta-optimisation objective, Eqs. (17)-(18) and Algorithm 1."""
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +66,7 @@ def meta_gradients(
 
     Args:
         loss_fn: maps (name to tensor, batch) to a dict of scalar losses; called once with `meta_train`, then
-            once with `meta_test`.
+            once with `meta_test`, and with `order=2` again with `meta_train`.
         params: name to tensor, G. A parameter in no group is constant in both passes.
         groups: the groups active in this iteration, name to (parameter names, name of the group's loss).
             None: every parameter takes the loss "total".
@@ -82,8 +84,10 @@ def meta_gradients(
             so that with `order=2` all of them go by double backward, or none.
 
     Raises:
+        TypeError: `loss_fn` returns no dict, a loss that a group names is no tensor of one number, or a step size or
+            `eta` is no number.
         ValueError: `order` is not 1 or 2, a parameter stands in two groups or is unknown or of integers or has no
-            `inner_lr`, or a loss that a group names is missing.
+            `inner_lr`, a loss that a group names is missing, or a step size or `eta` is not finite.
         RuntimeError: it is called in `torch.inference_mode`; `torch.no_grad` around it has no effect.
 
     Example:
@@ -95,11 +99,19 @@ def meta_gradients(
     """
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}")
-    groups = {"all": (list(params), "total")} if groups is None else groups
+    groups = {"all": (params, "total")} if groups is None else groups
+    # A generator would give its names once.
+    groups = {group: (list(names), loss) for group, (names, loss) in groups.items()}
     _check_groups(params, groups)
     active = {name for names, _ in groups.values() for name in names}
     if isinstance(inner_lr, Mapping) and active - inner_lr.keys():
         raise ValueError(f"inner_lr names no step size for {min(active - inner_lr.keys())!r}")
+    sizes = (
+        {f"inner_lr of {name!r}": inner_lr[name] for name in active}
+        if isinstance(inner_lr, Mapping)
+        else {"inner_lr": inner_lr}
+    )
+    _check_numbers({**sizes, "eta": eta})
     with differentiable(order):
         # Where nothing is trained there is no second derivative.
         if order == 2 and active:
@@ -217,6 +229,14 @@ def _check_groups(params: Params, groups: Groups) -> None:
             owner[name] = group
 
 
+def _check_numbers(numbers: Mapping[str, Any]) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, Real | Tensor):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}")
+
+
 def _group_gradients(losses: Losses, params: Params, groups: Groups) -> dict[str, Tensor]:
     """The gradient of each group's loss in its own parameters; zero where it does not depend on one."""
     grads: dict[str, Tensor] = {}
@@ -254,4 +274,5 @@ def _stepped(params: Params, grads: Params, inner_lr: float | Mapping[str, float
 
 
 def _detached(losses: Losses) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in losses.items()}
+    # One may be a parameter, which the outer step changes.
+    return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in losses.items()}

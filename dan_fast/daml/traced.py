@@ -106,21 +106,28 @@ def traced_losses(
 
     def again(values: Params) -> Tensor:
         found = loss_fn({**constants, **values}, batch)
-        return torch.stack([found[name] for name in followed])
+        return torch.stack([loss_of(found, name) for name in followed])
 
     found = {**losses, **dict(zip(followed, features.unbind(), strict=True))}
     return TracedLosses(found, features, active, again, random, trusted=False)
 
 
 def loss_of(losses: Mapping[str, Tensor], name: str) -> Tensor:
-    """The loss of a group.
+    """The loss of a group, ().
 
     Raises:
+        TypeError: it is no tensor of one number, or there is no dict of losses.
         ValueError: it is missing.
     """
+    if not isinstance(losses, Mapping):
+        raise TypeError(f"loss_fn must return a dict of losses, got {type(losses).__name__}")
     if name not in losses:
         raise ValueError(f"groups: loss {name!r} is not among those loss_fn returned: {', '.join(losses)}")
-    return losses[name]
+    loss = losses[name]
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"loss_fn: {name!r} must be a tensor of one number, got {what}")
+    return loss.reshape(())
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ class NLCBAM(nn.Module):
             the spatial attentions of these two alone; or "none", without attention.
 
     Raises:
-        ValueError: an argument below 1 or an unknown variant, or in `forward` a map that does not fit.
+        ValueError: an argument below 1 or an unknown variant, or in `forward` a map that does not fit the weights.
 
     Example:
         >>> attention = NLCBAM(channels=24, positions=6)

@@ -84,6 +84,15 @@ def memories_of(state_dict: Mapping[str, Tensor], held: Mapping[str, PendingMemo
         if any(value is None for value in values.values()):
             read.missing.extend(f"{memory}.{field}" for field in fields)
             continue
+        # A label of 4099 would be another one in half precision, and an id of 20 million in single.
+        odd = [
+            f"{memory}.{field} must be a tensor of {fields[field].dtype}, got {getattr(value, 'dtype', type(value))}"
+            for field, value in values.items()
+            if not isinstance(value, Tensor) or value.is_floating_point() != fields[field].is_floating_point()
+        ]
+        if odd:
+            read.errors.extend(odd)
+            continue
         if not assign:
             # As PyTorch does with parameters: the file's values in the dtype and on the device of the module.
             values = {field: value.to(fields[field]) for field, value in values.items()}

@@ -313,7 +313,9 @@ class Objective:
             with _in_place_of(self._places, {**constants, **values}):
                 return self.model.maps(split)
 
-        return TracedLosses(losses, maps, constants, again, random, cut=cut)
+        # A backbone of one's own may keep a state, or draw from generators that are not known here.
+        trusted = self.model.network.backbone_name is not None
+        return TracedLosses(losses, maps, constants, again, random, trusted=trusted, cut=cut)
 
 
 # The dictionary of a module's own parameters, and the name of one in it.

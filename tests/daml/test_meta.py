@@ -316,3 +316,61 @@ def test_each_parameter_may_have_an_inner_step_of_its_own(order):
     assert even.grads == plain.grads
     with pytest.raises(ValueError, match="inner_lr names no step size for 'w'"):
         meta_gradients(loss_fn, params, None, "S", "S~", {"v": 0.1}, order=order)
+
+
+def test_a_stage_may_be_its_name_and_no_other():
+    names = (["b"], ["a"], ["m"], "b")
+    for stage in Stage:
+        assert active_groups(str(stage.value), *names) == active_groups(stage, *names)
+    with pytest.raises(ValueError, match="'frozen' is not a valid Stage"):
+        active_groups("frozen", *names)
+
+
+def test_a_tie_is_broken_in_the_precision_of_the_logits():
+    attention = torch.tensor([[2.0, 0.0]], dtype=torch.float64)
+    assert not attention_wins(attention, attention + torch.tensor([1e-9, 0.0]), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_names_of_a_group_may_be_given_once_and_losses_are_copies(order):
+    params = {"w": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+
+    def losses(params, batch):
+        return {"total": (params["w"].square().sum() * batch).reshape(1), "gate": params["w"][0], "images": 3}
+
+    expected = meta_gradients(losses, params, None, 1.0, 2.0, inner_lr=0.1, order=order)
+    found = meta_gradients(losses, params, {"all": (iter(params), "total")}, 1.0, 2.0, inner_lr=0.1, order=order)
+    assert torch.equal(found.grads["w"], expected.grads["w"]) and found.grads["w"].any()
+    params["w"].mul_(7)
+    assert found.train_losses["gate"] == 1.0 and found.train_losses["images"] == 3
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize(
+    ("returned", "settings", "kind", "sentence"),
+    [
+        (lambda w: None, {}, TypeError, "loss_fn must return a dict of losses, got NoneType"),
+        (lambda w: {"total": 0.5}, {}, TypeError, "loss_fn: 'total' must be a tensor of one number, got float"),
+        (lambda w: {"total": w}, {}, TypeError, r"must be a tensor of one number, got a tensor of shape \(2,\)"),
+        (lambda w: {"total": w.sum()}, {"inner_lr": float("nan")}, ValueError, "inner_lr must be a finite number, got"),
+        (
+            lambda w: {"total": w.sum()},
+            {"inner_lr": {"w": "1"}},
+            TypeError,
+            "inner_lr of 'w' must be a number, got str",
+        ),
+        (lambda w: {"total": w.sum()}, {"eta": None}, TypeError, "eta must be a number, got NoneType"),
+    ],
+)
+def test_a_wrong_loss_or_step_is_named(order, returned, settings, kind, sentence):
+    params = {"w": torch.tensor([1.0, 2.0])}
+    with pytest.raises(kind, match=sentence):
+        meta_gradients(
+            lambda params, batch: returned(params["w"]),
+            params,
+            None,
+            1,
+            2,
+            **{"inner_lr": 0.1, **settings},
+            order=order,
+        )

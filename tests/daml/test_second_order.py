@@ -4,6 +4,7 @@ import copy
 import warnings
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -352,3 +353,71 @@ def test_a_memory_that_advances_is_not_run_again():
         pytest.raises(NotImplementedError, match="advances .* no forward mode"),
     ):
         model(split(1))
+
+
+def scaled_in_place(hidden: Tensor) -> None:
+    with torch.no_grad():
+        hidden.mul_(2.0)
+
+
+def cut_in_place(hidden: Tensor) -> None:
+    with torch.no_grad():
+        hidden[hidden < 0] = 0
+
+
+def scaled_data(hidden: Tensor) -> None:
+    hidden.data.mul_(2.0)
+
+
+@pytest.mark.parametrize("change", [scaled_in_place, cut_in_place, scaled_data])
+def test_what_is_changed_without_gradients_keeps_its_tangent(change, monkeypatch):
+    """As it keeps its gradient: reverse mode does not see the change."""
+
+    def losses(params, batch):
+        hidden = batch @ params["w"]
+        change(hidden)
+        return {"total": (torch.tanh(hidden) @ params["v"]).square().mean()}
+
+    assert_equal_both_ways(losses, monkeypatch)
+
+
+def test_a_gradient_inside_of_a_loss_is_a_constant(monkeypatch):
+    """Unless it is taken with create_graph; loss balancing by the norms of gradients."""
+
+    def losses(params, batch):
+        hidden = torch.tanh(batch @ params["w"])
+        first, second = (hidden @ params["v"]).square().mean(), (hidden * params["v"][:, 0]).exp().mean()
+        one, other = (torch.autograd.grad(each, params["v"], retain_graph=True)[0] for each in (first, second))
+        return {"total": first + one.norm() / other.norm() * second}
+
+    assert_equal_both_ways(losses, monkeypatch)
+
+
+def assert_equal_both_ways(losses, monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"w": (4, 5), "v": (5, 1)}
+    params = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    batches = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64)
+    found = []
+    for method in METHODS:
+        by(method, monkeypatch)
+        found.append(meta_gradients(losses, params, None, *batches, inner_lr=0.3, order=2).grads)
+    assert_close(*found, 1e-12)
+
+
+class Capricious(nn.Module):
+    """A backbone of one's own that draws from a generator nobody knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.random = tiny_network().backbone, np.random.default_rng(0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.inner(images) * self.random.uniform(0.5, 2.0)
+
+
+def test_a_backbone_of_ones_own_that_gives_other_features_goes_by_double_backward():
+    network = DAN(num_classes=3, backbone=Capricious(), image_size=(8, 8), reduction=2, dropout=0.0)
+    meta_step = tiny_step(training_model(network=network), order=2)
+    with pytest.warns(UserWarning, match="loss_fn gave other losses when it was called again"):
+        meta_step.gradients(split(1), split(2))

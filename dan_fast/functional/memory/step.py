@@ -94,7 +94,7 @@ def memory_step(
     return MemoryStep(result.loss, result.pseudo_labels, new_labeled, new_unlabeled)
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason="a memory that advances is not compiled: dan_fast.functional.memory_step is")
 def pending_memory_step(
     labeled: PendingMemory, unlabeled: PendingMemory, batch: MemoryBatch, gates: Gates
 ) -> tuple[ScanResult, PendingMemory, PendingMemory]:
@@ -129,7 +129,7 @@ def pending_memory_step(
         )
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason="a memory that advances is not compiled: dan_fast.functional.memory_step is")
 def sharded_memory_step(
     labeled: ShardedMemory,
     unlabeled: ShardedMemory,
