@@ -280,13 +280,13 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(strict: bool):
     for wrong, sentence in (
         ({"labeled.features": longer}, r"labeled.labels must have shape \(13,\)"),
         ({f"labeled.{name}": x for name, x in MemoryState.empty(11, DIM)._asdict().items()}, r"shape \(12, 5\) like"),
-        ({"alpha_unlabeled": torch.zeros(2)}, "size mismatch for alpha_unlabeled"),
         (
             {"labeled.labels": state["labeled.labels"].half()},
             "labeled.labels must be a tensor of torch.int64, got torch",
         ),
         ({"labeled.usage": state["labeled.usage"].numpy()}, "labeled.usage must be a tensor of .*, got "),
         ({"labeled.usage": state["labeled.labels"]}, "labeled.usage must be a tensor of .*, got torch.int64"),
+        ({"alpha_unlabeled": torch.zeros(2)}, "size mismatch for alpha_unlabeled"),
     ):
         with pytest.raises(RuntimeError, match=sentence):
             memory.load_state_dict(state | wrong, strict=strict)
