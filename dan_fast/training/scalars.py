@@ -58,6 +58,8 @@ class Scalars:
             counts: () bool, whether the value is part of the mean; a tensor where the host does not know yet.
         """
         if self._writer is not None:
+            # TensorBoard takes no other text; a name of a file may be any bytes.
+            name = name.encode("utf-8", "backslashreplace").decode()
             self._window.append((name, value.detach() if isinstance(value, Tensor) else value, counts))
 
     def flush(self, step: int) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """What a run says on the terminal."""
 
+import errno
 import io
 
 import pytest
@@ -27,7 +28,7 @@ def test_losses_that_a_training_does_not_have_are_left_out(capsys):
 def test_a_narrow_window_cuts_the_losses_alone(monkeypatch):
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=80, color_system=None)
-    monkeypatch.setattr(display, "Console", lambda quiet: console)
+    monkeypatch.setattr(display, "_Output", lambda quiet: console)
     with Display(3600, 0, 64) as shown:
         shown.advance(11, {"train/loss/total": 1.25, "train/loss/classification": 0.5})
     last = stream.getvalue().rpartition("epoch 12")[2].partition("\n")[0]
@@ -58,3 +59,18 @@ def test_where_there_is_no_bar_a_line_comes_now_and_then_and_at_the_end(seconds,
     lines = capsys.readouterr().out.splitlines()
     wanted = ["epoch 1, iteration 1/2", "epoch 1, iteration 2/2"][seconds > 0 :]
     assert [line[:22] for line in lines] == wanted and all(line.endswith("total 1.250") for line in lines)
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
+def test_a_training_outlasts_what_reads_its_output(number, capsys):
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(number, "gone")
+
+    with Display(2, 0, 8) as shown:
+        shown.console.file = Gone()
+        for _ in range(2):
+            shown.advance(0, {"train/loss/total": 1.25})
+        shown.say("mAP 1.0")
+    error = capsys.readouterr().err
+    assert error == "" if number == errno.EPIPE else error.count("Progress is shown no more: the output cannot") == 1

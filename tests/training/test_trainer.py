@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -377,6 +378,14 @@ def test_resuming_keeps_the_scalars_of_iterations_that_are_done(tmp_path):
     second.close()
     steps, values = read_scalars(tmp_path)["eval/mall/R1"]
     assert list(steps) == [10, 20, 30] and list(values) == [10.0, 20.0, 31.0]
+
+
+def test_a_name_that_is_no_utf_8_is_logged_with_its_bytes_written_out(tmp_path):
+    scalars = Scalars(tmp_path / "tensorboard")
+    scalars.add(f"eval/{os.fsdecode(bytes([103, 246]))}/mAP", 0.5)
+    scalars.flush(1)
+    scalars.close()
+    assert list(read_scalars(tmp_path)) == ["eval/g\\udcf6/mAP"]
 
 
 def test_a_new_run_has_no_curve_of_an_attempt_that_left_no_checkpoint(tmp_path):
