@@ -98,13 +98,14 @@ def measured_recall(
 
 def _others(index: GalleryIndex, own: Sequence[str], features: np.ndarray, top: int, exact: bool = False) -> Found:
     """The `top` nearest images to queries, of which each has a path of its own that is left out."""
-    scores, rows = index.search(features, min(top, index.size) + 1, exact)
+    places = min(top, index.size)
+    scores, rows = index.search(features, places + 1, exact)
     is_own = [
         [row >= 0 and absolute(index.images[row].path) == path for row in of_query]
         for path, of_query in zip(own, rows.tolist(), strict=True)
     ]
     # A file is in an index once: it goes last, and the last is one too many.
-    kept = np.argsort(np.array(is_own, dtype=bool).reshape(rows.shape), axis=1, kind="stable")[:, :top]
+    kept = np.argsort(np.array(is_own, dtype=bool).reshape(rows.shape), axis=1, kind="stable")[:, :places]
     return Found(*(np.take_along_axis(values, kept, axis=1) for values in (scores, rows)))
 
 
