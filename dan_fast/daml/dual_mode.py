@@ -28,15 +28,33 @@ class DualMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func == Tensor.data.__get__:
             return args[0].detach()
-        if torch.is_inference_mode_enabled():
-            return tree_map_only(Tensor, Tensor.detach, func(*args, **kwargs))
-        if not torch.is_grad_enabled():
-            # What goes in, so that a tensor that is changed in place keeps its tangent, as it keeps its gradient.
-            return func(*tree_map_only(Tensor, Tensor.detach, args), **tree_map_only(Tensor, Tensor.detach, kwargs))
-        result = (_batch_norm if func is F.batch_norm else func)(*args, **kwargs)
-        if func is torch.autograd.grad and not kwargs.get("create_graph"):
-            return tree_map_only(Tensor, Tensor.detach, result)
-        return result
+        if torch.is_grad_enabled():
+            result = (_batch_norm if func is F.batch_norm else func)(*args, **kwargs)
+            constant = func is torch.autograd.grad and not kwargs.get("create_graph")
+        elif torch.is_inference_mode_enabled() or getattr(func, "__name__", "") in _OF_THE_TENSOR_ITSELF:
+            result, constant = func(*args, **kwargs), True
+        else:
+            return _by_constants(func, args, kwargs)
+        return tree_map_only(Tensor, Tensor.detach, result) if constant else result
+
+
+# Attributes, and methods that ask or change what a tensor is beside its numbers.
+_OF_THE_TENSOR_ITSELF = {
+    *("__get__", "__set__", "__delete__", "requires_grad_", "retain_grad", "register_hook", "detach_"),
+}
+
+
+def _by_constants(func: Any, args: tuple, kwargs: dict) -> Any:
+    """`func` of tensors without tangents; one that it changes in place keeps its own, as it keeps its gradient."""
+    given: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def constant(tensor: Tensor) -> Tensor:
+        detached = tensor.detach()
+        given[id(detached)] = detached, tensor
+        return detached
+
+    result = func(*tree_map_only(Tensor, constant, args), **tree_map_only(Tensor, constant, kwargs))
+    return tree_map_only(Tensor, lambda found: given.get(id(found), (found, found))[1], result)
 
 
 def _batch_norm(

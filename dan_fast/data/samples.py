@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,16 @@ class ReIDDataset:
     def title(self) -> str:
         """Name and variant, as they stand beside every figure."""
         return f"{self.name} ({self.variant})" if self.variant else self.name
+
+
+def without_variant(title: str) -> str:
+    """The name in a `ReIDDataset.title`.
+
+    Example:
+        >>> without_variant("CUHK03 (detected, new protocol)"), without_variant("data (1)/market")
+        ('CUHK03', 'data (1)/market')
+    """
+    return re.sub(r" \([^/]*\)$", "", title)
 
 
 class Counts(NamedTuple):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from dan_fast.data.datasets.known import KNOWN
+from dan_fast.data.samples import without_variant
 from dan_fast.evaluation import COLUMNS, Evaluation
 from dan_fast.evaluation.reranking import RERANKED
 from dan_fast.reporting.groups import titles
@@ -14,7 +15,6 @@ from dan_fast.reporting.paper_tables import PAPER_TABLES, Contradiction, PaperTa
 from dan_fast.reporting.runs import Run
 from dan_fast.training.reported import CHOSEN, SEEN
 
-_VARIANT = re.compile(r" \([^/]*\)$")
 _MARK = "†"
 _APART = "‡"
 # The names of datasets in papers, archives and other code bases; letters and digits only.
@@ -40,7 +40,7 @@ def paper_target(name: str) -> str | None:
 
 def cameras_of(title: str) -> str:
     """What two datasets of the same cameras have in common: the name without a variant, of a published set its own."""
-    name = _VARIANT.sub("", title)
+    name = without_variant(title)
     return paper_target(name) or _PUBLISHED.get(_letters(name), name)
 
 
@@ -53,13 +53,13 @@ _PUBLISHED = {_letters(spelling): known.title for known in KNOWN.values() for sp
 
 def result_tables(runs: Sequence[Run]) -> list[Table]:
     """A table for each target that runs were tested on, of those that no table of the paper takes."""
-    tables = []
+    tables, of_paper = [], [paper_table(number) for number in PAPER_TABLES]
     for target in titles(runs):
         tested = [
             (run, each)
             for run in runs
             for each in run.results
-            if each.title == target and not _is_beside_the_paper(run, each)
+            if each.title == target and not any(_taken_by(table, run, each) for table in of_paper)
         ]
         if tested:
             rows = [_run_row(run, each, COLUMNS) for run, each in tested]
@@ -74,10 +74,10 @@ def result_tables(runs: Sequence[Run]) -> list[Table]:
     return tables
 
 
-def _is_beside_the_paper(run: Run, result: Evaluation) -> bool:
+def _taken_by(table: PaperTable, run: Run, result: Evaluation) -> str | None:
+    """The target under which a table of the paper takes a result, None where it does not."""
     target = paper_target(result.dataset)
-    of_target = (paper_table(number) for number in PAPER_TABLES)
-    return any(target in table.targets and belongs(run, table, target) for table in of_target)
+    return target if target in table.targets and belongs(run, table, target) else None
 
 
 def paper_tables(runs: Sequence[Run]) -> list[Table]:
@@ -133,12 +133,7 @@ def _paper_table(table: PaperTable, target: str, faults: Sequence[Contradiction]
         ]
         name = row.method if row.venue in ("", "This paper") else f"{row.method}, {row.venue}"
         rows.append([f"paper: {name}", row.sources, "not stated", ABSENT, *values])
-    tested = [
-        (run, each)
-        for run in runs
-        for each in run.results
-        if paper_target(each.dataset) == target and belongs(run, table, target)
-    ]
+    tested = [(run, each) for run in runs for each in run.results if _taken_by(table, run, each) == target]
     rows += [_run_row(run, each, columns, mark=f" {_APART}" if _is_apart(each) else "") for run, each in tested]
     notes = [_counts(tested)] if tested else [f"No run here was tested on {target} under these conditions."]
     if tested:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dan_fast.core.errors import DanFastError
+from dan_fast.data.samples import without_variant
 from dan_fast.evaluation import Evaluation
 from dan_fast.training.config import TrainConfig, as_list
 from dan_fast.training.last_names import last_names, names_of_paths
@@ -25,8 +25,6 @@ _DATASETS = ("labeled", "unlabeled", "targets")
 _PLACES = (("data", "root"), ("data", "cache"), ("model", "weights"), ("run", "out"))
 # What of the training names datasets.
 _SETS = ("trained_on", "trained_without_labels_on")
-# The variant in a title.
-_VARIANT = re.compile(r" \([^/]*\)$")
 
 
 def origin_of(
@@ -96,7 +94,7 @@ def _by_last_names(
     # A shared folder may hold anything.
     sets = {part: training[part] for part in _SETS if isinstance(training.get(part), list)}
     # Of what was not tested on the title alone is known.
-    names = {title: tested.get(title, _VARIANT.sub("", title)) for titles in sets.values() for title in titles}
+    names = {title: tested.get(title, without_variant(title)) for titles in sets.values() for title in titles}
     shown = last_names([*names.values(), *(each.dataset for each in results)])
     short = {title: shown[name] + title.removeprefix(name) for title, name in names.items()}
     sets = {part: [short[title] for title in titles] for part, titles in sets.items()}

@@ -7,6 +7,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -369,13 +370,26 @@ def scaled_data(hidden: Tensor) -> None:
     hidden.data.mul_(2.0)
 
 
-@pytest.mark.parametrize("change", [scaled_in_place, cut_in_place, scaled_data])
+def returned_in_place(hidden: Tensor) -> Tensor:
+    with torch.no_grad():
+        assert hidden.requires_grad
+        return F.relu(hidden.mul_(2.0), inplace=True)
+
+
+def scaled_through_a_view(hidden: Tensor) -> None:
+    with torch.no_grad():
+        hidden.T.mul_(2.0)
+
+
+@pytest.mark.parametrize(
+    "change", [scaled_in_place, cut_in_place, scaled_data, returned_in_place, scaled_through_a_view]
+)
 def test_what_is_changed_without_gradients_keeps_its_tangent(change, monkeypatch):
     """As it keeps its gradient: reverse mode does not see the change."""
 
     def losses(params, batch):
         hidden = batch @ params["w"]
-        change(hidden)
+        hidden = hidden if (changed := change(hidden)) is None else changed
         return {"total": (torch.tanh(hidden) @ params["v"]).square().mean()}
 
     assert_equal_both_ways(losses, monkeypatch)
