@@ -25,6 +25,9 @@ EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
+# What the parser calls a flag's value by its Python class is written otherwise.
+_PLAIN_KINDS = {"tuple": "list", "Sequence": "list", "NoneType": "null"}
+
 # The function or settings of each command, and its line in the list of commands.
 _COMMANDS = {
     "quickstart": (
@@ -260,17 +263,39 @@ def _keep_heap_on_a_cpu(device: str) -> None:
         keep_heap()
 
 
-def _meant(argv: Sequence[str], said: str) -> str:
+def _wrong_usage(argv: Sequence[str], error: ArgumentError) -> str:
+    """What is wrong with a command line, what may have been meant, and where its help is."""
+    words, parser = _command_of(argv)
+    said = " ".join(str(error).split())
+    said = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", said)
+    said = re.sub(r"<class '(?:\w+\.)*(\w+)'>", lambda kind: _PLAIN_KINDS.get(kind[1], kind[1]), said)
+    meant = "" if parser is None else _meant(parser, words[0], argv, said)
+    return f"{said}{meant} (see `{' '.join(['dan-fast', *words, '--help'])}`)"
+
+
+def _command_of(argv: Sequence[str]) -> tuple[Sequence[str], ArgumentParser | None]:
+    """The words of a command line that name what is called, and a parser of its flags; None where that is not known."""
+    if not argv or argv[0] not in _COMMANDS:
+        return (), None
+    parser = ArgumentParser(exit_on_error=False)
+    if argv[0] != "bench":
+        _add_flags(parser, argv[0], None)
+        return argv[:1], parser
+    benchmark = resolve_name(_COMMANDS["bench"][0]).get(" ".join(argv[1:2]))
+    if benchmark is None:
+        return argv[:1], None
+    parser.add_class_arguments(benchmark[0])
+    return argv[:2], parser
+
+
+def _meant(parser: ArgumentParser, command: str, argv: Sequence[str], said: str) -> str:
     """What a wrong flag, setting or further word of a command may have meant; "" where it is not known."""
-    command = argv[0] if argv else ""
     wrong = re.search(r"(?:unrecognized arguments: |does not accept option ')([^ ']+)", said)
-    if wrong is None or command not in _COMMANDS or command == "bench":
+    if wrong is None:
         return ""
     from dan_fast.core.nearest import nearest
 
     name = wrong[1]
-    parser = ArgumentParser(exit_on_error=False)
-    _add_flags(parser, command, None)
     usage = parser.format_usage()
     if "unrecognized" in said and name[0] != "-":
         given = {word.partition("=")[0] for word in argv}
@@ -325,9 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser, parsed = _parse(argv)
     except ArgumentError as error:
-        command = " ".join(["dan-fast", *(word for word in argv[:1] if word in _COMMANDS), "--help"])
-        said = " ".join(str(error).split())
-        print(f"dan-fast: {said}{_meant(argv, said)} (see `{command}`)", file=sys.stderr)
+        print(f"dan-fast: {_wrong_usage(argv, error)}", file=sys.stderr)
         return EXIT_USAGE
     except DanFastError as error:
         print(f"dan-fast: {error}", file=sys.stderr)

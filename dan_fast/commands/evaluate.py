@@ -128,7 +128,8 @@ def evaluate(
         embeddings: dict[str, Callable[[torch.Tensor], torch.Tensor] | None] = {"trained": network.to(place).embed}
         if baselines:
             start = start_of(ModelConfig(**settings["model"]).weights)
-            embeddings["untrained"] = initial_network(settings, network.classifier.out_features).to(place).eval().embed
+            first = "untrained" if start is None else "initial"
+            embeddings[first] = initial_network(settings, network.classifier.out_features).to(place).eval().embed
             embeddings["chance"] = None
         generator = torch.Generator().manual_seed(seed)
 
@@ -156,7 +157,7 @@ def evaluate(
                 evaluation = evaluate_features(features, repeats, seed, **scoring, process_group=process_group)
                 if name == "trained":
                     evaluation = replace(evaluation, **conditions, seen=seen_of(state, dataset))
-                elif name == "untrained" and start is not None:
+                elif name == "initial":
                     evaluation = replace(evaluation, seen=seen_of(start, dataset))
                 results.append((name, evaluation))
     if own_rank() > 0:

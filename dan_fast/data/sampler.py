@@ -92,7 +92,8 @@ class BatchPlanner:
         iterations: int = 0,
     ) -> None:
         if batch_size < 2:
-            raise DanFastError(f"The batch size is {batch_size}; it must be 2 or more, one image each for S and S~.")
+            halves = ", one image each for S and S~" if split else ""
+            raise DanFastError(f"The batch size is {batch_size}; it must be 2 or more{halves}.")
         if not 0.0 <= unlabeled_fraction < 1.0:
             raise DanFastError(f"The unlabelled fraction is {unlabeled_fraction}; choose it from 0 to below 1.")
         if not 0.0 <= feedback_fraction <= 1.0:

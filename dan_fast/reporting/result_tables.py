@@ -156,7 +156,8 @@ def _run_row(
     values = dict(zip(COLUMNS, evaluation.row(), strict=True))
     how = "; ".join(filter(None, (evaluation.variant, evaluation.conditions_and_recipe)))
     trained = f"{run.name} ({run.settings['meta']['procedure'].upper()}, {run.model})", run.sources
-    name, sources = (f"{baseline}, for {run.name}", "nothing") if baseline else trained
+    before = "nothing" if baseline == "chance" else ", after ".join(run.started_from) or "nothing"
+    name, sources = (f"{baseline}, for {run.name}", before) if baseline else trained
     return [name, sources, how, evaluation.repeats, *(f"{values[column]}{mark}" for column in columns)]
 
 

@@ -54,7 +54,7 @@ class Run:
         labeled, unlabeled: the datasets it was trained on, by their titles, or by the names of their folders where it
             did not record them; no unlabelled ones where none of their images is used.
         results: evaluations of the trained network, one for each target and protocol.
-        baselines: (features, evaluation) of the untrained network and of chance, where they were evaluated.
+        baselines: (features, evaluation) of the network before its training and of chance, where they were evaluated.
         complaints: whole sentences on files that are there and cannot be read.
         recipe: its recipe and what was changed on top of it, in words; "" for none.
         iterations: of an epoch; None where neither results.json nor the settings give them, as while it trains.

@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.core.files import alone, holder_of, remove_unfinished, write_text
+from dan_fast.core.files import alone, holder_of, printable, remove_unfinished, write_text
 from dan_fast.core.free_memory import why_too_large
 from dan_fast.core.launched import local_ranks
 from dan_fast.core.yaml_files import read_mapping
@@ -44,6 +44,9 @@ class RunFolder:
         self.checkpoint = self.path / "checkpoint.pt"
         if self.path.exists() and not self.path.is_dir():
             raise DanFastError(f"{self.path} is a file: name another run.out, the folder of a run.")
+        if printable(run.out) != run.out:
+            # TensorBoard encodes the names of its files as UTF-8.
+            raise DanFastError(f"run.out is {ascii(run.out)}, which is no UTF-8: choose a name that is.")
         self._lock = self.path / ".run.lock"
         self._run = run
         self._found = _mark(self.checkpoint)

@@ -185,7 +185,8 @@ def test_any_sizes(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"batch_size": 1}, "batch size is 1"),
+        ({"batch_size": 1}, "batch size is 1; it must be 2 or more, one image each for S and S~."),
+        ({"batch_size": 1, "split": False}, "batch size is 1; it must be 2 or more."),
         ({"unlabeled_fraction": 1.0}, "unlabelled fraction is 1.0"),
         ({"unlabeled_fraction": -0.1}, "unlabelled fraction is -0.1"),
         ({"feedback_fraction": 1.1}, "feedback fraction is 1.1"),

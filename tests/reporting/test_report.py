@@ -196,6 +196,9 @@ def test_baselines_and_later_evaluations_are_read(tmp_path):
     assert run.complaints == ()
     night = result_tables([run])[1]
     assert [row[0] for row in night.rows] == ["r (DAML3, B+NL-CBAM+AAN)", "untrained, for r", "chance, for r"]
+    assert [row[1] for row in night.rows[1:]] == ["nothing", "nothing"]
+    [first] = read_runs([with_results(folder, started_from=["of day.pt, trained on mall"])])
+    assert [row[1] for row in result_tables([first])[1].rows[1:]] == ["of day.pt, trained on mall", "nothing"]
     assert night.rows[0][2:] == ["10 random splits", 10, "30.0 ± 1.0", "35.0 ± 1.0", "35.0 ± 1.0", "20.0 ± 1.0",
                                  "5.0 ± 1.0"]  # fmt: skip
 

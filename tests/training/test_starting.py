@@ -126,7 +126,9 @@ def test_a_target_that_the_earlier_training_learnt_says_so(earlier, images, tmp_
         checkpoint, figures = tmp_path / "run/checkpoint.pt", tmp_path / "figures.json"
         evaluate = ["evaluate", "--checkpoint", str(checkpoint), "--targets", str(again), "--out", str(figures)]
         assert main([*evaluate, "--baselines", "true", "--workers", "0", "--device", "cpu"]) == 0
-        assert [row["seen"] for row in json.loads(figures.read_text())] == [f"4 {SEEN}", f"4 {SEEN}", ""]
+        rows = json.loads(figures.read_text())
+        assert [row["features"] for row in rows] == ["trained", "initial", "chance"]
+        assert [row["seen"] for row in rows] == [f"4 {SEEN}", f"4 {SEEN}", ""]
     finally:
         again.unlink()
 

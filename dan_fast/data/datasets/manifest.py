@@ -16,7 +16,7 @@ def read_manifest(file: Path, name: str) -> ReIDDataset:
     """Read a manifest; samples keep the order of its rows, columns other than the four are ignored.
 
     `path` is relative to the manifest. `pid` may be empty or -1: in `train` such an image can serve as an
-    unlabelled one, from the other splits it is left out.
+    unlabelled one, from the other splits it is left out. `camid` may be empty or -1 where it is unknown.
 
     Raises:
         DanFastError: a missing column, an unknown split, an invalid number (with its line), a path listed
@@ -44,7 +44,8 @@ def _parse(reader: csv.DictReader, file: Path) -> list[tuple[str, Sample]]:
     absent = [column for column in COLUMNS if column not in header]
     if absent:
         raise DanFastError(
-            f"The manifest {file} lacks the column {absent[0]}; its first line must be path,pid,camid,split."
+            f"The manifest {file} lacks the column {absent[0]} in its first line, {','.join(header)[:80]!r}: name "
+            f"{', '.join(COLUMNS)} there, separated by commas, in any order."
         )
     doubled = [column for column in COLUMNS if header.count(column) > 1]
     if doubled:
@@ -54,7 +55,10 @@ def _parse(reader: csv.DictReader, file: Path) -> list[tuple[str, Sample]]:
     lines: list[tuple[int, str]] = []
     for row in reader:
         place = f"{file}, line {reader.line_num}"
-        values = {column: (row[column] or "").strip() for column in COLUMNS}
+        short = [column for column in COLUMNS if row[column] is None]
+        if short:
+            raise DanFastError(f"{place} ends before the column {short[0]}; write all columns, empty ones too.")
+        values = {column: row[column].strip() for column in COLUMNS}
         if not values["path"] or "\0" in values["path"]:
             raise DanFastError(
                 f"{place}: the path is empty or no path; give the image's path relative to the manifest."
@@ -62,7 +66,7 @@ def _parse(reader: csv.DictReader, file: Path) -> list[tuple[str, Sample]]:
         if values["split"] not in SPLITS:
             raise DanFastError(f"{place}: the split {values['split']!r} is unknown; use one of {', '.join(SPLITS)}.")
         pid = _integer(values["pid"] or "-1", "pid", place)
-        sample = Sample(file.parent / values["path"], pid, _integer(values["camid"], "camid", place))
+        sample = Sample(file.parent / values["path"], pid, _integer(values["camid"] or "-1", "camid", place))
         rows.append((values["split"], sample))
         lines.append((reader.line_num, values["path"]))
     line_of: dict[str, int] = {}
@@ -81,7 +85,7 @@ def _integer(text: str, column: str, place: str) -> int:
     # What a table of int64 holds.
     if value is None or not -1 <= value < 2**63:
         raise DanFastError(
-            f"{place}: the {column} {text[:40]!r} is not a whole number from 0 to 2^63 - 1; correct it"
-            + (", or leave it empty where the identity is unknown." if column == "pid" else ".")
+            f"{place}: the {column} {text[:40]!r} is not a whole number from 0 to 2^63 - 1; correct it, "
+            f"or leave it empty where the {'identity' if column == 'pid' else 'camera'} is unknown."
         )
     return value

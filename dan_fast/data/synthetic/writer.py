@@ -170,7 +170,7 @@ def _checked(
 ) -> list[Domain]:
     unknown = [name for name in domains if name not in DOMAINS]
     if isinstance(domains, str) or unknown or not domains or len(set(domains)) < len(domains):
-        raise DanFastError(f"domains is {domains!r}: give each name once, of {', '.join(DOMAINS)}")
+        raise DanFastError(f"domains is {domains!r}: give each name once, as a list, of {', '.join(DOMAINS)}")
     if not 1 <= identities <= _IDENTITIES_PER_DOMAIN:
         raise DanFastError(f"identities is {identities}: use 1 to {_IDENTITIES_PER_DOMAIN}")
     if not 0.0 <= test_fraction <= 1.0:
@@ -198,7 +198,7 @@ def _require_own(root: Path) -> None:
     for entry in root.iterdir():
         if not _REMAINS.fullmatch(entry.name) and not (entry.name in DOMAINS and _is_synthesis(entry)):
             raise DanFastError(
-                f"{root} holds {entry.name}, which is not a synthetic domain: choose an empty or new folder"
+                f"{root} holds {entry.name}, which is no domain of an earlier synthesis: choose an empty or new folder"
             )
 
 

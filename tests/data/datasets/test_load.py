@@ -123,7 +123,7 @@ def test_manifest_splits_go_where_they_are_named(tmp_path: Path) -> None:
     ("row", "expected"),
     [
         ("images/b.jpg,1,1,val", "the split 'val' is unknown; use one of train, query, gallery, test"),
-        ("images/b.jpg,1,1", "the split '' is unknown"),
+        ("images/b.jpg,1,1,", "the split '' is unknown"),
         ("images/b.jpg,one,1,train", "the pid 'one' is not a whole number"),
         (f"images/b.jpg,{'1' * 5000},1,train", f"the pid '{'1' * 40}' is"),
         (f"images/b.jpg,{'0' * 5000}1,1,train", f"the pid '{'0' * 40}' is"),
@@ -133,7 +133,7 @@ def test_manifest_splits_go_where_they_are_named(tmp_path: Path) -> None:
         ("images/b.jpg,1,\u0661,train", "the camid '\u0661' is not a whole number"),
         ("images\0/b.jpg,1,1,train", "the path is empty or no path"),
         ("images/b.jpg,1,c2,train", "the camid 'c2' is not a whole number"),
-        ("images/b.jpg,1,,train", "the camid '' is not a whole number"),
+        ("images/b.jpg,1,-2,train", "the camid '-2' is not a whole number"),
         (",1,1,train", "the path is empty"),
         ("./images/a.jpg,2,1,query", "./images/a.jpg is already listed in line 2"),
         ("images/../images/a.jpg,2,1,query", "images/../images/a.jpg is already listed in line 2"),
@@ -149,10 +149,21 @@ def test_manifest_with_a_wrong_row(tmp_path: Path, row: str, expected: str) -> N
     assert f"line 3: {expected}" in message and "manifest.csv" in message
 
 
+def test_a_manifest_row_with_too_few_columns(tmp_path: Path) -> None:
+    file = write_manifest(tmp_path, "train,images/a.jpg,1", header="split,path,pid,camid")
+    assert sentence(file).endswith("line 2 ends before the column camid; write all columns, empty ones too.")
+
+
+def test_a_manifest_may_leave_out_what_is_unknown(tmp_path: Path) -> None:
+    (sample,) = load_dataset(write_manifest(tmp_path, "images/a.jpg,,,train")).train
+    assert (sample.pid, sample.camid) == (-1, -1)
+
+
 @pytest.mark.parametrize("column", ["path", "pid", "camid", "split"])
 def test_manifest_without_a_column(tmp_path: Path, column: str) -> None:
     header = "path,pid,camid,split".replace(column, "other")
-    assert f"lacks the column {column};" in sentence(write_manifest(tmp_path, "x,1,1,train", header=header))
+    file = write_manifest(tmp_path, "x,1,1,train", header=header)
+    assert f"lacks the column {column} in its first line, {header!r}:" in sentence(file)
     twice = write_manifest(tmp_path, "x,1,1,train,9", header=f"path,pid,camid,split, {column}")
     assert sentence(twice).endswith(f"manifest.csv has the column {column} twice; leave out or rename one of them.")
 
