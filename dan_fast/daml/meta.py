@@ -1,8 +1,9 @@
 """Gradients of the meta-optimisation objective, Eqs. (17)-(18) and Algorithm 1."""
 
 import math
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -203,14 +204,20 @@ def differentiable(order: int) -> Iterator[None]:
     """Inside, what is computed can be differentiated `order` times, also where the caller takes no gradients.
 
     PyTorch's fused kernels of attention (`scaled_dot_product_attention`) have no second derivative. It is for forward
-    and backward passes alike: gradient checkpointing runs the former again in the latter.
+    and backward passes alike: gradient checkpointing runs the former again in the latter. Nor have modules that
+    `torch.compile` has compiled: they run as they were written.
 
     Raises:
         RuntimeError: it is entered in `torch.inference_mode`, which cannot be undone inside.
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("torch.inference_mode records nothing to differentiate: take meta gradients outside of it")
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if order > 1 else nullcontext():
+    with torch.enable_grad(), ExitStack() as stack:
+        if order > 1:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            # Without it nothing is compiled, and to import it takes a second.
+            if "torch._dynamo" in sys.modules:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 

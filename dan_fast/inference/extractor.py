@@ -42,7 +42,7 @@ class FeatureExtractor:
     and the same `batch_size` (128 there by default), they are equal to the last bit on a CPU.
 
     Args:
-        checkpoint: the checkpoint.pt of a run.
+        checkpoint: the checkpoint.pt or chosen.pt of a run, or a folder that `dan-fast share` has written.
         device: "auto" takes the GPU where there is one; or "cpu", "cuda", "cuda:1".
         batch_size: images at a time.
         workers: processes that decode where all images are files; 0 decodes in this one.

@@ -173,9 +173,9 @@ class DAN(nn.Module):
                 the B of the output. 0: the B images lend theirs to one another; None: no style is mixed.
 
         Raises:
-            ValueError: images of another size than `image_size`, labels that do not fit, or lenders where no style is
-                mixed or more of them than images.
-            TypeError: labels that are not int64.
+            ValueError: images of another shape than `image_size` asks for, labels that do not fit, or lenders where no
+                style is mixed or more of them than images.
+            TypeError: images that are not floating, labels that are not int64.
             RuntimeError: a replica of `nn.DataParallel` that would mix styles.
         """
         return self.branches(self.maps(images, lenders), labels)
@@ -185,6 +185,10 @@ class DAN(nn.Module):
 
         Args, Raises: as `forward`.
         """
+        if images.ndim != 4:
+            raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise TypeError(f"images must be floating, normalised as `preprocessing` says, got {images.dtype}")
         mixing = self.styles is not None and self.training
         if lenders and not mixing:
             raise ValueError("lenders lend their style in training mode, to a network with style_mixing")

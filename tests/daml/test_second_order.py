@@ -435,3 +435,20 @@ def test_a_backbone_of_ones_own_that_gives_other_features_goes_by_double_backwar
     meta_step = tiny_step(training_model(network=network), order=2)
     with pytest.warns(UserWarning, match="loss_fn gave other losses when it was called again"):
         meta_step.gradients(split(1), split(2))
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:Using `torch.compile\\(module\\)` when there are global hooks")
+def test_a_compiled_module_runs_as_it_was_written():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    params, batches = dict(net.named_parameters()), torch.randn(2, 5, 4, dtype=torch.float64)
+    found = []
+    for module, prefix in ((net, ""), (torch.compile(net, backend="aot_eager"), "_orig_mod.")):
+
+        def loss_fn(given, batch, module=module, prefix=prefix):
+            named = {f"{prefix}{name}": value for name, value in given.items()}
+            return {"total": functional_call(module, named, (batch,)).square().mean()}
+
+        found.append(meta_gradients(loss_fn, params, None, *batches, inner_lr=0.1).grads)
+    assert_close(found[1], found[0], 1e-12)

@@ -188,6 +188,13 @@ def test_another_image_size_is_refused(size):
         tiny().eval()(images(2, *size))
 
 
+def test_one_image_and_bytes_are_refused():
+    with pytest.raises(ValueError, match=r"^images must be \(B, 3, H, W\), got \(3, 32, 16\)$"):
+        tiny().eval().embed(images(1)[0])
+    with pytest.raises(TypeError, match=r"^images must be floating, .* got torch.uint8$"):
+        tiny().eval().embed(images(1).to(torch.uint8))
+
+
 @pytest.mark.parametrize(
     ("flag", "value"),
     [

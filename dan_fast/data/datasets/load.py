@@ -201,7 +201,8 @@ def _load(path: Path, name: str | None, variant: str | None) -> ReIDDataset:
             several = "; in a list, names that are numbers stand in quotes"
         elif "," in str(path) and not str(path).startswith("["):
             several = f"; several are written '[{', '.join(str(path).split(','))}]'"
-        raise DanFastError(f"There is no dataset at {path}; give the path of its folder{several}.")
+        place = path if path.is_absolute() else f"{path} in {Path.cwd()}"
+        raise DanFastError(f"There is no dataset at {place}; give the path of its folder{several}.")
     own_name = (path.resolve() if path.name == ".." else path.absolute()).name
     if path.is_file():
         if path.suffix.lower() != ".csv":

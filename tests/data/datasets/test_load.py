@@ -195,7 +195,7 @@ def test_paths_that_are_no_dataset(tmp_path: Path) -> None:
     assert "There is no dataset at" in sentence(tmp_path / "absent")
     assert (
         sentence(Path("a,b"))
-        == "There is no dataset at a,b; give the path of its folder; several are written '[a, b]'."
+        == f"There is no dataset at a,b in {Path.cwd()}; give the path of its folder; several are written '[a, b]'."
     )
     assert "holds no dataset: neither bounding_box_train" in sentence(tmp_path)
     assert "is a file but no .csv manifest" in sentence(tiny_image(tmp_path / "photo.jpg"))
