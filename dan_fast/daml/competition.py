@@ -111,7 +111,7 @@ def active_groups(
     backbone: Sequence[str],
     attention: Sequence[str],
     memory: Sequence[str],
-    cam_weight: str | None,
+    cam_weights: Sequence[str],
 ) -> dict[str, tuple[list[str], str]]:
     """The groups of `meta_gradients` for one iteration (Sec. III-A and III-D).
 
@@ -120,8 +120,9 @@ def active_groups(
         backbone: names of Gb, the classifier included; loss "total".
         attention: names of NL-CBAM's weights in Ga; loss "adversary", that is l1 L_aad.
         memory: names of Gm; loss "embedding", that is l2 L_lde. May be empty.
-        cam_weight: the classifier's weight, which CAM uses. It joins Ga while Gb is frozen; else it is
-            trained by L_total, which contains l1 L_aad. None: L_aad does not reach it, and it stays frozen too.
+        cam_weights: names of the classifier's parameters, which CAM uses. They join Ga while Gb is frozen; else they
+            are trained by L_total, which contains l1 L_aad. None of them: L_aad does not reach the classifier, which
+            stays frozen too.
     """
     stage = Stage(stage)
     # The backbone comes last: the last backward pass of a graph frees what the forward pass kept.
@@ -129,7 +130,7 @@ def active_groups(
     if memory:
         groups["memory"] = (list(memory), "embedding")
     if stage is Stage.ADVERSARY:
-        groups["attention"] = ([*attention, *([] if cam_weight is None else [cam_weight])], "adversary")
+        groups["attention"] = ([*attention, *cam_weights], "adversary")
     elif stage is Stage.BOTH:
         groups["attention"] = (list(attention), "adversary")
     if stage is not Stage.ADVERSARY:

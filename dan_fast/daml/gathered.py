@@ -14,13 +14,15 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     freed grows instead.
 
     Args:
-        tensors: name to tensor; those of each dtype and device have a block of their own.
+        tensors: name to tensor; those of each dtype and device have a block of their own. Sparse ones become dense,
+            as no number with a tangent can be sparse.
 
     Example:
         >>> found = gathered({"weight": torch.ones(2, 3), "bias": torch.zeros(2)})
         >>> found["weight"].untyped_storage().nbytes()
         32
     """
+    tensors = {name: each.to_dense() if each.is_sparse else each for name, each in tensors.items()}
     copies = dict(tensors)
     for kind in {(each.dtype, each.device) for each in tensors.values()}:
         names = [name for name, each in tensors.items() if (each.dtype, each.device) == kind]

@@ -158,10 +158,12 @@ def _statistics_kept() -> Iterator[None]:
             # Until the end, by which a pass that is computed again knows that this one left the statistics alone.
             module.track_running_stats = False
             frozen.add(module)
+        if module.training and module._buffers:
+            # A layer of one's own may put others in their place.
+            taken[module] = dict(module._buffers)
         if module in frozen and isinstance(module, _INSTANCE_NORMS):
             # It updates what it has, whatever that says.
-            taken[module] = {name: module._buffers[name] for name in ("running_mean", "running_var")}
-            module._buffers.update(dict.fromkeys(taken[module]))
+            module._buffers.update(running_mean=None, running_var=None)
 
     def give_back(module: nn.Module, *_: Any) -> None:
         # At once: `torch.func.functional_call` may have lent a buffer, which it takes back when the call is over.

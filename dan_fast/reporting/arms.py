@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-# Not from scipy.stats, whose import takes longer than everything that is done here.
-from scipy.special import stdtrit
-
 from dan_fast.evaluation import Evaluation
+from dan_fast.reporting.differences import CONFIDENCE, PairedDifference, paired_difference
 from dan_fast.reporting.groups import Target, target_of
 from dan_fast.reporting.html import ABSENT, Table
 from dan_fast.reporting.result_tables import cameras_of
@@ -22,50 +19,9 @@ from dan_fast.training.reported import CHOSEN, SEEN
 from dan_fast.training.surroundings import VERSIONS
 
 METRICS = ("mAP", "R1")
-CONFIDENCE = 0.95
 FINISHED = "finished"
 MEAN_OF_TARGETS = Target("Mean of the unseen targets", "")
 _ENTRY = {"name", "arm", "seed", "baseline", "recipe", "state", "sentence", "seconds"}
-
-
-class PairedDifference(NamedTuple):
-    """How much an arm is above the baseline, on average over the seeds that both have.
-
-    Attributes:
-        mean: of the differences.
-        low, high: the ends of its 95 % interval; None for one seed, from which no spread can be estimated.
-        seeds: that both have, in order.
-    """
-
-    mean: float
-    low: float | None
-    high: float | None
-    seeds: tuple[int, ...]
-
-
-def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> PairedDifference | None:
-    """The mean of the differences seed by seed, with Student's interval; None where no seed is in both.
-
-    Runs of one seed share their batches and, for equal networks, their first weights: an effect of the seed on both is
-    not part of the difference, so the interval is narrower than one from the two spreads.
-
-    Args:
-        values, baseline: figures by seed.
-
-    Example:
-        >>> found = paired_difference({0: 42.0, 1: 51.0, 2: 45.0, 7: 99.0}, {0: 40.0, 1: 48.0, 2: 44.0})
-        >>> found.mean, found.seeds, f"{found.low:.2f} to {found.high:.2f}"
-        (2.0, (0, 1, 2), '-0.48 to 4.48')
-    """
-    seeds = tuple(sorted(values.keys() & baseline.keys()))
-    if not seeds:
-        return None
-    differences = [values[seed] - baseline[seed] for seed in seeds]
-    mean, count = fmean(differences), len(seeds)
-    if count == 1:
-        return PairedDifference(mean, None, None, seeds)
-    half = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * stdev(differences) / math.sqrt(count)
-    return PairedDifference(mean, mean - half, mean + half, seeds)
 
 
 class ArmRun(NamedTuple):
@@ -78,6 +34,8 @@ class ArmRun(NamedTuple):
         trained_on: titles of the datasets it learnt from, labelled or not.
         timed_on: the devices and numbers of threads on which its seconds depend, as its processes had them; in results
             of older versions the one of run.device and of the sweep, None where it was not recorded.
+        images: what it learnt from by the names of the settings, and the images themselves; None in results of older
+            versions.
         ran_under: see `dan_fast.training.surroundings.ran_under`; empty in results of older versions.
         at_once: how many trainings of the sweep ran while it did, itself included, on average over its seconds; None
             where it was not recorded.
@@ -87,6 +45,7 @@ class ArmRun(NamedTuple):
     iterations: int | None
     seconds: float | None
     trained_on: frozenset[str] = frozenset()
+    images: tuple[str, str] | None = None
     timed_on: tuple[tuple[str | None, int | None], ...] = ()
     ran_under: tuple[Mapping[str, Any], ...] = ()
     at_once: float | None = None
@@ -202,6 +161,11 @@ class Comparison:
             notes.append(f"Seconds depend on how many trainings ran at once, on average {at_once}.")
         if versions := self._versions():
             notes.append(f"Trainings ran under several versions: {versions}.")
+        if others := self._of_other_images():
+            notes.append(
+                f"Trainings of the same datasets learnt from other images, which were changed in between: {others}; "
+                "remove the older ones' folders and train them again."
+            )
         lengths = {arm.name: span for arm in self.arms if (span := _span(arm.runs.values()))}
         if len(set(lengths.values())) > 1:
             each = ", ".join(f"{name} {span}" for name, span in lengths.items())
@@ -237,6 +201,17 @@ class Comparison:
             if known:
                 found[arm.name] = f"{fmean(known):.1f}"
         return ", ".join(f"{mean} for {name}" for name, mean in found.items()) if len(set(found.values())) > 1 else ""
+
+    def _of_other_images(self) -> str:
+        """Which trainings name the same datasets as others and have images that these have not, in words."""
+        trained: dict[str, dict[str, list[str]]] = {}
+        for arm in self.arms:
+            for seed, run in arm.runs.items():
+                if run.images is not None:
+                    named, images = run.images
+                    trained.setdefault(named, {}).setdefault(images, []).append(f"{arm.name}, seed {seed}")
+        several = [each for each in trained.values() if len(each) > 1]
+        return "; ".join(" against ".join(" and ".join(runs) for runs in each.values()) for each in several)
 
     def _versions(self) -> str:
         """The versions of whatever the trainings had several of, in words; "" where none are known."""
@@ -338,6 +313,10 @@ def _read_run(folder: Path, entry: Mapping[str, Any]) -> ArmRun | str:
     if not evaluations:
         return "it was tested on nothing; name data.targets in the base."
     scores = {target_of(each): {metric: each.percentages()[metric] for metric in METRICS} for each in evaluations}
+    data = ("labeled", "unlabeled", "unlabeled_share")
+    # Which share of the unlabelled images is taken, if not all, the seed decides.
+    named = [str(content.get(name)) for name in data] + ([] if content.get(data[2]) in (0, 1) else [str(entry["seed"])])
+    images = (", ".join(named), content["fingerprint"]) if "fingerprint" in content else None
     trained_on = frozenset((*content.get("labeled", ()), *content.get("unlabeled", ())))
     ran_under = tuple(content.get("ran_under", ()))
     # A setting such as auto means another device on another machine, so that what the training found comes first.
@@ -346,7 +325,7 @@ def _read_run(folder: Path, entry: Mapping[str, Any]) -> ArmRun | str:
     seconds = entry["seconds"] if len(timed_on) == 1 else None
     of_all = entry.get("seconds_of_all")
     at_once = of_all / seconds if of_all is not None and seconds else None
-    return ArmRun(scores, content.get("iterations"), seconds, trained_on, timed_on, ran_under, at_once)
+    return ArmRun(scores, content.get("iterations"), seconds, trained_on, images, timed_on, ran_under, at_once)
 
 
 def _learnt_from(runs: Iterable[ArmRun]) -> set[str]:

@@ -9,6 +9,17 @@ import torch
 from torch import Tensor
 
 
+@contextmanager
+def default_float32() -> Iterator[None]:
+    """Inside, what is drawn or made without a dtype is in that of images, whatever the process has set."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class RunRandomNumbers:
     """The generators of the CPU and of the run's GPU, as the run has left them.
 
@@ -37,7 +48,7 @@ class RunRandomNumbers:
     @contextmanager
     def in_process(self) -> Iterator[None]:
         """Inside, the process's generators are those of this run, from where it last left them."""
-        with torch.random.fork_rng(devices=self._gpus):
+        with torch.random.fork_rng(devices=self._gpus), default_float32():
             torch.set_rng_state(self._state["cpu"])
             of_gpu = self._state["cuda"]
             if self._gpus and of_gpu:

@@ -220,6 +220,8 @@ def write_results(
         "protocol": settings["data"]["protocol"],
         "labeled": [dataset.title for dataset in datasets.labeled],
         "unlabeled": [dataset.title for dataset in unlabeled],
+        "unlabeled_share": settings["data"]["unlabeled_share"],
+        "fingerprint": state["fingerprint"],
         "skipped": len(state["skipped"]),
         "epoch": reported[0].epoch if reported else epoch_of(state),
         "weights": weights,

@@ -11,13 +11,14 @@ from dan_fast.daml import Competition, Stage, accuracies_tie, active_groups, att
 from dan_fast.daml.meta import differentiable
 from dan_fast.distributed.buckets import add_up
 from dan_fast.distributed.collectives import ProcessGroup
+from dan_fast.functional.autocast import full_precision
 from dan_fast.training.config import MetaConfig, TrainConfig
 from dan_fast.training.metrics import accuracy
 from dan_fast.training.objective import DivergedError, Objective, PassRecord, TrainingModel, all_finite, require_sound
 from dan_fast.training.ranks import WholePass, any_rank, whole_pass, with_shares
 from dan_fast.training.valid_settings import require_valid
 
-_CAM_WEIGHT = "network.classifier.weight"
+_CLASSIFIER = "network.classifier."
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,9 @@ class MetaStep:
         )
         self._gates = [name for name in self._params if name.startswith("memory.")]
         # A loss that does not reach the classifier would move it by momentum and weight decay alone.
-        reached = model.network.adversary_reach == "all" and _CAM_WEIGHT in self._params
-        self._cam_weight = _CAM_WEIGHT if reached else None
+        reached = model.network.adversary_reach == "all"
+        # Of a parametrised one, as by weight_norm or LoRA, there are several.
+        self._cam_weights = [name for name in self._backbone if reached and name.startswith(_CLASSIFIER)]
         self.competes = self.meta.procedure == "daml3" and model.network.adversary
 
     @property
@@ -161,7 +163,7 @@ class MetaStep:
             ValueError: batch norm or the memory refuses the batch, labels are no classes of the network, S has no
                 labelled image where a competition is held, a part or a rank's share of it has no image, or the
                 procedure needs the batch split otherwise.
-            TypeError: images that are not floating.
+            TypeError: images that are not floating, or of another dtype than the network.
             RuntimeError: it is called in `torch.inference_mode`.
         """
         if (meta_test is None) != (self.meta.procedure == "daml1"):
@@ -171,7 +173,12 @@ class MetaStep:
             if self.process_group is None and len(part.labels) == 0:
                 raise ValueError("a part of the batch has no images: S and S~ need one or more each")
             part.require_sound(self.model.network.classifier.out_features)
-        with differentiable(self.meta.order if meta_test is not None else 1):
+            kind = next(self.model.network.parameters()).dtype
+            if self.model.autocast_dtype is None and part.images.dtype != kind:
+                raise TypeError(f"images are {part.images.dtype} and the network is {kind}: make them of one dtype")
+        # The model opens an autocast of its own; one around the backward passes would round their products.
+        order = self.meta.order if meta_test is not None else 1
+        with differentiable(order), full_precision(self.device):
             meta_train = self._to_device(meta_train)
             if self.process_group is not None:
                 meta_train, meta_test = with_shares(self.process_group, (meta_train, meta_test), self.model.lending)
@@ -270,7 +277,7 @@ class MetaStep:
             # Of L_total the gates move l2 L_lde alone, so their gradient is the same, and one walk of the memory's part
             # of the graph serves both. With second derivatives they also move what S~ loses at the new backbone.
             backbone, gates = [*backbone, *gates], []
-        return active_groups(stage, backbone, self._attention, gates, self._cam_weight)
+        return active_groups(stage, backbone, self._attention, gates, self._cam_weights)
 
     def _inner_steps(self) -> float | dict[str, float]:
         sizes = [group["lr"] for group in self.optimizer.param_groups]

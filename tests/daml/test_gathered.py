@@ -37,3 +37,9 @@ def test_a_tensor_stays_on_its_device():
 
 def test_no_tensor_gives_none():
     assert gathered({}) == {}
+
+
+def test_sparse_gradients_become_dense():
+    value = torch.tensor([[0.0, 2.0], [0.0, 0.0]])
+    found = gathered({"sparse": value.to_sparse(), "dense": torch.ones(1)})
+    assert torch.equal(found["sparse"], value)

@@ -233,7 +233,7 @@ def test_without_a_guard_the_backbone_stays_frozen():
 
 
 def test_groups_of_each_stage_list_every_parameter_at_most_once():
-    names = {"backbone": ["b", "cam"], "attention": ["a1", "a2"], "memory": ["alpha"], "cam_weight": "cam"}
+    names = {"backbone": ["b", "cam"], "attention": ["a1", "a2"], "memory": ["alpha"], "cam_weights": ["cam"]}
     assert active_groups(Stage.ADVERSARY, **names) == {
         "attention": (["a1", "a2", "cam"], "adversary"),
         "memory": (["alpha"], "embedding"),
@@ -319,7 +319,7 @@ def test_each_parameter_may_have_an_inner_step_of_its_own(order):
 
 
 def test_a_stage_may_be_its_name_and_no_other():
-    names = (["b"], ["a"], ["m"], "b")
+    names = (["b"], ["a"], ["m"], ["b"])
     for stage in Stage:
         assert active_groups(str(stage.value), *names) == active_groups(stage, *names)
     with pytest.raises(ValueError, match="'frozen' is not a valid Stage"):
@@ -359,6 +359,7 @@ def test_names_of_a_group_may_be_given_once_and_losses_are_copies(order):
             TypeError,
             "inner_lr of 'w' must be a number, got str",
         ),
+        (lambda w: {"total": w.sum()}, {"inner_lr": torch.ones(2)}, TypeError, r"number, got a tensor of shape \(2,\)"),
         (lambda w: {"total": w.sum()}, {"eta": None}, TypeError, "eta must be a number, got NoneType"),
     ],
 )

@@ -452,3 +452,31 @@ def test_a_compiled_module_runs_as_it_was_written():
 
         found.append(meta_gradients(loss_fn, params, None, *batches, inner_lr=0.1).grads)
     assert_close(found[1], found[0], 1e-12)
+
+
+class OwnNorm(nn.Module):
+    """A norm whose running mean is a new tensor after each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.running_mean = 0.5 * self.running_mean + 0.5 * x.detach().mean(0)
+        return x - x.mean(0)
+
+
+def test_running_statistics_that_are_replaced_advance_once_a_batch():
+    x, y = torch.randn(2, 5, 3)
+    means = []
+    for order in (1, 2):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 4), OwnNorm(), nn.Tanh())
+        params = dict(net.named_parameters())
+        meta_gradients(
+            lambda given, batch, net=net: {"total": functional_call(net, given, (batch,)).square().mean()},
+            params, None, x, y, inner_lr=0.0, order=order,
+        )  # fmt: skip
+        means.append(copy.deepcopy(net)[1].running_mean)
+    assert torch.equal(*means)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from dan_fast.reporting.arms import MEAN_OF_TARGETS, paired_difference, read_comparison
+from dan_fast.reporting.arms import MEAN_OF_TARGETS, read_comparison
+from dan_fast.reporting.differences import paired_difference
 from dan_fast.reporting.html import ABSENT
 from dan_fast.training.reported import CHOSEN
 from tests.support.fake_runs import with_results
@@ -226,6 +227,18 @@ def test_several_versions_are_said(folder, processes):
     del content["ran_under"]
     older.write_text(json.dumps(content))
     assert not [note for note in read_comparison(folder).notes() if "versions" in note]
+
+
+def test_other_images_of_the_same_datasets_are_said(folder):
+    for results in folder.glob("*/results.json"):
+        named = {"labeled": ["mall"], "unlabeled": [], "unlabeled_share": 1.0}
+        with_results(results.parent, **named, fingerprint="b" if results.parent.name == "dan,run.seed=0" else "a")
+    said = [note for note in read_comparison(folder).notes() if "learnt from other images" in note]
+    assert len(said) == 1 and said[0].count(" against ") == 1 and " against dan, seed 0; remove" in said[0]
+    # The seed decides which are a share of them.
+    for results in folder.glob("*/results.json"):
+        with_results(results.parent, unlabeled_share=0.5, fingerprint=results.parent.name.partition("seed=")[2])
+    assert not [note for note in read_comparison(folder).notes() if "other images" in note]
 
 
 def test_seconds_are_of_the_device_that_the_training_found(folder):

@@ -95,3 +95,13 @@ def test_a_training_on_a_gpu_leaves_its_generators_as_they_were(images: Path, tm
     assert state_of_the_process() == before
     saved = load_checkpoint(tmp_path / "whole" / "checkpoint.pt")["random"]["cuda"]
     assert len(saved) == 1 and saved[0].tolist() != before[0][1 + torch.cuda.current_device()]
+
+
+def test_a_default_dtype_changes_no_training(images: Path, tmp_path: Path):
+    Trainer(config(images, tmp_path / "float32", optimizer={"epochs": 1})).fit()
+    torch.set_default_dtype(torch.float64)
+    try:
+        Trainer(config(images, tmp_path / "float64", optimizer={"epochs": 1})).fit()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_training(tmp_path / "float32", tmp_path / "float64")

@@ -23,7 +23,7 @@ def groups_of(params: dict[str, Tensor], stage: Stage) -> dict[str, tuple[list[s
     gates = [name for name in params if name.startswith("memory.")]
     attention = [name for name in params if ".attention." in name]
     backbone = [name for name in params if name not in (*gates, *attention)]
-    return active_groups(stage, backbone, attention, gates, CAM_WEIGHT)
+    return active_groups(stage, backbone, attention, gates, [CAM_WEIGHT])
 
 
 def test_the_hooks_that_the_network_names_are_called():
@@ -353,3 +353,33 @@ def test_other_values_stand_in_for_parameters_wherever_these_sit_and_only_during
     with pytest.raises(ValueError, match="nan"):
         objective({"first.weight": other}, batch * torch.nan)
     assert model.first.weight is own and model.second.weight is own
+
+
+def test_an_autocast_around_a_step_changes_nothing():
+    def grads() -> dict[str, Tensor]:
+        meta_step = tiny_step(order=1, procedure="daml2")
+        return meta_step.gradients(split(1), split(2)).grads
+
+    expected = grads()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = grads()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_parameters_of_a_parametrised_classifier_join_the_adversary():
+    model = training_model()
+    nn.utils.parametrizations.weight_norm(model.network.classifier)
+    meta_step = tiny_step(model)
+    decide(meta_step, Stage.ADVERSARY)
+    names = {f"network.classifier.parametrizations.weight.original{part}" for part in (0, 1)}
+    assert names <= meta_step.gradients(split(1), split(2)).grads.keys()
+
+
+def test_images_of_another_dtype_are_named():
+    meta_step = tiny_step(training_model().double())
+    with pytest.raises(
+        TypeError, match=r"^images are torch.float32 and the network is torch.float64: make them of one"
+    ):
+        meta_step.gradients(split(1), split(2))

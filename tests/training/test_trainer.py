@@ -57,6 +57,7 @@ def test_a_run_that_goes_on_under_other_versions_says_so_and_records_both(images
     assert (now["torch"], now["threads"]) == (torch.__version__, torch.get_num_threads()) and now["device"] != "cpu"
     of_run = json.loads((finished / "results.json").read_text())
     assert of_run["ran_under"] == [now]
+    assert of_run["fingerprint"] == state["fingerprint"] and of_run["unlabeled_share"] == 1.0
     assert of_run["weights"] == weights_hash(trained_network(finished / "checkpoint.pt")[0])
     older, less = now | {"torch": "2.0.0", "float32": "TF32 in convolutions"}, {"torch": now["torch"]}
     for before, found in (([older], [older, now]), ([now], [now]), ([], [now]), ([less], [less, now])):
