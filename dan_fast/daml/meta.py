@@ -63,10 +63,10 @@ def meta_gradients(
     one and leave the statistics of batch norm alone. A `loss_fn` that gives other losses then, since it keeps another
     state, or whose operators lack forward mode, goes by double backward, with a warning the first time, for which
     it has to be the same object, or a method of the same one, from call to call; one with a method `traced` has only a
-    part of it run again, see `dan_fast.daml.TracedLosses`. What else a module or a hook keeps of those calls, such as its
-    last output, cannot be copied afterwards.
+    part of it run again, see `dan_fast.daml.TracedLosses`. What else a module or a hook keeps of those calls, such as
+    its last output, cannot be copied afterwards.
 
-    An autocast around it is the caller's for the backward passes too, whose products it then rounds: open it in `loss_fn`.
+    An autocast around it is the caller's for the backward passes too, whose products it rounds: open it in `loss_fn`.
 
     Args:
         loss_fn: maps (name to tensor, batch) to a dict of scalar losses; called once with `meta_train`, then

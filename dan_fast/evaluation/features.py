@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from types import FunctionType, MethodType
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +94,8 @@ def extract_features(
     """Embed images in order, without gradients.
 
     A network has to be in evaluation mode: with batch normalisation or dropout in training mode the features would
-    depend on the batch. Where ``embed`` is a module or a method of one, that is checked; else it is up to the caller.
+    depend on the batch. Where ``embed`` is a module, a method of one, or either in ``functools.partial`` or
+    ``torch.compile``, that is checked; else it is up to the caller.
 
     With ``process_group`` the batches, which are those of one rank, are divided over the ranks: each reads and embeds
     consecutive ones and keeps their features; labels, paths and what was skipped are known to all.
@@ -108,9 +111,9 @@ def extract_features(
         broken_images: an unreadable image is an error, or is left out of the result.
         progress: called with (images read, images in all) at each batch, of this rank's.
         cache: holds or takes the decoded images, of all ranks; the features are the same.
-        preprocessing: how images are resized and normalised for the network; by default ``embed.preprocessing`` where
-            it is a module that has one, or that of the module of which it is a method (``DAN.preprocessing``), else
-            torchvision's of ImageNet.
+        preprocessing: how images are resized and normalised for the network; by default as that module, or the
+            only one inside it that has a ``preprocessing`` (``DAN.preprocessing``), says, else torchvision's of
+            ImageNet.
         process_group: ranks that are all given the same images and settings, and a network of the same weights.
 
     Raises:
@@ -134,14 +137,16 @@ def extract_features(
         require_same(process_group, given, "evaluate the same images in the same batches on all ranks")
     if precision not in ("float32", "bfloat16"):
         raise ValueError(f"precision is {precision!r}; it must be 'float32' or 'bfloat16'.")
-    network = embed if isinstance(embed, nn.Module) else getattr(embed, "__self__", None)
-    if isinstance(network, nn.Module) and network.training:
+    network = _network_of(embed)
+    modules = () if network is None else network.named_modules()
+    training = next((name for name, each in modules if each.training), None)
+    if training is not None:
+        part = f"whose {training} is in" if training else "in"
         raise ValueError(
-            f"embed is of a {type(network).__name__} in training mode, whose features depend on the batch; call its "
-            "eval() first."
+            f"embed is of a {type(network).__name__} {part} training mode, whose features depend on the batch; call "
+            "its eval() first."
         )
-    own = getattr(network, "preprocessing", None)
-    preprocessing = preprocessing or (own if isinstance(own, Preprocessing) else IMAGENET)
+    preprocessing = preprocessing or _preprocessing_of(network)
     if not samples:
         raise DanFastError("There are no images to embed; check that the split asked for is not empty.")
     device, part = torch.device(device), range(len(samples))
@@ -181,9 +186,30 @@ def extract_features(
     # Joined outside of inference mode, so that the result is an ordinary tensor.
     return Features(
         torch.cat(rows) if rows else torch.empty(0, max(width for _, width in of_ranks)),
-        torch.tensor([samples[index].pid for index in everywhere], dtype=torch.int64),
-        torch.tensor([samples[index].camid for index in everywhere], dtype=torch.int64),
+        torch.tensor([samples[index].pid for index in everywhere], dtype=torch.int64, device="cpu"),
+        torch.tensor([samples[index].camid for index in everywhere], dtype=torch.int64, device="cpu"),
         tuple(Path(samples[index].path) for index in everywhere),
         tuple(Path(samples[index].path) for index in sorted(set(range(len(samples))) - set(everywhere))),
         () if process_group is None else tuple(len(own) for own, _ in of_ranks),
     )
+
+
+def _network_of(embed: Any) -> nn.Module | None:
+    """The module that embeds, where that can be known."""
+    while isinstance(embed, partial | MethodType | FunctionType):
+        if isinstance(embed, partial):
+            embed = embed.func
+        elif isinstance(embed, MethodType):
+            embed = embed.__self__
+        else:  # of torch.compile, or of a decorator
+            embed = getattr(embed, "_torchdynamo_orig_callable", getattr(embed, "__wrapped__", None))
+    return embed if isinstance(embed, nn.Module) else None
+
+
+def _preprocessing_of(network: nn.Module | None) -> Preprocessing:
+    own = getattr(network, "preprocessing", None)
+    if isinstance(own, Preprocessing):
+        return own
+    of_modules = [getattr(each, "preprocessing", None) for each in (network.modules() if network is not None else ())]
+    found = {each for each in of_modules if isinstance(each, Preprocessing)}
+    return found.pop() if len(found) == 1 else IMAGENET

@@ -98,7 +98,7 @@ def evaluate_reranked(
         features, labels = (query_features, gallery_features), (query_ids, gallery_ids, query_cams, gallery_cams)
         problem = checked_problem(features, labels, metric, block_bytes, process_group)
         check_scoring(max_rank, ap)
-        _check_reranking(reranking)
+        check_reranking(reranking)
     distances, whole, division = _reranked(problem, reranking)
     # All images of the largest part at a time, as a query's Jaccard distances come together.
     found = ranks_of_part(distances, whole, block_bytes, _ENTRY_BYTES * max(division.sizes), division)
@@ -137,7 +137,7 @@ def reranked_distances(
         ((3, 3), True)
     """
     check_metric(metric)
-    _check_reranking(reranking)
+    check_reranking(reranking)
     query, gallery = check_shapes(query_features, gallery_features)
     labels = Labels(*(np.zeros(len(x), dtype=np.int64) for x in (query, gallery) * 2))
     distances, _, division = _reranked(RankingProblem(query, gallery, labels, metric, block_bytes), reranking)
@@ -147,7 +147,10 @@ def reranked_distances(
         yield rows, distances.of_rows(rows).near(slice(None)).cpu().numpy()
 
 
-def _check_reranking(reranking: Reranking) -> None:
+def check_reranking(reranking: Reranking) -> None:
+    """Raise TypeError or ValueError for parameters that are none."""
+    if not isinstance(reranking, Reranking):
+        raise TypeError(f"reranking must be Reranking(k1, k2, weight), got {reranking!r}")
     for name in ("k1", "k2"):
         value = getattr(reranking, name)
         if not isinstance(value, Integral) or value < 1:

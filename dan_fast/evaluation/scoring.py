@@ -13,10 +13,11 @@ from dan_fast.data.samples import ReIDDataset
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.evaluation.dataset_features import DatasetFeatures, extract_dataset
 from dan_fast.evaluation.features import Features
+from dan_fast.evaluation.problem import check_metric, check_scoring
 from dan_fast.evaluation.ranking import AveragePrecision, Metric, NoMatchError, RankingResult, evaluate_ranking
-from dan_fast.evaluation.reranking import Reranking, evaluate_reranked
+from dan_fast.evaluation.reranking import Reranking, check_reranking, evaluate_reranked
 from dan_fast.evaluation.result import Evaluation
-from dan_fast.evaluation.scorable import no_match, require_defined
+from dan_fast.evaluation.scorable import no_match, require_defined, require_scorable
 from dan_fast.evaluation.single_shot import evaluate_single_shot
 
 
@@ -43,8 +44,7 @@ def evaluate_features(
             or an ``ap`` other than the standard one.
         ValueError: features that are not finite, or ``repeats`` below 1.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats is {repeats}; it must be at least 1.")
+    _check_scoring(repeats, metric, max_rank, ap, reranking)
     if features.test is None:
         repeats = 1
     elif features.splits is not None:
@@ -119,10 +119,23 @@ def evaluate_dataset(
         repeats, seed, metric, max_rank, ap, reranking: as in :func:`evaluate_features`.
 
     Raises:
-        DanFastError, ValueError: as the two functions do.
+        DanFastError, ValueError: as the two functions do; of a dataset or an argument before an image is read.
     """
+    _check_scoring(repeats, metric, max_rank, ap, reranking)
+    require_scorable(dataset, ap, reranking is not None)
     features = extract_dataset(embed, dataset, image_size, process_group=process_group, **options)
     return evaluate_features(features, repeats, seed, metric, max_rank, ap, reranking, process_group)
+
+
+def _check_scoring(
+    repeats: int, metric: Metric, max_rank: int, ap: AveragePrecision, reranking: Reranking | None
+) -> None:
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}; it must be at least 1.")
+    check_metric(metric)
+    check_scoring(max_rank, ap)
+    if reranking is not None:
+        check_reranking(reranking)
 
 
 def _rank(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -104,8 +103,10 @@ def write_features(out: Path, extractor: FeatureExtractor, parts: Sequence[Part]
             }
             unread = np.concatenate([np.isnan(np.load(chunk, mmap_mode="r")[:, 0]) for chunk in chunks])
             write_whole(out, lambda stream: _WRITERS[out.suffix](stream, chunks, extractor.size, columns))
-            # On NFS a lock file that is still open leaves one of another name, which goes when the lock is released.
-            shutil.rmtree(folder, ignore_errors=True)
+            for file in folder.iterdir():
+                # Chunks, also those of files that have changed since.
+                if re.fullmatch(r"[0-9a-f]{32}\.npy", file.name):
+                    file.unlink(missing_ok=True)
     finally:
         # One without any chunk is of no use.
         with suppress(OSError):
@@ -157,7 +158,12 @@ def _key(made_by: tuple[object, ...], samples: Sequence[Sample]) -> str:
 def _is_done(chunk: Path, extractor: FeatureExtractor) -> bool:
     # An image that an earlier call skipped has to be an error where nothing is skipped.
     skips = extractor.broken_images == "skip"
-    return chunk.is_file() and (skips or not np.isnan(np.load(chunk, mmap_mode="r")[:, 0]).any())
+    try:
+        features = np.load(chunk, mmap_mode="r")
+        return skips or not np.isnan(features[:, 0]).any()
+    except (OSError, ValueError, EOFError):
+        # None, or one that is cut short.
+        return False
 
 
 def _write_npz(stream: IO[bytes], chunks: Sequence[Path], size: int, columns: dict[str, np.ndarray]) -> None:

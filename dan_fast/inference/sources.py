@@ -79,6 +79,8 @@ def samples_of(parts: Iterable[Part]) -> tuple[Sample, ...]:
 
 
 def _parts_at(text: str) -> Iterator[Part]:
+    if not text:
+        raise DanFastError("The path of images is empty, as by a variable of the shell that is not set: name it.")
     path = expanded(text)
     if path.is_dir() and not holds_dataset(path):
         yield _unknown(_images_below(path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -171,6 +172,8 @@ def update_index(
     images: dict[str, Sample] = {}
     for sample in gallery:
         images.setdefault(absolute(sample.path), sample)
+    if not images:
+        raise DanFastError("The gallery is empty: name images to search in.")
     try:
         with alone(folder / ".lock"):
             try:
@@ -183,7 +186,8 @@ def update_index(
                     _bring_up_to_date(folder, stored, kind)
                 _save(folder / _INDEX, stored)
                 used = {entry["file"] for entry in stored["kinds"].values()}
-                unused = (file for file in folder.glob("*.faiss") if file.name not in used)
+                own = re.compile(rf"({'|'.join(get_args(IndexKind))})-[0-9]+\.faiss")
+                unused = [file for file in folder.iterdir() if own.fullmatch(file.name) and file.name not in used]
                 for file in (folder / _UNFINISHED, *unused):
                     file.unlink(missing_ok=True)
             finally:

@@ -13,7 +13,7 @@ from dan_fast.nn import DAN, ProgressiveAugmentedMemory
 from dan_fast.training.checkpoint import fitting_this_version, load_checkpoint
 from dan_fast.training.config import LossConfig, MemoryConfig, ModelConfig, TrainConfig
 from dan_fast.training.objective import TrainingModel
-from dan_fast.training.random_numbers import default_float32
+from dan_fast.training.random_numbers import plain_defaults
 from dan_fast.training.starting import start_of, take_weights
 
 
@@ -51,7 +51,7 @@ def network_and_random_state(
         )
     start = start_of(model.weights) if read_weights else None
     # It is made on the CPU: no GPU's generator is forked, nor seeded, as torch.manual_seed would do.
-    with torch.random.fork_rng(devices=[]), default_float32():
+    with torch.random.fork_rng(devices=[]), plain_defaults():
         torch.default_generator.manual_seed(settings["run"]["seed"])
         network = DAN(
             num_classes,

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,12 +10,13 @@ from torch import Tensor
 
 
 @contextmanager
-def default_float32() -> Iterator[None]:
-    """Inside, what is drawn or made without a dtype is in that of images, whatever the process has set."""
-    before = torch.get_default_dtype()
+def plain_defaults() -> Iterator[None]:
+    """Inside, what names neither dtype nor device is float32 and on the CPU, whatever the process has set."""
+    before, on_cpu = torch.get_default_dtype(), torch.get_default_device().type == "cpu"
     torch.set_default_dtype(torch.float32)
     try:
-        yield
+        with nullcontext() if on_cpu else torch.device("cpu"):
+            yield
     finally:
         torch.set_default_dtype(before)
 
@@ -48,7 +49,7 @@ class RunRandomNumbers:
     @contextmanager
     def in_process(self) -> Iterator[None]:
         """Inside, the process's generators are those of this run, from where it last left them."""
-        with torch.random.fork_rng(devices=self._gpus), default_float32():
+        with torch.random.fork_rng(devices=self._gpus):
             torch.set_rng_state(self._state["cpu"])
             of_gpu = self._state["cuda"]
             if self._gpus and of_gpu:

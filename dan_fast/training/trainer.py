@@ -26,7 +26,7 @@ from dan_fast.training.interrupt import TrainingStop
 from dan_fast.training.memory_shards import load_state, parted_state, require_room
 from dan_fast.training.objective import DivergedError, all_finite, why_refused
 from dan_fast.training.optimizer import build_optimizer, set_step_size
-from dan_fast.training.random_numbers import RunRandomNumbers
+from dan_fast.training.random_numbers import RunRandomNumbers, plain_defaults
 from dan_fast.training.ranks import saved_if_all_are_broken
 from dan_fast.training.reported import opening_lines
 from dan_fast.training.run_folder import RunFolder
@@ -78,6 +78,7 @@ class Trainer:
         evaluations = trainer.fit()
     """
 
+    @plain_defaults()
     def __init__(self, config: TrainConfig, process_group: ProcessGroup | None = None) -> None:
         self.config = config = own_copy(config)
         self.device = resolve_device(config.run.device)
@@ -131,6 +132,7 @@ class Trainer:
     def iterations_done(self) -> int:
         return self.epoch * self.batches.planner.iterations + self.iteration
 
+    @plain_defaults()
     def fit(self) -> list[Evaluation]:
         """Train to the last epoch and evaluate on the targets.
 

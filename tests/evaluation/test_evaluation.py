@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from unittest.mock import Mock
 
 import numpy as np
@@ -15,6 +16,7 @@ from dan_fast.data.samples import FixedSplit, FixedSplits, ReIDDataset, Sample
 from dan_fast.evaluation.dataset_features import DatasetFeatures, extract_dataset, random_split
 from dan_fast.evaluation.features import extract_features
 from dan_fast.evaluation.ranking import evaluate_ranking
+from dan_fast.evaluation.reranking import Reranking
 from dan_fast.evaluation.result import COLUMNS, Evaluation
 from dan_fast.evaluation.scorable import require_scorable
 from dan_fast.evaluation.scoring import evaluate_dataset, evaluate_features
@@ -89,6 +91,13 @@ def test_a_network_brings_its_preprocessing_and_has_to_be_in_evaluation_mode(peo
     network = Network().eval()
     expected = extract_features(colours, people[:3], SIZE, preprocessing=network.preprocessing).features
     usual = extract_features(colours, people[:3], SIZE).features
+    wrapped = torch.nn.Sequential(network).eval()
+    for embed in (partial(network.embed), torch.compile(network.embed, backend="eager"), wrapped, partial(wrapped)):
+        assert torch.equal(extract_features(embed, people[:3], SIZE).features, expected)
+        network.train()
+        with pytest.raises(ValueError, match=r"a (Network|Sequential whose 0 is) in training mode, whose features"):
+            extract_features(embed, people[:3], SIZE)
+        network.eval()
     for embed in (network, network.embed):
         assert torch.equal(extract_features(embed, people[:3], SIZE).features, expected)
         assert torch.equal(extract_features(embed, people[:3], SIZE, preprocessing=IMAGENET).features, usual)
@@ -291,8 +300,24 @@ def test_datasets_that_cannot_be_scored(people):
                 refuse(dataset)
     with pytest.raises(DanFastError, match="network's features are not finite numbers: its training has diverged"):
         evaluate_dataset(lambda images: colours(images) * np.nan, tiny(test=people), SIZE)
-    with pytest.raises(ValueError, match="repeats is 0"):
-        evaluate_dataset(colours, tiny(test=people), SIZE, repeats=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "sentence"),
+    [
+        ({"repeats": 0}, ValueError, "repeats is 0"),
+        ({"metric": "euclid"}, ValueError, "metric is 'euclid'"),
+        ({"max_rank": 0}, ValueError, "max_rank is 0"),
+        ({"ap": "trapez"}, ValueError, "ap is 'trapez'"),
+        ({"reranking": True}, TypeError, r"reranking must be Reranking\(k1, k2, weight\), got True"),
+        ({"reranking": Reranking(0, 6, 0.3)}, ValueError, "k1 is 0"),
+    ],
+)
+def test_wrong_arguments_are_named_before_an_image_is_read(people, arguments, kind, sentence):
+    embed = Mock()
+    with pytest.raises(kind, match=sentence):
+        evaluate_dataset(embed, tiny(test=people), SIZE, **arguments)
+    assert not embed.called
 
 
 @pytest.mark.parametrize("part", ["test", "gallery", "query"])

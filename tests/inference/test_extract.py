@@ -264,6 +264,7 @@ def test_without_pyarrow_it_says_what_to_install(run, folder, tmp_path, monkeypa
         (["nowhere"], "There is nothing at nowhere"),
         (["photos/*.gif"], "There is nothing at photos/*.gif"),
         (["nowhere@new"], "There is no dataset at nowhere"),
+        ([""], "The path of images is empty, as by a variable of the shell that is not set"),
         (["photos/notes.txt"], "The image photos/notes.txt cannot be decoded (it is no image that Pillow knows)"),
         (["photos/a", "photos/wrong.csv"], "photos/wrong.csv lacks the column pid"),
         (["photos/a", "--checkpoint", "none.pt"], "none.pt does not exist"),
@@ -313,6 +314,21 @@ def stopped_at(batch: int, monkeypatch) -> None:
             yield rows
 
     monkeypatch.setattr(FeatureExtractor, "batches", until)
+
+
+def test_a_part_that_is_cut_short_is_made_anew_and_what_lies_beside_stays(run, folder, tmp_path, embedded):
+    whole, out = run(folder), tmp_path / "again.npz"
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_at(10, patch)
+        run(folder, "--out", out, code=130)
+    (part,) = Path(f"{out}.part").iterdir()
+    part.write_bytes(part.read_bytes()[:50])
+    (part.parent / "notes.txt").write_text("of somebody else")
+    embedded.clear()
+    again = run(folder, out=out)
+    assert sum(embedded) == IMAGES
+    assert all(np.array_equal(again[name], whole[name]) for name in whole)
+    assert [path.name for path in part.parent.iterdir()] == ["notes.txt"]
 
 
 def test_an_interrupted_one_goes_on_where_it_was(run, folder, tmp_path, embedded, capsys):

@@ -95,7 +95,14 @@ def test_defaults_of_the_process_change_nothing(checkpoint, paths, expected):
         found = [extract(paths), extract([])]
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(found[0], expected) and all(each.dtype == torch.float32 for each in found)
+    torch.set_default_device("meta")  # as a GPU would be
+    try:
+        found += [FeatureExtractor(checkpoint, "cpu", BATCH, workers=workers)(paths) for workers in (0, 1)]
+    finally:
+        torch.set_default_device(None)
+    assert all(torch.equal(found[number], expected) for number in (0, 2, 3)) and all(
+        each.dtype == torch.float32 for each in found
+    )
 
 
 def test_a_floating_batch_is_taken_as_it_is(extract, paths, expected):

@@ -80,6 +80,16 @@ def test_a_second_index_leaves_the_first_as_it_is(folder, checkpoint, monkeypatc
     assert GalleryIndex(folder / "index", extractor).size == len(images)
 
 
+def test_files_that_are_not_of_the_index_stay(folder, checkpoint):
+    extractor, images = FeatureExtractor(checkpoint, "cpu"), find_images([str(folder / "gallery")])[0].samples
+    index = folder / "index"
+    index.mkdir()
+    for name in ("gallery.faiss", "hnsw-7.faiss"):
+        (index / name).touch()
+    update_index(index, extractor, images)
+    assert sorted(path.name for path in index.iterdir()) == ["features.f32", "gallery.faiss", "index.json"]
+
+
 def test_what_does_not_fit_an_index_is_said(run, folder, checkpoint):
     run()
     extractor = FeatureExtractor(checkpoint, "cpu")
@@ -91,6 +101,8 @@ def test_what_does_not_fit_an_index_is_said(run, folder, checkpoint):
         index.search(np.zeros((1, index.size), np.float32), places=0)
     with pytest.raises(ValueError, match="kind must be one of flat, hnsw, ivfpq, got 'tree'"):
         update_index(folder / "new", extractor, [], "tree")
+    with pytest.raises(DanFastError, match="The gallery is empty: name images to search in"):
+        update_index(folder / "new", extractor, [])
     assert not (folder / "new").exists()
 
 

@@ -97,11 +97,14 @@ def test_a_training_on_a_gpu_leaves_its_generators_as_they_were(images: Path, tm
     assert len(saved) == 1 and saved[0].tolist() != before[0][1 + torch.cuda.current_device()]
 
 
-def test_a_default_dtype_changes_no_training(images: Path, tmp_path: Path):
-    Trainer(config(images, tmp_path / "float32", optimizer={"epochs": 1})).fit()
+def test_defaults_of_the_process_change_no_training(images: Path, tmp_path: Path):
+    Trainer(config(images, tmp_path / "usual", optimizer={"epochs": 1})).fit()
     torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")  # as a GPU would be
     try:
-        Trainer(config(images, tmp_path / "float64", optimizer={"epochs": 1})).fit()
+        Trainer(config(images, tmp_path / "other", optimizer={"epochs": 1})).fit()
+        assert torch.get_default_dtype() == torch.float64 and torch.get_default_device().type == "meta"
     finally:
         torch.set_default_dtype(torch.float32)
-    assert_same_training(tmp_path / "float32", tmp_path / "float64")
+        torch.set_default_device(None)
+    assert_same_training(tmp_path / "usual", tmp_path / "other")

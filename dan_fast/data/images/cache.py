@@ -144,6 +144,8 @@ class ImageCache:
     def add(self, paths: Sequence[str | Path]) -> None:
         """Open the file of a set of images, which is decoded first where there is no valid file.
 
+        What was opened before is not looked at again: take another object for images that have changed since.
+
         An image that cannot be decoded is recorded and raises when it is read.
 
         Raises:

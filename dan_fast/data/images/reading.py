@@ -39,7 +39,7 @@ def read_image(path: Path) -> Tensor:
 def decode_image(content: bytes | Image.Image | np.ndarray | Tensor, path: Path | str) -> Tensor:
     """`read_image` for what has been read: a file's bytes, or an image in memory; `path` is for the message.
 
-    An image in memory is Pillow's in any mode but I and F, turned by its EXIF orientation too, or in RGB a uint8
+    An image in memory is Pillow's in any mode but I, F and La, turned by its EXIF orientation too, or in RGB a uint8
     (H,W,3) array or (3,H,W) tensor.
     """
     try:

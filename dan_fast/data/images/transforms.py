@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torchvision.transforms import v2
 
@@ -78,6 +80,6 @@ def _to_float(preprocessing: Preprocessing) -> tuple[v2.Transform, v2.Transform]
 
 def _checked(image_size: tuple[int, int]) -> tuple[int, int]:
     size = tuple(image_size)
-    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+    if len(size) != 2 or not all(isinstance(side, Integral) and side > 0 for side in size):
         raise DanFastError(f"The image size {image_size!r} is not a height and a width; give two, such as 256 128.")
-    return size
+    return int(size[0]), int(size[1])

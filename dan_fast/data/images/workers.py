@@ -56,7 +56,13 @@ class SentenceLoader(DataLoader):
         # Of the process that forks them, which need not be the one that made the loader.
         self.worker_init_fn = partial(_start_worker, os.getpid())
         # Not a generator, so that the worker processes are forked here, by the caller's thread, not at the first batch.
-        return map(_raised, _OfWorkers(super().__iter__()) if self.num_workers else super().__iter__())
+        if torch.get_default_device().type == "cpu":
+            batches = super().__iter__()
+        else:
+            # Generators, images and indices are on the CPU, whatever torch.set_default_device says.
+            with torch.device("cpu"):
+                batches = _on_cpu(super().__iter__())
+        return map(_raised, _OfWorkers(batches) if self.num_workers else batches)
 
 
 class _Sentences(Dataset):
@@ -85,6 +91,16 @@ class _Collate:
             if isinstance(item, DanFastError):
                 return item
         return self.collate(items)
+
+
+def _on_cpu(batches: Iterator[Any]) -> Iterator[Any]:
+    while True:
+        with torch.device("cpu"):
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+        yield batch
 
 
 def _raised(batch: Any) -> Any:
