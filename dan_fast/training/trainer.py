@@ -118,8 +118,7 @@ class Trainer:
         self.meta_step = MetaStep(self.model, self.optimizer, config.meta, process_group)
         self._compiled = CompiledWhereFaster(self.meta_step, config.run.compile)
         self.random = RunRandomNumbers(self.device, config.run.seed, after_weights, rank_in(process_group))
-        self.epoch = 0
-        self.iteration = 0
+        self.epoch, self.iteration = 0, 0
         self.feedback: tuple[Tensor, Tensor] | None = None
         self.skipped = SkippedImages()
         if saved is not None:
