@@ -281,7 +281,7 @@ class SecondOrder:
         if not torch.allclose(features, self.losses.features.detach(), rounding, rounding, equal_nan=True):
             raise RuntimeError(
                 "loss_fn gave other losses when it was called again with the same parameters and batch, so it keeps a "
-                "state, which has now advanced by this batch twice; give loss_fn a method traced, see TracedLosses"
+                "state, which may have advanced by this batch twice; give loss_fn a method traced, see TracedLosses"
             )
 
 

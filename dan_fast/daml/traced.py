@@ -152,6 +152,8 @@ def _statistics_kept() -> Iterator[None]:
     """Inside, layers in training mode normalise by the batch and leave their running statistics alone."""
     frozen: set[nn.Module] = set()
     taken: dict[nn.Module, dict[str, Tensor | None]] = {}
+    before: dict[nn.Module, dict[str, Tensor | None]] = {}
+    after: dict[nn.Module, dict[str, Tensor | None]] = {}
 
     def take(module: nn.Module, _: Any) -> None:
         if module.training and getattr(module, "track_running_stats", False):
@@ -159,16 +161,18 @@ def _statistics_kept() -> Iterator[None]:
             module.track_running_stats = False
             frozen.add(module)
         if module.training and module._buffers:
-            # A layer of one's own may put others in their place.
-            taken[module] = dict(module._buffers)
+            before.setdefault(module, dict(module._buffers))
         if module in frozen and isinstance(module, _INSTANCE_NORMS):
             # It updates what it has, whatever that says.
-            module._buffers.update(running_mean=None, running_var=None)
+            taken[module] = {name: module._buffers[name] for name in ("running_mean", "running_var")}
+            module._buffers.update(dict.fromkeys(taken[module]))
 
     def give_back(module: nn.Module, *_: Any) -> None:
         # At once: `torch.func.functional_call` may have lent a buffer, which it takes back when the call is over.
         if module in taken:
             module._buffers.update(taken.pop(module))
+        if module in before:
+            after[module] = dict(module._buffers)
 
     handles = register_module_forward_pre_hook(take), register_module_forward_hook(give_back, always_call=True)
     try:
@@ -180,3 +184,8 @@ def _statistics_kept() -> Iterator[None]:
             give_back(module)
         for module in frozen:
             module.track_running_stats = True
+        for module, buffers in after.items():
+            # What a layer of one's own has put in the place of its buffers; what was lent has been taken back by now.
+            for name, value in before[module].items():
+                if module._buffers.get(name) is buffers[name]:
+                    module._buffers[name] = value

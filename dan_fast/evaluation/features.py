@@ -111,9 +111,8 @@ def extract_features(
         broken_images: an unreadable image is an error, or is left out of the result.
         progress: called with (images read, images in all) at each batch, of this rank's.
         cache: holds or takes the decoded images, of all ranks; the features are the same.
-        preprocessing: how images are resized and normalised for the network; by default as that module, or the
-            only one inside it that has a ``preprocessing`` (``DAN.preprocessing``), says, else torchvision's of
-            ImageNet.
+        preprocessing: how images are resized and normalised for the network; by default as that module, or
+            those inside it that have a ``preprocessing`` (``DAN.preprocessing``), say, else torchvision's of ImageNet.
         process_group: ranks that are all given the same images and settings, and a network of the same weights.
 
     Raises:
@@ -132,14 +131,14 @@ def extract_features(
         torch.Size([1, 3])
     """
     if process_group is not None:
-        labels = torch.tensor([(sample.pid, sample.camid) for sample in samples])
+        labels = torch.tensor([(sample.pid, sample.camid) for sample in samples], device="cpu")
         given = ("batch_size", batch_size), ("the checksum of the labels", zlib.crc32(labels.numpy().tobytes()))
         require_same(process_group, given, "evaluate the same images in the same batches on all ranks")
     if precision not in ("float32", "bfloat16"):
         raise ValueError(f"precision is {precision!r}; it must be 'float32' or 'bfloat16'.")
-    network = _network_of(embed)
-    modules = () if network is None else network.named_modules()
-    training = next((name for name, each in modules if each.training), None)
+    network = _owner(embed)
+    modules = network.named_modules() if isinstance(network, nn.Module) else ()
+    training = next((name for name, each in modules if each.training and (not name or _has_modes(each))), None)
     if training is not None:
         part = f"whose {training} is in" if training else "in"
         raise ValueError(
@@ -185,7 +184,7 @@ def extract_features(
         raise DanFastError(f"None of the {len(samples)} images can be read; the first is {samples[0].path}.")
     # Joined outside of inference mode, so that the result is an ordinary tensor.
     return Features(
-        torch.cat(rows) if rows else torch.empty(0, max(width for _, width in of_ranks)),
+        torch.cat(rows) if rows else torch.empty(0, max(width for _, width in of_ranks), device="cpu"),
         torch.tensor([samples[index].pid for index in everywhere], dtype=torch.int64, device="cpu"),
         torch.tensor([samples[index].camid for index in everywhere], dtype=torch.int64, device="cpu"),
         tuple(Path(samples[index].path) for index in everywhere),
@@ -194,8 +193,8 @@ def extract_features(
     )
 
 
-def _network_of(embed: Any) -> nn.Module | None:
-    """The module that embeds, where that can be known."""
+def _owner(embed: Any) -> Any:
+    """The module or other object that embeds, where that can be known."""
     while isinstance(embed, partial | MethodType | FunctionType):
         if isinstance(embed, partial):
             embed = embed.func
@@ -203,13 +202,18 @@ def _network_of(embed: Any) -> nn.Module | None:
             embed = embed.__self__
         else:  # of torch.compile, or of a decorator
             embed = getattr(embed, "_torchdynamo_orig_callable", getattr(embed, "__wrapped__", None))
-    return embed if isinstance(embed, nn.Module) else None
+    return embed
 
 
-def _preprocessing_of(network: nn.Module | None) -> Preprocessing:
+def _has_modes(layer: nn.Module) -> bool:
+    """Whether a layer by itself may give something else in training mode: it keeps statistics, or drops something."""
+    return bool(layer._buffers or getattr(layer, "p", 0) or getattr(layer, "drop_prob", 0))
+
+
+def _preprocessing_of(network: Any) -> Preprocessing:
     own = getattr(network, "preprocessing", None)
     if isinstance(own, Preprocessing):
         return own
-    of_modules = [getattr(each, "preprocessing", None) for each in (network.modules() if network is not None else ())]
-    found = {each for each in of_modules if isinstance(each, Preprocessing)}
-    return found.pop() if len(found) == 1 else IMAGENET
+    inside = network.modules() if isinstance(network, nn.Module) else ()
+    found = [each.preprocessing for each in inside if isinstance(getattr(each, "preprocessing", None), Preprocessing)]
+    return found[0] if found and all(each == found[0] for each in found) else IMAGENET

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dan_fast.core.defaults import default_cpu
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.evaluation.counting import ranks_by_distances, ranks_by_features, ranks_by_shards
 from dan_fast.evaluation.distances import Metric, distance_scale, distances_of_dots, on_grid
@@ -59,6 +60,7 @@ class RankingResult(NamedTuple):
     num_valid: int
 
 
+@default_cpu()
 def evaluate_ranking(
     query_features: ArrayLike,
     gallery_features: ArrayLike,

@@ -10,7 +10,7 @@ rows.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from numbers import Integral
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+from dan_fast.core.defaults import default_cpu
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.evaluation.counting import in_blocks, whole_gallery
 from dan_fast.evaluation.counting_torch import ranks_of_part
@@ -65,6 +66,7 @@ class Reranking(NamedTuple):
 PAPER = Reranking()
 
 
+@default_cpu()
 def evaluate_reranked(
     query_features: ArrayLike,
     gallery_features: ArrayLike,
@@ -155,7 +157,7 @@ def check_reranking(reranking: Reranking) -> None:
         value = getattr(reranking, name)
         if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name} is {value}; it must be a whole number, at least 1.")
-    if not 0 <= reranking.weight <= 1:
+    if not isinstance(reranking.weight, Real) or not 0 <= reranking.weight <= 1:
         raise ValueError(f"weight is {reranking.weight}; it must lie between 0 and 1.")
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dan_fast.core.defaults import default_cpu
 from dan_fast.data.samples import ReIDDataset
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.evaluation.dataset_features import DatasetFeatures, extract_dataset
@@ -21,6 +23,7 @@ from dan_fast.evaluation.scorable import no_match, require_defined, require_scor
 from dan_fast.evaluation.single_shot import evaluate_single_shot
 
 
+@default_cpu()
 def evaluate_features(
     features: DatasetFeatures,
     repeats: int = 10,
@@ -42,7 +45,8 @@ def evaluate_features(
     Raises:
         DanFastError: no identity can be found again in another camera, or a single-shot protocol with ``reranking``
             or an ``ap`` other than the standard one.
-        ValueError: features that are not finite, or ``repeats`` below 1.
+        ValueError: features that are not finite, or an argument that is none of those above.
+        TypeError: ``reranking`` is no :class:`Reranking`.
     """
     _check_scoring(repeats, metric, max_rank, ap, reranking)
     if features.test is None:
@@ -119,7 +123,7 @@ def evaluate_dataset(
         repeats, seed, metric, max_rank, ap, reranking: as in :func:`evaluate_features`.
 
     Raises:
-        DanFastError, ValueError: as the two functions do; of a dataset or an argument before an image is read.
+        DanFastError, ValueError, TypeError: as the two functions do; of a dataset or an argument before an image is read.
     """
     _check_scoring(repeats, metric, max_rank, ap, reranking)
     require_scorable(dataset, ap, reranking is not None)
@@ -130,8 +134,8 @@ def evaluate_dataset(
 def _check_scoring(
     repeats: int, metric: Metric, max_rank: int, ap: AveragePrecision, reranking: Reranking | None
 ) -> None:
-    if repeats < 1:
-        raise ValueError(f"repeats is {repeats}; it must be at least 1.")
+    if not isinstance(repeats, Integral) or repeats < 1:
+        raise ValueError(f"repeats is {repeats!r}; it must be a whole number, at least 1.")
     check_metric(metric)
     check_scoring(max_rank, ap)
     if reranking is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from dan_fast.core.defaults import default_cpu
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.evaluation.counting import whole_gallery
 from dan_fast.evaluation.counting_torch import exact_of_pairs, near_matches, prepare
@@ -15,6 +16,7 @@ from dan_fast.evaluation.problem import BLOCK_BYTES, ArrayLike, check_scoring, c
 from dan_fast.evaluation.ranking import NO_MATCH, NoMatchError, RankingResult
 
 
+@default_cpu()
 def evaluate_single_shot(
     query_features: ArrayLike,
     gallery_features: ArrayLike,

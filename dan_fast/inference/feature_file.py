@@ -106,7 +106,8 @@ def write_features(out: Path, extractor: FeatureExtractor, parts: Sequence[Part]
             for file in folder.iterdir():
                 # Chunks, also those of files that have changed since.
                 if re.fullmatch(r"[0-9a-f]{32}\.npy", file.name):
-                    file.unlink(missing_ok=True)
+                    with suppress(OSError):
+                        file.unlink()
     finally:
         # One without any chunk is of no use.
         with suppress(OSError):
@@ -160,7 +161,7 @@ def _is_done(chunk: Path, extractor: FeatureExtractor) -> bool:
     skips = extractor.broken_images == "skip"
     try:
         features = np.load(chunk, mmap_mode="r")
-        return skips or not np.isnan(features[:, 0]).any()
+        return features.ndim == 2 and (skips or not np.isnan(features[:, 0]).any())
     except (OSError, ValueError, EOFError):
         # None, or one that is cut short.
         return False

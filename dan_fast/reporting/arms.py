@@ -163,8 +163,8 @@ class Comparison:
             notes.append(f"Trainings ran under several versions: {versions}.")
         if others := self._of_other_images():
             notes.append(
-                f"Trainings of the same datasets learnt from other images, which were changed in between: {others}; "
-                "remove the older ones' folders and train them again."
+                f"Trainings of datasets of the same names learnt from other images: {others}; if these were changed in "
+                "between, remove the older ones' folders and train them again."
             )
         lengths = {arm.name: span for arm in self.arms if (span := _span(arm.runs.values()))}
         if len(set(lengths.values())) > 1:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from dan_fast.core.defaults import plain_defaults
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.preprocessing import IMAGENET, Preprocessing
 from dan_fast.distributed.collectives import ProcessGroup
@@ -13,7 +14,6 @@ from dan_fast.nn import DAN, ProgressiveAugmentedMemory
 from dan_fast.training.checkpoint import fitting_this_version, load_checkpoint
 from dan_fast.training.config import LossConfig, MemoryConfig, ModelConfig, TrainConfig
 from dan_fast.training.objective import TrainingModel
-from dan_fast.training.random_numbers import plain_defaults
 from dan_fast.training.starting import start_of, take_weights
 
 

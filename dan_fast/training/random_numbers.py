@@ -2,23 +2,11 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-
-
-@contextmanager
-def plain_defaults() -> Iterator[None]:
-    """Inside, what names neither dtype nor device is float32 and on the CPU, whatever the process has set."""
-    before, on_cpu = torch.get_default_dtype(), torch.get_default_device().type == "cpu"
-    torch.set_default_dtype(torch.float32)
-    try:
-        with nullcontext() if on_cpu else torch.device("cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 class RunRandomNumbers:

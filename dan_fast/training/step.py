@@ -18,7 +18,8 @@ from dan_fast.training.objective import DivergedError, Objective, PassRecord, Tr
 from dan_fast.training.ranks import WholePass, any_rank, whole_pass, with_shares
 from dan_fast.training.valid_settings import require_valid
 
-_CLASSIFIER = "network.classifier."
+# A parametrised one, as by weight_norm or LoRA, has several.
+_CAM_WEIGHTS = ("network.classifier.weight", "network.classifier.parametrizations.weight.")
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,7 @@ class MetaStep:
         self._gates = [name for name in self._params if name.startswith("memory.")]
         # A loss that does not reach the classifier would move it by momentum and weight decay alone.
         reached = model.network.adversary_reach == "all"
-        # Of a parametrised one, as by weight_norm or LoRA, there are several.
-        self._cam_weights = [name for name in self._backbone if reached and name.startswith(_CLASSIFIER)]
+        self._cam_weights = [name for name in self._backbone if reached and name.startswith(_CAM_WEIGHTS)]
         self.competes = self.meta.procedure == "daml3" and model.network.adversary
 
     @property
@@ -173,9 +173,10 @@ class MetaStep:
             if self.process_group is None and len(part.labels) == 0:
                 raise ValueError("a part of the batch has no images: S and S~ need one or more each")
             part.require_sound(self.model.network.classifier.out_features)
-            kind = next(self.model.network.parameters()).dtype
-            if self.model.autocast_dtype is None and part.images.dtype != kind:
-                raise TypeError(f"images are {part.images.dtype} and the network is {kind}: make them of one dtype")
+            kinds = {each.dtype: None for each in self.model.network.parameters()}
+            if self.model.autocast_dtype is None and part.images.dtype not in kinds:
+                network = " and ".join(map(str, kinds))
+                raise TypeError(f"images are {part.images.dtype} and the network is {network}: make them of one dtype")
         # The model opens an autocast of its own; one around the backward passes would round their products.
         order = self.meta.order if meta_test is not None else 1
         with differentiable(order), full_precision(self.device):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dan_fast.core.batches import MiniBatch
+from dan_fast.core.defaults import plain_defaults
 from dan_fast.core.devices import resolve_device
 from dan_fast.core.errors import DanFastError, Interrupted
 from dan_fast.data import TrainingSet
@@ -26,7 +27,7 @@ from dan_fast.training.interrupt import TrainingStop
 from dan_fast.training.memory_shards import load_state, parted_state, require_room
 from dan_fast.training.objective import DivergedError, all_finite, why_refused
 from dan_fast.training.optimizer import build_optimizer, set_step_size
-from dan_fast.training.random_numbers import RunRandomNumbers, plain_defaults
+from dan_fast.training.random_numbers import RunRandomNumbers
 from dan_fast.training.ranks import saved_if_all_are_broken
 from dan_fast.training.reported import opening_lines
 from dan_fast.training.run_folder import RunFolder
@@ -58,8 +59,8 @@ class Trainer:
 
     A trainer is a guest in its process: it has random numbers of its own, and `fit` puts back the process's generators
     of the CPU and of the run's GPU, and the handlers of signals, when it leaves; what NumPy and Python draw from stays.
-    `train_iteration` called without `fit` takes the process's generators, determinism and `float32_products`.
-    The step itself, without files, is `MetaStep`; the trainer's is `meta_step`.
+    Its default dtype, another one than float32, is float32 for all threads meanwhile. `train_iteration` called without
+    `fit` takes the process's own. The step itself, without files, is `MetaStep`; the trainer's is `meta_step`.
 
     With a `process_group` its ranks train one network, each with a trainer of its own, of the same settings: they take
     a share of each batch and of the memory's slots, and rank 0 prints, logs and writes. `dan-fast train` makes the

@@ -480,3 +480,36 @@ def test_running_statistics_that_are_replaced_advance_once_a_batch():
         )  # fmt: skip
         means.append(copy.deepcopy(net)[1].running_mean)
     assert torch.equal(*means)
+
+
+class Stash(nn.Module):
+    """A product that keeps its matrix, which depends on its parameter, as a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v = nn.Parameter(0.5 * torch.randn(4, 4))
+        self.register_buffer("w", torch.zeros(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.w = self.v.tanh()
+        return x @ self.w
+
+
+def test_a_loss_may_read_a_buffer_that_its_pass_has_set():
+    torch.manual_seed(0)
+    net, x, y = nn.Sequential(nn.Linear(4, 4), Stash()), *torch.randn(2, 5, 4)
+    params = dict(net.named_parameters())
+
+    def loss_fn(given, batch):
+        return {"total": functional_call(net, given, (batch,)).square().mean() + (net[1].w @ net[1].w).square().sum()}
+
+    # So small a step that another buffer would not be noticed by the loss.
+    found = meta_gradients(loss_fn, params, None, x, y, inner_lr=1e-5).grads
+    leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+    train = loss_fn(leaves, x)["total"]
+    steps = torch.autograd.grad(train, [*leaves.values()], create_graph=True)
+    moved = {name: value - 1e-5 * step for (name, value), step in zip(leaves.items(), steps, strict=True)}
+    exact = torch.autograd.grad(train + loss_fn(moved, y)["total"], [*leaves.values()])
+    first = meta_gradients(loss_fn, params, None, x, y, inner_lr=1e-5, order=1).grads
+    parts = [found["1.v"] - first["1.v"], dict(zip(leaves, exact, strict=True))["1.v"] - first["1.v"]]
+    assert float((parts[0] - parts[1]).norm()) < 0.05 * float(parts[1].norm())

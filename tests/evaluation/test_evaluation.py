@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from functools import partial
+from types import MethodType, SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -82,6 +83,10 @@ def test_a_network_brings_its_preprocessing_and_has_to_be_in_evaluation_mode(peo
     class Network(torch.nn.Module):
         preprocessing = Preprocessing(mean=(0.0, 0.1, 0.2), std=(0.5, 0.5, 1.0), interpolation="bicubic")
 
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(3)
+
         def forward(self, images):
             return colours(images)
 
@@ -95,7 +100,7 @@ def test_a_network_brings_its_preprocessing_and_has_to_be_in_evaluation_mode(peo
     for embed in (partial(network.embed), torch.compile(network.embed, backend="eager"), wrapped, partial(wrapped)):
         assert torch.equal(extract_features(embed, people[:3], SIZE).features, expected)
         network.train()
-        with pytest.raises(ValueError, match=r"a (Network|Sequential whose 0 is) in training mode, whose features"):
+        with pytest.raises(ValueError, match=r"a (Network|Sequential whose 0.norm is) in training mode, whose features"):
             extract_features(embed, people[:3], SIZE)
         network.eval()
     for embed in (network, network.embed):
@@ -105,8 +110,20 @@ def test_a_network_brings_its_preprocessing_and_has_to_be_in_evaluation_mode(peo
         with pytest.raises(ValueError, match=r"of a Network in training mode, .* on the batch; call its eval\(\)"):
             evaluate_dataset(embed, tiny(test=people), SIZE)
         network.eval()
+    wrapped.append(torch.nn.Identity())  # in training mode, which says nothing
+    assert torch.equal(extract_features(wrapped, people[:3], SIZE).features, expected)
+    plain = SimpleNamespace(preprocessing=network.preprocessing)
+    plain.embed = MethodType(lambda self, images: colours(images), plain)
+    assert torch.equal(extract_features(plain.embed, people[:3], SIZE).features, expected)
     network.preprocessing = "of its own kind"
     assert torch.equal(extract_features(network, people[:3], SIZE).features, usual)
+
+
+@pytest.mark.parametrize("reranking", [None, Reranking(4, 2, 0.3)])
+def test_a_default_device_of_the_process_changes_no_figure(people, reranking):
+    expected = evaluate_dataset(colours, tiny(test=people), SIZE, reranking=reranking)
+    with torch.device("meta"):  # as a GPU would be
+        assert evaluate_dataset(colours, tiny(test=people), SIZE, reranking=reranking) == expected
 
 
 def test_broken_images_are_named_or_left_out(people, tmp_path):

@@ -234,7 +234,7 @@ def test_other_images_of_the_same_datasets_are_said(folder):
         named = {"labeled": ["mall"], "unlabeled": [], "unlabeled_share": 1.0}
         with_results(results.parent, **named, fingerprint="b" if results.parent.name == "dan,run.seed=0" else "a")
     said = [note for note in read_comparison(folder).notes() if "learnt from other images" in note]
-    assert len(said) == 1 and said[0].count(" against ") == 1 and " against dan, seed 0; remove" in said[0]
+    assert len(said) == 1 and said[0].count(" against ") == 1 and " against dan, seed 0; if" in said[0]
     # The seed decides which are a share of them.
     for results in folder.glob("*/results.json"):
         with_results(results.parent, unlabeled_share=0.5, fingerprint=results.parent.name.partition("seed=")[2])

@@ -377,9 +377,22 @@ def test_parameters_of_a_parametrised_classifier_join_the_adversary():
     assert names <= meta_step.gradients(split(1), split(2)).grads.keys()
 
 
+def test_a_bias_of_the_classifier_rests_with_the_backbone():
+    model = training_model()
+    model.network.classifier = nn.Linear(6, 3)
+    meta_step = tiny_step(model)
+    decide(meta_step, Stage.ADVERSARY)
+    grads = meta_step.gradients(split(1), split(2)).grads
+    assert CAM_WEIGHT in grads and "network.classifier.bias" not in grads
+
+
 def test_images_of_another_dtype_are_named():
     meta_step = tiny_step(training_model().double())
     with pytest.raises(
         TypeError, match=r"^images are torch.float32 and the network is torch.float64: make them of one"
     ):
         meta_step.gradients(split(1), split(2))
+    # One that casts by itself is left to do so.
+    meta_step.model.network.backbone.float()
+    meta_step.model.network.backbone.register_forward_hook(lambda module, images, output: output.double())
+    meta_step.gradients(split(1), split(2))

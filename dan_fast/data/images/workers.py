@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from dan_fast.core.defaults import default_cpu
 from dan_fast.core.errors import DanFastError
 
 # How often a worker looks whether its parent is there.
@@ -56,12 +57,9 @@ class SentenceLoader(DataLoader):
         # Of the process that forks them, which need not be the one that made the loader.
         self.worker_init_fn = partial(_start_worker, os.getpid())
         # Not a generator, so that the worker processes are forked here, by the caller's thread, not at the first batch.
-        if torch.get_default_device().type == "cpu":
-            batches = super().__iter__()
-        else:
-            # Generators, images and indices are on the CPU, whatever torch.set_default_device says.
-            with torch.device("cpu"):
-                batches = _on_cpu(super().__iter__())
+        # Generators, images and indices are on the CPU, whatever torch.set_default_device says.
+        with default_cpu():
+            batches = _OnCPU(super().__iter__())
         return map(_raised, _OfWorkers(batches) if self.num_workers else batches)
 
 
@@ -93,14 +91,17 @@ class _Collate:
         return self.collate(items)
 
 
-def _on_cpu(batches: Iterator[Any]) -> Iterator[Any]:
-    while True:
-        with torch.device("cpu"):
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-        yield batch
+class _OnCPU:
+    # A class, not a generator, which would hold a batch that is an error; see `_raised`.
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> _OnCPU:
+        return self
+
+    def __next__(self) -> Any:
+        with default_cpu():
+            return next(self.batches)
 
 
 def _raised(batch: Any) -> Any:
