@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from enum import StrEnum
+from numbers import Integral
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +32,7 @@ class Competition:
         stall_guard: adversary wins in a row, at least 1; 0 is the literal paper, without a guard.
 
     Raises:
-        ValueError: `stall_guard` is negative.
+        ValueError: `stall_guard` is negative or no whole number.
 
     Example:
         >>> import torch
@@ -41,8 +42,8 @@ class Competition:
     """
 
     def __init__(self, stall_guard: int = 20) -> None:
-        if stall_guard < 0:
-            raise ValueError(f"stall_guard must not be negative, got {stall_guard}")
+        if not isinstance(stall_guard, Integral) or stall_guard < 0:
+            raise ValueError(f"stall_guard must be a whole number, 0 or more, got {stall_guard!r}")
         self.stall_guard = stall_guard
         self.adversary_streak = 0
 

@@ -123,7 +123,7 @@ def evaluate_dataset(
         repeats, seed, metric, max_rank, ap, reranking: as in :func:`evaluate_features`.
 
     Raises:
-        DanFastError, ValueError, TypeError: as the two functions do; of a dataset or an argument before an image is read.
+        DanFastError, ValueError, TypeError: as the two functions do, before an image is read where they can.
     """
     _check_scoring(repeats, metric, max_rank, ap, reranking)
     require_scorable(dataset, ap, reranking is not None)

@@ -1,6 +1,7 @@
 """NL-CBAM of Sec. III-B as a module."""
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +52,8 @@ class NLCBAM(nn.Module):
     def __init__(self, channels: int, positions: int, reduction: int = 12, variant: str = "nl_cbam") -> None:
         super().__init__()
         for name, value in {"channels": channels, "positions": positions, "reduction": reduction}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         self.channels, self.positions, self.reduction, self.variant = channels, positions, reduction, variant

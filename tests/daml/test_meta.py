@@ -318,6 +318,12 @@ def test_each_parameter_may_have_an_inner_step_of_its_own(order):
         meta_gradients(loss_fn, params, None, "S", "S~", {"v": 0.1}, order=order)
 
 
+@pytest.mark.parametrize("stall_guard", [-1, float("nan"), "20"])
+def test_a_wrong_guard_is_named(stall_guard):
+    with pytest.raises(ValueError, match=f"^stall_guard must be a whole number, 0 or more, got {stall_guard!r}$"):
+        Competition(stall_guard)
+
+
 def test_a_stage_may_be_its_name_and_no_other():
     names = (["b"], ["a"], ["m"], ["b"])
     for stage in Stage:

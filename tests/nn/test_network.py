@@ -10,7 +10,7 @@ from torch import nn
 
 import dan_fast.functional as functional
 from dan_fast.core.errors import DanFastError
-from dan_fast.nn import DAN, build_backbone
+from dan_fast.nn import DAN, NLCBAM, build_backbone
 
 
 class TinyBackbone(nn.Module):
@@ -124,6 +124,8 @@ def test_without_an_adversary_labels_change_nothing():
     assert model.parameter_groups() == {"backbone": [name for name, _ in model.named_parameters()], "attention": []}
     with pytest.raises(ValueError, match="adversary must be False where attention is 'none'"):
         tiny(attention="none")
+    with pytest.raises(ValueError, match="^reduction must be a whole number, at least 1, got 1.5$"):
+        NLCBAM(24, 6, reduction=1.5)
     with pytest.raises(ValueError, match="variant must be one of nl_cbam, cbam, "):
         tiny(attention="CBAM")
 
