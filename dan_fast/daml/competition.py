@@ -121,9 +121,9 @@ def active_groups(
         backbone: names of Gb, the classifier included; loss "total".
         attention: names of NL-CBAM's weights in Ga; loss "adversary", that is l1 L_aad.
         memory: names of Gm; loss "embedding", that is l2 L_lde. May be empty.
-        cam_weights: names of the classifier's parameters, which CAM uses. They join Ga while Gb is frozen; else they
-            are trained by L_total, which contains l1 L_aad. None of them: L_aad does not reach the classifier, which
-            stays frozen too.
+        cam_weights: names of what makes the classifier's weight, which CAM uses: one, unless it is parametrised. They
+            join Ga while Gb is frozen; else they are trained by L_total, which contains l1 L_aad. None of them: L_aad
+            does not reach the classifier, which stays frozen too.
     """
     stage = Stage(stage)
     # The backbone comes last: the last backward pass of a graph frees what the forward pass kept.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any, Literal, NamedTuple
@@ -207,7 +208,9 @@ def _owner(embed: Any) -> Any:
 
 def _has_modes(layer: nn.Module) -> bool:
     """Whether a layer by itself may give something else in training mode: it keeps statistics, or drops something."""
-    return bool(layer._buffers or getattr(layer, "p", 0) or getattr(layer, "drop_prob", 0))
+    # Of generalised-mean pooling, p is a parameter.
+    rates = [rate for name in ("p", "drop_prob") if isinstance(rate := getattr(layer, name, 0), Real)]
+    return bool(layer._buffers) or any(rates)
 
 
 def _preprocessing_of(network: Any) -> Preprocessing:

@@ -110,7 +110,9 @@ def test_a_network_brings_its_preprocessing_and_has_to_be_in_evaluation_mode(peo
         with pytest.raises(ValueError, match=r"of a Network in training mode, .* on the batch; call its eval\(\)"):
             evaluate_dataset(embed, tiny(test=people), SIZE)
         network.eval()
-    wrapped.append(torch.nn.Identity())  # in training mode, which says nothing
+    pool = torch.nn.Identity()
+    pool.p = torch.nn.Parameter(torch.ones(2))
+    wrapped.append(pool)  # in training mode, which says nothing
     assert torch.equal(extract_features(wrapped, people[:3], SIZE).features, expected)
     plain = SimpleNamespace(preprocessing=network.preprocessing)
     plain.embed = MethodType(lambda self, images: colours(images), plain)
