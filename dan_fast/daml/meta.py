@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from dan_fast.daml.gathered import gathered
 from dan_fast.daml.second_order import SecondOrder, each_gradient
@@ -64,7 +65,8 @@ def meta_gradients(
     state, or whose operators lack forward mode, goes by double backward, with a warning the first time, for which
     it has to be the same object, or a method of the same one, from call to call; one with a method `traced` has only a
     part of it run again, see `dan_fast.daml.TracedLosses`. What else a module or a hook keeps of those calls, such as
-    its last output, cannot be copied afterwards.
+    its last output, cannot be copied afterwards. Gradients have to be those of the losses: what changes them on their
+    way, as a layer that reverses them does, has no right derivative.
 
     An autocast around it is the caller's for the backward passes too, whose products it rounds: open it in `loss_fn`.
 
@@ -91,7 +93,8 @@ def meta_gradients(
         TypeError: `loss_fn` returns no dict, a loss that a group names is no tensor of one number, or a step size or
             `eta` is no number.
         ValueError: `order` is not 1 or 2, a parameter stands in two groups or is unknown or of integers or has no
-            `inner_lr`, a loss that a group names is missing, or a step size or `eta` is not finite.
+            `inner_lr`, a loss that a group names is missing, a step size or `eta` is not finite, or with `order=2` a
+            hook that `loss_fn` puts on a tensor changes a gradient.
         RuntimeError: it is called in `torch.inference_mode`; `torch.no_grad` around it has no effect.
 
     Example:
@@ -208,7 +211,8 @@ def differentiable(order: int) -> Iterator[None]:
 
     PyTorch's fused kernels of attention (`scaled_dot_product_attention`) have no second derivative. It is for forward
     and backward passes alike: gradient checkpointing runs the former again in the latter. Nor have modules that
-    `torch.compile` has compiled: they run as they were written.
+    `torch.compile` has compiled: they run as they were written. A hook that changes a gradient would be differentiated
+    as if it were symmetric, so it is refused.
 
     Raises:
         RuntimeError: it is entered in `torch.inference_mode`, which cannot be undone inside.
@@ -218,10 +222,29 @@ def differentiable(order: int) -> Iterator[None]:
     with torch.enable_grad(), ExitStack() as stack:
         if order > 1:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(_HooksLook())
             # Without it nothing is compiled, and to import it takes a second.
             if "torch._dynamo" in sys.modules:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+class _HooksLook(TorchFunctionMode):
+    """Inside, hooks on tensors may look at gradients, and raise ValueError where they give others."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is not Tensor.register_hook:
+            return func(*args, **(kwargs or {}))
+        tensor, hook = (*args, *(kwargs or {}).values())
+
+        def look(grad: Tensor) -> None:
+            if hook(grad) is not None:
+                raise ValueError(
+                    "a hook on a tensor changes a gradient, of which order 2 would take a wrong derivative: take order "
+                    "1, or make the change a part of the loss"
+                )
+
+        return func(tensor, look)
 
 
 def _check_groups(params: Params, groups: Groups) -> None:
@@ -244,7 +267,7 @@ def _check_numbers(numbers: Mapping[str, Any]) -> None:
         if not isinstance(value, Real | Tensor) or (isinstance(value, Tensor) and value.ndim > 0):
             found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{name} must be a number, got {found}")
-        if not math.isfinite(value):
+        if not math.isfinite(value.detach() if isinstance(value, Tensor) else value):
             raise ValueError(f"{name} must be a finite number, got {value}")
 
 

@@ -1,8 +1,10 @@
 """Where a memory module would fall behind: replicas, wrappers and copies that carry parameters but no memories."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -19,30 +21,47 @@ class Origin:
 
     Attributes:
         writes, count: of the memory that was copied, and where they stood.
-        gates: the copy's parameters and their versions, by which a change in place is seen.
+        gates: the copy's parameters, by `versions_of`, by which a change in place is seen.
         left_behind: what was copied or read from a file had itself been left behind.
         stale: which memories are still those of that moment.
     """
 
     writes: Writes
     count: int
-    gates: list[tuple[nn.Parameter, int]]
+    gates: list[tuple[nn.Parameter, int, Tensor]]
     left_behind: bool = False
     stale: frozenset[str] = frozenset({"labeled", "unlabeled"})
 
     def has_been_left_behind(self) -> bool:
         """Whether the gates were written over while the memory that was copied went on."""
-        changed = any(gate._version != version for gate, version in self.gates)
-        return self.left_behind or (self.writes.count > self.count and changed)
+        if self.left_behind or self.writes.count == self.count:
+            return self.left_behind
+        return any(gate._version != version or _differs(gate, value) for gate, version, value in self.gates)
+
+    def moved(self, gates: Iterable[nn.Parameter]) -> "Origin":
+        """The same of gates that have been moved to another device or dtype."""
+        return replace(self, left_behind=self.has_been_left_behind(), gates=versions_of(gates))
 
     def in_a_file(self) -> "Origin | None":
         """What a file keeps of it: the versions there are others, and no memory that was copied goes on."""
         return Origin(Writes(), 0, [], True, self.stale) if self.has_been_left_behind() else None
 
-    def after_assigning(self, *memories: str) -> "Origin | None":
-        """What is left of it when these memories have been replaced; None when both have been."""
+    def after_assigning(self, *memories: str) -> "Origin":
+        """What is left of it when these memories have been replaced: when both have been, it begins anew."""
         stale = self.stale - set(memories)
-        return replace(self, stale=stale) if stale else None
+        if stale:
+            return replace(self, stale=stale)
+        return Origin(self.writes, self.writes.count, versions_of(gate for gate, *_ in self.gates))
+
+
+def versions_of(gates: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, int, Tensor]]:
+    """Each with its version and its value."""
+    return [(gate, gate._version, gate.detach().clone()) for gate in gates]
+
+
+def _differs(gate: nn.Parameter, value: Tensor) -> bool:
+    # What is written through `.data` has a version of its own; elsewhere than on the CPU to look would wait.
+    return gate.device.type == "cpu" and not torch.equal(gate.detach(), value)
 
 
 def require_to_be_carried(memory: nn.Module, origin: Origin | None) -> None:

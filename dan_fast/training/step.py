@@ -80,7 +80,8 @@ class MetaStep:
         objective: runs the model with other values for its parameters.
 
     Raises:
-        ValueError: the optimizer lacks a parameter that requires a gradient, or the memory has another process group.
+        ValueError: the optimizer lacks a parameter that requires a gradient or takes more than one pass a step, or the
+            memory has another process group.
         DanFastError: a setting of `meta` or a weight of the losses that is none, such as an unknown procedure.
 
     Example:
@@ -107,6 +108,8 @@ class MetaStep:
     ) -> None:
         if model.memory is not None and model.memory.process_group is not process_group:
             raise ValueError("process_group must be that of the model's memory: make both with the same group")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError("LBFGS takes several passes a step, and a memory advances in each: take SGD or Adam")
         self.model = model
         self.process_group = process_group
         self.optimizer = optimizer
@@ -161,14 +164,17 @@ class MetaStep:
             DivergedError: a feature or a gradient is not finite; batch norm's running statistics may have taken it in,
                 so go on from a state that was saved before.
             ValueError: batch norm or the memory refuses the batch, labels are no classes of the network, S has no
-                labelled image where a competition is held, a part or a rank's share of it has no image, or the
-                procedure needs the batch split otherwise.
+                labelled image where a competition is held, a part or a rank's share of it has no image, the procedure
+                needs the batch split otherwise, or a parameter was frozen since this was made.
             TypeError: images that are not floating, or of another dtype than the network.
             RuntimeError: it is called in `torch.inference_mode`.
         """
         if (meta_test is None) != (self.meta.procedure == "daml1"):
             split = "one part, S" if self.meta.procedure == "daml1" else "two parts, S and S~"
             raise ValueError(f"the procedure {self.meta.procedure} takes batches of {split}")
+        frozen = [name for name, value in self._params.items() if not value.requires_grad]
+        if frozen:
+            raise ValueError(f"{frozen[0]!r} was frozen after this MetaStep was made: make another one")
         for part in (each for each in (meta_train, meta_test) if each is not None):
             if self.process_group is None and len(part.labels) == 0:
                 raise ValueError("a part of the batch has no images: S and S~ need one or more each")

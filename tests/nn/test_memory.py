@@ -1,12 +1,13 @@
 """The memory module: pending writes, state dict, gates."""
 
 import copy
+import io
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import func, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dan_fast import MemoryState, functional, reference
@@ -408,6 +409,61 @@ def test_no_way_to_a_memory_leads_through_the_capture_of_a_cuda_graph(monkeypatc
             with pytest.raises(RuntimeError, match="captured"):
                 way()
     assert all(torch.equal(value, before[name]) for name, value in memory.state_dict().items())
+
+
+def of_a_module(memory, keys, labels):
+    class Loss(nn.Module):
+        def forward(self, keys):
+            return memory.labeled_loss(keys, labels, 0.1)
+
+    return Loss()
+
+
+READS = {
+    "grad": lambda memory, keys, labels: func.grad(lambda x: memory.labeled_loss(x, labels, 0.1).sum())(keys),
+    "jvp": lambda memory, keys, labels: func.jvp(lambda x: memory.labeled_loss(x, labels, 0.1), (keys,), (keys,)),
+    "vmap": lambda memory, keys, labels: func.vmap(lambda x: x + memory.labeled.features.sum())(keys),
+    "export": lambda memory, keys, labels: torch.export.export(of_a_module(memory, keys, labels), (keys,)),
+    "fakes": lambda memory, keys, labels: memory.labeled_loss(keys, labels, 0.1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("held", [False, True], ids=["", "held"])
+@pytest.mark.parametrize("way", READS)
+def test_a_memory_that_is_read_in_a_transform_or_an_export_stays_what_it_is(way: str, held: bool):
+    """What waits is written then, by tensors that are something outside of it too."""
+    memory, (first, second, third) = make(), batches(3)
+    memory(*first)
+    snapshot = memory.labeled if held else None
+    memory(*second)
+    expected = copy.deepcopy(memory).state_dict()
+    with FakeTensorMode(allow_non_fake_inputs=True) if way == "fakes" else nullcontext():
+        READS[way](memory, *first[:2])
+    del snapshot
+    state = torch.load(saved(memory.state_dict()))
+    for name, value in expected.items():
+        torch.testing.assert_close(state[name], value, rtol=1e-12, atol=1e-12)
+    assert memory(*third).loss.isfinite()
+
+
+def saved(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_step_by_fake_tensors_is_refused():
+    memory, (first, second) = make(), batches(2)
+    memory(*first)
+    expected = copy.deepcopy(memory).state_dict()
+    with pytest.raises(RuntimeError, match="a memory that advances cannot be exported .* take functional.memory_step"):
+        torch.export.export(memory, second)
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match="cannot be exported"):
+        memory(*second)
+    assert all(torch.equal(value, expected[name]) for name, value in memory.state_dict().items())
 
 
 def test_fake_tensors_of_a_gpu_ask_no_driver():

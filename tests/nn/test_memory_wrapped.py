@@ -3,6 +3,9 @@
 import copy
 import io
 import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.queues import SimpleQueue
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.nn.functional import all_gather
+from torch.multiprocessing import get_context
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
@@ -109,13 +113,17 @@ def test_what_makes_the_keys_may_be_computed_again():
 def averaged_over_a_training() -> tuple[ProgressiveAugmentedMemory, AveragedModel]:
     memory = make()
     averaged = AveragedModel(memory)
+    train(memory, lambda: averaged.update_parameters(memory))
+    return memory, averaged
+
+
+def train(memory: ProgressiveAugmentedMemory, update: Callable[[], None]) -> None:
     optimizer = torch.optim.SGD(memory.parameters(), lr=0.1)
     for batch in batches(4):
         optimizer.zero_grad()
         memory(*batch).loss.backward()
         optimizer.step()
-        averaged.update_parameters(memory)
-    return memory, averaged
+        update()
 
 
 def test_an_average_of_the_gates_is_refused_until_it_has_memories():
@@ -148,6 +156,40 @@ def test_an_average_of_the_gates_is_refused_until_it_has_memories():
     assert torch.equal(averaged(*batch).loss, memory(*batch).loss)
 
 
+@pytest.mark.parametrize("given", ["states", "a file", "its own states"])
+def test_an_average_that_was_given_memories_falls_behind_again(given: str):
+    memory, averaged = averaged_over_a_training()
+    copied = averaged.module
+    if given == "a file":
+        copied.load_state_dict(memory.state_dict())
+    else:
+        source = memory if given == "states" else copied
+        copied.labeled, copied.unlabeled = source.labeled, source.unlabeled
+    (batch,) = batches(1, seed=9)
+    copied.labeled_loss(*batch[:2], temperature=0.05)
+    train(memory, lambda: averaged.update_parameters(memory))
+    with pytest.raises(RuntimeError, match="as AveragedModel does"):
+        copied.labeled_loss(*batch[:2], temperature=0.05)
+
+
+def test_gates_that_are_averaged_through_data_are_seen_too():
+    memory = make()
+    averaged = copy.deepcopy(memory)
+
+    def update() -> None:
+        for mean, value in zip(averaged.parameters(), memory.parameters(), strict=True):
+            mean.data.mul_(0.9).add_(value.data, alpha=0.1)
+
+    moved = copy.deepcopy(averaged)
+    train(memory, update)
+    (batch,) = batches(1, seed=9)
+    with pytest.raises(RuntimeError, match="as AveragedModel does"):
+        averaged(*batch)
+    with pytest.raises(RuntimeError, match="as AveragedModel does"):
+        averaged.double()(*batch)
+    moved.float().double()(*batch)  # rounded, which is no change of what it learnt
+
+
 def test_of_a_state_dict_with_one_memory_the_other_is_still_missed():
     memory, averaged = averaged_over_a_training()
     (batch,) = batches(1, seed=9)
@@ -168,6 +210,49 @@ def test_what_another_process_gets_is_not_overwritten_by_this_one():
         memory(*batch)
     memory.settle()
     assert_memories_equal(received, before)
+
+
+def _step_in_a_process(memory: ProgressiveAugmentedMemory, answers: SimpleQueue) -> None:
+    received = {name: value.clone() for name, value in memory.state_dict().items()}
+    for batch in batches(2, seed=2):
+        memory(*batch)
+    answers.put({name: value.numpy() for name, value in received.items()})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_spawned_process_gets_a_memory_of_its_own(steps: int):
+    memory, context = make(), get_context("spawn")
+    for batch in batches(steps):
+        memory(*batch)
+    before = {name: value.clone() for name, value in memory.state_dict().items()}
+    answers = context.SimpleQueue()
+    process = context.Process(target=_step_in_a_process, args=(memory, answers))
+    process.start()
+    for batch in batches(2, seed=1):
+        memory(*batch)  # the other process may not have read what it was given
+    received = answers.get()
+    process.join()
+    assert process.exitcode == 0
+    for name, value in before.items():
+        assert torch.equal(torch.from_numpy(received[name]), value), name
+
+
+def test_a_memory_in_shared_storage_writes_elsewhere():
+    """A forked process would write into the features of its parent, whose labels and usage stay."""
+    memory = make()
+    first, second = batches(2)
+    memory(*first)
+    memory.share_memory()
+    forked = copy.copy(memory)
+    forked._labeled, forked._unlabeled = (replace(each) for each in (memory._labeled, memory._unlabeled))
+    shared, before = memory._labeled.base, memory._labeled.base.clone()
+    assert shared.is_shared()
+    del memory
+    forked(*second)
+    forked.settle()
+    assert torch.equal(shared, before) and forked.occupied_slots()[0] == 6
+    assert not forked._labeled.base.is_shared()
 
 
 def test_a_copy_whose_gates_are_its_own_is_not_refused():

@@ -329,6 +329,22 @@ def test_a_parameter_that_the_optimizer_lacks_is_named():
         MetaStep(model, torch.optim.SGD(model.network.parameters(), lr=0.1))
 
 
+def test_a_parameter_that_is_frozen_too_late_is_named():
+    for order in (1, 2):
+        meta_step = tiny_step(training_model(), order=order)
+        before = copy.deepcopy(meta_step.model.state_dict())
+        meta_step.model.network.classifier.weight.requires_grad_(False)
+        with pytest.raises(ValueError, match="'network.classifier.weight' was frozen after this MetaStep was made"):
+            meta_step.step(split(1), split(2))
+        assert all(torch.equal(value, before[name]) for name, value in meta_step.model.state_dict().items())
+
+
+def test_an_optimizer_of_several_passes_is_refused():
+    model = training_model()
+    with pytest.raises(ValueError, match="LBFGS takes several passes a step"):
+        MetaStep(model, torch.optim.LBFGS(model.parameters()))
+
+
 class Tied(nn.Module):
     """Two layers of one weight, in the place of a training model."""
 

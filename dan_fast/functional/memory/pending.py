@@ -14,6 +14,8 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dan_fast.core.cosine import statistics_dtype
 from dan_fast.core.types import MemoryState, MemoryStep
@@ -66,6 +68,10 @@ class _Base:
 
     def is_read_by_a_graph(self) -> bool:
         return any(reader() is not None for reader in self._readers)
+
+    def is_shared(self) -> bool:
+        """Whether somebody may read these features who does not know of later writes, another process included."""
+        return self.shared or (self.features.device.type == "cpu" and self.features.is_shared())
 
 
 class _CommittedScores(torch.autograd.Function):
@@ -126,12 +132,13 @@ class PendingMemory:
         return self.like(copy.deepcopy(self.unsettled(), memo))
 
     def __reduce__(self) -> tuple:
-        return PendingMemory.of, (self.to_hand_over(),)
+        return _received, (self.to_hand_over(),)
 
     def to_hand_over(self) -> MemoryState:
-        """The settled state; another process may share its storage, so the features are not those that go on."""
+        """The settled state; another process may share its storage, so later steps leave these tensors alone."""
         self.settle()
-        return self.unsettled()._replace(features=self.base.clone())
+        self._base.shared = True
+        return self.unsettled()
 
     def like(self, state: MemoryState) -> "PendingMemory":
         """`of`, for a state that takes the place of this memory; its features are those of `rows`."""
@@ -175,7 +182,7 @@ class PendingMemory:
         """Scores and square norms of the rows of `base`, with the pending writes unless these go on waiting."""
         require_no_capture(self.base)
         if self.pending and not waits:
-            if not (self.is_counted_on() or self._base.shared):
+            if not (self.is_counted_on() or self._base.is_shared()):
                 scores, norms = self._commit_in_place(keys)
                 if keys.requires_grad and torch.is_grad_enabled():
                     scores = _CommittedScores.apply(keys, self._base.for_graph(), scores)
@@ -231,8 +238,9 @@ class PendingMemory:
     def settle(self) -> None:
         """Write what is pending."""
         require_no_capture(self.base)
-        with lasting_tensors():
-            if self.pending and (self.is_counted_on() or self._base.shared):
+        # A transform of torch.func or an export would make tensors that are nothing outside of it.
+        with lasting_tensors(), temporarily_clear_interpreter_stack(), _disable_current_modes():
+            if self.pending and (self.is_counted_on() or self._base.is_shared()):
                 self._settle_into_new()
             elif self.pending:
                 self._commit_in_place(self.keys.new_empty((0, self.keys.shape[1]), dtype=self.dtype))
@@ -272,6 +280,11 @@ class PendingMemory:
             keys = torch.cat([self.keys, keys])
             kept = self.kept * kept
         return replace(self, kept=kept, weights=weights, keys=keys, **up_to_date)
+
+
+def _received(state: MemoryState) -> PendingMemory:
+    # Copied here, where the state has arrived: storage of a copy made by the sender may be gone before that.
+    return PendingMemory.of(state._replace(features=state.features.clone()))
 
 
 class LazyStep(MemoryStep):

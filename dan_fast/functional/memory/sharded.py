@@ -40,7 +40,7 @@ class ShardedMemory(PendingMemory):
         return cls.of(state._replace(features=own), shard=shard)
 
     def __reduce__(self) -> tuple:
-        return _of_rows, (self.to_hand_over(), self.shard)
+        return _received, (self.to_hand_over(), self.shard)
 
     def like(self, state: MemoryState) -> "ShardedMemory":
         return self.of(state, shard=self.shard)
@@ -65,8 +65,8 @@ class ShardedMemory(PendingMemory):
         return self.unsettled()._replace(features=features)
 
 
-def _of_rows(state: MemoryState, shard: Shard) -> ShardedMemory:
-    return ShardedMemory.of(state, shard=shard)
+def _received(state: MemoryState, shard: Shard) -> ShardedMemory:
+    return ShardedMemory.of(state._replace(features=state.features.clone()), shard=shard)
 
 
 def read_shards(

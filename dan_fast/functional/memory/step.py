@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dan_fast.core.checks import check_memory_step, in_vmap, may_look_at
 from dan_fast.core.cosine import statistics_dtype
@@ -105,13 +107,13 @@ def pending_memory_step(
             repeated would start from others, and would keep tensors that are nothing outside of the transform.
         RuntimeError: inside of a backward pass, for the same reason.
         RuntimeError: a CUDA graph is being captured. Which tensors wait is decided here, at every step anew; a
-            replay would start from the same memory each time.
+            replay would start from the same memory each time. Or fake tensors are made, as `torch.export` does.
 
     Returns:
         `(result, labeled, unlabeled)`; the memories that came in hold what they held, though they may have
         settled it.
     """
-    _require_one_pass()
+    _require_one_pass(labeled.base)
     require_no_capture(labeled.base)
     with lasting_tensors():
         before, unlabeled_before = labeled.unsettled(), unlabeled.unsettled()
@@ -148,7 +150,7 @@ def sharded_memory_step(
     Returns:
         As `pending_memory_step`; the loss is that of the whole batch, the pseudo labels are those of `batch`.
     """
-    _require_one_pass()
+    _require_one_pass(labeled.base)
     require_no_capture(labeled.base)
     with lasting_tensors():
         batch = _in_memory_dtype(labeled.unsettled(), batch)
@@ -166,7 +168,7 @@ def sharded_memory_step(
         )
 
 
-def _require_one_pass() -> None:
+def _require_one_pass(features: Tensor) -> None:
     if in_backward_pass():
         raise RuntimeError(
             "a memory takes no step inside of a backward pass, where activation checkpointing would compute one again "
@@ -176,6 +178,11 @@ def _require_one_pass() -> None:
         raise NotImplementedError(
             "a memory that advances has no forward mode and no place in a transform of torch.func: take "
             "functional.memory_step, which leaves its memories alone"
+        )
+    if detect_fake_mode() is not None and not isinstance(features, FakeTensor):
+        raise RuntimeError(
+            "a memory that advances cannot be exported or traced with fake tensors, which would become its content: "
+            "take functional.memory_step, which leaves its memories alone"
         )
 
 
