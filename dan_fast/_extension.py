@@ -23,23 +23,10 @@ _INSIDE = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__fi
 LIBRARY = Path(__file__).with_name("_native.so")
 BUILD_INFO = Path(__file__).with_name("_build_info.json")
 _OPERATORS = (
-    "row_sq_norms",
-    "memory_scores",
-    "memory_combine",
-    "memory_commit",
-    "memory_commit_scores_",
-    "memory_scan",
-    "memory_scan_backward",
-    "slot_softmax",
-    "slot_softmax_backward",
-    "false_sample_sets",
-    "attention_head",
-    "attention_head_backward",
-    "head_refine",
-    "head_refine_backward",
-    "head_adversary",
-    "head_adversary_backward",
-)
+    "row_sq_norms", "memory_scores", "memory_combine", "memory_commit", "memory_commit_scores_", "memory_scan",
+    "memory_scan_backward", "slot_softmax", "slot_softmax_backward", "false_sample_sets", "attention_head",
+    "attention_head_backward", "head_refine", "head_refine_backward", "head_adversary", "head_adversary_backward",
+)  # fmt: skip
 _disabled = 0
 
 

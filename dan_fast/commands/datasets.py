@@ -14,7 +14,7 @@ from rich.text import Text
 
 from dan_fast.core.home import expanded
 from dan_fast.core.terminal import PLAIN
-from dan_fast.data.datasets.known import KNOWN, FoundDataset, KnownDataset, find_datasets
+from dan_fast.data.datasets.known import KNOWN, FoundDataset, find_datasets
 
 
 def list_datasets(
@@ -39,7 +39,8 @@ def list_datasets(
     missing = [known for known in KNOWN.values() if known not in [each.known for each in found]]
     console = console or Console()
     if json:
-        content = {"found": [_as_json(each) for each in found], "missing": [_missing_as_json(each) for each in missing]}
+        lacking = [{key: getattr(each, key) for key in ("name", "title", "origin", "note")} for each in missing]
+        content = {"found": [_as_json(each) for each in found], "missing": lacking}
         console.print_json(json_text.dumps(content))
         return
     if found:
@@ -101,7 +102,3 @@ def _as_json(found: FoundDataset) -> dict[str, Any]:
         "error": found.error,
         "note": found.known.note,
     }
-
-
-def _missing_as_json(known: KnownDataset) -> dict[str, str]:
-    return {"name": known.name, "title": known.title, "origin": known.origin, "note": known.note}

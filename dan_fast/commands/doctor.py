@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import distributed
 
@@ -83,9 +84,9 @@ def print_report(console: Console | None = None) -> int:
     if found.gpus:
         console.print(_table("GPUs", ("", "name", "capability", "memory", "kernels"), found.gpus))
     for sentence in found.broken:
-        console.print(f"[red]broken[/red]: {_plain(sentence)}")
+        console.print(f"[red]broken[/red]: {escape(sentence)}")
     for sentence in found.advice:
-        console.print(f"[yellow]missing[/yellow]: {_plain(sentence)}")
+        console.print(f"[yellow]missing[/yellow]: {escape(sentence)}")
     if not found.broken and not found.advice:
         console.print("[green]everything is there[/green]")
     return found.exit_code
@@ -183,10 +184,5 @@ def _table(title: str, columns: Iterable[str], rows: Iterable[tuple[str, ...]]) 
     for column in columns:
         table.add_column(column)
     for row in rows:
-        table.add_row(*map(_plain, row))
+        table.add_row(*map(escape, row))
     return table
-
-
-def _plain(text: str) -> str:
-    """Text with escaped brackets, which compilers print and rich would read as markup."""
-    return text.replace("[", r"\[")

@@ -19,7 +19,7 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import require_writable, write_text
 from dan_fast.core.float32 import BFLOAT16_ON_A_CPU
 from dan_fast.core.launched import own_rank
-from dan_fast.data import ImageCache, ReIDDataset
+from dan_fast.data import ImageCache
 from dan_fast.data.datasets.load import load_targets
 from dan_fast.data.named_protocols import resolve_protocol
 from dan_fast.distributed.collectives import ProcessGroup
@@ -103,7 +103,8 @@ def evaluate(
     place = resolve_device(device)
     with joined(place) as process_group:
         state = load_checkpoint(checkpoint)
-        datasets = _load_targets(paths, protocol, root)
+        by_name = protocol is not None
+        datasets = resolve_protocol(protocol, root, targets_only=True).targets if by_name else load_targets(paths)
         for dataset in datasets:
             require_scorable(dataset, ap, rerank)
         network, settings = network_of(state, checkpoint), state["config"]
@@ -226,12 +227,6 @@ def _require_targets(paths: Sequence[str], protocol: str | None, root: str | Non
         )
     if protocol is not None and root is None:
         raise DanFastError(f"protocol {protocol} needs root: name the folder in which its targets lie.")
-
-
-def _load_targets(paths: Sequence[str], protocol: str | None, root: str | None) -> Sequence[ReIDDataset]:
-    if protocol is None or root is None:
-        return load_targets(paths)
-    return resolve_protocol(protocol, root, targets_only=True).targets
 
 
 def _tested_by(protocol: str | None, settings: dict[str, Any]) -> str:

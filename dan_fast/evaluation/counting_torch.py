@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -77,27 +77,15 @@ def features_bytes(distances: PartDistances, images: int) -> int:
     return _ENTRY_BYTES * min(images, columns) + 16 * distances.query.shape[1]
 
 
-class Comparable(Protocol):
-    """What ranks are counted by: see :class:`dan_fast.evaluation.distances.PartDistances`, which is one."""
-
-    images: slice
-    columns: int
-    uncertainty: Tensor
-
-    def of_rows(self, rows: slice) -> Comparable: ...
-    def near(self, columns: slice) -> Tensor: ...
-    def exact(self, queries: Tensor, places: Tensor) -> Tensor: ...
-
-
 def ranks_of_part(
-    distances: Comparable, labels: Labels, budget: int, query_bytes: int, division: Division
+    distances: PartDistances, labels: Labels, budget: int, query_bytes: int, division: Division
 ) -> Iterator[tuple[Pairs, np.ndarray]]:
     """As `ranks_by_features`, for the rank that holds a part of the gallery; collective.
 
     Counts of all parts add up to ranks.
 
     Args:
-        distances: of the queries and the part.
+        distances: of the queries and the part; `reranking` has its own, with the same attributes.
         labels: of the whole gallery.
         budget: bytes that may be allocated at a time.
         query_bytes: that a query takes beside its pairs.
@@ -116,7 +104,7 @@ def ranks_of_part(
         yield pairs, _ranks(division.add_up(buckets), matches)
 
 
-def exact_of_pairs(block: Comparable, pairs: Pairs, division: Division) -> Tensor:
+def exact_of_pairs(block: PartDistances, pairs: Pairs, division: Division) -> Tensor:
     """(pairs,) distances of a block's queries, each from the rank that holds its image of the gallery; collective."""
     queries, places = _indices(pairs, block.uncertainty.device)
     held = (places >= block.images.start) & (places < block.images.stop)

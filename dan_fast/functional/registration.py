@@ -89,8 +89,8 @@ class KernelBackward(Operator):
     A gradient that is itself to be differentiated, or carries a tangent, goes through the PyTorch form: a kernel would
     cut the second derivative off, and a loss on gradients would be wrong without an error.
 
-    A subclass gives `fake_backward`, `grad_by_kernel` and, where the saved tensors are more than the arguments of
-    `form`, `retraced`.
+    A subclass gives `fake_backward` and, where the saved tensors are more than the arguments of `form`, `retraced` and
+    `grad_by_kernel`.
 
     Attributes:
         differentiable: how many of the inputs, the first ones, may have a gradient.
@@ -144,8 +144,8 @@ class KernelBackward(Operator):
     def grad_by_kernel(
         cls, ctx: Context, saved: tuple[Tensor, ...], grads: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
-        """The gradients by `backward_op`."""
-        raise NotImplementedError
+        """The gradients by `backward_op`, here of what is saved, in its order, and of the results' gradients."""
+        return cls.backward_op(*saved, *grads)
 
 
 def empty_like(tensor: Tensor) -> Tensor:

@@ -20,18 +20,8 @@ from dan_fast.training.scalars import part_of_run
 
 # Tags that belong on one panel although their first two parts differ.
 _TOGETHER = {
-    "memory/sigma_alpha": "memory/gates",
-    "memory/sigma_alpha_unlabeled": "memory/gates",
-    "memory/beta": "memory/gates",
-    "memory/slots_labeled": "memory/slots",
-    "memory/slots_unlabeled": "memory/slots",
-    "competition/attention_wins": "competition",
-    "competition/backbone_frozen": "competition",
-    "competition/both_updated": "competition",
-    "competition/ties": "competition",
-    "pseudo/accuracy": "pseudo",
-    "pseudo/purity": "pseudo",
-    "pseudo/fed_back_right": "pseudo",
+    **dict.fromkeys(("memory/sigma_alpha", "memory/sigma_alpha_unlabeled", "memory/beta"), "memory/gates"),
+    **dict.fromkeys(("memory/slots_labeled", "memory/slots_unlabeled"), "memory/slots"),
 }
 _TITLES = {
     "train/loss": "Losses on S",
@@ -136,7 +126,8 @@ def _without_replays(events: Sequence[ScalarEvent]) -> tuple[np.ndarray, np.ndar
 
 
 def _panel(tag: str) -> str:
-    return _TOGETHER.get(tag, "/".join(tag.split("/")[:2]))
+    first = tag.partition("/")[0]
+    return first if first in ("competition", "pseudo") else _TOGETHER.get(tag, "/".join(tag.split("/")[:2]))
 
 
 def _order(tag: str) -> tuple[int, str, bool, str]:

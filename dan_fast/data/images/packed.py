@@ -6,7 +6,7 @@ import io
 import pickle
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import TypeVar, overload
+from typing import TypeVar
 
 Item = TypeVar("Item")
 
@@ -23,8 +23,8 @@ class Packed(Sequence[Item]):
 
     Example:
         >>> names = Packed(["a.jpg", "b.jpg", "c.jpg"])
-        >>> len(names), names[1], list(names[1:])
-        (3, 'b.jpg', ['b.jpg', 'c.jpg'])
+        >>> len(names), names[1], list(names)
+        (3, 'b.jpg', ['a.jpg', 'b.jpg', 'c.jpg'])
     """
 
     def __init__(self, items: Iterable[Item]) -> None:
@@ -38,13 +38,7 @@ class Packed(Sequence[Item]):
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Item]: ...
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> Item:
         # As in a list: a negative index counts from the end, and the one after the last ends an iteration.
         index = range(len(self))[index]
         return pickle.loads(memoryview(self._buffer)[self._bounds[index] : self._bounds[index + 1]])

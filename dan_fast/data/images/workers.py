@@ -59,8 +59,8 @@ class SentenceLoader(DataLoader):
         # Not a generator, so that the worker processes are forked here, by the caller's thread, not at the first batch.
         # Generators, images and indices are on the CPU, whatever torch.set_default_device says.
         with default_cpu():
-            batches = _OnCPU(super().__iter__())
-        return map(_raised, _OfWorkers(batches) if self.num_workers else batches)
+            batches = super().__iter__()
+        return map(_raised, _Batches(batches, self.num_workers > 0))
 
 
 class _Sentences(Dataset):
@@ -91,17 +91,24 @@ class _Collate:
         return self.collate(items)
 
 
-class _OnCPU:
-    # A class, not a generator, which would hold a batch that is an error; see `_raised`.
-    def __init__(self, batches: Iterator[Any]) -> None:
-        self.batches = batches
+class _Batches:
+    """The batches of a loader; the death of one of its workers raises `WorkerDied`."""
 
-    def __iter__(self) -> _OnCPU:
+    # A class, not a generator, which would hold a batch that is an error; see `_raised`.
+    def __init__(self, batches: Iterator[Any], of_workers: bool) -> None:
+        self.batches, self.of_workers = batches, of_workers
+
+    def __iter__(self) -> _Batches:
         return self
 
     def __next__(self) -> Any:
-        with default_cpu():
-            return next(self.batches)
+        try:
+            with default_cpu():
+                return next(self.batches)
+        except (RuntimeError, EOFError, OSError) as error:
+            if not (self.of_workers and (is_worker_death(error) or _is_lost_connection(error))):
+                raise
+            raise WorkerDied(error) from error
 
 
 def _raised(batch: Any) -> Any:
@@ -112,24 +119,6 @@ def _raised(batch: Any) -> Any:
     finally:
         # The error holds this frame: as garbage in a cycle, an iterator waits five seconds for its workers to end.
         del batch
-
-
-class _OfWorkers:
-    """The batches of a loader with workers; the death of a worker raises `WorkerDied`."""
-
-    def __init__(self, batches: Iterator[Any]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> _OfWorkers:
-        return self
-
-    def __next__(self) -> Any:
-        try:
-            return next(self.batches)
-        except (RuntimeError, EOFError, OSError) as error:
-            if not (is_worker_death(error) or _is_lost_connection(error)):
-                raise
-            raise WorkerDied(error) from error
 
 
 def is_worker_death(error: BaseException) -> bool:

@@ -11,12 +11,7 @@ from torch import Tensor
 from dan_fast.core.attention_checks import check_features, check_weights
 from dan_fast.core.types import NLCBAMOutput, NLCBAMWeights
 from dan_fast.functional.attention.head import AttentionHead
-from dan_fast.functional.attention.head_torch import (
-    channel_attention_of,
-    channel_max,
-    spatial_attention_of,
-    weighted_channel_sum,
-)
+from dan_fast.functional.attention.head_torch import weighted_channel_sum
 from dan_fast.functional.autocast import outside_autocast, widened
 from dan_fast.functional.registration import Context, KernelBackward
 
@@ -47,16 +42,10 @@ def nl_cbam(features: Tensor, weights: NLCBAMWeights) -> NLCBAMOutput:
     check_features("features", features)
     check_weights(weights, features)
     wide = widened(weights)
-    if AttentionHead.serves(features):
-        # Without labels the head is NL-CBAM.
-        no_cam = wide.wc1.new_zeros(1, features.shape[1])
-        unknown = torch.full((features.shape[0],), -1, device=features.device)
-        channel_attention, spatial_attention = AttentionHead.run(features, *wide, no_cam, unknown)[2:4]
-    else:
-        x = widened(features).flatten(2)
-        channel_attention = channel_attention_of(x, x.mean(dim=2), wide)
-        g = weighted_channel_sum(x, channel_attention) / x.shape[1]
-        spatial_attention = spatial_attention_of(g, channel_max(x, channel_attention), wide)
+    # Without labels the head is NL-CBAM.
+    no_cam = wide.wc1.new_zeros(1, features.shape[1])
+    unknown = torch.full((features.shape[0],), -1, device=features.device)
+    channel_attention, spatial_attention = AttentionHead.run(features, *wide, no_cam, unknown)[2:4]
     return NLCBAMOutput(
         refined=HeadRefine.run(features, channel_attention, spatial_attention),
         channel_attention=channel_attention.to(features.dtype),
@@ -97,9 +86,3 @@ class HeadRefine(KernelBackward):
         grad_channel_attention = (product @ spatial_attention.unsqueeze(2)).squeeze(2)
         grad_spatial_attention = weighted_channel_sum(product, channel_attention)
         return cls.form(grad, channel_attention, spatial_attention), grad_channel_attention, grad_spatial_attention
-
-    @classmethod
-    def grad_by_kernel(
-        cls, ctx: Context, saved: tuple[Tensor, ...], grads: Sequence[Tensor | None]
-    ) -> Sequence[Tensor | None]:
-        return cls.backward_op(*saved, *grads)
