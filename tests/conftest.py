@@ -71,6 +71,16 @@ def street(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "street"
 
 
+@pytest.fixture
+def embedded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each batch had that a network embedded."""
+    from dan_fast import FeatureExtractor
+
+    counts, embed = [], FeatureExtractor._embed
+    monkeypatch.setattr(FeatureExtractor, "_embed", lambda self, x: counts.append(len(x)) or embed(self, x))
+    return counts
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two domains, campus and mall, of four training and two test persons with four images each."""

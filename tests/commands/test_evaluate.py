@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -92,10 +93,7 @@ def test_a_shared_folder_has_no_network_before_training(street, tmp_path, capsys
 
 @pytest.mark.slow
 def test_figures_are_written_before_they_are_printed(checkpoint, street, tmp_path, monkeypatch):
-    def fail(*_: object) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("rich.console.Console.print", fail)
+    monkeypatch.setattr("rich.console.Console.print", Mock(side_effect=OSError("no space left on device")))
     assert evaluated(checkpoint, street, out=tmp_path / "figures.json") == 1
     assert len(json.loads((tmp_path / "figures.json").read_text())) == 1
 

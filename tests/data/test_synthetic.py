@@ -379,32 +379,19 @@ def test_a_second_process_is_told_who_is_at_work(tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_a_failed_swap_puts_the_earlier_domain_back(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("owner", "name", "call"), [(Path, "rename", 2), (Image.Image, "save", 10)])
+def test_a_full_disk_is_one_sentence_and_leaves_the_earlier_domain(tmp_path, monkeypatch, owner, name, call):
+    """When the new domain takes the earlier one's place, or while its images are written."""
     synthesize(tmp_path, ["campus"], identities=2)
-    before, rename = contents(tmp_path), Path.rename
+    before, right, calls = contents(tmp_path), getattr(owner, name), []
 
-    def fail_for_new(self, target):
-        if self.parent.name == ".partial" and self.name == "campus":
+    def until_full(self, *arguments, **options):
+        calls.append(self)
+        if len(calls) == call:
             raise OSError(28, "No space left on device")
-        return rename(self, target)
+        return right(self, *arguments, **options)
 
-    monkeypatch.setattr(Path, "rename", fail_for_new)
-    with pytest.raises(DanFastError, match="No space left"):
-        synthesize(tmp_path, ["campus"], identities=2, seed=1)
-    assert contents(tmp_path) == before
-
-
-def test_a_full_disk_is_one_sentence_and_leaves_the_earlier_domain(tmp_path, monkeypatch):
-    synthesize(tmp_path, ["campus"], identities=2)
-    before, save, saved = contents(tmp_path), Image.Image.save, []
-
-    def until_full(self, path, **options):
-        saved.append(path)
-        if len(saved) == 10:
-            raise OSError(28, "No space left on device")
-        save(self, path, **options)
-
-    monkeypatch.setattr(Image.Image, "save", until_full)
+    monkeypatch.setattr(owner, name, until_full)
     with pytest.raises(DanFastError, match=f"cannot write synthetic images to {tmp_path} .No space left on device"):
         synthesize(tmp_path, ["campus"], identities=2, seed=1)
     assert contents(tmp_path) == before

@@ -61,10 +61,6 @@ def other_version(group: Group, config: TrainConfig) -> None:
         surroundings.__version__ = before
 
 
-def test_unequal_versions_are_refused_on_all(ranks: Ranks, images: Path, tmp_path: Path):
-    ranks.run(other_version, settings(images, tmp_path / "run"))
-
-
 class OtherMap(TinyMap):
     def __init__(self) -> None:
         super().__init__()
@@ -79,10 +75,6 @@ def other_weights(group: Group, config: TrainConfig) -> None:
         refused(group, config, r"^The checksum of the weights is \d+ on rank {last} and \d+ on rank 0: give all", {})
     finally:
         rank_trainings.TinyMap = TinyMap
-
-
-def test_unequal_weights_are_refused_on_all(ranks: Ranks, images: Path, tmp_path: Path):
-    ranks.run(other_weights, settings(images, tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -151,10 +143,6 @@ def broken_image(group: Group, config: TrainConfig) -> None:
     assert load_checkpoint(trainer.folder.checkpoint)["iteration"] == 2
 
 
-def test_a_broken_image_of_one_rank_ends_all_and_they_are_saved(ranks: Ranks, images: Path, tmp_path: Path):
-    ranks.run(broken_image, settings(images, tmp_path / "run"))
-
-
 def out_of_memory(group: Group, config: TrainConfig) -> None:
     trainer = trainer_of(config, group)
     step = trainer.train_iteration
@@ -188,14 +176,6 @@ def not_finite(group: Group, config: TrainConfig) -> None:
     trainer.train_iteration = poisoned
     with pytest.raises(DanFastError, match="norms are not finite" if group.rank() == 1 else "be finite|not finite"):
         trainer.fit()
-
-
-@pytest.mark.parametrize("loss", [{"embedding": 0.0, "labeled_embedding": 0.0}, {}], ids=["no memory", "memory"])
-def test_a_rank_whose_features_are_not_finite_ends_all(ranks: Ranks, images: Path, tmp_path: Path, loss: dict):
-    ranks.run(
-        not_finite,
-        settings(images, tmp_path / "run", loss=loss, data={"unlabeled": [] if loss else str(images / "mall")}),
-    )
 
 
 def two_ranks_wrote(group: Group, config: TrainConfig) -> None:
@@ -250,10 +230,20 @@ def all_broken(group: Group, config: TrainConfig) -> None:
     assert load_checkpoint(trainer.folder.checkpoint)["iteration"] == 2
 
 
-def test_where_all_labelled_images_of_a_batch_are_broken_all_ranks_save_and_name_one(
-    ranks: Ranks, images: Path, tmp_path: Path
-):
-    ranks.run(all_broken, settings(images, tmp_path / "run", data={"broken_images": "skip"}))
+WITHOUT_MEMORY = {"loss": {"embedding": 0.0, "labeled_embedding": 0.0}, "data": {"unlabeled": []}}
+
+
+@pytest.mark.parametrize(
+    ("trouble", "sections"),
+    [
+        *((trouble, {}) for trouble in (other_version, other_weights, broken_image, not_finite)),
+        (not_finite, WITHOUT_MEMORY),
+        (all_broken, {"data": {"broken_images": "skip"}}),
+    ],
+)
+def test_the_trouble_of_one_rank_is_told_by_all(ranks: Ranks, images: Path, tmp_path: Path, trouble, sections: dict):
+    """What they do not train with, and what ends a training that is then saved."""
+    ranks.run(trouble, settings(images, tmp_path / "run", **sections))
 
 
 def wrong_gate_features(group: Group) -> None:

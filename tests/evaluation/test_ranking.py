@@ -205,20 +205,6 @@ def test_hand_computed(path):
     assert trapezoid.mAP == pytest.approx(((0 + 1 / 2) / 2 + (1 / 3 + 2 / 4) / 2) / 2)
 
 
-def test_trapezoid_of_a_perfect_list_is_one(path):
-    assert rank_distances([[0.1, 0.2, 0.3]], [1], [1, 1, 2], [1], [2, 2, 2], ap="trapezoid").mAP == 1
-
-
-def test_small_gallery_repeats_the_last_value(path):
-    result = rank_distances([[0.1, 0.2], [0.1, 0.2]], [1, 2], [1, 2], [1, 1], [2, 2], max_rank=6)
-    assert result.cmc.tolist() == [0.5, 1, 1, 1, 1, 1]
-    assert rank_distances([[0.1, 0.2]], [2], [1, 2], [1], [2, 2], max_rank=1).cmc.tolist() == [0]
-
-
-def test_infinite_distance_ranks_last(path):
-    assert rank_distances([[np.inf, 3.0]], [1], [1, 2], [1], [2, 2]).mAP == 0.5
-
-
 @pytest.mark.parametrize("metric", METRICS)
 def test_layouts_types_and_threads_do_not_matter(metric):
     rng = np.random.default_rng(3)

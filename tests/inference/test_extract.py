@@ -27,6 +27,7 @@ from dan_fast.evaluation import evaluate_ranking, extract_dataset
 from dan_fast.inference import feature_file
 from dan_fast.inference.sources import find_images
 from tests.support import ROOT
+from tests.support.searches import stopped_at
 from tests.support.tiny_training import wait_until
 from tests.support.untrained import untrained_checkpoint
 
@@ -68,14 +69,6 @@ def broken_in(folder: Path, place: int) -> Path:
     path = files_of(folder)[place]
     path.write_bytes(path.read_bytes()[:60])
     return path
-
-
-@pytest.fixture
-def embedded(monkeypatch) -> list[int]:
-    """How many images each batch had that a network embedded."""
-    counts, embed = [], FeatureExtractor._embed
-    monkeypatch.setattr(FeatureExtractor, "_embed", lambda self, x: counts.append(len(x)) or embed(self, x))
-    return counts
 
 
 @pytest.mark.parametrize(
@@ -301,19 +294,6 @@ def test_an_image_that_cannot_be_decoded_stops_or_is_marked(run, folder, tmp_pat
     assert np.array_equal(skipping["features"][kept], whole["features"][kept])
     assert skipping["paths"].tolist() == whole["paths"].tolist()
     assert f"Skipped {broken}" in capsys.readouterr().out
-
-
-def stopped_at(batch: int, monkeypatch) -> None:
-    """Ctrl-C when so many batches are done."""
-    batches = FeatureExtractor.batches
-
-    def until(self, images):
-        for number, rows in enumerate(batches(self, images)):
-            if number == batch:
-                raise KeyboardInterrupt
-            yield rows
-
-    monkeypatch.setattr(FeatureExtractor, "batches", until)
 
 
 def test_a_part_that_is_cut_short_is_made_anew_and_what_lies_beside_stays(run, folder, tmp_path, embedded):

@@ -3,6 +3,7 @@
 import copy
 import io
 from contextlib import nullcontext
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -390,9 +391,6 @@ def test_no_way_to_a_memory_leads_through_the_capture_of_a_cuda_graph(monkeypatc
     memory(*first)
     before = {name: value.clone() for name, value in memory.state_dict().items()}
 
-    def captured(features):
-        raise RuntimeError("captured")
-
     ways = (
         lambda: memory(*second),
         lambda: memory.labeled_loss(*second[:2], 0.1),
@@ -404,7 +402,7 @@ def test_no_way_to_a_memory_leads_through_the_capture_of_a_cuda_graph(monkeypatc
     )
     with monkeypatch.context() as patch:
         for module in (pending, step):
-            patch.setattr(module, "require_no_capture", captured)
+            patch.setattr(module, "require_no_capture", Mock(side_effect=RuntimeError("captured")))
         for way in ways:
             with pytest.raises(RuntimeError, match="captured"):
                 way()

@@ -2,6 +2,7 @@
 
 import io
 import urllib.error
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -321,10 +322,7 @@ def test_weights_file_runs_no_code(tmp_path):
     "error", [urllib.error.URLError("no route"), RuntimeError("invalid hash value"), TimeoutError("slow")]
 )
 def test_failed_download_says_what_to_do(monkeypatch, error):
-    def fail(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", fail)
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", Mock(side_effect=error))
     with pytest.raises(DanFastError, match=r"download https://\S+resnet18\S+\.pth elsewhere .* path"):
         build_backbone("resnet18", "imagenet")
 

@@ -1,6 +1,7 @@
 """Pictures and pages of the report: what they show, and that they are written whole."""
 
 import re
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -292,10 +293,7 @@ def test_nearly_flat_attention_is_enlarged_without_stripes():
 
 @pytest.mark.parametrize("write", ["page", "picture"])
 def test_nothing_half_written(tmp_path, monkeypatch, write):
-    def fail(*_):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr("os.replace", fail)
+    monkeypatch.setattr("os.replace", Mock(side_effect=OSError("No space left on device")))
     with pytest.raises(DanFastError, match="could not be written .No space left"):
         if write == "page":
             write_report(tmp_path, "Run", "")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from dan_fast import FeatureExtractor
 from tests.support.searches import draw, searched
 
 NAMES = [f"{number:02d}.png" for number in range(12)]
@@ -30,11 +29,3 @@ def run(folder, checkpoint):
         return searched(folder / out, *flags, *arguments, code=code).get("queries", [])
 
     return run
-
-
-@pytest.fixture
-def embedded(monkeypatch) -> list[int]:
-    """How many images each batch had that a network embedded."""
-    counts, embed = [], FeatureExtractor._embed
-    monkeypatch.setattr(FeatureExtractor, "_embed", lambda self, x: counts.append(len(x)) or embed(self, x))
-    return counts

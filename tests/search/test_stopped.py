@@ -16,7 +16,7 @@ from dan_fast import DanFastError, FeatureExtractor
 from dan_fast.inference.sources import find_images
 from dan_fast.nn import DAN
 from dan_fast.search import GalleryIndex, gallery_index, kinds, update_index
-from tests.support.searches import draw
+from tests.support.searches import draw, stopped_at
 from tests.support.tiny_training import IMAGE_SIZE, OneConvolution
 
 
@@ -104,15 +104,7 @@ def test_an_interrupt_between_any_two_lines_leaves_whole_rows(folder, tmp_path, 
 
 def test_what_is_stopped_goes_on(run, folder, embedded, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        batches = FeatureExtractor.batches
-
-        def until(self, images):
-            for number, rows in enumerate(batches(self, images)):
-                if number == 2:
-                    raise KeyboardInterrupt
-                yield rows
-
-        patch.setattr(FeatureExtractor, "batches", until)
+        stopped_at(2, patch)
         run(code=130)
     assert "the same command goes on from there" in capsys.readouterr().out
     embedded.clear()

@@ -1,20 +1,17 @@
 """Trainings of a network without batch norm, whose ranks together do what one rank does."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
 import dan_fast.training.trainer as training
-from dan_fast.nn import DAN
 from dan_fast.training import TrainConfig, Trainer
 from dan_fast.training.recipes import over
 from tests.support.steps import TinyMap
+from tests.support.tiny_training import IMAGE_SIZE, tiny_network
 from tests.support.training_runs import config
-
-IMAGE_SIZE = (16, 16)
 
 
 def settings(images: Path, out: Path, **sections: dict[str, Any]) -> TrainConfig:
@@ -29,14 +26,8 @@ def settings(images: Path, out: Path, **sections: dict[str, Any]) -> TrainConfig
 
 def trainer_of(config: TrainConfig, group: ProcessGroup | None, dropout: float = 0.0) -> Trainer:
     """A training of a network without batch norm, of which every rank's own images would be normalised."""
-
-    def tiny_network(settings: dict[str, Any], num_classes: int, **_: bool) -> tuple[DAN, Tensor]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings["run"]["seed"])
-            network = DAN(num_classes, backbone=TinyMap(), image_size=IMAGE_SIZE, reduction=2, dropout=dropout)
-            return network, torch.get_rng_state()
-
-    made, training.network_and_random_state = training.network_and_random_state, tiny_network
+    made, network = training.network_and_random_state, partial(tiny_network, backbone=TinyMap, dropout=dropout)
+    training.network_and_random_state = network
     try:
         return Trainer(config, group)
     finally:

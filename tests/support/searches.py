@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+from dan_fast import FeatureExtractor
 from dan_fast.cli import main
 from dan_fast.data.synthetic import synthesize
 from tests.support.untrained import untrained_checkpoint
@@ -21,6 +23,19 @@ def draw(folder: Path, names: list[str], seed: int = 0) -> Path:
     for name in names:
         Image.fromarray(random.integers(0, 256, (24, 14, 3), dtype=np.uint8)).save(folder / name)
     return folder
+
+
+def stopped_at(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C when a network has embedded so many batches."""
+    batches = FeatureExtractor.batches
+
+    def until(self, images):
+        for number, rows in enumerate(batches(self, images)):
+            if number == batch:
+                raise KeyboardInterrupt
+            yield rows
+
+    monkeypatch.setattr(FeatureExtractor, "batches", until)
 
 
 def searched(out: Path, *arguments: object, code: int = 0) -> dict[str, Any]:

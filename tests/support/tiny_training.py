@@ -36,11 +36,14 @@ class OneConvolution(nn.Module):
         return self.bn(self.conv(images)).relu()
 
 
-def tiny_network(settings: dict[str, Any], num_classes: int, **_: bool) -> tuple[DAN, torch.Tensor]:
+def tiny_network(
+    settings: dict[str, Any], num_classes: int, backbone: type[nn.Module] = OneConvolution, dropout: float = 0.5, **_
+) -> tuple[DAN, torch.Tensor]:
     """In the place of `network_and_random_state`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings["run"]["seed"])
-        return DAN(num_classes, backbone=OneConvolution(), image_size=IMAGE_SIZE, reduction=2), torch.get_rng_state()
+        network = DAN(num_classes, backbone=backbone(), image_size=IMAGE_SIZE, reduction=2, dropout=dropout)
+        return network, torch.get_rng_state()
 
 
 def tiny_config(images: Path, out: Path, **sections: dict[str, Any]) -> TrainConfig:

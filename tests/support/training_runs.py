@@ -60,6 +60,11 @@ def stop_after(trainer: Trainer, iterations: int) -> None:
     trainer.train_iteration = interrupted
 
 
+def has_logged(out: Path) -> bool:
+    """Whether a run has logged an iteration or more."""
+    return any(file.stat().st_size > 1000 for file in (out / "tensorboard").glob("*tfevents*"))
+
+
 def assert_same_training(first: Path, second: Path) -> None:
     """Two runs' folders, or two checkpoints, hold the same bit for bit, but for where the training took place."""
     # "ran_under" is of the machine, and grows where a run goes on elsewhere.

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -32,6 +31,8 @@ from dan_fast.sweep.runner import sweep
 from dan_fast.training import TrainConfig
 from tests.support import in_checkout
 from tests.support.figures import evaluation
+from tests.support.tiny_training import wait_until
+from tests.support.training_runs import config, has_logged
 
 BASE = {"data": {"labeled": "market"}}
 WHOLE = TrainConfig.of_recipe("dan", **BASE).to_dict()
@@ -544,13 +545,7 @@ def test_how_many_ran_at_once_is_recorded(quick, three, monkeypatch):
 def when(ready: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
     """Acts once something is so."""
 
-    def wait() -> None:
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and not ready():
-            time.sleep(0.02)
-        act()
-
-    thread = threading.Thread(target=wait)
+    thread = threading.Thread(target=lambda: wait_until(ready, 300) or act())
     thread.start()
     return thread
 
@@ -590,10 +585,7 @@ def test_seconds_of_two_numbers_of_threads_are_no_time(quick, three):
 
 
 def test_without_locks_a_sweep_goes_on(tmp_path, monkeypatch):
-    def flock(file, operation):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
     with alone_with_children(tmp_path / ".lock", "in use", "choose another") as descriptor:
         assert os.fstat(descriptor)
     monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
@@ -735,33 +727,19 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
             pass
 
 
-def tiny_base(images: Path, *targets: str) -> dict[str, dict]:
-    """The base of trainings of a few seconds from campus."""
-    return {
-        "data": {"labeled": str(images / "campus"), "targets": list(targets), "image_size": [32, 32], "batch_size": 4,
-                 "workers": 0},
-        "model": {"backbone": "timm:test_resnet", "weights": "none"},
-        "optimizer": {"epochs": 3, "lr_scale": 10.0},
-        "run": {"device": "cpu", "log_every": 1},
-    }  # fmt: skip
-
-
-def has_trained(folder: Path) -> bool:
-    """Whether the run has logged its first iteration."""
-    return any(path.stat().st_size > 200 for path in (folder / "tensorboard").glob("events*"))
-
-
 @pytest.mark.slow
 def test_trainings_killed_in_the_middle_go_on(tmp_path, capsys):
     images = tmp_path / "images"
     synthesize(images, ["campus", "street"], identities=4, cameras=2, image_size=(32, 32), test_fraction=0.5)
-    base = tiny_base(images, str(images / "street"))
+    data = {"unlabeled": [], "targets": str(images / "street"), "batch_size": 4}
+    base = config(images, out := tmp_path / "out", data=data, optimizer={"epochs": 3}).to_dict()
+    del base["run"]["out"], base["loss"]["adversary"], base["model"]["reduction"], base["recipe"]
     grids = [{"loss.adversary": [0.2, 0.6]}, {"model.reduction": [1]}]
-    out, grid = tmp_path / "out", write(tmp_path / "grid.yaml", {"base": base, "grids": grids})
+    grid = write(tmp_path / "grid.yaml", {"base": base, "grids": grids})
     command = ["sweep", "--grid", str(grid), "--out", str(out)]
     first, second, third = (run.folder for run in plan_sweep(grid, None, out))
 
-    killer = when(lambda: has_trained(second), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    killer = when(lambda: has_logged(second), lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert main([*command, "--report", "false"]) == 130
     killer.join()
     assert "stopped. The same command goes on from here." in capsys.readouterr().out

@@ -8,6 +8,7 @@ import signal
 import threading
 import zipfile
 from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -254,9 +255,9 @@ def test_results_beside_settings_that_cannot_be_read_are_removed(tmp_path):
 
 
 def test_where_a_run_takes_place_may_change(tmp_path):
-    saved = TrainConfig(data=DataConfig(labeled=["a"])).to_dict()
+    saved = TrainConfig(data=DataConfig(labeled=["a"], protocol="p1", root="a")).to_dict()
     current = TrainConfig(
-        data=DataConfig(labeled="a", workers=7, targets=["t"]),
+        data=DataConfig(labeled="a", workers=7, targets=["t"], protocol="p1", root="b"),
         run=RunConfig(out="elsewhere", resume=True, device="cpu", log_every=3),
     ).to_dict()
     require_same_training(saved, current, tmp_path / "checkpoint.pt")
@@ -289,10 +290,7 @@ def test_impossible_epochs_are_an_error(done, epochs):
 
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
     path = untrained_checkpoint(tmp_path / "checkpoint.pt")
-
-    def refuse(*_):
-        raise PermissionError(13, "Permission denied")
-
+    refuse = Mock(side_effect=PermissionError(13, "Permission denied"))
     monkeypatch.setattr("dan_fast.training.checkpoint.zipfile.ZipFile", refuse)
     with pytest.raises(DanFastError, match=r"checkpoint.pt cannot be read \(Permission denied\); check permissions"):
         load_checkpoint(path)

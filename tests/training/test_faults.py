@@ -30,7 +30,7 @@ from dan_fast.training.checkpoint import CheckpointWriter, load_checkpoint
 from dan_fast.training.scalars import Scalars
 from dan_fast.training.shared import origin_of
 from tests.support.tiny_training import Trainings, has_ended, tiny_config, tiny_network, wait_until, workers_of
-from tests.support.training_runs import assert_same_training
+from tests.support.training_runs import assert_same_training, has_logged
 
 pytestmark = pytest.mark.slow
 
@@ -74,10 +74,6 @@ def here(monkeypatch):
 def iterations_saved(out: Path, per_epoch: int) -> int:
     state = load_checkpoint(out / "checkpoint.pt")
     return state["epoch"] * per_epoch + state["iteration"]
-
-
-def has_logged(out: Path) -> bool:
-    return any(file.stat().st_size > 1000 for file in (out / "tensorboard").glob("*tfevents*"))
 
 
 def test_kills_at_random_moments_change_no_bit(images, trainings, tmp_path, log):

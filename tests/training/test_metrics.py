@@ -7,7 +7,6 @@ import torch
 
 from dan_fast.data import TrainingSet, load_dataset
 from dan_fast.training.metrics import (
-    accuracy,
     cleared_a_sample,
     fed_back_right,
     logit_norm,
@@ -127,8 +126,3 @@ def test_a_window_means_what_counts_and_forgets_it(tmp_path):
     assert scalars.flush(1) == {"pseudo/accuracy": 0.5, "memory/slots_labeled": 7.0, "train/step_size": 0.5}
     assert scalars.flush(2) == {}
     scalars.close()
-
-
-def test_accuracy_is_the_share_of_right_classes():
-    logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 1.0], [1.0, 0.0]])
-    assert float(accuracy(logits, torch.tensor([0, 1, 1, 0]))) == 0.75

@@ -16,10 +16,9 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.data.datasets.fixed_splits import DIGESTS
 from dan_fast.evaluation import Evaluation
 from dan_fast.nn.weights_hash import weights_hash
-from dan_fast.training import DataConfig, TrainConfig, Trainer, trained_network
+from dan_fast.training import TrainConfig, Trainer, trained_network
 from dan_fast.training import targets as targets_module
 from dan_fast.training.checkpoint import load_checkpoint
-from dan_fast.training.config import require_same_training
 from dan_fast.training.reported import CHOSEN, SEEN, EpochChoice, epoch_of
 from tests.support.dataset_shelf import full_shelf
 from tests.support.figures import evaluation
@@ -321,8 +320,3 @@ def test_a_choice_needs_something_to_choose_from(images, tmp_path):
     with pytest.raises(DanFastError, match="nothing to choose from: add data.targets or data.protocol"):
         Trainer(replace(chosen(images, tmp_path / "run"), data=replace(setup.data, targets=[])))
     assert not (tmp_path / "run").exists()
-
-
-def test_protocol_and_root_are_no_settings_of_what_is_learnt(tmp_path):
-    saved = TrainConfig(data=DataConfig(protocol="p1", root="a")).to_dict()
-    require_same_training(saved, TrainConfig(data=DataConfig(protocol="p1", root="b")).to_dict(), tmp_path)

@@ -147,14 +147,6 @@ def test_the_complete_configuration_is_printed_with_the_recipe(capsys):
     assert printed == TrainConfig.of_recipe("plain", meta={"eta": 0.5}).to_dict()
 
 
-def test_help_explains_recipes(capsys):
-    with pytest.raises(SystemExit):
-        main(["train", "--recipe", "plain", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    for words in ("paper is the paper as printed", "default: plain", "default: daml1", "without any part of DAN"):
-        assert words in text, words
-
-
 @pytest.mark.parametrize(
     ("words", "recipe"),
     [("train --recipe dna", "dna"), ("quickstart --recipe dna", "dna"), ("train --config FILE", "3")],

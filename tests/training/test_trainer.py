@@ -11,6 +11,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -122,19 +123,24 @@ def test_a_run_says_what_its_device_makes_of_float32(images, tmp_path, capsys):
     assert "Float32 on" not in half
 
 
+CBAM = {"model": {"attention": "cbam", "adversary": False}}
+
+
 @pytest.mark.parametrize(
     "change",
     [
-        {"meta": {"procedure": "daml1"}},
-        {"meta": {"procedure": "daml2"}},
-        {"meta": {"order": 2}},
+        CBAM | {"meta": {"procedure": "daml1"}},
+        CBAM | {"meta": {"procedure": "daml2"}},
+        CBAM | {"meta": {"order": 2}},
         {"data": {"unlabeled": []}},
         {"data": {"unlabeled_share": 0.0}},
         {"memory": {"gates": "features"}},
+        CBAM | {"run": {"precision": "bfloat16"}},
         {"run": {"precision": "bfloat16"}},
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("sound_bfloat16")
 def test_every_procedure_trains(images, tmp_path, change):
     trainer = Trainer(config(images, tmp_path / "run", optimizer=ONE_EPOCH, **change))
     before = snapshot(trainer.model)
@@ -358,15 +364,6 @@ def test_what_to_watch_is_in_the_event_file_and_in_the_picture(images, tmp_path,
     assert plot_curves(tmp_path / "run", tmp_path / "curves.png").is_file()
 
 
-def test_one_branch_has_one_logit_norm_and_no_ties_and_no_attention_no_spread(images, tmp_path):
-    model = {"attention": "none", "adversary": False}
-    Trainer(config(images, tmp_path / "run", optimizer=ONE_EPOCH, model=model)).fit()
-    names = set(read_scalars(tmp_path / "run"))
-    assert "train/logit_norm/attention" in names
-    absent = {"train/logit_norm/adversary", "train/accuracy/adversary", "competition/ties", "attention/spatial_spread"}
-    assert "train/accuracy/attention" in names and not names & absent
-
-
 def test_resuming_keeps_the_scalars_of_iterations_that_are_done(tmp_path):
     first = Scalars(tmp_path / "tensorboard")
     for step in (10, 20, 30):
@@ -454,10 +451,7 @@ def test_a_disk_that_is_full_for_tensorboards_thread_leaves_no_traceback(tmp_pat
 def test_a_full_disk_while_logging_is_one_sentence(tmp_path, monkeypatch):
     scalars = Scalars(tmp_path / "tensorboard")
     scalars.add("train/loss/total", 1.0)
-
-    def full() -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(scalars._writer, "flush", full)
     monkeypatch.setattr(scalars._writer, "close", full)
     with pytest.raises(DanFastError, match="tensorboard .No space left on device.: make room"):

@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import h5py
 import numpy as np
@@ -309,12 +310,9 @@ def test_a_cuhk03_archive_that_is_none_or_ends_early(tmp_path: Path, monkeypatch
 
 
 def test_a_full_disk_leaves_no_half_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: object, **options: object) -> None:
-        raise OSError(28, "No space left on device")
-
     write_cuhk03(tmp_path / "cuhk-03.mat")
     write_cuhk_sysu(tmp_path)
-    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(Image.Image, "save", Mock(side_effect=OSError(28, "No space left on device")))
     for extract in (extract_cuhk03, extract_cuhk_sysu):
         with pytest.raises(DanFastError, match=r"\.(png|jpg) could not be written \(No space left on device\)"):
             extract(tmp_path)

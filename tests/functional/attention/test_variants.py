@@ -302,6 +302,8 @@ def test_each_model_of_figure_6_trains(runs, tmp_path, model):
         assert "classifier.weight" in moved
     else:
         assert not any(scalars["train/loss/adversary"][1]) and not any(tag.startswith("competition") for tag in scalars)
+        assert "train/accuracy/attention" in scalars and "train/accuracy/adversary" not in scalars
+        assert ("attention/spatial_spread" in scalars) == (model != "B")
         assert {"backbone.model.conv1.0.weight", "classifier.weight"} <= moved
         # A unit may be dead on so few images, wc2 and the like are not all moved then; some weight is.
         assert any(name.startswith("attention.") for name in moved) == (network.attention.variant != "none")
@@ -311,16 +313,6 @@ def test_each_model_of_figure_6_trains(runs, tmp_path, model):
         assert torch.equal(network.embed(probe), output.attended)
     plot_attention(probe, output.spatial_attention, network.map_size, tmp_path / "attention.png")
     assert torch.equal(output.attended, output.pooled) == (model == "B")
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("sound_bfloat16")
-@pytest.mark.parametrize(
-    "flags", ["meta.order 2", "meta.procedure daml1", "meta.procedure daml2", "run.precision bfloat16"]
-)
-def test_each_procedure_trains_cbam(images, tmp_path, flags):
-    cbam = ("--model.attention", "cbam", "--model.adversary", "false")
-    assert train(images, tmp_path / "run", *cbam, *f"--{flags}".split()) == 0
 
 
 @pytest.mark.slow

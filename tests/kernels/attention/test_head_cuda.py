@@ -22,20 +22,16 @@ from tests.support.head_problems import (
     saved,
     strided,
 )
-from tests.support.toolchain import Guarded, call_on_host, library_on_host, needs_compiler
+from tests.support.toolchain import Guarded, call_on_host, needs_compiler
 
 pytestmark = [pytest.mark.compile, needs_compiler]
+SOURCE = "attention/head_on_host.cpp"
 
 # Threads a block, bytes of shared memory for the map, blocks that run at once. The whole of a sample in one block;
 # several blocks a sample, and fewer groups of them than samples; several tiles a block; tiles of few positions, and
 # vectors in global memory.
 WHOLE, SPLIT, TILES, CRAMPED = (64, 48 << 10, 3), (32, 1500, 5), (32, 900, 2), (32, 400, 3)
 GPU = (256, 48 << 10, 2)
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return library_on_host("attention/head_on_host.cpp", tmp_path_factory.mktemp("host"))
 
 
 class Host:

@@ -9,14 +9,10 @@ from torch import Tensor
 
 from tests.support.head_problems import NAMED_LAYOUTS, channels_last, contiguous, part
 from tests.support.maps_problems import Case, Results, check
-from tests.support.toolchain import Guarded, call_on_host, library_on_host, needs_compiler
+from tests.support.toolchain import Guarded, call_on_host, needs_compiler
 
 pytestmark = [pytest.mark.compile, needs_compiler]
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return library_on_host("attention/refine_on_host.cpp", tmp_path_factory.mktemp("host"))
+SOURCE = "attention/refine_on_host.cpp"
 
 
 class Host:

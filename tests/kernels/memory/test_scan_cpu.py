@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dan_fast import MemoryState, reference
 from dan_fast.functional.memory.scan_types import Slots, WriteRecord
-from tests.support.memory_problems import agree, make_keys
+from tests.support.memory_problems import agree
 from tests.support.running import by_threads
 from tests.support.scan_problems import (
     PROBLEMS,
@@ -56,36 +55,6 @@ def test_special_cases(name: str):
     if name == "nothing to retrieve from":
         assert found.loss == 0 and (found.pseudo_labels == -1).all()
         assert not any(x.any() for x in (*found.unlabeled_record, *found.retrieval))
-
-
-def test_the_memories_are_those_of_the_reference():
-    """Finds what PyTorch's scan and the kernels could have wrong alike; over three batches."""
-    problem = Problem((40, 30), (6, 7), fill=(0.5, 0.9), classes=3, seed=5)
-    generator = torch.Generator().manual_seed(6)
-    for _ in range(3):
-        problem.keys, problem.unlabeled_keys = (make_keys("random", n, 5, generator) for n in (6, 7))
-        keys, unlabeled_keys = (x.clone().requires_grad_() for x in (problem.keys, problem.unlabeled_keys))
-        gates = [gate.clone().requires_grad_() for gate in problem.gates]
-        step = reference.memory_step(
-            *problem.states, keys, problem.labels, unlabeled_keys, problem.sample_ids, *gates, *problem.settings[:2]
-        )
-        found = by_operators(problem.arguments())
-        agree(found.loss, step.loss)
-        assert torch.equal(found.pseudo_labels, step.pseudo_labels)
-        states = []
-        for new, old, rows in zip(found[3:5], problem.states, (problem.keys, problem.unlabeled_keys), strict=True):
-            features = new.kept[:, None] * old.features + new.held.mT @ rows
-            states.append(MemoryState(features, new.labels, new.usage, new.evaluation, new.least_used, new.sample_ids))
-            agree(new.square_norms, features.square().sum(1))
-        agree((*states[0], *states[1]), (*step.labeled, *step.unlabeled))
-        grad_scores, grad_unlabeled_scores, grad_gram, grad_gates = found.gradients
-        queries = torch.cat([problem.keys, problem.unlabeled_keys])
-        grad_queries = grad_scores @ problem.states[0].features + (grad_gram + grad_gram.mT) @ queries
-        grad_queries[6:] += grad_unlabeled_scores @ problem.states[1].features
-        expected = torch.autograd.grad(step.loss, [keys, unlabeled_keys, *gates])
-        agree(grad_queries, torch.cat(expected[:2]))
-        agree(grad_gates, torch.stack(expected[2:]))
-        problem.states = states
 
 
 def test_records_are_the_states_between_the_writes():

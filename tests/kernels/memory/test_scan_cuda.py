@@ -18,9 +18,10 @@ from tests.support.scan_problems import (
     by_operators,
     in_dtype,
 )
-from tests.support.toolchain import Guarded, library_on_host, needs_compiler
+from tests.support.toolchain import Guarded, needs_compiler
 
 pytestmark = [pytest.mark.compile, needs_compiler]
+SOURCE = "memory/scan_on_host.cpp"
 
 # Blocks and threads: one warp; blocks that must wait for each other; more slots than threads in most problems.
 ONE_WARP, MANY_BLOCKS, STRIDED = (1, 32), (3, 64), (2, 32)
@@ -28,11 +29,6 @@ GRIDS = dict.fromkeys(("blocks", "ties over blocks"), MANY_BLOCKS)
 GRIDS |= dict.fromkeys(
     ("more slots than threads", "half full", "full", "ties", "close keys", "nothing to retrieve from"), STRIDED
 )
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return library_on_host("memory/scan_on_host.cpp", tmp_path_factory.mktemp("host"))
 
 
 def on_host(library: ctypes.CDLL, grid: tuple[int, int], arguments: list, grad_loss: float = 1.0) -> Found:
