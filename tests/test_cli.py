@@ -22,6 +22,7 @@ from dan_fast.core.errors import Interrupted
 from dan_fast.data.synthetic import synthesize
 from dan_fast.training.config import DataConfig, Paths
 from tests.support import ROOT
+from tests.support.untrained import untrained_checkpoint
 
 
 def tiny_run(images, out) -> list[str]:
@@ -203,6 +204,20 @@ def test_figures_are_not_written_over_what_a_training_wrote(tmp_path, capsys):
         assert main(["evaluate", "--checkpoint", "x", "--targets", "x", "--out", str(out)]) == 1
         assert f"{out} is written by the training itself: name another file" in capsys.readouterr().err
         assert out.read_text() == "kept"
+
+
+@pytest.mark.parametrize("command", ["evaluate --targets x --checkpoint {0} --out", "bench memory --json"])
+@pytest.mark.parametrize("content", ["path,pid,camid,split", '[{"arm": 1}]', "3", "a checkpoint"])
+def test_a_file_of_somebodys_own_is_not_written_over(command, content, tmp_path, capsys):
+    out = tmp_path / "own"
+    if content == "a checkpoint":
+        untrained_checkpoint(out)
+    else:
+        out.write_text(content)
+    before = out.read_bytes()
+    assert main([*command.format(out).split(), str(out)]) == 1
+    assert capsys.readouterr().err == f"dan-fast: {out} holds something else: name another file, or remove this one.\n"
+    assert out.read_bytes() == before
 
 
 @pytest.mark.parametrize(

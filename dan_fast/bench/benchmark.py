@@ -21,7 +21,7 @@ from dan_fast.bench.rows import Row, plain, shown
 from dan_fast.bench.timing import Say
 from dan_fast.core.devices import resolve_device
 from dan_fast.core.errors import DanFastError
-from dan_fast.core.files import write_text
+from dan_fast.core.files import require_own_json, write_text
 
 SCHEMA = 1
 MEANING = {
@@ -175,11 +175,13 @@ class Benchmark(ABC):
             Whether every bar is met.
 
         Raises:
-            DanFastError: the file cannot be written, or with `check` a bar is missed.
+            DanFastError: the file cannot be written or holds something else, or with `check` a bar is missed.
         """
         # Wide enough for the tables where the output goes into a file.
         console = console or (Console() if Console().is_terminal else Console(width=200))
         rows: list[Row] = []
+        if self.json is not None:
+            require_own_json(self.json, ["benchmark", "rows"])
         with _cpu_threads(self.threads):
             found = environment(self.place)
             # Before minutes of measuring: the folder may not be writable.

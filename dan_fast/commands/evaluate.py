@@ -16,7 +16,7 @@ from rich.text import Text
 from dan_fast.core.batches import BrokenImages
 from dan_fast.core.devices import resolve_device
 from dan_fast.core.errors import DanFastError
-from dan_fast.core.files import require_writable, write_text
+from dan_fast.core.files import require_own_json, write_text
 from dan_fast.core.float32 import BFLOAT16_ON_A_CPU
 from dan_fast.core.launched import own_rank
 from dan_fast.data import ImageCache
@@ -40,7 +40,7 @@ from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.config import CacheCheck, ModelConfig, Paths, Precision, as_list
 from dan_fast.training.recipes import recipe_words
 from dan_fast.training.reported import epoch_of, seen_of
-from dan_fast.training.starting import start_of
+from dan_fast.training.starting import hash_of_start, start_of
 
 _LOG = logging.getLogger(__name__)
 _OF_A_TRAINING = ("checkpoint.pt", "chosen.pt", "config.yaml", "results.json")
@@ -99,7 +99,6 @@ def evaluate(
     _require_targets(paths, protocol, root)
     if out is not None and own_rank() == 0:
         _require_own(Path(out))
-        require_writable(out)
     place = resolve_device(device)
     with joined(place) as process_group:
         state = load_checkpoint(checkpoint)
@@ -208,11 +207,18 @@ def _require_first_weights(state: dict[str, Any], checkpoint: str) -> None:
             f"{checkpoint} is a shared folder, which does not hold the weights that its training started from "
             f"({weights}): evaluate it without --baselines, or the checkpoint.pt of the run."
         )
+    first = state.get("first_weights")
+    if first not in (None, found := hash_of_start(weights)) and found is not None:
+        raise DanFastError(
+            f"{weights} is another file than the one that this training started from: put that one back, or evaluate "
+            "without --baselines."
+        )
 
 
 def _require_own(out: Path) -> None:
     if out.name in _OF_A_TRAINING and (out.parent / "config.yaml").is_file():
         raise DanFastError(f"{out} is written by the training itself: name another file, such as evaluation.json.")
+    require_own_json(out, ["features", "cmc"])
 
 
 def _require_targets(paths: Sequence[str], protocol: str | None, root: str | None) -> None:

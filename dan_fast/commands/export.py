@@ -15,6 +15,7 @@ from dan_fast.export.exporting import BATCH, TOLERANCE
 from dan_fast.inference.sources import find_images, samples_of
 from dan_fast.nn import DAN
 from dan_fast.training.build import trained_network
+from dan_fast.training.checkpoint import is_checkpoint
 from dan_fast.training.config import Paths, as_list
 
 
@@ -40,6 +41,8 @@ def export(
     """
     if format == "pt2" and precision == "int8":
         raise DanFastError("--precision int8 is made by ONNX Runtime: use --format onnx, or another precision.")
+    if is_checkpoint(Path(out)):
+        raise DanFastError(f"{out} is a checkpoint, and what is exported cannot be trained on: name another file.")
     require_writable(out)
     files = [sample.path for sample in samples_of(find_images(as_list(images or [])))]
     network = trained_network(checkpoint)[0]

@@ -1,12 +1,13 @@
 """Files that appear whole or not at all, and folders that one process at a time writes to."""
 
 import errno
+import json
 import os
 import re
 import secrets
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -109,6 +110,38 @@ def require_writable(path: str | Path) -> None:
         raise DanFastError(f"{path} could not be written ({error.strerror}): choose another folder.") from error
     if is_folder:
         raise DanFastError(f"{path} is a folder: name a file in it.")
+
+
+def require_own_json(path: str | Path, keys: Collection[str]) -> None:
+    """Refuse a file of somebody's own where a command is to write its JSON.
+
+    Args:
+        path: of the file, which need not be there.
+        keys: of the objects that the command writes, alone or in a list.
+
+    Raises:
+        DanFastError: see `require_writable`; or the file holds something else.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "labels.csv"
+        >>> _ = file.write_text("path,pid")
+        >>> require_own_json(file, ["rows"])
+        Traceback (most recent call last):
+        dan_fast.core.errors.DanFastError: ...labels.csv holds something else: name another file, or remove this one.
+    """
+    require_writable(path)
+    try:
+        text = Path(path).read_bytes()
+    except OSError:
+        return  # not there, or for the writer to say
+    try:
+        content = json.loads(text or "[]")
+    except ValueError:
+        content = None
+    objects = content if isinstance(content, list) else [content]
+    if not all(isinstance(each, dict) and each.keys() >= set(keys) for each in objects):
+        raise DanFastError(f"{path} holds something else: name another file, or remove this one.")
 
 
 def remove_unfinished(folder: Path, names: str = ".*") -> None:

@@ -211,7 +211,7 @@ def _listed(images: Any) -> Sequence[ImageLike] | Tensor:
     if isinstance(images, Tensor) and images.is_floating_point():
         return images
     single = isinstance(images, str | os.PathLike | Image.Image)
-    if single or (isinstance(images, Tensor | np.ndarray) and images.ndim == 3):
+    if single or (isinstance(images, Tensor | np.ndarray) and images.ndim in (2, 3)):
         return [images]
     return images if isinstance(images, list | tuple) else list(images)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -94,7 +94,10 @@ def _parts_at(text: str) -> Iterator[Part]:
             raise DanFastError(f"The dataset at {path} has no images; name another one.")
         yield from parts
     else:
-        found = (Path(name) for name in sorted(glob(str(path), recursive=True)))
+        # A folder may have brackets in its name, which are a part of a pattern elsewhere.
+        folder = next((each for each in path.parents if each.is_dir()), Path())
+        pattern = os.path.join(escape(str(folder)), path.relative_to(folder))
+        found = (Path(name) for name in sorted(glob(pattern, recursive=True)))
         files = _once([file for file in found if file.is_file() and not _is_of_a_page(file.parent)])
         if not files:
             raise DanFastError(

@@ -16,7 +16,7 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import absolute, alone, remove_unfinished, write_text
 from dan_fast.data.images.cache_header import status_of
 from dan_fast.data.images.reading import DECODED_BY
-from dan_fast.data.samples import Sample
+from dan_fast.data.samples import Sample, real_paths
 from dan_fast.inference.extractor import FeatureExtractor, Show
 from dan_fast.nn.weights_hash import weights_hash
 from dan_fast.search import kinds
@@ -152,7 +152,7 @@ def update_index(
         folder: a new one, or one that this has written.
         extractor: with `broken_images` "skip" images that cannot be decoded are left out; a later call tries them
             again.
-        gallery: the images; of several with one path the first counts.
+        gallery: the images; of several of one file, by whatever path or link, the first counts.
         kind: of the index; "flat" needs no more than the features.
         progress: called with (images embedded, images to embed).
 
@@ -169,9 +169,10 @@ def update_index(
         raise ValueError(f"kind must be one of {', '.join(get_args(IndexKind))}, got {kind!r}")
     if kind != "flat":
         kinds.faiss_library()
-    images: dict[str, Sample] = {}
-    for sample in gallery:
-        images.setdefault(absolute(sample.path), sample)
+    by_place: dict[str, Sample] = {}
+    for place, sample in zip(real_paths(gallery), gallery, strict=True):
+        by_place.setdefault(place, sample)
+    images = {absolute(sample.path): sample for sample in by_place.values()}
     if not images:
         raise DanFastError("The gallery is empty: name images to search in.")
     try:

@@ -9,7 +9,7 @@ import numpy as np
 
 from dan_fast.core.files import absolute
 from dan_fast.data.overlap import numbering_of
-from dan_fast.data.samples import Sample
+from dan_fast.data.samples import Sample, real_paths
 from dan_fast.inference.sources import Part, samples_of
 from dan_fast.search.gallery_index import GalleryIndex
 from dan_fast.search.searcher import Found, recall
@@ -24,9 +24,9 @@ def ranked_lists(
     """For each query its path, pid and camid, and under "matches" the images nearest to it, nearest first.
 
     A match has a rank, a path, a score (the cosine), a pid, a camid, and `same_person`, whether it shows the query's
-    one; what is not known is None. The file that is the query itself, by its path, is left out; images of the same
-    person by the same camera, which figures of merit leave out, are not. A query whose features are NaN has None for
-    its matches.
+    one; what is not known is None. The file that is the query itself, by whatever path or link, is left out; images of
+    the same person by the same camera, which figures of merit leave out, are not. A query whose features are NaN has
+    None for its matches.
 
     Args:
         index: of the gallery.
@@ -38,7 +38,8 @@ def ranked_lists(
     readable = np.flatnonzero(np.isfinite(features).all(axis=1))
     lists = [_described(query) | {"matches": None} for query in samples_of(queries)]
     persons = _Persons(queries, gallery)
-    found = _others(index, [lists[place]["path"] for place in readable], features[readable], top)
+    own = [samples_of(queries)[place] for place in readable]
+    found = _others(index, own, features[readable], top)
     for place, scores, rows in zip(readable.tolist(), found.scores, found.rows, strict=True):
         images = [(index.images[row], score) for row, score in zip(rows, scores.tolist(), strict=True) if row >= 0]
         matches = [_described(image) | {"score": score} for image, score in images]
@@ -91,18 +92,20 @@ def measured_recall(
     readable = np.flatnonzero(np.isfinite(features).all(axis=1))
     some = readable[np.linspace(0, len(readable) - 1, min(_COMPARED, len(readable))).astype(int)]
     samples = samples_of(queries)
-    own = [absolute(samples[place].path) for place in some]
+    own = [samples[place] for place in some]
     found, exact = (_others(index, own, features[some], top, exact).rows for exact in (False, True))
     return {"at": top, "value": recall(found, exact), "queries": len(some)} if (exact >= 0).any() else None
 
 
-def _others(index: GalleryIndex, own: Sequence[str], features: np.ndarray, top: int, exact: bool = False) -> Found:
-    """The `top` nearest images to queries, of which each has a path of its own that is left out."""
+def _others(index: GalleryIndex, own: Sequence[Sample], features: np.ndarray, top: int, exact: bool = False) -> Found:
+    """The `top` nearest images to queries, of which each has a file of its own that is left out."""
     places = min(top, index.size)
     scores, rows = index.search(features, places + 1, exact)
+    listed = np.unique(rows[rows >= 0]).tolist()
+    files = dict(zip(listed, real_paths(index.images[row] for row in listed), strict=True))
     is_own = [
-        [row >= 0 and absolute(index.images[row].path) == path for row in of_query]
-        for path, of_query in zip(own, rows.tolist(), strict=True)
+        [files.get(row) == file for row in of_query]
+        for file, of_query in zip(real_paths(own), rows.tolist(), strict=True)
     ]
     # A file is in an index once: it goes last, and the last is one too many.
     kept = np.argsort(np.array(is_own, dtype=bool).reshape(rows.shape), axis=1, kind="stable")[:, :places]

@@ -17,6 +17,8 @@ from dan_fast.core.home import expanded
 from dan_fast.nn.hub import read_folder
 
 FORMAT = "dan_fast checkpoint 1"
+# The format's name without its version: a checkpoint of another version is one too.
+_MARK = FORMAT.rpartition(" ")[0].encode()
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -63,6 +65,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             "evaluated in Python, by dan_fast.evaluation.evaluate_dataset, or trained on from, by --model.weights."
         )
     return state
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether the file is one of `save_checkpoint`, by this version or another."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            return any(_MARK in archive.read(name) for name in pickles)
+    except (OSError, zipfile.BadZipFile):
+        # No such file, no permission, or another format, as safetensors.
+        return False
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zipfile
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,11 @@ from dan_fast.data import TrainingSet
 from dan_fast.nn import DAN
 from dan_fast.nn.backbones.timm import PREFIX, TimmMap, downloaded_in_words, with_positions_of
 from dan_fast.nn.backbones.weights import load_fitting
-from dan_fast.training.checkpoint import FORMAT, load_checkpoint
+from dan_fast.nn.hub import WEIGHTS
+from dan_fast.training.checkpoint import is_checkpoint, load_checkpoint
 from dan_fast.training.last_names import names_of_paths
 from dan_fast.training.recipes import word_of
 from dan_fast.training.reported import epoch_of
-
-# The format's name without its version: a checkpoint of another version is refused as one.
-_MARK = FORMAT.rpartition(" ")[0].encode()
 
 
 def start_of(weights: str) -> dict[str, Any] | None:
@@ -32,17 +30,20 @@ def start_of(weights: str) -> dict[str, Any] | None:
     """
     path = expanded(weights)
     named = weights not in ("none", "imagenet")
-    return load_checkpoint(path) if named and (path.is_dir() or _is_checkpoint(path)) else None
+    return load_checkpoint(path) if named and (path.is_dir() or is_checkpoint(path)) else None
 
 
-def _is_checkpoint(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            return any(_MARK in archive.read(name) for name in pickles)
-    except (OSError, zipfile.BadZipFile):
-        # No such file, no permission, or safetensors: for the reader of weights.
-        return False
+def hash_of_start(weights: str) -> str | None:
+    """What tells the file at `model.weights` from others, in 32 hexadecimal digits; None where it names none.
+
+    Of a shared folder it is that of its tensors.
+    """
+    path = expanded(weights)
+    file = path / WEIGHTS if path.is_dir() else path
+    if weights in ("none", "imagenet") or not file.is_file():
+        return None
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def take_weights(network: DAN, trained: DAN, weights: str) -> None:
@@ -87,7 +88,8 @@ def whom_it_saw(
         saved: the run's checkpoint where it goes on from one.
 
     Returns:
-        "persons" and "images" as of `TrainingSet`. Where it starts from a trained network or from what timm downloads,
+        "persons" and "images" as of `TrainingSet`, and "first_weights", `hash_of_start`. Where it starts from a trained
+        network or from what timm downloads,
         "started_from" as well, each training before it in words, the last one first; and "unrecorded", whether persons
         of one are not known.
     """
@@ -96,7 +98,8 @@ def whom_it_saw(
     persons, images = training_set.persons, training_set.images
     for numbering, pids in before.get("persons", {}).items():
         persons = persons | {numbering: _union(persons.get(numbering, pids), pids)}
-    seen = {"persons": persons, "images": _union(images, before.get("images", images))}
+    first = saved.get("first_weights") if saved is not None else hash_of_start(weights)
+    seen = {"persons": persons, "images": _union(images, before.get("images", images)), "first_weights": first}
     if saved is None and weights == "imagenet" and backbone.startswith(PREFIX):
         downloaded = downloaded_in_words(backbone.removeprefix(PREFIX))
         return seen | ({"started_from": [downloaded], "unrecorded": False} if downloaded else {})

@@ -31,6 +31,7 @@ from dan_fast.training.build import initial_network, trained_network
 from dan_fast.training.checkpoint import save_checkpoint
 from tests.support import ROOT, in_checkout
 from tests.support.tiny_training import IMAGE_SIZE, OneConvolution
+from tests.support.untrained import untrained_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.compile]
 
@@ -164,6 +165,15 @@ def test_a_file_says_what_it_takes_and_holds_no_operator_or_path_of_ours(exporte
     assert tuple(json.loads(says["mean"])) == network.preprocessing.mean
     content = file.read_bytes()
     assert str(ROOT).encode() not in content and sys.prefix.encode() not in content
+
+
+def test_a_checkpoint_is_not_written_over(tmp_path, capsys):
+    file = untrained_checkpoint(tmp_path / "network.pt")
+    before = file.read_bytes()
+    for kind in ("onnx", "pt2"):
+        assert main(["export", "--checkpoint", str(file), "--out", str(file), "--format", kind]) == 1
+        assert capsys.readouterr().err.startswith(f"dan-fast: {file} is a checkpoint, and what is exported cannot be")
+    assert file.read_bytes() == before
 
 
 def test_an_input_of_another_size_is_refused_with_the_size_wanted(exported):

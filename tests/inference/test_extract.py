@@ -169,6 +169,17 @@ def test_a_pattern_with_an_at_sign_is_no_variant(tmp_path: Path):
     assert [sample.path.name for sample in part.samples] == ["a@2x.jpg", "b@2x.jpg"]
 
 
+def test_a_pattern_below_a_folder_with_brackets_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("x [1]/a.jpg", "x [1]/b.png", "x 1/c.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path(), tmp_path):
+        for pattern, name in (("x [1]/*.jpg", "x [1]/a.jpg"), ("x [1-3]/*.jpg", "x 1/c.jpg")):
+            (part,) = find_images([f"{folder / pattern}"])
+            assert [sample.path for sample in part.samples] == [folder / name]
+
+
 def test_a_pattern_takes_each_file_once_whatever_links_lead_to_it(tmp_path: Path):
     for name in ("a/1.jpg", "a/2.jpg", "b/1.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

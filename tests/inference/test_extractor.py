@@ -165,6 +165,7 @@ def test_an_image_that_cannot_be_decoded_is_named_or_its_place_marked(checkpoint
         ),
         ([torch.zeros(9, 9, 3, dtype=torch.uint8)], ValueError, r"tensor must be \(3, H, W\) in RGB, got \(9, 9, 3\)"),
         ([np.zeros((9, 9), np.uint8)], ValueError, r"images\[0\]: a uint8 array must be"),
+        (np.zeros((9, 8), np.uint8), ValueError, r"images\[0\]: a uint8 array must be .* got \(9, 8\)"),
     ],
 )
 def test_what_is_no_image_is_refused_before_anything_is_computed(extract, images, kind, sentence):

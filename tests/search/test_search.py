@@ -36,6 +36,15 @@ def test_the_own_file_of_a_query_is_left_out(run, folder):
         assert names[0] == "00-copy.png" and "03.png" not in names and len(names) == found
 
 
+def test_a_link_is_no_other_file(run, folder):
+    """Neither of a query nor of an image of the gallery."""
+    (folder / "street").symlink_to(folder / "gallery")
+    (own,) = run("--query", folder / "street" / "03.png", "--top", 100)
+    assert len(own["matches"]) == 13 and str(folder / "gallery" / "03.png") not in paths_of([own])[0]
+    both = run("--gallery", folder / "gallery", folder / "street", "--top", 100, out="both")
+    assert paths_of(both) == paths_of(run("--top", 100))
+
+
 @pytest.mark.parametrize("other", ["train", "gallery"])
 def test_of_each_dataset_the_split_is_taken_where_it_has_one(run, folder, other):
     """Whatever another dataset beside it has."""

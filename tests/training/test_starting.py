@@ -1,6 +1,7 @@
 """Trainings that start from a trained network: what they take of it, and what they say of whom it was trained on."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,28 @@ def test_a_target_that_the_earlier_training_learnt_says_so(earlier, images, tmp_
         assert [row["seen"] for row in rows] == [f"4 {SEEN}", f"4 {SEEN}", ""]
     finally:
         again.unlink()
+
+
+def test_the_network_before_training_is_that_of_the_file_it_started_from(earlier, images, tmp_path, capsys):
+    weights, run = tmp_path / "weights.pt", tmp_path / "run"
+    shutil.copy(earlier, weights)
+    settings = of_mall(images, run, weights)
+    settings.data.targets = []
+    Trainer(settings).fit()
+    evaluate = ["evaluate", "--checkpoint", str(run / "checkpoint.pt"), "--targets", str(images / "campus")]
+    evaluate += ["--baselines", "true", "--workers", "0", "--device", "cpu"]
+    state = load_checkpoint(earlier)
+    save_checkpoint(weights, state | {"epoch": state["epoch"] + 1})
+    settings.run.resume = True
+    assert Trainer(settings)._past["first_weights"] == load_checkpoint(run / "checkpoint.pt")["first_weights"]
+    capsys.readouterr()
+    assert main(evaluate) == 1
+    assert capsys.readouterr().err == (
+        f"dan-fast: {weights} is another file than the one that this training started from: put that one back, or "
+        "evaluate without --baselines.\n"
+    )
+    shutil.copy(earlier, weights)
+    assert main(evaluate) == 0
 
 
 def test_where_it_started_is_said_kept_and_shared(earlier, images, tmp_path, capsys):

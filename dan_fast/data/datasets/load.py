@@ -197,8 +197,8 @@ def _tail(path: Path, alike: Collection[Path]) -> str:
 def _load(path: Path, name: str | None, variant: str | None) -> ReIDDataset:
     if not path.exists():
         several = ""
-        if re.fullmatch(r"\[.*\]", path.name):  # a list that the parser took for a text
-            several = "; in a list, names that are numbers stand in quotes"
+        if re.fullmatch(r"\[.*\]", str(path)):  # a list that the parser took for a text
+            several = "; in a list, names that are numbers or hold #, : or brackets stand in quotes, '[\"A #1\", B]'"
         elif "," in str(path) and not str(path).startswith("["):
             several = f"; several are written '[{', '.join(str(path).split(','))}]'"
         place = path if path.is_absolute() else f"{path} in {Path.cwd()}"

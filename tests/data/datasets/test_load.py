@@ -290,8 +290,10 @@ def test_a_set_named_by_dots_has_the_name_of_its_folder(tmp_path: Path, monkeypa
 
 
 def test_names_that_a_list_cannot_hold_and_none_at_all_are_said(tmp_path: Path) -> None:
-    with pytest.raises(DanFastError, match=r"no dataset at \[2024, 2025\].*; in a list, names that are numbers"):
-        load_dataset("[2024, 2025]")
+    for path in ("[2024, 2025]", "[data/my #1, data/mall]"):
+        hint = '; in a list, names that are numbers or hold #, .* stand in quotes, .*"A #1", B'
+        with pytest.raises(DanFastError, match=rf"no dataset at {re.escape(path)}.*{hint}"):
+            load_dataset(path)
     for path, hint in (
         ("[my set]/x", "give the path of its folder."),
         ("[/data/a, /data/b", "give the path of its folder."),
