@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.home import expanded
-from dan_fast.data.datasets.finding import IMAGE_SUFFIXES
+from dan_fast.data.datasets.finding import images_below
 from dan_fast.data.datasets.load import holds_dataset, load_dataset, told_apart
 from dan_fast.data.samples import SPLITS, ReIDDataset, Sample
 
@@ -83,7 +83,7 @@ def _parts_at(text: str) -> Iterator[Part]:
         raise DanFastError("The path of images is empty, as by a variable of the shell that is not set: name it.")
     path = expanded(text)
     if path.is_dir() and not holds_dataset(path):
-        yield _unknown(_images_below(path))
+        yield _unknown(images_below(path, _is_of_a_page))
     elif path.is_file() and path.suffix.lower() != ".csv":
         yield _unknown([path])
     elif path.exists() or _names_a_variant(path):
@@ -125,7 +125,7 @@ def _tell_what_lies_beside(path: Path, dataset: ReIDDataset) -> None:
     root, above = dataset.root.absolute(), path.absolute()
     if root == above or not root.is_relative_to(above):
         return
-    others = [file for file in _images_below(path) if not file.absolute().is_relative_to(root)]
+    others = [file for file in images_below(path, _is_of_a_page) if not file.absolute().is_relative_to(root)]
     if others:
         _LOG.warning(
             "%s is read as %s, which lies at %s: %d other images below it, such as %s, are left out.",
@@ -146,27 +146,3 @@ def _unknown(files: Sequence[Path]) -> Part:
 def _is_of_a_page(folder: Path) -> bool:
     """Whether it holds the pictures of a search's page, which are parts of galleries and queries."""
     return folder.name == PICTURES and (folder.parent / LISTS).is_file()
-
-
-def _refuse(error: OSError) -> None:
-    raise DanFastError(f"{error.filename} cannot be read ({error.strerror}); check permissions.") from error
-
-
-def _images_below(folder: Path) -> list[Path]:
-    files, seen, starts = [], set(), [folder]
-    # Links to folders come after all that is no link: what both name has its own path, and one to a folder above ends.
-    for start in starts:
-        for place, folders, names in os.walk(start, onerror=_refuse):
-            real = os.path.realpath(place)
-            if real in seen or (Path(place) != folder and _is_of_a_page(Path(place))):
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            starts += [path for name in folders if (path := Path(place, name)).is_symlink()]
-            found = (Path(place, name) for name in names if not name.startswith("."))
-            files += [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
-    if not files:
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise DanFastError(f"{folder} holds no image (a file named {suffixes}) and no dataset; name another folder.")
-    return sorted(files)

@@ -2,7 +2,7 @@
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import load_dataset
-from dan_fast.data.datasets.load import is_same, read_targets, told_apart
+from dan_fast.data.datasets.load import is_same, load_unlabeled, read_targets, told_apart
 from dan_fast.data.named_protocols import DatasetRoles, resolve_protocol
 from dan_fast.data.overlap import require_disjoint_persons
 from dan_fast.evaluation import require_scorable
@@ -45,7 +45,7 @@ def _by_path(data: DataConfig) -> DatasetRoles:
         raise DanFastError(
             "data.labeled is empty: name at least one folder or manifest with labelled images, or a data.protocol."
         )
-    trained_on = [load_dataset(path) for path in (*data.labeled, *data.unlabeled)]
+    trained_on = [*map(load_dataset, data.labeled), *map(load_unlabeled, data.unlabeled)]
     # One that is tested on too has one name in results, by which it is no unseen target; two of one name have different
     # ones, by which a target is not taken for a set that was trained on. A target's name does not depend on what is
     # trained on, so that trainings can be compared.

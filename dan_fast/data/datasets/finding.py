@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from dan_fast.core.errors import DanFastError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".pnm", ".tif", ".tiff", ".webp", ".jfif"}
 
@@ -57,3 +60,38 @@ def image_files(folder: Path) -> list[Path]:
     # macOS puts a hidden ._0001.jpg beside each 0001.jpg that it writes to a file system of others.
     files = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
     return sorted(files, key=lambda path: path.name)
+
+
+def images_below(folder: Path, leave_out: Callable[[Path], bool] = lambda place: False) -> list[Path]:
+    """All files in a folder, and in those below it, that are named like images, hidden ones left out, by name.
+
+    Links to folders are followed; a file that several lead to has one path, that through no link where there is one.
+
+    Args:
+        folder: where to look.
+        leave_out: whether to pass over a folder below it.
+
+    Raises:
+        DanFastError: there is none, or a folder cannot be read.
+    """
+    files, seen, starts = [], set(), [folder]
+    # Links to folders come after all that is no link: what both name has its own path, and one to a folder above ends.
+    for start in starts:
+        for place, folders, names in os.walk(start, onerror=_refuse):
+            real = os.path.realpath(place)
+            if real in seen or (Path(place) != folder and leave_out(Path(place))):
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            starts += [path for name in folders if (path := Path(place, name)).is_symlink()]
+            found = (Path(place, name) for name in names if not name.startswith("."))
+            files += [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+    if not files:
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise DanFastError(f"{folder} holds no image (a file named {suffixes}) and no dataset; name another folder.")
+    return sorted(files)
+
+
+def _refuse(error: OSError) -> None:
+    raise DanFastError(f"{error.filename} cannot be read ({error.strerror}); check permissions.") from error

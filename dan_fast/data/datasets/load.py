@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.home import expanded
+from dan_fast.data.datasets.finding import images_below
 from dan_fast.data.datasets.known import KNOWN, KnownDataset, check_counts, choose_variant
 from dan_fast.data.datasets.manifest import read_manifest
 from dan_fast.data.datasets.market1501 import PARTS, is_market1501, is_named_market1501, read_market1501
@@ -20,6 +21,10 @@ __all__ = ["ReIDDataset", "Sample", "all_images", "holds_dataset", "load_dataset
 
 MANIFEST = "manifest.csv"
 _LOG = logging.getLogger(__name__)
+
+
+class NoDatasetError(DanFastError):
+    """A folder that holds no dataset and lies neither in nor above one."""
 
 
 def load_dataset(path: str | Path, name: str | None = None, variant: str | None = None) -> ReIDDataset:
@@ -42,7 +47,8 @@ def load_dataset(path: str | Path, name: str | None = None, variant: str | None 
 
     Raises:
         DanFastError: nothing at the path, a folder above several datasets or inside one, a dataset with mistakes
-            in it, or one of several variants that is not chosen; the choices are named.
+            in it, or one of several variants that is not chosen; the choices are named. `NoDatasetError`: a folder
+            without any.
 
     Example:
         >>> import tempfile
@@ -138,6 +144,32 @@ def holds_dataset(folder: Path) -> bool:
     )
 
 
+def load_unlabeled(path: str | Path) -> ReIDDataset:
+    """`load_dataset`; of a folder that holds no dataset all images below it, of unknown persons and cameras.
+
+    Raises:
+        DanFastError: see `load_dataset`; or a folder that holds no image either.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> folder = Path(tempfile.mkdtemp(), "street")
+        >>> folder.mkdir()
+        >>> Image.new("RGB", (4, 8)).save(folder / "frame.jpg")
+        >>> dataset = load_unlabeled(folder)
+        >>> dataset.name, [(sample.path.name, sample.pid, sample.camid) for sample in dataset.train]
+        ('street', [('frame.jpg', -1, -1)])
+    """
+    try:
+        return load_dataset(path)
+    except NoDatasetError:
+        folder = expanded(path)
+        files = images_below(folder)
+    name = (folder.resolve() if folder.name == ".." else folder.absolute()).name
+    _LOG.warning("%s holds no dataset: the %d images below it are used without labels.", folder, len(files))
+    return ReIDDataset(name, folder, train=tuple(Sample(file, -1, -1) for file in files))
+
+
 def all_images(dataset: ReIDDataset) -> ReIDDataset:
     """The dataset with every image of an identity as a train image, for protocols that train on whole datasets.
 
@@ -222,7 +254,13 @@ def _load(path: Path, name: str | None, variant: str | None) -> ReIDDataset:
     if is_market1501(path):
         _expect_no_variant(path, variant)
         return read_market1501(path, name or own_name)
-    raise DanFastError(_where_it_is(path))
+    if where := _where_it_is(path):
+        raise DanFastError(where)
+    raise NoDatasetError(
+        f"{path} holds no dataset: neither {', '.join(PARTS.values())} (the Market-1501 layout) nor a "
+        f"{MANIFEST} (columns path,pid,camid,split), nor a dataset that `dan-fast datasets` knows; give a folder "
+        "that has one of them."
+    )
 
 
 def _is_part(path: Path) -> bool:
@@ -254,6 +292,7 @@ def _above(inside: list[Path], path: Path) -> str:
 
 
 def _where_it_is(path: Path) -> str:
+    """In a sentence, where the dataset is that a folder is a part of or lies above; "" where none is found."""
     parent = path.absolute().parent
     if _is_part(path):
         return f"{path} is only one part of the Market-1501 folder {parent}; give that folder instead."
@@ -264,10 +303,4 @@ def _where_it_is(path: Path) -> str:
         for child in sorted(path.iterdir())
         if child.is_dir() and ((child / MANIFEST).is_file() or is_market1501(child) or _known_at(child))
     ]
-    if inside:
-        return _above(inside, path)
-    return (
-        f"{path} holds no dataset: neither {', '.join(PARTS.values())} (the Market-1501 layout) nor a "
-        f"{MANIFEST} (columns path,pid,camid,split), nor a dataset that `dan-fast datasets` knows; give a folder "
-        "that has one of them."
-    )
+    return _above(inside, path) if inside else ""

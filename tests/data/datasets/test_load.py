@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.data import Sample, load_dataset
+from dan_fast.data import Sample, TrainingSet, load_dataset
 from dan_fast.data.datasets.finding import IMAGE_SUFFIXES
 from dan_fast.data.datasets.known import find_datasets
 from dan_fast.data.datasets.load import holds_dataset, load_targets
@@ -318,3 +318,30 @@ def test_hidden_files_are_no_images(market: Path) -> None:
     for part in ("bounding_box_train", "query", "bounding_box_test"):
         (market / part / "._0001_c1s1_000151_01.jpg").write_bytes(b"of macOS")
     assert load_dataset(market) == before
+
+
+def test_unlabelled_images_need_no_dataset(market: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    frames = tmp_path / "frames"
+    for name in ("b.jpg", "day/a.png", ".hidden/c.jpg", "day/.d.jpg"):
+        tiny_image(frames / name)
+    (frames / "notes.txt").touch()
+    source = {"labeled": [str(market)], "unlabeled": [str(frames)]}
+    (unlabeled,) = load_datasets(DataConfig(**source)).unlabeled
+    assert unlabeled.name == "frames" and f"{frames} holds no dataset: the 2 images below it" in caplog.text
+    assert unlabeled.train == (Sample(frames / "b.jpg", -1, -1), Sample(frames / "day" / "a.png", -1, -1))
+    training_set = TrainingSet([load_dataset(market)], [unlabeled])
+    assert training_set.true_ids.tolist() == training_set.true_labels.tolist() == [-1, -1]
+    assert [*training_set.persons] == [str(market)]
+
+    (frames / "day" / "street").symlink_to(market / "query")
+    with pytest.raises(DanFastError, match="would train on people of its target market: 1 of them, person 3"):
+        load_datasets(DataConfig(labeled=[str(market)], unlabeled=[str(frames)], targets=[str(market)]))
+    (tmp_path / "empty").mkdir()
+    for path, mistake in (
+        (tmp_path / "empty", "holds no image"),
+        (market / "query", "is only one part of the Market-1501 folder"),
+        (tmp_path, "is the folder above"),
+        (tmp_path / "none", "There is no dataset at"),
+    ):
+        with pytest.raises(DanFastError, match=mistake):
+            load_datasets(DataConfig(labeled=[str(market)], unlabeled=[str(path)]))
