@@ -124,11 +124,9 @@ def require_own_json(path: str | Path, keys: Collection[str]) -> None:
 
     Example:
         >>> import tempfile
-        >>> file = Path(tempfile.mkdtemp()) / "labels.csv"
-        >>> _ = file.write_text("path,pid")
+        >>> file = Path(tempfile.mkdtemp()) / "figures.json"
+        >>> _ = file.write_text('{"rows": []}')
         >>> require_own_json(file, ["rows"])
-        Traceback (most recent call last):
-        dan_fast.core.errors.DanFastError: ...labels.csv holds something else: name another file, or remove this one.
     """
     require_writable(path)
     try:
