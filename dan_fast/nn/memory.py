@@ -20,7 +20,7 @@ from dan_fast.functional.memory.pending import LazyStep
 from dan_fast.functional.memory.scan_types import sentence_of
 from dan_fast.functional.memory.sharded import ShardedMemory
 from dan_fast.functional.memory.step import pending_memory_step, sharded_memory_step
-from dan_fast.nn.memory_copies import Origin, Writes, require_to_be_carried, versions_of
+from dan_fast.nn.memory_copies import Origin, Writes, is_left_behind, require_to_be_carried, versions_of
 from dan_fast.nn.memory_states import held_memory, joined, memories_of, parted, reliable_samples_of, replacement
 
 _INITIAL_BETA = 0.1
@@ -315,8 +315,8 @@ class ProgressiveAugmentedMemory(nn.Module):
         memo[id(self.process_group)] = self.process_group  # belongs to the ranks, not to a memory
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))
         copied._writes = Writes()
-        left_behind = self._origin is not None and self._origin.has_been_left_behind()
-        copied._origin = Origin(self._writes, self._writes.count, versions_of(copied.parameters()), left_behind)
+        gates, left_behind = versions_of(copied.parameters()), is_left_behind(self._origin)
+        copied._origin = Origin(self._writes, self._writes.count, gates, left_behind)
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
@@ -330,8 +330,9 @@ class ProgressiveAugmentedMemory(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ProgressiveAugmentedMemory":
+        left_behind = is_left_behind(self._origin)
         super()._apply(fn, recurse)
-        self._origin = self._origin and self._origin.moved(self.parameters())
+        self._origin = self._origin and self._origin.moved(self.parameters(), left_behind)
         self._labeled, self._unlabeled = self._labeled.mapped(fn), self._unlabeled.mapped(fn)
         self._fault = None if self._fault is None else self._fault.to(fn(self._fault).device)
         return self

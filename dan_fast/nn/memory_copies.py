@@ -38,9 +38,9 @@ class Origin:
             return self.left_behind
         return any(gate._version != version or _differs(gate, value) for gate, version, value in self.gates)
 
-    def moved(self, gates: Iterable[nn.Parameter]) -> "Origin":
-        """The same of gates that have been moved to another device or dtype."""
-        return replace(self, left_behind=self.has_been_left_behind(), gates=versions_of(gates))
+    def moved(self, gates: Iterable[nn.Parameter], left_behind: bool) -> "Origin":
+        """The same of gates that have been moved to another device or dtype, and of what was known before that."""
+        return replace(self, left_behind=left_behind, gates=versions_of(gates))
 
     def in_a_file(self) -> "Origin | None":
         """What a file keeps of it: the versions there are others, and no memory that was copied goes on."""
@@ -52,6 +52,11 @@ class Origin:
         if stale:
             return replace(self, stale=stale)
         return Origin(self.writes, self.writes.count, versions_of(gate for gate, *_ in self.gates))
+
+
+def is_left_behind(origin: Origin | None) -> bool:
+    """`Origin.has_been_left_behind` of a memory that may be no copy."""
+    return origin is not None and origin.has_been_left_behind()
 
 
 def versions_of(gates: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, int, Tensor]]:
@@ -84,7 +89,7 @@ def require_to_be_carried(memory: nn.Module, origin: Origin | None) -> None:
             "diverge, and gradients be averaged that are to be added up: call the memory outside of the wrapped "
             "module, made with a process_group, in every process with its own rows"
         )
-    if origin is not None and origin.has_been_left_behind():
+    if is_left_behind(origin):
         raise RuntimeError(
             "the gates of this copy were changed in place, as AveragedModel does, while its memories stayed what "
             "they were when it was copied: assign the trained memory's labeled and unlabeled to it first, or its own "

@@ -180,7 +180,7 @@ def test_gates_that_are_averaged_through_data_are_seen_too():
         for mean, value in zip(averaged.parameters(), memory.parameters(), strict=True):
             mean.data.mul_(0.9).add_(value.data, alpha=0.1)
 
-    moved = copy.deepcopy(averaged)
+    moved = copy.deepcopy(memory)
     train(memory, update)
     (batch,) = batches(1, seed=9)
     with pytest.raises(RuntimeError, match="as AveragedModel does"):
