@@ -216,8 +216,17 @@ def test_a_file_of_somebodys_own_is_not_written_over(command, content, tmp_path,
         out.write_text(content)
     before = out.read_bytes()
     assert main([*command.format(out).split(), str(out)]) == 1
-    assert capsys.readouterr().err == f"dan-fast: {out} holds something else: name another file, or remove this one.\n"
+    assert f"{out} was not written by this command: name another file, or remove this one." in capsys.readouterr().err
     assert out.read_bytes() == before
+
+
+def test_a_pipe_is_no_file_to_write(tmp_path, capsys):
+    """It would be waited for."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for command in ("evaluate --targets x --checkpoint x --out", "bench memory --json", "export --checkpoint x --out"):
+        assert main([*command.split(), str(pipe)]) == 1
+        assert capsys.readouterr().err == f"dan-fast: {pipe} is no ordinary file: name another one.\n"
 
 
 @pytest.mark.parametrize(

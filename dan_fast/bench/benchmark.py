@@ -77,7 +77,7 @@ class Benchmark(ABC):
 
     Args:
         device: auto takes the GPU where there is one; or cpu, cuda, cuda:1.
-        json: Also write everything into this file, anew after every table.
+        json: Also write everything into this file, new or of an earlier benchmark, anew after every table.
         repeat: How often each contender is timed, in each of its passes: a step or call, all images, or an epoch.
         threads: CPU threads of this process; 0 leaves PyTorch's own number.
         check: Fail if a bar is missed or was not measured.

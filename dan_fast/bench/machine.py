@@ -2,12 +2,12 @@
 
 import ctypes
 import datetime
+import importlib
 import os
 import platform
 import re
 import subprocess
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "float32": float32_rounding(device) or "IEEE",
         "heap": heap_in_force() if device.type == "cpu" else None,
         "gpu": device_name(device) if device.type == "cuda" else None,
-        "triton": (why_no_triton(device) or version("triton")) if device.type == "cuda" else None,
+        "triton": _triton(device) if device.type == "cuda" else None,
         "cuda": torch.version.cuda,
         "driver": _output(*_DRIVER) if device.type == "cuda" else None,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
@@ -63,6 +63,10 @@ def why_no_triton(device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
     return triton_kernels.why_not(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _triton(device: torch.device) -> str:
+    return why_no_triton(device) or importlib.import_module("triton").__version__
 
 
 def _of_file(path: str, pattern: str) -> str | None:

@@ -77,7 +77,8 @@ def evaluate(
         protocol: In place of these, a protocol of the literature by its name, such as p1, for its targets.
         root: Folder in which the protocol's targets lie, up to two levels deep.
         baselines: Also evaluate the network as it was before training, and random features (chance). Not of a shared
-            folder whose training started from a file of weights, which it does not hold.
+            folder whose training started from a file of weights, which it does not hold, nor where that file has
+            changed since.
         repeats: Random splits of a target that has no fixed ones; mean and standard deviation are printed.
         seed: Seed of the random splits and of the random features of --baselines.
         metric: How features are compared.
@@ -91,7 +92,8 @@ def evaluate(
         cache: Folder for decoded images, for the next evaluation; user is dan-fast in the user's cache folder, none
             decodes images each time.
         cache_check: quick compares sizes and modification times of the images, full all contents.
-        out: Also write the figures into this JSON file; in the folder of its run a report shows them.
+        out: Also write the figures into this JSON file, new or of an earlier evaluation; in the folder of its run a
+            report shows them.
     """
     if seed >= 2**64:
         raise DanFastError(f"The seed is {seed}: it must be below 2^64.")

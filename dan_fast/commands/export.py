@@ -41,9 +41,9 @@ def export(
     """
     if format == "pt2" and precision == "int8":
         raise DanFastError("--precision int8 is made by ONNX Runtime: use --format onnx, or another precision.")
+    require_writable(out)
     if is_checkpoint(Path(out)):
         raise DanFastError(f"{out} is a checkpoint, and what is exported cannot be trained on: name another file.")
-    require_writable(out)
     files = [sample.path for sample in samples_of(find_images(as_list(images or [])))]
     network = trained_network(checkpoint)[0]
     found = export_network(network, out, format, input, precision, _read(files, network) if files else None)

@@ -23,6 +23,10 @@ def default_cpu() -> Iterator[None]:
 def plain_defaults() -> Iterator[None]:
     """`default_cpu`, and what names no dtype is float32; the dtype for all threads of the process."""
     before = torch.get_default_dtype()
+    if before == torch.float32:
+        with default_cpu():
+            yield
+        return
     torch.set_default_dtype(torch.float32)
     try:
         with default_cpu():

@@ -94,7 +94,7 @@ def require_writable(path: str | Path) -> None:
     """Refuse a file that `write_whole` could not write, before the work is done whose result it is to hold.
 
     Raises:
-        DanFastError: the path is a folder, or its folder can be neither written nor made.
+        DanFastError: the path is a folder, a pipe or a device, or its folder can be neither written nor made.
 
     Example:
         >>> import tempfile
@@ -110,6 +110,9 @@ def require_writable(path: str | Path) -> None:
         raise DanFastError(f"{path} could not be written ({error.strerror}): choose another folder.") from error
     if is_folder:
         raise DanFastError(f"{path} is a folder: name a file in it.")
+    if place.exists() and not place.is_file():
+        # A pipe would be waited for, and a device would be replaced by a file.
+        raise DanFastError(f"{path} is no ordinary file: name another one.")
 
 
 def require_own_json(path: str | Path, keys: Collection[str]) -> None:
@@ -135,11 +138,11 @@ def require_own_json(path: str | Path, keys: Collection[str]) -> None:
         return  # not there, or for the writer to say
     try:
         content = json.loads(text or "[]")
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     objects = content if isinstance(content, list) else [content]
     if not all(isinstance(each, dict) and each.keys() >= set(keys) for each in objects):
-        raise DanFastError(f"{path} holds something else: name another file, or remove this one.")
+        raise DanFastError(f"{path} was not written by this command: name another file, or remove this one.")
 
 
 def remove_unfinished(folder: Path, names: str = ".*") -> None:

@@ -211,8 +211,8 @@ def differentiable(order: int) -> Iterator[None]:
 
     PyTorch's fused kernels of attention (`scaled_dot_product_attention`) have no second derivative. It is for forward
     and backward passes alike: gradient checkpointing runs the former again in the latter. Nor have modules that
-    `torch.compile` has compiled: they run as they were written. A hook that changes a gradient would be differentiated
-    as if it were symmetric, so it is refused.
+    `torch.compile` has compiled: they run as they were written. A hook that is put on a tensor inside and changes its
+    gradient would be differentiated as if it were symmetric, so it is refused; hooks of modules and nodes are not seen.
 
     Raises:
         RuntimeError: it is entered in `torch.inference_mode`, which cannot be undone inside.
@@ -238,7 +238,7 @@ class _HooksLook(TorchFunctionMode):
         tensor, hook = (*args, *(kwargs or {}).values())
 
         def look(grad: Tensor) -> None:
-            if hook(grad) is not None:
+            if (given := hook(grad)) is not None and given is not grad:
                 raise ValueError(
                     "a hook on a tensor changes a gradient, of which order 2 would take a wrong derivative: take order "
                     "1, or make the change a part of the loss"

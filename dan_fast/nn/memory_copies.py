@@ -66,7 +66,7 @@ def versions_of(gates: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, int, 
 
 def _differs(gate: nn.Parameter, value: Tensor) -> bool:
     # What is written through `.data` has a version of its own; elsewhere than on the CPU to look would wait.
-    return gate.device.type == "cpu" and not torch.equal(gate.detach(), value)
+    return gate.device.type == "cpu" and not torch.equal(gate.detach(), value.to(gate))
 
 
 def require_to_be_carried(memory: nn.Module, origin: Origin | None) -> None:

@@ -89,9 +89,8 @@ def whom_it_saw(
 
     Returns:
         "persons" and "images" as of `TrainingSet`, and "first_weights", `hash_of_start`. Where it starts from a trained
-        network or from what timm downloads,
-        "started_from" as well, each training before it in words, the last one first; and "unrecorded", whether persons
-        of one are not known.
+        network or from what timm downloads, "started_from" as well, each training before it in words, the last one
+        first; and "unrecorded", whether persons of one are not known.
     """
     start = None if saved is not None else start_of(weights)
     before = saved or start or {}

@@ -190,6 +190,16 @@ def test_gates_that_are_averaged_through_data_are_seen_too():
     moved.float().double()(*batch)  # rounded, which is no change of what it learnt
 
 
+def test_a_copy_that_is_moved_to_another_dtype_was_not_averaged():
+    memory, (first, second) = make(dtype=torch.float32), batches(2, dtype=torch.float32)
+    with torch.no_grad():
+        memory.beta_logit.fill_(0.3)  # rounded by the copy
+    copied = copy.deepcopy(memory)
+    memory(*first)
+    copied.bfloat16()(second[0].bfloat16(), second[1], second[2].bfloat16(), second[3])
+    assert copied.occupied_slots()[0] == len(second[0])
+
+
 def test_of_a_state_dict_with_one_memory_the_other_is_still_missed():
     memory, averaged = averaged_over_a_training()
     (batch,) = batches(1, seed=9)

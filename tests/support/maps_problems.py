@@ -6,8 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dan_fast.functional.attention.adversary import HeadAdversary
-from dan_fast.functional.attention.refine import HeadRefine
 from tests.support.head_problems import DTYPES, assert_as_close, channels_last, contiguous
 
 ops = torch.ops.dan_fast
@@ -76,13 +74,28 @@ class Case:
         return Results(refined, *grad_refine, loss, *maps, *grad_adversary)
 
     def formulas(self, dtype: torch.dtype) -> Results:
-        given = (self.features, *self.attentions, self.refined, self.rows)
-        x, a_c, a_s, y, rows = (v.detach().to(dtype, copy=True).requires_grad_() for v in given)
-        refined = HeadRefine.form(x, a_c, a_s)
-        grad_refine = torch.autograd.grad(refined, (x, a_c, a_s), self.grad_refined.to(dtype))
-        results = HeadAdversary.form(x, y, rows, self.labels)
-        grad_x, grad_y, grad_rows = torch.autograd.grad(results, (x, y, rows), [grad.to(dtype) for grad in self.grads])
-        return Results(refined, *grad_refine, *results, grad_x, grad_y.flatten(2).sum(1), grad_rows)
+        x, y, grad_y = (v.detach().to(dtype).flatten(2) for v in (self.features, self.refined, self.grad_refined))
+        inputs = [v.to(dtype).requires_grad_() for v in (x, *self.attentions, self.rows.clone())]
+        x, a_c, a_s, rows = inputs
+        refined = x * a_c[:, :, None] * a_s[:, None, :]
+        grad_refine = torch.autograd.grad((refined * grad_y).sum(), inputs[:3])
+        refined_map = y.mean(dim=1).requires_grad_()
+        adversary_map = (rows[:, :, None] * x).sum(dim=1)
+        loss = torch.sigmoid(refined_map + adversary_map) * torch.sigmoid((refined_map - adversary_map).abs())
+        known = self.labels >= 0
+        results = torch.where(known, loss.sum(dim=1), 0), refined_map, torch.where(known[:, None], adversary_map, 0)
+        total = sum((value * grad.to(dtype)).sum() for value, grad in zip(results, self.grads, strict=True))
+        grad_x, grad_map, grad_rows = torch.autograd.grad(total, (x, refined_map, rows))
+        shape = self.features.shape
+        return Results(
+            refined.view(shape),
+            grad_refine[0].view(shape),
+            *grad_refine[1:],
+            *results,
+            grad_x.view(shape),
+            grad_map,
+            grad_rows,
+        )
 
 
 def check(case: Case, found: Results, what: object) -> None:

@@ -129,6 +129,8 @@ CBAM = {"model": {"attention": "cbam", "adversary": False}}
 @pytest.mark.parametrize(
     "change",
     [
+        {"meta": {"procedure": "daml1"}},
+        {"meta": {"order": 2}},
         CBAM | {"meta": {"procedure": "daml1"}},
         CBAM | {"meta": {"procedure": "daml2"}},
         CBAM | {"meta": {"order": 2}},

@@ -24,7 +24,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class NoDatasetError(DanFastError):
-    """A folder that holds no dataset and lies neither in nor above one."""
+    """A folder that holds no dataset, nor do those up to two levels below it or the one that it is a part of."""
 
 
 def load_dataset(path: str | Path, name: str | None = None, variant: str | None = None) -> ReIDDataset:
@@ -164,7 +164,12 @@ def load_unlabeled(path: str | Path) -> ReIDDataset:
         return load_dataset(path)
     except NoDatasetError:
         folder = expanded(path)
-        files = images_below(folder)
+        # PATH@VARIANT; or a manifest by another name, of which more than the train split would be taken.
+        if not folder.is_dir() or any(file.suffix.lower() == ".csv" for file in folder.iterdir()):
+            raise
+    # A link to a file beside it is no image more.
+    once = {os.path.realpath(file): file for file in sorted(images_below(folder), key=Path.is_symlink, reverse=True)}
+    files = sorted(once.values())
     name = (folder.resolve() if folder.name == ".." else folder.absolute()).name
     _LOG.warning("%s holds no dataset: the %d images below it are used without labels.", folder, len(files))
     return ReIDDataset(name, folder, train=tuple(Sample(file, -1, -1) for file in files))
@@ -298,9 +303,10 @@ def _where_it_is(path: Path) -> str:
         return f"{path} is only one part of the Market-1501 folder {parent}; give that folder instead."
     if (parent / MANIFEST).is_file():
         return f"{path} seems to hold the images of the manifest {parent / MANIFEST}; give {parent} instead."
-    inside = [
-        child
-        for child in sorted(path.iterdir())
-        if child.is_dir() and ((child / MANIFEST).is_file() or is_market1501(child) or _known_at(child))
-    ]
-    return _above(inside, path) if inside else ""
+    folders = [path]
+    for _ in range(2):
+        folders = [below for folder in folders for below in sorted(folder.iterdir()) if below.is_dir()]
+        inside = [each for each in folders if (each / MANIFEST).is_file() or is_market1501(each) or _known_at(each)]
+        if inside:
+            return _above(inside, path)
+    return ""

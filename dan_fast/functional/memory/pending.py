@@ -238,11 +238,13 @@ class PendingMemory:
     def settle(self) -> None:
         """Write what is pending."""
         require_no_capture(self.base)
+        if not self.pending:
+            return
         # A transform of torch.func or an export would make tensors that are nothing outside of it.
         with lasting_tensors(), temporarily_clear_interpreter_stack(), _disable_current_modes():
-            if self.pending and (self.is_counted_on() or self._base.is_shared()):
+            if self.is_counted_on() or self._base.is_shared():
                 self._settle_into_new()
-            elif self.pending:
+            else:
                 self._commit_in_place(self.keys.new_empty((0, self.keys.shape[1]), dtype=self.dtype))
 
     def snapshot(self) -> MemoryState:

@@ -336,8 +336,18 @@ def test_unlabelled_images_need_no_dataset(market: Path, tmp_path: Path, caplog:
     (frames / "day" / "street").symlink_to(market / "query")
     with pytest.raises(DanFastError, match="would train on people of its target market: 1 of them, person 3"):
         load_datasets(DataConfig(labeled=[str(market)], unlabeled=[str(frames)], targets=[str(market)]))
+    (frames / "day" / "street").unlink()
+    (frames / "latest.jpg").symlink_to(frames / "b.jpg")
+    (unlabeled,) = load_datasets(DataConfig(**source)).unlabeled
+    assert [sample.path.name for sample in unlabeled.train] == ["b.jpg", "a.png"]
+    write_manifest(tmp_path / "misspelt").rename(tmp_path / "misspelt" / "Manifest.csv")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "all" / "reid").mkdir(parents=True)
+    (tmp_path / "all" / "reid" / "market").symlink_to(market)
     for path, mistake in (
+        (tmp_path / "misspelt", "holds no dataset"),
+        (f"{frames}@labeled", "holds no dataset"),
+        (tmp_path / "all", "is the folder above .*all/reid/market"),
         (tmp_path / "empty", "holds no image"),
         (market / "query", "is only one part of the Market-1501 folder"),
         (tmp_path, "is the folder above"),
