@@ -44,9 +44,8 @@ class DataConfig:
     Args:
         labeled: Folders or manifests whose train split is labelled; several are fused (Sec. III-D). FOLDER@VARIANT
             chooses among the variants of a dataset that has several, such as "cuhk03@labeled new".
-        unlabeled: Folders or manifests whose train split is used without labels (the paper: MSMT17), or folders of any
-            images, for styles or pseudo labels, as the recipe says. Without any only loss.labeled_embedding has a
-            memory.
+        unlabeled: Datasets whose train split is used without labels (the paper: MSMT17), or folders of any images, for
+            styles or pseudo labels, as the recipe says. Without any only loss.labeled_embedding has a memory.
         targets: Folders or manifests to evaluate on after the last epoch, never trained on; those of one name are
             called by the folders above them too.
         protocol: In place of these three, a protocol of the literature by its name, such as table4 or p1; `dan-fast
