@@ -83,6 +83,8 @@ def evaluate_reranked(
 ) -> RankingResult:
     """As :func:`dan_fast.evaluation.evaluate_ranking`, by the distances of :func:`reranked_distances`.
 
+    Encodings are float32, as its authors', so of equal distances only those of copies of an image are sure to be so.
+
     With ``process_group`` a rank encodes its own part of the gallery and a share of the queries. Features of the others
     go past it in blocks, twice, and their encodings once; of each image of the whole it keeps labels, norm, nearest
     images and half-size sets: about 4 (k1 + 1) + 8 (k1 + 2) + 100 bytes, 360 by the paper's settings.

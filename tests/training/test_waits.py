@@ -3,7 +3,7 @@
 import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ import dan_fast
 from dan_fast.core.types import MemoryStep
 from dan_fast.daml import Stage
 from dan_fast.nn import DAN
+from dan_fast.training import MetaStep
 from dan_fast.training.objective import DivergedError
 from dan_fast.training.scalars import Scalars
 from dan_fast.training.step_scalars import StepScalars
@@ -26,8 +27,20 @@ PACKAGE = Path(dan_fast.__file__).parent
 WAITING = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "index"} | {
     "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave", "bincount"
 }  # fmt: skip
+# Where copies start that are not waited for.
+TO_DEVICE = MetaStep._to_device.__code__
 # Methods that copy to the host; on the CPU they do not reach an operator.
 COPYING = {"cpu", "tolist", "numpy", "__array__"}
+
+
+def calling() -> FrameType | None:
+    """The frame of the package that called an operator; its modes only hand on what others call."""
+    frame = sys._getframe(1)
+    while frame and (
+        not Path(frame.f_code.co_filename).is_relative_to(PACKAGE) or frame.f_code.co_name == "__torch_function__"
+    ):
+        frame = frame.f_back
+    return frame
 
 
 class HostReads:
@@ -37,10 +50,8 @@ class HostReads:
         self.places: Counter[str] = Counter()
 
     def count(self, name: str) -> None:
-        frame = sys._getframe(2)
-        while frame and not (path := Path(frame.f_code.co_filename)).is_relative_to(PACKAGE):
-            frame = frame.f_back
-        self.places[f"{path.relative_to(PACKAGE)}" if frame else name] += 1
+        frame = calling()
+        self.places[f"{Path(frame.f_code.co_filename).relative_to(PACKAGE)}" if frame else name] += 1
 
     def __enter__(self) -> "HostReads":
         reads = self
@@ -57,7 +68,7 @@ class HostReads:
             def __torch_function__(self, func, types, args=(), kwargs=None):
                 name = getattr(func, "__name__", "")
                 to_host = name == "to" and any(str(each) == "cpu" for each in (*args[1:], *(kwargs or {}).values()))
-                if name in COPYING or (to_host and sys._getframe(1).f_code.co_name != "_to_device"):
+                if name in COPYING or (to_host and getattr(calling(), "f_code", None) is not TO_DEVICE):
                     reads.count(name)
                 return func(*args, **(kwargs or {}))
 

@@ -8,13 +8,14 @@ reads it once more.
 import copy
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._guards import detect_fake_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dan_fast.core.cosine import statistics_dtype
@@ -25,6 +26,15 @@ from dan_fast.functional.products import product
 # Pending writes cost a (T, s) matrix and a product of that size a step; beyond this many one pass over the
 # memory is cheaper, and float32 row norms have gone through enough additions.
 MAX_PENDING = 128
+
+
+@contextmanager
+def outside_of_tracing() -> Iterator[None]:
+    """Where tensors are numbers: those of a transform of `torch.func` or of an export are nothing outside of it."""
+    # Other modes go on: they count or check what is computed.
+    fakes = _disable_current_modes() if detect_fake_mode() is not None else nullcontext()
+    with temporarily_clear_interpreter_stack(), fakes:
+        yield
 
 
 @contextmanager
@@ -240,8 +250,7 @@ class PendingMemory:
         require_no_capture(self.base)
         if not self.pending:
             return
-        # A transform of torch.func or an export would make tensors that are nothing outside of it.
-        with lasting_tensors(), temporarily_clear_interpreter_stack(), _disable_current_modes():
+        with lasting_tensors(), outside_of_tracing():
             if self.is_counted_on() or self._base.is_shared():
                 self._settle_into_new()
             else:
