@@ -209,8 +209,9 @@ def _require_first_weights(state: dict[str, Any], checkpoint: str) -> None:
             f"{checkpoint} is a shared folder, which does not hold the weights that its training started from "
             f"({weights}): evaluate it without --baselines, or the checkpoint.pt of the run."
         )
-    first = state.get("first_weights")
-    if first not in (None, found := hash_of_start(weights)) and found is not None:
+    first, found = state.get("first_weights"), hash_of_start(weights)
+    # Older checkpoints do not know theirs, and a file that is gone is for its reader to name.
+    if None not in (first, found) and first != found:
         raise DanFastError(
             f"{weights} is another file than the one that this training started from: put that one back, or evaluate "
             "without --baselines."

@@ -36,10 +36,10 @@ def ranked_lists(
         top: images in a list.
     """
     readable = np.flatnonzero(np.isfinite(features).all(axis=1))
-    lists = [_described(query) | {"matches": None} for query in samples_of(queries)]
+    samples = samples_of(queries)
+    lists = [_described(query) | {"matches": None} for query in samples]
     persons = _Persons(queries, gallery)
-    own = [samples_of(queries)[place] for place in readable]
-    found = _others(index, own, features[readable], top)
+    found = _others(index, [samples[place] for place in readable], features[readable], top)
     for place, scores, rows in zip(readable.tolist(), found.scores, found.rows, strict=True):
         images = [(index.images[row], score) for row, score in zip(rows, scores.tolist(), strict=True) if row >= 0]
         matches = [_described(image) | {"score": score} for image, score in images]

@@ -65,7 +65,7 @@ def image_files(folder: Path) -> list[Path]:
 def images_below(folder: Path, leave_out: Callable[[Path], bool] = lambda place: False) -> list[Path]:
     """All files in a folder, and in those below it, that are named like images, hidden ones left out, by name.
 
-    Links to folders are followed; a file that several lead to has one path, that through no link where there is one.
+    Links to folders are followed; a folder that several paths lead to has one, that through no link where there is one.
 
     Args:
         folder: where to look.

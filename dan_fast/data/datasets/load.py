@@ -170,9 +170,8 @@ def load_unlabeled(path: str | Path) -> ReIDDataset:
     # A link to a file beside it is no image more.
     once = {os.path.realpath(file): file for file in sorted(images_below(folder), key=Path.is_symlink, reverse=True)}
     files = sorted(once.values())
-    name = (folder.resolve() if folder.name == ".." else folder.absolute()).name
     _LOG.warning("%s holds no dataset: the %d images below it are used without labels.", folder, len(files))
-    return ReIDDataset(name, folder, train=tuple(Sample(file, -1, -1) for file in files))
+    return ReIDDataset(_own_name(folder), folder, train=tuple(Sample(file, -1, -1) for file in files))
 
 
 def all_images(dataset: ReIDDataset) -> ReIDDataset:
@@ -240,7 +239,7 @@ def _load(path: Path, name: str | None, variant: str | None) -> ReIDDataset:
             several = f"; several are written '[{', '.join(str(path).split(','))}]'"
         place = path if path.is_absolute() else f"{path} in {Path.cwd()}"
         raise DanFastError(f"There is no dataset at {place}; give the path of its folder{several}.")
-    own_name = (path.resolve() if path.name == ".." else path.absolute()).name
+    own_name = _own_name(path)
     if path.is_file():
         if path.suffix.lower() != ".csv":
             raise DanFastError(f"{path} is a file but no .csv manifest; give a dataset's folder or its manifest.")
@@ -266,6 +265,10 @@ def _load(path: Path, name: str | None, variant: str | None) -> ReIDDataset:
         f"{MANIFEST} (columns path,pid,camid,split), nor a dataset that `dan-fast datasets` knows; give a folder "
         "that has one of them."
     )
+
+
+def _own_name(path: Path) -> str:
+    return (path.resolve() if path.name == ".." else path.absolute()).name
 
 
 def _is_part(path: Path) -> bool:
