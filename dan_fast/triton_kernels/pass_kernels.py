@@ -57,7 +57,7 @@ def _product(wide, stored, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
 def _columns(base, slot, live, stride, column, dim):
     """(slots, columns) of the memory; 0 beyond its ends."""
     mask = live[:, None] & (column < dim)[None, :]
-    return tl.load(base + slot[:, None] * stride + column[None, :], mask=mask, other=0.0)
+    return tl.load(base + slot.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def memory_pass(
 ):
     """A program owns BLOCK_S slots and walks their columns; axis 1 of the grid, if any, takes further keys."""
     stat: tl.constexpr = square_norms.dtype.element_ty
-    # A matrix may have more than 2^31 elements: where a program starts is an int64, what lies in its block an int32.
+    # A matrix may have more than 2^31 elements, and so may lie between two rows of a block.
     first = tl.program_id(0).to(tl.int64) * BLOCK_S
     within = tl.arange(0, BLOCK_S)
     live = within < slots - first
@@ -146,7 +146,7 @@ def memory_pass(
                     )
             slot = new.to(slot.dtype)
             here = live[:, None] & (column < dim)[None, :]
-            tl.store(target + within[:, None] * target_stride + column[None, :], slot, mask=here)
+            tl.store(target + within.to(tl.int64)[:, None] * target_stride + column[None, :], slot, mask=here)
         wide = slot.to(stat)
         squares += wide * wide
         if SCORES:

@@ -18,6 +18,8 @@ from dan_fast.triton_kernels.pass_kernels import combine_pass, memory_pass
 
 # Keys that one pass scores; more of them take further passes.
 MAX_KEYS = 128
+# Rows of keys or weights: the 65,535 blocks that a grid may have along an axis, of 64 rows in `memory_combine`.
+MOST_ROWS = 65_535 * 64
 # Programs that `memory_combine` spreads over: three for each multiprocessor of an RTX 3090, two of an H200. Not asked
 # of the device, because the order of the additions, hence every bit of the result, follows from it.
 _COMBINE_PROGRAMS = 256
@@ -300,6 +302,8 @@ def _check(base: Tensor, **others: tuple[Tensor, tuple[int, ...]]) -> torch.dtyp
             raise ValueError(
                 f"{name} must be {tuple(shape)} for a memory {tuple(base.shape)}, got {tuple(tensor.shape)}"
             )
+        if tensor.dim() == 2 and tensor.shape[0] > MOST_ROWS:
+            raise ValueError(f"{name} must have at most {MOST_ROWS:,} rows, got {tensor.shape[0]:,}; divide them")
         if tensor.device != base.device:
             raise ValueError(f"{name} must be on the memory's device {base.device}, got {tensor.device}")
     return statistics

@@ -52,7 +52,11 @@ def floating(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def mixture(outputs: Iterable[Tensor]) -> Tensor:
     """A loss that weighs every entry of the outputs differently."""
-    return sum((torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype) * o.flatten().sin()).sum() for o in outputs)
+
+    def weighed(o: Tensor) -> Tensor:
+        return (torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype, device=o.device) * o.flatten().sin()).sum()
+
+    return sum(map(weighed, outputs))
 
 
 def with_gradients(impl: ModuleType, name: str, arguments: Sequence[Tensor]) -> list[Tensor]:

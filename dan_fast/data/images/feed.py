@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -33,7 +34,9 @@ def one_ahead(items: Iterator[Raw], prepare: Callable[[Raw], Ready], device: tor
         >>> list(one_ahead(iter([1, 2, 3]), lambda number: number + 1, torch.device("cpu")))
         [2, 3, 4]
     """
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    stream = None
+    if device.type == "cuda":
+        stream = _stream(torch.cuda.current_device() if device.index is None else device.index)
     wanted, results, stopped = threading.Semaphore(1), queue.SimpleQueue(), threading.Event()
 
     def work() -> None:
@@ -73,6 +76,12 @@ def one_ahead(items: Iterator[Raw], prepare: Callable[[Raw], Ready], device: tor
         thread.join()
         # It holds this frame, and by its thread's frame the items, which would be garbage in a cycle.
         error = None
+
+
+@functools.cache
+def _stream(index: int) -> torch.cuda.Stream:
+    """One for all feeds of a GPU: memory that was allocated for a stream is used again by that stream alone."""
+    return torch.cuda.Stream(index)
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:

@@ -118,8 +118,12 @@ def test_a_gpu_gives_what_the_cpu_gives() -> None:
     assert difference.max() < 2.001 and (difference > 1e-3).double().mean() < 1e-3
     assert torch.equal(result, augment(*there))
     torch.testing.assert_close(normalize(there[0]).cpu(), normalize(images))
-    batches = one_ahead(iter(images.split(8)), lambda part: part.to(device) * 2.0, device)
-    assert torch.equal(torch.cat([batch + 1 for batch in batches]).cpu(), images * 2.0 + 1)
+    reserved = []
+    for _ in range(4):
+        batches = one_ahead(iter(images.split(8)), lambda part: part.to(device) * 2.0, device)
+        assert torch.equal(torch.cat([batch + 1 for batch in batches]).cpu(), images * 2.0 + 1)
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[1] == reserved[3], "each feed takes memory of its own"
 
 
 def test_one_ahead_and_no_more() -> None:

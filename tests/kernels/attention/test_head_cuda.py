@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dan_fast.functional.attention.head import AttentionHead
+from tests.support.devices import as_it_lies
 from tests.support.head_problems import (
     NAMED_LAYOUTS,
     UNUSUAL,
@@ -149,8 +150,8 @@ def test_the_same_bits_again_and_however_many_at_a_time(library: ctypes.CDLL, la
 def on_device(case: Case) -> Case:
     """The same case, its arguments on the GPU."""
     moved = copy.copy(case)
-    moved.arguments = case.arguments._make(x.cuda() for x in case.arguments)
-    moved.grads = case.grads._make(x if x is None else x.cuda() for x in case.grads)
+    moved.arguments = case.arguments._make(as_it_lies(x, "cuda") for x in case.arguments)
+    moved.grads = case.grads._make(x if x is None else as_it_lies(x, "cuda") for x in case.grads)
     return moved
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.devices import as_it_lies
 from tests.support.head_problems import NAMED_LAYOUTS, channels_last, contiguous, part
 from tests.support.maps_problems import Case, Results, check
 from tests.support.toolchain import Guarded, call_on_host, needs_compiler
@@ -99,9 +100,9 @@ def on_device(case: Case) -> Case:
     """The same case, its arguments on the GPU."""
     for name, value in vars(case).items():
         if isinstance(value, Tensor):
-            setattr(case, name, value.cuda())
+            setattr(case, name, as_it_lies(value, "cuda"))
         elif isinstance(value, tuple):
-            setattr(case, name, tuple(x.cuda() for x in value))
+            setattr(case, name, tuple(as_it_lies(x, "cuda") for x in value))
     return case
 
 

@@ -13,6 +13,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from dan_fast import triton_kernels
 from dan_fast.core.errors import DanFastError
 from tests.support import ROOT
+from tests.support.devices import as_it_lies, whole
 from tests.support.stream_problems import (
     DTYPES,
     Case,
@@ -81,21 +83,25 @@ def check_overlap_refused() -> None:
             triton_kernels.memory_commit_scores_(memory, one, torch.ones(0, 3), torch.ones(0, 4), torch.ones(0, 4))
 
 
-def run_all() -> None:
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN: what no kernel writes shows
+def check_all(ops: Any) -> None:
     for dtype in DTYPES:
         for slots, columns, queries, pending in SHAPES:
-            check_products(triton_kernels, Case(slots, columns, queries, dtype))
-            check_commit(triton_kernels, Case(slots, columns, queries, dtype, pending))
+            check_products(ops, Case(slots, columns, queries, dtype))
+            check_commit(ops, Case(slots, columns, queries, dtype, pending))
             if dtype.itemsize == 2:
                 case = Case(slots, columns, queries, dtype, pending)
                 case.pending_keys = case.pending_keys.to(dtype)
-                check_commit(triton_kernels, case)
+                check_commit(ops, case)
     # Several programs share the slots of a product.
     for dtype in (torch.float32, torch.bfloat16):
-        check_products(triton_kernels, Case(700, 9, 3, dtype))
-    check_exact_products(triton_kernels)
-    check_special_values(triton_kernels)
+        check_products(ops, Case(700, 9, 3, dtype))
+    check_exact_products(ops)
+    check_special_values(ops)
+
+
+def run_all() -> None:
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN: what no kernel writes shows
+    check_all(triton_kernels)
     check_three_products_of_tf32()
     check_overlap_refused()
 
@@ -107,6 +113,24 @@ def test_kernels_under_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("all ran\n"), done.stderr[-3000:]
+
+
+class OnGpu:
+    """The kernels on a GPU for tensors of the CPU, where their rows lie as far apart, and back."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def run(*arguments: Tensor) -> Any:
+            there = [as_it_lies(x, "cuda") for x in arguments]
+            results = getattr(triton_kernels, name)(*there)
+            whole(arguments[0]).copy_(whole(there[0]))  # a commit in place
+            return results.cpu() if isinstance(results, Tensor) else tuple(x.cpu() for x in results)
+
+        return run
+
+
+@pytest.mark.gpu
+def test_kernels_on_the_gpu():
+    check_all(OnGpu())
 
 
 @needs_triton
@@ -121,6 +145,11 @@ def test_kernels_under_the_interpreter():
         ({"pending_keys": torch.ones(2, 5)}, ValueError, r"pending_keys must be \(2, 4\)"),
         ({"pending_keys": torch.ones(2, 4).half()}, TypeError, "pending_keys must be torch.float32"),
         ({"keys": torch.ones(6, 4).double()}, TypeError, "keys must be torch.float32"),
+        (
+            {"keys": torch.ones(1, 1).expand(5_000_000, 4)},
+            ValueError,
+            "keys must have at most 4,194,240 rows, got 5,000",
+        ),
         ({"keys": torch.ones(6, 4, device="meta")}, ValueError, "keys must be on the memory's device cpu"),
     ],
 )
