@@ -174,6 +174,8 @@ def evaluate(
     for name, evaluation in results:
         table.add_row(Text(evaluation.title), name, *evaluation.row())
     Console().print(table)
+    for dataset in datasets:
+        print(f"{dataset.contents}.")
     for name, evaluation in results:
         print(f"{evaluation.title}, {name}: {evaluation.conditions_and_recipe}.")
     if place.type == "cpu" and precision == "bfloat16":

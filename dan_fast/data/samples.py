@@ -97,6 +97,28 @@ class ReIDDataset:
         """Name and variant, as they stand beside every figure."""
         return f"{self.name} ({self.variant})" if self.variant else self.name
 
+    @property
+    def contents(self) -> str:
+        """What each split holds, in words.
+
+        Example:
+            >>> images = [Sample(Path(f"{number}.jpg"), number // 2, number % 2) for number in range(5)]
+            >>> ReIDDataset("shop", Path("shop"), train=tuple(images[2:]), test=tuple(images)).contents
+            'shop: train 3 images, 2 persons, 2 cameras; test 5 images, 3 persons, 2 cameras, 2 of pid 0 as distractors'
+        """
+        searched = any(sample.pid == 0 for sample in self.query)
+        parts = []
+        for split in SPLITS:
+            samples = getattr(self, split)
+            persons, cameras = ({each[place] for each in samples} - {-1} for place in (1, 2))
+            counts = {"image": len(samples), "person": len(persons), "camera": len(cameras)}
+            words = ", ".join(f"{number:,} {unit}{'s' * (number != 1)}" for unit, number in counts.items())
+            distractors = sum(sample.pid == 0 for sample in samples) if split in ("gallery", "test") else 0
+            if distractors and not searched and self.splits is None:
+                words += f", {distractors:,} of pid 0 as distractors"
+            parts += [f"{split} {words}"] if samples else []
+        return f"{self.title}: {'; '.join(parts) or 'no images'}"
+
 
 def without_variant(title: str) -> str:
     """The name in a `ReIDDataset.title`.

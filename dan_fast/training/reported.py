@@ -137,7 +137,7 @@ def opening_lines(
     config: TrainConfig, datasets: DatasetRoles, device: torch.device, past: Mapping[str, Any]
 ) -> Iterator[str]:
     """What a run says before it starts: its recipe and what is changed on top of it, where it comes from, under what
-    else it ran, its protocol, what is left aside, what has no effect, what becomes of float32.
+    else it ran, what its datasets hold, its protocol, what is left aside, what has no effect, what becomes of float32.
 
     Args:
         config, datasets, device: of the run.
@@ -151,6 +151,8 @@ def opening_lines(
     changed = ", ".join(changes_of_surroundings(past["ran_under"]))
     if changed:
         yield f"Not all of this run ran alike: {changed}."
+    # A set may be trained on and tested on.
+    yield from dict.fromkeys(f"{each.contents}." for sets in datasets for each in sets)
     yield from taken_for_one((*datasets.labeled, *datasets.unlabeled))
     if config.data.protocol:
         yield f"Protocol {config.data.protocol}: {describe(datasets, config.data.unlabeled_share)}."

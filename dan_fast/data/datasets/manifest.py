@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import re
 from pathlib import Path
 
@@ -10,13 +11,15 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.data.samples import SPLITS, ReIDDataset, Sample, real_paths
 
 COLUMNS = ("path", "pid", "camid", "split")
+_LOG = logging.getLogger(__name__)
 
 
 def read_manifest(file: Path, name: str) -> ReIDDataset:
     """Read a manifest; samples keep the order of its rows, columns other than the four are ignored.
 
     `path` is relative to the manifest. `pid` may be empty or -1: in `train` such an image can serve as an
-    unlabelled one, from the other splits it is left out. `camid` may be empty or -1 where it is unknown.
+    unlabelled one, from the other splits it is left out, with a warning. `camid` may be empty or -1 where it is
+    unknown.
 
     Raises:
         DanFastError: a missing column, an unknown split, an invalid number (with its line), a path listed
@@ -33,6 +36,9 @@ def read_manifest(file: Path, name: str) -> ReIDDataset:
             f"{len(missing)} of the {len(rows)} images of {file} do not exist, {missing[0]} the first; "
             "give paths relative to the manifest, or remove those rows."
         )
+    unknown = sum(split != "train" and sample.pid < 0 for split, sample in rows)
+    if unknown:
+        _LOG.warning("%d query, gallery or test images of %s have no pid and are LEFT OUT.", unknown, file)
     splits = {
         split: tuple(s for word, s in rows if word == split and (split == "train" or s.pid >= 0)) for split in SPLITS
     }
@@ -84,8 +90,9 @@ def _integer(text: str, column: str, place: str) -> int:
     value = int(text) if re.fullmatch(r"[+-]?[0-9]{1,40}", text) else None
     # What a table of int64 holds.
     if value is None or not -1 <= value < 2**63:
+        what = "persons, or leave it empty for a train image of an unknown one"
         raise DanFastError(
-            f"{place}: the {column} {text[:40]!r} is not a whole number from 0 to 2^63 - 1; correct it, "
-            f"or leave it empty where the {'identity' if column == 'pid' else 'camera'} is unknown."
+            f"{place}: the {column} {text[:40]!r} is not a whole number from 0 to 2^63 - 1; number the "
+            f"{what if column == 'pid' else 'cameras, or leave it empty where that is unknown'}."
         )
     return value

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.data.datasets.finding import image_files, locate
+from dan_fast.data.datasets.finding import IMAGE_SUFFIXES, image_files, locate
 from dan_fast.data.samples import Counts, KnownDataset, ReIDDataset, Sample
 
 PARTS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
@@ -14,6 +15,7 @@ PARTS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_b
 _NAME = re.compile(r"(-?\d+)_c(\d+)")
 _OWN_NAME = re.compile(r"-?\d+_c\d+s\d+_")
 _TITLE = re.compile(r"(?<![a-z])market", re.IGNORECASE)
+_LOG = logging.getLogger(__name__)
 
 
 def is_market1501(folder: Path) -> bool:
@@ -32,6 +34,7 @@ def read_market1501(folder: Path, name: str, variant: str = "") -> ReIDDataset:
     """Reads a Market-1501 folder; absent parts are empty.
 
     Images of pid -1, bad detections, are left out of query and gallery; those to train on can serve as unlabelled ones.
+    A warning is logged of files that look like more images of a part: in folders below it, or of another type.
 
     Raises:
         DanFastError: an image whose name does not begin with identity and camera, whole numbers below 2^63.
@@ -73,7 +76,21 @@ def _read_part(folder: Path) -> tuple[Sample, ...]:
             )
         if int(match[1]) >= 0 or path.parent.name == PARTS["train"]:
             samples.append(Sample(path, int(match[1]), int(match[2])))
+    _tell_of_others(folder)
     return tuple(samples)
+
+
+def _tell_of_others(part: Path) -> None:
+    if not part.is_dir():
+        return
+    seen = [path for path in part.iterdir() if path.name[0] != "."]
+    below = sum(len(image_files(path)) for path in seen if path.is_dir())
+    others = [path for path in seen if _NAME.match(path.name) and path.suffix.lower() not in IMAGE_SUFFIXES]
+    kinds = ", ".join(sorted({path.suffix for path in others if path.is_file()}))
+    if below:
+        _LOG.warning("%d images in folders below %s are NOT READ: move them up, or write a manifest.csv.", below, part)
+    if kinds:
+        _LOG.warning("Files of %s in %s are NOT READ: convert them to JPEG or PNG.", kinds, part)
 
 
 MARKET1501 = KnownDataset(

@@ -320,6 +320,42 @@ def test_hidden_files_are_no_images(market: Path) -> None:
     assert load_dataset(market) == before
 
 
+def test_what_looks_like_more_images_and_is_not_read_is_said(market: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (market / "query" / "Thumbs.db").touch()
+    (market / "query" / "more").mkdir()
+    load_dataset(market)
+    assert "NOT READ" not in caplog.text
+    before = load_dataset(market)
+    tiny_image(market / "query" / "more" / "0001_c1s1_000151_02.jpg")
+    (market / "bounding_box_test" / "0001_c1s1_000151_02.avif").touch()
+    assert load_dataset(market) == before
+    assert f"1 images in folders below {market / 'query'} are NOT READ: move them up" in caplog.text
+    assert f"Files of .avif in {market / 'bounding_box_test'} are NOT READ: convert them" in caplog.text
+
+
+def test_images_of_nobody_in_a_manifest_are_left_out_of_a_test_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    rows = ("images/a.jpg,,1,train", "images/b.jpg,,1,query", "images/c.jpg,-1,2,gallery")
+    dataset = load_dataset(write_manifest(tmp_path, *rows))
+    assert len(dataset.train) == 1 and not dataset.query and not dataset.gallery
+    assert (
+        f"2 query, gallery or test images of {tmp_path / 'manifest.csv'} have no pid and are LEFT OUT." in caplog.text
+    )
+
+
+def test_the_contents_in_words(market: Path, tmp_path: Path) -> None:
+    rows = [
+        f"images/{name}.jpg,{row}" for name, row in zip("abcd", (",,train", "0,1,query", "0,2,gallery", "7,2,gallery"))
+    ]
+    said = load_dataset(write_manifest(tmp_path / "shop", *rows)).contents
+    assert said == (
+        "shop: train 1 image, 0 persons, 0 cameras; query 1 image, 1 person, 1 camera; gallery 2 images, 2 persons, "
+        "1 camera"
+    )
+    rows[1] = "images/b.jpg,7,1,query"
+    said = load_dataset(write_manifest(tmp_path / "shop", *rows)).contents
+    assert said.endswith("gallery 2 images, 2 persons, 1 camera, 1 of pid 0 as distractors")
+
+
 def test_unlabelled_images_need_no_dataset(market: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     frames = tmp_path / "frames"
     for name in ("b.jpg", "day/a.png", ".hidden/c.jpg", "day/.d.jpg"):
