@@ -1,7 +1,5 @@
 """`dan-fast datasets`: which known datasets lie where, what differs from the literature, and what is missing."""
 
-from __future__ import annotations
-
 import json as json_text
 import sys
 from collections.abc import Sequence

@@ -20,7 +20,7 @@ from dan_fast.core.files import require_own_json, write_text
 from dan_fast.core.float32 import BFLOAT16_ON_A_CPU
 from dan_fast.core.launched import own_rank
 from dan_fast.data import ImageCache
-from dan_fast.data.datasets.load import load_targets
+from dan_fast.data.datasets.load import read_targets, told_apart
 from dan_fast.data.named_protocols import resolve_protocol
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.distributed.launch import joined
@@ -104,8 +104,10 @@ def evaluate(
     place = resolve_device(device)
     with joined(place) as process_group:
         state = load_checkpoint(checkpoint)
-        by_name = protocol is not None
-        datasets = resolve_protocol(protocol, root, targets_only=True).targets if by_name else load_targets(paths)
+        if protocol is None:
+            datasets = told_apart(read_targets(paths))
+        else:
+            datasets = resolve_protocol(protocol, root, targets_only=True).targets
         for dataset in datasets:
             require_scorable(dataset, ap, rerank)
         network, settings = network_of(state, checkpoint), state["config"]

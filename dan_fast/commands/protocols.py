@@ -1,7 +1,5 @@
 """`dan-fast protocols`: the named protocols, and which of them the datasets in a folder suffice for."""
 
-from __future__ import annotations
-
 import json as json_text
 from collections.abc import Sequence
 from typing import Any

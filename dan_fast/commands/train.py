@@ -1,7 +1,5 @@
 """`dan-fast train`: a training, with the settings of its recipe as the defaults of the flags."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How images are resized and normalised for a network, which backbones, loaders and pictures share."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -33,7 +31,7 @@ class Preprocessing(NamedTuple):
         return {"mean": list(self.mean), "std": list(self.std), "interpolation": self.interpolation}
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Preprocessing:
+    def from_dict(cls, content: Mapping[str, Any]) -> "Preprocessing":
         """What `to_dict` gave."""
         return cls(tuple(content["mean"]), tuple(content["std"]), content["interpolation"])
 

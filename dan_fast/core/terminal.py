@@ -1,7 +1,5 @@
 """What is printed on a terminal: plain sentences, and how far a task has got."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

@@ -16,8 +16,6 @@ The fixed splits of VIPeR, PRID, GRID and i-LIDS are those of this package: none
 partitions in GRID's archive are not taken (docs/fidelity.md).
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

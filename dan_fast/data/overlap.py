@@ -1,7 +1,5 @@
 """Persons that are both trained on and tested on: by numbering and number, or by an image's file."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator, Mapping, Set
 from hashlib import blake2b

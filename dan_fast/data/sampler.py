@@ -1,10 +1,9 @@
 """Which images make up each mini-batch: planned for a whole epoch at once, without reading an image."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Literal, NamedTuple
 
 import torch
@@ -141,9 +140,9 @@ class BatchPlanner:
         sample_ids, pseudo_labels = self._checked(feedback)
         fed_places = min(self._feedback_places, len(sample_ids))
         unlabeled_places = self._train_places[1] + self._test_places[1]
-        labeled = _EndlessPass(len(self.labels), lambda turn: self._generator("labeled", epoch, turn))
-        fed_back = _EndlessPass(len(sample_ids), lambda turn: self._generator("fed back", epoch, turn))
-        unlabeled = _EndlessPass(
+        labeled = _endless(len(self.labels), lambda turn: self._generator("labeled", epoch, turn))
+        fed_back = _endless(len(sample_ids), lambda turn: self._generator("fed back", epoch, turn))
+        unlabeled = _endless(
             self.num_unlabeled,
             lambda turn: self._generator("unlabeled", turn),
             start=epoch * self.iterations * unlabeled_places,
@@ -151,15 +150,15 @@ class BatchPlanner:
         generator = self._generator("items", epoch)
 
         def part(places: tuple[int, int], partners: list[int], fed: list[int]) -> list[list[PlannedItem]]:
-            indices = partners + labeled.take(places[0] - len(partners) - len(fed))
+            indices = [*partners, *islice(labeled, places[0] - len(partners) - len(fed))]
             return [
                 [PlannedItem("labeled", index, self.labels[index], _draw(generator)) for index in indices],
                 [PlannedItem("fed_back", sample_ids[row], pseudo_labels[row], _draw(generator)) for row in fed],
-                [PlannedItem("unlabeled", index, -1, _draw(generator)) for index in unlabeled.take(places[1])],
+                [PlannedItem("unlabeled", index, -1, _draw(generator)) for index in islice(unlabeled, places[1])],
             ]
 
         for _ in range(self.iterations):
-            fed = fed_back.take(fed_places)
+            fed = list(islice(fed_back, fed_places))
             same_class = [self._members[pseudo_labels[row]] for row in fed]
             partners = [members[_draw(generator, len(members))] for members in same_class]
             train, test = part(self._train_places, partners, []), part(self._test_places, [], fed)
@@ -191,26 +190,12 @@ class BatchPlanner:
         return ids, classes
 
 
-class _EndlessPass:
-    """Numbers 0..count-1 in random order, over and over, each turn in an order of its own."""
-
-    def __init__(self, count: int, generator: Callable[[int], torch.Generator], start: int = 0) -> None:
-        self._count = count
-        self._generator = generator
-        self._turn, self._position = divmod(start, max(count, 1))
-        self._order: list[int] | None = None
-
-    def take(self, amount: int) -> list[int]:
-        taken: list[int] = []
-        while len(taken) < amount:
-            if self._order is None:
-                self._order = torch.randperm(self._count, generator=self._generator(self._turn)).tolist()
-            part = self._order[self._position : self._position + amount - len(taken)]
-            taken += part
-            self._position += len(part)
-            if self._position == self._count:
-                self._turn, self._position, self._order = self._turn + 1, 0, None
-        return taken
+def _endless(count: int, generator: Callable[[int], torch.Generator], start: int = 0) -> Iterator[int]:
+    """Numbers 0..count-1 in random order, over and over, each turn in an order of its own, from the `start`-th on."""
+    turn, position = divmod(start, count)
+    while True:
+        yield from torch.randperm(count, generator=generator(turn)).tolist()[position:]
+        turn, position = turn + 1, 0
 
 
 def _places(size: int, unlabeled_fraction: float) -> tuple[int, int]:

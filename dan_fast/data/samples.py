@@ -1,7 +1,5 @@
 """What every reader of a dataset returns, samples and splits, and the description by which the dataset is found."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping

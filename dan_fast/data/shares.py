@@ -12,11 +12,6 @@ def share_of(plan: BatchPlan, rank: int, ranks: int) -> BatchPlan:
     The shares follow one another: those of all ranks, kind by kind, are the plan. Each kind is divided as evenly as
     can be, and what is left over goes to the ranks with the fewest images.
 
-    Args:
-        plan: the whole mini-batch.
-        rank: 0 to ranks - 1.
-        ranks: into how many shares it is divided.
-
     Example:
         >>> from dan_fast.data import BatchPlanner
         >>> import torch

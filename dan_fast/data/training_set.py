@@ -1,7 +1,5 @@
 """The train images of all source datasets merged into one labelled and one unlabelled set (Sec. III-D)."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Sequence

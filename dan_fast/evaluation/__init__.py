@@ -9,7 +9,7 @@ from dan_fast.evaluation.ranking import (
     pairwise_distances,
     rank_distances,
 )
-from dan_fast.evaluation.reranking import Reranking, evaluate_reranked, reranked_distances
+from dan_fast.evaluation.reranking import Reranking, evaluate_reranked
 from dan_fast.evaluation.result import COLUMNS, Evaluation
 from dan_fast.evaluation.scorable import require_scorable
 from dan_fast.evaluation.scoring import evaluate_dataset, evaluate_features
@@ -33,6 +33,5 @@ __all__ = [
     "pairwise_distances",
     "random_split",
     "rank_distances",
-    "reranked_distances",
     "require_scorable",
 ]

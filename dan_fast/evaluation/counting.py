@@ -4,8 +4,6 @@ The rank of a match is one more than the gallery images before it: nearer, or as
 matches need a rank, so no list is sorted and no matrix of all queries and gallery images is kept.
 """
 
-from __future__ import annotations
-
 import functools
 import platform
 import sysconfig
@@ -94,14 +92,14 @@ def ranks_by_distances(
 
 
 def ranks_by_features(problem: RankingProblem) -> Iterator[tuple[Pairs, np.ndarray]]:
-    """As :func:`ranks_by_distances`, of features, for a problem without a group.
+    """As :func:`ranks_by_distances`, of features; collective where there is a group.
 
     The kernels compare almost all pairs by a product in float32 with an error bound, and the few it leaves undecided by
     their exact distances: the ranks are those of float64.
     """
     module = _kernels_for(problem.query)
-    if module is None:
-        yield from counting_torch.ranks_by_features(problem)
+    if module is None or problem.group is not None:
+        yield from _ranks_by_parts(problem)
         return
     query, gallery, threads = _adjacent(problem.query), _adjacent(problem.gallery), torch.get_num_threads()
     array, dtype = _array(gallery)
@@ -130,8 +128,8 @@ def _feature_blocks(query: Tensor, labels: Labels, budget: int) -> Iterator[Pair
     return pairs_in_blocks(labels, query_bytes, _PAIR_BYTES + _THREAD_BYTES * torch.get_num_threads(), budget)
 
 
-def ranks_by_shards(problem: RankingProblem) -> Iterator[tuple[Pairs, np.ndarray]]:
-    """As :func:`ranks_by_features`, in PyTorch operations, of a gallery that is divided over ranks; collective.
+def _ranks_by_parts(problem: RankingProblem) -> Iterator[tuple[Pairs, np.ndarray]]:
+    """As :func:`ranks_by_features`, in PyTorch operations, of a gallery that may be divided over ranks; collective.
 
     Blocks are those of :func:`ranks_by_features` of the whole, so that what is averaged is added in one order.
     """

@@ -1,7 +1,5 @@
 """Ranks of true matches in PyTorch operations, block by block: for GPUs, and where there is no compiled module."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -9,10 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dan_fast.evaluation.distances import PartDistances, distance_scale, square_norms
+from dan_fast.evaluation.distances import PartDistances
 from dan_fast.evaluation.divided import Division
 from dan_fast.evaluation.pairs import Labels, Pairs, pairs_in_blocks
-from dan_fast.evaluation.problem import RankingProblem
 
 # Bytes of temporaries for each pair of a query and a gallery image that is compared at once.
 _ENTRY_BYTES = 64
@@ -34,13 +31,7 @@ class Matches(NamedTuple):
 
 
 def ranks_by_distances(distances: Tensor, labels: Labels, budget: int) -> Iterator[tuple[Pairs, np.ndarray]]:
-    """Blocks of queries and the ranks of their matches, ascending within a query.
-
-    Args:
-        distances: (Q, G) without NaN, any real dtype.
-        labels: identities and cameras.
-        budget: bytes that may be allocated at a time.
-    """
+    """As `dan_fast.evaluation.counting.ranks_by_distances`, of (Q, G) distances without NaN."""
     gallery = distances.shape[1]
     wide = torch.float64 if distances.is_floating_point() else torch.int64
     for pairs in pairs_in_blocks(labels, _ENTRY_BYTES * min(gallery, _columns(budget)), _PAIR_BYTES, budget):
@@ -61,16 +52,6 @@ def ranks_by_distances(distances: Tensor, labels: Labels, budget: int) -> Iterat
         yield pairs, _ranks(buckets, matches)
 
 
-def ranks_by_features(problem: RankingProblem) -> Iterator[tuple[Pairs, np.ndarray]]:
-    """As :func:`ranks_by_distances`, of features, for a problem without a group."""
-    query, gallery, budget = problem.query, problem.gallery, problem.block_bytes
-    squares = square_norms(query, budget), square_norms(gallery, budget)
-    problem.check_squares(*squares)
-    distances = PartDistances(query, gallery, distance_scale(*squares, problem.metric), budget)
-    query_bytes, division = features_bytes(distances, len(gallery)), Division(None, [len(gallery)])
-    yield from ranks_of_part(distances, problem.labels, budget, query_bytes, division)
-
-
 def features_bytes(distances: PartDistances, images: int) -> int:
     """What a query takes that is compared with so many images by its features."""
     columns = max(1, min(_columns(distances.budget), distances.columns))
@@ -80,7 +61,7 @@ def features_bytes(distances: PartDistances, images: int) -> int:
 def ranks_of_part(
     distances: PartDistances, labels: Labels, budget: int, query_bytes: int, division: Division
 ) -> Iterator[tuple[Pairs, np.ndarray]]:
-    """As `ranks_by_features`, for the rank that holds a part of the gallery; collective.
+    """As `ranks_by_distances`, of features, for the rank that holds a part of the gallery; collective.
 
     Counts of all parts add up to ranks.
 

@@ -1,7 +1,5 @@
 """Features of a dataset's evaluation images, and how they are parted into query and gallery."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 

@@ -7,8 +7,6 @@ product does not guarantee. Distances are rounded to a grid of 2^-40 of the larg
 differ by rounding errors only are ties.
 """
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -102,7 +100,7 @@ class PartDistances:
         self.error = error[:, None]
         self.uncertainty = self.error + self.steps[:, None]
 
-    def of_rows(self, rows: slice | np.ndarray) -> PartDistances:
+    def of_rows(self, rows: slice | np.ndarray) -> "PartDistances":
         """Those of some of the queries, whose features are held in float64."""
         chosen = rows if isinstance(rows, slice) else torch.from_numpy(rows).to(self.query.device)
         scale = self.scale._replace(query_norms=self.scale.query_norms[rows], steps=self.scale.steps[rows])

@@ -1,7 +1,5 @@
 """Images divided over ranks, consecutive ones in the order of the ranks, and what the ranks exchange."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,13 +52,13 @@ class Division:
     sizes: Sequence[int]
 
     @classmethod
-    def of_images(cls, group: ProcessGroup | None, images: int) -> Division:
+    def of_images(cls, group: ProcessGroup | None, images: int) -> "Division":
         """So many images, as equally as can be."""
         ends = [images * (rank + 1) // ranks_in(group) for rank in range(ranks_in(group))]
         return cls(group, [end - start for start, end in zip([0, *ends], ends, strict=False)])
 
     @classmethod
-    def of_part(cls, group: ProcessGroup | None, part: Tensor) -> Division:
+    def of_part(cls, group: ProcessGroup | None, part: Tensor) -> "Division":
         """Of the parts that the ranks hold; collective. ValueError where the group does not carry such tensors."""
         if group is None:
             return cls(None, [len(part)])

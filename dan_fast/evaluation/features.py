@@ -1,7 +1,5 @@
 """Features of a list of images, with the identities and cameras they are scored by."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -46,7 +44,7 @@ class Features(NamedTuple):
     skipped: tuple[Path, ...] = ()
     sizes: tuple[int, ...] = ()
 
-    def select(self, indices: Tensor, process_group: ProcessGroup | None = None, divided: bool = False) -> Features:
+    def select(self, indices: Tensor, process_group: ProcessGroup | None = None, divided: bool = False) -> "Features":
         """The images at the given (k,) int64 indices, in that order.
 
         Args:

@@ -1,7 +1,5 @@
 """The gallery images of each query's identity, in blocks of queries that fit a memory budget."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

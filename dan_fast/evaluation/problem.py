@@ -1,7 +1,5 @@
 """What every ranking is given, checked: features, labels and how they are compared."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Literal, NamedTuple, TypeAlias

@@ -6,8 +6,6 @@ that query's list; an identity that no query has (0 by convention) is a distract
 without a match is left out of all figures. Equal distances keep the order of the gallery.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from dan_fast.core.defaults import default_cpu
 from dan_fast.distributed.collectives import ProcessGroup
-from dan_fast.evaluation.counting import ranks_by_distances, ranks_by_features, ranks_by_shards
+from dan_fast.evaluation.counting import ranks_by_distances, ranks_by_features
 from dan_fast.evaluation.distances import Metric, distance_scale, distances_of_dots, on_grid
 from dan_fast.evaluation.divided import refused_by_all
 from dan_fast.evaluation.pairs import Pairs
@@ -113,8 +111,7 @@ def evaluate_ranking(
         features, labels = (query_features, gallery_features), (query_ids, gallery_ids, query_cams, gallery_cams)
         problem = checked_problem(features, labels, metric, block_bytes, process_group)
         check_scoring(max_rank, ap)
-    blocks = ranks_by_features(problem) if process_group is None else ranks_by_shards(problem)
-    return score(blocks, max_rank, ap)
+    return score(ranks_by_features(problem), max_rank, ap)
 
 
 def rank_distances(

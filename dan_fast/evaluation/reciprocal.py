@@ -4,8 +4,6 @@ Each rank encodes its own images, which it compares with those of the others as 
 distances decide, so that the encodings have the same bits however the images are divided.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

@@ -7,9 +7,6 @@ matrices of all images by all images; here the nearest neighbours of each image 
 rows.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -30,9 +27,7 @@ from dan_fast.evaluation.problem import (
     ArrayLike,
     AveragePrecision,
     RankingProblem,
-    check_metric,
     check_scoring,
-    check_shapes,
     checked_problem,
 )
 from dan_fast.evaluation.ranking import RankingResult, score
@@ -81,9 +76,10 @@ def evaluate_reranked(
     reranking: Reranking = PAPER,
     process_group: ProcessGroup | None = None,
 ) -> RankingResult:
-    """As :func:`dan_fast.evaluation.evaluate_ranking`, by the distances of :func:`reranked_distances`.
+    """As :func:`dan_fast.evaluation.evaluate_ranking`, by distances after re-ranking.
 
-    Encodings are float32, as its authors', so of equal distances only those of copies of an image are sure to be so.
+    The original ones, 1 - cos or squared Euclidean, are divided by the largest of their query. Encodings are
+    float32, as its authors', so of equal distances only those of copies of an image are sure to be so.
 
     With ``process_group`` a rank encodes its own part of the gallery and a share of the queries. Features of the others
     go past it in blocks, twice, and their encodings once; of each image of the whole it keeps labels, norm, nearest
@@ -111,46 +107,6 @@ def evaluate_reranked(
     return score(in_blocks(found, blocks), max_rank, ap)
 
 
-def reranked_distances(
-    query_features: ArrayLike,
-    gallery_features: ArrayLike,
-    metric: Metric = "cosine",
-    reranking: Reranking = PAPER,
-    block_bytes: int = BLOCK_BYTES,
-) -> Iterator[tuple[slice, np.ndarray]]:
-    """Distances after re-ranking, for some queries at a time.
-
-    Args:
-        query_features, gallery_features: (Q, d) and (G, d) finite features; products are formed where they are.
-        metric: the original distance: 1 - cos, or the squared Euclidean one, each divided by an image's largest.
-        reranking: k1, k2 and lambda.
-        block_bytes: memory of a block of distances; the neighbours and encodings come on top, some hundred to
-            thousand bytes an image.
-
-    Yields:
-        (rows, distances): which queries, and (rows, G) float64.
-
-    Raises:
-        ValueError: features that do not fit, or a setting out of its range.
-
-    Example:
-        >>> import torch
-        >>> features = torch.eye(3)
-        >>> [(rows, distances)] = reranked_distances(features, features)
-        >>> distances.shape, bool(distances[0, 0] < distances[0, 1])
-        ((3, 3), True)
-    """
-    check_metric(metric)
-    check_reranking(reranking)
-    query, gallery = check_shapes(query_features, gallery_features)
-    labels = Labels(*(np.zeros(len(x), dtype=np.int64) for x in (query, gallery) * 2))
-    distances, _, division = _reranked(RankingProblem(query, gallery, labels, metric, block_bytes), reranking)
-    each = max(1, block_bytes // (_ENTRY_BYTES * (len(query) + len(division))))
-    for first in range(0, len(query), each):
-        rows = slice(first, min(first + each, len(query)))
-        yield rows, distances.of_rows(rows).near(slice(None)).cpu().numpy()
-
-
 def check_reranking(reranking: Reranking) -> None:
     """Raise TypeError or ValueError for parameters that are none."""
     if not isinstance(reranking, Reranking):
@@ -163,7 +119,7 @@ def check_reranking(reranking: Reranking) -> None:
         raise ValueError(f"weight is {reranking.weight}; it must lie between 0 and 1.")
 
 
-def _reranked(problem: RankingProblem, reranking: Reranking) -> tuple[_Reranked, Labels, Division]:
+def _reranked(problem: RankingProblem, reranking: Reranking) -> "tuple[_Reranked, Labels, Division]":
     """Distances of queries and the part of the gallery, and labels and division of the whole; collective."""
     query, gallery, budget = problem.query, problem.gallery, problem.block_bytes
     division, labels, squares = whole_gallery(problem)
@@ -206,7 +162,7 @@ class _Reranked:
         self.original, self.images, self.columns = original, original.images, max(1, len(original.part))
         self.largest, self.of_queries, self.of_gallery, self.weight = largest, of_queries, of_gallery, weight
 
-    def of_rows(self, rows: slice) -> _RerankedRows:
+    def of_rows(self, rows: slice) -> "_RerankedRows":
         jaccard = np.stack([_jaccard(self.of_queries, q, self.of_gallery) for q in range(rows.start, rows.stop)])
         device, largest = self.original.steps.device, self.largest[rows, None]
         # Where all original distances are 0 they have no share, whatever a product of matrices makes of them.

@@ -1,7 +1,5 @@
 """The result of scoring one embedding on one dataset: its figures and the conditions that they belong to."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -120,7 +118,7 @@ class Evaluation:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
+    def from_dict(cls, values: Mapping[str, Any]) -> "Evaluation":
         """The evaluation that `to_dict` gave; entries that are no attributes are ignored.
 
         Raises:

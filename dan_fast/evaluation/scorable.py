@@ -1,7 +1,5 @@
 """Whether a dataset can be scored at all, which is known before any of its images is embedded."""
 
-from __future__ import annotations
-
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.samples import ReIDDataset
 from dan_fast.evaluation.problem import AveragePrecision

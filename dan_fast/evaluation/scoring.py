@@ -1,7 +1,5 @@
 """Scoring an embedding on a dataset: ranking each of its splits, and the mean of their figures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from numbers import Integral

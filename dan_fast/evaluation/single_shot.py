@@ -1,7 +1,5 @@
 """The single-shot protocol of CUHK03's first papers: one gallery image of each identity, drawn at random, 100 times."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

@@ -1,7 +1,5 @@
 """Exporting a network: the file is made, run and compared before it is put in its place."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from copy import deepcopy

@@ -1,7 +1,5 @@
 """The two kinds of file: written as bytes, and run from them as where the file is used."""
 
-from __future__ import annotations
-
 import io
 import json
 import tempfile

@@ -1,7 +1,5 @@
 """What of a network goes into an exported file: a module of plain operators, and its description in words."""
 
-from __future__ import annotations
-
 import json
 
 import torch

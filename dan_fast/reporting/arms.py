@@ -1,7 +1,5 @@
 """Arms of a sweep side by side: means over seeds, and paired differences to a baseline with their intervals."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What all pictures have in common: colours, text sizes and how they are written."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import matplotlib

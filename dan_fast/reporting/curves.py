@@ -1,7 +1,5 @@
 """The curves of a training run, drawn from its TensorBoard scalars."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import defaultdict

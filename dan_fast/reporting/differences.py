@@ -1,7 +1,5 @@
 """How much one training is above another, over the seeds that both have."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from statistics import fmean, stdev

@@ -1,7 +1,5 @@
 """Which runs can be compared: those that differ in one thing, as in Figs. 6, 7 and 8."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Heat maps of the spatial attention over images, in the manner of Fig. 9."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

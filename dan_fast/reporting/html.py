@@ -1,7 +1,5 @@
 """HTML pages of one look beside their pictures; the report is one."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence

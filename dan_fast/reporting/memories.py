@@ -1,7 +1,5 @@
 """What the two memories of a run hold, laid out in the plane by t-SNE, in the manner of Fig. 10."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,11 +113,6 @@ def plot_memories(slots: dict[str, Slots], out_png: str | Path, seed: int = 0) -
 
     The most frequent labels of both have a colour and a marker, the same in both panels; the others are grey.
     Distances in the plane show which slots are neighbours, but not how far apart groups are: there are no units.
-
-    Args:
-        slots: as :func:`stored_slots` gives them.
-        out_png: file to write.
-        seed: of t-SNE.
 
     Raises:
         ValueError: features that are not finite.

@@ -1,7 +1,5 @@
 """The figures that the paper prints, and those of them that contradict others."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache

@@ -1,7 +1,5 @@
 """Ranked lists: a query and the gallery images nearest to it, right and wrong ones marked."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

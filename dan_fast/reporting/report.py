@@ -1,7 +1,5 @@
 """`dan-fast report`: runs beside the paper's tables and figures, as pictures and one page."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path

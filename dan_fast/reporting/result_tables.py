@@ -1,7 +1,5 @@
 """Tables of results: runs by target, beside the paper's figures where it has some."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """What a report shows of each run by itself: its curves, its attention, its memories."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

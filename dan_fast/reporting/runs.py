@@ -1,7 +1,5 @@
 """Folders of trainings as a report sees them: settings, results, scalars and checkpoint."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """The page of a search: queries, what was found for them, and what the network attends to in each image."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What to watch in training: the scalars that show problems early, and what to look for in each."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

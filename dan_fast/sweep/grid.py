@@ -1,7 +1,5 @@
 """Grids of settings and named arms: the trainings that a sweep consists of."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

@@ -1,7 +1,5 @@
 """`dan-fast sweep`: the trainings of a grid, some at a time, each a process and a folder of its own."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

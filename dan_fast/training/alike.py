@@ -50,11 +50,6 @@ def require_same_run(
 ) -> None:
     """Refuse ranks that see other images or go on from another checkpoint, on all of them.
 
-    Args:
-        fingerprint: of the training set.
-        targets: that are tested on.
-        saved: the checkpoint to go on from, or None.
-
     Raises:
         DanFastError: names what differs.
     """

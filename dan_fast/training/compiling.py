@@ -48,14 +48,10 @@ def require_compilable(config: TrainConfig, process_group: ProcessGroup | None =
 
 
 class CompiledWhereFaster:
-    """Has a step's backbone compiled after two iterations, and after 16 more, in pairs, keeps what was faster.
+    """Has a step's backbone compiled, if wanted, after two iterations, and after 16 more, in pairs, keeps the faster.
 
     Each iteration is one of the training. Outside of `iteration` the backbone is always as it was: evaluations,
     checkpoints and copies are unaffected.
-
-    Args:
-        step: whose backbone it is.
-        wanted: False changes nothing.
 
     Attributes:
         outcome: which was taken, and why, in one sentence; "" while it is not known.

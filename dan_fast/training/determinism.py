@@ -32,10 +32,7 @@ def prepare_cublas() -> None:
 
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """Let PyTorch use only operators that repeat themselves, and leave the process as it was afterwards.
-
-    Args:
-        wanted: False changes nothing.
+    """Where wanted, let PyTorch use only operators that repeat themselves, and leave the process as it was afterwards.
 
     Raises:
         DanFastError: an operator has no such form; names it.

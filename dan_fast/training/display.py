@@ -3,8 +3,8 @@
 import os
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -71,9 +71,7 @@ class Display:
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._progress.stop()
 
     def advance(self, epoch: int, means: dict[str, float] | None = None) -> None:
@@ -104,6 +102,13 @@ class Display:
                 f"{left / 60:.1f} min left, {self._losses}",
                 **PLAIN,
             )
+
+    def tell_skipped(self, paths: Iterable[str], known: set[str]) -> None:
+        """Add images that cannot be decoded to those known, and say those that are new."""
+        for path in paths:
+            if path not in known:
+                known.add(path)
+                self.say(f"Skipped {path}: it cannot be decoded.")
 
     def say(self, text: str) -> None:
         """A line above the bar."""

@@ -70,11 +70,6 @@ def parted_state(model: TrainingModel) -> tuple[dict[str, Tensor], dict[str, Ten
 def load_state(model: TrainingModel, state: Mapping[str, Any], folder: Path) -> None:
     """Give a model the state of a checkpoint, whole or in shards, whatever number of ranks wrote it and reads it.
 
-    Args:
-        model: whose memory, if it has one, may be divided over ranks; each reads the rows that it holds.
-        state: of `load_checkpoint`.
-        folder: in which the shards are.
-
     Raises:
         DanFastError: a shard is missing or damaged, or tensors do not fit.
     """
@@ -100,10 +95,6 @@ def load_state(model: TrainingModel, state: Mapping[str, Any], folder: Path) -> 
 
 def stored_features(state: Mapping[str, Any], folder: Path, memory: str) -> Tensor | None:
     """All (s, d) features of "labeled" or "unlabeled" in a checkpoint, whole or in shards; None if it has no memory.
-
-    Args:
-        state: of `load_checkpoint`.
-        folder: in which the checkpoint is.
 
     Raises:
         DanFastError: a shard is missing or damaged, or there is no room for them.

@@ -1,7 +1,5 @@
 """What is measured of a pass and of the memory: accuracies, logits, pseudo labels."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,14 +41,7 @@ def fed_back_right(record: PassRecord, true_labels: Tensor, true_ids: Tensor) ->
     """The share of right pseudo labels among fed-back images whose true identity is known.
 
     The pseudo label of a person without labelled images is always wrong: all of them in unlabelled sets with persons
-    of their own.
-
-    Args:
-        record: of a pass; its device is not waited for.
-        true_labels, true_ids: as in `TrainingSet`, on that device.
-
-    Returns:
-        () float32, the share, and () bool, whether there are such images; without them the share is 0.
+    of their own. Arguments and result as `pseudo_label_accuracy`.
     """
     known = true_ids[record.fed_back_ids] >= 0
     right = known & (true_labels[record.fed_back_ids] == record.fed_back_labels)
@@ -74,7 +65,7 @@ def cleared_a_sample(record: PassRecord) -> tuple[Tensor, Tensor]:
     return record.cleared / written.clamp(min=1), written > 0
 
 
-def pseudo_label_purity(sample_ids: Tensor, labels: Tensor, training_set: TrainingSet) -> float | None:
+def pseudo_label_purity(sample_ids: Tensor, labels: Tensor, training_set: "TrainingSet") -> float | None:
     """How often images that share a pseudo label in M' show one person.
 
     The mean over the images of true identity and at least one companion under their pseudo label of the

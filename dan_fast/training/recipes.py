@@ -1,7 +1,5 @@
 """Recipes: settings of the method that come with the package under a name, as YAML in `dan_fast/recipes`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which epoch's figures a training reports: the last one's, unless one is chosen on the targets, which is then said."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -82,7 +80,7 @@ class EpochChoice:
             self._require_the_same([each.title for each in self.evaluations], targets)
 
     @classmethod
-    def of_setting(cls, run: RunConfig, targets: Sequence[str], writes: bool = True) -> EpochChoice:
+    def of_setting(cls, run: RunConfig, targets: Sequence[str], writes: bool = True) -> "EpochChoice":
         """The choice for run.choose_epoch_on_target.
 
         Raises:
@@ -139,9 +137,7 @@ def opening_lines(
     """What a run says before it starts: its recipe and what is changed on top of it, where it comes from, under what
     else it ran, what its datasets hold, its protocol, what is left aside, what has no effect, what becomes of float32.
 
-    Args:
-        config, datasets, device: of the run.
-        past: `whom_it_saw` and `ran_under` of the run.
+    `past` is what `whom_it_saw` and `ran_under` give.
     """
     words = recipe_words(config.to_dict(), type(config)().to_dict())
     if words:

@@ -1,7 +1,5 @@
 """What goes with the weights of a checkpoint when they are shared: how they were trained and what they scored."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """A trained network as what another training starts from: its weights, and whom they were trained on."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path

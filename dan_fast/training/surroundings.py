@@ -1,7 +1,5 @@
 """Under what a training runs: versions, on which its bits depend, and device and threads, on which its seconds do."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -39,9 +37,6 @@ def _timm() -> str | None:
 
 def rounding_in_words(past: Sequence[Mapping[str, Any]]) -> str:
     """How float32 products were rounded by the processes of a run, one after the other: "IEEE" where they were not.
-
-    Args:
-        past: of `ran_under`.
 
     Example:
         >>> rounding_in_words([{"float32": "TF32 in convolutions"}, {"float32": "IEEE"}, {"float32": "IEEE"}])

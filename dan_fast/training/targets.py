@@ -22,12 +22,7 @@ from dan_fast.training.scalars import Scalars, target_tags
 class Targets:
     """Evaluates a network on the targets of a run; after the last epoch writes results.json.
 
-    Args:
-        config: of the run.
-        datasets: trained on and tested on.
-        folder: of the run.
-        device: where features are taken.
-        process_group: ranks that evaluate together, of which rank 0 prints and writes.
+    Ranks of a `process_group` evaluate together, and rank 0 prints and writes.
 
     Raises:
         DanFastError: run.choose_epoch_on_target has nothing to choose from.
@@ -62,14 +57,7 @@ class Targets:
         scalars: Scalars,
         display: Display,
     ) -> list[Evaluation]:
-        """The figures of a network in eval mode, written and shown.
-
-        Args:
-            network: on the device.
-            state: of the checkpoint that holds the network.
-            cache: of decoded images.
-            iterations_done: of the run.
-            scalars, display: where the figures go.
+        """The figures of a network in eval mode, on the device, written and shown; `state` is its checkpoint's.
 
         Returns:
             The figures of this epoch; after the last one those that are reported.
@@ -100,8 +88,7 @@ class Targets:
             for name in ("R1", "mAP", "mINP"):
                 scalars.add(f"eval/{tag}/{name}", figures[name])
             say(evaluation, display)
-            for path in evaluation.skipped:
-                display.say(f"Skipped {path}: it cannot be decoded.")
+            display.tell_skipped(evaluation.skipped, set())
         scalars.flush(iterations_done)
         if self._choice is not None:
             self._choice.offer(evaluations, state)

@@ -33,7 +33,6 @@ from dan_fast.training.reported import opening_lines
 from dan_fast.training.run_folder import RunFolder
 from dan_fast.training.scalars import Scalars
 from dan_fast.training.schedule import step_size
-from dan_fast.training.skipped import SkippedImages
 from dan_fast.training.sources import load_datasets
 from dan_fast.training.starting import whom_it_saw
 from dan_fast.training.step import MetaStep
@@ -121,7 +120,7 @@ class Trainer:
         self.random = RunRandomNumbers(self.device, config.run.seed, after_weights, rank_in(process_group))
         self.epoch, self.iteration = 0, 0
         self.feedback: tuple[Tensor, Tensor] | None = None
-        self.skipped = SkippedImages()
+        self.skipped: set[str] = set()
         if saved is not None:
             self._restore(saved)
         require_same_network(process_group, network)
@@ -201,7 +200,7 @@ class Trainer:
         self.model.train()
         save = partial(self._save_what_is_done, scalars)
         for batch in stop.until_requested(batches, save, self.process_group):
-            self.skipped.tell(batch.skipped, display.say)
+            display.tell_skipped(batch.skipped, self.skipped)
             with self.folder.whole_iteration(), saved_if_all_are_broken(self.process_group, batch.skipped, save):
                 self.train_iteration(batch, scalars)
                 epoch, last = self.epoch, self.iteration + 1 == self.batches.planner.iterations
@@ -211,7 +210,7 @@ class Trainer:
                 self._step_scalars.add_memory(scalars, self.model.memory)
             display.advance(epoch, scalars.flush(self.iterations_done) if log else None)
             if last:
-                self.skipped.tell(sorted(set().union(*gathered(self.process_group, set(self.skipped)))), display.say)
+                display.tell_skipped(sorted(set().union(*gathered(self.process_group, self.skipped))), self.skipped)
             if self.folder.checkpoint_is_due(self.iterations_done):
                 self._save(wait=False)
         if stop.agreed:
@@ -261,7 +260,7 @@ class Trainer:
         if any(largest(self.process_group, not all_finite([*of_model.values(), *features.values()]))):
             raise DivergedError("weights are not finite")
         sample_ids, pseudo_labels = self.feedback or (None, None)
-        random, skipped = zip(*gathered(self.process_group, (self.random.state_dict(), set(self.skipped))), strict=True)
+        random, skipped = zip(*gathered(self.process_group, (self.random.state_dict(), self.skipped)), strict=True)
         state = {
             **self._state_of_network(of_model),
             "skipped": sorted(set().union(*skipped)),
@@ -292,7 +291,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.meta_step.load_state_dict(state)
         self._compiled.outcome = state.get("compiled") or ""
-        self.epoch, self.iteration, self.skipped = state["epoch"], state["iteration"], SkippedImages(state["skipped"])
+        self.epoch, self.iteration, self.skipped = state["epoch"], state["iteration"], set(state["skipped"])
         of_ranks = [state["random"], *state.get("random_of_other_ranks", [])]
         self.random.load_state_dicts(of_ranks, ranks_in(self.process_group), self.iterations_done)
         feedback = state["feedback"]

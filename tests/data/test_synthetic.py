@@ -10,18 +10,9 @@ import pytest
 from PIL import Image
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.data.synthetic import (
-    DOMAINS,
-    Pose,
-    draw_person,
-    render,
-    sample_camera,
-    sample_identity,
-    sample_view,
-    scenery,
-    synthesize,
-    writer,
-)
+from dan_fast.data.synthetic import DOMAINS, synthesize, writer
+from dan_fast.data.synthetic.person import Pose, draw_person, sample_identity
+from dan_fast.data.synthetic.scene import render, sample_camera, sample_view, scenery
 
 
 def contents(root: Path) -> dict[str, bytes]:

@@ -19,11 +19,13 @@ from dan_fast.evaluation import (
     evaluate_reranked,
     evaluate_single_shot,
     rank_distances,
-    reranked_distances,
 )
 from dan_fast.evaluation.distances import PartDistances, square_norms
 from dan_fast.evaluation.divided import Division
+from dan_fast.evaluation.pairs import Labels
+from dan_fast.evaluation.problem import BLOCK_BYTES, RankingProblem, check_shapes
 from dan_fast.evaluation.reciprocal import Images, encodings, nearest
+from dan_fast.evaluation.reranking import PAPER, _reranked
 
 
 def dense(query, gallery, metric, k1, k2, weight):
@@ -64,10 +66,14 @@ def problem(queries=31, gallery=122, ids=14, width=9, seed=0):
     return features, (query_ids, gallery_ids, np.zeros(queries, dtype=int), np.ones(gallery, dtype=int))
 
 
-def joined(*arguments, **options):
-    blocks = list(reranked_distances(*arguments, **options))
-    assert [rows.start for rows, _ in blocks[1:]] == [rows.stop for rows, _ in blocks[:-1]]
-    return np.concatenate([distances for _, distances in blocks])
+def joined(query, gallery, metric="cosine", settings=PAPER, block_bytes=BLOCK_BYTES):
+    """The distances by which `evaluate_reranked` ranks, of a third of the queries at a time."""
+    query, gallery = check_shapes(query, gallery)
+    labels = Labels(*(np.zeros(len(x), dtype=np.int64) for x in (query, gallery) * 2))
+    distances, _, _ = _reranked(RankingProblem(query, gallery, labels, metric, block_bytes), settings)
+    each = -(-len(query) // 3)
+    blocks = [distances.of_rows(slice(at, min(at + each, len(query)))) for at in range(0, len(query), each)]
+    return np.concatenate([block.near(slice(None)).cpu().numpy() for block in blocks])
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -107,16 +108,13 @@ class HeadOutcome(NamedTuple):
     gradients: tuple[Tensor, ...]
 
 
+@dataclass
 class HeadRunner:
     """A head on one problem, called in a context; half-precision maps meet float32 weights under autocast."""
 
-    def __init__(
-        self,
-        problem: HeadProblem,
-        head: Callable[..., AttentionHeadOutput],
-        context: Callable[[], AbstractContextManager] = nullcontext,
-    ) -> None:
-        self.problem, self.head, self.context = problem, head, context
+    problem: HeadProblem
+    head: Callable[..., AttentionHeadOutput]
+    context: Callable[[], AbstractContextManager] = nullcontext
 
     def run(self, backward: bool) -> AttentionHeadOutput | HeadOutcome:
         """Forward without autograd, or forward and all gradients; returns what a caller would hold."""

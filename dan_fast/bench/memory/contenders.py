@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ class Outcome(NamedTuple):
     gradients: tuple[Tensor, ...] | None
 
 
+@dataclass
 class Runner:
     """A contender on one problem, whose run is one step; what it returns is all that a caller would hold.
 
@@ -47,20 +49,16 @@ class Runner:
         step: one step with a batch.
         gates: leaves of the graph, in the order of GRADIENTS; None: it has no gradients.
         context: entered around every call.
+        returned_bytes: of new memories that a run returns: a result, not an overhead.
     """
 
-    steps = 1
-    # New memories that a run returns: a result, not an overhead.
-    returned_bytes = 0
-
-    def __init__(
-        self,
-        problem: Problem,
-        step: Callable[[MemoryBatch], MemoryStep],
-        gates: Sequence[Tensor] | None = None,
-        context: Context = nullcontext,
-    ) -> None:
-        self.problem, self.step, self.gates, self.context, self.next = problem, step, gates, context, 0
+    problem: Problem
+    step: Callable[[MemoryBatch], MemoryStep]
+    gates: Sequence[Tensor] | None = None
+    context: Context = nullcontext
+    returned_bytes: int = 0
+    steps: int = 1
+    next: int = 0
 
     def call(self, batch: MemoryBatch, backward: bool) -> tuple[MemoryStep, tuple[Tensor, ...] | None]:
         with self.context(), torch.set_grad_enabled(backward):
@@ -87,9 +85,8 @@ def _pure_step(problem: Problem, memory_step: Callable[..., MemoryStep], context
     # One object for all calls, as a module's parameters are: a compiled function would guard on new ones anew.
     gates = [torch.tensor(value, requires_grad=True, **kind) for value in GATES[:3]]
     states = problem.labeled, problem.unlabeled
-    runner = Runner(problem, lambda batch: memory_step(*states, *batch, *gates), gates, context)
-    runner.returned_bytes = sum(state.features.nbytes for state in states)
-    return runner
+    returned = sum(state.features.nbytes for state in states)
+    return Runner(problem, lambda batch: memory_step(*states, *batch, *gates), gates, context, returned)
 
 
 def _in_place(problem: Problem) -> Runner:
@@ -187,11 +184,6 @@ TOLERANCES = {
 
 def compare(outcome: Outcome, expected: Outcome, dtype: torch.dtype) -> Agreement:
     """Loss, pseudo labels, gradients (where both have them) and both new states, from the same state and batch.
-
-    Args:
-        outcome: of the contender.
-        expected: of the one it is measured by.
-        dtype: of the memories; it decides the tolerances.
 
     Example:
         >>> from dan_fast.bench.memory.problem import Size, make_problem

@@ -3,8 +3,6 @@
 The pattern of a reader, see "Add a dataset" in CONTRIBUTING.md.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -4,8 +4,6 @@ The four combinations give figures that lie far apart, and papers often do not s
 is a default here, and the variant goes with every result.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -15,7 +13,7 @@ from pathlib import Path
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.datasets.cuhk03_archive import ARCHIVE, RELEASE, archive_of, extract_cuhk03
 from dan_fast.data.datasets.file_names import are_named
-from dan_fast.data.datasets.finding import image_files, locate
+from dan_fast.data.datasets.finding import image_files, locate, missing_files
 from dan_fast.data.datasets.market1501 import PARTS, is_market1501, read_market1501
 from dan_fast.data.samples import Counts, KnownDataset, ReIDDataset, Sample
 
@@ -89,10 +87,7 @@ def read_cuhk03(folder: Path, name: str, variant: str) -> ReIDDataset:
     query and gallery at once: it is single-shot, a gallery is one image of each person, drawn anew many times. Under
     the new one (Zhong et al., CVPR 2017), and in CUHK03-NP, all matches in the gallery count.
 
-    Args:
-        folder: the folder that `find` gave.
-        name: what to call the dataset.
-        variant: such as "detected, new protocol" or "labeled, classic protocol, split 1", up to split 20.
+    Variants are such as "detected, new protocol" or "labeled, classic protocol, split 1", up to split 20.
 
     Raises:
         DanFastError: images or splits that are still in the archive or absent, or do not fit each other.
@@ -106,42 +101,34 @@ def read_cuhk03(folder: Path, name: str, variant: str) -> ReIDDataset:
         # Its numbers from 1 on are those of other persons than the same numbers in the archive.
         numbering = f"CUHK03-NP in {os.path.realpath(folder)}"
         return ReIDDataset(name, folder, parts.train, parts.query, parts.gallery, variant=variant, identities=numbering)
-    images = _Images(_images(folder, box))
     file = _new_split(folder, box) if new else _classic_splits(folder, box)
     if file.suffix == ".mat":
         named = _read_config(file)
     else:
         named = _read_json(file, 0 if new else int(split) - 1)
-    splits = {part: images.samples(names) for part, names in named.items()}
+    splits = {part: _samples(_images(folder, box), names) for part, names in named.items()}
     return ReIDDataset(name, folder, **splits, variant=variant, single_shot=not new)
 
 
-class _Images:
-    """The images in a folder, which the files of the splits name."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-
-    def samples(self, names: Iterable[str]) -> tuple[Sample, ...]:
-        samples, missing = [], []
-        for name in names:
-            match = _NAME.match(name)
-            if match is None:
-                raise DanFastError(
-                    f"CUHK03's splits name {name}, which is not named like one of its images (1_001_2_06.png: "
-                    "pair of cameras, person, camera, image); get the splits anew."
-                )
-            pair, person, camera, _ = map(int, match.groups())
-            samples.append(Sample(self._folder / name, _PIDS_OF_A_PAIR * pair + person, camera))
-            if name not in self._there:
-                missing.append(name)
-        if missing:
+def _samples(folder: Path, names: Iterable[str]) -> tuple[Sample, ...]:
+    """The images of a folder that a part of a split names."""
+    samples = []
+    for name in names:
+        match = _NAME.match(name)
+        if match is None:
             raise DanFastError(
-                f"{len(missing)} of the {len(samples)} images that CUHK03's splits name are not in {self._folder}, "
-                f"{missing[0]} the first; extract them anew."
+                f"CUHK03's splits name {name}, which is not named like one of its images (1_001_2_06.png: "
+                "pair of cameras, person, camera, image); get the splits anew."
             )
-        return tuple(samples)
+        pair, person, camera, _ = map(int, match.groups())
+        samples.append(Sample(folder / name, _PIDS_OF_A_PAIR * pair + person, camera))
+    missing = missing_files(sample.path for sample in samples)
+    if missing:
+        raise DanFastError(
+            f"{len(missing)} of the {len(samples)} images that CUHK03's splits name are not in {folder}, "
+            f"{missing[0].name} the first; extract them anew."
+        )
+    return tuple(samples)
 
 
 def _read_json(file: Path, split: int) -> dict[str, list[str]]:

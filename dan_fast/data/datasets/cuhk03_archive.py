@@ -1,7 +1,5 @@
 """CUHK03 as it is distributed, one MATLAB 7.3 file with all pixels in it, and the extraction of its images."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """CUHK-SYSU: a person search set of street snaps and films; for ReID the crops of its people are used."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from pathlib import Path

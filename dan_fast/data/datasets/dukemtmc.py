@@ -6,8 +6,6 @@ surveillance products (Exposing.ai, "Duke MTMC", 2019). It may not be redistribu
 discourage results on it; it is read here so that older figures can be checked on existing copies. No source is given.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

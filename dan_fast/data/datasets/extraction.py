@@ -1,7 +1,5 @@
 """Writing the images of an archive as files, into a folder that appears whole or not at all."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Images whose file names contain the identity."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,9 +1,7 @@
 """Finding a dataset's own folder from a folder one level above it, from itself, or from one level inside it."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from dan_fast.core.errors import DanFastError
@@ -62,14 +60,25 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: path.name)
 
 
+def missing_files(paths: Iterable[Path]) -> list[Path]:
+    """Those that are not there."""
+    # Each folder is listed once: testing each of 126,441 files takes seconds, on a network drive minutes.
+    there: dict[str, set[str]] = {}
+    missing = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in there:
+            there[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if name not in there[folder]:
+            missing.append(path)
+    return missing
+
+
 def images_below(folder: Path, leave_out: Callable[[Path], bool] = lambda place: False) -> list[Path]:
     """All files in a folder, and in those below it, that are named like images, hidden ones left out, by name.
 
     Links to folders are followed; a folder that several paths lead to has one, that through no link where there is one.
-
-    Args:
-        folder: where to look.
-        leave_out: whether to pass over a folder below it.
+    Folders below it that `leave_out` accepts are passed over.
 
     Raises:
         DanFastError: there is none, or a folder cannot be read.

@@ -1,7 +1,5 @@
 """The ten splits into train, query and gallery of the small test sets, shipped as lists with a hash."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterable, Mapping

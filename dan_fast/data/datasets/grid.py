@@ -3,8 +3,6 @@
 The original file names distinguish six cameras, not the eight of the literature.
 """
 
-from __future__ import annotations
-
 import re
 from itertools import count
 from pathlib import Path

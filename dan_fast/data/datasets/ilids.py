@@ -1,7 +1,5 @@
 """QMUL i-LIDS (MCTS): 119 people, 476 images of an airport's arrival hall."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The datasets of the literature that are recognised: their variants, their counts, and where they lie."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

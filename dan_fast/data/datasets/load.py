@@ -1,7 +1,5 @@
 """`load_dataset` finds out which dataset lies at a path, in which layout, and reads it."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re
@@ -74,17 +72,6 @@ def load_dataset(path: str | Path, name: str | None = None, variant: str | None 
         ) from error
 
 
-def load_targets(paths: Sequence[str | Path]) -> list[ReIDDataset]:
-    """Read the datasets that are tested on; where several have one title, their names tell them apart.
-
-    Results go by names: of "a/test.csv" and "b/test.csv" they could else not be told whose they are.
-
-    Raises:
-        DanFastError: see `read_targets`.
-    """
-    return told_apart(read_targets(paths))
-
-
 def read_targets(paths: Sequence[str | Path]) -> list[ReIDDataset]:
     """Read the datasets that are tested on.
 
@@ -102,6 +89,8 @@ def read_targets(paths: Sequence[str | Path]) -> list[ReIDDataset]:
 
 def told_apart(datasets: Sequence[ReIDDataset]) -> list[ReIDDataset]:
     """The datasets, those of one title renamed by the folders above them, so that different ones have different titles.
+
+    Results go by names: of "a/test.csv" and "b/test.csv" they could else not be told whose they are.
 
     Example:
         >>> named = [ReIDDataset("test", Path(folder)) for folder in ("/data/shop", "/data/mall", "/data/mall")]

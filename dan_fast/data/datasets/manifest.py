@@ -1,7 +1,5 @@
 """Any images, described by a CSV file with the columns path, pid, camid and split."""
 
-from __future__ import annotations
-
 import csv
 import logging
 import re

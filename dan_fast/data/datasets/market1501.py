@@ -1,7 +1,5 @@
 """Market-1501, and its folder layout, which many other sets are distributed in too."""
 
-from __future__ import annotations
-
 import logging
 import re
 from pathlib import Path

@@ -1,13 +1,9 @@
 """MSMT17: V1, and V2, in which faces are blurred."""
 
-from __future__ import annotations
-
-import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.data.datasets.finding import locate
+from dan_fast.data.datasets.finding import locate, missing_files
 from dan_fast.data.samples import Counts, KnownDataset, ReIDDataset, Sample
 
 # Folders of the training and of the test images.
@@ -47,11 +43,6 @@ def read_msmt17(folder: Path, name: str, variant: str) -> ReIDDataset:
     The training split is list_train.txt and list_val.txt together, the 32,621 images of the paper; some code
     bases train on the 30,248 of list_train.txt. People of the test half are numbered from 1041 on, after those
     of the training half, so that a number is one person.
-
-    Args:
-        folder: the folder that `find` gave.
-        name: what to call the dataset.
-        variant: "V1" or "V2".
 
     Raises:
         DanFastError: an absent list, a line that is none, images that do not exist.
@@ -93,26 +84,13 @@ def _read_list(file: Path, images: Path, first_pid: int = 0) -> tuple[Sample, ..
                 f"{file}, line {number}: {line!r} is not an image and its person "
                 "(0000/0000_000_01_0303morning_0015_0.jpg 0); restore the list of the original archive."
             ) from error
-    missing = _missing([sample.path for sample in samples])
+    missing = missing_files(sample.path for sample in samples)
     if missing:
         raise DanFastError(
             f"{len(missing)} of the {len(samples)} images in {file} do not exist, {missing[0]} the first; "
             "unpack the archive anew."
         )
     return tuple(samples)
-
-
-def _missing(paths: Sequence[Path]) -> list[Path]:
-    # Each folder is listed once: testing each of 126,441 files takes seconds, on a network drive minutes.
-    there: dict[str, set[str]] = {}
-    missing = []
-    for path in paths:
-        folder, name = os.path.split(path)
-        if folder not in there:
-            there[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if name not in there[folder]:
-            missing.append(path)
-    return missing
 
 
 _COUNTS = {"train": Counts(1041, 15, 32621), "query": Counts(3060, 15, 11659), "gallery": Counts(3060, 15, 82161)}

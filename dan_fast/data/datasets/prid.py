@@ -1,7 +1,5 @@
 """PRID 2011, single shot: 385 people in one camera, 749 in the other, 200 of them in both."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """VIPeR: 632 people, one image of each in each of two cameras."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

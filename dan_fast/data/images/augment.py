@@ -1,7 +1,5 @@
 """The transforms of `dan_fast.data.images.transforms` for whole batches, on the device of the images."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -106,14 +104,7 @@ def augment(images: Tensor, draws: Draws, preprocessing: Preprocessing = IMAGENE
 
 
 def normalize(images: Tensor, preprocessing: Preprocessing = IMAGENET) -> Tensor:
-    """What `test_transform` does after the resizing, to the last bit.
-
-    Args:
-        images: (n,3,H,W) uint8, on any device.
-        preprocessing: whose mean and standard deviation are taken.
-
-    Returns:
-        (n,3,H,W) float32 on that device.
+    """What `test_transform` does after the resizing, to the last bit; arguments and result as `augment`.
 
     Example:
         >>> normalize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8)).flatten()

@@ -1,7 +1,5 @@
 """Images decoded once: memory-mapped files of resized uint8 images, checked against what they were made of."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os
@@ -133,7 +131,7 @@ class ImageCache:
         self._broken: dict[str, str] = {}
 
     @classmethod
-    def of_setting(cls, setting: str, *arguments: Any, **options: Any) -> ImageCache | None:
+    def of_setting(cls, setting: str, *arguments: Any, **options: Any) -> "ImageCache | None":
         """A cache in the folder that `cache_folder` gives for a setting; None where that is none."""
         folder = cache_folder(setting)
         return None if folder is None else cls(folder, *arguments, **options)
@@ -174,7 +172,7 @@ class ImageCache:
         images, row = self._places[name]
         return images[row]
 
-    def _open(self, names: list[str]) -> _Opened:
+    def _open(self, names: list[str]) -> "_Opened":
         made = [_FORMAT, self.image_size, names]
         # Bilinear is left out: so the key of a cache that names no interpolation is that of a bilinear one.
         if self.interpolation != "bilinear":
@@ -227,7 +225,7 @@ class ImageCache:
 
     def _inspect(
         self, file: Path, header_file: Path, names: list[str], check: Check, again: bool = True
-    ) -> _Opened | str:
+    ) -> "_Opened | str":
         """The set if it can be used, else why not: "" where there is none.
 
         With `again` broken images are tried once more.

@@ -1,7 +1,5 @@
 """The header of a cache of images: sizes, times and hashes of the files read and of the pixels written."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

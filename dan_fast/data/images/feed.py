@@ -1,7 +1,5 @@
 """One batch ahead: the next batch is read, copied and augmented while the caller works on this one."""
 
-from __future__ import annotations
-
 import functools
 import queue
 import threading

@@ -1,7 +1,5 @@
 """From plans and samples to batches on a device: read in workers or from a cache, augmented there."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -152,13 +150,10 @@ def training_loader(
     Args:
         training_set: the samples the plan refers to.
         plans: what `BatchPlanner.plan_epoch` or `batches` returned, or the end of it.
-        image_size: (height, width) in pixels.
-        workers: processes that decode; 0 decodes in this one. None is started to read from a cache.
+        image_size, workers, cache, preprocessing: as of `image_loader`.
         broken_images: "error" raises DanFastError at a broken image, "skip" leaves it out and names it in
             `skipped`.
-        cache: holds or takes the decoded images of the set.
         device: where the batches go and images are augmented; to a GPU by way of page-locked memory.
-        preprocessing: how images are resized and normalised for the network.
         shares: the plans are a rank's shares of batches, in which other ranks may have the labelled images.
 
     Returns:

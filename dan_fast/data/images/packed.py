@@ -1,7 +1,5 @@
 """Many objects in one buffer, which forked processes share without copying it."""
 
-from __future__ import annotations
-
 import io
 import pickle
 from array import array
@@ -17,9 +15,6 @@ class Packed(Sequence[Item]):
     Reading a Python object writes to its reference count, and a process that writes to memory that it has shared since
     a fork gets a copy of the page. Each worker that reads a list of names thus ends up with a copy of it (PyTorch issue
     13246).
-
-    Args:
-        items: what can be pickled.
 
     Example:
         >>> names = Packed(["a.jpg", "b.jpg", "c.jpg"])

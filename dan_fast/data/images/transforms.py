@@ -1,7 +1,5 @@
 """Image transforms (torchvision v2); on uint8 images as far as possible, which is several times faster."""
 
-from __future__ import annotations
-
 from numbers import Integral
 
 import torch

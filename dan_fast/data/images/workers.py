@@ -1,7 +1,5 @@
 """A DataLoader that raises a DanFastError as it is, and whose workers leave signals to the main process."""
 
-from __future__ import annotations
-
 import gc
 import os
 import signal
@@ -98,7 +96,7 @@ class _Batches:
     def __init__(self, batches: Iterator[Any], of_workers: bool) -> None:
         self.batches, self.of_workers = batches, of_workers
 
-    def __iter__(self) -> _Batches:
+    def __iter__(self) -> "_Batches":
         return self
 
     def __next__(self) -> Any:

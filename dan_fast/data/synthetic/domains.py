@@ -1,7 +1,5 @@
 """The named domains: how each differs in light, tone, image quality, background, boxes and occlusion."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

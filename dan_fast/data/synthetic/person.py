@@ -1,7 +1,5 @@
 """A pedestrian: the traits that make an identity, and drawing one in a pose."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """Where a pedestrian is seen: cameras with their own background and light, views, and the finished image."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal

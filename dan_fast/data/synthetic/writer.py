@@ -1,7 +1,5 @@
 """Write synthetic domains to disk: images and a manifest each."""
 
-from __future__ import annotations
-
 import csv
 import re
 import shutil

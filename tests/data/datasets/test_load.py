@@ -9,7 +9,7 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.data import Sample, TrainingSet, load_dataset
 from dan_fast.data.datasets.finding import IMAGE_SUFFIXES
 from dan_fast.data.datasets.known import find_datasets
-from dan_fast.data.datasets.load import holds_dataset, load_targets
+from dan_fast.data.datasets.load import holds_dataset, read_targets, told_apart
 from dan_fast.training.config import DataConfig
 from dan_fast.training.sources import load_datasets
 from tests.support.dataset_shelf import tiny_image
@@ -229,19 +229,19 @@ def test_targets_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> 
     rows = ("images/a.jpg,1,1,query", "images/b.jpg,1,2,gallery")
     paths = [write_manifest(tmp_path / site, *rows).rename(tmp_path / site / "test.csv") for site in ("shop", "mall")]
     others = [write_manifest(tmp_path / site / "night", *rows) for site in ("shop", "mall")]
-    targets = load_targets([*paths, *others, write_manifest(tmp_path / "street", *rows)])
+    targets = told_apart(read_targets([*paths, *others, write_manifest(tmp_path / "street", *rows)]))
     assert [each.name for each in targets] == ["shop/test", "mall/test", "shop/night", "mall/night", "street"]
     # One named like its folder, beside the manifest there.
     (tmp_path / "street" / "street.csv").write_text("path,pid,camid,split\nimages/a.jpg,2,1,query\n")
-    targets = load_targets([*paths, tmp_path / "street", tmp_path / "street" / "street.csv"])
+    targets = told_apart(read_targets([*paths, tmp_path / "street", tmp_path / "street" / "street.csv"]))
     assert [each.name for each in targets] == ["shop/test", "mall/test", "street", "street (2)"]
     # Where they lie at other depths, one of them above all that tells the others apart.
     deep = [write_manifest(tmp_path / place / "test", *rows) for place in ("", "l1/a/b/c/d/e/f", "l2/a/b/c/d/e/f")]
-    names = [each.name for each in load_targets(deep)]
+    names = [each.name for each in told_apart(read_targets(deep))]
     assert [name[-len("l1/a/b/c/d/e/f/test") :] for name in names[1:]] == [f"l{n}/a/b/c/d/e/f/test" for n in (1, 2)]
     assert names[0].endswith("test") and len(set(names)) == 3 and not any(name.startswith("//") for name in names)
     with pytest.raises(DanFastError, match="The target .*night/manifest.csv is named twice: leave one of them out."):
-        load_targets([others[0], others[0].parent, others[1]])
+        told_apart(read_targets([others[0], others[0].parent, others[1]]))
 
 
 def test_a_target_named_twice_is_one_by_whatever_path(
@@ -252,7 +252,7 @@ def test_a_target_named_twice_is_one_by_whatever_path(
     monkeypatch.chdir(market.parent)
     for again in (market.name, tmp_path / "link" / market.name):
         with pytest.raises(DanFastError, match=f"The target .*{market.name} is named twice: leave one of them out."):
-            load_targets([market, again])
+            told_apart(read_targets([market, again]))
 
 
 def test_a_set_is_called_alike_by_whatever_path_it_is_trained_and_tested_on(
@@ -343,9 +343,7 @@ def test_images_of_nobody_in_a_manifest_are_left_out_of_a_test_aloud(tmp_path: P
 
 
 def test_the_contents_in_words(market: Path, tmp_path: Path) -> None:
-    rows = [
-        f"images/{name}.jpg,{row}" for name, row in zip("abcd", (",,train", "0,1,query", "0,2,gallery", "7,2,gallery"))
-    ]
+    rows = ["images/a.jpg,,,train", "images/b.jpg,0,1,query", "images/c.jpg,0,2,gallery", "images/d.jpg,7,2,gallery"]
     said = load_dataset(write_manifest(tmp_path / "shop", *rows)).contents
     assert said == (
         "shop: train 1 image, 0 persons, 0 cameras; query 1 image, 1 person, 1 camera; gallery 2 images, 2 persons, "
