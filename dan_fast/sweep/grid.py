@@ -30,7 +30,7 @@ _SECTIONS = TrainConfig().to_dict().keys() - {"recipe"}
 # Also a folder's name, followed by ",run.seed=0".
 _ARM_NAME = re.compile(r"[A-Za-z0-9][\w.+=,-]{0,79}")
 # What stands beside the folders of the trainings.
-_OF_THE_SWEEP = ("report", "sweep.json", "comparison.json", "comparison.md")
+_OF_THE_SWEEP = ("report", "sweep.json", "results.csv", "comparison.json", "comparison.md")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from dan_fast.core.yaml_files import read_mapping
 from dan_fast.reporting.arms import FINISHED, Comparison, read_comparison
 from dan_fast.reporting.report import report as write_page
 from dan_fast.sweep.grid import PlannedRun, plan_sweep
+from dan_fast.sweep.table import write_table
 from dan_fast.training.config import TrainConfig, training_differences
 
 BEGUN, WAITING, FAILED = "begun", "waiting", "failed"
@@ -54,8 +55,8 @@ def sweep(
 
     Each training is a process of its own with a folder named by its settings. Finished ones are skipped, one
     that was interrupted goes on from its checkpoint, and one that fails is recorded in sweep.json while the
-    others go on; it is tried again the next time. A grid with seeds or arms ends in a comparison: comparison.md,
-    comparison.json and tables on the terminal and in the report.
+    others go on; it is tried again the next time. results.csv has a row for each target of each training. A grid with
+    seeds or arms ends in a comparison: comparison.md, comparison.json and tables on the terminal and in the report.
 
     Args:
         grid: YAML file with `grids`, a list of mappings of dotted settings to lists of values, or with `arms`, a
@@ -96,10 +97,10 @@ def sweep(
         comparison = read_comparison(folder)
         if comparison is not None:
             _write_comparison(comparison, folder, console)
-    if report:
-        finished = [run.folder for run in runs if state_of(run) == FINISHED]
-        if finished:
-            console.print(f"Report: {write_page(finished, folder / 'report')}")
+        finished = [run for run in runs if state_of(run) == FINISHED]
+        write_table(finished, RESULTS, folder / "results.csv")
+    if report and finished:
+        console.print(f"Report: {write_page([run.folder for run in finished], folder / 'report')}")
     if failed:
         raise DanFastError(
             f"{len(failed)} of {len(runs)} trainings failed, the first being {failed[0]['name']}: "

@@ -211,7 +211,7 @@ def test_names_are_folders():
         ({"base": BASE, "arms": {"a": 3}}, "The arm a in .* has 3: give it a mapping"),
         *(
             ({"base": BASE, "arms": {"a": {}, name: {}}}, f"The arm {name} in .* is called as a file of the sweep")
-            for name in ("report", "sweep.json", "comparison.json", "comparison.md")
+            for name in ("report", "sweep.json", "results.csv", "comparison.json", "comparison.md")
         ),
         (
             {"base": BASE, "arms": {"a": {"meta": {"order": 2}, "meta.order": 1}}},
@@ -611,6 +611,10 @@ def test_arms_end_in_a_comparison(quick, tmp_path, capsys):
     assert "dan: recipe dan, with meta.order=2." in text
     content = json.loads((quick.out / "comparison.json").read_text())
     assert content["targets"][0]["arms"][1]["mAP"]["difference"]["mean"] == pytest.approx(2.0)
+    rows = [row.split(",") for row in (quick.out / "results.csv").read_text().replace('"', "").splitlines()]
+    assert ",".join(rows[0]) == "run,arm,recipe,run.seed,meta.order,target,R1,R5,R10,mAP,mINP,num_query,num_gallery"
+    last = ["dan", "run.seed=1", "dan", "dan", "1", "2", "street", "70.0", "75.0", "75.0", "47.0", "5.0", "30", "40"]
+    assert len(rows) == 5 and rows[-1] == last
     printed = capsys.readouterr().out
     assert "+2.0 [-10.7, +14.7]" in printed
     page = report([quick.out], out=tmp_path / "page", images=0).read_text()
