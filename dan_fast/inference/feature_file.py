@@ -34,7 +34,8 @@ def require_format(out: Path) -> None:
     """Refuse a file that could not be written at the end.
 
     Raises:
-        DanFastError: a folder, a name that ends in neither .npz nor .parquet, or a Parquet file without pyarrow.
+        DanFastError: a folder, a name that ends in neither .npz nor .parquet, a Parquet file without pyarrow, or a file
+            of somebody's own.
     """
     if out.is_dir():
         raise DanFastError(f"{out} is a folder: name a file in it, such as {out / 'features.npz'}.")
@@ -42,6 +43,24 @@ def require_format(out: Path) -> None:
         raise DanFastError(f"{out} ends in neither {' nor '.join(_WRITERS)}: name a file that does.")
     if out.suffix == ".parquet":
         _pyarrow()
+    if out.is_file() and not _is_own(out):
+        raise DanFastError(f"{out} holds no features of this command: name another file, or remove this one.")
+
+
+def _is_own(out: Path) -> bool:
+    """Whether a file is empty or has the columns that `write_features` writes."""
+    if not out.stat().st_size:
+        return True
+    try:
+        if out.suffix == ".parquet":
+            names = set(_pyarrow().parquet.read_schema(out).names)
+        else:
+            with zipfile.ZipFile(out) as archive:
+                names = {name.removesuffix(".npy") for name in archive.namelist()}
+    # Of a file that is none of these, by pyarrow's errors too, which are ValueErrors.
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
+    return names >= {"features", "paths", "pids", "camids"}
 
 
 def _require_utf8(names: Iterable[str]) -> None:

@@ -83,13 +83,25 @@ class NLCBAM(nn.Module):
 
     def forward(self, features: Tensor) -> NLCBAMOutput:
         """(B, C, H, W) to X'' of the same shape, A_C (B, C) and A_S (B, HW); an attention left out is 1."""
+        self._require_its_size(features)
         attention = nl_cbam if self.variant == "nl_cbam" else attention_variant
         return attention(features, self.weights)
 
     def head(self, features: Tensor, cam_weight: Tensor, labels: Tensor) -> AttentionHeadOutput:
         """`attention_head` with this attention: all that the training loss needs of the map, see there."""
+        self._require_its_size(features)
         head = attention_head if self.variant == "nl_cbam" else attention_variant_head
         return head(features, self.weights, cam_weight, labels)
+
+    def _require_its_size(self, features: Tensor) -> None:
+        if self.variant != "nl_cbam" or features.dim() != 4:
+            return
+        channels, height, width = features.shape[1:]
+        if (channels, height * width) != (self.channels, self.positions):
+            raise ValueError(
+                f"features must be (B, {self.channels}, H, W) with H W = {self.positions}, got "
+                f"{tuple(features.shape)}; for such maps make NLCBAM(channels={channels}, positions={height * width})"
+            )
 
     def extra_repr(self) -> str:
         return (

@@ -391,10 +391,8 @@ def require_same_training(saved: dict[str, Any], current: dict[str, Any], checkp
     """
     differences = training_differences(saved, current)
     if differences:
-        # The step size and what falls with it follow the whole length.
-        longer = any(each.startswith("optimizer.epochs ") for each in differences)
-        anew = f", which may start from its weights, --model.weights {checkpoint}" if longer else ""
         raise DanFastError(
-            f"{checkpoint} was trained with another configuration ({'; '.join(differences)}): "
-            f"use its settings (config.yaml beside it) or another run.out{anew}."
+            f"{checkpoint} was trained with another configuration ({'; '.join(differences)}): use its settings "
+            "(config.yaml beside it) or another run.out, which may start from its weights, "
+            f"--model.weights {checkpoint}."
         )

@@ -1,9 +1,10 @@
 """Settings that were given from Python, held to what their flags take."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import cache
+from os import PathLike
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -28,6 +29,10 @@ def require_valid(config: TrainConfig) -> None:
             kind = each.default_factory.__name__
             raise DanFastError(f"{each.name} must be a {kind}; TrainConfig.of_recipe takes mappings.")
     require_no_empty_setting({each.name: vars(getattr(config, each.name)) for each in sections})
+    _require_paths(config)
+    size = config.data.image_size
+    if isinstance(size, str) or not isinstance(size, Iterable):
+        raise DanFastError(f"data.image_size is {size!r}: give height and width as [256, 128].")
     given = config.to_dict()
     try:
         read = _parser().parse_object(given).as_dict()
@@ -46,6 +51,16 @@ def require_valid(config: TrainConfig) -> None:
     for name, named in paths.items():
         if "" in named:
             raise DanFastError(f"{name} holds an empty path, as by a variable of the shell that is not set: name it.")
+
+
+def _require_paths(config: TrainConfig) -> None:
+    for name in ("labeled", "unlabeled", "targets"):
+        for each in as_list(getattr(config.data, name)):
+            if not isinstance(each, str | PathLike):
+                raise DanFastError(
+                    f"data.{name} holds a {type(each).__name__}: give the path of a dataset; one that has been read is "
+                    "for dan_fast.data.TrainingSet and a loop of your own."
+                )
 
 
 def own_copy(config: TrainConfig) -> TrainConfig:

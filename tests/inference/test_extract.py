@@ -276,6 +276,8 @@ def test_without_pyarrow_it_says_what_to_install(run, folder, tmp_path, monkeypa
         (["photos/a", "--out", "features.csv"], "features.csv ends in neither .npz nor .parquet"),
         (["photos/a", "--out", "photos"], "photos is a folder"),
         (["photos/a", "--out", "/proc/none/features.npz"], "cannot be written"),
+        (["photos/a", "--out", "photos/own.npz"], "photos/own.npz holds no features of this command"),
+        (["photos/a", "--out", "photos/own.parquet"], "photos/own.parquet holds no features of this command"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(
@@ -285,9 +287,12 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     (folder / "empty").mkdir()
     (folder / "wrong.csv").write_text("path\n")
     Path("half.pt").write_bytes(checkpoint.read_bytes()[:1000])
+    np.savez("photos/own.npz", paths=np.arange(3))
+    Path("photos/own.parquet").write_text("mine")
     run(*arguments, code=1)
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
+    assert np.load("photos/own.npz")["paths"].size == 3 and Path("photos/own.parquet").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["half.pt", "photos"]
 
 

@@ -136,6 +136,11 @@ def broken_images(folder: Path, good: Path) -> dict[str, object]:
     }
 
 
+def test_a_folder_is_no_image(checkpoint, tmp_path):
+    with pytest.raises(DanFastError, match=f"^{tmp_path} is a folder and no image: give the files in it."):
+        FeatureExtractor(checkpoint, "cpu")(tmp_path)
+
+
 @pytest.mark.parametrize("number", range(4))
 def test_an_image_that_cannot_be_decoded_is_named_or_its_place_marked(checkpoint, paths, tmp_path, number):
     name, broken = list(broken_images(tmp_path, paths[9]).items())[number]

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -158,6 +159,25 @@ def test_what_does_not_serve(tmp_path: Path, name: str, weights: str | bytes, si
         saved(timm.create_model(weights), path)
     with pytest.raises(DanFastError, match=message):
         build_backbone(name, "none" if weights == "none" else path, size)
+
+
+def test_what_a_file_has_to_be_rid_of_is_said(tmp_path: Path):
+    state, path = build_backbone("resnet18").state_dict(), tmp_path / "weights.pth"
+    broken = state["layer1.0.conv1.weight"].clone()
+    broken[0, 0, 0, 0] = torch.nan
+    for changed, said in (
+        ({f"module.{name}": value for name, value in state.items()}, "take 'module.' off its names"),
+        (
+            {"backbone.fc.weight": torch.ones(1)} | {f"backbone.{k}": v for k, v in state.items()},
+            "take 'backbone.' off",
+        ),
+        (state | {"classifier.weight": torch.ones(1)}, r"\(unexpected: classifier.weight\); leave these out of it"),
+        (state | {"layer1.0.conv1.weight": broken}, r"\(not finite: layer1.0.conv1.weight\); give a file of"),
+        ({"state_dict": state, "rank1": np.float32(0.5)}, "holds other objects than tensors.*save the state dict of a"),
+    ):
+        torch.save(changed, path)
+        with pytest.raises(DanFastError, match=said):
+            build_backbone("resnet18", path)
 
 
 def test_without_timm(monkeypatch: pytest.MonkeyPatch):

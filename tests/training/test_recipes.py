@@ -1,6 +1,7 @@
 """Recipes: what they hold, what wins over them, and that a run and its results name them."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from dan_fast import cli
 from dan_fast.cli import main
 from dan_fast.commands.quickstart import _config
 from dan_fast.core.errors import DanFastError
+from dan_fast.data import ReIDDataset
 from dan_fast.reporting.report import report
 from dan_fast.reporting.runs import read_runs
 from dan_fast.training import DataConfig, MetaConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer
@@ -368,6 +370,20 @@ def test_no_setting_is_left_empty(tmp_path, capsys):
     (tmp_path / "empty.yaml").write_text("targets: x\nrepeats:\n")
     assert main(["evaluate", "--checkpoint", "x", "--config", str(tmp_path / "empty.yaml")]) == 1
     assert capsys.readouterr().err.startswith("dan-fast: repeats is empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("image_size", 32, "data.image_size is 32: give height and width as [256, 128]."),
+        ("image_size", "32x16", "data.image_size is '32x16': give height"),
+        ("labeled", [ReIDDataset("a", Path("a"))], "data.labeled holds a ReIDDataset: give the path of a dataset;"),
+        ("targets", ["a", 3], "data.targets holds a int: give the path"),
+    ],
+)
+def test_what_stands_for_no_setting_is_named(name, value, said):
+    with pytest.raises(DanFastError, match=re.escape(said)):
+        require_valid(TrainConfig.of_recipe("plain", data={"labeled": "a", name: value}))
 
 
 def test_a_trainer_has_settings_of_its_own(images, tmp_path):

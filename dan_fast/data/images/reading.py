@@ -86,6 +86,8 @@ def _of_eight_bits(image: Image.Image) -> Image.Image:
 def unreadable(path: Path | str, error: Exception) -> DanFastError:
     """The sentence for an image that cannot be read or decoded."""
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, IsADirectoryError):
+        return DanFastError(f"{path} is a folder and no image: give the files in it.")
     if reason.startswith("cannot identify image file"):
         reason = "it is no image that Pillow knows"
     return DanFastError(

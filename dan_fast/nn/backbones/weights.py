@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors.torch import load_file
@@ -32,6 +33,11 @@ def read_state_dict(path: Path, owner: str) -> dict[str, Tensor]:
         read, kind = _read_torch, "file of torch.save"
     try:
         state = read(path)
+    except UnpicklingError as error:
+        raise DanFastError(
+            f"the weights file {path} holds other objects than tensors, or is no file of torch.save: load it where you "
+            f"trust it, by torch.load(..., weights_only=False), and save the state dict of {owner} alone"
+        ) from error
     # Damaged bytes can make the unpickler raise almost anything.
     except Exception as error:
         raise DanFastError(
@@ -54,7 +60,7 @@ def load_fitting(
     """Load a state dict that has all tensors of a module and no others but those of the head, which is left out.
 
     Raises:
-        DanFastError: tensors that are missing, unexpected or of another shape; it names them.
+        DanFastError: tensors that are missing, unexpected, of another shape or not finite; it names them.
     """
     wanted = module.state_dict()
     state = {key: value for key, value in state.items() if key in wanted or not belongs_to_head(key)}
@@ -62,15 +68,26 @@ def load_fitting(
     missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in wanted]
     reshaped = [key for key in state if key in wanted and state[key].shape != wanted[key].shape]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    broken = [key for key, value in state.items() if not value.isfinite().all()]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped, "not finite": broken}
     found = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
     if found:
-        raise DanFastError(f"the weights {weights} do not fit {name} ({found}); give a file of a {name}")
+        remedy = f"give a file of a {name}"
+        if prefix := _prefix(missing, unexpected):
+            remedy = f"take {prefix!r} off its names"
+        elif not missing + reshaped + broken:
+            remedy = "leave these out of it"
+        raise DanFastError(f"the weights {weights} do not fit {name} ({found}); {remedy}")
     module.load_state_dict(state, strict=False)
 
 
 def _read_torch(path: Path) -> object:
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _prefix(missing: list[str], unexpected: list[str]) -> str:
+    """What stands before the names of a file, as `module.` of DataParallel; "" for nothing."""
+    return next((key.removesuffix(missing[0]) for key in unexpected if missing and key.endswith(f".{missing[0]}")), "")
 
 
 def _some(keys: list[str]) -> str:

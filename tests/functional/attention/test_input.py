@@ -171,6 +171,15 @@ def test_no_unit_is_dead_on_an_even_map(seed):
         assert (getattr(attention, name).grad.abs().sum(dim=1) > 0).all()
 
 
+def test_a_map_of_another_size_than_the_modules_is_named():
+    said = r"features must be \(B, 24, H, W\) with H W = 8, got \(1, 24, 3, 2\); for such maps make .*24, positions=6\)"
+    attention = NLCBAM(channels=24, positions=8)
+    with pytest.raises(ValueError, match=said):
+        attention(torch.ones(1, 24, 3, 2))
+    with pytest.raises(ValueError, match=r"make NLCBAM\(channels=3, positions=8\)"):
+        attention.head(torch.ones(1, 3, 2, 4), torch.ones(5, 24), torch.zeros(1, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("name", ["channels", "positions", "reduction"])
 def test_module_sizes_below_one(name):
     with pytest.raises(ValueError, match=name):
