@@ -52,7 +52,7 @@ _COMMANDS = {
     ),
     "datasets": (
         "dan_fast.commands.datasets:list_datasets",
-        "List the known datasets that are found, their counts, and those that are missing.",
+        "List the datasets that are found, what they hold, and the known ones that are missing.",
     ),
     "protocols": (
         "dan_fast.commands.protocols:list_protocols",
@@ -220,7 +220,7 @@ def _add_flags(parser: ArgumentParser, command: str, recipe: str | None) -> None
             parser.set_defaults(flag_defaults(recipe))
         case "datasets":
             parser.add_argument(
-                "roots", nargs="+", type=str, metavar="ROOT", help="Folder to look in, two levels deep."
+                "roots", nargs="+", type=str, metavar="ROOT", help="Folder to look in, two levels deep, or a manifest."
             )
             parser.add_argument("--json", action="store_true", help="Print one JSON object instead of a table.")
             extracting = (

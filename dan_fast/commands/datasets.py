@@ -1,8 +1,8 @@
-"""`dan-fast datasets`: which known datasets lie where, what differs from the literature, and what is missing."""
+"""`dan-fast datasets`: which datasets lie where, what differs from the literature, and what of it is missing."""
 
 import json as json_text
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dan_fast.core.errors import DanFastError
 from dan_fast.core.home import expanded
 from dan_fast.core.terminal import PLAIN
-from dan_fast.data.datasets.known import KNOWN, FoundDataset, find_datasets
+from dan_fast.data.datasets.finding import is_open
+from dan_fast.data.datasets.known import KNOWN, Counts, FoundDataset, counts_of, find_datasets
+from dan_fast.data.datasets.load import MANIFEST, is_manifest, load_dataset
+from dan_fast.data.datasets.market1501 import is_named_market1501
 
 
 def list_datasets(
     roots: Sequence[str], json: bool = False, extract: bool = False, console: Console | None = None
 ) -> None:
-    """Print the datasets found at folders, up to two levels below them, and those that are missing.
+    """Print the datasets found at folders, up to two levels below them, and the known ones that are missing.
 
     Args:
-        roots: Folders to look in.
+        roots: Folders to look in, or manifests.
         json: Print one JSON object instead of a table.
         extract: First write the images of archives that hold them otherwise, CUHK03's cuhk-03.mat and
             CUHK-SYSU's whole frames, as files beside them.
@@ -30,24 +34,30 @@ def list_datasets(
     Raises:
         DanFastError: a folder that is absent or cannot be read, or an archive that cannot be extracted.
     """
-    folders = [expanded(root) for root in roots]
+    places = [expanded(root) for root in roots]
+    folders = [place for place in places if not is_manifest(place)]
     found = _search(folders)
     if extract and _extract(found):
         found = _search(folders)
-    missing = [known for known in KNOWN.values() if known not in [each.known for each in found]]
+    missing = [each for each in KNOWN.values() if each not in [one.known for one in found]]
+    known = {each.path.resolve() for each in found}
+    own = dict.fromkeys(each for place in places for each in ([place] if is_manifest(place) else _own(place, known)))
     console = console or Console()
     if json:
         lacking = [{key: getattr(each, key) for key in ("name", "title", "origin", "note")} for each in missing]
-        content = {"found": [_as_json(each) for each in found], "missing": lacking}
+        of_ones_own = [{"path": str(place), **_contents(place)[1]} for place in own]
+        content = {"found": [_as_json(each) for each in found], "own": of_ones_own, "missing": lacking}
         console.print_json(json_text.dumps(content))
         return
     if found:
         console.print(_table(found))
     for line in dict.fromkeys(f"{each.path}: {sentence}" for each in found for sentence in _remarks(each)):
         console.print(line, **PLAIN)
-    for known in missing:
-        origin = f" It can be asked for at {known.origin}." if known.origin else ""
-        console.print(f"Not found: {known.title}.{origin} {known.note}".strip(), **PLAIN)
+    for place in own:
+        console.print(f"{place}: {_contents(place)[0]}", **PLAIN)
+    for each in missing:
+        origin = f" It can be asked for at {each.origin}." if each.origin else ""
+        console.print(f"Not found: {each.title}.{origin} {each.note}".strip(), **PLAIN)
 
 
 def _extract(found: Sequence[FoundDataset]) -> list[Path]:
@@ -67,6 +77,31 @@ def _search(folders: Sequence[Path]) -> list[FoundDataset]:
         for each in find_datasets(folder):
             found.setdefault((each.known.name, each.path.resolve(), each.variant), each)
     return list(found.values())
+
+
+def _own(folder: Path, known: Collection[Path], depth: int = 2) -> Iterator[Path]:
+    """Folders with a manifest or in the Market-1501 layout that are none of the `known` places."""
+    if folder.resolve() in known:
+        return
+    if (folder / MANIFEST).is_file() or is_named_market1501(folder):
+        yield folder
+    elif depth:
+        for child in sorted(folder.iterdir()):
+            if child.is_dir() and is_open(child):
+                yield from _own(child, known, depth - 1)
+
+
+def _contents(place: Path) -> tuple[str, dict[str, Any]]:
+    """What a dataset of one's own holds, or why it cannot be read, as a sentence and for JSON."""
+    try:
+        dataset = load_dataset(place)
+    except DanFastError as error:
+        return str(error), {"name": "", "splits": {}, "error": str(error)}
+    return f"{dataset.contents}.", {"name": dataset.name, "splits": _counts(counts_of(dataset)), "error": ""}
+
+
+def _counts(counts: Mapping[str, Counts]) -> dict[str, dict[str, int | None]]:
+    return {split: each._asdict() for split, each in counts.items()}
 
 
 def _table(found: Sequence[FoundDataset]) -> Table:
@@ -95,7 +130,7 @@ def _as_json(found: FoundDataset) -> dict[str, Any]:
         "title": found.known.title,
         "variant": found.variant,
         "path": str(found.path),
-        "splits": {split: counts._asdict() for split, counts in found.counts.items()},
+        "splits": _counts(found.counts),
         "differences": list(found.differences),
         "error": found.error,
         "note": found.known.note,

@@ -1,7 +1,5 @@
 """The datasets of the literature that are recognised: their variants, their counts, and where they lie."""
 
-import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from dan_fast.data.datasets.cuhk02 import CUHK02
 from dan_fast.data.datasets.cuhk03 import CUHK03
 from dan_fast.data.datasets.cuhk_sysu import CUHK_SYSU
 from dan_fast.data.datasets.dukemtmc import DUKEMTMC
+from dan_fast.data.datasets.finding import is_open
 from dan_fast.data.datasets.grid import GRID
 from dan_fast.data.datasets.ilids import ILIDS
 from dan_fast.data.datasets.market1501 import MARKET1501
@@ -28,7 +27,6 @@ KNOWN: Mapping[str, KnownDataset] = {
 }
 
 
-_LOG = logging.getLogger(__name__)
 _NOUNS = {"ids": "identities", "cameras": "cameras", "images": "images"}
 _WORD = re.compile(r"\w+")
 _SPLIT_NUMBER = re.compile(r", split \d+$")
@@ -108,6 +106,11 @@ def count_samples(samples: Sequence[Sample]) -> Counts:
     return Counts(len(ids), len({sample.camid for sample in samples}), len(samples))
 
 
+def counts_of(dataset: ReIDDataset) -> dict[str, Counts]:
+    """What each split that is not empty holds."""
+    return {split: count_samples(getattr(dataset, split)) for split in SPLITS if getattr(dataset, split)}
+
+
 def check_counts(dataset: ReIDDataset, known: KnownDataset) -> list[str]:
     """Sentences on the differences from the literature: counts of each split, images that fixed splits lack."""
     expected = known.counts.get(dataset.variant, {})
@@ -159,16 +162,8 @@ def _find(root: Path) -> list[FoundDataset]:
                 found += new
         # Folders inside a dataset are its own parts, often with tens of thousands of files.
         if depth and not any(folder.resolve() in places for places in own.values()):
-            pending += [(child, depth - 1) for child in sorted(folder.iterdir()) if child.is_dir() and _is_open(child)]
+            pending += [(child, depth - 1) for child in sorted(folder.iterdir()) if child.is_dir() and is_open(child)]
     return found
-
-
-def _is_open(folder: Path) -> bool:
-    """Whether it can be read; a disk has a folder, lost+found, that only the system may read."""
-    if os.access(folder, os.R_OK | os.X_OK):
-        return True
-    _LOG.warning("%s cannot be read and is passed over.", folder)
-    return False
 
 
 def _inspect(known: KnownDataset, place: Path, variant: str) -> FoundDataset:
@@ -176,5 +171,4 @@ def _inspect(known: KnownDataset, place: Path, variant: str) -> FoundDataset:
         dataset = known.read(place, known.title, variant)
     except DanFastError as error:
         return FoundDataset(known, place, variant, {}, error=str(error))
-    counts = {split: count_samples(getattr(dataset, split)) for split in SPLITS if getattr(dataset, split)}
-    return FoundDataset(known, dataset.root, variant, counts, tuple(check_counts(dataset, known)))
+    return FoundDataset(known, dataset.root, variant, counts_of(dataset), tuple(check_counts(dataset, known)))

@@ -121,6 +121,11 @@ def is_same(one: ReIDDataset, other: ReIDDataset) -> bool:
     return all(_images(getattr(one, split)) == _images(getattr(other, split)) for split in SPLITS)
 
 
+def is_manifest(path: Path) -> bool:
+    """Whether `load_dataset` takes a file for a manifest."""
+    return path.is_file() and path.suffix.lower() == ".csv"
+
+
 def holds_dataset(folder: Path) -> bool:
     """Whether `load_dataset` would read a dataset in a folder; not whether the folder lies within one.
 
@@ -230,7 +235,7 @@ def _load(path: Path, name: str | None, variant: str | None) -> ReIDDataset:
         raise DanFastError(f"There is no dataset at {place}; give the path of its folder{several}.")
     own_name = _own_name(path)
     if path.is_file():
-        if path.suffix.lower() != ".csv":
+        if not is_manifest(path):
             raise DanFastError(f"{path} is a file but no .csv manifest; give a dataset's folder or its manifest.")
         _expect_no_variant(path, variant)
         own_name = path.parent.absolute().name if path.name == MANIFEST else path.stem

@@ -207,6 +207,24 @@ def test_the_listing(shelf: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert re.search(r"MSMT17 .*train.* 1 ", shown) and "V2" in shown
 
 
+def test_the_listing_of_ones_own(shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = tiny_image(tmp_path / "mine" / "shop" / "a.jpg")
+    manifest = image.with_name("manifest.csv")
+    manifest.write_text("path,pid,camid,split\na.jpg,1,2,train\n")
+    other = tmp_path / "mine" / "wrong.csv"
+    other.write_text("path,pid\n")
+    assert main(["datasets", str(tmp_path), str(shelf), str(other)]) == 0
+    own = [line for line in capsys.readouterr().out.splitlines() if str(tmp_path) in line and "differs" not in line]
+    street = shelf / "synthetic" / "street"
+    assert f"{image.parent}: shop: train 1 image, 1 person, 1 camera." in own
+    assert f"{street}: street: query 1 image, 1 person, 1 camera." in own
+    assert own[-1].startswith(f"{other}: The manifest {other} lacks the column camid")
+    assert main(["datasets", str(other.parent), str(other), "--json"]) == 0
+    (shop, wrong) = json.loads(capsys.readouterr().out)["own"]
+    assert shop["splits"] == {"train": {"ids": 1, "cameras": 1, "images": 1}} and shop["name"] == "shop"
+    assert wrong["path"] == str(other) and "lacks the column camid" in wrong["error"] and wrong["splits"] == {}
+
+
 def test_the_listing_as_json(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # The same folder twice, once from inside, is listed once.
     assert main(["datasets", str(shelf), str(shelf / "MSMT17_V1" / "train"), "--json"]) == 0
