@@ -21,11 +21,11 @@ def nvcc_flags(source: Path) -> tuple[str, ...]:
 
 
 def source_files(root: Path) -> Iterator[Path]:
-    """The files of the native sources under `root`, in one order; what an editor leaves beside them is none."""
+    """The files of the native sources under `root`, in one order; pages and what an editor leaves are none."""
     for room in ROOMS:
         for path in sorted((root / room).rglob("*.*")):
             hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-            if path.is_file() and not hidden and not path.name.endswith(("~", "#")):
+            if path.is_file() and not hidden and not path.name.endswith(("~", "#", ".md")):
                 yield path
 
 

@@ -415,7 +415,7 @@ def test_only_the_memory_is_compiled_without_contraction(build: ModuleType):
     assert all("-O3" in given for given in flags.values())
 
 
-def test_what_an_editor_leaves_is_neither_compiled_nor_a_change(build: ModuleType, tmp_path: Path, monkeypatch):
+def test_pages_and_what_an_editor_leaves_are_neither_compiled_nor_a_change(build: ModuleType, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(build, "ROOT", tmp_path)
     folder = tmp_path / "csrc/memory"
     (folder / ".history").mkdir(parents=True)
@@ -424,7 +424,7 @@ def test_what_an_editor_leaves_is_neither_compiled_nor_a_change(build: ModuleTyp
     before = build.SOURCES["source_hash"](tmp_path)
     assert build.sources(with_cuda=True) == [folder / "a.cpp", folder / "a.cu"]
     (folder / ".#a.cpp").symlink_to("someone@machine.4711")  # a lock of Emacs
-    for name in (".a.cpp.swp", ".hidden.cu", ".history/a.cpp", "a.cpp~", "#a.cu#"):
+    for name in (".a.cpp.swp", ".hidden.cu", ".history/a.cpp", "a.cpp~", "#a.cu#", "README.md"):
         (folder / name).write_text("unfinished")
     (folder / "of.parts").mkdir()
     assert build.sources(with_cuda=True) == [folder / "a.cpp", folder / "a.cu"]
