@@ -415,7 +415,7 @@ def test_only_the_memory_is_compiled_without_contraction(build: ModuleType):
     assert all("-O3" in given for given in flags.values())
 
 
-def test_pages_and_what_an_editor_leaves_are_neither_compiled_nor_a_change(build: ModuleType, tmp_path: Path, monkeypatch):
+def test_pages_and_what_an_editor_leaves_are_no_sources(build: ModuleType, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(build, "ROOT", tmp_path)
     folder = tmp_path / "csrc/memory"
     (folder / ".history").mkdir(parents=True)
