@@ -176,8 +176,8 @@ class ProgressiveAugmentedMemory(nn.Module):
         self,
         keys: Tensor,
         labels: Tensor,
-        unlabeled_keys: Tensor,
-        sample_ids: Tensor,
+        unlabeled_keys: Tensor | None = None,
+        sample_ids: Tensor | None = None,
         gate_features: Tensor | None = None,
     ) -> MemoryStep:
         """Write a mini-batch and return L_lde, Eqs. (5)-(16); the rules are `functional.memory_step`'s.
@@ -185,10 +185,8 @@ class ProgressiveAugmentedMemory(nn.Module):
         Collective with a `process_group`; the arguments and `pseudo_labels` are then this rank's own rows.
 
         Args:
-            keys: (B, d), labelled samples.
-            labels: (B,) int64.
-            unlabeled_keys: (B', d).
-            sample_ids: (B',) int64, which image each unlabelled key comes from.
+            keys, labels: (B, d), and (B,) int64, of labelled samples.
+            unlabeled_keys, sample_ids: (B', d), and (B',) int64, which image each comes from; both left out: none.
             gate_features: (N, 3), the backbone's last three outputs, on each rank N >= 1; `gates="features"` only.
 
         Returns:
@@ -201,6 +199,8 @@ class ProgressiveAugmentedMemory(nn.Module):
                 a wrapper that would let it fall behind or of a backward pass; the sentence says which and what to do.
         """
         require_to_be_carried(self, self._origin)
+        if unlabeled_keys is None and sample_ids is None:
+            unlabeled_keys, sample_ids = keys[:0], labels[:0]
         memories, batch = (self._labeled, self._unlabeled), MemoryBatch(keys, labels, unlabeled_keys, sample_ids)
         if self.process_group is None:
             stepped = pending_memory_step(*memories, batch, self._gates(gate_features))

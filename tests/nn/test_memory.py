@@ -97,6 +97,22 @@ def test_under_autocast_half_precision_keys_are_taken_to_the_memory():
     assert_states_close(memories[0].labeled, memories[1].labeled, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("own, given", [(torch.float32, torch.bfloat16), (torch.float64, torch.float64)], ids=str)
+def test_unlabelled_keys_may_be_left_out(own: torch.dtype, given: torch.dtype):
+    left_out, empty = (ProgressiveAugmentedMemory(6, 4, 3).to(own) for _ in range(2))
+    keys, labels = torch.randn(4, 3).to(given), torch.arange(4)
+    with torch.autocast("cpu", torch.bfloat16, enabled=own != given):
+        step = left_out(keys.requires_grad_(), labels)
+        empty(keys, labels, torch.empty(0, 3, dtype=given), torch.empty(0, dtype=torch.int64))
+    assert step.loss == 0 and len(step.pseudo_labels) == 0
+    for one, other in zip(left_out.labeled, empty.labeled, strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(TypeError, match="sample_ids must be a tensor, got NoneType"):
+        left_out(keys.to(own), labels, keys.to(own))
+    with pytest.raises(TypeError, match="keys must be a tensor, got list"):
+        left_out([[1.0]], labels)
+
+
 @pytest.mark.parametrize("own, given", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
 def test_the_loss_of_labelled_keys_takes_what_forward_takes(own: torch.dtype, given: torch.dtype):
     memory = make(dtype=own)
