@@ -20,8 +20,10 @@ GUIDES = {
         "runs/drawn/index/index.json",
     ),
     ROOT / "docs/tracker.md": ("street.npz", "drawn.onnx"),
-    ROOT / "docs/migrating.md": ("resnet18.pth",),
-    ROOT / "docs/reproducing.md": ("runs/drawn_recipes/comparison.md", "runs/drawn_recipes/comparison.json"),
+    ROOT / "docs/migrating.md": ("resnet18.pth", "ranked.png"),
+    ROOT / "docs/reproducing.md": tuple(
+        f"runs/drawn_recipes/{name}" for name in ("comparison.md", "comparison.json", "results.csv")
+    ),
     ROOT / "docs/sharing.md": (),
     ROOT / "README.md": (),
 }
