@@ -1,6 +1,7 @@
 """`dan-fast datasets`: which datasets lie where, what differs from the literature, and what of it is missing."""
 
 import json as json_text
+import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,6 @@ from rich.text import Text
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.home import expanded
 from dan_fast.core.terminal import PLAIN
-from dan_fast.data.datasets.finding import is_open
 from dan_fast.data.datasets.known import KNOWN, Counts, FoundDataset, counts_of, find_datasets
 from dan_fast.data.datasets.load import MANIFEST, is_manifest, load_dataset
 from dan_fast.data.datasets.market1501 import is_named_market1501
@@ -39,9 +39,11 @@ def list_datasets(
     found = _search(folders)
     if extract and _extract(found):
         found = _search(folders)
-    missing = [each for each in KNOWN.values() if each not in [one.known for one in found]]
+    # Of a manifest alone nothing is asked but what it holds.
+    missing = [each for each in KNOWN.values() if folders and each not in [one.known for one in found]]
     known = {each.path.resolve() for each in found}
-    own = dict.fromkeys(each for place in places for each in ([place] if is_manifest(place) else _own(place, known)))
+    of_places = (each for place in places for each in ([place] if is_manifest(place) else _own(place, known)))
+    own = {_file_of(each): each for each in of_places}.values()
     console = console or Console()
     if json:
         lacking = [{key: getattr(each, key) for key in ("name", "title", "origin", "note")} for each in missing]
@@ -81,14 +83,19 @@ def _search(folders: Sequence[Path]) -> list[FoundDataset]:
 
 def _own(folder: Path, known: Collection[Path], depth: int = 2) -> Iterator[Path]:
     """Folders with a manifest or in the Market-1501 layout that are none of the `known` places."""
-    if folder.resolve() in known:
+    if any(folder.resolve().is_relative_to(place) for place in known):
         return
     if (folder / MANIFEST).is_file() or is_named_market1501(folder):
         yield folder
     elif depth:
         for child in sorted(folder.iterdir()):
-            if child.is_dir() and is_open(child):
+            if child.is_dir() and os.access(child, os.R_OK | os.X_OK):
                 yield from _own(child, known, depth - 1)
+
+
+def _file_of(place: Path) -> Path:
+    """By what a dataset of one's own is told from others, whatever path leads to it."""
+    return (place / MANIFEST if (place / MANIFEST).is_file() else place).resolve()
 
 
 def _contents(place: Path) -> tuple[str, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -59,6 +59,25 @@ class FixedSplits:
         return f"{self.name} {self.digest[:8]}"
 
 
+class Counts(NamedTuple):
+    """Identities, cameras and images of a split as the literature gives them; None where it does not."""
+
+    ids: int | None
+    cameras: int | None
+    images: int | None
+
+
+def count_samples(samples: Sequence[Sample]) -> Counts:
+    """Identities and cameras, those below 0, unknown ones, left out, and images.
+
+    Example:
+        >>> count_samples([Sample(Path("a.jpg"), 7, 1), Sample(Path("b.jpg"), -1, 2)])
+        Counts(ids=1, cameras=2, images=2)
+    """
+    ids, cameras = ({each[place] for each in samples if each[place] >= 0} for place in (1, 2))
+    return Counts(len(ids), len(cameras), len(samples))
+
+
 @dataclass(frozen=True)
 class ReIDDataset:
     """A person re-identification dataset; a split it does not have is an empty tuple.
@@ -108,9 +127,9 @@ class ReIDDataset:
         parts = []
         for split in SPLITS:
             samples = getattr(self, split)
-            persons, cameras = ({each[place] for each in samples} - {-1} for place in (1, 2))
-            counts = {"image": len(samples), "person": len(persons), "camera": len(cameras)}
-            words = ", ".join(f"{number:,} {unit}{'s' * (number != 1)}" for unit, number in counts.items())
+            counts = count_samples(samples)
+            units = (("image", counts.images), ("person", counts.ids), ("camera", counts.cameras))
+            words = ", ".join(f"{number:,} {unit}{'s' * (number != 1)}" for unit, number in units)
             distractors = sum(sample.pid == 0 for sample in samples) if split in ("gallery", "test") else 0
             if distractors and not searched and self.splits is None:
                 words += f", {distractors:,} of pid 0 as distractors"
@@ -126,14 +145,6 @@ def without_variant(title: str) -> str:
         ('CUHK03', 'data (1)/market')
     """
     return re.sub(r" \([^/]*\)$", "", title)
-
-
-class Counts(NamedTuple):
-    """Identities, cameras and images of a split as the literature gives them; None where it does not."""
-
-    ids: int | None
-    cameras: int | None
-    images: int | None
 
 
 def one_variant(folder: Path) -> tuple[str, ...]:

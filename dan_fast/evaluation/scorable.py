@@ -84,7 +84,7 @@ def no_match(name: str) -> DanFastError:
     """The error of a dataset without a match in another camera."""
     return DanFastError(
         f"{name} has no person seen by two cameras in its evaluation images, so none can be found again; "
-        "check the identities and cameras; of one camera give query and gallery images different numbers."
+        "check the identities and cameras (images of one camera can be query and gallery under different numbers)."
     )
 
 

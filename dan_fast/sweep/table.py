@@ -4,15 +4,20 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from dan_fast.core.files import write_text
 from dan_fast.evaluation.result import COLUMNS, Evaluation
+from dan_fast.reporting.runs import dotted
 from dan_fast.sweep.grid import PlannedRun
 
 
 def write_table(runs: Sequence[PlannedRun], results: str, path: Path) -> None:
     """Write a row for each target of each finished training: what it was trained with, and its figures in percent.
+
+    Settings are those that any of the trainings names, lists as JSON. One whose results cannot be read is left out.
 
     Args:
         runs: finished trainings.
@@ -22,15 +27,21 @@ def write_table(runs: Sequence[PlannedRun], results: str, path: Path) -> None:
     Raises:
         DanFastError: see `write_text`.
     """
-    settings = dict.fromkeys(name for run in runs for name in run.settings) | {"run.seed": None}
+    names = [*dict.fromkeys(name for run in runs for name in run.settings if name != "run.seed"), "run.seed"]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["run", "arm", *settings, "target", *COLUMNS, "num_query", "num_gallery"])
+    writer.writerow(["run", "arm", *names, "target", *COLUMNS, "num_query", "num_gallery"])
     for run in runs:
-        given = {"run.seed": run.config.run.seed, **run.settings}
-        values = [given.get(name, "") for name in settings]
-        for each in json.loads((run.folder / results).read_text(encoding="utf-8"))["targets"]:
-            found = Evaluation.from_dict(each)
-            figures = [round(figure, 4) for figure in found.percentages().values()]
-            writer.writerow([run.name, run.arm, *values, found.title, *figures, found.num_query, found.num_gallery])
+        sections = run.config.to_dict()
+        settings = {"recipe": sections.pop("recipe"), **dict(dotted(sections))}
+        values = [run.name, run.arm, *(_cell(settings[name]) for name in names)]
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            content = json.loads((run.folder / results).read_text(encoding="utf-8"))
+            for found in map(Evaluation.from_dict, content["targets"]):
+                figures = [round(figure, 4) for figure in found.percentages().values()]
+                writer.writerow([*values, found.title, *figures, found.num_query, found.num_gallery])
     write_text(path, stream.getvalue())
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, list | dict) else value

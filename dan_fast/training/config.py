@@ -1,6 +1,6 @@
 """Every setting of a training run: the one source for the YAML file, the flags and their help."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from os import PathLike, fspath
 from pathlib import Path
@@ -34,7 +34,7 @@ def _plain(value: Any) -> Any:
 
 def as_list(paths: Paths) -> list[str]:
     """One path or several, as a list."""
-    return [paths] if isinstance(paths, str) else list(paths)
+    return list(paths) if isinstance(paths, Iterable) and not isinstance(paths, str) else [paths]
 
 
 @dataclass
@@ -391,8 +391,9 @@ def require_same_training(saved: dict[str, Any], current: dict[str, Any], checkp
     """
     differences = training_differences(saved, current)
     if differences:
+        fits = not any(each.startswith(("model.backbone ", "model.instance_norm ")) for each in differences)
+        anew = f", which may start from its weights, --model.weights {checkpoint}" if fits else ""
         raise DanFastError(
-            f"{checkpoint} was trained with another configuration ({'; '.join(differences)}): use its settings "
-            "(config.yaml beside it) or another run.out, which may start from its weights, "
-            f"--model.weights {checkpoint}."
+            f"{checkpoint} was trained with another configuration ({'; '.join(differences)}): "
+            f"use its settings (config.yaml beside it) or another run.out{anew}."
         )

@@ -1,5 +1,7 @@
 """The datasets of a training, by their paths or by the name of a protocol."""
 
+from functools import cache
+
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import load_dataset
 from dan_fast.data.datasets.load import is_same, load_unlabeled, read_targets, told_apart
@@ -45,11 +47,13 @@ def _by_path(data: DataConfig) -> DatasetRoles:
         raise DanFastError(
             "data.labeled is empty: name at least one folder or manifest with labelled images, or a data.protocol."
         )
-    trained_on = [*map(load_dataset, data.labeled), *map(load_unlabeled, data.unlabeled)]
-    # One that is tested on too has one name in results, by which it is no unseen target; two of one name have different
+    # One that is tested on too is read, and what is odd about it said, once.
+    load = cache(load_dataset)
+    trained_on = [*map(load, data.labeled), *map(load_unlabeled, data.unlabeled)]
+    # Such a one has one name in results, by which it is no unseen target; two of one name have different
     # ones, by which a target is not taken for a set that was trained on. A target's name does not depend on what is
     # trained on, so that trainings can be compared.
-    targets = read_targets(data.targets)
+    targets = read_targets(data.targets, load)
     tested = told_apart(targets)
     named = [
         next((called for target, called in zip(targets, tested, strict=True) if is_same(dataset, target)), long)

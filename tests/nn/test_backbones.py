@@ -171,6 +171,7 @@ def test_what_a_file_has_to_be_rid_of_is_said(tmp_path: Path):
             {"backbone.fc.weight": torch.ones(1)} | {f"backbone.{k}": v for k, v in state.items()},
             "take 'backbone.' off",
         ),
+        ({"a.conv1.weight": torch.ones(1), "b.bn1.weight": torch.ones(1)}, "give a file of"),
         (state | {"classifier.weight": torch.ones(1)}, r"\(unexpected: classifier.weight\); leave these out of it"),
         (state | {"layer1.0.conv1.weight": broken}, r"\(not finite: layer1.0.conv1.weight\); give a file of"),
         ({"state_dict": state, "rank1": np.float32(0.5)}, "holds other objects than tensors.*save the state dict of a"),

@@ -612,8 +612,9 @@ def test_arms_end_in_a_comparison(quick, tmp_path, capsys):
     content = json.loads((quick.out / "comparison.json").read_text())
     assert content["targets"][0]["arms"][1]["mAP"]["difference"]["mean"] == pytest.approx(2.0)
     rows = [row.split(",") for row in (quick.out / "results.csv").read_text().replace('"', "").splitlines()]
-    assert ",".join(rows[0]) == "run,arm,recipe,run.seed,meta.order,target,R1,R5,R10,mAP,mINP,num_query,num_gallery"
-    last = ["dan", "run.seed=1", "dan", "dan", "1", "2", "street", "70.0", "75.0", "75.0", "47.0", "5.0", "30", "40"]
+    assert ",".join(rows[0]) == "run,arm,recipe,meta.order,run.seed,target,R1,R5,R10,mAP,mINP,num_query,num_gallery"
+    assert rows[1][3:6] == ["plain", "1", "0"], "settings that an arm does not name are its recipe's"
+    last = ["dan", "run.seed=1", "dan", "dan", "2", "1", "street", "70.0", "75.0", "75.0", "47.0", "5.0", "30", "40"]
     assert len(rows) == 5 and rows[-1] == last
     printed = capsys.readouterr().out
     assert "+2.0 [-10.7, +14.7]" in printed
@@ -621,6 +622,14 @@ def test_arms_end_in_a_comparison(quick, tmp_path, capsys):
     assert (
         "out: street (fixed query and gallery, 30 queries, 40 gallery images)" in page and "+2.0 [-10.7, +14.7]" in page
     )
+
+
+def test_results_that_hold_no_figures_do_not_end_a_sweep(quick, three):
+    quick(three)
+    for number, content in ((1, "{}"), (2, '{"targets": [{"dataset": "a"}]}')):
+        (quick.out / reduce(number) / "results.json").write_text(content)
+    quick(three)
+    assert len((quick.out / "results.csv").read_text().splitlines()) == 1
 
 
 def test_the_report_is_on_what_is_finished(quick, three, monkeypatch, capsys):

@@ -378,6 +378,7 @@ def test_no_setting_is_left_empty(tmp_path, capsys):
         ("image_size", 32, "data.image_size is 32: give height and width as [256, 128]."),
         ("image_size", "32x16", "data.image_size is '32x16': give height"),
         ("labeled", [ReIDDataset("a", Path("a"))], "data.labeled holds a ReIDDataset: give the path of a dataset;"),
+        ("labeled", ReIDDataset("a", Path("a")), "data.labeled holds a ReIDDataset: give the path of a dataset;"),
         ("targets", ["a", 3], "data.targets holds a int: give the path"),
     ],
 )

@@ -1,13 +1,11 @@
 """Finding a dataset's own folder from a folder one level above it, from itself, or from one level inside it."""
 
-import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from dan_fast.core.errors import DanFastError
 
-_LOG = logging.getLogger(__name__)
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".pnm", ".tif", ".tiff", ".webp", ".jfif"}
 
 
@@ -74,14 +72,6 @@ def missing_files(paths: Iterable[Path]) -> list[Path]:
         if name not in there[folder]:
             missing.append(path)
     return missing
-
-
-def is_open(folder: Path) -> bool:
-    """Whether it can be read; a disk has a folder, lost+found, that only the system may read."""
-    if os.access(folder, os.R_OK | os.X_OK):
-        return True
-    _LOG.warning("%s cannot be read and is passed over.", folder)
-    return False
 
 
 def images_below(folder: Path, leave_out: Callable[[Path], bool] = lambda place: False) -> list[Path]:

@@ -1,5 +1,7 @@
 """The datasets of the literature that are recognised: their variants, their counts, and where they lie."""
 
+import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,14 +12,13 @@ from dan_fast.data.datasets.cuhk02 import CUHK02
 from dan_fast.data.datasets.cuhk03 import CUHK03
 from dan_fast.data.datasets.cuhk_sysu import CUHK_SYSU
 from dan_fast.data.datasets.dukemtmc import DUKEMTMC
-from dan_fast.data.datasets.finding import is_open
 from dan_fast.data.datasets.grid import GRID
 from dan_fast.data.datasets.ilids import ILIDS
 from dan_fast.data.datasets.market1501 import MARKET1501
 from dan_fast.data.datasets.msmt17 import MSMT17
 from dan_fast.data.datasets.prid import PRID
 from dan_fast.data.datasets.viper import VIPER
-from dan_fast.data.samples import SPLITS, Counts, KnownDataset, ReIDDataset, Sample
+from dan_fast.data.samples import SPLITS, Counts, KnownDataset, ReIDDataset, count_samples
 
 __all__ = ["KNOWN", "Counts", "FoundDataset", "KnownDataset", "check_counts", "count_samples", "find_datasets"]
 
@@ -27,6 +28,7 @@ KNOWN: Mapping[str, KnownDataset] = {
 }
 
 
+_LOG = logging.getLogger(__name__)
 _NOUNS = {"ids": "identities", "cameras": "cameras", "images": "images"}
 _WORD = re.compile(r"\w+")
 _SPLIT_NUMBER = re.compile(r", split \d+$")
@@ -95,17 +97,6 @@ def _listed(variants: Sequence[str]) -> str:
     return " or ".join(repr(name) for name in names)
 
 
-def count_samples(samples: Sequence[Sample]) -> Counts:
-    """Identities (pid -1, unknown, is none), cameras and images.
-
-    Example:
-        >>> count_samples([Sample(Path("a.jpg"), 7, 1), Sample(Path("b.jpg"), -1, 2)])
-        Counts(ids=1, cameras=2, images=2)
-    """
-    ids = {sample.pid for sample in samples if sample.pid >= 0}
-    return Counts(len(ids), len({sample.camid for sample in samples}), len(samples))
-
-
 def counts_of(dataset: ReIDDataset) -> dict[str, Counts]:
     """What each split that is not empty holds."""
     return {split: count_samples(getattr(dataset, split)) for split in SPLITS if getattr(dataset, split)}
@@ -162,8 +153,16 @@ def _find(root: Path) -> list[FoundDataset]:
                 found += new
         # Folders inside a dataset are its own parts, often with tens of thousands of files.
         if depth and not any(folder.resolve() in places for places in own.values()):
-            pending += [(child, depth - 1) for child in sorted(folder.iterdir()) if child.is_dir() and is_open(child)]
+            pending += [(child, depth - 1) for child in sorted(folder.iterdir()) if child.is_dir() and _is_open(child)]
     return found
+
+
+def _is_open(folder: Path) -> bool:
+    """Whether it can be read; a disk has a folder, lost+found, that only the system may read."""
+    if os.access(folder, os.R_OK | os.X_OK):
+        return True
+    _LOG.warning("%s cannot be read and is passed over.", folder)
+    return False
 
 
 def _inspect(known: KnownDataset, place: Path, variant: str) -> FoundDataset:

@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,13 +72,15 @@ def load_dataset(path: str | Path, name: str | None = None, variant: str | None 
         ) from error
 
 
-def read_targets(paths: Sequence[str | Path]) -> list[ReIDDataset]:
-    """Read the datasets that are tested on.
+def read_targets(
+    paths: Sequence[str | Path], load: Callable[[str | Path], ReIDDataset] = load_dataset
+) -> list[ReIDDataset]:
+    """Read the datasets that are tested on by `load`.
 
     Raises:
         DanFastError: a dataset is named twice; and as `load_dataset`.
     """
-    targets = [load_dataset(path) for path in paths]
+    targets = [load(path) for path in paths]
     # One is the same by whatever path it is named.
     identities = list(map(_identity, targets))
     for path, identity in zip(paths, identities, strict=True):

@@ -1,7 +1,10 @@
 """Market-1501, and its folder layout, which many other sets are distributed in too."""
 
 import logging
+import os
 import re
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from dan_fast.core.errors import DanFastError
@@ -13,6 +16,8 @@ PARTS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_b
 _NAME = re.compile(r"(-?\d+)_c(\d+)")
 _OWN_NAME = re.compile(r"-?\d+_c\d+s\d+_")
 _TITLE = re.compile(r"(?<![a-z])market", re.IGNORECASE)
+# Of images that cameras and the web have and that are not read.
+_UNREAD_SUFFIXES = {".avif", ".gif", ".heic", ".heif", ".jp2", ".jxl"}
 _LOG = logging.getLogger(__name__)
 
 
@@ -63,8 +68,8 @@ def _is_its_own(folder: Path) -> bool:
 
 
 def _read_part(folder: Path) -> tuple[Sample, ...]:
-    samples = []
-    for path in image_files(folder):
+    samples, files = [], image_files(folder)
+    for path in files:
         match = _NAME.match(path.name)
         # What a table of int64 holds.
         if match is None or max(map(int, match.groups())) >= 2**63:
@@ -74,21 +79,27 @@ def _read_part(folder: Path) -> tuple[Sample, ...]:
             )
         if int(match[1]) >= 0 or path.parent.name == PARTS["train"]:
             samples.append(Sample(path, int(match[1]), int(match[2])))
-    _tell_of_others(folder)
+    _tell_of_others(folder, {path.name for path in files})
     return tuple(samples)
 
 
-def _tell_of_others(part: Path) -> None:
+def _tell_of_others(part: Path, read: Collection[str]) -> None:
+    """Warn of what looks like further images of a part: of a type that is not read, or in folders below it."""
     if not part.is_dir():
         return
-    seen = [path for path in part.iterdir() if path.name[0] != "."]
-    below = sum(len(image_files(path)) for path in seen if path.is_dir())
-    others = [path for path in seen if _NAME.match(path.name) and path.suffix.lower() not in IMAGE_SUFFIXES]
-    kinds = ", ".join(sorted({path.suffix for path in others if path.is_file()}))
+    kinds, below = set(), 0
+    for entry in os.scandir(part):
+        if entry.is_dir():
+            # One that may not be read holds nothing of it, and masks have the names of the images.
+            with suppress(OSError):
+                names = [name for name in os.listdir(entry) if _NAME.match(name) and name not in read]
+                below += sum(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in names)
+        elif _NAME.match(entry.name):
+            kinds.add(Path(entry.name).suffix.lower())
     if below:
-        _LOG.warning("%d images in folders below %s are NOT READ: move them up, or write a manifest.csv.", below, part)
-    if kinds:
-        _LOG.warning("Files of %s in %s are NOT READ: convert them to JPEG or PNG.", kinds, part)
+        _LOG.warning("Images in folders below %s are NOT READ (%d): move them up, or write a manifest.", part, below)
+    if unread := sorted(kinds & _UNREAD_SUFFIXES):
+        _LOG.warning("Images of type %s in %s are NOT READ: convert them to JPEG or PNG.", ", ".join(unread), part)
 
 
 MARKET1501 = KnownDataset(

@@ -68,7 +68,7 @@ def load_fitting(
     missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in wanted]
     reshaped = [key for key in state if key in wanted and state[key].shape != wanted[key].shape]
-    broken = [key for key, value in state.items() if not value.isfinite().all()]
+    broken = [key for key, value in state.items() if value.is_floating_point() and not value.float().isfinite().all()]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped, "not finite": broken}
     found = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
     if found:
@@ -86,8 +86,9 @@ def _read_torch(path: Path) -> object:
 
 
 def _prefix(missing: list[str], unexpected: list[str]) -> str:
-    """What stands before the names of a file, as `module.` of DataParallel; "" for nothing."""
-    return next((key.removesuffix(missing[0]) for key in unexpected if missing and key.endswith(f".{missing[0]}")), "")
+    """What stands before all names of a file, as `module.` of DataParallel; "" for nothing."""
+    ends = (key.removesuffix(missing[0]) for key in unexpected if missing and key.endswith(f".{missing[0]}"))
+    return next((prefix for prefix in ends if {prefix + key for key in missing} <= {*unexpected}), "")
 
 
 def _some(keys: list[str]) -> str:

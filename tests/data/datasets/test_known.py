@@ -219,9 +219,15 @@ def test_the_listing_of_ones_own(shelf: Path, tmp_path: Path, capsys: pytest.Cap
     assert f"{image.parent}: shop: train 1 image, 1 person, 1 camera." in own
     assert f"{street}: street: query 1 image, 1 person, 1 camera." in own
     assert own[-1].startswith(f"{other}: The manifest {other} lacks the column camid")
-    assert main(["datasets", str(other.parent), str(other), "--json"]) == 0
+    again = str(other.parent / ".." / "mine")
+    assert main(["datasets", str(other.parent), str(other), str(manifest), again, "--json"]) == 0
     (shop, wrong) = json.loads(capsys.readouterr().out)["own"]
     assert shop["splits"] == {"train": {"ids": 1, "cameras": 1, "images": 1}} and shop["name"] == "shop"
+    assert main(["datasets", str(manifest)]) == 0 and "Not found" not in capsys.readouterr().out
+    # From inside a known one nothing is listed but that one.
+    assert main(["datasets", str(shelf / "DukeMTMC-reID" / "bounding_box_train"), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert len(content["found"]) == 1 and content["own"] == []
     assert wrong["path"] == str(other) and "lacks the column camid" in wrong["error"] and wrong["splits"] == {}
 
 

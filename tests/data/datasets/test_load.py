@@ -1,5 +1,6 @@
 """Reading datasets: both layouts, their order, and one sentence for each mistake in them."""
 
+import os
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import Sample, TrainingSet, load_dataset
 from dan_fast.data.datasets.finding import IMAGE_SUFFIXES
-from dan_fast.data.datasets.known import find_datasets
+from dan_fast.data.datasets.known import Counts, counts_of, find_datasets
 from dan_fast.data.datasets.load import holds_dataset, read_targets, told_apart
 from dan_fast.training.config import DataConfig
 from dan_fast.training.sources import load_datasets
@@ -320,17 +321,32 @@ def test_hidden_files_are_no_images(market: Path) -> None:
     assert load_dataset(market) == before
 
 
-def test_what_looks_like_more_images_and_is_not_read_is_said(market: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (market / "query" / "Thumbs.db").touch()
-    (market / "query" / "more").mkdir()
-    load_dataset(market)
-    assert "NOT READ" not in caplog.text
+def test_what_looks_like_more_images_and_is_not_read_is_said(
+    market: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A thumbnail's folder, masks, poses, and a folder that may not be read.
+    own = next((market / "query").glob("*.jpg")).name
+    for name in ("@eaDir/a.jpg", f"masks/{own}", "closed/0009_c1s1_000151_02.jpg"):
+        tiny_image(market / "query" / name)
+    (market / "query" / "0009_c1s1_000151_02.json").touch()
+    listed = os.listdir
+
+    def refuse(path: os.PathLike) -> list[str]:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
     before = load_dataset(market)
+    assert "NOT READ" not in caplog.text
     tiny_image(market / "query" / "more" / "0001_c1s1_000151_02.jpg")
-    (market / "bounding_box_test" / "0001_c1s1_000151_02.avif").touch()
-    assert load_dataset(market) == before
-    assert f"1 images in folders below {market / 'query'} are NOT READ: move them up" in caplog.text
-    assert f"Files of .avif in {market / 'bounding_box_test'} are NOT READ: convert them" in caplog.text
+    (market / "bounding_box_test" / "0001_c1s1_000151_02.AVIF").touch()
+    assert load_datasets(DataConfig(labeled=[str(market)], targets=[str(market)])).targets[0].query == before.query
+    said = [line for line in caplog.messages if "NOT READ" in line]
+    assert said == [
+        f"Images in folders below {market / 'query'} are NOT READ (1): move them up, or write a manifest.",
+        f"Images of type .avif in {market / 'bounding_box_test'} are NOT READ: convert them to JPEG or PNG.",
+    ]
 
 
 def test_images_of_nobody_in_a_manifest_are_left_out_of_a_test_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -352,6 +368,7 @@ def test_the_contents_in_words(market: Path, tmp_path: Path) -> None:
     rows[1] = "images/b.jpg,7,1,query"
     said = load_dataset(write_manifest(tmp_path / "shop", *rows)).contents
     assert said.endswith("gallery 2 images, 2 persons, 1 camera, 1 of pid 0 as distractors")
+    assert counts_of(load_dataset(tmp_path / "shop"))["train"] == Counts(ids=0, cameras=0, images=1)
 
 
 def test_unlabelled_images_need_no_dataset(market: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
