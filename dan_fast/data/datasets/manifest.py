@@ -20,8 +20,8 @@ def read_manifest(file: Path, name: str) -> ReIDDataset:
     unknown.
 
     Raises:
-        DanFastError: a missing column, an unknown split, an invalid number (with its line), a path listed
-            twice, image files that do not exist, a file that is not CSV text.
+        DanFastError: a missing column, an unknown split, an invalid number (with its line), a path listed twice but
+            as query and gallery of one person and camera, image files that do not exist, a file that is not CSV text.
     """
     try:
         with open(file, newline="", encoding="utf-8-sig") as stream:
@@ -73,13 +73,16 @@ def _parse(reader: csv.DictReader, file: Path) -> list[tuple[str, Sample]]:
         sample = Sample(file.parent / values["path"], pid, _integer(values["camid"] or "-1", "camid", place))
         rows.append((values["split"], sample))
         lines.append((reader.line_num, values["path"]))
-    line_of: dict[str, int] = {}
-    for (line, name), path in zip(lines, real_paths(sample for _, sample in rows), strict=True):
-        first = line_of.setdefault(path, line)
-        if first != line:
-            raise DanFastError(
-                f"{file}, line {line}: {name} is already listed in line {first}; keep one of the two rows."
-            )
+    known: dict[str, dict[str, tuple[int, Sample]]] = {}
+    places = real_paths(sample for _, sample in rows)
+    for (line, name), path, (split, sample) in zip(lines, places, rows, strict=True):
+        for other, (first, same) in known.get(path, {}).items():
+            # A query may be in the gallery too, where it is no match of itself: it is of its own camera.
+            if {split, other} != {"query", "gallery"} or sample[1:] != same[1:]:
+                raise DanFastError(
+                    f"{file}, line {line}: {name} is already listed in line {first}; keep one of the two rows."
+                )
+        known.setdefault(path, {})[split] = line, sample
     return rows
 
 

@@ -11,6 +11,7 @@ from dan_fast.data import Sample, TrainingSet, load_dataset
 from dan_fast.data.datasets.finding import IMAGE_SUFFIXES
 from dan_fast.data.datasets.known import Counts, counts_of, find_datasets
 from dan_fast.data.datasets.load import holds_dataset, read_targets, told_apart
+from dan_fast.evaluation import evaluate_dataset
 from dan_fast.training.config import DataConfig
 from dan_fast.training.sources import load_datasets
 from tests.support.dataset_shelf import tiny_image
@@ -148,6 +149,23 @@ def test_manifest_with_a_wrong_row(tmp_path: Path, row: str, expected: str) -> N
     (tmp_path / "linked").symlink_to(tmp_path / "images")
     message = sentence(file)
     assert f"line 3: {expected}" in message and "manifest.csv" in message
+
+
+def test_a_query_may_be_in_the_gallery_as_the_same_person_by_the_same_camera(tmp_path: Path) -> None:
+    rows = ["images/a.jpg,1,1,query", "images/b.jpg,1,2,gallery", "images/a.jpg,1,1,gallery"]
+    dataset = load_dataset(write_manifest(tmp_path, *rows))
+    assert dataset.query[0] == dataset.gallery[1]
+    result = evaluate_dataset(lambda x: x.flatten(1), dataset, image_size=(8, 4), workers=0)
+    assert (result.mAP, result.num_gallery) == (1.0, 2)
+    for again in (
+        "images/a.jpg,1,1,query",
+        "images/a.jpg,1,2,query",
+        "images/a.jpg,2,1,query",
+        "images/a.jpg,1,1,test",
+    ):
+        assert "line 5: images/a.jpg is already listed in line 2" in sentence(write_manifest(tmp_path, *rows, again))
+    for other in ("images/a.jpg,1,2,gallery", "images/a.jpg,2,1,gallery"):
+        assert "line 3: images/a.jpg is already listed in line 2" in sentence(write_manifest(tmp_path, rows[0], other))
 
 
 def test_a_manifest_row_with_too_few_columns(tmp_path: Path) -> None:
