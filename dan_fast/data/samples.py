@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,6 +97,9 @@ class ReIDDataset:
         single_shot: whether a query is searched for in one gallery image of each person only, drawn anew many times.
         identities: a name for the numbering of persons, where it is not that of all datasets of this root; two datasets
             of one numbering have the same person for the same pid.
+
+    Raises:
+        TypeError: a pid or camid that is no whole number.
     """
 
     name: str
@@ -108,6 +112,13 @@ class ReIDDataset:
     splits: FixedSplits | None = None
     single_shot: bool = False
     identities: str = ""
+
+    def __post_init__(self) -> None:
+        for split in SPLITS:
+            for path, *numbers in getattr(self, split):
+                for name, number in zip(("pid", "camid"), numbers, strict=True):
+                    if type(number) is not int and not isinstance(number, Integral):
+                        raise TypeError(f"The {name} of {path} is {number!r}: number persons and cameras from 0.")
 
     @property
     def title(self) -> str:

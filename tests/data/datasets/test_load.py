@@ -4,10 +4,11 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.data import Sample, TrainingSet, load_dataset
+from dan_fast.data import ReIDDataset, Sample, TrainingSet, load_dataset
 from dan_fast.data.datasets.finding import IMAGE_SUFFIXES
 from dan_fast.data.datasets.known import Counts, counts_of, find_datasets
 from dan_fast.data.datasets.load import holds_dataset, read_targets, told_apart
@@ -374,6 +375,15 @@ def test_images_of_nobody_in_a_manifest_are_left_out_of_a_test_aloud(tmp_path: P
     assert (
         f"2 query, gallery or test images of {tmp_path / 'manifest.csv'} have no pid and are LEFT OUT." in caplog.text
     )
+
+
+@pytest.mark.parametrize(
+    ("pid", "camid", "said"), [("anna", 1, "pid of a.jpg is 'anna'"), (1, 2.0, "camid of a.jpg is 2.0")]
+)
+def test_persons_and_cameras_are_numbers(pid: object, camid: object, said: str) -> None:
+    with pytest.raises(TypeError, match=f"The {said}: number persons and cameras from 0."):
+        ReIDDataset("shop", Path("shop"), query=(Sample(Path("a.jpg"), pid, camid),))
+    ReIDDataset("shop", Path("shop"), query=(Sample(Path("a.jpg"), np.int64(3), np.uint8(1)),))
 
 
 def test_the_contents_in_words(market: Path, tmp_path: Path) -> None:
