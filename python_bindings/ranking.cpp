@@ -83,6 +83,12 @@ auto for_type(const std::string& name, const Work& work) {
   refuse("no kernels for " + name);
 }
 
+// Python's handlers of signals, Ctrl-C's among them, which only see the interpreter; without the GIL before and after.
+void poll_signals() {
+  const py::gil_scoped_acquire acquire;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
 Array<double> square_norms_of(const py::array& features, const std::string& dtype, int64_t threads) {
   return for_type(dtype, [&](auto storage, auto) {
     using S = decltype(storage);
@@ -90,7 +96,7 @@ Array<double> square_norms_of(const py::array& features, const std::string& dtyp
     Array<double> norms(matrix.rows);
     double* out = norms.mutable_data();
     const py::gil_scoped_release release;
-    square_norms(matrix.data, matrix.stride, matrix.rows, matrix.columns, threads, out);
+    square_norms(matrix.data, matrix.stride, matrix.rows, matrix.columns, threads, poll_signals, out);
     return norms;
   });
 }
@@ -107,7 +113,7 @@ py::object distances_ranks(const py::array& distances, const std::string& dtype,
     bool numbers;
     {
       const py::gil_scoped_release release;
-      numbers = rank_distances<S, decltype(arithmetic)>(rows, pairs, threads);
+      numbers = rank_distances<S, decltype(arithmetic)>(rows, pairs, threads, poll_signals);
     }
     if (!numbers) return py::none();
     return std::move(ranks);
@@ -138,7 +144,7 @@ Array<int64_t> features_ranks(const py::array& query, const py::array& gallery_f
                               largest_gallery_norm,
                               scale};
     const py::gil_scoped_release release;
-    rank_features<S, decltype(arithmetic)>(rows, pairs, threads);
+    rank_features<S, decltype(arithmetic)>(rows, pairs, threads, poll_signals);
     return ranks;
   });
 }

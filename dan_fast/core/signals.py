@@ -1,10 +1,40 @@
-"""Ctrl-C, SIGTERM and SIGHUP as a request that a loop looks at where it can stop."""
+"""Ctrl-C, SIGTERM and SIGHUP as a request that a loop looks at where it can stop, or that waits for a few lines."""
 
 import os
 import signal
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """A context in which no Ctrl-C is raised; one that came meanwhile is raised when it is left.
+
+    Python raises it in the main thread alone, so nothing is done in others; nor where something else than Python's own
+    handlers takes the signal.
+
+    Example:
+        >>> with interrupts_held():
+        ...     done = "both, or neither"
+    """
+    handler, noted = signal.getsignal(signal.SIGINT), []
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+
+    def note(*given: Any) -> None:
+        noted.append(given)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if noted:
+            handler(*noted[0])
 
 
 class StopRequest:

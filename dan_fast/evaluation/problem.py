@@ -156,7 +156,7 @@ def check_block_bytes(block_bytes: int) -> None:
 
 
 def as_tensor(value: ArrayLike, name: str) -> Tensor:
-    """The numbers of an argument without their graph, or a ValueError naming what is missing, complex or no number."""
+    """The numbers of an argument without their graph, or a ValueError naming what is missing, complex or no tensor."""
     if value is None:
         raise ValueError(f"{name} is missing; ranking needs it.")
     try:
@@ -169,7 +169,9 @@ def as_tensor(value: ArrayLike, name: str) -> Tensor:
         ) from error
     if tensor.is_complex():
         raise ValueError(f"{name} is complex; it must hold real numbers.")
-    return tensor
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise ValueError(f"{name} is sparse or has no numbers (meta); it must be a dense tensor.")
+    return tensor.resolve_neg()
 
 
 def _native(value: ArrayLike) -> np.ndarray:

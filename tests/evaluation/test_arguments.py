@@ -35,6 +35,8 @@ REFUSED_BY_ALL = [
     # Distances add up four of them.
     ({"gallery_features": FEATURES.double() * 1.2e154, "metric": "euclidean"}, "gallery_features holds numbers whose"),
     ({"query_features": FEATURES * 1j}, "query_features is complex"),
+    ({"query_features": torch.eye(2).to_sparse()}, r"query_features is sparse or has no numbers \(meta\)"),
+    ({"gallery_features": torch.empty(2, 2, device="meta")}, "gallery_features is sparse or has no numbers"),
 ]
 EVALUATIONS = (evaluate_ranking, evaluate_single_shot, evaluate_reranked)
 

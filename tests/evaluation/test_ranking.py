@@ -1,9 +1,11 @@
 """Ranks as counts against a ranking that sorts: the same CMC to the last bit, whatever path, type, block and order."""
 
 import itertools
+import signal
 import subprocess
 import sys
 import threading
+import time
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -302,6 +304,43 @@ def test_unsigned_distances_of_64_bits_are_in_order(path):
     distances = np.array([[2**63 + 5, 3, 2**63 + 9], [2**64 - 1, 2**63, 2**63 - 1]], np.uint64)
     labels = [1, 2], [1, 2, 3], [0, 0], [1, 1, 1]
     assert rank_distances(distances, *labels).mAP == 0.5
+
+
+def test_a_tensor_with_the_negative_bit_is_ranked():
+    query, gallery = torch.randn(5, 7), torch.randn(20, 7)
+    labels = torch.arange(5), torch.arange(20) % 5, torch.zeros(5).long(), torch.ones(20).long()
+    minus = torch._neg_view(-query)
+    assert (
+        minus.is_neg()
+        and evaluate_ranking(minus, gallery, *labels).mAP == evaluate_ranking(query, gallery, *labels).mAP
+    )
+
+
+class _Alarm(Exception):
+    pass
+
+
+@needs_module
+def test_a_signal_is_heard_while_queries_are_compared():
+    """Ctrl-C in an evaluation: one call compares thousands of queries with the whole gallery."""
+    query, gallery = torch.randn(700, 1024), torch.randn(20_000, 1024)
+    labels = torch.arange(700), torch.arange(20_000) % 700, torch.zeros(700).long(), torch.ones(20_000).long()
+
+    def ring(number, frame):
+        raise _Alarm
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    started = time.perf_counter()
+    try:
+        evaluate_ranking(query, gallery, *labels)
+        whole = time.perf_counter() - started
+        signal.setitimer(signal.ITIMER_REAL, 0.4 * whole)
+        with pytest.raises(_Alarm):
+            evaluate_ranking(query, gallery, *labels)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert time.perf_counter() - started < 1.85 * whole
 
 
 @needs_module

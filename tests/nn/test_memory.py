@@ -2,6 +2,8 @@
 
 import copy
 import io
+import os
+import signal
 from contextlib import nullcontext
 from unittest.mock import Mock
 
@@ -11,9 +13,9 @@ import torch
 from torch import func, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dan_fast import MemoryState, functional, reference
+from dan_fast import MemoryState, _extension, functional, reference
 from dan_fast.core.types import MemoryStep
-from dan_fast.functional.memory import pending, step
+from dan_fast.functional.memory import passes, pending, step
 from dan_fast.nn import ProgressiveAugmentedMemory
 from dan_fast.nn import memory as memories
 from dan_fast.training.determinism import deterministic_algorithms
@@ -588,6 +590,32 @@ def test_an_interrupted_write_is_written_once(monkeypatch, error):
     with pytest.raises(error):
         memory(*second)
     monkeypatch.undo()
+    assert_states_close(memory.labeled, twin.labeled)
+    torch.testing.assert_close(memory(*second).loss, twin(*second).loss)
+    assert_states_close(memory.unlabeled, twin.unlabeled)
+
+
+@pytest.mark.parametrize("place", ["before the pass", "between two pieces"])
+def test_an_interrupt_in_a_write_comes_when_all_of_it_is_made(monkeypatch, place):
+    """By the signal itself; PyTorch's form goes through the slots in pieces."""
+    memory, twin, (_, second) = stepped(1), stepped(1), batches(2)
+    first = place == "before the pass"
+    owner, name = (pending, "memory_commit_scores_") if first else (torch.Tensor, "masked_fill_")
+    call, calls = getattr(owner, name), []
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == 1 + (not first):
+            os.kill(os.getpid(), signal.SIGINT)
+        return call(*given)
+
+    monkeypatch.setattr(passes, "_ROWS", 2)
+    with nullcontext() if first else _extension.disabled():
+        monkeypatch.setattr(owner, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            memory(*second)
+        monkeypatch.undo()
+    assert len(calls) > 1 or first
     assert_states_close(memory.labeled, twin.labeled)
     torch.testing.assert_close(memory(*second).loss, twin(*second).loss)
     assert_states_close(memory.unlabeled, twin.unlabeled)

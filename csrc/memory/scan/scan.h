@@ -31,7 +31,7 @@ template <typename T>
 struct MemoryAfter {
   T* square_norms;      // (s,)
   T* usage;             // (s,)
-  T* evaluation;        // (s,) after the last write, 0 where empty
+  T* evaluation;        // (s,) after the last write; as it was where there is none
   T* kept;              // (s,) 1, or 0 where the slot was cleared
   T* held;              // (steps, s) share of key u that slot i still holds
   int64_t* labels;      // (s,)

@@ -19,6 +19,7 @@ from torch._guards import detect_fake_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dan_fast.core.cosine import statistics_dtype
+from dan_fast.core.signals import interrupts_held
 from dan_fast.core.types import MemoryState, MemoryStep
 from dan_fast.functional.memory.passes import memory_combine, memory_commit, memory_commit_scores_, memory_scores
 from dan_fast.functional.products import product
@@ -218,19 +219,15 @@ class PendingMemory:
         return len(self._base.holders) > 1 or self._base.is_read_by_a_graph()
 
     def _commit_in_place(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        pending, norms = (self.kept, self.weights, self.keys), self.square_norms
-        # Before the pass, not after it: Ctrl-C during the pass is raised when it has ended, and writes that still
-        # waited would then be written a second time.
-        self.kept = self.weights = self.keys = self.square_norms = None
-        version = self.base._version
-        try:
-            scores, norms_of_rows = memory_commit_scores_(self.base, *self._of_rows(*pending), keys.detach())
-        except Exception:
-            # Refused, or out of memory: nothing has been written, unless what failed came after it, as scores may.
-            if self.base._version == version:
-                (self.kept, self.weights, self.keys), self.square_norms = pending, norms
-            raise
-        return scores, norms_of_rows
+        version, given = self.base._version, self._of_rows(self.kept, self.weights, self.keys)
+        # Ctrl-C in between would leave writes that are both made and waiting, or of which a part is made.
+        with interrupts_held():
+            try:
+                return memory_commit_scores_(self.base, *given, keys.detach())
+            finally:
+                # Refused, or out of memory: nothing has been written, unless what failed came after it, as scores may.
+                if self.base._version != version:
+                    self.kept = self.weights = self.keys = self.square_norms = None
 
     def _of_rows(self, kept: Tensor, weights: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is pending for the rows of `base`."""
