@@ -610,10 +610,15 @@ def test_an_interrupt_in_a_write_comes_when_all_of_it_is_made(monkeypatch, place
         return call(*given)
 
     monkeypatch.setattr(passes, "_ROWS", 2)
-    with nullcontext() if first else _extension.disabled():
-        monkeypatch.setattr(owner, name, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            memory(*second)
+    # A job in the background of a shell ignores Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with nullcontext() if first else _extension.disabled():
+            monkeypatch.setattr(owner, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                memory(*second)
+    finally:
+        signal.signal(signal.SIGINT, before)
         monkeypatch.undo()
     assert len(calls) > 1 or first
     assert_states_close(memory.labeled, twin.labeled)

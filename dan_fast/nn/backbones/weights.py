@@ -33,13 +33,14 @@ def read_state_dict(path: Path, owner: str) -> dict[str, Tensor]:
         read, kind = _read_torch, "file of torch.save"
     try:
         state = read(path)
-    except UnpicklingError as error:
-        raise DanFastError(
-            f"the weights file {path} holds other objects than tensors, or is no file of torch.save: load it where you "
-            f"trust it, by torch.load(..., weights_only=False), and save the state dict of {owner} alone"
-        ) from error
     # Damaged bytes can make the unpickler raise almost anything.
     except Exception as error:
+        if isinstance(error, UnpicklingError) and "Unsupported global" in str(error):
+            raise DanFastError(
+                f"the weights file {path} holds other objects than tensors, so it is no file of torch.save to be read: "
+                "load it where you trust it, by torch.load(..., weights_only=False), and save the state dict of "
+                f"{owner} alone"
+            ) from error
         raise DanFastError(
             f"the weights file {path} is damaged or no {kind} ({type(error).__name__}); "
             f"download it again or save the state dict of {owner} in it"
