@@ -37,7 +37,7 @@ def write_table(runs: Sequence[PlannedRun], results: str, path: Path) -> None:
         values = [run.name, run.arm, *(_cell(settings[name]) for name in names)]
         with suppress(OSError, ValueError, TypeError, KeyError):
             content = json.loads((run.folder / results).read_text(encoding="utf-8"))
-            for found in map(Evaluation.from_dict, content["targets"]):
+            for found in [Evaluation.from_dict(each) for each in content["targets"]]:
                 figures = [round(figure, 4) for figure in found.percentages().values()]
                 writer.writerow([*values, found.title, *figures, found.num_query, found.num_gallery])
     write_text(path, stream.getvalue())

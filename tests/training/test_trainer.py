@@ -219,6 +219,10 @@ def test_a_second_run_in_the_same_folder_is_refused(images, finished):
     longer = "optimizer.epochs is 2 here and 1 there.*may start from its weights, --model.weights .*checkpoint.pt"
     with pytest.raises(DanFastError, match=longer):
         Trainer(config(images, finished, optimizer={"epochs": 2}, run=RESUME))
+    with pytest.raises(
+        DanFastError, match=r"model.instance_norm is .* or another run\.out\.$"
+    ):  # whose weights do not fit
+        Trainer(config(images, finished, optimizer=ONE_EPOCH, model={"instance_norm": True}, run=RESUME))
     with pytest.raises(DanFastError, match="meta.eta is 2.0 here and 1.0 there.*may start from its weights"):
         Trainer(config(images, finished, optimizer=ONE_EPOCH, meta={"eta": 2.0}, run=RESUME))
     assert (finished / "checkpoint.pt").read_bytes() == before

@@ -37,9 +37,8 @@ def read_state_dict(path: Path, owner: str) -> dict[str, Tensor]:
     except Exception as error:
         if isinstance(error, UnpicklingError) and "Unsupported global" in str(error):
             raise DanFastError(
-                f"the weights file {path} holds other objects than tensors, so it is no file of torch.save to be read: "
-                "load it where you trust it, by torch.load(..., weights_only=False), and save the state dict of "
-                f"{owner} alone"
+                f"the weights file {path} holds other objects than tensors, which are not read: load it where you "
+                f"trust it, by torch.load(..., weights_only=False), and save the state dict of {owner} alone"
             ) from error
         raise DanFastError(
             f"the weights file {path} is damaged or no {kind} ({type(error).__name__}); "

@@ -224,10 +224,13 @@ def test_the_listing_of_ones_own(shelf: Path, tmp_path: Path, capsys: pytest.Cap
     (shop, wrong) = json.loads(capsys.readouterr().out)["own"]
     assert shop["splits"] == {"train": {"ids": 1, "cameras": 1, "images": 1}} and shop["name"] == "shop"
     assert main(["datasets", str(manifest)]) == 0 and "Not found" not in capsys.readouterr().out
-    # From inside a known one nothing is listed but that one.
-    assert main(["datasets", str(shelf / "DukeMTMC-reID" / "bounding_box_train"), "--json"]) == 0
+    # From inside a known one nothing is listed but that one, though the place may be in the Market-1501 layout.
+    boxes = [tmp_path / "cuhk03-np" / kind for kind in ("detected", "labeled")]
+    for folder in boxes:
+        tiny_image(folder / "bounding_box_train" / "0001_c1_1.png")
+    assert main(["datasets", str(boxes[0]), "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert len(content["found"]) == 1 and content["own"] == []
+    assert {each["name"] for each in content["found"]} == {"cuhk03"} and content["own"] == []
     assert wrong["path"] == str(other) and "lacks the column camid" in wrong["error"] and wrong["splits"] == {}
 
 
