@@ -39,7 +39,7 @@ from dan_fast.training.build import initial_network, network_of
 from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.config import CacheCheck, ModelConfig, Paths, Precision, as_list
 from dan_fast.training.recipes import recipe_words
-from dan_fast.training.reported import epoch_of, seen_of
+from dan_fast.training.reported import epoch_of, of_its_own_cameras, seen_of
 from dan_fast.training.starting import hash_of_start, start_of
 
 _LOG = logging.getLogger(__name__)
@@ -177,7 +177,9 @@ def evaluate(
         table.add_row(Text(evaluation.title), name, *evaluation.row())
     Console().print(table)
     for dataset in datasets:
-        print(f"{dataset.contents}.")
+        own = of_its_own_cameras(state, dataset)
+        known = "; the network was trained on this set, whose cameras are no unseen ones" if own else ""
+        print(f"{dataset.contents}{known}.")
     for name, evaluation in results:
         print(f"{evaluation.title}, {name}: {evaluation.conditions_and_recipe}.")
     if place.type == "cpu" and precision == "bfloat16":

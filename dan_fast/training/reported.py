@@ -13,7 +13,7 @@ from dan_fast.core.files import write_text
 from dan_fast.core.float32 import BFLOAT16_ON_A_CPU, float32_rounding
 from dan_fast.data import ReIDDataset
 from dan_fast.data.named_protocols import DatasetRoles
-from dan_fast.data.overlap import persons_in_both, taken_for_one
+from dan_fast.data.overlap import numbering_of, persons_in_both, taken_for_one
 from dan_fast.evaluation import COLUMNS, Evaluation
 from dan_fast.training.checkpoint import fitting_this_version, load_checkpoint, save_checkpoint
 from dan_fast.training.config import RunConfig, TrainConfig, goes_on
@@ -51,6 +51,11 @@ def seen_of(state: dict[str, Any], target: ReIDDataset) -> str:
     both = persons_in_both(trained, target, set(state["images"].tolist()) if "images" in state else frozenset())
     before = ["persons that its first weights were trained on not recorded"] if state.get("unrecorded") else []
     return ", ".join([f"{len(both)} {SEEN}"] * bool(both) + before)
+
+
+def of_its_own_cameras(state: dict[str, Any], target: ReIDDataset) -> bool:
+    """Whether a checkpoint's network was trained on images of the set that a target is of, as far as known."""
+    return numbering_of(target) in state.get("persons", {})
 
 
 class EpochChoice:

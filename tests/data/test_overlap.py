@@ -10,7 +10,7 @@ from dan_fast.data import ReIDDataset, Sample, TrainingSet, load_dataset
 from dan_fast.data.named_protocols import DatasetRoles
 from dan_fast.data.overlap import persons_in_both, persons_tested, taken_for_one
 from dan_fast.training.config import DataConfig, TrainConfig
-from dan_fast.training.reported import SEEN, opening_lines, seen_of
+from dan_fast.training.reported import SEEN, of_its_own_cameras, opening_lines, seen_of
 from dan_fast.training.sources import load_datasets
 from tests.support.dataset_shelf import touch
 from tests.support.refusals import refusal
@@ -171,3 +171,5 @@ def test_a_checkpoint_tells_how_many_of_a_targets_persons_were_trained_on() -> N
     assert seen_of({"persons": persons}, target) == f"1 {SEEN}"
     assert seen_of({}, target) == "", "older checkpoints do not know"
     assert seen_of({"persons": {"/data/duke": persons["/data/market"]}}, target) == ""
+    assert of_its_own_cameras({"persons": persons}, target) and not of_its_own_cameras({}, target)
+    assert not of_its_own_cameras({"persons": {"/data/duke": persons["/data/market"]}}, target)
