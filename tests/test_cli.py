@@ -83,7 +83,7 @@ def test_evaluate_prints_a_table_and_writes_json(run, images, tmp_path, capsys):
     ]
     assert all(0 <= row["mAP"] <= 1 for row in rows)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "untrained" in printed and "; the network was trained on this set, whose cameras are no unseen" in printed
+    assert "untrained" in printed and "campus: the network was trained on images of this set" in printed
 
 
 @pytest.mark.slow

@@ -160,7 +160,9 @@ def evaluate(
                 scoring = {"metric": metric, "ap": ap, "reranking": Reranking() if rerank else None}
                 evaluation = evaluate_features(features, repeats, seed, **scoring, process_group=process_group)
                 if name == "trained":
-                    evaluation = replace(evaluation, **conditions, seen=seen_of(state, dataset))
+                    known = of_its_own_cameras(state, dataset)
+                    seen = seen_of(state, dataset)
+                    evaluation = replace(evaluation, **conditions, seen=seen, known_cameras=known)
                 elif name == "initial":
                     evaluation = replace(evaluation, seen=seen_of(start, dataset))
                 results.append((name, evaluation))
@@ -177,9 +179,9 @@ def evaluate(
         table.add_row(Text(evaluation.title), name, *evaluation.row())
     Console().print(table)
     for dataset in datasets:
-        own = of_its_own_cameras(state, dataset)
-        known = "; the network was trained on this set, whose cameras are no unseen ones" if own else ""
-        print(f"{dataset.contents}{known}.")
+        print(f"{dataset.contents}.")
+    for title in (evaluation.title for name, evaluation in results if name == "trained" and evaluation.known_cameras):
+        print(f"{title}: the network was trained on images of this set, whose cameras are no unseen ones.")
     for name, evaluation in results:
         print(f"{evaluation.title}, {name}: {evaluation.conditions_and_recipe}.")
     if place.type == "cpu" and precision == "bfloat16":

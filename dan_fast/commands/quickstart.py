@@ -21,6 +21,7 @@ from dan_fast.data.synthetic import synthesize
 from dan_fast.evaluation import DatasetFeatures, Evaluation, evaluate_features, extract_dataset
 from dan_fast.nn import DAN
 from dan_fast.reporting import Figure, Table, plot_attention, plot_curves, plot_ranked_lists, write_report
+from dan_fast.reporting.canvas import spread_evenly
 from dan_fast.reporting.run_figures import CURVES, HEAT_MAPS
 from dan_fast.training import TrainConfig, Trainer
 from dan_fast.training.build import initial_network
@@ -214,8 +215,7 @@ def _evaluate(
 
 
 def _plot_attention(network: DAN, dataset: ReIDDataset, path: Path, count: int = 8) -> None:
-    step = max(1, len(dataset.query) // count)
-    samples = dataset.query[::step][:count]
+    samples = spread_evenly(dataset.query, count)
     images, _ = next(iter(image_loader(samples, IMAGE_SIZE, batch_size=count, preprocessing=network.preprocessing)))
     with torch.inference_mode():
         attention = network(images.to(next(network.parameters()).device)).spatial_attention.cpu()

@@ -1,7 +1,7 @@
 """The result of scoring one embedding on one dataset: its figures and the conditions that they belong to."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 COLUMNS = ("R1", "R5", "R10", "mAP", "mINP")
@@ -31,6 +31,7 @@ class Evaluation:
         rounding: of float32 numbers by the device all the same, in words ("TF32 in convolutions"); "" for none.
         seen: how many of the persons tested on the network was trained on, in words; "" for none, as far as known.
         unmatched: queries without a match, of all splits together, which are left out.
+        known_cameras: whether the network was trained on images of the set that the dataset is of, as far as known.
     """
 
     dataset: str
@@ -57,6 +58,8 @@ class Evaluation:
     rounding: str = ""
     seen: str = ""
     unmatched: int = 0
+    # Older results do not say it, and yet are the same figures.
+    known_cameras: bool = field(default=False, compare=False)
 
     @property
     def scoring(self) -> str:

@@ -29,7 +29,7 @@ class ArmRun(NamedTuple):
         scores: for each target the figures in percent, by the names of :data:`METRICS`.
         iterations: of the training; None where they were not recorded.
         seconds: that it took, evaluation included; None where they were not recorded.
-        trained_on: titles of the datasets it learnt from, labelled or not.
+        trained_on: titles of the datasets it learnt from, labelled or not, in trainings before it too as far as known.
         timed_on: the devices and numbers of threads on which its seconds depend, as its processes had them; in results
             of older versions the one of run.device and of the sweep, None where it was not recorded.
         images: what it learnt from by the names of the settings, and the images themselves; None in results of older
@@ -315,7 +315,9 @@ def _read_run(folder: Path, entry: Mapping[str, Any]) -> ArmRun | str:
     # Which share of the unlabelled images is taken, if not all, the seed decides.
     named = [str(content.get(name)) for name in data] + ([] if content.get(data[2]) in (0, 1) else [str(entry["seed"])])
     images = (", ".join(named), content["fingerprint"]) if "fingerprint" in content else None
-    trained_on = frozenset((*content.get("labeled", ()), *content.get("unlabeled", ())))
+    # A training before it, from whose weights it started, learnt from sets too.
+    known = [each.title for each in evaluations if each.known_cameras]
+    trained_on = frozenset((*content.get("labeled", ()), *content.get("unlabeled", ()), *known))
     ran_under = tuple(content.get("ran_under", ()))
     # A setting such as auto means another device on another machine, so that what the training found comes first.
     timed_on = tuple(dict.fromkeys((each.get("device"), each.get("threads")) for each in ran_under or (entry,)))

@@ -1,10 +1,14 @@
 """What all pictures have in common: colours, text sizes and how they are written."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font_names
 
 from dan_fast.core.files import write_whole
 
@@ -12,8 +16,9 @@ from dan_fast.core.files import write_whole
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 RIGHT, WRONG, NEUTRAL = "#009E73", "#D55E00", "#5B6470"
 
+# For names of runs and datasets in scripts that the first one lacks, where they are installed.
+_FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC")
 _STYLE = {
-    "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -35,7 +40,8 @@ _STYLE = {
 
 def style() -> matplotlib.RcParams:
     """Context in which pictures are drawn: ``with style(): figure = Figure(...)``."""
-    return matplotlib.rc_context(_STYLE)
+    there = set(get_font_names())
+    return matplotlib.rc_context(_STYLE | {"font.family": [font for font in _FONTS if font in there]})
 
 
 def legend_label(name: str) -> str:
@@ -46,6 +52,17 @@ def legend_label(name: str) -> str:
         (False, True, 'a_b')
     """
     return f"\u200b{name}" if name.startswith("_") else name
+
+
+def spread_evenly(items: Sequence[Any], count: int) -> list[Any]:
+    """At most so many of the items that a picture shows, from the first to the last at equal distances.
+
+    Example:
+        >>> spread_evenly("abcdefg", 3), spread_evenly("ab", 3)
+        (['a', 'd', 'g'], ['a', 'b'])
+    """
+    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[place] for place in places]
 
 
 def show_image(axes: Axes, pixels: object, colour: str | None = None, width: float = 0.8) -> None:

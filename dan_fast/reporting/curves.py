@@ -4,13 +4,17 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.compat.proto.event_pb2 import SessionLog
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.reporting.canvas import COLOURS, save_png, style
@@ -42,8 +46,9 @@ def read_scalars(run_dir: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]
     """Every scalar of a run as (steps, values), int64 and float64, without what a resumed run did again.
 
     After a crash a run goes on from its last checkpoint and logs some steps a second time. At each point that
-    steps back all that was logged for this step and later ones is forgotten. The order is that of writing, and of the
-    numbers of the files; timestamps are not used.
+    steps back all that was logged for this step and later ones is forgotten: of each tag, and of all where a file says
+    from which step on the run went on. The order is that of writing, and of the numbers of the files; timestamps are
+    not used.
 
     Args:
         run_dir: a run's folder, with event files in its ``tensorboard`` folder.
@@ -59,11 +64,14 @@ def read_scalars(run_dir: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]
         # 0: all of them, not a sample.
         events = EventAccumulator(str(file), size_guidance={"scalars": 0})
         events.Reload()
+        if (start := _goes_on_from(file)) is not None:
+            for tag, earlier in logged.items():
+                logged[tag] = [event for event in earlier if event.step < start]
         for tag in events.Tags()["scalars"]:
             logged[tag] += events.Scalars(tag)
     if not logged:
         raise DanFastError(f"{folder} holds no scalar yet; let the run log at least one step.")
-    return {tag: _without_replays(events) for tag, events in logged.items()}
+    return {tag: _without_replays(events) for tag, events in logged.items() if events}
 
 
 def plot_curves(run_dir: str | Path, out_png: str | Path) -> Path:
@@ -111,6 +119,12 @@ def _order_of_writing(file: Path) -> tuple[int, list[int], str]:
     return part_of_run(file), [int(digits) for digits in re.findall(r"\d+", file.name)], file.name
 
 
+def _goes_on_from(file: Path) -> int | None:
+    """The step from which on a run went on with an event file, `purge_step` of its writer; None where it began."""
+    first = islice(EventFileLoader(str(file)).Load(), 3)
+    return next((event.step for event in first if event.session_log.status == SessionLog.START), None)
+
+
 def _without_replays(events: Sequence[ScalarEvent]) -> tuple[np.ndarray, np.ndarray]:
     kept: list[ScalarEvent] = []
     for event in events:
@@ -137,7 +151,7 @@ def _order(tag: str) -> tuple[int, str, bool, str]:
 
 
 def _draw_panel(axes: Axes, panel: str, curves: list[tuple[str, np.ndarray, np.ndarray]]) -> None:
-    axes.set_title(_TITLES.get(panel, panel.replace("eval/", "Evaluation: ").replace("_", " ")))
+    axes.set_title(fill(_TITLES.get(panel, panel.replace("eval/", "Evaluation: ").replace("_", " ")), 44))
     for place, (tag, steps, values) in enumerate(curves[:_MOST_LINES]):
         colour, label = COLOURS[place], tag.rsplit("/", 1)[-1].replace("_", " ")
         if len(steps) < _SMOOTH_FROM:

@@ -49,8 +49,10 @@ class Line:
 def models(runs: Sequence[Run]) -> list[Line]:
     """Fig. 6: runs of several models, a line for each choice of all other settings."""
 
-    def place(name: str) -> tuple[int, str]:
-        return (FIG6_ORDER.index(name) if name in FIG6_ORDER else len(FIG6_ORDER)), name
+    def place(name: str) -> tuple[int, list[str | int]]:
+        # r = 4 comes before r = 16.
+        words = [int(word) if word.isdecimal() else word for word in re.split(r"(\d+)", name)]
+        return (FIG6_ORDER.index(name) if name in FIG6_ORDER else len(FIG6_ORDER)), words
 
     lines = _lines(runs, lambda run: run.model, lambda run: _rest(run, *_MODEL))
     return [Line(line.label, {name: line.points[name] for name in sorted(line.points, key=place)}) for line in lines]

@@ -15,6 +15,7 @@ _MARKERS = ("o", "s", "^")
 _LABELS_SHOWN = len(COLOURS) * 2
 _BLOCK = 1024  # slots whose cosines with all are held at a time
 _FEWEST = 4  # t-SNE needs a neighbour and more points than its perplexity
+MOST_SLOTS = 2000  # t-SNE of more takes minutes
 MEMORIES = {"labeled": "M, labels", "unlabeled": "M′, pseudo labels"}
 
 
@@ -108,11 +109,12 @@ def sample(slots: Slots, most: int, seed: int = 0) -> Slots:
     return Slots(slots.features[chosen], slots.labels[chosen])
 
 
-def plot_memories(slots: dict[str, Slots], out_png: str | Path, seed: int = 0) -> Path:
+def plot_memories(slots: dict[str, Slots], out_png: str | Path, seed: int = 0, most: int = MOST_SLOTS) -> Path:
     """Fig. 10: the slots of M by label and of M' by pseudo label, in two panels.
 
     The most frequent labels of both have a colour and a marker, the same in both panels; the others are grey.
-    Distances in the plane show which slots are neighbours, but not how far apart groups are: there are no units.
+    Distances in the plane show which slots are neighbours, but not how far apart groups are: there are no units. Of
+    more than `most` slots of a memory so many are drawn, at random by the seed.
 
     Raises:
         ValueError: features that are not finite.
@@ -128,9 +130,11 @@ def plot_memories(slots: dict[str, Slots], out_png: str | Path, seed: int = 0) -
     with style():
         figure = Figure(figsize=(10.4, 4.9), layout="constrained")
         for axes, (memory, title) in zip(figure.subplots(1, 2), MEMORIES.items(), strict=True):
-            axes.set_title(f"{title}: {slots[memory].describe()}")
+            drawn = sample(slots[memory], most, seed)
+            part = f", {most} of them drawn" if drawn is not slots[memory] else ""
+            axes.set_title(f"{title}: {slots[memory].describe()}{part}")
             axes.set(xticks=[], yticks=[], xlabel="t-SNE, first axis (no unit)", ylabel="t-SNE, second axis (no unit)")
-            _draw(axes, slots[memory], shown, seed)
+            _draw(axes, drawn, shown, seed)
         handles = [_dot(axes, place, f"label {label}") for place, label in enumerate(shown)]
         if len(labels) > len(shown):
             handles += axes.plot(

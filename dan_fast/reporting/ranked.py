@@ -14,7 +14,7 @@ from dan_fast.data.images.reading import read_image
 from dan_fast.evaluation.features import Features
 from dan_fast.evaluation.problem import check_features
 from dan_fast.evaluation.ranking import Metric, pairwise_distances
-from dan_fast.reporting.canvas import RIGHT, WRONG, save_png, show_image, style
+from dan_fast.reporting.canvas import RIGHT, WRONG, save_png, show_image, spread_evenly, style
 
 _THUMBNAIL = (128, 64)
 
@@ -99,8 +99,7 @@ def _spread_queries(query: Features, gallery: Features, queries: int) -> list[in
             "No query has a match in the gallery by another camera, so there is no list worth showing; "
             "check the identities and cameras."
         )
-    count = min(queries, len(valid))
-    return [valid[int(place)] for place in np.linspace(0, len(valid) - 1, count).round()]
+    return spread_evenly(valid, queries)
 
 
 def _thumbnail(path: Path) -> np.ndarray:

@@ -73,9 +73,13 @@ def result_tables(runs: Sequence[Run]) -> list[Table]:
 
 
 def _taken_by(table: PaperTable, run: Run, result: Evaluation) -> str | None:
-    """The target under which a table of the paper takes a result, None where it does not."""
+    """The target under which a table of the paper takes a result, None where it does not.
+
+    None takes one on cameras that were learnt from in a training before, from whose weights the run started.
+    """
     target = paper_target(result.dataset)
-    return target if target in table.targets and belongs(run, table, target) else None
+    before = result.known_cameras and target not in map(cameras_of, (*run.labeled, *run.unlabeled))
+    return target if target in table.targets and belongs(run, table, target) and not before else None
 
 
 def paper_tables(runs: Sequence[Run]) -> list[Table]:
@@ -133,6 +137,13 @@ def _paper_table(table: PaperTable, target: str, faults: Sequence[Contradiction]
         rows.append([f"paper: {name}", row.sources, "not stated", ABSENT, *values])
     tested = [(run, each) for run in runs for each in run.results if _taken_by(table, run, each) == target]
     rows += [_run_row(run, each, columns, mark=f" {_APART}" if _is_apart(each) else "") for run, each in tested]
+    rows += [
+        _run_row(run, each, columns, features)
+        for run in runs
+        if any(run is other for other, _ in tested)
+        for features, each in run.baselines
+        if paper_target(each.dataset) == target
+    ]
     notes = [_counts(tested)] if tested else [f"No run here was tested on {target} under these conditions."]
     if tested:
         notes.append("Rows compare only where sources, protocol and variant do.")
@@ -151,7 +162,7 @@ def _header(columns: Sequence[str]) -> list[str]:
 def _run_row(
     run: Run, evaluation: Evaluation, columns: Sequence[str], baseline: str = "", mark: str = ""
 ) -> list[object]:
-    values = dict(zip(COLUMNS, evaluation.row(), strict=True))
+    values = {column: ABSENT if "nan" in text else text for column, text in zip(COLUMNS, evaluation.row(), strict=True)}
     how = "; ".join(filter(None, (evaluation.variant, evaluation.conditions_and_recipe)))
     trained = f"{run.name} ({run.settings['meta']['procedure'].upper()}, {run.model})", run.sources
     before = "nothing" if baseline == "chance" else ", after ".join(run.started_from) or "nothing"

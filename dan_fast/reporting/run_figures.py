@@ -12,17 +12,16 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.data import image_loader, load_dataset
 from dan_fast.data.named_protocols import resolve_protocol
 from dan_fast.data.samples import ReIDDataset, Sample
+from dan_fast.reporting.canvas import spread_evenly
 from dan_fast.reporting.curves import plot_curves
 from dan_fast.reporting.heatmaps import plot_attention
 from dan_fast.reporting.html import Figure
-from dan_fast.reporting.memories import MEMORIES, Slots, neighbours_agree, plot_memories, sample, stored_slots
+from dan_fast.reporting.memories import MEMORIES, MOST_SLOTS, Slots, neighbours_agree, plot_memories, stored_slots
 from dan_fast.reporting.runs import Run
 from dan_fast.training.build import network_of
 from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.reported import epoch_of
 
-# t-SNE of more slots takes minutes.
-_MOST_SLOTS = 2000
 _FLAT = 1e-6
 # What the pictures show, for readers who cannot see them.
 CURVES = "Line charts over the iterations, one a kind of value."
@@ -77,19 +76,18 @@ def run_figures(run: Run, out: Path, stem: str, images: int, seed: int, missing:
     if slots is None:
         missing.append(Missing(run.name, "t-SNE, Fig. 10", NO_MEMORY))
         return figures
-    shown = {memory: sample(each, _MOST_SLOTS, seed) for memory, each in slots.items()}
     contents = "; ".join(
         f"{title.split(',')[0]}: {slots[memory].describe()}{_agreement(slots[memory])}"
         for memory, title in MEMORIES.items()
     )
-    drawn = f" Of a memory with more than {_MOST_SLOTS} slots in use that many are drawn, at random."
+    drawn = f" Of a memory with more than {MOST_SLOTS} slots in use that many are drawn, at random."
     caption = (
         f"t-SNE (seed {seed}, of features of unit length) of what the memories hold at {epoch_of(state)}: {contents}."
-        f"{drawn if any(len(slots[each].labels) > _MOST_SLOTS for each in slots) else ''} Slots of one colour and "
+        f"{drawn if any(len(slots[each].labels) > MOST_SLOTS for each in slots) else ''} Slots of one colour and "
         "shape have the same label, in M′ the same pseudo label; distances between groups mean nothing."
     )
     try:
-        path = plot_memories(shown, out / f"{stem}_memories.png", seed)
+        path = plot_memories(slots, out / f"{stem}_memories.png", seed)
     except ValueError as error:
         missing.append(Missing(run.name, "t-SNE, Fig. 10", str(error)))
         return figures
@@ -158,7 +156,7 @@ def _images_of(run: Run, count: int) -> tuple[str, list[Sample]]:
             continue
         samples = dataset.query or dataset.test or dataset.train
         if samples:
-            return dataset.name, list(samples[:: max(1, len(samples) // count)][:count])
+            return dataset.name, spread_evenly(samples, count)
     raise DanFastError(f"None of its datasets can be read: {reasons[0] if reasons else 'it names none.'}")
 
 

@@ -12,8 +12,9 @@ from matplotlib.ticker import MaxNLocator
 
 from dan_fast.evaluation import Evaluation
 from dan_fast.reporting.canvas import COLOURS, legend_label, save_png, style
-from dan_fast.reporting.groups import Line, Target, compared, result_on
+from dan_fast.reporting.groups import Line, Target, compared, result_on, target_of
 from dan_fast.reporting.runs import Run
+from dan_fast.training.scalars import tag_forms
 
 GATES = {"memory/sigma_alpha": "σ(α), writes to M", "memory/sigma_alpha_unlabeled": "σ(α′), writes to M′",
          "memory/beta": "β, confidence in pseudo labels"}  # fmt: skip
@@ -21,6 +22,7 @@ METRICS = ("R1", "mAP")
 _DASHES = ("-", "--", ":", "-.")
 _MARKERS = ("so", "D^", "Pv", "X*")
 _LONGEST_NAME = 46
+_INCHES_A_LINE = 0.17
 
 
 def plot_gates(runs: Sequence[Run], out_png: str | Path) -> Path:
@@ -35,7 +37,7 @@ def plot_gates(runs: Sequence[Run], out_png: str | Path) -> Path:
             for place, run in enumerate(runs):
                 if tag in run.scalars:
                     steps, values = run.scalars[tag]
-                    label = legend_label(_short(run.name))
+                    label = legend_label(run.name)
                     axes.plot(steps, values, label=label, **_dash(place), marker=_mark(len(steps)), ms=3)
             axes.set(xlabel="iteration", ylabel="value of the gate")
             _widen(axes)
@@ -46,7 +48,10 @@ def plot_gates(runs: Sequence[Run], out_png: str | Path) -> Path:
 
 def plot_models(line: Line, out_png: str | Path) -> Path:
     """Fig. 6: mAP over the epochs for each model, or bars of R1 and mAP where a run was tested only at its end."""
-    curves = {name: [evaluated_epochs(run) for run in runs] for name, runs in line.points.items()}
+    curves = {
+        name: [{_target(run, tag): curve for tag, curve in evaluated_epochs(run).items()} for run in runs]
+        for name, runs in line.points.items()
+    }
     if any(len(epochs) > 1 for each in curves.values() for run in each for epochs, _ in run.values()):
         return _plot_model_curves(curves, out_png)
     places = compared([line])
@@ -58,8 +63,14 @@ def plot_models(line: Line, out_png: str | Path) -> Path:
         return save_png(figure, out_png)
 
 
+def _target(run: Run, tag: str) -> Target:
+    """What the curve of a tag was tested on: as the run's results say it, else the tag, under no known protocol."""
+    named = {target_of(each) for each in run.results if tag in tag_forms(each.dataset, each.variant)}
+    return named.pop() if len(named) == 1 else Target(tag, "")
+
+
 def evaluated_epochs(run: Run) -> dict[str, tuple[list[float], list[float]]]:
-    """For each target (epochs, mAP in percent) of the tests that took place while a run trained.
+    """For each target's tag (epochs, mAP in percent) of the tests that took place while a run trained.
 
     The epochs are those of the logged steps. Where it is not known how many iterations an epoch has, the steps at which
     any target was tested are taken for the epochs that run.evaluate_every names.
@@ -127,7 +138,7 @@ def _draw_line(axes: Axes, line: Line, target: Target, metric: str, place: int, 
     colour, markers = COLOURS[place % len(COLOURS)], _MARKERS[place // len(COLOURS) % len(_MARKERS)]
     solid = metric == "mAP"
     look = {"color": colour, "linestyle": "-" if solid else "--", "marker": markers[0 if solid else 1]}
-    label = f"{metric}, {_short(line.label)}" if line.label else metric
+    label = f"{metric}, {line.label}" if line.label else metric
     axes.plot([factor * value for value in values], list(values.values()), ms=4, label=label, **look)
     for value, runs in line.points.items():
         for run in runs:
@@ -150,7 +161,7 @@ def _draw_bars(axes: Axes, line: Line, target: Target) -> None:
         axes.barh(rows, list(values.values()), height=0.36, color=COLOURS[place], label=metric)
         for row, value in zip(rows, values.values(), strict=True):
             axes.text(value, row, f" {value:.1f}", va="center", fontsize=7)
-    axes.set_yticks(range(len(names)), [_short(name) for name in names])
+    axes.set_yticks(range(len(names)), _shortened(names))
     _name(axes, target)
     axes.set(xlabel="R1 and mAP (%)", ylim=(len(names) - 0.4, -0.6))
     axes.margins(x=0.12)
@@ -158,7 +169,7 @@ def _draw_bars(axes: Axes, line: Line, target: Target) -> None:
 
 
 def _plot_model_curves(
-    curves: dict[str, list[dict[str, tuple[list[float], list[float]]]]], out_png: str | Path
+    curves: dict[str, list[dict[Target, tuple[list[float], list[float]]]]], out_png: str | Path
 ) -> Path:
     places = list(dict.fromkeys(target for runs in curves.values() for run in runs for target in run))
     with style():
@@ -169,7 +180,7 @@ def _plot_model_curves(
                     if target in run:
                         label = name if number == 0 else None
                         axes.plot(*run[target], label=label, marker=_mark(len(run[target][0])), ms=4, **_dash(place))
-            axes.set_title(target)
+            _name(axes, target)
             axes.set(xlabel="epoch", ylabel="mAP (%)")
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         _legend(figure, grid)
@@ -179,7 +190,7 @@ def _plot_model_curves(
 def _panels(count: int, width: float = 4.3, height: float = 2.9) -> tuple[Figure, list[Axes]]:
     columns = min(2 if width > 5 else 3, count)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(width * columns, height * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(width * columns, height * rows + 0.3), layout="constrained")
     grid = list(figure.subplots(rows, columns, squeeze=False).ravel())
     for axes in grid[count:]:
         axes.set_visible(False)
@@ -192,9 +203,13 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             shown.setdefault(label, handle)
-    longest = max(map(len, shown), default=1)
+    labels = _shortened([*shown])
+    longest = max((len(line) for label in labels for line in label.split("\n")), default=1)
     columns = max(1, int(figure.get_figwidth() * 11 / (longest + 8)))
-    figure.legend(shown.values(), shown.keys(), loc="outside lower left", ncols=columns)
+    lines = math.ceil(len(labels) / columns) * max((label.count("\n") + 1 for label in labels), default=0)
+    # The panels keep their height, however many runs there are.
+    figure.set_figheight(figure.get_figheight() + _INCHES_A_LINE * lines)
+    figure.legend(shown.values(), labels, loc="outside lower left", ncols=columns)
 
 
 def _widen(axes: Axes, least: float = 0.1) -> None:
@@ -204,7 +219,7 @@ def _widen(axes: Axes, least: float = 0.1) -> None:
 
 
 def _name(axes: Axes, target: Target) -> None:
-    axes.set_title(f"{target.title}\n{fill(target.protocol, 44)}", fontsize=9)
+    axes.set_title("\n".join(fill(words, 44) for words in target if words), fontsize=9)
 
 
 def _dash(place: int) -> dict[str, object]:
@@ -216,8 +231,13 @@ def _mark(count: int) -> str | None:
     return "o" if count < 20 else None
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME // 2 - 1]}…{name[-_LONGEST_NAME // 2 :]}"
+def _shortened(names: Sequence[str]) -> list[str]:
+    """The names of a picture without their middle where they are long; whole, on several lines, if two became equal."""
+    short = [
+        name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME // 2 - 1]}…{name[-_LONGEST_NAME // 2 :]}"
+        for name in names
+    ]
+    return short if len(set(short)) == len(set(names)) else [fill(name, _LONGEST_NAME) for name in names]
 
 
 def describe(

@@ -24,11 +24,13 @@ from dan_fast.core.home import expanded
 from dan_fast.core.launched import number_of_ranks
 from dan_fast.core.signals import StopRequest
 from dan_fast.core.yaml_files import read_mapping
+from dan_fast.evaluation import Evaluation
 from dan_fast.reporting.arms import FINISHED, Comparison, read_comparison
 from dan_fast.reporting.report import report as write_page
 from dan_fast.sweep.grid import PlannedRun, plan_sweep
 from dan_fast.sweep.table import write_table
 from dan_fast.training.config import TrainConfig, training_differences
+from dan_fast.training.reported import CHOSEN, SEEN
 
 BEGUN, WAITING, FAILED = "begun", "waiting", "failed"
 RESULTS, SETTINGS, CHECKPOINT = "results.json", "config.yaml", "checkpoint.pt"
@@ -94,9 +96,7 @@ def sweep(
         before = _read_record(folder)
         record = [_entry(run, state_of(run), before.get(run.name, {})) for run in runs]
         failed = _run_all(runs, record, folder, lock, console, parallel)
-        comparison = read_comparison(folder)
-        if comparison is not None:
-            _write_comparison(comparison, folder, console)
+        _write_comparison(read_comparison(folder), folder, console)
         finished = [run for run in runs if state_of(run) == FINISHED]
         write_table(finished, RESULTS, folder / "results.csv")
     if report and finished:
@@ -167,6 +167,7 @@ def _run_all(
                     except (DanFastError, OSError) as error:
                         del entry["running"]
                         entry |= {"state": FAILED, "sentence": str(error)}
+                        _write_record(out, record)
                         console.print(f"{where}: failed: {error}")
                         continue
                     active.append(_Training(where, run, entry, process, time.monotonic()))
@@ -248,8 +249,12 @@ def _threads_of_each(parallel: int) -> int | None:
     return max(1, cores // parallel)
 
 
-def _write_comparison(comparison: Comparison, out: Path, console: Console) -> None:
-    """Write a comparison beside its trainings, and print it."""
+def _write_comparison(comparison: Comparison | None, out: Path, console: Console) -> None:
+    """Write a comparison beside its trainings, and print it; without one, remove that of an earlier grid."""
+    if comparison is None:
+        for name in ("comparison.json", "comparison.md"):
+            (out / name).unlink(missing_ok=True)
+        return
     write_text(out / "comparison.json", json.dumps(comparison.to_dict(), indent=2) + "\n")
     write_text(out / "comparison.md", comparison.markdown())
     console.print(comparison.markdown(), end="")
@@ -272,10 +277,15 @@ def _sentence(run: PlannedRun, code: int | None) -> str:
 
 def _results(run: PlannedRun) -> str:
     content = json.loads((run.folder / RESULTS).read_text(encoding="utf-8"))
-    parts = [
-        f"{each['dataset']} R1 {100 * each['cmc'][0]:.1f}, mAP {100 * each['mAP']:.1f}" for each in content["targets"]
-    ]
+    found = [Evaluation.from_dict(each) for each in content["targets"]]
+    parts = [f"{each.title} R1 {100 * each.cmc[0]:.1f}, mAP {100 * each.mAP:.1f}{_mark(each)}" for each in found]
     return "; ".join(parts) or "finished, no target to evaluate on"
+
+
+def _mark(evaluation: Evaluation) -> str:
+    """Why figures do not compare with others, in parentheses; "" for most."""
+    marks = [mark for mark in (CHOSEN, SEEN) if mark in f"{evaluation.epoch}; {evaluation.seen}"]
+    return f" ({'; '.join(marks)})" if marks else ""
 
 
 def _has_results(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from dan_fast.sweep.grid import PlannedRun
 
 
 def write_table(runs: Sequence[PlannedRun], results: str, path: Path) -> None:
-    """Write a row for each target of each finished training: what it was trained with, and its figures in percent.
+    """Write a row for each target of each finished training: its settings, its figures in percent and their conditions.
 
     Settings are those that any of the trainings names, lists as JSON. One whose results cannot be read is left out.
 
@@ -30,7 +30,7 @@ def write_table(runs: Sequence[PlannedRun], results: str, path: Path) -> None:
     names = [*dict.fromkeys(name for run in runs for name in run.settings if name != "run.seed"), "run.seed"]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["run", "arm", *names, "target", *COLUMNS, "num_query", "num_gallery"])
+    writer.writerow(["run", "arm", *names, "target", *COLUMNS, "num_query", "num_gallery", "conditions"])
     for run in runs:
         sections = run.config.to_dict()
         settings = {"recipe": sections.pop("recipe"), **dict(dotted(sections))}
@@ -39,7 +39,8 @@ def write_table(runs: Sequence[PlannedRun], results: str, path: Path) -> None:
             content = json.loads((run.folder / results).read_text(encoding="utf-8"))
             for found in [Evaluation.from_dict(each) for each in content["targets"]]:
                 figures = [round(figure, 4) for figure in found.percentages().values()]
-                writer.writerow([*values, found.title, *figures, found.num_query, found.num_gallery])
+                of_target = [found.title, *figures, found.num_query, found.num_gallery, found.conditions]
+                writer.writerow([*values, *of_target])
     write_text(path, stream.getvalue())
 
 

@@ -78,10 +78,12 @@ class EpochChoice:
         self.path = path
         self._writes = writes
         self.evaluations: list[Evaluation] = []
+        self.weights = ""
         if resume and path.is_file():
             state = load_checkpoint(path)
             with fitting_this_version(path):
                 self.evaluations = [Evaluation.from_dict(each) for each in state["evaluations"]]
+            self.weights = state.get("weights_hash", "")  # older ones do not say it
             self._require_the_same([each.title for each in self.evaluations], targets)
 
     @classmethod
@@ -96,8 +98,8 @@ class EpochChoice:
             raise DanFastError(f"run.choose_epoch_on_target has nothing to choose from: add {what}.")
         return cls(Path(run.out) / "chosen.pt", goes_on(run), targets, writes)
 
-    def offer(self, evaluations: Sequence[Evaluation], state: dict[str, Any]) -> None:
-        """Take an epoch, its figures and its checkpoint's state, if it is the best so far.
+    def offer(self, evaluations: Sequence[Evaluation], state: dict[str, Any], weights: str) -> None:
+        """Take an epoch, its figures, its checkpoint's state and its network's hash, if it is the best so far.
 
         Raises:
             DanFastError: an earlier epoch was chosen on other images; or see `save_checkpoint`.
@@ -112,8 +114,9 @@ class EpochChoice:
         state = {**state, "chosen": True}
         chosen = [replace(each, epoch=epoch_of(state)) for each in evaluations]
         if self._writes:
-            save_checkpoint(self.path, {**state, "evaluations": [each.to_dict() for each in chosen]})
-        self.evaluations = chosen
+            kept = {"evaluations": [each.to_dict() for each in chosen], "weights_hash": weights}
+            save_checkpoint(self.path, {**state, **kept})
+        self.evaluations, self.weights = chosen, weights
 
     def _require_the_same(self, kept: Sequence[Any], targets: Sequence[Any]) -> None:
         """The weights of the chosen epoch are nowhere else: they are not exchanged for those of another choice."""
@@ -198,8 +201,8 @@ def write_results(
         datasets: trained on and tested on.
         last: evaluations of the last epoch.
         weights: of which network they are, `weights_hash`.
-        choice: the chosen epoch, whose figures are then reported; those of the last one and how often there
-            was one to choose stand beside them.
+        choice: the chosen epoch, whose figures and weights are then reported; the figures of the last one and how often
+            there was one to choose stand beside them.
         iterations: how many the whole training took.
 
     Returns:
@@ -227,7 +230,7 @@ def write_results(
         "fingerprint": state["fingerprint"],
         "skipped": len(state["skipped"]),
         "epoch": reported[0].epoch if reported else epoch_of(state),
-        "weights": weights,
+        "weights": weights if choice is None else choice.weights,
         "targets": [each.to_dict() for each in reported],
     }
     if "started_from" in state:

@@ -116,14 +116,20 @@ def target_tags(targets: Sequence[ReIDDataset]) -> list[str]:
         >>> target_tags([*boxes, ReIDDataset("street", Path("street"))])
         ['CUHK03-labeled_new_protocol', 'CUHK03-detected_new_protocol', 'street']
     """
-    names = [target.name.replace("/", "-") for target in targets]  # a slash would part the tag
-    tags: list[str] = []
-    for target, tag in zip(targets, names, strict=True):
-        if names.count(tag) > 1 and target.variant:
-            tag += "-" + re.sub(r"[^\w.-]+", "_", target.variant)  # TensorBoard knows no other characters
+    forms = [tag_forms(target.name, target.variant) for target in targets]
+    names, tags = [name for name, _ in forms], []
+    for name, full in forms:
+        tag = full if names.count(name) > 1 else name
         alike = sum(each == tag or re.fullmatch(rf"{re.escape(tag)}-\d+", each) is not None for each in tags)
         tags.append(f"{tag}-{alike + 1}" if alike else tag)
     return tags
+
+
+def tag_forms(name: str, variant: str) -> tuple[str, str]:
+    """What the tags of a dataset begin with, where no other has its name, and where one has."""
+    name = name.replace("/", "-")  # a slash would part the tag
+    # TensorBoard knows no other characters.
+    return name, name + "-" * bool(variant) + re.sub(r"[^\w.-]+", "_", variant)
 
 
 def part_of_run(events: Path) -> int:

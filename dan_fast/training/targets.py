@@ -14,7 +14,7 @@ from dan_fast.nn import DAN
 from dan_fast.nn.weights_hash import weights_hash
 from dan_fast.training.config import TrainConfig
 from dan_fast.training.display import Display
-from dan_fast.training.reported import EpochChoice, epoch_of, say, seen_of, write_results
+from dan_fast.training.reported import EpochChoice, epoch_of, of_its_own_cameras, say, seen_of, write_results
 from dan_fast.training.run_folder import RunFolder
 from dan_fast.training.scalars import Scalars, target_tags
 
@@ -82,6 +82,7 @@ class Targets:
                 epoch=epoch_of(state),
                 recipe=self._config.recipe_words,
                 seen=seen_of(state, dataset),
+                known_cameras=of_its_own_cameras(state, dataset),
             )
             evaluations.append(evaluation)
             figures = evaluation.percentages()
@@ -91,7 +92,7 @@ class Targets:
             display.tell_skipped(evaluation.skipped, set())
         scalars.flush(iterations_done)
         if self._choice is not None:
-            self._choice.offer(evaluations, state)
+            self._choice.offer(evaluations, state, weights_hash(network))
         if state["epoch"] < self._config.optimizer.epochs:
             return evaluations
         path = self._folder.path / "results.json"

@@ -193,6 +193,16 @@ def test_the_mean_leaves_out_what_a_run_learnt_from(folder, learnt, target):
     assert said in comparison.notes()
 
 
+def test_the_mean_leaves_out_what_first_weights_learnt_from(folder):
+    for results in folder.glob("*/results.json"):
+        content = json.loads(results.read_text())
+        content["targets"].append({**evaluation("night", 0.9, 0.9), "known_cameras": True})
+        results.write_text(json.dumps(content))
+    comparison = read_comparison(folder)
+    assert comparison.arms[1].scores(MEAN_OF_TARGETS, "mAP")[0] == pytest.approx((42.0 + 20.0) / 2)
+    assert any(note.endswith("trainings learnt from sets of their name: night.") for note in comparison.notes())
+
+
 @pytest.mark.parametrize(
     "content",
     [None, "{]", "[]", '["x"]', '[{"arm": "plain"}]', '[{"name": "meta.eta=1", "state": "finished"}]', "{}", "no JSON"],

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from matplotlib.axes import Axes
 from PIL import Image
 
 from dan_fast.cli import main
@@ -312,6 +313,24 @@ def test_figures_on_cameras_that_were_learnt_from_stand_in_a_table_of_their_own(
     assert cameras_of("old (2020)/mall") != cameras_of("old (2020)/campus")
 
 
+def test_figures_on_cameras_that_first_weights_learnt_from_stand_in_no_table_of_the_paper(tmp_path):
+    run = fake_run(tmp_path / "run", [("market1501", 0.5, 0.4), ("viper", 0.5, 0.4, 10)], data={"unlabeled": []})
+    before = {"started_from": ["day.pt, trained on market1501"]}
+    assert not result_tables(read_runs([with_results(run, **before)]))
+    runs = read_runs([with_results(run, {"known_cameras": True}, **before)])
+    assert [table.title for table in result_tables(runs)] == ["Results on market1501"]
+    assert {table.title.split(", ")[1].split(":")[0] for table in paper_tables(runs) if not table.folded} == {"VIPeR"}
+
+
+def test_tables_of_the_paper_show_what_the_network_was_before(tmp_path):
+    folder = fake_run(tmp_path / "r", [("viper", 0.5, 0.4, 10)], data={"unlabeled": []})
+    (folder / "before.json").write_text(json.dumps([{"features": "chance", **evaluation("viper", 0.01, 0.02, 10)}]))
+    fake_run(tmp_path / "other", data={"unlabeled": []})
+    table = next(each for each in paper_tables(read_runs([tmp_path])) if each.title.startswith("Table IV, VIPeR"))
+    assert [row[0] for row in table.rows[-2:]] == ["r (DAML3, B+NL-CBAM+AAN)", "chance, for r"]
+    assert table.rows[-1][1] == "nothing" and table.rows[-1][4].startswith("1.0")
+
+
 def test_a_protocol_names_what_was_trained_on(tmp_path):
     data = {"labeled": [], "unlabeled": [], "protocol": "table6-market-to-duke", "root": "somewhere"}
     folder = fake_run(tmp_path / "uda", [("DukeMTMC-reID", 0.5, 0.4)], data=data)
@@ -399,7 +418,7 @@ def drawn(monkeypatch):
     def note(figure, path):
         for each in figure.legends:
             panels["legends"].append([text.get_text().lstrip("\u200b") for text in each.get_texts()])
-        for axes in figure.axes:
+        for axes in filter(Axes.get_visible, figure.axes):
             lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
             title = axes.get_title(loc="left").replace("\n", ", ", 1).replace("\n", " ")
             panels[f"{Path(path).stem}: {title}"] = lines
@@ -512,9 +531,39 @@ def test_models_are_drawn_over_the_epochs_they_were_tested_at(tmp_path, drawn):
         fake_run(tmp_path / name, model={"attention": name, "adversary": False}, run=every,
                  optimizer={"epochs": 5}, scalars={"eval/street/mAP": values})  # fmt: skip
     report([tmp_path], tmp_path / "page")
-    curves = drawn["models1: street"]
+    curves = drawn[f"models1: street, {ON_STREET}"]
     assert curves["B+SA"] == ([2, 4, 5], pytest.approx([15, 25, 35]))
     assert curves["B"][1] == pytest.approx([10, 20, 25])
+
+
+def test_curves_of_other_images_of_one_name_are_in_panels_of_their_own(tmp_path, drawn):
+    for name, tag, variant in (("none", "street", "night"), ("spatial", "street-day_light", "day light")):
+        scalars = {f"eval/{tag}/mAP": [10.0, 20.0], "eval/mall/mAP": [1.0, 2.0]}
+        folder = fake_run(tmp_path / name, model={"attention": name, "adversary": False}, run={"evaluate_every": 1},
+                          scalars=scalars)  # fmt: skip
+        with_results(folder, {"variant": variant})
+    report([tmp_path], tmp_path / "page")
+    shown = {title.removeprefix("models1: "): sorted(lines) for title, lines in drawn.items() if "models1" in title}
+    night, day = (f"street ({variant}), {ON_STREET}" for variant in ("night", "day light"))
+    assert shown == {night: ["B"], day: ["B+SA"], "mall": ["B", "B+SA"]}, "mall is in no results: no protocol is known"
+
+
+def test_numbers_in_names_of_models_are_in_order(tmp_path):
+    for reduction in (16, 2, 20, 4):
+        fake_run(tmp_path / str(reduction), model={"reduction": reduction})
+    [line] = models(read_runs([tmp_path]))
+    assert [name.partition("r = ")[2] for name in line.points] == ["2", "4", "16", "20"]
+
+
+def test_long_names_are_shortened_only_as_far_as_they_stay_apart(tmp_path, drawn):
+    ends = "first_of_all_the_names_of_", "_with_an_end_that_is_the_same_in_all_of_them"
+    for names in (("x", "y"), (f"{ends[0]}a{ends[1]}", f"{ends[0]}b{ends[1]}"), (f"a{'_' * 60}", f"b{'_' * 60}")):
+        for name in names:
+            fake_run(tmp_path / names[0] / name, scalars={"memory/beta": [0.1, 0.5]})
+        report([tmp_path / names[0]], tmp_path / "page")
+    plain, whole, short = drawn["legends"]
+    assert plain == ["x", "y"] and short == [f"{letter}{'_' * 21}…{'_' * 23}" for letter in "ab"]
+    assert [each.replace("\n", "") for each in whole] == [f"{ends[0]}{letter}{ends[1]}" for letter in "ab"]
 
 
 @pytest.mark.parametrize("told", ["results", "settings", "nowhere"])
@@ -577,6 +626,15 @@ def test_few_or_bad_slots(tmp_path):
     bad.features[0] = np.nan
     with pytest.raises(ValueError, match="NaN"):
         layout(bad)
+
+
+def test_a_picture_of_some_slots_names_all_of_them(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(
+        memories, "save_png", lambda figure, path: titles.extend(each.get_title(loc="left") for each in figure.axes)
+    )
+    plot_memories({"labeled": slots(30), "unlabeled": slots(6)}, tmp_path / "some.png", most=9)
+    assert titles == ["M, labels: 30 slots of 3 labels, 9 of them drawn", "M′, pseudo labels: 6 slots of 3 labels"]
 
 
 def test_a_sample_of_slots_is_seeded():

@@ -20,6 +20,7 @@ from dan_fast.reporting.curves import plot_curves, read_scalars
 from dan_fast.reporting.heatmaps import _prepare, plot_attention
 from dan_fast.reporting.html import Figure, Table, write_report
 from dan_fast.reporting.ranked import plot_ranked_lists, ranked_list
+from dan_fast.training.scalars import Scalars
 
 
 def pixels_of(path):
@@ -48,6 +49,20 @@ def test_replayed_steps_are_read_once(tmp_path):
     assert steps.tolist() == list(range(10))
     expected = [0.25, 1.25, 2.25, 3.25, 4.25, 5.5, 6.5, 7.75, 8.75, 9.75]
     assert values.tolist() == expected
+
+
+def test_what_is_logged_rarely_goes_back_with_the_rest(tmp_path):
+    """A run that went on after step 30 logs a tag at 60 alone, which an earlier part logged at 40 and 50."""
+    for done, steps, rare in ((0, (10, 20, 30, 40, 50), (20, 40, 50)), (30, (40, 50, 60), (60,))):
+        scalars = Scalars(tmp_path / "tensorboard", done)
+        for step in steps:
+            scalars.add("train/loss/total", 1.0)
+            if step in rare:
+                scalars.add("pseudo/accuracy", 0.5)
+            scalars.flush(step)
+        scalars.close()
+    found = {tag: steps.tolist() for tag, (steps, _) in read_scalars(tmp_path).items()}
+    assert found == {"train/loss/total": [10, 20, 30, 40, 50, 60], "pseudo/accuracy": [20, 60]}
 
 
 def test_long_runs_are_read_whole(tmp_path):

@@ -29,6 +29,7 @@ from dan_fast.sweep import runner as sweeping
 from dan_fast.sweep.grid import GRIDS, plan_sweep, run_name
 from dan_fast.sweep.runner import sweep
 from dan_fast.training import TrainConfig
+from dan_fast.training.reported import CHOSEN, SEEN
 from tests.support import in_checkout
 from tests.support.figures import evaluation
 from tests.support.tiny_training import wait_until
@@ -180,7 +181,10 @@ def test_the_home_folder_is_written_out_in_base_and_grid(tmp_path):
 
 def test_results_are_said_in_percent(quick, three, capsys):
     quick(reductions(three, 5), **{reduce(5): [evaluation("street", 0.5, 0.25)]})
-    assert "street R1 50.0, mAP 25.0" in capsys.readouterr().out
+    assert "street R1 50.0, mAP 25.0 (" in capsys.readouterr().out, "the seconds follow"
+    chosen = {"variant": "labeled", "epoch": f"epoch 3 of 9, {CHOSEN}", "seen": f"2 {SEEN}"}
+    quick(reductions(three, 7), **{reduce(7): [evaluation("street", 0.5, 0.25) | chosen]})
+    assert f"street (labeled) R1 50.0, mAP 25.0 ({CHOSEN}; {SEEN}) (" in capsys.readouterr().out
 
 
 def test_names_are_folders():
@@ -459,11 +463,13 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(quick, three, what, sentence
 
 
 @pytest.mark.parametrize("parallel", [1, 2])
-def test_a_training_that_cannot_be_started_does_not_end_the_others(quick, three, parallel):
-    (quick.out / reduce(2)).touch()
-    with pytest.raises(DanFastError, match="1 of 3 trainings failed, the first being model.reduction=2: .*File exists"):
+@pytest.mark.parametrize("which", [2, 3])
+def test_a_training_that_cannot_be_started_does_not_end_the_others(quick, three, parallel, which):
+    (quick.out / reduce(which)).touch()
+    first = f"1 of 3 trainings failed, the first being {reduce(which)}: .*File exists"
+    with pytest.raises(DanFastError, match=first):
         quick(three, parallel)
-    assert states(quick.out) == ["finished", "failed", "finished"]
+    assert states(quick.out) == ["failed" if number == which else "finished" for number in (1, 2, 3)]
     assert not any("running" in entry for entry in json.loads((quick.out / "sweep.json").read_text()))
 
 
@@ -612,16 +618,21 @@ def test_arms_end_in_a_comparison(quick, tmp_path, capsys):
     content = json.loads((quick.out / "comparison.json").read_text())
     assert content["targets"][0]["arms"][1]["mAP"]["difference"]["mean"] == pytest.approx(2.0)
     rows = [row.split(",") for row in (quick.out / "results.csv").read_text().replace('"', "").splitlines()]
-    assert ",".join(rows[0]) == "run,arm,recipe,meta.order,run.seed,target,R1,R5,R10,mAP,mINP,num_query,num_gallery"
+    assert (
+        ",".join(rows[0])
+        == "run,arm,recipe,meta.order,run.seed,target,R1,R5,R10,mAP,mINP,num_query,num_gallery,conditions"
+    )
     assert rows[1][3:6] == ["plain", "1", "0"], "settings that an arm does not name are its recipe's"
     last = ["dan", "run.seed=1", "dan", "dan", "2", "1", "street", "70.0", "75.0", "75.0", "47.0", "5.0", "30", "40"]
-    assert len(rows) == 5 and rows[-1] == last
+    assert len(rows) == 5 and rows[-1] == [*last, "fixed query and gallery"]
     printed = capsys.readouterr().out
     assert "+2.0 [-10.7, +14.7]" in printed
     page = report([quick.out], out=tmp_path / "page", images=0).read_text()
     assert (
         "out: street (fixed query and gallery, 30 queries, 40 gallery images)" in page and "+2.0 [-10.7, +14.7]" in page
     )
+    quick(reductions(grid.with_name("others.yaml"), 1))
+    assert not [*quick.out.glob("comparison.*")], "another grid, which compares nothing"
 
 
 def test_results_that_hold_no_figures_do_not_end_a_sweep(quick, three):

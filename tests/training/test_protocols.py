@@ -213,6 +213,7 @@ def test_the_best_epoch_is_reported_with_its_weights_and_says_so(whole, images, 
     results = json.loads((out / "results.json").read_text())
     assert results["epoch"] == f"epoch 2 of 3, {CHOSEN}" and results["epochs"] == 3
     assert results["evaluate_every"] == 1
+    assert results["weights"] == weights_hash(trained_network(out / "chosen.pt")[0])
     assert [each["epoch"] for each in results["targets"]] == [f"epoch 2 of 3, {CHOSEN}"]
     assert [(each["mAP"], each["epoch"]) for each in results["last_epoch"]] == [(0.4, "epoch 3 of 3")]
     network, _ = trained_network(out / "chosen.pt")
@@ -253,9 +254,9 @@ class Killed(Exception):
 def test_a_run_killed_at_its_best_evaluation_chooses_that_epoch(whole, images, tmp_path, monkeypatch, moment, capsys):
     offer = EpochChoice.offer
 
-    def killed(self, evaluations, state):
+    def killed(self, evaluations, state, weights):
         if moment == "after" or state["epoch"] != 2:
-            offer(self, evaluations, state)
+            offer(self, evaluations, state, weights)
         if state["epoch"] == 2:
             raise Killed
 
@@ -289,16 +290,16 @@ def test_the_mean_over_the_targets_decides_and_figures_on_other_targets_are_drop
     choice = EpochChoice(tmp_path / "chosen.pt", resume=False, targets=["mall", "street"])
     # Of equal ones the first.
     for epoch, evaluations in enumerate((found(0.1, 0.4), found(0.39, 0.1), found(0.4, 0.1)), start=1):
-        choice.offer(evaluations, {**state, "epoch": epoch})
+        choice.offer(evaluations, {**state, "epoch": epoch}, f"hash {epoch}")
     assert [each.epoch for each in choice.evaluations] == [f"epoch 1 of 500, {CHOSEN}"] * 2
     again = EpochChoice(tmp_path / "chosen.pt", resume=True, targets=["mall", "street"])
-    assert again.evaluations == choice.evaluations
+    assert again.evaluations == choice.evaluations and (again.weights, choice.weights) == ("hash 1", "hash 1")
     before = (tmp_path / "chosen.pt").read_bytes()
     others = "chosen.pt holds the epoch chosen on mall, street, and these targets are others: move it to another place"
     with pytest.raises(DanFastError, match=others):
         EpochChoice(tmp_path / "chosen.pt", resume=True, targets=["mall"])
     with pytest.raises(DanFastError, match=others):  # another set of the same name
-        again.offer([replace(again.evaluations[0], num_query=7, mAP=1.0), again.evaluations[1]], {"epoch": 3})
+        again.offer([replace(again.evaluations[0], num_query=7, mAP=1.0), again.evaluations[1]], {"epoch": 3}, "")
     assert (tmp_path / "chosen.pt").read_bytes() == before
     assert EpochChoice(tmp_path / "chosen.pt", resume=False, targets=["mall", "street"]).evaluations == []
     content = torch.load(tmp_path / "chosen.pt", weights_only=True)
