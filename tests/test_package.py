@@ -206,6 +206,21 @@ assert NLCBAMWeights is dan_fast.core.types.NLCBAMWeights
     assert "torch" in imported_by(code)
 
 
+@pytest.mark.slow
+def test_an_import_leaves_the_heap_and_asks_for_no_package_that_may_be_missing():
+    code = """
+import sys
+sys.modules["triton"] = None
+import dan_fast.core.heap
+dan_fast.core.heap.ctypes = None
+import dan_fast.nn
+assert "huggingface_hub" not in sys.modules and "dan_fast.evaluation" not in sys.modules
+import dan_fast.training, dan_fast.triton_kernels
+assert "does not load" in dan_fast.triton_kernels.why_not() or "not installed" in dan_fast.triton_kernels.why_not()
+"""
+    assert "dan_fast.functional" in imported_by(code)
+
+
 def test_the_errors_of_the_package_come_without_pytorch():
     modules = imported_by("from dan_fast import DanFastError, Interrupted")
     assert "dan_fast.core.errors" in modules and "torch" not in modules

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import require_writable
+from dan_fast.core.home import expanded
 from dan_fast.data.images.reading import read_image
 from dan_fast.data.images.transforms import resize
 from dan_fast.export import Format, Input, Precision, export_network
-from dan_fast.export.exporting import BATCH, TOLERANCE
+from dan_fast.export.exporting import BATCH, TOLERANCE, require_name
 from dan_fast.inference.sources import find_images, samples_of
 from dan_fast.nn import DAN
 from dan_fast.training.build import trained_network
-from dan_fast.training.checkpoint import is_checkpoint
 from dan_fast.training.config import Paths, as_list
 
 
@@ -42,8 +42,7 @@ def export(
     if format == "pt2" and precision == "int8":
         raise DanFastError("--precision int8 is made by ONNX Runtime: use --format onnx, or another precision.")
     require_writable(out)
-    if is_checkpoint(Path(out)):
-        raise DanFastError(f"{out} is a checkpoint, and what is exported cannot be trained on: name another file.")
+    require_name(expanded(out), format)
     files = [sample.path for sample in samples_of(find_images(as_list(images or [])))]
     network = trained_network(checkpoint)[0]
     found = export_network(network, out, format, input, precision, _read(files, network) if files else None)

@@ -9,7 +9,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 
 from dan_fast.core.batches import BrokenImages
-from dan_fast.core.files import alone, remove_unfinished, require_writable, write_text
+from dan_fast.core.files import alone, remove_unfinished, require_own_json, write_text
 from dan_fast.core.terminal import PLAIN, progress_line
 from dan_fast.data.images.reading import DECODED_BY
 from dan_fast.inference import FeatureExtractor
@@ -17,6 +17,7 @@ from dan_fast.inference.sources import LISTS, PICTURES, Part, find_images, sampl
 from dan_fast.reporting.html import require_own_page
 from dan_fast.reporting.search_page import write_search_page
 from dan_fast.search import GalleryIndex, Update, update_index
+from dan_fast.search.index_folder import require_same_weights
 from dan_fast.search.kinds import IndexKind, faiss_library
 from dan_fast.search.lists import measured_recall, ranked_lists
 
@@ -60,13 +61,14 @@ def search(
             written.
     """
     folder, console = Path(out), Console()
-    require_writable(folder / LISTS)
+    require_own_json(folder / LISTS, ["schema", "weights", "queries"])
     require_own_page(folder / "index.html")
     if index != "flat":
         faiss_library()
     searched, asked = _of_split(gallery, "gallery"), _of_split(query, "query")
     images, queries = samples_of(searched), samples_of(asked)
     extractor = FeatureExtractor(checkpoint, device, batch_size, workers=workers, broken_images=broken_images)
+    require_same_weights(folder / "index", extractor)
     try:
         # The queries first: one that cannot be decoded is known before the gallery is embedded.
         with progress_line(console, f"Embedding {len(queries)} queries") as show:
@@ -123,6 +125,8 @@ def _sentences(update: Update, index: Path) -> list[str]:
     if update.gone:
         lines.append(f"{len(update.gone)} images of the index are not in the gallery and are not found, the first is "
                      f"{update.gone[0]}.")  # fmt: skip
+    for kind in update.behind:
+        lines.append(f"The {kind} index lacks what is new: the same command with --index {kind} adds it.")
     if others := [each for each in update.decoded_by if each != DECODED_BY]:
         lines.append(f"Images of the index were decoded by {' and by '.join(others)}, and this is {DECODED_BY}, whose "
                      f"pixels may differ a little: remove {index}, and all is made anew.")  # fmt: skip

@@ -7,7 +7,7 @@ import re
 import secrets
 import socket
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -51,15 +51,25 @@ def write_whole(path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
         >>> path.read_text()
         'done'
     """
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    write_together({Path(path): write})
+
+
+def write_together(files: Mapping[Path, Callable[[IO[bytes]], None]]) -> None:
+    """`write_whole` of several files of one folder: the first is put in its place when all are on the disk.
+
+    Raises:
+        DanFastError: see `write_whole`; the earlier files are intact.
+    """
+    beside = {path: path.with_name(f".{path.name}.{secrets.token_hex(8)}.part") for path in files}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("xb") as stream:
-            write(stream)
-            stream.flush()
-            _sync(stream.fileno())
-        os.replace(unfinished, path)
+        for path, unfinished in beside.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with unfinished.open("xb") as stream:
+                files[path](stream)
+                stream.flush()
+                _sync(stream.fileno())
+        for path, unfinished in beside.items():
+            os.replace(unfinished, path)
     # torch.save turns the stream's OSError into a RuntimeError while it closes the archive.
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__
@@ -70,8 +80,9 @@ def write_whole(path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
             "make room or choose another folder."
         ) from error
     finally:
-        with suppress(OSError):
-            unfinished.unlink()
+        for unfinished in beside.values():
+            with suppress(OSError):
+                unfinished.unlink()
     _sync_folder(path.parent)
 
 

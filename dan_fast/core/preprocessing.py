@@ -1,5 +1,6 @@
 """How images are resized and normalised for a network, which backbones, loaders and pictures share."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -32,8 +33,21 @@ class Preprocessing(NamedTuple):
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "Preprocessing":
-        """What `to_dict` gave."""
-        return cls(tuple(content["mean"]), tuple(content["std"]), content["interpolation"])
+        """What `to_dict` gave.
+
+        Raises:
+            KeyError: one of them is missing.
+            TypeError: mean or std is no list.
+            ValueError: mean and std are not three numbers that images in [0, 1] can have, or there is no such
+                interpolation.
+        """
+        mean, std, interpolation = tuple(content["mean"]), tuple(content["std"]), content["interpolation"]
+        numbers = len(mean) == len(std) == 3 and all(isinstance(each, int | float) for each in (*mean, *std))
+        if not numbers or not all(0 <= each <= 1 for each in mean) or not all(0 < each < math.inf for each in std):
+            raise ValueError(f"mean {list(mean)} and std {list(std)} are not those of red, green and blue in [0, 1]")
+        if interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation {interpolation!r} is none of {', '.join(INTERPOLATIONS)}")
+        return cls(mean, std, interpolation)
 
 
 IMAGENET = Preprocessing()

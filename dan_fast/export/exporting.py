@@ -69,9 +69,9 @@ def export_network(
             are drawn at random.
 
     Raises:
-        DanFastError: the path is a folder or has the other format's suffix, a package is missing, the network cannot
-            be traced, the features are not finite or, of a float32 file, differ by more than 1e-4, or another process
-            is writing the same file. There is no file then, or the one that was there.
+        DanFastError: the path is a folder, a file of another suffix or one of the other format's, a package is missing,
+            the network cannot be traced, the features are not finite or, of a float32 file, differ by more than 1e-4,
+            or another process is writing the same file. There is no file then, or the one that was there.
         ValueError: int8 without ONNX, or no image in `images`, or images of another shape or dtype.
 
     Example:
@@ -86,7 +86,7 @@ def export_network(
     elif precision == "int8":
         raise ValueError("precision int8 is made for format onnx alone")
     path = expanded(path)
-    _require_name(path, format)
+    require_name(path, format)
     network = deepcopy(network).to("cpu", torch.float32).eval()
     images = _drawn(network.image_size) if images is None else images
     content, run = _made(deepcopy(network), format, input, precision)
@@ -98,12 +98,19 @@ def export_network(
     return found
 
 
-def _require_name(path: Path, format: Format) -> None:
+def require_name(path: Path, format: Format) -> None:
+    """Refuse a path that is a folder, has the other format's suffix, or is a file that no export has named.
+
+    Raises:
+        DanFastError: says which, and what to name.
+    """
     if not path.name or path.is_dir():
         raise DanFastError(f"{path} is a folder: name a file in it, such as {path / f'network.{format}'}.")
-    other = {".onnx": "onnx", ".pt2": "pt2"}.get(path.suffix, format)
-    if other != format:
+    other = {".onnx": "onnx", ".pt2": "pt2"}.get(path.suffix)
+    if other not in (format, None):
         raise DanFastError(f"{path} is to be written as {format}: name it .{format}, or choose format {other}.")
+    if other is None and path.is_file() and path.stat().st_size:
+        raise DanFastError(f"{path} is a file already, and by its name no exported network: name a .{format} file.")
 
 
 def _made(network: DAN, format: Format, takes: Input, precision: Precision) -> tuple[bytes, formats.Run]:

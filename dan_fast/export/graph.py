@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import dan_fast
 from dan_fast import _extension
 from dan_fast.nn import DAN
+from dan_fast.nn.weights_hash import weights_hash
 
 
 class FeatureGraph(nn.Module):
@@ -74,5 +75,6 @@ def description(network: DAN, takes: str, precision: str) -> dict[str, str]:
         "feature_size": str(network.classifier.in_features),
         "length": "unit",
         "precision": precision,
+        "weights": weights_hash(network),
         "dan_fast": dan_fast.__version__,
     }

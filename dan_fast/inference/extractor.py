@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,6 +26,8 @@ from dan_fast.data.images.loader import image_loader
 from dan_fast.data.images.reading import decode_image, read_image
 from dan_fast.data.images.transforms import resize
 from dan_fast.data.samples import Sample
+from dan_fast.nn import DAN
+from dan_fast.nn.weights_hash import weights_hash
 from dan_fast.training.build import trained_network
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
@@ -42,7 +47,8 @@ class FeatureExtractor:
     and the same `batch_size` (128 there by default), they are equal to the last bit on a CPU.
 
     Args:
-        checkpoint: the checkpoint.pt or chosen.pt of a run, or a folder that `dan-fast share` has written.
+        checkpoint: the checkpoint.pt or chosen.pt of a run, a folder that `dan-fast share` has written, or a
+            `dan_fast.nn.DAN`, of which a copy is taken.
         device: "auto" takes the GPU where there is one; or "cpu", "cuda", "cuda:1".
         batch_size: images at a time.
         workers: processes that decode where all images are files; 0 decodes in this one.
@@ -54,6 +60,8 @@ class FeatureExtractor:
         image_size: (height, width) to which images are resized.
         preprocessing: how they are resized and normalised.
         size: C, the numbers of a feature.
+        weights: the hash that tells the network from others, which indexes, files of features and exported networks
+            name too.
 
     Raises:
         DanFastError: a checkpoint that is absent, cut short or of another version, or a device that is not there.
@@ -77,7 +85,7 @@ class FeatureExtractor:
 
     def __init__(
         self,
-        checkpoint: str | os.PathLike[str],
+        checkpoint: str | os.PathLike[str] | DAN,
         device: str = "auto",
         batch_size: int = 64,
         *,
@@ -89,14 +97,18 @@ class FeatureExtractor:
         if broken_images not in ("error", "skip"):
             raise ValueError(f"broken_images must be 'error' or 'skip', got {broken_images!r}")
         self.device = resolve_device(device)
-        network, _ = trained_network(checkpoint)
-        self.network = network.to(self.device)
+        network = deepcopy(checkpoint) if isinstance(checkpoint, DAN) else trained_network(checkpoint)[0]
+        self.network = network.eval().to(self.device)
         self.image_size = network.image_size
         self.preprocessing = network.preprocessing
         self.size: int = network.classifier.in_features
         self.batch_size = batch_size
         self.workers = workers
         self.broken_images = broken_images
+
+    @cached_property
+    def weights(self) -> str:
+        return weights_hash(self.network)
 
     def __call__(self, images: ImageLike | Iterable[ImageLike], progress: Show | None = None) -> Tensor:
         """The features of images, in their order.
@@ -132,16 +144,26 @@ class FeatureExtractor:
     def batches(self, images: ImageLike | Iterable[ImageLike]) -> Iterator[Tensor]:
         """The same features, those of one batch of `batch_size` images after the other, for lists of any length.
 
+        Of an iterator so many images are taken at a time, as of a camera whose frames do not end; with `workers` all.
+
         Example:
             for rows in extract.batches(paths):
                 index.add(rows.numpy())
         """
+        if isinstance(images, Iterator) and self.workers == 0:
+            return self._of_stream(images)
         images = _listed(images)
         if isinstance(images, Tensor):
             return self._of_ready(images)
-        for place, image in enumerate(images):
-            _check(image, f"images[{place}]")
-        return self._of_images(images)
+        _check(images, 0)
+        return self._of_images(images, 0)
+
+    def _of_stream(self, images: Iterator[ImageLike]) -> Iterator[Tensor]:
+        start = 0
+        while share := _listed(islice(images, self.batch_size)):
+            _check(share, start)
+            yield from self._of_images(share, start)
+            start += len(share)
 
     def _of_ready(self, images: Tensor) -> Iterator[Tensor]:
         if images.ndim != 4 or images.shape[1:] != (3, *self.image_size):
@@ -151,7 +173,8 @@ class FeatureExtractor:
             )
         return (self._embed(batch.to(self.device, torch.float32)) for batch in images.split(self.batch_size))
 
-    def _of_images(self, images: Sequence[ImageLike]) -> Iterator[Tensor]:
+    def _of_images(self, images: Sequence[ImageLike], start: int) -> Iterator[Tensor]:
+        """Of images that `_check` has seen, the first of which is called images[start]."""
         if not images:
             return
         files = all(isinstance(image, str | os.PathLike) for image in images)
@@ -162,7 +185,7 @@ class FeatureExtractor:
             self.batch_size,
             self.workers,
             self.broken_images,
-            cache=None if files else _InMemory(images, self.image_size, self.preprocessing.interpolation),
+            cache=None if files else _InMemory(images, start, self.image_size, self.preprocessing.interpolation),
             device=self.device,
             preprocessing=self.preprocessing,
         )
@@ -188,9 +211,11 @@ class FeatureExtractor:
 class _InMemory:
     """Images of a list in the place of a cache of decoded ones: each is read by its place, and resized then."""
 
-    def __init__(self, images: Sequence[ImageLike], image_size: tuple[int, int], interpolation: str) -> None:
+    def __init__(
+        self, images: Sequence[ImageLike], start: int, image_size: tuple[int, int], interpolation: str
+    ) -> None:
         self.image_size, self.interpolation = image_size, interpolation
-        self._images, self._resize = images, resize(image_size, interpolation)
+        self._images, self._start, self._resize = images, start, resize(image_size, interpolation)
 
     def __contains__(self, path: Path) -> bool:
         return True
@@ -200,10 +225,11 @@ class _InMemory:
 
     def read(self, path: Path) -> Tensor:
         """The (3,H,W) uint8 image of the place that `path` names."""
-        image = self._images[int(path.name)]
+        place = int(path.name)
+        image = self._images[place]
         if isinstance(image, str | os.PathLike):
             return self._resize(read_image(Path(image)))
-        return self._resize(decode_image(image, f"images[{path.name}]"))
+        return self._resize(decode_image(image, f"images[{self._start + place}]"))
 
 
 def _listed(images: Any) -> Sequence[ImageLike] | Tensor:
@@ -213,13 +239,22 @@ def _listed(images: Any) -> Sequence[ImageLike] | Tensor:
     single = isinstance(images, str | os.PathLike | Image.Image)
     if single or (isinstance(images, Tensor | np.ndarray) and images.ndim in (2, 3)):
         return [images]
-    return images if isinstance(images, list | tuple) else list(images)
+    if isinstance(images, list | tuple):
+        return images
+    if isinstance(images, Tensor | np.ndarray):
+        return list(images)
+    # Whatever gives them one by one may use one buffer for all.
+    return [deepcopy(image) if isinstance(image, np.ndarray | Tensor) else image for image in images]
 
 
-def _check(image: Any, name: str) -> None:
+def _check(images: Iterable[Any], start: int) -> None:
     """Refuse what is no image before anything is computed; whether it can be decoded shows when it is read."""
-    if isinstance(image, str | os.PathLike | Image.Image):
-        return
+    for place, image in enumerate(images, start):
+        if not isinstance(image, str | os.PathLike | Image.Image):
+            _check_array(image, f"images[{place}]")
+
+
+def _check_array(image: Any, name: str) -> None:
     if not isinstance(image, Tensor | np.ndarray) or image.dtype not in (torch.uint8, np.uint8):
         kind = image.dtype if isinstance(image, Tensor | np.ndarray) else type(image).__name__
         raise TypeError(f"{name} must be a path, a PIL image or a uint8 array or tensor, got {kind}")

@@ -22,7 +22,6 @@ from dan_fast.data.images.reading import DECODED_BY
 from dan_fast.data.samples import Sample
 from dan_fast.inference.extractor import FeatureExtractor, Show
 from dan_fast.inference.sources import Part, samples_of
-from dan_fast.nn.weights_hash import weights_hash
 
 # A chunk is so many batches: what a process that is stopped or killed has to do again.
 _BATCHES = 8
@@ -82,8 +81,9 @@ def write_features(out: Path, extractor: FeatureExtractor, parts: Sequence[Part]
     """Write the features of images, and what is known of these, into a .npz or .parquet file.
 
     It holds, each with N rows in the order of the images, `features`, (N,C) float32 of length 1; `paths`; `pids` and
-    `camids`, int64, -1 where they are unknown; and `splits` and `datasets`, the titles of these, "" where there is
-    none. In a Parquet file `features` is a column of lists of C numbers.
+    `camids`, int64, -1 where they are unknown; `splits` and `datasets`, the titles of these, "" where there is none;
+    and `weights`, `FeatureExtractor.weights`: features of other weights do not compare. In a Parquet file `features` is
+    a column of lists of C numbers.
 
     What is done lies in `chunk_folder` until everything is. Started again it goes on from there; features of images
     that have changed since, of other weights, of another batch size or of another version of Pillow, torchvision or
@@ -119,6 +119,7 @@ def write_features(out: Path, extractor: FeatureExtractor, parts: Sequence[Part]
                 "splits": np.array([part.split for part in parts for _ in part.samples]),
                 # A pid names a person within its dataset only.
                 "datasets": np.array([_title(part) for part in parts for _ in part.samples]),
+                "weights": np.full(len(samples), extractor.weights),
             }
             unread = np.concatenate([np.isnan(np.load(chunk, mmap_mode="r")[:, 0]) for chunk in chunks])
             write_whole(out, lambda stream: _WRITERS[out.suffix](stream, chunks, extractor.size, columns))
@@ -147,7 +148,7 @@ def _chunks(folder: Path, extractor: FeatureExtractor, parts: Sequence[Part], pr
         extractor.device.type,
         float32_rounding(extractor.device),
         extractor.batch_size,
-        weights_hash(extractor.network),
+        extractor.weights,
     )
     step = _BATCHES * extractor.batch_size
     total, done, files = sum(len(part.samples) for part in parts), 0, []

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dan_fast import __version__
 from dan_fast.core.errors import DanFastError
-from dan_fast.core.files import alone, printable, remove_unfinished, write_whole
+from dan_fast.core.files import alone, printable, remove_unfinished, write_together
 from dan_fast.core.home import expanded
 from dan_fast.core.preprocessing import Preprocessing
 from dan_fast.nn.backbones.weights import load_fitting, read_state_dict
@@ -76,16 +76,9 @@ def save_network(
     _require_own_or_empty(folder)
     with alone(folder / ".lock"):
         remove_unfinished(folder)
-        # The largest first: where there is no room for it, an earlier network in the folder stays as it was. In a new
-        # folder it is the configuration, by which a folder is known that a killed process has left.
-        is_new = not (folder / CONFIG).exists()
-        try:
-            for name in sorted(FILES, key=lambda name: is_new and name != CONFIG):
-                write_whole(folder / name, lambda stream, name=name: stream.write(contents[name]))
-        except DanFastError:
-            for name in FILES if is_new else ():
-                (folder / name).unlink(missing_ok=True)
-            raise
+        # By its configuration, which comes first, a folder is known that a killed process has left.
+        files = ((folder / name, contents[name]) for name in (CONFIG, WEIGHTS, CARD))
+        write_together({path: lambda stream, content=content: stream.write(content) for path, content in files})
 
 
 def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -138,7 +131,8 @@ def network_of_folder(kind: type[Network], folder: str | os.PathLike[str]) -> Ne
         with torch.random.fork_rng(devices=[]):
             network = kind(**arguments)
         network.preprocessing = Preprocessing.from_dict(config["preprocessing"])
-    except (KeyError, TypeError, ValueError) as error:
+    # PyTorch's where a size is one that no memory can hold.
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DanFastError(f"{path} does not describe a network ({error}): copy the folder again.") from error
     load_fitting(network, tensors, f"DAN of {arguments['backbone']}", Path(folder) / WEIGHTS, lambda key: False)
     return network.eval().to("cpu", torch.float32)

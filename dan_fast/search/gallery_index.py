@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -13,21 +12,27 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.core.files import absolute, alone, remove_unfinished, write_text
+from dan_fast.core.files import absolute, alone, remove_unfinished
+from dan_fast.core.home import expanded
 from dan_fast.data.images.cache_header import status_of
 from dan_fast.data.images.reading import DECODED_BY
 from dan_fast.data.samples import Sample, real_paths
 from dan_fast.inference.extractor import FeatureExtractor, Show
-from dan_fast.nn.weights_hash import weights_hash
 from dan_fast.search import kinds
+from dan_fast.search.index_folder import (
+    COLUMNS,
+    FEATURES,
+    INDEX,
+    UNFINISHED,
+    mapped,
+    read_finished,
+    read_latest,
+    rows_of,
+    write_index,
+)
 from dan_fast.search.kinds import IndexKind
 from dan_fast.search.searcher import Found, Searcher
 
-# To be raised with every change of what is in an index, the pixels that features are of among it.
-_SCHEMA = 2
-_FEATURES, _INDEX, _UNFINISHED = "features.f32", "index.json", "unfinished.json"
-# The lists in these files that have an entry for each row.
-_COLUMNS = "paths", "status", "pids", "camids"
 # So many images, and a tenth of those since the last update that was finished, are embedded before they are written
 # down.
 _SAVED = 4096
@@ -42,6 +47,7 @@ class Update(NamedTuple):
         changed: files that are not those that were embedded before.
         gone: images of the index that the gallery does not hold; they are not found.
         skipped: images that could not be decoded.
+        behind: approximate kinds of the index that lack images of it, as this brings `kind` up to date alone.
         decoded_by: the versions of Pillow and torchvision that decoded and resized the images of the index, as far as
             it says; features of the same image by others may differ a little.
     """
@@ -51,6 +57,7 @@ class Update(NamedTuple):
     changed: list[Path]
     gone: list[Path]
     skipped: list[Path]
+    behind: list[str]
     decoded_by: list[str]
 
 
@@ -95,11 +102,11 @@ class GalleryIndex:
     """
 
     def __init__(self, folder: str | Path, extractor: FeatureExtractor, kind: IndexKind = "flat") -> None:
-        folder = Path(folder)
-        self.weights = weights_hash(extractor.network)
-        stored, index = _finished(folder, self.weights, kind)
+        folder = expanded(folder)
+        self.weights = extractor.weights
+        stored, index = read_finished(folder, self.weights, kind)
         self.parameters = {} if kind == "flat" else stored["kinds"][kind]["parameters"]
-        features, count = _mapped(folder, stored), len(stored["paths"])
+        features, count = mapped(folder, stored), len(stored["paths"])
         self.images = [
             Sample(Path(path), pid, camid)
             for path, pid, camid in zip(stored["paths"], stored["pids"], stored["camids"], strict=True)
@@ -152,7 +159,7 @@ def update_index(
         folder: a new one, or one that this has written.
         extractor: with `broken_images` "skip" images that cannot be decoded are left out; a later call tries them
             again.
-        gallery: the images; of several of one file, by whatever path or link, the first counts.
+        gallery: the images; of several of one file, by whatever path or symbolic link, the first counts.
         kind: of the index; "flat" needs no more than the features.
         progress: called with (images embedded, images to embed).
 
@@ -164,7 +171,7 @@ def update_index(
 
     Example: see `GalleryIndex`.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     if kind not in get_args(IndexKind):
         raise ValueError(f"kind must be one of {', '.join(get_args(IndexKind))}, got {kind!r}")
     if kind != "flat":
@@ -179,23 +186,25 @@ def update_index(
         with alone(folder / ".lock"):
             try:
                 remove_unfinished(folder)
-                stored, finished = _latest(folder, extractor)
+                stored, finished = read_latest(folder, extractor)
                 update = _add_images(folder, stored, finished, extractor, images, progress)
                 if not stored["gallery"]:
                     raise DanFastError("No image of the gallery can be decoded: name another folder.")
                 if kind != "flat":
                     _bring_up_to_date(folder, stored, kind)
-                _save(folder / _INDEX, stored)
+                write_index(folder / INDEX, stored)
+                rows = len(stored["paths"])
+                update = update._replace(behind=[name for name, of in stored["kinds"].items() if of["rows"] < rows])
                 used = {entry["file"] for entry in stored["kinds"].values()}
                 own = re.compile(rf"({'|'.join(get_args(IndexKind))})-[0-9]+\.faiss")
                 unused = [file for file in folder.iterdir() if own.fullmatch(file.name) and file.name not in used]
-                for file in (folder / _UNFINISHED, *unused):
+                for file in (folder / UNFINISHED, *unused):
                     file.unlink(missing_ok=True)
             finally:
                 # One without any feature is of no use.
                 with suppress(OSError):
-                    if not (folder / _FEATURES).stat().st_size:
-                        (folder / _FEATURES).unlink()
+                    if not (folder / FEATURES).stat().st_size:
+                        (folder / FEATURES).unlink()
     finally:
         with suppress(OSError):
             folder.rmdir()
@@ -213,11 +222,11 @@ def _add_images(
     """Embed what is new among the images, and write down which rows are the gallery."""
     before = set(stored["paths"])
     statuses = {path: status_of(path) for path in images}
-    known = _rows(stored)
+    known = rows_of(stored)
     new = [path for path in images if (path, *statuses[path]) not in known]
     files = [(images[path].path, path, statuses[path]) for path in new]
     skipped = _embed(folder, stored, finished, extractor, files, progress)
-    known, stored["gallery"] = _rows(stored), []
+    known, stored["gallery"] = rows_of(stored), []
     for path, sample in images.items():
         row = known.get((path, *statuses[path]))
         if row is not None:
@@ -230,6 +239,7 @@ def _add_images(
         changed=[Path(path) for path in new if path in before],
         gone=[Path(path) for path in sorted(before - images.keys())],
         skipped=skipped,
+        behind=[],
         decoded_by=stored["decoded_by"],
     )
 
@@ -246,17 +256,20 @@ def _embed(
     skipped: list[Path] = []
     added: list[tuple[str, tuple[int, int]]] = []
     before, saved = len(stored["paths"]), 0
-    file = folder / _FEATURES
+    file = folder / FEATURES
 
     def whole() -> dict[str, Any]:
         unknown = [-1] * len(added)
         columns = ([path for path, _ in added], [status for _, status in added], unknown, unknown)
-        extended = {name: stored[name] + column for name, column in zip(_COLUMNS, columns, strict=True)}
+        extended = {name: stored[name] + column for name, column in zip(COLUMNS, columns, strict=True)}
         # An index may be older than this entry.
         known = {*stored.get("decoded_by", ()), *([DECODED_BY] if added else ())}
         return stored | extended | {"decoded_by": sorted(known)}
 
     try:
+        if not before:
+            # No index has these rows. In a file of its own the new ones leave those alone who have the old one mapped.
+            file.unlink(missing_ok=True)
         file.touch()
         # Its end is inside, where what could not be written is tried once more.
         with file.open("r+b") as stream:
@@ -269,8 +282,8 @@ def _embed(
                 os.fsync(stream.fileno())
                 everything = whole()
                 # The others stand in index.json: to write them again would take longer than to embed what is new.
-                since = {name: everything[name][finished:] for name in _COLUMNS}
-                _save(folder / _UNFINISHED, everything | since | {"gallery": [], "finished": finished})
+                since = {name: everything[name][finished:] for name in COLUMNS}
+                write_index(folder / UNFINISHED, everything | since | {"gallery": [], "finished": finished})
 
             try:
                 done = 0
@@ -297,7 +310,7 @@ def _embed(
 
 def _bring_up_to_date(folder: Path, stored: dict[str, Any], kind: str) -> None:
     """Add to an approximate index the rows that it lacks, or make it."""
-    features, found = _mapped(folder, stored), stored["kinds"].get(kind)
+    features, found = mapped(folder, stored), stored["kinds"].get(kind)
     rows = len(features)
     if found is None or not (folder / found["file"]).is_file() or kinds.is_outgrown(kind, found["parameters"], rows):
         index, parameters = kinds.build(kind, features)
@@ -310,90 +323,3 @@ def _bring_up_to_date(folder: Path, stored: dict[str, Any], kind: str) -> None:
     name = f"{kind}-{rows}.faiss"
     kinds.write(index, folder / name)
     stored["kinds"][kind] = {"file": name, "rows": rows, "parameters": parameters}
-
-
-def _rows(stored: dict[str, Any]) -> dict[tuple[str, int, int], int]:
-    """(path, size, time) -> row."""
-    pairs = zip(stored["paths"], stored["status"], strict=True)
-    return {(path, *status): row for row, (path, status) in enumerate(pairs)}
-
-
-def _finished(folder: Path, own: str, kind: IndexKind) -> tuple[dict[str, Any], Any]:
-    """What index.json says, and faiss's index of an approximate kind."""
-    while True:
-        stored = _read(folder, _INDEX, own)
-        if stored is None or (kind != "flat" and stored["kinds"].get(kind, {}).get("rows") != len(stored["paths"])):
-            raise DanFastError(f"{folder} holds no finished {kind} index: make it by `dan-fast search`.")
-        if kind == "flat":
-            return stored, None
-        try:
-            found = stored["kinds"][kind]
-            return stored, kinds.read(folder / found["file"], found["rows"], stored["size"])
-        except DanFastError:
-            # An update that came to its end in between has removed that file, and index.json names another one.
-            if (again := _read(folder, _INDEX, own)) is None or again["kinds"].get(kind) == found:
-                raise
-
-
-def _latest(folder: Path, extractor: FeatureExtractor) -> tuple[dict[str, Any], int]:
-    """What is known of the features, and how many rows of it stand in index.json.
-
-    The others are of a call that was stopped.
-    """
-    own = weights_hash(extractor.network)
-    index, unfinished = (_read(folder, name, own) for name in (_INDEX, _UNFINISHED))
-    if index is None:
-        index = {name: [] for name in (*_COLUMNS, "gallery")}
-        index |= {"schema": _SCHEMA, "weights": own, "size": extractor.size, "kinds": {}}
-    count = len(index["paths"])
-    # Builds that did not count the finished rows wrote all. Without index.json nobody knows of which images they are.
-    if unfinished is None or (finished := unfinished.get("finished", 0)) > count:
-        return index, count
-    joined = {name: index[name][:finished] + unfinished[name] for name in _COLUMNS}
-    # Left by a call that was killed after it had written index.json.
-    if len(joined["paths"]) <= count:
-        return index, count
-    return index | joined | {"decoded_by": unfinished.get("decoded_by", [])}, count
-
-
-def _read(folder: Path, name: str, own: str) -> dict[str, Any] | None:
-    """The content of a file that `_save` wrote, of the weights whose hash is `own`; None where there is none."""
-    file = folder / name
-    try:
-        content = json.loads(file.read_bytes())
-        schema, weights, size = content["schema"], content["weights"], content["size"]
-        lengths = {len(content[column]) for column in _COLUMNS}
-        rows = content.get("finished", 0) + len(content["paths"])
-        lacking = 4 * size * rows - (folder / _FEATURES).stat().st_size
-    except FileNotFoundError:
-        if file.exists():
-            raise DanFastError(f"{folder} lacks {_FEATURES}: remove the folder, and it is made anew.") from None
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DanFastError(f"{file} is no index ({error}): remove {folder}, and it is made anew.") from error
-    if schema > _SCHEMA:
-        raise DanFastError(f"{file} is of a newer version of dan_fast: use that, or remove {folder}.")
-    if schema < _SCHEMA:
-        raise DanFastError(f"{file} is of an older version of dan_fast: remove {folder}, and it is made anew.")
-    if weights != own:
-        raise DanFastError(
-            f"{folder} is an index of another checkpoint (weights {weights[:8]}, not {own[:8]}): use that one, or name "
-            "another folder."
-        )
-    if len(lengths) > 1:
-        # Without the other the index is as it was before the call that was stopped.
-        wrong = file if name == _UNFINISHED else folder
-        raise DanFastError(f"{file} has lists of different lengths: remove {wrong}, and what it lacks is made anew.")
-    if lacking > 0:
-        raise DanFastError(f"{folder / _FEATURES} is cut short: remove {folder}, and it is made anew.")
-    return content
-
-
-def _mapped(folder: Path, stored: dict[str, Any]) -> np.ndarray:
-    """The features (n,C), mapped, and copied where they are written to: PyTorch warns of arrays that cannot be."""
-    shape = len(stored["paths"]), stored["size"]
-    return np.memmap(folder / _FEATURES, dtype=np.float32, mode="c", shape=shape)
-
-
-def _save(file: Path, stored: dict[str, Any]) -> None:
-    write_text(file, json.dumps(stored, separators=(",", ":")) + "\n")

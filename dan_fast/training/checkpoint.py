@@ -44,7 +44,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if path.is_dir():
         return _state_of_folder(path)
     if not path.is_file():
-        raise DanFastError(f"{path} does not exist: name the checkpoint.pt of a run.")
+        raise DanFastError(
+            f"{path} does not exist: name the checkpoint.pt of a run, or a folder of a shared network (`hf download` "
+            "fetches one of the Hub)."
+        )
     try:
         # PyTorch writes the checksums of the archive's parts and does not read them.
         with zipfile.ZipFile(path) as archive:
@@ -104,11 +107,13 @@ def _state_of_folder(folder: Path) -> dict[str, Any]:
             f"{folder} does not say how its network was trained: read it with DAN.from_pretrained, or have "
             "`dan-fast share` write it from the checkpoint."
         )
-    _require_one_network(folder, config["network"], training["settings"])
+    with fitting_this_version(folder):
+        _require_one_network(folder, config["network"], training["settings"])
+        num_classes = config["network"]["num_classes"]
     return {
         "config": training["settings"],
         **training["checkpoint"],
-        "num_classes": config["network"]["num_classes"],
+        "num_classes": num_classes,
         "preprocessing": config["preprocessing"],
         "model": {f"network.{name}": value for name, value in weights.items()},
         "evaluations": config["results"],

@@ -114,9 +114,3 @@ def test_quickstart_asks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_a_process_of_a_benchmark_does_as_its_parent(kept: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(heap, "_kept", kept)
     assert in_own_process(heap.heap_in_force) == ("kept" if kept else "not kept")
-
-
-@pytest.mark.slow
-def test_an_import_leaves_the_heap():
-    code = "import dan_fast.core.heap as heap; heap.ctypes = None; import dan_fast.functional, dan_fast.training"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

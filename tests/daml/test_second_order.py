@@ -73,7 +73,8 @@ def network(backbone: str | nn.Module, **settings) -> DAN:
     ("backbone", "settings", "stage"),
     [
         ("resnet18", {"adversary_reach": "attention", "style_mixing": True}, Stage.BOTH),
-        *(("timm:test_resnet", {"adversary_reach": "attention", "style_mixing": True}, stage) for stage in Stage),
+        ("timm:test_resnet", {"adversary_reach": "attention", "style_mixing": True}, Stage.ATTENTION),
+        ("timm:test_resnet", {"adversary_reach": "attention", "style_mixing": True}, Stage.ADVERSARY),
         ("timm:test_resnet", {"dropout": 0.5, "instance_norm": True}, Stage.BOTH),
         ("timm:efficientnet_lite0", {"attention": "none", "adversary": False}, Stage.ATTENTION),
         ("timm:test_vit", {}, Stage.BOTH),

@@ -1,4 +1,4 @@
-"""Two and four processes, and images, shared by the tests of a file."""
+"""Four processes, and images, shared by the tests of a file."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +10,9 @@ from tests.support.ranks import Ranks
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Two and four ranks, or as many as `RANKS` of a file says."""
+    """Four ranks, or as many as `RANKS` of a file says: of four one can be neither first nor last, and have no rows."""
     if "ranks" in metafunc.fixturenames:
-        numbers = getattr(metafunc.module, "RANKS", (2, 4))
+        numbers = getattr(metafunc.module, "RANKS", (4,))
         metafunc.parametrize("ranks", numbers, indirect=True, scope="module", ids="{} ranks".format)
 
 

@@ -20,6 +20,7 @@ Group = distributed.ProcessGroup
 F64 = torch.float64
 HELD = (3, 4, 5)  # of ten steps, those whose graph is kept
 
+RANKS = (2, 4)
 pytestmark = pytest.mark.slow
 
 

@@ -22,8 +22,6 @@ from tests.support.ranks import Ranks
 from tests.support.steps import TinyMap
 
 pytestmark = pytest.mark.slow
-# With four a rank can be neither the first nor the last, and have no rows.
-RANKS = (4,)
 
 Group = distributed.ProcessGroup
 

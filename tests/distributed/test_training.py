@@ -39,27 +39,22 @@ def trained(group: Group | None, config: TrainConfig, dropout: float = 0.0) -> d
     return trainer.model.state_dict()
 
 
-def as_one_rank(group: Group, images: Path, out: Path, procedure: str, per_rank: bool) -> None:
-    meta, ranks = {"procedure": procedure}, out / "ranks"
-    data = {"batch_size": 20 // group.size(), "batch_size_per_rank": True} if per_rank else {}
-    found = trained(group, settings(images, ranks, meta=meta, data=data))
-    if per_rank:
-        with pytest.raises(
-            DanFastError, match=f"was trained on {group.size()} ranks with a batch for each, and here are 1"
-        ):
-            trainer_of(settings(images, ranks, meta=meta, data=data, run={"resume": True}), None)
-    expected = trained(None, settings(images, out / f"one{group.rank()}", meta=meta))
-    for name, value in expected.items():
-        torch.testing.assert_close(
-            found[name], value, rtol=2e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}"
-        )
-    assert (expected["memory.unlabeled.labels"] >= 0).any()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("procedure", "per_rank"), [("daml1", True), ("daml3", False)])
 def test_a_training_is_that_of_one_rank(ranks: Ranks, images: Path, tmp_path: Path, procedure: str, per_rank: bool):
-    ranks.run(as_one_rank, images, tmp_path, procedure, per_rank)
+    meta = {"procedure": procedure}
+    given = {"meta": meta, "data": {"batch_size": 20 // ranks.world, "batch_size_per_rank": True} if per_rank else {}}
+    states = ranks.run(trained, settings(images, tmp_path / "ranks", **given))
+    if per_rank:
+        with pytest.raises(DanFastError, match=f"was trained on {ranks.world} ranks with a batch for each, and here"):
+            trainer_of(settings(images, tmp_path / "ranks", **given, run={"resume": True}), None)
+    expected = trained(None, settings(images, tmp_path / "one", meta=meta))
+    for state in states:
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                state[name], value, rtol=2e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}"
+            )
+    assert (expected["memory.unlabeled.labels"] >= 0).any()
 
 
 def test_ranks_draw_numbers_of_their_own_that_repeat_by_seed():

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.export.passes import move_to_device_pass
 
 from dan_fast.cli import main
 from dan_fast.core.errors import DanFastError
@@ -22,8 +23,8 @@ from dan_fast.data.images.reading import read_image
 from dan_fast.data.images.transforms import resize
 from dan_fast.data.samples import Sample
 from dan_fast.evaluation import extract_features
-from dan_fast.export import Difference, export_network, formats
-from dan_fast.export.formats import METADATA
+from dan_fast.export import Difference, export_network, exporting
+from dan_fast.export.formats import METADATA, Run
 from dan_fast.export.graph import FeatureGraph
 from dan_fast.nn import DAN
 from dan_fast.training import TrainConfig
@@ -167,13 +168,23 @@ def test_a_file_says_what_it_takes_and_holds_no_operator_or_path_of_ours(exporte
     assert str(ROOT).encode() not in content and sys.prefix.encode() not in content
 
 
-def test_a_checkpoint_is_not_written_over(tmp_path, capsys):
-    file = untrained_checkpoint(tmp_path / "network.pt")
-    before = file.read_bytes()
-    for kind in ("onnx", "pt2"):
-        assert main(["export", "--checkpoint", str(file), "--out", str(file), "--format", kind]) == 1
-        assert capsys.readouterr().err.startswith(f"dan-fast: {file} is a checkpoint, and what is exported cannot be")
-    assert file.read_bytes() == before
+def test_what_is_no_exported_network_is_not_written_over(tmp_path, capsys):
+    checkpoint, other = untrained_checkpoint(tmp_path / "network.pt"), tmp_path / "results.json"
+    other.write_text("{}")
+    before = checkpoint.read_bytes()
+    for file, kind in ((checkpoint, "onnx"), (checkpoint, "pt2"), (other, "pt2")):
+        said = f"{file} is a file already, and by its name no exported network: name a .{kind} file."
+        assert main(["export", "--checkpoint", str(checkpoint), "--out", str(file), "--format", kind]) == 1
+        assert capsys.readouterr().err == f"dan-fast: {said}\n"
+        with pytest.raises(DanFastError, match=re.escape(said)):
+            export_network(one_convolution(), file, kind)
+    assert checkpoint.read_bytes() == before and other.read_text() == "{}"
+
+
+def test_a_program_moves_to_another_device_as_the_page_says(exported):
+    program = move_to_device_pass(torch.export.load(exported["pt2"] / "vit.pt2"), "meta")
+    images = torch.zeros(3, 3, 64, 32, dtype=torch.uint8, device="meta")
+    assert program.module()(images).shape[0] == 3
 
 
 def test_an_input_of_another_size_is_refused_with_the_size_wanted(exported):
@@ -236,6 +247,7 @@ def test_a_network_of_another_floating_type_is_written_in_float32(tmp_path, dtyp
 def test_the_home_folder_is_where_it_is_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
+    untraced(monkeypatch)
     export_network(one_convolution(), "~/n.pt2", "pt2")
     assert [path.name for path in tmp_path.iterdir()] == ["n.pt2"]
 
@@ -284,20 +296,23 @@ def test_a_file_that_is_not_the_network_is_not_written(tmp_path, monkeypatch, fo
     assert out.read_bytes() == b"of an earlier export"
 
 
-def changed_run(monkeypatch, change=lambda done, features: features) -> list[int]:
-    """How many images the file is run on at a time; `change` gets the number of those before, and the features."""
-    run_pt2, counts = formats.run_pt2, []
+def untraced(monkeypatch, change=lambda done, features: features) -> list[int]:
+    """Files have no content and are run as their graph, for what is compared; how many images at a time.
 
-    def changed(content: bytes) -> formats.Run:
-        run = run_pt2(content)
+    `change` gets the number of images before, and the features.
+    """
+    counts = []
+
+    def made(network: DAN, format: str, takes: str, precision: str) -> tuple[bytes, Run]:
+        graph = FeatureGraph(network, normalises=takes == "uint8")
 
         def counted(images: torch.Tensor) -> torch.Tensor:
             counts.append(len(images))
-            return change(sum(counts[:-1]), run(images))
+            return change(sum(counts[:-1]), graph(images))
 
-        return counted
+        return b"", counted
 
-    monkeypatch.setattr(formats, "run_pt2", changed)
+    monkeypatch.setattr(exporting, "_made", made)
     return counts
 
 
@@ -310,21 +325,23 @@ def noise(count: int) -> torch.Tensor:
     [(1, [1]), (8, [7, 1]), (9, [8, 1]), (20, [8, 8, 3, 1]), ([1, 0, 3, 1], [1, 3, 1]), ([2, 12, 0], [2, 11, 1])],
 )
 def test_each_image_is_compared_once_and_the_last_by_itself(tmp_path, monkeypatch, batches, expected):
-    counts = changed_run(monkeypatch)
+    counts = untraced(monkeypatch)
     images = noise(batches) if isinstance(batches, int) else map(noise, batches)
     found = export_network(one_convolution(), tmp_path / "network.pt2", "pt2", images=images)
     assert counts == expected and found.images == sum(expected)
 
 
 @pytest.mark.parametrize("images", [noise(2).float(), noise(2)[..., :-1], noise(2)[0]])
-def test_images_that_do_not_fit_are_named(tmp_path, images):
+def test_images_that_do_not_fit_are_named(tmp_path, monkeypatch, images):
+    untraced(monkeypatch)
     with pytest.raises(ValueError, match=r"images must be \(n, 3, \d+, \d+\) of torch.uint8, got \("):
         export_network(one_convolution(), tmp_path / "network.pt2", "pt2", input="normalized", images=images)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("images", [noise(0), ()])
-def test_without_an_image_to_compare_on_there_is_no_file(tmp_path, images):
+def test_without_an_image_to_compare_on_there_is_no_file(tmp_path, monkeypatch, images):
+    untraced(monkeypatch)
     with pytest.raises(ValueError, match="images holds no image to compare on"):
         export_network(one_convolution(), tmp_path / "network.pt2", "pt2", images=images)
     assert not list(tmp_path.iterdir())
@@ -336,7 +353,7 @@ def test_the_worst_batch_counts_wherever_it_is(tmp_path, monkeypatch, place):
 
     def found_where(change) -> Difference:
         with monkeypatch.context() as patch:
-            changed_run(patch, lambda done, features: change(features) if done == place else features)
+            untraced(patch, lambda done, features: change(features) if done == place else features)
             return export_network(one_convolution(), out, "pt2", precision="float16", images=images)
 
     wrong = {0: torch.nan, 8: torch.inf, 16: torch.nan}[place]
@@ -347,7 +364,8 @@ def test_the_worst_batch_counts_wherever_it_is(tmp_path, monkeypatch, place):
     assert found.cosine == pytest.approx(-1, abs=1e-3) and found.largest > 0.5
 
 
-def test_of_many_batches_few_are_held_at_a_time(tmp_path):
+def test_of_many_batches_few_are_held_at_a_time(tmp_path, monkeypatch):
+    untraced(monkeypatch)
     held, most = [], []
 
     def batch() -> torch.Tensor:
@@ -366,7 +384,7 @@ def test_the_command_reads_images_as_they_are_compared(shelf, tmp_path, monkeypa
     for number in range(20):
         Image.new("RGB", SIZE[::-1], (12 * number, 0, 0)).save(folder / f"{number}.png")
     monkeypatch.setattr("dan_fast.commands.export.read_image", lambda file: read.append(file) or read_image(file))
-    counts = changed_run(monkeypatch, lambda done, features: ahead.append(len(read) - done) or features)
+    counts = untraced(monkeypatch, lambda done, features: ahead.append(len(read) - done) or features)
     flags = ["--checkpoint", str(shelf / "cnn.pt"), "--format", "pt2", "--out", str(tmp_path / "network.pt2")]
     assert main(["export", *flags, "--images", str(folder)]) == 0
     assert counts == [8, 8, 3, 1] and sorted(read) == sorted(folder.iterdir()) and max(ahead) == 16

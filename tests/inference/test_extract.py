@@ -250,7 +250,7 @@ def test_a_parquet_file_holds_the_same(run, folder, tmp_path):
     assert table.column_names == list(found)
     features = table.column("features").combine_chunks()
     assert np.array_equal(features.flatten().to_numpy().reshape(-1, features.type.list_size), found["features"])
-    for name in ("paths", "pids", "camids", "splits", "datasets"):
+    for name in ("paths", "pids", "camids", "splits", "datasets", "weights"):
         assert table.column(name).to_pylist() == found[name].tolist()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["features.npz", "features.parquet", "photos"]
 

@@ -13,6 +13,7 @@ from dan_fast import DanFastError, FeatureExtractor
 from dan_fast.core.preprocessing import Preprocessing
 from dan_fast.data import Sample, test_transform
 from dan_fast.evaluation import extract_features
+from dan_fast.training import trained_network
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.support.untrained import untrained_checkpoint
 
@@ -86,6 +87,32 @@ def test_workers_give_the_same(checkpoint, paths, expected):
 def test_the_features_come_batch_by_batch(extract, paths, expected):
     batches = list(extract.batches(paths))
     assert [len(rows) for rows in batches] == [4, 4, 2] and torch.equal(torch.cat(batches), expected)
+
+
+def test_a_stream_is_taken_batch_by_batch_and_may_reuse_its_buffer(extract, paths, expected):
+    taken, buffer = 0, np.zeros((200, 100, 3), np.uint8)
+
+    def frames(count: int):
+        nonlocal taken
+        for image in arrays_of(paths)[:count]:
+            taken += 1
+            frame = buffer[: image.shape[0], : image.shape[1]]
+            frame[:] = image
+            yield frame
+        yield np.zeros((4, 4))
+
+    assert torch.equal(next(extract.batches(frames(10))), expected[:BATCH]) and taken == BATCH
+    with pytest.raises(TypeError, match=r"images\[7\] must be .* got float64"):
+        list(extract.batches(frames(7)))
+    whole = extract(frame for frame in frames(10) if frame.dtype == np.uint8)
+    assert torch.equal(whole, expected)
+
+
+def test_a_network_serves_as_its_checkpoint_does(extract, checkpoint, paths, expected):
+    network = trained_network(checkpoint)[0].train()
+    of_network = FeatureExtractor(network, "cpu", BATCH)
+    assert torch.equal(of_network(paths), expected) and of_network.weights == extract.weights
+    assert network.training and of_network.network is not network
 
 
 def test_defaults_of_the_process_change_nothing(checkpoint, paths, expected):

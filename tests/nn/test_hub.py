@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,6 @@ from dan_fast.core.files import alone
 from dan_fast.core.preprocessing import Preprocessing
 from dan_fast.nn import DAN
 from dan_fast.nn.hub import FILES, read_folder
-from tests.support import ROOT
 
 SIZE = (64, 32)
 OTHER = Preprocessing((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bicubic")
@@ -114,6 +113,11 @@ def renamed_argument(folder: Path) -> None:
         (edited(network={"backbone": "resnet18"}), "does not describe a network by .*num_classes.*: install"),
         (renamed_argument, "no backbone 'resnet19'"),
         (edited(preprocessing={}), "config.json does not describe a network .'mean'.: copy"),
+        (edited(preprocessing=OTHER._replace(mean=(0.5,)).to_dict()), "mean .0.5. and std .* are not those of red"),
+        (edited(preprocessing=OTHER._replace(mean=(124.0, 116.0, 104.0)).to_dict()), "are not those of red, green and"),
+        (edited(preprocessing=OTHER._replace(std=(0.2, 0.0, 0.2)).to_dict()), "are not those of red, green and blue"),
+        (edited(preprocessing=OTHER._replace(mean="abc").to_dict()), "are not those of red, green and blue"),
+        (edited(preprocessing=OTHER._replace(interpolation="lanczos").to_dict()), "'lanczos' is none of bilinear, bic"),
         (cut("model.safetensors"), "model.safetensors is damaged, cut short or .* its checksum does not fit"),
         (flipped, "model.safetensors is damaged, cut short or .* its checksum does not fit"),
         (of_another_network, "do not fit DAN of timm:test_resnet .of another shape: attention.wc1"),
@@ -154,7 +158,7 @@ def test_what_is_refused_leaves_a_folder_as_it_was(saved: Path, tmp_path: Path, 
     before = {path.name: path.read_bytes() for path in kept.iterdir()}
     with monkeypatch.context() as patch:
         patch.setattr("dan_fast.core.files.os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
-        with pytest.raises(DanFastError, match="model.safetensors could not be written .No space left"):
+        with pytest.raises(DanFastError, match="config.json could not be written .No space left"):
             network("timm:test_vit").save_pretrained(kept)
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
     network("timm:test_vit").save_pretrained(kept)
@@ -201,45 +205,47 @@ def test_numbers_of_numpy_and_the_home_folder(tmp_path: Path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_first_save_that_is_killed_is_made_good_by_the_next(tmp_path: Path):
-    """Killed before each of the renames, of the lock's holder, config.json, model.safetensors and README.md."""
-    code = f"""
-import os, torch, dan_fast.nn
-torch.set_num_threads(1)  # a pool of threads does not outlive a fork
-network, replace, done = dan_fast.nn.DAN(5, "timm:test_resnet", {SIZE}), os.replace, []
-def killed(source, target):
-    if len(done) == last:
-        os.kill(os.getpid(), 9)
-    done.append(target)
-    replace(source, target)
-os.replace = killed
-for last in range(4):
-    process = os.fork()
-    if process == 0:
-        network.save_pretrained(os.path.join({str(tmp_path)!r}, str(last)))
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
-"""
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert ran.stdout.split() == ["-9"] * 4
-    for last, folder in enumerate(sorted(tmp_path.iterdir())):
+    """Killed before each of the renames: of the lock's holder, config.json, model.safetensors and README.md."""
+    ours, replace, done = network(), os.replace, []
+
+    def killed(source: Path, target: Path) -> None:
+        if len(done) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done.append(target)
+        replace(source, target)
+
+    for last in range(4):
+        folder = tmp_path / str(last)
+        if (process := os.fork()) == 0:
+            try:
+                torch.set_num_threads(1)  # a pool of threads does not outlive a fork
+                os.replace = killed
+                ours.save_pretrained(folder)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
         assert len(set(FILES) & {path.name for path in folder.iterdir()}) == max(0, last - 1)
-        ours = network()
         ours.save_pretrained(folder)
         assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
         assert torch.equal(DAN.from_pretrained(folder).embed(images()), ours.embed(images()))
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_first_save_without_room_leaves_an_empty_folder(tmp_path: Path, monkeypatch, file: str):
-    def full(source: Path, target: Path) -> None:
-        if target.name == file:
-            raise OSError(28, "No space left")
-        os.rename(source, target)
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_save_without_room_leaves_what_was_there(saved: Path, tmp_path: Path, monkeypatch, file: str, earlier: bool):
+    folder = tmp_path / "net"
+    if earlier:
+        shutil.copytree(saved, folder)
+    before = {path.name: path.read_bytes() for path in folder.glob("*")}
 
-    monkeypatch.setattr("dan_fast.core.files.os.replace", full)
+    def full(descriptor: int) -> None:
+        if f".{file}." in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(28, "No space left")
+
+    monkeypatch.setattr("dan_fast.core.files._sync", full)
     with pytest.raises(DanFastError, match=f"{file} could not be written .No space left"):
-        network().save_pretrained(tmp_path)
-    assert not any(tmp_path.iterdir())
+        network().save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.glob("*")} == before
 
 
 def test_weights_of_something_else_are_not_overwritten(tmp_path: Path):
@@ -254,28 +260,18 @@ def test_a_second_process_that_saves_into_a_folder_is_told_who_does(tmp_path: Pa
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_without_huggingface_hub_a_folder_is_written_and_read_and_an_id_says_what_to_install(tmp_path: Path):
-    code = f"""
-import sys
-import dan_fast.nn
-assert "huggingface_hub" not in sys.modules and "dan_fast.evaluation" not in sys.modules
-sys.modules["huggingface_hub"] = None
-network = dan_fast.nn.DAN(3, "resnet18", (32, 32))
-network.save_pretrained({str(tmp_path / "net")!r})
-dan_fast.nn.DAN.from_pretrained({str(tmp_path / "net")!r})
-for ask in (lambda: dan_fast.nn.DAN.from_pretrained("me/net"), lambda: network.push_to_hub("me/net")):
-    try:
-        ask()
-    except dan_fast.DanFastError as error:
-        print(error)
-"""
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert ran.stdout.splitlines() == [
-        "There is no folder me/net, and fetching it from the Hugging Face Hub needs huggingface_hub: "
-        "pip install 'dan-fast[hub]'",
-        "Pushing to the Hugging Face Hub needs huggingface_hub: pip install 'dan-fast[hub]'",
-    ]
+def test_without_huggingface_hub_a_folder_is_written_and_read_and_an_id_says_what_to_install(
+    tmp_path: Path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    ours = network()
+    ours.save_pretrained(tmp_path)
+    DAN.from_pretrained(tmp_path)
+    remedy = r"the Hugging Face Hub needs huggingface_hub: pip install 'dan-fast\[hub\]'$"
+    with pytest.raises(DanFastError, match=f"^There is no folder me/net, and fetching it from {remedy}"):
+        DAN.from_pretrained("me/net")
+    with pytest.raises(DanFastError, match=f"^Pushing to {remedy}"):
+        ours.push_to_hub("me/net")
 
 
 @pytest.fixture

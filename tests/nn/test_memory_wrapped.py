@@ -222,30 +222,32 @@ def test_what_another_process_gets_is_not_overwritten_by_this_one():
     assert_memories_equal(received, before)
 
 
-def _step_in_a_process(memory: ProgressiveAugmentedMemory, answers: SimpleQueue) -> None:
-    received = {name: value.clone() for name, value in memory.state_dict().items()}
-    for batch in batches(2, seed=2):
-        memory(*batch)
-    answers.put({name: value.numpy() for name, value in received.items()})
+def _step_in_a_process(memories: list[ProgressiveAugmentedMemory], answers: SimpleQueue) -> None:
+    received = [{name: value.clone() for name, value in memory.state_dict().items()} for memory in memories]
+    for memory in memories:
+        for batch in batches(2, seed=2):
+            memory(*batch)
+    answers.put([{name: value.numpy() for name, value in state.items()} for state in received])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [0, 1])
-def test_a_spawned_process_gets_a_memory_of_its_own(steps: int):
-    memory, context = make(), get_context("spawn")
-    for batch in batches(steps):
-        memory(*batch)
-    before = {name: value.clone() for name, value in memory.state_dict().items()}
+def test_a_spawned_process_gets_memories_of_its_own():
+    """One that is new, and one whose write waits."""
+    memories, context = [make(), make()], get_context("spawn")
+    memories[1](*next(batches(1)))
+    before = [{name: value.clone() for name, value in memory.state_dict().items()} for memory in memories]
     answers = context.SimpleQueue()
-    process = context.Process(target=_step_in_a_process, args=(memory, answers))
+    process = context.Process(target=_step_in_a_process, args=(memories, answers))
     process.start()
-    for batch in batches(2, seed=1):
-        memory(*batch)  # the other process may not have read what it was given
+    for memory in memories:
+        for batch in batches(2, seed=1):
+            memory(*batch)  # the other process may not have read what it was given
     received = answers.get()
     process.join()
     assert process.exitcode == 0
-    for name, value in before.items():
-        assert torch.equal(torch.from_numpy(received[name]), value), name
+    for found, wanted in zip(received, before, strict=True):
+        for name, value in wanted.items():
+            assert torch.equal(torch.from_numpy(found[name]), value), name
 
 
 def test_a_memory_in_shared_storage_writes_elsewhere():

@@ -14,6 +14,7 @@ from dan_fast.data.images import reading
 from dan_fast.data.samples import Sample
 from dan_fast.inference.sources import find_images
 from dan_fast.nn import DAN
+from dan_fast.nn.weights_hash import weights_hash
 from dan_fast.search import GalleryIndex, gallery_index, update_index
 from tests.support.searches import draw, paths_of
 from tests.support.untrained import untrained_checkpoint
@@ -106,11 +107,72 @@ def test_what_does_not_fit_an_index_is_said(run, folder, checkpoint):
     assert not (folder / "new").exists()
 
 
-def test_of_another_checkpoint_it_is_refused(run, folder, checkpoint, capsys):
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"gallery": [99]}, "is no index .it names rows that are not there.: remove"),
+        ({"gallery": [-1]}, "is no index .it names rows that are not there.: remove"),
+        ({"gallery": None}, "is no index .* remove"),
+        ({"schema": "x"}, "is no index .* remove"),
+        ({"kinds": {"hnsw": {}}}, "is no index .'file'.: remove"),
+        ({"kinds": []}, "is no index .* remove"),
+    ],
+)
+def test_a_damaged_index_is_one_sentence(run, folder, checkpoint, wrong, sentence):
+    run()
+    extractor, index = FeatureExtractor(checkpoint, "cpu"), folder / "out" / "index"
+    content = json.loads((index / "index.json").read_text())
+    (index / "index.json").write_text(json.dumps(content | wrong))
+    images = [Sample(path, -1, -1) for path in (folder / "gallery").iterdir()]
+    for read in (lambda: GalleryIndex(index, extractor), lambda: update_index(index, extractor, images)):
+        with pytest.raises(DanFastError, match=sentence):
+            read()
+
+
+def test_what_cannot_be_read_is_not_to_be_removed(run, folder, checkpoint):
+    run()
+    extractor, index = FeatureExtractor(checkpoint, "cpu"), folder / "out" / "index"
+    for file in (checkpoint, index / "index.json"):
+        with pytest.raises(DanFastError, match=f"{file}/index.json cannot be read .Not a directory.: name the folder"):
+            GalleryIndex(file, extractor)
+
+
+def test_who_has_an_index_open_keeps_it_when_it_is_made_anew(run, folder, checkpoint):
+    run()
+    extractor, index = FeatureExtractor(checkpoint, "cpu"), folder / "out" / "index"
+    images = [Sample(path, -1, -1) for path in sorted((folder / "gallery").iterdir())]
+    opened, query = GalleryIndex(index, extractor), extractor(images[3].path).numpy()
+    before = opened.search(query, 5)
+    (index / "index.json").unlink()
+    # In a truncated file the rows that are mapped would not be there any more, which ends the process.
+    assert update_index(index, extractor, images[:1]).added == 1
+    assert np.array_equal(opened.search(query, 5).rows, before.rows)
+
+
+def test_the_home_folder_is_written_out(folder, checkpoint, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    extractor = FeatureExtractor(checkpoint, "cpu")
+    update_index("~/of_mine", extractor, [Sample(path, -1, -1) for path in (folder / "gallery").iterdir()])
+    assert (folder / "of_mine" / "index.json").exists() and GalleryIndex("~/of_mine", extractor).size == 14
+
+
+def test_a_kind_that_lacks_what_is_new_is_named(run, folder, capsys):
+    run("--index", "hnsw")
+    assert "lacks what is new" not in capsys.readouterr().out
+    draw(folder / "gallery", ["new.png"], seed=3)
+    run()
+    assert "The hnsw index lacks what is new: the same command with --index hnsw adds it." in capsys.readouterr().out
+    run("--index", "hnsw")
+    assert "lacks what is new" not in capsys.readouterr().out
+
+
+def test_of_another_checkpoint_it_is_refused(run, folder, checkpoint, embedded, capsys):
     run()
     before = {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
     other = untrained_checkpoint(folder / "other.pt", run={"seed": 7})
+    embedded.clear()
     run("--checkpoint", other, code=1)
+    assert not embedded, "not even the queries"
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"{folder}/out/index is an index of another checkpoint (weights " in error
     assert before == {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
@@ -125,7 +187,7 @@ def test_of_another_checkpoint_it_is_refused(run, folder, checkpoint, capsys):
 def test_the_hash_is_of_all_that_features_depend_on():
     def network(**settings) -> str:
         torch.manual_seed(0)
-        return gallery_index.weights_hash(DAN(2, "resnet18", (32, 16), **settings))
+        return weights_hash(DAN(2, "resnet18", (32, 16), **settings))
 
     assert network() == network() != network(feature="pooled")
 

@@ -77,6 +77,11 @@ def test_a_page_of_ones_own_is_not_written_over(run, folder, embedded, capsys):
     run(code=1)
     assert "index.html is not a page of dan_fast: choose another folder, or move it away." in capsys.readouterr().err
     assert not embedded and [path.name for path in (folder / "out").iterdir()] == ["index.html"]
+    (folder / "out" / "index.html").unlink()
+    (folder / "out" / "ranked.json").write_text('{"mine": 1}')
+    run(code=1)
+    assert "ranked.json" in capsys.readouterr().err
+    assert not embedded and (folder / "out" / "ranked.json").read_text() == '{"mine": 1}'
 
 
 def test_a_second_search_does_not_mix_its_page_with_anothers(run, folder, capsys):

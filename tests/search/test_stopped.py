@@ -40,7 +40,7 @@ def test_a_kill_at_any_moment_leaves_the_index_as_it_was(folder, tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(gallery_index, "_SAVED", 6)
-        patch.setattr(gallery_index, "_save", copied(gallery_index._save))
+        patch.setattr(gallery_index, "write_index", copied(gallery_index.write_index))
         patch.setattr(kinds, "write", copied(kinds.write))
         update_index(index, extract, images[:8], kind)
         made = len(copies)
@@ -119,7 +119,7 @@ def test_what_is_killed_goes_on_at_what_was_written_down(run, folder, embedded, 
     new = [f"new-{number:02d}.png" for number in range(16)]
     draw(folder / "gallery", new, seed=6)
     monkeypatch.setattr(gallery_index, "_SAVED", 4)
-    save = gallery_index._save
+    save = gallery_index.write_index
     for written in (8, 12):
         with monkeypatch.context() as patch:
 
@@ -128,7 +128,7 @@ def test_what_is_killed_goes_on_at_what_was_written_down(run, folder, embedded, 
                     raise KeyboardInterrupt
                 save(file, stored)
 
-            patch.setattr(gallery_index, "_save", killed)
+            patch.setattr(gallery_index, "write_index", killed)
             run(code=130)
         assert finished.read_bytes() == before
         assert [Path(path).name for path in json.loads(unfinished.read_text())["paths"]] == new[:written]

@@ -5,8 +5,7 @@ import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
-import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -31,7 +30,7 @@ from dan_fast.data import (
 )
 from dan_fast.data.images.cache import _Decoding
 from dan_fast.data.images.reading import decode_image
-from dan_fast.data.images.workers import WorkerDied
+from dan_fast.data.images.workers import WorkerDied, _start_worker
 from tests.support.sameness import same
 
 SIZE = (16, 8)
@@ -337,12 +336,18 @@ def test_ctrl_c_is_left_to_the_main_process(source: TrainingSet) -> None:
     assert same(got, load(source, plans))
 
 
-def test_a_worker_whose_parent_was_killed_before_it_looked_ends() -> None:
+def test_a_worker_whose_parent_was_killed_before_it_looked_ends(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
     """PyTorch's watch would take whoever adopted it for its parent, and it would wait for ever."""
-    code = "import time; from dan_fast.data.images import workers; workers._WATCH_S = 0.1; "
-    code += "workers._start_worker(2**22 + 1, 0); time.sleep(60)"
-    ended = subprocess.run([sys.executable, "-c", code], timeout=50, capture_output=True, text=True)
-    assert (ended.returncode, ended.stderr) == (0, "")
+    monkeypatch.setattr("dan_fast.data.images.workers._WATCH_S", 0.1)
+    if (worker := os.fork()) == 0:
+        try:
+            _start_worker(2**22 + 1, 0)
+            time.sleep(20)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 0 and capfd.readouterr().err == ""
 
 
 def test_loaders_reach_workers_that_are_not_forked(source: TrainingSet) -> None:
