@@ -32,14 +32,9 @@ def total_mib() -> float:
     return pss_mib("self") + sum(pss_mib(child.pid) for child in multiprocessing.active_children())
 
 
-class Blank:
+def blank(path: Path) -> torch.Tensor:
     """In the place of the decoder."""
-
-    def __init__(self, image_size: tuple[int, int], interpolation: str) -> None:
-        self.image_size = image_size
-
-    def __call__(self, path: Path) -> torch.Tensor:
-        return torch.zeros(3, *self.image_size, dtype=torch.uint8)
+    return torch.zeros(3, *IMAGE_SIZE, dtype=torch.uint8)
 
 
 def no_draws(seeds: list[int], image_size: tuple[int, int]) -> Draws:
@@ -62,7 +57,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=0, help="batches of an epoch; 0: as many as the entries fill")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    loader._Decode, loader.draw = Blank, no_draws
+    loader.read_image, loader.draw = blank, no_draws
     half = arguments.entries // 2
     source = TrainingSet([dataset("market", half)], [dataset("msmt17", arguments.entries - half)])
     planner = BatchPlanner(source.labels, len(source.unlabeled_samples), batch_size=512, iterations=arguments.batches)

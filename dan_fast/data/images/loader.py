@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms import v2
 
 from dan_fast.core.batches import BrokenImages, MiniBatch, Split
 from dan_fast.core.errors import DanFastError
@@ -219,19 +220,9 @@ class _PlannedBatches(Dataset):
         return split_of(kept, _stack(images, self.image_size)), draw([item.seed for item in kept], self.image_size)
 
 
-class _Decode:
-    """Decodes and resizes an image file. A class, not a closure: workers that are not forked need to pickle it."""
-
-    def __init__(self, image_size: tuple[int, int], interpolation: str) -> None:
-        self.resize = resize(image_size, interpolation)
-
-    def __call__(self, path: Path) -> Tensor:
-        return self.resize(read_image(path))
-
-
 def _reader(paths: Sequence[Path], image_size: tuple[int, int], interpolation: str, cache: ImageCache | None) -> Read:
     if cache is None:
-        return _Decode(image_size, interpolation)
+        return v2.Compose([read_image, resize(image_size, interpolation)])
     if tuple(cache.image_size) != tuple(image_size):
         raise ValueError(f"the cache is of images of {cache.image_size} and not of {tuple(image_size)}")
     if cache.interpolation != interpolation:

@@ -44,7 +44,8 @@ class SentenceLoader(DataLoader):
     def __init__(self, dataset: Dataset, collate: Callable[[Any], Any], workers: int, **options: Any) -> None:
         super().__init__(
             _Sentences(dataset),
-            collate_fn=_Collate(collate),
+            # Not a closure: workers that are not forked need to pickle it.
+            collate_fn=partial(_collated, collate),
             num_workers=workers,
             # Else each iteration would draw the workers' base seed from the global generator.
             generator=torch.Generator(),
@@ -58,7 +59,7 @@ class SentenceLoader(DataLoader):
         # Generators, images and indices are on the CPU, whatever torch.set_default_device says.
         with default_cpu():
             batches = super().__iter__()
-        return map(_raised, _Batches(batches, self.num_workers > 0))
+        return _Batches(batches, self.num_workers > 0)
 
 
 class _Sentences(Dataset):
@@ -77,22 +78,17 @@ class _Sentences(Dataset):
             return DanFastError(*error.args)
 
 
-class _Collate:
-    # A class, not a closure: workers that are not forked need to pickle it.
-    def __init__(self, collate: Callable[[Any], Any]) -> None:
-        self.collate = collate
-
-    def __call__(self, items: Any) -> Any:
-        for item in items if isinstance(items, list) else [items]:
-            if isinstance(item, DanFastError):
-                return item
-        return self.collate(items)
+def _collated(collate: Callable[[Any], Any], items: Any) -> Any:
+    for item in items if isinstance(items, list) else [items]:
+        if isinstance(item, DanFastError):
+            return item
+    return collate(items)
 
 
 class _Batches:
-    """The batches of a loader; the death of one of its workers raises `WorkerDied`."""
+    """The batches of a loader; one that is an error is raised, and `WorkerDied` at the death of one of its workers."""
 
-    # A class, not a generator, which would hold a batch that is an error; see `_raised`.
+    # A class, not a generator, which would hold a batch that is an error.
     def __init__(self, batches: Iterator[Any], of_workers: bool) -> None:
         self.batches, self.of_workers = batches, of_workers
 
@@ -102,21 +98,18 @@ class _Batches:
     def __next__(self) -> Any:
         try:
             with default_cpu():
-                return next(self.batches)
+                batch = next(self.batches)
         except (RuntimeError, EOFError, OSError) as error:
             if not (self.of_workers and (is_worker_death(error) or _is_lost_connection(error))):
                 raise
             raise WorkerDied(error) from error
-
-
-def _raised(batch: Any) -> Any:
-    try:
-        if isinstance(batch, DanFastError):
-            raise batch
-        return batch
-    finally:
-        # The error holds this frame: as garbage in a cycle, an iterator waits five seconds for its workers to end.
-        del batch
+        try:
+            if isinstance(batch, DanFastError):
+                raise batch
+            return batch
+        finally:
+            # The error holds this frame: as garbage in a cycle, an iterator waits five seconds for its workers to end.
+            del batch
 
 
 def is_worker_death(error: BaseException) -> bool:
