@@ -285,7 +285,8 @@ class ImageCache:
             )
         self.say(f"Decoding {_count(len(names))} into {file}, {_size(size)}.")
         loader = SentenceLoader(_Decoding(names, self._resize), list, self.workers, batch_size=_BATCH)
-        decoded: list[_Decoded] = []
+        sources: list[Source] = []
+        rows: list[bytes] = []
 
         def write(stream: IO[bytes]) -> None:
             np.lib.format.write_array_header_1_0(
@@ -294,29 +295,22 @@ class ImageCache:
             )
             blank = torch.zeros(shape[1:], dtype=torch.uint8)
             for batch in loader:
-                for each in batch:
-                    image = blank if each.image is None else each.image
-                    stream.write(image.numpy().data)
-                    # Without the image: all images together may exceed the memory.
-                    decoded.append(each._replace(image=None, row=digest(image.numpy())))
+                for image, source in batch:
+                    pixels = (blank if image is None else image).numpy()
+                    stream.write(pixels.data)
+                    sources.append(source)
+                    rows.append(digest(pixels))
 
         write_whole(file, write)
         header = Header(
-            sources=np.array([each.source.status for each in decoded], dtype=np.int64),
-            digests=as_rows([each.source.digest for each in decoded]),
-            rows=as_rows([each.row for each in decoded]),
+            sources=np.array([each.status for each in sources], dtype=np.int64),
+            digests=as_rows([each.digest for each in sources]),
+            rows=as_rows(rows),
             written=file.stat().st_mtime_ns,
             made_by=DECODED_BY,
-            broken={row: each.broken for row, each in enumerate(decoded) if each.broken is not None},
+            broken={row: each.error for row, each in enumerate(sources) if each.error is not None},
         )
         write_header(header_file, header)
-
-
-class _Decoded(NamedTuple):
-    image: Tensor | None
-    source: Source
-    broken: str | None
-    row: bytes = b""
 
 
 class _Opened(NamedTuple):
@@ -335,18 +329,18 @@ class _Decoding(Dataset):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> _Decoded:
-        name = self.names[index]
+    def __getitem__(self, index: int) -> tuple[Tensor | None, Source]:
+        """The image, None where it is broken, and what it is of, without the content."""
+        name, image = self.names[index], None
         # As in the process that asks, which a worker that was not forked does not know.
         ImageFile.LOAD_TRUNCATED_IMAGES = self.takes_truncated
         source = read_source(name)
-        if source.content is None:
-            return _Decoded(None, source, source.error)
-        try:
-            image = self.transform(decode_image(source.content, Path(name))).contiguous()
-        except DanFastError as error:
-            return _Decoded(None, source._replace(content=None), str(error))
-        return _Decoded(image, source._replace(content=None), None)
+        if source.content is not None:
+            try:
+                image = self.transform(decode_image(source.content, Path(name))).contiguous()
+            except DanFastError as error:
+                source = source._replace(error=str(error))
+        return image, source._replace(content=None)
 
 
 def _count(images: int) -> str:

@@ -15,7 +15,7 @@ DIGEST_SIZE = 16
 
 
 class Source(NamedTuple):
-    """An image file: (size, modification time in ns), and the hash of what was read. Unreadable: -1 and zeros."""
+    """An image file: (size, modification time in ns), hash of its content, why it is broken. Unreadable: -1, zeros."""
 
     status: tuple[int, int]
     digest: bytes
