@@ -51,15 +51,7 @@ def _titles(parts: Sequence[Part]) -> str:
 
 
 def _as_json(protocol: Protocol) -> dict[str, Any]:
-    def plain(parts: Sequence[Part]) -> list[dict[str, Any]]:
-        return [{"dataset": part.dataset, "variants": list(part.variants)} for part in parts]
-
     return {
-        "name": protocol.name,
-        "title": protocol.title,
-        "labeled": plain(protocol.labeled),
-        "unlabeled": plain(protocol.unlabeled),
-        "targets": plain(protocol.targets),
-        "images": protocol.images,
-        "source": protocol.source,
+        name: [part._asdict() for part in value] if isinstance(value, tuple) else value
+        for name, value in vars(protocol).items()
     }
