@@ -18,7 +18,7 @@ partitions in GRID's archive are not taken (docs/fidelity.md).
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -173,14 +173,16 @@ def resolve_protocol(name: str, root: str | Path, targets_only: bool = False) ->
         training_set = TrainingSet(roles.labeled, roles.unlabeled)
     """
     protocol, shelf = protocol_of(name), Shelf(root)
-    missing = shelf.missing(protocol, targets_only)
+    if targets_only:
+        protocol = replace(protocol, labeled=(), unlabeled=())
+    missing = shelf.missing(protocol)
     if missing:
         raise DanFastError(f"Protocol {name} lacks in {shelf.root}: {'; '.join(missing.values())}.")
-    roles = shelf.roles(protocol, targets_only)
+    roles = shelf.roles(protocol)
     require_disjoint_persons(
         (*roles.labeled, *roles.unlabeled), roles.targets, f"Protocol {name}", "restore the dataset as published"
     )
-    shelf.warn(protocol, targets_only)
+    shelf.warn(protocol)
     return roles
 
 
@@ -196,12 +198,12 @@ class Shelf:
         self._found = find_datasets(self.root)
         self._read: dict[Part, ReIDDataset] = {}
 
-    def missing(self, protocol: Protocol, targets_only: bool = False) -> dict[Part, str]:
+    def missing(self, protocol: Protocol) -> dict[Part, str]:
         """The missing datasets of a protocol, each with a clause on the reason and where it can be requested."""
-        clauses = {part: self._lack(part, part in protocol.targets) for part in _parts(protocol, targets_only)}
+        clauses = {part: self._lack(part, part in protocol.targets) for part in _parts(protocol)}
         return {part: clause for part, clause in clauses.items() if clause}
 
-    def roles(self, protocol: Protocol, targets_only: bool = False) -> DatasetRoles:
+    def roles(self, protocol: Protocol) -> DatasetRoles:
         """The datasets of a protocol that lacks nothing."""
 
         def sources(parts: tuple[Part, ...]) -> tuple[ReIDDataset, ...]:
@@ -209,13 +211,11 @@ class Shelf:
             return tuple(map(all_images, whole) if protocol.images == "all" else whole)
 
         targets = tuple(map(self._dataset, protocol.targets))
-        if targets_only:
-            return DatasetRoles((), (), targets)
         return DatasetRoles(sources(protocol.labeled), sources(protocol.unlabeled), targets)
 
-    def warn(self, protocol: Protocol, targets_only: bool = False) -> None:
+    def warn(self, protocol: Protocol) -> None:
         """Log where the datasets of a protocol differ from the literature."""
-        for part in _parts(protocol, targets_only):
+        for part in _parts(protocol):
             for sentence in self._places(part)[0].differences:
                 _LOG.warning("%s", sentence)
 
@@ -255,6 +255,5 @@ class Shelf:
         return self._read[part]
 
 
-def _parts(protocol: Protocol, targets_only: bool) -> Iterable[Part]:
-    trained_on = () if targets_only else (*protocol.labeled, *protocol.unlabeled)
-    return dict.fromkeys((*trained_on, *protocol.targets))
+def _parts(protocol: Protocol) -> Iterable[Part]:
+    return dict.fromkeys((*protocol.labeled, *protocol.unlabeled, *protocol.targets))
