@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, distributed
@@ -45,13 +44,6 @@ def saved_if_all_are_broken(
         ) from error
 
 
-class WholePass(NamedTuple):
-    """Losses and record of a pass of all ranks, detached: the same numbers on each of them."""
-
-    losses: dict[str, Tensor]
-    record: PassRecord
-
-
 def any_rank(group: ProcessGroup, holds: bool, device: torch.device) -> bool:
     """Whether something holds on any of the ranks; one collective."""
     found = _for_host(group, torch.tensor(int(holds)), device)
@@ -88,8 +80,8 @@ def with_shares(group: ProcessGroup, splits: tuple[Split, Split | None], lending
 
 def whole_pass(
     group: ProcessGroup, losses: Mapping[str, Tensor], record: PassRecord, split: Split, lending: bool
-) -> WholePass:
-    """What a single rank would have found of all images; one collective.
+) -> tuple[dict[str, Tensor], PassRecord]:
+    """What a single rank would have found of all images, detached, the same numbers on each rank; one collective.
 
     Args:
         losses, record: of this rank's share, as `TrainingModel` gives them.
@@ -104,32 +96,28 @@ def whole_pass(
     spread = record.fault.new_zeros((), dtype=torch.float32) if record.spatial_spread is None else record.spatial_spread
     spread = spread * (images[group.rank()] / sum(images))
     numbers = torch.stack([*(losses[name].detach() for name in _SUMMANDS), spread, record.fault.to(spread.dtype)])
-    tensors = [
-        record.logits, record.adversary_logits, record.labels, record.pseudo_labels, record.sample_ids,
-        record.fed_back_labels, record.fed_back_ids, numbers[None],
-    ]  # fmt: skip
-    sizes = [labeled, labeled, labeled, pseudo, unlabeled, fed_back, fed_back, [1] * group.size()]
-    logits, adversary_logits, labels, pseudo_labels, sample_ids, fed_back_labels, fed_back_ids, of_ranks = gather_parts(
-        group, tensors, sizes, 0
-    )
+    sizes = {
+        **dict.fromkeys(("logits", "adversary_logits", "labels"), labeled),
+        **dict.fromkeys(("fed_back_labels", "fed_back_ids"), fed_back),
+        "pseudo_labels": pseudo,
+        "sample_ids": unlabeled,
+    }
+    tensors = [*(getattr(record, name) for name in sizes), numbers[None]]
+    *parts, of_ranks = gather_parts(group, tensors, [*sizes.values(), [1] * group.size()], 0)
+    whole_record = record._replace(**dict(zip(sizes, parts, strict=True)))
     *summands, whole_spread = of_ranks[:, :-1].sum(0)
     faults = of_ranks[:, -1].to(record.fault.dtype)
     cleared = record.cleared
     if cleared is not None:
-        cleared = cleared - (record.pseudo_labels >= 0).sum() + (pseudo_labels >= 0).sum()
+        cleared = cleared - (record.pseudo_labels >= 0).sum() + (whole_record.pseudo_labels >= 0).sum()
     whole = {name: value.detach() for name, value in losses.items()} | dict(zip(_SUMMANDS, summands, strict=True))
     whole["total"] = torch.stack([whole[name] for name in _PARTS]).sum()
-    return WholePass(
-        whole,
-        PassRecord(
-            logits, adversary_logits, labels, pseudo_labels, sample_ids, record.gates,
-            # Features that are not finite are what is reported first, as of one rank.
-            torch.where((faults < 0).any(), faults.min(), faults.max()),
-            fed_back_labels, fed_back_ids,
-            None if record.spatial_spread is None else whole_spread,
-            cleared,
-        ),
-    )  # fmt: skip
+    return whole, whole_record._replace(
+        # Features that are not finite are what is reported first, as of one rank.
+        fault=torch.where((faults < 0).any(), faults.min(), faults.max()),
+        spatial_spread=None if record.spatial_spread is None else whole_spread,
+        cleared=cleared,
+    )
 
 
 def _for_host(group: ProcessGroup, numbers: Tensor, device: torch.device) -> Tensor:

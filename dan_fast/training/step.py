@@ -15,7 +15,7 @@ from dan_fast.functional.autocast import full_precision
 from dan_fast.training.config import MetaConfig, TrainConfig
 from dan_fast.training.metrics import accuracy
 from dan_fast.training.objective import DivergedError, Objective, PassRecord, TrainingModel, all_finite, require_sound
-from dan_fast.training.ranks import WholePass, any_rank, whole_pass, with_shares
+from dan_fast.training.ranks import any_rank, whole_pass, with_shares
 from dan_fast.training.valid_settings import require_valid
 
 # A parametrised one, as by weight_norm or LoRA, has several.
@@ -213,17 +213,17 @@ class MetaStep:
     def _gradients(self, meta_train: Split, meta_test: Split | None) -> StepResult:
         second = self.meta.order == 2 and meta_test is not None
         train_losses = (self.objective.traced if second else self.objective)(self._params, meta_train)
-        train = self._whole(train_losses, meta_train)
+        losses, record = self._whole(train_losses, meta_train)
         if meta_test is None:
             values = torch.autograd.grad(train_losses["total"], [*self._params.values()], materialize_grads=True)
             grads = self._added_up(dict(zip(self._params, values, strict=True)))
-            _require_sound([train.record], grads.values())
-            return StepResult(grads, None, train.losses, {}, train.record, None)
+            _require_sound([record], grads.values())
+            return StepResult(grads, None, losses, {}, record, None)
 
-        stage, groups, unread = None, None, [train.record]
+        stage, groups, unread = None, None, [record]
         if self.meta.procedure == "daml3":
             if self.competes:
-                stage, unread = self._compete(train.record), []
+                stage, unread = self._compete(record), []
             groups = self._groups(stage or Stage.ATTENTION)
         meta_test = self._to_device(meta_test)
         found = meta_gradients(
@@ -239,15 +239,15 @@ class MetaStep:
             add_up=self._added_up,
             any_failed=self._any_failed,
         )
-        test = self._whole(found.test_losses, meta_test)
-        _require_sound([*unread, test.record], found.grads.values())
-        return StepResult(found.grads, stage, train.losses, test.losses, train.record, test.record)
+        test_losses, test_record = self._whole(found.test_losses, meta_test)
+        _require_sound([*unread, test_record], found.grads.values())
+        return StepResult(found.grads, stage, losses, test_losses, record, test_record)
 
-    def _whole(self, losses: Mapping[str, Tensor], split: Split) -> WholePass:
+    def _whole(self, losses: Mapping[str, Tensor], split: Split) -> tuple[dict[str, Tensor], PassRecord]:
         """The last pass of all ranks."""
         record = self.objective.record
         if self.process_group is None:
-            return WholePass({name: value.detach() for name, value in losses.items()}, record)
+            return {name: value.detach() for name, value in losses.items()}, record
         return whole_pass(self.process_group, losses, record, split, self.model.lending)
 
     def _added_up(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
