@@ -190,7 +190,7 @@ def write_results(
     weights: str,
     choice: EpochChoice | None = None,
     iterations: int | None = None,
-) -> list[Evaluation]:
+) -> None:
     """Write what a finished training reports as JSON: recipe, protocol, data, precision, epoch, versions and figures.
 
     With "skipped", the number of training images that could not be decoded.
@@ -204,9 +204,6 @@ def write_results(
         choice: the chosen epoch, whose figures and weights are then reported; the figures of the last one and how often
             there was one to choose stand beside them.
         iterations: how many the whole training took.
-
-    Returns:
-        The figures.
 
     Raises:
         DanFastError: see `write_text`.
@@ -241,7 +238,6 @@ def write_results(
         results["evaluate_every"] = settings["run"]["evaluate_every"]
         results["last_epoch"] = [each.to_dict() for each in last]
     write_text(path, json.dumps(results, indent=2) + "\n")
-    return reported
 
 
 def _score(evaluations: Sequence[Evaluation]) -> float:

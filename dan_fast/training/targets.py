@@ -95,13 +95,11 @@ class Targets:
             self._choice.offer(evaluations, state, weights_hash(network))
         if state["epoch"] < self._config.optimizer.epochs:
             return evaluations
-        path = self._folder.path / "results.json"
-        if not self._writes:
-            return evaluations if self._choice is None else self._choice.evaluations
-        reported = write_results(
-            path, state, self._datasets, evaluations, weights_hash(network), self._choice, iterations_done
-        )
-        if reported is not evaluations:
-            for evaluation in reported:
-                say(evaluation, display)
-        return reported
+        if self._writes:
+            path, weights = self._folder.path / "results.json", weights_hash(network)
+            write_results(path, state, self._datasets, evaluations, weights, self._choice, iterations_done)
+        if self._choice is None:
+            return evaluations
+        for evaluation in self._choice.evaluations:
+            say(evaluation, display)
+        return self._choice.evaluations
