@@ -66,7 +66,10 @@ def recipe_of_run(run: RunConfig | Any) -> str | None:
     """
     if not goes_on(run):
         return None
-    recipe = recipes.recipe_of_file(Path(run.out) / "config.yaml")
+    try:
+        recipe = recipes.recipe_of(read_mapping(Path(run.out) / "config.yaml", "the settings of a run"))
+    except DanFastError:
+        return None
     return None if recipe == recipes.DEFAULT_RECIPE else recipe
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -86,18 +85,6 @@ def recipe_of(content: Any) -> str | None:
         for section, names in _METHOD_BEFORE_RECIPES.items()
     )
     return NO_RECIPE if whole else None
-
-
-def recipe_of_file(path: str | Path) -> str | None:
-    """`recipe_of` a YAML file; None where it cannot be read: reading its settings raises the error.
-
-    Example:
-        >>> recipe_of_file("/nowhere/config.yaml")
-    """
-    try:
-        return recipe_of(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
 
 
 def recipe_changes(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
