@@ -18,12 +18,6 @@ CacheCheck = Literal["quick", "full"]
 Paths = list[str] | str
 
 
-def _make_plain(section: Any) -> None:
-    """Turn paths to text, and the types with which flags are checked into numbers that load with weights_only=True."""
-    for each in fields(section):
-        setattr(section, each.name, _plain(getattr(section, each.name)))
-
-
 def _plain(value: Any) -> Any:
     value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's and PyTorch's numbers and arrays
     if isinstance(value, (tuple, list)):
@@ -38,7 +32,16 @@ def as_list(paths: Paths) -> list[str]:
 
 
 @dataclass
-class DataConfig:
+class _Section:
+    """Settings whose paths are text and whose numbers, checked as flags, are such that load with weights_only=True."""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            setattr(self, each.name, _plain(getattr(self, each.name)))
+
+
+@dataclass
+class DataConfig(_Section):
     """Images and batches.
 
     Args:
@@ -86,12 +89,12 @@ class DataConfig:
     cache_check: CacheCheck = "quick"
 
     def __post_init__(self) -> None:
-        _make_plain(self)
+        super().__post_init__()
         self.labeled, self.unlabeled, self.targets = map(as_list, (self.labeled, self.unlabeled, self.targets))
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(_Section):
     """The network.
 
     Args:
@@ -132,11 +135,9 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     sync_batch_norm: Literal["auto"] | bool = "auto"
 
-    __post_init__ = _make_plain
-
 
 @dataclass
-class MemoryConfig:
+class MemoryConfig(_Section):
     """The progressive augmented memory.
 
     Args:
@@ -163,11 +164,9 @@ class MemoryConfig:
     temperature: PositiveFloat = 0.05
     products: Literal["float32", "tf32x3"] = "float32"
 
-    __post_init__ = _make_plain
-
 
 @dataclass
-class LossConfig:
+class LossConfig(_Section):
     """Weights of the losses, Eq. (1).
 
     Args:
@@ -189,11 +188,9 @@ class LossConfig:
     adversary_reach: Literal["all", "attention"] = "all"
     labeled_embedding: NonNegativeFloat = 0.0
 
-    __post_init__ = _make_plain
-
 
 @dataclass
-class MetaConfig:
+class MetaConfig(_Section):
     """Data assimilation meta-learning, Sec. III-D.
 
     Args:
@@ -213,11 +210,9 @@ class MetaConfig:
     stall_guard: NonNegativeInt = 20
     tie: Literal["cross_entropy", "both"] = "cross_entropy"
 
-    __post_init__ = _make_plain
-
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(_Section):
     """The outer SGD and its schedule, Eq. (19).
 
     Args:
@@ -237,11 +232,9 @@ class OptimizerConfig:
     weight_decay: NonNegativeFloat = 5e-4
     backbone_lr_scale: NonNegativeFloat = 1.0
 
-    __post_init__ = _make_plain
-
 
 @dataclass
-class RunConfig:
+class RunConfig(_Section):
     """Where and how a run takes place; seed, precision and GPU or CPU change what is learnt, the rest its rounding.
 
     Args:
@@ -279,8 +272,6 @@ class RunConfig:
     log_every: PositiveInt = 10
     evaluate_every: NonNegativeInt = 0
     choose_epoch_on_target: bool = False
-
-    __post_init__ = _make_plain
 
 
 @dataclass
