@@ -1,4 +1,7 @@
-"""What the attention operators accept, the same for `reference` and `functional`."""
+"""What the attention operators accept, the same for `reference` and `functional`.
+
+Anything else is a TypeError for a wrong type or dtype, a ValueError for a wrong shape, device or value.
+"""
 
 import torch
 from torch import Tensor
@@ -9,37 +12,21 @@ from dan_fast.core.types import AttentionVariantWeights, NLCBAMWeights, attentio
 
 
 def check_features(name: str, features: Tensor) -> None:
-    """A (B, C, H, W) floating map with at least one channel and one position; B may be 0.
-
-    Raises:
-        TypeError: not a tensor, or not floating.
-        ValueError: another shape.
-    """
+    """A (B, C, H, W) floating map with at least one channel and one position; B may be 0."""
     _check_floating(name, features)
     if features.ndim != 4 or 0 in features.shape[1:]:
         raise ValueError(f"{name} must be (B, C, H, W) with C, H and W at least 1, got shape {tuple(features.shape)}")
 
 
 def check_weights(weights: NLCBAMWeights, features: Tensor) -> None:
-    """The six matrices of NL-CBAM fit each other and the map.
-
-    Raises:
-        TypeError: `weights` is not an `NLCBAMWeights`, or a matrix has another dtype than `features`.
-        ValueError: a matrix has another shape or lies on another device.
-    """
+    """The six matrices of NL-CBAM fit each other and the map, in shape, dtype and device."""
     if not isinstance(weights, NLCBAMWeights):
         raise TypeError(f"weights must be an NLCBAMWeights, got {type(weights).__name__}")
     _check_shapes(weights._asdict(), features)
 
 
 def check_variant_weights(weights: AttentionVariantWeights, features: Tensor) -> None:
-    """The weights of each part of the attention are there together, fit each other and the map.
-
-    Raises:
-        TypeError: `weights` is not an `AttentionVariantWeights`, or one has another dtype than `features`.
-        ValueError: a part is there by half, spatial attention is there twice, or a weight has another shape or
-            lies on another device.
-    """
+    """The weights of each part are there together, of one spatial attention at most, and fit as in `check_weights`."""
     if not isinstance(weights, AttentionVariantWeights):
         raise TypeError(f"weights must be an AttentionVariantWeights, got {type(weights).__name__}")
     present = {name for name, weight in weights._asdict().items() if weight is not None}
@@ -69,12 +56,7 @@ def _check_shapes(weights: dict[str, Tensor], features: Tensor) -> None:
 
 
 def check_refined(refined: Tensor, features: Tensor) -> None:
-    """X'' is like X.
-
-    Raises:
-        TypeError: another dtype.
-        ValueError: another shape or device.
-    """
+    """X'' is like X, in shape, dtype and device."""
     _check_like("refined", refined, features)
     if refined.shape != features.shape:
         raise ValueError(
@@ -83,12 +65,7 @@ def check_refined(refined: Tensor, features: Tensor) -> None:
 
 
 def check_cam(cam_weight: Tensor, labels: Tensor, features: Tensor) -> None:
-    """A row of `cam_weight` for each class and a label for each sample; `check_label_values` looks at the labels.
-
-    Raises:
-        TypeError: `cam_weight` has another dtype than `features`, or `labels` is not int64.
-        ValueError: another shape or device.
-    """
+    """A row of `cam_weight` for each class, int64 labels, one a sample; `check_label_values` looks at their values."""
     _check_like("cam_weight", cam_weight, features)
     if cam_weight.ndim != 2 or cam_weight.shape[0] < 1 or cam_weight.shape[1] != features.shape[1]:
         raise ValueError(
@@ -100,11 +77,7 @@ def check_cam(cam_weight: Tensor, labels: Tensor, features: Tensor) -> None:
 
 
 def check_label_values(cam_weight: Tensor, labels: Tensor) -> None:
-    """A class or -1 for each sample; reading the labels makes the host wait for a GPU.
-
-    Raises:
-        ValueError: a label that is neither.
-    """
+    """A class or -1 for each sample; reading the labels makes the host wait for a GPU."""
     if labels.numel() == 0 or labels.is_meta:
         return
     low, high = (int(bound) for bound in torch.stack(torch.aminmax(labels.detach())).tolist())
@@ -116,11 +89,9 @@ def check_label_values(cam_weight: Tensor, labels: Tensor) -> None:
 
 
 def check_styles(features: Tensor, partners: Tensor, share: Tensor, values: bool = True) -> None:
-    """A map of several positions, and for each image a partner and a share; looking at the partners may wait.
+    """A map of several positions, and for each image an int64 partner in the batch and a floating share.
 
-    Raises:
-        TypeError: `features` or `share` is not floating, or `partners` is not int64.
-        ValueError: another shape or device, or a partner that is no image of the batch.
+    Looking at the partners may wait for a GPU.
     """
     check_features("features", features)
     count = features.shape[0]

@@ -1,6 +1,7 @@
 """Checks of what goes into the memory operators, shared by every implementation of them.
 
-Each error names the argument and the remedy. Values are looked at in a single transfer to the host.
+Each error names the argument and the remedy: a TypeError for a wrong type or dtype, a ValueError for a wrong shape,
+device or value. Values are looked at in a single transfer to the host.
 """
 
 import math
@@ -118,11 +119,8 @@ def check_state(name: str, state: MemoryState) -> None:
     Args:
         name: how the error calls the state.
         state: anything; must be a `MemoryState` of s >= 1 slots whose tensors share one device. `usage` and
-            `evaluation` have the dtype of `features`, or float32 beside half-precision features.
-
-    Raises:
-        TypeError: not a `MemoryState`, or a wrong dtype.
-        ValueError: a wrong shape or device, or `least_used` is not a slot.
+            `evaluation` have the dtype of `features`, or float32 beside half-precision features; `least_used` is one
+            of the slots.
     """
     _state_form(name, state)
     last = state.features.shape[0] - 1
@@ -148,10 +146,6 @@ def check_memory_step(labeled: MemoryState, unlabeled: MemoryState, batch: Memor
 
     Keys and both memories share one floating dtype and one device; labels and sample ids are int64; gates are
     () tensors or finite numbers; decays lie in [0, 1].
-
-    Raises:
-        TypeError: a wrong type or dtype.
-        ValueError: a wrong shape or device, a number that is not finite, a decay not in [0, 1].
     """
     _state_form("labeled", labeled)
     _state_form("unlabeled", unlabeled)
@@ -173,11 +167,7 @@ def check_memory_step(labeled: MemoryState, unlabeled: MemoryState, batch: Memor
 
 
 def check_step_values(labeled: MemoryState, unlabeled: MemoryState, batch: MemoryBatch, gates: Gates) -> None:
-    """Check the values that `check_memory_step` leaves alone, in a single transfer to the host.
-
-    Raises:
-        ValueError: keys or gates that are not finite, a negative label or sample id, no such least-used slot.
-    """
+    """Check the values that `check_memory_step` leaves alone for the faults of `STEP_FAULTS`."""
     values = (gates.alpha, gates.alpha_unlabeled, gates.beta)
     flags = [
         _not_finite(batch.keys),
@@ -192,12 +182,7 @@ def check_step_values(labeled: MemoryState, unlabeled: MemoryState, batch: Memor
 
 
 def check_cosine_softmax(keys: Tensor, slots: Tensor, occupied: Tensor | None) -> None:
-    """Check the arguments of `cosine_softmax` but for the values of keys, which `check_keys_finite` looks at.
-
-    Raises:
-        TypeError: a wrong type or dtype.
-        ValueError: a wrong shape or device.
-    """
+    """Check the arguments of `cosine_softmax` but for the values of keys, which `check_keys_finite` looks at."""
     _check_tensor("keys", keys, ("B", "d"), None)
     _check_tensor("slots", slots, ("s", keys.shape[1]), keys.dtype)
     check_device("slots", slots, keys.device, "keys")
@@ -212,12 +197,7 @@ def check_keys_finite(keys: Tensor) -> None:
 
 
 def check_false_sample_sets(evaluation: Tensor, labels: Tensor, pseudo_labels: Tensor) -> None:
-    """Check the arguments of `false_sample_sets`.
-
-    Raises:
-        TypeError: a wrong type or dtype.
-        ValueError: a wrong shape or device.
-    """
+    """Check the arguments of `false_sample_sets`."""
     _check_tensor("evaluation", evaluation, ("B", "s"), None)
     _check_tensor("labels", labels, (evaluation.shape[1],), torch.int64)
     _check_tensor("pseudo_labels", pseudo_labels, (evaluation.shape[0],), torch.int64)
@@ -226,12 +206,7 @@ def check_false_sample_sets(evaluation: Tensor, labels: Tensor, pseudo_labels: T
 
 
 def check_keys(keys: object, features: Tensor) -> None:
-    """Check that keys (B, d) fit the features (s, d) of a labelled memory, but for their values.
-
-    Raises:
-        TypeError: a wrong type or dtype.
-        ValueError: a wrong shape or device.
-    """
+    """Check that keys (B, d) fit the features (s, d) of a labelled memory, but for their values."""
     _check_tensor("keys", keys, ("B", features.shape[1]), features.dtype)
     check_device("keys", keys, features.device, "labeled.features")
 
@@ -239,12 +214,7 @@ def check_keys(keys: object, features: Tensor) -> None:
 def check_discriminative_loss(
     keys: object, labels: object, slots: object, slot_labels: object, temperature: float
 ) -> None:
-    """Check the arguments of `discriminative_loss`.
-
-    Raises:
-        TypeError: a wrong type or dtype.
-        ValueError: a wrong shape or device, no slot, or a temperature that is not positive.
-    """
+    """Check the arguments of `discriminative_loss`: a slot or more, and a temperature that is positive and finite."""
     _check_tensor("keys", keys, ("B", "d"), None)
     _check_tensor("labels", labels, (keys.shape[0],), torch.int64)
     _check_tensor("slots", slots, ("s", keys.shape[1]), keys.dtype)
