@@ -144,37 +144,28 @@ def _require_one_network(folder: Path, network: dict[str, Any], settings: dict[s
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread, one at a time: to save waits for the copy to host memory only."""
+    """Writes checkpoints in a thread, one at a time: to save waits for the copy to host memory only.
+
+    Where one could not be written, the next call of any method raises DanFastError, once.
+    """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="dan-fast checkpoint")
         self._writing: Future[None] | None = None
 
     def is_free(self) -> bool:
-        """Whether nothing is being written.
-
-        Raises:
-            DanFastError: what was written could not be; raised once.
-        """
+        """Whether nothing is being written."""
         if self._writing is not None and self._writing.done():
             self.wait()
         return self._writing is None
 
     def save(self, path: Path, state: dict[str, Any]) -> None:
-        """`save_checkpoint` of what `state` is now, after what is being written.
-
-        Raises:
-            DanFastError: an earlier checkpoint could not be written.
-        """
+        """`save_checkpoint` of what `state` is now, after what is being written."""
         self.wait()
         self._writing = self._pool.submit(save_checkpoint, path, _copied(state))
 
     def wait(self) -> None:
-        """Wait for what is being written.
-
-        Raises:
-            DanFastError: it could not be written; raised once.
-        """
+        """Wait for what is being written."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
