@@ -22,11 +22,7 @@ _MARK = FORMAT.rpartition(" ")[0].encode()
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors and plain containers) to `path` at once or not at all.
-
-    Raises:
-        DanFastError: see `write_whole`.
-    """
+    """Write `state` (tensors and plain containers) to `path` by `write_whole`."""
     write_whole(path, lambda stream: torch.save({"format": FORMAT, **state}, stream))
 
 

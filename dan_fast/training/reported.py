@@ -193,7 +193,7 @@ def write_results(
 ) -> None:
     """Write what a finished training reports as JSON: recipe, protocol, data, precision, epoch, versions and figures.
 
-    With "skipped", the number of training images that could not be decoded.
+    With "skipped", the number of training images that could not be decoded; by `write_text`.
 
     Args:
         path: the file to write.
@@ -204,9 +204,6 @@ def write_results(
         choice: the chosen epoch, whose figures and weights are then reported; the figures of the last one and how often
             there was one to choose stand beside them.
         iterations: how many the whole training took.
-
-    Raises:
-        DanFastError: see `write_text`.
     """
     settings, defaults = state["config"], TrainConfig().to_dict()
     reported = last if choice is None else choice.evaluations

@@ -21,11 +21,7 @@ from dan_fast.training.reported import epoch_of
 
 
 def start_of(weights: str) -> dict[str, Any] | None:
-    """What `load_checkpoint` gives where `model.weights` names a checkpoint or a shared folder; None where it does not.
-
-    Raises:
-        DanFastError: see `load_checkpoint`.
-    """
+    """What `load_checkpoint` gives where `model.weights` is a checkpoint or a shared folder; None where it is not."""
     path = expanded(weights)
     named = weights not in ("none", "imagenet")
     return load_checkpoint(path) if named and (path.is_dir() or is_checkpoint(path)) else None

@@ -75,11 +75,7 @@ def as_rows(digests: list[bytes]) -> np.ndarray:
 
 
 def write_header(path: Path, header: Header) -> None:
-    """Write a header; the file appears whole or not at all.
-
-    Raises:
-        DanFastError: the file cannot be written.
-    """
+    """Write a header by `write_whole`."""
     content: dict[str, Any] = header._asdict()
     content["broken"] = json.dumps(header.broken)
     write_whole(path, lambda stream: np.savez(stream, **content))
