@@ -53,7 +53,8 @@ def list_datasets(
         return
     if found:
         console.print(_table(found))
-    for line in dict.fromkeys(f"{each.path}: {sentence}" for each in found for sentence in _remarks(each)):
+    remarks = ((each.path, each.error, *each.differences, each.known.note) for each in found)
+    for line in dict.fromkeys(f"{path}: {remark}" for path, *said in remarks for remark in said if remark):
         console.print(line, **PLAIN)
     for place in own:
         console.print(f"{place}: {_contents(place)[0]}", **PLAIN)
@@ -125,10 +126,6 @@ def _table(found: Sequence[FoundDataset]) -> Table:
         name = Text("\n".join(filter(None, (each.known.title, each.variant))))
         table.add_row(name, Text(str(each.path)), "\n".join(each.counts), *numbers, verdict)
     return table
-
-
-def _remarks(found: FoundDataset) -> list[str]:
-    return [sentence for sentence in (found.error, *found.differences, found.known.note) if sentence]
 
 
 def _as_json(found: FoundDataset) -> dict[str, Any]:

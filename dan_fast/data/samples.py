@@ -158,11 +158,6 @@ def without_variant(title: str) -> str:
     return re.sub(r" \([^/]*\)$", "", title)
 
 
-def one_variant(folder: Path) -> tuple[str, ...]:
-    """The variants of a dataset that has only one."""
-    return ("",)
-
-
 @dataclass(frozen=True)
 class KnownDataset:
     """A dataset of the literature: how it is found and read, and what it should hold.
@@ -177,7 +172,7 @@ class KnownDataset:
         source: the paper or page that the counts are from.
         origin: where the dataset can be requested, in words; "" where it is no longer distributed.
         note: a warning that is printed wherever the dataset is listed; "" for none.
-        variants: the variants that a folder holds.
+        variants: the variants that a folder holds; ("",) where there is only one.
         extract: writes the images of an archive in a folder as files beside it and gives what was written; None where
             the dataset is distributed as image files.
     """
@@ -190,5 +185,5 @@ class KnownDataset:
     source: str
     origin: str
     note: str = ""
-    variants: Callable[[Path], tuple[str, ...]] = one_variant
+    variants: Callable[[Path], tuple[str, ...]] = lambda folder: ("",)
     extract: Callable[[Path], list[Path]] | None = None
