@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -277,7 +276,10 @@ def _negative_entropy(logits: Tensor) -> Tensor:
     return (log_probability.exp() * log_probability).sum(1).mean()
 
 
-@dataclass(eq=False)
+# The dictionary of a module's own parameters, and the name of one in it.
+Place = tuple[dict[str, Tensor | None], str]
+
+
 class Objective:
     """`loss_fn` of `meta_gradients` over a `TrainingModel`: runs it with other values for its parameters.
 
@@ -288,11 +290,16 @@ class Objective:
         record: the record of the last call.
     """
 
-    model: TrainingModel
-    record: PassRecord | None = None
-
-    def __post_init__(self) -> None:
-        self._places = parameter_places(self.model)
+    def __init__(self, model: TrainingModel) -> None:
+        self.model = model
+        self.record: PassRecord | None = None
+        # A tied parameter sits in several places.
+        places: dict[int, list[Place]] = {}
+        for module in model.modules():
+            for name, value in module._parameters.items():
+                if value is not None:
+                    places.setdefault(id(value), []).append((module._parameters, name))
+        self._places = {name: places[id(value)] for name, value in model.named_parameters()}
 
     def __call__(self, params: Mapping[str, Tensor], split: Split) -> dict[str, Tensor]:
         with _in_place_of(self._places, params):
@@ -316,20 +323,6 @@ class Objective:
         # A backbone of one's own may keep a state, or draw from generators that are not known here.
         trusted = self.model.network.backbone_name is not None
         return TracedLosses(losses, maps, constants, again, random, trusted=trusted, cut=cut)
-
-
-# The dictionary of a module's own parameters, and the name of one in it.
-Place = tuple[dict[str, Tensor | None], str]
-
-
-def parameter_places(model: nn.Module) -> dict[str, list[Place]]:
-    """Where each parameter of `model` sits, by its name in `named_parameters`; a tied one sits in several places."""
-    places: dict[int, list[Place]] = {}
-    for module in model.modules():
-        for name, value in module._parameters.items():
-            if value is not None:
-                places.setdefault(id(value), []).append((module._parameters, name))
-    return {name: places[id(value)] for name, value in model.named_parameters()}
 
 
 @contextmanager
