@@ -120,7 +120,7 @@ def results_table(before: Evaluation, after: Evaluation) -> Table:
 
 
 def quickstart_page(folder: Path, config: TrainConfig, network: DAN, features: DatasetFeatures, results: Table) -> Path:
-    """Draw the pictures of a finished training into its folder, with the page that shows them.
+    """Draw the pictures of a finished training into its folder, with the page that shows them, whose path is returned.
 
     Args:
         folder: of the quickstart: with the unseen domain's images and the training's logs.
@@ -128,9 +128,6 @@ def quickstart_page(folder: Path, config: TrainConfig, network: DAN, features: D
         network: the trained one, in eval mode.
         features: its features of the unseen domain.
         results: as by :func:`results_table`.
-
-    Returns:
-        The path of the page.
 
     Raises:
         DanFastError: an image or the logs cannot be read, or the page cannot be written.

@@ -79,11 +79,7 @@ def is_checkpoint(path: Path) -> bool:
 
 @contextmanager
 def fitting_this_version(path: str | Path) -> Iterator[None]:
-    """Inside, a checkpoint is read whose settings and tensors another version may have written.
-
-    Raises:
-        DanFastError: they do not fit.
-    """
+    """Inside, a checkpoint is read; one of another version, whose settings or tensors do not fit, is a DanFastError."""
     try:
         yield
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -26,12 +26,7 @@ _OPTIONS = {"fallback_random": True}
 
 
 def require_compilable(config: TrainConfig, process_group: ProcessGroup | None = None) -> None:
-    """Refuse what a compiled backbone cannot do.
-
-    Raises:
-        DanFastError: second derivatives, maps that are computed again or several ranks, which would have to agree on
-            what is faster, are asked for together with `run.compile`.
-    """
+    """Refuse what a compiled backbone cannot do, and several ranks, which would have to agree on what is faster."""
     if not config.run.compile:
         return
     if process_group is not None:

@@ -39,9 +39,6 @@ def require_room(state: Mapping[str, Any], folder: Path, ranks: int, device: tor
         folder: in which the shards are.
         ranks: over how many the memory is to be divided.
         device: where it is to be, a GPU of each rank or the host of all ranks on it.
-
-    Raises:
-        DanFastError: names what is missing, of files or memory.
     """
     slots = numbers = 0
     for shard in state.get("memory_shards") or ():

@@ -193,7 +193,7 @@ def write_results(
 ) -> None:
     """Write what a finished training reports as JSON: recipe, protocol, data, precision, epoch, versions and figures.
 
-    With "skipped", the number of training images that could not be decoded; by `write_text`.
+    With "skipped", the number of training images that could not be decoded. Written by `write_text`.
 
     Args:
         path: the file to write.

@@ -16,12 +16,7 @@ VERSIONS = ("dan_fast", "torch", "torchvision", "Pillow", "timm", "extension")
 
 
 def versions() -> dict[str, str | None]:
-    """The version of each of :data:`VERSIONS`; of the extension the digest of its sources; None for what is not there.
-
-    Example:
-        >>> list(versions())
-        ['dan_fast', 'torch', 'torchvision', 'Pillow', 'timm', 'extension']
-    """
+    """The version of each of :data:`VERSIONS`; of the extension the digest of its sources; None for what is absent."""
     # As plain strings: a checkpoint is loaded with weights_only=True.
     images = str(torchvision.__version__), PIL.__version__
     found = __version__, str(torch.__version__), *images, _timm(), _extension.build_info().get("source_hash")

@@ -43,11 +43,7 @@ def are_named(folder: Path, pattern: re.Pattern[str]) -> bool:
 
 
 def by_key(samples: Iterable[tuple[str, Sample]]) -> dict[str, Sample]:
-    """The images by their keys, one for each.
-
-    Raises:
-        DanFastError: two images of one key.
-    """
+    """The images by their keys, one for each; two of one key are a DanFastError."""
     found: dict[str, Sample] = {}
     for key, sample in samples:
         if key in found:
