@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,9 +95,7 @@ class TrainingSet:
         self.true_labels = _numbers(kept, classes)
         self.true_ids = _numbers(kept, people)
         self.persons = _persons([*known, *kept])
-        self.images = torch.tensor(
-            sorted(set(image_keys(image.sample for image in (*known, *kept)))), dtype=torch.int64
-        )
+        self.images = torch.tensor([*image_keys(image.sample for image in (*known, *kept))]).unique()
         self.fingerprint = _fingerprint(known, self.labels, kept)
 
     @cached_property
@@ -160,13 +159,8 @@ def _share(images: list[_TrainImage], share: float, seed: int) -> list[_TrainIma
 
 def _fingerprint(labeled: Sequence[_TrainImage], labels: Tensor, unlabeled: Sequence[_TrainImage]) -> str:
     digest = hashlib.sha256()
-    for image, label in zip(labeled, labels.tolist(), strict=True):
-        digest.update(_bytes(f"labeled\0{image.address}\0{label}\n"))
-    for image in unlabeled:
-        digest.update(_bytes(f"unlabeled\0{image.address}\n"))
+    of_labeled = (f"labeled\0{image.address}\0{label}\n" for image, label in zip(labeled, labels.tolist(), strict=True))
+    for line in chain(of_labeled, (f"unlabeled\0{image.address}\n" for image in unlabeled)):
+        # The bytes of file names that are no UTF-8 as they are.
+        digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
-
-
-def _bytes(text: str) -> bytes:
-    """With the bytes of file names that are no UTF-8 as they are."""
-    return text.encode(errors="surrogateescape")
