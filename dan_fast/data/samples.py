@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
@@ -21,12 +22,10 @@ class Sample(NamedTuple):
 
 def real_paths(samples: Iterable[Sample]) -> Iterator[str]:
     """The real path of each image: the same by whatever dataset, path or link it was named."""
-    folders: dict[str, str] = {}
+    real_folder = cache(os.path.realpath)
     for sample in samples:
         folder, name = os.path.split(sample.path)
-        if folder not in folders:
-            folders[folder] = os.path.realpath(folder)
-        path = os.path.join(folders[folder], name)
+        path = os.path.join(real_folder(folder), name)
         yield os.path.realpath(path) if os.path.islink(path) else path
 
 
