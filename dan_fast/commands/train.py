@@ -76,6 +76,4 @@ def recipe_of_run(run: RunConfig | Any) -> str | None:
 def flag_defaults(recipe: str | None) -> dict[str, Any]:
     """The defaults of the flags that a recipe sets, by dotted names, and the recipe's own; None: the default recipe."""
     recipe = recipe or recipes.DEFAULT_RECIPE
-    settings = recipes.recipe_settings(recipe)
-    of_recipe = {f"{section}.{name}": value for section in settings for name, value in settings[section].items()}
-    return {"recipe": recipe, **of_recipe}
+    return {"recipe": recipe, **recipes.dotted(recipes.recipe_settings(recipe))}

@@ -1,7 +1,7 @@
 """Folders of trainings as a report sees them: settings, results, scalars and checkpoint."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +20,7 @@ from dan_fast.nn.weights_hash import weights_hash
 from dan_fast.reporting.curves import read_scalars
 from dan_fast.training.build import trained_network
 from dan_fast.training.config import TrainConfig, as_list
-from dan_fast.training.recipes import recipe_words
+from dan_fast.training.recipes import dotted, recipe_words
 
 # Settings of where a run takes place and what it is tested on: they do not change what it learns.
 _BESIDE_LEARNING = {
@@ -111,7 +111,7 @@ class Run:
         """The settings that decide what is learnt, by their dotted names; a protocol is the datasets that it names."""
         found = {
             name: value
-            for name, value in dotted(self.settings)
+            for name, value in dotted(self.settings).items()
             if (not name.startswith("run.") or name in _LEARNING_IN_RUN) and name not in _BESIDE_LEARNING
         }
         if self.settings["data"]["batch_size_per_rank"]:
@@ -122,13 +122,6 @@ class Run:
             found |= {f"data.{name}": [part.title for part in each] for name, each in parts.items()}
             found["data.images"] = protocol.images
         return found
-
-
-def dotted(settings: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """The settings as ("data.batch_size", 64) and so on."""
-    for section, values in settings.items():
-        for name, value in values.items():
-            yield f"{section}.{name}", value
 
 
 def dataset_word(path: str) -> str:

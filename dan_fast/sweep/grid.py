@@ -19,7 +19,7 @@ from dan_fast.core.home import expanded, with_home
 from dan_fast.core.nearest import nearest
 from dan_fast.core.yaml_files import read_mapping
 from dan_fast.training import TrainConfig
-from dan_fast.training.recipes import DEFAULT_RECIPE, over, recipe_of, recipe_settings, word_of
+from dan_fast.training.recipes import DEFAULT_RECIPE, dotted, over, recipe_of, recipe_settings, word_of
 from dan_fast.training.valid_settings import require_no_empty_setting
 
 GRIDS = ("fig6", "fig7", "fig8", "table9", "recipes")
@@ -256,8 +256,7 @@ def _require_setting(setting: Any, place: Path) -> None:
     """Refuse what is no setting of a training, or one of the sweep's own."""
     if str(setting) in ("run.out", "run.resume"):
         raise DanFastError(f"{setting} in {place} is for the sweep to choose: leave it out.")
-    sections = TrainConfig().to_dict()
-    names = [f"{section}.{name}" for section, held in sections.items() if isinstance(held, dict) for name in held]
+    names = [*dotted(TrainConfig().to_dict())]
     if str(setting) not in ("recipe", *names):
         meant = f"; is {' or '.join(near)} meant?" if (near := nearest(str(setting), names)) else "."
         raise DanFastError(f"{setting} in {place} is no setting of a training{meant}")

@@ -10,8 +10,8 @@ from typing import Any
 
 from dan_fast.core.files import write_text
 from dan_fast.evaluation.result import COLUMNS, Evaluation
-from dan_fast.reporting.runs import dotted
 from dan_fast.sweep.grid import PlannedRun
+from dan_fast.training.recipes import dotted
 
 
 def write_table(runs: Sequence[PlannedRun], results: str, path: Path) -> None:
@@ -32,8 +32,7 @@ def write_table(runs: Sequence[PlannedRun], results: str, path: Path) -> None:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["run", "arm", *names, "target", *COLUMNS, "num_query", "num_gallery", "conditions"])
     for run in runs:
-        sections = run.config.to_dict()
-        settings = {"recipe": sections.pop("recipe"), **dict(dotted(sections))}
+        settings = {"recipe": run.config.recipe, **dotted(run.config.to_dict())}
         values = [run.name, run.arm, *(_cell(settings[name]) for name in names)]
         with suppress(OSError, ValueError, TypeError, KeyError):
             content = json.loads((run.folder / results).read_text(encoding="utf-8"))

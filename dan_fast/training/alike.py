@@ -13,6 +13,7 @@ from dan_fast.distributed.launch import require_same
 from dan_fast.distributed.shards import carries
 from dan_fast.nn import DAN
 from dan_fast.training.config import TrainConfig
+from dan_fast.training.recipes import dotted
 from dan_fast.training.surroundings import versions
 
 # Where images lie and are decoded may differ from machine to machine; which they are is compared by fingerprint.
@@ -32,16 +33,13 @@ def require_same_settings(group: ProcessGroup | None, config: TrainConfig, devic
         raise DanFastError(
             "The process group carries no tensors on the host: make it with init_process_group('cpu:gloo,cuda:nccl')."
         )
-    plain = config.to_dict()
-    sections = {name: values for name, values in plain.items() if isinstance(values, dict)}
-    settings = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
     installed = [
         ("The source of the extension" if name == "extension" else f"The version of {name}", found)
         for name, found in versions().items()
     ]
     require_same(group, installed, "install the same versions on all machines")
     require_same(group, [("The kind of run.device", device.type)], "set run.device to cpu, or see `dan-fast doctor`")
-    given = [(name, value) for name, value in settings.items() if name not in _OF_A_MACHINE]
+    given = [(name, value) for name, value in dotted(config.to_dict()).items() if name not in _OF_A_MACHINE]
     require_same(group, given, "start all ranks with the same settings")
 
 

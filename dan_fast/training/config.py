@@ -10,7 +10,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 
 from dan_fast.core.batches import BrokenImages
 from dan_fast.core.errors import DanFastError
-from dan_fast.training.recipes import NO_RECIPE, over, recipe_settings, recipe_words, require_recipe
+from dan_fast.training.recipes import NO_RECIPE, dotted, over, recipe_settings, recipe_words, require_recipe
 
 Precision = Literal["float32", "bfloat16"]
 CacheCheck = Literal["quick", "full"]
@@ -350,28 +350,27 @@ def goes_on(run: RunConfig | Any) -> bool:
 
 # A resumed run may differ in these: they say where it runs, not what it learns.
 _FREE_TO_CHANGE = {
-    *(("data", name) for name in ("workers", "targets", "broken_images", "cache", "cache_check")),
-    ("model", "gradient_checkpointing"),
+    *(f"data.{name}" for name in ("workers", "targets", "broken_images", "cache", "cache_check")),
+    "model.gradient_checkpointing",
     # Which images these hold is compared by fingerprint, wherever folders of these names lie.
-    *(("data", name) for name in ("labeled", "unlabeled", "protocol", "root")),
-    *(("run", each.name) for each in fields(RunConfig) if each.name not in ("seed", "precision")),
+    *(f"data.{name}" for name in ("labeled", "unlabeled", "protocol", "root")),
+    *(f"run.{each.name}" for each in fields(RunConfig) if each.name not in ("seed", "precision")),
 }
 # These decide what is reported where an epoch is chosen: the highest of the figures there were.
-_OF_A_CHOICE = {("run", "choose_epoch_on_target"), ("run", "evaluate_every")}
+_OF_A_CHOICE = {"run.choose_epoch_on_target", "run.evaluate_every"}
 
 
 def training_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """What `current` has otherwise than `saved` of what decides what is learnt or chosen, a clause each."""
-    differences, free = [], _FREE_TO_CHANGE - (_OF_A_CHOICE if current["run"]["choose_epoch_on_target"] else set())
+    free = _FREE_TO_CHANGE - (_OF_A_CHOICE if current["run"]["choose_epoch_on_target"] else set())
     # A setting that did not exist yet when the saved ones were written had its default.
-    defaults = TrainConfig().to_dict()
+    before = dotted(TrainConfig().to_dict()) | dotted(saved)
     # What a recipe stands for is among the settings; by which name they came does not matter.
-    for section, values in ((each, values) for each, values in current.items() if each != "recipe"):
-        for name, value in values.items():
-            before = saved.get(section, {}).get(name, defaults[section][name])
-            if before != value and (section, name) not in free:
-                differences.append(f"{section}.{name} is {value!r} here and {before!r} there")
-    return differences
+    return [
+        f"{name} is {value!r} here and {before[name]!r} there"
+        for name, value in dotted(current).items()
+        if before[name] != value and name not in free
+    ]
 
 
 def require_same_training(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:

@@ -68,6 +68,17 @@ def over(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     return merged
 
 
+def dotted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of all sections by dotted names.
+
+    Example:
+        >>> dotted({"recipe": "dan", "meta": {"order": 1, "eta": 1.0}})
+        {'meta.order': 1, 'meta.eta': 1.0}
+    """
+    sections = ((section, values) for section, values in settings.items() if isinstance(values, Mapping))
+    return {f"{section}.{name}": value for section, values in sections for name, value in values.items()}
+
+
 def recipe_of(content: Any) -> str | None:
     """The recipe that a configuration asks for: the one it names, none if it decides the method itself, else None.
 
@@ -97,21 +108,12 @@ def recipe_changes(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
     Raises:
         DanFastError: its recipe does not come with this version.
     """
-    wanted = over(defaults, recipe_settings(settings.get("recipe", NO_RECIPE)))
-    of_recipes = [
-        (section, name) for each in map(recipe_settings, RECIPES) for section in each for name in each[section]
-    ]
-    of_sections = [(section, name) for section in _METHOD_SECTIONS for name in defaults[section]]
-    changes = {}
+    wanted = dotted(over(defaults, recipe_settings(settings.get("recipe", NO_RECIPE))))
+    of_method = {name for recipe in RECIPES for name in dotted(recipe_settings(recipe))}
+    of_method |= {name for name in wanted if name.partition(".")[0] in _METHOD_SECTIONS}
+    found = dotted(defaults) | dotted(settings)
     # In the order in which the settings are declared.
-    for section in (each for each in defaults if isinstance(defaults[each], Mapping)):
-        for name in defaults[section]:
-            if (section, name) not in of_recipes and (section, name) not in of_sections:
-                continue
-            value = settings.get(section, {}).get(name, defaults[section][name])
-            if value != wanted[section][name]:
-                changes[f"{section}.{name}"] = value
-    return changes
+    return {name: found[name] for name in wanted if name in of_method and found[name] != wanted[name]}
 
 
 def recipe_words(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:

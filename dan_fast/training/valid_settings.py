@@ -12,6 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.home import expanded
 from dan_fast.training.config import TrainConfig, as_list
+from dan_fast.training.recipes import dotted
 
 
 def require_valid(config: TrainConfig) -> None:
@@ -35,17 +36,16 @@ def require_valid(config: TrainConfig) -> None:
         raise DanFastError(f"data.image_size is {size!r}: give height and width as [256, 128].")
     given = config.to_dict()
     try:
-        read = _parser().parse_object(given).as_dict()
+        read = dotted(_parser().parse_object(given).as_dict())
     except (ArgumentError, TypeError, ValueError) as error:
         raise DanFastError(f"The settings are no training: {' '.join(str(error).split())}.") from error
     if given["run"]["seed"] >= 2**64:
         raise DanFastError(f"run.seed is {given['run']['seed']}: it must be below 2^64.")
-    for section, settings in ((name, each) for name, each in given.items() if name != "recipe"):
-        for name, value in settings.items():
-            meant = list(read[section][name]) if isinstance(value, list) else read[section][name]
-            # A text, which a flag would turn into something else; repr tells 8 from 8.0, which is no number of images.
-            if meant != value or (not isinstance(meant, float) and repr(meant) != repr(value)):
-                raise DanFastError(f"{section}.{name} is {value!r}: give it as {meant!r}.")
+    for name, value in dotted(given).items():
+        meant = list(read[name]) if isinstance(value, list) else read[name]
+        # A text, which a flag would turn into something else; repr tells 8 from 8.0, which is no number of images.
+        if meant != value or (not isinstance(meant, float) and repr(meant) != repr(value)):
+            raise DanFastError(f"{name} is {value!r}: give it as {meant!r}.")
     paths = {"run.out": [given["run"]["out"]]}
     paths |= {f"data.{name}": as_list(given["data"][name]) for name in ("labeled", "unlabeled", "targets")}
     for name, named in paths.items():
@@ -86,11 +86,10 @@ def require_no_empty_setting(settings: Mapping[str, Any]) -> None:
     Raises:
         DanFastError: names the first one.
     """
-    for section, defaults in TrainConfig().to_dict().items():
-        held = settings.get(section)
-        for name in defaults if isinstance(defaults, dict) and isinstance(held, Mapping) else ():
-            if name in held and held[name] is None and defaults[name] is not None:
-                raise DanFastError(f"{section}.{name} is empty: give it a value, or leave it out.")
+    held = dotted(settings)
+    for name, default in dotted(TrainConfig().to_dict()).items():
+        if default is not None and held.get(name, default) is None:
+            raise DanFastError(f"{name} is empty: give it a value, or leave it out.")
 
 
 @cache
