@@ -4,6 +4,7 @@ A command is imported when it runs, most of them with PyTorch: `--help`, `--vers
 """
 
 import io
+import logging
 import re
 import sys
 from argparse import ArgumentError
@@ -360,6 +361,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     rank = own_rank()
     name = f"dan-fast, rank {rank}" if number_of_ranks() > 1 else "dan-fast"
+    if rank > 0:
+        # Each rank reads all datasets, and one says what is odd about them.
+        logging.getLogger("dan_fast.data").setLevel(logging.ERROR)
     try:
         return _run(parser, parsed)
     except (DanFastError, OSError) as error:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -55,6 +56,20 @@ def test_names_that_are_no_utf_8_can_be_printed(tmp_path, monkeypatch):
                  "--image_size", "[32, 16]"]) == 0  # fmt: skip
     strict.flush()
     assert rb"caf\udce9" in strict.buffer.getvalue()
+
+
+def test_what_is_odd_of_datasets_is_said_by_one_rank(images, tmp_path, monkeypatch, caplog):
+    log = logging.getLogger("dan_fast.data")
+    try:
+        for rank, said in (("1", False), ("0", True)):
+            log.setLevel(logging.NOTSET)
+            monkeypatch.setenv("RANK", rank)
+            main(["protocols", "--root", str(tmp_path)])
+            log.getChild("datasets.load").warning("It holds no dataset.")
+            assert bool(caplog.records) == said
+            caplog.clear()
+    finally:
+        log.setLevel(logging.NOTSET)
 
 
 def test_a_run_into_a_file_is_one_sentence(images, tmp_path, capsys):

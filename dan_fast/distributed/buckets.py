@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, distributed
 
 from dan_fast.distributed.collectives import ProcessGroup
@@ -15,11 +16,11 @@ def add_up(group: ProcessGroup, tensors: Sequence[Tensor], like: Sequence[Tensor
 
     Args:
         tensors: floating, of equal shapes and dtypes on all ranks, on one device.
-        like: for each of them a dense tensor of its shape, dtype and device whose strides are the same on all ranks,
-            such as the parameter of a gradient: in this order numbers travel.
+        like: for each of them a tensor of its shape, dtype and device whose strides are the same on all ranks, such as
+            the parameter of a gradient: in this order numbers travel.
 
     Returns:
-        One new tensor for each, with the strides of `like`.
+        One new tensor for each, with the strides of `like` where those leave no gaps.
     """
     sums: list[Tensor] = []
     works = []
@@ -28,7 +29,8 @@ def add_up(group: ProcessGroup, tensors: Sequence[Tensor], like: Sequence[Tensor
         start = 0
         for place in places:
             # A gradient's own strides may depend on how many images a rank has.
-            part = flat.as_strided(like[place].size(), like[place].stride(), start)
+            dense = torch.empty_like(like[place], device="meta")
+            part = flat.as_strided(dense.size(), dense.stride(), start)
             part.copy_(tensors[place])
             sums.append(part)
             start += part.numel()

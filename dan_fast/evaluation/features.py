@@ -18,6 +18,7 @@ from dan_fast.data.images.loader import image_loader
 from dan_fast.data.samples import Sample
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.distributed.launch import gathered, require_same
+from dan_fast.distributed.shards import check_backend
 from dan_fast.evaluation.divided import Division, refused_by_all
 
 # Bytes of features that travel at a time.
@@ -112,12 +113,14 @@ def extract_features(
         cache: holds or takes the decoded images, of all ranks; the features are the same.
         preprocessing: how images are resized and normalised for the network; by default as that module, or
             those inside it that have a ``preprocessing`` (``DAN.preprocessing``), say, else torchvision's of ImageNet.
-        process_group: ranks that are all given the same images and settings, and a network of the same weights.
+        process_group: ranks that are all given the same images and settings, and a network of the same weights; with a
+            backend for tensors on the host, where the features lie.
 
     Raises:
         DanFastError: no samples, none readable, or one unreadable where ``broken_images`` is ``"error"``; features that
             are not finite; ranks that differ in their images; on the other ranks whatever is raised on one.
-        ValueError: ``embed`` does not return (B, d), its network is in training mode, or ``precision`` is unknown.
+        ValueError: ``embed`` does not return (B, d), its network is in training mode, ``precision`` is unknown, or the
+            group carries no tensors of the host.
 
     Example:
         >>> from pathlib import Path
@@ -130,6 +133,7 @@ def extract_features(
         torch.Size([1, 3])
     """
     if process_group is not None:
+        check_backend(process_group, torch.device("cpu"), "features are", "name both, 'cpu:gloo,cuda:nccl'")
         labels = torch.tensor([(sample.pid, sample.camid) for sample in samples], device="cpu")
         given = ("batch_size", batch_size), ("the checksum of the labels", zlib.crc32(labels.numpy().tobytes()))
         require_same(process_group, given, "evaluate the same images in the same batches on all ranks")
@@ -183,7 +187,7 @@ def extract_features(
         raise DanFastError(f"None of the {len(samples)} images can be read; the first is {samples[0].path}.")
     # Joined outside of inference mode, so that the result is an ordinary tensor.
     return Features(
-        torch.cat(rows) if rows else torch.empty(0, max(width for _, width in of_ranks), device="cpu"),
+        torch.cat([torch.empty(0, max(width for _, width in of_ranks), dtype=torch.float32, device="cpu"), *rows]),
         torch.tensor([samples[index].pid for index in everywhere], dtype=torch.int64, device="cpu"),
         torch.tensor([samples[index].camid for index in everywhere], dtype=torch.int64, device="cpu"),
         tuple(Path(samples[index].path) for index in everywhere),

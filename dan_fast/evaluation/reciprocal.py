@@ -249,7 +249,9 @@ def row_rounds(
     if division.group is None:
         yield np.arange(len(division)), own
         return
-    lengths, each = division.gather_array(np.diff(own.indptr), device), max(1, _SPARSE_ROWS // len(division.sizes))
+    # SciPy's indices are of a type that depends on what a rank has.
+    lengths = division.gather_array(np.diff(own.indptr).astype(np.int64), device)
+    each = max(1, _SPARSE_ROWS // len(division.sizes))
     for first in range(0, max(division.sizes), each):
         starts = [division.rows_of(rank) for rank in range(len(division.sizes))]
         chosen = [np.arange(x.start + first, min(x.start + first + each, x.stop)) for x in starts]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dan_fast.core.batches import Split
+from dan_fast.core.checks import STEP_FAULTS
 from dan_fast.daml.cut import Cut
 from dan_fast.daml.traced import TracedLosses, random_state
 from dan_fast.distributed.collectives import gather_parts
@@ -218,9 +219,11 @@ class TrainingModel(nn.Module):
                     split.sample_ids[known:],
                     gate_features=gate_features,
                 )
-            except ValueError:
+            except ValueError as error:
                 # On the CPU the memory raises at once; of keys that are not finite it is not the cause.
                 require_sound(int(fault))
+                if str(error).endswith(STEP_FAULTS[:2]):
+                    raise DivergedError("features of another rank or their squared norms are not finite") from error
                 raise
             memory_fault = self.memory.take_fault()
             if memory_fault is not None:

@@ -51,18 +51,33 @@ def any_rank(group: ProcessGroup, holds: bool, device: torch.device) -> bool:
     return bool(found)
 
 
-def with_shares(group: ProcessGroup, splits: tuple[Split, Split | None], lending: bool) -> tuple[Split, Split | None]:
+def with_shares(
+    group: ProcessGroup,
+    splits: tuple[Split, Split | None],
+    parts: int,
+    lending: bool,
+    device: torch.device,
+    refused: Exception | None,
+) -> tuple[Split, Split | None]:
     """The splits with how many images of each kind every rank has; one collective.
 
     Args:
+        parts: how many splits there have to be, 1 or 2.
         lending: whether unlabelled images are in no loss.
+        device: whose tensors travel where those of the host do not.
+        refused: why this rank does not take its own, which it then raises.
 
     Raises:
         AllBrokenError: no rank has a labelled or fed-back image of S or of S~.
-        ValueError: a rank has no image of one of them that is in a loss; raised by all ranks.
+        ValueError: a rank has refused its share, or has no image of one of them that is in a loss; raised by all ranks.
     """
-    counts = torch.tensor([split.counts for split in splits if split is not None])
-    (of_ranks,) = all_gather(group, _for_host(group, counts, splits[0].labels.device))
+    counts = torch.tensor([split.counts for split in splits if split is not None]) if refused is None else None
+    (of_ranks,) = all_gather(group, _for_host(group, torch.full((parts, 3), -1) if counts is None else counts, device))
+    if refused is not None:
+        raise refused
+    if (of_ranks < 0).any():
+        rank = int((of_ranks < 0).flatten(1).any(1).nonzero()[0])
+        raise ValueError(f"rank {rank} refused its share of the batch: see its error")
     shares = [tuple(map(tuple, of_split)) for of_split in of_ranks.transpose(0, 1).tolist()]
     if not all(sum(labeled + fed_back for labeled, fed_back, _ in of_split) for of_split in shares):
         raise AllBrokenError("no rank has a labelled or fed-back image of it, as where all of them are broken")

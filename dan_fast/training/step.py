@@ -68,8 +68,9 @@ class MetaStep:
         process_group: ranks that each hand in a share of S and of S~, with at least one image, a labelled or fed-back
             one where unlabelled ones only lend their styles, and take the step that one rank would take with all of
             them; a memory has to be made with the same group.
-            Gradients are added up, batch norm's running statistics averaged; batch norm itself and style mixing are of
-            a rank's own images. What is found is the same on every rank. None: one process.
+            Gradients are added up, running statistics, buffers whose names begin with running_, averaged; batch norm
+            itself and style mixing are of a rank's own images. What is found is the same on every rank. None: one
+            process.
 
     Names and places of the parameters are looked up here, once: freeze, replace and add modules before.
 
@@ -166,9 +167,34 @@ class MetaStep:
             ValueError: batch norm or the memory refuses the batch, labels are no classes of the network, S has no
                 labelled image where a competition is held, a part or a rank's share of it has no image, the procedure
                 needs the batch split otherwise, or a parameter was frozen since this was made.
-            TypeError: images that are not floating, or of another dtype than the network.
+            TypeError: images that are not floating, or of another dtype than the network. What a rank refuses of its
+                share the others raise as a ValueError, before anything has advanced.
             RuntimeError: it is called in `torch.inference_mode`.
         """
+        refused = None
+        try:
+            self._require_sound_batch(meta_train, meta_test)
+        except (ValueError, TypeError) as error:
+            if self.process_group is None:
+                raise
+            refused = error
+        # The model opens an autocast of its own; one around the backward passes would round their products.
+        order = self.meta.order if meta_test is not None else 1
+        with differentiable(order), full_precision(self.device):
+            if self.process_group is not None:
+                parts = 1 if self.meta.procedure == "daml1" else 2
+                splits = meta_train, meta_test
+                meta_train, meta_test = with_shares(
+                    self.process_group, splits, parts, self.model.lending, self.device, refused
+                )
+            meta_train = self._to_device(meta_train)
+            if self.competes and meta_train.whole_counts[0] == 0:
+                raise ValueError("S needs a labelled image, by which the competition is decided")
+            result = self._gradients(meta_train, meta_test)
+            self._average_statistics()
+            return result
+
+    def _require_sound_batch(self, meta_train: Split, meta_test: Split | None) -> None:
         if (meta_test is None) != (self.meta.procedure == "daml1"):
             split = "one part, S" if self.meta.procedure == "daml1" else "two parts, S and S~"
             raise ValueError(f"the procedure {self.meta.procedure} takes batches of {split}")
@@ -183,17 +209,6 @@ class MetaStep:
             if self.model.autocast_dtype is None and part.images.dtype not in kinds:
                 network = " and ".join(map(str, kinds))
                 raise TypeError(f"images are {part.images.dtype} and the network is {network}: make them of one dtype")
-        # The model opens an autocast of its own; one around the backward passes would round their products.
-        order = self.meta.order if meta_test is not None else 1
-        with differentiable(order), full_precision(self.device):
-            meta_train = self._to_device(meta_train)
-            if self.process_group is not None:
-                meta_train, meta_test = with_shares(self.process_group, (meta_train, meta_test), self.model.lending)
-            if self.competes and meta_train.whole_counts[0] == 0:
-                raise ValueError("S needs a labelled image, by which the competition is decided")
-            result = self._gradients(meta_train, meta_test)
-            self._average_statistics()
-            return result
 
     def apply(self, grads: Mapping[str, Tensor]) -> None:
         """Take the outer step along `grads`, as `StepResult` holds them."""
@@ -265,7 +280,14 @@ class MetaStep:
         """Make batch norm's running statistics the mean of the ranks', so that all go on with the same."""
         if self.process_group is None:
             return
-        statistics = [each for each in self.model.network.buffers() if each.is_floating_point()]
+        # No other buffers: a sum of constants may overflow, and what rests is the same everywhere.
+        running = (module._buffers.items() for module in self.model.network.modules() if module.training)
+        statistics = [
+            each
+            for buffers in running
+            for name, each in buffers
+            if name.startswith("running_") and each is not None and each.is_floating_point()
+        ]
         with torch.no_grad():
             for each, total in zip(statistics, add_up(self.process_group, statistics, statistics), strict=True):
                 each.copy_(total / self.process_group.size())

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, distributed
 
 from dan_fast import _extension
@@ -25,6 +26,7 @@ from dan_fast.evaluation import (
     evaluate_reranked,
     evaluate_single_shot,
     extract_dataset,
+    extract_features,
     reciprocal,
 )
 from tests.support.dataset_shelf import coloured_people, colours
@@ -62,6 +64,33 @@ def same_figures(group: distributed.ProcessGroup, evaluate: Callable[..., Any], 
                 arguments = {"gallery_features": own[0], "gallery_cams": own[2], **(broken if rank == 1 else {})}
                 with pytest.raises(ValueError, match=sentence if rank == 1 else "rank 1 of process_group failed to"):
                     evaluate(query, query_ids=ids[0], query_cams=cams[0], gallery_ids=own[1], **arguments, **settings)
+
+
+def on_a_rank_without_images(group: distributed.ProcessGroup, path: Path) -> None:
+    generator = torch.Generator().manual_seed(5)
+    query, gallery = (torch.randn(count, 8, generator=generator) for count in (1, 13))
+    whole = gallery, torch.arange(13) % 2, torch.ones(13, dtype=torch.int64)
+    own = [each.split([0, 3, 10, 0])[group.rank()] for each in whole]
+    ids = torch.tensor([0])
+    found, expected = (
+        evaluate_reranked(query, features, ids, pids, ids, cams, process_group=each)
+        for (features, pids, cams), each in ((own, group), (whole, None))
+    )
+    assert torch.equal(found.cmc, expected.cmc) and found[1:] == expected[1:]
+    torch.set_default_dtype(torch.float64)
+    try:
+        features = extract_features(colours, [Sample(path, 1, 1)] * 2, SIZE, process_group=group)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert features.select(torch.arange(2), group).features.shape == (2, 3)
+    of_gpus = distributed.new_group(backend="cuda:gloo")
+    with pytest.raises(ValueError, match="no tensor on cpu, where features are: .* or name both, 'cpu:gloo,cuda:nccl'"):
+        extract_features(None, [Sample(path, 1, 1)], SIZE, process_group=of_gpus)
+
+
+def test_a_rank_may_have_no_image_at_all(ranks: Ranks, tmp_path: Path):
+    Image.new("RGB", SIZE[::-1], "red").save(tmp_path / "red.png")
+    ranks.run(on_a_rank_without_images, tmp_path / "red.png")
 
 
 @pytest.mark.parametrize(

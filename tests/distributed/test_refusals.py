@@ -172,7 +172,7 @@ def not_finite(group: Group, config: TrainConfig) -> None:
         step(batch, scalars)
 
     trainer.train_iteration = poisoned
-    with pytest.raises(DanFastError, match="norms are not finite" if group.rank() == 1 else "be finite|not finite"):
+    with pytest.raises(DanFastError, match="^Training diverged at iteration 1 .*norms are not finite.*lower optimizer"):
         trainer.fit()
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, distributed
 
 from dan_fast.daml import Stage
 from dan_fast.data import Split
+from dan_fast.distributed.buckets import add_up
 from dan_fast.nn import DAN, ProgressiveAugmentedMemory
 from dan_fast.training import LossConfig, MetaConfig, MetaStep, StepResult, TrainingModel
 from tests.support.ranks import Collectives, Ranks
@@ -138,6 +139,73 @@ def same_steps(group: Group, procedure: str, order: int, gates: str, attention: 
 )
 def test_steps_are_those_of_one_rank(ranks: Ranks, procedure: str, order: int, gates: str, attention: str):
     ranks.run(same_steps, procedure, order, gates, attention)
+
+
+def refuses_alone(group: Group, wrong: str) -> None:
+    """The batch of the last rank is none; the others do not wait for it, and the next step is taken."""
+    step = step_of(group, MetaConfig(procedure="daml2"), "parameters", "none")
+    before = {name: value.clone() for name, value in step.model.state_dict().items()}
+    parts = [whole_split(seed, (3, 0, 3)) for seed in range(2)]
+    if group.rank() < group.size() - 1:
+        with pytest.raises(ValueError, match=f"^rank {group.size() - 1} refused its share of the batch: see its error"):
+            step.step(*parts)
+    elif wrong == "no second part":
+        with pytest.raises(ValueError, match="takes batches of two parts"):
+            step.step(parts[0])
+    elif wrong == "dtype":
+        with pytest.raises(TypeError, match="images are torch.float32 and the network is torch.float64"):
+            step.step(parts[0], parts[1]._replace(images=parts[1].images.float()))
+    else:
+        with pytest.raises(ValueError, match="labels"):
+            step.step(parts[0], parts[1]._replace(labels=parts[1].labels + 100))
+    assert all(map(torch.equal, step.model.state_dict().values(), before.values()))
+    step.step(*parts)
+
+
+@pytest.mark.parametrize("wrong", ["no second part", "dtype", "labels"])
+def test_what_one_rank_refuses_all_raise(ranks: Ranks, wrong: str):
+    ranks.run(refuses_alone, wrong)
+
+
+class Normalised(torch.nn.Module):
+    """A batch norm that learns, one that is frozen, a constant that no sum can hold, and a weight with gaps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 6, 4, stride=4)
+        self.conv.weight = torch.nn.Parameter(torch.randn(12, 3, 4, 4)[::2])
+        self.conv.bias = torch.nn.Parameter(torch.randn(12)[::2])
+        self.learns, self.frozen = torch.nn.BatchNorm2d(6), torch.nn.BatchNorm2d(6)
+        self.register_buffer("mask", torch.full((2,), torch.finfo(torch.float32).min))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.frozen(self.learns(self.conv(images))).clamp(min=self.mask[0])
+
+
+def buffers_and_gaps(group: Group) -> None:
+    ones = [torch.ones(4, 3), torch.full((30,), 5.0)]
+    like = [torch.zeros(4, 6)[:, :3], torch.zeros(30)]
+    for found, own in zip(add_up(group, ones, like), ones, strict=True):
+        assert torch.equal(found, own * group.size())
+    torch.manual_seed(0)
+    network = DAN(CLASSES, backbone=Normalised(), image_size=(16, 16), reduction=2, attention="none", adversary=False)
+    step = MetaStep(model := TrainingModel(network.train(), None, LossConfig()), torch.optim.SGD(model.parameters()),
+                    MetaConfig(procedure="daml1"), group)  # fmt: skip
+    norms = network.backbone.frozen.eval(), network.backbone.learns
+    torch.manual_seed(group.rank())
+    batch = even_split(0)
+    with torch.no_grad():
+        own = network.backbone.conv(batch.images).mean((0, 2, 3))
+    distributed.all_reduce(own, group=group)
+    frozen = norms[0].running_mean.normal_(generator=torch.Generator().manual_seed(group.rank())).clone()
+    step.step(batch)
+    assert torch.equal(network.backbone.mask, torch.full((2,), torch.finfo(torch.float32).min))
+    assert torch.equal(norms[0].running_mean, frozen), "of no rank's images"
+    torch.testing.assert_close(norms[1].running_mean, 0.1 * own / group.size())
+
+
+def test_running_statistics_alone_are_averaged_and_weights_may_have_gaps(ranks: Ranks):
+    ranks.run(buffers_and_gaps)
 
 
 class NoRule(torch.autograd.Function):
