@@ -63,7 +63,8 @@ def test_what_is_odd_of_datasets_is_said_by_one_rank(images, tmp_path, monkeypat
     try:
         for rank, said in (("1", False), ("0", True)):
             log.setLevel(logging.NOTSET)
-            monkeypatch.setenv("RANK", rank)
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+                monkeypatch.setenv(name, rank if name == "RANK" else "2")
             main(["protocols", "--root", str(tmp_path)])
             log.getChild("datasets.load").warning("It holds no dataset.")
             assert bool(caplog.records) == said
