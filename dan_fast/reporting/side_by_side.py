@@ -237,7 +237,10 @@ def _shortened(names: Sequence[str]) -> list[str]:
         name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME // 2 - 1]}…{name[-_LONGEST_NAME // 2 :]}"
         for name in names
     ]
-    return short if len(set(short)) == len(set(names)) else [fill(name, _LONGEST_NAME) for name in names]
+    if len(set(short)) == len(set(names)):
+        return short
+    # A sweep's names have commas between settings, where lines may end.
+    return [fill(name.replace(",", ", "), _LONGEST_NAME) for name in names]
 
 
 def describe(
