@@ -58,7 +58,7 @@ def write_together(files: Mapping[Path, Callable[[IO[bytes]], None]]) -> None:
     """`write_whole` of several files of one folder: the first is put in its place when all are on the disk.
 
     Raises:
-        DanFastError: see `write_whole`; the earlier files are intact.
+        DanFastError: see `write_whole`; the earlier files are intact, but for those before one that cannot be replaced.
     """
     beside = {path: path.with_name(f".{path.name}.{secrets.token_hex(8)}.part") for path in files}
     try:

@@ -44,6 +44,7 @@ class TrainingSet:
             unknown.
         persons: numbering of a dataset -> ascending int64 pids of its persons, labelled or not, in these images.
         images: (n,) int64, `overlap.image_keys` of these images, ascending.
+        roots: the real paths of the datasets that they are of.
         fingerprint: SHA-256 (hex) of dataset names, relative paths, labels and roles. Sample ids and labels
             mean the same in two sets of equal fingerprint, wherever the folders lie.
 
@@ -96,6 +97,8 @@ class TrainingSet:
         self.true_ids = _numbers(kept, people)
         self.persons = _persons([*known, *kept])
         self.images = torch.tensor([*image_keys(image.sample for image in (*known, *kept))]).unique()
+        trained_on = (*labeled, *(unlabeled if kept else ()))
+        self.roots = tuple(dict.fromkeys(os.path.realpath(dataset.root) for dataset in trained_on))
         self.fingerprint = _fingerprint(known, self.labels, kept)
 
     @cached_property

@@ -19,6 +19,7 @@ from dan_fast.data.images.transforms import test_transform
 from dan_fast.export import formats
 from dan_fast.export.graph import FeatureGraph, description, traced
 from dan_fast.nn import DAN
+from dan_fast.training.checkpoint import is_checkpoint
 
 Format: TypeAlias = Literal["onnx", "pt2"]
 Input: TypeAlias = Literal["uint8", "normalized"]
@@ -106,11 +107,11 @@ def require_name(path: Path, format: Format) -> None:
     """
     if not path.name or path.is_dir():
         raise DanFastError(f"{path} is a folder: name a file in it, such as {path / f'network.{format}'}.")
-    other = {".onnx": "onnx", ".pt2": "pt2"}.get(path.suffix)
+    other = {".onnx": "onnx", ".pt2": "pt2"}.get(path.suffix.lower())
     if other not in (format, None):
         raise DanFastError(f"{path} is to be written as {format}: name it .{format}, or choose format {other}.")
-    if other is None and path.is_file() and path.stat().st_size:
-        raise DanFastError(f"{path} is a file already, and by its name no exported network: name a .{format} file.")
+    if path.is_file() and path.stat().st_size and (other is None or is_checkpoint(path)):
+        raise DanFastError(f"{path} is a file already, and no exported network: name another .{format} file.")
 
 
 def _made(network: DAN, format: Format, takes: Input, precision: Precision) -> tuple[bytes, formats.Run]:

@@ -98,7 +98,7 @@ class FeatureExtractor:
             raise ValueError(f"broken_images must be 'error' or 'skip', got {broken_images!r}")
         self.device = resolve_device(device)
         network = deepcopy(checkpoint) if isinstance(checkpoint, DAN) else trained_network(checkpoint)[0]
-        self.network = network.eval().to(self.device)
+        self.network = network.eval().to(self.device, torch.float32)
         self.image_size = network.image_size
         self.preprocessing = network.preprocessing
         self.size: int = network.classifier.in_features
@@ -244,7 +244,7 @@ def _listed(images: Any) -> Sequence[ImageLike] | Tensor:
     if isinstance(images, Tensor | np.ndarray):
         return list(images)
     # Whatever gives them one by one may use one buffer for all.
-    return [deepcopy(image) if isinstance(image, np.ndarray | Tensor) else image for image in images]
+    return [deepcopy(image) if isinstance(image, np.ndarray | Tensor | Image.Image) else image for image in images]
 
 
 def _check(images: Iterable[Any], start: int) -> None:

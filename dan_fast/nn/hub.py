@@ -76,9 +76,16 @@ def save_network(
     _require_own_or_empty(folder)
     with alone(folder / ".lock"):
         remove_unfinished(folder)
-        # By its configuration, which comes first, a folder is known that a killed process has left.
-        files = ((folder / name, contents[name]) for name in (CONFIG, WEIGHTS, CARD))
-        write_together({path: lambda stream, content=content: stream.write(content) for path, content in files})
+        # The weights first, as Windows replaces none that are in use: all is as it was then. In a new folder it is the
+        # configuration, by which a folder is known that a killed process has left.
+        is_new = not (folder / CONFIG).exists()
+        files = ((folder / name, contents[name]) for name in sorted(FILES, key=lambda name: is_new and name != CONFIG))
+        try:
+            write_together({path: lambda stream, content=content: stream.write(content) for path, content in files})
+        except DanFastError:
+            for name in FILES if is_new else ():
+                (folder / name).unlink(missing_ok=True)
+            raise
 
 
 def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

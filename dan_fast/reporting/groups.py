@@ -123,10 +123,14 @@ def target_of(evaluation: Evaluation) -> Target:
     """
     chosen = CHOSEN if CHOSEN in evaluation.epoch else ""
     seen = SEEN if SEEN in evaluation.seen else ""
-    images = f"{evaluation.num_query} queries, {evaluation.num_gallery} gallery images"
     scoring = evaluation.scoring, evaluation.rounding
-    words = (evaluation.protocol, images, *scoring, chosen or _unfinished(evaluation.epoch), seen)
+    words = (protocol_of(evaluation), *scoring, chosen or _unfinished(evaluation.epoch), seen)
     return Target(evaluation.title, ", ".join(filter(None, words)))
+
+
+def protocol_of(evaluation: Evaluation) -> str:
+    """The protocol and how many images it was, in words."""
+    return f"{evaluation.protocol}, {evaluation.num_query} queries, {evaluation.num_gallery} gallery images"
 
 
 def _unfinished(epoch: str) -> str:

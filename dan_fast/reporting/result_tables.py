@@ -136,18 +136,21 @@ def _paper_table(table: PaperTable, target: str, faults: Sequence[Contradiction]
         name = row.method if row.venue in ("", "This paper") else f"{row.method}, {row.venue}"
         rows.append([f"paper: {name}", row.sources, "not stated", ABSENT, *values])
     tested = [(run, each) for run in runs for each in run.results if _taken_by(table, run, each) == target]
-    rows += [_run_row(run, each, columns, mark=f" {_APART}" if _is_apart(each) else "") for run, each in tested]
-    rows += [
-        _run_row(run, each, columns, features)
+    before = [
+        (run, each, features)
         for run in runs
         if any(run is other for other, _ in tested)
         for features, each in run.baselines
         if paper_target(each.dataset) == target
     ]
+    rows += [
+        _run_row(run, each, columns, features, f" {_APART}" if _is_apart(each) else "")
+        for run, each, features in [*((run, each, "") for run, each in tested), *before]
+    ]
     notes = [_counts(tested)] if tested else [f"No run here was tested on {target} under these conditions."]
     if tested:
         notes.append("Rows compare only where sources, protocol and variant do.")
-    if any(_is_apart(each) for _, each in tested):
+    if any(_is_apart(each) for _, each, *_ in (*tested, *before)):
         notes.append(f"{_APART} Not scored as the paper's rows are, see the protocol: these do not compare.")
     notes += [f"{_MARK} {each.reason}" for each in mine]
     notes.append(f"Source of the paper's rows: {table.source}.")

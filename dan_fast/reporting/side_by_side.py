@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from textwrap import fill
@@ -12,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dan_fast.evaluation import Evaluation
 from dan_fast.reporting.canvas import COLOURS, legend_label, save_png, style
-from dan_fast.reporting.groups import Line, Target, compared, result_on, target_of
+from dan_fast.reporting.groups import Line, Target, compared, protocol_of, result_on
 from dan_fast.reporting.runs import Run
 from dan_fast.training.scalars import tag_forms
 
@@ -48,8 +49,18 @@ def plot_gates(runs: Sequence[Run], out_png: str | Path) -> Path:
 
 def plot_models(line: Line, out_png: str | Path) -> Path:
     """Fig. 6: mAP over the epochs for each model, or bars of R1 and mAP where a run was tested only at its end."""
+    names: dict[str, set[Target]] = {}
+    for run in (run for runs in line.points.values() for run in runs):
+        for tag in evaluated_epochs(run):
+            names.setdefault(tag, set()).update(_named(run, tag))
+
+    def target(run: Run, tag: str) -> Target:
+        """What its results say; of a run that has none yet what the others' do, if that is one thing."""
+        found = _named(run, tag) or names[tag]
+        return next(iter(found)) if len(found) == 1 else Target(tag, "")
+
     curves = {
-        name: [{_target(run, tag): curve for tag, curve in evaluated_epochs(run).items()} for run in runs]
+        name: [{target(run, tag): curve for tag, curve in evaluated_epochs(run).items()} for run in runs]
         for name, runs in line.points.items()
     }
     if any(len(epochs) > 1 for each in curves.values() for run in each for epochs, _ in run.values()):
@@ -63,10 +74,13 @@ def plot_models(line: Line, out_png: str | Path) -> Path:
         return save_png(figure, out_png)
 
 
-def _target(run: Run, tag: str) -> Target:
-    """What the curve of a tag was tested on: as the run's results say it, else the tag, under no known protocol."""
-    named = {target_of(each) for each in run.results if tag in tag_forms(each.dataset, each.variant)}
-    return named.pop() if len(named) == 1 else Target(tag, "")
+def _named(run: Run, tag: str) -> set[Target]:
+    """What the tests of a tag were on, by the first of the run's results that has it, the trainer's own; or nothing.
+
+    How the last ones were scored, and of which epoch they are, is not said of the curve.
+    """
+    found = (each for each in run.results if tag in tag_forms(each.dataset, each.variant))
+    return {Target(each.title, protocol_of(each)) for each in islice(found, 1)}
 
 
 def evaluated_epochs(run: Run) -> dict[str, tuple[list[float], list[float]]]:

@@ -37,6 +37,7 @@ RESULTS, SETTINGS, CHECKPOINT = "results.json", "config.yaml", "checkpoint.pt"
 # What a training is started with. It writes config.yaml itself, and removes results of other targets first.
 _GIVEN = "sweep.yaml"
 _LOG = "train.log"
+_COMPARED = "comparison.json"
 _STOPPING = "Stopping when the trainings under way are saved; Ctrl-C again kills them, and what is not saved is lost."
 _CHOICE = ("run", "choose_epoch_on_target")
 # What PyTorch and the libraries below it take as the number of their threads when they are loaded.
@@ -252,10 +253,13 @@ def _threads_of_each(parallel: int) -> int | None:
 def _write_comparison(comparison: Comparison | None, out: Path, console: Console) -> None:
     """Write a comparison beside its trainings, and print it; without one, remove that of an earlier grid."""
     if comparison is None:
-        for name in ("comparison.json", "comparison.md"):
-            (out / name).unlink(missing_ok=True)
+        # A file of somebody's own is no JSON, or has other keys.
+        with suppress(OSError, ValueError, AttributeError):
+            if json.loads((out / _COMPARED).read_text(encoding="utf-8")).keys() >= {"baseline", "targets", "arms"}:
+                (out / _COMPARED).unlink()
+                (out / "comparison.md").unlink(missing_ok=True)
         return
-    write_text(out / "comparison.json", json.dumps(comparison.to_dict(), indent=2) + "\n")
+    write_text(out / _COMPARED, json.dumps(comparison.to_dict(), indent=2) + "\n")
     write_text(out / "comparison.md", comparison.markdown())
     console.print(comparison.markdown(), end="")
     console.print(f"Comparison: {out / 'comparison.md'}")

@@ -222,7 +222,8 @@ class TrainingModel(nn.Module):
             except ValueError as error:
                 # On the CPU the memory raises at once; of keys that are not finite it is not the cause.
                 require_sound(int(fault))
-                if str(error).endswith(STEP_FAULTS[:2]):
+                own = all_finite([keys.detach(), keys.detach().square().sum(1)])
+                if self.memory.process_group is not None and own and str(error).endswith(STEP_FAULTS[:2]):
                     raise DivergedError("features of another rank or their squared norms are not finite") from error
                 raise
             memory_fault = self.memory.take_fault()

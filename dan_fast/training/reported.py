@@ -1,6 +1,7 @@
 """Which epoch's figures a training reports: the last one's, unless one is chosen on the targets, which is then said."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -54,8 +55,11 @@ def seen_of(state: dict[str, Any], target: ReIDDataset) -> str:
 
 
 def of_its_own_cameras(state: dict[str, Any], target: ReIDDataset) -> bool:
-    """Whether a checkpoint's network was trained on images of the set that a target is of, as far as known."""
-    return numbering_of(target) in state.get("persons", {})
+    """Whether a checkpoint's network was trained on images of the set that a target is of, as far as known.
+
+    Known are sets whose persons are numbered alike, and those that lie where they lay in training.
+    """
+    return numbering_of(target) in state.get("persons", {}) or os.path.realpath(target.root) in state.get("roots", ())
 
 
 class EpochChoice:
@@ -201,8 +205,8 @@ def write_results(
         datasets: trained on and tested on.
         last: evaluations of the last epoch.
         weights: of which network they are, `weights_hash`.
-        choice: the chosen epoch, whose figures and weights are then reported; the figures of the last one and how often
-            there was one to choose stand beside them.
+        choice: the chosen epoch, whose figures are then reported, with the hash of its network, "" where an older
+            chosen.pt does not say it; those of the last one and how often there was one to choose stand beside them.
         iterations: how many the whole training took.
     """
     settings, defaults = state["config"], TrainConfig().to_dict()
@@ -224,7 +228,7 @@ def write_results(
         "fingerprint": state["fingerprint"],
         "skipped": len(state["skipped"]),
         "epoch": reported[0].epoch if reported else epoch_of(state),
-        "weights": weights if choice is None else choice.weights,
+        "weights": weights,
         "targets": [each.to_dict() for each in reported],
     }
     if "started_from" in state:
@@ -233,6 +237,7 @@ def write_results(
         results["compiled"] = state.get("compiled") or "The run ended before it was known whether that is faster."
     if choice is not None:
         results["evaluate_every"] = settings["run"]["evaluate_every"]
+        results["chosen_weights"] = choice.weights
         results["last_epoch"] = [each.to_dict() for each in last]
     write_text(path, json.dumps(results, indent=2) + "\n")
 

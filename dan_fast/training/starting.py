@@ -82,9 +82,9 @@ def whom_it_saw(
         saved: the run's checkpoint where it goes on from one.
 
     Returns:
-        "persons" and "images" as of `TrainingSet`, and "first_weights", `hash_of_start`. Where it starts from a trained
-        network or from what timm downloads, "started_from" as well, each training before it in words, the last one
-        first; and "unrecorded", whether persons of one are not known.
+        "persons", "images" and "roots" as of `TrainingSet`, and "first_weights", `hash_of_start`. Where it starts from
+        a trained network or from what timm downloads, "started_from" as well, each training before it in words, the
+        last one first; and "unrecorded", whether persons of one are not known.
     """
     start = None if saved is not None else start_of(weights)
     before = saved or start or {}
@@ -92,7 +92,12 @@ def whom_it_saw(
     for numbering, pids in before.get("persons", {}).items():
         persons = persons | {numbering: _union(persons.get(numbering, pids), pids)}
     first = saved.get("first_weights") if saved is not None else hash_of_start(weights)
-    seen = {"persons": persons, "images": _union(images, before.get("images", images)), "first_weights": first}
+    seen = {
+        "persons": persons,
+        "images": _union(images, before.get("images", images)),
+        "roots": sorted({*training_set.roots, *before.get("roots", ())}),
+        "first_weights": first,
+    }
     if saved is None and weights == "imagenet" and backbone.startswith(PREFIX):
         downloaded = downloaded_in_words(backbone.removeprefix(PREFIX))
         return seen | ({"started_from": [downloaded], "unrecorded": False} if downloaded else {})

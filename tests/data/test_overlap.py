@@ -172,4 +172,11 @@ def test_a_checkpoint_tells_how_many_of_a_targets_persons_were_trained_on() -> N
     assert seen_of({}, target) == "", "older checkpoints do not know"
     assert seen_of({"persons": {"/data/duke": persons["/data/market"]}}, target) == ""
     assert of_its_own_cameras({"persons": persons}, target) and not of_its_own_cameras({}, target)
+    # Without pids, by where the set lies.
+    nobody = ReIDDataset("street", Path("/data/street"), train=(Sample(Path("/data/street/0.jpg"), -1, -1),))
+    roots = TrainingSet([ReIDDataset("market", root, train=train)], [nobody]).roots
+    assert roots == ("/data/market", "/data/street")
+    street = ReIDDataset("street", Path("/data/street"), test=tested)
+    assert of_its_own_cameras({"persons": {}, "roots": roots}, street)
+    assert TrainingSet([ReIDDataset("market", root, train=train)], [nobody], 0.0).roots == ("/data/market",)
     assert not of_its_own_cameras({"persons": {"/data/duke": persons["/data/market"]}}, target)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import weakref
@@ -172,8 +173,9 @@ def test_what_is_no_exported_network_is_not_written_over(tmp_path, capsys):
     checkpoint, other = untrained_checkpoint(tmp_path / "network.pt"), tmp_path / "results.json"
     other.write_text("{}")
     before = checkpoint.read_bytes()
-    for file, kind in ((checkpoint, "onnx"), (checkpoint, "pt2"), (other, "pt2")):
-        said = f"{file} is a file already, and by its name no exported network: name a .{kind} file."
+    renamed = Path(shutil.copy(checkpoint, tmp_path / "network.pt2"))
+    for file, kind in ((checkpoint, "onnx"), (checkpoint, "pt2"), (other, "pt2"), (renamed, "pt2")):
+        said = f"{file} is a file already, and no exported network: name another .{kind} file."
         assert main(["export", "--checkpoint", str(checkpoint), "--out", str(file), "--format", kind]) == 1
         assert capsys.readouterr().err == f"dan-fast: {said}\n"
         with pytest.raises(DanFastError, match=re.escape(said)):

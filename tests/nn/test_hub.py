@@ -19,7 +19,7 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import alone
 from dan_fast.core.preprocessing import Preprocessing
 from dan_fast.nn import DAN
-from dan_fast.nn.hub import FILES, read_folder
+from dan_fast.nn.hub import FILES, WEIGHTS, read_folder
 
 SIZE = (64, 32)
 OTHER = Preprocessing((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bicubic")
@@ -158,7 +158,7 @@ def test_what_is_refused_leaves_a_folder_as_it_was(saved: Path, tmp_path: Path, 
     before = {path.name: path.read_bytes() for path in kept.iterdir()}
     with monkeypatch.context() as patch:
         patch.setattr("dan_fast.core.files.os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
-        with pytest.raises(DanFastError, match="config.json could not be written .No space left"):
+        with pytest.raises(DanFastError, match="model.safetensors could not be written .No space left"):
             network("timm:test_vit").save_pretrained(kept)
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
     network("timm:test_vit").save_pretrained(kept)
@@ -245,7 +245,21 @@ def test_a_save_without_room_leaves_what_was_there(saved: Path, tmp_path: Path, 
     monkeypatch.setattr("dan_fast.core.files._sync", full)
     with pytest.raises(DanFastError, match=f"{file} could not be written .No space left"):
         network().save_pretrained(folder)
-    assert {path.name: path.read_bytes() for path in folder.glob("*")} == before
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    # Of a new folder nothing stays where a file cannot be put in its place, and an earlier network where its weights
+    # cannot be replaced.
+    replace = os.replace
+
+    def in_use(source: Path, target: Path) -> None:
+        if Path(target).name == (file if not earlier else WEIGHTS):
+            raise PermissionError(13, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.undo()
+    monkeypatch.setattr("dan_fast.core.files.os.replace", in_use)
+    with pytest.raises(DanFastError, match="could not be written .Permission denied"):
+        network().save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_weights_of_something_else_are_not_overwritten(tmp_path: Path):

@@ -542,10 +542,18 @@ def test_curves_of_other_images_of_one_name_are_in_panels_of_their_own(tmp_path,
         folder = fake_run(tmp_path / name, model={"attention": name, "adversary": False}, run={"evaluate_every": 1},
                           scalars=scalars)  # fmt: skip
         with_results(folder, {"variant": variant})
+    # One that is still training, one whose epoch was chosen and that was evaluated otherwise too.
+    cbam = fake_run(tmp_path / "cbam", [], model={"attention": "cbam"}, run={"evaluate_every": 1}, scalars=scalars)
+    (cbam / "results.json").unlink()
+    chosen = fake_run(tmp_path / "nl", model={"attention": "nl_cbam"}, run={"evaluate_every": 1}, scalars=scalars)
+    with_results(chosen, {"variant": "day light", "epoch": f"epoch 1 of 500, {CHOSEN}"})
+    again = {**evaluation("street", 0.5, 0.4), "variant": "day light", "metric": "euclidean"}
+    (chosen / "again.json").write_text(json.dumps([again]))
     report([tmp_path], tmp_path / "page")
     shown = {title.removeprefix("models1: "): sorted(lines) for title, lines in drawn.items() if "models1" in title}
     night, day = (f"street ({variant}), {ON_STREET}" for variant in ("night", "day light"))
-    assert shown == {night: ["B"], day: ["B+SA"], "mall": ["B", "B+SA"]}, "mall is in no results: no protocol is known"
+    of_day = ["B+CBAM+AAN", "B+NL-CBAM+AAN", "B+SA"]
+    assert shown == {night: ["B"], day: of_day, "mall": sorted([*of_day, "B"])}, "mall is in no results"
 
 
 def test_numbers_in_names_of_models_are_in_order(tmp_path):

@@ -631,8 +631,14 @@ def test_arms_end_in_a_comparison(quick, tmp_path, capsys):
     assert (
         "out: street (fixed query and gallery, 30 queries, 40 gallery images)" in page and "+2.0 [-10.7, +14.7]" in page
     )
-    quick(reductions(grid.with_name("others.yaml"), 1))
+    others = reductions(grid.with_name("others.yaml"), 1)
+    quick(others)
     assert not [*quick.out.glob("comparison.*")], "another grid, which compares nothing"
+    for content in ("my notes", "{}", "[1]"):
+        for name in ("comparison.md", "comparison.json"):
+            (quick.out / name).write_text(content)
+        quick(others)
+        assert [file.read_text() for file in quick.out.glob("comparison.*")] == [content] * 2
 
 
 def test_results_that_hold_no_figures_do_not_end_a_sweep(quick, three):

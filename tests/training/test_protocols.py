@@ -20,6 +20,7 @@ from dan_fast.training import TrainConfig, Trainer, trained_network
 from dan_fast.training import targets as targets_module
 from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.reported import CHOSEN, SEEN, EpochChoice, epoch_of
+from dan_fast.training.shared import origin_of
 from tests.support.dataset_shelf import full_shelf
 from tests.support.figures import evaluation
 from tests.support.training_runs import assert_same_training, command, config
@@ -213,7 +214,11 @@ def test_the_best_epoch_is_reported_with_its_weights_and_says_so(whole, images, 
     results = json.loads((out / "results.json").read_text())
     assert results["epoch"] == f"epoch 2 of 3, {CHOSEN}" and results["epochs"] == 3
     assert results["evaluate_every"] == 1
-    assert results["weights"] == weights_hash(trained_network(out / "chosen.pt")[0])
+    for name, key in (("chosen.pt", "chosen_weights"), ("checkpoint.pt", "weights")):
+        network = trained_network(out / name)[0]
+        assert results[key] == weights_hash(network)
+        [shared] = origin_of(out / name, load_checkpoint(out / name), results[key])[1]
+        assert shared.mAP == (0.5 if name == "chosen.pt" else 0.4)
     assert [each["epoch"] for each in results["targets"]] == [f"epoch 2 of 3, {CHOSEN}"]
     assert [(each["mAP"], each["epoch"]) for each in results["last_epoch"]] == [(0.4, "epoch 3 of 3")]
     network, _ = trained_network(out / "chosen.pt")
