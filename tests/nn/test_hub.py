@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from dan_fast.core.files import alone
 from dan_fast.core.preprocessing import Preprocessing
 from dan_fast.nn import DAN
 from dan_fast.nn.hub import FILES, WEIGHTS, read_folder
+from tests.support import ROOT
 
 SIZE = (64, 32)
 OTHER = Preprocessing((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bicubic")
@@ -205,26 +206,29 @@ def test_numbers_of_numpy_and_the_home_folder(tmp_path: Path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_first_save_that_is_killed_is_made_good_by_the_next(tmp_path: Path):
-    """Killed before each of the renames: of the lock's holder, config.json, model.safetensors and README.md."""
-    ours, replace, done = network(), os.replace, []
-
-    def killed(source: Path, target: Path) -> None:
-        if len(done) == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        done.append(target)
-        replace(source, target)
-
-    for last in range(4):
-        folder = tmp_path / str(last)
-        if (process := os.fork()) == 0:
-            try:
-                torch.set_num_threads(1)  # a pool of threads does not outlive a fork
-                os.replace = killed
-                ours.save_pretrained(folder)
-            finally:
-                os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+    """Killed before each of the renames, of the lock's holder, config.json, model.safetensors and README.md."""
+    code = f"""
+import os, torch, dan_fast.nn
+torch.set_num_threads(1)  # a pool of threads does not outlive a fork
+network, replace, done = dan_fast.nn.DAN(5, "timm:test_resnet", {SIZE}), os.replace, []
+def killed(source, target):
+    if len(done) == last:
+        os.kill(os.getpid(), 9)
+    done.append(target)
+    replace(source, target)
+os.replace = killed
+for last in range(4):
+    process = os.fork()
+    if process == 0:
+        network.save_pretrained(os.path.join({str(tmp_path)!r}, str(last)))
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["-9"] * 4
+    for last, folder in enumerate(sorted(tmp_path.iterdir())):
         assert len(set(FILES) & {path.name for path in folder.iterdir()}) == max(0, last - 1)
+        ours = network()
         ours.save_pretrained(folder)
         assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
         assert torch.equal(DAN.from_pretrained(folder).embed(images()), ours.embed(images()))

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 from unittest.mock import patch
@@ -130,11 +129,12 @@ def fill_memory(memory: ProgressiveAugmentedMemory, classes: int, images: int = 
         memory.unlabeled = memory.unlabeled._replace(sample_ids=memory.unlabeled.sample_ids % images)
 
 
-@dataclass
 class _ObjectiveAt(Objective):
     """The objective of one iteration, whose second pass, that of S~, takes its parameters' values from `moved`."""
 
-    moved: dict[str, Tensor] | None = None
+    def __init__(self, model: TrainingModel, moved: dict[str, Tensor] | None) -> None:
+        super().__init__(model)
+        self.moved = moved
 
     def __call__(self, params: Mapping[str, Tensor], split: Split) -> dict[str, Tensor]:
         if self.record is not None:
