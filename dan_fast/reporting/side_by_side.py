@@ -49,6 +49,20 @@ def plot_gates(runs: Sequence[Run], out_png: str | Path) -> Path:
 
 def plot_models(line: Line, out_png: str | Path) -> Path:
     """Fig. 6: mAP over the epochs for each model, or bars of R1 and mAP where a run was tested only at its end."""
+    curves = _curves(line)
+    if any(len(epochs) > 1 for each in curves.values() for run in each for epochs, _ in run.values()):
+        return _plot_model_curves(curves, out_png)
+    places = compared([line])
+    with style():
+        figure, grid = _panels(len(places), height=0.55 + 0.42 * len(line.points), width=5.4)
+        for axes, target in zip(grid, places, strict=True):
+            _draw_bars(axes, line, target)
+        _legend(figure, grid)
+        return save_png(figure, out_png)
+
+
+def _curves(line: Line) -> dict[str, list[dict[Target, tuple[list[float], list[float]]]]]:
+    """For each model `evaluated_epochs` of its runs, by what was tested in place of the tags."""
     names: dict[str, set[Target]] = {}
     for run in (run for runs in line.points.values() for run in runs):
         for tag in evaluated_epochs(run):
@@ -59,19 +73,10 @@ def plot_models(line: Line, out_png: str | Path) -> Path:
         found = _named(run, tag) or names[tag]
         return next(iter(found)) if len(found) == 1 else Target(tag, "")
 
-    curves = {
+    return {
         name: [{target(run, tag): curve for tag, curve in evaluated_epochs(run).items()} for run in runs]
         for name, runs in line.points.items()
     }
-    if any(len(epochs) > 1 for each in curves.values() for run in each for epochs, _ in run.values()):
-        return _plot_model_curves(curves, out_png)
-    places = compared([line])
-    with style():
-        figure, grid = _panels(len(places), height=0.55 + 0.42 * len(line.points), width=5.4)
-        for axes, target in zip(grid, places, strict=True):
-            _draw_bars(axes, line, target)
-        _legend(figure, grid)
-        return save_png(figure, out_png)
 
 
 def _named(run: Run, tag: str) -> set[Target]:
