@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -106,8 +105,9 @@ class FeatureExtractor:
         self.workers = workers
         self.broken_images = broken_images
 
-    @cached_property
+    @property
     def weights(self) -> str:
+        # Of the network as it is now: whoever holds it may change it.
         return weights_hash(self.network)
 
     def __call__(self, images: ImageLike | Iterable[ImageLike], progress: Show | None = None) -> Tensor:
