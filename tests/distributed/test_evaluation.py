@@ -82,7 +82,8 @@ def on_a_rank_without_images(group: distributed.ProcessGroup, path: Path) -> Non
         features = extract_features(colours, [Sample(path, 1, 1)] * 2, SIZE, process_group=group)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert features.select(torch.arange(2), group).features.shape == (2, 3)
+    found = features.select(torch.arange(2), group).features
+    assert found.shape == (2, 3) and found.dtype == torch.float32
     of_gpus = distributed.new_group(backend="cuda:gloo")
     with pytest.raises(ValueError, match="no tensor on cpu, where features are: .* or name both, 'cpu:gloo,cuda:nccl'"):
         extract_features(None, [Sample(path, 1, 1)], SIZE, process_group=of_gpus)

@@ -219,3 +219,14 @@ def test_what_is_not_finite_is_found_however_a_tensor_lies_and_dense_ones_are_no
             tensor[(-1,) * tensor.dim()] = value
             assert not all_finite(lying)
             tensor[(-1,) * tensor.dim()] = 0.0
+
+
+def test_keys_that_a_half_memory_cannot_hold_are_no_other_ranks() -> None:
+    """Features are finite in float32, and the keys are not in float16; there is no other rank to lay it on."""
+    network = tiny_network()
+    memory = ProgressiveAugmentedMemory(4, 4, key_dim=network.key_dim, dtype=torch.float16)
+    given = split()
+    with torch.no_grad():
+        network.backbone.conv.weight.mul_(1e7)
+    with pytest.raises(ValueError, match="keys must be finite"):
+        TrainingModel(network, memory, LossConfig())(given)
