@@ -43,37 +43,19 @@ def widened(value: Any) -> Any:
     return value
 
 
-def _device_type(values: tuple) -> str | None:
-    """Of the first tensor among values and in tuples of them."""
-    for value in values:
-        found = value.device.type if isinstance(value, Tensor) else None
-        if isinstance(value, tuple):
-            found = _device_type(value)
-        if found is not None:
-            return found
-    return None
+def outside_autocast(op: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Run an operator of `features`, its first argument, with autocast off.
 
-
-def outside_autocast(*, widen: bool) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Run an operator with autocast off.
-
-    Args:
-        widen: where autocast was on, hand in half-precision arguments as float32, as autocast itself does for softmax
-            and losses.
+    Where it was on, half-precision arguments are handed in as float32, as autocast itself does for softmax and losses.
     """
 
-    def decorate(op: Callable[_P, _R]) -> Callable[_P, _R]:
-        @wraps(op)
-        def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-            device = _device_type((*args, *kwargs.values())) or "cpu"
-            if not autocasts(device):
-                return op(*args, **kwargs)
-            if widen:
-                args = tuple(map(widened, args))
-                kwargs = {name: widened(value) for name, value in kwargs.items()}
-            with torch.autocast(device, enabled=False):
-                return op(*args, **kwargs)
+    @wraps(op)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        features = args[0] if args else kwargs.get("features")
+        # What is no tensor is for the operator to refuse.
+        if not isinstance(features, Tensor) or not autocasts(features.device.type):
+            return op(*args, **kwargs)
+        with full_precision(features.device):
+            return op(*map(widened, args), **{name: widened(value) for name, value in kwargs.items()})
 
-        return run
-
-    return decorate
+    return run

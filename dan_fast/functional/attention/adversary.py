@@ -13,7 +13,7 @@ from dan_fast.functional.autocast import outside_autocast, widened
 from dan_fast.functional.registration import Context, KernelBackward, empty_like
 
 
-@outside_autocast(widen=True)
+@outside_autocast
 def attention_adversary(features: Tensor, refined: Tensor, cam_weight: Tensor, labels: Tensor) -> AdversaryOutput:
     """The attention adversary difference loss L_aad between A_at and the class activation map A_ad, Eq. (4).
 

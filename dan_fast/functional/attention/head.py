@@ -14,7 +14,7 @@ from dan_fast.core.attention_checks import check_features, check_weights
 from dan_fast.core.types import AttentionHeadOutput, NLCBAMWeights
 from dan_fast.functional.attention import head_torch
 from dan_fast.functional.attention.labels import check_cam_and_labels, marked
-from dan_fast.functional.autocast import autocasts, outside_autocast, widened
+from dan_fast.functional.autocast import autocasts, full_precision, widened
 from dan_fast.functional.registration import Context, KernelBackward, empty_like
 
 _RESULTS = len(AttentionHeadOutput._fields)
@@ -51,23 +51,16 @@ def attention_head(features: Tensor, weights: NLCBAMWeights, cam_weight: Tensor,
     check_features("features", features)
     dtype = features.dtype
     if autocasts(features.device.type):
-        # The map is read as it is even then.
+        # The map is read as it is even then; weights and results are wider.
         dtype = torch.promote_types(dtype, torch.float32)
         weights, cam_weight = widened(weights), widened(cam_weight)
-    return _head(features, weights, cam_weight, labels, dtype)
-
-
-@outside_autocast(widen=False)
-def _head(
-    features: Tensor, weights: NLCBAMWeights, cam_weight: Tensor, labels: Tensor, dtype: torch.dtype
-) -> AttentionHeadOutput:
-    """Weights and results are of `dtype`, which may be wider than that of the map."""
     like = features.new_empty((), dtype=dtype).expand(features.shape)
     check_weights(weights, like)
     check_cam_and_labels(cam_weight, labels, like)
-    # The operator's results go on with what its backward needs from the passes.
-    results = AttentionHead.run(features, *widened(weights), widened(cam_weight), labels)[:_RESULTS]
-    output = AttentionHeadOutput(*results)
+    with full_precision(features.device):
+        results = AttentionHead.run(features, *widened(weights), widened(cam_weight), labels)
+    # They go on with what the operator's backward needs from the passes.
+    output = AttentionHeadOutput(*results[:_RESULTS])
     output = output._replace(adversary_loss=marked(output.adversary_loss, labels, cam_weight))
     # The backward holds the operator's own: a caller may change what he gets, as dropout in place does.
     attended, pooled, *maps, losses = output

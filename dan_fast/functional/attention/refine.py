@@ -16,7 +16,7 @@ from dan_fast.functional.autocast import outside_autocast, widened
 from dan_fast.functional.registration import Context, KernelBackward
 
 
-@outside_autocast(widen=True)
+@outside_autocast
 def nl_cbam(features: Tensor, weights: NLCBAMWeights) -> NLCBAMOutput:
     """Channel attention, then non-local spatial attention, Eqs. (2)-(3).
 

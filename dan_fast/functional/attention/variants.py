@@ -18,7 +18,7 @@ from dan_fast.functional.attention.labels import check_cam_and_labels, marked
 from dan_fast.functional.autocast import outside_autocast, widened
 
 
-@outside_autocast(widen=True)
+@outside_autocast
 def attention_variant(features: Tensor, weights: AttentionVariantWeights) -> NLCBAMOutput:
     """Channel attention, then spatial attention, each only where its weights are given.
 
@@ -53,7 +53,7 @@ def attention_variant(features: Tensor, weights: AttentionVariantWeights) -> NLC
     return NLCBAMOutput(*(value.to(features.dtype) for value in output))
 
 
-@outside_autocast(widen=True)
+@outside_autocast
 def attention_variant_head(
     features: Tensor, weights: AttentionVariantWeights, cam_weight: Tensor, labels: Tensor
 ) -> AttentionHeadOutput:

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from dan_fast.core.checks import check_memory_step, in_vmap, may_look_at
 from dan_fast.core.cosine import statistics_dtype
 from dan_fast.core.types import Gates, MemoryBatch, MemoryState, MemoryStep, with_statistics
-from dan_fast.functional.autocast import full_precision, keys_in_memory_dtype, outside_autocast
+from dan_fast.functional.autocast import full_precision, keys_in_memory_dtype
 from dan_fast.functional.derivatives import in_backward_pass, in_transform
 from dan_fast.functional.memory.passes import memory_commit, memory_scores
 from dan_fast.functional.memory.pending import PendingMemory, lasting_tensors, require_no_capture
@@ -195,24 +195,20 @@ def _in_memory_dtype(labeled: MemoryState, batch: MemoryBatch) -> MemoryBatch:
     )
 
 
-@outside_autocast(widen=False)
 def _scan_batch(
-    batch: MemoryBatch,
-    gates: Gates,
-    labeled: MemoryState,
-    unlabeled: MemoryState,
-    read: Read,
+    batch: MemoryBatch, gates: Gates, labeled: MemoryState, unlabeled: MemoryState, read: Read
 ) -> ScanResult:
     """What checked samples do to both memories, whose features only `read` looks at."""
-    keys = torch.cat([batch.keys, batch.unlabeled_keys]).to(statistics_dtype(batch.keys.dtype))
-    scores, norms, unlabeled_scores, unlabeled_norms = read(keys, keys[batch.keys.shape[0] :])
-    result = scan(
-        ScanInput(
-            scores, unlabeled_scores, product(keys, keys.mT), _stacked(gates, scores), batch.labels, batch.sample_ids,
-            _slots(labeled, norms), _slots(unlabeled, unlabeled_norms),
-            gates.decay, gates.decay_unlabeled, scalar_keys=keys.shape[1] == 1,
-        )
-    )  # fmt: skip
+    with full_precision(batch.keys.device):
+        keys = torch.cat([batch.keys, batch.unlabeled_keys]).to(statistics_dtype(batch.keys.dtype))
+        scores, norms, unlabeled_scores, unlabeled_norms = read(keys, keys[batch.keys.shape[0] :])
+        result = scan(
+            ScanInput(
+                scores, unlabeled_scores, product(keys, keys.mT), _stacked(gates, scores), batch.labels,
+                batch.sample_ids, _slots(labeled, norms), _slots(unlabeled, unlabeled_norms),
+                gates.decay, gates.decay_unlabeled, scalar_keys=keys.shape[1] == 1,
+            )
+        )  # fmt: skip
     # Elsewhere than on the CPU reading the flag would wait for the device: there it is for the caller to read.
     if may_look_at(result.fault) and result.fault:
         raise ValueError(sentence_of(int(result.fault)))
