@@ -16,12 +16,12 @@ from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.distributed.shards import check_group
 from dan_fast.functional.autocast import keys_in_memory_dtype
 from dan_fast.functional.discriminative import discriminative_loss, sharded_discriminative_loss
-from dan_fast.functional.memory.pending import LazyStep
+from dan_fast.functional.memory.pending import LazyStep, PendingMemory
 from dan_fast.functional.memory.scan_types import sentence_of
 from dan_fast.functional.memory.sharded import ShardedMemory
 from dan_fast.functional.memory.step import pending_memory_step, sharded_memory_step
 from dan_fast.nn.memory_copies import Origin, Writes, is_left_behind, require_to_be_carried, versions_of
-from dan_fast.nn.memory_states import held_memory, joined, memories_of, parted, reliable_samples_of, replacement
+from dan_fast.nn.memory_states import joined, memories_of, parted, reliable_samples_of, replacement
 
 _INITIAL_BETA = 0.1
 
@@ -122,7 +122,7 @@ class ProgressiveAugmentedMemory(nn.Module):
         self.process_group = process_group
         self.decay, self.decay_unlabeled, self.gates = float(decay), float(decay_unlabeled), gates
         self._labeled, self._unlabeled = (
-            held_memory(MemoryState.empty(slots, key_dim, dtype))
+            PendingMemory.of(MemoryState.empty(slots, key_dim, dtype))
             if process_group is None
             else ShardedMemory.empty(process_group, slots, key_dim, dtype)
             for slots in (labeled_slots, unlabeled_slots)

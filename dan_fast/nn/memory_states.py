@@ -12,11 +12,6 @@ from dan_fast.functional.memory.pending import PendingMemory
 from dan_fast.functional.memory.row_norms import row_sq_norms
 
 
-def held_memory(state: MemoryState) -> PendingMemory:
-    """A memory that starts from `state`."""
-    return PendingMemory.of(with_statistics(state))
-
-
 def reliable_samples_of(unlabeled: PendingMemory) -> tuple[Tensor, Tensor]:
     """Each image of M' once, `(sample_ids, pseudo_labels)`: see `ProgressiveAugmentedMemory.reliable_samples`."""
     slots = (unlabeled.labels >= 0).nonzero()[:, 0]
