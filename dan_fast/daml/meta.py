@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from dan_fast.daml.gathered import gathered
-from dan_fast.daml.second_order import SecondOrder, each_gradient
+from dan_fast.daml.second_order import SecondOrder, gradients_of
 from dan_fast.daml.traced import TracedLosses, loss_of, traced_losses
 
 Params = Mapping[str, Tensor]
@@ -163,7 +163,10 @@ def _total_derivatives(
     second = SecondOrder(traced, {name: current[name] for name in active}, followers, any_failed)
     train_grads = add_up(second.gradients())
     moved, test_losses = _test_pass(loss_fn, current, train_grads, inner_lr, batches[1])
-    found = each_gradient([loss_of(test_losses, loss) for loss in followers], [moved[name] for name in active])
+    found = [
+        gradients_of(loss_of(test_losses, loss), [moved[name] for name in active], retain_graph=number < len(followers))
+        for number, loss in enumerate(followers, start=1)
+    ]
     by_test = [
         gathered({name: grad for name, grad in zip(active, each, strict=True) if grad is not None}) for each in found
     ]

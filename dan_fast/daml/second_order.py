@@ -47,7 +47,7 @@ class Head:
     def __init__(self, losses: TracedLosses, name: str, params: Params, features: bool) -> None:
         behind = {each: value for each, value in params.items() if each not in losses.trunk}
         inputs = [*([losses.features] if features else []), *behind.values()]
-        found = _gradients(losses[name], inputs, create_graph=True)
+        found = gradients_of(losses[name], inputs, create_graph=True)
         self.by_features = found[0] if features else None
         self.by_params = dict(zip(behind, found[len(found) - len(behind) :], strict=True))
 
@@ -104,9 +104,8 @@ class SecondOrder:
                 features = self.losses.features
                 inputs = [self.params[name] for name in trunk]
                 seed = head.by_features.detach()
-                (grads,) = each_gradient(
-                    [features], inputs, [seed], retain_graph=not self.losses.trusted or loss != through[-1]
-                )
+                keeps = not self.losses.trusted or loss != through[-1]
+                grads = gradients_of(features, inputs, seed, retain_graph=keeps)
                 _accumulate(found, dict(zip(trunk, grads, strict=True)))
         return gathered({name: found.get(name, torch.zeros_like(value)) for name, value in self.params.items()})
 
@@ -181,7 +180,7 @@ class SecondOrder:
             terms += head.product(None, along)
             names = [name for name in along if name in leaves]
             if names and head.by_features is not None:
-                grads = _gradients(features, [leaves[name] for name in names], head.by_features, create_graph=True)
+                grads = gradients_of(features, [leaves[name] for name in names], head.by_features, create_graph=True)
                 products = [
                     (grad * along[name]).sum() for name, grad in zip(names, grads, strict=True) if grad is not None
                 ]
@@ -189,7 +188,7 @@ class SecondOrder:
         found: dict[str, Tensor] = {}
         carried = self._through_head(terms, behind, found, {name: leaves[name] for name in trunk})
         for cotangent in carried if trunk else ():
-            grads = _gradients(features, [leaves[name] for name in trunk], cotangent)
+            grads = gradients_of(features, [leaves[name] for name in trunk], cotangent)
             _accumulate(found, dict(zip(trunk, grads, strict=True)))
         return found
 
@@ -212,7 +211,7 @@ class SecondOrder:
         if not terms:
             return []
         inputs = {name: self.params[name] for name in behind} | dict(leaves or {})
-        by_features, *grads = _gradients(torch.stack(terms).sum(), [self.losses.features, *inputs.values()])
+        by_features, *grads = gradients_of(torch.stack(terms).sum(), [self.losses.features, *inputs.values()])
         _accumulate(found, dict(zip(inputs, grads, strict=True)))
         return [] if by_features is None else [by_features.detach()]
 
@@ -308,48 +307,35 @@ def _load_rules() -> None:
         importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
-def each_gradient(
-    values: Sequence[Tensor],
+def gradients_of(
+    value: Tensor,
     inputs: Sequence[Tensor],
-    seeds: Sequence[Tensor] | None = None,
+    seed: Tensor | None = None,
     *,
     create_graph: bool = False,
-    retain_graph: bool = False,
-) -> list[list[Tensor | None]]:
-    """The gradients of each of the values in the inputs, None where there is none.
+    retain_graph: bool = True,
+) -> list[Tensor | None]:
+    """The gradients of a value in the inputs, None where there is none.
 
     Args:
-        values: of one graph.
+        value: whose `seed`, its own gradient, may be left out where it is ().
         inputs: floating.
-        seeds: the gradient of each value; may be left out for () tensors.
-        create_graph: see `torch.autograd.grad`.
-        retain_graph: the last of the values leaves the graph as it is too.
+        create_graph, retain_graph: see `torch.autograd.grad`.
     """
     wanted = [index for index, each in enumerate(inputs) if each.requires_grad]
-    results: list[list[Tensor | None]] = []
-    for position, value in enumerate(values, start=1):
-        grads: list[Tensor | None] = [None] * len(inputs)
-        if value.requires_grad and wanted:
-            found = torch.autograd.grad(
-                value,
-                [inputs[index] for index in wanted],
-                None if seeds is None else seeds[position - 1],
-                retain_graph=retain_graph or position < len(values),
-                create_graph=create_graph,
-                allow_unused=True,
-            )
-            for index, each in zip(wanted, found, strict=True):
-                grads[index] = each
-        results.append(grads)
-    return results
-
-
-def _gradients(
-    value: Tensor, inputs: Sequence[Tensor], seed: Tensor | None = None, create_graph: bool = False
-) -> list[Tensor | None]:
-    """`each_gradient` of one value whose graph is kept."""
-    seeds = None if seed is None else [seed]
-    return each_gradient([value], inputs, seeds, create_graph=create_graph, retain_graph=True)[0]
+    grads: list[Tensor | None] = [None] * len(inputs)
+    if value.requires_grad and wanted:
+        found = torch.autograd.grad(
+            value,
+            [inputs[index] for index in wanted],
+            seed,
+            retain_graph=retain_graph,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+        for index, each in zip(wanted, found, strict=True):
+            grads[index] = each
+    return grads
 
 
 def _accumulate(total: dict[str, Tensor], more: Mapping[str, Tensor | None]) -> None:
