@@ -89,8 +89,8 @@ class KernelBackward(Operator):
     A gradient that is itself to be differentiated, or carries a tangent, goes through the PyTorch form: a kernel would
     cut the second derivative off, and a loss on gradients would be wrong without an error.
 
-    A subclass gives `fake_backward` and, where the saved tensors are more than the arguments of `form`, `retraced` and
-    `grad_by_kernel`.
+    A subclass gives `fake_backward` and, where what is saved is not the arguments alone, `grad_by_kernel`. Where it
+    does not begin with them as `form` takes them, `retraced` too.
 
     Attributes:
         differentiable: how many of the inputs, the first ones, may have a gradient.
@@ -138,7 +138,7 @@ class KernelBackward(Operator):
     @classmethod
     def retraced(cls, ctx: Context, saved: tuple[Tensor, ...]) -> tuple[Callable[..., Sequence[Tensor]], Sequence]:
         """The form of the differentiable results, and what of `saved` goes into it, the differentiable inputs first."""
-        return cls.form, saved
+        return cls.form, saved[: cls.differentiable + len(cls.constants)]
 
     @classmethod
     def grad_by_kernel(

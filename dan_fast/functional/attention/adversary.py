@@ -81,11 +81,6 @@ class HeadAdversary(KernelBackward):
         ctx.save_for_backward(*inputs, refined_map, adversary_map)
 
     @classmethod
-    def retraced(cls, ctx: Context, saved: tuple[Tensor, ...]) -> tuple:
-        *inputs, _, _ = saved
-        return cls.form, inputs
-
-    @classmethod
     def grad_by_kernel(
         cls, ctx: Context, saved: tuple[Tensor, ...], grads: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:

@@ -132,10 +132,6 @@ class AttentionHead(KernelBackward):
         return super().backward(ctx, *grads[:_RESULTS])
 
     @classmethod
-    def retraced(cls, ctx: Context, saved: tuple[Tensor, ...]) -> tuple:
-        return cls.form, saved[: cls.differentiable + 1]
-
-    @classmethod
     def grad_by_kernel(
         cls, ctx: Context, saved: tuple[Tensor, ...], grads: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
