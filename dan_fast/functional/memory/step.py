@@ -114,21 +114,14 @@ def pending_memory_step(
         settled it.
     """
     _require_one_pass(labeled.base)
-    require_no_capture(labeled.base)
     with lasting_tensors():
-        before, unlabeled_before = labeled.unsettled(), unlabeled.unsettled()
-        batch = _in_memory_dtype(before, batch)
-        check_memory_step(before, unlabeled_before, batch, gates)
+        batch = _in_memory_dtype(labeled.unsettled(), batch)
+        check_memory_step(labeled.unsettled(), unlabeled.unsettled(), batch, gates)
 
         def read(keys: Tensor, unlabeled_keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             return *labeled.read(keys), *unlabeled.read(unlabeled_keys)
 
-        result = _scan_batch(batch, gates, before, unlabeled_before, read)
-        return (
-            result,
-            _after(labeled, batch.keys, result.labeled, result.fault),
-            _after(unlabeled, batch.unlabeled_keys, result.unlabeled, result.fault),
-        )
+        return _advanced(labeled, unlabeled, batch, gates, read)
 
 
 @torch.compiler.disable(reason="a memory that advances is not compiled: dan_fast.functional.memory_step is")
@@ -151,21 +144,26 @@ def sharded_memory_step(
         As `pending_memory_step`; the loss is that of the whole batch, the pseudo labels are those of `batch`.
     """
     _require_one_pass(labeled.base)
-    require_no_capture(labeled.base)
     with lasting_tensors():
         batch = _in_memory_dtype(labeled.unsettled(), batch)
         given = exchange(labeled, unlabeled, batch, gate_features, gates_of)
-        batch = given.batch
 
         def read(keys: Tensor, unlabeled_keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             return read_shards(labeled, unlabeled, given.waits, keys, unlabeled_keys)
 
-        result = _scan_batch(batch, given.gates, labeled.unsettled(), unlabeled.unsettled(), read)
-        return (
-            result._replace(pseudo_labels=result.pseudo_labels[given.own_unlabeled]),
-            _after(labeled, batch.keys, result.labeled, result.fault),
-            _after(unlabeled, batch.unlabeled_keys, result.unlabeled, result.fault),
-        )
+        result, *memories = _advanced(labeled, unlabeled, given.batch, given.gates, read)
+        return result._replace(pseudo_labels=result.pseudo_labels[given.own_unlabeled]), *memories
+
+
+def _advanced(
+    labeled: PendingMemory, unlabeled: PendingMemory, batch: MemoryBatch, gates: Gates, read: Read
+) -> tuple[ScanResult, PendingMemory, PendingMemory]:
+    result = _scan_batch(batch, gates, labeled.unsettled(), unlabeled.unsettled(), read)
+    return (
+        result,
+        _after(labeled, batch.keys, result.labeled, result.fault),
+        _after(unlabeled, batch.unlabeled_keys, result.unlabeled, result.fault),
+    )
 
 
 def _require_one_pass(features: Tensor) -> None:
@@ -184,6 +182,7 @@ def _require_one_pass(features: Tensor) -> None:
             "a memory that advances cannot be exported or traced with fake tensors, which would become its content: "
             "take functional.memory_step, which leaves its memories alone"
         )
+    require_no_capture(features)
 
 
 def _in_memory_dtype(labeled: MemoryState, batch: MemoryBatch) -> MemoryBatch:
