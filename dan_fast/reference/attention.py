@@ -1,5 +1,7 @@
 """NL-CBAM and the attention adversary of Sec. III-B, one sample at a time."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ from dan_fast.core.types import (
     NLCBAMWeights,
 )
 from dan_fast.reference.memory import zero_of
+
+Weights = NLCBAMWeights | AttentionVariantWeights
 
 
 def nl_cbam(features: Tensor, weights: NLCBAMWeights) -> NLCBAMOutput:
@@ -43,15 +47,7 @@ def nl_cbam(features: Tensor, weights: NLCBAMWeights) -> NLCBAMOutput:
     """
     check_features("features", features)
     check_weights(weights, features)
-    batch, channels, height, width = features.shape
-    samples = [_nl_cbam_sample(x.reshape(channels, height * width), weights) for x in features.unbind()]
-    refined, channel_attention, spatial_attention = zip(*samples, strict=True) if samples else ((), (), ())
-    nothing = zero_of(features, *weights)
-    return NLCBAMOutput(
-        refined=stack(refined, nothing, channels, height * width).reshape(features.shape),
-        channel_attention=stack(channel_attention, nothing, channels),
-        spatial_attention=stack(spatial_attention, nothing, height * width),
-    )
+    return each_sample(_nl_cbam_sample, features, weights)
 
 
 def attention_adversary(features: Tensor, refined: Tensor, cam_weight: Tensor, labels: Tensor) -> AdversaryOutput:
@@ -143,15 +139,28 @@ def pool_and_correct(
     )
 
 
+def each_sample(
+    attend: Callable[[Tensor, Weights], tuple[Tensor, Tensor, Tensor]], features: Tensor, weights: Weights
+) -> NLCBAMOutput:
+    """What `attend` makes of each X (C, H, W): X'' (C, H, W), A_C (C,) and A_S (HW,)."""
+    samples = [attend(x, weights) for x in features.unbind()]
+    refined, channel_attention, spatial_attention = zip(*samples, strict=True) if samples else ((), (), ())
+    nothing = zero_of(features, *(weight for weight in weights if weight is not None))
+    return NLCBAMOutput(
+        refined=stack(refined, nothing, *features.shape[1:]),
+        channel_attention=stack(channel_attention, nothing, features.shape[1]),
+        spatial_attention=stack(spatial_attention, nothing, features.shape[2] * features.shape[3]),
+    )
+
+
 def _nl_cbam_sample(x: Tensor, weights: NLCBAMWeights) -> tuple[Tensor, Tensor, Tensor]:
-    """X (C, HW) to X'' (C, HW), A_C (C,), A_S (HW,)."""
-    channel_attention = channel_attention_of(x, weights)
-    scaled = x * channel_attention.unsqueeze(1)  # X' = X A_C
+    channel_attention = channel_attention_of(x.flatten(1), weights)
+    scaled = x.flatten(1) * channel_attention.unsqueeze(1)  # X' = X A_C
     spatial_attention = non_local_attention_of(scaled, weights)
-    return scaled * spatial_attention, channel_attention, spatial_attention  # X'' = X' A_S
+    return (scaled * spatial_attention).reshape(x.shape), channel_attention, spatial_attention  # X'' = X' A_S
 
 
-def channel_attention_of(x: Tensor, weights: NLCBAMWeights | AttentionVariantWeights) -> Tensor:
+def channel_attention_of(x: Tensor, weights: Weights) -> Tensor:
     """A_C (C,) of X (C, HW), Eq. (2)."""
     x_gap = x.mean(dim=1)
     x_gmp = x.max(dim=1).values  # its gradient goes to the first maximum, as torch.max documents
@@ -160,7 +169,7 @@ def channel_attention_of(x: Tensor, weights: NLCBAMWeights | AttentionVariantWei
     )  # Eq. (2)
 
 
-def non_local_attention_of(scaled: Tensor, weights: NLCBAMWeights | AttentionVariantWeights) -> Tensor:
+def non_local_attention_of(scaled: Tensor, weights: Weights) -> Tensor:
     """A_S (HW,) of X' (C, HW), Eq. (3)."""
     g = scaled.mean(dim=0)
     m = scaled.max(dim=0).values

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from dan_fast.core.attention_checks import check_features, check_variant_weights
 from dan_fast.core.types import AttentionHeadOutput, AttentionVariantWeights, NLCBAMOutput
-from dan_fast.reference.attention import channel_attention_of, non_local_attention_of, pool_and_correct, stack
-from dan_fast.reference.memory import zero_of
+from dan_fast.reference.attention import channel_attention_of, each_sample, non_local_attention_of, pool_and_correct
 
 
 def attention_variant(features: Tensor, weights: AttentionVariantWeights) -> NLCBAMOutput:
@@ -36,15 +35,7 @@ def attention_variant(features: Tensor, weights: AttentionVariantWeights) -> NLC
     """
     check_features("features", features)
     check_variant_weights(weights, features)
-    channels, positions = features.shape[1], features.shape[2] * features.shape[3]
-    samples = [_variant_sample(x, weights) for x in features.unbind()]
-    refined, channel_attention, spatial_attention = zip(*samples, strict=True) if samples else ((), (), ())
-    nothing = zero_of(features, *(weight for weight in weights if weight is not None))
-    return NLCBAMOutput(
-        refined=stack(refined, nothing, *features.shape[1:]),
-        channel_attention=stack(channel_attention, nothing, channels),
-        spatial_attention=stack(spatial_attention, nothing, positions),
-    )
+    return each_sample(_variant_sample, features, weights)
 
 
 def attention_variant_head(
@@ -77,7 +68,6 @@ def attention_variant_head(
 
 
 def _variant_sample(x: Tensor, weights: AttentionVariantWeights) -> tuple[Tensor, Tensor, Tensor]:
-    """X (C, H, W) to X'' (C, H, W), A_C (C,), A_S (HW,)."""
     channels, height, width = x.shape
     channel_attention = x.new_ones(channels)
     if weights.wc1 is not None:
