@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
@@ -256,6 +257,8 @@ def copies(group: Group) -> None:
     memory(*own(group, *first)), expected(*first[0])
     twin, read = copy.deepcopy(memory), pair(group, 9, 7, 4)
     assert twin.process_group is group
+    with pytest.raises(TypeError, match="cannot pickle .*ProcessGroup"):
+        pickle.dumps(memory)
     state = memory.state_dict()
     for name, value in expected.state_dict().items():
         assert torch.equal(state[name], value), name

@@ -143,13 +143,8 @@ class PendingMemory:
         return self.like(copy.deepcopy(self.unsettled(), memo))
 
     def __reduce__(self) -> tuple:
-        return _received, (self.to_hand_over(),)
-
-    def to_hand_over(self) -> MemoryState:
-        """The settled state; another process may share its storage, so later steps leave these tensors alone."""
-        self.settle()
-        self._base.shared = True
-        return self.unsettled()
+        # Another process may share the storage of a snapshot, which later steps leave alone.
+        return _received, (self.snapshot(),)
 
     def like(self, state: MemoryState) -> "PendingMemory":
         """`of`, for a state that takes the place of this memory; its features are those of `rows`."""

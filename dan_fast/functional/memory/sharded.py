@@ -39,9 +39,6 @@ class ShardedMemory(PendingMemory):
         own = state.features.new_zeros(shard.sizes[group.rank()], key_dim, dtype=dtype)
         return cls.of(state._replace(features=own), shard=shard)
 
-    def __reduce__(self) -> tuple:
-        return _received, (self.to_hand_over(), self.shard)
-
     def like(self, state: MemoryState) -> "ShardedMemory":
         return self.of(state, shard=self.shard)
 
@@ -63,10 +60,6 @@ class ShardedMemory(PendingMemory):
         self.settle()
         (features,) = gather_parts(self.shard.group, [self.base], [self.shard.sizes], 0)
         return self.unsettled()._replace(features=features)
-
-
-def _received(state: MemoryState, shard: Shard) -> ShardedMemory:
-    return ShardedMemory.of(state._replace(features=state.features.clone()), shard=shard)
 
 
 def read_shards(
@@ -129,7 +122,8 @@ def exchange(
     except (TypeError, ValueError) as error:
         refused = error
     # Where a rank raised alone the others would wait for it: whether one refuses is exchanged first.
-    ranks = _headers(group, _header(labeled, unlabeled, batch, gate_features, gates, refused))
+    headers = all_gather(group, _header(labeled, unlabeled, batch, gate_features, gates, refused))[0].tolist()
+    ranks = [dict(zip(_HEADER, row, strict=True)) for row in headers]
     if refused is not None:
         raise refused
     _check_together(ranks)
@@ -193,10 +187,6 @@ def _made_by(device: torch.device) -> tuple[object, ...]:
         processor = torch.ops.dan_fast.instruction_set() if kernels else torch.backends.cpu.get_cpu_capability()
     built = _extension.build_info()
     return __version__, torch.__version__, kernels, built.get("source_hash"), built.get("cuda_archs"), processor
-
-
-def _headers(group: ProcessGroup, header: Tensor) -> list[dict[str, int]]:
-    return [dict(zip(_HEADER, row, strict=True)) for row in all_gather(group, header)[0].tolist()]
 
 
 def _check_together(ranks: list[dict[str, int]]) -> None:
