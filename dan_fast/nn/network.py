@@ -238,12 +238,8 @@ class DAN(nn.Module):
         Without an adversary nothing is trained by L_aad: G_a is empty and its parameters belong to G_b.
         """
         names = [name for name, _ in self.named_parameters()]
-        if not self.adversary:
-            return {"backbone": names, "attention": []}
-        return {
-            "backbone": [name for name in names if not name.startswith("attention.")],
-            "attention": [name for name in names if name.startswith("attention.")],
-        }
+        attention = [name for name in names if self.adversary and name.startswith("attention.")]
+        return {"backbone": [name for name in names if name not in attention], "attention": attention}
 
     def save_pretrained(
         self,
