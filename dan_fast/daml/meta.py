@@ -111,27 +111,28 @@ def meta_gradients(
     groups = {group: (list(names), loss) for group, (names, loss) in groups.items()}
     _check_groups(params, groups)
     active = {name for names, _ in groups.values() for name in names}
-    if isinstance(inner_lr, Mapping) and active - inner_lr.keys():
-        raise ValueError(f"inner_lr names no step size for {min(active - inner_lr.keys())!r}")
-    sizes = (
-        {f"inner_lr of {name!r}": inner_lr[name] for name in active}
-        if isinstance(inner_lr, Mapping)
-        else {"inner_lr": inner_lr}
-    )
-    _check_numbers({**sizes, "eta": eta})
+    if isinstance(inner_lr, Mapping):
+        if active - inner_lr.keys():
+            raise ValueError(f"inner_lr names no step size for {min(active - inner_lr.keys())!r}")
+        _check_numbers({f"inner_lr of {name!r}": inner_lr[name] for name in active})
+        steps = inner_lr
+    else:
+        _check_numbers({"inner_lr": inner_lr})
+        steps = dict.fromkeys(active, inner_lr)
+    _check_numbers({"eta": eta})
     with differentiable(order):
         # Where nothing is trained there is no second derivative.
         if order == 2 and active:
             given = (meta_train, meta_test)
             reductions = (add_up, any_failed)
-            return _total_derivatives(loss_fn, params, groups, given, inner_lr, eta, train_losses, reductions)
+            return _total_derivatives(loss_fn, params, groups, given, steps, eta, train_losses, reductions)
         if train_losses is None:
             current = _current(params, active)
             train_losses = loss_fn(current, meta_train)
         else:
             current = dict(params)
         train_grads = add_up(_group_gradients(train_losses, current, groups))
-        moved, test_losses = _test_pass(loss_fn, current, train_grads, inner_lr, meta_test)
+        moved, test_losses = _test_pass(loss_fn, current, train_grads, steps, meta_test)
         grads = _added(train_grads, add_up(_group_gradients(test_losses, moved, groups)), eta)
     return MetaGradients(_detached(train_losses), _detached(test_losses), grads)
 
@@ -141,12 +142,15 @@ def _total_derivatives(
     params: Params,
     groups: Groups,
     batches: tuple[Any, Any],
-    inner_lr: float | Mapping[str, float],
+    steps: Mapping[str, float],
     eta: float,
     train_losses: Losses | None,
     reductions: tuple[Callable[[Params], Params], Callable[[bool], bool]],
 ) -> MetaGradients:
-    """`meta_gradients` with second derivatives; `batches` are S and S~, `reductions` are `add_up` and `any_failed`."""
+    """`meta_gradients` with second derivatives.
+
+    `batches` are S and S~, `steps` the size of each parameter's inner step, `reductions` `add_up` and `any_failed`.
+    """
     add_up, any_failed = reductions
     followers: dict[str, list[str]] = {}
     for names, loss in groups.values():
@@ -162,7 +166,7 @@ def _total_derivatives(
         loss_of(traced, loss)
     second = SecondOrder(traced, {name: current[name] for name in active}, followers, any_failed)
     train_grads = add_up(second.gradients())
-    moved, test_losses = _test_pass(loss_fn, current, train_grads, inner_lr, batches[1])
+    moved, test_losses = _test_pass(loss_fn, current, train_grads, steps, batches[1])
     found = [
         gradients_of(loss_of(test_losses, loss), [moved[name] for name in active], retain_graph=number < len(followers))
         for number, loss in enumerate(followers, start=1)
@@ -179,7 +183,7 @@ def _total_derivatives(
     for names, found in zip(followers.values(), by_test, strict=True):
         lost = add_up(found)
         tangents = {
-            other: {name: _step(inner_lr, name) * lost[name] for name in each if name in lost}
+            other: {name: steps[name] * lost[name] for name in each if name in lost}
             for other, each in followers.items()
         }
         inner = add_up(second.product(loss_fn, {other: along for other, along in tangents.items() if along}, names))
@@ -197,13 +201,17 @@ def _test_pass(
     loss_fn: Callable[[Params, Any], Losses],
     current: Params,
     train_grads: Params,
-    inner_lr: float | Mapping[str, float],
+    steps: Mapping[str, float],
     meta_test: Any,
 ) -> tuple[dict[str, Tensor], Losses]:
     """G' of the parameters in `train_grads`, and the losses of S~ there."""
     constants = {name: value.detach() for name, value in current.items() if name not in train_grads}
     with torch.no_grad():
-        moved = _stepped(current, train_grads, inner_lr)
+        moved: dict[str, Tensor] = {}
+        # One pass over the tensors of each step size.
+        for size in dict.fromkeys(steps[name] for name in train_grads):
+            part = {name: grad for name, grad in train_grads.items() if steps[name] == size}
+            moved |= _added(current, part, -size)
     moved = {name: value.requires_grad_() for name, value in moved.items()}
     return moved, loss_fn({**constants, **moved}, meta_test)
 
@@ -295,19 +303,6 @@ def _added(left: Params, right: Params, scale: float) -> dict[str, Tensor]:
     """left + scale * right, of the names in `right`, in one pass over all tensors."""
     values = torch._foreach_add([left[name] for name in right], list(right.values()), alpha=scale) if right else []
     return dict(zip(right, values, strict=True))
-
-
-def _step(inner_lr: float | Mapping[str, float], name: str) -> float:
-    return inner_lr[name] if isinstance(inner_lr, Mapping) else inner_lr
-
-
-def _stepped(params: Params, grads: Params, inner_lr: float | Mapping[str, float]) -> dict[str, Tensor]:
-    """params - inner_lr * grads, of the names in `grads`, one pass over the tensors of each step size."""
-    moved: dict[str, Tensor] = {}
-    for size in dict.fromkeys(_step(inner_lr, name) for name in grads):
-        part = {name: grad for name, grad in grads.items() if _step(inner_lr, name) == size}
-        moved |= _added(params, part, -size)
-    return moved
 
 
 def _detached(losses: Losses) -> dict[str, Tensor]:
