@@ -28,11 +28,9 @@ def read_state_dict(path: Path, owner: str) -> dict[str, Tensor]:
     path = expanded(path)
     if not path.is_file():
         raise DanFastError(f"there is no weights file {path}; give its path, or 'none' or 'imagenet' as weights")
-    read, kind = load_file, "safetensors file"
-    if path.suffix != ".safetensors":
-        read, kind = _read_torch, "file of torch.save"
+    is_safe = path.suffix == ".safetensors"
     try:
-        state = read(path)
+        state = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
     # Damaged bytes can make the unpickler raise almost anything.
     except Exception as error:
         if isinstance(error, UnpicklingError) and "Unsupported global" in str(error):
@@ -40,6 +38,7 @@ def read_state_dict(path: Path, owner: str) -> dict[str, Tensor]:
                 f"the weights file {path} holds other objects than tensors, which are not read: load it where you "
                 f"trust it, by torch.load(..., weights_only=False), and save the state dict of {owner} alone"
             ) from error
+        kind = "safetensors file" if is_safe else "file of torch.save"
         raise DanFastError(
             f"the weights file {path} is damaged or no {kind} ({type(error).__name__}); "
             f"download it again or save the state dict of {owner} in it"
@@ -79,10 +78,6 @@ def load_fitting(
             remedy = "leave these out of it"
         raise DanFastError(f"the weights {weights} do not fit {name} ({found}); {remedy}")
     module.load_state_dict(state, strict=False)
-
-
-def _read_torch(path: Path) -> object:
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _prefix(missing: list[str], unexpected: list[str]) -> str:
