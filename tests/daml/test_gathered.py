@@ -35,10 +35,6 @@ def test_a_tensor_stays_on_its_device():
     assert all(found[name] is not each for name, each in tensors.items())
 
 
-def test_no_tensor_gives_none():
-    assert gathered({}) == {}
-
-
 def test_sparse_gradients_become_dense():
     value = torch.tensor([[0.0, 2.0], [0.0, 0.0]])
     found = gathered({"sparse": value.to_sparse(), "dense": torch.ones(1)})

@@ -160,26 +160,6 @@ def test_a_loss_that_does_not_depend_on_its_group_gives_zero():
         assert (grads["used"] > 0).all()
 
 
-@pytest.mark.parametrize(
-    ("groups", "order", "message"),
-    [
-        ({"a": (["gate"], "total"), "b": (["gate"], "total")}, 2, "'gate' stands in 'a' and again in 'b'"),
-        ({"a": (["gate", "gate"], "total")}, 2, "'gate' stands in 'a' and again in 'a'"),
-        ({"a": (["gates"], "total")}, 2, "'gates', which is not in params"),
-        (
-            {"a": (["gate"], "sum")},
-            1,
-            "'sum' is not among those loss_fn returned: adversary, embedding, total",
-        ),
-        (None, 3, "order must be 1 or 2, got 3"),
-    ],
-)
-def test_wrong_groups_are_named(groups, order, message):
-    params, _, meta_train, meta_test = quadratic_problem()
-    with pytest.raises(ValueError, match=message):
-        meta_gradients(coupled_losses, params, groups, meta_train, meta_test, INNER_LR, order=order)
-
-
 def logits(*predictions: int, confidence: float = 1.0) -> Tensor:
     return confidence * torch.nn.functional.one_hot(torch.tensor(predictions), 3).float()
 
@@ -212,24 +192,18 @@ def test_attention_wins_where_there_is_no_sample():
     assert attention_wins(none, none, LABELS[:0]) and accuracies_tie(none, none, LABELS[:0])
 
 
-def test_the_stall_guard_frees_both_groups_until_attention_wins():
-    competition = Competition(stall_guard=3)
-    stages = [competition.decide(False) for _ in range(5)]
-    assert stages == [Stage.ADVERSARY] * 3 + [Stage.BOTH] * 2
-    assert competition.decide(True) is Stage.ATTENTION
-    assert competition.decide(False) is Stage.ADVERSARY
-
-
-def test_a_tie_that_both_win_ends_a_row_of_the_adversary():
-    competition = Competition(stall_guard=2)
-    decisions = [(False,), (False, True), (False,), (False, False), (False,), (True, False)]
-    stages = [Stage.ADVERSARY, Stage.BOTH, Stage.ADVERSARY, Stage.ADVERSARY, Stage.BOTH, Stage.ATTENTION]
-    assert [competition.decide(*each) for each in decisions] == stages
-
-
-def test_without_a_guard_the_backbone_stays_frozen():
-    competition = Competition(stall_guard=0)
-    assert {competition.decide(False) for _ in range(50)} == {Stage.ADVERSARY}
+@pytest.mark.parametrize(
+    ("stall_guard", "results", "stages"),
+    [
+        (3, "lllllwl", "GGGBBAG"),
+        (2, "ltlllw", "GBGGBA"),  # a tie that both win ends a row of the adversary
+        (0, "l" * 50, "G" * 50),  # without a guard the backbone stays frozen
+    ],
+)
+def test_the_stall_guard_frees_both_groups_until_attention_wins(stall_guard: int, results: str, stages: str):
+    """Attention loses, wins or ties; the adversary is trained alone (G), attention alone (A), or both (B)."""
+    competition, stage_of = Competition(stall_guard), {"G": Stage.ADVERSARY, "A": Stage.ATTENTION, "B": Stage.BOTH}
+    assert [competition.decide(each == "w", each == "t") for each in results] == [stage_of[each] for each in stages]
 
 
 def test_groups_of_each_stage_list_every_parameter_at_most_once():
@@ -353,31 +327,30 @@ def test_names_of_a_group_may_be_given_once_and_losses_are_copies(order):
 
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize(
-    ("returned", "settings", "kind", "sentence"),
+    ("settings", "kind", "sentence"),
     [
-        (lambda w: None, {}, TypeError, "loss_fn must return a dict of losses, got NoneType"),
-        (lambda w: {"total": 0.5}, {}, TypeError, "loss_fn: 'total' must be a tensor of one number, got float"),
-        (lambda w: {"total": w}, {}, TypeError, r"must be a tensor of one number, got a tensor of shape \(2,\)"),
-        (lambda w: {"total": w.sum()}, {"inner_lr": float("nan")}, ValueError, "inner_lr must be a finite number, got"),
-        (
-            lambda w: {"total": w.sum()},
-            {"inner_lr": {"w": "1"}},
-            TypeError,
-            "inner_lr of 'w' must be a number, got str",
-        ),
-        (lambda w: {"total": w.sum()}, {"inner_lr": torch.ones(2)}, TypeError, r"number, got a tensor of shape \(2,\)"),
-        (lambda w: {"total": w.sum()}, {"eta": None}, TypeError, "eta must be a number, got NoneType"),
+        ({"loss": None}, TypeError, "loss_fn must return a dict of losses, got NoneType"),
+        ({"loss": {"total": 0.5}}, TypeError, "loss_fn: 'total' must be a tensor of one number, got float"),
+        ({"loss": {"total": torch.ones(2)}}, TypeError, r"tensor of one number, got a tensor of shape \(2,\)"),
+        ({"inner_lr": float("nan")}, ValueError, "inner_lr must be a finite number, got"),
+        ({"inner_lr": {"w": "1", "c": 0.1}}, TypeError, "inner_lr of 'w' must be a number, got str"),
+        ({"inner_lr": torch.ones(2)}, TypeError, r"number, got a tensor of shape \(2,\)"),
+        ({"eta": None}, TypeError, "eta must be a number, got NoneType"),
+        ({"groups": {"a": (["w"], "total"), "b": (["w"], "total")}}, ValueError, "'w' stands in 'a' and again in 'b'"),
+        ({"groups": {"a": (["w", "w"], "total")}}, ValueError, "'w' stands in 'a' and again in 'a'"),
+        ({"groups": {"a": (["v"], "total")}}, ValueError, "'v', which is not in params"),
+        ({"groups": {"a": (["w"], "sum")}}, ValueError, "'sum' is not among those loss_fn returned: total, half"),
+        ({"order": 3}, ValueError, "order must be 1 or 2, got 3"),
     ],
 )
-def test_a_wrong_loss_or_step_is_named(order, returned, settings, kind, sentence):
-    params = {"w": torch.tensor([1.0, 2.0])}
+def test_a_wrong_loss_step_or_group_is_named(order, settings, kind, sentence):
+    def loss_fn(params, batch):
+        total = params["w"].sum() * params["c"]
+        return settings.get("loss", {"total": total, "half": total / 2})
+
+    given = {"groups": None, "inner_lr": 0.1, "order": order, **settings}
+    given.pop("loss", None)
     with pytest.raises(kind, match=sentence):
         meta_gradients(
-            lambda params, batch: returned(params["w"]),
-            params,
-            None,
-            1,
-            2,
-            **{"inner_lr": 0.1, **settings},
-            order=order,
+            loss_fn, {"w": torch.tensor([1.0, 2.0]), "c": torch.ones(())}, meta_train=1, meta_test=2, **given
         )
