@@ -218,15 +218,6 @@ def test_models_of_timm(name: str):
     assert network(torch.rand(6, 3, 64, 32), lenders=2).pooled.shape[0] == 4
 
 
-def test_gradients_of_second_order_meet_no_obstacle():
-    mixing, layer = StyleMixing([early := nn.Conv2d(3, 4, 3)]), nn.Conv2d(4, 5, 3)
-    with mixing.within(lenders=2):
-        loss = layer(early(torch.rand(6, 3, 9, 9))).square().sum()
-    (first,) = torch.autograd.grad(loss, early.weight, create_graph=True)
-    (second,) = torch.autograd.grad(first.square().sum(), early.weight)
-    assert second.abs().sum() > 0
-
-
 def test_more_lenders_than_a_batch_has_images_to_spare():
     mixing = StyleMixing([early := nn.Conv2d(3, 4, 3)])
     for lenders in (-1, 1.5):
