@@ -1,6 +1,7 @@
 """The progressive augmentation memory, Sec. III-C, fast: same names and results as `dan_fast.reference`."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -117,11 +118,9 @@ def pending_memory_step(
     with lasting_tensors():
         batch = _in_memory_dtype(labeled.unsettled(), batch)
         check_memory_step(labeled.unsettled(), unlabeled.unsettled(), batch, gates)
-
-        def read(keys: Tensor, unlabeled_keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            return *labeled.read(keys), *unlabeled.read(unlabeled_keys)
-
-        return _advanced(labeled, unlabeled, batch, gates, read)
+        return _advanced(
+            labeled, unlabeled, batch, gates, lambda keys, others: (*labeled.read(keys), *unlabeled.read(others))
+        )
 
 
 @torch.compiler.disable(reason="a memory that advances is not compiled: dan_fast.functional.memory_step is")
@@ -147,10 +146,7 @@ def sharded_memory_step(
     with lasting_tensors():
         batch = _in_memory_dtype(labeled.unsettled(), batch)
         given = exchange(labeled, unlabeled, batch, gate_features, gates_of)
-
-        def read(keys: Tensor, unlabeled_keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            return read_shards(labeled, unlabeled, given.waits, keys, unlabeled_keys)
-
+        read = partial(read_shards, labeled, unlabeled, given.waits)
         result, *memories = _advanced(labeled, unlabeled, given.batch, given.gates, read)
         return result._replace(pseudo_labels=result.pseudo_labels[given.own_unlabeled]), *memories
 
