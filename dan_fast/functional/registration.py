@@ -15,6 +15,8 @@ from dan_fast.functional.autocast import full_precision
 from dan_fast.functional.derivatives import carry_tangents, in_transform, through_form, without_graph
 
 Context = torch.autograd.function.FunctionCtx
+Saved = tuple[Tensor, ...]
+Grads = Sequence[Tensor | None]  # of results or of inputs
 
 
 class Operator:
@@ -127,23 +129,19 @@ class KernelBackward(Operator):
             return *found, *cls.constants
 
     @classmethod
-    def grad_by_form(
-        cls, ctx: Context, saved: tuple[Tensor, ...], grads: Sequence[Tensor | None]
-    ) -> Sequence[Tensor | None]:
+    def grad_by_form(cls, ctx: Context, saved: Saved, grads: Grads) -> Grads:
         """The gradients as autograd finds them through the form, differentiable in their turn."""
         form, inputs = cls.retraced(ctx, saved)
         needed = ctx.needs_input_grad[: cls.differentiable]
         return through_form(form, inputs, needed, grads)[: cls.differentiable]
 
     @classmethod
-    def retraced(cls, ctx: Context, saved: tuple[Tensor, ...]) -> tuple[Callable[..., Sequence[Tensor]], Sequence]:
+    def retraced(cls, ctx: Context, saved: Saved) -> tuple[Callable[..., Sequence[Tensor]], Sequence]:
         """The form of the differentiable results, and what of `saved` goes into it, the differentiable inputs first."""
         return cls.form, saved[: cls.differentiable + len(cls.constants)]
 
     @classmethod
-    def grad_by_kernel(
-        cls, ctx: Context, saved: tuple[Tensor, ...], grads: Sequence[Tensor | None]
-    ) -> Sequence[Tensor | None]:
+    def grad_by_kernel(cls, ctx: Context, saved: Saved, grads: Grads) -> Grads:
         """The gradients by `backward_op`, here of what is saved, in its order, and of the results' gradients."""
         return cls.backward_op(*saved, *grads)
 

@@ -1,7 +1,5 @@
 """The attention adversary of given maps X and X'', Eq. (4)."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -10,7 +8,7 @@ from dan_fast.core.types import AdversaryOutput
 from dan_fast.functional.attention.head_torch import adversary_loss, label_rows, weighted_channel_sum, where_known
 from dan_fast.functional.attention.labels import check_cam_and_labels, marked
 from dan_fast.functional.autocast import outside_autocast, widened
-from dan_fast.functional.registration import Context, KernelBackward, empty_like
+from dan_fast.functional.registration import Context, Grads, KernelBackward, Saved, empty_like
 
 
 @outside_autocast
@@ -81,9 +79,7 @@ class HeadAdversary(KernelBackward):
         ctx.save_for_backward(*inputs, refined_map, adversary_map)
 
     @classmethod
-    def grad_by_kernel(
-        cls, ctx: Context, saved: tuple[Tensor, ...], grads: Sequence[Tensor | None]
-    ) -> Sequence[Tensor | None]:
+    def grad_by_kernel(cls, ctx: Context, saved: Saved, grads: Grads) -> Grads:
         features, refined, rows, labels, refined_map, adversary_map = saved
         grad_loss, *grad_maps = grads
         grad_loss = rows.new_zeros(rows.shape[0]) if grad_loss is None else grad_loss

@@ -4,7 +4,6 @@ Its kernels read the map as it lies, once forward: on a GPU it stays in the bloc
 the CPU some samples at a time stay in the cache. Backward it is read once and dX is written once.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from dan_fast.core.types import AttentionHeadOutput, NLCBAMWeights
 from dan_fast.functional.attention import head_torch
 from dan_fast.functional.attention.labels import check_cam_and_labels, marked
 from dan_fast.functional.autocast import autocasts, full_precision, widened
-from dan_fast.functional.registration import Context, KernelBackward, empty_like
+from dan_fast.functional.registration import Context, Grads, KernelBackward, Saved, empty_like
 
 _RESULTS = len(AttentionHeadOutput._fields)
 
@@ -132,9 +131,7 @@ class AttentionHead(KernelBackward):
         return super().backward(ctx, *grads[:_RESULTS])
 
     @classmethod
-    def grad_by_kernel(
-        cls, ctx: Context, saved: tuple[Tensor, ...], grads: Sequence[Tensor | None]
-    ) -> Sequence[Tensor | None]:
+    def grad_by_kernel(cls, ctx: Context, saved: Saved, grads: Grads) -> Grads:
         inputs, output = saved[: cls.differentiable + 1], saved[cls.differentiable + 1 :]
         results, kept = AttentionHeadOutput(*output[:_RESULTS]), HeadSaved(*output[_RESULTS:])
         grad = AttentionHeadOutput(*grads)

@@ -3,8 +3,6 @@
 The kernels read the map as it lies, once forward and once backward, and write each result of its size once.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,7 @@ from dan_fast.core.types import NLCBAMOutput, NLCBAMWeights
 from dan_fast.functional.attention.head import AttentionHead
 from dan_fast.functional.attention.head_torch import weighted_channel_sum
 from dan_fast.functional.autocast import outside_autocast, widened
-from dan_fast.functional.registration import Context, KernelBackward
+from dan_fast.functional.registration import Context, Grads, KernelBackward, Saved
 
 
 @outside_autocast
@@ -77,9 +75,7 @@ class HeadRefine(KernelBackward):
         return torch.empty_like(features), *attentions
 
     @classmethod
-    def grad_by_form(
-        cls, ctx: Context, saved: tuple[Tensor, ...], grads: Sequence[Tensor | None]
-    ) -> Sequence[Tensor | None]:
+    def grad_by_form(cls, ctx: Context, saved: Saved, grads: Grads) -> Grads:
         # Written out: autograd through the form would keep two maps more.
         (features, channel_attention, spatial_attention), (grad,) = saved, grads
         product = features.flatten(2).to(channel_attention.dtype) * grad.flatten(2)

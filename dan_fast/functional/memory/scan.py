@@ -14,7 +14,7 @@ from dan_fast.functional.memory.scan_types import (
     WriteRecord,
     WrittenSlots,
 )
-from dan_fast.functional.registration import Context, KernelBackward, empty_like
+from dan_fast.functional.registration import Context, Grads, KernelBackward, Saved, empty_like
 
 _TENSORS, _SLOTS, _WRITTEN = ScanInput._fields.index("labeled"), len(Slots._fields), len(WrittenSlots._fields)
 
@@ -70,15 +70,13 @@ class MemoryScan(KernelBackward):
         return super().backward(ctx, grads[0])
 
     @classmethod
-    def retraced(cls, ctx: Context, saved: tuple[Tensor, ...]) -> tuple[Callable[..., Sequence[Tensor]], Sequence]:
+    def retraced(cls, ctx: Context, saved: Saved) -> tuple[Callable[..., Sequence[Tensor]], Sequence]:
         given, _ = _unpacked(ctx, saved)
         slots_and_settings = given[_TENSORS:]
         return lambda *tensors: (scan_torch.scan(ScanInput(*tensors, *slots_and_settings)).loss,), given[:_TENSORS]
 
     @classmethod
-    def grad_by_kernel(
-        cls, ctx: Context, saved: tuple[Tensor, ...], grads: Sequence[Tensor | None]
-    ) -> Sequence[Tensor | None]:
+    def grad_by_kernel(cls, ctx: Context, saved: Saved, grads: Grads) -> Grads:
         given, output = _unpacked(ctx, saved)
         return cls.backward_op(
             grads[0], *given._replace(labeled=list(given.labeled), unlabeled=list(given.unlabeled)), output

@@ -10,7 +10,7 @@ from dan_fast.core.cosine import norm_from_square, occupied_softmax, statistics_
 from dan_fast.functional.autocast import full_precision, keys_in_memory_dtype
 from dan_fast.functional.memory.passes import memory_scores
 from dan_fast.functional.memory.row_norms import row_sq_norms
-from dan_fast.functional.registration import Context, KernelBackward, empty_like
+from dan_fast.functional.registration import Context, Grads, KernelBackward, Saved, empty_like
 
 
 def cosine_softmax(keys: Tensor, slots: Tensor, occupied: Tensor | None = None) -> Tensor:
@@ -72,13 +72,11 @@ class SlotSoftmax(KernelBackward):
         ctx.save_for_backward(*inputs, output)
 
     @classmethod
-    def retraced(cls, ctx: Context, saved: tuple[Tensor, ...]) -> tuple[Callable[..., Sequence[Tensor]], Sequence]:
+    def retraced(cls, ctx: Context, saved: Saved) -> tuple[Callable[..., Sequence[Tensor]], Sequence]:
         *arguments, occupied, _ = saved
         return lambda *tensors: (cls.form(*tensors, occupied),), arguments
 
     @classmethod
-    def grad_by_kernel(
-        cls, ctx: Context, saved: tuple[Tensor, ...], grads: Sequence[Tensor | None]
-    ) -> Sequence[Tensor | None]:
+    def grad_by_kernel(cls, ctx: Context, saved: Saved, grads: Grads) -> Grads:
         *arguments, _, weights = saved
         return cls.backward_op(grads[0], weights, *arguments)
