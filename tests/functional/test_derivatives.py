@@ -1,9 +1,12 @@
 """First and second gradients where the arguments of an operator are made from one another."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from dan_fast import MemoryState, NLCBAMWeights, functional, reference
+from tests.support.attention_problems import assert_agree, two_derivatives
 
 
 def draw(*shape, seed=0):
@@ -11,29 +14,24 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def slope(x):
-    return torch.linspace(-1, 1, x.numel(), dtype=x.dtype).reshape(x.shape)
-
-
 def same_keys_and_slots(form, x):
-    return form.cosine_softmax(x, x)
+    return [form.cosine_softmax(x, x)]
 
 
 def slots_of_keys(form, x):
-    return form.cosine_softmax(x, x.tanh() + 0.5)
+    return [form.cosine_softmax(x, x.tanh() + 0.5)]
 
 
 def classifier_of_the_map(form, x):
     features = x.reshape(2, 3, 2, 2)
     weights = NLCBAMWeights(*(draw(*s, seed=i) for i, s in enumerate([(2, 3), (3, 2), (1, 4), (1, 4), (4, 1), (4, 1)])))
     cam_weight = features.mean((2, 3)).tanh()
-    return torch.cat([y.flatten() for y in form.attention_head(features, weights, cam_weight, torch.tensor([1, 0]))])
+    return form.attention_head(features, weights, cam_weight, torch.tensor([1, 0]))
 
 
 def attention_of_its_result(form, x):
     features = x.reshape(2, 3, 2, 2)
-    output = form.attention_adversary(features, features * features.sigmoid(), draw(4, 3), torch.tensor([3, -1]))
-    return torch.cat([y.flatten() for y in output])
+    return form.attention_adversary(features, features * features.sigmoid(), draw(4, 3), torch.tensor([3, -1]))
 
 
 def unlabelled_keys_of_keys(form, x):
@@ -44,8 +42,7 @@ def unlabelled_keys_of_keys(form, x):
         for s in (1, 2)
     ]
     gates = (keys[0, 0], keys[0, 0] * 2, keys[0, 1].sigmoid())
-    step = form.memory_step(*states, keys, torch.arange(4) % 3, keys.tanh(), torch.arange(4) + 9, *gates)
-    return step.loss.reshape(1)
+    return [form.memory_step(*states, keys, torch.arange(4) % 3, keys.tanh(), torch.arange(4) + 9, *gates).loss]
 
 
 CASES = (same_keys_and_slots, slots_of_keys, classifier_of_the_map, attention_of_its_result, unlabelled_keys_of_keys)
@@ -53,13 +50,5 @@ CASES = (same_keys_and_slots, slots_of_keys, classifier_of_the_map, attention_of
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_each_argument_has_its_own_share_only(case):
-    found = []
-    for form in (functional, reference):
-        x = draw(4, 6, seed=7).requires_grad_()
-        value = case(form, x)
-        loss = (value * slope(value.detach())).sum()
-        (plain,) = torch.autograd.grad(loss, x, retain_graph=True)
-        (first,) = torch.autograd.grad(loss, x, create_graph=True)
-        (second,) = torch.autograd.grad((first * slope(first.detach())).sum(), x)
-        found.append((plain, first.detach(), second))
-    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+    found, expected = (two_derivatives(partial(case, form), [draw(4, 6, seed=7)]) for form in (functional, reference))
+    assert_agree(found, expected, 1e-9)
