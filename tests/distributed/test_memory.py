@@ -1,6 +1,7 @@
 """The memory with its slots divided over ranks, against the one that a single rank holds."""
 
 import copy
+import gc
 import math
 import pickle
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
 
 from dan_fast import _extension
 from dan_fast.core.types import MemoryBatch
@@ -236,11 +238,15 @@ def refusals(group: Group) -> None:
         moved,
         MemoryBatch(*(x.to("meta") for x in mine)),
     )
+    with pytest.raises(RuntimeError, match="inside of DistributedDataParallel .* call the memory outside"):
+        DistributedDataParallel(ProgressiveAugmentedMemory(9, 7, 4, dtype=F64))(*batch)
     with pytest.raises(ValueError, match="labeled_slots must be at least the ranks of process_group, got 1"):
         ProgressiveAugmentedMemory(1, 7, 4, process_group=group)
     with pytest.raises(TypeError, match="process_group must be a torch.distributed.ProcessGroup"):
         ProgressiveAugmentedMemory(9, 7, 4, process_group=distributed.GroupMember.NON_GROUP_MEMBER)
 
+    # Tracebacks hold the memory of before the next step, whose writes would then wait and be rounded otherwise.
+    gc.collect()
     assert_same_state(memory, expected)
     for batch, *shares in steps[1:]:
         memory(*own(group, batch, *shares)), expected(*batch)

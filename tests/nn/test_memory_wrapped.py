@@ -1,4 +1,4 @@
-"""A memory inside of what copies, averages or distributes modules by their parameters and buffers."""
+"""A memory inside of what copies or averages modules by their parameters and buffers."""
 
 import copy
 import io
@@ -7,20 +7,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.reduction import ForkingPickler
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
-from torch.distributed.nn.functional import all_gather
+from torch import nn
 from torch.multiprocessing import get_context
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from dan_fast.nn import ProgressiveAugmentedMemory
 from tests.support.memory_modules import assert_states_close, batches, make
-from tests.support.ranks import Ranks
 
 
 def saved_and_read(module: nn.Module) -> nn.Module:
@@ -283,50 +279,3 @@ def test_a_copy_whose_gates_are_its_own_is_not_refused():
     early(*second)  # nothing to fall behind
     for name in ("labeled", "unlabeled"):
         assert_states_close(getattr(early, name), getattr(twin, name), rtol=1e-11, atol=1e-11)
-
-
-def _rank(group: distributed.ProcessGroup, folder: Path) -> None:
-    (whole,), rank = batches(1, size=4), group.rank()
-    own = [x[2 * rank : 2 * rank + 2] for x in whole]
-    with pytest.raises(RuntimeError, match="inside of DistributedDataParallel .* call the memory outside"):
-        DistributedDataParallel(make())(*own)
-
-    torch.manual_seed(0)
-    backbone = DistributedDataParallel(nn.Linear(5, 5, dtype=torch.float64))
-    memory = make()
-
-    def of_all(rows: Tensor) -> Tensor:
-        return torch.cat(all_gather(rows))
-
-    for _ in range(2):
-        keys, unlabeled_keys = backbone(torch.cat([own[0], own[2]])).split(2)
-        step = memory(of_all(keys), of_all(own[1]), of_all(unlabeled_keys), of_all(own[3]))
-        step.loss.backward()
-    state = {"memory": memory.state_dict(), "loss": step.loss.detach()}
-    state["gradients"] = [parameter.grad for parameter in (*memory.parameters(), *backbone.parameters())]
-    torch.save(state, folder / f"{rank}.pt")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not distributed.is_available() or not distributed.is_gloo_available(), reason="there is no gloo")
-def test_distributed_data_parallel_is_refused_and_its_remedy_holds(tmp_path: Path):
-    """Two processes with the rows of both hold what one process holds, with the same gradients."""
-    with Ranks(2, tmp_path / "store") as processes:
-        processes.run(_rank, tmp_path)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    torch.manual_seed(0)
-    backbone, memory = nn.Linear(5, 5, dtype=torch.float64), make()
-    (whole,) = batches(1, size=4)
-    for _ in range(2):
-        step = memory(backbone(whole[0]), whole[1], backbone(whole[2]), whole[3])
-        step.loss.backward()
-    gradients = [parameter.grad for parameter in (*memory.parameters(), *backbone.parameters())]
-    for rank in ranks:
-        assert rank["memory"].keys() == memory.state_dict().keys()
-        for name, value in memory.state_dict().items():
-            assert torch.equal(rank["memory"][name], ranks[0]["memory"][name]), name
-            torch.testing.assert_close(rank["memory"][name], value)
-        torch.testing.assert_close(rank["loss"], step.loss.detach())
-        for actual, wanted in zip(rank["gradients"], gradients, strict=True):
-            torch.testing.assert_close(actual, wanted)
-            assert wanted.abs().sum() > 0
