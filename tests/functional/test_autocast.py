@@ -1,4 +1,4 @@
-"""Backward passes inside autocast: the bits are those of one outside, whatever path serves and whoever asks again."""
+"""Operators and their backward passes inside autocast: the bits are those outside, whatever path serves."""
 
 from contextlib import nullcontext
 
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dan_fast import MemoryState, _extension, functional
+from dan_fast.core.types import MemoryStep
 from dan_fast.functional.products import Float32Product
 from tests.support.attention_problems import OPERATORS, call, flat_arguments, floating, mixture
 from tests.support.attention_problems import problem as attention_problem
@@ -17,13 +18,18 @@ def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+LABELS, SLOTS = torch.arange(40) % 5, draw(40, 64, seed=1)
+
+
+def step_of(keys: Tensor, unlabeled_keys: Tensor) -> MemoryStep:
+    usage, evaluation = draw(40, seed=0).abs(), torch.full((40,), 1 / 40)
+    memory = MemoryState(SLOTS, LABELS, usage, evaluation, torch.tensor(0), torch.arange(40))
+    return functional.memory_step(memory, memory, keys, LABELS[:8], unlabeled_keys, torch.arange(8), 0.5, 0.5, 0.3)
+
+
 def step() -> tuple[Tensor, list[Tensor]]:
-    slots, labels = 40, torch.arange(40) % 5
-    usage, evaluation = draw(slots, seed=0).abs(), torch.full((slots,), 1 / slots)
-    memory = MemoryState(draw(slots, 64, seed=1), labels, usage, evaluation, torch.tensor(0), torch.arange(slots))
     keys = [draw(8, 64, seed=seed).requires_grad_() for seed in (2, 3)]
-    given = keys[0], labels[:8], keys[1], torch.arange(8)
-    return functional.memory_step(memory, memory, *given, 0.5, 0.5, 0.3).loss, keys
+    return step_of(*keys).loss, keys
 
 
 def attention() -> tuple[Tensor, list[Tensor]]:
@@ -45,6 +51,33 @@ def test_gradients_have_the_bits_of_a_backward_pass_outside(problem, path: str, 
                 if create_graph:
                     found[-1] += torch.autograd.grad(sum(x.square().sum() for x in first), inputs)
     assert all(map(torch.equal, *found))
+
+
+OF_KEYS = {
+    "cosine_softmax": lambda keys: [functional.cosine_softmax(keys, SLOTS)],
+    "discriminative_loss": lambda keys: [functional.discriminative_loss(keys, LABELS[:8], SLOTS, LABELS, 0.05)],
+    "memory_step": lambda keys: [(step := step_of(keys, keys.flip(0))).loss, *step.labeled, *step.unlabeled],
+}
+
+
+@pytest.mark.parametrize("name", OF_KEYS)
+def test_keys_are_taken_to_the_dtype_of_the_slots_and_not_rounded(name: str):
+    def found(keys: Tensor) -> list[Tensor]:
+        values = OF_KEYS[name](keys)
+        return [*values, *torch.autograd.grad(values[0].square().sum(), keys)]
+
+    keys = draw(8, 64, seed=2).requires_grad_()
+    expected = found(keys)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, found(keys), expected))
+        low = torch.nn.Linear(64, 64)(keys).detach().requires_grad_()
+        of_low, *_ = found(low)
+    assert low.dtype == torch.bfloat16 and torch.equal(of_low, OF_KEYS[name](low.float())[0])
+
+
+def test_slots_that_are_none_are_named_within():
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="slots must be a tensor"):
+        functional.discriminative_loss(SLOTS[:8].bfloat16(), LABELS[:8], None, LABELS, 0.05)
 
 
 @needs_extension

@@ -84,19 +84,6 @@ def test_lower_precisions_are_close(dtype: torch.dtype):
     assert torch.allclose(losses.double(), exact, rtol=1e-4, atol=1e-5)
 
 
-def test_autocast_does_not_round_it():
-    keys, slots = problem(torch.float32)
-    expected = functional.discriminative_loss(keys, LABELS, slots, SLOT_LABELS, 0.05)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(functional.discriminative_loss(keys, LABELS, slots, SLOT_LABELS, 0.05), expected)
-        of_network = torch.nn.Linear(keys.shape[1], keys.shape[1])(keys)
-        found = functional.discriminative_loss(of_network, LABELS, slots, SLOT_LABELS, 0.05)
-        with pytest.raises(TypeError, match="slots must be a tensor"):
-            functional.discriminative_loss(of_network, LABELS, None, SLOT_LABELS, 0.05)
-    assert of_network.dtype == torch.bfloat16
-    assert torch.equal(found, functional.discriminative_loss(of_network.float(), LABELS, slots, SLOT_LABELS, 0.05))
-
-
 @pytest.mark.parametrize("content", [math.nan, math.inf, 1e200])  # the square of the last one overflows
 def test_whatever_an_empty_slot_holds_changes_nothing(impl, content: float):
     (keys, slots), unknown = problem(), SLOT_LABELS < 0

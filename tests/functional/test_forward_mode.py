@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jvp
 
-from dan_fast import MemoryState
-from dan_fast.functional import cosine_softmax, discriminative_loss, memory_step
+from dan_fast.functional import cosine_softmax, discriminative_loss
 from dan_fast.functional.products import product
 
 DTYPES = [torch.float32, torch.float64]
@@ -22,33 +21,6 @@ def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 def slots(dtype: torch.dtype) -> Tensor:
     return draw(6, 5, dtype=dtype, seed=1)
-
-
-def step(keys: Tensor) -> Tensor:
-    empty = MemoryState.empty(6, 5, dtype=keys.dtype)
-    memory = empty._replace(features=slots(keys.dtype), labels=LABELS)
-    return memory_step(memory, memory, keys[:3], LABELS[:3], keys[3:], torch.arange(4), 0.1, 0.1, 0.2).loss
-
-
-def attention(keys: Tensor) -> Tensor:
-    return cosine_softmax(keys, slots(keys.dtype))[:, :2].sum()
-
-
-def labelled(keys: Tensor) -> Tensor:
-    return discriminative_loss(keys, torch.arange(7) % 3, slots(keys.dtype), LABELS, 0.5).sum()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("loss", [step, attention, labelled])
-def test_a_tangent_goes_through(loss: Callable[[Tensor], Tensor], dtype: torch.dtype):
-    keys, along = (draw(7, 5, dtype=dtype, seed=seed) for seed in (2, 3))
-    leaf = keys.clone().requires_grad_()
-    (first,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
-    (second,) = torch.autograd.grad((first * along).sum(), leaf)
-    tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-12}
-    assert (first * along).sum().abs() > 1e-3
-    torch.testing.assert_close(jvp(loss, (keys,), (along,))[1], (first * along).sum().detach(), **tolerance)
-    torch.testing.assert_close(jvp(grad(loss), (keys,), (along,))[1], second, **tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

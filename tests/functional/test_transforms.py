@@ -46,6 +46,7 @@ def step(keys: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     "cosine_softmax": (lambda x: cosine_softmax(x, SLOTS, SLOT_LABELS >= 0).flatten(), KEYS),
+    "cosine_softmax in double": (lambda x: cosine_softmax(x.double(), SLOTS.double()).flatten(), KEYS),
     "cosine_softmax of slots": (lambda x: cosine_softmax(KEYS, x).flatten(), SLOTS),
     "discriminative_loss": (lambda x: discriminative_loss(x, LABELS, SLOTS, SLOT_LABELS, 0.5), KEYS),
     "attention_head": (lambda x: flat(attention_head(x, WEIGHTS, CAM, CLASSES)), MAPS),
@@ -57,13 +58,14 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     "attention_adversary": (lambda x: flat(attention_adversary(x, x.sigmoid(), CAM, CLASSES)), MAPS),
     "mix_styles": (lambda x: mix_styles(x, torch.tensor([2, 0, 1]), torch.full((3,), 0.3)).square().flatten(), MAPS),
     "memory_step": (step, KEYS),
+    "memory_step in double": (lambda x: step(x, torch.float64), KEYS),
     "memory_step in half precision": (lambda x: step(x, torch.bfloat16), KEYS),
 }
 BATCHED = [name for name in FUNCTIONS if not name.startswith("memory_step")]
 
 
 def slopes(values: Tensor) -> Tensor:
-    return torch.linspace(-1, 1, values.numel()) + 0.1
+    return torch.linspace(-1, 1, values.numel(), dtype=values.dtype) + 0.1
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -77,16 +79,21 @@ def test_transforms_find_what_autograd_finds(name: str):
     def slope(y: Tensor) -> Tensor:
         return grad(loss)(y).sin().sum()
 
-    leaf = x.clone().requires_grad_()
+    leaf, along = x.clone().requires_grad_(), x.cos()
     (first,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
-    (second,) = torch.autograd.grad(first.sin().sum(), leaf)
+    (second,) = torch.autograd.grad(first.sin().sum(), leaf, retain_graph=True)
+    (moved,) = torch.autograd.grad((first * along).sum(), leaf)
     assert first.abs().max() > 1e-3
     values, pull = vjp(function, x)
     rows = jacrev(function)(x).flatten(1)
     rounding = 2e-2 if "half" in name else 1e-4
-    for gradient in (grad(loss)(x), pull(slopes(values))[0], (slopes(values) @ rows).view_as(x)):
+    for gradient in (grad(loss)(x), pull(slopes(values))[0], (slopes(values).to(rows.dtype) @ rows).view_as(x)):
         torch.testing.assert_close(gradient, first.detach(), rtol=rounding, atol=rounding * first.abs().max().item())
     torch.testing.assert_close(grad(slope)(x), second, rtol=10 * rounding, atol=rounding * second.abs().max().item())
+    slope_along = jvp(loss, (x,), (along,))[1].to(x.dtype)
+    torch.testing.assert_close(slope_along, (first * along).sum().detach(), rtol=rounding, atol=rounding)
+    of_gradient = jvp(grad(loss), (x,), (along,))[1]
+    torch.testing.assert_close(of_gradient, moved, rtol=10 * rounding, atol=rounding * moved.abs().max().item())
 
 
 @pytest.mark.parametrize("name", BATCHED)

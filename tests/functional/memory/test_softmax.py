@@ -172,21 +172,6 @@ def test_compiled_whole_with_gradients():
         assert torch.equal(plain.isnan(), result.isnan())
 
 
-def test_autocast_does_not_reach_inside():
-    def under_autocast(*arguments: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return functional.cosine_softmax(*arguments)
-
-    problem = weights(100).to(torch.float32)
-    actual, expected = (with_gradients(f, problem) for f in (under_autocast, functional.cosine_softmax))
-    assert all(map(torch.equal, actual, expected))
-    with torch.autocast("cpu", torch.bfloat16):
-        keys = torch.nn.Linear(problem.keys.shape[1], problem.keys.shape[1])(problem.keys)
-        found = functional.cosine_softmax(keys, problem.slots)
-    assert keys.dtype == torch.bfloat16
-    assert torch.equal(found, functional.cosine_softmax(keys.float(), problem.slots))
-
-
 @needs_extension
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
 def test_bits_do_not_depend_on_the_run_the_threads_or_the_batch(dtype: torch.dtype):

@@ -105,14 +105,6 @@ def test_a_memory_that_requires_grad_is_a_constant(impl):
     assert torch.equal(step.loss, plain.loss)
 
 
-def test_mixed_precision_around_it_changes_nothing():
-    given = arguments(torch.float32)
-    plain = functional.memory_step(**given)
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = functional.memory_step(**given)
-    assert all(map(torch.equal, tensors(mixed), tensors(plain)))
-
-
 def test_no_product_is_left_to_autocast():
     """What PyTorch's form multiplies, in any derivative, goes by the product that turns it off.
 
