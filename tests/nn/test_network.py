@@ -169,15 +169,6 @@ def test_autocast_keeps_features_and_logits_in_float32():
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-def test_channels_last_gives_the_same():
-    model = tiny().eval()
-    expected = model(images(), LABELS)
-    model = model.to(memory_format=torch.channels_last)
-    output = model(images().contiguous(memory_format=torch.channels_last), LABELS)
-    for got, value in zip(output, expected, strict=True):
-        torch.testing.assert_close(got, value)
-
-
 def test_empty_batch():
     output = tiny().eval()(images(0), LABELS[:0])
     assert output.logits.shape == (0, 6) and output.attended.shape == (0, 9)
