@@ -5,7 +5,7 @@ import gc
 import math
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -255,6 +255,25 @@ def refusals(group: Group) -> None:
 
 def test_what_is_refused_is_refused_on_all_ranks_and_changes_nothing(ranks: Ranks):
     ranks.run(refusals)
+
+
+def waits_after_a_refusal(group: Group) -> bool:
+    memory = ProgressiveAugmentedMemory(9, 7, 4, dtype=F64, process_group=group)
+    batch, *shares = next(batches(1, 4, F64, group.size()))
+    mine = own(group, batch, *shares)
+    gc.disable()
+    try:
+        memory(*mine)
+        with suppress(TypeError, ValueError):
+            memory(*mine._replace(keys=mine.keys[:, :2]) if group.rank() == 1 else mine)
+        memory(*mine)
+        return memory._labeled.has_to_wait()
+    finally:
+        gc.enable()
+
+
+def test_an_error_does_not_keep_the_memory_as_it_was(ranks: Ranks):
+    assert not any(ranks.run(waits_after_a_refusal))
 
 
 def copies(group: Group) -> None:

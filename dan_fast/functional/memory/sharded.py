@@ -125,7 +125,12 @@ def exchange(
     headers = all_gather(group, _header(labeled, unlabeled, batch, gate_features, gates, refused))[0].tolist()
     ranks = [dict(zip(_HEADER, row, strict=True)) for row in headers]
     if refused is not None:
-        raise refused
+        try:
+            raise refused
+        finally:
+            # Its traceback holds this frame: with its name they would keep the memory until garbage is collected, and
+            # the next writes would wait.
+            del refused
     _check_together(ranks)
 
     tensors, counts = list(batch), [[rank[name] for rank in ranks] for name in ("rows", "unlabeled_rows")]
