@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 from rich.table import Table as ConsoleTable
@@ -16,13 +15,13 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import write_text
 from dan_fast.core.home import expanded
 from dan_fast.core.terminal import PLAIN, progress_line
-from dan_fast.data import ReIDDataset, image_loader, load_dataset
+from dan_fast.data import ReIDDataset, load_dataset
 from dan_fast.data.synthetic import synthesize
 from dan_fast.evaluation import DatasetFeatures, Evaluation, evaluate_features, extract_dataset
 from dan_fast.nn import DAN
-from dan_fast.reporting import Figure, Table, plot_attention, plot_curves, plot_ranked_lists, write_report
+from dan_fast.reporting import Figure, Table, plot_curves, plot_ranked_lists, write_report
 from dan_fast.reporting.canvas import spread_evenly
-from dan_fast.reporting.run_figures import CURVES, HEAT_MAPS
+from dan_fast.reporting.run_figures import CURVES, HEAT_MAPS, plot_attention_over
 from dan_fast.training import TrainConfig, Trainer
 from dan_fast.training.build import initial_network
 from dan_fast.training.recipes import DEFAULT_RECIPE, require_recipe
@@ -150,7 +149,8 @@ def quickstart_page(folder: Path, config: TrainConfig, network: DAN, features: D
         ),
     ]
     if config.model.attention != "none":
-        _plot_attention(network, load_dataset(folder / "data" / UNSEEN), folder / "attention.png")
+        samples = spread_evenly(load_dataset(folder / "data" / UNSEEN).query, 8)
+        plot_attention_over(network, samples, folder / "attention.png")
         note = "Spatial attention A_S; its colours span each image's own range, written above."
         figures.append(Figure("Attention", folder / "attention.png", note, HEAT_MAPS))
     words = config.recipe_words or "no recipe"
@@ -209,11 +209,3 @@ def _evaluate(
         preprocessing=network.preprocessing,
     )
     return evaluate_features(features), features
-
-
-def _plot_attention(network: DAN, dataset: ReIDDataset, path: Path, count: int = 8) -> None:
-    samples = spread_evenly(dataset.query, count)
-    images, _ = next(iter(image_loader(samples, IMAGE_SIZE, batch_size=count, preprocessing=network.preprocessing)))
-    with torch.inference_mode():
-        attention = network(images.to(next(network.parameters()).device)).spatial_attention.cpu()
-    plot_attention(images, attention, network.map_size, path, network.preprocessing)

@@ -1,5 +1,6 @@
 """What all pictures have in common: colours, text sizes and how they are written."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,22 @@ def style() -> matplotlib.RcParams:
     """Context in which pictures are drawn: ``with style(): figure = Figure(...)``."""
     there = set(get_font_names())
     return matplotlib.rc_context(_STYLE | {"font.family": [font for font in _FONTS if font in there]})
+
+
+def panels(count: int, most_columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with so many axes, in rows; `width` and `height` of each in inches."""
+    columns = min(most_columns, count)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid[count:]:
+        axes.set_visible(False)
+    return figure, grid[:count]
+
+
+def mark_of(values: Sequence[Any]) -> str | None:
+    """The marker of a curve: its points are shown where they are few."""
+    return "o" if len(values) < 20 else None
 
 
 def legend_label(name: str) -> str:

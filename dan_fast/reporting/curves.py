@@ -1,6 +1,5 @@
 """The curves of a training run, drawn from its TensorBoard scalars."""
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,14 +9,13 @@ from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.compat.proto.event_pb2 import SessionLog
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.reporting.canvas import COLOURS, save_png, style
+from dan_fast.reporting.canvas import COLOURS, mark_of, panels, save_png, style
 from dan_fast.training.scalars import part_of_run
 
 # Tags that belong on one panel although their first two parts differ.
@@ -99,18 +97,13 @@ def plot_curves(run_dir: str | Path, out_png: str | Path) -> Path:
         'curves.png'
     """
     scalars = read_scalars(run_dir)
-    panels: dict[str, list[str]] = {}
+    grouped: dict[str, list[str]] = {}
     for tag in sorted(scalars, key=_order):
-        panels.setdefault(_panel(tag), []).append(tag)
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
+        grouped.setdefault(_panel(tag), []).append(tag)
     with style():
-        figure = Figure(figsize=(4.3 * columns, 2.7 * rows), layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False).ravel()
-        for axes, (panel, tags) in zip(grid, panels.items(), strict=False):
+        figure, grid = panels(len(grouped), 3, width=4.3, height=2.7)
+        for axes, (panel, tags) in zip(grid, grouped.items(), strict=True):
             _draw_panel(axes, panel, [(tag, *scalars[tag]) for tag in tags])
-        for axes in grid[len(panels) :]:
-            axes.set_visible(False)
         return save_png(figure, out_png)
 
 
@@ -155,7 +148,7 @@ def _draw_panel(axes: Axes, panel: str, curves: list[tuple[str, np.ndarray, np.n
     for place, (tag, steps, values) in enumerate(curves[:_MOST_LINES]):
         colour, label = COLOURS[place], tag.rsplit("/", 1)[-1].replace("_", " ")
         if len(steps) < _SMOOTH_FROM:
-            axes.plot(steps, values, color=colour, label=label, marker="o" if len(steps) < 20 else None, ms=3)
+            axes.plot(steps, values, color=colour, label=label, marker=mark_of(steps), ms=3)
             continue
         if not np.isin(values, (0, 1)).all():  # of yes and no only the share can be read
             axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.7)

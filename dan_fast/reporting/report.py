@@ -1,8 +1,9 @@
 """`dan-fast report`: runs beside the paper's tables and figures, as pictures and one page."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse.typing import NonNegativeInt
 
@@ -16,13 +17,11 @@ from dan_fast.reporting.runs import Run, read_runs
 from dan_fast.reporting.side_by_side import (
     GATES,
     METRICS,
-    counts,
     describe,
-    evaluated_epochs,
-    means,
     plot_gates,
     plot_models,
     plot_over_setting,
+    tested_while_training,
 )
 from dan_fast.reporting.watched import watched_table
 
@@ -67,30 +66,26 @@ def report(
 
 
 def _written(found: Sequence[Run], out: Path, images: int, seed: int) -> Path:
-    missing = [Missing(run.name, "results", complaint) for run in found for complaint in run.complaints]
-    missing += [
-        Missing(run.name, "results", "Not evaluated: let it train to its end with data.targets, or write "
-                 "`dan-fast evaluate --out` into its folder.")
-        for run in found
-        if not run.results
-    ]  # fmt: skip
-    is_new = not (out / "index.html").is_file()
-    figures = _gates(found, out, missing)
-    figures += _models(found, out, missing)
-    figures += _shares(found, out, missing)
-    figures += _swept(found, out, missing)
+    parts = [
+        *_without_results(found),
+        *_gates(found, out),
+        *(_models(found, out) or [_nothing_alike("Fig. 6", "attention or adversary", "fig6")]),
+        *(_shares(found, out) or [_nothing_alike("Fig. 7", "data.unlabeled_share", "fig7")]),
+        *(_swept(found, out) or [_nothing_alike("Fig. 8", "one number", "fig8")]),
+    ]
     for number, run in enumerate(found, 1):
-        figures += run_figures(run, out, f"{number:02d}", images, seed, missing)
+        parts += run_figures(run, out, f"{number:02d}", images, seed)
+    figures = [part for part in parts if isinstance(part, Figure)]
+    missing = [part for part in parts if isinstance(part, Missing)]
+    is_new = not (out / "index.html").is_file()
     sweeps = dict.fromkeys(run.folder.resolve().parent for run in found)
     comparisons = [comparison for folder in sweeps if (comparison := read_comparison(folder)) is not None]
     tables = [table for comparison in comparisons for table in comparison.tables()]
     tables += [_overview(found), *result_tables(found), *paper_tables(found)]
-    watched = watched_table(found)
-    if watched is not None:
+    if (watched := watched_table(found)) is not None:
         tables.append(watched)
     if missing:
-        rows = [list(each) for each in missing]
-        tables.append(Table("Not on this page", ["run", "what", "why, and what to do"], rows))
+        tables.append(Table("Not on this page", ["run", "what", "why, and what to do"], missing))
     tables.append(contradictions_table())
     page = write_report(out, "dan_fast: runs beside the paper", _summary(found), tables, figures)
     shown = {Path(figure.path).name for figure in figures}
@@ -131,72 +126,62 @@ def _overview(runs: Sequence[Run]) -> Table:
     return Table("Runs", columns, rows, "Networks are named as in Fig. 6; r is the dimension reduction ratio.")
 
 
-def _gates(runs: Sequence[Run], out: Path, missing: list[Missing]) -> list[Figure]:
-    shown = [run for run in runs if any(tag in run.scalars for tag in GATES)]
+def _without_results(runs: Sequence[Run]) -> Iterator[Missing]:
     for run in runs:
-        if run not in shown:
-            why = NO_MEMORY if run.scalars else no_scalars(run)
-            missing.append(Missing(run.name, "gates, Fig. 5(b)", why))
-    if not shown:
-        return []
-    path = plot_gates(shown, out / "gates.png")
-    parts = []
-    for run in shown:
-        ends = [
-            f"{title.split(',')[0]} from {run.scalars[tag][1][0]:.3f} to {run.scalars[tag][1][-1]:.3f}"
-            for tag, title in GATES.items()
-            if tag in run.scalars
-        ]
-        parts.append(f"{run.name}: {', '.join(ends)}")
-    caption = "Gates over the iterations, first to last value. " + ". ".join(parts) + "."
-    return [
-        Figure("Gates of the memories (Fig. 5(b))", path, caption, "Line charts, one a gate, with a line for each run.")
-    ]
+        yield from (Missing(run.name, "results", complaint) for complaint in run.complaints)
+    for run in runs:
+        if not run.results:
+            why = "let it train to its end with data.targets, or write `dan-fast evaluate --out` into its folder."
+            yield Missing(run.name, "results", f"Not evaluated: {why}")
 
 
-def _models(runs: Sequence[Run], out: Path, missing: list[Missing]) -> list[Figure]:
+def _gates(runs: Sequence[Run], out: Path) -> Iterator[Figure | Missing]:
+    shown = []
+    for run in runs:
+        if any(tag in run.scalars for tag in GATES):
+            shown.append(run)
+        else:
+            yield Missing(run.name, "gates, Fig. 5(b)", NO_MEMORY if run.scalars else no_scalars(run))
+    if shown:
+        path = plot_gates(shown, out / "gates.png")
+        symbols = {tag: title.split(",")[0] for tag, title in GATES.items()}
+        ends = ". ".join(f"{run.name}: {run.from_to(symbols, '.3f')}" for run in shown)
+        caption = f"Gates over the iterations, first to last value. {ends}."
+        alt = "Line charts, one a gate, with a line for each run."
+        yield Figure("Gates of the memories (Fig. 5(b))", path, caption, alt)
+
+
+def _models(runs: Sequence[Run], out: Path) -> list[Figure]:
     figures = []
     for number, line in enumerate(models(runs), 1):
-        members = [run for each in line.points.values() for run in each]
-        over_epochs = any(len(epochs) > 1 for run in members for epochs, _ in evaluated_epochs(run).values())
-        if not over_epochs and not compared([line]):
-            continue
-        path = plot_models(line, out / f"models{number}.png")
-        how = "mAP over the epochs" if over_epochs else "R1 and mAP after the last epoch"
-        caption = f"{how} for each network{_of(line)}. {_all_means(line, str)}"
-        kind = "line" if over_epochs else "bar"
-        alt = f"{kind.capitalize()} charts, one a target, with a {kind} for each network."
-        figures.append(Figure("Attention and adversary (Fig. 6)", path, caption, alt))
-    if not figures:
-        missing.append(_nothing_alike("Fig. 6", "attention or adversary", "fig6"))
+        over_epochs = tested_while_training(line)
+        if over_epochs or compared([line]):
+            path = plot_models(line, out / f"models{number}.png")
+            how = "mAP over the epochs" if over_epochs else "R1 and mAP after the last epoch"
+            caption = f"{how} for each network{_of(line)}. {_all_means(line)}"
+            kind = "line" if over_epochs else "bar"
+            alt = f"{kind.capitalize()} charts, one a target, with a {kind} for each network."
+            figures.append(Figure("Attention and adversary (Fig. 6)", path, caption, alt))
     return figures
 
 
-def _shares(runs: Sequence[Run], out: Path, missing: list[Missing]) -> list[Figure]:
+def _shares(runs: Sequence[Run], out: Path) -> list[Figure]:
     lines = unlabeled_shares(runs)
     if not compared(lines):
-        missing.append(_nothing_alike("Fig. 7", "data.unlabeled_share", "fig7"))
         return []
     label = "share p of the unlabelled images (%)"
     path = plot_over_setting(lines, label, out / "unlabeled_share.png", percent=True)
-    words = " ".join(
-        f"{_of(line)} {_all_means(line, lambda share: f'p = {100 * share:g} %')}".strip() for line in lines
-    )
-    caption = f"R1 (dashed) and mAP (solid) over the share of the unlabelled images. {words}"
+    caption = _over("the share of the unlabelled images", lines, lambda share: f"p = {100 * share:g} %")
     return [Figure("Share of unlabelled images (Fig. 7)", path, caption, _LINES)]
 
 
-def _swept(runs: Sequence[Run], out: Path, missing: list[Missing]) -> list[Figure]:
+def _swept(runs: Sequence[Run], out: Path) -> list[Figure]:
     figures = []
     for name, lines in swept_settings(runs).items():
         if compared(lines):
             label = f"{SYMBOLS[name]}, {name}" if name in SYMBOLS else name
             path = plot_over_setting(lines, label, out / f"over_{name}.png")
-            words = " ".join(f"{_of(line)} {_all_means(line, str)}".strip() for line in lines)
-            caption = f"R1 (dashed) and mAP (solid) over {label}. {words}"
-            figures.append(Figure(f"Over {label} (Fig. 8)", path, caption, _LINES))
-    if not figures:
-        missing.append(_nothing_alike("Fig. 8", "one number", "fig8"))
+            figures.append(Figure(f"Over {label} (Fig. 8)", path, _over(label, lines), _LINES))
     return figures
 
 
@@ -209,11 +194,16 @@ def _of(line: Line) -> str:
     return f" ({line.label})" if line.label else ""
 
 
-def _all_means(line: Line, show: Callable[[object], str]) -> str:
-    """R1 and mAP of a line on every target in words."""
-    parts = []
-    for target in compared([line]):
-        for metric in METRICS:
-            words = describe(means(line, target, metric), show, counts(line, target))
-            parts.append(f"{metric} on {target.title} ({target.protocol}): {words}.")
-    return " ".join(parts)
+def _over(what: str, lines: Sequence[Line], show: Callable[[Any], str] = str) -> str:
+    """The caption of `plot_over_setting`."""
+    words = " ".join(f"{_of(line)} {_all_means(line, show)}".strip() for line in lines)
+    return f"R1 (dashed) and mAP (solid) over {what}. {words}"
+
+
+def _all_means(line: Line, show: Callable[[Any], str] = str) -> str:
+    """R1 and mAP of a line on every target in words, for readers who do not see the picture."""
+    return " ".join(
+        f"{metric} on {target.title} ({target.protocol}): {describe(line, target, metric, show)}."
+        for target in compared([line])
+        for metric in METRICS
+    )

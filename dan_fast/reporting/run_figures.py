@@ -1,6 +1,6 @@
 """What a report shows of each run by itself: its curves, its attention, its memories."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.data import image_loader, load_dataset
 from dan_fast.data.named_protocols import resolve_protocol
 from dan_fast.data.samples import ReIDDataset, Sample
+from dan_fast.nn import DAN
 from dan_fast.reporting.canvas import spread_evenly
 from dan_fast.reporting.curves import plot_curves
 from dan_fast.reporting.heatmaps import plot_attention
@@ -47,8 +48,8 @@ class Missing(NamedTuple):
     why: str
 
 
-def run_figures(run: Run, out: Path, stem: str, images: int, seed: int, missing: list[Missing]) -> list[Figure]:
-    """Curves, heat maps and t-SNE of a run; what it lacks is added to `missing`.
+def run_figures(run: Run, out: Path, stem: str, images: int, seed: int) -> Iterator[Figure | Missing]:
+    """Curves, heat maps and t-SNE of a run, and what it lacks of them.
 
     Args:
         out: folder of the pictures.
@@ -56,79 +57,39 @@ def run_figures(run: Run, out: Path, stem: str, images: int, seed: int, missing:
         images: images under heat maps; none of them for 0.
         seed: of t-SNE.
     """
-    figures = []
     if run.scalars:
         path = plot_curves(run.folder, out / f"{stem}_curves.png")
-        figures.append(Figure(f"Training of {run.name}", path, _from_to(run), CURVES))
+        titles = {
+            tag: _CAPTIONED[tag] for tag in _CAPTIONED if run.settings["model"]["adversary"] or "adversary" not in tag
+        }
+        ends = run.from_to(titles, ".3g") or "none"
+        caption = f"All that the run logged, over its iterations; first to last value: {ends}."
+        yield Figure(f"Training of {run.name}", path, caption, CURVES)
     else:
-        missing.append(Missing(run.name, "curves", no_scalars(run)))
+        yield Missing(run.name, "curves", no_scalars(run))
     try:
         state = load_checkpoint(run.checkpoint)
     except DanFastError as error:
-        missing.append(Missing(run.name, "heat maps and t-SNE, Figs. 9 and 10", str(error)))
-        return figures
-    figures += _heat_maps(run, state, out / f"{stem}_attention.png", images, missing)
-    try:
-        slots = stored_slots(state, run.checkpoint.parent)
-    except DanFastError as error:
-        missing.append(Missing(run.name, "t-SNE, Fig. 10", str(error)))
-        return figures
-    if slots is None:
-        missing.append(Missing(run.name, "t-SNE, Fig. 10", NO_MEMORY))
-        return figures
-    contents = "; ".join(
-        f"{title.split(',')[0]}: {slots[memory].describe()}{_agreement(slots[memory])}"
-        for memory, title in MEMORIES.items()
-    )
-    drawn = f" Of a memory with more than {MOST_SLOTS} slots in use that many are drawn, at random."
-    caption = (
-        f"t-SNE (seed {seed}, of features of unit length) of what the memories hold at {epoch_of(state)}: {contents}."
-        f"{drawn if any(len(slots[each].labels) > MOST_SLOTS for each in slots) else ''} Slots of one colour and "
-        "shape have the same label, in M′ the same pseudo label; distances between groups mean nothing."
-    )
-    try:
-        path = plot_memories(slots, out / f"{stem}_memories.png", seed)
-    except ValueError as error:
-        missing.append(Missing(run.name, "t-SNE, Fig. 10", str(error)))
-        return figures
-    alt = "Two clouds of points, the slots of M and those of M′, coloured by their labels."
-    return [*figures, Figure(f"Memories of {run.name} (Fig. 10)", path, caption, alt)]
+        yield Missing(run.name, "heat maps and t-SNE, Figs. 9 and 10", str(error))
+        return
+    for what, draw in (
+        ("heat maps, Fig. 9", partial(_heat_maps, run, state, out / f"{stem}_attention.png", images)),
+        ("t-SNE, Fig. 10", partial(_memories, run, state, out / f"{stem}_memories.png", seed)),
+    ):
+        try:
+            yield draw()
+        except (DanFastError, ValueError, RuntimeError) as error:
+            yield Missing(run.name, what, str(error))
 
 
-def _agreement(slots: Slots) -> str:
-    share = neighbours_agree(slots)
-    return "" if share is None else f", {100 * share:.0f} % of them nearest to one of the same label"
-
-
-def _from_to(run: Run) -> str:
-    """What a run logged, in words: the first and the last value of what matters most."""
-    shown = [
-        f"{title} from {run.scalars[tag][1][0]:.3g} to {run.scalars[tag][1][-1]:.3g}"
-        for tag, title in _CAPTIONED.items()
-        if tag in run.scalars and (run.settings["model"]["adversary"] or "adversary" not in tag)
-    ]
-    return f"All that the run logged, over its iterations; first to last value: {', '.join(shown) or 'none'}."
-
-
-def _heat_maps(run: Run, state: dict[str, Any], path: Path, images: int, missing: list[Missing]) -> list[Figure]:
-    what = "heat maps, Fig. 9"
+def _heat_maps(run: Run, state: dict[str, Any], path: Path, images: int) -> Figure:
     if images == 0:
-        missing.append(Missing(run.name, what, "Images of persons were left out by --images 0."))
-        return []
+        raise DanFastError("Images of persons were left out by --images 0.")
     if run.settings["model"]["attention"] == "none":
-        missing.append(Missing(run.name, what, "Its network has no attention."))
-        return []
-    try:
-        name, samples = _images_of(run, images)
-        network = network_of(state, run.checkpoint)
-        wanted = network.preprocessing
-        pixels, _ = next(iter(image_loader(samples, network.image_size, batch_size=len(samples), preprocessing=wanted)))
-        with torch.inference_mode():
-            attention: Tensor = network(pixels).spatial_attention
-        plot_attention(pixels, attention, network.map_size, path, wanted)
-    except (DanFastError, ValueError, RuntimeError) as error:
-        missing.append(Missing(run.name, what, str(error)))
-        return []
+        raise DanFastError("Its network has no attention.")
+    name, samples = _images_of(run, images)
+    network = network_of(state, run.checkpoint)
+    attention = plot_attention_over(network, samples, path)
     spread = (attention.amax(1) - attention.amin(1)).tolist()
     caption = (
         f"Spatial attention A_S of {run.name} at {epoch_of(state)} over {len(samples)} images of {name}, each beside "
@@ -136,7 +97,40 @@ def _heat_maps(run: Run, state: dict[str, Any], path: Path, images: int, missing
         f"{min(spread):.1e} to {max(spread):.1e} wide."
         f"{' That is flat: colours show little but rounding.' if max(spread) < _FLAT else ''}"
     )
-    return [Figure(f"Attention of {run.name} (Fig. 9)", path, caption, HEAT_MAPS)]
+    return Figure(f"Attention of {run.name} (Fig. 9)", path, caption, HEAT_MAPS)
+
+
+def plot_attention_over(network: DAN, samples: Sequence[Sample], path: Path) -> Tensor:
+    """`plot_attention` of a network over images in files; returns the attention, (n, h*w) on the CPU."""
+    loader = image_loader(samples, network.image_size, len(samples), preprocessing=network.preprocessing)
+    images, _ = next(iter(loader))
+    with torch.inference_mode():
+        attention: Tensor = network(images.to(next(network.parameters()).device)).spatial_attention.cpu()
+    plot_attention(images, attention, network.map_size, path, network.preprocessing)
+    return attention
+
+
+def _memories(run: Run, state: dict[str, Any], path: Path, seed: int) -> Figure:
+    slots = stored_slots(state, run.checkpoint.parent)
+    if slots is None:
+        raise DanFastError(NO_MEMORY)
+    contents = "; ".join(
+        f"{title.split(',')[0]}: {slots[memory].describe()}{_agreement(slots[memory])}"
+        for memory, title in MEMORIES.items()
+    )
+    drawn = f" Of a memory with more than {MOST_SLOTS} slots in use that many are drawn, at random."
+    caption = (
+        f"t-SNE (seed {seed}, of features of unit length) of what the memories hold at {epoch_of(state)}: {contents}."
+        f"{drawn if any(len(each.labels) > MOST_SLOTS for each in slots.values()) else ''} Slots of one colour and "
+        "shape have the same label, in M′ the same pseudo label; distances between groups mean nothing."
+    )
+    alt = "Two clouds of points, the slots of M and those of M′, coloured by their labels."
+    return Figure(f"Memories of {run.name} (Fig. 10)", plot_memories(slots, path, seed), caption, alt)
+
+
+def _agreement(slots: Slots) -> str:
+    share = neighbours_agree(slots)
+    return "" if share is None else f", {100 * share:.0f} % of them nearest to one of the same label"
 
 
 def _images_of(run: Run, count: int) -> tuple[str, list[Sample]]:

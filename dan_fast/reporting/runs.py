@@ -87,6 +87,11 @@ class Run:
         except DanFastError:
             return {}
 
+    def from_to(self, titles: Mapping[str, str], form: str) -> str:
+        """The first and the last value of each scalar that was logged, in words; `titles` by their tags."""
+        curves = {title: self.scalars[tag][1] for tag, title in titles.items() if tag in self.scalars}
+        return ", ".join(f"{title} from {values[0]:{form}} to {values[-1]:{form}}" for title, values in curves.items())
+
     @property
     def sources(self) -> str:
         """What it was trained on, in words."""

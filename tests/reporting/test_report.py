@@ -22,7 +22,7 @@ from dan_fast.data.datasets.known import KNOWN
 from dan_fast.evaluation import Evaluation
 from dan_fast.nn.weights_hash import weights_hash
 from dan_fast.reporting import memories, side_by_side
-from dan_fast.reporting.groups import models, swept_settings, target_of, unlabeled_shares
+from dan_fast.reporting.groups import Target, models, swept_settings, target_of, unlabeled_shares
 from dan_fast.reporting.memories import Slots, layout, neighbours_agree, plot_memories, sample, stored_slots
 from dan_fast.reporting.report import report
 from dan_fast.reporting.result_tables import cameras_of, paper_tables, paper_target, result_tables
@@ -665,7 +665,13 @@ def test_an_evaluation_is_read_back_as_it_was(tmp_path):
         read_runs([tmp_path / "r" / "config.yaml"])
 
 
-def test_means_over_fewer_seeds_say_so():
-    assert describe({0.2: 12.34, 0.6: 14.0}, str, {0.2: 3, 0.6: 3}) == "12.3 at 0.2, 14.0 at 0.6"
-    words = "12.3 at 0.2 (mean of 3), 14.0 at 0.6 (mean of 1)"
-    assert describe({0.2: 12.34, 0.6: 14.0}, str, {0.2: 3, 0.6: 1}) == words
+def test_means_over_fewer_seeds_say_so(tmp_path):
+    for seed, share, precision in ((0, 0.25, 0.1), (0, 0.5, 0.14), (1, 0.25, 0.15), (1, 0.5, 0.18)):
+        results = [("street", 0.3, precision)]
+        fake_run(tmp_path / f"{share}-{seed}", results, data={"unlabeled_share": share}, run={"seed": seed})
+    target = Target("street", ON_STREET)
+    [line] = unlabeled_shares(read_runs([tmp_path]))
+    assert describe(line, target, "mAP", lambda share: f"p = {share}") == "12.5 at p = 0.25, 16.0 at p = 0.5"
+    with_results(tmp_path / "0.5-1", {"num_query": 31})
+    [line] = unlabeled_shares(read_runs([tmp_path]))
+    assert describe(line, target, "mAP") == "12.5 at 0.25 (mean of 2), 14.0 at 0.5 (mean of 1)"
