@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from dan_fast.evaluation import Evaluation
@@ -54,8 +54,10 @@ def models(runs: Sequence[Run]) -> list[Line]:
         words = [int(word) if word.isdecimal() else word for word in re.split(r"(\d+)", name)]
         return (FIG6_ORDER.index(name) if name in FIG6_ORDER else len(FIG6_ORDER)), words
 
-    lines = _lines(runs, lambda run: run.model, lambda run: _rest(run, *_MODEL))
-    return [Line(line.label, {name: line.points[name] for name in sorted(line.points, key=place)}) for line in lines]
+    lines = _lines(_grouped(runs, _MODEL).values(), lambda run: run.model, _MODEL)
+    return [
+        replace(line, points={name: line.points[name] for name in sorted(line.points, key=place)}) for line in lines
+    ]
 
 
 def unlabeled_shares(runs: Sequence[Run]) -> list[Line]:
@@ -64,14 +66,13 @@ def unlabeled_shares(runs: Sequence[Run]) -> list[Line]:
     def share(run: Run) -> float:
         return float(run.settings["data"]["unlabeled_share"]) if run.unlabeled else 0.0
 
-    without = [run for run in runs if not run.unlabeled]
-    companions: dict[str, list[Run]] = {}
-    for run in without:
-        companions.setdefault(_key(_rest(run, _SHARE, "data.unlabeled")), []).append(run)
-    lines: list[list[Run]] = []
-    for members in _grouped([run for run in runs if run.unlabeled], lambda run: _rest(run, _SHARE)):
-        lines.append(members + companions.get(_key(_rest(members[0], _SHARE, "data.unlabeled")), []))
-    return _labelled(lines, share, lambda run: _rest(run, _SHARE))
+    of_none = (_SHARE, "data.unlabeled")
+    companions = _grouped([run for run in runs if not run.unlabeled], of_none)
+    groups = [
+        group + companions.get(_key(_rest(group[0], of_none)), [])
+        for group in _grouped([run for run in runs if run.unlabeled], [_SHARE]).values()
+    ]
+    return _lines(groups, share, [_SHARE])
 
 
 def swept_settings(runs: Sequence[Run]) -> dict[str, list[Line]]:
@@ -84,7 +85,7 @@ def swept_settings(runs: Sequence[Run]) -> dict[str, list[Line]]:
     ]
     swept = {}
     for name in names:
-        lines = _lines(runs, lambda run, name=name: run.learning()[name], lambda run, name=name: _rest(run, name))
+        lines = _lines(_grouped(runs, [name]).values(), lambda run, name=name: run.learning()[name], [name])
         if lines:
             swept[name] = lines
     return swept
@@ -138,16 +139,18 @@ def _unfinished(epoch: str) -> str:
     return "" if re.fullmatch(r"epoch (\d+) of \1", epoch) else epoch
 
 
-def _lines(runs: Sequence[Run], value: Callable[[Run], Any], rest: Callable[[Run], Mapping[str, Any]]) -> list[Line]:
-    return _labelled(_grouped(runs, rest), value, rest)
+def _grouped(runs: Iterable[Run], beside: Collection[str]) -> dict[str, list[Run]]:
+    """The runs by all of their settings but those `beside`."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(_key(_rest(run, beside)), []).append(run)
+    return groups
 
 
-def _labelled(
-    groups: Sequence[Sequence[Run]], value: Callable[[Run], Any], rest: Callable[[Run], Mapping[str, Any]]
-) -> list[Line]:
+def _lines(groups: Iterable[Sequence[Run]], value: Callable[[Run], Any], beside: Collection[str]) -> list[Line]:
     """The groups in which `value` differs, each named by the settings that distinguish it from the others."""
     kept = [group for group in groups if len({value(run) for run in group}) > 1]
-    rests = [rest(group[0]) for group in kept]
+    rests = [_rest(group[0], beside) for group in kept]
     differing = [name for name in (rests[0] if rests else ()) if len({_key(each.get(name)) for each in rests}) > 1]
     lines = []
     for group, others in zip(kept, rests, strict=True):
@@ -159,15 +162,8 @@ def _labelled(
     return lines
 
 
-def _grouped(runs: Sequence[Run], rest: Callable[[Run], Mapping[str, Any]]) -> list[list[Run]]:
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(_key(rest(run)), []).append(run)
-    return list(groups.values())
-
-
-def _rest(run: Run, *left_out: str) -> dict[str, Any]:
-    return {name: value for name, value in run.learning().items() if name not in left_out and name != "run.seed"}
+def _rest(run: Run, beside: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in run.learning().items() if name not in beside and name != "run.seed"}
 
 
 def _key(value: Any) -> str:

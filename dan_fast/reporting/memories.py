@@ -77,15 +77,13 @@ def neighbours_agree(slots: Slots) -> float | None:
 
 
 def layout(slots: Slots, seed: int = 0) -> np.ndarray:
-    """(n, 2) float32 places of the slots by t-SNE; the same for the same slots and seed.
+    """(n, 2) float32 places of 4 or more slots by t-SNE; the same for the same slots and seed.
 
     Features are scaled to unit length first: the memory compares them by their cosine.
 
     Raises:
-        ValueError: fewer than 4 slots are in use, or features are not finite.
+        ValueError: features are not finite.
     """
-    if len(slots.labels) < _FEWEST:
-        raise ValueError(f"slots: {len(slots.labels)} are in use; t-SNE needs at least {_FEWEST}.")
     if not np.isfinite(slots.features).all():
         raise ValueError("slots: features hold NaN or Inf; the network that made them has diverged.")
     # Imported here: it takes as long to import as all of this package, and most commands do not need it.
@@ -101,20 +99,20 @@ def _unit(features: np.ndarray) -> np.ndarray:
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
-def sample(slots: Slots, most: int, seed: int = 0) -> Slots:
-    """At most so many of the slots, drawn at random by the seed, in their order."""
-    if len(slots.labels) <= most:
+def sample(slots: Slots, seed: int = 0) -> Slots:
+    """At most :data:`MOST_SLOTS` of the slots, drawn at random by the seed, in their order."""
+    if len(slots.labels) <= MOST_SLOTS:
         return slots
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(slots.labels))[:most])
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(slots.labels))[:MOST_SLOTS])
     return Slots(slots.features[chosen], slots.labels[chosen])
 
 
-def plot_memories(slots: dict[str, Slots], out_png: str | Path, seed: int = 0, most: int = MOST_SLOTS) -> Path:
+def plot_memories(slots: dict[str, Slots], out_png: str | Path, seed: int = 0) -> Path:
     """Fig. 10: the slots of M by label and of M' by pseudo label, in two panels.
 
     The most frequent labels of both have a colour and a marker, the same in both panels; the others are grey.
     Distances in the plane show which slots are neighbours, but not how far apart groups are: there are no units. Of
-    more than `most` slots of a memory so many are drawn, at random by the seed.
+    more than :data:`MOST_SLOTS` slots of a memory so many are drawn, at random by the seed.
 
     Raises:
         ValueError: features that are not finite.
@@ -130,34 +128,25 @@ def plot_memories(slots: dict[str, Slots], out_png: str | Path, seed: int = 0, m
     with style():
         figure = Figure(figsize=(10.4, 4.9), layout="constrained")
         for axes, (memory, title) in zip(figure.subplots(1, 2), MEMORIES.items(), strict=True):
-            drawn = sample(slots[memory], most, seed)
-            part = f", {most} of them drawn" if drawn is not slots[memory] else ""
+            drawn = sample(slots[memory], seed)
+            part = f", {MOST_SLOTS} of them drawn" if drawn is not slots[memory] else ""
             axes.set_title(f"{title}: {slots[memory].describe()}{part}")
             axes.set(xticks=[], yticks=[], xlabel="t-SNE, first axis (no unit)", ylabel="t-SNE, second axis (no unit)")
-            _draw(axes, drawn, shown, seed)
-        handles = [_dot(axes, place, f"label {label}") for place, label in enumerate(shown)]
-        if len(labels) > len(shown):
-            handles += axes.plot(
-                [], [], ".", color=NEUTRAL, alpha=0.4, label=f"{len(labels) - len(shown)} other labels"
-            )
-        if handles:
-            figure.legend(handles=handles, loc="outside right upper")
+            _draw(axes, drawn, shown, len(labels) - len(shown), seed)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
         return save_png(figure, out_png)
 
 
-def _draw(axes: Axes, slots: Slots, shown: np.ndarray, seed: int) -> None:
+def _draw(axes: Axes, slots: Slots, shown: np.ndarray, others: int, seed: int) -> None:
     if len(slots.labels) < _FEWEST:
         axes.text(0.5, 0.5, f"{slots.describe()}:\ntoo few to lay out", ha="center", transform=axes.transAxes)
-        return
-    places = layout(slots, seed)
-    others = ~np.isin(slots.labels, shown)
-    axes.plot(*places[others].T, ".", color=NEUTRAL, alpha=0.4, ms=3)
+        places = np.full((len(slots.labels), 2), np.nan)
+    else:
+        places = layout(slots, seed)
     for number, label in enumerate(shown):
-        _dot(axes, number, "", places[slots.labels == label])
-
-
-def _dot(axes: Axes, number: int, label: str, places: np.ndarray | None = None):
-    x, y = ([], []) if places is None else places.T
-    marker, colour = _MARKERS[number // len(COLOURS)], COLOURS[number % len(COLOURS)]
-    [line] = axes.plot(x, y, marker, color=colour, ms=4, mec="white", mew=0.3, label=label)
-    return line
+        marker, colour = _MARKERS[number // len(COLOURS)], COLOURS[number % len(COLOURS)]
+        here = places[slots.labels == label]
+        axes.plot(*here.T, marker, color=colour, ms=4, mec="white", mew=0.3, label=f"label {label}")
+    if others:
+        rest = places[~np.isin(slots.labels, shown)]
+        axes.plot(*rest.T, ".", color=NEUTRAL, alpha=0.4, ms=3, zorder=1.9, label=f"{others} other labels")

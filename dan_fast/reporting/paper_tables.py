@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from itertools import pairwise
 from typing import Any
 
 import yaml
 
-PAPER_TABLES = ("IV", "V", "VI", "IX")
-_FILES = dict(zip(PAPER_TABLES, ("table4", "table5", "table6", "table9"), strict=True))
+# By their numbers the files that have their figures.
+PAPER_TABLES = {"IV": "table4.yaml", "V": "table5.yaml", "VI": "table6.yaml", "IX": "table9.yaml"}
 # What is printed may be off by half of its last digit.
 _ROUNDING = 0.05
 
@@ -100,9 +101,9 @@ def paper_table(number: str) -> PaperTable:
         >>> paper_table("V").rows_of("Market1501")[-1].values
         {'R1': 77.0, 'mAP': 47.2}
     """
-    if number not in _FILES:
+    if number not in PAPER_TABLES:
         raise ValueError(f"number is {number!r}; the tables are {', '.join(PAPER_TABLES)}.")
-    text = files("dan_fast.reporting").joinpath("paper", f"{_FILES[number]}.yaml").read_text(encoding="utf-8")
+    text = files("dan_fast.reporting").joinpath("paper", PAPER_TABLES[number]).read_text(encoding="utf-8")
     return table_of(yaml.safe_load(text))
 
 
@@ -169,8 +170,8 @@ def find_contradictions(table: PaperTable) -> list[Contradiction]:
     """
     found = []
     for row in table.rows:
-        for column, reason in _row_faults(row, row.target in table.one_match):
-            found.append(Contradiction(table.number, row.target, column, (row.method,), reason))
+        faults = _row_faults(row, row.target in table.one_match)
+        found += [Contradiction(table.number, row.target, column, (row.method,), reason) for column, reason in faults]
     values = {(row.method, row.target): row.values for row in table.rows}
     for claim in table.claims:
         upper, lower = (values[name, claim.target][claim.column] for name in (claim.of, claim.over))
@@ -184,31 +185,25 @@ def find_contradictions(table: PaperTable) -> list[Contradiction]:
 
 
 def _row_faults(row: PaperRow, one_match: bool) -> list[tuple[str, str]]:
+    """Columns of a row that cannot be right, each with the reason."""
     name = f"{row.method} on {row.target}"
     faults = [
         (column, f"{name}: {column} is {value:.1f}, no share in percent.")
         for column, value in row.values.items()
         if not 0 <= value <= 100
     ]
-    cmc = {int(column[1:]): value for column, value in row.values.items() if column[1:].isdigit()}
-    ranks = sorted(cmc)
-    for low, high in zip(ranks, ranks[1:], strict=False):
-        if cmc[low] > cmc[high]:
-            faults.append(
-                (
-                    f"R{high}",
-                    f"{name}: R{low} is {cmc[low]:.1f} and R{high} {cmc[high]:.1f}, though a match within the first "
-                    f"{low} is one within the first {high}.",
-                )
-            )
+    cmc = dict(sorted((int(column[1:]), rate) for column, rate in row.values.items() if column[1:].isdigit()))
+    for (low, rate), (high, later) in pairwise(cmc.items()):
+        if rate > later:
+            within = f"a match within the first {low} is one within the first {high}"
+            faults.append((f"R{high}", f"{name}: R{low} is {rate:.1f} and R{high} {later:.1f}, though {within}."))
     if faults or not one_match or not cmc or "mAP" not in row.values:
         return faults
     least, largest = mean_precision_bounds(cmc)
     printed = row.values["mAP"]
     # Both bounds are means of the rates, so these move them by no more than one rounding; mAP has its own.
-    if not least - 2 * _ROUNDING - 1e-9 <= printed <= largest + 2 * _ROUNDING + 1e-9:
-        given = ", ".join(f"R{rank} {cmc[rank]:.1f}" for rank in ranks)
-        side = f"below {least:.1f}, the least" if printed < least else f"above {largest:.1f}, the most"
-        reason = f"{name}: mAP {printed:.1f} is {side} possible with one match for each query at {given}."
-        faults.append(("mAP", reason))
-    return faults
+    if least - 2 * _ROUNDING - 1e-9 <= printed <= largest + 2 * _ROUNDING + 1e-9:
+        return []
+    given = ", ".join(f"R{rank} {rate:.1f}" for rank, rate in cmc.items())
+    side = f"below {least:.1f}, the least" if printed < least else f"above {largest:.1f}, the most"
+    return [("mAP", f"{name}: mAP {printed:.1f} is {side} possible with one match for each query at {given}.")]

@@ -54,19 +54,14 @@ def result_tables(runs: Sequence[Run]) -> list[Table]:
     tables, of_paper = [], [paper_table(number) for number in PAPER_TABLES]
     for target in titles(runs):
         tested = [
-            (run, each)
+            (run, "", each)
             for run in runs
             for each in run.results
             if each.title == target and not any(_taken_by(table, run, each) for table in of_paper)
         ]
         if tested:
-            rows = [_run_row(run, each, COLUMNS) for run, each in tested]
-            rows += [
-                _run_row(run, each, COLUMNS, features)
-                for run in runs
-                for features, each in run.baselines
-                if each.title == target
-            ]
+            before = [(run, *each) for run in runs for each in run.baselines if each[1].title == target]
+            rows = [_run_row(*each, COLUMNS) for each in (*tested, *before)]
             note = f"The paper has no figures for {target} of such trainings. {_counts(tested)}"
             tables.append(Table(f"Results on {target}", _header(COLUMNS), rows, note))
     return tables
@@ -135,22 +130,15 @@ def _paper_table(table: PaperTable, target: str, faults: Sequence[Contradiction]
         ]
         name = row.method if row.venue in ("", "This paper") else f"{row.method}, {row.venue}"
         rows.append([f"paper: {name}", row.sources, "not stated", ABSENT, *values])
-    tested = [(run, each) for run in runs for each in run.results if _taken_by(table, run, each) == target]
-    before = [
-        (run, each, features)
-        for run in runs
-        if any(run is other for other, _ in tested)
-        for features, each in run.baselines
-        if paper_target(each.dataset) == target
-    ]
-    rows += [
-        _run_row(run, each, columns, features, f" {_APART}" if _is_apart(each) else "")
-        for run, each, features in [*((run, each, "") for run, each in tested), *before]
-    ]
-    notes = [_counts(tested)] if tested else [f"No run here was tested on {target} under these conditions."]
+    tested = [(run, "", each) for run in runs for each in run.results if _taken_by(table, run, each) == target]
+    of_tested = [run for run in runs if run.name in {each.name for each, *_ in tested}]
+    before = [(run, *each) for run in of_tested for each in run.baselines if paper_target(each[1].dataset) == target]
+    shown = [*tested, *before]
+    rows += [_run_row(*each, columns, f" {_APART}" * _is_apart(each[-1])) for each in shown]
+    notes = [f"No run here was tested on {target} under these conditions."]
     if tested:
-        notes.append("Rows compare only where sources, protocol and variant do.")
-    if any(_is_apart(each) for _, each, *_ in (*tested, *before)):
+        notes = [_counts(tested), "Rows compare only where sources, protocol and variant do."]
+    if any(_is_apart(each) for *_, each in shown):
         notes.append(f"{_APART} Not scored as the paper's rows are, see the protocol: these do not compare.")
     notes += [f"{_MARK} {each.reason}" for each in mine]
     notes.append(f"Source of the paper's rows: {table.source}.")
@@ -162,9 +150,8 @@ def _header(columns: Sequence[str]) -> list[str]:
     return ["method or run", "trained on", "protocol", "splits", *(f"{column} (%)" for column in columns)]
 
 
-def _run_row(
-    run: Run, evaluation: Evaluation, columns: Sequence[str], baseline: str = "", mark: str = ""
-) -> list[object]:
+def _run_row(run: Run, baseline: str, evaluation: Evaluation, columns: Sequence[str], mark: str = "") -> list[object]:
+    """The row of a run, or of a baseline of it."""
     values = {column: ABSENT if "nan" in text else text for column, text in zip(COLUMNS, evaluation.row(), strict=True)}
     how = "; ".join(filter(None, (evaluation.variant, evaluation.conditions_and_recipe)))
     trained = f"{run.name} ({run.settings['meta']['procedure'].upper()}, {run.model})", run.sources
@@ -180,10 +167,10 @@ def _is_apart(evaluation: Evaluation) -> bool:
     return rescored or bool(evaluation.skipped) or any(each in words for each in (RERANKED, CHOSEN, SEEN))
 
 
-def _counts(tested: Sequence[tuple[Run, Evaluation]]) -> str:
-    spread = " ± is the standard deviation over the splits." if tested[0][1].repeats > 1 else ""
+def _counts(tested: Sequence[tuple[Run, str, Evaluation]]) -> str:
+    spread = " ± is the standard deviation over the splits." if tested[0][-1].repeats > 1 else ""
     names: dict[str, list[str]] = {}
-    for run, each in tested:
+    for run, _, each in tested:
         names.setdefault(f"{each.num_query} queries, {each.num_gallery} gallery images", []).append(run.name)
     if len(names) == 1:
         return f"{next(iter(names))}.{spread}"
