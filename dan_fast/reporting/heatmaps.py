@@ -48,39 +48,34 @@ def plot_attention(
         >>> plot_attention(torch.zeros(2, 3, 32, 16), torch.rand(2, 8), (4, 2), out).name
         'attention.png'
     """
-    originals, heat = _prepare(images, spatial_attention, map_size, preprocessing)
-    count, (height, width) = len(originals), originals.shape[1:3]
+    plain, overlaid = attention_overlays(images, spatial_attention, map_size, preprocessing)
+    count, (height, width) = len(plain), plain.shape[1:3]
     pairs = min(4, count)
     rows = math.ceil(count / pairs)
     cell = 0.85
     with style():
         figure = Figure(figsize=(cell * 2.3 * pairs + 0.9, cell * height / width * rows * 1.06 + 0.2))
+        across, down = 1 / figure.get_figwidth(), 1 / figure.get_figheight()
         # A pair of images, then a gap.
-        grid = figure.subplots(
+        grid = figure.add_gridspec(
             rows,
             3 * pairs - 1,
-            squeeze=False,
             width_ratios=([1, 1, 0.25] * pairs)[:-1],
-            gridspec_kw={"wspace": 0.04, "hspace": 0.1},
+            left=0.1 * across,
+            right=1 - 0.85 * across,
+            top=1 - 0.2 * down,
+            bottom=0.1 * down,
+            wspace=0.04,
+            hspace=0.1,
         )
-        margin = 0.1 / figure.get_figheight()
-        figure.subplots_adjust(
-            left=0.1 / figure.get_figwidth(),
-            right=1 - 0.85 / figure.get_figwidth(),
-            top=1 - 2 * margin,
-            bottom=margin,
-        )
-        for axes in grid.flat:
-            axes.set_visible(False)
-        for place in range(count):
+        for place, attention in enumerate(spatial_attention):
             row, column = divmod(place, pairs)
-            plain, overlaid = grid[row, 3 * column : 3 * column + 2]
-            for axes in (plain, overlaid):
-                axes.set_visible(True)
-            show_image(plain, originals[place])
-            show_image(overlaid, _overlay(originals[place], heat[place]))
-            attention = spatial_attention[place]
-            overlaid.set_title(_spread(float(attention.min()), float(attention.max())), fontsize=6, loc="center", pad=2)
+            show_image(figure.add_subplot(grid[row, 3 * column]), plain[place])
+            axes = figure.add_subplot(grid[row, 3 * column + 1])
+            show_image(axes, overlaid[place])
+            # What its colours span, since each image's span its own: the middle and how far it goes either way.
+            low, high = float(attention.min()), float(attention.max())
+            axes.set_title(f"{(low + high) / 2:.4f} ± {(high - low) / 2:.0e}", fontsize=6, loc="center", pad=2)
         _draw_scale(figure)
         return save_png(figure, out_png, dpi=150)
 
@@ -127,11 +122,6 @@ def _prepare(
     pixels = images.detach().to("cpu", torch.float32) * torch.tensor(preprocessing.std).view(3, 1, 1)
     pixels = (pixels + torch.tensor(preprocessing.mean).view(3, 1, 1)).clamp(0, 1)
     return pixels.permute(0, 2, 3, 1).numpy(), heat.numpy()
-
-
-def _spread(low: float, high: float) -> str:
-    """What the colours of an image span, since each spans its own: the middle and how far it goes either way."""
-    return f"{(low + high) / 2:.4f} ± {(high - low) / 2:.0e}"
 
 
 def _overlay(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:

@@ -62,28 +62,20 @@ def plot_ranked_lists(
     top = min(top, len(gallery.paths))
     with style():
         figure = Figure(figsize=(0.72 * (top + 1.35) + 0.2, 1.44 * len(places) + 0.75))
+        margins = {"left": 0.01, "right": 0.99, "bottom": 0.45 / figure.get_figheight()}
+        margins["top"] = 1 - 0.28 / figure.get_figheight()
         # The narrow second column keeps the query apart from what was found.
-        grid = figure.subplots(
-            len(places),
-            top + 2,
-            squeeze=False,
-            width_ratios=[1, 0.3] + [1] * top,
-            gridspec_kw={"wspace": 0.1, "hspace": 0.08},
+        grid = figure.add_gridspec(
+            len(places), top + 2, width_ratios=[1, 0.3] + [1] * top, wspace=0.1, hspace=0.08, **margins
         )
-        figure.subplots_adjust(
-            left=0.01, right=0.99, top=1 - 0.28 / figure.get_figheight(), bottom=0.45 / figure.get_figheight()
-        )
-        for row, place in zip(grid, places, strict=True):
-            row[1].set_visible(False)
-            show_image(row[0], _thumbnail(query.paths[place]), "black", 1.2)
-            found = ranked_list(query, gallery, place, metric)[:top].tolist()
-            for axes, index in zip(row[2:], found, strict=False):
+        for row, place in enumerate(places):
+            axes = figure.add_subplot(grid[row, 0])
+            axes.set_title("" if row else "query", loc="center", fontsize=9)
+            show_image(axes, _thumbnail(query.paths[place]), "black", 1.2)
+            for rank, index in enumerate(ranked_list(query, gallery, place, metric)[:top].tolist(), start=1):
+                axes = figure.add_subplot(grid[row, 1 + rank])
+                axes.set_title("" if row else str(rank), loc="center", fontsize=9, fontweight="normal")
                 _show_found(axes, gallery.paths[index], bool(gallery.pids[index] == query.pids[place]))
-            for axes in row[2 + len(found) :]:
-                axes.set_visible(False)
-        grid[0, 0].set_title("query", loc="center", fontsize=9)
-        for rank, axes in enumerate(grid[0, 2:], start=1):
-            axes.set_title(str(rank), loc="center", fontsize=9, fontweight="normal")
         _draw_key(figure)
         return save_png(figure, out_png, dpi=150)
 

@@ -72,7 +72,7 @@ class Run:
     recipe: str = ""
     iterations: int | None = None
     ranks: int = 1
-    started_from: tuple[str, ...] = ()
+    started_from: Sequence[str] = ()
     skipped: int = 0
 
     @property
@@ -121,10 +121,8 @@ class Run:
         }
         if self.settings["data"]["batch_size_per_rank"]:
             found |= {"data.batch_size": self.ranks * found["data.batch_size"], "data.batch_size_per_rank": False}
-        protocol = PROTOCOLS.get(self.settings["data"]["protocol"])
-        if protocol is not None:
-            parts = {"labeled": protocol.labeled, "unlabeled": protocol.unlabeled}
-            found |= {f"data.{name}": [part.title for part in each] for name, each in parts.items()}
+        if (protocol := PROTOCOLS.get(self.settings["data"]["protocol"])) is not None:
+            found |= {f"data.{role}": titles for role, titles in _sources(self.settings["data"]).items()}
             found["data.images"] = protocol.images
         return found
 
@@ -180,27 +178,19 @@ def _read_run(folder: Path, name: str) -> Run:
     results: list[Evaluation] = []
     baselines: list[tuple[str, Evaluation]] = []
     complaints: list[str] = []
-    sources = _sources(settings["data"])
-    iterations, ranks = settings["data"]["iterations"] or None, 1
-    started_from: list[str] = []
-    skipped = 0
+    said: dict[str, Any] = {}
     # The trainer's own results first.
     for path in sorted(folder.glob("*.json"), key=lambda path: (path.name != "results.json", path.name)):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if path.name == "results.json":
-                said = {role: content.get(role) for role in sources}
-                sources |= {role: names for role, names in said.items() if names is not None}
-                # Older versions write neither ranks nor iterations, nor what follows.
-                ranks, started_from = content.get("ranks") or 1, list(content.get("started_from") or [])
-                skipped = content.get("skipped") or 0
-                if iterations is None and content.get("iterations"):
-                    iterations = content["iterations"] // content["epochs"]
-                content = content["targets"]
-            if isinstance(content, list) and not _is_of(folder, content):
+                said, content = _said(content), content["targets"]
+            if not isinstance(content, list):
+                continue
+            if not _is_of(folder, content):
                 complaints.append(f"{path} is of other weights than those of this run: evaluate it again.")
                 continue
-            for entry in content if isinstance(content, list) else ():
+            for entry in content:
                 features, evaluation = entry.get("features", "trained"), Evaluation.from_dict(entry)
                 evaluation = replace(evaluation, dataset=printable(evaluation.dataset))
                 if features != "trained":
@@ -209,12 +199,24 @@ def _read_run(folder: Path, name: str) -> Run:
                     results.append(evaluation)
         except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, OSError) as error:
             complaints.append(f"{path} holds no evaluations of this version ({error}): evaluate the run again.")
-    if settings["data"]["unlabeled_share"] == 0:
-        sources["unlabeled"] = []
-    names = {role: tuple(map(printable, names)) for role, names in sources.items()}
-    return Run(name, folder, settings, **names, results=tuple(results), baselines=tuple(baselines),
-               complaints=tuple(complaints), recipe=recipe, iterations=iterations, ranks=ranks,
-               started_from=tuple(started_from), skipped=skipped)  # fmt: skip
+    data = settings["data"]
+    said = _sources(data) | said
+    if data["unlabeled_share"] == 0:
+        said["unlabeled"] = []
+    if data["iterations"]:
+        said["iterations"] = data["iterations"]
+    said |= {role: tuple(map(printable, said[role])) for role in ("labeled", "unlabeled")}
+    return Run(name, folder, settings, recipe=recipe, results=tuple(results), baselines=tuple(baselines),
+               complaints=tuple(complaints), **said)  # fmt: skip
+
+
+def _said(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What results.json says of a training beside the figures; older versions do not write all of it."""
+    names = ("labeled", "unlabeled", "ranks", "started_from", "skipped")
+    said = {name: content[name] for name in names if content.get(name) is not None}
+    if content.get("iterations"):
+        said["iterations"] = content["iterations"] // content["epochs"]
+    return said
 
 
 def _is_of(folder: Path, evaluations: Sequence[Any]) -> bool:
@@ -232,13 +234,11 @@ def _is_of(folder: Path, evaluations: Sequence[Any]) -> bool:
 
 def _sources(data: Mapping[str, Any]) -> dict[str, list[str]]:
     """The datasets that the settings name, by role."""
+    roles = ("labeled", "unlabeled")
     protocol = PROTOCOLS.get(data["protocol"])
     if protocol is None:
-        return {role: [dataset_word(path) for path in data[role]] for role in ("labeled", "unlabeled")}
-    return {
-        "labeled": [part.title for part in protocol.labeled],
-        "unlabeled": [part.title for part in protocol.unlabeled],
-    }
+        return {role: [dataset_word(path) for path in data[role]] for role in roles}
+    return {role: [part.title for part in getattr(protocol, role)] for role in roles}
 
 
 def _read_settings(path: Path) -> tuple[dict[str, dict[str, Any]], str]:
