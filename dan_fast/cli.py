@@ -253,7 +253,7 @@ def _add_flags(parser: ArgumentParser, command: str, recipe: str | None) -> None
                 subject = _add_command(subjects, name, summary)
                 subject.add_class_arguments(benchmark)
         case "quickstart" | "synthesize" | "evaluate" | "share" | "export" | "protocols":
-            parser.add_function_arguments(called, skip={"progress", "console"})
+            parser.add_function_arguments(called, skip={"progress"})
 
 
 def _keep_heap_on_a_cpu(device: str) -> None:

@@ -19,9 +19,7 @@ from dan_fast.data.datasets.load import MANIFEST, is_manifest, load_dataset
 from dan_fast.data.datasets.market1501 import is_named_market1501
 
 
-def list_datasets(
-    roots: Sequence[str], json: bool = False, extract: bool = False, console: Console | None = None
-) -> None:
+def list_datasets(roots: Sequence[str], json: bool = False, extract: bool = False) -> None:
     """Print the datasets found at folders, up to two levels below them, and the known ones that are missing.
 
     Args:
@@ -29,7 +27,6 @@ def list_datasets(
         json: Print one JSON object instead of a table.
         extract: First write the images of archives that hold them otherwise, CUHK03's cuhk-03.mat and
             CUHK-SYSU's whole frames, as files beside them.
-        console: Where to print to; standard output by default.
 
     Raises:
         DanFastError: a folder that is absent or cannot be read, or an archive that cannot be extracted.
@@ -44,7 +41,7 @@ def list_datasets(
     known = {each.path.resolve() for each in found}
     of_places = (each for place in places for each in ([place] if is_manifest(place) else _own(place, known)))
     own = {_file_of(each): each for each in of_places}.values()
-    console = console or Console()
+    console = Console()
     if json:
         lacking = [{key: getattr(each, key) for key in ("name", "title", "origin", "note")} for each in missing]
         of_ones_own = [{"path": str(place), **_contents(place)[1]} for place in own]

@@ -74,9 +74,9 @@ def report() -> Report:
     return Report(_versions(info), _built(info), _paths(bool(gpus)), gpus, advice, broken)
 
 
-def print_report(console: Console | None = None) -> int:
+def print_report() -> int:
     """Prints `report()` as tables and returns its exit code."""
-    console = console or Console()
+    console = Console()
     found = report()
     console.print(_table("Versions", ("", ""), found.versions))
     console.print(_table("Extension", ("", ""), found.built))

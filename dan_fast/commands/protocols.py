@@ -10,18 +10,17 @@ from dan_fast.core.terminal import PLAIN
 from dan_fast.data.named_protocols import PROTOCOLS, Part, Protocol, Shelf
 
 
-def list_protocols(root: str | None = None, json: bool = False, console: Console | None = None) -> None:
+def list_protocols(root: str | None = None, json: bool = False) -> None:
     """Print the named protocols: what they train on and test on, and what of it is missing in a folder.
 
     Args:
         root: Folder to look for the datasets in, two levels deep; by default none is looked for.
         json: Print one JSON object instead of a table.
-        console: Where to print to; standard output by default.
 
     Raises:
         DanFastError: a folder that is absent or cannot be read.
     """
-    console = console or Console()
+    console = Console()
     shelf = None if root is None else Shelf(root)
     missing = {name: {} if shelf is None else shelf.missing(each) for name, each in PROTOCOLS.items()}
     if json:

@@ -111,11 +111,12 @@ def sweep(
 
 def state_of(run: PlannedRun) -> str:
     """Whether a training is "finished", "begun" (has a checkpoint to go on from) or "waiting"."""
-    of_results = _settings_there(run.folder) if _has_results(run.folder) else None
-    # With other targets the trainer only evaluates again; in another root it looks for the images it was trained on.
-    data = None if of_results is None else of_results.get("data", {})
-    if data is not None and (data.get("targets"), data.get("root")) == (run.config.data.targets, run.config.data.root):
-        return FINISHED
+    with suppress(OSError, ValueError):
+        json.loads((run.folder / RESULTS).read_text(encoding="utf-8"))
+        data, wanted = (_settings_there(run.folder) or {}).get("data", {}), run.config.data
+        # With other targets the trainer only evaluates again; in another root it looks for the images it learnt from.
+        if (data.get("targets"), data.get("root")) == (wanted.targets, wanted.root):
+            return FINISHED
     return BEGUN if (run.folder / CHECKPOINT).exists() else WAITING
 
 
@@ -266,8 +267,7 @@ def _write_comparison(comparison: Comparison | None, out: Path, console: Console
 
 
 def _command(folder: Path) -> Sequence[str]:
-    command = [sys.executable, "-m", "dan_fast", "train", "--config", str(folder / _GIVEN)]
-    return [*command, "--run.resume", "auto"]
+    return [sys.executable, "-m", "dan_fast", "train", "--config", str(folder / _GIVEN), "--run.resume", "auto"]
 
 
 def _sentence(run: PlannedRun, code: int | None) -> str:
@@ -290,13 +290,6 @@ def _mark(evaluation: Evaluation) -> str:
     """Why figures do not compare with others, in parentheses; "" for most."""
     marks = [mark for mark in (CHOSEN, SEEN) if mark in f"{evaluation.epoch}; {evaluation.seen}"]
     return f" ({'; '.join(marks)})" if marks else ""
-
-
-def _has_results(folder: Path) -> bool:
-    with suppress(OSError, ValueError):
-        json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        return True
-    return False
 
 
 def _settings_there(folder: Path) -> dict[str, Any] | None:
@@ -333,25 +326,17 @@ def _entry(run: PlannedRun, state: str, before: Mapping[str, Any]) -> dict[str, 
 
     It has no time where a part is not known: of a call that was killed, or that this record does not have.
     """
+    if state == WAITING:
+        before = {"timed": True, "seconds_of_all": 0.0}
+    timed = before.get("timed", bool(before)) and not before.get("running", False)
     entry = {"name": run.name, "settings": dict(run.settings), "state": state, "sentence": ""}
-    timed = state == WAITING or (before.get("timed", bool(before)) and not before.get("running", False))
-    kept = {
-        "seconds": before.get("seconds") if state != WAITING and timed else None,
-        # An older record does not have it.
-        "seconds_of_all": before.get("seconds_of_all") if state != WAITING else 0.0,
-        "threads": before.get("threads") if state != WAITING else None,
-        "device": before.get("device") if state != WAITING else None,
-        "timed": timed,
-    }
-    if not run.arm:
-        return entry | kept
-    compared = {
-        "arm": run.arm,
-        "baseline": run.baseline,
-        "seed": run.config.run.seed,
-        "recipe": run.config.recipe_words,
-    }
-    return entry | kept | compared
+    entry |= {name: before.get(name) for name in ("seconds", "seconds_of_all", "threads", "device")} | {"timed": timed}
+    if not timed:
+        entry["seconds"] = None
+    if run.arm:
+        config = run.config
+        entry |= {"arm": run.arm, "baseline": run.baseline, "seed": config.run.seed, "recipe": config.recipe_words}
+    return entry
 
 
 def _read_record(out: Path) -> dict[str, dict[str, Any]]:

@@ -2,14 +2,15 @@
 
 import io
 import json
+import os
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
-from rich.console import Console
 
 import dan_fast
 from dan_fast import __version__, _extension, cli
@@ -21,10 +22,11 @@ from tests.support.toolchain import needs_extension
 pytestmark = pytest.mark.usefixtures("forget")
 
 
-def printed(width: int = 200) -> tuple[str, int]:
-    console = Console(file=io.StringIO(), width=width)
-    code = doctor.print_report(console)
-    return console.file.getvalue(), code
+def printed() -> tuple[str, int]:
+    """What it says on a wide terminal, and its exit code."""
+    with patch.dict(os.environ, COLUMNS="1000"), redirect_stdout(io.StringIO()) as said:
+        code = doctor.print_report()
+    return said.getvalue(), code
 
 
 def test_the_report_names_versions_paths_and_parts():
@@ -88,7 +90,7 @@ def test_a_library_that_does_not_load_is_broken(monkeypatch: pytest.MonkeyPatch,
     broken = tmp_path / "[odd]_native.so"
     broken.write_bytes(b"not a library")
     monkeypatch.setattr(_extension, "LIBRARY", broken)
-    text, code = printed(width=1000)
+    text, code = printed()
     assert code == 1
     assert f"broken: {broken} does not load with torch" in text
 
@@ -113,7 +115,7 @@ def test_a_ranking_that_does_not_load_is_broken_and_one_that_is_not_there_is_mis
     monkeypatch.delattr(dan_fast, "_ranking", raising=False)
     monkeypatch.setitem(sys.modules, "dan_fast._ranking", None)
     monkeypatch.setattr(_extension, "BUILD_INFO", tmp_path / "absent.json")
-    text, code = printed(width=1000)
+    text, code = printed()
     assert code == int(there)
     said = f"broken: {module} does not load" if there else "missing: the compiled ranking was not built for Python 3."
     assert said in text

@@ -4,11 +4,11 @@ import io
 import json
 import logging
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from dan_fast.commands.protocols import list_protocols
 from dan_fast.core.errors import DanFastError
@@ -231,9 +231,9 @@ def test_all_images_of_the_target_are_refused(root: Path, monkeypatch: pytest.Mo
 
 
 def listed(**options: str | bool) -> str:
-    console = Console(file=io.StringIO(), width=80)
-    list_protocols(console=console, **options)
-    return console.file.getvalue()
+    with redirect_stdout(io.StringIO()) as said:
+        list_protocols(**options)
+    return said.getvalue()
 
 
 def test_they_are_listed_with_what_a_folder_lacks(root: Path, tmp_path: Path) -> None:
