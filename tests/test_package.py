@@ -108,7 +108,6 @@ def test_files_are_written_whole():
         ("data/synthetic/writer.py", "image.save(folder / path, quality=domain.jpeg_quality)"),
         ("data/synthetic/writer.py", 'with open(folder / "manifest.csv", "w", newline="", encoding="utf-8") as file:'),
         ("core/files.py", 'with unfinished.open("xb") as stream:'),
-        ("core/files.py", 'lock = lock_file.open("w")'),
         ("inference/feature_file.py", "write_whole(name, lambda stream, content=content: np.save(stream, content))"),
         ("inference/feature_file.py", 'with archive.open("features.npy", "w", force_zip64=True) as file:'),
         ("inference/feature_file.py", 'with archive.open(f"{name}.npy", "w", force_zip64=True) as file:'),
@@ -118,6 +117,7 @@ def test_files_are_written_whole():
         ),
         ("export/formats.py", "torch.export.save(program, stream, extra_files={METADATA: json.dumps(metadata)})"),
         ("sweep/runner.py", 'with (run.folder / _LOG).open("ab") as log:'),
+        ("sweep/runner.py", 'lock = (out / ".sweep.lock").open("w")'),
         ("training/checkpoint.py", 'write_whole(path, lambda stream: torch.save({"format": FORMAT, **state}, stream))'),
         ("training/run_folder.py", "self._writer.save(self.checkpoint, state)"),
     }

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from dan_fast.core.errors import DanFastError
 
 # The errors of a file system without locks.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 # The errors of a file system that cannot sync; what has been written is kept.
 _NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
@@ -186,7 +186,7 @@ def alone(lock_file: Path) -> Iterator[None]:
             f"{folder} is in use by {holder_of(lock_file)}: wait for it, stop it, or choose another folder."
         ) from error
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             raise DanFastError(
                 f"{folder} cannot be written ({error.strerror or error}): choose another folder."
             ) from error
@@ -209,43 +209,6 @@ def holder_of(lock_file: Path) -> str:
         return _holder(lock_file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return "another process"
-
-
-@contextmanager
-def alone_with_children(lock_file: Path, in_use: str, remedy: str) -> Iterator[int]:
-    """As `alone`, by a lock that the processes it is passed to hold too, until the last one ends; Unix only.
-
-    On a file system without locks nothing is locked.
-
-    Args:
-        lock_file: stays at the end, as a child may still hold it.
-        in_use: the sentence of the error where the lock is held.
-        remedy: the end of the sentence where the file cannot be made.
-
-    Yields:
-        The descriptor of the lock, for a child to inherit.
-
-    Raises:
-        DanFastError: another process holds the lock, or the file cannot be made.
-    """
-    # Imported here: Windows does not have it.
-    import fcntl
-
-    folder = lock_file.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_file.open("w")
-    except OSError as error:
-        raise DanFastError(f"{folder} cannot be written ({error.strerror}): {remedy}.") from error
-    with lock as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DanFastError(in_use) from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise DanFastError(f"{folder} cannot be locked ({error.strerror}): {remedy}.") from error
-        yield file.fileno()
 
 
 def _holder(lock_file: Path) -> Path:

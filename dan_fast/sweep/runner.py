@@ -7,8 +7,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.core.files import alone_with_children, write_text
+from dan_fast.core.files import NO_LOCKS, write_text
 from dan_fast.core.home import expanded
 from dan_fast.core.launched import number_of_ranks
 from dan_fast.core.signals import StopRequest
@@ -355,7 +355,28 @@ def _write_record(out: Path, record: list[dict[str, Any]]) -> None:
     write_text(out / "sweep.json", json.dumps(record + others, indent=2) + "\n")
 
 
-def _alone(out: Path) -> AbstractContextManager[int]:
-    """Hold the folder's lock, which the trainings that are started inherit; yields its descriptor."""
-    in_use = f"Another sweep, or a training that it started, is still at work in {out}: wait for it or stop it."
-    return alone_with_children(out / ".sweep.lock", in_use, "choose another --out")
+@contextmanager
+def _alone(out: Path) -> Iterator[int]:
+    """As `dan_fast.core.files.alone`, by a lock that trainings hold too, until the last one ends; Unix only.
+
+    Yields the descriptor of the lock, for them to inherit. Its file stays, as they may still hold it.
+    """
+    # Imported here: Windows does not have it.
+    import fcntl
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".sweep.lock").open("w")
+    except OSError as error:
+        raise DanFastError(f"{out} cannot be written ({error.strerror}): choose another --out.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DanFastError(
+                f"Another sweep, or a training that it started, is still at work in {out}: wait for it or stop it."
+            ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise DanFastError(f"{out} cannot be locked ({error.strerror}): choose another --out.") from error
+        yield lock.fileno()

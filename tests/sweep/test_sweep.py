@@ -19,7 +19,6 @@ import yaml
 
 from dan_fast.cli import main
 from dan_fast.core.errors import DanFastError
-from dan_fast.core.files import alone_with_children
 from dan_fast.data.synthetic import synthesize
 from dan_fast.reporting.curves import read_scalars
 from dan_fast.reporting.groups import swept_settings
@@ -592,11 +591,11 @@ def test_seconds_of_two_numbers_of_threads_are_no_time(quick, three):
 
 def test_without_locks_a_sweep_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
-    with alone_with_children(tmp_path / ".lock", "in use", "choose another") as descriptor:
+    with sweeping._alone(tmp_path) as descriptor:
         assert os.fstat(descriptor)
     monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
-    held = alone_with_children(tmp_path / ".lock", "in use", "choose another")
-    with pytest.raises(DanFastError, match=r"cannot be locked \(Input/output error\): choose another"), held:
+    sentence = r"cannot be locked \(Input/output error\): choose another"
+    with pytest.raises(DanFastError, match=sentence), sweeping._alone(tmp_path):
         pass
 
 
@@ -664,11 +663,8 @@ def test_the_report_is_on_what_is_finished(quick, three, monkeypatch, capsys):
     assert len(told) == 1
 
 
-def test_a_folder_with_other_settings_is_left_alone(quick, three, tmp_path):
+def test_a_folder_with_other_settings_is_left_alone(quick, three):
     quick(three)
-    reductions(three, 1, optimizer={"epochs": 7})
-    with pytest.raises(DanFastError, match=r"optimizer.epochs is 7 here and 500 there\): choose another --out"):
-        quick(three)
     reductions(three, 1, data={"labeled": "duke"})
     for lost, sentence in (
         ("nothing", "data.labeled is"),
@@ -690,36 +686,36 @@ def test_a_folder_with_other_settings_is_left_alone(quick, three, tmp_path):
 @pytest.mark.parametrize(
     ("before", "now", "sentence"),
     [
-        ({"labeled": "a", "unlabeled": "b"}, {"labeled": "a"}, r"data.unlabeled is \[\] here and \['b'\] there"),
-        ({"protocol": "p1"}, {"protocol": "table4"}, "data.protocol is 'table4' here and 'p1' there"),
+        ({"optimizer.epochs": 500}, {"optimizer.epochs": 7}, "optimizer.epochs is 7 here and 500 there"),
+        ({"data.unlabeled": "b"}, {}, "data.unlabeled is [] here and ['b'] there"),
+        (
+            {"data.protocol": "p1", "data.root": "r", "data.labeled": []},
+            {"data.protocol": "table4", "data.root": "r", "data.labeled": []},
+            "data.protocol is 'table4' here and 'p1' there",
+        ),
+        # What is reported is the last epoch: in between nothing depends on when there was a test, ...
+        ({"run.evaluate_every": 1}, {"run.evaluate_every": 2}, ""),
+        (
+            {"run.evaluate_every": 1},
+            {"run.evaluate_every": 1, "run.choose_epoch_on_target": True},
+            "run.choose_epoch_on_target is True here and False there",
+        ),
+        # ... unless one of the epochs is chosen.
+        (
+            {"run.evaluate_every": 1, "run.choose_epoch_on_target": True},
+            {"run.evaluate_every": 2, "run.choose_epoch_on_target": True},
+            "run.evaluate_every is 2 here and 1 there",
+        ),
     ],
 )
-def test_a_finished_training_on_other_images_is_another_one(quick, three, before, now, sentence):
-    quick(reductions(three, 1, data={**before, "root": "r" if "protocol" in before else ""}))
-    with pytest.raises(DanFastError, match=sentence):
-        quick(reductions(three, 1, data={**now, "root": "r" if "protocol" in now else ""}))
-    assert len(quick.calls) == 1
-
-
-def test_a_finished_choice_among_other_epochs_is_another_training(quick, three):
-    quick(reductions(three, 1, run={"evaluate_every": 1}))
-    # What is reported is the last epoch: in between nothing depends on it.
-    assert quick(reductions(three, 1, run={"evaluate_every": 2})) == ["model.reduction=1 new"]
-    for run, sentence in (
-        (
-            {"evaluate_every": 1, "choose_epoch_on_target": True},
-            r"\(run.choose_epoch_on_target is True here and False ",
-        ),
-        ({"evaluate_every": 1}, ""),
-    ):
-        reductions(three, 1, run=run)
-        with pytest.raises(DanFastError, match=sentence) if sentence else nullcontext():
-            quick(three)
-    reductions(three, 2, run={"evaluate_every": 1, "choose_epoch_on_target": True})
-    quick(three)
-    reductions(three, 2, run={"evaluate_every": 2, "choose_epoch_on_target": True})
-    with pytest.raises(DanFastError, match=r"\(run.evaluate_every is 2 here and 1 there\): choose another --out"):
-        quick(three)
+def test_a_finished_training_of_other_settings_is_another_one(quick, tmp_path, before, now, sentence):
+    path = tmp_path / "arms.yaml"
+    quick(write(path, {"base": BASE, "arms": {"a": before}}))
+    write(path, {"base": BASE, "arms": {"a": now}})
+    expected = re.escape(f"({sentence}): choose another --out.")
+    with pytest.raises(DanFastError, match=expected) if sentence else nullcontext():
+        quick(path)
+    assert quick.calls == ["a new"]
 
 
 def test_the_list_runs_nothing(quick, three, capsys):
@@ -728,11 +724,7 @@ def test_the_list_runs_nothing(quick, three, capsys):
     begun = TrainConfig.of_recipe("dan", data={"labeled": ["market"]}, model={"reduction": 1})
     write(quick.out / reduce(1) / "config.yaml", begun.to_dict())
     before = sorted(quick.out.rglob("*"))
-    assert main(["sweep", "--grid", str(three), "--out", str(quick.out), "--list"]) == 0
-    shown = [line.split() for line in capsys.readouterr().out.splitlines() if "model.reduction" in line]
-    assert [(line[1], line[3]) for line in shown] == [
-        ("model.reduction=1", "begun"), ("model.reduction=2", "waiting"), ("model.reduction=3", "waiting"),
-    ]  # fmt: skip
+    assert listed(three, quick.out, capsys) == ["begun", "waiting", "waiting"]
     assert sorted(quick.out.rglob("*")) == before
 
 
