@@ -169,38 +169,28 @@ def test_the_mean_says_that_an_epoch_was_chosen_on_a_target(folder):
 
 
 @pytest.mark.parametrize(
-    ("learnt", "target"),
+    ("labeled", "target", "known_cameras"),
     [
-        ("campus", "campus"),
-        ("campus (detected, new protocol)", "campus"),
-        ("data (1)/market1501", "Market-1501-v15.09.15"),
-        ("a/cuhk03 (detected, new protocol)", "b/CUHK03"),
+        (["campus"], "campus", False),
+        (["campus (detected, new protocol)"], "campus", False),
+        (["data (1)/market1501"], "Market-1501-v15.09.15", False),
+        (["a/cuhk03 (detected, new protocol)"], "b/CUHK03", False),
+        # Of which the first weights say so.
+        ([], "night", True),
     ],
 )
-def test_the_mean_leaves_out_what_a_run_learnt_from(folder, learnt, target):
+def test_the_mean_leaves_out_what_a_run_learnt_from(folder, labeled, target, known_cameras):
     for results in folder.glob("*/results.json"):
         content = json.loads(results.read_text())
-        content["targets"].append({**evaluation(target, 0.9, 0.9), "variant": "labeled, new protocol"})
-        results.write_text(json.dumps({**content, "labeled": [learnt]}))
-    comparison = read_comparison(folder)
-    dan = next(arm for arm in comparison.arms if arm.name == "dan")
-    means = dan.scores(MEAN_OF_TARGETS, "mAP")
-    assert means[0] == pytest.approx((42.0 + 20.0) / 2)
-    assert [target.title for target in comparison.targets] == [
-        "street", "mall", f"{target} (labeled, new protocol)", MEAN_OF_TARGETS.title,
-    ]  # fmt: skip
-    said = f"No unseen targets, because trainings learnt from sets of their name: {target} (labeled, new protocol)."
-    assert said in comparison.notes()
-
-
-def test_the_mean_leaves_out_what_first_weights_learnt_from(folder):
-    for results in folder.glob("*/results.json"):
-        content = json.loads(results.read_text())
-        content["targets"].append({**evaluation("night", 0.9, 0.9), "known_cameras": True})
-        results.write_text(json.dumps(content))
+        variant = {"variant": "labeled, new protocol", "known_cameras": known_cameras}
+        content["targets"].append(evaluation(target, 0.9, 0.9) | variant)
+        results.write_text(json.dumps({**content, "labeled": labeled}))
     comparison = read_comparison(folder)
     assert comparison.arms[1].scores(MEAN_OF_TARGETS, "mAP")[0] == pytest.approx((42.0 + 20.0) / 2)
-    assert any(note.endswith("trainings learnt from sets of their name: night.") for note in comparison.notes())
+    title = f"{target} (labeled, new protocol)"
+    assert [each.title for each in comparison.targets] == ["street", "mall", title, MEAN_OF_TARGETS.title]
+    said = f"No unseen targets, because trainings learnt from sets of their name: {title}."
+    assert said in comparison.notes()
 
 
 @pytest.mark.parametrize(
@@ -251,22 +241,30 @@ def test_other_images_of_the_same_datasets_are_said(folder):
     assert not [note for note in read_comparison(folder).notes() if "other images" in note]
 
 
-def test_seconds_are_of_the_device_that_the_training_found(folder):
-    """Which auto, and no number of threads, leave open."""
-    entries = json.loads((folder / "sweep.json").read_text())
-    written(folder, [entry | {"threads": None, "device": "auto"} for entry in entries])
-    for of_two, shown in (
-        ([under("2.11.0")], [63, 62]),
-        ([under("2.11.0", device="a GPU")], [None, None]),
-        ([under("2.11.0", threads=4)], [None, None]),
+@pytest.mark.parametrize(
+    ("entry", "processes", "shown"),
+    [
+        ({}, [], ["63", "62"]),
+        ({"threads": 1}, [], [ABSENT, ABSENT]),
+        ({"device": "cuda"}, [], [ABSENT, ABSENT]),
+        # What the training found says more than auto, and no number of threads.
+        ({"threads": None, "device": "auto"}, [under("2.11.0")], ["63", "62"]),
+        ({}, [under("2.11.0", device="a GPU")], [ABSENT, ABSENT]),
+        ({}, [under("2.11.0", threads=4)], [ABSENT, ABSENT]),
         # What went on elsewhere has no seconds; it takes none from the others.
-        ([under("2.11.0"), under("2.11.0", device="a GPU")], [64, 63]),
-    ):
-        ran(folder, *of_two)
-        found = read_comparison(folder)
-        (table, *_) = found.tables()
-        assert [row[-1] for row in table.rows] == [ABSENT if each is None else str(each) for each in shown]
-        assert any(note.startswith("Seconds are left out") for note in found.notes()) == (shown[0] is None)
+        ({}, [under("2.11.0"), under("2.11.0", device="a GPU")], ["64", "63"]),
+    ],
+)
+def test_seconds_of_other_threads_or_devices_are_not_set_side_by_side(folder, entry, processes, shown):
+    """By the record of the sweep, and by the results where they say it."""
+    first, *others = json.loads((folder / "sweep.json").read_text())
+    usual = {"threads": 2, "device": "cpu"}
+    written(folder, [first | usual | entry, *(each | usual for each in others)])
+    if processes:
+        ran(folder, *processes)
+    found = read_comparison(folder)
+    assert [row[-1] for row in found.tables()[0].rows] == shown
+    assert any(note.startswith("Seconds are left out") for note in found.notes()) == (shown[0] == ABSENT)
 
 
 def test_seconds_of_arms_that_ran_beside_others_and_alone_say_so(folder):
@@ -284,13 +282,3 @@ def test_seconds_of_arms_that_ran_beside_others_and_alone_say_so(folder):
     assert notes(plain=2.0, dan=1.5) == [said]
     written(folder, [entry | {"seconds_of_all": None} for entry in entries])
     assert not [note for note in read_comparison(folder).notes() if "at once" in note]
-
-
-def test_seconds_of_other_threads_or_devices_are_not_set_side_by_side(folder):
-    entries = json.loads((folder / "sweep.json").read_text())
-    alike = [entry | {"threads": 2, "device": "cpu"} for entry in entries]
-    for changes, said in (({}, False), ({"threads": 1}, True), ({"device": "cuda"}, True)):
-        found = read_comparison(written(folder, [alike[0] | changes, *alike[1:]]))
-        (table, *_) = found.tables()
-        assert {row[-1] == ABSENT for row in table.rows} == {said}
-        assert any(note.startswith("Seconds are left out") for note in found.notes()) is said

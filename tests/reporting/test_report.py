@@ -19,7 +19,6 @@ from dan_fast.cli import main
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import alone
 from dan_fast.data.datasets.known import KNOWN
-from dan_fast.evaluation import Evaluation
 from dan_fast.nn.weights_hash import weights_hash
 from dan_fast.reporting import memories, side_by_side
 from dan_fast.reporting.groups import Target, models, swept_settings, target_of, unlabeled_shares
@@ -281,26 +280,20 @@ def test_figures_that_are_scored_otherwise_are_not_laid_beside_the_papers_as_equ
     assert "‡" not in table.note and "‡" not in str(table.rows)
 
 
-@pytest.mark.parametrize("name", ["viper", "GRID", "i-LIDS", "ilids", "prid_2011", "duke", "x/Market-1501-v15.09.15"])
-def test_the_papers_targets_are_known_by_any_spelling(name):
-    assert paper_target(name) is not None
-
-
-def test_the_papers_targets_are_known_by_their_titles():
-    titles = {name: paper_target(known.title) for name, known in KNOWN.items()}
-    assert {name: title for name, title in titles.items() if title} == {
-        "market1501": "Market1501",
-        "dukemtmc": "DukeMTMC-reID",
-        "viper": "VIPeR",
-        "prid": "PRID",
-        "grid": "GRID",
-        "ilids": "i-LIDS",
+def test_the_papers_targets_are_known_by_any_spelling():
+    of_the_paper = {
+        "VIPeR": ["viper", KNOWN["viper"].title],
+        "PRID": ["prid_2011", KNOWN["prid"].title],
+        "GRID": ["GRID", KNOWN["grid"].title],
+        "i-LIDS": ["i-LIDS", "ilids", KNOWN["ilids"].title],
+        "Market1501": ["x/Market-1501-v15.09.15", KNOWN["market1501"].title],
+        "DukeMTMC-reID": ["duke", KNOWN["dukemtmc"].title],
     }
-
-
-@pytest.mark.parametrize("name", ["ilids-vid", "prid450s", "street", "msmt17", "market1501-500k"])
-def test_other_datasets_are_not_taken_for_the_papers(name):
-    assert paper_target(name) is None
+    for target, names in of_the_paper.items():
+        assert {paper_target(name) for name in names} == {target}
+    other = {known.title for known in KNOWN.values()} - {name for names in of_the_paper.values() for name in names}
+    for name in ("ilids-vid", "prid450s", "street", "msmt17", "market1501-500k", *other):
+        assert paper_target(name) is None
 
 
 @pytest.mark.parametrize("learnt", ["market1501", "data (1)/market1501", "market1501 (V7)"])
@@ -399,14 +392,12 @@ def test_networks_are_named_as_in_fig_6(tmp_path):
         "B+CBAM+AAN": {"attention": "cbam"},
         "B+NL-CBAM*+AAN": {"reduction": 1},
         "B+NL-CBAM+AAN": {},
+        **{f"B+NL-CBAM+AAN, r = {reduction}": {"reduction": reduction} for reduction in (2, 4, 16, 20)},
     }
     for number, model in enumerate(variants.values()):
-        fake_run(tmp_path / str(9 - number), model=model)
+        fake_run(tmp_path / f"{99 - number}", model=model)
     [line] = models(read_runs([tmp_path]))
     assert list(line.points) == list(variants)
-    fake_run(tmp_path / "four", model={"reduction": 4})
-    [line] = models(read_runs([tmp_path]))
-    assert list(line.points)[-1] == "B+NL-CBAM+AAN, r = 4"
 
 
 @pytest.fixture
@@ -479,28 +470,22 @@ def test_what_to_watch_is_a_table_of_what_was_logged(tmp_path):
     assert "What to watch" not in text_of(report([tmp_path / "silent"], tmp_path / "silent_page"))
 
 
-def test_runs_are_of_one_kind_where_their_batches_are(tmp_path):
-    """Whether of one rank or of several with a batch for each."""
-    sizes = {"one": (32, False, 1), "two": (16, True, 2), "smaller": (16, True, 1)}
-    for name, (size, per_rank, ranks) in sizes.items():
-        data = {"batch_size": size, "batch_size_per_rank": per_rank}
-        with_results(fake_run(tmp_path / name, data=data), ranks=ranks)
-    learning = {run.name: run.learning() for run in read_runs([tmp_path])}
-    assert learning["one"] == learning["two"] != learning["smaller"]
-
-
-def test_what_is_learnt_depends_on_the_precision_and_the_images_of_a_protocol_and_on_no_cache(tmp_path):
-    data = {"labeled": [], "unlabeled": [], "root": "r"}
+def test_runs_are_of_one_kind_where_they_learn_alike(tmp_path):
+    """From batches of one size, of one rank or of several; by one precision; from the same images, cached or not."""
+    of_protocol = {"labeled": [], "unlabeled": [], "root": "r"}
     kinds = {
-        "float32": {"run": {"precision": "float32"}},
-        "bfloat16": {"run": {"precision": "bfloat16"}},
+        "one": {},
+        "two": {"data": {"batch_size": 16, "batch_size_per_rank": True}},
         "cached": {"data": {"cache": "user", "cache_check": "full", "workers": 3}},
-        **{name: {"data": {**data, "protocol": name}} for name in ("p1", "p2-msmt17", "p3-msmt17")},
+        "smaller": {"data": {"batch_size": 16}},
+        "bfloat16": {"run": {"precision": "bfloat16"}},
+        **{name: {"data": {**of_protocol, "protocol": name}} for name in ("p1", "p2-msmt17", "p3-msmt17")},
     }
     for name, settings in kinds.items():
-        fake_run(tmp_path / name, **settings)
+        fake_run(tmp_path / name, data={"batch_size": 32} | settings.pop("data", {}), **settings)
+    with_results(tmp_path / "two", ranks=2)
     learning = {run.name: run.learning() for run in read_runs([tmp_path])}
-    assert learning.pop("cached") == learning["float32"]
+    assert learning.pop("two") == learning.pop("cached") == learning["one"]
     assert all(one != other for one, other in itertools.combinations(learning.values(), 2))
 
 
@@ -554,13 +539,6 @@ def test_curves_of_other_images_of_one_name_are_in_panels_of_their_own(tmp_path,
     night, day = (f"street ({variant}), {ON_STREET}" for variant in ("night", "day light"))
     of_day = ["B+CBAM+AAN", "B+NL-CBAM+AAN", "B+SA"]
     assert shown == {night: ["B"], day: of_day, "mall": sorted([*of_day, "B"])}, "mall is in no results"
-
-
-def test_numbers_in_names_of_models_are_in_order(tmp_path):
-    for reduction in (16, 2, 20, 4):
-        fake_run(tmp_path / str(reduction), model={"reduction": reduction})
-    [line] = models(read_runs([tmp_path]))
-    assert [name.partition("r = ")[2] for name in line.points] == ["2", "4", "16", "20"]
 
 
 def test_long_names_are_shortened_only_as_far_as_they_stay_apart(tmp_path, drawn):
@@ -652,16 +630,6 @@ def test_a_sample_of_slots_is_seeded(monkeypatch):
     assert np.array_equal(some, sample(numbered, seed=3).labels)
     assert not np.array_equal(some, sample(numbered, seed=4).labels)
     assert len(sample(slots(7)).labels) == 7
-
-
-def test_an_evaluation_is_read_back_as_it_was(tmp_path):
-    given = Evaluation(**{key: tuple(value) if isinstance(value, list) else value
-                          for key, value in evaluation("street", 0.5, 0.4).items()})  # fmt: skip
-    folder = fake_run(tmp_path / "r")
-    (folder / "results.json").write_text(json.dumps({"epochs": 500, "targets": [given.to_dict()]}))
-    assert read_runs([folder])[0].results == (given,)
-    with pytest.raises(DanFastError):
-        read_runs([tmp_path / "r" / "config.yaml"])
 
 
 def test_means_over_fewer_seeds_say_so(tmp_path):
