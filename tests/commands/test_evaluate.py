@@ -108,8 +108,7 @@ def test_a_shared_folder_of_a_training_from_no_weights_has_baselines(street, tmp
 
 def test_a_name_in_brackets_is_shown_as_it_is(checkpoint, street, tmp_path, capsys):
     (tmp_path / "a [b]").symlink_to(street)
-    assert main(["evaluate", "--checkpoint", str(checkpoint), "--targets", str(tmp_path / "a [b]"), "--workers", "0",
-                 "--device", "cpu"]) == 0  # fmt: skip
+    assert evaluated(checkpoint, f'"{tmp_path / "a [b]"}"') == 0
     table, figures = capsys.readouterr().out.split("└")
     assert "│ a [b] " in table and "a [b], trained: " in figures
 
@@ -119,6 +118,5 @@ def test_a_network_that_has_diverged_is_a_sentence(checkpoint, street, tmp_path,
     name = next(name for name in state["model"] if name.endswith("conv1.0.weight"))
     state["model"][name].fill_(torch.inf)
     save_checkpoint(tmp_path / "diverged.pt", state)
-    arguments = ["--checkpoint", str(tmp_path / "diverged.pt"), "--targets", str(street), "--workers", "0"]
-    assert main(["evaluate", *arguments, "--device", "cpu"]) == 1
-    assert "features are not finite numbers: its training has diverged" in capsys.readouterr().err
+    assert evaluated(tmp_path / "diverged.pt", street) == 1
+    assert "features are not finite numbers: its training has diverged" in refused(capsys)
