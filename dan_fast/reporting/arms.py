@@ -1,7 +1,7 @@
 """Arms of a sweep side by side: means over seeds, and paired differences to a baseline with their intervals."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -39,14 +39,14 @@ class ArmRun(NamedTuple):
             where it was not recorded.
     """
 
-    scores: Mapping[Target, Mapping[str, float]]
+    scores: dict[Target, dict[str, float]]
     iterations: int | None
     seconds: float | None
-    trained_on: frozenset[str] = frozenset()
-    images: tuple[str, str] | None = None
-    timed_on: tuple[tuple[str | None, int | None], ...] = ()
-    ran_under: tuple[Mapping[str, Any], ...] = ()
-    at_once: float | None = None
+    trained_on: frozenset[str]
+    images: tuple[str, str] | None
+    timed_on: tuple[tuple[str | None, int | None], ...]
+    ran_under: tuple[Mapping[str, Any], ...]
+    at_once: float | None
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Arm:
 
     name: str
     recipe: str
-    runs: Mapping[int, ArmRun]
-    missing: Mapping[int, str]
+    runs: dict[int, ArmRun]
+    missing: dict[int, str]
 
     def scores(self, target: Target, metric: str) -> dict[int, float]:
         """A metric by seed, in percent, for the seeds that were tested on the target."""
@@ -138,9 +138,7 @@ class Comparison:
             title = f"{target.title} ({target.protocol})" if target.protocol else target.title
             rows = [self._cells(arm, target) for arm in self.arms]
             tables.append(Table(f"{self.name}: {title}", columns, rows))
-        if not tables:
-            return []
-        return [*tables[:-1], tables[-1]._replace(note=" ".join(self.notes()))]
+        return [*tables[:-1], *(last._replace(note=" ".join(self.notes())) for last in tables[-1:])]
 
     def notes(self) -> list[str]:
         """How to read the tables, what the arms are, and which trainings are missing; whole sentences."""
@@ -155,8 +153,9 @@ class Comparison:
             ]
         if not self.is_timed_alike:
             notes.append("Seconds are left out: trainings ran on other devices or with other numbers of threads.")
-        if (at_once := self._at_once()) and self.is_timed_alike:
-            notes.append(f"Seconds depend on how many trainings ran at once, on average {at_once}.")
+        elif at_once := self._in_which_arms_differ(_at_once):
+            on_average = ", ".join(f"{mean} for {name}" for name, mean in at_once.items())
+            notes.append(f"Seconds depend on how many trainings ran at once, on average {on_average}.")
         if versions := self._versions():
             notes.append(f"Trainings ran under several versions: {versions}.")
         if others := self._of_other_images():
@@ -164,8 +163,7 @@ class Comparison:
                 f"Trainings of datasets of the same names learnt from other images: {others}; if these were changed in "
                 "between, remove the older ones' folders and train them again."
             )
-        lengths = {arm.name: span for arm in self.arms if (span := _span(arm.runs.values()))}
-        if len(set(lengths.values())) > 1:
+        if lengths := self._in_which_arms_differ(_span):
             each = ", ".join(f"{name} {span}" for name, span in lengths.items())
             notes.append(f"Trainings differ in their iterations ({each}): data.iterations makes epochs equally long.")
         seen = _learnt_from(self._runs())
@@ -191,14 +189,10 @@ class Comparison:
     def _runs(self) -> list[ArmRun]:
         return [run for arm in self.arms for run in arm.runs.values()]
 
-    def _at_once(self) -> str:
-        """How many trainings ran at once in each arm, in words; "" where none is known to differ."""
-        found = {}
-        for arm in self.arms:
-            known = [run.at_once for run in arm.runs.values() if run.at_once is not None]
-            if known:
-                found[arm.name] = f"{fmean(known):.1f}"
-        return ", ".join(f"{mean} for {name}" for name, mean in found.items()) if len(set(found.values())) > 1 else ""
+    def _in_which_arms_differ(self, words: Callable[[Collection[ArmRun]], str]) -> dict[str, str]:
+        """What is said of the runs of each arm, "" where nothing is known; nothing at all if it is the same of all."""
+        found = {arm.name: said for arm in self.arms if (said := words(arm.runs.values()))}
+        return found if len(set(found.values())) > 1 else {}
 
     def _of_other_images(self) -> str:
         """Which trainings name the same datasets as others and have images that these have not, in words."""
@@ -246,7 +240,13 @@ class Comparison:
         return [arm.name, str(seeds), *means, *differences, _span(ran) or ABSENT, mean]
 
 
-def _span(runs: Iterable[ArmRun]) -> str:
+def _at_once(runs: Collection[ArmRun]) -> str:
+    """How many trainings ran at once on average, as far as known."""
+    known = [run.at_once for run in runs if run.at_once is not None]
+    return f"{fmean(known):.1f}" if known else ""
+
+
+def _span(runs: Collection[ArmRun]) -> str:
     """Their iterations, as far as known: one number, unless they differ in it."""
     known = sorted({run.iterations for run in runs if run.iterations is not None})
     return " to ".join(str(each) for each in dict.fromkeys((*known[:1], *known[-1:])))
@@ -274,15 +274,16 @@ def read_comparison(folder: str | Path) -> Comparison | None:
     # Older versions write no arms; whatever else lacks a field is no record of a sweep.
     if not entries or any(_ENTRY - each.keys() for each in entries):
         return None
-    read = {(entry["arm"], entry["seed"]): _read_run(folder, entry) for entry in entries}
-    runs = _with_mean({place: run for place, run in read.items() if isinstance(run, ArmRun)})
-    arms = []
-    for name in dict.fromkeys(entry["arm"] for entry in entries):
-        of_arm = [entry for entry in entries if entry["arm"] == name]
-        finished = {entry["seed"]: runs[name, entry["seed"]] for entry in of_arm if (name, entry["seed"]) in runs}
-        missing = {entry["seed"]: str(read[name, entry["seed"]]) for entry in of_arm if entry["seed"] not in finished}
-        arms.append(Arm(name, _in_words(of_arm[0]), finished, missing))
-    return Comparison(folder.resolve().name, entries[0]["baseline"], tuple(arms))
+    arms: dict[str, Arm] = {}
+    for entry in entries:
+        arm = arms.setdefault(entry["arm"], Arm(entry["arm"], _in_words(entry), {}, {}))
+        run = _read_run(folder, entry)
+        if isinstance(run, ArmRun):
+            arm.runs[entry["seed"]] = run
+        else:
+            arm.missing[entry["seed"]] = run
+    _add_mean([run for arm in arms.values() for run in arm.runs.values()])
+    return Comparison(folder.resolve().name, entries[0]["baseline"], tuple(arms.values()))
 
 
 def _in_words(entry: Mapping[str, Any]) -> str:
@@ -328,35 +329,26 @@ def _read_run(folder: Path, entry: Mapping[str, Any]) -> ArmRun | str:
     return ArmRun(scores, content.get("iterations"), seconds, trained_on, images, timed_on, ran_under, at_once)
 
 
-def _learnt_from(runs: Iterable[ArmRun]) -> set[str]:
+def _learnt_from(runs: Sequence[ArmRun]) -> set[str]:
     return {cameras_of(title) for run in runs for title in run.trained_on}
 
 
-def _with_mean(runs: Mapping[tuple[str, int], ArmRun]) -> dict[tuple[str, int], ArmRun]:
-    """The runs with the mean over the targets that all were tested on and none learnt from, where there are several.
+def _add_mean(runs: Sequence[ArmRun]) -> None:
+    """Give all runs the mean over the targets that all were tested on and none learnt from, where there are several.
 
     A set whose train images were learnt from is no measure of generalisation to unseen cameras.
     """
-    tested = [run.scores.keys() for run in runs.values()]
-    seen = _learnt_from(runs.values())
+    seen = _learnt_from(runs)
     common = [
         target
-        for target in (tested[0] if tested else ())
-        if all(target in each for each in tested) and cameras_of(target.title) not in seen
+        for target in (runs[0].scores if runs else ())
+        if all(target in run.scores for run in runs) and cameras_of(target.title) not in seen
     ]
-    if len(common) < 2:
-        return dict(runs)
-    marks = [mark for mark in (CHOSEN, SEEN) if any(mark in target.protocol for target in common)]
-    mean_of_targets = MEAN_OF_TARGETS._replace(protocol=", ".join(marks))
-    return {
-        place: run._replace(
-            scores={
-                **run.scores,
-                mean_of_targets: {metric: fmean(run.scores[target][metric] for target in common) for metric in METRICS},
-            }
-        )
-        for place, run in runs.items()
-    }
+    if len(common) > 1:
+        marks = [mark for mark in (CHOSEN, SEEN) if any(mark in target.protocol for target in common)]
+        mean = MEAN_OF_TARGETS._replace(protocol=", ".join(marks))
+        for run in runs:
+            run.scores[mean] = {metric: fmean(run.scores[target][metric] for target in common) for metric in METRICS}
 
 
 def _spread(values: Sequence[float]) -> str:
