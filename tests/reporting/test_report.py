@@ -22,10 +22,11 @@ from dan_fast.data.datasets.known import KNOWN
 from dan_fast.nn.weights_hash import weights_hash
 from dan_fast.reporting import memories, side_by_side
 from dan_fast.reporting.groups import Target, models, swept_settings, target_of, unlabeled_shares
+from dan_fast.reporting.html import Table
 from dan_fast.reporting.memories import Slots, layout, neighbours_agree, plot_memories, sample, stored_slots
 from dan_fast.reporting.report import report
 from dan_fast.reporting.result_tables import cameras_of, paper_tables, paper_target, result_tables
-from dan_fast.reporting.runs import read_runs
+from dan_fast.reporting.runs import Run, read_runs
 from dan_fast.reporting.side_by_side import describe, evaluated_epochs
 from dan_fast.reporting.watched import watched_table
 from dan_fast.training import Trainer
@@ -248,6 +249,11 @@ def test_a_run_stands_beside_the_table_it_belongs_to(tmp_path):
     assert "61.6 is below 65.4" in viper.note and "MSMT17 (unlabelled)" in marked[1][1]
 
 
+def beside_viper(runs: list[Run]) -> Table:
+    """The runs beside the paper's figures of VIPeR in Table IV."""
+    return next(each for each in paper_tables(runs) if each.title.startswith("Table IV, VIPeR"))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -267,7 +273,7 @@ def test_figures_that_are_scored_otherwise_are_not_laid_beside_the_papers_as_equ
     (folder / "results.json").write_text(json.dumps({"epochs": 500, "targets": [usual]}))
     (folder / "figures.json").write_text(json.dumps([{"features": "trained", **usual, "mAP": 0.3, **change}]))
     [run] = read_runs([folder])
-    [table] = [each for each in paper_tables([run]) if each.title.startswith("Table IV, VIPeR")]
+    table = beside_viper([run])
     plain, marked = [row for row in table.rows if not row[0].startswith("paper")]
     assert plain[-1] == "45.0 ± 1.0" and all(cell.endswith("± 1.0 ‡") for cell in marked[4:])
     assert "‡ Not scored as the paper's rows are" in table.note
@@ -275,8 +281,7 @@ def test_figures_that_are_scored_otherwise_are_not_laid_beside_the_papers_as_equ
     assert target_of(run.results[1]) != target_of(run.results[0]), "nor are the two drawn together"
     rounded = replace(run.results[0], rounding="TF32 in convolutions")
     assert target_of(rounded) != target_of(run.results[0])
-    [table] = [each for each in paper_tables(read_runs([fake_run(tmp_path / "old", [("VIPeR", 0.4, 0.45, 10)])]))
-               if each.title.startswith("Table IV, VIPeR")]  # fmt: skip
+    table = beside_viper(read_runs([fake_run(tmp_path / "old", [("VIPeR", 0.4, 0.45, 10)])]))
     assert "‡" not in table.note and "‡" not in str(table.rows)
 
 
@@ -319,7 +324,7 @@ def test_tables_of_the_paper_show_what_the_network_was_before(tmp_path):
     folder = fake_run(tmp_path / "r", [("viper", 0.5, 0.4, 10)], data={"unlabeled": []})
     (folder / "before.json").write_text(json.dumps([{"features": "chance", **evaluation("viper", 0.01, 0.02, 10)}]))
     fake_run(tmp_path / "other", data={"unlabeled": []})
-    table = next(each for each in paper_tables(read_runs([tmp_path])) if each.title.startswith("Table IV, VIPeR"))
+    table = beside_viper(read_runs([tmp_path]))
     assert [row[0] for row in table.rows[-2:]] == ["r (DAML3, B+NL-CBAM+AAN)", "chance, for r"]
     assert table.rows[-1][1] == "nothing" and table.rows[-1][4].startswith("1.0")
 

@@ -201,52 +201,46 @@ def test_names_are_folders():
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ({"base": BASE, "grids": [{"loss.advrsary": [1]}]}, "loss.advrsary in .* no setting .*; is loss.adversary"),
-        ({"base": BASE, "grids": [{"model.reduction": ["many"]}]}, "model.reduction=many are no training"),
-        ({"base": BASE, "grids": [{"model.reduction": 4}]}, "model.reduction in [^ ]* has 4: give it a list"),
-        ({"base": BASE, "grids": [{"model.reduction": []}]}, "give it a list of one value or more"),
-        ({"base": BASE, "grids": [{"run.out": ["a"]}]}, "run.out in .* is for the sweep to choose"),
-        ({"base": BASE, "grids": {"model.reduction": [1]}}, "needs a list `grids`"),
-        ({"base": BASE}, "needs a list `grids`"),
-        ({"base": BASE, "grids": [{"model.reduction": [1]}], "arms": {"a": {}}}, "has both `grids` and `arms`"),
-        ({"base": BASE, "arms": []}, "arms in .* must map names to dotted settings"),
-        ({"base": BASE, "arms": {"a/b": {}}}, "The arm 'a/b' in .* cannot be a folder's name"),
-        ({"base": BASE, "arms": {"a": 3}}, "The arm a in .* has 3: give it a mapping"),
+        ({"grids": [{"loss.advrsary": [1]}]}, "loss.advrsary in .* no setting .*; is loss.adversary"),
+        ({"grids": [{"model.reduction": ["many"]}]}, "model.reduction=many are no training"),
+        ({"grids": [{"model.reduction": 4}]}, "model.reduction in [^ ]* has 4: give it a list"),
+        ({"grids": [{"model.reduction": []}]}, "give it a list of one value or more"),
+        ({"grids": [{"run.out": ["a"]}]}, "run.out in .* is for the sweep to choose"),
+        ({"grids": {"model.reduction": [1]}}, "needs a list `grids`"),
+        ({}, "needs a list `grids`"),
+        ({"grids": [{"model.reduction": [1]}], "arms": {"a": {}}}, "has both `grids` and `arms`"),
+        ({"arms": []}, "arms in .* must map names to dotted settings"),
+        ({"arms": {"a/b": {}}}, "The arm 'a/b' in .* cannot be a folder's name"),
+        ({"arms": {"a": 3}}, "The arm a in .* has 3: give it a mapping"),
         *(
-            ({"base": BASE, "arms": {"a": {}, name: {}}}, f"The arm {name} in .* is called as a file of the sweep")
+            ({"arms": {"a": {}, name: {}}}, f"The arm {name} in .* is called as a file of the sweep")
             for name in ("report", "sweep.json", "results.csv", "comparison.json", "comparison.md")
         ),
         (
-            {"base": BASE, "arms": {"a": {"meta": {"order": 2}, "meta.order": 1}}},
+            {"arms": {"a": {"meta": {"order": 2}, "meta.order": 1}}},
             "The arm a in .* gives meta.order twice: leave out one",
         ),
-        ({"base": BASE, "arms": {"a": {"run.out": "b"}}}, "run.out in .* is for the sweep to choose"),
-        (
-            {"base": BASE, "arms": {"a": {"meta.eta": None}}},
-            "Of a, meta.eta is empty: give it a value, or leave it out",
-        ),
-        ({"base": BASE, "arms": {"a": {"order": 1}}}, "order in .* is no setting of a training; is meta.order meant"),
-        ({"base": BASE, "arms": {"a": {"recipe": "dna"}}}, "There is no recipe 'dna'"),
+        ({"arms": {"a": {"run.out": "b"}}}, "run.out in .* is for the sweep to choose"),
+        ({"arms": {"a": {"meta.eta": None}}}, "Of a, meta.eta is empty: give it a value, or leave it out"),
+        ({"arms": {"a": {"order": 1}}}, "order in .* is no setting of a training; is meta.order meant"),
+        ({"arms": {"a": {"recipe": "dna"}}}, "There is no recipe 'dna'"),
         ({"base": {**BASE, "recipe": "dna"}, "arms": {"a": {}}}, "There is no recipe 'dna'"),
-        ({"base": BASE, "arms": {"a": {}, "b": {"recipe": "dan"}}}, "a and b of .* have the same settings"),
-        ({"base": BASE, "arms": {"a": {}}, "baseline": "b"}, "baseline 'b' of .* is none of its arms: name one of a"),
-        ({"base": BASE, "arms": {"a": {}}, "baseline": ["a"]}, "baseline .* of .* is none of its arms"),
-        ({"base": BASE, "recipe": "dna", "arms": {"a": {}}}, "There is no recipe 'dna'"),
-        ({"base": BASE, "arms": {"a": {}}, "seeds": []}, r"seeds in .* has \[\]: give it a list of different"),
-        ({"base": BASE, "arms": {"a": {}}, "seeds": [1, 1]}, "give it a list of different whole numbers"),
-        ({"base": BASE, "arms": {"a": {}}, "seeds": [True, -1]}, "give it a list of different whole numbers"),
-        ({"base": BASE, "arms": {"a": {"run.seed": 3}}, "seeds": [1]}, "has both `seeds` and run.seed"),
-        ({"base": BASE, "grids": [{"data.targets": [["a", "b"], ["a+b"]]}]}, "are called data.targets=a.b: leave out"),
-        (
-            {"base": BASE, "grids": [{"data.targets": [[]]}, {"data.targets": [["none"]]}]},
-            "are called data.targets=none",
-        ),
-        ({"base": BASE, "grids": [{1: [2], "model.reduction": [3]}]}, r"^1 in \S* is no setting of a training\.$"),
-        ({"base": BASE, "grid": []}, "has 'grid'; a grid has a list `grids`"),
+        ({"arms": {"a": {}, "b": {"recipe": "dan"}}}, "a and b of .* have the same settings"),
+        ({"arms": {"a": {}}, "baseline": "b"}, "baseline 'b' of .* is none of its arms: name one of a"),
+        ({"arms": {"a": {}}, "baseline": ["a"]}, "baseline .* of .* is none of its arms"),
+        ({"recipe": "dna", "arms": {"a": {}}}, "There is no recipe 'dna'"),
+        ({"arms": {"a": {}}, "seeds": []}, r"seeds in .* has \[\]: give it a list of different"),
+        ({"arms": {"a": {}}, "seeds": [1, 1]}, "give it a list of different whole numbers"),
+        ({"arms": {"a": {}}, "seeds": [True, -1]}, "give it a list of different whole numbers"),
+        ({"arms": {"a": {"run.seed": 3}}, "seeds": [1]}, "has both `seeds` and run.seed"),
+        ({"grids": [{"data.targets": [["a", "b"], ["a+b"]]}]}, "are called data.targets=a.b: leave out"),
+        ({"grids": [{"data.targets": [[]]}, {"data.targets": [["none"]]}]}, "are called data.targets=none"),
+        ({"grids": [{1: [2], "model.reduction": [3]}]}, r"^1 in \S* is no setting of a training\.$"),
+        ({"grid": []}, "has 'grid'; a grid has a list `grids`"),
         ({"base": 3, "grids": [{"model.reduction": [1]}]}, "base of .* is neither settings nor a path"),
         ({"base": "gone.yaml", "grids": [{"model.reduction": [1]}]}, "gone.yaml cannot be read as a configuration"),
         ({"base": {"model": 3}, "grids": [{"model.reduction": [1]}]}, "model of the sweep's base is no mapping"),
-        ({"grids": [{"model.reduction": [1]}]}, "names no labelled images"),
+        ({"base": {}, "grids": [{"model.reduction": [1]}]}, "names no labelled images"),
         # The config.yaml of a run, which names every setting.
         (
             {"base": WHOLE, "grids": [{"recipe": ["plain", "dan"]}]},
@@ -261,7 +255,7 @@ def test_names_are_folders():
     ],
 )
 def test_a_wrong_grid_is_one_sentence(content, sentence, tmp_path):
-    path = write(tmp_path / "grid.yaml", content)
+    path = write(tmp_path / "grid.yaml", content if isinstance(content, str) else {"base": BASE} | content)
     with pytest.raises(DanFastError, match=sentence) as raised:
         sweep(str(path), out=str(tmp_path / "out"))
     assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
