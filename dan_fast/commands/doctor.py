@@ -149,15 +149,12 @@ def _built(info: dict) -> list[tuple[str, str]]:
 
 def _paths(with_gpu: bool) -> list[tuple[str, str, str]]:
     rows = []
-    for device in ("cpu", "cuda") if with_gpu else ("cpu",):
-        kernel = "C++" if device == "cpu" else "CUDA"
+    for device, kernel, of_passes in (("cpu", "C++", "C++"), ("cuda", "CUDA", "Triton"))[: 1 + with_gpu]:
         served = _extension.why_not_on(device) is None
-        passes = f"{'C++' if device == 'cpu' else 'Triton'} kernels"
-        if not served or (device == "cuda" and triton_kernels.why_not(0) is not None):
-            passes = "PyTorch"
+        passed = served and (device == "cpu" or triton_kernels.why_not(0) is None)
         rows += [
             ("row_sq_norms", device, f"{kernel} kernel" if served else "PyTorch"),
-            ("memory_step: passes over the memories", device, passes),
+            ("memory_step: passes over the memories", device, f"{of_passes} kernels" if passed else "PyTorch"),
             ("memory_step: scan", device, f"{kernel} kernel" if served else "PyTorch, in score space"),
             ("cosine_softmax, false_sample_sets", device, f"{kernel} kernels" if served else "PyTorch"),
             ("attention_head", device, f"{kernel} kernels" if served else "PyTorch"),

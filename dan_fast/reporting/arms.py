@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 from dan_fast.evaluation import Evaluation
 from dan_fast.reporting.differences import CONFIDENCE, PairedDifference, paired_difference
-from dan_fast.reporting.groups import Target, target_of
+from dan_fast.reporting.groups import Target, caveats, target_of
 from dan_fast.reporting.html import ABSENT, Table
 from dan_fast.reporting.result_tables import cameras_of
 from dan_fast.training.recipes import word_of
-from dan_fast.training.reported import CHOSEN, SEEN
 from dan_fast.training.surroundings import VERSIONS
 
 METRICS = ("mAP", "R1")
@@ -345,8 +344,7 @@ def _add_mean(runs: Sequence[ArmRun]) -> None:
         if all(target in run.scores for run in runs) and cameras_of(target.title) not in seen
     ]
     if len(common) > 1:
-        marks = [mark for mark in (CHOSEN, SEEN) if any(mark in target.protocol for target in common)]
-        mean = MEAN_OF_TARGETS._replace(protocol=", ".join(marks))
+        mean = MEAN_OF_TARGETS._replace(protocol=", ".join(caveats("; ".join(each.protocol for each in common))))
         for run in runs:
             run.scores[mean] = {metric: fmean(run.scores[target][metric] for target in common) for metric in METRICS}
 

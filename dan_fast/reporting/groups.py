@@ -122,21 +122,20 @@ def target_of(evaluation: Evaluation) -> Target:
     Datasets of one name may hold other images, and a network that was tested before its last epoch is no finished one:
     both are other targets.
     """
-    chosen = CHOSEN if CHOSEN in evaluation.epoch else ""
-    seen = SEEN if SEEN in evaluation.seen else ""
-    scoring = evaluation.scoring, evaluation.rounding
-    words = (protocol_of(evaluation), *scoring, chosen or _unfinished(evaluation.epoch), seen)
+    is_last = re.fullmatch(r"epoch (\d+) of \1", evaluation.epoch) is not None
+    epoch = caveats(evaluation.epoch) or ([] if is_last else [evaluation.epoch])
+    words = [protocol_of(evaluation), *evaluation.scoring, evaluation.rounding, *epoch, *caveats(evaluation.seen)]
     return Target(evaluation.title, ", ".join(filter(None, words)))
+
+
+def caveats(words: str) -> list[str]:
+    """Which of the reasons for which figures do not compare with others stand in what is said of them."""
+    return [mark for mark in (CHOSEN, SEEN) if mark in words]
 
 
 def protocol_of(evaluation: Evaluation) -> str:
     """The protocol and how many images it was, in words."""
     return f"{evaluation.protocol}, {evaluation.num_query} queries, {evaluation.num_gallery} gallery images"
-
-
-def _unfinished(epoch: str) -> str:
-    """The words of an epoch, as `epoch_of` gives them, if it is not the last one; else ""."""
-    return "" if re.fullmatch(r"epoch (\d+) of \1", epoch) else epoch
 
 
 def _grouped(runs: Iterable[Run], beside: Collection[str]) -> dict[str, list[Run]]:

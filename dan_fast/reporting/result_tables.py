@@ -7,11 +7,10 @@ from dan_fast.data.datasets.known import KNOWN
 from dan_fast.data.samples import without_variant
 from dan_fast.evaluation import COLUMNS, Evaluation
 from dan_fast.evaluation.reranking import RERANKED
-from dan_fast.reporting.groups import titles
+from dan_fast.reporting.groups import caveats, titles
 from dan_fast.reporting.html import ABSENT, Table
 from dan_fast.reporting.paper_tables import PAPER_TABLES, Contradiction, PaperTable, find_contradictions, paper_table
 from dan_fast.reporting.runs import Run
-from dan_fast.training.reported import CHOSEN, SEEN
 
 _MARK = "†"
 _APART = "‡"
@@ -164,7 +163,7 @@ def _is_apart(evaluation: Evaluation) -> bool:
     """Whether the figures are no counterpart of the paper's: another metric, AP or images, re-ranked, chosen, seen."""
     words = "; ".join((evaluation.protocol, evaluation.epoch, evaluation.seen))
     rescored = evaluation.metric not in ("", "cosine") or evaluation.ap not in ("", "standard")
-    return rescored or bool(evaluation.skipped) or any(each in words for each in (RERANKED, CHOSEN, SEEN))
+    return rescored or bool(evaluation.skipped) or RERANKED in words or bool(caveats(words))
 
 
 def _counts(tested: Sequence[tuple[Run, str, Evaluation]]) -> str:

@@ -4,7 +4,6 @@ import itertools
 import json
 import re
 from argparse import ArgumentError
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -195,6 +194,7 @@ def _arms(content: Mapping[str, Any], place: Path) -> dict[str, dict[str, Any]]:
     arms = content["arms"]
     if not isinstance(arms, dict) or not arms:
         raise DanFastError(f"arms in {place} must map names to dotted settings, such as `plain: {{recipe: plain}}`.")
+    named: dict[str, dict[str, Any]] = {}
     for name, settings in arms.items():
         if not isinstance(name, str) or _ARM_NAME.fullmatch(name) is None:
             raise DanFastError(
@@ -204,14 +204,12 @@ def _arms(content: Mapping[str, Any], place: Path) -> dict[str, dict[str, Any]]:
             raise DanFastError(f"The arm {name} in {place} is called as a file of the sweep itself: rename it.")
         if not isinstance(settings, dict | None):
             raise DanFastError(f"The arm {name} in {place} has {settings!r}: give it a mapping of dotted settings.")
-    pairs = {name: [*_dotted(settings or {})] for name, settings in arms.items()}
-    named = {name: dict(of_arm) for name, of_arm in pairs.items()}
-    for setting in itertools.chain(*named.values()):
-        _require_setting(setting, place)
-    for name, of_arm in pairs.items():
-        for setting, count in Counter(setting for setting, _ in of_arm).items():
-            if count > 1:
+        named[name] = {}
+        for setting, value in _dotted(settings or {}):
+            _require_setting(setting, place)
+            if setting in named[name]:
                 raise DanFastError(f"The arm {name} in {place} gives {setting} twice: leave out one of them.")
+            named[name][setting] = value
     return named
 
 
@@ -225,13 +223,24 @@ def _dotted(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _arms_of_grids(grids: Any, place: Path) -> dict[str, dict[str, Any]]:
+    """The settings of each combination by its name."""
+    if not isinstance(grids, list) or not grids or not all(isinstance(each, dict) for each in grids):
+        raise DanFastError(
+            f"{place} needs a list `grids`, each a mapping of dotted settings to lists of values, or a mapping `arms`."
+        )
     arms: dict[str, dict[str, Any]] = {}
-    for settings in _combinations(grids, place):
-        name = run_name(settings)
-        if arms.setdefault(name, settings) != settings:
-            raise DanFastError(
-                f"Two combinations of {place} are called {name}: leave out one, or write its values otherwise."
-            )
+    for grid in grids:
+        for setting, values in grid.items():
+            if not isinstance(values, list) or not values:
+                raise DanFastError(f"{setting} in {place} has {values!r}: give it a list of one value or more.")
+            _require_setting(str(setting), place)
+        for values in itertools.product(*grid.values()):
+            settings = dict(zip(grid, values, strict=True))
+            name = run_name(settings)
+            if arms.setdefault(name, settings) != settings:
+                raise DanFastError(
+                    f"Two combinations of {place} are called {name}: leave out one, or write its values otherwise."
+                )
     return arms
 
 
@@ -252,36 +261,24 @@ def _baseline(content: Mapping[str, Any], arms: Mapping[str, Any], place: Path) 
     return baseline
 
 
-def _require_setting(setting: Any, place: Path) -> None:
+def _require_setting(setting: str, place: Path) -> None:
     """Refuse what is no setting of a training, or one of the sweep's own."""
-    if str(setting) in ("run.out", "run.resume"):
+    if setting in ("run.out", "run.resume"):
         raise DanFastError(f"{setting} in {place} is for the sweep to choose: leave it out.")
     names = [*dotted(TrainConfig().to_dict())]
-    if str(setting) not in ("recipe", *names):
-        meant = f"; is {' or '.join(near)} meant?" if (near := nearest(str(setting), names)) else "."
+    if setting not in ("recipe", *names):
+        meant = f"; is {' or '.join(near)} meant?" if (near := nearest(setting, names)) else "."
         raise DanFastError(f"{setting} in {place} is no setting of a training{meant}")
-
-
-def _combinations(grids: Any, place: Path) -> Iterator[dict[str, Any]]:
-    if not isinstance(grids, list) or not grids or not all(isinstance(each, dict) for each in grids):
-        raise DanFastError(
-            f"{place} needs a list `grids`, each a mapping of dotted settings to lists of values, or a mapping `arms`."
-        )
-    for grid in grids:
-        for setting, values in grid.items():
-            if not isinstance(values, list) or not values:
-                raise DanFastError(f"{setting} in {place} has {values!r}: give it a list of one value or more.")
-            _require_setting(setting, place)
-        for values in itertools.product(*grid.values()):
-            yield dict(zip(map(str, grid), values, strict=True))
 
 
 def _configured(parser: ArgumentParser, base: Mapping[str, Any], settings: Mapping[str, Any], name: str) -> TrainConfig:
     recipe = settings.get("recipe", base["recipe"])
     merged = {**over(recipe_settings(recipe), base), "recipe": recipe}
     nested: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in merged.items()}
-    for setting, value in ((each, value) for each, value in settings.items() if each != "recipe"):
-        section, _, key = str(setting).partition(".")
+    for setting, value in settings.items():
+        if setting == "recipe":
+            continue
+        section, _, key = setting.partition(".")
         if not isinstance(nested.setdefault(section, {}), dict):
             raise DanFastError(f"{section} of the sweep's base is no mapping of settings: correct it.")
         nested[section][key] = value

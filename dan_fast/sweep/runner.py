@@ -26,11 +26,11 @@ from dan_fast.core.signals import StopRequest
 from dan_fast.core.yaml_files import read_mapping
 from dan_fast.evaluation import Evaluation
 from dan_fast.reporting.arms import FINISHED, Comparison, read_comparison
+from dan_fast.reporting.groups import caveats
 from dan_fast.reporting.report import report as write_page
 from dan_fast.sweep.grid import PlannedRun, plan_sweep
 from dan_fast.sweep.table import write_table
 from dan_fast.training.config import TrainConfig, training_differences
-from dan_fast.training.reported import CHOSEN, SEEN
 
 BEGUN, WAITING, FAILED = "begun", "waiting", "failed"
 RESULTS, SETTINGS, CHECKPOINT = "results.json", "config.yaml", "checkpoint.pt"
@@ -156,23 +156,17 @@ def _run_all(
                     if entry["state"] == FINISHED:
                         console.print(f"{where}: finished before.")
                         continue
-                    begun = entry["state"] == BEGUN
-                    console.print(f"{where}: {'goes on' if begun else 'starts'} ...")
-                    timed_on = {"threads": threads, "device": run.config.run.device}
-                    if entry["seconds"] is not None and any(entry[name] != value for name, value in timed_on.items()):
-                        # Seconds of two kinds are no time of a training.
-                        entry |= {"seconds": None, "timed": False}
-                    entry |= timed_on | {"running": True}
+                    console.print(f"{where}: {'goes on' if entry['state'] == BEGUN else 'starts'} ...")
+                    _note_start(entry, threads, run.config.run.device)
                     _write_record(out, record)
                     try:
                         process = _start(run, lock, threads)
+                        active.append(_Training(where, run, entry, process, time.monotonic()))
                     except (DanFastError, OSError) as error:
                         del entry["running"]
                         entry |= {"state": FAILED, "sentence": str(error)}
                         _write_record(out, record)
                         console.print(f"{where}: failed: {error}")
-                        continue
-                    active.append(_Training(where, run, entry, process, time.monotonic()))
                 if stop.requested and not signalled:
                     for training in active:
                         training.process.send_signal(signal.SIGTERM)
@@ -222,6 +216,14 @@ def _start(run: PlannedRun, lock: int, threads: int | None) -> subprocess.Popen[
             pass_fds=(lock,),
             env={**os.environ, **limits},
         )
+
+
+def _note_start(entry: dict[str, Any], threads: int | None, device: str) -> None:
+    timed_on = {"threads": threads, "device": device}
+    if entry["seconds"] is not None and any(entry[name] != value for name, value in timed_on.items()):
+        # Seconds of two kinds are no time of a training.
+        entry |= {"seconds": None, "timed": False}
+    entry |= timed_on | {"running": True}
 
 
 def _note_end(training: _Training, stopped: bool, console: Console) -> None:
@@ -282,13 +284,13 @@ def _sentence(run: PlannedRun, code: int | None) -> str:
 def _results(run: PlannedRun) -> str:
     content = json.loads((run.folder / RESULTS).read_text(encoding="utf-8"))
     found = [Evaluation.from_dict(each) for each in content["targets"]]
-    parts = [f"{each.title} R1 {100 * each.cmc[0]:.1f}, mAP {100 * each.mAP:.1f}{_mark(each)}" for each in found]
+    parts = [f"{each.title} R1 {100 * each.cmc[0]:.1f}, mAP {100 * each.mAP:.1f}{_marks(each)}" for each in found]
     return "; ".join(parts) or "finished, no target to evaluate on"
 
 
-def _mark(evaluation: Evaluation) -> str:
+def _marks(evaluation: Evaluation) -> str:
     """Why figures do not compare with others, in parentheses; "" for most."""
-    marks = [mark for mark in (CHOSEN, SEEN) if mark in f"{evaluation.epoch}; {evaluation.seen}"]
+    marks = caveats(f"{evaluation.epoch}; {evaluation.seen}")
     return f" ({'; '.join(marks)})" if marks else ""
 
 
