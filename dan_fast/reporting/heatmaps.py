@@ -93,15 +93,12 @@ def attention_overlays(
         ((2, 32, 16, 3), False)
     """
     originals, heat = _prepare(images, spatial_attention, map_size, preprocessing)
-    return _bytes(originals), _bytes(_overlay(originals, heat))
-
-
-def _bytes(pixels: np.ndarray) -> np.ndarray:
-    return (255 * pixels + 0.5).astype(np.uint8)
+    overlaid = 0.5 * originals + 0.5 * matplotlib.colormaps[_COLOURMAP](heat)[..., :3]
+    return (255 * originals + 0.5).astype(np.uint8), (255 * overlaid + 0.5).astype(np.uint8)
 
 
 def _prepare(
-    images: Tensor, spatial_attention: Tensor, map_size: tuple[int, int], preprocessing: Preprocessing = IMAGENET
+    images: Tensor, spatial_attention: Tensor, map_size: tuple[int, int], preprocessing: Preprocessing
 ) -> tuple[np.ndarray, np.ndarray]:
     """Images (n, H, W, 3) and heat (n, H, W), both in [0, 1]."""
     if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
@@ -122,11 +119,6 @@ def _prepare(
     pixels = images.detach().to("cpu", torch.float32) * torch.tensor(preprocessing.std).view(3, 1, 1)
     pixels = (pixels + torch.tensor(preprocessing.mean).view(3, 1, 1)).clamp(0, 1)
     return pixels.permute(0, 2, 3, 1).numpy(), heat.numpy()
-
-
-def _overlay(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    colours = matplotlib.colormaps[_COLOURMAP](heat)[..., :3]
-    return 0.5 * pixels + 0.5 * colours
 
 
 def _draw_scale(figure: Figure) -> None:

@@ -13,10 +13,10 @@ from torch.utils.tensorboard import SummaryWriter
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.preprocessing import IMAGENET, MEAN, Preprocessing
 from dan_fast.evaluation.features import Features
-from dan_fast.reporting import curves, heatmaps, ranked
+from dan_fast.reporting import curves, ranked
 from dan_fast.reporting.canvas import RIGHT, WRONG
 from dan_fast.reporting.curves import plot_curves, read_scalars
-from dan_fast.reporting.heatmaps import _prepare, plot_attention
+from dan_fast.reporting.heatmaps import _prepare, attention_overlays, plot_attention
 from dan_fast.reporting.html import Figure, Table, write_report
 from dan_fast.reporting.ranked import plot_ranked_lists, ranked_list
 from dan_fast.training.scalars import Scalars
@@ -195,14 +195,14 @@ def test_attention_is_scaled_and_lies_the_right_way_up():
     attention = torch.zeros(2, 4, 2)
     attention[0, 0, 1] = 0.01
     attention[1, 3, 0] = 7.0
-    pixels, heat = _prepare(torch.zeros(2, 3, 32, 16), attention.flatten(1), (4, 2))
+    images = torch.zeros(2, 3, 32, 16)
+    _, heat = _prepare(images, attention.flatten(1), (4, 2), IMAGENET)
     assert heat.shape == (2, 32, 16)
     np.testing.assert_allclose([heat.min((1, 2)), heat.max((1, 2))], [[0, 0], [1, 1]], atol=1e-6)
     assert heat[0, 2, 13] > 0.9 > 0.3 > heat[0, 2, 2]
     assert heat[1, 29, 2] > 0.9 > 0.3 > heat[1, 2, 2]
-    overlay = heatmaps._overlay(pixels[0], heat[0])
-    assert overlay[2, 15, 0] > overlay[30, 0, 0]  # red where it looks
-    assert overlay[2, 15, 0] < 1
+    overlay = attention_overlays(images, attention.flatten(1), (4, 2))[1][0]
+    assert 255 > overlay[2, 15, 0] > overlay[30, 0, 0]  # red where it looks
 
 
 @pytest.mark.parametrize("count", [1, 6])
@@ -276,7 +276,7 @@ def test_attention_states_the_range_that_its_colours_span(tmp_path, monkeypatch)
 
 def test_nearly_flat_attention_is_enlarged_without_stripes():
     attention = 0.49 + 1e-6 * torch.rand(1, 6, generator=torch.Generator().manual_seed(0))
-    _, heat = _prepare(torch.zeros(1, 3, 96, 48), attention, (3, 2))
+    _, heat = _prepare(torch.zeros(1, 3, 96, 48), attention, (3, 2), IMAGENET)
     # A smooth map changes little from pixel to pixel and the change keeps its sign almost everywhere.
     steps = np.diff(heat[0], axis=1)
     assert (np.sign(steps[:, 1:]) != np.sign(steps[:, :-1])).mean() < 0.1
