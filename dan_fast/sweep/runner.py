@@ -23,6 +23,7 @@ from dan_fast.core.files import NO_LOCKS, write_text
 from dan_fast.core.home import expanded
 from dan_fast.core.launched import number_of_ranks
 from dan_fast.core.signals import StopRequest
+from dan_fast.core.terminal import PLAIN
 from dan_fast.core.yaml_files import read_mapping
 from dan_fast.evaluation import Evaluation
 from dan_fast.reporting.arms import FINISHED, Comparison, read_comparison
@@ -86,7 +87,7 @@ def sweep(
     runs = plan_sweep(grid, base, folder, recipe)
     for run in runs:
         _require_same_settings(run)
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = Console(**PLAIN)
     if list:
         table = Table("run", "state")
         for run in runs:

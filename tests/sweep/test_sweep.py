@@ -179,8 +179,8 @@ def test_the_home_folder_is_written_out_in_base_and_grid(tmp_path):
 
 
 def test_results_are_said_in_percent(quick, three, capsys):
-    quick(reductions(three, 5), **{reduce(5): [evaluation("street", 0.5, 0.25)]})
-    assert "street R1 50.0, mAP 25.0 (" in capsys.readouterr().out, "the seconds follow"
+    quick(reductions(three, 5), **{reduce(5): [evaluation("[b]:snake:", 0.5, 0.25)]})
+    assert "[b]:snake: R1 50.0, mAP 25.0 (" in capsys.readouterr().out, "the seconds follow"
     chosen = {"variant": "labeled", "epoch": f"epoch 3 of 9, {CHOSEN}", "seen": f"2 {SEEN}"}
     quick(reductions(three, 7), **{reduce(7): [evaluation("street", 0.5, 0.25) | chosen]})
     assert f"street (labeled) R1 50.0, mAP 25.0 ({CHOSEN}; {SEEN}) (" in capsys.readouterr().out
@@ -336,7 +336,7 @@ def quick(tmp_path, monkeypatch):
     monkeypatch.setattr(sweeping, "_command", lambda folder: [sys.executable, str(script), str(folder)])
 
     def run(grid: Path, parallel: int = 1, **plan: object) -> list[str]:
-        (out / "plan").write_text(json.dumps({name.replace("_", "."): what for name, what in plan.items()}))
+        (out / "plan").write_text(json.dumps(plan))
         try:
             sweep(str(grid), out=str(out), report=False, parallel=parallel)
         finally:
