@@ -76,7 +76,7 @@ def report() -> Report:
 
 def print_report() -> int:
     """Prints `report()` as tables and returns its exit code."""
-    console = Console()
+    console = Console(emoji=False)
     found = report()
     console.print(_table("Versions", ("", ""), found.versions))
     console.print(_table("Extension", ("", ""), found.built))

@@ -89,7 +89,7 @@ def test_without_the_extension_it_says_why_and_all_is_well(monkeypatch, tmp_path
 
 
 def test_a_library_that_does_not_load_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    broken = tmp_path / "[odd]_native.so"
+    broken = tmp_path / "[odd]:snake:_native.so"
     broken.write_bytes(b"not a library")
     monkeypatch.setattr(_extension, "LIBRARY", broken)
     text, code = printed()
