@@ -137,7 +137,9 @@ class Comparison:
             title = f"{target.title} ({target.protocol})" if target.protocol else target.title
             rows = [self._cells(arm, target) for arm in self.arms]
             tables.append(Table(f"{self.name}: {title}", columns, rows))
-        return [*tables[:-1], *(last._replace(note=" ".join(self.notes())) for last in tables[-1:])]
+        if tables:
+            tables[-1] = tables[-1]._replace(note=" ".join(self.notes()))
+        return tables
 
     def notes(self) -> list[str]:
         """How to read the tables, what the arms are, and which trainings are missing; whole sentences."""

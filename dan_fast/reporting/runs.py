@@ -202,10 +202,9 @@ def _read_run(folder: Path, name: str) -> Run:
     data = settings["data"]
     said = _sources(data) | said
     if data["unlabeled_share"] == 0:
-        said["unlabeled"] = []
+        said["unlabeled"] = ()
     if data["iterations"]:
         said["iterations"] = data["iterations"]
-    said |= {role: tuple(map(printable, said[role])) for role in ("labeled", "unlabeled")}
     return Run(name, folder, settings, recipe=recipe, results=tuple(results), baselines=tuple(baselines),
                complaints=tuple(complaints), **said)  # fmt: skip
 
@@ -214,6 +213,7 @@ def _said(content: Mapping[str, Any]) -> dict[str, Any]:
     """What results.json says of a training beside the figures; older versions do not write all of it."""
     names = ("labeled", "unlabeled", "ranks", "started_from", "skipped")
     said = {name: content[name] for name in names if content.get(name) is not None}
+    said |= {role: tuple(map(printable, said[role])) for role in ("labeled", "unlabeled") if role in said}
     if content.get("iterations"):
         said["iterations"] = content["iterations"] // content["epochs"]
     return said
@@ -232,13 +232,13 @@ def _is_of(folder: Path, evaluations: Sequence[Any]) -> bool:
     return not found or named <= found
 
 
-def _sources(data: Mapping[str, Any]) -> dict[str, list[str]]:
+def _sources(data: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """The datasets that the settings name, by role."""
     roles = ("labeled", "unlabeled")
     protocol = PROTOCOLS.get(data["protocol"])
     if protocol is None:
-        return {role: [dataset_word(path) for path in data[role]] for role in roles}
-    return {role: [part.title for part in getattr(protocol, role)] for role in roles}
+        return {role: tuple(printable(dataset_word(path)) for path in data[role]) for role in roles}
+    return {role: tuple(part.title for part in getattr(protocol, role)) for role in roles}
 
 
 def _read_settings(path: Path) -> tuple[dict[str, dict[str, Any]], str]:

@@ -125,7 +125,8 @@ def test_missing_pieces_are_said_in_the_page(trained, images, tmp_path):
     state = torch.load(trained / "checkpoint.pt")
     del state["config"]["data"]["image_size"]
     torch.save(state, older / "checkpoint.pt")
-    for number, wrong in enumerate(({"iterations": 3, "epochs": 0}, {"labeled": None}, {"targets": [None]})):
+    odd = ({"iterations": 3, "epochs": 0}, {"labeled": None}, {"labeled": [5]}, {"targets": [None]})
+    for number, wrong in enumerate(odd):
         with_results(fake_run(tmp_path / f"odd{number}", data={"labeled": None}), {"mAP": None}, **wrong)
     with_results(fake_run(tmp_path / "nulls"), **dict.fromkeys(("ranks", "started_from", "skipped")))
     damaged = fake_run(tmp_path / "damaged")
@@ -140,7 +141,7 @@ def test_missing_pieces_are_said_in_the_page(trained, images, tmp_path):
     assert re.search(r"older \| heat maps, Fig. 9 \| .*checkpoint.pt does not fit this version of dan_fast", text)
     assert re.search(r"damaged \| heat maps and t-SNE.*truncated or no checkpoint", text)
     assert "damaged | curves | " in text
-    assert text.count("holds no evaluations of this version") == 4
+    assert text.count("holds no evaluations of this version") == 5
 
 
 @pytest.mark.slow
