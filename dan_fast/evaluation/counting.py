@@ -8,7 +8,7 @@ import functools
 import platform
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -20,8 +20,7 @@ from dan_fast import _extension
 from dan_fast._sources import AGAIN
 from dan_fast.core.errors import DanFastError
 from dan_fast.evaluation import counting_torch
-from dan_fast.evaluation.distances import PartDistances, distance_scale, square_norms
-from dan_fast.evaluation.divided import Division, refused_by_all
+from dan_fast.evaluation.distances import distance_scale
 from dan_fast.evaluation.pairs import Labels, Pairs, pairs_in_blocks
 from dan_fast.evaluation.problem import RankingProblem
 
@@ -64,22 +63,23 @@ def _kernels_for(tensor: Tensor) -> ModuleType | None:
     return module
 
 
-def ranks_by_distances(
-    distances: Tensor, labels: Labels, budget: int, not_numbers: Callable[[], Exception]
-) -> Iterator[tuple[Pairs, np.ndarray]]:
+def ranks_by_distances(distances: Tensor, labels: Labels, budget: int) -> Iterator[tuple[Pairs, np.ndarray]]:
     """Blocks of queries and the ranks of their matches, ascending within a query.
 
     Args:
         distances: (Q, G), any real dtype and device.
         labels: identities and cameras.
         budget: bytes that may be allocated at a time.
-        not_numbers: makes the error that is raised at a NaN.
+
+    Raises:
+        ValueError: a distance is NaN.
     """
+    not_numbers = ValueError("distances holds NaN; every query-gallery pair needs a distance.")
     module = _kernels_for(distances)
     if module is None:
         rows = max(1, budget // distances[:1].nbytes)
         if any(bool(torch.isnan(block).any()) for block in distances.split(rows)):
-            raise not_numbers()
+            raise not_numbers
         yield from counting_torch.ranks_by_distances(distances, labels, budget)
         return
     matrix, threads = _adjacent(distances), torch.get_num_threads()
@@ -87,7 +87,7 @@ def ranks_by_distances(
         array, dtype = _array(matrix[pairs.rows])
         ranks = module.distances_ranks(array, dtype, *pairs[1:], threads)
         if ranks is None:
-            raise not_numbers()
+            raise not_numbers
         yield pairs, ranks
 
 
@@ -99,14 +99,16 @@ def ranks_by_features(problem: RankingProblem) -> Iterator[tuple[Pairs, np.ndarr
     """
     module = _kernels_for(problem.query)
     if module is None or problem.group is not None:
-        yield from _ranks_by_parts(problem)
+        yield from counting_torch.ranks_by_features(problem)
         return
     query, gallery, threads = _adjacent(problem.query), _adjacent(problem.gallery), torch.get_num_threads()
     array, dtype = _array(gallery)
     squares = module.square_norms(*_array(query), threads), module.square_norms(array, dtype, threads)
     problem.check_squares(*squares)
     scale = distance_scale(*squares, problem.metric)
-    for pairs in _feature_blocks(query, problem.labels, problem.block_bytes):
+    query_bytes = _QUERY_BYTES + (8 if query.dtype == torch.float64 else 4) * (query.shape[1] + 32)
+    pair_bytes = _PAIR_BYTES + _THREAD_BYTES * threads
+    for pairs in pairs_in_blocks(problem.labels, query_bytes, pair_bytes, problem.block_bytes):
         ranks = module.features_ranks(
             _array(query[pairs.rows])[0],
             array,
@@ -121,54 +123,6 @@ def ranks_by_features(problem: RankingProblem) -> Iterator[tuple[Pairs, np.ndarr
             threads,
         )
         yield pairs, ranks
-
-
-def _feature_blocks(query: Tensor, labels: Labels, budget: int) -> Iterator[Pairs]:
-    query_bytes = _QUERY_BYTES + (8 if query.dtype == torch.float64 else 4) * (query.shape[1] + 32)
-    return pairs_in_blocks(labels, query_bytes, _PAIR_BYTES + _THREAD_BYTES * torch.get_num_threads(), budget)
-
-
-def _ranks_by_parts(problem: RankingProblem) -> Iterator[tuple[Pairs, np.ndarray]]:
-    """As :func:`ranks_by_features`, in PyTorch operations, of a gallery that may be divided over ranks; collective.
-
-    Blocks are those of :func:`ranks_by_features` of the whole, so that what is averaged is added in one order.
-    """
-    query, budget = problem.query, problem.block_bytes
-    division, labels, squares = whole_gallery(problem)
-    scale = distance_scale(*squares, problem.metric)
-    distances = PartDistances(query, problem.gallery, scale, budget, division.rows.start)
-    query_bytes = counting_torch.features_bytes(distances, len(division))
-    found = counting_torch.ranks_of_part(distances, labels, budget, query_bytes, division)
-    yield from found if _kernels_for(query) is None else in_blocks(found, _feature_blocks(query, labels, budget))
-
-
-def whole_gallery(problem: RankingProblem) -> tuple[Division, Labels, tuple[np.ndarray, np.ndarray]]:
-    """How a gallery is divided, its labels, and the squared norms of the queries and of it; collective.
-
-    Args:
-        problem: without a group its gallery is the whole.
-    """
-    query, shard, group = problem.query, problem.gallery, problem.group
-    with refused_by_all(group, ValueError, "check its part of the gallery"):
-        own = square_norms(query, problem.block_bytes), square_norms(shard, problem.block_bytes)
-        problem.check_squares(*own)
-    division = Division.of_part(group, shard)
-    ids, cams, squares = (
-        division.gather_array(x, shard.device)
-        for x in (problem.labels.gallery_ids, problem.labels.gallery_cams, own[1])
-    )
-    if not len(division):
-        raise ValueError("gallery_features has no image on any rank; at least one of them needs some.")
-    return division, problem.labels._replace(gallery_ids=ids, gallery_cams=cams), (own[0], squares)
-
-
-def in_blocks(found: Iterable[tuple[Pairs, np.ndarray]], blocks: Iterable[Pairs]) -> Iterator[tuple[Pairs, np.ndarray]]:
-    """The same ranks in other blocks of queries."""
-    ranks, start = np.concatenate([ranks for _, ranks in found]), 0
-    for pairs in blocks:
-        stop = start + int(pairs.match_offsets[-1])
-        yield pairs, ranks[start:stop]
-        start = stop
 
 
 def _adjacent(matrix: Tensor) -> Tensor:

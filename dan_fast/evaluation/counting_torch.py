@@ -1,18 +1,18 @@
 """Ranks of true matches in PyTorch operations, block by block: for GPUs, and where there is no compiled module."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dan_fast.evaluation.distances import PartDistances
-from dan_fast.evaluation.divided import Division
+from dan_fast.evaluation.distances import ENTRY_BYTES, PartDistances, distance_scale, square_norms
+from dan_fast.evaluation.divided import Division, refused_by_all
 from dan_fast.evaluation.pairs import Labels, Pairs, pairs_in_blocks
+from dan_fast.evaluation.problem import RankingProblem
 
-# Bytes of temporaries for each pair of a query and a gallery image that is compared at once.
-_ENTRY_BYTES = 64
+# Bytes of temporaries for each gallery image of a query's identity.
 _PAIR_BYTES = 160
 
 
@@ -30,58 +30,83 @@ class Matches(NamedTuple):
     counts: Tensor
 
 
+class _GivenDistances:
+    """(Q, G) distances without NaN, as `ranks_of_part` takes them: near ones are exact."""
+
+    def __init__(self, matrix: Tensor, columns: int) -> None:
+        self.matrix, self.columns, self.images = matrix, columns, slice(0, matrix.shape[1])
+        self.wide = torch.float64 if matrix.is_floating_point() else torch.int64
+        self.uncertainty = torch.zeros((), dtype=self.wide, device=matrix.device)
+
+    def of_rows(self, rows: slice) -> "_GivenDistances":
+        return _GivenDistances(self.matrix[rows], self.columns)
+
+    def near(self, columns: slice) -> Tensor:
+        return self.matrix[:, columns].to(self.wide)
+
+    def exact(self, queries: Tensor, places: Tensor) -> Tensor:
+        return self.matrix[queries, places].to(self.wide)
+
+
 def ranks_by_distances(distances: Tensor, labels: Labels, budget: int) -> Iterator[tuple[Pairs, np.ndarray]]:
     """As `dan_fast.evaluation.counting.ranks_by_distances`, of (Q, G) distances without NaN."""
-    gallery = distances.shape[1]
-    wide = torch.float64 if distances.is_floating_point() else torch.int64
-    for pairs in pairs_in_blocks(labels, _ENTRY_BYTES * min(gallery, _columns(budget)), _PAIR_BYTES, budget):
-        block = distances[pairs.rows]
-        queries, places = _indices(pairs, distances.device)
-        matches, buckets = prepare(pairs, block[queries, places].to(wide))
-        for first in range(0, gallery, _columns(budget)):
-            values = block[:, first : first + _columns(budget)].to(wide)
-            _count(
-                values,
-                first,
-                matches,
-                matches.distances,
-                matches.distances,
-                buckets,
-                lambda q, g, v=values, f=first: v[q, g - f],
-            )
-        yield pairs, _ranks(buckets, matches)
+    gallery, columns = distances.shape[1], max(1, budget // (8 * ENTRY_BYTES))
+    given, query_bytes = _GivenDistances(distances, columns), ENTRY_BYTES * min(gallery, columns)
+    return ranks_of_part(given, labels, budget, query_bytes, Division(None, [gallery]))
 
 
-def features_bytes(distances: PartDistances, images: int) -> int:
-    """What a query takes that is compared with so many images by its features."""
-    columns = max(1, min(_columns(distances.budget), distances.columns))
-    return _ENTRY_BYTES * min(images, columns) + 16 * distances.query.shape[1]
+def ranks_by_features(problem: RankingProblem) -> Iterator[tuple[Pairs, np.ndarray]]:
+    """As `dan_fast.evaluation.counting.ranks_by_features`, of a gallery that may be divided over ranks; collective."""
+    query, budget = problem.query, problem.block_bytes
+    division, labels, squares = whole_gallery(problem)
+    scale = distance_scale(*squares, problem.metric)
+    distances = PartDistances(query, problem.gallery, scale, budget, division.rows.start)
+    query_bytes = ENTRY_BYTES * min(len(division), distances.columns) + 16 * query.shape[1]
+    return ranks_of_part(distances, labels, budget, query_bytes, division)
+
+
+def whole_gallery(problem: RankingProblem) -> tuple[Division, Labels, tuple[np.ndarray, np.ndarray]]:
+    """How a gallery is divided, its labels, and the squared norms of the queries and of it; collective.
+
+    Args:
+        problem: without a group its gallery is the whole.
+    """
+    query, shard, group = problem.query, problem.gallery, problem.group
+    with refused_by_all(group, ValueError, "check its part of the gallery"):
+        own = square_norms(query, problem.block_bytes), square_norms(shard, problem.block_bytes)
+        problem.check_squares(*own)
+    division = Division.of_part(group, shard)
+    ids, cams, squares = (
+        division.gather_array(x, shard.device)
+        for x in (problem.labels.gallery_ids, problem.labels.gallery_cams, own[1])
+    )
+    if not len(division):
+        raise ValueError("gallery_features has no image on any rank; at least one of them needs some.")
+    return division, problem.labels._replace(gallery_ids=ids, gallery_cams=cams), (own[0], squares)
 
 
 def ranks_of_part(
     distances: PartDistances, labels: Labels, budget: int, query_bytes: int, division: Division
 ) -> Iterator[tuple[Pairs, np.ndarray]]:
-    """As `ranks_by_distances`, of features, for the rank that holds a part of the gallery; collective.
+    """As `ranks_by_distances`, for the rank that holds a part of the gallery; collective.
 
     Counts of all parts add up to ranks.
 
     Args:
-        distances: of the queries and the part; `reranking` has its own, with the same attributes.
+        distances: of the queries and the part, or others with the same attributes.
         labels: of the whole gallery.
         budget: bytes that may be allocated at a time.
         query_bytes: that a query takes beside its pairs.
         division: of the gallery.
     """
-    images, columns = distances.images, max(1, min(_columns(budget), distances.columns))
+    images = distances.images
     for pairs in pairs_in_blocks(labels, query_bytes, _PAIR_BYTES, budget):
         block = distances.of_rows(pairs.rows)
         matches, buckets = prepare(pairs, exact_of_pairs(block, pairs, division))
         if division.rank > 0:  # the junk of all parts is taken out once
             buckets.zero_()
-        bounds = matches.distances - block.uncertainty, matches.distances + block.uncertainty
-        for first in range(0, images.stop - images.start, columns):
-            values = block.near(slice(first, first + columns))
-            _count(values, images.start + first, matches, *bounds, buckets, block.exact)
+        for first in range(0, images.stop - images.start, distances.columns):
+            _count(block, slice(first, first + distances.columns), matches, buckets)
         yield pairs, _ranks(division.add_up(buckets), matches)
 
 
@@ -89,13 +114,10 @@ def exact_of_pairs(block: PartDistances, pairs: Pairs, division: Division) -> Te
     """(pairs,) distances of a block's queries, each from the rank that holds its image of the gallery; collective."""
     queries, places = _indices(pairs, block.uncertainty.device)
     held = (places >= block.images.start) & (places < block.images.stop)
-    distances = torch.zeros(len(places), dtype=torch.float64, device=places.device)
-    distances[held] = block.exact(queries[held], places[held])
+    exact = block.exact(queries[held], places[held])
+    distances = exact.new_zeros(len(places))
+    distances[held] = exact
     return division.add_up(distances)
-
-
-def _columns(budget: int) -> int:
-    return max(1, budget // (8 * _ENTRY_BYTES))
 
 
 def _indices(pairs: Pairs, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -141,42 +163,30 @@ def _add(buckets: Tensor, queries: Tensor, columns: Tensor, number: int) -> None
     buckets += number * torch.bincount(flat, minlength=buckets.numel()).view_as(buckets)
 
 
-def _count(
-    values: Tensor,
-    first: int,
-    matches: Matches,
-    lower: Tensor,
-    upper: Tensor,
-    buckets: Tensor,
-    exact: Callable[[Tensor, Tensor], Tensor],
-) -> None:
-    """Adds each of the (b, columns) values to the bucket of the first match that it comes before.
-
-    Below `lower` a value comes before the match for certain, above `upper` after it; between them
-    `exact(queries, places)` decides.
-    """
+def _count(block: PartDistances, columns: slice, matches: Matches, buckets: Tensor) -> None:
+    """Add each image at some columns of the part to the bucket of the first match that it comes before."""
     if matches.distances.shape[1] == 0:
         return
-    bucket, near = near_matches(values, matches, lower, upper)
-    queries, columns = near.nonzero(as_tuple=True)
-    places = columns + first
-    bucket[queries, columns] = _exact_bucket(matches, queries, exact(queries, places), places)
-    _add(
-        buckets,
-        torch.arange(len(values), device=values.device)[:, None].expand_as(bucket).reshape(-1),
-        bucket.reshape(-1),
-        1,
-    )
+    bucket, near = near_matches(block.near(columns), matches, block.uncertainty)
+    queries, found = near.nonzero(as_tuple=True)
+    places = found + (block.images.start + columns.start)
+    bucket[queries, found] = _exact_bucket(matches, queries, block.exact(queries, places), places)
+    rows = torch.arange(len(bucket), device=bucket.device)[:, None].expand_as(bucket)
+    _add(buckets, rows.reshape(-1), bucket.reshape(-1), 1)
 
 
-def near_matches(values: Tensor, matches: Matches, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """How many matches' `lower` each of the (b, c) values reaches, and whether it is not above the last one's `upper`.
+def near_matches(values: Tensor, matches: Matches, uncertainty: Tensor) -> tuple[Tensor, Tensor]:
+    """How many matches each of (b, c) distances may come after, and whether its exact distance has to decide.
 
-    Where it is above, it is nowhere between a match's `lower` and `upper`.
+    Args:
+        values: the distances.
+        matches: of the b queries.
+        uncertainty: how far the distances may be from the exact ones, which those of matches are; (b, 1) or a number.
     """
-    bucket = torch.searchsorted(lower.contiguous(), values.contiguous(), right=True)
+    bucket = torch.searchsorted(matches.distances - uncertainty, values.contiguous(), right=True)
     bucket = bucket.minimum(matches.counts[:, None])
-    return bucket, (bucket > 0) & ~(values > upper.gather(1, (bucket - 1).clamp(min=0)))
+    last = (matches.distances + uncertainty).gather(1, (bucket - 1).clamp(min=0))
+    return bucket, (bucket > 0) & ~(values > last)
 
 
 def _ranks(buckets: Tensor, matches: Matches) -> np.ndarray:

@@ -15,7 +15,9 @@ from torch import Tensor
 
 Metric: TypeAlias = Literal["cosine", "euclidean"]
 
-SMALLEST_NORM = 1e-12
+# Bytes of temporaries for each distance of a query and a gallery image that are compared at once.
+ENTRY_BYTES = 64
+_SMALLEST_NORM = 1e-12
 _GRID_BITS = 40
 
 
@@ -41,7 +43,7 @@ def distance_scale(query_squares: np.ndarray, gallery_squares: np.ndarray, metri
     largest = float(gallery_squares.max())
     exponent = int(np.frexp(np.sqrt(max(largest, float(query_squares.max()))))[1])
     if metric == "cosine":
-        query, gallery = (np.maximum(np.sqrt(x), SMALLEST_NORM) for x in (query_squares, gallery_squares))
+        query, gallery = (np.maximum(np.sqrt(x), _SMALLEST_NORM) for x in (query_squares, gallery_squares))
         return DistanceScale(True, query, gallery, np.full(len(query), np.ldexp(1.0, -_GRID_BITS)), 1.0)
     # A power of two, so that going to the grid and back is exact.
     fraction, power = np.frexp(np.maximum(query_squares + largest, 1e-300))
@@ -86,7 +88,7 @@ class PartDistances:
     def __init__(self, query: Tensor, part: Tensor, scale: DistanceScale, budget: int, start: int = 0) -> None:
         self.query, self.part, self.scale, self.budget = query, part, scale, budget
         self.images = slice(start, start + len(part))
-        self.columns = max(1, budget // (32 * query.shape[1]))
+        self.columns = max(1, budget // max(32 * query.shape[1], 8 * ENTRY_BYTES))
         query_norms, norms, self.steps = (
             torch.from_numpy(x).to(query.device)
             for x in (scale.query_norms, scale.gallery_norms[self.images], scale.steps)

@@ -30,11 +30,6 @@ from dan_fast.evaluation.problem import (
     checked_problem,
 )
 
-NO_MATCH = (
-    "query_ids share no identity with gallery_ids seen by another camera; no query can be scored. "
-    "Check the identities and cameras of the two sets."
-)
-
 
 class NoMatchError(ValueError):
     """No query has a match in the gallery, so there is nothing to average."""
@@ -147,11 +142,7 @@ def rank_distances(
     labels = check_labels(query_ids, gallery_ids, query_cams, gallery_cams, *matrix.shape)
     check_scoring(max_rank, ap)
     check_block_bytes(block_bytes)
-
-    def not_numbers() -> ValueError:
-        return ValueError("distances holds NaN; every query-gallery pair needs a distance.")
-
-    return score(ranks_by_distances(matrix, labels, block_bytes, not_numbers), max_rank, ap)
+    return score(ranks_by_distances(matrix, labels, block_bytes), max_rank, ap)
 
 
 def pairwise_distances(query: Tensor, gallery: Tensor, metric: Metric = "cosine") -> Tensor:
@@ -178,22 +169,20 @@ def pairwise_distances(query: Tensor, gallery: Tensor, metric: Metric = "cosine"
 
 
 def score(blocks: Iterable[tuple[Pairs, np.ndarray]], max_rank: int, ap: AveragePrecision) -> RankingResult:
-    """Figures from the ranks of the matches, queries in blocks; NoMatchError where there are none."""
-    found, precision_sum, penalty_sum, num_valid = np.zeros(max_rank, dtype=np.int64), 0.0, 0.0, 0
-    for pairs, ranks in blocks:
-        first, precisions, penalties = _score_block(pairs, ranks, ap)
-        found += np.bincount(first[first <= max_rank] - 1, minlength=max_rank)
-        precision_sum += float(precisions.sum())
-        penalty_sum += float(penalties.sum())
-        num_valid += len(first)
-    if num_valid == 0:
-        raise NoMatchError(NO_MATCH)
-    return RankingResult(
-        cmc=torch.from_numpy(found.cumsum() / num_valid),
-        mAP=precision_sum / num_valid,
-        mINP=penalty_sum / num_valid,
-        num_valid=num_valid,
-    )
+    """Figures from the ranks of the matches, queries in blocks, on which they do not depend."""
+    scored = zip(*(_score_block(pairs, ranks, ap) for pairs, ranks in blocks), strict=True)
+    return averaged(*map(np.concatenate, scored), max_rank)
+
+
+def averaged(first: np.ndarray, precisions: np.ndarray, penalties: np.ndarray, max_rank: int) -> RankingResult:
+    """Figures from those of each query that has a match, as `_score_block` gives them; NoMatchError where none has."""
+    if not len(first):
+        raise NoMatchError(
+            "query_ids share no identity with gallery_ids seen by another camera; no query can be scored. "
+            "Check the identities and cameras of the two sets."
+        )
+    cmc = np.bincount(first[first <= max_rank] - 1, minlength=max_rank).cumsum() / len(first)
+    return RankingResult(torch.from_numpy(cmc), float(precisions.mean()), float(penalties.mean()), len(first))
 
 
 def _score_block(pairs: Pairs, ranks: np.ndarray, ap: AveragePrecision) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -201,8 +190,6 @@ def _score_block(pairs: Pairs, ranks: np.ndarray, ap: AveragePrecision) -> tuple
     count, begin = pairs.match_counts, pairs.match_offsets[:-1]
     valid = count > 0
     count, begin = count[valid], begin[valid]
-    if not len(count):
-        return count, np.zeros(0), np.zeros(0)
     hit = np.arange(1, len(ranks) + 1) - np.repeat(begin, count)
     precision = hit / ranks
     if ap == "trapezoid":

@@ -13,13 +13,13 @@ from scipy import sparse
 from torch import Tensor
 
 from dan_fast.distributed.collectives import gather_parts
-from dan_fast.evaluation.distances import DistanceScale, Metric, PartDistances, distance_scale, on_grid
+from dan_fast.evaluation.distances import ENTRY_BYTES, DistanceScale, Metric, PartDistances, distance_scale, on_grid
 from dan_fast.evaluation.divided import Division
 
 # Rows of sparse products at a time: their results are many times as large as what is kept of them.
 _SPARSE_ROWS = 2048
-# Bytes of temporaries for each distance of a block, and for each number of the images that go round.
-_ENTRY_BYTES, _NUMBER_BYTES = 64, 8
+# Bytes of temporaries for each number of the images that go round.
+_NUMBER_BYTES = 8
 
 
 class Share(NamedTuple):
@@ -135,7 +135,7 @@ def nearest(images: Images, count: int) -> list[Nearest]:
         distances = torch.full((len(share.places), count), torch.inf, dtype=torch.float64, device=device)
         found.append(Nearest(distances, torch.zeros_like(distances, dtype=torch.int64), distances[:, 0] * -1))
     for number, places, distances in images.compared():
-        each = max(1, images.budget // (_ENTRY_BYTES * len(places)))
+        each = max(1, images.budget // (ENTRY_BYTES * len(places)))
         for first in range(0, len(distances.query), each):
             rows = slice(first, first + each)
             _add(Nearest(*(part[rows] for part in found[number])), places, distances.of_rows(rows))

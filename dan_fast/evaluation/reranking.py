@@ -17,11 +17,10 @@ from torch import Tensor
 
 from dan_fast.core.defaults import default_cpu
 from dan_fast.distributed.collectives import ProcessGroup
-from dan_fast.evaluation.counting import in_blocks, whole_gallery
-from dan_fast.evaluation.counting_torch import ranks_of_part
-from dan_fast.evaluation.distances import Metric, PartDistances, on_grid
+from dan_fast.evaluation.counting_torch import ranks_of_part, whole_gallery
+from dan_fast.evaluation.distances import ENTRY_BYTES, Metric, PartDistances, on_grid
 from dan_fast.evaluation.divided import Division, refused_by_all
-from dan_fast.evaluation.pairs import Labels, pairs_in_blocks
+from dan_fast.evaluation.pairs import Labels
 from dan_fast.evaluation.problem import (
     BLOCK_BYTES,
     ArrayLike,
@@ -35,8 +34,6 @@ from dan_fast.evaluation.reciprocal import Images, averaged, encodings, nearest,
 
 # Its name in protocols.
 RERANKED = "k-reciprocal re-ranking"
-# Bytes of temporaries for each distance of a block.
-_ENTRY_BYTES = 64
 # Below any distance that is not 0.
 _SMALLEST = 1e-300
 
@@ -101,10 +98,8 @@ def evaluate_reranked(
         check_reranking(reranking)
     distances, whole, division = _reranked(problem, reranking)
     # All images of the largest part at a time, as a query's Jaccard distances come together.
-    found = ranks_of_part(distances, whole, block_bytes, _ENTRY_BYTES * max(division.sizes), division)
-    # Blocks that do not depend on the ranks, so that what is averaged is added in one order.
-    blocks = pairs_in_blocks(whole, _ENTRY_BYTES * (len(problem.query) + len(division)), 0, block_bytes)
-    return score(in_blocks(found, blocks), max_rank, ap)
+    found = ranks_of_part(distances, whole, block_bytes, ENTRY_BYTES * max(division.sizes), division)
+    return score(found, max_rank, ap)
 
 
 def check_reranking(reranking: Reranking) -> None:

@@ -5,13 +5,12 @@ import torch
 
 from dan_fast.core.defaults import default_cpu
 from dan_fast.distributed.collectives import ProcessGroup
-from dan_fast.evaluation.counting import whole_gallery
-from dan_fast.evaluation.counting_torch import exact_of_pairs, near_matches, prepare
-from dan_fast.evaluation.distances import Metric, PartDistances, distance_scale
+from dan_fast.evaluation.counting_torch import exact_of_pairs, near_matches, prepare, whole_gallery
+from dan_fast.evaluation.distances import ENTRY_BYTES, Metric, PartDistances, distance_scale
 from dan_fast.evaluation.divided import Division, refused_by_all
 from dan_fast.evaluation.pairs import Labels, pairs_in_blocks
 from dan_fast.evaluation.problem import BLOCK_BYTES, ArrayLike, check_scoring, checked_problem
-from dan_fast.evaluation.ranking import NO_MATCH, NoMatchError, RankingResult
+from dan_fast.evaluation.ranking import RankingResult, averaged
 
 
 @default_cpu()
@@ -64,19 +63,16 @@ def evaluate_single_shot(
     division, labels, squares = whole_gallery(problem)
     scale = distance_scale(*squares, metric)
     distances = PartDistances(problem.query, problem.gallery, scale, block_bytes, division.rows.start)
-    found: list[np.ndarray] = []
-    rows = max(1, block_bytes // (64 * len(division)))
+    found = [np.zeros(0, dtype=np.int64)]
+    rows = max(1, block_bytes // (ENTRY_BYTES * len(division)))
     for cam in np.unique(labels.query_cams):
         draws = [_draw(labels, cam, seed, repeat) for repeat in range(repeats)]
         queries = np.flatnonzero((labels.query_cams == cam) & np.isin(labels.query_ids, labels.gallery_ids[draws[0]]))
         for block in np.split(queries, range(rows, len(queries), rows)) if len(queries) else ():
             found.append(_ranks(distances, labels, division, block, draws))
-    if not found:
-        raise NoMatchError(NO_MATCH)
     ranks = np.concatenate(found)
-    cmc = np.bincount(ranks[ranks <= max_rank] - 1, minlength=max_rank).cumsum() / len(ranks)
-    mean = float((1 / ranks).mean())
-    return RankingResult(torch.from_numpy(cmc), mean, mean, len(ranks) // repeats)
+    result = averaged(ranks, 1 / ranks, 1 / ranks, max_rank)
+    return result._replace(num_valid=result.num_valid // repeats)
 
 
 def _draw(labels: Labels, cam: int, seed: int, repeat: int) -> np.ndarray:
@@ -98,8 +94,7 @@ def _ranks(
     matches, _ = prepare(pairs, pair_distances)
     # Where a product of matrices cannot tell whether an image comes before a match, its exact distance is taken.
     values = block.near(slice(None))
-    bounds = matches.distances - block.uncertainty, matches.distances + block.uncertainty
-    rows, columns = near_matches(values, matches, *bounds)[1].nonzero(as_tuple=True)
+    rows, columns = near_matches(values, matches, block.uncertainty)[1].nonzero(as_tuple=True)
     values[rows, columns] = block.exact(rows, columns + own.start)
     # Ascending, as pairs come by query and place.
     keys = pairs.queries * len(division) + pairs.places
