@@ -17,7 +17,7 @@ from dan_fast.inference.sources import LISTS, PICTURES, Part, find_images, sampl
 from dan_fast.reporting.html import require_own_page
 from dan_fast.reporting.search_page import write_search_page
 from dan_fast.search import GalleryIndex, Update, update_index
-from dan_fast.search.index_folder import require_same_weights
+from dan_fast.search.index_folder import IndexFolder
 from dan_fast.search.kinds import IndexKind, faiss_library
 from dan_fast.search.lists import measured_recall, ranked_lists
 
@@ -68,7 +68,8 @@ def search(
     searched, asked = _of_split(gallery, "gallery"), _of_split(query, "query")
     images, queries = samples_of(searched), samples_of(asked)
     extractor = FeatureExtractor(checkpoint, device, batch_size, workers=workers, broken_images=broken_images)
-    require_same_weights(folder / "index", extractor)
+    known = IndexFolder(folder / "index", extractor)
+    known.read_latest()  # of another checkpoint it is refused before an image is embedded
     try:
         # The queries first: one that cannot be decoded is known before the gallery is embedded.
         with progress_line(console, f"Embedding {len(queries)} queries") as show:
@@ -76,10 +77,10 @@ def search(
         # The lists, the page and its images belong together, and to this gallery.
         with alone(folder / ".lock"):
             with progress_line(console, f"Embedding what is new of {len(images)} gallery images") as show:
-                update = update_index(folder / "index", extractor, images, index, show)
+                update = update_index(known, extractor, images, index, show)
             for line in _sentences(update, folder / "index"):
                 console.print(line, **PLAIN)
-            found = GalleryIndex(folder / "index", extractor, index)
+            found = GalleryIndex(known, extractor, index)
             lists = ranked_lists(found, asked, searched, features, top)
             for each in lists:
                 if each["matches"] is None:

@@ -13,23 +13,12 @@ import numpy as np
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import absolute, alone, remove_unfinished
-from dan_fast.core.home import expanded
 from dan_fast.data.images.cache_header import status_of
 from dan_fast.data.images.reading import DECODED_BY
 from dan_fast.data.samples import Sample, real_paths
 from dan_fast.inference.extractor import FeatureExtractor, Show
 from dan_fast.search import kinds
-from dan_fast.search.index_folder import (
-    COLUMNS,
-    FEATURES,
-    INDEX,
-    UNFINISHED,
-    mapped,
-    read_finished,
-    read_latest,
-    rows_of,
-    write_index,
-)
+from dan_fast.search.index_folder import COLUMNS, FEATURES, UNFINISHED, IndexFolder, rows_of
 from dan_fast.search.kinds import IndexKind
 from dan_fast.search.searcher import Found, Searcher
 
@@ -65,7 +54,7 @@ class GalleryIndex:
     """The images of a gallery, and those of them that are nearest to a feature.
 
     Args:
-        folder: what `update_index` wrote.
+        folder: what `update_index` wrote; as an `IndexFolder` it is not read again.
         extractor: it has to be of the checkpoint that the index was made with.
         kind: one that `update_index` has made.
 
@@ -101,19 +90,19 @@ class GalleryIndex:
         ('red.png', '1.000')
     """
 
-    def __init__(self, folder: str | Path, extractor: FeatureExtractor, kind: IndexKind = "flat") -> None:
-        folder = expanded(folder)
-        self.weights = extractor.weights
-        stored, index = read_finished(folder, self.weights, kind)
+    def __init__(self, folder: str | Path | IndexFolder, extractor: FeatureExtractor, kind: IndexKind = "flat") -> None:
+        known = folder if isinstance(folder, IndexFolder) else IndexFolder(folder, extractor)
+        self.weights = known.weights
+        stored, index = known.read_finished(kind)
         self.parameters = {} if kind == "flat" else stored["kinds"][kind]["parameters"]
-        features, count = mapped(folder, stored), len(stored["paths"])
+        count = len(stored["paths"])
         self.images = [
             Sample(Path(path), pid, camid)
             for path, pid, camid in zip(stored["paths"], stored["pids"], stored["camids"], strict=True)
         ]
         order = np.full(count, -1, dtype=np.int64)
         order[stored["gallery"]] = np.arange(len(stored["gallery"]))
-        self._searcher = Searcher(features, order, kind, index)
+        self._searcher = Searcher(known.features(count), order, kind, index)
 
     def search(self, features: np.ndarray, places: int, exact: bool = False) -> Found:
         """The images nearest to (Q,C) features of length 1; `exact` compares all features whatever the kind is.
@@ -140,7 +129,7 @@ class GalleryIndex:
 
 
 def update_index(
-    folder: str | Path,
+    folder: str | Path | IndexFolder,
     extractor: FeatureExtractor,
     gallery: Sequence[Sample],
     kind: IndexKind = "flat",
@@ -156,7 +145,7 @@ def update_index(
     parameters; and for each approximate kind that was asked for faiss's own file.
 
     Args:
-        folder: a new one, or one that this has written.
+        folder: a new one, or one that this has written; or as for `GalleryIndex`.
         extractor: with `broken_images` "skip" images that cannot be decoded are left out; a later call tries them
             again.
         gallery: the images; of several of one file, by whatever path or symbolic link, the first counts.
@@ -171,7 +160,6 @@ def update_index(
 
     Example: see `GalleryIndex`.
     """
-    folder = expanded(folder)
     if kind not in get_args(IndexKind):
         raise ValueError(f"kind must be one of {', '.join(get_args(IndexKind))}, got {kind!r}")
     if kind != "flat":
@@ -182,20 +170,22 @@ def update_index(
     images = {absolute(sample.path): sample for sample in by_place.values()}
     if not images:
         raise DanFastError("The gallery is empty: name images to search in.")
+    known = folder if isinstance(folder, IndexFolder) else IndexFolder(folder, extractor)
+    folder = known.folder
     try:
         with alone(folder / ".lock"):
             try:
                 remove_unfinished(folder)
-                stored, finished = read_latest(folder, extractor)
-                update = _add_images(folder, stored, finished, extractor, images, progress)
-                if not stored["gallery"]:
+                known.read_latest()
+                update = _add_images(known, extractor, images, progress)
+                if not known.stored["gallery"]:
                     raise DanFastError("No image of the gallery can be decoded: name another folder.")
                 if kind != "flat":
-                    _bring_up_to_date(folder, stored, kind)
-                write_index(folder / INDEX, stored)
-                rows = len(stored["paths"])
-                update = update._replace(behind=[name for name, of in stored["kinds"].items() if of["rows"] < rows])
-                used = {entry["file"] for entry in stored["kinds"].values()}
+                    _bring_up_to_date(known, kind)
+                known.write()
+                rows, made = len(known.stored["paths"]), known.stored["kinds"]
+                update = update._replace(behind=[name for name, of in made.items() if of["rows"] < rows])
+                used = {entry["file"] for entry in made.values()}
                 own = re.compile(rf"({'|'.join(get_args(IndexKind))})-[0-9]+\.faiss")
                 unused = [file for file in folder.iterdir() if own.fullmatch(file.name) and file.name not in used]
                 for file in (folder / UNFINISHED, *unused):
@@ -211,24 +201,18 @@ def update_index(
     return update
 
 
-def _add_images(
-    folder: Path,
-    stored: dict[str, Any],
-    finished: int,
-    extractor: FeatureExtractor,
-    images: dict[str, Sample],
-    progress: Show,
-) -> Update:
+def _add_images(known: IndexFolder, extractor: FeatureExtractor, images: dict[str, Sample], progress: Show) -> Update:
     """Embed what is new among the images, and write down which rows are the gallery."""
+    stored = known.stored
     before = set(stored["paths"])
     statuses = {path: status_of(path) for path in images}
-    known = rows_of(stored)
-    new = [path for path in images if (path, *statuses[path]) not in known]
+    rows = rows_of(stored)
+    new = [path for path in images if (path, *statuses[path]) not in rows]
     files = [(images[path].path, path, statuses[path]) for path in new]
-    skipped = _embed(folder, stored, finished, extractor, files, progress)
-    known, stored["gallery"] = rows_of(stored), []
+    skipped = _embed(known, extractor, files, progress)
+    rows, stored["gallery"] = rows_of(stored), []
     for path, sample in images.items():
-        row = known.get((path, *statuses[path]))
+        row = rows.get((path, *statuses[path]))
         if row is not None:
             stored["gallery"].append(row)
             # NumPy's integers are no JSON.
@@ -245,26 +229,21 @@ def _add_images(
 
 
 def _embed(
-    folder: Path,
-    stored: dict[str, Any],
-    finished: int,
-    extractor: FeatureExtractor,
-    new: Sequence[tuple[Path, str, tuple[int, int]]],
-    progress: Show,
+    known: IndexFolder, extractor: FeatureExtractor, new: Sequence[tuple[Path, str, tuple[int, int]]], progress: Show
 ) -> list[Path]:
     """Append the features of files, and absolute path and status of each; returns those that cannot be decoded."""
     skipped: list[Path] = []
     added: list[tuple[str, tuple[int, int]]] = []
+    stored, file = known.stored, known.folder / FEATURES
     before, saved = len(stored["paths"]), 0
-    file = folder / FEATURES
 
     def whole() -> dict[str, Any]:
         unknown = [-1] * len(added)
         columns = ([path for path, _ in added], [status for _, status in added], unknown, unknown)
         extended = {name: stored[name] + column for name, column in zip(COLUMNS, columns, strict=True)}
         # An index may be older than this entry.
-        known = {*stored.get("decoded_by", ()), *([DECODED_BY] if added else ())}
-        return stored | extended | {"decoded_by": sorted(known)}
+        decoded_by = {*stored.get("decoded_by", ()), *([DECODED_BY] if added else ())}
+        return stored | extended | {"decoded_by": sorted(decoded_by)}
 
     try:
         if not before:
@@ -274,16 +253,13 @@ def _embed(
         # Its end is inside, where what could not be written is tried once more.
         with file.open("r+b") as stream:
             # What a killed process wrote and did not write down.
-            stream.truncate(4 * stored["size"] * before)
+            stream.truncate(4 * known.size * before)
             stream.seek(0, os.SEEK_END)
 
             def save() -> None:
                 stream.flush()
                 os.fsync(stream.fileno())
-                everything = whole()
-                # The others stand in index.json: to write them again would take longer than to embed what is new.
-                since = {name: everything[name][finished:] for name in COLUMNS}
-                write_index(folder / UNFINISHED, everything | since | {"gallery": [], "finished": finished})
+                known.write_unfinished(whole())
 
             try:
                 done = 0
@@ -296,7 +272,7 @@ def _embed(
                     added += [(path, status) for (_, path, status), is_readable in found if is_readable]
                     done += len(rows)
                     progress(done, len(new))
-                    if len(added) - saved >= max(_SAVED, (before - finished + saved) // 10):
+                    if len(added) - saved >= max(_SAVED, (before - known.finished + saved) // 10):
                         saved = len(added)
                         save()
             finally:
@@ -308,18 +284,18 @@ def _embed(
     return skipped
 
 
-def _bring_up_to_date(folder: Path, stored: dict[str, Any], kind: str) -> None:
+def _bring_up_to_date(known: IndexFolder, kind: str) -> None:
     """Add to an approximate index the rows that it lacks, or make it."""
-    features, found = mapped(folder, stored), stored["kinds"].get(kind)
-    rows = len(features)
+    folder, made, rows = known.folder, known.stored["kinds"], len(known.stored["paths"])
+    features, found = known.features(rows), made.get(kind)
     if found is None or not (folder / found["file"]).is_file() or kinds.is_outgrown(kind, found["parameters"], rows):
         index, parameters = kinds.build(kind, features)
     elif found["rows"] < rows:
-        index, parameters = kinds.read(folder / found["file"], found["rows"], stored["size"]), found["parameters"]
+        index, parameters = kinds.read(folder / found["file"], found["rows"], known.size), found["parameters"]
         kinds.extend(index, features)
     else:
         return
     # A new name: until index.json names it, what was there before is used.
     name = f"{kind}-{rows}.faiss"
     kinds.write(index, folder / name)
-    stored["kinds"][kind] = {"file": name, "rows": rows, "parameters": parameters}
+    made[kind] = {"file": name, "rows": rows, "parameters": parameters}

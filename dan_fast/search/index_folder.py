@@ -8,6 +8,8 @@ import numpy as np
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import write_text
+from dan_fast.core.home import expanded
+from dan_fast.data.images.cache_header import status_of
 from dan_fast.inference.extractor import FeatureExtractor
 from dan_fast.search import kinds
 from dan_fast.search.kinds import IndexKind
@@ -25,98 +27,132 @@ def rows_of(stored: dict[str, Any]) -> dict[tuple[str, int, int], int]:
     return {(path, *status): row for row, (path, status) in enumerate(pairs)}
 
 
-def require_same_weights(folder: Path, extractor: FeatureExtractor) -> None:
-    """Refuse an extractor of another checkpoint than that of the index in a folder, where there is one.
+class IndexFolder:
+    """The files of an index.
 
-    Raises:
-        DanFastError: it is of another one, or damaged.
+    Of a million images index.json takes a second to read: that is done again only where it has changed since.
+
+    Args:
+        folder: of the index; it need not be there.
+        extractor: whose features the index has, or will have.
+
+    Attributes:
+        stored: what is known of the features, by the names of index.json; see `read_latest`.
+        finished: how many rows of it stand in index.json; the others are of a call that was stopped.
     """
-    read_latest(folder, extractor)
 
+    def __init__(self, folder: str | Path, extractor: FeatureExtractor) -> None:
+        self.folder, self.weights, self.size = expanded(folder), extractor.weights, extractor.size
+        self.stored: dict[str, Any] = {}
+        self.finished = 0
+        self._content: dict[str, Any] | None = None
+        self._seen: list[tuple[int, int]] = []
 
-def read_finished(folder: Path, own: str, kind: IndexKind) -> tuple[dict[str, Any], Any]:
-    """What index.json says, and faiss's index of an approximate kind."""
-    while True:
-        stored = _read(folder, INDEX, own)
-        if stored is None or (kind != "flat" and stored["kinds"].get(kind, {}).get("rows") != len(stored["paths"])):
-            raise DanFastError(f"{folder} holds no finished {kind} index: make it by `dan-fast search --index {kind}`.")
-        if kind == "flat":
-            return stored, None
-        try:
+    def read_latest(self) -> None:
+        """Set `stored` and `finished`.
+
+        Raises:
+            DanFastError: the files are of another checkpoint or another version, or damaged.
+        """
+        index, unfinished = self._index(), self._read(UNFINISHED)
+        if index is None:
+            index = {name: [] for name in (*COLUMNS, "gallery")}
+            index |= {"schema": _SCHEMA, "weights": self.weights, "size": self.size, "kinds": {}}
+        # Copies of what an update changes: one that is stopped leaves index.json as it was.
+        self.stored = index | {name: list(index[name]) for name in COLUMNS} | {"kinds": dict(index["kinds"])}
+        self.finished = len(index["paths"])
+        # Builds that did not count the finished rows wrote all. Without index.json nobody knows of which images these
+        # are.
+        if unfinished is None or (finished := unfinished.get("finished", 0)) > self.finished:
+            return
+        joined = {name: index[name][:finished] + unfinished[name] for name in COLUMNS}
+        # Or left by a call that was killed after it had written index.json.
+        if len(joined["paths"]) > self.finished:
+            self.stored |= joined | {"decoded_by": unfinished.get("decoded_by", [])}
+
+    def read_finished(self, kind: IndexKind) -> tuple[dict[str, Any], Any]:
+        """What index.json says, and faiss's index of an approximate kind."""
+        while True:
+            stored = self._index()
+            if stored is None or (kind != "flat" and stored["kinds"].get(kind, {}).get("rows") != len(stored["paths"])):
+                raise DanFastError(
+                    f"{self.folder} holds no finished {kind} index: make it by `dan-fast search --index {kind}`."
+                )
+            if kind == "flat":
+                return stored, None
             found = stored["kinds"][kind]
-            return stored, kinds.read(folder / found["file"], found["rows"], stored["size"])
-        except DanFastError:
-            # An update that came to its end in between has removed that file, and index.json names another one.
-            if (again := _read(folder, INDEX, own)) is None or again["kinds"].get(kind) == found:
-                raise
+            try:
+                return stored, kinds.read(self.folder / found["file"], found["rows"], self.size)
+            except DanFastError:
+                # An update that came to its end in between has removed that file, and index.json names another one.
+                if (again := self._index()) is None or again["kinds"].get(kind) == found:
+                    raise
 
+    def features(self, rows: int) -> np.ndarray:
+        """The features (n,C), mapped, and copied where they are written to: PyTorch warns of arrays that cannot be."""
+        return np.memmap(self.folder / FEATURES, dtype=np.float32, mode="c", shape=(rows, self.size))
 
-def read_latest(folder: Path, extractor: FeatureExtractor) -> tuple[dict[str, Any], int]:
-    """What is known of the features, and how many rows of it stand in index.json.
+    def write(self) -> None:
+        """Have index.json say what is stored."""
+        write_index(self.folder / INDEX, self.stored)
+        self._content, self._seen = self.stored, self._status()
 
-    The others are of a call that was stopped.
-    """
-    own = extractor.weights
-    index, unfinished = (_read(folder, name, own) for name in (INDEX, UNFINISHED))
-    if index is None:
-        index = {name: [] for name in (*COLUMNS, "gallery")}
-        index |= {"schema": _SCHEMA, "weights": own, "size": extractor.size, "kinds": {}}
-    count = len(index["paths"])
-    # Builds that did not count the finished rows wrote all. Without index.json nobody knows of which images they are.
-    if unfinished is None or (finished := unfinished.get("finished", 0)) > count:
-        return index, count
-    joined = {name: index[name][:finished] + unfinished[name] for name in COLUMNS}
-    # Left by a call that was killed after it had written index.json.
-    if len(joined["paths"]) <= count:
-        return index, count
-    return index | joined | {"decoded_by": unfinished.get("decoded_by", [])}, count
+    def write_unfinished(self, stored: dict[str, Any]) -> None:
+        """Keep the rows that index.json lacks: to write all again would take longer than to embed what is new."""
+        since = {name: stored[name][self.finished :] for name in COLUMNS}
+        write_index(self.folder / UNFINISHED, stored | since | {"gallery": [], "finished": self.finished})
 
+    def _index(self) -> dict[str, Any] | None:
+        """The content of index.json, None where there is none."""
+        status = self._status()
+        if status != self._seen:
+            self._content, self._seen = self._read(INDEX), status
+        return self._content
 
-def _read(folder: Path, name: str, own: str) -> dict[str, Any] | None:
-    """The content of a file that `write_index` wrote, of the weights whose hash is `own`; None where there is none."""
-    file = folder / name
-    try:
-        content = json.loads(file.read_bytes())
-        schema, weights, size = int(content["schema"]), str(content["weights"]), content["size"]
-        lengths = {len(content[column]) for column in COLUMNS}
-        rows = content.get("finished", 0) + len(content["paths"])
-        gallery = np.asarray(content["gallery"], dtype=np.int64)
-        if ((gallery < 0) | (gallery >= rows)).any():
-            raise ValueError("it names rows that are not there")
-        for of in content["kinds"].values():
-            of["file"], of["rows"], of["parameters"]
-        lacking = 4 * size * rows - (folder / FEATURES).stat().st_size
-    except FileNotFoundError:
-        if file.exists():
-            raise DanFastError(f"{folder} lacks {FEATURES}: remove the folder, and it is made anew.") from None
-        return None
-    except OSError as error:
-        where = "name the folder of an index" if folder.is_file() else "check the path and its permissions"
-        raise DanFastError(f"{file} cannot be read ({error.strerror}): {where}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DanFastError(f"{file} is no index ({error}): remove {folder}, and it is made anew.") from error
-    if schema > _SCHEMA:
-        raise DanFastError(f"{file} is of a newer version of dan_fast: use that, or remove {folder}.")
-    if schema < _SCHEMA:
-        raise DanFastError(f"{file} is of an older version of dan_fast: remove {folder}, and it is made anew.")
-    if weights != own:
-        raise DanFastError(
-            f"{folder} is an index of another checkpoint (weights {weights[:8]}, not {own[:8]}): use that one, or name "
-            "another folder."
-        )
-    if len(lengths) > 1:
-        # Without the other the index is as it was before the call that was stopped.
-        wrong = file if name == UNFINISHED else folder
-        raise DanFastError(f"{file} has lists of different lengths: remove {wrong}, and what it lacks is made anew.")
-    if lacking > 0:
-        raise DanFastError(f"{folder / FEATURES} is cut short: remove {folder}, and it is made anew.")
-    return content
+    def _status(self) -> list[tuple[int, int]]:
+        return [status_of(str(self.folder / name)) for name in (INDEX, FEATURES)]
 
-
-def mapped(folder: Path, stored: dict[str, Any]) -> np.ndarray:
-    """The features (n,C), mapped, and copied where they are written to: PyTorch warns of arrays that cannot be."""
-    shape = len(stored["paths"]), stored["size"]
-    return np.memmap(folder / FEATURES, dtype=np.float32, mode="c", shape=shape)
+    def _read(self, name: str) -> dict[str, Any] | None:
+        """The content of a file that `write_index` wrote; None where there is none."""
+        folder, file = self.folder, self.folder / name
+        try:
+            content = json.loads(file.read_bytes())
+            schema, weights, size = int(content["schema"]), str(content["weights"]), content["size"]
+            lengths = {len(content[column]) for column in COLUMNS}
+            rows = content.get("finished", 0) + len(content["paths"])
+            gallery = np.asarray(content["gallery"], dtype=np.int64)
+            if ((gallery < 0) | (gallery >= rows)).any():
+                raise ValueError("it names rows that are not there")
+            for of in content["kinds"].values():
+                of["file"], of["rows"], of["parameters"]
+            lacking = 4 * size * rows - (folder / FEATURES).stat().st_size
+        except FileNotFoundError:
+            if file.exists():
+                raise DanFastError(f"{folder} lacks {FEATURES}: remove the folder, and it is made anew.") from None
+            return None
+        except OSError as error:
+            where = "name the folder of an index" if folder.is_file() else "check the path and its permissions"
+            raise DanFastError(f"{file} cannot be read ({error.strerror}): {where}.") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DanFastError(f"{file} is no index ({error}): remove {folder}, and it is made anew.") from error
+        if schema > _SCHEMA:
+            raise DanFastError(f"{file} is of a newer version of dan_fast: use that, or remove {folder}.")
+        if schema < _SCHEMA:
+            raise DanFastError(f"{file} is of an older version of dan_fast: remove {folder}, and it is made anew.")
+        if weights != self.weights:
+            raise DanFastError(
+                f"{folder} is an index of another checkpoint (weights {weights[:8]}, not {self.weights[:8]}): use that "
+                "one, or name another folder."
+            )
+        if len(lengths) > 1:
+            # Without the other the index is as it was before the call that was stopped.
+            wrong = file if name == UNFINISHED else folder
+            raise DanFastError(
+                f"{file} has lists of different lengths: remove {wrong}, and what it lacks is made anew."
+            )
+        if lacking > 0:
+            raise DanFastError(f"{folder / FEATURES} is cut short: remove {folder}, and it is made anew.")
+        return content
 
 
 def write_index(file: Path, stored: dict[str, Any]) -> None:

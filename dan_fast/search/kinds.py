@@ -8,10 +8,9 @@ Quantization for Nearest Neighbor Search", TPAMI 2011).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -30,21 +29,6 @@ _RANGE = 1
 _NUMBERS_A_BYTE, _PROBES, _ITERATIONS, _TRAINED_A_CELL = 8, 32, 10, 64
 # A code of a byte has so many values, which take as many rows to train.
 _LEAST = 256
-
-
-class Approximate(NamedTuple):
-    """What tells a kind of approximate index from another.
-
-    Attributes:
-        new: (rows, size) to an index, untrained where it learns from features, and its parameters, which stand in
-            index.json.
-        fetched: places wanted to those that faiss is asked for, of which the exact distances decide.
-        search: (index, features, places) to (Q, places) rows, -1 where there are no more.
-    """
-
-    new: Callable[[int, int], tuple[Any, dict[str, Any]]]
-    fetched: Callable[[int], int]
-    search: Callable[[Any, np.ndarray, int], np.ndarray]
 
 
 def faiss_library() -> ModuleType:
@@ -68,8 +52,8 @@ def build(kind: str, features: np.ndarray) -> tuple[Any, dict[str, Any]]:
     Raises:
         DanFastError: fewer features than a kind needs.
     """
-    count = len(features)
-    index, parameters = _KINDS[kind].new(count, features.shape[1])
+    count, size = features.shape
+    index, parameters = _new_hnsw(size) if kind == "hnsw" else _new_ivfpq(count, size)
     if not index.is_trained:
         chosen = np.linspace(0, count - 1, min(count, parameters["trained_on"])).astype(np.int64)
         index.train(features[chosen])
@@ -114,15 +98,25 @@ def read(path: Path, rows: int, size: int) -> Any:
 
 def fetched(kind: str, places: int) -> int:
     """How many rows `search` should be asked for, where the nearest `places` by exact distance are wanted."""
-    return _KINDS[kind].fetched(places)
+    if kind == "hnsw":
+        # Of a network that tells little apart, all cosines above 0.999, eight bits order the first ones otherwise.
+        return places + 24
+    # Codes only guess the order of near images: many are fetched for the exact distances to decide.
+    return 20 * places + 50
 
 
 def search(kind: str, index: Any, queries: np.ndarray, places: int) -> np.ndarray:
     """(Q, places) int64 rows near (Q,C) queries; -1 where there are no more."""
-    return _KINDS[kind].search(index, queries, places)
+    faiss = faiss_library()
+    if kind == "hnsw":
+        wanted = faiss.SearchParametersHNSW(efSearch=max(_EF_SEARCH, 2 * places))
+    else:
+        wanted = faiss.SearchParametersIVF(nprobe=min(_PROBES, index.nlist))
+    return index.search(queries, places, params=wanted)[1]
 
 
-def _new_hnsw(rows: int, size: int) -> tuple[Any, dict[str, Any]]:
+def _new_hnsw(size: int) -> tuple[Any, dict[str, Any]]:
+    """An index for features of so many numbers, and its parameters, which stand in index.json."""
     faiss = faiss_library()
     # Of features of length 1 the same are near by either metric; faiss forms squared differences faster. Numbers of
     # eight bits are a quarter of the memory traffic, which the time of a search is; exact distances follow.
@@ -132,11 +126,6 @@ def _new_hnsw(rows: int, size: int) -> tuple[Any, dict[str, Any]]:
     index.train(np.array([[-_RANGE], [_RANGE]], dtype=np.float32).repeat(size, axis=1))
     parameters = {"M": _M, "efConstruction": _EF_CONSTRUCTION, "efSearch": _EF_SEARCH, "bits": 8, "range": _RANGE}
     return index, parameters
-
-
-def _search_hnsw(index: Any, queries: np.ndarray, places: int) -> np.ndarray:
-    wanted = faiss_library().SearchParametersHNSW(efSearch=max(_EF_SEARCH, 2 * places))
-    return index.search(queries, places, params=wanted)[1]
 
 
 def _new_ivfpq(rows: int, size: int) -> tuple[Any, dict[str, Any]]:
@@ -152,16 +141,3 @@ def _new_ivfpq(rows: int, size: int) -> tuple[Any, dict[str, Any]]:
     trained_on = min(rows, max(_LEAST * _TRAINED_A_CELL, cells * _TRAINED_A_CELL))
     parameters = {"cells": cells, "code_bytes": code, "probes": _PROBES, "trained_on": trained_on}
     return index, parameters | {"rows_when_trained": rows}
-
-
-def _search_ivfpq(index: Any, queries: np.ndarray, places: int) -> np.ndarray:
-    wanted = faiss_library().SearchParametersIVF(nprobe=min(_PROBES, index.nlist))
-    return index.search(queries, places, params=wanted)[1]
-
-
-_KINDS = {
-    # Of a network that tells little apart, all cosines above 0.999, eight bits order the first neighbours otherwise.
-    "hnsw": Approximate(_new_hnsw, lambda places: places + 24, _search_hnsw),
-    # Codes only guess the order of near images: many are fetched for the exact distances to decide.
-    "ivfpq": Approximate(_new_ivfpq, lambda places: 20 * places + 50, _search_ivfpq),
-}

@@ -16,6 +16,7 @@ from dan_fast.inference.sources import find_images
 from dan_fast.nn import DAN
 from dan_fast.nn.weights_hash import weights_hash
 from dan_fast.search import GalleryIndex, gallery_index, update_index
+from dan_fast.search.index_folder import IndexFolder
 from tests.support.searches import draw, paths_of
 from tests.support.untrained import untrained_checkpoint
 
@@ -213,6 +214,22 @@ def test_what_other_versions_decoded_is_said(run, folder, embedded, monkeypatch,
     draw(folder / "gallery", ["new.png"], seed=6)
     run()
     assert said in capsys.readouterr().out.splitlines() and {*decoded_by()} == {"Pillow 99", reading.DECODED_BY}
+
+
+def test_a_search_reads_the_list_of_images_once_unless_it_changes(run, folder, monkeypatch):
+    run()
+    read, update, names = IndexFolder._read, search_command.update_index, []
+    monkeypatch.setattr(IndexFolder, "_read", lambda self, name: names.append(name) or read(self, name))
+    lists = run("--top", 20)
+    assert names.count("index.json") == 1
+
+    def another_came(known, *arguments):
+        draw(folder / "gallery", ["new.png"], seed=6)
+        update(folder / "out" / "index", *arguments)
+        return update(known, *arguments)
+
+    monkeypatch.setattr(search_command, "update_index", another_came)
+    assert run("--top", 20) == lists and names.count("index.json") == 4
 
 
 def test_an_index_that_does_not_say_what_decoded_it_is_extended(run, folder, embedded, capsys):

@@ -15,7 +15,7 @@ import pytest
 from dan_fast import DanFastError, FeatureExtractor
 from dan_fast.inference.sources import find_images
 from dan_fast.nn import DAN
-from dan_fast.search import GalleryIndex, gallery_index, kinds, update_index
+from dan_fast.search import GalleryIndex, gallery_index, index_folder, kinds, update_index
 from tests.support.searches import draw, stopped_at
 from tests.support.tiny_training import IMAGE_SIZE, OneConvolution
 
@@ -40,7 +40,7 @@ def test_a_kill_at_any_moment_leaves_the_index_as_it_was(folder, tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(gallery_index, "_SAVED", 6)
-        patch.setattr(gallery_index, "write_index", copied(gallery_index.write_index))
+        patch.setattr(index_folder, "write_index", copied(index_folder.write_index))
         patch.setattr(kinds, "write", copied(kinds.write))
         update_index(index, extract, images[:8], kind)
         made = len(copies)
@@ -119,7 +119,7 @@ def test_what_is_killed_goes_on_at_what_was_written_down(run, folder, embedded, 
     new = [f"new-{number:02d}.png" for number in range(16)]
     draw(folder / "gallery", new, seed=6)
     monkeypatch.setattr(gallery_index, "_SAVED", 4)
-    save = gallery_index.write_index
+    save = index_folder.write_index
     for written in (8, 12):
         with monkeypatch.context() as patch:
 
@@ -128,7 +128,7 @@ def test_what_is_killed_goes_on_at_what_was_written_down(run, folder, embedded, 
                     raise KeyboardInterrupt
                 save(file, stored)
 
-            patch.setattr(gallery_index, "write_index", killed)
+            patch.setattr(index_folder, "write_index", killed)
             run(code=130)
         assert finished.read_bytes() == before
         assert [Path(path).name for path in json.loads(unfinished.read_text())["paths"]] == new[:written]
