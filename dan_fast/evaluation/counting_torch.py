@@ -77,8 +77,7 @@ def whole_gallery(problem: RankingProblem) -> tuple[Division, Labels, tuple[np.n
         problem.check_squares(*own)
     division = Division.of_part(group, shard)
     ids, cams, squares = (
-        division.gather_array(x, shard.device)
-        for x in (problem.labels.gallery_ids, problem.labels.gallery_cams, own[1])
+        division.gather(x, shard.device) for x in (problem.labels.gallery_ids, problem.labels.gallery_cams, own[1])
     )
     if not len(division):
         raise ValueError("gallery_features has no image on any rank; at least one of them needs some.")

@@ -83,13 +83,11 @@ class Division:
         """The images that this rank holds."""
         return self.rows_of(self.rank)
 
-    def gather(self, part: Tensor) -> Tensor:
-        """The whole of (n, ...) parts; collective."""
-        return part if self.group is None else gather_parts(self.group, [part], [self.sizes], 0)[0]
-
-    def gather_array(self, part: np.ndarray, device: torch.device) -> np.ndarray:
-        """As `gather`, of arrays, which travel by the backend for `device`."""
-        return self.gather(torch.from_numpy(part).to(device)).cpu().numpy()
+    def gather(self, part: np.ndarray, device: torch.device) -> np.ndarray:
+        """The whole of (n, ...) parts, which travel by the backend for `device`; collective."""
+        if self.group is None:
+            return part
+        return gather_parts(self.group, [torch.from_numpy(part).to(device)], [self.sizes], 0)[0].cpu().numpy()
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place; collective."""

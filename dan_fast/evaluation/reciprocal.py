@@ -72,11 +72,8 @@ class Images:
         return Division(self.divisions[0].group, sizes)
 
     def all_places(self) -> np.ndarray:
-        """Where the images of `division` stand among all."""
-        queries, gallery = self.divisions
-        parts = [(queries.rows_of(rank), gallery.rows_of(rank)) for rank in range(len(gallery.sizes))]
-        begin = len(self.query)
-        return np.concatenate([np.r_[q, begin + g.start : begin + g.stop] for q, g in parts])
+        """Where the images of `division` stand among all; collective."""
+        return self.division.gather(self.places, self.query.device)
 
     @property
     def scale_to_gallery(self) -> DistanceScale:
@@ -88,9 +85,7 @@ class Images:
     def gather(self, *parts: np.ndarray) -> np.ndarray:
         """What the shares have of each image, for all images; collective."""
         device = self.query.device
-        return np.concatenate(
-            [each.gather_array(part, device) for each, part in zip(self.divisions, parts, strict=True)]
-        )
+        return np.concatenate([each.gather(part, device) for each, part in zip(self.divisions, parts, strict=True)])
 
     def compared(self) -> Iterator[tuple[int, Tensor, PartDistances]]:
         """Each share beside the images of all ranks, some at a time; collective.
@@ -250,7 +245,7 @@ def row_rounds(
         yield np.arange(len(division)), own
         return
     # SciPy's indices are of a type that depends on what a rank has.
-    lengths = division.gather_array(np.diff(own.indptr).astype(np.int64), device)
+    lengths = division.gather(np.diff(own.indptr).astype(np.int64), device)
     each = max(1, _SPARSE_ROWS // len(division.sizes))
     for first in range(0, max(division.sizes), each):
         starts = [division.rows_of(rank) for rank in range(len(division.sizes))]

@@ -131,7 +131,7 @@ def _reranked(problem: RankingProblem, reranking: Reranking) -> "tuple[_Reranked
     of_queries = sparse.vstack([rows for _, rows in row_rounds(queries, own[:count], device)], format="csr")
     of_gallery = own[count:].tocsc()
     original = PartDistances(query, gallery, images.scale_to_gallery, budget, division.rows.start)
-    mixed = _Reranked(original, queries.gather_array(largest[0], device), of_queries, of_gallery, reranking.weight)
+    mixed = _Reranked(original, queries.gather(largest[0], device), of_queries, of_gallery, reranking.weight)
     return mixed, labels, division
 
 

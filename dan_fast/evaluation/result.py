@@ -77,22 +77,18 @@ class Evaluation:
 
         Of metric, AP and precision it names those that are not the default.
         """
+        splits = " in all splits together" if self.repeats > 1 else ""
         parts = (
             self.named_protocol,
             self.protocol,
             f"{len(self.skipped)} broken images left out" if self.skipped else "",
-            self._left_out_queries,
+            f"{self.unmatched} queries without a match left out{splits}" if self.unmatched else "",
             self.scoring,
             self.rounding,
             self.epoch,
             self.seen,
         )
         return "; ".join(filter(None, parts))
-
-    @property
-    def _left_out_queries(self) -> str:
-        splits = " in all splits together" if self.repeats > 1 else ""
-        return f"{self.unmatched} queries without a match left out{splits}" if self.unmatched else ""
 
     @property
     def conditions_and_recipe(self) -> str:

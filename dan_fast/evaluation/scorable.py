@@ -25,11 +25,7 @@ def require_scorable(dataset: ReIDDataset, ap: AveragePrecision = "standard", re
 
 
 def require_evaluation_images(dataset: ReIDDataset) -> None:
-    """Refuse a dataset without images to test on, or without all the images that its fixed splits name.
-
-    Raises:
-        DanFastError: images are missing, of no person, of no camera or of both kinds of test; the sentence says which.
-    """
+    """Refuse a dataset whose images to test on are missing, of no person, of no camera or of both kinds of test."""
     if (dataset.query or dataset.gallery) and dataset.test:
         raise DanFastError(
             f"{dataset.name} ({dataset.root}) has test images, which are split at random, beside query or gallery "
@@ -66,11 +62,7 @@ def require_evaluation_images(dataset: ReIDDataset) -> None:
 
 
 def require_defined(name: str, single_shot: bool, ap: AveragePrecision, rerank: bool) -> None:
-    """Refuse what is not defined for galleries that are drawn anew many times.
-
-    Raises:
-        DanFastError: single-shot with re-ranking or another AP than the standard one.
-    """
+    """Refuse re-ranking and other APs than the standard one for galleries that are drawn anew many times."""
     if single_shot and rerank:
         raise DanFastError(
             f"{name} is scored single-shot, with a gallery drawn anew many times, which is not re-ranked; "

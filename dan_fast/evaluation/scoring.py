@@ -12,7 +12,6 @@ from dan_fast.core.defaults import default_cpu
 from dan_fast.data.samples import ReIDDataset
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.evaluation.dataset_features import DatasetFeatures, extract_dataset
-from dan_fast.evaluation.features import Features
 from dan_fast.evaluation.problem import check_metric, check_scoring
 from dan_fast.evaluation.ranking import AveragePrecision, Metric, NoMatchError, RankingResult, evaluate_ranking
 from dan_fast.evaluation.reranking import Reranking, check_reranking, evaluate_reranked
@@ -51,17 +50,26 @@ def evaluate_features(
         repeats = 1
     elif features.splits is not None:
         repeats = len(features.splits.splits)
-    options = {"metric": metric, "max_rank": max_rank, "process_group": process_group}
     require_defined(features.name, features.single_shot, ap, reranking is not None)
-    rank = evaluate_ranking if reranking is None else partial(evaluate_reranked, reranking=reranking)
+    if features.single_shot:
+        evaluate = partial(evaluate_single_shot, seed=seed)
+    elif reranking is None:
+        evaluate = partial(evaluate_ranking, ap=ap)
+    else:
+        evaluate = partial(evaluate_reranked, ap=ap, reranking=reranking)
+    evaluate = partial(evaluate, metric=metric, max_rank=max_rank, process_group=process_group)
     results: list[RankingResult] = []
     unmatched = 0
     for repeat in range(repeats):
         query, gallery = features.split(seed, repeat, process_group)
-        if features.single_shot:
-            results.append(_rank(evaluate_single_shot, features.name, query, gallery, seed=seed, **options))
-        else:
-            results.append(_rank(rank, features.name, query, gallery, ap=ap, **options))
+        own = gallery.division(process_group).rows
+        labels = query.pids, gallery.pids[own], query.camids, gallery.camids[own]
+        try:
+            if not query.paths:
+                raise NoMatchError
+            results.append(evaluate(query.features, gallery.features, *labels))
+        except NoMatchError as error:
+            raise no_match(features.name) from error
         unmatched += len(query.paths) - results[-1].num_valid
     cmc = torch.stack([result.cmc for result in results])
     precision = torch.tensor([result.mAP for result in results], dtype=torch.float64)
@@ -138,33 +146,6 @@ def _check_scoring(
     check_scoring(max_rank, ap)
     if reranking is not None:
         check_reranking(reranking)
-
-
-def _rank(
-    evaluate: Callable[..., RankingResult],
-    name: str,
-    query: Features,
-    gallery: Features,
-    *,
-    process_group: ProcessGroup | None,
-    **options: Any,
-) -> RankingResult:
-    own = gallery.division(process_group).rows
-    try:
-        if not query.paths:
-            raise NoMatchError
-        return evaluate(
-            query.features,
-            gallery.features,
-            query.pids,
-            gallery.pids[own],
-            query.camids,
-            gallery.camids[own],
-            process_group=process_group,
-            **options,
-        )
-    except NoMatchError as error:
-        raise no_match(name) from error
 
 
 def _describe(features: DatasetFeatures, repeats: int, seed: int) -> str:

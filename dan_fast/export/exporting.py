@@ -100,11 +100,7 @@ def export_network(
 
 
 def require_name(path: Path, format: Format) -> None:
-    """Refuse a path that is a folder, has the other format's suffix, or is a file that no export has named.
-
-    Raises:
-        DanFastError: says which, and what to name.
-    """
+    """Refuse a path that is a folder, has the other format's suffix, or is a file that no export has named."""
     if not path.name or path.is_dir():
         raise DanFastError(f"{path} is a folder: name a file in it, such as {path / f'network.{format}'}.")
     other = {".onnx": "onnx", ".pt2": "pt2"}.get(path.suffix.lower())

@@ -20,11 +20,7 @@ Run = Callable[[Tensor], Tensor]
 
 
 def require_packages() -> None:
-    """Refuse to go on without what ONNX files are made and run with.
-
-    Raises:
-        DanFastError: it names the package.
-    """
+    """Refuse to go on without a package that ONNX files are made and run with, which is named."""
     for name in _PACKAGES:
         try:
             __import__(name)

@@ -250,17 +250,14 @@ def _listed(images: Any) -> Sequence[ImageLike] | Tensor:
 def _check(images: Iterable[Any], start: int) -> None:
     """Refuse what is no image before anything is computed; whether it can be decoded shows when it is read."""
     for place, image in enumerate(images, start):
-        if not isinstance(image, str | os.PathLike | Image.Image):
-            _check_array(image, f"images[{place}]")
-
-
-def _check_array(image: Any, name: str) -> None:
-    if not isinstance(image, Tensor | np.ndarray) or image.dtype not in (torch.uint8, np.uint8):
-        kind = image.dtype if isinstance(image, Tensor | np.ndarray) else type(image).__name__
-        raise TypeError(f"{name} must be a path, a PIL image or a uint8 array or tensor, got {kind}")
-    if image.ndim != 3 or image.shape[0 if isinstance(image, Tensor) else 2] != 3:
-        wanted = "tensor must be (3, H, W)" if isinstance(image, Tensor) else "array must be (H, W, 3)"
-        raise ValueError(f"{name}: a uint8 {wanted} in RGB, got {tuple(image.shape)}")
+        if isinstance(image, str | os.PathLike | Image.Image):
+            continue
+        if not isinstance(image, Tensor | np.ndarray) or image.dtype not in (torch.uint8, np.uint8):
+            kind = image.dtype if isinstance(image, Tensor | np.ndarray) else type(image).__name__
+            raise TypeError(f"images[{place}] must be a path, a PIL image or a uint8 array or tensor, got {kind}")
+        if image.ndim != 3 or image.shape[0 if isinstance(image, Tensor) else 2] != 3:
+            wanted = "tensor must be (3, H, W)" if isinstance(image, Tensor) else "array must be (H, W, 3)"
+            raise ValueError(f"images[{place}]: a uint8 {wanted} in RGB, got {tuple(image.shape)}")
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -62,7 +62,7 @@ def _is_own(out: Path) -> bool:
     return names >= {"features", "paths", "pids", "camids"}
 
 
-def _require_utf8(names: Iterable[str]) -> None:
+def _require_utf8(names: Sequence[str]) -> None:
     for name in names:
         try:
             name.encode()
@@ -103,15 +103,14 @@ def write_features(out: Path, extractor: FeatureExtractor, parts: Sequence[Part]
             process is writing the same file, or a full disk. A file that was there before is as it was.
     """
     require_format(out)
+    samples = samples_of(parts)
     if out.suffix == ".parquet":
-        _require_utf8(str(sample.path) for sample in samples_of(parts))
-        _require_utf8(map(_title, parts))
+        _require_utf8([*(str(sample.path) for sample in samples), *map(_title, parts)])
     folder = chunk_folder(out)
     try:
         with alone(folder / ".lock"):
             remove_unfinished(out.parent, re.escape(out.name))
             chunks = _chunks(folder, extractor, parts, progress)
-            samples = samples_of(parts)
             columns = {
                 "paths": np.array([str(sample.path) for sample in samples]),
                 "pids": np.array([sample.pid for sample in samples], dtype=np.int64),

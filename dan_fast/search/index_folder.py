@@ -49,11 +49,7 @@ class IndexFolder:
         self._seen: list[tuple[int, int]] = []
 
     def read_latest(self) -> None:
-        """Set `stored` and `finished`.
-
-        Raises:
-            DanFastError: the files are of another checkpoint or another version, or damaged.
-        """
+        """Set `stored` and `finished`; DanFastError where they are of another checkpoint or version, or damaged."""
         index, unfinished = self._index(), self._read(UNFINISHED)
         if index is None:
             index = {name: [] for name in (*COLUMNS, "gallery")}

@@ -32,11 +32,7 @@ _LEAST = 256
 
 
 def faiss_library() -> ModuleType:
-    """The module faiss.
-
-    Raises:
-        DanFastError: it is not installed.
-    """
+    """The module faiss; DanFastError where it is not installed."""
     try:
         import faiss
     except ImportError as error:
@@ -47,11 +43,7 @@ def faiss_library() -> ModuleType:
 
 
 def build(kind: str, features: np.ndarray) -> tuple[Any, dict[str, Any]]:
-    """An index of (n,C) features, which are read in chunks, and its parameters.
-
-    Raises:
-        DanFastError: fewer features than a kind needs.
-    """
+    """An index of (n,C) features, which are read in chunks, and its parameters; DanFastError where n is too few."""
     count, size = features.shape
     index, parameters = _new_hnsw(size) if kind == "hnsw" else _new_ivfpq(count, size)
     if not index.is_trained:
@@ -80,11 +72,7 @@ def write(index: Any, path: Path) -> None:
 
 
 def read(path: Path, rows: int, size: int) -> Any:
-    """What `write` wrote of an index of so many features.
-
-    Raises:
-        DanFastError: no such file, a damaged one, or one of other features.
-    """
+    """What `write` wrote of an index of so many features; DanFastError where it is missing, damaged or of others."""
     try:
         index = faiss_library().read_index(str(path))
         if (index.ntotal, index.d) != (rows, size):
