@@ -16,7 +16,7 @@ from torch import Tensor
 from dan_fast.core.defaults import default_cpu
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.evaluation.counting import ranks_by_distances, ranks_by_features
-from dan_fast.evaluation.distances import Metric, distance_scale, distances_of_dots, on_grid
+from dan_fast.evaluation.distances import Metric, PartDistances, distance_scale, on_grid
 from dan_fast.evaluation.divided import refused_by_all
 from dan_fast.evaluation.pairs import Pairs
 from dan_fast.evaluation.problem import (
@@ -160,12 +160,8 @@ def pairwise_distances(query: Tensor, gallery: Tensor, metric: Metric = "cosine"
     """
     query, gallery = query.to(torch.float64), gallery.to(torch.float64)
     squares = [features.square().sum(1).cpu().numpy() for features in (query, gallery)]
-    scale = distance_scale(*squares, metric)
-    query_norms, gallery_norms, steps = (
-        torch.from_numpy(x).to(query.device) for x in (scale.query_norms, scale.gallery_norms, scale.steps)
-    )
-    distances = distances_of_dots(query @ gallery.T, query_norms[:, None], gallery_norms, scale.cosine)
-    return on_grid(distances, steps[:, None])
+    part = PartDistances(query, gallery, distance_scale(*squares, metric), BLOCK_BYTES)
+    return on_grid(part.near(slice(None)), part.steps[:, None])
 
 
 def score(blocks: Iterable[tuple[Pairs, np.ndarray]], max_rank: int, ap: AveragePrecision) -> RankingResult:

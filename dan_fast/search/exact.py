@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from dan_fast.core.float32 import exact_float32
-from dan_fast.evaluation.distances import distance_scale, distances_of_dots, on_grid, square_norms, tree_dots
+from dan_fast.evaluation.distances import PartDistances, distance_scale, square_norms
 from dan_fast.search.kinds import CHUNK
 
 # Beyond the places wanted: what float32 may have in another order than float64.
@@ -65,9 +65,8 @@ def order_exactly(
         q, p = query[first : first + _PAIRS], place[first : first + _PAIRS]
         chosen = torch.from_numpy(features[rows[q, p]])
         scale = distance_scale(squares, square_norms(chosen, _BUDGET), "cosine")
-        norms = torch.from_numpy(scale.query_norms[q]), torch.from_numpy(scale.gallery_norms)
-        exact = distances_of_dots(tree_dots(every[q], chosen), *norms, cosine=True)
-        distances[q, p] = on_grid(exact, torch.from_numpy(scale.steps[q])).numpy()
+        pairs = PartDistances(every, chosen, scale, _BUDGET)
+        distances[q, p] = pairs.exact(torch.from_numpy(q), torch.arange(len(q))).numpy()
     places = np.where(rows >= 0, order[rows], len(order))
     sorting = np.lexsort((places, distances), axis=-1)
     return np.take_along_axis(distances, sorting, 1), np.take_along_axis(rows, sorting, 1)
