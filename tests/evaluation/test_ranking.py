@@ -4,8 +4,8 @@ import itertools
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -354,13 +354,8 @@ def test_memory_is_bounded():
     """At MSMT17's number of images, where a matrix of all pairs would take 3.8 GB; few queries have matches."""
     rng = np.random.default_rng(5)
     query, gallery = torch.randn(1200, 16), torch.randn(82161, 16)
-    labels = (
-        rng.integers(1, 3061, 1200),
-        rng.integers(1, 3061, 82161),
-        rng.integers(0, 15, 1200),
-        rng.integers(0, 15, 82161),
-    )
-    small = labels[0][:50], labels[1][:5000], labels[2][:50], labels[3][:5000]
+    labels = labels_of(rng, 1200, 82161, 3061, 15)
+    small = [each[:count] for each, count in zip(labels, (50, 5000, 50, 5000), strict=True)]
     evaluate_ranking(query[:50], gallery[:5000], *small)
     _, extra = peak_above(torch.device("cpu"), lambda: evaluate_ranking(query, gallery, *labels))
     assert extra is None or extra < 100e6
@@ -422,12 +417,7 @@ def test_python_threads_may_rank_at_once():
     rng = np.random.default_rng(7)
     labels = labels_of(rng, 30, 800, 20)
     query, gallery = rng.normal(size=(30, 64)), rng.normal(size=(800, 64))
-    expected, found = str(evaluate_ranking(query, gallery, *labels)), []
-    threads = [
-        threading.Thread(target=lambda: found.append(str(evaluate_ranking(query, gallery, *labels)))) for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [expected] * 4
+    expected = str(evaluate_ranking(query, gallery, *labels))
+    with ThreadPoolExecutor(4) as threads:
+        found = threads.map(lambda _: str(evaluate_ranking(query, gallery, *labels)), range(4))
+        assert list(found) == [expected] * 4

@@ -333,19 +333,20 @@ def test_each_image_is_compared_once_and_the_last_by_itself(tmp_path, monkeypatc
     assert counts == expected and found.images == sum(expected)
 
 
-@pytest.mark.parametrize("images", [noise(2).float(), noise(2)[..., :-1], noise(2)[0]])
-def test_images_that_do_not_fit_are_named(tmp_path, monkeypatch, images):
+OF_ANOTHER_KIND = r"images must be \(n, 3, \d+, \d+\) of torch.uint8, got \("
+
+
+@pytest.mark.parametrize(
+    ("images", "sentence"),
+    [
+        *((images, OF_ANOTHER_KIND) for images in (noise(2).float(), noise(2)[..., :-1], noise(2)[0])),
+        *((images, "images holds no image to compare on") for images in (noise(0), ())),
+    ],
+)
+def test_images_that_do_not_fit_are_named_and_there_is_no_file(tmp_path, monkeypatch, images, sentence):
     untraced(monkeypatch)
-    with pytest.raises(ValueError, match=r"images must be \(n, 3, \d+, \d+\) of torch.uint8, got \("):
+    with pytest.raises(ValueError, match=sentence):
         export_network(one_convolution(), tmp_path / "network.pt2", "pt2", input="normalized", images=images)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("images", [noise(0), ()])
-def test_without_an_image_to_compare_on_there_is_no_file(tmp_path, monkeypatch, images):
-    untraced(monkeypatch)
-    with pytest.raises(ValueError, match="images holds no image to compare on"):
-        export_network(one_convolution(), tmp_path / "network.pt2", "pt2", images=images)
     assert not list(tmp_path.iterdir())
 
 

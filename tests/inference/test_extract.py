@@ -65,6 +65,12 @@ def files_of(folder: Path) -> list[Path]:
     return sorted([*folder.glob("?/[0-9]*.png"), *folder.glob("?/*.BMP")])
 
 
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
 def broken_in(folder: Path, place: int) -> Path:
     path = files_of(folder)[place]
     path.write_bytes(path.read_bytes()[:60])
@@ -81,9 +87,7 @@ def broken_in(folder: Path, place: int) -> Path:
     ],
 )
 def test_a_folder_called_query_makes_no_dataset_of_other_images(tmp_path: Path, files, splits):
-    for file in files:
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).touch()
+    touch(tmp_path, *files)
     if splits is None:
         with pytest.raises(
             DanFastError, match="b.jpg is not named like a Market-1501 image .*; rename it, or describe"
@@ -116,14 +120,11 @@ def test_a_dataset_gives_what_is_evaluated_to_the_last_bit(run, checkpoint, stre
     assert f"{len(dataset.query)} images of the query split" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
-def test_of_several_datasets_each_is_scored_by_its_rows(run, checkpoint, street, folder, tmp_path, suffix):
+def test_of_several_datasets_each_is_scored_by_its_rows(run, checkpoint, street, folder, tmp_path):
     """Two of one name, whose persons have the same numbers, and images without identities."""
-    out = tmp_path / f"features{suffix}"
     synthesize(tmp_path / "other", ["street"], identities=6, cameras=2, image_size=(32, 16), seed=1, test_fraction=0.5)
     targets = [street, tmp_path / "other" / "street"]
-    run(targets[0], folder / "a", targets[1], targets[0] / "manifest.csv", "--out", out)
-    found = np.load(out) if suffix == ".npz" else columns_of(out)
+    found = run(targets[0], folder / "a", targets[1], targets[0] / "manifest.csv")
     titles = [f"{target.parent.name}/street" for target in targets]
     again = found["datasets"].tolist()
     counts = [sum(len(getattr(load_dataset(target), split)) for split in SPLITS) for target in targets]
@@ -141,12 +142,6 @@ def test_of_several_datasets_each_is_scored_by_its_rows(run, checkpoint, street,
         assert evaluate_ranking(*arguments, metric="cosine").mAP == expected["mAP"]
 
 
-def columns_of(file: Path) -> dict[str, np.ndarray]:
-    table = pytest.importorskip("pyarrow.parquet").read_table(file)
-    columns = {name: np.array(table.column(name).to_pylist()) for name in table.column_names}
-    return columns | {"features": columns["features"].astype(np.float32)}
-
-
 def test_what_paths_name(run, folder, street):
     everything = run(folder)
     assert everything["paths"].tolist() == [str(path) for path in files_of(folder)]
@@ -162,40 +157,49 @@ def test_what_paths_name(run, folder, street):
     assert mixed["paths"].tolist() == [str(path) for path in [*expected, b / "01.png", b / "04.BMP"]]
 
 
-def test_a_pattern_with_an_at_sign_is_no_variant(tmp_path: Path):
-    for name in ("a@2x.jpg", "b@2x.jpg", "c.jpg"):
-        (tmp_path / name).touch()
-    (part,) = find_images([f"{tmp_path}/*@2x.jpg"])
-    assert [sample.path.name for sample in part.samples] == ["a@2x.jpg", "b@2x.jpg"]
-
-
-def test_a_pattern_below_a_folder_with_brackets_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name in ("x [1]/a.jpg", "x [1]/b.png", "x 1/c.jpg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
+@pytest.mark.parametrize(
+    ("files", "links", "found"),
+    [
+        (["a@2x.jpg", "b@2x.jpg", "c.jpg"], {}, {"*@2x.jpg": ["a@2x.jpg", "b@2x.jpg"]}),
+        (
+            ["x [1]/a.jpg", "x [1]/b.png", "x 1/c.jpg"],
+            {},
+            {"x [1]/*.jpg": ["x [1]/a.jpg"], "x [1-3]/*.jpg": ["x 1/c.jpg"]},
+        ),
+        # A pattern takes each file once, whatever links lead to it.
+        (
+            ["a/1.jpg", "a/2.jpg", "b/1.jpg"],
+            {"a/loop": ".", "0": "b"},
+            {"**/*.jpg": ["a/1.jpg", "a/2.jpg", "b/1.jpg"], "0/*.jpg": ["0/1.jpg"]},
+        ),
+        # Links to folders are followed, and one to a folder above ends; of a folder that is there twice the link
+        # counts as nothing, whatever comes first.
+        (
+            ["frames/cam1/a.jpg", "elsewhere/b.jpg", "elsewhere/.hidden/c.jpg"],
+            {
+                "frames/cam2": "elsewhere",
+                "frames/cam1/up": "frames",
+                "frames/all": "frames/cam1",
+                "frames/z": "frames/cam1",
+            },
+            dict.fromkeys(["frames", "frames/cam[12]/*.jpg"], ["frames/cam1/a.jpg", "frames/cam2/b.jpg"]),
+        ),
+    ],
+    ids=["an at sign is no variant", "brackets in the name of a folder", "links to folders", "links in a folder"],
+)
+def test_the_images_of_a_folder_or_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files, links, found):
+    touch(tmp_path, *files)
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(tmp_path / target)
     monkeypatch.chdir(tmp_path)
-    for folder in (Path(), tmp_path):
-        for pattern, name in (("x [1]/*.jpg", "x [1]/a.jpg"), ("x [1-3]/*.jpg", "x 1/c.jpg")):
-            (part,) = find_images([f"{folder / pattern}"])
-            assert [sample.path for sample in part.samples] == [folder / name]
-
-
-def test_a_pattern_takes_each_file_once_whatever_links_lead_to_it(tmp_path: Path):
-    for name in ("a/1.jpg", "a/2.jpg", "b/1.jpg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "a" / "loop").symlink_to(tmp_path)
-    (tmp_path / "0").symlink_to(tmp_path / "b")
-    (part,) = find_images([f"{tmp_path}/**/*.jpg"])
-    assert [str(sample.path.relative_to(tmp_path)) for sample in part.samples] == ["a/1.jpg", "a/2.jpg", "b/1.jpg"]
-    (part,) = find_images([f"{tmp_path}/0/*.jpg"])
-    assert [sample.path for sample in part.samples] == [tmp_path / "0" / "1.jpg"]
+    for given, names in found.items():
+        for folder in (Path(), tmp_path):
+            (part,) = find_images([str(folder / given)])
+            assert [sample.path for sample in part.samples] == [folder / name for name in names]
 
 
 def test_images_beside_a_dataset_below_a_folder_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    for name in ("VIPeR/cam_a/000_45.bmp", "VIPeR/cam_b/000_90.bmp", "holiday/1.jpg", "top.jpg"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
+    touch(tmp_path, "VIPeR/cam_a/000_45.bmp", "VIPeR/cam_b/000_90.bmp", "holiday/1.jpg", "top.jpg")
     (part,) = find_images([str(tmp_path)])
     assert [sample.path.parent.name for sample in part.samples] == ["cam_a", "cam_b"]
     others = f"2 other images below it, such as {tmp_path / 'holiday/1.jpg'}, are left out"
@@ -211,9 +215,7 @@ def test_a_user_that_does_not_exist_is_nothing_at_a_path():
 
 
 def test_a_folder_below_that_cannot_be_read_is_not_left_out(tmp_path: Path):
-    for name in ("a/1.jpg", "b/2.jpg"):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).touch()
+    touch(tmp_path, "a/1.jpg", "b/2.jpg")
     scan = os.scandir
 
     def refuse(place):
@@ -242,10 +244,10 @@ def test_a_name_that_parquet_cannot_hold_is_refused_before_images_are_read(run, 
     assert sentence in capsys.readouterr().err and not embedded
 
 
-def test_a_parquet_file_holds_the_same(run, folder, tmp_path):
+def test_a_parquet_file_holds_the_same(run, folder, street, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
-    found, out = run(folder), tmp_path / "features.parquet"
-    run(folder, "--out", out)
+    found, out = run(folder, street), tmp_path / "features.parquet"
+    run(folder, street, "--out", out)
     table = parquet.read_table(out)
     assert table.column_names == list(found)
     features = table.column("features").combine_chunks()
@@ -342,22 +344,6 @@ def test_an_interrupted_one_goes_on_where_it_was(run, folder, tmp_path, embedded
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.npz", "features.npz", "photos"]
 
 
-def test_links_to_folders_are_followed_and_one_to_a_folder_above_ends(tmp_path: Path):
-    for name in ("frames/cam1/a.jpg", "elsewhere/b.jpg", "elsewhere/.hidden/c.jpg"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "frames/cam2").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "frames/cam1/up").symlink_to(tmp_path / "frames")
-    # Of a folder that is there twice the link counts as nothing, whatever comes first.
-    for name in ("all", "z"):
-        (tmp_path / "frames" / name).symlink_to(tmp_path / "frames/cam1")
-    found = [
-        [str(sample.path.relative_to(tmp_path)) for sample in find_images([str(tmp_path / given)])[0].samples]
-        for given in ("frames", "frames/cam[12]/*.jpg")
-    ]
-    assert found == [["frames/cam1/a.jpg", "frames/cam2/b.jpg"]] * 2
-
-
 def test_of_a_shared_folder_the_features_are_those_of_its_checkpoint(run, folder, checkpoint, tmp_path):
     assert main(["share", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "shared")]) == 0
     given = run(folder)
@@ -365,7 +351,7 @@ def test_of_a_shared_folder_the_features_are_those_of_its_checkpoint(run, folder
     assert np.array_equal(shared["features"], given["features"])
 
 
-@pytest.mark.parametrize("change", ["image", "checkpoint", "batch size", "rounding", "decoder", "skipped", "nothing"])
+@pytest.mark.parametrize("change", ["image", "checkpoint", "batch size", "rounding", "decoder", "skipped"])
 def test_what_has_changed_since_is_made_anew(run, folder, checkpoint, tmp_path, embedded, monkeypatch, change):
     more, images, place = [], [folder], 3
     if change == "skipped":
@@ -389,7 +375,7 @@ def test_what_has_changed_since_is_made_anew(run, folder, checkpoint, tmp_path, 
     if change == "skipped":
         assert not found, "an image that was skipped is an error where none is to be"
         return
-    assert sum(embedded) == (24 if change in ("nothing", "batch size") else IMAGES)
+    assert sum(embedded) == (24 if change == "batch size" else IMAGES)
     changed = FeatureExtractor(more[1] if change == "checkpoint" else checkpoint, "cpu", BATCH)
     expected = changed(files_of(folder)).numpy()[: len(found["features"])]
     np.testing.assert_allclose(found["features"], expected, atol=1e-6)

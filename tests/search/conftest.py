@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from dan_fast import FeatureExtractor
+from dan_fast.data.samples import Sample
+from dan_fast.inference.sources import find_images
 from tests.support.searches import draw, searched
 
 NAMES = [f"{number:02d}.png" for number in range(12)]
@@ -18,6 +21,17 @@ def folder(tmp_path) -> Path:
         shutil.copy(tmp_path / "gallery" / name, tmp_path / "gallery" / copy)
     draw(tmp_path / "queries", ["a.png", "b.png", "c.png"], seed=1)
     return tmp_path
+
+
+@pytest.fixture
+def images(folder) -> tuple[Sample, ...]:
+    """Those of the gallery."""
+    return find_images([str(folder / "gallery")])[0].samples
+
+
+@pytest.fixture
+def extractor(checkpoint) -> FeatureExtractor:
+    return FeatureExtractor(checkpoint, "cpu")
 
 
 @pytest.fixture

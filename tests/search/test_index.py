@@ -11,7 +11,6 @@ from dan_fast import DanFastError, FeatureExtractor
 from dan_fast.cli import main
 from dan_fast.commands import search as search_command
 from dan_fast.data.images import reading
-from dan_fast.data.samples import Sample
 from dan_fast.inference.sources import find_images
 from dan_fast.nn import DAN
 from dan_fast.nn.weights_hash import weights_hash
@@ -46,19 +45,17 @@ def test_an_extended_index_is_a_new_one(run, folder, embedded, capsys):
     assert paths_of(returned) == paths_of(run("--top", 20, out="newer"))
 
 
-def test_persons_and_cameras_may_be_numbers_of_numpy(folder, checkpoint):
-    samples = [Sample(path, np.int64(1), np.int32(2)) for path in sorted((folder / "gallery").iterdir())]
-    extractor = FeatureExtractor(checkpoint, "cpu", workers=0)
+def test_persons_and_cameras_may_be_numbers_of_numpy(folder, extractor, images):
+    samples = [image._replace(pid=np.int64(1), camid=np.int32(2)) for image in images]
     assert update_index(folder / "index", extractor, samples).added == len(samples)
     assert update_index(folder / "index", extractor, samples).kept == len(samples)
 
 
-def test_an_image_behind_a_link_and_back_is_known_by_the_file_that_it_is(folder, checkpoint):
-    real = folder / "real"
+def test_an_image_behind_a_link_and_back_is_known_by_the_file_that_it_is(folder, extractor):
+    real, index = folder / "real", folder / "index"
     (real / "store").mkdir(parents=True)
     (folder / "set").symlink_to(real / "store")
     draw(real / "images", ["a.png"])
-    extractor, index = FeatureExtractor(checkpoint, "cpu"), folder / "index"
     (sample,) = find_images([str(folder / "set/../images/a.png")])[0].samples
     update_index(index, extractor, [sample])
     assert [each.path for each in GalleryIndex(index, extractor).images] == [real / "images/a.png"]
@@ -66,9 +63,8 @@ def test_an_image_behind_a_link_and_back_is_known_by_the_file_that_it_is(folder,
     assert update_index(index, extractor, [sample]).changed == [real / "images/a.png"]
 
 
-def test_a_second_index_leaves_the_first_as_it_is(folder, checkpoint, monkeypatch):
+def test_a_second_index_leaves_the_first_as_it_is(folder, extractor, images, monkeypatch):
     """It comes before the first one's first batch, when that has no features yet."""
-    extractor, images = FeatureExtractor(checkpoint, "cpu"), find_images([str(folder / "gallery")])[0].samples
     batches = FeatureExtractor.batches
 
     def another_comes(self, paths):
@@ -82,8 +78,7 @@ def test_a_second_index_leaves_the_first_as_it_is(folder, checkpoint, monkeypatc
     assert GalleryIndex(folder / "index", extractor).size == len(images)
 
 
-def test_files_that_are_not_of_the_index_stay(folder, checkpoint):
-    extractor, images = FeatureExtractor(checkpoint, "cpu"), find_images([str(folder / "gallery")])[0].samples
+def test_files_that_are_not_of_the_index_stay(folder, extractor, images):
     index = folder / "index"
     index.mkdir()
     for name in ("gallery.faiss", "hnsw-7.faiss"):
@@ -92,9 +87,8 @@ def test_files_that_are_not_of_the_index_stay(folder, checkpoint):
     assert sorted(path.name for path in index.iterdir()) == ["features.f32", "gallery.faiss", "index.json"]
 
 
-def test_what_does_not_fit_an_index_is_said(run, folder, checkpoint):
+def test_what_does_not_fit_an_index_is_said(run, folder, extractor):
     run()
-    extractor = FeatureExtractor(checkpoint, "cpu")
     index = GalleryIndex(folder / "out" / "index", extractor)
     for shape in ((4,), (1, 3)):
         with pytest.raises(ValueError, match=r"features must be \(Q, \d+\), as the network gives them, got"):
@@ -108,40 +102,16 @@ def test_what_does_not_fit_an_index_is_said(run, folder, checkpoint):
     assert not (folder / "new").exists()
 
 
-@pytest.mark.parametrize(
-    ("wrong", "sentence"),
-    [
-        ({"gallery": [99]}, "is no index .it names rows that are not there.: remove"),
-        ({"gallery": [-1]}, "is no index .it names rows that are not there.: remove"),
-        ({"gallery": None}, "is no index .* remove"),
-        ({"schema": "x"}, "is no index .* remove"),
-        ({"kinds": {"hnsw": {}}}, "is no index .'file'.: remove"),
-        ({"kinds": []}, "is no index .* remove"),
-    ],
-)
-def test_a_damaged_index_is_one_sentence(run, folder, checkpoint, wrong, sentence):
+def test_what_cannot_be_read_is_not_to_be_removed(run, folder, checkpoint, extractor):
     run()
-    extractor, index = FeatureExtractor(checkpoint, "cpu"), folder / "out" / "index"
-    content = json.loads((index / "index.json").read_text())
-    (index / "index.json").write_text(json.dumps(content | wrong))
-    images = [Sample(path, -1, -1) for path in (folder / "gallery").iterdir()]
-    for read in (lambda: GalleryIndex(index, extractor), lambda: update_index(index, extractor, images)):
-        with pytest.raises(DanFastError, match=sentence):
-            read()
-
-
-def test_what_cannot_be_read_is_not_to_be_removed(run, folder, checkpoint):
-    run()
-    extractor, index = FeatureExtractor(checkpoint, "cpu"), folder / "out" / "index"
-    for file in (checkpoint, index / "index.json"):
+    for file in (checkpoint, folder / "out" / "index" / "index.json"):
         with pytest.raises(DanFastError, match=f"{file}/index.json cannot be read .Not a directory.: name the folder"):
             GalleryIndex(file, extractor)
 
 
-def test_who_has_an_index_open_keeps_it_when_it_is_made_anew(run, folder, checkpoint):
+def test_who_has_an_index_open_keeps_it_when_it_is_made_anew(run, folder, extractor, images):
     run()
-    extractor, index = FeatureExtractor(checkpoint, "cpu"), folder / "out" / "index"
-    images = [Sample(path, -1, -1) for path in sorted((folder / "gallery").iterdir())]
+    index = folder / "out" / "index"
     opened, query = GalleryIndex(index, extractor), extractor(images[3].path).numpy()
     before = opened.search(query, 5)
     (index / "index.json").unlink()
@@ -150,10 +120,9 @@ def test_who_has_an_index_open_keeps_it_when_it_is_made_anew(run, folder, checkp
     assert np.array_equal(opened.search(query, 5).rows, before.rows)
 
 
-def test_the_home_folder_is_written_out(folder, checkpoint, monkeypatch):
+def test_the_home_folder_is_written_out(folder, extractor, images, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
-    extractor = FeatureExtractor(checkpoint, "cpu")
-    update_index("~/of_mine", extractor, [Sample(path, -1, -1) for path in (folder / "gallery").iterdir()])
+    update_index("~/of_mine", extractor, images)
     assert (folder / "of_mine" / "index.json").exists() and GalleryIndex("~/of_mine", extractor).size == 14
 
 

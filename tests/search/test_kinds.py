@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dan_fast import DanFastError, FeatureExtractor
+from dan_fast import DanFastError
 from dan_fast.evaluation import pairwise_distances
 from dan_fast.search import GalleryIndex, kinds
 from dan_fast.search import exact as exact_search
@@ -79,7 +79,7 @@ def test_where_all_images_are_alike_the_candidates_of_few_queries_are_held_at_a_
 
 @pytest.mark.parametrize(("kind", "least"), [("hnsw", 0.99), ("ivfpq", 0.9)])
 def test_an_approximate_index_is_written_extended_and_searched(tmp_path, monkeypatch, kind, least):
-    features, queries = clustered(3000)[:2900], clustered(3000)[2900:]
+    features, queries = np.split(clustered(3000), [2900])
     monkeypatch.setattr(kinds, "CHUNK", 700)
     index, parameters = kinds.build(kind, features[:2000])
     kinds.write(index, tmp_path / "a.faiss")
@@ -108,7 +108,7 @@ def test_an_approximate_index_is_written_extended_and_searched(tmp_path, monkeyp
 
 @pytest.mark.parametrize("kind", ["hnsw", "ivfpq"])
 def test_a_small_part_of_an_index_is_compared_whole(kind):
-    features, queries = clustered(3000)[:2900], clustered(3000)[2900:]
+    features, queries = np.split(clustered(3000), [2900])
     order = np.full(2900, -1)
     order[::150] = np.arange(20)
     searcher = Searcher(features, order, kind, kinds.build(kind, features)[0])
@@ -135,7 +135,7 @@ def test_where_all_that_is_near_is_gone_what_is_left_is_found(kind, places):
 @pytest.mark.parametrize("size", [64, 512])
 @pytest.mark.parametrize("first", [1, 10], ids=["one image", "one person"])
 def test_a_graph_that_began_with_little_finds_what_is_added(first, size):
-    features, queries = clustered(3000, size)[:2900], clustered(3000, size)[2900:]
+    features, queries = np.split(clustered(3000, size), [2900])
     # One person after the other, as the files of a folder.
     features = features[np.argsort(np.arange(2900) % 300, kind="stable")]
     index, _ = kinds.build("hnsw", features[:first])
@@ -153,13 +153,13 @@ def test_numbers_of_the_graph_are_those_of_the_features():
     assert np.abs(index.storage.reconstruct_n(0, len(features)) - features).max() <= 2 / 255
 
 
-def test_a_graph_with_ranges_of_its_first_gallery_serves_until_it_is_made_anew(run, folder, checkpoint):
+def test_a_graph_with_ranges_of_its_first_gallery_serves_until_it_is_made_anew(run, folder, extractor):
     lists = run("--index", "hnsw")
     described = folder / "out" / "index" / "index.json"
     content = json.loads(described.read_text())
     del content["kinds"]["hnsw"]["parameters"]["range"]
     described.write_text(json.dumps(content))
-    assert GalleryIndex(described.parent, FeatureExtractor(checkpoint, "cpu"), "hnsw").size == 14
+    assert GalleryIndex(described.parent, extractor, "hnsw").size == 14
     assert run("--index", "hnsw") == lists
     assert json.loads(described.read_text())["kinds"]["hnsw"]["parameters"]["range"] == 1
 

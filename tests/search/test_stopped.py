@@ -7,13 +7,13 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dan_fast import DanFastError, FeatureExtractor
-from dan_fast.inference.sources import find_images
 from dan_fast.nn import DAN
 from dan_fast.search import GalleryIndex, gallery_index, index_folder, kinds, update_index
 from tests.support.searches import draw, stopped_at
@@ -21,11 +21,9 @@ from tests.support.tiny_training import IMAGE_SIZE, OneConvolution
 
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw"])
-def test_a_kill_at_any_moment_leaves_the_index_as_it_was(folder, tmp_path, monkeypatch, kind):
+def test_a_kill_at_any_moment_leaves_the_index_as_it_was(folder, images, tmp_path, monkeypatch, kind):
     """Copies of the folder, as a kill would leave it, before and after everything that is written."""
-    network = DAN(2, OneConvolution(), IMAGE_SIZE, reduction=2).eval()
-    monkeypatch.setattr("dan_fast.inference.extractor.trained_network", lambda path: (network, {}))
-    extract, images = FeatureExtractor("tiny", "cpu", batch_size=4), find_images([str(folder / "gallery")])[0].samples
+    extract = FeatureExtractor(DAN(2, OneConvolution(), IMAGE_SIZE, reduction=2), "cpu", batch_size=4)
     query, index, copies = extract(sorted((folder / "queries").iterdir())).numpy(), tmp_path / "index", []
 
     def copied(call):
@@ -65,10 +63,8 @@ def test_a_kill_at_any_moment_leaves_the_index_as_it_was(folder, tmp_path, monke
         assert {path.name for path in copy.iterdir()} == {path.name for path in index.iterdir()}
 
 
-def test_an_interrupt_between_any_two_lines_leaves_whole_rows(folder, tmp_path, monkeypatch):
-    network = DAN(2, OneConvolution(), IMAGE_SIZE, reduction=2).eval()
-    monkeypatch.setattr("dan_fast.inference.extractor.trained_network", lambda path: (network, {}))
-    extract, images = FeatureExtractor("tiny", "cpu", batch_size=2), find_images([str(folder / "gallery")])[0].samples
+def test_an_interrupt_between_any_two_lines_leaves_whole_rows(images, tmp_path):
+    extract = FeatureExtractor(DAN(2, OneConvolution(), IMAGE_SIZE, reduction=2), "cpu", batch_size=2)
     images = images[:5]
     expected = extract([image.path for image in images]).numpy()
 
@@ -155,7 +151,7 @@ def test_what_is_killed_goes_on_at_what_was_written_down(run, folder, embedded, 
     assert run() == lists and sum(embedded) == 3
 
 
-def test_an_index_that_is_opened_while_an_update_ends_is_the_new_one(run, folder, checkpoint, monkeypatch):
+def test_an_index_that_is_opened_while_an_update_ends_is_the_new_one(run, folder, extractor, monkeypatch):
     run("--index", "hnsw")
     draw(folder / "gallery", ["new.png"], seed=6)
     read = kinds.read
@@ -167,8 +163,7 @@ def test_an_index_that_is_opened_while_an_update_ends_is_the_new_one(run, folder
             return read(path, rows, size)
 
     monkeypatch.setattr(kinds, "read", late)
-    index = folder / "out" / "index"
-    assert GalleryIndex(index, FeatureExtractor(checkpoint, "cpu"), "hnsw").size == 15
+    assert GalleryIndex(folder / "out" / "index", extractor, "hnsw").size == 15
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -183,34 +178,47 @@ def test_a_full_disk_is_one_sentence_and_a_later_call_goes_on(run, monkeypatch, 
     assert len(run()) == 3
 
 
-@pytest.mark.parametrize("damage", ["cut", "nonsense", "newer", "older", "without features", "graph", "lists"])
-def test_a_damaged_index_is_named(run, folder, capsys, damage):
+def described(**changes: object) -> Callable[[Path], object]:
+    """Another content of index.json."""
+    return lambda index: (index / "index.json").write_text(
+        json.dumps(json.loads((index / "index.json").read_text()) | changes)
+    )
+
+
+def shortened(name: str, size: int) -> Callable[[Path], object]:
+    return lambda index: os.truncate(index / name, size)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (shortened("features.f32", 100), "is cut short: remove"),
+        (shortened("index.json", 100), "is no index .*: remove"),
+        (shortened("hnsw-14.faiss", 200), "is missing or damaged: remove"),
+        (lambda index: (index / "features.f32").unlink(), "lacks features.f32: remove"),
+        (described(schema=9), "is of a newer version .*, or remove"),
+        (described(schema=1), "is of an older version .*: remove"),
+        (described(schema="x"), "is no index .*: remove"),
+        (described(camids=[1]), "has lists of different lengths: remove"),
+        (described(gallery=[99]), "is no index .it names rows that are not there.: remove"),
+        (described(gallery=[-1]), "is no index .it names rows that are not there.: remove"),
+        (described(gallery=None), "is no index .*: remove"),
+        (described(kinds={"hnsw": {}}), "is no index .'file'.: remove"),
+        (described(kinds=[]), "is no index .*: remove"),
+    ],
+)
+def test_a_damaged_index_is_one_sentence(run, folder, extractor, capsys, damage, sentence):
     run("--index", "hnsw")
     index = folder / "out" / "index"
-    features, described = index / "features.f32", index / "index.json"
-    match damage:
-        case "cut":
-            features.write_bytes(features.read_bytes()[:-4])
-        case "nonsense":
-            described.write_bytes(described.read_bytes()[:100])
-        case "newer" | "older":
-            schema = 9 if damage == "newer" else 1
-            described.write_text(json.dumps(json.loads(described.read_text()) | {"schema": schema}))
-        case "without features":
-            features.unlink()
-        case "lists":
-            content = json.loads(described.read_text())
-            described.write_text(json.dumps(content | {"camids": content["camids"][:-1]}))
-        case "graph":
-            (graph,) = index.glob("*.faiss")
-            graph.write_bytes(graph.read_bytes()[:200])
+    damage(index)
+    with pytest.raises(DanFastError, match=f"{index}.* {sentence}"):
+        GalleryIndex(index, extractor, "hnsw")
     capsys.readouterr()
     run("--index", "hnsw", code=1)
     error = capsys.readouterr().err
-    assert str(index) in error and error.count("\n") == 1 and "remove" in error
-    assert damage not in ("newer", "older") or f"is of {'a' if damage == 'newer' else 'an'} {damage} version" in error
-    if damage == "graph":
-        graph.unlink()
+    assert re.search(f"{index}.* {sentence}", error) and error.count("\n") == 1
+    if "missing" in sentence:
+        (index / "hnsw-14.faiss").unlink()
         assert len(run("--index", "hnsw")) == 3
 
 
