@@ -237,26 +237,12 @@ def test_layouts_types_and_threads_do_not_matter(metric):
     assert_equal(rank_distances(column[:, ::-1], *one), by_sorting(column, *one))
 
 
-def test_the_dot_product_of_a_key():
-    for width in (1, 2, 3, 8, 9, 100):
-        left, right = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(width))
-        products = (left.double() * right.double()).tolist()
-        padded = 1
-        while padded < width:
-            padded *= 2
-        for row, dot in zip(products, tree_dots(left, right).tolist(), strict=True):
-            row = row + [0.0] * (padded - width)
-            while len(row) > 1:
-                half = len(row) // 2
-                row = [a + b for a, b in zip(row[:half], row[half:], strict=True)]
-            assert row[0] == dot
-
-
 @needs_module
 def test_the_module_forms_the_same_norms():
     module = counting.load()
     for width in (1, 5, 64, 129, 1000):
-        features = torch.randn(3, width, generator=torch.Generator().manual_seed(width))
+        # Of all 53 bits, as sums of few have the same bits in any order.
+        features = torch.randn(3, width, generator=torch.Generator().manual_seed(width), dtype=torch.float64)
         for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
             rows = features.to(dtype)
             assert module.square_norms(*counting._array(rows), 1).tolist() == tree_dots(rows, rows).tolist()
