@@ -119,9 +119,7 @@ def evaluate_dataset(
     splits say, all of them, and where it has none at random, ``repeats`` times, by :func:`random_split`. Each image is
     embedded once. A network has to be in evaluation mode.
 
-    With ``process_group`` the batches are divided over its ranks, and each keeps the features of its own images, all
-    queries excepted, which every rank holds. Images yet to be split are divided like a gallery; for each split the
-    ranks exchange features, so that each has all queries and an equal share of that gallery.
+    With ``process_group`` the images are divided over its ranks, as :class:`DatasetFeatures` says.
 
     Args:
         embed, image_size, process_group, options: as in :func:`dan_fast.evaluation.extract_features`.

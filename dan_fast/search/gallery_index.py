@@ -177,15 +177,13 @@ def update_index(
             try:
                 remove_unfinished(folder)
                 known.read_latest()
-                update = _add_images(known, extractor, images, progress)
+                update = _add_images(known, extractor, images, kind, progress)
                 if not known.stored["gallery"]:
                     raise DanFastError("No image of the gallery can be decoded: name another folder.")
                 if kind != "flat":
                     _bring_up_to_date(known, kind)
                 known.write()
-                rows, made = len(known.stored["paths"]), known.stored["kinds"]
-                update = update._replace(behind=[name for name, of in made.items() if of["rows"] < rows])
-                used = {entry["file"] for entry in made.values()}
+                used = {entry["file"] for entry in known.stored["kinds"].values()}
                 own = re.compile(rf"({'|'.join(get_args(IndexKind))})-[0-9]+\.faiss")
                 unused = [file for file in folder.iterdir() if own.fullmatch(file.name) and file.name not in used]
                 for file in (folder / UNFINISHED, *unused):
@@ -201,7 +199,9 @@ def update_index(
     return update
 
 
-def _add_images(known: IndexFolder, extractor: FeatureExtractor, images: dict[str, Sample], progress: Show) -> Update:
+def _add_images(
+    known: IndexFolder, extractor: FeatureExtractor, images: dict[str, Sample], kind: IndexKind, progress: Show
+) -> Update:
     """Embed what is new among the images, and write down which rows are the gallery."""
     stored = known.stored
     before = set(stored["paths"])
@@ -223,7 +223,7 @@ def _add_images(known: IndexFolder, extractor: FeatureExtractor, images: dict[st
         changed=[Path(path) for path in new if path in before],
         gone=[Path(path) for path in sorted(before - images.keys())],
         skipped=skipped,
-        behind=[],
+        behind=[each for each, of in stored["kinds"].items() if each != kind and of["rows"] < len(stored["paths"])],
         decoded_by=stored["decoded_by"],
     )
 
