@@ -54,7 +54,7 @@ class GalleryIndex:
     """The images of a gallery, and those of them that are nearest to a feature.
 
     Args:
-        folder: what `update_index` wrote; as an `IndexFolder` it is not read again.
+        folder: what `update_index` wrote; as the `IndexFolder` of the same extractor it is not read again.
         extractor: it has to be of the checkpoint that the index was made with.
         kind: one that `update_index` has made.
 
@@ -125,7 +125,7 @@ class GalleryIndex:
     @property
     def size(self) -> int:
         """How many images are searched in."""
-        return int((self._searcher.order >= 0).sum())
+        return self._searcher.alive
 
 
 def update_index(

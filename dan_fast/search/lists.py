@@ -114,5 +114,4 @@ def _others(index: GalleryIndex, own: Sequence[Sample], features: np.ndarray, to
 
 def _described(sample: Sample) -> dict[str, Any]:
     known = {"pid": sample.pid, "camid": sample.camid}
-    words = {name: None if value < 0 else value for name, value in known.items()}
-    return {"path": absolute(sample.path)} | words
+    return {"path": absolute(sample.path)} | {name: None if value < 0 else value for name, value in known.items()}

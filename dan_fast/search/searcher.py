@@ -37,11 +37,14 @@ class Searcher:
             in the gallery and never found.
         kind: what finds candidates; "flat" compares all features.
         index: faiss's, of an approximate kind.
+
+    Attributes:
+        alive: how many features are in the gallery.
     """
 
     def __init__(self, features: np.ndarray, order: np.ndarray, kind: kinds.IndexKind, index: Any = None) -> None:
         self.features, self.order, self.kind, self.index = features, order, kind, index
-        self._gone = np.flatnonzero(order < 0)
+        self.alive = int((order >= 0).sum())
 
     def search(self, queries: np.ndarray, places: int, exact: bool = False) -> Found:
         """The nearest features to (Q,C) queries of length 1; `exact` compares all whatever the kind is."""
@@ -56,16 +59,16 @@ class Searcher:
     def _of_block(self, queries: np.ndarray, places: int, exact: bool) -> tuple[np.ndarray, np.ndarray]:
         """(Q,k) distances and rows in their order; k is the places or more, or less where there are no more rows."""
         # An index keeps images that are gone: where most are, its candidates would be of them.
-        alive = len(self.order) - len(self._gone)
-        if exact or self.kind == "flat" or 10 * alive <= len(self.order):
+        alive, stored = self.alive, len(self.order)
+        if exact or self.kind == "flat" or 10 * alive <= stored:
             return search_exactly(self.features, queries, places, self.order)
         wanted = kinds.fetched(self.kind, places)
         # As many more as are gone on average. Where more are gone near a query, what is left of its candidates need not
         # be the nearest of all that are left.
-        asked = min(math.ceil(wanted * len(self.order) / alive), len(self.features))
+        asked = min(math.ceil(wanted * stored / alive), stored)
         rows = kinds.search(self.kind, self.index, queries, asked)
         rows[self.order[rows] < 0] = -1
-        least = min((wanted + places) // 2 if len(self._gone) else places, alive)
+        least = min((wanted + places) // 2 if alive < stored else places, alive)
         lacking = np.flatnonzero((rows >= 0).sum(axis=1) < least)
         rows = nearest_in_float32(self.features, queries, rows, places + _MARGIN)
         distances, rows = order_exactly(self.features, queries, rows, self.order)
