@@ -7,6 +7,8 @@ without a match is left out of all figures. Equal distances keep the order of th
 """
 
 from collections.abc import Iterable
+from functools import partial
+from itertools import starmap
 from typing import NamedTuple
 
 import numpy as np
@@ -166,7 +168,7 @@ def pairwise_distances(query: Tensor, gallery: Tensor, metric: Metric = "cosine"
 
 def score(blocks: Iterable[tuple[Pairs, np.ndarray]], max_rank: int, ap: AveragePrecision) -> RankingResult:
     """Figures from the ranks of the matches, queries in blocks, on which they do not depend."""
-    scored = zip(*(_score_block(pairs, ranks, ap) for pairs, ranks in blocks), strict=True)
+    scored = zip(*starmap(partial(_score_block, ap=ap), blocks), strict=True)
     return averaged(*map(np.concatenate, scored), max_rank)
 
 
