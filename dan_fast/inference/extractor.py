@@ -66,16 +66,7 @@ class FeatureExtractor:
         DanFastError: a checkpoint that is absent, cut short or of another version, or a device that is not there.
 
     Example:
-        >>> import tempfile
-        >>> from dan_fast.training import TrainConfig
-        >>> from dan_fast.training.build import initial_network
-        >>> from dan_fast.training.checkpoint import save_checkpoint
-        >>> config = TrainConfig.of_recipe("plain", data={"image_size": (32, 16)}, model={"backbone": "resnet18"})
-        >>> weights = initial_network(config.to_dict(), num_classes=2, read_weights=False).state_dict()
-        >>> state = {"config": config.to_dict(), "num_classes": 2}
-        >>> path = Path(tempfile.mkdtemp()) / "checkpoint.pt"
-        >>> save_checkpoint(path, state | {"model": {f"network.{name}": each for name, each in weights.items()}})
-        >>> extract = FeatureExtractor(path, device="cpu")
+        >>> extract = FeatureExtractor(DAN(2, "resnet18", image_size=(32, 16)), device="cpu")
         >>> crops = [np.zeros((64, 32, 3), np.uint8), Image.new("RGB", (30, 70), "red")]
         >>> features = extract(crops)
         >>> features.shape, features.norm(dim=1).allclose(torch.ones(2))

@@ -70,15 +70,9 @@ class GalleryIndex:
     Example:
         >>> import tempfile
         >>> from PIL import Image
-        >>> from dan_fast.training import TrainConfig
-        >>> from dan_fast.training.build import initial_network
-        >>> from dan_fast.training.checkpoint import save_checkpoint
-        >>> config = TrainConfig.of_recipe("plain", data={"image_size": (32, 16)}, model={"backbone": "resnet18"})
-        >>> weights = initial_network(config.to_dict(), num_classes=2, read_weights=False).state_dict()
-        >>> state = {"config": config.to_dict(), "num_classes": 2}
+        >>> from dan_fast.nn import DAN
+        >>> extract = FeatureExtractor(DAN(2, "resnet18", image_size=(32, 16)), device="cpu")
         >>> folder = Path(tempfile.mkdtemp())
-        >>> save_checkpoint(folder / "a.pt", state | {"model": {f"network.{name}": x for name, x in weights.items()}})
-        >>> extract = FeatureExtractor(folder / "a.pt", device="cpu")
         >>> for colour in ("red", "green", "blue"):
         ...     Image.new("RGB", (16, 32), colour).save(folder / f"{colour}.png")
         >>> gallery = [Sample(path, -1, -1) for path in sorted(folder.glob("*.png"))]
