@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ from dan_fast.data.images.reading import DECODED_BY
 from dan_fast.data.samples import Sample, real_paths
 from dan_fast.inference.extractor import FeatureExtractor, Show
 from dan_fast.search import kinds
-from dan_fast.search.index_folder import COLUMNS, FEATURES, UNFINISHED, IndexFolder, rows_of
+from dan_fast.search.index_folder import COLUMNS, FEATURES, IndexFolder, rows_of
 from dan_fast.search.kinds import IndexKind
 from dan_fast.search.searcher import Found, Searcher
 
@@ -177,11 +176,6 @@ def update_index(
                 if kind != "flat":
                     _bring_up_to_date(known, kind)
                 known.write()
-                used = {entry["file"] for entry in known.stored["kinds"].values()}
-                own = re.compile(rf"({'|'.join(get_args(IndexKind))})-[0-9]+\.faiss")
-                unused = [file for file in folder.iterdir() if own.fullmatch(file.name) and file.name not in used]
-                for file in (folder / UNFINISHED, *unused):
-                    file.unlink(missing_ok=True)
             finally:
                 # One without any feature is of no use.
                 with suppress(OSError):

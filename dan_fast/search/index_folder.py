@@ -1,8 +1,9 @@
 """What stands in the folder of an index, and whether it can be relied on."""
 
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -89,9 +90,14 @@ class IndexFolder:
         return np.memmap(self.folder / FEATURES, dtype=np.float32, mode="c", shape=(rows, self.size))
 
     def write(self) -> None:
-        """Have index.json say what is stored."""
+        """Have index.json say what is stored, and remove what it has no use for."""
         write_index(self.folder / INDEX, self.stored)
         self._content, self._seen = self.stored, self._status()
+        (self.folder / UNFINISHED).unlink(missing_ok=True)
+        used = {entry["file"] for entry in self.stored["kinds"].values()}
+        for file in self.folder.glob("*.faiss"):
+            if re.fullmatch(rf"({'|'.join(get_args(IndexKind))})-[0-9]+\.faiss", file.name) and file.name not in used:
+                file.unlink(missing_ok=True)
 
     def write_unfinished(self, stored: dict[str, Any]) -> None:
         """Keep the rows that index.json lacks: to write all again would take longer than to embed what is new."""
