@@ -59,7 +59,7 @@ def checked_problem(
     labels: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike],
     metric: Metric,
     block_bytes: int,
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | None,
 ) -> RankingProblem:
     """The problem of these arguments, or a ValueError naming the one that does not fit.
 

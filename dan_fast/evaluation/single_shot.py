@@ -1,5 +1,7 @@
 """The single-shot protocol of CUHK03's first papers: one gallery image of each identity, drawn at random, 100 times."""
 
+from numbers import Integral
+
 import numpy as np
 import torch
 
@@ -56,10 +58,9 @@ def evaluate_single_shot(
         features, labels = (query_features, gallery_features), (query_ids, gallery_ids, query_cams, gallery_cams)
         problem = checked_problem(features, labels, metric, block_bytes, process_group)
         check_scoring(max_rank, "standard")
-        if repeats < 1:
-            raise ValueError(f"repeats is {repeats}; it must be at least 1.")
-        if seed < 0:
-            raise ValueError(f"seed is {seed}; it must be at least 0.")
+        for name, value, least in (("repeats", repeats, 1), ("seed", seed, 0)):
+            if not isinstance(value, Integral) or value < least:
+                raise ValueError(f"{name} is {value}; it must be a whole number, at least {least}.")
     division, labels, squares = whole_gallery(problem)
     scale = distance_scale(*squares, metric)
     distances = PartDistances(problem.query, problem.gallery, scale, block_bytes, division.rows.start)

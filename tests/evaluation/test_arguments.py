@@ -61,8 +61,10 @@ def test_arrays_of_other_machines_and_long_doubles(path, evaluate):
     [
         *((evaluate, *refused) for evaluate in EVALUATIONS for refused in REFUSED_BY_ALL),
         *((evaluate, {"ap": "exact"}, "ap is 'exact'") for evaluate in (evaluate_ranking, evaluate_reranked)),
-        (evaluate_single_shot, {"repeats": 0}, "repeats is 0"),
-        (evaluate_single_shot, {"seed": -1}, "seed is -1; it must be at least 0"),
+        (evaluate_single_shot, {"repeats": 0}, "repeats is 0; it must be a whole number, at least 1"),
+        (evaluate_single_shot, {"repeats": 2.5}, "repeats is 2.5; it must be a whole number, at least 1"),
+        (evaluate_single_shot, {"seed": -1}, "seed is -1; it must be a whole number, at least 0"),
+        (evaluate_single_shot, {"seed": 0.5}, "seed is 0.5; it must be a whole number, at least 0"),
         (evaluate_reranked, {"reranking": Reranking(k1=0)}, "k1 is 0; it must be a whole number, at least 1"),
         (evaluate_reranked, {"reranking": Reranking(k1=2.0)}, "k1 is 2.0; it must be a whole number, at least 1"),
         (evaluate_reranked, {"reranking": Reranking(k2=0)}, "k2 is 0; it must be a whole number, at least 1"),
