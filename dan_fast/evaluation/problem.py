@@ -143,10 +143,15 @@ def check_metric(metric: Metric) -> None:
 
 def check_scoring(max_rank: int, ap: AveragePrecision) -> None:
     """Raise ValueError for a figure that is not defined."""
-    if not isinstance(max_rank, Integral) or max_rank < 1:
-        raise ValueError(f"max_rank is {max_rank}; it must be a whole number, at least 1.")
+    check_whole("max_rank", max_rank)
     if ap not in ("standard", "trapezoid"):
         raise ValueError(f"ap is {ap!r}; it must be 'standard' or 'trapezoid'.")
+
+
+def check_whole(name: str, value: object, least: int = 1) -> None:
+    """Raise ValueError for what is no whole number or too small."""
+    if not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} is {value}; it must be a whole number, at least {least}.")
 
 
 def check_block_bytes(block_bytes: int) -> None:

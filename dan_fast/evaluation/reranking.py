@@ -7,7 +7,7 @@ matrices of all images by all images; here the nearest neighbours of each image 
 rows.
 """
 
-from numbers import Integral, Real
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ from dan_fast.evaluation.problem import (
     AveragePrecision,
     RankingProblem,
     check_scoring,
+    check_whole,
     checked_problem,
 )
 from dan_fast.evaluation.ranking import RankingResult, score
@@ -106,10 +107,8 @@ def check_reranking(reranking: Reranking) -> None:
     """Raise TypeError or ValueError for parameters that are none."""
     if not isinstance(reranking, Reranking):
         raise TypeError(f"reranking must be Reranking(k1, k2, weight), got {reranking!r}")
-    for name in ("k1", "k2"):
-        value = getattr(reranking, name)
-        if not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name} is {value}; it must be a whole number, at least 1.")
+    check_whole("k1", reranking.k1)
+    check_whole("k2", reranking.k2)
     if not isinstance(reranking.weight, Real) or not 0 <= reranking.weight <= 1:
         raise ValueError(f"weight is {reranking.weight}; it must lie between 0 and 1.")
 

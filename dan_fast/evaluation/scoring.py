@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from dan_fast.core.defaults import default_cpu
 from dan_fast.data.samples import ReIDDataset
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.evaluation.dataset_features import DatasetFeatures, extract_dataset
-from dan_fast.evaluation.problem import check_metric, check_scoring
+from dan_fast.evaluation.problem import check_metric, check_scoring, check_whole
 from dan_fast.evaluation.ranking import AveragePrecision, Metric, NoMatchError, RankingResult, evaluate_ranking
 from dan_fast.evaluation.reranking import Reranking, check_reranking, evaluate_reranked
 from dan_fast.evaluation.result import Evaluation
@@ -138,8 +137,7 @@ def evaluate_dataset(
 def _check_scoring(
     repeats: int, metric: Metric, max_rank: int, ap: AveragePrecision, reranking: Reranking | None
 ) -> None:
-    if not isinstance(repeats, Integral) or repeats < 1:
-        raise ValueError(f"repeats is {repeats!r}; it must be a whole number, at least 1.")
+    check_whole("repeats", repeats)
     check_metric(metric)
     check_scoring(max_rank, ap)
     if reranking is not None:

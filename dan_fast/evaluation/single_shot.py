@@ -1,7 +1,5 @@
 """The single-shot protocol of CUHK03's first papers: one gallery image of each identity, drawn at random, 100 times."""
 
-from numbers import Integral
-
 import numpy as np
 import torch
 
@@ -11,7 +9,7 @@ from dan_fast.evaluation.counting_torch import exact_of_pairs, near_matches, pre
 from dan_fast.evaluation.distances import ENTRY_BYTES, Metric, PartDistances, distance_scale
 from dan_fast.evaluation.divided import Division, refused_by_all
 from dan_fast.evaluation.pairs import Labels, pairs_in_blocks
-from dan_fast.evaluation.problem import BLOCK_BYTES, ArrayLike, check_scoring, checked_problem
+from dan_fast.evaluation.problem import BLOCK_BYTES, ArrayLike, check_scoring, check_whole, checked_problem
 from dan_fast.evaluation.ranking import RankingResult, averaged
 
 
@@ -58,9 +56,8 @@ def evaluate_single_shot(
         features, labels = (query_features, gallery_features), (query_ids, gallery_ids, query_cams, gallery_cams)
         problem = checked_problem(features, labels, metric, block_bytes, process_group)
         check_scoring(max_rank, "standard")
-        for name, value, least in (("repeats", repeats, 1), ("seed", seed, 0)):
-            if not isinstance(value, Integral) or value < least:
-                raise ValueError(f"{name} is {value}; it must be a whole number, at least {least}.")
+        check_whole("repeats", repeats)
+        check_whole("seed", seed, least=0)
     division, labels, squares = whole_gallery(problem)
     scale = distance_scale(*squares, metric)
     distances = PartDistances(problem.query, problem.gallery, scale, block_bytes, division.rows.start)
