@@ -9,8 +9,8 @@ the paper's batch; `dan-fast bench attention` has the whole of it, torch.compile
 import pytest
 import torch
 
-from dan_fast.bench.attention import contenders as heads
-from dan_fast.bench.attention.contenders import EAGER, KERNELS, HeadOutcome, HeadProblem
+from dan_fast.bench import attention as heads
+from dan_fast.bench.attention import EAGER, KERNELS, HeadOutcome, HeadProblem
 
 SIZE = heads.MapSize(batch=16)
 
@@ -26,7 +26,7 @@ def expected(request) -> tuple[HeadProblem, HeadOutcome]:
 def test_attention_head(benchmark, expected: tuple[HeadProblem, HeadOutcome], contender: str, kind: str):
     problem, reference = expected
     runner = heads.start(contender, problem)
-    assert heads.compare_heads(runner.outcome(), reference, problem.features.dtype).disagrees is None
+    assert heads.compare_heads(runner.run(True), reference, problem.features.dtype).disagrees is None
     layout = next(
         name for name, layout in heads.LAYOUTS.items() if problem.features.is_contiguous(memory_format=layout)
     )

@@ -12,7 +12,7 @@ import torch
 
 from dan_fast import _extension
 from dan_fast.bench.machine import why_no_triton
-from dan_fast.bench.memory.contenders import KERNELS, MODULE, select
+from dan_fast.bench.memory.contenders import CONTENDERS, KERNELS, MODULE
 from dan_fast.bench.memory.problem import Size, make_problem
 from dan_fast.functional import attention_adversary, cosine_softmax, false_sample_sets, nl_cbam
 from dan_fast.nn import NLCBAM
@@ -22,8 +22,8 @@ def memory_steps(device: torch.device) -> None:
     """In float32 pure and as a module, which writes a step behind; in bfloat16 as a module."""
     for dtype in (torch.float32, torch.bfloat16):
         problem = make_problem(Size(301, 199, key_dim=61, batch=4), dtype, device, batches=2)
-        for contender in select([KERNELS]):
-            if dtype == torch.float32 or contender.use == MODULE:
+        for contender in CONTENDERS:
+            if contender.name == KERNELS and (dtype == torch.float32 or contender.use == MODULE):
                 runner = contender.start(problem)
                 runner.outcome()
                 runner.run(True)

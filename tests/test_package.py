@@ -97,7 +97,7 @@ def test_files_are_written_whole():
         if writes.search(line) and not line.strip().startswith((">>>", "..."))
     }
     assert found == {
-        ("bench/search/problem.py", 'with file.open("wb") as stream:'),
+        ("bench/search.py", 'with file.open("wb") as stream:'),
         (
             "reporting/search_page.py",
             'lambda stream, picture=picture: Image.fromarray(picture).save(stream, "JPEG", quality=90),',

@@ -1,12 +1,12 @@
 """Benchmarks that check that the results agree before they compare times."""
 
-from dan_fast.bench.attention.benchmark import AttentionBenchmark
-from dan_fast.bench.data.benchmark import DataBenchmark
+from dan_fast.bench.attention import AttentionBenchmark
+from dan_fast.bench.data import DataBenchmark
 from dan_fast.bench.epoch.benchmark import EpochBenchmark
 from dan_fast.bench.iteration.benchmark import IterationBenchmark
 from dan_fast.bench.memory.benchmark import MemoryBenchmark
-from dan_fast.bench.ranking.benchmark import RankingBenchmark
-from dan_fast.bench.search.benchmark import SearchBenchmark
+from dan_fast.bench.ranking import RankingBenchmark
+from dan_fast.bench.search import SearchBenchmark
 
 # `dan-fast bench NAME`, and its line in the list of benchmarks.
 BENCHMARKS = {

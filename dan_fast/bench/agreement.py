@@ -17,46 +17,33 @@ class Agreement(NamedTuple):
     errors: dict[str, float]
 
 
-class Pair(NamedTuple):
-    """A result, what it is measured by, and the error that is allowed; None: every number has to be equal."""
-
-    name: str
-    actual: Tensor
-    wanted: Tensor
-    allowed: float | None = None
-
-
-def compare_pairs(pairs: Iterable[Pair], *orders: float, different: Sequence[str] = ()) -> Agreement:
+def compare_tensors(
+    results: Iterable[tuple[str, Tensor, Tensor, float | None]], *orders: float, different: Sequence[str] = ()
+) -> Agreement:
     """Names the results that differ, after what is `different` in any case; errors are `relative_error`s.
 
+    A result is its name, the tensor, the one wanted, and the error allowed; None: every number has to be equal.
+
     Example:
-        >>> compare_pairs([Pair("labels", torch.tensor([1, 2]), torch.tensor([1, 3]))], 2).disagrees
+        >>> compare_tensors([("labels", torch.tensor([1, 2]), torch.tensor([1, 3]), None)]).disagrees
         'labels in 1 of 2 places'
     """
     errors, allowed, different = {}, {}, list(different)
-    for name, actual, wanted, limit in pairs:
+    for name, actual, wanted, limit in results:
         if limit is not None:
             errors[name], allowed[name] = relative_error(actual, wanted, *orders), limit
         elif actual.shape != wanted.shape:
             different.append(f"shape of {name}")
         elif count := int((actual != wanted).sum()):
             different.append(f"{name} in {count} of {actual.numel()} places")
-    return judge(errors, allowed, different)
+    return Agreement("; ".join([*different, *too_large(errors, allowed)]) or None, errors)
 
 
-def judge(errors: dict[str, float], allowed: Mapping[str, float], different: Sequence[str] = ()) -> Agreement:
-    """Names the errors that are larger than allowed, after what is `different` in any case.
-
-    Example:
-        >>> judge({"loss": 0.5, "usage": 0.0}, {"loss": 1e-5, "usage": 1e-5}).disagrees
-        'loss by 5.0e-01 (allowed 1.0e-05)'
-    """
-    wrong = list(different)
-    for name, error in errors.items():
-        # `not <=` so that NaN is wrong.
-        if not error <= allowed[name]:
-            wrong.append(f"{name} by {error:.1e} (allowed {allowed[name]:.1e})")
-    return Agreement("; ".join(wrong) or None, errors)
+def too_large(errors: Mapping[str, float], allowed: Mapping[str, float], of: str = "") -> list[str]:
+    """The errors that are larger than allowed, in words; `of` stands before their names."""
+    # `not <=` so that NaN is wrong.
+    wrong = (name for name, error in errors.items() if not error <= allowed[name])
+    return [f"{of}{name} by {errors[name]:.1e} (allowed {allowed[name]:.1e})" for name in wrong]
 
 
 def relative_error(actual: Tensor, wanted: Tensor, *orders: float) -> float:

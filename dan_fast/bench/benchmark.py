@@ -4,9 +4,7 @@ import json as json_text
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -57,13 +55,10 @@ class Bar(NamedTuple):
     def verdict(self) -> str:
         return "not measured" if self.value is None else "met" if self.met else "NOT met"
 
-    def to_dict(self) -> dict[str, Any]:
-        return self._asdict() | {"verdict": self.verdict}
 
-
-def at_least(name: str, least: float, value: float | None) -> Bar:
-    """A ratio that must not be smaller."""
-    return Bar(name, f"at least {least:g} times", value, value is not None and value >= least)
+def at_least(name: str, least: float, value: float | None, unit: str = " times") -> Bar:
+    """A figure that must not be smaller."""
+    return Bar(name, f"at least {least:g}{unit}", value, value is not None and value >= least)
 
 
 def at_most(name: str, most: float, value: float | None, unit: str = "times", limit: str = "") -> Bar:
@@ -114,8 +109,8 @@ class Benchmark(ABC):
         """Measures; each group is a table. A contender that cannot run leaves the reason in its row."""
 
     @abstractmethod
-    def title(self, rows: Sequence[Row]) -> str:
-        """What stands above the table of a group."""
+    def title(self, of: dict[str, Any]) -> str:
+        """What stands above the table of a group, by `Row.of` of its first row."""
 
     @abstractmethod
     def bars(self, rows: Sequence[Row]) -> list[Bar]:
@@ -159,14 +154,9 @@ class Benchmark(ABC):
         """Title -> rows of column -> cell."""
         return {}
 
-    def legend(self, rows: Sequence[Row]) -> list[str]:
+    def legend(self) -> list[str]:
         """Lines below the tables."""
         return [*LEGEND, f"extra MB: {self.peak_meaning}; less the result."]
-
-    def settings(self) -> dict[str, Any]:
-        """As they are written into the file, what was made of them included."""
-        found = {name: value for name, value in vars(self).items() if name[0] != "_"}
-        return found | {"device": found.pop("place")}
 
     def run(self, console: Console | None = None) -> bool:
         """Measures, prints and writes.
@@ -179,10 +169,11 @@ class Benchmark(ABC):
         """
         # Wide enough for the tables where the output goes into a file.
         console = console or (Console() if Console().is_terminal else Console(width=200))
-        rows: list[Row] = []
         if self.json is not None:
             require_own_json(self.json, ["benchmark", "rows"])
-        with _cpu_threads(self.threads):
+        rows, threads = [], torch.get_num_threads()
+        torch.set_num_threads(self.threads or threads)
+        try:
             found = environment(self.place)
             # Before minutes of measuring: the folder may not be writable.
             self._write(found, rows, complete=False)
@@ -192,10 +183,12 @@ class Benchmark(ABC):
                     self.print_rows(console, group)
                     self._write(found, rows, complete=False)
             self._write(found, rows, complete=True)
+        finally:
+            torch.set_num_threads(threads)
         bars = self.bars(rows)
         for title, table in self.more_tables(rows).items():
             print_table(console, title, table)
-        for line in self.legend(rows):
+        for line in self.legend():
             console.print(line, highlight=False)
         verdicts = [
             {"bar": b.name, "limit": b.limit, "measured": shown(b.value, ".3g"), "verdict": b.verdict} for b in bars
@@ -212,16 +205,19 @@ class Benchmark(ABC):
         """The file as it is so far: `complete` is false in one that an interrupted run leaves."""
         if self.json is None:
             return
+        # What was made of the settings is among them.
+        settings = {name: value for name, value in vars(self).items() if name[0] != "_"}
+        settings["device"] = settings.pop("place")
         content = {
             "schema": SCHEMA,
             "benchmark": self.name,
             "complete": complete,
             "environment": found,
-            "settings": self.settings(),
+            "settings": settings,
             "meaning": MEANING | self.meaning | {"peak_bytes": self.peak_meaning},
             **self.more(rows),
             "rows": [row.to_dict() | self.figures(row) for row in rows],
-            "bars": [bar.to_dict() for bar in self.bars(rows)],
+            "bars": [bar._asdict() | {"verdict": bar.verdict} for bar in self.bars(rows)],
         }
         write_text(Path(self.json), json_text.dumps(plain(content), indent=2) + "\n")
 
@@ -231,12 +227,12 @@ class Benchmark(ABC):
         for row in rows:
             words = {"contender": row.contender} | {name: str(row.of[name] or "-") for name in self.columns}
             table.append(words | row.cells() | self.cells(row))
-        print_table(console, self.title(rows), table)
-        bandwidth, rate = (next((x for x in map(attrgetter(of), rows) if x), None) for of in ("bandwidth", "rate"))
-        measured = [f"copy bandwidth {bandwidth / 1e9:.1f} GB/s, read and written"] if bandwidth else []
-        measured += [f"matrix products {rate / 1e9:.1f} GFLOP/s"] if rate else []
-        if measured:
-            console.print(", ".join(measured), highlight=False)
+        print_table(console, self.title(rows[0].of), table)
+        timed = next((row for row in rows if row.bandwidth), None)
+        if timed:
+            rate = f", matrix products {timed.rate / 1e9:.1f} GFLOP/s" if timed.rate else ""
+            words = f"copy bandwidth {timed.bandwidth / 1e9:.1f} GB/s, read and written{rate}"
+            console.print(words, highlight=False)
         for row in rows:
             for remark in row.remarks():
                 console.print(f"{row.name}: {escape(remark)}", highlight=False)
@@ -268,36 +264,26 @@ def one_of(option: str, text: str, choices: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def dtypes_of(text: str) -> list[torch.dtype]:
-    """The types of `--dtype float32,bfloat16`."""
-    return [getattr(torch, name) for name in one_of("dtype", text, DTYPES)]
-
-
-def sizes_of(option: str, text: str) -> list[tuple[int, int]]:
-    """The heights and widths of `--files 128x64,256x128`.
-
-    Raises:
-        DanFastError: one is not a size of an image that can be drawn; names the option.
-    """
-    sizes = []
-    for word in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)x(\d+)\s*", word)
-        if found is None or int(found[1]) < 32 or int(found[2]) < 16:
-            raise DanFastError(f"{option}: {word!r} is not a height and a width of at least 32x16, such as 128x64.")
-        sizes.append((int(found[1]), int(found[2])))
-    return list(dict.fromkeys(sizes))
-
-
 def contenders_of(text: str, choices: Iterable[str]) -> list[str]:
     """The contenders of `--contenders`; "all" stands for all of them."""
     return list(choices) if text == "all" else one_of("contenders", text, choices)
 
 
-@contextmanager
-def _cpu_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def dtypes_of(text: str) -> list[torch.dtype]:
+    """The types of `--dtype float32,bfloat16`."""
+    return [getattr(torch, name) for name in one_of("dtype", text, DTYPES)]
+
+
+def sizes_of(text: str) -> list[tuple[int, int]]:
+    """The heights and widths of `--files 128x64,256x128`.
+
+    Raises:
+        DanFastError: one is not a size of an image that can be drawn.
+    """
+    sizes = []
+    for word in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)x(\d+)\s*", word)
+        if found is None or int(found[1]) < 32 or int(found[2]) < 16:
+            raise DanFastError(f"files: {word!r} is not a height and a width of at least 32x16, such as 128x64.")
+        sizes.append((int(found[1]), int(found[2])))
+    return list(dict.fromkeys(sizes))

@@ -26,18 +26,19 @@ PEAK_MEANING = {
     ),
     "cuda": "torch.cuda.max_memory_allocated during the run, less what was allocated before; tensors only",
 }
-_STATUS = "/proc/self/status"
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-_DRIVER = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and hardware, as they belong beside every figure."""
-    info = _extension.build_info()
+    info, root, gpu = _extension.build_info(), Path(dan_fast.__file__).resolve().parents[1], device.type == "cuda"
+    # An installed package may lie inside the checkout of another project.
+    of_checkout = (root / ".git").exists() and (root / "csrc").is_dir()
+    describe = ("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "dan_fast": dan_fast.__version__,
-        "commit": _commit(),
+        "commit": _output(*describe) if of_checkout else None,
         "extension": _extension.why_not() or "loaded",
         "extension_source": info.get("source_hash"),
         "compiler": info.get("compiler"),
@@ -50,10 +51,10 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "float32": float32_rounding(device) or "IEEE",
         "heap": heap_in_force() if device.type == "cpu" else None,
-        "gpu": device_name(device) if device.type == "cuda" else None,
-        "triton": _triton(device) if device.type == "cuda" else None,
+        "gpu": device_name(device) if gpu else None,
+        "triton": why_no_triton(device) or importlib.import_module("triton").__version__ if gpu else None,
         "cuda": torch.version.cuda,
-        "driver": _output(*_DRIVER) if device.type == "cuda" else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
 
@@ -65,19 +66,6 @@ def why_no_triton(device: torch.device) -> str | None:
     return triton_kernels.why_not(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def _triton(device: torch.device) -> str:
-    return why_no_triton(device) or importlib.import_module("triton").__version__
-
-
-def _of_file(path: str, pattern: str) -> str | None:
-    """The group of the pattern in a file of the system; None where it has none."""
-    try:
-        found = re.search(pattern, Path(path).read_text())
-    except OSError:
-        return None
-    return found[1] if found else None
-
-
 def _output(*command: str) -> str | None:
     """The first line of what a program prints."""
     try:
@@ -87,15 +75,6 @@ def _output(*command: str) -> str | None:
     return next(iter(done.stdout.splitlines()), None)
 
 
-def _commit() -> str | None:
-    """The commit of the checkout dan_fast lies in, with "-dirty" if files differ from it; None elsewhere."""
-    root = Path(dan_fast.__file__).resolve().parents[1]
-    # An installed package may lie inside the checkout of another project.
-    if not (root / ".git").exists() or not (root / "csrc").is_dir():
-        return None
-    return _output("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-
-
 class CacheFlush:
     """Empties the largest cache, a GPU's L2 or that which a CPU's cores share, by writing twice its size."""
 
@@ -103,9 +82,8 @@ class CacheFlush:
         if device.type == "cuda":
             size = torch.cuda.get_device_properties(device).L2_cache_size
         else:
-            found = (
-                each.read_text().strip() for each in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-            )
+            files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+            found = (each.read_text().strip() for each in files)
             size = max((int(each[:-1]) * 1024 for each in found if each.endswith("K")), default=32 * 2**20)
         self.buffer = torch.empty(2 * size, dtype=torch.uint8, device=device)
 
@@ -116,7 +94,7 @@ class CacheFlush:
 class Copy:
     """The yardstick: a copy as long as a problem, within bounds, which reads and writes `moved_bytes`."""
 
-    def __init__(self, device: torch.device, problem_bytes: int) -> None:
+    def __init__(self, device: torch.device, problem_bytes: float) -> None:
         self.source = torch.ones(min(max(problem_bytes, 16 * 2**20), 512 * 2**20) // 4, device=device)
         self.destination = torch.empty_like(self.source)
         self.moved_bytes = 2 * self.source.nbytes
@@ -127,8 +105,14 @@ class Copy:
 
 def resident_peak() -> int | None:
     """The highest resident memory of this process since it began or since it was reset; None where nothing tells."""
-    found = _of_file(_STATUS, r"VmHWM:\s+(\d+)")
-    return None if found is None else 1024 * int(found)
+    return _resident("VmHWM")
+
+
+def _resident(field: str) -> int | None:
+    try:
+        return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    except (OSError, TypeError):
+        return None
 
 
 def peak_above(device: torch.device, run: Callable[[], object]) -> tuple[object, int | None]:
@@ -147,9 +131,9 @@ def peak_above(device: torch.device, run: Callable[[], object]) -> tuple[object,
     try:
         # Freed pages that the allocator keeps would be used again unseen.
         ctypes.CDLL(None).malloc_trim(0)
-        before = int(_of_file(_STATUS, r"VmRSS:\s+(\d+)"))
+        before = _resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError, TypeError):
+    except (OSError, AttributeError):
         return run(), None
     result = run()
-    return result, max(0, resident_peak() - 1024 * before)
+    return result, max(0, resident_peak() - before)

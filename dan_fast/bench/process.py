@@ -53,8 +53,14 @@ def in_own_process(function: Callable[..., Any], budget_s: float | None = None, 
 
 
 def main() -> None:
-    """Runs what standard input asks for and writes the result to standard output; the argument is the parent."""
-    _end_with(int(sys.argv[1]))
+    """Runs what standard input asks for and writes the result to standard output; the argument is the parent.
+
+    On Linux it is killed when its parent ends in whatever way; it leads a session of its own.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(sys.argv[1]):  # it had ended before
+            os.kill(os.getpid(), signal.SIGKILL)
     results = os.fdopen(os.dup(1), "wb")
     # What is printed meanwhile is no part of the result.
     os.dup2(2, 1)
@@ -64,15 +70,6 @@ def main() -> None:
         keep_heap()
     with results:
         pickle.dump(function(**arguments), results)
-
-
-def _end_with(parent: int) -> None:
-    """Have this process killed when its parent ends in whatever way, on Linux; it leads a session of its own."""
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it had ended before
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def compile_trial(row: Row, make: Callable[[], Any], start: Callable[[Any], Any], budget_s: float) -> str | None:
@@ -95,6 +92,6 @@ def first_calls(make: Callable[[], Any], start: Callable[[Any], Any]) -> float:
     """The seconds of the calls in which a contender is compiled."""
     problem, begin = make(), time.perf_counter()
     runner = start(problem)
-    runner.outcome()
+    runner.run(True)
     runner.run(False)
     return time.perf_counter() - begin

@@ -11,12 +11,7 @@ FORWARD, BACKWARD, WHOLE = "forward", "forward_backward", "whole"
 
 
 class Timing(list[float]):
-    """Seconds of one pass, one number for each repetition.
-
-    Example:
-        >>> Timing([3.0, 1.0, 2.0]).median
-        2.0
-    """
+    """Seconds of one pass, one number for each repetition."""
 
     @property
     def median(self) -> float:
@@ -26,9 +21,10 @@ class Timing(list[float]):
     def quartiles(self) -> tuple[float, float]:
         return tuple(np.quantile(self, (0.25, 0.75)).tolist())
 
-    def to_dict(self) -> dict[str, Any]:
-        lower, upper = self.quartiles
-        return {"median": self.median, "q1": lower, "q3": upper, "repeats": len(self), "all": list(self)}
+    def shown(self, unit: float = 1) -> str:
+        """Median (quartiles, repetitions) in units of so many seconds."""
+        median, lower, upper = (f"{seconds / unit:.4g}" for seconds in (self.median, *self.quartiles))
+        return f"{median} ({lower}..{upper}, n={len(self)})"
 
 
 @dataclass
@@ -40,6 +36,7 @@ class Row:
         passes: what it can do.
         name: what remarks call it, its contender unless given.
         steps: steps of a call; times are of one step.
+        calls: pass -> what is going to be timed, and how often.
         left_out: why a pass was not measured.
         compared_with: what its result was compared with; None: with nothing, or it is the measure itself.
         disagrees: what differs, None if nothing does. A row that disagrees has no speed-up.
@@ -55,6 +52,7 @@ class Row:
     passes: tuple[str, ...] = (FORWARD, BACKWARD)
     name: str = ""
     steps: int = 1
+    calls: dict[str, tuple[Callable[[], object], int]] = field(default_factory=dict)
     seconds: dict[str, Timing] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     compared_with: str | None = None
@@ -117,7 +115,7 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         content = vars(self) | self.of
-        del content["of"]
+        del content["of"], content["calls"]
         if self.passes == (WHOLE,):
             content |= {"seconds": self.whole, "left_out": self.left_out.get(WHOLE)}
         content |= {"extra_bytes": self.extra_bytes, "bandwidth_share": self.of_each(self.bandwidth_share)}
@@ -126,9 +124,10 @@ class Row:
     def cells(self) -> dict[str, str]:
         """Column -> cell of the table, "-" for what is not known."""
         columns = {FORWARD: "forward ms", BACKWARD: "fwd + bwd ms", WHOLE: "ms"}
+        times = self.of_each(lambda kind: self.seconds[kind].shown(1e-3))
         limits = self.of_each(lambda kind: max(self.limits(kind).values(), default=None))
         return {
-            **{columns[kind]: milliseconds(self.seconds.get(kind)) for kind in self.passes},
+            **{columns[kind]: times.get(kind, "-") for kind in self.passes},
             "limit ms": pair(limits, ".3g", 1e-3),
             "over limit": pair(self.of_each(self.over_limit), ".3g"),
             "extra MB": shown(self.extra_bytes, ".1f", 1e6),
@@ -162,7 +161,8 @@ class Row:
 def plain(value: Any) -> Any:
     """A value as JSON has it: named tuples by name, types and devices as words."""
     if isinstance(value, Timing):
-        return value.to_dict()
+        lower, upper = value.quartiles
+        return {"median": value.median, "q1": lower, "q3": upper, "repeats": len(value), "all": list(value)}
     if isinstance(value, (torch.dtype, torch.device)):
         return str(value).removeprefix("torch.")
     if hasattr(value, "_asdict"):
@@ -170,14 +170,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {plain(key): plain(each) for key, each in value.items()}
     return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
-
-
-def milliseconds(timing: Timing | None) -> str:
-    """The cell of a table: median (quartiles, repetitions)."""
-    if timing is None:
-        return "-"
-    median, lower, upper = (f"{seconds * 1e3:.4g}" for seconds in (timing.median, *timing.quartiles))
-    return f"{median} ({lower}..{upper}, n={len(timing)})"
 
 
 def shown(value: float | None, form: str, unit: float = 1) -> str:

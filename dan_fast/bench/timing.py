@@ -1,10 +1,10 @@
-"""Repetitions in turn, and which of the package's operators ran."""
+"""Repetitions in turn, how fast the machine multiplies, and which of the package's operators ran."""
 
 import functools
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,12 +42,7 @@ def once(device: torch.device, run: Callable[[], object], flush: Callable[[], No
 
 @functools.cache
 def product_rate(device: torch.device, dtype: torch.dtype, threads: int) -> float:
-    """Operations a second of a matrix product, the best that was measured of torch's and, on a CPU, NumPy's.
-
-    Example:
-        >>> product_rate(torch.device("cpu"), torch.float32, torch.get_num_threads()) > 1e9
-        True
-    """
+    """Operations a second of a matrix product, the best that was measured of torch's and, on a CPU, NumPy's."""
     count, rows = _PRODUCTS[device.type]
     matrices = [torch.rand(rows, rows, device=device).to(dtype) for _ in range(2)]
 
@@ -82,11 +77,7 @@ def repetitions(seconds: float, repeat: int, budget_s: float) -> int:
 def rounds(counts: Sequence[int]) -> Iterator[list[int]]:
     """The order of each round: repetitions in turn, so that a noisy neighbour meets all of them.
 
-    Each round begins with another.
-
-    Example:
-        >>> list(rounds([2, 3]))
-        [[0, 1], [1, 0], [1]]
+    Each round begins with another: of [2, 3] they are [0, 1], [1, 0] and [1].
     """
     for number in range(max(counts, default=0)):
         due = [index for index, count in enumerate(counts) if count > number]
@@ -94,68 +85,46 @@ def rounds(counts: Sequence[int]) -> Iterator[list[int]]:
         yield due[shift:] + due[:shift]
 
 
-def first_outcome(row: Row, runner: Any, compiled: bool = False) -> Any:
-    """The result that is compared; the row records which operators ran, or that it was compiled as one graph."""
-    if compiled:
-        counters.clear()
-        outcome = runner.outcome()
-        breaks = sum(counters["graph_break"].values())
-        row.notes.append(f"{breaks} graph breaks" if breaks else "one graph")
-        return outcome
-    with Operators() as operators:
-        outcome = runner.outcome()
-    row.operators = sorted(operators.names)
-    return outcome
-
-
-class Turn(NamedTuple):
-    """A pass of a contender that is going to be timed `count` times."""
-
-    row: Row
-    kind: str
-    call: Callable[[], object]
-    count: int
-
-
 def take_turns(
     device: torch.device,
-    turns: Sequence[Turn],
+    rows: Sequence[Row],
     say: Say,
-    copy_bytes: int | None = None,
+    copy_bytes: int,
     dtype: torch.dtype | None = None,
     warm: bool = False,
 ) -> None:
-    """Times all passes in turn, with empty caches, into their rows.
+    """Times the rows' calls in turn, with empty caches, and drops them.
 
     Args:
         device: where they run.
-        turns: the passes.
+        rows: get the seconds and, those with calls, the machine's bandwidth and rate.
         say: told what is going on.
-        copy_bytes: also time a copy of about so many bytes in each round, the rows' `bandwidth`.
-        dtype: of the arithmetic, whose `product_rate` is the rows' `rate`; None: they have none.
+        copy_bytes: a copy of about so many bytes is timed in each round, for the `bandwidth`.
+        dtype: of the arithmetic, whose `product_rate` is the `rate`; None: there is none.
         warm: call once untimed before each timed call: memory that another contender freed may have gone back to the
             system, and getting it anew takes time.
     """
-    flush = CacheFlush(device)
+    rows = [row for row in rows if row.calls]
+    if not rows:
+        return
+    flush, copy, bandwidth = CacheFlush(device), Copy(device, copy_bytes), Timing()
     if device.type == "cpu" and heap_in_force() == "kept":
         # `peak_above` gave free pages back to the system: they are fetched before the first round.
-        torch.empty(max((turn.row.peak_bytes or 0 for turn in turns), default=0), dtype=torch.uint8).zero_()
-    bandwidth = Timing()
-    copy = Copy(device, copy_bytes) if copy_bytes and turns else None
-    if copy:
-        copy()
-    for number, due in enumerate(rounds([turn.count for turn in turns]), start=1):
+        torch.empty(max(row.peak_bytes or 0 for row in rows), dtype=torch.uint8).zero_()
+    copy()
+    turns = [(row, kind, *timed) for row in rows for kind, timed in row.calls.items()]
+    for number, due in enumerate(rounds([count for *_, count in turns]), start=1):
         gc.collect()
-        if copy:
-            bandwidth.append(once(device, copy, flush))
+        bandwidth.append(once(device, copy, flush))
         for row, kind, call, _ in (turns[index] for index in due):
             say(f"round {number}: {row.name}")
             if warm:
                 call()
             row.seconds.setdefault(kind, Timing()).append(once(device, call, flush) / row.steps)
-    for turn in turns:
-        turn.row.bandwidth = copy.moved_bytes / bandwidth.median if copy else None
-        turn.row.rate = product_rate(device, dtype, torch.get_num_threads()) if dtype else None
+    for row in rows:
+        row.bandwidth = copy.moved_bytes / bandwidth.median
+        row.rate = product_rate(device, dtype, torch.get_num_threads()) if dtype else None
+        row.calls.clear()
 
 
 class Operators(TorchDispatchMode):
@@ -171,3 +140,17 @@ class Operators(TorchDispatchMode):
             if name not in triton_kernels.__all__ or why_no_triton(args[0].device) is None:
                 self.names.add(name)
         return func(*args, **(kwargs or {}))
+
+
+def first_outcome(row: Row, call: Callable[[], Any], compiled: bool = False) -> Any:
+    """The result that is compared; the row records which operators ran, or that it was compiled as one graph."""
+    if compiled:
+        counters.clear()
+        outcome = call()
+        breaks = sum(counters["graph_break"].values())
+        row.notes.append(f"{breaks} graph breaks" if breaks else "one graph")
+        return outcome
+    with Operators() as operators:
+        outcome = call()
+    row.operators = sorted(operators.names)
+    return outcome

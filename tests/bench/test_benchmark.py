@@ -16,7 +16,7 @@ from dan_fast.bench import timing
 from dan_fast.bench.agreement import relative_error
 from dan_fast.bench.machine import environment, peak_above
 from dan_fast.bench.rows import BACKWARD, FORWARD, WHOLE, Row, Timing, plain
-from dan_fast.bench.timing import Turn, product_rate, repetitions, rounds, take_turns
+from dan_fast.bench.timing import product_rate, repetitions, rounds, take_turns
 from dan_fast.cli import main
 from dan_fast.core import heap
 from dan_fast.core.free_memory import free_memory
@@ -165,9 +165,10 @@ def test_a_network_has_a_rate_where_products_are_as_fast_as_its_convolutions(mon
 
 def test_what_is_measured_of_the_machine_is_in_the_rows(monkeypatch):
     monkeypatch.setattr(timing, "product_rate", lambda device, dtype, threads: {torch.float32: 7.0}[dtype])
-    rows = [Row("one"), Row("other")]
-    take_turns(CPU, [Turn(row, WHOLE, lambda: None, 1) for row in rows], print, 2**20, torch.float32)
+    rows = [Row(name, calls={WHOLE: (lambda: None, 1)}) for name in ("one", "other")]
+    take_turns(CPU, [*rows, left_out := Row("left out")], print, 2**20, torch.float32)
     assert all(row.rate == 7.0 and row.bandwidth > 0 and row.whole for row in rows)
+    assert left_out.rate is left_out.bandwidth is left_out.whole is None
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not tell the peak")

@@ -2,8 +2,7 @@
 
 import pytest
 
-from dan_fast.bench.data.benchmark import DataBenchmark, rate_of
-from dan_fast.bench.data.feeds import CACHED, CONTENDERS, DECODED, PLAIN, TRAINING, USES, Feeds
+from dan_fast.bench.data import CACHED, CONTENDERS, DECODED, PLAIN, TRAINING, USES, DataBenchmark, Feeds, rate_of
 from dan_fast.bench.rows import WHOLE, Row, Timing
 from dan_fast.data.images import loader
 from tests.bench import written

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dan_fast.bench import timing
-from dan_fast.bench.data.feeds import PlainImages
+from dan_fast.bench.data import PlainImages
 from dan_fast.bench.epoch import benchmark as epoch
 from dan_fast.bench.epoch import contenders
 from dan_fast.bench.epoch.benchmark import EpochBenchmark

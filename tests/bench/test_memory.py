@@ -15,6 +15,7 @@ from dan_fast.bench.memory import benchmark as memory
 from dan_fast.bench.memory.bars import memory_bars, model_bytes, predict
 from dan_fast.bench.memory.benchmark import MemoryBenchmark, row_of
 from dan_fast.bench.memory.contenders import (
+    CONTENDERS,
     IN_PLACE,
     KERNELS,
     LITERAL,
@@ -23,7 +24,6 @@ from dan_fast.bench.memory.contenders import (
     STEP,
     TOLERANCES,
     compare,
-    select,
 )
 from dan_fast.bench.memory.literal import InPlaceMemory, in_place_step
 from dan_fast.bench.memory.problem import Size, make_problem
@@ -35,7 +35,7 @@ from tests.bench import changed, written
 
 TINY = Size(60, 44, key_dim=24, batch=4)
 CPU = torch.device("cpu")
-EAGER = [contender for contender in select() if not contender.compiled]
+EAGER = [contender for contender in CONTENDERS if not contender.compiled]
 
 
 def tiny(*names: str, **settings) -> MemoryBenchmark:
@@ -203,7 +203,7 @@ def test_the_estimate_grows_with_the_slots(monkeypatch):
 def row(contender: str, use: str, forward: float, backward: float | None, scale: float = 1.0, **fields) -> Row:
     of = {"dtype": "float32", "itemsize": 4, "scale": scale, "size": Size().scaled(scale)}
     seconds = {FORWARD: Timing([forward])} | ({} if backward is None else {BACKWARD: Timing([backward])})
-    (found,) = (each for each in select([contender]) if each.use == use)
+    (found,) = (each for each in CONTENDERS if (each.name, each.use) == (contender, use))
     return row_of(found, of, seconds=seconds, **fields)
 
 
@@ -278,7 +278,7 @@ def test_both_limits_are_printed_and_written():
     step, module = some_rows(peak=0)[5:7]
     module.rate = 1e12
     console = Console(width=200, file=io.StringIO())
-    tiny().print_rows(console, [step, module])
+    tiny().print_rows(console, [module, step])
     # 8.05 GFLOP at 1 TFLOP/s; 100 ms are 5.62 times the 17.79 ms of the bytes.
     limits = {"bytes": pytest.approx(0.01779, rel=1e-3), "operations": pytest.approx(8.05e-3, rel=1e-3)}
     assert tiny().figures(module)["floor_seconds"][BACKWARD] == module.limits(BACKWARD) == limits
@@ -319,7 +319,7 @@ def gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_where_triton_cannot_serve_kernels_are_not_timed_on_a_gpu(gpu_without_triton, monkeypatch):
     monkeypatch.setattr(_extension, "why_not_on", lambda *device: None)
-    benchmark, (contender,) = tiny(KERNELS), (each for each in select([KERNELS]) if each.use == STEP)
+    benchmark, contender = tiny(KERNELS), EAGER[3]
     for place, reason in ((CPU, None), (torch.device("cuda"), gpu_without_triton)):
         benchmark.place = place
         assert benchmark._why_not(row_of(contender, {"size": TINY, "itemsize": 4}), contender, torch.float32) == reason

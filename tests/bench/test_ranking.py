@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from dan_fast import _extension
-from dan_fast.bench.ranking import benchmark as ranking
-from dan_fast.bench.ranking.benchmark import COUNTING, DISTANCES, FEATURES, PRODUCT, SORTING, RankingBenchmark
+from dan_fast.bench import ranking
+from dan_fast.bench.ranking import COUNTING, DISTANCES, FEATURES, PRODUCT, SORTING, RankingBenchmark
 from dan_fast.bench.rows import WHOLE, Row, Timing
 from dan_fast.evaluation import RankingResult, evaluate_ranking, rank_distances
 from dan_fast.evaluation.pairs import Labels
@@ -23,11 +23,12 @@ def measure(**settings) -> list[Row]:
 
 
 def test_the_problem_is_neither_solved_nor_hopeless():
-    problem = ranking.make_ranking_problem(ranking.MARKET1501._replace(queries=200, gallery=2000), torch.device("cpu"))
-    result = evaluate_ranking(*problem[:2], *problem.labels)
+    size = ranking.MARKET1501._replace(queries=200, gallery=2000)
+    query, gallery, labels = ranking.make_ranking_problem(size, torch.device("cpu"))
+    result = evaluate_ranking(query, gallery, *labels)
     assert 0.02 < result.mAP < 0.9 and result.num_valid > 100
-    assert problem.query.dtype == torch.float32 and (problem.query == 0).any() and (problem.query >= 0).all()
-    assert (problem.labels.gallery_ids == 0).any() and (problem.labels.query_ids > 0).all()
+    assert query.dtype == torch.float32 and (query == 0).any() and (query >= 0).all()
+    assert (labels.gallery_ids == 0).any() and (labels.query_ids > 0).all()
 
 
 def test_sorting_by_hand():

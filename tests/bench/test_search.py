@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from dan_fast.bench.rows import WHOLE, Row, Timing
-from dan_fast.bench.search.benchmark import CONTENDERS, EVALUATION, FLAT, SearchBenchmark
-from dan_fast.bench.search.problem import make_search_problem
+from dan_fast.bench.search import CONTENDERS, EVALUATION, FLAT, SearchBenchmark, make_search_problem
 from dan_fast.core.errors import DanFastError
 from dan_fast.search import kinds
 from tests.bench import TINY, written

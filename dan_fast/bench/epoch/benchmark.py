@@ -1,6 +1,7 @@
 """`dan-fast bench epoch`: an epoch from files on disk, Table VIII."""
 
 import functools
+import itertools
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -91,7 +92,7 @@ class EpochBenchmark(Benchmark):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.files = sizes_of("files", self.files)
+        self.files = sizes_of(self.files)
         self.recipe = one_of("recipe", self.recipe, (_PAPER, "dan"))
         self.order = [int(word) for word in one_of("order", self.order, ("1", "2"))]
         self.backbone = [word.strip() for word in self.backbone.split(",")]
@@ -130,11 +131,18 @@ class EpochBenchmark(Benchmark):
 
     def _group(self, epoch: Epoch, say: Say) -> list[Row]:
         """All contenders with one backbone on files of one size."""
-        kinds = [(PLAIN, None), (CACHED, None)]
+        kinds: list[tuple[str, int | None]] = [(PLAIN, None), (CACHED, None)]
         for recipe in self.recipe:
             meta_steps = recipe_settings(recipe)["meta"]["procedure"] != "daml1"
             kinds += [(recipe, order) for order in (self.order if meta_steps else [None])]
-        rows = [self._row(*kind, epoch) for kind in kinds]
+        of = {"backbone": epoch.backbone, "image_size": [epoch.height, epoch.width], "images": self.images}
+        of |= {"epoch_iterations": self._epoch_iterations, "measured_iterations": self._measured}
+        of |= {"extrapolated": self._measured < self._epoch_iterations, "build_seconds": None}
+        moved = {WHOLE: self._epoch_iterations * self.batch * 3 * epoch.height * epoch.width * (1 + 4)}
+        rows = []
+        for contender, order in kinds:
+            name = contender if order is None else f"{contender}, order {order}"
+            rows.append(Row(contender, of | {"order": order, "passes": []}, (WHOLE,), name, model_bytes=moved))
 
         # Once a recipe: it leaves the cache full.
         @functools.cache
@@ -154,8 +162,8 @@ class EpochBenchmark(Benchmark):
         for due in rounds([self.repeat] * len(rows)):
             for row in (rows[index] for index in due if not rows[index].left_out):
                 say(f"{epoch.backbone}, {epoch.height}x{epoch.width}: {row.name}")
+                request = {"contender": row.contender, "order": row.of["order"], "epoch": epoch}
                 try:
-                    request = {"contender": row.contender, "order": row.of["order"], "epoch": epoch}
                     found = in_own_process(contenders.measure, **request)
                 except ProcessFailed as error:
                     row.leave_out(str(error))
@@ -171,15 +179,6 @@ class EpochBenchmark(Benchmark):
         self._measure_machine(rows)
         return rows
 
-    def _row(self, contender: str, order: int | None, epoch: Epoch) -> Row:
-        of = {"order": order, "backbone": epoch.backbone, "image_size": [epoch.height, epoch.width]}
-        of |= {"images": self.images, "epoch_iterations": self._epoch_iterations}
-        of |= {"measured_iterations": self._measured, "extrapolated": self._measured < self._epoch_iterations}
-        of |= {"build_seconds": None, "passes": []}
-        moved = self._epoch_iterations * self.batch * 3 * epoch.height * epoch.width * (1 + 4)
-        name = contender if order is None else f"{contender}, order {order}"
-        return Row(contender, of, (WHOLE,), name, model_bytes={WHOLE: moved})
-
     def _measure_machine(self, rows: Sequence[Row]) -> None:
         copy = Copy(self.place, math.inf)
         seconds = Timing([once(self.place, copy) for _ in range(1 + _COPIES)][1:])
@@ -188,8 +187,7 @@ class EpochBenchmark(Benchmark):
         for row in rows:
             row.bandwidth, row.rate = copy.moved_bytes / seconds.median, rate
 
-    def title(self, rows: Sequence[Row]) -> str:
-        of = rows[0].of
+    def title(self, of: dict[str, Any]) -> str:
         how = f"measured: {self._measured} of {self._epoch_iterations} mini-batches, EXTRAPOLATED to the epoch"
         return (
             f"{of['backbone']}, {self.images} JPEG files of {' x '.join(map(str, of['image_size']))}, "
@@ -215,13 +213,10 @@ class EpochBenchmark(Benchmark):
     def cells(self, row: Row) -> dict[str, str]:
         figures, spread = self.figures(row), row.whole
         cpu = figures["cpu_seconds"] or {}
-        epoch = f"{spread.median:.4g}" if spread else "-"
-        if spread and self.repeat > 1:
-            epoch += " ({:.4g}..{:.4g})".format(*spread.quartiles)
         # In place of columns that are for milliseconds.
         hidden = ("ms", "limit ms", "extra MB", "model MB", "of copy", f"vs {PLAIN}", f"vs {CACHED}")
         return dict.fromkeys(hidden, "-") | {
-            "s/epoch": epoch,
+            "s/epoch": "-" if spread is None else spread.shown() if self.repeat > 1 else f"{spread.median:.4g}",
             "images/s": shown(figures["images_per_second"], ".1f"),
             "limit s": shown(max(row.limits(WHOLE).values(), default=None), ".3g"),
             "waiting": shown(figures["waiting_share"], ".1%"),
@@ -231,7 +226,7 @@ class EpochBenchmark(Benchmark):
             **{f"over {name}": shown(row.over(name), ".3f") for name in (PLAIN, CACHED)},
         }
 
-    def legend(self, rows: Sequence[Row]) -> list[str]:
+    def legend(self) -> list[str]:
         plain, dan = PAPER_SECONDS.values()
         return [
             LEGEND[1],
@@ -246,14 +241,13 @@ class EpochBenchmark(Benchmark):
 
     def bars(self, rows: Sequence[Row]) -> list[Bar]:
         """The paper's DAN of order 1 against the plain loop with its own DataLoader."""
-        found = {
+        ratios = {
             (row.of["backbone"], *row.of["image_size"]): row.over(PLAIN)
             for row in rows
             if (row.contender, row.of["order"]) == (_PAPER, 1)
         }
-        return [
-            at_most(f"{_PAPER}, order 1, over {PLAIN}: {backbone}, {size[0]}x{size[1]}", _RATIO,
-                    found.get((backbone, *size)))
-            for size in self.files
-            for backbone in self.backbone
-        ]  # fmt: skip
+        bars = []
+        for (height, width), name in itertools.product(self.files, self.backbone):
+            words = f"{_PAPER}, order 1, over {PLAIN}: {name}, {height}x{width}"
+            bars.append(at_most(words, _RATIO, ratios.get((name, height, width))))
+        return bars

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from dan_fast.bench.data.feeds import PlainImages, apart, planned, too_far
+from dan_fast.bench.data import PlainImages, apart, planned
 from dan_fast.bench.iteration.contenders import PlainNetwork, fill_memory
 from dan_fast.bench.machine import resident_peak
 from dan_fast.core.devices import synchronize
@@ -131,11 +131,9 @@ class Feed:
         unequal = sum(not torch.equal(read(path), resized(read_image(path))) for path in paths)
         if unequal:
             return f"{unequal} of {len(paths)} decoded images are not equal", ""
-        found = apart(plain, self.cached(0, first), self.preprocessing.std)
-        if isinstance(found, str):
-            return found, ""
-        words = f"{len(paths)} images equal bit for bit as decoded"
-        return too_far(*found), f"{words}, augmented up to {found[0]:.2g} grey levels in {found[1]:.1e} of the pixels"
+        differs, found = apart(plain, self.cached(0, first), self.preprocessing.std)
+        levels = "up to {:.2g} grey levels in {:.1e} of the pixels".format(*found) if found else ""
+        return differs, f"{len(paths)} images equal bit for bit as decoded, augmented {levels}"
 
 
 def compare_feeds(recipe: str, epoch: Epoch) -> tuple[str | None, str, float]:

@@ -12,22 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dan_fast.bench.benchmark import Bar, Benchmark, at_most, contenders_of, one_of
 from dan_fast.bench.iteration import contenders
-from dan_fast.bench.iteration.contenders import (
-    FROZEN,
-    TOLERANCES,
-    UPDATED,
-    DANIteration,
-    IterationSize,
-    compare_iteration,
-)
-from dan_fast.bench.iteration.profile import PROFILE_MEANING, Profile, in_order
+from dan_fast.bench.iteration.contenders import FROZEN, TOLERANCES, UPDATED, DANIteration, IterationSize
+from dan_fast.bench.iteration.profile import Profile, in_order
 from dan_fast.bench.machine import peak_above
 from dan_fast.bench.memory import benchmark as memory
-from dan_fast.bench.memory.contenders import LITERAL as LITERAL_STEP
-from dan_fast.bench.memory.contenders import MODULE, select
+from dan_fast.bench.memory.contenders import CONTENDERS as MEMORY_STEPS
+from dan_fast.bench.memory.contenders import MODULE
 from dan_fast.bench.memory.problem import Size
 from dan_fast.bench.rows import BACKWARD, WHOLE, Row, Timing, shown
-from dan_fast.bench.timing import Operators, Say, Turn, rated_type, repetitions, take_turns
+from dan_fast.bench.timing import Operators, Say, rated_type, repetitions, take_turns
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.free_memory import why_too_large
 from dan_fast.training.config import Precision
@@ -82,25 +75,23 @@ class IterationBenchmark(Benchmark):
         "frozen": "the adversary branch wins: NL-CBAM, CAM weight and gates are updated",
         "seconds": "an iteration; images are drawn, not decoded; repetitions of the contenders in turn",
         "epoch_seconds": f"for {EPOCH_IMAGES} images, those of Market-1501's training set",
-        "gflop": (
-            "1e9 operations of an iteration by torch.utils.flop_counter, products and convolutions only; those inside "
-            "the package's compiled operators are not counted"
-        ),
-        "model_bytes": (
-            "a model: the images and, where the backbone is updated, eight passes over the parameters: read forward "
-            "and backward, gradients written and read, weights and momentum read and written by the step; of dan also "
-            "its two memory steps; activations are not in it"
-        ),
+        "gflop": "1e9 operations of an iteration by torch.utils.flop_counter, products and convolutions only; those "
+        "inside the package's compiled operators are not counted",
+        "model_bytes": "a model: the images and, where the backbone is updated, eight passes over the parameters: read "
+        "forward and backward, gradients written and read, weights and momentum read and written by the step; of dan "
+        "also its two memory steps; activations are not in it",
         "flop": "gflop, and of dan its two memory steps",
-        "errors": (
-            "distance of the gradients an iteration would follow from those with the literal operators, as a share of "
-            "their norm, on few images and slots in the same run, with S~ at the same weights"
-        ),
+        "errors": "distance of the gradients an iteration would follow from those with the literal operators, as a "
+        "share of their norm, on few images and slots in the same run, with S~ at the same weights",
         "rounding": "the same between literal gradients with and without the last bit of the last feature map changed",
         "allowed": "the largest error that is no disagreement: tolerance, or 4 times rounding where that is more",
         "ratio": "median over the median of plain; round_ratios: round by round; none without agreement",
         "paper_ratio": "Table VIII: 137.908 s an epoch against 32.609 s",
-        "profile": PROFILE_MEANING,
+        "profile": "seconds of one iteration, the device is waited for at every mark; forward: of the network's parts, "
+        "losses is the rest of the pass; backward: memory and head are from the gradient of their results to that of "
+        "their inputs, backbone what follows the gradient of the last map, losses the rest; S again: with order 2, the "
+        "backbone with tangents and the second derivatives of what follows it; rest is everything outside of passes "
+        "and optimizer: batch, competition, finite checks, inner step, sums of gradients",
     }
 
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
@@ -130,29 +121,30 @@ class IterationBenchmark(Benchmark):
         kinds = [(PLAIN, None, UPDATED), (LITERAL, 1, UPDATED)]
         kinds += [(DAN, order, backbone) for order in self.order for backbone in (UPDATED, FROZEN)]
         rows = [row_of(*kind, self.images) for kind in kinds if kind[0] in self.contenders]
-        self._compare([row for row in rows if row.contender == DAN], say)
+        if DAN in self.contenders:
+            self._compare([row for row in rows if row.contender == DAN], say)
         say("making the networks and memories")
         dan = DANIteration(self.size, self.place, self.precision)
         plain = contenders.plain_iteration(self.size, dan) if PLAIN in self.contenders else None
-        turns = []
         for row in rows:
             say(f"first runs: {row.name}")
-            turns += self._first_runs(row, dan, plain)
-        bytes_moved = max((turn.row.model_bytes[WHOLE] for turn in turns), default=0)
-        take_turns(self.place, turns, say, bytes_moved, rated_type(self.place, getattr(torch, self.precision)))
+            try:
+                self._first_runs(row, dan, plain)
+            except (MemoryError, torch.OutOfMemoryError):
+                row.leave_out("out of memory")
+        bytes_moved = max(row.model_bytes.get(WHOLE, 0) for row in rows)
+        take_turns(self.place, rows, say, bytes_moved, rated_type(self.place, getattr(torch, self.precision)))
         yield rows
 
     def _compare(self, rows: list[Row], say: Say) -> None:
         """The gradients that an iteration would follow, with the package's operators and with the literal ones."""
-        if not rows:
-            return
         few = {name: min(value, getattr(self.size, name)) for name, value in _CHECK.items()}
         dan = DANIteration(self.size._replace(**few), self.place, self.precision)
         for row in rows:
             say(f"comparing with the literal operators: {row.name}")
             dan.set(row.of["order"], row.of["backbone"])
-            row.compared_with = "the literal operators"
-            (row.disagrees, row.errors), rounding, allowed = compare_iteration(dan, TOLERANCES[self.precision])
+            found = contenders.compare_iteration(dan, TOLERANCES[self.precision])
+            row.compared_with, (row.disagrees, row.errors, rounding, allowed) = "the literal operators", found
             row.of |= {"rounding": rounding, "allowed": allowed}
             if row.errors:
                 group = max(row.errors, key=row.errors.get)
@@ -161,11 +153,12 @@ class IterationBenchmark(Benchmark):
                     f"what rounding alone does {rounding[group]:.1e}, allowed {allowed[group]:.1e}"
                 )
 
-    def _first_runs(self, row: Row, dan: DANIteration, plain: Callable | None) -> list[Turn]:
+    def _first_runs(self, row: Row, dan: DANIteration, plain: Callable | None) -> None:
         """The operations of an iteration, its memory, where its time goes, and how often there is time for it."""
-        if row.contender == LITERAL and (reason := self._too_costly(dan)):
+        slots = Size(self.labeled_slots, self.unlabeled_slots, dan.model.network.key_dim, max(1, self.images // 4))
+        if row.contender == LITERAL and (reason := self._too_costly(slots)):
             row.leave_out(reason)
-            return []
+            return
 
         def iterate() -> object:
             if row.contender == PLAIN:
@@ -174,46 +167,35 @@ class IterationBenchmark(Benchmark):
             with contenders.literal_operators(dan.model) if row.contender == LITERAL else nullcontext():
                 return dan.run()
 
-        try:
-            with FlopCounterMode(display=False) as counter, Operators() as found:
-                iterate()
-            row.operators, row.of["gflop"] = sorted(found.names), counter.get_total_flops() / 1e9
-            row.model_bytes, row.flop = self._needed(row, dan)
-            start = time.perf_counter()
-            _, row.peak_bytes = peak_above(self.place, iterate)
-            seconds = time.perf_counter() - start
-            if row.contender == DAN:
-                profile = Profile(dan.step)
-                with profile.recording():
-                    iterate()
-                row.of["profile"] = dict(profile.seconds)
-        except (MemoryError, torch.OutOfMemoryError):
-            row.leave_out("out of memory")
-            return []
-        return [Turn(row, WHOLE, iterate, repetitions(seconds, self.repeat, self.budget_s))]
-
-    def _needed(self, row: Row, dan: DANIteration) -> tuple[dict[str, int], dict[str, float]]:
-        """The bytes and operations that an iteration cannot do without."""
+        with FlopCounterMode(display=False) as counter, Operators() as found:
+            iterate()
+        flop = counter.get_total_flops()
+        row.operators, row.of["gflop"] = sorted(found.names), flop / 1e9
         count = sum(parameter.numel() for parameter in dan.model.network.parameters())
         moved = 3 * self.images * self.height * self.width + count * (8 if row.of["backbone"] == UPDATED else 1)
-        moved, flop = 4 * moved, row.of["gflop"] * 1e9
+        moved *= 4
         if row.contender == DAN:
-            slots = Size(self.labeled_slots, self.unlabeled_slots, dan.model.network.key_dim, max(1, self.images // 4))
             moved += 2 * memory.bars.model_bytes(slots, 4, MODULE, BACKWARD)
             flop += 2 * memory.bars.product_flop(slots, BACKWARD)
-        return {WHOLE: moved}, {WHOLE: flop}
+        row.model_bytes, row.flop = {WHOLE: moved}, {WHOLE: flop}
+        start = time.perf_counter()
+        _, row.peak_bytes = peak_above(self.place, iterate)
+        seconds = time.perf_counter() - start
+        if row.contender == DAN:
+            profile = Profile(dan.step)
+            with profile.recording():
+                iterate()
+            row.of["profile"] = dict(profile.seconds)
+        row.calls = {WHOLE: (iterate, repetitions(seconds, self.repeat, self.budget_s))}
 
-    def _too_costly(self, dan: DANIteration) -> str | None:
+    def _too_costly(self, slots: Size) -> str | None:
         """Why a literal iteration is left out: its two memory steps are foreseen from steps with few slots."""
-        key_dim, few = dan.model.network.key_dim, max(1, self.images // 4)
-        slots = Size(self.labeled_slots, self.unlabeled_slots, key_dim, few)
-        (step,) = select([LITERAL_STEP])
-        seconds, needed = (2 * x for x in memory.foresee(step, slots, torch.float32, self.place))
+        seconds, needed = (2 * x for x in memory.foresee(MEMORY_STEPS[0], slots, torch.float32, self.place))
         if seconds > self.budget_s:
             return f"its memory steps alone would take about {seconds:.0f} s, the budget is {self.budget_s:.0f} s"
         return why_too_large(self.place, needed, "its memory steps")
 
-    def title(self, rows: Sequence[Row]) -> str:
+    def title(self, of: dict[str, Any]) -> str:
         return (
             f"{self.backbone}, {self.images} images of {self.height} x {self.width}, {self.precision}, "
             f"{self.labeled_slots} and {self.unlabeled_slots} slots: one training iteration"
@@ -239,23 +221,19 @@ class IterationBenchmark(Benchmark):
 
     def cells(self, row: Row) -> dict[str, str]:
         figures, by_round = self.figures(row), Timing(row.of["round_ratios"])
-        spread = [f"{ratio:.3f}" for ratio in (by_round.quartiles if by_round else ())]
         return {
             "images/s": shown(figures["images_per_second"], ".1f"),
             "s/epoch": shown(figures["epoch_seconds"], ".1f"),
             "GFLOP": shown(row.of["gflop"], ".1f"),
             "GFLOP/s": shown(figures["gflop_per_second"], ".1f"),
-            "over plain": shown(row.over(PLAIN), ".3f"),
+            "over plain": shown(figures["ratio"], ".3f"),
             f"vs {PLAIN}": "-",
-            "by round": "..".join(spread) or "-",
+            "by round": "{:.3f}..{:.3f}".format(*by_round.quartiles) if by_round else "-",
         }
 
-    def legend(self, rows: Sequence[Row]) -> list[str]:
-        return [
-            *super().legend(rows),
-            f"s/epoch: for {EPOCH_IMAGES} images. The paper's DAN takes {PAPER_RATIO:.2f} times as long as its "
-            "ResNet-50 (Table VIII).",
-        ]
+    def legend(self) -> list[str]:
+        paper = f"The paper's DAN takes {PAPER_RATIO:.2f} times as long as its ResNet-50 (Table VIII)."
+        return [*super().legend(), f"s/epoch: for {EPOCH_IMAGES} images. {paper}"]
 
     def more_tables(self, rows: Sequence[Row]) -> dict[str, list[dict[str, str]]]:
         profiles = {
@@ -264,7 +242,7 @@ class IterationBenchmark(Benchmark):
             for row in rows
             if row.of["profile"]
         }
-        parts = dict.fromkeys(part for profile in profiles.values() for part in sorted(profile, key=in_order))
+        parts = sorted(dict.fromkeys(part for profile in profiles.values() for part in profile), key=in_order)
         table = [
             {"part": part} | {kind: shown(profile.get(part), ".1f", 1e-3) for kind, profile in profiles.items()}
             for part in parts

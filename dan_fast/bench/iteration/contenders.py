@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dan_fast import reference
-from dan_fast.bench.agreement import Agreement, judge, relative_error
+from dan_fast.bench.agreement import relative_error, too_large
 from dan_fast.bench.memory.problem import Size, make_problem
 from dan_fast.core.types import AttentionHeadOutput, MemoryStep
 from dan_fast.daml import Stage
@@ -211,7 +211,7 @@ def _sgd(model: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), _STEP, settings.momentum, weight_decay=settings.weight_decay)
 
 
-def compare_iteration(dan: DANIteration, limit: float) -> tuple[Agreement, Errors, Errors]:
+def compare_iteration(dan: DANIteration, limit: float) -> tuple[str | None, Errors, Errors, Errors]:
     """Whether an iteration follows the same gradients with the package's operators as with the paper's literal ones.
 
     Rounding alone can change these gradients much: S moves the weights by what it gives, weights that differ in a last
@@ -220,8 +220,8 @@ def compare_iteration(dan: DANIteration, limit: float) -> tuple[Agreement, Error
     iteration is that which `dan` is set to; its memories stay as they are.
 
     Returns:
-        Whether they agree; the errors between literal gradients with and without the last bit of the last feature map
-        changed; and how large an error may be.
+        What differs, None if nothing does; the errors; those between literal gradients with and without the last bit
+        of the last feature map changed; and how large an error may be.
     """
     with literal_operators(dan.model):
         expected, moved = dan.gradients()
@@ -230,12 +230,10 @@ def compare_iteration(dan: DANIteration, limit: float) -> tuple[Agreement, Error
         rounded, _ = dan.gradients(moved)
     found, _ = dan.gradients(moved)
     if found.keys() != expected.keys():
-        return Agreement("the parameters that have a gradient", {}), {}, {}
-    rounding = group_errors(rounded, expected)
+        return "the parameters that have a gradient", {}, {}, {}
+    errors, rounding = group_errors(found, expected), group_errors(rounded, expected)
     allowed = {group: max(limit, _ROUNDINGS * floor) for group, floor in rounding.items()}
-    errors = group_errors(found, expected)
-    named = [{f"gradient of {group}": value for group, value in each.items()} for each in (errors, allowed)]
-    return Agreement(judge(*named).disagrees, errors), rounding, allowed
+    return "; ".join(too_large(errors, allowed, "gradient of ")) or None, errors, rounding, allowed
 
 
 def group_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Errors:

@@ -17,13 +17,6 @@ from dan_fast.functional.derivatives import in_forward_mode
 from dan_fast.training import MetaStep
 
 TRAIN, TEST, AGAIN = "S", "S~", "S again"
-PROFILE_MEANING = (
-    "seconds of one iteration, the device is waited for at every mark; forward: of the network's parts, losses is the "
-    "rest of the pass; backward: memory and head are from the gradient of their results to that of their inputs, "
-    "backbone what follows the gradient of the last map, losses the rest; S again: with order 2, the backbone with "
-    "tangents and the second derivatives of what follows it; rest is everything outside of passes and optimizer: "
-    "batch, competition, finite checks, inner step, sums of gradients"
-)
 
 
 class Profile:
@@ -52,13 +45,13 @@ class Profile:
         forward = {"backbone": (model.network.backbone, "forward"), "head": (model.network.attention, "head")}
         if model.memory is not None:
             forward["memory"] = model.memory, "forward"
-        timed = [(*where, partial(self._forward, name)) for name, where in forward.items()]
+        around = {where: partial(self._forward, name) for name, where in forward.items()}
         # `torch.autograd.grad` is the step's only way to a gradient; its begin and end have no hook.
-        timed += [(model, "maps", self._maps), (model, "losses", self._losses)]
-        timed += [(torch.autograd, "grad", self._grad), (self.step.optimizer, "step", self._optimizer_step)]
+        around |= {(model, "maps"): self._maps, (model, "losses"): self._losses, (torch.autograd, "grad"): self._grad}
+        around[self.step.optimizer, "step"] = partial(self._timed, "optimizer")
         with ExitStack() as stack:
-            for owner, name, around in timed:
-                stack.enter_context(patch.object(owner, name, partial(around, getattr(owner, name))))
+            for (owner, name), timed in around.items():
+                stack.enter_context(patch.object(owner, name, partial(timed, getattr(owner, name))))
             start = self.now()
             yield
             total = self.now() - start
@@ -68,11 +61,15 @@ class Profile:
                 self.seconds[f"backward {part}: {name}"] += 0.0  # in the table also where no gradient came there
         self.seconds["rest"] = total - sum(self.seconds.values())
 
+    def _timed(self, part: str, call: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
+        start = self.now()
+        result = call(*arguments, **settings)
+        self.seconds[part] += self.now() - start
+        return result
+
     def _forward(self, name: str, forward: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
         """A part of the network; a backward pass leaves it with the gradients of its inputs."""
-        what, start = f"forward {self.part}: {name}", self.now()
-        result = forward(*arguments, **settings)
-        self.seconds[what] += self.now() - start
+        result = self._timed(f"forward {self.part}: {name}", forward, *arguments, **settings)
         if name == "head":
             self._watch(arguments[:1], "backbone")
             self._watch(result, name)
@@ -95,11 +92,6 @@ class Profile:
         result = losses(*arguments)
         self.seconds[f"forward {self.part}: losses"] += self.now() - self.pass_begun
         return result
-
-    def _optimizer_step(self, step: Callable[[], None]) -> None:
-        start = self.now()
-        step()
-        self.seconds["optimizer"] += self.now() - start
 
     def _watch(self, tensors: Iterable[Tensor], part: str) -> None:
         """A backward pass is in `part` from the gradient of one of `tensors` on."""

@@ -16,8 +16,6 @@ _CPU_SPEEDUP, _GPU_SPEEDUP, _IN_PLACE_SPEEDUP, _PYTORCH_SPEEDUP = 150, 100, 20, 
 _PEAK_MEGABYTES = 100
 _LINEAR_TO, _LINEAR_SLACK = 16, 1.25
 _FLOOR_FACTOR, _STEP_SECONDS = 2.5, 4e-6
-
-
 # Data sheets: bytes a second, and operations a second on tensor cores without sparsity, added in float32.
 _GPUS = (
     {"name": "RTX 3090", "bandwidth": 936e9, "float32": 35.6e12, "tf32": 35.6e12, "bfloat16": 71e12},
@@ -30,10 +28,6 @@ def model_bytes(size: Size, itemsize: int, use: str, kind: str) -> int:
 
     A memory that keeps its state is read and written once, by commit and scores in one pass, and read once more by
     the backward. A pure step reads it for the scores, reads and writes it for the new state.
-
-    Example:
-        >>> model_bytes(Size(), 4, "module", "forward_backward") / 1e6
-        355.83
     """
     passes = (2 if use == MODULE else 3) + (kind == BACKWARD)
     return passes * size.slots * size.key_dim * itemsize
@@ -58,47 +52,39 @@ def memory_bars(rows: Sequence[Row], device_type: str) -> list[Bar]:
         if row.contender == KERNELS and row.of["dtype"] == "float32" and not row.disagrees
     }
     # One that was not measured has no figures.
-    step, module = (found.get((use, 1), Row(KERNELS, {"use": use})) for use in (STEP, MODULE))
-    least, name = _CPU_SPEEDUP if device_type == "cpu" else _GPU_SPEEDUP, "forward + backward"
+    both = _, module = [found.get((use, 1), Row(KERNELS, {"use": use})) for use in (STEP, MODULE)]
+    on_cpu, name = device_type == "cpu", "forward + backward"
 
     def faster(rival: str, words: str, least: float) -> list[Bar]:
-        of = ((f"{name} against {words} ({row.of['use']})", row.ratio(rival, BACKWARD)) for row in (step, module))
+        of = ((f"{name} against {words} ({row.of['use']})", row.ratio(rival, BACKWARD)) for row in both)
         return [at_least(name, least, ratio) for name, ratio in of]
 
-    literal = faster(LITERAL, LITERAL, least)
-    if device_type != "cpu":
-        limit = math.nan
+    bars = faster(LITERAL, LITERAL, _CPU_SPEEDUP if on_cpu else _GPU_SPEEDUP)
+    if not on_cpu:
+        limit, value = math.nan, None
         if module.bandwidth:
             limit = (_FLOOR_FACTOR * module.limits(BACKWARD)["bytes"] + _scan_seconds(module.of["size"])) * 1e3
-        value = module.seconds[BACKWARD].median * 1e3 if module.bandwidth and BACKWARD in module.seconds else None
+            value = module.seconds[BACKWARD].median * 1e3 if BACKWARD in module.seconds else None
         text = f"at most {limit:.3g} ms: 2.5 x 3 (s1+s2) d bytes / copy bandwidth + 4 us x dependent steps"
-        return [*literal, at_most(f"{name} in ms (module)", limit, value, limit=text)]
-    bars = [
-        *literal,
-        at_least(f"forward against {IN_PLACE} (module)", _IN_PLACE_SPEEDUP, module.ratio(IN_PLACE, FORWARD)),
-        *faster(BEST_PYTORCH, "the best PyTorch path", _PYTORCH_SPEEDUP),
-    ]
-    for row in (step, module):
+        return [*bars, at_most(f"{name} in ms (module)", limit, value, limit=text)]
+    in_place = module.ratio(IN_PLACE, FORWARD)
+    bars.append(at_least(f"forward against {IN_PLACE} (module)", _IN_PLACE_SPEEDUP, in_place))
+    bars += faster(BEST_PYTORCH, "the best PyTorch path", _PYTORCH_SPEEDUP)
+    for row in both:
         value = row.extra_bytes and row.extra_bytes / 1e6
-        name = f"peak memory above the memories in MB ({row.of['use']})"
-        bars.append(at_most(name, _PEAK_MEGABYTES, value, "MB"))
-    for row in (step, module):
-        larger = found.get((row.of["use"], _LINEAR_TO), row)
-        both = [r.seconds[BACKWARD].median / r.of["size"].slots for r in (row, larger) if BACKWARD in r.seconds]
+        bars.append(at_most(f"peak memory above the memories in MB ({row.of['use']})", _PEAK_MEGABYTES, value, "MB"))
+    for row in both:
+        larger, value = found.get((row.of["use"], _LINEAR_TO)), None
+        if larger and all(BACKWARD in each.seconds for each in (row, larger)):
+            small, large = (each.seconds[BACKWARD].median / each.of["size"].slots for each in (row, larger))
+            value = large / small
         limit = f"time a slot at x {_LINEAR_TO} at most {_LINEAR_SLACK} times that at x 1"
-        value = both[1] / both[0] if len(both) == 2 and larger is not row else None
         bars.append(at_most(f"linear in slots ({row.of['use']})", _LINEAR_SLACK, value, limit=limit))
     return bars
 
 
 def predict(size: Size, scales: Sequence[float]) -> dict[str, Any]:
-    """The roofline model of forward + backward for GPUs by their data sheets: a prediction, nothing of it is measured.
-
-    Example:
-        >>> rows = predict(Size(), [1.0])["rows"]
-        >>> [(row["dtype"], round(row["bytes_ms"], 2), round(row["operations_ms"], 2)) for row in rows[:3]]
-        [('float32', 0.38, 0.23), ('float32 as tf32x3', 0.38, 0.68), ('bfloat16', 0.19, 0.34)]
-    """
+    """The roofline model of forward + backward for GPUs by their data sheets; nothing of it is measured."""
     rows = []
     # Type, bytes a number, the products that each one takes, and at which rate.
     forms = (("float32", 4, 1, "float32"), ("float32 as tf32x3", 4, 3, "tf32"), ("bfloat16", 2, 3, "bfloat16"))

@@ -14,11 +14,11 @@ from dan_fast import _extension
 from dan_fast.bench.benchmark import Bar, Benchmark, contenders_of, dtypes_of
 from dan_fast.bench.machine import peak_above, why_no_triton
 from dan_fast.bench.memory import bars, contenders
-from dan_fast.bench.memory.contenders import IN_PLACE, KERNELS, LITERAL, SCORE_SPACE, Contender, Outcome, compare
+from dan_fast.bench.memory.contenders import IN_PLACE, KERNELS, LITERAL, SCORE_SPACE, Contender, Outcome
 from dan_fast.bench.memory.problem import PAPER, Problem, Size, make_problem
 from dan_fast.bench.process import compile_trial
 from dan_fast.bench.rows import BACKWARD, FORWARD, Row, pair, plain
-from dan_fast.bench.timing import Say, Turn, first_outcome, once, repetitions, take_turns
+from dan_fast.bench.timing import Say, first_outcome, once, repetitions, take_turns
 from dan_fast.core.cosine import statistics_dtype
 from dan_fast.core.devices import synchronize
 from dan_fast.core.errors import DanFastError
@@ -73,17 +73,13 @@ class MemoryBenchmark(Benchmark):
         "seconds": "a step; forward is without recording for autograd; repetitions of the contenders in turn",
         "step": "pure: from one common state, the new memories are returned",
         "module": "the memory steps its own state; `steps` steps and the write of what they left pending, over `steps`",
-        "model_bytes": (
-            "a model: what a step cannot do without, 2 (module) or 3 (step) passes over (s1+s2) d numbers forward, "
-            "one more with backward"
-        ),
+        "model_bytes": "a model: what a step cannot do without, 2 (module) or 3 (step) passes over (s1+s2) d numbers "
+        "forward, one more with backward",
         "floor_seconds": "as limit_seconds; its operations are those of gflops, whatever a contender makes beyond them",
         "float32_rate": "as rate; null where a GPU's products are not of float32",
         "gflops": "of the products of score space, scores, commit and backward; not of the literal loops",
-        "speedup": (
-            "median of the other / median of this one, pass by pass; best_pytorch: the faster of score_space and "
-            "score_space_compiled in the same use; none without agreement"
-        ),
+        "speedup": "median of the other / median of this one, pass by pass; best_pytorch: the faster of score_space "
+        "and score_space_compiled in the same use; none without agreement",
         "peak_extra_bytes": "peak_bytes less returned_bytes, the new memories that a pure step returns",
     }
 
@@ -104,7 +100,7 @@ class MemoryBenchmark(Benchmark):
         self.slots_scale = [_scale(part) for part in self.slots_scale.split(",")]
         self.dtype = dtypes_of(self.dtype)
         self.contenders = contenders_of(self.contenders, contenders.NAMES)
-        self._chosen = contenders.select(self.contenders)
+        self._chosen = [each for each in contenders.CONTENDERS if each.name in self.contenders]
         self.size = Size(self.labeled_slots, self.unlabeled_slots, self.key_dim, self.batch)
         # Why a contender is not tried again, by its name.
         self._gave_up: dict[str, str] = {}
@@ -117,10 +113,8 @@ class MemoryBenchmark(Benchmark):
 
     def _group(self, scale: float, dtype: torch.dtype, say: Say) -> list[Row]:
         """All contenders on one problem; one that fails leaves the reason in its row."""
-        size, memories = self.size.scaled(scale), self.size.scaled(scale).slots * self.key_dim * dtype.itemsize
-        # On a GPU others go through tensor cores, three products for each one.
-        in_float32 = self.products == "float32" and dtype != torch.bfloat16
-        rated = statistics_dtype(dtype) if in_float32 or self.place.type == "cpu" else None
+        size = self.size.scaled(scale)
+        memories = size.slots * self.key_dim * dtype.itemsize
         of = {"dtype": plain(dtype), "itemsize": dtype.itemsize, "scale": scale, "size": size}
         rows = [row_of(each, of) for each in self._chosen]
         if reason := why_too_large(self.place, 2 * memories, "the memories"):
@@ -128,7 +122,7 @@ class MemoryBenchmark(Benchmark):
                 row.leave_out(reason)
             return rows
         problem = make_problem(size, dtype, self.place, batches=self.steps)
-        turns, outcome, expected, compared_with = [], None, None, ""
+        outcome = expected = compared_with = None
         # Every contender's first step is compared with the literal one, or with score space where that is left out;
         # those without a backward pass come last, so that there is something to compare them with.
         pairs = sorted(zip(rows, self._chosen, strict=True), key=lambda pair: BACKWARD not in pair[0].passes)
@@ -138,20 +132,22 @@ class MemoryBenchmark(Benchmark):
                 if reason := self._why_not(row, contender, dtype):
                     row.leave_out(reason)
                     continue
-                outcome, own_turns = self._first_runs(row, contender, problem)
+                outcome = self._first_runs(row, contender, problem)
             except (MemoryError, torch.OutOfMemoryError):
                 row.leave_out("out of memory")
                 continue
-            turns += own_turns
             if expected is not None:
                 row.compared_with = compared_with
-                row.disagrees, row.errors = compare(outcome, expected, dtype)
+                row.disagrees, row.errors = contenders.compare(outcome, expected, dtype)
             elif BACKWARD in row.passes:
                 expected, compared_with = outcome, contender.name
             else:
                 row.notes.append("nothing to compare with")
         del outcome, expected
-        take_turns(self.place, turns, say, memories, rated)
+        # On a GPU others go through tensor cores, three products for each one.
+        in_float32 = self.products == "float32" and dtype != torch.bfloat16
+        rated = statistics_dtype(dtype) if in_float32 or self.place.type == "cpu" else None
+        take_turns(self.place, rows, say, memories, rated)
         return rows
 
     def _why_not(self, row: Row, contender: Contender, dtype: torch.dtype) -> str | None:
@@ -172,8 +168,8 @@ class MemoryBenchmark(Benchmark):
                 return reason
         return None
 
-    def _first_runs(self, row: Row, contender: Contender, problem: Problem) -> tuple[Outcome, list[Turn]]:
-        """The step that is compared, the memory of a run, and the turns that a first time of each pass leaves room."""
+    def _first_runs(self, row: Row, contender: Contender, problem: Problem) -> Outcome:
+        """The step that is compared, the memory of a run, and as many calls as the budget has room for."""
         runner = contender.start(problem)
         row.steps, row.returned_bytes = runner.steps, runner.returned_bytes
         calls = {kind: partial(runner.run, kind == BACKWARD) for kind in row.passes}
@@ -183,17 +179,16 @@ class MemoryBenchmark(Benchmark):
             outcome, row.peak_bytes = peak_above(self.place, runner.outcome)
             first = dict.fromkeys(calls, time.perf_counter() - start)
         else:
-            outcome = first_outcome(row, runner, contender.compiled)
+            outcome = first_outcome(row, runner.outcome, contender.compiled)
             runner.run(False)
             _, row.peak_bytes = peak_above(self.place, calls[BACKWARD])
             first = {kind: once(self.place, call) for kind, call in calls.items()}
-        turns = []
         for kind, seconds in first.items():
             if seconds > self.budget_s and not contender.literal:
                 row.leave_out(f"a run takes {seconds:.0f} s, the budget is {self.budget_s:.0f} s", kind)
             else:
-                turns.append(Turn(row, kind, calls[kind], repetitions(seconds, self.repeat, self.budget_s)))
-        return outcome, turns
+                row.calls[kind] = calls[kind], repetitions(seconds, self.repeat, self.budget_s)
+        return outcome
 
     def rivals(self, row: Row, rows: Sequence[Row]) -> dict[str, list[Row]]:
         """The literal forms, and for kernels the faster of the PyTorch paths in the same use."""
@@ -203,8 +198,8 @@ class MemoryBenchmark(Benchmark):
             found[bars.BEST_PYTORCH] = [other for other in paths if other.of["use"] == row.of["use"]]
         return found
 
-    def title(self, rows: Sequence[Row]) -> str:
-        of, size = rows[0].of, rows[0].of["size"]
+    def title(self, of: dict[str, Any]) -> str:
+        size = of["size"]
         return (
             f"{of['dtype']}, {of['scale']:g} x slots: {size.labeled_slots} and {size.unlabeled_slots} slots of "
             f"{size.key_dim}, {size.batch} + {size.batch} samples a step"

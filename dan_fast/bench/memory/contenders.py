@@ -1,7 +1,7 @@
 """Five ways to make the same memory step, each as a user of it would call it, and whether two are the same."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dan_fast import _extension, functional, reference
-from dan_fast.bench.agreement import Agreement, Pair, compare_pairs
+from dan_fast.bench.agreement import Agreement, compare_tensors
 from dan_fast.bench.memory.literal import InPlaceMemory, in_place_step
 from dan_fast.bench.memory.problem import GATES, Problem
 from dan_fast.bench.rows import BACKWARD, FORWARD
@@ -40,7 +40,7 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Runner:
-    """A contender on one problem, whose run is one step; what it returns is all that a caller would hold.
+    """A contender on one problem; what a run returns is all that a caller would hold.
 
     `outcome` is called once, before any `run`: a memory that keeps its state steps from the common one there.
 
@@ -50,6 +50,7 @@ class Runner:
         gates: leaves of the graph, in the order of GRADIENTS; None: it has no gradients.
         context: entered around every call.
         returned_bytes: of new memories that a run returns: a result, not an overhead.
+        memory: a module; its run takes all batches and writes what the steps left pending. Of others it is one step.
     """
 
     problem: Problem
@@ -57,8 +58,12 @@ class Runner:
     gates: Sequence[Tensor] | None = None
     context: Context = nullcontext
     returned_bytes: int = 0
-    steps: int = 1
+    memory: ProgressiveAugmentedMemory | None = None
     next: int = 0
+
+    @property
+    def steps(self) -> int:
+        return 1 if self.memory is None else len(self.problem.batches)
 
     def call(self, batch: MemoryBatch, backward: bool) -> tuple[MemoryStep, tuple[Tensor, ...] | None]:
         with self.context(), torch.set_grad_enabled(backward):
@@ -70,12 +75,20 @@ class Runner:
 
     def outcome(self) -> Outcome:
         step, gradients = self.call(self.problem.batches[0], self.gates is not None)
-        return Outcome(step.loss.detach(), step.pseudo_labels, step.labeled, step.unlabeled, gradients)
+        if self.memory is not None:
+            # The module's parameter is the logit; the others are compared in beta.
+            beta = self.memory.beta.detach()
+            gradients = (*gradients[:4], gradients[4] / (beta * (1 - beta)))
+        with self.context():  # a module writes its states where they are asked for
+            return Outcome(step.loss.detach(), step.pseudo_labels, step.labeled, step.unlabeled, gradients)
 
     def run(self, backward: bool) -> object:
         for _ in range(self.steps):
             self.next = (self.next + 1) % len(self.problem.batches)
             result = self.call(self.problem.batches[self.next], backward)
+        if self.memory is not None:
+            with self.context():
+                self.memory.settle()
         return result
 
 
@@ -89,40 +102,24 @@ def _pure_step(problem: Problem, memory_step: Callable[..., MemoryStep], context
     return Runner(problem, lambda batch: memory_step(*states, *batch, *gates), gates, context, returned)
 
 
+def _compiled_step(problem: Problem) -> Runner:
+    # Whatever was traced for another size would only be in the way, and is no part of the time to compile this one.
+    torch.compiler.reset()
+    return _pure_step(problem, torch.compile(functional.memory_step, dynamic=False), _extension.disabled)
+
+
 def _in_place(problem: Problem) -> Runner:
     """The literal loop on memories of its own."""
     memories = [InPlaceMemory(MemoryState(*(x.clone() for x in state))) for state in problem[1:3]]
     return Runner(problem, lambda batch: in_place_step(*memories, batch, GATES))
 
 
-class _Module(Runner):
-    """`nn.ProgressiveAugmentedMemory`: a run takes all batches and writes what the steps left pending."""
-
-    def __init__(self, problem: Problem, context: Context = nullcontext) -> None:
-        with context():
-            memory = ProgressiveAugmentedMemory(*problem.size[:3], dtype=problem.dtype).to(problem.device)
-            memory.labeled, memory.unlabeled = problem.labeled, problem.unlabeled
-        gates = (memory.alpha, memory.alpha_unlabeled, memory.beta_logit)
-        super().__init__(problem, lambda batch: memory(*batch), gates, context)
-        self.memory, self.steps = memory, len(problem.batches)
-
-    def outcome(self) -> Outcome:
-        with self.context():
-            outcome, beta = super().outcome(), self.memory.beta.detach()
-        # The module's parameter is the logit; the others are compared in beta.
-        return outcome._replace(gradients=(*outcome.gradients[:4], outcome.gradients[4] / (beta * (1 - beta))))
-
-    def run(self, backward: bool) -> object:
-        result = super().run(backward)
-        with self.context():
-            self.memory.settle()
-        return result
-
-
-def _compiled_step(problem: Problem) -> Runner:
-    # Whatever was traced for another size would only be in the way, and is no part of the time to compile this one.
-    torch.compiler.reset()
-    return _pure_step(problem, torch.compile(functional.memory_step, dynamic=False), _extension.disabled)
+def _module(problem: Problem, context: Context = nullcontext) -> Runner:
+    with context():
+        memory = ProgressiveAugmentedMemory(*problem.size[:3], dtype=problem.dtype).to(problem.device)
+        memory.labeled, memory.unlabeled = problem.labeled, problem.unlabeled
+    gates = (memory.alpha, memory.alpha_unlabeled, memory.beta_logit)
+    return Runner(problem, lambda batch: memory(*batch), gates, context, memory=memory)
 
 
 class Contender(NamedTuple):
@@ -146,14 +143,9 @@ CONTENDERS: tuple[Contender, ...] = (
     Contender(SCORE_SPACE, STEP, lambda problem: _pure_step(problem, functional.memory_step, _extension.disabled)),
     Contender(COMPILED, STEP, _compiled_step, compiled=True),
     Contender(KERNELS, STEP, lambda problem: _pure_step(problem, functional.memory_step)),
-    Contender(SCORE_SPACE, MODULE, lambda problem: _Module(problem, _extension.disabled)),
-    Contender(KERNELS, MODULE, _Module),
+    Contender(SCORE_SPACE, MODULE, lambda problem: _module(problem, _extension.disabled)),
+    Contender(KERNELS, MODULE, _module),
 )
-
-
-def select(names: Collection[str] | None = None) -> tuple[Contender, ...]:
-    """The contenders of these names, in the table's order; all of them without names."""
-    return tuple(contender for contender in CONTENDERS if names is None or contender.name in names)
 
 
 class Tolerance(NamedTuple):
@@ -183,22 +175,14 @@ TOLERANCES = {
 
 
 def compare(outcome: Outcome, expected: Outcome, dtype: torch.dtype) -> Agreement:
-    """Loss, pseudo labels, gradients (where both have them) and both new states, from the same state and batch.
-
-    Example:
-        >>> from dan_fast.bench.memory.problem import Size, make_problem
-        >>> problem = make_problem(Size(24, 12, key_dim=8, batch=2), torch.float64, "cpu")
-        >>> literal, score_space, *_ = (c.start(problem).outcome() for c in select()[:3])
-        >>> compare(score_space, literal, problem.dtype).disagrees is None
-        True
-    """
+    """Loss, pseudo labels, gradients (where both have them) and both new states, from the same state and batch."""
     tolerance, different = TOLERANCES[dtype], []
-    pairs = [Pair("loss", outcome.loss, expected.loss, tolerance.loss)]
-    pairs.append(Pair("pseudo_labels", outcome.pseudo_labels, expected.pseudo_labels))
+    pairs = [("loss", outcome.loss, expected.loss, tolerance.loss)]
+    pairs.append(("pseudo_labels", outcome.pseudo_labels, expected.pseudo_labels, None))
     limits = {"usage": tolerance.statistics, "evaluation": tolerance.statistics, "features": tolerance.features}
     for memory in ("labeled", "unlabeled"):
         states = zip(MemoryState._fields, getattr(outcome, memory), getattr(expected, memory), strict=True)
-        pairs += [Pair(f"{memory}.{field}", *both, limits.get(field)) for field, *both in states]
+        pairs += [(f"{memory}.{field}", *both, limits.get(field)) for field, *both in states]
         actual, wanted = (getattr(each, memory).features for each in (outcome, expected))
         if tolerance.changed < 1 and actual.shape == wanted.shape:
             changed = int((actual != wanted).sum()) / wanted.numel()
@@ -206,5 +190,5 @@ def compare(outcome: Outcome, expected: Outcome, dtype: torch.dtype) -> Agreemen
                 different.append(f"{memory}.features in {changed:.1%} of the numbers (allowed {tolerance.changed:.0%})")
     if outcome.gradients is not None and expected.gradients is not None:
         for name, *both in zip(GRADIENTS, outcome.gradients, expected.gradients, strict=True):
-            pairs.append(Pair(f"gradient of {name}", *both, tolerance.gradients))
-    return compare_pairs(pairs, math.inf, different=different)
+            pairs.append((f"gradient of {name}", *both, tolerance.gradients))
+    return compare_tensors(pairs, math.inf, different=different)

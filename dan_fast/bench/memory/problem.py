@@ -59,11 +59,6 @@ def make_problem(size: Size, dtype: torch.dtype, device: torch.device | str, bat
 
     The gap between persons is what makes contenders comparable: which slots a step clears does not hang on the last
     bit of a cosine. Some slots of M' hold each other's pseudo labels. It is the same on the same device.
-
-    Example:
-        >>> problem = make_problem(Size(24, 12, key_dim=8, batch=2), torch.float32, "cpu")
-        >>> problem.labeled.features.shape, len(problem.batches)
-        (torch.Size([24, 8]), 8)
     """
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(0)

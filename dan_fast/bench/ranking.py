@@ -15,7 +15,7 @@ from dan_fast import _extension
 from dan_fast.bench.benchmark import Bar, Benchmark, at_most
 from dan_fast.bench.machine import peak_above
 from dan_fast.bench.rows import WHOLE, Row, shown
-from dan_fast.bench.timing import Say, Turn, repetitions, take_turns
+from dan_fast.bench.timing import Say, repetitions, take_turns
 from dan_fast.evaluation import RankingResult, counting, evaluate_ranking, rank_distances
 from dan_fast.evaluation.pairs import Labels
 
@@ -40,16 +40,14 @@ MARKET1501 = RankingSize(3368, 15913, 2048, 751, 6)
 MSMT17 = RankingSize(11659, 82161, 64, 3060, 15)
 
 
-class RankingProblem(NamedTuple):
-    """Features of people as an embedding leaves them: no number below 0, half of them 0."""
+def make_ranking_problem(size: RankingSize, device: torch.device) -> tuple[Tensor, Tensor, Labels]:
+    """Noisy features of `ids` people as an embedding leaves them, no number below 0, and their labels; always the same.
 
-    query: Tensor
-    gallery: Tensor
-    labels: Labels
+    Every tenth gallery image is a distractor.
 
-
-def make_ranking_problem(size: RankingSize, device: torch.device) -> RankingProblem:
-    """Noisy features of `ids` people, every tenth gallery image a distractor; always the same."""
+    Returns:
+        Queries (q, width), gallery (g, width), and the labels of both.
+    """
     generator, random = torch.Generator().manual_seed(0), np.random.default_rng(0)
     labels = Labels(
         random.integers(1, size.ids, size.queries),
@@ -62,7 +60,7 @@ def make_ranking_problem(size: RankingSize, device: torch.device) -> RankingProb
         torch.randn(len(ids), size.width, generator=generator).mul_(4).add_(people[torch.from_numpy(ids)]).relu_()
         for ids in (labels.query_ids, labels.gallery_ids)
     )
-    return RankingProblem(query.to(device), gallery.to(device), labels)
+    return query.to(device), gallery.to(device), labels
 
 
 def rank_by_sorting(rows_of: Callable[[slice], np.ndarray], labels: Labels, max_rank: int = 50) -> RankingResult:
@@ -180,30 +178,30 @@ class RankingBenchmark(Benchmark):
         # What an evaluation cannot do without: to read what is given and, from features, to multiply it.
         read = {DISTANCES: distances.nbytes, FEATURES: query.nbytes + gallery.nbytes}
         flop = {DISTANCES: {}, FEATURES: {WHOLE: 2 * distances.numel() * self.size.width}}
-        turns, results = {}, {}
+        rows, results = {}, {}
         for (source, contender), run in runs.items():
             say(f"{source}: {contender}")
             of = {"source": source, "path": ranking_path(self.place) if contender == COUNTING else ""}
             row = Row(contender, of, (WHOLE,), source, model_bytes={WHOLE: read[source]}, flop=flop[source])
             begin = time.perf_counter()
             results[source, contender] = run()
-            count = repetitions(time.perf_counter() - begin, self.repeat, self.budget_s)
-            turns[source, contender] = Turn(row, WHOLE, run, count)
+            row.calls = {WHOLE: (run, repetitions(time.perf_counter() - begin, self.repeat, self.budget_s))}
+            rows[source, contender] = row
         for source in (DISTANCES, FEATURES):
-            row = turns[source, COUNTING].row
+            row = rows[source, COUNTING]
             row.compared_with, row.agreement = "sorting", f" (CMC in every bit, mAP and mINP within {TOLERANCE:g})"
             row.disagrees = difference(results[source, COUNTING], results[source, SORTING])
         results.clear()
-        take_turns(self.place, [*turns.values()], say, max(read.values()), torch.float32)
-        return [turn.row for turn in turns.values()]
+        take_turns(self.place, [*rows.values()], say, max(read.values()), torch.float32)
+        return [*rows.values()]
 
-    def title(self, rows: Sequence[Row]) -> str:
+    def title(self, of: dict[str, Any]) -> str:
         return f"{self.size.queries} queries x {self.size.gallery} gallery images, {self.size.width} wide"
 
-    def legend(self, rows: Sequence[Row]) -> list[str]:
+    def legend(self) -> list[str]:
         size = self.memory_size
         return [
-            *super().legend(rows),
+            *super().legend(),
             f"memory at {size.queries} x {size.gallery}, {size.width} wide: {shown(self._extra_bytes, '.1f', 1e6)} MB "
             f"beyond the features, in {self._memory_seconds:.1f} s ({self.peak_meaning})",
         ]
@@ -212,27 +210,28 @@ class RankingBenchmark(Benchmark):
         return super().rivals(row, rows) if row.contender == COUNTING else {}
 
     def more(self, rows: Sequence[Row]) -> dict[str, Any]:
+        ratios = {DISTANCES: {}, FEATURES: {}}
         counted = {row.of["source"]: row for row in rows if row.contender == COUNTING}
-        ratios: dict[str, dict[str, float | None]] = {DISTANCES: {}, FEATURES: {}}
         for row in rows:
             if row.contender != COUNTING:
-                ratios[row.of["source"]][row.contender] = counted[row.of["source"]].ratio(row.contender)
+                source = row.of["source"]
+                ratios[source][row.contender] = counted[source].ratio(row.contender)
         return {"speedup": ratios, "extra_bytes": self._extra_bytes, "memory_seconds": self._memory_seconds}
 
     def bars(self, rows: Sequence[Row]) -> list[Bar]:
         """At the sizes for which they were said."""
-        size, memory_size = self.size, self.memory_size
+        size, memory = self.size, self.memory_size
         counted = {row.of["source"]: row for row in rows if row.contender == COUNTING and not row.disagrees}
         given = ratio = extra = None
         if DISTANCES in counted and size[:2] == MARKET1501[:2]:
             given = counted[DISTANCES].whole.median
         if FEATURES in counted and size[:3] == MARKET1501[:3]:
             ratio = counted[FEATURES].over(PRODUCT)
-        if self._extra_bytes is not None and memory_size[:2] == MSMT17[:2]:
+        if self._extra_bytes is not None and memory[:2] == MSMT17[:2]:
             extra = self._extra_bytes / 1e6
-        shape, memory_shape = (f"{x.queries} x {x.gallery}" for x in (size, memory_size))
+        shape, memory_shape = (f"{x.queries} x {x.gallery}" for x in (size, memory))
         return [
             at_most(f"seconds from a given matrix, {shape}", 0.5, given, "s"),
             at_most(f"time from features {size.width} wide, {shape}, over the bare matrix product's", 1.3, ratio),
-            at_most(f"memory in MB beyond the features, {memory_shape}, {memory_size.width} wide", 300, extra, "MB"),
+            at_most(f"memory in MB beyond the features, {memory_shape}, {memory.width} wide", 300, extra, "MB"),
         ]

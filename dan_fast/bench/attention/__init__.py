@@ -1,1 +1,0 @@
-"""The attention head: eager, compiled, and kernels."""

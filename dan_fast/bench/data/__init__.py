@@ -1,1 +1,0 @@
-"""Feeding images: a plain DataLoader, decoding without a cache, and from the cache."""

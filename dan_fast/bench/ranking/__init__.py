@@ -1,1 +1,0 @@
-"""Evaluating a ranking: by sorting in NumPy, and by counting."""
