@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dan_fast import _extension, functional, reference
 from dan_fast.bench.agreement import Agreement, compare_tensors
-from dan_fast.bench.benchmark import Bar, Benchmark, at_least, at_most, contenders_of, dtypes_of, one_of
+from dan_fast.bench.benchmark import DTYPES, Bar, Benchmark, at_least, at_most, contenders_of, one_of
 from dan_fast.bench.machine import peak_above
 from dan_fast.bench.process import compile_trial
 from dan_fast.bench.rows import BACKWARD, FORWARD, Row, plain
@@ -215,11 +215,12 @@ class AttentionBenchmark(Benchmark):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.dtype, self.layout = dtypes_of(self.dtype), one_of("layout", self.layout, LAYOUTS)
+        self.dtype = [DTYPES[name] for name in one_of("dtype", self.dtype, DTYPES)]
+        self.layout = one_of("layout", self.layout, LAYOUTS)
         self.contenders = contenders_of(self.contenders, CONTENDERS)
         self.size = MapSize(self.batch, self.channels, self.height, self.width, self.reduction, self.classes)
 
-    def groups(self, say: Say) -> Iterator[list[Row]]:
+    def groups(self, say: Say) -> Iterator[tuple[str, list[Row]]]:
         for dtype, layout in itertools.product(self.dtype, self.layout):
             of = {"dtype": plain(dtype), "layout": layout, "size": self.size, "itemsize": dtype.itemsize}
             rows = [row_of(each, of) for each in self.contenders]
@@ -228,7 +229,7 @@ class AttentionBenchmark(Benchmark):
                     row.leave_out(reason)
             else:
                 self._measure(rows, partial(make_head_problem, self.size, dtype, layout, self.place), say)
-            yield rows
+            yield f"{of['dtype']}, {layout}: {' x '.join(map(str, self.size[:4]))}", rows
 
     def _measure(self, rows: list[Row], make: Callable[[], HeadProblem], say: Say) -> None:
         problem, flop = make(), {}
@@ -268,9 +269,6 @@ class AttentionBenchmark(Benchmark):
         _, row.peak_bytes = peak_above(self.place, step)
         del held
         row.calls = {kind: (partial(runner.run, kind == BACKWARD), self.repeat) for kind in row.passes}
-
-    def title(self, of: dict[str, Any]) -> str:
-        return f"{of['dtype']}, {of['layout']}: {' x '.join(map(str, self.size[:4]))}"
 
     def figures(self, row: Row) -> dict[str, Any]:
         return {"left_out": row.left_out.get(FORWARD)}

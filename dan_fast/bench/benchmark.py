@@ -40,7 +40,7 @@ LEGEND = (
     "over limit: time over the larger of model bytes at the copy bandwidth and operations at the best product's rate.",
     "of copy: model bytes at the measured copy bandwidth over the time. vs: how many times as long that one takes.",
 )
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
 class Bar(NamedTuple):
@@ -105,12 +105,8 @@ class Benchmark(ABC):
         return PEAK_MEANING[self.place.type]
 
     @abstractmethod
-    def groups(self, say: Say) -> Iterator[list[Row]]:
-        """Measures; each group is a table. A contender that cannot run leaves the reason in its row."""
-
-    @abstractmethod
-    def title(self, of: dict[str, Any]) -> str:
-        """What stands above the table of a group, by `Row.of` of its first row."""
+    def groups(self, say: Say) -> Iterator[tuple[str, list[Row]]]:
+        """Measures; each group is a table with a title. A contender that cannot run leaves the reason in its row."""
 
     @abstractmethod
     def bars(self, rows: Sequence[Row]) -> list[Bar]:
@@ -132,11 +128,11 @@ class Benchmark(ABC):
                     if times:
                         row.speedup.setdefault(name, {})[kind] = min(times) / timing.median
 
-    def measure(self, say: Say = lambda _: None) -> Iterator[list[Row]]:
+    def measure(self, say: Say = lambda _: None) -> Iterator[tuple[str, list[Row]]]:
         """The groups with their ratios."""
-        for rows in self.groups(say):
+        for title, rows in self.groups(say):
             self.set_ratios(rows)
-            yield rows
+            yield title, rows
 
     def figures(self, row: Row) -> dict[str, Any]:
         """Figures of a row beyond those that all have, by their keys in the file."""
@@ -158,17 +154,14 @@ class Benchmark(ABC):
         """Lines below the tables."""
         return [*LEGEND, f"extra MB: {self.peak_meaning}; less the result."]
 
-    def run(self, console: Console | None = None) -> bool:
+    def run(self) -> None:
         """Measures, prints and writes.
-
-        Returns:
-            Whether every bar is met.
 
         Raises:
             DanFastError: the file cannot be written or holds something else, or with `check` a bar is missed.
         """
         # Wide enough for the tables where the output goes into a file.
-        console = console or (Console() if Console().is_terminal else Console(width=200))
+        console = Console() if Console().is_terminal else Console(width=200)
         if self.json is not None:
             require_own_json(self.json, ["benchmark", "rows"])
         rows, threads = [], torch.get_num_threads()
@@ -178,9 +171,9 @@ class Benchmark(ABC):
             # Before minutes of measuring: the folder may not be writable.
             self._write(found, rows, complete=False)
             with console.status("") as status:
-                for group in self.measure(status.update):
+                for title, group in self.measure(status.update):
                     rows += group
-                    self.print_rows(console, group)
+                    self.print_rows(console, title, group)
                     self._write(found, rows, complete=False)
             self._write(found, rows, complete=True)
         finally:
@@ -199,7 +192,6 @@ class Benchmark(ABC):
         missed = [f"{bar.name}: {bar.verdict}" for bar in bars if not bar.met]
         if self.check and missed:
             raise DanFastError(f"{len(missed)} of {len(bars)} bars are missed: {'; '.join(missed)}.")
-        return not missed
 
     def _write(self, found: dict[str, Any], rows: Sequence[Row], complete: bool) -> None:
         """The file as it is so far: `complete` is false in one that an interrupted run leaves."""
@@ -221,13 +213,13 @@ class Benchmark(ABC):
         }
         write_text(Path(self.json), json_text.dumps(plain(content), indent=2) + "\n")
 
-    def print_rows(self, console: Console, rows: Sequence[Row]) -> None:
+    def print_rows(self, console: Console, title: str, rows: Sequence[Row]) -> None:
         """The table of a group and what is to be said of its rows."""
         table = []
         for row in rows:
             words = {"contender": row.contender} | {name: str(row.of[name] or "-") for name in self.columns}
             table.append(words | row.cells() | self.cells(row))
-        print_table(console, self.title(rows[0].of), table)
+        print_table(console, title, table)
         timed = next((row for row in rows if row.bandwidth), None)
         if timed:
             rate = f", matrix products {timed.rate / 1e9:.1f} GFLOP/s" if timed.rate else ""
@@ -267,11 +259,6 @@ def one_of(option: str, text: str, choices: Iterable[str]) -> list[str]:
 def contenders_of(text: str, choices: Iterable[str]) -> list[str]:
     """The contenders of `--contenders`; "all" stands for all of them."""
     return list(choices) if text == "all" else one_of("contenders", text, choices)
-
-
-def dtypes_of(text: str) -> list[torch.dtype]:
-    """The types of `--dtype float32,bfloat16`."""
-    return [getattr(torch, name) for name in one_of("dtype", text, DTYPES)]
 
 
 def sizes_of(text: str) -> list[tuple[int, int]]:

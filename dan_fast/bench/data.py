@@ -176,7 +176,6 @@ class DataBenchmark(Benchmark):
         "workers": "those of plain are kept from pass to pass, decoded starts its own in each, as training does",
         "files": "synthetic pedestrians as JPEG, in the page cache of the system like the cache itself",
         "apart": "largest difference from plain in grey levels, and the share of numbers that differ, on equal draws",
-        "speedup": "median of plain / median of this one in the same use; none without agreement",
         "model_bytes": "a model: pixels read as uint8 and written as float32; decoding and augmenting are not in it",
         "build_seconds": "to decode all images into the cache, once, in no other figure",
     }
@@ -193,10 +192,12 @@ class DataBenchmark(Benchmark):
             raise DanFastError(f"batch is {self.batch}; it must be from 2 to images, {self.images}.")
         self.files = sizes_of(self.files)
 
-    def groups(self, say: Say) -> Iterator[list[Row]]:
+    def groups(self, say: Say) -> Iterator[tuple[str, list[Row]]]:
         for file_size in self.files:
+            files, size = (" x ".join(map(str, each)) for each in (file_size, self.image_size))
+            title = f"{self.images} JPEG files of {files} to {size}, batches of {self.batch}, {self.workers} workers"
             with TemporaryDirectory(prefix="dan-fast-bench-") as folder:
-                yield self._group(file_size, Path(folder), say)
+                yield title, self._group(file_size, Path(folder), say)
 
     def _group(self, file_size: tuple[int, int], folder: Path, say: Say) -> list[Row]:
         """All contenders in both uses, on files of one size."""
@@ -240,10 +241,6 @@ class DataBenchmark(Benchmark):
             row.agreement = some if largest else ": equal pixels"
             if use == EVALUATION and self.place.type == "cpu" and largest:
                 row.disagrees = f"pixels are not equal, by {largest:.2g} grey levels"
-
-    def title(self, of: dict[str, Any]) -> str:
-        files, size = (" x ".join(map(str, of[each])) for each in ("file_size", "image_size"))
-        return f"{self.images} JPEG files of {files} to {size}, batches of {self.batch}, {self.workers} workers"
 
     def figures(self, row: Row) -> dict[str, Any]:
         return {"images_per_second": rate_of(row), "speedup": row.ratio(PLAIN)}

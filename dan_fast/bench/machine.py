@@ -8,10 +8,12 @@ import platform
 import re
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import dan_fast
 from dan_fast import _extension, triton_kernels
@@ -75,32 +77,20 @@ def _output(*command: str) -> str | None:
     return next(iter(done.stdout.splitlines()), None)
 
 
-class CacheFlush:
+def cache_flush(device: torch.device) -> Callable[[], Tensor]:
     """Empties the largest cache, a GPU's L2 or that which a CPU's cores share, by writing twice its size."""
-
-    def __init__(self, device: torch.device) -> None:
-        if device.type == "cuda":
-            size = torch.cuda.get_device_properties(device).L2_cache_size
-        else:
-            files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-            found = (each.read_text().strip() for each in files)
-            size = max((int(each[:-1]) * 1024 for each in found if each.endswith("K")), default=32 * 2**20)
-        self.buffer = torch.empty(2 * size, dtype=torch.uint8, device=device)
-
-    def __call__(self) -> None:
-        self.buffer.zero_()
+    if device.type == "cuda":
+        size = torch.cuda.get_device_properties(device).L2_cache_size
+    else:
+        found = (each.read_text().strip() for each in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+        size = max((int(each[:-1]) * 1024 for each in found if each.endswith("K")), default=32 * 2**20)
+    return torch.empty(2 * size, dtype=torch.uint8, device=device).zero_
 
 
-class Copy:
-    """The yardstick: a copy as long as a problem, within bounds, which reads and writes `moved_bytes`."""
-
-    def __init__(self, device: torch.device, problem_bytes: float) -> None:
-        self.source = torch.ones(min(max(problem_bytes, 16 * 2**20), 512 * 2**20) // 4, device=device)
-        self.destination = torch.empty_like(self.source)
-        self.moved_bytes = 2 * self.source.nbytes
-
-    def __call__(self) -> None:
-        self.destination.copy_(self.source)
+def yardstick(device: torch.device, problem_bytes: float) -> tuple[Callable[[], Tensor], int]:
+    """A copy as long as a problem, within bounds, and the bytes that it reads and writes."""
+    source = torch.ones(min(max(problem_bytes, 16 * 2**20), 512 * 2**20) // 4, device=device)
+    return partial(torch.empty_like(source).copy_, source), 2 * source.nbytes
 
 
 def resident_peak() -> int | None:

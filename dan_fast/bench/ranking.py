@@ -147,7 +147,7 @@ class RankingBenchmark(Benchmark):
         self._extra_bytes: int | None = None
         self._memory_seconds: float | None = None
 
-    def groups(self, say: Say) -> Iterator[list[Row]]:
+    def groups(self, say: Say) -> Iterator[tuple[str, list[Row]]]:
         rows = self._compare(say)
         say("memory")
         query, gallery, labels = make_ranking_problem(self.memory_size, self.place)
@@ -156,7 +156,8 @@ class RankingBenchmark(Benchmark):
         begin = time.perf_counter()
         _, self._extra_bytes = peak_above(self.place, lambda: evaluate_ranking(query, gallery, *labels))
         self._memory_seconds = time.perf_counter() - begin
-        yield rows
+        size = self.size
+        yield f"{size.queries} queries x {size.gallery} gallery images, {size.width} wide", rows
 
     def _compare(self, say: Say) -> list[Row]:
         query, gallery, labels = make_ranking_problem(self.size, self.place)
@@ -194,9 +195,6 @@ class RankingBenchmark(Benchmark):
         results.clear()
         take_turns(self.place, [*rows.values()], say, max(read.values()), torch.float32)
         return [*rows.values()]
-
-    def title(self, of: dict[str, Any]) -> str:
-        return f"{self.size.queries} queries x {self.size.gallery} gallery images, {self.size.width} wide"
 
     def legend(self) -> list[str]:
         size = self.memory_size

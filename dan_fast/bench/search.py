@@ -141,7 +141,7 @@ class SearchBenchmark(Benchmark):
         self.kinds = [name for name in CONTENDERS if name in chosen or name == FLAT]
         self._peak: int | None = None
 
-    def groups(self, say: Say) -> Iterator[list[Row]]:
+    def groups(self, say: Say) -> Iterator[tuple[str, list[Row]]]:
         faiss = kinds.faiss_library()
         before = faiss.omp_get_max_threads()
         faiss.omp_set_num_threads(torch.get_num_threads())
@@ -150,7 +150,8 @@ class SearchBenchmark(Benchmark):
                 say("drawing features")
                 file = Path(folder) / "features.f32"
                 problem = make_search_problem(file, self.features, self.queries, self.width)
-                yield self._measure(problem, Path(folder), say)
+                title = f"{self.queries} queries at a time in {self.features} features, {self.width} wide"
+                yield title, self._measure(problem, Path(folder), say)
         finally:
             faiss.omp_set_num_threads(before)
 
@@ -185,9 +186,6 @@ class SearchBenchmark(Benchmark):
         take_turns(self.place, rows, say, min(gallery.nbytes, _COPIED), torch.float32)
         self._peak = resident_peak()
         return rows
-
-    def title(self, of: dict[str, Any]) -> str:
-        return f"{self.queries} queries at a time in {self.features} features, {self.width} wide"
 
     def figures(self, row: Row) -> dict[str, Any]:
         return {"queries_per_second": self.queries / row.whole.median}

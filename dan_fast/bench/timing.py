@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dan_fast import triton_kernels
-from dan_fast.bench.machine import CORES, CacheFlush, Copy, why_no_triton
+from dan_fast.bench.machine import CORES, cache_flush, why_no_triton, yardstick
 from dan_fast.bench.rows import Row, Timing
 from dan_fast.core.devices import synchronize
 from dan_fast.core.float32 import float32_settings
@@ -107,7 +107,7 @@ def take_turns(
     rows = [row for row in rows if row.calls]
     if not rows:
         return
-    flush, copy, bandwidth = CacheFlush(device), Copy(device, copy_bytes), Timing()
+    flush, (copy, moved_bytes), bandwidth = cache_flush(device), yardstick(device, copy_bytes), Timing()
     if device.type == "cpu" and heap_in_force() == "kept":
         # `peak_above` gave free pages back to the system: they are fetched before the first round.
         torch.empty(max(row.peak_bytes or 0 for row in rows), dtype=torch.uint8).zero_()
@@ -122,7 +122,7 @@ def take_turns(
                 call()
             row.seconds.setdefault(kind, Timing()).append(once(device, call, flush) / row.steps)
     for row in rows:
-        row.bandwidth = copy.moved_bytes / bandwidth.median
+        row.bandwidth = moved_bytes / bandwidth.median
         row.rate = product_rate(device, dtype, torch.get_num_threads()) if dtype else None
         row.calls.clear()
 

@@ -1,10 +1,13 @@
 """The benchmark of the attention head: the contenders agree, and what disagrees or does not fit is said, not timed."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from dan_fast import _extension, functional
 from dan_fast.bench import attention as heads
+from dan_fast.bench import timing
 from dan_fast.bench.attention import (
     COMPILED,
     EAGER,
@@ -16,7 +19,7 @@ from dan_fast.bench.attention import (
     row_of,
 )
 from dan_fast.bench.benchmark import Bar
-from dan_fast.bench.machine import CacheFlush
+from dan_fast.bench.machine import cache_flush
 from dan_fast.bench.rows import BACKWARD, FORWARD, Row, Timing
 from tests.bench import changed, written
 
@@ -25,7 +28,7 @@ TINY = MapSize(batch=3, channels=24, height=3, width=2, reduction=2, classes=5)
 
 def measure(*contenders: str, **settings) -> list[Row]:
     given = TINY._asdict() | {"device": "cpu", "contenders": ",".join(contenders), "repeat": 2}
-    (rows,) = AttentionBenchmark(**given | {"dtype": "float32", "layout": "contiguous"} | settings).measure()
+    ((_, rows),) = AttentionBenchmark(**given | {"dtype": "float32", "layout": "contiguous"} | settings).measure()
     return rows
 
 
@@ -191,22 +194,16 @@ def test_bytes():
     assert found == {FORWARD: 64 * 2048 * 49 * 2, BACKWARD: 3 * 64 * 2048 * 49 * 2}
 
 
-EMPTY_CACHES = CacheFlush.__call__  # as it is outside these tests
-
-
-def test_caches_are_emptied_by_writing_all_of_the_buffer():
-    flush = CacheFlush(torch.device("cpu"))
-    assert flush.buffer.nbytes >= 2**20
-    flush.buffer = torch.ones(1000, dtype=torch.uint8)
-    EMPTY_CACHES(flush)
-    assert not flush.buffer.any()
+def test_caches_are_emptied_by_writing_all_of_a_buffer():
+    buffer = cache_flush(torch.device("cpu"))()
+    assert buffer.nbytes >= 2**20 and not buffer.any()
 
 
 @pytest.mark.slow
 def test_each_is_timed_after_a_run_of_its_own_and_with_empty_caches(monkeypatch):
     events, run = [], HeadRunner.run
     monkeypatch.setattr(HeadRunner, "run", lambda *of: (events.append(of), run(*of))[1])
-    monkeypatch.setattr(CacheFlush, "__call__", lambda self: events.append("flush"))
+    monkeypatch.setattr(timing, "cache_flush", lambda device: partial(events.append, "flush"))
     measure(EAGER, KERNELS)
     at = [i for i, event in enumerate(events) if event == "flush"]
     # In each of two rounds: the copy, and two contenders each way.

@@ -17,7 +17,7 @@ from dan_fast.bench.epoch import benchmark as epoch
 from dan_fast.bench.epoch import contenders
 from dan_fast.bench.epoch.benchmark import EpochBenchmark
 from dan_fast.bench.epoch.contenders import CACHED, PLAIN, Epoch, Feed, compare_losses, draw_files, drawn_images
-from dan_fast.bench.machine import Copy
+from dan_fast.bench.machine import yardstick
 from dan_fast.bench.process import ProcessFailed, in_own_process
 from dan_fast.bench.rows import WHOLE, Row, Timing
 from tests.bench import TINY, written
@@ -134,7 +134,7 @@ def measured(monkeypatch, **changes: float) -> list:
     monkeypatch.setattr(contenders, "draw_files", lambda *arguments: "files")
     benchmark = tiny(order="1,2", iterations=3)
     monkeypatch.setattr(benchmark, "_measure_machine", lambda rows: None)
-    ((*rows,),) = benchmark.measure()
+    ((_, rows),) = benchmark.measure()
     return [benchmark, *rows]
 
 
@@ -160,7 +160,7 @@ def test_what_fails_is_left_out_and_what_disagrees_has_no_ratio(monkeypatch):
 def test_convolutions_faster_than_products_leave_no_limit_by_operations(monkeypatch):
     settings = {"convolutions": "tf32", "matrix_products": "ieee"}
     monkeypatch.setattr(timing, "float32_settings", lambda device: settings)
-    monkeypatch.setattr(epoch, "Copy", lambda device, size: Copy(device, 2**20))
+    monkeypatch.setattr(epoch, "yardstick", lambda device, size: yardstick(device, 2**20))
     row = Row(PLAIN, model_bytes={WHOLE: 1}, flop={WHOLE: 1.0})
     tiny()._measure_machine([row])
     assert row.limits(WHOLE).keys() == {"bytes"}

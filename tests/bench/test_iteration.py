@@ -257,7 +257,7 @@ def test_what_disagrees_has_no_ratio(monkeypatch, capsys, tmp_path):
 def test_a_literal_iteration_that_takes_too_long_is_left_out(monkeypatch):
     monkeypatch.setattr(iteration.memory, "foresee", lambda *a: (40.0, 0.0))
     benchmark = IterationBenchmark(**{"device": "cpu", "contenders": LITERAL, "budget_s": 79.0} | COMMANDS["iteration"])
-    ((row,),) = benchmark.measure()
+    ((_, (row,)),) = benchmark.measure()
     assert row.left_out[WHOLE] == "its memory steps alone would take about 80 s, the budget is 79 s"
 
 

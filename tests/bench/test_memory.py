@@ -44,7 +44,7 @@ def tiny(*names: str, **settings) -> MemoryBenchmark:
 
 
 def measure(*names: str, **settings) -> list[Row]:
-    return [row for rows in tiny(*names, **settings).measure() for row in rows]
+    return [row for _, rows in tiny(*names, **settings).measure() for row in rows]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -278,7 +278,7 @@ def test_both_limits_are_printed_and_written():
     step, module = some_rows(peak=0)[5:7]
     module.rate = 1e12
     console = Console(width=200, file=io.StringIO())
-    tiny().print_rows(console, [module, step])
+    tiny().print_rows(console, "module and step", [module, step])
     # 8.05 GFLOP at 1 TFLOP/s; 100 ms are 5.62 times the 17.79 ms of the bytes.
     limits = {"bytes": pytest.approx(0.01779, rel=1e-3), "operations": pytest.approx(8.05e-3, rel=1e-3)}
     assert tiny().figures(module)["floor_seconds"][BACKWARD] == module.limits(BACKWARD) == limits

@@ -18,7 +18,7 @@ def tiny(**settings) -> RankingBenchmark:
 
 
 def measure(**settings) -> list[Row]:
-    (rows,) = tiny(**settings).measure()
+    ((_, rows),) = tiny(**settings).measure()
     return rows
 
 

@@ -51,7 +51,7 @@ def test_what_the_exact_search_gets_wrong_is_said(monkeypatch):
     monkeypatch.setattr(
         "dan_fast.search.searcher.search_exactly", lambda *a: (np.zeros((50, 10)), np.ones((50, 10), int))
     )
-    (rows,) = SearchBenchmark(device="cpu", **TINY["search"] | {"contenders": "flat"}).groups(lambda _: None)
+    ((_, rows),) = SearchBenchmark(device="cpu", **TINY["search"] | {"contenders": "flat"}).groups(lambda _: None)
     assert rows[0].disagrees.endswith(" of 40 places")
 
 

@@ -17,7 +17,7 @@ from dan_fast.bench.benchmark import LEGEND, Bar, Benchmark, at_most, one_of, si
 from dan_fast.bench.epoch import contenders
 from dan_fast.bench.epoch.contenders import CACHED, PLAIN, PLAIN_RECIPE, Epoch
 from dan_fast.bench.iteration.benchmark import EPOCH_IMAGES
-from dan_fast.bench.machine import CORES, Copy
+from dan_fast.bench.machine import CORES, yardstick
 from dan_fast.bench.process import ProcessFailed, in_own_process
 from dan_fast.bench.rows import WHOLE, Row, Timing, shown
 from dan_fast.bench.timing import Say, once, product_rate, rated_type, rounds
@@ -115,19 +115,25 @@ class EpochBenchmark(Benchmark):
             "included, workers not"
         )
 
-    def groups(self, say: Say) -> Iterator[list[Row]]:
+    def groups(self, say: Say) -> Iterator[tuple[str, list[Row]]]:
+        extrapolated = self._measured < self._epoch_iterations
+        how = f"mini-batches of {self.batch}, {self.workers} workers of plain; recipe {', '.join(self.recipe)}"
+        if extrapolated:
+            how += f"; measured: {self._measured} of {self._epoch_iterations} mini-batches, EXTRAPOLATED to the epoch"
         with TemporaryDirectory(prefix="dan-fast-bench-") as removed:
             root = Path(self.folder or removed)
-            untimed = 2 if self._measured < self._epoch_iterations else 0
-            for size in self.files:
-                words = f"{size[0]}x{size[1]}: drawing images"
-                folder = contenders.draw_files(
-                    root, size, self.images, lambda done, total, words=words: say(f"{words}, {done} of {total}")
-                )
+            for height, width in self.files:
+
+                def drawing(done: int, total: int, size: str = f"{height}x{width}") -> None:
+                    say(f"{size}: drawing images, {done} of {total}")
+
+                folder = contenders.draw_files(root, (height, width), self.images, drawing)
                 for backbone in self.backbone:
-                    sizes = (*size, self.batch, self._measured, self.workers)
-                    epoch = Epoch(str(folder), str(root / "cache"), backbone, *sizes, str(self.place), untimed)
-                    yield self._group(epoch, say)
+                    sizes = (height, width, self.batch, self._measured, self.workers)
+                    cache, device = str(root / "cache"), str(self.place)
+                    epoch = Epoch(str(folder), cache, backbone, *sizes, device, untimed=2 if extrapolated else 0)
+                    title = f"{backbone}, {self.images} JPEG files of {height} x {width}, {how}"
+                    yield title, self._group(epoch, say)
 
     def _group(self, epoch: Epoch, say: Say) -> list[Row]:
         """All contenders with one backbone on files of one size."""
@@ -180,20 +186,12 @@ class EpochBenchmark(Benchmark):
         return rows
 
     def _measure_machine(self, rows: Sequence[Row]) -> None:
-        copy = Copy(self.place, math.inf)
+        copy, moved_bytes = yardstick(self.place, math.inf)
         seconds = Timing([once(self.place, copy) for _ in range(1 + _COPIES)][1:])
         rated = rated_type(self.place, torch.float32)
         rate = product_rate(self.place, rated, torch.get_num_threads()) if rated else None
         for row in rows:
-            row.bandwidth, row.rate = copy.moved_bytes / seconds.median, rate
-
-    def title(self, of: dict[str, Any]) -> str:
-        how = f"measured: {self._measured} of {self._epoch_iterations} mini-batches, EXTRAPOLATED to the epoch"
-        return (
-            f"{of['backbone']}, {self.images} JPEG files of {' x '.join(map(str, of['image_size']))}, "
-            f"mini-batches of {self.batch}, {self.workers} workers of plain; recipe {', '.join(self.recipe)}"
-            + (f"; {how}" if of["extrapolated"] else "")
-        )
+            row.bandwidth, row.rate = moved_bytes / seconds.median, rate
 
     def figures(self, row: Row) -> dict[str, Any]:
         seconds = row.whole and row.whole.median

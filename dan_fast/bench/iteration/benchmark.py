@@ -64,7 +64,6 @@ class IterationBenchmark(Benchmark):
     """
 
     name: ClassVar[str] = "iteration"
-    bars_title: ClassVar[str] = "Bar"
     columns: ClassVar[tuple[str, ...]] = ("order", "backbone")
     against: ClassVar[tuple[str, ...]] = (PLAIN,)
     meaning: ClassVar[dict[str, str]] = {
@@ -117,7 +116,7 @@ class IterationBenchmark(Benchmark):
             raise DanFastError(f"classes: {self.classes} is too few: a classifier needs 2 persons or more.")
         self.size = IterationSize(*(getattr(self, name) for name in IterationSize._fields))
 
-    def groups(self, say: Say) -> Iterator[list[Row]]:
+    def groups(self, say: Say) -> Iterator[tuple[str, list[Row]]]:
         kinds = [(PLAIN, None, UPDATED), (LITERAL, 1, UPDATED)]
         kinds += [(DAN, order, backbone) for order in self.order for backbone in (UPDATED, FROZEN)]
         rows = [row_of(*kind, self.images) for kind in kinds if kind[0] in self.contenders]
@@ -134,7 +133,9 @@ class IterationBenchmark(Benchmark):
                 row.leave_out("out of memory")
         bytes_moved = max(row.model_bytes.get(WHOLE, 0) for row in rows)
         take_turns(self.place, rows, say, bytes_moved, rated_type(self.place, getattr(torch, self.precision)))
-        yield rows
+        images = f"{self.images} images of {self.height} x {self.width}, {self.precision}"
+        slots = f"{self.labeled_slots} and {self.unlabeled_slots} slots"
+        yield f"{self.backbone}, {images}, {slots}: one training iteration", rows
 
     def _compare(self, rows: list[Row], say: Say) -> None:
         """The gradients that an iteration would follow, with the package's operators and with the literal ones."""
@@ -194,12 +195,6 @@ class IterationBenchmark(Benchmark):
         if seconds > self.budget_s:
             return f"its memory steps alone would take about {seconds:.0f} s, the budget is {self.budget_s:.0f} s"
         return why_too_large(self.place, needed, "its memory steps")
-
-    def title(self, of: dict[str, Any]) -> str:
-        return (
-            f"{self.backbone}, {self.images} images of {self.height} x {self.width}, {self.precision}, "
-            f"{self.labeled_slots} and {self.unlabeled_slots} slots: one training iteration"
-        )
 
     def set_ratios(self, rows: Sequence[Row]) -> None:
         """Also round by round."""

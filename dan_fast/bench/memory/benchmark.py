@@ -11,7 +11,7 @@ import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from dan_fast import _extension
-from dan_fast.bench.benchmark import Bar, Benchmark, contenders_of, dtypes_of
+from dan_fast.bench.benchmark import DTYPES, Bar, Benchmark, contenders_of, one_of
 from dan_fast.bench.machine import peak_above, why_no_triton
 from dan_fast.bench.memory import bars, contenders
 from dan_fast.bench.memory.contenders import IN_PLACE, KERNELS, LITERAL, SCORE_SPACE, Contender, Outcome
@@ -70,7 +70,6 @@ class MemoryBenchmark(Benchmark):
     columns: ClassVar[tuple[str, ...]] = ("use",)
     against: ClassVar[tuple[str, ...]] = (LITERAL, IN_PLACE)
     meaning: ClassVar[dict[str, str]] = {
-        "seconds": "a step; forward is without recording for autograd; repetitions of the contenders in turn",
         "step": "pure: from one common state, the new memories are returned",
         "module": "the memory steps its own state; `steps` steps and the write of what they left pending, over `steps`",
         "model_bytes": "a model: what a step cannot do without, 2 (module) or 3 (step) passes over (s1+s2) d numbers "
@@ -78,8 +77,7 @@ class MemoryBenchmark(Benchmark):
         "floor_seconds": "as limit_seconds; its operations are those of gflops, whatever a contender makes beyond them",
         "float32_rate": "as rate; null where a GPU's products are not of float32",
         "gflops": "of the products of score space, scores, commit and backward; not of the literal loops",
-        "speedup": "median of the other / median of this one, pass by pass; best_pytorch: the faster of score_space "
-        "and score_space_compiled in the same use; none without agreement",
+        "best_pytorch": "the faster of score_space and score_space_compiled in the same use",
         "peak_extra_bytes": "peak_bytes less returned_bytes, the new memories that a pure step returns",
     }
 
@@ -98,18 +96,20 @@ class MemoryBenchmark(Benchmark):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.slots_scale = [_scale(part) for part in self.slots_scale.split(",")]
-        self.dtype = dtypes_of(self.dtype)
+        self.dtype = [DTYPES[name] for name in one_of("dtype", self.dtype, DTYPES)]
         self.contenders = contenders_of(self.contenders, contenders.NAMES)
         self._chosen = [each for each in contenders.CONTENDERS if each.name in self.contenders]
         self.size = Size(self.labeled_slots, self.unlabeled_slots, self.key_dim, self.batch)
         # Why a contender is not tried again, by its name.
         self._gave_up: dict[str, str] = {}
 
-    def groups(self, say: Say) -> Iterator[list[Row]]:
+    def groups(self, say: Say) -> Iterator[tuple[str, list[Row]]]:
         for dtype, scale in itertools.product(self.dtype, self.slots_scale):
             with float32_products(self.products):
-                group = self._group(scale, dtype, say)
-            yield group
+                rows = self._group(scale, dtype, say)
+            size = self.size.scaled(scale)
+            slots = f"{scale:g} x slots: {size.labeled_slots} and {size.unlabeled_slots} slots of {size.key_dim}"
+            yield f"{plain(dtype)}, {slots}, {size.batch} + {size.batch} samples a step", rows
 
     def _group(self, scale: float, dtype: torch.dtype, say: Say) -> list[Row]:
         """All contenders on one problem; one that fails leaves the reason in its row."""
@@ -197,13 +197,6 @@ class MemoryBenchmark(Benchmark):
             paths = [other for other in rows if other.contender in (SCORE_SPACE, contenders.COMPILED)]
             found[bars.BEST_PYTORCH] = [other for other in paths if other.of["use"] == row.of["use"]]
         return found
-
-    def title(self, of: dict[str, Any]) -> str:
-        size = of["size"]
-        return (
-            f"{of['dtype']}, {of['scale']:g} x slots: {size.labeled_slots} and {size.unlabeled_slots} slots of "
-            f"{size.key_dim}, {size.batch} + {size.batch} samples a step"
-        )
 
     def figures(self, row: Row) -> dict[str, Any]:
         figures = {"floor_seconds": row.of_each(row.limits), "float32_rate": row.rate}

@@ -94,13 +94,6 @@ def in_place_step(labeled: InPlaceMemory, unlabeled: InPlaceMemory, batch: Memor
     """One mini-batch, Eqs. (5)-(16), by the rules of `dan_fast.reference.memory_step`, which also checks its arguments.
 
     Both memories advance; the states returned are the memories themselves.
-
-    Example:
-        >>> memories = (InPlaceMemory(MemoryState.empty(4, 2)) for _ in range(2))
-        >>> keys, ids = torch.tensor([[1.0, 0.0]]), torch.tensor([0])
-        >>> batch = MemoryBatch(keys, torch.tensor([7]), keys, ids)
-        >>> in_place_step(*memories, batch, Gates(0.0, 0.0, 0.1)).pseudo_labels
-        tensor([7])
     """
     keys, unlabeled_keys = batch.keys.to(labeled.dtype), batch.unlabeled_keys.to(labeled.dtype)
     alpha, alpha_unlabeled, beta = (torch.as_tensor(x, dtype=labeled.dtype, device=keys.device) for x in gates[:3])
