@@ -11,8 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dan_fast.bench.memory.bars import model_bytes, product_flop
-from dan_fast.bench.memory.problem import PAPER, Size
+from dan_fast.bench.memory.problem import PAPER, Size, model_bytes, product_flop
 
 MEASURED = Path(__file__).resolve().parents[1] / "benchmarks/results/h200"
 

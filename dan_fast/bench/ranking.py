@@ -12,6 +12,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from dan_fast import _extension
+from dan_fast.bench.agreement import too_large
 from dan_fast.bench.benchmark import Bar, Benchmark, at_most
 from dan_fast.bench.machine import peak_above
 from dan_fast.bench.rows import WHOLE, Row, shown
@@ -81,17 +82,10 @@ def rank_by_sorting(rows_of: Callable[[slice], np.ndarray], labels: Labels, max_
 
 
 def difference(found: RankingResult, expected: RankingResult) -> str | None:
-    """What of a result differs: the CMC in any bit, the means by more than TOLERANCE; None if nothing does."""
-    parts = []
-    if not torch.equal(found.cmc, expected.cmc):
-        parts.append(f"CMC by {(found.cmc - expected.cmc).abs().max():.1e}")
-    for name in ("mAP", "mINP"):
-        off = abs(getattr(found, name) - getattr(expected, name))
-        if not off <= TOLERANCE:
-            parts.append(f"{name} by {off:.1e}")
-    if found.num_valid != expected.num_valid:
-        parts.append(f"num_valid {found.num_valid} for {expected.num_valid}")
-    return ", ".join(parts) or None
+    """What of a result differs: the means by more than TOLERANCE, all else in any bit; None if nothing does."""
+    errors = {name: abs(getattr(found, name) - getattr(expected, name)) for name in ("mAP", "mINP", "num_valid")}
+    errors["CMC"] = (found.cmc - expected.cmc).abs().max().item()
+    return "; ".join(too_large(errors, {"mAP": TOLERANCE, "mINP": TOLERANCE, "num_valid": 0, "CMC": 0})) or None
 
 
 def ranking_path(device: torch.device) -> str:

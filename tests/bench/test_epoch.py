@@ -116,7 +116,7 @@ def test_what_is_decoded_ahead_before_the_clock_starts_is_decoded_before_it_stop
 def test_losses_that_differ_are_a_difference():
     assert compare_losses([2.0, 3.0], [2.0, 3.001]) == (None, "losses of the first 2 steps by 3.3e-04")
     for wrong in ([2.0, 3.01], [float("nan"), 3.0]):
-        assert "(allowed 1e-03)" in compare_losses(wrong, [2.0, 3.0])[0]
+        assert "(allowed 1.0e-03)" in compare_losses(wrong, [2.0, 3.0])[0]
 
 
 def measured(monkeypatch, **changes: float) -> list:

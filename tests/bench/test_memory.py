@@ -10,10 +10,10 @@ from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dan_fast import MemoryState, _extension, functional, reference, triton_kernels
+from dan_fast.bench.benchmark import Bar
 from dan_fast.bench.machine import environment
 from dan_fast.bench.memory import benchmark as memory
-from dan_fast.bench.memory.bars import memory_bars, model_bytes, predict
-from dan_fast.bench.memory.benchmark import MemoryBenchmark, row_of
+from dan_fast.bench.memory.benchmark import MemoryBenchmark, predict, row_of
 from dan_fast.bench.memory.contenders import (
     CONTENDERS,
     IN_PLACE,
@@ -26,7 +26,7 @@ from dan_fast.bench.memory.contenders import (
     compare,
 )
 from dan_fast.bench.memory.literal import InPlaceMemory, in_place_step
-from dan_fast.bench.memory.problem import Size, make_problem
+from dan_fast.bench.memory.problem import Size, make_problem, model_bytes
 from dan_fast.bench.rows import BACKWARD, FORWARD, Row, Timing
 from dan_fast.bench.timing import Operators
 from dan_fast.core.types import Gates, MemoryBatch
@@ -235,27 +235,30 @@ def test_ratios():
     assert "literal_in_place" not in step.speedup and rows[3].speedup == {}
 
 
+def bars(rows: list[Row], device: str = "cpu") -> dict[str, Bar]:
+    benchmark = tiny(batch=32)
+    benchmark.place = torch.device(device)
+    return {bar.name: bar for bar in benchmark.bars(rows)}
+
+
 def test_bars():
-    bars = memory_bars(some_rows(peak=90_000_000), "cpu")
-    verdicts = {bar.name: bar.verdict for bar in bars}
+    verdicts = {name: bar.verdict for name, bar in bars(some_rows(peak=90_000_000)).items()}
     assert verdicts.pop("linear in slots (step)") == "NOT met", "2 / 0.08 is more than 16 x 1.25"
     assert set(verdicts.values()) == {"met"} and len(verdicts) == 8
-    too_much = {bar.name: bar.met for bar in memory_bars(some_rows(peak=101_000_000), "cpu")}
-    assert not too_much["peak memory above the memories in MB (module)"]
-    assert {bar.verdict for bar in memory_bars([], "cpu")} == {"not measured"}
+    assert not bars(some_rows(peak=101_000_000))["peak memory above the memories in MB (module)"].met
+    assert {bar.verdict for bar in bars([]).values()} == {"not measured"}
     wrong = some_rows(peak=0)
     wrong[6].disagrees = "loss"
-    assert {bar.verdict for bar in memory_bars(wrong, "cpu") if "(module)" in bar.name} == {"not measured"}
+    assert {bar.verdict for name, bar in bars(wrong).items() if "(module)" in name} == {"not measured"}
 
 
 def test_the_bar_of_a_gpu():
     rows = some_rows(peak=0)
-    bars = {bar.name: bar for bar in memory_bars(rows, "cuda")}
-    bar = bars["forward + backward in ms (module)"]
+    bar = bars(rows, "cuda")["forward + backward in ms (module)"]
     # 2.5 x 355.83 MB / 20 GB/s + 64 x 4 us = 44.7 ms
     assert bar.limit.startswith("at most 44.7 ms") and bar.value == pytest.approx(100.0) and not bar.met
     rows[6].seconds[BACKWARD] = Timing([0.044])
-    assert {bar.name: bar for bar in memory_bars(rows, "cuda")}["forward + backward in ms (module)"].met
+    assert bars(rows, "cuda")["forward + backward in ms (module)"].met
 
 
 def test_models():

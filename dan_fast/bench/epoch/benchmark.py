@@ -16,7 +16,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from dan_fast.bench.benchmark import LEGEND, Bar, Benchmark, at_most, one_of, sizes_of
 from dan_fast.bench.epoch import contenders
 from dan_fast.bench.epoch.contenders import CACHED, PLAIN, PLAIN_RECIPE, Epoch
-from dan_fast.bench.iteration.benchmark import EPOCH_IMAGES
+from dan_fast.bench.iteration.benchmark import EPOCH_IMAGES, FEWEST_IMAGES, PAPER_SECONDS
 from dan_fast.bench.machine import CORES, yardstick
 from dan_fast.bench.process import ProcessFailed, in_own_process
 from dan_fast.bench.rows import WHOLE, Row, Timing, shown
@@ -26,13 +26,9 @@ from dan_fast.nn.backbones.resnet import BACKBONES
 from dan_fast.nn.backbones.timm import PREFIX
 from dan_fast.training.recipes import recipe_settings
 
-# Table VIII: ResNet-50, and DAN.
-PAPER_SECONDS = {"plain": 32.609, "dan": 137.908}
 _RATIO = 1.05
 _COPIES = 5
 _PAPER = "paper"
-# S and S~ each need a labelled and an unlabelled image, and batch norm two of a map of one position.
-_SMALLEST_BATCH = 8
 
 
 @dataclass(kw_only=True)
@@ -100,8 +96,8 @@ class EpochBenchmark(Benchmark):
             if not word.startswith(PREFIX):
                 one_of("backbone", word, (*BACKBONES, f"{PREFIX}NAME"))
         self.images = contenders.drawn_images(self.images)
-        if not _SMALLEST_BATCH <= self.batch <= self.images:
-            raise DanFastError(f"batch is {self.batch}; it must be from {_SMALLEST_BATCH} to images, {self.images}.")
+        if not FEWEST_IMAGES <= self.batch <= self.images:
+            raise DanFastError(f"batch is {self.batch}; it must be from {FEWEST_IMAGES} to images, {self.images}.")
         self._epoch_iterations = self.images // self.batch
         self._measured = min(self.iterations or self._epoch_iterations, self._epoch_iterations)
         self._scale = self._epoch_iterations / self._measured

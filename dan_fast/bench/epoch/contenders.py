@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+from dan_fast.bench.agreement import too_large
 from dan_fast.bench.data import PlainImages, apart, planned
 from dan_fast.bench.iteration.contenders import PlainNetwork, fill_memory
 from dan_fast.bench.machine import resident_peak
@@ -149,9 +150,8 @@ def compare_losses(losses: list[float], expected: list[float], tolerance: float 
     pairs = list(zip(losses, expected, strict=True))
     # The sum and not the maximum, which may pass over NaN.
     largest = sum(abs(one - other) / abs(other) for one, other in pairs)
-    words = f"losses of the first {len(pairs)} steps by {largest:.1e}"
-    # `not <=` so that NaN is a difference.
-    return (None if largest <= tolerance else f"{words} (allowed {tolerance:.0e})"), words
+    what = f"losses of the first {len(pairs)} steps"
+    return "".join(too_large({what: largest}, {what: tolerance})) or None, f"{what} by {largest:.1e}"
 
 
 class PlainLoop:

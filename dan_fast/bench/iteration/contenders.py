@@ -81,7 +81,7 @@ class DANIteration:
         (plan, *_) = planner.plan_epoch(0, tuple(x.cpu() for x in memory.reliable_samples()))
         generator = torch.Generator().manual_seed(0)
         self.batch = []
-        for items in (items for items in plan if items is not None):
+        for items in filter(None, plan):
             images = torch.randn(len(items), 3, size.height, size.width, generator=generator)
             self.batch.append(split_of(items, images.pin_memory() if device.type == "cuda" else images))
 

@@ -1,6 +1,7 @@
 """`dan-fast bench memory`: the memory step's contenders at each size and type."""
 
 import itertools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from dan_fast import _extension
-from dan_fast.bench.benchmark import DTYPES, Bar, Benchmark, contenders_of, one_of
+from dan_fast.bench.benchmark import DTYPES, Bar, Benchmark, at_least, at_most, contenders_of, one_of
 from dan_fast.bench.machine import peak_above, why_no_triton
-from dan_fast.bench.memory import bars, contenders
+from dan_fast.bench.memory import contenders
 from dan_fast.bench.memory.contenders import IN_PLACE, KERNELS, LITERAL, SCORE_SPACE, Contender, Outcome
-from dan_fast.bench.memory.problem import PAPER, Problem, Size, make_problem
+from dan_fast.bench.memory.problem import MODULE, PAPER, STEP, Problem, Size, make_problem, model_bytes, product_flop
 from dan_fast.bench.process import compile_trial
 from dan_fast.bench.rows import BACKWARD, FORWARD, Row, pair, plain
 from dan_fast.bench.timing import Say, first_outcome, once, repetitions, take_turns
@@ -25,6 +26,18 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.core.free_memory import why_too_large
 from dan_fast.triton_kernels import Products, float32_products
 
+BEST_PYTORCH = "best_pytorch"
+# Of Table II's memory on two CPU cores, or on any GPU.
+_CPU_SPEEDUP, _GPU_SPEEDUP, _IN_PLACE_SPEEDUP, _PYTORCH_SPEEDUP = 150, 100, 20, 2
+_PEAK_MEGABYTES = 100
+_LINEAR_TO, _LINEAR_SLACK = 16, 1.25
+# Seconds of each dependent step, and how much longer than for its bytes a GPU may take beside them.
+_STEP_SECONDS, _FLOOR_FACTOR = 4e-6, 2.5
+# Data sheets: bytes a second, and operations a second on tensor cores without sparsity, added in float32.
+_GPUS = (
+    {"name": "RTX 3090", "bandwidth": 936e9, "float32": 35.6e12, "tf32": 35.6e12, "bfloat16": 71e12},
+    {"name": "H100 SXM", "bandwidth": 3.35e12, "float32": 66.9e12, "tf32": 494.7e12, "bfloat16": 989.4e12},
+)
 # The literal forms are tried at so many slots of M to foresee their time and memory, which are linear in the slots.
 _PROBE_SLOTS = 140
 _MARGIN = 1.2
@@ -195,25 +208,63 @@ class MemoryBenchmark(Benchmark):
         found = super().rivals(row, rows)
         if row.contender == KERNELS:
             paths = [other for other in rows if other.contender in (SCORE_SPACE, contenders.COMPILED)]
-            found[bars.BEST_PYTORCH] = [other for other in paths if other.of["use"] == row.of["use"]]
+            found[BEST_PYTORCH] = [other for other in paths if other.of["use"] == row.of["use"]]
         return found
 
     def figures(self, row: Row) -> dict[str, Any]:
+        # The literal loops make other products, sample by sample.
+        flop = {} if row.contender in (LITERAL, IN_PLACE) else row.flop
+        gflops = row.of_each(lambda kind: flop[kind] / row.seconds[kind].median / 1e9 if flop else None)
         figures = {"floor_seconds": row.of_each(row.limits), "float32_rate": row.rate}
-        return figures | {"gflops": gflops(row), "peak_extra_bytes": row.extra_bytes}
+        return figures | {"gflops": gflops, "peak_extra_bytes": row.extra_bytes}
 
     def cells(self, row: Row) -> dict[str, str]:
-        return {"GFLOP/s": pair(gflops(row), ".1f")}
+        return {"GFLOP/s": pair(self.figures(row)["gflops"], ".1f")}
 
     def bars(self, rows: Sequence[Row]) -> list[Bar]:
-        return bars.memory_bars(rows, self.place.type)
+        """Of float32 at scale 1."""
+        found = {
+            (row.of["use"], row.of["scale"]): row
+            for row in rows
+            if row.contender == KERNELS and row.of["dtype"] == "float32" and not row.disagrees
+        }
+        # One that was not measured has no figures.
+        both = _, module = [found.get((use, 1), Row(KERNELS, {"use": use})) for use in (STEP, MODULE)]
+        on_cpu, name = self.place.type == "cpu", "forward + backward"
+
+        def faster(rival: str, words: str, least: float) -> list[Bar]:
+            of = ((f"{name} against {words} ({row.of['use']})", row.ratio(rival, BACKWARD)) for row in both)
+            return [at_least(name, least, ratio) for name, ratio in of]
+
+        bars = faster(LITERAL, LITERAL, _CPU_SPEEDUP if on_cpu else _GPU_SPEEDUP)
+        if not on_cpu:
+            limit, value = math.nan, None
+            if module.bandwidth:
+                limit = (_FLOOR_FACTOR * module.limits(BACKWARD)["bytes"] + _STEP_SECONDS * 2 * self.batch) * 1e3
+                value = module.seconds[BACKWARD].median * 1e3 if BACKWARD in module.seconds else None
+            text = f"at most {limit:.3g} ms: 2.5 x 3 (s1+s2) d bytes / copy bandwidth + 4 us x dependent steps"
+            return [*bars, at_most(f"{name} in ms (module)", limit, value, limit=text)]
+        in_place = module.ratio(IN_PLACE, FORWARD)
+        bars.append(at_least(f"forward against {IN_PLACE} (module)", _IN_PLACE_SPEEDUP, in_place))
+        bars += faster(BEST_PYTORCH, "the best PyTorch path", _PYTORCH_SPEEDUP)
+        for row in both:
+            words, extra = f"peak memory above the memories in MB ({row.of['use']})", row.extra_bytes
+            bars.append(at_most(words, _PEAK_MEGABYTES, extra and extra / 1e6, "MB"))
+        for row in both:
+            larger, value = found.get((row.of["use"], _LINEAR_TO)), None
+            if larger and all(BACKWARD in each.seconds for each in (row, larger)):
+                small, large = (each.seconds[BACKWARD].median / each.of["size"].slots for each in (row, larger))
+                value = large / small
+            limit = f"time a slot at x {_LINEAR_TO} at most {_LINEAR_SLACK} times that at x 1"
+            bars.append(at_most(f"linear in slots ({row.of['use']})", _LINEAR_SLACK, value, limit=limit))
+        return bars
 
     def more(self, rows: Sequence[Row]) -> dict[str, Any]:
         tolerances = {dtype: contenders.TOLERANCES[dtype] for dtype in self.dtype}
-        return {"tolerances": tolerances, "prediction": bars.predict(self.size, self.slots_scale)}
+        return {"tolerances": tolerances, "prediction": predict(self.size, self.slots_scale)}
 
     def more_tables(self, rows: Sequence[Row]) -> dict[str, list[dict[str, str]]]:
-        found = bars.predict(self.size, self.slots_scale)
+        found = predict(self.size, self.slots_scale)
         table = [
             {key: value if isinstance(value, str) else f"{value:.4g}" for key, value in row.items()}
             for row in found["rows"]
@@ -224,18 +275,35 @@ class MemoryBenchmark(Benchmark):
 def row_of(contender: Contender, of: dict[str, Any], **figures: Any) -> Row:
     """The row of a contender on a problem."""
     name, passes = f"{contender.name} ({contender.use})", (FORWARD, BACKWARD)
-    figures["model_bytes"] = {
-        kind: bars.model_bytes(of["size"], of["itemsize"], contender.use, kind) for kind in passes
+    moved = {kind: model_bytes(of["size"], of["itemsize"], contender.use, kind) for kind in passes}
+    flop = {kind: product_flop(of["size"], kind) for kind in passes}
+    of = of | {"use": contender.use}
+    return Row(contender.name, of, contender.passes, name, model_bytes=moved, flop=flop, **figures)
+
+
+def predict(size: Size, scales: Sequence[float]) -> dict[str, Any]:
+    """The roofline model of forward + backward for GPUs by their data sheets; nothing of it is measured."""
+    rows = []
+    # Type, bytes a number, the products that each one takes, and at which rate.
+    forms = (("float32", 4, 1, "float32"), ("float32 as tf32x3", 4, 3, "tf32"), ("bfloat16", 2, 3, "bfloat16"))
+    for gpu, (name, itemsize, products, rate), scale in itertools.product(_GPUS, forms, scales):
+        scaled = size.scaled(scale)
+        moved = model_bytes(scaled, itemsize, MODULE, BACKWARD)
+        flop = products * product_flop(scaled, BACKWARD)
+        figures = {"bytes_ms": moved / gpu["bandwidth"] * 1e3, "operations_ms": flop / gpu[rate] * 1e3}
+        floor = max(figures.values())
+        figures |= {"floor_ms": floor, "with_scan_ms": floor + _STEP_SECONDS * 2e3 * scaled.batch}
+        problem = {"gpu": gpu["name"], "dtype": name, "scale": scale, "bytes": moved, "flop": flop}
+        rows.append(problem | figures)
+    return {
+        "what": "a prediction by a model, not a measurement",
+        "gpus": _GPUS,
+        "formula": (
+            "bytes: 3 (s1 + s2) d numbers at the memory's bandwidth; operations: of the products of scores, commit and "
+            "backward, thrice where each takes three; with scan = the longer one + 4 us x (B + B') dependent steps"
+        ),
+        "rows": rows,
     }
-    figures["flop"] = {kind: bars.product_flop(of["size"], kind) for kind in passes}
-    return Row(contender.name, of | {"use": contender.use}, contender.passes, name, **figures)
-
-
-def gflops(row: Row) -> dict[str, float | None]:
-    """Of each pass; the literal loops make other products, sample by sample."""
-    if row.contender in (LITERAL, IN_PLACE):
-        return dict.fromkeys(row.seconds)
-    return {kind: row.flop[kind] / each.median / 1e9 for kind, each in row.seconds.items()}
 
 
 def _scale(part: str) -> float:

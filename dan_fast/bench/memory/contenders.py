@@ -12,14 +12,12 @@ from torch import Tensor
 from dan_fast import _extension, functional, reference
 from dan_fast.bench.agreement import Agreement, compare_tensors
 from dan_fast.bench.memory.literal import InPlaceMemory, in_place_step
-from dan_fast.bench.memory.problem import GATES, Problem
+from dan_fast.bench.memory.problem import GATES, MODULE, STEP, Problem
 from dan_fast.bench.rows import BACKWARD, FORWARD
 from dan_fast.core.cosine import statistics_dtype
 from dan_fast.core.types import MemoryBatch, MemoryState, MemoryStep
 from dan_fast.nn import ProgressiveAugmentedMemory
 
-# "step": pure, the new states are returned. "module": the memory keeps its own state.
-STEP, MODULE = "step", "module"
 NAMES = ("literal_autograd", "literal_in_place", "score_space", "score_space_compiled", "kernels")
 LITERAL, IN_PLACE, SCORE_SPACE, COMPILED, KERNELS = NAMES
 

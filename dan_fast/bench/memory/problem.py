@@ -5,9 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dan_fast.bench.rows import BACKWARD
 from dan_fast.core.cosine import statistics_dtype
 from dan_fast.core.types import Gates, MemoryBatch, MemoryState
 
+# A step is pure and returns the new states, or the memory, a module, keeps its own.
+STEP, MODULE = "step", "module"
 GATES = Gates(0.0, 0.0, 0.1)
 
 _SLOTS_PER_PERSON = 12
@@ -35,6 +38,23 @@ class Size(NamedTuple):
 
 
 PAPER = Size()
+
+
+def model_bytes(size: Size, itemsize: int, use: str, kind: str) -> int:
+    """The bytes a step cannot do without, a model: passes over both memories of s1 + s2 rows of d numbers.
+
+    A memory that keeps its state is read and written once, by commit and scores in one pass, and read once more by
+    the backward. A pure step reads it for the scores, reads and writes it for the new state.
+    """
+    passes = (2 if use == MODULE else 3) + (kind == BACKWARD)
+    return passes * size.slots * size.key_dim * itemsize
+
+
+def product_flop(size: Size, kind: str) -> int:
+    """Operations of the products in score space: scores, the commit of the writes, and the backward's product."""
+    scores = 2 * size.batch * (2 * size.labeled_slots + size.unlabeled_slots) * size.key_dim
+    commit = 2 * size.batch * size.slots * size.key_dim
+    return scores * (2 if kind == BACKWARD else 1) + commit
 
 
 class Problem(NamedTuple):
