@@ -12,12 +12,12 @@ import torch
 
 from dan_fast import _extension
 from dan_fast.bench.memory import contenders
-from dan_fast.bench.memory.contenders import KERNELS, Contender, Outcome, compare
+from dan_fast.bench.memory.contenders import COMPILED, KERNELS, Contender, Outcome, compare
 from dan_fast.bench.memory.problem import Problem, Size, make_problem
 
 SHARES_OF_THE_PAPER = [1 / 64, 1 / 16]
 STEPS = 4
-CONTENDERS = [contender for contender in contenders.CONTENDERS if not contender.compiled]
+CONTENDERS = [contender for contender in contenders.CONTENDERS if contender.name != COMPILED]
 
 
 @pytest.fixture(scope="module", params=SHARES_OF_THE_PAPER, ids=lambda share: f"slots/{1 / share:.0f}")

@@ -15,6 +15,7 @@ from dan_fast.bench.machine import environment
 from dan_fast.bench.memory import benchmark as memory
 from dan_fast.bench.memory.benchmark import MemoryBenchmark, predict, row_of
 from dan_fast.bench.memory.contenders import (
+    COMPILED,
     CONTENDERS,
     IN_PLACE,
     KERNELS,
@@ -35,7 +36,7 @@ from tests.bench import changed, written
 
 TINY = Size(60, 44, key_dim=24, batch=4)
 CPU = torch.device("cpu")
-EAGER = [contender for contender in CONTENDERS if not contender.compiled]
+EAGER = [contender for contender in CONTENDERS if contender.name != COMPILED]
 
 
 def tiny(*names: str, **settings) -> MemoryBenchmark:

@@ -15,7 +15,7 @@ from dan_fast import _extension
 from dan_fast.bench.benchmark import DTYPES, Bar, Benchmark, at_least, at_most, contenders_of, one_of
 from dan_fast.bench.machine import peak_above, why_no_triton
 from dan_fast.bench.memory import contenders
-from dan_fast.bench.memory.contenders import IN_PLACE, KERNELS, LITERAL, SCORE_SPACE, Contender, Outcome
+from dan_fast.bench.memory.contenders import COMPILED, IN_PLACE, KERNELS, LITERAL, SCORE_SPACE, Contender, Outcome
 from dan_fast.bench.memory.problem import MODULE, PAPER, STEP, Problem, Size, make_problem, model_bytes, product_flop
 from dan_fast.bench.process import compile_trial
 from dan_fast.bench.rows import BACKWARD, FORWARD, Row, pair, plain
@@ -174,7 +174,7 @@ class MemoryBenchmark(Benchmark):
             if seconds > self.budget_s:
                 return f"a run would take about {seconds:.0f} s, the budget is {self.budget_s:.0f} s"
             return why_too_large(self.place, _MARGIN * needed, "a run") if needed else None
-        if contender.compiled:
+        if contender.name == COMPILED:
             make = partial(make_problem, row.of["size"], dtype, self.place, batches=1)
             if reason := compile_trial(row, make, contender.start, self.compile_budget_s):
                 self._gave_up[contender.name] = f"{reason}, at {row.of['scale']:g} x slots in {plain(dtype)}"
@@ -192,7 +192,7 @@ class MemoryBenchmark(Benchmark):
             outcome, row.peak_bytes = peak_above(self.place, runner.outcome)
             first = dict.fromkeys(calls, time.perf_counter() - start)
         else:
-            outcome = first_outcome(row, runner.outcome, contender.compiled)
+            outcome = first_outcome(row, runner.outcome, contender.name == COMPILED)
             runner.run(False)
             _, row.peak_bytes = peak_above(self.place, calls[BACKWARD])
             first = {kind: once(self.place, call) for kind, call in calls.items()}
@@ -207,7 +207,7 @@ class MemoryBenchmark(Benchmark):
         """The literal forms, and for kernels the faster of the PyTorch paths in the same use."""
         found = super().rivals(row, rows)
         if row.contender == KERNELS:
-            paths = [other for other in rows if other.contender in (SCORE_SPACE, contenders.COMPILED)]
+            paths = [other for other in rows if other.contender in (SCORE_SPACE, COMPILED)]
             found[BEST_PYTORCH] = [other for other in paths if other.of["use"] == row.of["use"]]
         return found
 

@@ -23,8 +23,6 @@ LITERAL, IN_PLACE, SCORE_SPACE, COMPILED, KERNELS = NAMES
 
 GRADIENTS = ("keys", "unlabeled_keys", "alpha", "alpha_unlabeled", "beta")
 
-Context = Callable[[], AbstractContextManager]
-
 
 class Outcome(NamedTuple):
     """What a step from the common state with the first batch gave; `gradients` as in GRADIENTS, None without."""
@@ -54,7 +52,7 @@ class Runner:
     problem: Problem
     step: Callable[[MemoryBatch], MemoryStep]
     gates: Sequence[Tensor] | None = None
-    context: Context = nullcontext
+    context: Callable[[], AbstractContextManager] = nullcontext
     returned_bytes: int = 0
     memory: ProgressiveAugmentedMemory | None = None
     next: int = 0
@@ -90,59 +88,52 @@ class Runner:
         return result
 
 
-def _pure_step(problem: Problem, memory_step: Callable[..., MemoryStep], context: Context = nullcontext) -> Runner:
-    """A function that returns the new states; always from the common state."""
-    kind = {"dtype": statistics_dtype(problem.dtype), "device": problem.device}
-    # One object for all calls, as a module's parameters are: a compiled function would guard on new ones anew.
-    gates = [torch.tensor(value, requires_grad=True, **kind) for value in GATES[:3]]
-    states = problem.labeled, problem.unlabeled
-    returned = sum(state.features.nbytes for state in states)
-    return Runner(problem, lambda batch: memory_step(*states, *batch, *gates), gates, context, returned)
-
-
-def _compiled_step(problem: Problem) -> Runner:
-    # Whatever was traced for another size would only be in the way, and is no part of the time to compile this one.
-    torch.compiler.reset()
-    return _pure_step(problem, torch.compile(functional.memory_step, dynamic=False), _extension.disabled)
-
-
-def _in_place(problem: Problem) -> Runner:
-    """The literal loop on memories of its own."""
-    memories = [InPlaceMemory(MemoryState(*(x.clone() for x in state))) for state in problem[1:3]]
-    return Runner(problem, lambda batch: in_place_step(*memories, batch, GATES))
-
-
-def _module(problem: Problem, context: Context = nullcontext) -> Runner:
-    with context():
-        memory = ProgressiveAugmentedMemory(*problem.size[:3], dtype=problem.dtype).to(problem.device)
-        memory.labeled, memory.unlabeled = problem.labeled, problem.unlabeled
-    gates = (memory.alpha, memory.alpha_unlabeled, memory.beta_logit)
-    return Runner(problem, lambda batch: memory(*batch), gates, context, memory=memory)
-
-
 class Contender(NamedTuple):
-    """A way of making the step in one use, STEP or MODULE.
-
-    The cost of a `literal` one, which goes through the memory once a sample, is estimated before it is run; the first
-    calls of a `compiled` one compile.
-    """
+    """A way of making the step, in one use: STEP or MODULE."""
 
     name: str
     use: str
-    start: Callable[[Problem], Runner]
-    passes: tuple[str, ...] = (FORWARD, BACKWARD)
-    literal: bool = False
-    compiled: bool = False
+
+    @property
+    def literal(self) -> bool:
+        """It goes through the memory once a sample; its cost is estimated before it is run."""
+        return self.name in (LITERAL, IN_PLACE)
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        return (FORWARD,) if self.name == IN_PLACE else (FORWARD, BACKWARD)
+
+    def start(self, problem: Problem) -> Runner:
+        """Its runner; a pure step is always from the common state, a module has memories of its own."""
+        context = _extension.disabled if self.name in (SCORE_SPACE, COMPILED) else nullcontext
+        if self.name == IN_PLACE:
+            memories = [InPlaceMemory(MemoryState(*(x.clone() for x in state))) for state in problem[1:3]]
+            return Runner(problem, lambda batch: in_place_step(*memories, batch, GATES))
+        if self.use == MODULE:
+            with context():
+                memory = ProgressiveAugmentedMemory(*problem.size[:3], dtype=problem.dtype).to(problem.device)
+                memory.labeled, memory.unlabeled = problem.labeled, problem.unlabeled
+            gates = (memory.alpha, memory.alpha_unlabeled, memory.beta_logit)
+            return Runner(problem, lambda batch: memory(*batch), gates, context, memory=memory)
+        step = reference.memory_step if self.name == LITERAL else functional.memory_step
+        if self.name == COMPILED:
+            # Whatever was traced for another size would only be in the way, and is no part of the time to compile this.
+            torch.compiler.reset()
+            step = torch.compile(step, dynamic=False)
+        kind = {"dtype": statistics_dtype(problem.dtype), "device": problem.device}
+        # One object for all calls, as a module's parameters are: a compiled function would guard on new ones anew.
+        gates = [torch.tensor(value, requires_grad=True, **kind) for value in GATES[:3]]
+        states = problem.labeled, problem.unlabeled
+        returned = sum(state.features.nbytes for state in states)
+        return Runner(problem, lambda batch: step(*states, *batch, *gates), gates, context, returned)
 
 
-CONTENDERS: tuple[Contender, ...] = (
-    Contender(LITERAL, STEP, lambda problem: _pure_step(problem, reference.memory_step), literal=True),
-    Contender(IN_PLACE, MODULE, _in_place, (FORWARD,), literal=True),
-    Contender(SCORE_SPACE, STEP, lambda problem: _pure_step(problem, functional.memory_step, _extension.disabled)),
-    Contender(COMPILED, STEP, _compiled_step, compiled=True),
-    Contender(KERNELS, STEP, lambda problem: _pure_step(problem, functional.memory_step)),
-    Contender(SCORE_SPACE, MODULE, lambda problem: _module(problem, _extension.disabled)),
-    Contender(KERNELS, MODULE, _module),
+# In the table's order.
+CONTENDERS = (
+    Contender(LITERAL, STEP),
+    Contender(IN_PLACE, MODULE),
+    *(Contender(name, STEP) for name in (SCORE_SPACE, COMPILED, KERNELS)),
+    *(Contender(name, MODULE) for name in (SCORE_SPACE, KERNELS)),
 )
 
 
