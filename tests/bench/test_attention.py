@@ -148,20 +148,6 @@ def some_rows(**fields) -> list[Row]:
     return rows
 
 
-def test_ratios():
-    eager, compiled, kernels = some_rows()
-    assert kernels.speedup == {
-        EAGER: {FORWARD: pytest.approx(10), BACKWARD: 9.0},
-        COMPILED: {FORWARD: pytest.approx(5), BACKWARD: 3.5},
-    }
-    assert eager.speedup.keys() == {COMPILED} and compiled.speedup[EAGER][FORWARD] == 2.0
-    for wrong in (0, 2):
-        rows = some_rows()
-        rows[wrong].disagrees = "attended"
-        AttentionBenchmark(device="cpu").set_ratios(rows)
-        assert rows[wrong].speedup == {} and EAGER not in rows[2].speedup
-
-
 def bars(rows: list[Row], *layouts: str, device: str = "cpu") -> list[Bar]:
     benchmark = AttentionBenchmark(device="cpu", layout=",".join(layouts or ["contiguous"]))
     benchmark.place = torch.device(device)
@@ -181,17 +167,13 @@ def test_bars():
 
 def test_the_bar_of_a_gpu():
     rows = some_rows()
+    assert rows[2].model_bytes == {FORWARD: 64 * 2048 * 49 * 4, BACKWARD: 77070336}
     # 77.07 MB at 20 GB/s are 3.85 ms.
     rows[2].seconds[BACKWARD] = Timing([7.7e-3])
     (bar,) = bars(rows, device="cuda")
     assert bar.met and bar.value == pytest.approx(7.7e-3 / (77.070336e6 / 20e9))
     rows[2].seconds[BACKWARD] = Timing([7.8e-3])
     assert not bars(rows, device="cuda")[0].met
-
-
-def test_bytes():
-    found = row_of(KERNELS, {"size": MapSize(), "itemsize": 2}).model_bytes
-    assert found == {FORWARD: 64 * 2048 * 49 * 2, BACKWARD: 3 * 64 * 2048 * 49 * 2}
 
 
 def test_caches_are_emptied_by_writing_all_of_a_buffer():

@@ -5,7 +5,6 @@ import multiprocessing
 import pickle
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,12 +103,11 @@ def test_what_is_decoded_ahead_before_the_clock_starts_is_decoded_before_it_stop
     given = Epoch("", "", "resnet18", 64, 32, batch=8, iterations=3, workers=2, device="cpu", untimed=2)
     assert given.planned == 2 + 3 + 4
     trained, handed_out = [], iter(range(given.planned))
-    contenders.go_through(SimpleNamespace(batches=lambda number: handed_out, train=trained.append), given)
+    contenders.go_through(lambda number: handed_out, trained.append, given)
     assert trained == [0, 1, 2, 3, 4] and len(list(handed_out)) == 4
     # A whole epoch decodes all of it while the clock runs.
     whole = given._replace(untimed=0)
-    loop = SimpleNamespace(batches=lambda number: iter(range(whole.planned)), train=trained.append)
-    contenders.go_through(loop, whole)
+    contenders.go_through(lambda number: iter(range(whole.planned)), trained.append, whole)
     assert trained[5:] == [0, 1, 2]
 
 

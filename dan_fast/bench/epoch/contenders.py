@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import resource
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -154,48 +154,44 @@ def compare_losses(losses: list[float], expected: list[float], tolerance: float 
     return "".join(too_large({what: largest}, {what: tolerance})) or None, f"{what} by {largest:.1e}"
 
 
-class PlainLoop:
+# The mini-batches of an epoch by its number, from a first one on; and a step with one, which may return the loss.
+Loop = tuple[Callable[..., Iterable[Any]], Callable[[Any], Tensor | None]]
+
+
+def plain_loop(epoch: Epoch, contender: str) -> Loop:
     """The plain network, fed by torch's DataLoader or from the cache."""
-
-    def __init__(self, epoch: Epoch, contender: str) -> None:
-        torch.manual_seed(0)
-        feed = Feed(epoch, PLAIN_RECIPE)
-        classes, device = feed.training_set.num_classes, torch.device(epoch.device)
-        self.network = PlainNetwork(epoch.backbone, feed.image_size, classes, device)
-        if contender == CACHED:
-            feed.batches.fill_cache(feed.datasets.labeled)
-        self.batches = feed.cached if contender == CACHED else feed.plain
-
-    def train(self, batch: Any) -> Tensor:
-        images, labels, *_ = batch[0] if isinstance(batch, MiniBatch) else batch
-        return self.network.step(images, labels)
+    torch.manual_seed(0)
+    feed = Feed(epoch, PLAIN_RECIPE)
+    classes, device = feed.training_set.num_classes, torch.device(epoch.device)
+    network = PlainNetwork(epoch.backbone, feed.image_size, classes, device)
+    if contender == PLAIN:
+        return feed.plain, lambda batch: network.step(*batch)
+    feed.batches.fill_cache(feed.datasets.labeled)
+    return feed.cached, lambda batch: network.step(batch.meta_train.images, batch.meta_train.labels)
 
 
-class TrainerLoop:
+def trainer_loop(epoch: Epoch, recipe: str, order: int, out: str) -> Loop:
     """The trainer's batches, steps and scalars; full memories, and the attention branch wins each competition."""
+    trainer, scalars = Trainer(epoch.settings(recipe, order, out)), Scalars(Path(out) / "tensorboard")
+    datasets, model, training_set = trainer.datasets, trainer.model, trainer.training_set
+    trainer.batches.fill_cache([*datasets.labeled, *datasets.unlabeled])
+    if model.memory is not None:
+        fill_memory(model.memory, training_set.num_classes, len(training_set.unlabeled_samples))
+    # The dearer kind: the backbone is updated.
+    trainer.meta_step.competition.decide = lambda attention_won: Stage.ATTENTION
+    model.train()
 
-    def __init__(self, epoch: Epoch, recipe: str, order: int, out: str) -> None:
-        self.trainer = Trainer(epoch.settings(recipe, order, out))
-        datasets, model = self.trainer.datasets, self.trainer.model
-        self.trainer.batches.fill_cache([*datasets.labeled, *datasets.unlabeled])
-        if model.memory is not None:
-            training_set = self.trainer.training_set
-            fill_memory(model.memory, training_set.num_classes, len(training_set.unlabeled_samples))
-        # The dearer kind: the backbone is updated.
-        self.trainer.meta_step.competition.decide = lambda attention_won: Stage.ATTENTION
-        self.scalars = Scalars(Path(out) / "tensorboard")
-        model.train()
+    def batches(number: int, first: int = 0) -> Iterable[MiniBatch]:
+        trainer.epoch, trainer.iteration = number, first
+        return trainer.batches.of_epoch(number, None, first)
 
-    def batches(self, number: int, first: int = 0) -> Iterable[MiniBatch]:
-        self.trainer.epoch, self.trainer.iteration = number, first
-        return self.trainer.batches.of_epoch(number, None, first)
-
-    def train(self, batch: MiniBatch) -> None:
-        trainer = self.trainer
-        trainer.train_iteration(batch, self.scalars)
+    def train(batch: MiniBatch) -> None:
+        trainer.train_iteration(batch, scalars)
         trainer.iteration += 1
         if trainer.iterations_done % trainer.config.run.log_every == 0:
-            self.scalars.flush(trainer.iterations_done)
+            scalars.flush(trainer.iterations_done)
+
+    return batches, train
 
 
 def measure(contender: str, order: int | None, epoch: Epoch) -> dict[str, Any]:
@@ -204,15 +200,13 @@ def measure(contender: str, order: int | None, epoch: Epoch) -> dict[str, Any]:
     The contender is PLAIN, CACHED, or a recipe of the trainer's with the order of its meta gradients.
     """
     with TemporaryDirectory(prefix="dan-fast-bench-") as out:
-        if contender in (PLAIN, CACHED):
-            loop = PlainLoop(epoch, contender)
-        else:
-            loop = TrainerLoop(epoch, contender, order or 1, out)
+        plain = contender in (PLAIN, CACHED)
+        batches, train = plain_loop(epoch, contender) if plain else trainer_loop(epoch, contender, order or 1, out)
         losses = []
-        for batch in loop.batches(0, max(0, epoch.planned - _FIRST)):
+        for batch in batches(0, max(0, epoch.planned - _FIRST)):
             with FlopCounterMode(display=False) as counter:
-                losses.append(loop.train(batch))
-        found = go_through(loop, epoch)
+                losses.append(train(batch))
+        found = go_through(batches, train, epoch)
     cuda = torch.device(epoch.device).type == "cuda"
     found |= {"flop": operations(counter), "losses": [loss.item() for loss in losses if loss is not None]}
     return found | {"peak_bytes": torch.cuda.max_memory_allocated(epoch.device) if cuda else resident_peak()}
@@ -225,17 +219,17 @@ def operations(counter: FlopCounterMode) -> int:
     return counter.get_total_flops() - max(0, backward - 2 * forward)
 
 
-def go_through(loop: Any, epoch: Epoch) -> dict[str, Any]:
+def go_through(batches: Callable[..., Iterable[Any]], train: Callable[[Any], Any], epoch: Epoch) -> dict[str, Any]:
     """Seconds of a pass, of waiting for batches in it, and CPU seconds of all its processes."""
     device, count, waiting = torch.device(epoch.device), 0, 0.0
     synchronize(device)
     before, start = cpu_seconds(), time.perf_counter()
     waits = start
     # Held to the end: where it is dropped its workers end, which takes time.
-    batches = iter(loop.batches(1))
-    for number, batch in enumerate(batches, start=1):
+    held = iter(batches(1))
+    for number, batch in enumerate(held, start=1):
         waiting += time.perf_counter() - waits
-        loop.train(batch)
+        train(batch)
         if number == epoch.untimed:
             # What comes once an epoch, as the pages that a fork makes a process copy, is not to be extrapolated.
             synchronize(device)
