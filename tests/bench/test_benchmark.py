@@ -84,9 +84,8 @@ def test_a_row_is_written_flat():
     row = Row("kernels", {"dtype": torch.float32}, seconds={FORWARD: Timing([2.0])}, model_bytes={FORWARD: 8})
     row.bandwidth, row.peak_bytes, row.returned_bytes = 8.0, 7, 9
     content = plain(row.to_dict())
-    assert (
-        content["dtype"] == "float32" and content["bandwidth_share"] == {FORWARD: 0.5} and content["extra_bytes"] == 0
-    )
+    assert content["dtype"] == "float32" and content["bandwidth_share"] == {FORWARD: 0.5}
+    assert content["extra_bytes"] == 0 and "calls" not in content
     row.leave_out("no time", BACKWARD)
     assert row.remarks() == ["left out (forward + backward): no time"]
 
@@ -109,9 +108,7 @@ def test_an_error_is_relative_to_what_is_wanted():
     assert relative_error(actual, wanted, math.inf) == 0.5
     assert relative_error(actual, wanted, 2) == pytest.approx(0.5 / 20_000**0.5)
     assert relative_error(actual, wanted, 2, math.inf) == 0.5
-    assert math.isnan(relative_error(actual[1:], wanted, 2)) and math.isnan(
-        relative_error(actual * torch.nan, wanted, 2)
-    )
+    assert all(math.isnan(relative_error(wrong, wanted, 2)) for wrong in (actual[1:], actual * torch.nan))
     assert relative_error(torch.ones(()), torch.zeros(()), 2) > 1e30 and relative_error(wanted[:0], wanted[:0], 2) == 0
 
 
@@ -222,26 +219,14 @@ def test_disabled_holds_when_a_function_is_traced():
 
 
 def test_the_gpu_check_says_what_it_would_do(tmp_path):
-    done = subprocess.run(
-        ["bash", in_checkout("scripts/gpu_check.sh"), "--dry-run"],
-        env=os.environ | {"OUT": str(tmp_path / "out")},
-        capture_output=True,
-        text=True,
-    )
+    out = tmp_path / "out"
+    words, environment = ["bash", in_checkout("scripts/gpu_check.sh"), "--dry-run"], os.environ | {"OUT": str(out)}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for part in (
-        "pip install",
-        "-m gpu",
-        "memcheck",
-        "racecheck",
-        "synccheck",
-        "bench memory --device cuda",
-        "bench attention",
-        "bench iteration",
-        "quickstart",
-    ):
+    for part in ("pip install", "-m gpu", "memcheck", "racecheck", "synccheck", "bench memory --device cuda",
+                 "bench attention", "bench iteration", "quickstart"):  # fmt: skip
         assert part in done.stdout
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
 
 
 def test_the_gpu_check_goes_on_after_a_failure(tmp_path):
@@ -262,13 +247,9 @@ def test_the_gpu_check_goes_on_after_a_failure(tmp_path):
         (out / stale).write_text("of an earlier run")
     (out / "notes.txt").write_text("of the user")
     script = in_checkout("scripts/gpu_check.sh")
-    settings = {"PYTHONPATH": "elsewhere"} | {
-        "OUT": "out",  # of the folder that it is called from
-        "PATH": f"{tools}:{os.environ['PATH']}",
-        "PYTHON": "tools/python",
-        "GPU_TESTS_S": "1",
-    }
-    environment = os.environ | settings
+    # OUT is of the folder that it is called from.
+    environment = os.environ | {"PYTHONPATH": "elsewhere", "OUT": "out", "PATH": f"{tools}:{os.environ['PATH']}"}
+    environment |= {"PYTHON": "tools/python", "GPU_TESTS_S": "1"}
     done = subprocess.run(["bash", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     summary = (out / "summary.txt").read_text()
@@ -280,10 +261,7 @@ def test_the_gpu_check_goes_on_after_a_failure(tmp_path):
     # memcheck is blind to what lies beside a tensor in a block of PyTorch's allocator.
     assert (out / "memcheck.log").read_text() == f"1;{ROOT}:elsewhere\n"
     assert (out / "synccheck.log").read_text() == f";{ROOT}:elsewhere\n"
-    assert not (out / "quickstart").exists() and {path.name for path in out.iterdir() if path.suffix != ".log"} == {
-        "summary.txt",
-        "notes.txt",
-    }
+    assert {path.name for path in out.iterdir() if path.suffix != ".log"} == {"summary.txt", "notes.txt"}
 
 
 @pytest.mark.slow

@@ -139,13 +139,9 @@ def measured(monkeypatch, **changes: float) -> list:
 def test_what_fails_is_left_out_and_what_disagrees_has_no_ratio(monkeypatch):
     benchmark, plain, cached, first, second = measured(monkeypatch)
     assert second.left_out[WHOLE] == "exit code -9" and not second.seconds and second.speedup == {}
-    assert first.whole == [4.0] and benchmark.figures(first)["waiting_share"] == 0.25 and first.flop == {WHOLE: 6e9}
-    assert benchmark.figures(first)["cpu_seconds"] == {"user": 6.0, "system": 0.5} and benchmark.figures(first)[
-        "ratio"
-    ] == {
-        PLAIN: 1.0,
-        CACHED: 1.0,
-    }
+    found = benchmark.figures(first)
+    assert first.whole == [4.0] and found["waiting_share"] == 0.25 and first.flop == {WHOLE: 6e9}
+    assert found["cpu_seconds"] == {"user": 6.0, "system": 0.5} and found["ratio"] == {PLAIN: 1.0, CACHED: 1.0}
     assert [bar.verdict for bar in benchmark.bars([plain, cached, first, second])] == ["met"]
     first.seconds[WHOLE] = Timing([4.3])
     benchmark.set_ratios([plain, first])
