@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dan_fast.bench.machine import PEAK_MEANING, environment
+from dan_fast.bench.machine import environment
 from dan_fast.bench.rows import Row, plain, shown
 from dan_fast.bench.timing import Say
 from dan_fast.core.devices import resolve_device
@@ -102,7 +102,12 @@ class Benchmark(ABC):
 
     @property
     def peak_meaning(self) -> str:
-        return PEAK_MEANING[self.place.type]
+        if self.place.type == "cuda":
+            return "torch.cuda.max_memory_allocated during the run, less what was allocated before; tensors only"
+        return (
+            "highest resident memory of the process during the run (VmHWM), less what was resident before; it counts "
+            "tensors, scratch of libraries and pages that were freed again, after a warm-up and malloc_trim"
+        )
 
     @abstractmethod
     def groups(self, say: Say) -> Iterator[tuple[str, list[Row]]]:

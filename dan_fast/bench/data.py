@@ -143,13 +143,6 @@ def _images_and_classes(batch: Any) -> tuple[Tensor, Tensor | None]:
     return torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
 
 
-def rate_of(row: Row) -> dict[str, float]:
-    """Images per second."""
-    lower, upper = row.whole.quartiles
-    seconds = {"median": row.whole.median, "q1": upper, "q3": lower}
-    return {name: row.of["images"] / value for name, value in seconds.items()}
-
-
 @dataclass(kw_only=True)
 class DataBenchmark(Benchmark):
     """Time a plain DataLoader, this package's, and this package's with a cache, after checking that they agree.
@@ -243,10 +236,13 @@ class DataBenchmark(Benchmark):
                 row.disagrees = f"pixels are not equal, by {largest:.2g} grey levels"
 
     def figures(self, row: Row) -> dict[str, Any]:
-        return {"images_per_second": rate_of(row), "speedup": row.ratio(PLAIN)}
+        lower, upper = row.whole.quartiles
+        seconds = {"median": row.whole.median, "q1": upper, "q3": lower}
+        rate = {name: row.of["images"] / value for name, value in seconds.items()}
+        return {"images_per_second": rate, "speedup": row.ratio(PLAIN)}
 
     def cells(self, row: Row) -> dict[str, str]:
-        rate = rate_of(row)
+        rate = self.figures(row)["images_per_second"]
         spread = f"{rate['median']:.0f} ({rate['q1']:.0f}..{rate['q3']:.0f})"
         return {"images/s": spread, "us an image": f"{1e6 / rate['median']:.0f}"}
 

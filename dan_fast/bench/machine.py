@@ -21,13 +21,6 @@ from dan_fast.core.devices import device_name, synchronize
 from dan_fast.core.float32 import float32_rounding
 from dan_fast.core.heap import heap_in_force
 
-PEAK_MEANING = {
-    "cpu": (
-        "highest resident memory of the process during the run (VmHWM), less what was resident before; it counts "
-        "tensors, scratch of libraries and pages that were freed again, after a warm-up and malloc_trim"
-    ),
-    "cuda": "torch.cuda.max_memory_allocated during the run, less what was allocated before; tensors only",
-}
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -106,7 +99,7 @@ def _resident(field: str) -> int | None:
 
 
 def peak_above(device: torch.device, run: Callable[[], object]) -> tuple[object, int | None]:
-    """Runs and says how far memory rose above where it stood, in bytes; see PEAK_MEANING.
+    """Runs and says how far memory rose above where it stood, in bytes; see `Benchmark.peak_meaning`.
 
     Returns:
         `(what run returned, bytes)`; None for the bytes where the system cannot tell.

@@ -88,12 +88,6 @@ def difference(found: RankingResult, expected: RankingResult) -> str | None:
     return "; ".join(too_large(errors, {"mAP": TOLERANCE, "mINP": TOLERANCE, "num_valid": 0, "CMC": 0})) or None
 
 
-def ranking_path(device: torch.device) -> str:
-    """By what a ranking on this device counts."""
-    compiled = device.type == "cpu" and _extension.enabled() and not isinstance(counting.load(), str)
-    return "C++ kernels" if compiled else "PyTorch"
-
-
 @dataclass(kw_only=True)
 class RankingBenchmark(Benchmark):
     """Time the evaluation of a ranking beside one that sorts, after checking that both give the same figures.
@@ -173,10 +167,11 @@ class RankingBenchmark(Benchmark):
         # What an evaluation cannot do without: to read what is given and, from features, to multiply it.
         read = {DISTANCES: distances.nbytes, FEATURES: query.nbytes + gallery.nbytes}
         flop = {DISTANCES: {}, FEATURES: {WHOLE: 2 * distances.numel() * self.size.width}}
-        rows, results = {}, {}
+        compiled = self.place.type == "cpu" and _extension.enabled() and not isinstance(counting.load(), str)
+        path, rows, results = "C++ kernels" if compiled else "PyTorch", {}, {}
         for (source, contender), run in runs.items():
             say(f"{source}: {contender}")
-            of = {"source": source, "path": ranking_path(self.place) if contender == COUNTING else ""}
+            of = {"source": source, "path": path if contender == COUNTING else ""}
             row = Row(contender, of, (WHOLE,), source, model_bytes={WHOLE: read[source]}, flop=flop[source])
             begin = time.perf_counter()
             results[source, contender] = run()

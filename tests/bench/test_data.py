@@ -2,7 +2,7 @@
 
 import pytest
 
-from dan_fast.bench.data import CACHED, CONTENDERS, DECODED, PLAIN, TRAINING, USES, DataBenchmark, Feeds, rate_of
+from dan_fast.bench.data import CACHED, CONTENDERS, DECODED, PLAIN, TRAINING, USES, DataBenchmark, Feeds
 from dan_fast.bench.rows import WHOLE, Row, Timing
 from dan_fast.data.images import loader
 from tests.bench import written
@@ -84,4 +84,4 @@ def test_ratios_are_within_a_use_and_a_size():
         rows += group
     assert [row.ratio(PLAIN) for row in rows] == [None, 8.0, None, 2.0] * 2
     assert [bar.met for bar in benchmark.bars(rows)] == [True, False, True, False]
-    assert set(rate_of(rows[4]).values()) == {10 / 24}
+    assert set(benchmark.figures(rows[4])["images_per_second"].values()) == {10 / 24}
