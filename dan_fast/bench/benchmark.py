@@ -56,9 +56,9 @@ class Bar(NamedTuple):
         return "not measured" if self.value is None else "met" if self.met else "NOT met"
 
 
-def at_least(name: str, least: float, value: float | None, unit: str = " times") -> Bar:
+def at_least(name: str, least: float, value: float | None, unit: str = "times") -> Bar:
     """A figure that must not be smaller."""
-    return Bar(name, f"at least {least:g}{unit}", value, value is not None and value >= least)
+    return Bar(name, f"at least {least:g} {unit}".rstrip(), value, value is not None and value >= least)
 
 
 def at_most(name: str, most: float, value: float | None, unit: str = "times", limit: str = "") -> Bar:

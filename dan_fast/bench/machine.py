@@ -80,7 +80,7 @@ def cache_flush(device: torch.device) -> Callable[[], Tensor]:
     return torch.empty(2 * size, dtype=torch.uint8, device=device).zero_
 
 
-def yardstick(device: torch.device, problem_bytes: float) -> tuple[Callable[[], Tensor], int]:
+def yardstick(device: torch.device, problem_bytes: int) -> tuple[Callable[[], Tensor], int]:
     """A copy as long as a problem, within bounds, and the bytes that it reads and writes."""
     source = torch.ones(min(max(problem_bytes, 16 * 2**20), 512 * 2**20) // 4, device=device)
     return partial(torch.empty_like(source).copy_, source), 2 * source.nbytes
@@ -117,6 +117,8 @@ def peak_above(device: torch.device, run: Callable[[], object]) -> tuple[object,
         before = _resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
+        before = None
+    if before is None:
         return run(), None
     result = run()
     return result, max(0, resident_peak() - before)

@@ -12,7 +12,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from dan_fast import _extension
-from dan_fast.bench.agreement import too_large
+from dan_fast.bench.agreement import compare_tensors, too_large
 from dan_fast.bench.benchmark import Bar, Benchmark, at_most
 from dan_fast.bench.machine import peak_above
 from dan_fast.bench.rows import WHOLE, Row, shown
@@ -83,9 +83,11 @@ def rank_by_sorting(rows_of: Callable[[slice], np.ndarray], labels: Labels, max_
 
 def difference(found: RankingResult, expected: RankingResult) -> str | None:
     """What of a result differs: the means by more than TOLERANCE, all else in any bit; None if nothing does."""
-    errors = {name: abs(getattr(found, name) - getattr(expected, name)) for name in ("mAP", "mINP", "num_valid")}
-    errors["CMC"] = (found.cmc - expected.cmc).abs().max().item()
-    return "; ".join(too_large(errors, {"mAP": TOLERANCE, "mINP": TOLERANCE, "num_valid": 0, "CMC": 0})) or None
+    errors = {name: abs(getattr(found, name) - getattr(expected, name)) for name in ("mAP", "mINP")}
+    parts = too_large(errors, dict.fromkeys(errors, TOLERANCE))
+    if found.num_valid != expected.num_valid:
+        parts.append(f"num_valid {found.num_valid} for {expected.num_valid}")
+    return compare_tensors([("CMC", found.cmc, expected.cmc, None)], different=parts).disagrees
 
 
 @dataclass(kw_only=True)

@@ -149,12 +149,13 @@ def _built(info: dict) -> list[tuple[str, str]]:
 
 def _paths(with_gpu: bool) -> list[tuple[str, str, str]]:
     rows = []
-    for device, kernel, of_passes in (("cpu", "C++", "C++"), ("cuda", "CUDA", "Triton"))[: 1 + with_gpu]:
+    places = [("cpu", "C++", "C++"), *([("cuda", "CUDA", "Triton")] if with_gpu else [])]
+    for device, kernel, of_passes in places:
         served = _extension.why_not_on(device) is None
-        passed = served and (device == "cpu" or triton_kernels.why_not(0) is None)
+        passes_served = served and (device == "cpu" or triton_kernels.why_not(0) is None)
         rows += [
             ("row_sq_norms", device, f"{kernel} kernel" if served else "PyTorch"),
-            ("memory_step: passes over the memories", device, f"{of_passes} kernels" if passed else "PyTorch"),
+            ("memory_step: passes over the memories", device, f"{of_passes} kernels" if passes_served else "PyTorch"),
             ("memory_step: scan", device, f"{kernel} kernel" if served else "PyTorch, in score space"),
             ("cosine_softmax, false_sample_sets", device, f"{kernel} kernels" if served else "PyTorch"),
             ("attention_head", device, f"{kernel} kernels" if served else "PyTorch"),

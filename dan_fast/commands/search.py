@@ -81,6 +81,7 @@ def search(
             for line in _sentences(update, folder / "index"):
                 console.print(line, **PLAIN)
             found = GalleryIndex(known, extractor, index)
+            del known  # of a million images it holds 400 MB
             lists = ranked_lists(found, asked, searched, features, top)
             for each in lists:
                 if each["matches"] is None:

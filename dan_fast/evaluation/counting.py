@@ -28,6 +28,7 @@ MODULE = Path(_extension.__file__).with_name(f"_ranking{sysconfig.get_config_var
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Bytes that the kernels and the lists of pairs take for a gallery image of a query's identity, a query and a thread.
 _PAIR_BYTES, _QUERY_BYTES, _THREAD_BYTES = 96, 64, 4
+_NOT_NUMBERS = "distances holds NaN; every query-gallery pair needs a distance."
 
 
 @functools.cache
@@ -74,12 +75,11 @@ def ranks_by_distances(distances: Tensor, labels: Labels, budget: int) -> Iterat
     Raises:
         ValueError: a distance is NaN.
     """
-    not_numbers = ValueError("distances holds NaN; every query-gallery pair needs a distance.")
     module = _kernels_for(distances)
     if module is None:
         rows = max(1, budget // distances[:1].nbytes)
         if any(bool(torch.isnan(block).any()) for block in distances.split(rows)):
-            raise not_numbers
+            raise ValueError(_NOT_NUMBERS)
         yield from counting_torch.ranks_by_distances(distances, labels, budget)
         return
     matrix, threads = _adjacent(distances), torch.get_num_threads()
@@ -87,7 +87,7 @@ def ranks_by_distances(distances: Tensor, labels: Labels, budget: int) -> Iterat
         array, dtype = _array(matrix[pairs.rows])
         ranks = module.distances_ranks(array, dtype, *pairs[1:], threads)
         if ranks is None:
-            raise not_numbers
+            raise ValueError(_NOT_NUMBERS)
         yield pairs, ranks
 
 

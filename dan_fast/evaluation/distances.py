@@ -112,13 +112,18 @@ class PartDistances:
 
     def near(self, columns: slice) -> Tensor:
         """(Q, columns) distances of images of the part, not on the grid."""
-        part = self.part[columns]
-        distances = self._norms.new_empty(len(self.query), len(part))
+        part, norms = self.part[columns], self._norms[columns]
+
+        def block(some: slice) -> Tensor:
+            dots = self.query @ part[some].to(torch.float64).T
+            return distances_of_dots(dots, self._query_norms[:, None], norms[some], self.scale.cosine)
+
+        if len(part) <= self.columns:
+            return block(slice(None))
+        distances = norms.new_empty(len(self.query), len(part))
         for first in range(0, len(part), self.columns):
-            last = slice(first, first + self.columns)
-            dots = self.query @ part[last].to(torch.float64).T
-            norms = self._query_norms[:, None], self._norms[columns][last]
-            distances[:, last] = distances_of_dots(dots, *norms, self.scale.cosine)
+            some = slice(first, first + self.columns)
+            distances[:, some] = block(some)
         return distances
 
     def exact(self, queries: Tensor, places: Tensor) -> Tensor:
@@ -126,10 +131,16 @@ class PartDistances:
         found = [self._norms[:0]]
         for some in torch.arange(len(queries), device=queries.device).split(self.columns):
             q, g = queries[some], places[some] - self.images.start
-            dots = tree_dots(self.query[q], self.part[g])
-            distances = distances_of_dots(dots, self._query_norms[q], self._norms[g], self.scale.cosine)
-            found.append(on_grid(distances, self.steps[q]))
+            norms = self._query_norms[q], self._norms[g]
+            found.append(exact_distances(self.query[q], self.part[g], *norms, self.steps[q], self.scale.cosine))
         return torch.cat(found)
+
+
+def exact_distances(
+    query: Tensor, gallery: Tensor, query_norms: Tensor, gallery_norms: Tensor, steps: Tensor, cosine: bool
+) -> Tensor:
+    """(n,) distances on the grid of the rows of two (n, d) matrices; norms and steps (n,) of :class:`DistanceScale`."""
+    return on_grid(distances_of_dots(tree_dots(query, gallery), query_norms, gallery_norms, cosine), steps)
 
 
 def square_norms(features: Tensor, budget: int) -> np.ndarray:

@@ -151,7 +151,7 @@ def check_scoring(max_rank: int, ap: AveragePrecision) -> None:
 def check_whole(name: str, value: object, least: int = 1) -> None:
     """Raise ValueError for what is no whole number or too small."""
     if not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name} is {value}; it must be a whole number, at least {least}.")
+        raise ValueError(f"{name} is {value!r}; it must be a whole number, at least {least}.")
 
 
 def check_block_bytes(block_bytes: int) -> None:

@@ -7,8 +7,6 @@ without a match is left out of all figures. Equal distances keep the order of th
 """
 
 from collections.abc import Iterable
-from functools import partial
-from itertools import starmap
 from typing import NamedTuple
 
 import numpy as np
@@ -168,11 +166,14 @@ def pairwise_distances(query: Tensor, gallery: Tensor, metric: Metric = "cosine"
 
 def score(blocks: Iterable[tuple[Pairs, np.ndarray]], max_rank: int, ap: AveragePrecision) -> RankingResult:
     """Figures from the ranks of the matches, queries in blocks, on which they do not depend."""
-    scored = zip(*starmap(partial(_score_block, ap=ap), blocks), strict=True)
-    return averaged(*map(np.concatenate, scored), max_rank)
+    scored = []
+    # No comprehension: in Python 3.11 it has a frame of its own, and the warning of `blocks` would name another line.
+    for block in blocks:
+        scored.append(_score_block(*block, ap))
+    return figures_of(*map(np.concatenate, zip(*scored, strict=True)), max_rank)
 
 
-def averaged(first: np.ndarray, precisions: np.ndarray, penalties: np.ndarray, max_rank: int) -> RankingResult:
+def figures_of(first: np.ndarray, precisions: np.ndarray, penalties: np.ndarray, max_rank: int) -> RankingResult:
     """Figures from those of each query that has a match, as `_score_block` gives them; NoMatchError where none has."""
     if not len(first):
         raise NoMatchError(

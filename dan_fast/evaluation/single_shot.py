@@ -10,7 +10,7 @@ from dan_fast.evaluation.distances import ENTRY_BYTES, Metric, PartDistances, di
 from dan_fast.evaluation.divided import Division, refused_by_all
 from dan_fast.evaluation.pairs import Labels, pairs_in_blocks
 from dan_fast.evaluation.problem import BLOCK_BYTES, ArrayLike, check_scoring, check_whole, checked_problem
-from dan_fast.evaluation.ranking import RankingResult, averaged
+from dan_fast.evaluation.ranking import RankingResult, figures_of
 
 
 @default_cpu()
@@ -69,7 +69,7 @@ def evaluate_single_shot(
         for block in np.split(queries, range(rows, len(queries), rows)) if len(queries) else ():
             found.append(_ranks(distances, labels, division, block, draws))
     ranks = np.concatenate(found)
-    result = averaged(ranks, 1 / ranks, 1 / ranks, max_rank)
+    result = figures_of(ranks, 1 / ranks, 1 / ranks, max_rank)
     return result._replace(num_valid=result.num_valid // repeats)
 
 

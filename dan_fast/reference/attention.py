@@ -154,8 +154,9 @@ def each_sample(
 
 
 def _nl_cbam_sample(x: Tensor, weights: NLCBAMWeights) -> tuple[Tensor, Tensor, Tensor]:
-    channel_attention = channel_attention_of(x.flatten(1), weights)
-    scaled = x.flatten(1) * channel_attention.unsqueeze(1)  # X' = X A_C
+    columns = x.flatten(1)
+    channel_attention = channel_attention_of(columns, weights)
+    scaled = columns * channel_attention.unsqueeze(1)  # X' = X A_C
     spatial_attention = non_local_attention_of(scaled, weights)
     return (scaled * spatial_attention).reshape(x.shape), channel_attention, spatial_attention  # X'' = X' A_S
 

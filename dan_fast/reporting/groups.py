@@ -124,7 +124,7 @@ def target_of(evaluation: Evaluation) -> Target:
     """
     is_last = re.fullmatch(r"epoch (\d+) of \1", evaluation.epoch) is not None
     epoch = caveats(evaluation.epoch) or ([] if is_last else [evaluation.epoch])
-    words = [protocol_of(evaluation), *evaluation.scoring, evaluation.rounding, *epoch, *caveats(evaluation.seen)]
+    words = [protocol_of(evaluation), evaluation.scoring, evaluation.rounding, *epoch, *caveats(evaluation.seen)]
     return Target(evaluation.title, ", ".join(filter(None, words)))
 
 

@@ -133,7 +133,7 @@ def _paper_table(table: PaperTable, target: str, faults: Sequence[Contradiction]
     of_tested = [run for run in runs if run.name in {each.name for each, *_ in tested}]
     before = [(run, *each) for run in of_tested for each in run.baselines if paper_target(each[1].dataset) == target]
     shown = [*tested, *before]
-    rows += [_run_row(*each, columns, f" {_APART}" * _is_apart(each[-1])) for each in shown]
+    rows += [_run_row(*each, columns, f" {_APART}" if _is_apart(each[-1]) else "") for each in shown]
     notes = [f"No run here was tested on {target} under these conditions."]
     if tested:
         notes = [_counts(tested), "Rows compare only where sources, protocol and variant do."]

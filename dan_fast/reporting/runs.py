@@ -122,7 +122,7 @@ class Run:
         if self.settings["data"]["batch_size_per_rank"]:
             found |= {"data.batch_size": self.ranks * found["data.batch_size"], "data.batch_size_per_rank": False}
         if (protocol := PROTOCOLS.get(self.settings["data"]["protocol"])) is not None:
-            found |= {f"data.{role}": titles for role, titles in _sources(self.settings["data"]).items()}
+            found |= {f"data.{role}": list(titles) for role, titles in _sources(self.settings["data"]).items()}
             found["data.images"] = protocol.images
         return found
 
@@ -175,6 +175,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _read_run(folder: Path, name: str) -> Run:
     settings, recipe = _read_settings(folder / "config.yaml")
+    data = settings["data"]
     results: list[Evaluation] = []
     baselines: list[tuple[str, Evaluation]] = []
     complaints: list[str] = []
@@ -184,7 +185,8 @@ def _read_run(folder: Path, name: str) -> Run:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if path.name == "results.json":
-                said, content = _said(content), content["targets"]
+                said = _said(content, data["iterations"])
+                content = content["targets"]
             if not isinstance(content, list):
                 continue
             if not _is_of(folder, content):
@@ -199,23 +201,24 @@ def _read_run(folder: Path, name: str) -> Run:
                     results.append(evaluation)
         except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, OSError) as error:
             complaints.append(f"{path} holds no evaluations of this version ({error}): evaluate the run again.")
-    data = settings["data"]
     said = _sources(data) | said
     if data["unlabeled_share"] == 0:
         said["unlabeled"] = ()
-    if data["iterations"]:
-        said["iterations"] = data["iterations"]
     return Run(name, folder, settings, recipe=recipe, results=tuple(results), baselines=tuple(baselines),
                complaints=tuple(complaints), **said)  # fmt: skip
 
 
-def _said(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What results.json says of a training beside the figures; older versions do not write all of it."""
+def _said(content: Mapping[str, Any], iterations: int) -> dict[str, Any]:
+    """What results.json says of a training beside the figures; older versions do not write all of it.
+
+    Args:
+        iterations: of an epoch, where the settings say so; 0: as many as results.json says.
+    """
     names = ("labeled", "unlabeled", "ranks", "started_from", "skipped")
     said = {name: content[name] for name in names if content.get(name) is not None}
     said |= {role: tuple(map(printable, said[role])) for role in ("labeled", "unlabeled") if role in said}
-    if content.get("iterations"):
-        said["iterations"] = content["iterations"] // content["epochs"]
+    if iterations or content.get("iterations"):
+        said["iterations"] = iterations or content["iterations"] // content["epochs"]
     return said
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from dan_fast.core.float32 import exact_float32
-from dan_fast.evaluation.distances import PartDistances, distance_scale, square_norms
+from dan_fast.evaluation.distances import distance_scale, exact_distances, square_norms
 from dan_fast.search.kinds import CHUNK
 
 # Beyond the places wanted: what float32 may have in another order than float64.
@@ -65,8 +65,8 @@ def order_exactly(
         q, p = query[first : first + _PAIRS], place[first : first + _PAIRS]
         chosen = torch.from_numpy(features[rows[q, p]])
         scale = distance_scale(squares, square_norms(chosen, _BUDGET), "cosine")
-        pairs = PartDistances(every, chosen, scale, _BUDGET)
-        distances[q, p] = pairs.exact(torch.from_numpy(q), torch.arange(len(q))).numpy()
+        numbers = scale.query_norms[q], scale.gallery_norms, scale.steps[q]
+        distances[q, p] = exact_distances(every[q], chosen, *map(torch.from_numpy, numbers), cosine=True).numpy()
     places = np.where(rows >= 0, order[rows], len(order))
     sorting = np.lexsort((places, distances), axis=-1)
     return np.take_along_axis(distances, sorting, 1), np.take_along_axis(rows, sorting, 1)

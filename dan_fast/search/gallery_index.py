@@ -53,7 +53,7 @@ class GalleryIndex:
     """The images of a gallery, and those of them that are nearest to a feature.
 
     Args:
-        folder: what `update_index` wrote; as the `IndexFolder` of the same extractor it is not read again.
+        folder: what `update_index` wrote.
         extractor: it has to be of the checkpoint that the index was made with.
         kind: one that `update_index` has made.
 
@@ -84,7 +84,7 @@ class GalleryIndex:
     """
 
     def __init__(self, folder: str | Path | IndexFolder, extractor: FeatureExtractor, kind: IndexKind = "flat") -> None:
-        known = folder if isinstance(folder, IndexFolder) else IndexFolder(folder, extractor)
+        known = IndexFolder.of(folder, extractor)
         self.weights = known.weights
         stored, index = known.read_finished(kind)
         self.parameters = {} if kind == "flat" else stored["kinds"][kind]["parameters"]
@@ -138,7 +138,7 @@ def update_index(
     parameters; and for each approximate kind that was asked for faiss's own file.
 
     Args:
-        folder: a new one, or one that this has written; or as for `GalleryIndex`.
+        folder: a new one, or one that this has written.
         extractor: with `broken_images` "skip" images that cannot be decoded are left out; a later call tries them
             again.
         gallery: the images; of several of one file, by whatever path or symbolic link, the first counts.
@@ -163,7 +163,7 @@ def update_index(
     images = {absolute(sample.path): sample for sample in by_place.values()}
     if not images:
         raise DanFastError("The gallery is empty: name images to search in.")
-    known = folder if isinstance(folder, IndexFolder) else IndexFolder(folder, extractor)
+    known = IndexFolder.of(folder, extractor)
     folder = known.folder
     try:
         with alone(folder / ".lock"):

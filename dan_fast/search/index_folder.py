@@ -49,6 +49,15 @@ class IndexFolder:
         self._content: dict[str, Any] | None = None
         self._seen: list[tuple[int, int]] = []
 
+    @classmethod
+    def of(cls, folder: "str | Path | IndexFolder", extractor: FeatureExtractor) -> "IndexFolder":
+        """One of these weights as it is, with what it has read, and a new one of any other folder."""
+        if isinstance(folder, IndexFolder):
+            if folder.weights == extractor.weights:
+                return folder
+            folder = folder.folder
+        return cls(folder, extractor)
+
     def read_latest(self) -> None:
         """Set `stored` and `finished`; DanFastError where they are of another checkpoint or version, or damaged."""
         index, unfinished = self._index(), self._read(UNFINISHED)
@@ -68,7 +77,7 @@ class IndexFolder:
             self.stored |= joined | {"decoded_by": unfinished.get("decoded_by", [])}
 
     def read_finished(self, kind: IndexKind) -> tuple[dict[str, Any], Any]:
-        """What index.json says, and faiss's index of an approximate kind."""
+        """What index.json says, and faiss's index of an approximate kind; DanFastError where these are not finished."""
         while True:
             stored = self._index()
             if stored is None or (kind != "flat" and stored["kinds"].get(kind, {}).get("rows") != len(stored["paths"])):

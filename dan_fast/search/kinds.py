@@ -72,7 +72,7 @@ def write(index: Any, path: Path) -> None:
 
 
 def read(path: Path, rows: int, size: int) -> Any:
-    """What `write` wrote of an index of so many features; DanFastError where it is missing, damaged or of others."""
+    """What `write` wrote of an index of so many features; DanFastError: it is missing, damaged or of others."""
     try:
         index = faiss_library().read_index(str(path))
         if (index.ntotal, index.d) != (rows, size):

@@ -168,6 +168,7 @@ def test_bars():
 def test_the_bar_of_a_gpu():
     rows = some_rows()
     assert rows[2].model_bytes == {FORWARD: 64 * 2048 * 49 * 4, BACKWARD: 77070336}
+    assert row_of(KERNELS, rows[2].of | {"itemsize": 2}).model_bytes[BACKWARD] == 77070336 // 2
     # 77.07 MB at 20 GB/s are 3.85 ms.
     rows[2].seconds[BACKWARD] = Timing([7.7e-3])
     (bar,) = bars(rows, device="cuda")
@@ -177,8 +178,9 @@ def test_the_bar_of_a_gpu():
 
 
 def test_caches_are_emptied_by_writing_all_of_a_buffer():
-    buffer = cache_flush(torch.device("cpu"))()
-    assert buffer.nbytes >= 2**20 and not buffer.any()
+    flush = cache_flush(torch.device("cpu"))
+    buffer = flush().fill_(1)
+    assert buffer.nbytes >= 2**20 and flush() is buffer and not buffer.any()
 
 
 @pytest.mark.slow

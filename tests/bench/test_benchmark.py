@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dan_fast import _extension, triton_kernels
 from dan_fast.bench import timing
 from dan_fast.bench.agreement import relative_error
-from dan_fast.bench.machine import environment, peak_above
+from dan_fast.bench.machine import environment, peak_above, yardstick
 from dan_fast.bench.rows import BACKWARD, FORWARD, WHOLE, Row, Timing, plain
 from dan_fast.bench.timing import product_rate, repetitions, rounds, take_turns
 from dan_fast.cli import main
@@ -165,6 +165,8 @@ def test_what_is_measured_of_the_machine_is_in_the_rows(monkeypatch):
     rows = [Row(name, calls={WHOLE: (lambda: None, 1)}) for name in ("one", "other")]
     take_turns(CPU, [*rows, left_out := Row("left out")], print, 2**20, torch.float32)
     assert all(row.rate == 7.0 and row.bandwidth > 0 and row.whole for row in rows)
+    assert not any(row.calls for row in rows), "what they hold in memory stays until the last row"
+    assert yardstick(CPU, 0)[1] == 2 * 16 * 2**20, "read and written"
     assert left_out.rate is left_out.bandwidth is left_out.whole is None
 
 

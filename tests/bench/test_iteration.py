@@ -23,6 +23,7 @@ from dan_fast.bench.iteration.profile import Profile
 from dan_fast.bench.rows import WHOLE, Row, Timing
 from dan_fast.bench.timing import Operators
 from dan_fast.nn import NLCBAM, ProgressiveAugmentedMemory
+from dan_fast.training import MetaStep
 from tests.bench import TINY as COMMANDS
 from tests.bench import written
 from tests.support import in_checkout
@@ -283,3 +284,10 @@ def test_ratios_and_bars(monkeypatch):
     rows[1].disagrees = None
     monkeypatch.setattr("dan_fast.bench.benchmark.resolve_device", lambda name: torch.device("cuda"))
     assert verdict(rows, precision="bfloat16") == "NOT met" and verdict(rows, precision="float32") == "not measured"
+
+
+def test_the_iteration_is_the_trainers(dan, monkeypatch):
+    called = []
+    monkeypatch.setattr(MetaStep, "step", lambda self, *arguments: called.append(arguments))
+    dan.run()
+    assert called == [tuple(dan.batch)]

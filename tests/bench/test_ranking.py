@@ -66,10 +66,11 @@ def test_a_difference_is_named():
     assert ranking.difference(result, result) is None
     assert ranking.difference(result._replace(mAP=0.75 + 1e-13), result) is None
     for field, value, sentence in (
-        ("cmc", torch.tensor([0.5, np.nextafter(1.0, 0)], dtype=torch.float64), "CMC by 1.1e-16 (allowed 0.0e+00)"),
+        ("cmc", torch.tensor([0.5, np.nextafter(1.0, 0)], dtype=torch.float64), "CMC in 1 of 2 places"),
+        ("cmc", torch.ones(1, dtype=torch.float64), "shape of CMC"),
         ("mAP", 0.75 + 1e-11, "mAP by 1.0e-11 (allowed 1.0e-12)"),
         ("mINP", float("nan"), "mINP by nan (allowed 1.0e-12)"),
-        ("num_valid", 5, "num_valid by 1.0e+00 (allowed 0.0e+00)"),
+        ("num_valid", 5, "num_valid 5 for 4"),
     ):
         assert ranking.difference(result._replace(**{field: value}), result) == sentence
 

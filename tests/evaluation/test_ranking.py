@@ -1,11 +1,14 @@
 """Ranks as counts against a ranking that sorts: the same CMC to the last bit, whatever path, type, block and order."""
 
+import gc
 import itertools
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -373,6 +376,19 @@ def test_nan_is_found_anywhere(path):
             distances[query, entry] = np.nan
             with pytest.raises(ValueError, match="distances holds NaN"):
                 rank_distances(distances, *labels)
+
+
+def test_an_error_does_not_keep_the_distances(path):
+    distances = torch.full((1, 3), torch.nan)
+    known = weakref.ref(distances)
+    gc.disable()
+    try:
+        with suppress(ValueError):
+            rank_distances(distances, [1], [1, 5, 1], [1], [2, 2, 2])
+        del distances
+        assert known() is None
+    finally:
+        gc.enable()
 
 
 @needs_module

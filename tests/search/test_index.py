@@ -1,6 +1,7 @@
 """An index of a gallery: how it is extended, of which network and decoder it is."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -185,7 +186,7 @@ def test_what_other_versions_decoded_is_said(run, folder, embedded, monkeypatch,
     assert said in capsys.readouterr().out.splitlines() and {*decoded_by()} == {"Pillow 99", reading.DECODED_BY}
 
 
-def test_a_search_reads_the_list_of_images_once_unless_it_changes(run, folder, monkeypatch):
+def test_a_search_reads_the_list_of_images_once_unless_it_changes(run, folder, monkeypatch, capsys):
     run()
     read, update, names = IndexFolder._read, search_command.update_index, []
     monkeypatch.setattr(IndexFolder, "_read", lambda self, name: names.append(name) or read(self, name))
@@ -199,6 +200,14 @@ def test_a_search_reads_the_list_of_images_once_unless_it_changes(run, folder, m
 
     monkeypatch.setattr(search_command, "update_index", another_came)
     assert run("--top", 20) == lists and names.count("index.json") == 4
+
+    def another_cut_it(known, *arguments):
+        os.truncate(folder / "out" / "index" / "features.f32", 4)
+        return update(known, *arguments)
+
+    monkeypatch.setattr(search_command, "update_index", another_cut_it)
+    run("--top", 20, code=1)
+    assert "features.f32 is cut short" in capsys.readouterr().err
 
 
 def test_an_index_that_does_not_say_what_decoded_it_is_extended(run, folder, embedded, capsys):

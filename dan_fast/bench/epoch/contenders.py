@@ -133,7 +133,9 @@ class Feed:
         if unequal:
             return f"{unequal} of {len(paths)} decoded images are not equal", ""
         differs, found = apart(plain, self.cached(0, first), self.preprocessing.std)
-        levels = "up to {:.2g} grey levels in {:.1e} of the pixels".format(*found) if found else ""
+        if not found:
+            return differs, ""
+        levels = "up to {:.2g} grey levels in {:.1e} of the pixels".format(*found)
         return differs, f"{len(paths)} images equal bit for bit as decoded, augmented {levels}"
 
 
@@ -151,7 +153,8 @@ def compare_losses(losses: list[float], expected: list[float], tolerance: float 
     # The sum and not the maximum, which may pass over NaN.
     largest = sum(abs(one - other) / abs(other) for one, other in pairs)
     what = f"losses of the first {len(pairs)} steps"
-    return "".join(too_large({what: largest}, {what: tolerance})) or None, f"{what} by {largest:.1e}"
+    differs = next(iter(too_large({what: largest}, {what: tolerance})), None)
+    return differs, f"{what} by {largest:.1e}"
 
 
 # The mini-batches of an epoch by its number, from a first one on; and a step with one, which may return the loss.

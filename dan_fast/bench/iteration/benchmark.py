@@ -16,7 +16,8 @@ from dan_fast.bench.iteration.contenders import FROZEN, TOLERANCES, UPDATED, DAN
 from dan_fast.bench.iteration.profile import Profile, in_order
 from dan_fast.bench.machine import peak_above
 from dan_fast.bench.memory import benchmark as memory
-from dan_fast.bench.memory.contenders import CONTENDERS as MEMORY_STEPS
+from dan_fast.bench.memory.contenders import LITERAL as LITERAL_STEPS
+from dan_fast.bench.memory.contenders import STEP, Contender
 from dan_fast.bench.memory.problem import MODULE, Size, model_bytes, product_flop
 from dan_fast.bench.rows import BACKWARD, WHOLE, Row, Timing, shown
 from dan_fast.bench.timing import Operators, Say, rated_type, repetitions, take_turns
@@ -25,6 +26,7 @@ from dan_fast.core.free_memory import why_too_large
 from dan_fast.training.config import Precision
 
 PLAIN, LITERAL, DAN = CONTENDERS = ("plain", "literal", "dan")
+_LITERAL_STEP = Contender(LITERAL_STEPS, STEP)
 # Of an epoch, Table VIII: ResNet-50, and DAN.
 PAPER_SECONDS = {"plain": 32.609, "dan": 137.908}
 PAPER_RATIO = PAPER_SECONDS["dan"] / PAPER_SECONDS["plain"]
@@ -191,7 +193,7 @@ class IterationBenchmark(Benchmark):
 
     def _too_costly(self, slots: Size) -> str | None:
         """Why a literal iteration is left out: its two memory steps are foreseen from steps with few slots."""
-        seconds, needed = (2 * x for x in memory.foresee(MEMORY_STEPS[0], slots, torch.float32, self.place))
+        seconds, needed = (2 * x for x in memory.foresee(_LITERAL_STEP, slots, torch.float32, self.place))
         if seconds > self.budget_s:
             return f"its memory steps alone would take about {seconds:.0f} s, the budget is {self.budget_s:.0f} s"
         return why_too_large(self.place, needed, "its memory steps")

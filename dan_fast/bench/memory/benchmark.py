@@ -83,6 +83,7 @@ class MemoryBenchmark(Benchmark):
     columns: ClassVar[tuple[str, ...]] = ("use",)
     against: ClassVar[tuple[str, ...]] = (LITERAL, IN_PLACE)
     meaning: ClassVar[dict[str, str]] = {
+        "seconds": "of a step; forward is without recording for autograd; repetitions of the contenders in turn",
         "step": "pure: from one common state, the new memories are returned",
         "module": "the memory steps its own state; `steps` steps and the write of what they left pending, over `steps`",
         "model_bytes": "a model: what a step cannot do without, 2 (module) or 3 (step) passes over (s1+s2) d numbers "
@@ -229,7 +230,8 @@ class MemoryBenchmark(Benchmark):
             if row.contender == KERNELS and row.of["dtype"] == "float32" and not row.disagrees
         }
         # One that was not measured has no figures.
-        both = _, module = [found.get((use, 1), Row(KERNELS, {"use": use})) for use in (STEP, MODULE)]
+        both = [found.get((use, 1), Row(KERNELS, {"use": use})) for use in (STEP, MODULE)]
+        module = both[1]
         on_cpu, name = self.place.type == "cpu", "forward + backward"
 
         def faster(rival: str, words: str, least: float) -> list[Bar]:
@@ -292,7 +294,7 @@ def predict(size: Size, scales: Sequence[float]) -> dict[str, Any]:
         flop = products * product_flop(scaled, BACKWARD)
         figures = {"bytes_ms": moved / gpu["bandwidth"] * 1e3, "operations_ms": flop / gpu[rate] * 1e3}
         floor = max(figures.values())
-        figures |= {"floor_ms": floor, "with_scan_ms": floor + _STEP_SECONDS * 2e3 * scaled.batch}
+        figures |= {"floor_ms": floor, "with_scan_ms": floor + _STEP_SECONDS * 2 * scaled.batch * 1e3}
         problem = {"gpu": gpu["name"], "dtype": name, "scale": scale, "bytes": moved, "flop": flop}
         rows.append(problem | figures)
     return {

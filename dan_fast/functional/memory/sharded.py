@@ -39,6 +39,10 @@ class ShardedMemory(PendingMemory):
         own = state.features.new_zeros(shard.sizes[group.rank()], key_dim, dtype=dtype)
         return cls.of(state._replace(features=own), shard=shard)
 
+    def __reduce__(self) -> tuple:
+        # What other ranks hold takes a collective, and one rank alone would wait for them.
+        raise TypeError("a memory divided over ranks cannot be pickled: save its state_dict(), which holds all of it")
+
     def like(self, state: MemoryState) -> "ShardedMemory":
         return self.of(state, shard=self.shard)
 
