@@ -168,25 +168,6 @@ def test_uniform_slots() -> None:
         torch.testing.assert_close(added[row], energies.mean().log())
 
 
-@pytest.mark.slow
-def test_memory_loss_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synthesize(tmp_path, ("campus",), identities=4, image_size=(32, 16), test_fraction=0.0)
-    settings = {"loss": {"labeled_embedding": 1.0}, "optimizer": {"epochs": 3}}
-    data = {"labeled": [str(tmp_path / "campus")], "unlabeled": [], "iterations": 2}
-    trainer = Trainer(config(tmp_path, tmp_path / "run", **settings, meta={"procedure": "daml1"}, data=data))
-    seen, losses = [], TrainingModel.losses
-
-    def noted(self: TrainingModel, maps: torch.Tensor, split: Split):
-        found = losses(self, maps, split)
-        seen.append((found[0]["labeled_embedding"].item(), (self.memory.labeled.labels >= 0).any().item()))
-        return found
-
-    monkeypatch.setattr(TrainingModel, "losses", noted)
-    with CHANGES["memory_loss_late"]():
-        trainer.fit()
-    assert [value > 0 for value, _ in seen] == [False] * 4 + [True] * 2 and all(written for _, written in seen)
-
-
 def test_logits_of_equal_scale() -> None:
     attention = torch.tensor([[1.0, 0.0, 0.2], [0.0, 1.0, 0.0]])
     labels = torch.tensor([0, 1])

@@ -16,7 +16,7 @@ from dan_fast.functional.memory.false_sets import FalseSampleSets
 from dan_fast.functional.memory.passes import memory_scores
 from dan_fast.functional.memory.scan import MemoryScan
 from dan_fast.nn import ProgressiveAugmentedMemory
-from dan_fast.training import Trainer, TrainingModel
+from dan_fast.training import TrainingModel
 
 
 @change
@@ -74,31 +74,6 @@ def uniform_slots() -> Iterator[None]:
         return terms + energy
 
     with patch.object(ProgressiveAugmentedMemory, "labeled_loss", with_uniformity):
-        yield
-
-
-@change
-def memory_loss_late() -> Iterator[None]:
-    """loss.labeled_embedding counts in the last third of the training alone; M is written from the start.
-
-    For recipes with loss.labeled_embedding.
-    """
-    done = 0.0
-    labeled_loss, train_iteration = ProgressiveAugmentedMemory.labeled_loss, Trainer.train_iteration
-
-    def noting_progress(self: Trainer, *arguments: Any) -> None:
-        nonlocal done
-        done = self.iterations_done / (self.config.optimizer.epochs * self.batches.planner.iterations)
-        train_iteration(self, *arguments)
-
-    def late(self: ProgressiveAugmentedMemory, *arguments: Any) -> Tensor:
-        HAD.add("memory_loss_late")
-        return labeled_loss(self, *arguments) * float(done >= 2 / 3)
-
-    with (
-        patch.object(Trainer, "train_iteration", noting_progress),
-        patch.object(ProgressiveAugmentedMemory, "labeled_loss", late),
-    ):
         yield
 
 
