@@ -1,14 +1,17 @@
 """A DataLoader that raises a DanFastError as it is, and whose workers leave signals to the main process."""
 
+import copy
 import gc
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
+from torch import multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
 from dan_fast.core.defaults import default_cpu
@@ -47,6 +50,7 @@ class SentenceLoader(DataLoader):
             # Not a closure: workers that are not forked need to pickle it.
             collate_fn=partial(_collated, collate),
             num_workers=workers,
+            multiprocessing_context=_context() if workers else None,
             # Else each iteration would draw the workers' base seed from the global generator.
             generator=torch.Generator(),
             **options,
@@ -126,6 +130,26 @@ def _is_lost_connection(error: BaseException) -> bool:
     """
     kinds = (ConnectionError, EOFError, FileNotFoundError)
     return isinstance(error, kinds) and not str(error).startswith("Caught ")
+
+
+def _context() -> BaseContext:
+    """How the process starts others, with the event by which an iterator ends its workers in place of Python's own."""
+    context = copy.copy(multiprocessing.get_context())
+    context.Event = partial(_Flag, context)
+    return context
+
+
+class _Flag:
+    """An event without a lock: one that a killed worker held would keep the process that ends the others for ever."""
+
+    def __init__(self, context: BaseContext) -> None:
+        self._value = context.RawValue("b", 0)
+
+    def is_set(self) -> bool:
+        return bool(self._value.value)
+
+    def set(self) -> None:
+        self._value.value = 1
 
 
 def _start_worker(parent: int, worker: int) -> None:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -416,3 +417,23 @@ def test_a_death_of_a_worker_is_a_sentence_and_what_an_item_raises_is_no_death(
     assert next(got) == "first"
     with pytest.raises(raised, match="^Caught" if words is None else rf"has died \({words}\): often"):
         next(got)
+
+
+def looks_for_ever(event: object) -> None:
+    while True:
+        event.is_set()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_worker_killed_while_it_looks_whether_to_end_keeps_nobody_waiting(source: TrainingSet) -> None:
+    event = iter(image_loader(source.labeled_samples, SIZE, workers=1).source).batches._workers_done_event
+    for _ in range(8):
+        worker = multiprocessing.get_context("fork").Process(target=looks_for_ever, args=(event,))
+        worker.start()
+        time.sleep(0.05)
+        worker.kill()
+        worker.join()
+    ended = threading.Thread(target=event.set, daemon=True)
+    ended.start()
+    ended.join(20)
+    assert not ended.is_alive() and event.is_set()
