@@ -1,6 +1,7 @@
 """benchmarks/experiments/changes: each change does what its docstring says, and nothing once it is left."""
 
 import copy
+import os
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import dan_fast.nn.attention as attention_module
 import dan_fast.training.step as step_module
 from dan_fast.core.types import MemoryState
 from dan_fast.daml import Stage
-from dan_fast.data import BatchPlanner, Split
+from dan_fast.data import BatchPlanner, Sample, Split
 from dan_fast.data.synthetic import synthesize
 from dan_fast.functional import memory_step
 from dan_fast.functional.attention import variants
@@ -117,15 +118,28 @@ def test_running_accuracies() -> None:
     assert decided == [Stage.ATTENTION] * 14 + [Stage.ADVERSARY]
 
 
-def test_parted_by_camera(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["parted_by_camera", "parted_by_source"])
+def test_parted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planner = BatchPlanner(torch.arange(120) % 5, num_unlabeled=0, batch_size=16)
     expected = planner.plan_epoch(0)
-    cameras = [SimpleNamespace(camid=index % 3) for index in range(120)]
+    # Of three cameras, which are not known here for sources, and of three sources, one of which is reached by a link.
+    for source in range(3):
+        (tmp_path / f"set{source}").mkdir()
+    (tmp_path / "link").symlink_to("set1")
+    folders = ["set0", "link", "set2"]
+    by_source = name == "parted_by_source"
+    samples = [
+        Sample(tmp_path / folders[index % 3] / f"{index}.jpg", 0, -1 if by_source else index % 3)
+        for index in range(120)
+    ]
+    training_set = SimpleNamespace(
+        labeled_samples=samples, roots=tuple(os.path.realpath(tmp_path / f"set{source}") for source in range(3))
+    )
     monkeypatch.setattr(
         TrainingBatches, "__init__", lambda self, config, training_set: setattr(self, "planner", planner)
     )
-    with CHANGES["parted_by_camera"]():
-        TrainingBatches(None, SimpleNamespace(labeled_samples=cameras))
+    with CHANGES[name]():
+        TrainingBatches(None, training_set)
         plans = planner.plan_epoch(0)
     for plan, before in zip(plans, expected, strict=True):
         assert sorted(sum(plan, ())) == sorted(sum(before, ()))

@@ -1,6 +1,8 @@
 """Who wins the competition, and what S and S~ differ in."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -10,8 +12,9 @@ from torch import Tensor
 
 import dan_fast.training.step as step_module
 from dan_fast.daml import Stage, attention_wins
-from dan_fast.data import BatchPlanner
+from dan_fast.data import BatchPlanner, TrainingSet
 from dan_fast.data.sampler import BatchPlan
+from dan_fast.data.samples import real_paths
 from dan_fast.training import MetaStep
 from dan_fast.training.batches import TrainingBatches
 from dan_fast.training.metrics import accuracy, logit_norm
@@ -60,25 +63,50 @@ def parted_by_camera() -> Iterator[None]:
 
     For DAML2 without unlabelled images, of a source with two cameras or more. S~ may be the larger part.
     """
+    with _parted("parted_by_camera", lambda training_set: [sample.camid for sample in training_set.labeled_samples]):
+        yield
+
+
+@change
+def parted_by_source() -> Iterator[None]:
+    """S is the images of one half of a batch's sources, drawn anew for each, and S~ those of the other half.
+
+    For DAML2 without unlabelled images, of two labelled sources or more. S~ may be the larger part.
+    """
+    with _parted("parted_by_source", _sources):
+        yield
+
+
+def _sources(training_set: TrainingSet) -> list[int]:
+    roots = [root + os.sep for root in training_set.roots]
+    return [
+        next(index for index, root in enumerate(roots) if path.startswith(root))
+        for path in real_paths(training_set.labeled_samples)
+    ]
+
+
+@contextmanager
+def _parted(name: str, origins_of: Callable[[TrainingSet], list[int]]) -> Iterator[None]:
+    """Part each batch by the number that `origins_of` gives for each labelled image."""
     init, batches = TrainingBatches.__init__, BatchPlanner.batches
 
-    def init_with_cameras(self: TrainingBatches, config: Any, training_set: Any, *arguments: Any) -> None:
+    def init_with_origins(self: TrainingBatches, config: Any, training_set: TrainingSet, *arguments: Any) -> None:
         init(self, config, training_set, *arguments)
-        self.planner.cameras = [sample.camid for sample in training_set.labeled_samples]
+        self.planner.origins = origins_of(training_set)
 
     def parted(self: BatchPlanner, epoch: int, feedback: tuple[Tensor, Tensor] | None = None) -> Iterator[BatchPlan]:
         generator = self._generator("cameras", epoch)
         for plan in batches(self, epoch, feedback):
-            HAD.add("parted_by_camera")
+            HAD.add(name)
             items = (*plan.meta_train, *plan.meta_test)
-            cameras = sorted({self.cameras[item.index] for item in items})
-            order = torch.randperm(len(cameras), generator=generator).tolist()
-            half = {cameras[index] for index in order[: len(cameras) // 2]}
-            inside = [self.cameras[item.index] in half for item in items]
+            origins = sorted({self.origins[item.index] for item in items})
+            order = torch.randperm(len(origins), generator=generator).tolist()
+            half = {origins[index] for index in order[: len(origins) // 2]}
+            inside = [self.origins[item.index] in half for item in items]
             first = tuple(item for item, each in zip(items, inside, strict=True) if each)
             second = tuple(item for item, each in zip(items, inside, strict=True) if not each)
             # Batch norm needs two images in each.
             yield BatchPlan(first, second) if min(len(first), len(second)) > 1 else plan
 
-    with patch.object(TrainingBatches, "__init__", init_with_cameras), patch.object(BatchPlanner, "batches", parted):
+    with patch.object(TrainingBatches, "__init__", init_with_origins), patch.object(BatchPlanner, "batches", parted):
         yield
