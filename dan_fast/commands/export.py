@@ -35,7 +35,7 @@ def export(
         format: onnx for ONNX Runtime and what else reads ONNX, or pt2, which torch.export.load reads.
         input: What the file takes, RGB at the network's size: uint8, normalised inside, or normalized, float32 that the
             caller has normalised.
-        precision: float32; float16, half the size; or int8 (onnx alone), about a quarter, with inner
+        precision: float32; float16, half the size; or int8 (onnx alone), a quarter to a third, with inner
             values rounded in each batch.
         images: Images, folders of images or datasets, to compare the file and the network on; random ones by default.
     """

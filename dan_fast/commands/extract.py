@@ -25,8 +25,8 @@ def extract(
     """Write the features of images into a file; the same command again goes on where it was stopped.
 
     The file has a row for each image: features, of length 1; paths; pids and camids, -1 where they are unknown; splits;
-    and datasets, within which pids name persons. The features are those that `dan-fast evaluate` ranks, to the last bit
-    on a CPU, where batch_size is the same.
+    datasets, within which pids name persons; and weights, which tell networks apart. The features are those that
+    `dan-fast evaluate` ranks, to the last bit on a CPU, where batch_size is the same.
 
     Args:
         paths: Folders, files or patterns such as 'frames/**/*.jpg', and datasets or manifests, whose identities,

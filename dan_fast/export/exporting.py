@@ -64,8 +64,8 @@ def export_network(
         path: of the file.
         format: "onnx", which ONNX Runtime and others run, or "pt2", which `torch.export.load` reads.
         input: "uint8", normalised by the file, or "normalized": float32 that has been normalised.
-        precision: "float16" halves the file; "int8", of ONNX alone, makes about a quarter of it: weights of 8 bits, but
-            for the first convolution and those of groups, and inner values rounded to 8 bits in each batch.
+        precision: "float16" halves the file; "int8", of ONNX alone, makes a quarter to a third of it: weights of 8
+            bits, but for the first convolution and those of groups, and inner values rounded to 8 bits in each batch.
         images: (n, 3, H, W) uint8 to compare on, or batches of these, of which few are held at a time; by default some
             are drawn at random.
 
