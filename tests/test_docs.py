@@ -180,6 +180,19 @@ def test_the_manifest_of_the_guide_is_read(tmp_path: Path):
     assert (len(dataset.train), len(dataset.query), len(dataset.gallery)) == (2, 1, 1)
 
 
+def test_the_guide_makes_a_manifest_of_a_folder_for_each_person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("ben/1.jpg", "anna/2.jpg", "anna/1.jpg"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).touch()
+    monkeypatch.chdir(tmp_path)
+    (code,) = (text for text in texts(TRAINING, "python") if "photos.csv" in text)
+    exec(compile(code, "training.md, manifest", "exec"), {})
+    found = [
+        (f"{sample.path.parent.name}/{sample.path.name}", sample.pid) for sample in load_dataset("photos.csv").train
+    ]
+    assert found == [("anna/1.jpg", 1), ("anna/2.jpg", 1), ("ben/1.jpg", 2)]
+
+
 @pytest.fixture(scope="module")
 def known_flags() -> set[str]:
     """The flags that the help of any command lists."""

@@ -57,7 +57,8 @@ class DataConfig(_Section):
         unlabeled_share: Share p of the unlabelled images that is used (Fig. 7; the paper: 1).
         image_size: Height and width to which images are resized, written as '[256, 128]' (the paper: '[224, 224]').
         batch_size: Images an iteration, S and S~ together (the paper: 64), on however many ranks.
-        batch_size_per_rank: Whether batch_size is for each rank, and the whole batch as many times as large.
+        batch_size_per_rank: Whether batch_size is for each rank, and the whole batch as many times as large; such a run
+            goes on with the same number of ranks alone.
         iterations: Iterations of an epoch, to compare trainings of different batches at equal length; 0: as many as the
             labelled images fill.
         unlabeled_fraction: Share of unlabelled images in a batch.
