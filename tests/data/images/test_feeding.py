@@ -8,7 +8,7 @@ import torch
 
 from dan_fast import DanFastError
 from dan_fast.core.preprocessing import IMAGENET
-from dan_fast.data import BatchPlanner, TrainingSet, load_dataset, read_image, training_loader
+from dan_fast.data import BatchPlanner, ImageCache, TrainingSet, load_dataset, read_image, training_loader
 from dan_fast.data.images.transforms import resize
 from dan_fast.data.synthetic import synthesize
 from tests.support import in_checkout
@@ -36,6 +36,19 @@ def training_set(folders: list[Path]) -> TrainingSet:
     return TrainingSet([labeled], [unlabeled])
 
 
+def test_what_a_node_has_decoded_before_a_training_is_not_decoded_again(
+    tmp_path: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    folders[0].rename("data/market")
+    example(0)
+    said: list[str] = []
+    cache = ImageCache("cache", (256, 128), say=said.append)
+    cache.add([sample.path for sample in load_dataset("data/market").train])
+    assert said == []
+
+
 @pytest.mark.slow
 def test_a_training_from_litdata_is_that_from_files(
     tmp_path: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch
@@ -45,7 +58,7 @@ def test_a_training_from_litdata_is_that_from_files(
 
     def trained(source: TrainingSet, images: LitDataImages | None = None) -> dict[str, torch.Tensor]:
         torch.manual_seed(3)
-        return example(0)["train"](source, SIZE, images, backbone=OneConvolution(), epochs=2).state_dict()
+        return example(1)["train"](source, SIZE, images, backbone=OneConvolution(), epochs=2).state_dict()
 
     from_files = trained(training_set(folders))
     write(list(map(load_dataset, folders)), tmp_path / "chunks", SIZE)
@@ -64,7 +77,7 @@ def test_a_training_from_litdata_is_that_from_files(
 
     # As the page shows it, with the network that it takes.
     monkeypatch.chdir(tmp_path)
-    shown = example(1, train=example(0)["train"])
+    shown = example(2, train=example(1)["train"])
     assert shown["images"].image_size == SIZE and shown["model"].network.classifier.out_features == 2
 
     others = LitDataImages(tmp_path / "others" / SAMPLES, str(tmp_path / "chunks"))
@@ -83,7 +96,7 @@ def test_mini_batches_of_whole_batches_are_those_of_the_loader(folders: list[Pat
     def read_batch(paths: list[Path]) -> torch.Tensor:
         return torch.stack([resize(SIZE)(read_image(path)) for path in paths])
 
-    found = example(2)["mini_batches"](source, plans, read_batch, SIZE, IMAGENET)
+    found = example(3)["mini_batches"](source, plans, read_batch, SIZE, IMAGENET)
     for batch, expected in zip(found, training_loader(source, plans, SIZE), strict=True):
         for split, wanted in zip(batch[:2], expected[:2], strict=True):
             assert all(map(torch.equal, split[:3], wanted[:3])) and split[3:] == wanted[3:]
