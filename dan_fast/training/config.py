@@ -118,7 +118,7 @@ class ModelConfig(_Section):
             batch norm; auto: where the backbone has such blocks.
         feature: What tests compare: attended, the attention branch's (the paper), or pooled, the backbone's own.
         gradient_checkpointing: Compute maps of the backbone again in the backward pass instead of keeping them all:
-            less memory, more time, the same gradients.
+            less memory, more time, the same gradients. Not where styles are mixed (style_mixing).
         sync_batch_norm: Where several ranks train, whether batch norm takes its statistics from the images of all of
             them, for which PyTorch needs GPUs, or of each; auto is true on GPUs, but for meta.order 2, whose
             derivatives it lacks.
@@ -250,7 +250,7 @@ class RunConfig(_Section):
             has no such form ends the run and is named. On a CPU runs repeat themselves anyway.
         compile: Compile the backbone (torch.compile) after two iterations and keep that where 16 more, in pairs with
             and without it, are faster; results say what was taken. It rounds otherwise, so that runs repeat themselves
-            up to rounding only. Not with meta.order 2 or model.gradient_checkpointing.
+            up to rounding only. Not with several ranks, meta.order 2 or model.gradient_checkpointing.
         checkpoint_every_s: Seconds between checkpoints, which is what a run that is killed loses at most; one that is
             asked to stop, and the epochs that are evaluated, have theirs anyway.
         checkpoint_every: Iterations after which there is a checkpoint before that; 0: none.
