@@ -38,8 +38,9 @@ def _settles_each_step(device: torch.device) -> bool:
 class ProgressiveAugmentedMemory(nn.Module):
     """M and M' of Sec. III-C with their learnable gates; every forward advances both, in eval mode too.
 
-    New features are not written into the memories at once: they wait beside them and are folded in when many
-    wait or when `labeled`, `unlabeled`, `state_dict` or a step's states are read. Results do not depend on it
+    New features are not written into the memories at once: they wait beside them until the pass that scores the next
+    batch folds them in (later, where a graph or an earlier step still needs the memory as it was, but at most 128 of
+    them), or until `labeled`, `unlabeled`, `state_dict` or a step's states are read. Results do not depend on it
     beyond rounding; what can be had without reading the features (`reliable_samples`, `occupied_slots`) is
     cheap. The tensors read are a snapshot: assign a new state instead of changing them in place.
 
