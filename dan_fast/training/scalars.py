@@ -5,6 +5,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 from statistics import fmean
 
@@ -120,8 +121,8 @@ def target_tags(targets: Sequence[ReIDDataset]) -> list[str]:
     names, tags = [name for name, _ in forms], []
     for name, full in forms:
         tag = full if names.count(name) > 1 else name
-        alike = sum(each == tag or re.fullmatch(rf"{re.escape(tag)}-\d+", each) is not None for each in tags)
-        tags.append(f"{tag}-{alike + 1}" if alike else tag)
+        numbered = (f"{tag}-{number}" for number in count(2))
+        tags.append(next(each for each in chain([tag], numbered) if each not in tags))
     return tags
 
 

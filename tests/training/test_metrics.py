@@ -1,11 +1,12 @@
 """Pseudo-label accuracy and purity on memories small enough to count by hand, and the means over a window."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dan_fast.data import TrainingSet, load_dataset
+from dan_fast.data import ReIDDataset, TrainingSet, load_dataset
 from dan_fast.training.metrics import (
     cleared_a_sample,
     fed_back_right,
@@ -14,7 +15,7 @@ from dan_fast.training.metrics import (
     pseudo_label_purity,
 )
 from dan_fast.training.objective import spatial_spread
-from dan_fast.training.scalars import Scalars
+from dan_fast.training.scalars import Scalars, target_tags
 from tests.support.written_sets import manifest
 
 # Six unlabelled images: persons 0, 0, 1, 1, 2 and one unknown; the first three persons' classes are 4, 7 and none.
@@ -126,3 +127,10 @@ def test_a_window_means_what_counts_and_forgets_it(tmp_path):
     assert scalars.flush(1) == {"pseudo/accuracy": 0.5, "memory/slots_labeled": 7.0, "train/step_size": 0.5}
     assert scalars.flush(2) == {}
     scalars.close()
+
+
+def test_no_two_targets_have_one_tag():
+    """By which their figures would be averaged."""
+    titles = [("mall-2", ""), ("mall", ""), ("mall", "V1"), ("mall", "V1"), ("mall-V1-2", "")]
+    tags = target_tags([ReIDDataset(name, Path(name), variant=variant) for name, variant in titles])
+    assert tags == ["mall-2", "mall", "mall-V1", "mall-V1-2", "mall-V1-2-2"]
