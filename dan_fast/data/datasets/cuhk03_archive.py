@@ -59,8 +59,10 @@ def extract_cuhk03(folder: Path) -> list[Path]:
                     write_text(path, json.dumps(_classic_splits(content, box, folder / f"images_{box}")))
                 else:
                     _write_images(content, box, path)
-    # h5py raises these on a file of another kind, a truncated one, or one that lacks a part.
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+    except DanFastError:
+        raise
+    # h5py raises many kinds of exception on a file of another kind, a truncated one, or one of other parts.
+    except Exception as error:
         raise DanFastError(f"{archive} cannot be read ({error}); unpack the original archive anew.") from error
     return wanted
 

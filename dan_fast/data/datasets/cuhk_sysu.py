@@ -63,26 +63,26 @@ def extract_cuhk_sysu(folder: Path) -> list[Path]:
     target = folder / _CROPS
     if target.is_dir() or not (folder / _PEOPLE).is_file():
         return []
-    boxes_of: dict[str, list[tuple[str, list[int]]]] = defaultdict(list)
-    for person in _people(folder / _PEOPLE):
-        for number, scene in enumerate(_each(person["scene"]), start=1):
-            frame = str(scene["imname"])
-            crop = f"{person['idname']}_{Path(frame).stem}_{number}.jpg"
-            boxes_of[frame].append((crop, [int(side) for side in scene["idlocate"]]))
+    boxes_of = _boxes(folder / _PEOPLE)
     with whole_folder(target) as unfinished:
         for frame, boxes in boxes_of.items():
             _crop(folder / _FRAMES / frame, boxes, unfinished)
     return [target]
 
 
-def _people(file: Path) -> list[dict[str, Any]]:
+def _boxes(file: Path) -> dict[str, list[tuple[str, list[int]]]]:
+    """Of each frame the names of its crops, and left, top, width and height of each."""
     from scipy.io import loadmat
 
+    boxes_of: dict[str, list[tuple[str, list[int]]]] = defaultdict(list)
     try:
-        people = _each(loadmat(file, simplify_cells=True)["Person"])
-        for person in people:
-            person["idname"], person["scene"]
-        return people
+        for person in _each(loadmat(file, simplify_cells=True)["Person"]):
+            for number, scene in enumerate(_each(person["scene"]), start=1):
+                frame = str(scene["imname"])
+                left, top, width, height = map(int, scene["idlocate"])
+                crop = f"{person['idname']}_{Path(frame).stem}_{number}.jpg"
+                boxes_of[frame].append((crop, [left, top, width, height]))
+        return boxes_of
     # SciPy raises many kinds of exception on files that are no MATLAB files, or damaged ones.
     except Exception as error:
         raise DanFastError(

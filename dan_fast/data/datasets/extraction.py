@@ -17,7 +17,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `target` when the block ends and is removed when the block raises.
 
     Raises:
-        DanFastError: the folder cannot be made, or another process makes it.
+        DanFastError: the folder cannot be made or put in its place, or another process makes it.
 
     Example:
         >>> import tempfile
@@ -32,12 +32,11 @@ def whole_folder(target: Path) -> Iterator[Path]:
         # The remains of a process that was killed.
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
-            unfinished.mkdir()
-        except OSError as error:
-            raise _not_written(target, error) from error
-        try:
+            with _writing(target):
+                unfinished.mkdir()
             yield unfinished
-            unfinished.rename(target)
+            with _writing(target):
+                unfinished.rename(target)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -48,11 +47,14 @@ def save_image(image: Image.Image, path: Path, **options: Any) -> None:
     Raises:
         DanFastError: the disk is full, or the folder cannot be written.
     """
-    try:
+    with _writing(path):
         image.save(path, **options)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise _not_written(path, error) from error
-
-
-def _not_written(path: Path, error: OSError) -> DanFastError:
-    return DanFastError(f"{path} could not be written ({error.strerror or error}); make room or check permissions.")
+        reason = error.strerror or error
+        raise DanFastError(f"{path} could not be written ({reason}); make room or check permissions.") from error
