@@ -131,9 +131,9 @@ def find_datasets(root: Path) -> list[FoundDataset]:
         DanFastError: there is no such folder, or it cannot be read; a folder in it that cannot is passed over with a
             warning.
     """
-    if not root.is_dir():
-        raise DanFastError(f"There is no folder {root}; check the path for a typing mistake.")
     try:
+        if not root.is_dir():
+            raise DanFastError(f"There is no folder {root}; check the path for a typing mistake.")
         return _find(root)
     except OSError as error:
         raise DanFastError(f"{error.filename} cannot be read ({error.strerror}); check permissions.") from error
@@ -168,6 +168,6 @@ def _is_open(folder: Path) -> bool:
 def _inspect(known: KnownDataset, place: Path, variant: str) -> FoundDataset:
     try:
         dataset = known.read(place, known.title, variant)
-    except DanFastError as error:
+    except (DanFastError, OSError) as error:
         return FoundDataset(known, place, variant, {}, error=str(error))
     return FoundDataset(known, dataset.root, variant, counts_of(dataset), tuple(check_counts(dataset, known)))

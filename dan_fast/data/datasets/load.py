@@ -61,14 +61,14 @@ def load_dataset(path: str | Path, name: str | None = None, variant: str | None 
     if not str(path):
         raise DanFastError("The path of a dataset is empty, as by a variable of the shell that is not set: name it.")
     path = expanded(path)
-    if variant is None and not path.exists() and "@" in path.name:
-        stem, variant = path.name.rsplit("@", 1)
-        path = path.with_name(stem) if stem else path.parent
     try:
+        if variant is None and not path.exists() and "@" in path.name:
+            stem, variant = path.name.rsplit("@", 1)
+            path = path.with_name(stem) if stem else path.parent
         return _load(path, name, variant)
     except OSError as error:
         raise DanFastError(
-            f"The dataset at {path} cannot be read ({error.strerror}: {error.filename}); check permissions."
+            f"The dataset at {path} cannot be read ({error.strerror}: {error.filename}); check path and permissions."
         ) from error
 
 

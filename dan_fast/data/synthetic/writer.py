@@ -59,7 +59,8 @@ def synthesize(
         The manifests, in the order of ``domains``.
 
     Raises:
-        DanFastError: An argument is out of range, ``root`` holds something else, or another process is at work in it.
+        DanFastError: An argument is out of range, ``root`` holds something else, or another process is at work in it,
+            or it cannot be written.
 
     Example:
         >>> import tempfile
@@ -69,8 +70,7 @@ def synthesize(
     """
     root = expanded(root)
     chosen = _checked(domains, identities, cameras, images_per_camera, image_size, seed, test_fraction)
-    _require_own(root)
-    created = [folder for folder in (root, *root.parents) if not folder.exists()]
+    created: list[Path] = []
     partial = root / _PARTIAL
     total, done = len(chosen) * identities * cameras * images_per_camera, 0
 
@@ -82,6 +82,8 @@ def synthesize(
 
     first_test = identities - round(identities * test_fraction)
     try:
+        _require_own(root)
+        created = [folder for folder in (root, *root.parents) if not folder.exists()]
         with alone(root / _LOCK):
             remove_unfinished(root)
             if partial.exists():

@@ -104,6 +104,14 @@ def test_a_folder_that_only_the_system_may_read_is_passed_over(
     assert f"{shelf / 'lost+found'} cannot be read and is passed over." in caplog.text
 
 
+def test_a_dataset_with_a_file_that_may_not_be_read_is_listed_with_the_reason(
+    shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=PermissionError(13, "Permission denied", "list_train.txt")))
+    errors = {each.known.name: each.error for each in find_datasets(shelf)}
+    assert "Permission denied" in errors["msmt17"] and errors["market1501"] == ""
+
+
 def test_of_twenty_splits_the_first_is_listed(tmp_path: Path) -> None:
     tiny_image(tmp_path / "images_detected" / "1_001_1_01.png")
     part = {"train": [["1_001_1_01.png", 0, 0]], "query": [], "gallery": []}
@@ -320,6 +328,10 @@ def test_a_cuhk03_archive_that_is_none_or_ends_early(tmp_path: Path, monkeypatch
     archive.write_bytes(b"half a download")
     with pytest.raises(DanFastError, match=r"cuhk-03.mat cannot be read"):
         extract_cuhk03(tmp_path)
+    with h5py.File(archive, "w") as content:
+        content.create_group("detected")  # of another structure
+    with pytest.raises(DanFastError, match=r"cuhk-03.mat cannot be read"):
+        extract_cuhk03(tmp_path)
     write_cuhk03(archive)
     with h5py.File(archive, "a") as content:
         del content["labeled"]
@@ -400,7 +412,12 @@ def test_cuhk_sysu_that_cannot_be_cropped_leaves_nothing(tmp_path: Path) -> None
     (tmp_path / "Image" / "SSM" / "s2.jpg").write_bytes(b"no image")
     with pytest.raises(DanFastError, match=r"frame .*s2.jpg cannot be decoded"):
         extract_cuhk_sysu(tmp_path)
-    (tmp_path / "annotation" / "Person.mat").write_bytes(b"no MATLAB file")
+    annotations = tmp_path / "annotation" / "Person.mat"
+    for scene in ({"imname": "s1.jpg"}, {"imname": "s1.jpg", "idlocate": [1, 2, 3]}):
+        savemat(annotations, {"Person": {"idname": "p7", "scene": scene}})
+        with pytest.raises(DanFastError, match="cannot be read as CUHK-SYSU's annotations"):
+            extract_cuhk_sysu(tmp_path)
+    annotations.write_bytes(b"no MATLAB file")
     with pytest.raises(DanFastError, match="cannot be read as CUHK-SYSU's annotations"):
         extract_cuhk_sysu(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"Image", "annotation"}
@@ -415,4 +432,6 @@ def test_two_processes_do_not_write_into_the_same_unfinished_folder(tmp_path: Pa
             with whole_folder(target):
                 pass
         (folder / "1.png").touch()
+    with pytest.raises(DanFastError, match="images/1.png could not be written"), whole_folder(target / "1.png"):
+        pass
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["images", "images/1.png"]

@@ -12,6 +12,7 @@ from dan_fast.data import ReIDDataset, Sample, TrainingSet, load_dataset
 from dan_fast.data.datasets.finding import IMAGE_SUFFIXES
 from dan_fast.data.datasets.known import Counts, counts_of, find_datasets
 from dan_fast.data.datasets.load import holds_dataset, read_targets, told_apart
+from dan_fast.data.synthetic import synthesize
 from dan_fast.evaluation import evaluate_dataset
 from dan_fast.training.config import DataConfig
 from dan_fast.training.sources import load_datasets
@@ -243,6 +244,12 @@ def test_a_folder_that_may_not_be_read(market: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Path, "iterdir", refuse)
     message = sentence(market)
     assert "Permission denied" in message and str(market) in message
+
+
+def test_a_path_at_which_the_system_does_not_look_is_a_sentence(tmp_path: Path) -> None:
+    for refused in (load_dataset, find_datasets, synthesize):
+        with pytest.raises(DanFastError, match="File name too long"):
+            refused(tmp_path / ("x" * 300))
 
 
 def test_targets_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
