@@ -1,5 +1,6 @@
 """Image transforms (torchvision v2); on uint8 images as far as possible, which is several times faster."""
 
+from collections.abc import Iterable
 from numbers import Integral
 
 import torch
@@ -77,7 +78,7 @@ def _to_float(preprocessing: Preprocessing) -> tuple[v2.Transform, v2.Transform]
 
 
 def _checked(image_size: tuple[int, int]) -> tuple[int, int]:
-    size = tuple(image_size)
+    size = tuple(image_size) if isinstance(image_size, Iterable) else ()
     if len(size) != 2 or not all(isinstance(side, Integral) and side > 0 for side in size):
         raise DanFastError(f"The image size {image_size!r} is not a height and a width; give two, such as 256 128.")
     return int(size[0]), int(size[1])

@@ -34,8 +34,8 @@ def test_resizing_alone_keeps_top_and_left() -> None:
     assert torch.equal(image, plain_transform((8, 4))(gradient()))
 
 
-@pytest.mark.parametrize("size", [(0, 8), (16,), (16, 8, 3), (16.0, 8)])
-def test_wrong_size(size: tuple) -> None:
+@pytest.mark.parametrize("size", [(0, 8), (16,), (16, 8, 3), (16.0, 8), 16])
+def test_wrong_size(size: object) -> None:
     for make in (train_transform, plain_transform):
         with pytest.raises(DanFastError, match="not a height and a width"):
             make(size)
