@@ -72,8 +72,8 @@ def is_checkpoint(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             return any(_MARK in archive.read(name) for name in pickles)
-    except (OSError, zipfile.BadZipFile):
-        # No such file, no permission, or another format, as safetensors.
+    # No such file, no permission, another format, as safetensors, or a damaged one, which raises many kinds.
+    except Exception:
         return False
 
 

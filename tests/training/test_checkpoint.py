@@ -16,7 +16,7 @@ import yaml
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import remove_unfinished, write_whole
-from dan_fast.training.checkpoint import CheckpointWriter, load_checkpoint, save_checkpoint
+from dan_fast.training.checkpoint import CheckpointWriter, is_checkpoint, load_checkpoint, save_checkpoint
 from dan_fast.training.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig, require_same_training
 from dan_fast.training.recipes import over
 from dan_fast.training.run_folder import RunFolder
@@ -145,6 +145,16 @@ def test_a_truncated_checkpoint_is_named(tmp_path):
         path.write_bytes(content[:keep])
         with pytest.raises(DanFastError, match="checkpoint.pt is truncated or no checkpoint"):
             load_checkpoint(path)
+
+
+def test_a_damaged_archive_of_weights_is_no_checkpoint(tmp_path):
+    with zipfile.ZipFile(tmp_path / "weights.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1000))
+        start = archive.infolist()[0].header_offset + len(archive.infolist()[0].FileHeader())
+    with (tmp_path / "weights.pt").open("r+b") as file:
+        file.seek(start)
+        file.write(b"\xff")
+    assert not is_checkpoint(tmp_path / "weights.pt")
 
 
 def test_saving_waits_for_the_copy_and_not_for_the_disk(tmp_path, monkeypatch):
