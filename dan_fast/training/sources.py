@@ -49,7 +49,7 @@ def _by_path(data: DataConfig) -> DatasetRoles:
         )
     # One that is tested on too is read, and what is odd about it said, once.
     load = cache(load_dataset)
-    trained_on = [*map(load, data.labeled), *map(load_unlabeled, data.unlabeled)]
+    trained_on = [*map(load, data.labeled), *(load_unlabeled(path, load) for path in data.unlabeled)]
     # Such a one has one name in results, by which it is no unseen target; two of one name have different
     # ones, by which a target is not taken for a set that was trained on. A target's name does not depend on what is
     # trained on, so that trainings can be compared.

@@ -140,8 +140,8 @@ def holds_dataset(folder: Path) -> bool:
     )
 
 
-def load_unlabeled(path: str | Path) -> ReIDDataset:
-    """`load_dataset`; of a folder that holds no dataset all images below it, of unknown persons and cameras.
+def load_unlabeled(path: str | Path, load: Callable[[str | Path], ReIDDataset] = load_dataset) -> ReIDDataset:
+    """What `load` gives; of a folder that holds no dataset all images below it, of unknown persons and cameras.
 
     Raises:
         DanFastError: see `load_dataset`; or a folder that holds no image either.
@@ -157,7 +157,7 @@ def load_unlabeled(path: str | Path) -> ReIDDataset:
         ('street', [('frame.jpg', -1, -1)])
     """
     try:
-        return load_dataset(path)
+        return load(path)
     except NoDatasetError:
         folder = expanded(path)
         # PATH@VARIANT; or a manifest by another name, of which more than the train split would be taken.

@@ -367,7 +367,8 @@ def test_what_looks_like_more_images_and_is_not_read_is_said(
     assert "NOT READ" not in caplog.text
     tiny_image(market / "query" / "more" / "0001_c1s1_000151_02.jpg")
     (market / "bounding_box_test" / "0001_c1s1_000151_02.AVIF").touch()
-    assert load_datasets(DataConfig(labeled=[str(market)], targets=[str(market)])).targets[0].query == before.query
+    roles = load_datasets(DataConfig(labeled=[str(market)], unlabeled=[str(market)], targets=[str(market)]))
+    assert roles.targets[0].query == before.query
     said = [line for line in caplog.messages if "NOT READ" in line]
     assert said == [
         f"Images in folders below {market / 'query'} are NOT READ (1): move them up, or write a manifest.",
