@@ -42,9 +42,10 @@ def require_room(state: Mapping[str, Any], folder: Path, ranks: int, device: tor
     """
     slots = numbers = 0
     for shard in state.get("memory_shards") or ():
-        for name, rows in shard["rows"].items():
-            slots += rows
-            numbers += rows * _shape(folder / shard["file"], name)[1]
+        with _opened(folder / shard["file"]) as file:
+            for name, rows in shard["rows"].items():
+                slots += rows
+                numbers += rows * file.get_slice(name).get_shape()[1]
     here = min(ranks, local_ranks()) if device.type == "cpu" else 1
     needed = 2 * 4 * numbers * here / ranks
     too_large = why_too_large(device, needed, f"{folder}: {here / ranks:.0%} of {slots} slots, while read,")
@@ -138,7 +139,7 @@ def remove_shards(folder: Path, needed: set[str] | None = None) -> None:
                 file.unlink()
 
 
-def _on_all(group: ProcessGroup, do: Any) -> None:
+def _on_all(group: ProcessGroup, do: Callable[[], object]) -> None:
     """Do something on each rank; if it fails on one, all of them raise."""
     failed = None
     try:
@@ -177,11 +178,6 @@ def _rows_of_shards(
     if start < rows.stop:
         raise DanFastError(f"{folder}: the checkpoint holds {start} slots of {name} and not {rows.stop}: use another.")
     return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _shape(file: Path, name: str) -> list[int]:
-    with _opened(file) as shard:
-        return shard.get_slice(name).get_shape()
 
 
 def _checksum(file: Path) -> int:

@@ -19,7 +19,7 @@ from dan_fast.evaluation import COLUMNS, Evaluation
 from dan_fast.training.checkpoint import fitting_this_version, load_checkpoint, save_checkpoint
 from dan_fast.training.config import RunConfig, TrainConfig, goes_on
 from dan_fast.training.display import Display
-from dan_fast.training.recipes import NO_RECIPE, recipe_changes, recipe_words
+from dan_fast.training.recipes import NO_RECIPE, recipe_changes
 from dan_fast.training.surroundings import changes_of_surroundings, rounding_in_words
 from dan_fast.training.without_effect import without_effect
 
@@ -151,8 +151,7 @@ def opening_lines(
 
     `past` is what `whom_it_saw` and `ran_under` give.
     """
-    words = recipe_words(config.to_dict(), type(config)().to_dict())
-    if words:
+    if words := config.recipe_words:
         yield f"{words[0].upper()}{words[1:]}."
     if past.get("started_from"):
         yield f"Starts from {', which started from '.join(past['started_from'])}."

@@ -21,9 +21,10 @@ from dan_fast.distributed.launch import gathered, largest, rank_in, ranks_in
 from dan_fast.training.checkpoint import CheckpointWriter, load_checkpoint
 from dan_fast.training.config import RunConfig, TrainConfig, goes_on, require_same_training
 from dan_fast.training.memory_shards import remove_shards, write_checkpoint_of_ranks
+from dan_fast.training.recipes import dotted, over
 
 # A run that goes on may have them otherwise, and its results are then others.
-_OF_RESULTS = (*(("data", name) for name in ("targets", "protocol", "root")), ("run", "choose_epoch_on_target"))
+_OF_RESULTS = ("data.targets", "data.protocol", "data.root", "run.choose_epoch_on_target")
 
 
 class RunFolder:
@@ -256,11 +257,9 @@ class RunFolder:
 
 def _what_is_reported(settings: dict[str, Any]) -> list[Any]:
     """The values of the settings that decide which figures results.json holds; None where there is no such section."""
-    found, defaults = [], TrainConfig().to_dict()
-    for section, name in _OF_RESULTS:
-        values = settings.get(section)
-        found.append(values.get(name, defaults[section][name]) if isinstance(values, Mapping) else None)
-    return found
+    defaults = {section: values for section, values in TrainConfig().to_dict().items() if section in settings}
+    found = dotted(over(defaults, settings))
+    return [found.get(name) for name in _OF_RESULTS]
 
 
 def _are_results(file: Path) -> bool:

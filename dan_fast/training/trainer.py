@@ -100,7 +100,8 @@ class Trainer:
         self._past = whom_it_saw(self.training_set, config.model.backbone, config.model.weights, saved) | now
         self.targets = Targets(config, self.datasets, self.folder, self.device, process_group)
 
-        lending = config.model.style_mixing == "unlabeled" and len(self.training_set.unlabeled_samples) > 0
+        unlabeled = len(self.training_set.unlabeled_samples) > 0
+        lending = config.model.style_mixing == "unlabeled" and unlabeled
         network, after_weights = network_and_random_state(
             config.to_dict(),
             self.training_set.num_classes,
@@ -111,8 +112,7 @@ class Trainer:
             network.preprocessing = preprocessing_of(saved)
             require_room(saved, self.folder.path, ranks_in(process_group), self.device)
         self.batches = TrainingBatches(config, self.training_set, network, self.device, process_group)
-        unlabeled_places = any(unlabeled for _, unlabeled in self.batches.planner.places)
-        self.model = build_model(config, network, unlabeled_places, lending, process_group)
+        self.model = build_model(config, network, unlabeled, lending, process_group)
         self.model.to(self.device, memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.meta_step = MetaStep(self.model, self.optimizer, config.meta, process_group)

@@ -186,21 +186,21 @@ class ImageCache:
             with self._alone(key):
                 # Another process may have made the set before this one held the lock.
                 found = self._inspect(file, header, names, self.check)
-                if isinstance(found, _Opened) and found.touched:
-                    write_header(header, found.header)
-                if not isinstance(found, _Opened):
+                if isinstance(found, str):
                     remove_unfinished(self.folder, rf"{key}\..*")
                     self._build(file, header, names, why=found)
                     found = self._inspect(file, header, names, "quick", again=False)
+                elif found.touched:
+                    write_header(header, found.header)
         except DanFastError:
             # A read-only folder is enough where all contents are unchanged.
-            if not isinstance(found, _Opened):
+            if isinstance(found, str):
                 found = self._inspect(file, header, names, self.check, again=False)
-            if not isinstance(found, _Opened):
+            if isinstance(found, str):
                 raise
-        if isinstance(found, _Opened):
-            return found
-        raise DanFastError(f"The cache {file} changes while it is made ({found}); let nothing write to the images.")
+        if isinstance(found, str):
+            raise DanFastError(f"The cache {file} changes while it is made ({found}); let nothing write to the images.")
+        return found
 
     @contextmanager
     def _alone(self, key: str) -> Iterator[None]:

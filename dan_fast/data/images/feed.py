@@ -41,14 +41,9 @@ def one_ahead(items: Iterator[Raw], prepare: Callable[[Raw], Ready], device: tor
         try:
             with nullcontext() if stream is None else torch.cuda.stream(stream):
                 while wanted.acquire() and not stopped.is_set():
-                    try:
-                        item = next(items)
-                    except StopIteration:
-                        results.put((None, None, StopIteration()))
-                        return
-                    ready = prepare(item)
+                    ready = prepare(next(items))
                     results.put((ready, None if stream is None else stream.record_event(), None))
-        except BaseException as error:
+        except BaseException as error:  # StopIteration where the items end
             results.put((None, None, error))
 
     thread = threading.Thread(target=work, name="dan-fast feed", daemon=True)
