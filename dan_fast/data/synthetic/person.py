@@ -57,6 +57,11 @@ class Pose:
     facing: Facing
     phase: float
 
+    @property
+    def side(self) -> int:
+        """Where to: 1 to the right, -1 to the left, 0 to the camera or away from it."""
+        return {"right": 1, "left": -1}.get(self.facing, 0)
+
 
 def sample_identity(rng: np.random.Generator) -> Identity:
     """Draw the traits of one person.
@@ -118,6 +123,9 @@ class _Pen:
 
     def polygon(self, points: Sequence[tuple[float, float]], color: Color) -> None:
         self.draw.polygon([self.at(x, y) for x, y in points], fill=color)
+
+    def box(self, x: float, top: float, half: float, bottom: float, color: Color) -> None:
+        self.polygon([(x - half, top), (x + half, top), (x + half, bottom), (x - half, bottom)], color)
 
     def oval(self, x: float, y: float, rx: float, ry: float, color: Color) -> None:
         (left, top), (right, bottom) = self.at(x - rx, y - ry), self.at(x + rx, y + ry)
@@ -186,8 +194,7 @@ def draw_person(
         >>> person = sample_identity(np.random.default_rng(0))
         >>> draw_person(canvas, person, Pose("front", 0.0), x=32, top=8, height=112)
     """
-    pen = _Pen(image, x, top, height, elevation)
-    side = {"right": 1, "left": -1}.get(pose.facing, 0)
+    pen, side = _Pen(image, x, top, height, elevation), pose.side
     swing = float(np.sin(pose.phase))
     if side:
         # The far arm and a bag in the far hand are drawn first: the body hides them.
@@ -211,8 +218,8 @@ def draw_person(
 
 def _half_widths(identity: Identity, side: int) -> tuple[float, float]:
     """Half widths at shoulder and hip."""
-    return (0.07 * identity.width, 0.065 * identity.width) if side else (
-        0.105 * identity.width, 0.082 * identity.width)  # fmt: skip
+    shoulder, hip = (0.07, 0.065) if side else (0.105, 0.082)
+    return shoulder * identity.width, hip * identity.width
 
 
 def _legs(pen: _Pen, identity: Identity, side: int, swing: float) -> None:
@@ -236,9 +243,10 @@ def _legs(pen: _Pen, identity: Identity, side: int, swing: float) -> None:
         if identity.lower_kind == "trousers":
             pen.limb(joints[1:], thick * 0.85, cloth)
             pen.limb(joints[:2], thick, cloth)
+        elif identity.lower_kind == "shorts":
+            pen.limb(joints[:2], thick * 1.1, cloth)
         else:
-            pen.limb(joints[:2], thick * (1.1 if identity.lower_kind == "shorts" else 0.8),
-                     cloth if identity.lower_kind == "shorts" else skin)  # fmt: skip
+            pen.limb(joints[:2], thick * 0.8, skin)
         accent = _shade(_TRIM, dark)
         if identity.lower_pattern == "seam" and identity.lower_kind != "skirt":
             end = 3 if identity.lower_kind == "trousers" else 2
@@ -248,8 +256,7 @@ def _legs(pen: _Pen, identity: Identity, side: int, swing: float) -> None:
             (x0, y0), (x1, y1) = joints[1:]
             for share in (0.25, 0.65):
                 x, y = x0 + share * (x1 - x0), y0 + share * (y1 - y0)
-                pen.polygon([(x - thick * 0.45, y), (x + thick * 0.45, y), (x + thick * 0.45, y + 0.03),
-                             (x - thick * 0.45, y + 0.03)], accent)  # fmt: skip
+                pen.box(x, y, thick * 0.45, y + 0.03, accent)
         foot_x, foot_y = joints[2]
         toe = side * 0.035
         pen.oval(foot_x + toe, foot_y + 0.022, 0.055 if side else 0.034, 0.024, _shade(identity.shoes, dark))
@@ -262,8 +269,7 @@ def _legs(pen: _Pen, identity: Identity, side: int, swing: float) -> None:
 
 
 def _torso(pen: _Pen, identity: Identity, pose: Pose) -> None:
-    side = pose.facing in ("left", "right")
-    shoulder, hip_half = _half_widths(identity, side)
+    shoulder, hip_half = _half_widths(identity, pose.side)
     hip = 1 - identity.leg
     pen.limb([(0, 0.11), (0, 0.17)], 0.05, _shade(identity.skin, 0.9))
     hem = hip + 0.02 + identity.coat
@@ -290,8 +296,7 @@ def _arm(pen: _Pen, identity: Identity, side: int, swing: float, far: bool, arm:
 
 
 def _bag(pen: _Pen, identity: Identity, pose: Pose, swing: float) -> None:
-    color, facing = identity.bag_color, pose.facing
-    side = {"right": 1, "left": -1}.get(facing, 0)
+    color, facing, side = identity.bag_color, pose.facing, pose.side
     shoulder, hip_half = _half_widths(identity, side)
     hip = 1 - identity.leg
     if identity.bag == "backpack":
@@ -299,14 +304,13 @@ def _bag(pen: _Pen, identity: Identity, pose: Pose, swing: float) -> None:
             half = 0.8 * shoulder
             pen.polygon([(-half, 0.2), (-half * 0.7, 0.165), (half * 0.7, 0.165), (half, 0.2), (half, 0.41),
                          (-half, 0.41)], color)  # fmt: skip
-            pen.polygon([(-half * 0.7, 0.31), (half * 0.7, 0.31), (half * 0.7, 0.39), (-half * 0.7, 0.39)],
-                        _shade(color, 0.7))  # fmt: skip
+            pen.box(0, 0.31, half * 0.7, 0.39, _shade(color, 0.7))
         elif side:
             pen.oval(-side * (shoulder + 0.035), 0.28, 0.062, 0.115, color)
         else:
             for strap in (-0.62, 0.62):
                 pen.limb([(strap * shoulder, 0.155), (strap * shoulder, 0.36)], 0.026, color)
-    elif identity.bag in ("handbag", "satchel"):
+    elif identity.bag != "none":
         # Carried on the person's right: the left of a front view, the right of a back view.
         hand = {"front": -1, "back": 1}.get(facing, 0)
         x = hand * (hip_half + 0.05) if hand else side * 0.1 * swing
@@ -317,13 +321,11 @@ def _bag(pen: _Pen, identity: Identity, pose: Pose, swing: float) -> None:
                          (x - 0.07, y + 0.11)], color)  # fmt: skip
         else:
             pen.limb([(-hand * shoulder * 0.7, 0.16), (x, hip - 0.02)], 0.022, color)
-            pen.polygon([(x - 0.06, hip - 0.04), (x + 0.06, hip - 0.04), (x + 0.06, hip + 0.05),
-                         (x - 0.06, hip + 0.05)], color)  # fmt: skip
+            pen.box(x, hip - 0.04, 0.06, hip + 0.05, color)
 
 
 def _head(pen: _Pen, identity: Identity, pose: Pose) -> None:
-    side = {"right": 1, "left": -1}.get(pose.facing, 0)
-    hair, skin = identity.hair, identity.skin
+    side, hair, skin = pose.side, identity.hair, identity.skin
     fall = 0.17 if identity.long_hair else 0.075
     if pose.facing == "back":
         pen.oval(0, 0.065, 0.05, 0.062, hair)
