@@ -191,8 +191,8 @@ def write_results(
     datasets: DatasetRoles,
     last: list[Evaluation],
     weights: str,
-    choice: EpochChoice | None = None,
-    iterations: int | None = None,
+    choice: EpochChoice | None,
+    iterations: int,
 ) -> None:
     """Write what a finished training reports as JSON: recipe, protocol, data, precision, epoch, versions and figures.
 
