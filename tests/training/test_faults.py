@@ -6,6 +6,7 @@ docs/reliability.md says what was tried how often.
 import errno
 import io
 import json
+import math
 import os
 import random
 import shutil
@@ -211,9 +212,35 @@ def with_all_files(images: Path, folder: Path) -> TrainConfig:
 def whole(images, trainings, tmp_path_factory) -> Path:
     """The folder of such a training to which nothing happened."""
     folder = tmp_path_factory.mktemp("whole")
-    trainings.start(with_all_files(images, folder), folder / "log")
-    assert trainings.wait() == 0, (folder / "log").read_text()
-    return folder / "run"
+    return undisturbed(trainings, with_all_files(images, folder))
+
+
+@pytest.fixture(scope="module")
+def tiny(images, trainings, tmp_path_factory) -> Path:
+    """That of a training of `tiny_config` as it is."""
+    return undisturbed(trainings, tiny_config(images, tmp_path_factory.mktemp("tiny") / "run"))
+
+
+def undisturbed(trainings: Trainings, setup: TrainConfig) -> Path:
+    out = Path(setup.run.out)
+    trainings.start(setup, out.with_name("log"))
+    assert trainings.wait() == 0, out.with_name("log").read_text()
+    return out
+
+
+def without_room(trainer: Trainer, patch: pytest.MonkeyPatch, times: float = math.inf) -> list[int]:
+    """Refuses so many checkpoints of a trainer; returns after which iterations one was to be put in its place."""
+    replace, tried = os.replace, []
+
+    def refuse(one: str, other: str) -> None:
+        if Path(other).name == "checkpoint.pt":
+            tried.append(trainer.iterations_done)
+            if len(tried) <= times:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(one, other)
+
+    patch.setattr(os, "replace", refuse)
+    return tried
 
 
 @pytest.mark.parametrize(
@@ -261,35 +288,27 @@ def test_a_full_disk_or_quota_is_a_sentence_and_the_run_goes_on_later(
 
 @pytest.mark.parametrize("full", ["for a moment", "for good"])
 def test_a_checkpoint_that_failed_beside_the_training_is_written_before_another_error(
-    images, tmp_path, here, monkeypatch, full
+    images, tiny, tmp_path, here, monkeypatch, full
 ):
     """The disk is full when a checkpoint is written, and then the next batch cannot be read."""
-    here(tiny_config(images, tmp_path / "whole"))
     setup = tiny_config(images, tmp_path / "run", run={"checkpoint_every": 3})
-    trainer, replace, tried = Trainer(setup), os.replace, []
+    trainer = Trainer(setup)
     of_epoch = trainer.batches.of_epoch
 
     def broken(*arguments):
         yield from list(of_epoch(*arguments))[:3]
         raise DanFastError("an image cannot be decoded")
 
-    def without_room(one: str, other: str) -> None:
-        if Path(other).name == "checkpoint.pt":
-            tried.append(trainer.iterations_done)
-            if len(tried) == 1 or full == "for good":
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        replace(one, other)
-
     trainer.batches.of_epoch = broken
     sentence = "cannot be decoded" if full == "for a moment" else "checkpoint.pt could not be written"
     with monkeypatch.context() as patch, pytest.raises(DanFastError, match=sentence):
-        patch.setattr(os, "replace", without_room)
+        tried = without_room(trainer, patch, times=1 if full == "for a moment" else math.inf)
         trainer.fit()
     assert tried == [3, 3]
     if full == "for a moment":
         assert iterations_saved(tmp_path / "run", 5) == 3
     here(setup)
-    assert_same_training(tmp_path / "whole", tmp_path / "run")
+    assert_same_training(tiny, tmp_path / "run")
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["waited for", "beside the training"])
@@ -299,16 +318,9 @@ def test_what_could_not_be_saved_is_saved_before_it_is_evaluated(images, tmp_pat
     here(tiny_config(images, tmp_path / "whole", data=target))
     # At 3 of 4 iterations, or before the evaluation of the last epoch.
     setup = tiny_config(images, tmp_path / "run", data=target, run={"checkpoint_every": 3 if beside else 0})
-    trainer, replace, tried = Trainer(setup), os.replace, []
-
-    def without_room(one: str, other: str) -> None:
-        if Path(other).name == "checkpoint.pt":
-            tried.append(trainer.iterations_done)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        replace(one, other)
-
+    trainer = Trainer(setup)
     with monkeypatch.context() as patch, pytest.raises(DanFastError, match="checkpoint.pt could not be written"):
-        patch.setattr(os, "replace", without_room)
+        tried = without_room(trainer, patch)
         trainer.fit()
     assert tried and not (tmp_path / "run" / "checkpoint.pt").exists()
     evaluate, saved = trainer.targets.evaluate, []
@@ -323,8 +335,7 @@ def test_what_could_not_be_saved_is_saved_before_it_is_evaluated(images, tmp_pat
     assert_same_training(tmp_path / "whole", tmp_path / "run")
 
 
-def test_scalars_that_an_epoch_could_not_write_at_its_end_cost_no_iteration(images, tmp_path, here, monkeypatch):
-    here(tiny_config(images, tmp_path / "whole"))
+def test_scalars_that_an_epoch_could_not_write_at_its_end_cost_no_iteration(images, tiny, tmp_path, here, monkeypatch):
     trainer, flush, flushed = Trainer(tiny_config(images, tmp_path / "run")), Scalars.flush, []
 
     def once_without_room(scalars: Scalars, step: int) -> dict[str, float]:
@@ -338,13 +349,11 @@ def test_scalars_that_an_epoch_could_not_write_at_its_end_cost_no_iteration(imag
         trainer.fit()
     assert trainer.iterations_done == 5
     trainer.fit()
-    assert_same_training(tmp_path / "whole", tmp_path / "run")
+    assert_same_training(tiny, tmp_path / "run")
 
 
 @pytest.mark.parametrize("what", ["replaced", "deleted"])
-def test_a_cache_that_is_replaced_or_deleted_is_read_on(images, tmp_path, here, what):
-    here(tiny_config(images, tmp_path / "whole"))
-
+def test_a_cache_that_is_replaced_or_deleted_is_read_on(images, tiny, tmp_path, here, what):
     def tamper(trainer: Trainer) -> None:
         for file in list((tmp_path / "cache").glob("*.np[yz]")) if trainer.iterations_done == 2 else []:
             if what == "replaced":
@@ -356,7 +365,7 @@ def test_a_cache_that_is_replaced_or_deleted_is_read_on(images, tmp_path, here, 
 
     setup = tiny_config(images, tmp_path / "run", data={"cache": str(tmp_path / "cache")})
     here(setup, tamper)
-    assert_same_training(tmp_path / "whole", tmp_path / "run")
+    assert_same_training(tiny, tmp_path / "run")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -395,9 +404,8 @@ def test_single_images_that_vanish_during_an_epoch_are_skipped_and_named(images,
     assert shared["images_left_out_as_broken"] == len(trainer.skipped)
 
 
-def test_a_clock_that_jumps_changes_nothing(images, tmp_path, here, monkeypatch):
+def test_a_clock_that_jumps_changes_nothing(images, tiny, tmp_path, here, monkeypatch):
     """Forwards and backwards by days during the run, and backwards between its parts."""
-    here(tiny_config(images, tmp_path / "whole"))
     jumps, base = random.Random(0), [1e9]
     monkeypatch.setattr(time, "time", lambda: base[0] + jumps.uniform(-1e6, 1e6))
 
@@ -412,8 +420,8 @@ def test_a_clock_that_jumps_changes_nothing(images, tmp_path, here, monkeypatch)
             here(setup, stop)
         base[0] -= 1e8
     here(setup)
-    assert_same_training(tmp_path / "whole", tmp_path / "run")
-    for name, (steps, values) in read_scalars(tmp_path / "whole").items():
+    assert_same_training(tiny, tmp_path / "run")
+    for name, (steps, values) in read_scalars(tiny).items():
         assert [each.tolist() for each in read_scalars(tmp_path / "run")[name]] == [steps.tolist(), values.tolist()]
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dan_fast.data import ReIDDataset, TrainingSet, load_dataset
+from dan_fast.data import ReIDDataset
 from dan_fast.training.metrics import (
     cleared_a_sample,
     fed_back_right,
@@ -16,7 +16,6 @@ from dan_fast.training.metrics import (
 )
 from dan_fast.training.objective import spatial_spread
 from dan_fast.training.scalars import Scalars, target_tags
-from tests.support.written_sets import manifest
 
 # Six unlabelled images: persons 0, 0, 1, 1, 2 and one unknown; the first three persons' classes are 4, 7 and none.
 TRUTH = SimpleNamespace(true_ids=torch.tensor([0, 0, 1, 1, 2, -1]), true_labels=torch.tensor([4, 4, 7, 7, -1, -1]))
@@ -79,19 +78,6 @@ def test_fed_back_images_of_known_persons_are_right_or_wrong(fed_back, share):
     value, counts = fed_back_right(record, TRUTH.true_labels, TRUTH.true_ids)
     assert value.shape == counts.shape == () and bool(counts) == (share is not None)
     assert float(value) == pytest.approx(share or 0.0)
-
-
-def test_the_manifest_of_an_unlabelled_set_tells_purity_and_that_nothing_fed_back_is_right(tmp_path):
-    # The numbers of persons are the same in both: persons of different sets are different all the same.
-    campus = load_dataset(manifest(tmp_path / "campus", train=[1, 2]))
-    street = load_dataset(manifest(tmp_path / "street", train=[1, 1, 2, ""]))
-    training_set = TrainingSet([campus], [street])
-    assert training_set.true_labels.tolist() == [-1] * 4 and training_set.true_ids.tolist() == [0, 0, 1, -1]
-    ids, labels = torch.arange(4), torch.tensor([0, 0, 0, 0])
-    assert pseudo_label_purity(ids, labels, training_set) == pytest.approx((0.5 + 0.5 + 0.0) / 3)
-    record = SimpleNamespace(fed_back_ids=ids, fed_back_labels=labels)
-    share, counts = fed_back_right(record, training_set.true_labels, training_set.true_ids)
-    assert float(share) == 0.0 and bool(counts)
 
 
 def test_what_left_the_memory_is_counted_a_sample_written():

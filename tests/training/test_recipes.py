@@ -18,28 +18,18 @@ from dan_fast.data import ReIDDataset
 from dan_fast.reporting.report import report
 from dan_fast.reporting.runs import read_runs
 from dan_fast.training import DataConfig, MetaConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer
-from dan_fast.training.recipes import RECIPES, recipe_of, recipe_settings, recipe_words
+from dan_fast.training.recipes import RECIPES, dotted, recipe_of, recipe_settings, recipe_words
 from dan_fast.training.valid_settings import require_valid
 from dan_fast.training.without_effect import without_effect
-from tests.support.training_runs import command
+from tests.support.training_runs import command, config
 
 RECIPE_FILES = sorted((Path(cli.__file__).parent / "recipes").iterdir())
-TINY = """
-data: {{labeled: [{images}/campus], image_size: [16, 16], batch_size: 8, iterations: 1, workers: 0}}
-model: {{backbone: "timm:test_resnet", weights: none}}
-optimizer: {{epochs: 1}}
-run: {{out: "{out}", device: cpu}}
-"""
 # Where and on what a run takes place, how long and with which step sizes is for the user to say.
 BESIDE_THE_METHOD = {
     *("data.labeled", "data.unlabeled", "data.targets", "data.protocol", "data.root", "data.image_size"),
     *("data.batch_size", "data.workers", "data.broken_images", "data.cache", "data.cache_check"),
     *("model.backbone", "model.weights", "optimizer.epochs", "optimizer.lr_scale"),
 }
-
-
-def dotted(settings: dict) -> dict:
-    return {f"{section}.{name}": value for section, values in settings.items() for name, value in values.items()}
 
 
 def parsed(*flags: str) -> TrainConfig:
@@ -70,8 +60,7 @@ def test_the_package_has_the_recipes_that_it_names():
 def test_a_recipe_sets_what_exists_and_only_the_method(name, tmp_path):
     content = dotted(recipe_settings(name))
     assert content
-    defaults = {k: v for k, v in TrainConfig().to_dict().items() if k != "recipe"}
-    assert content.keys() <= dotted(defaults).keys()
+    assert content.keys() <= dotted(TrainConfig().to_dict()).keys()
     assert not content.keys() & BESIDE_THE_METHOD
     assert not any(setting.startswith("run.") for setting in content)
     # As a file of settings it passes the checks of every flag.
@@ -342,20 +331,12 @@ def test_numbers_of_numpy_are_numbers(images, tmp_path):
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["data"]["image_size"] == [32, 16]
 
 
-SETTINGS = {
-    name: value
-    for name, value in dotted(
-        {name: each for name, each in TrainConfig().to_dict().items() if name != "recipe"}
-    ).items()
-    if value is not None
-}
-
-
 def test_no_setting_is_left_empty(tmp_path, capsys):
     """The parser takes None for a value of any of them, and a procedure that is none trains as another one."""
-    assert len(SETTINGS) > 50 and "meta.procedure" in SETTINGS
+    settings = [name for name, value in dotted(TrainConfig().to_dict()).items() if value is not None]
+    assert len(settings) > 50 and "meta.procedure" in settings
     in_files = {}
-    for setting in SETTINGS:
+    for setting in settings:
         section, _, name = setting.partition(".")
         said = f"{setting} is empty: give it a value, or leave it out."
         in_files[section] = f"{section}:\n  {name}:\n", said
@@ -388,10 +369,10 @@ def test_what_stands_for_no_setting_is_named(name, value, said):
 
 
 def test_a_trainer_has_settings_of_its_own(images, tmp_path):
-    config = TrainConfig.of_recipe("plain", **yaml.safe_load(TINY.format(images=images, out=tmp_path / "run")))
-    config.data.targets = str(images / "mall")
-    trainer = Trainer(config)
-    config.run.seed, config.run.out, config.data.batch_size = 9, str(tmp_path / "other"), 12
+    given = config(images, tmp_path / "run", data={"iterations": 1}, optimizer={"epochs": 1})
+    given.data.targets = str(images / "mall")
+    trainer = Trainer(given)
+    given.run.seed, given.run.out, given.data.batch_size = 9, str(tmp_path / "other"), 12
     trainer.fit()
     kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (kept["run"]["seed"], kept["data"]["batch_size"], kept["data"]["targets"]) == (0, 8, [str(images / "mall")])

@@ -404,7 +404,6 @@ def test_a_new_run_has_no_curve_of_an_attempt_that_left_no_checkpoint(tmp_path):
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2  # what was logged before is kept
 
 
-@pytest.mark.slow
 def test_a_stopped_run_has_logged_all_that_it_did(images, tmp_path):
     parts = config(images, tmp_path / "parts", optimizer=ONE_EPOCH, data={"iterations": 5}, run={"log_every": 5})
     trainer = Trainer(parts)
@@ -419,7 +418,6 @@ def test_a_stopped_run_has_logged_all_that_it_did(images, tmp_path):
     assert list(means) == pytest.approx([each[:3].mean(), each[3:].mean()], rel=1e-5)
 
 
-@pytest.mark.slow
 def test_the_memory_is_logged_in_every_window_that_an_epoch_ends_too(images, tmp_path):
     windows = {"data": {"iterations": 3}, "optimizer": {"epochs": 2}, "run": {"log_every": 2}}
     Trainer(config(images, tmp_path / "run", **windows)).fit()

@@ -98,15 +98,10 @@ def test_unlabelled_images_of_no_use_are_said_to_be():
 
 
 def test_a_share_of_no_unlabelled_images_is_of_no_use_and_no_share_of_some_is():
-    shares = [(0.5, []), (0.0, ["b"]), (0.5, ["b"])]
-    said = [
-        list(
-            without_effect(
-                TrainConfig.of_recipe("dan", data={"unlabeled_share": share, "unlabeled": sets}), bool(sets and share)
-            )
-        )
-        for share, sets in shares
-    ]
+    said = []
+    for share, sets in ((0.5, []), (0.0, ["b"]), (0.5, ["b"])):
+        given = TrainConfig.of_recipe("dan", data={"unlabeled_share": share, "unlabeled": sets})
+        said.append(list(without_effect(given, unlabeled=bool(sets and share))))
     assert said == [["data.unlabeled_share 0.5 changes nothing without unlabelled images."], [], []]
 
 
@@ -115,22 +110,20 @@ def test_what_a_recipe_sets_is_not_said():
         assert list(without_effect(TrainConfig.of_recipe(recipe), unlabeled=False)) == []
 
 
-def test_epochs_between_evaluations_are_of_no_use_without_targets():
-    def said(every, targets):
-        config = TrainConfig.of_recipe("plain", run={"evaluate_every": every})
-        datasets = DatasetRoles((), (), tuple(ReIDDataset(name, Path(name)) for name in targets))
-        past = {"started_from": [], "ran_under": []}
-        return list(opening_lines(config, datasets, torch.device("cpu"), past))
+def said_of(*targets: str, device: str = "cpu", **run: object) -> list[str]:
+    datasets = DatasetRoles((), (), tuple(ReIDDataset(name, Path(name)) for name in targets))
+    given = TrainConfig.of_recipe("plain", run=run)
+    return list(opening_lines(given, datasets, torch.device(device), {"ran_under": []}))
 
+
+def test_epochs_between_evaluations_are_of_no_use_without_targets():
     idle = "run.evaluate_every 5 changes nothing without data.targets or data.protocol."
-    assert said(5, []) == ["Recipe plain.", idle]
-    assert said(5, ["mall"]) == [*said(0, []), "mall: no images."] == ["Recipe plain.", "mall: no images."]
+    assert said_of(evaluate_every=5) == ["Recipe plain.", idle]
+    assert (
+        said_of("mall", evaluate_every=5) == [*said_of(), "mall: no images."] == ["Recipe plain.", "mall: no images."]
+    )
 
 
 def test_bfloat16_on_a_cpu_is_warned_of():
-    config = TrainConfig.of_recipe("plain", run={"precision": "bfloat16"})
-    said = [
-        list(opening_lines(config, DatasetRoles((), (), ()), torch.device(name), {"started_from": [], "ran_under": []}))
-        for name in ("cpu", "cuda")
-    ]
-    assert said == [["Recipe plain.", BFLOAT16_ON_A_CPU], ["Recipe plain."]]
+    assert said_of(precision="bfloat16") == ["Recipe plain.", BFLOAT16_ON_A_CPU]
+    assert said_of(precision="bfloat16", device="cuda") == ["Recipe plain."]
