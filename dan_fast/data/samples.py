@@ -157,10 +157,6 @@ def without_variant(title: str) -> str:
     return re.sub(r" \([^/]*\)$", "", title)
 
 
-def _one_variant(folder: Path) -> tuple[str, ...]:
-    return ("",)
-
-
 @dataclass(frozen=True)
 class KnownDataset:
     """A dataset of the literature: how it is found and read, and what it should hold.
@@ -188,5 +184,5 @@ class KnownDataset:
     source: str
     origin: str
     note: str = ""
-    variants: Callable[[Path], tuple[str, ...]] = _one_variant
+    variants: Callable[[Path], tuple[str, ...]] = lambda folder: ("",)
     extract: Callable[[Path], list[Path]] | None = None

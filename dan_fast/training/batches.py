@@ -71,7 +71,13 @@ class TrainingBatches:
                 f"No batch has a place for unlabelled images: data.unlabeled_fraction {data.unlabeled_fraction} of "
                 f"data.batch_size {data.batch_size} is none; raise one of them, or set data.unlabeled_share to 0."
             )
-        self._require_an_image_each()
+        labeled, unlabeled = map(min, zip(*self.planner.places, strict=True))
+        fewest = min(labeled, unlabeled) if self._lending and unlabeled else labeled
+        if self._ranks > 1 and fewest < self._ranks:
+            raise DanFastError(
+                f"A batch of {self.batch_size} images cannot be divided over {self._ranks} ranks, S or S~ has {fewest} "
+                "labelled or unlabelled places: raise data.batch_size or use fewer ranks."
+            )
 
     def fill_cache(self, datasets: Iterable[ReIDDataset]) -> None:
         """Decode into the cache what it lacks of the datasets' train splits.
@@ -102,12 +108,3 @@ class TrainingBatches:
             preprocessing=self._preprocessing,
             shares=self._ranks > 1 and not self._lending,
         )
-
-    def _require_an_image_each(self) -> None:
-        labeled, unlabeled = map(min, zip(*self.planner.places, strict=True))
-        fewest = min(labeled, unlabeled) if self._lending and unlabeled else labeled
-        if self._ranks > 1 and fewest < self._ranks:
-            raise DanFastError(
-                f"A batch of {self.batch_size} images cannot be divided over {self._ranks} ranks, S or S~ has {fewest} "
-                "labelled or unlabelled places: raise data.batch_size or use fewer ranks."
-            )

@@ -14,6 +14,9 @@ from dan_fast.core.home import expanded
 from dan_fast.training.config import TrainConfig, as_list
 from dan_fast.training.recipes import dotted
 
+# Of `data`: what names datasets.
+_PATHS = ("labeled", "unlabeled", "targets")
+
 
 def require_valid(config: TrainConfig) -> None:
     """Refuse values that the flags of their settings would refuse.
@@ -30,7 +33,13 @@ def require_valid(config: TrainConfig) -> None:
             kind = each.default_factory.__name__
             raise DanFastError(f"{each.name} must be a {kind}; TrainConfig.of_recipe takes mappings.")
     require_no_empty_setting({each.name: vars(getattr(config, each.name)) for each in sections})
-    _require_paths(config)
+    for name in _PATHS:
+        for each in as_list(getattr(config.data, name)):
+            if not isinstance(each, str | PathLike):
+                raise DanFastError(
+                    f"data.{name} holds a {type(each).__name__}: give the path of a dataset; one that has been read is "
+                    "for dan_fast.data.TrainingSet and a loop of your own."
+                )
     size = config.data.image_size
     if isinstance(size, str) or not isinstance(size, Iterable):
         raise DanFastError(f"data.image_size is {size!r}: give height and width as [256, 128].")
@@ -47,20 +56,10 @@ def require_valid(config: TrainConfig) -> None:
         if meant != value or (not isinstance(meant, float) and repr(meant) != repr(value)):
             raise DanFastError(f"{name} is {value!r}: give it as {meant!r}.")
     paths = {"run.out": [given["run"]["out"]]}
-    paths |= {f"data.{name}": as_list(given["data"][name]) for name in ("labeled", "unlabeled", "targets")}
+    paths |= {f"data.{name}": as_list(given["data"][name]) for name in _PATHS}
     for name, named in paths.items():
         if "" in named:
             raise DanFastError(f"{name} holds an empty path, as by a variable of the shell that is not set: name it.")
-
-
-def _require_paths(config: TrainConfig) -> None:
-    for name in ("labeled", "unlabeled", "targets"):
-        for each in as_list(getattr(config.data, name)):
-            if not isinstance(each, str | PathLike):
-                raise DanFastError(
-                    f"data.{name} holds a {type(each).__name__}: give the path of a dataset; one that has been read is "
-                    "for dan_fast.data.TrainingSet and a loop of your own."
-                )
 
 
 def own_copy(config: TrainConfig) -> TrainConfig:
@@ -72,7 +71,7 @@ def own_copy(config: TrainConfig) -> TrainConfig:
     require_valid(config)
     copied = copy.deepcopy(config)
     copied.run.out = str(expanded(copied.run.out))
-    for name in ("labeled", "unlabeled", "targets"):
+    for name in _PATHS:
         setattr(copied.data, name, as_list(getattr(copied.data, name)))
     return copied
 

@@ -33,13 +33,17 @@ def read_grid(folder: Path, name: str, variant: str = "") -> ReIDDataset:
     Raises:
         DanFastError: an image of another name, or two images of a person in one part.
     """
+    if (folder / "probe").is_dir():
+        found = [(part, *each) for part in _PARTS for each in named_images(folder / part, _NAME, _EXAMPLE)]
+    else:
+        found = _apart(folder / _ALL)
     distractor = count(1)
     images = by_key(
         (
             _key(part, int(match[1])) if int(match[1]) else _distractor(next(distractor)),
             Sample(path, int(match[1]), int(match[2])),
         )
-        for part, path, match in (_in_parts(folder) if (folder / "probe").is_dir() else _apart(folder / _ALL))
+        for part, path, match in found
     )
     splits = fixed_splits(
         "grid",
@@ -51,10 +55,6 @@ def read_grid(folder: Path, name: str, variant: str = "") -> ReIDDataset:
         ),
     )
     return ReIDDataset(name, folder, test=tuple(images.values()), variant=variant, splits=splits)
-
-
-def _in_parts(folder: Path) -> list[tuple[str, Path, re.Match[str]]]:
-    return [(part, *found) for part in _PARTS for found in named_images(folder / part, _NAME, _EXAMPLE)]
 
 
 def _apart(folder: Path) -> list[tuple[str, Path, re.Match[str]]]:

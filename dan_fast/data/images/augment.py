@@ -161,11 +161,12 @@ def _jitter_(images: Tensor, draws: Draws) -> None:
 
 @functools.cache
 def _statistics(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, each (3,1,1)."""
     # Cached for each device: a copy of numbers to a GPU waits for the device.
-    mean, std = preprocessing.mean, preprocessing.std
-    return tuple(torch.tensor(each, dtype=torch.float32, device=device) for each in (mean, std))
+    numbers = torch.tensor([preprocessing.mean, preprocessing.std], dtype=torch.float32, device=device)
+    return numbers[..., None, None].unbind()
 
 
 def _normalize_(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    mean, std = (each[:, None, None] for each in _statistics(preprocessing, images.device))
+    mean, std = _statistics(preprocessing, images.device)
     return images.mul_(1 / 255).sub_(mean).div_(std)

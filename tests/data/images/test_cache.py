@@ -84,13 +84,6 @@ def flip_byte(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
-def nothing_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments):
-        raise AssertionError("an image was decoded")
-
-    monkeypatch.setattr(cache, "decode_image", refuse)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_pixels_are_those_of_the_transform(tmp_path: Path, folder: Path, paths: list[Path], workers: int) -> None:
     opened = Opened(folder, paths, workers=workers)
@@ -116,7 +109,7 @@ def test_behind_a_link_and_back_the_system_finds_the_same_file(tmp_path: Path, f
 
 
 def test_images_are_decoded_once(made: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing_is_decoded(monkeypatch)
+    # Before it is decoded an image is read, as it is to be compared.
     monkeypatch.setattr(cache, "read_source", lambda name: pytest.fail("a content was compared"))
     again = Opened(made, paths)
     assert again.said == [] and again.holds(paths)
@@ -165,7 +158,7 @@ def test_a_change_that_no_time_tells_of_is_found_by_the_full_check(
 def test_touched_images_keep_their_pixels(made: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     for path in paths:
         os.utime(path, ns=(1, 10**18))
-    nothing_is_decoded(monkeypatch)
+    monkeypatch.setattr(cache, "decode_image", lambda *_: pytest.fail("an image was decoded"))
     assert Opened(made, paths).said == []
     monkeypatch.setattr(cache, "read_source", lambda name: pytest.fail("the times were not kept"))
     assert Opened(made, paths).holds([])
