@@ -41,6 +41,13 @@ def flags(root: Path, out: Path, protocol: str) -> list[str]:
     return command(out, "--data.protocol", protocol, "--data.root", str(root))
 
 
+def evaluated(checkpoint: Path, figures: Path, *flags: str) -> list[dict]:
+    """The rows that `dan-fast evaluate` writes to `figures`."""
+    words = ["evaluate", "--checkpoint", str(checkpoint), "--out", str(figures), "--workers", "0", "--device", "cpu"]
+    assert main([*words, *flags]) == 0
+    return json.loads(figures.read_text())
+
+
 @pytest.fixture(scope="module")
 def p1(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "p1"
@@ -97,11 +104,10 @@ def test_unlabelled_datasets_of_a_protocol_fill_the_memory(root, tmp_path):
 
 
 def test_evaluate_by_protocol_gives_what_the_training_gave(root, tmp_path):
-    out, figures = tmp_path / "run", tmp_path / "figures.json"
+    out = tmp_path / "run"
     assert main(flags(root, out, "p2-cuhk03")) == 0
-    arguments = ["--root", str(root), "--workers", "0", "--device", "cpu", "--out", str(figures)]
-    assert main(["evaluate", "--checkpoint", str(out / "checkpoint.pt"), "--protocol", "p2-cuhk03", *arguments]) == 0
-    (row,) = json.loads(figures.read_text())
+    of_protocol = ("--protocol", "p2-cuhk03", "--root", str(root))
+    (row,) = evaluated(out / "checkpoint.pt", tmp_path / "figures.json", *of_protocol)
     assert row.pop("features") == "trained" and row.pop("weights") == weights_of(out)
     assert [row] == json.loads((out / "results.json").read_text())["targets"]
     assert (row["variant"], row["named_protocol"]) == ("labeled, new protocol", "p2-cuhk03")
@@ -109,7 +115,7 @@ def test_evaluate_by_protocol_gives_what_the_training_gave(root, tmp_path):
 
 
 def test_a_training_in_bfloat16_evaluates_as_the_command_does(images, tmp_path):
-    out, figures = tmp_path / "run", tmp_path / "figures.json"
+    out = tmp_path / "run"
     trainer = Trainer(chosen(images, out, precision="bfloat16", choose_epoch_on_target=False))
     trainer.epoch = trainer.config.optimizer.epochs
     trainer._save()
@@ -118,19 +124,14 @@ def test_a_training_in_bfloat16_evaluates_as_the_command_does(images, tmp_path):
     results = json.loads((out / "results.json").read_text())
     assert (results["precision"], results["float32"]) == ("bfloat16", "IEEE")
     assert results["targets"][0]["precision"] == "float32"
-    evaluate = ["evaluate", "--checkpoint", str(out / "checkpoint.pt"), "--targets", str(images / "mall"),
-                "--workers", "0", "--device", "cpu", "--out", str(figures)]  # fmt: skip
-    assert main(evaluate) == 0
-    (row,) = json.loads(figures.read_text())
+    (row,) = evaluated(out / "checkpoint.pt", tmp_path / "figures.json", "--targets", str(images / "mall"))
     assert row.pop("features") == "trained" and row.pop("weights") == weights_of(out)
     assert [row] == results["targets"]
 
 
 def test_a_network_trained_otherwise_has_no_figures_of_a_protocol(p1, root, tmp_path, capsys):
-    figures = tmp_path / "figures.json"
-    arguments = ["--checkpoint", str(p1 / "checkpoint.pt"), "--protocol", "p2-market1501", "--root", str(root)]
-    assert main(["evaluate", *arguments, "--baselines", "true", "--workers", "0", "--out", str(figures)]) == 0
-    rows = json.loads(figures.read_text())
+    of_protocol = ("--protocol", "p2-market1501", "--root", str(root), "--baselines", "true")
+    rows = evaluated(p1 / "checkpoint.pt", tmp_path / "figures.json", *of_protocol)
     assert [row["named_protocol"] for row in rows] == ["targets of p2-market1501, NOT TRAINED BY IT", "", ""]
     assert [row["epoch"] for row in rows] == ["epoch 1 of 1", "", ""]
     # P-1 trains on all images of Market-1501.
@@ -226,9 +227,8 @@ def test_the_best_epoch_is_reported_with_its_weights_and_says_so(whole, images, 
     last, _ = trained_network(out / "checkpoint.pt")
     assert all(torch.equal(value, seen[2][name]) for name, value in last.state_dict().items())
     for name, words in (("chosen.pt", f"epoch 2 of 3, {CHOSEN}"), ("checkpoint.pt", "epoch 3 of 3")):
-        assert main(["evaluate", "--checkpoint", str(out / name), "--targets", str(images / "mall"),
-                     "--workers", "0", "--out", str(tmp_path / "figures.json")]) == 0  # fmt: skip
-        assert json.loads((tmp_path / "figures.json").read_text())[0]["epoch"] == words
+        (row,) = evaluated(out / name, tmp_path / "figures.json", "--targets", str(images / "mall"))
+        assert row["epoch"] == words
         table = " ".join(capsys.readouterr().out.replace("│", " ").split())
         assert ("CHOSEN" in table) == (name == "chosen.pt")
 
