@@ -370,35 +370,31 @@ def test_what_to_watch_is_in_the_event_file_and_in_the_picture(images, tmp_path,
     assert plot_curves(tmp_path / "run", tmp_path / "curves.png").is_file()
 
 
+def log(out: Path, values: dict[int, dict[str, float]], steps_done: int = 0) -> None:
+    """What a run writes down: step -> name -> value."""
+    scalars = Scalars(out / "tensorboard", steps_done)
+    for step, of_step in values.items():
+        for name, value in of_step.items():
+            scalars.add(name, value)
+        scalars.flush(step)
+    scalars.close()
+
+
 def test_resuming_keeps_the_scalars_of_iterations_that_are_done(tmp_path):
-    first = Scalars(tmp_path / "tensorboard")
-    for step in (10, 20, 30):
-        first.add("eval/mall/R1", float(step))
-        first.flush(step)
-    first.close()
-    second = Scalars(tmp_path / "tensorboard", steps_done=20)
-    second.add("eval/mall/R1", 31.0)
-    second.flush(30)
-    second.close()
+    log(tmp_path, {step: {"eval/mall/R1": float(step)} for step in (10, 20, 30)})
+    log(tmp_path, {30: {"eval/mall/R1": 31.0}}, steps_done=20)
     steps, values = read_scalars(tmp_path)["eval/mall/R1"]
     assert list(steps) == [10, 20, 30] and list(values) == [10.0, 20.0, 31.0]
 
 
 def test_a_name_that_is_no_utf_8_is_logged_with_its_bytes_written_out(tmp_path):
-    scalars = Scalars(tmp_path / "tensorboard")
-    scalars.add(f"eval/{os.fsdecode(bytes([103, 246]))}/mAP", 0.5)
-    scalars.flush(1)
-    scalars.close()
+    log(tmp_path, {1: {f"eval/{os.fsdecode(bytes([103, 246]))}/mAP": 0.5}})
     assert list(read_scalars(tmp_path)) == ["eval/g\\udcf6/mAP"]
 
 
 def test_a_new_run_has_no_curve_of_an_attempt_that_left_no_checkpoint(tmp_path):
-    for values in ({"train/loss/total": 1e9, "memory/slots_labeled": 40.0}, {"train/loss/total": 2.0}):
-        scalars = Scalars(tmp_path / "tensorboard")
-        for name, value in values.items():
-            scalars.add(name, value)
-        scalars.flush(5 if len(values) > 1 else 10)
-        scalars.close()
+    log(tmp_path, {5: {"train/loss/total": 1e9, "memory/slots_labeled": 40.0}})
+    log(tmp_path, {10: {"train/loss/total": 2.0}})
     (steps, values), *others = read_scalars(tmp_path).values()
     assert (list(steps), list(values), others) == ([10], [2.0], [])
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2  # what was logged before is kept
