@@ -12,13 +12,13 @@ from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.distributed.launch import require_same
 from dan_fast.distributed.shards import carries
 from dan_fast.nn import DAN
-from dan_fast.training.config import TrainConfig
+from dan_fast.training.config import DATASETS, TrainConfig
 from dan_fast.training.recipes import dotted
 from dan_fast.training.surroundings import versions
 
 # Where images lie and are decoded may differ from machine to machine; which they are is compared by fingerprint.
 _OF_A_MACHINE = {
-    *(f"data.{name}" for name in ("labeled", "unlabeled", "targets", "root", "workers", "cache", "cache_check")),
+    *(f"data.{name}" for name in (*DATASETS, "root", "workers", "cache", "cache_check")),
     "run.device",
 }
 

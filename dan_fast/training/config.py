@@ -16,6 +16,8 @@ Precision = Literal["float32", "bfloat16"]
 CacheCheck = Literal["quick", "full"]
 # One path needs no brackets on the command line: --data.labeled market, --data.labeled '[market, cuhk03]'.
 Paths = list[str] | str
+# The settings of `data` that are such.
+DATASETS = ("labeled", "unlabeled", "targets")
 
 
 def _plain(value: Any) -> Any:

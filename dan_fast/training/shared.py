@@ -11,15 +11,14 @@ from typing import Any
 from dan_fast.core.errors import DanFastError
 from dan_fast.data.samples import without_variant
 from dan_fast.evaluation import Evaluation
-from dan_fast.training.config import TrainConfig, as_list
+from dan_fast.training.config import DATASETS, TrainConfig, as_list
 from dan_fast.training.last_names import last_names, names_of_paths
 from dan_fast.training.recipes import recipe_words
 from dan_fast.training.reported import epoch_of
 
 # Of a run's folder only results of the epoch that a checkpoint holds belong to it.
 _EVALUATIONS = ("targets", "last_epoch")
-# Settings that are, or may be, folders and files of the machine that trained: lists of datasets, and others.
-_DATASETS = ("labeled", "unlabeled", "targets")
+# Settings that are, or may be, folders and files of the machine that trained, beside lists of datasets.
 _PLACES = (("data", "root"), ("data", "cache"), ("model", "weights"), ("run", "out"))
 # What of the training names datasets.
 _SETS = ("trained_on", "trained_without_labels_on")
@@ -126,8 +125,8 @@ def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
     for section, name in _PLACES:
         if value := shown[section].get(name):
             shown[section][name] = Path(value).name
-    lists = names_of_paths(*(as_list(shown["data"].get(name) or []) for name in _DATASETS))
-    shown["data"].update(zip(_DATASETS, lists, strict=True))
+    lists = names_of_paths(*(as_list(shown["data"].get(name) or []) for name in DATASETS))
+    shown["data"].update(zip(DATASETS, lists, strict=True))
     # JSON has no number for a checkpoint that is never due by time.
     for values in (each for each in shown.values() if isinstance(each, dict)):
         values.update({name: str(x) for name, x in values.items() if isinstance(x, float) and not math.isfinite(x)})

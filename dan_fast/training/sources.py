@@ -8,7 +8,7 @@ from dan_fast.data.datasets.load import is_same, load_unlabeled, read_targets, t
 from dan_fast.data.named_protocols import DatasetRoles, resolve_protocol
 from dan_fast.data.overlap import require_disjoint_persons
 from dan_fast.evaluation import require_scorable
-from dan_fast.training.config import DataConfig
+from dan_fast.training.config import DATASETS, DataConfig
 
 
 def load_datasets(data: DataConfig) -> DatasetRoles:
@@ -26,7 +26,7 @@ def load_datasets(data: DataConfig) -> DatasetRoles:
 
 
 def _by_protocol(data: DataConfig) -> DatasetRoles:
-    given = [f"data.{name}" for name in ("labeled", "unlabeled", "targets") if getattr(data, name)]
+    given = [f"data.{name}" for name in DATASETS if getattr(data, name)]
     if given:
         raise DanFastError(
             f"data.protocol {data.protocol} and {', '.join(given)} are both given: a protocol names all its datasets, "

@@ -11,11 +11,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.home import expanded
-from dan_fast.training.config import TrainConfig, as_list
+from dan_fast.training.config import DATASETS, TrainConfig, as_list
 from dan_fast.training.recipes import dotted
-
-# Of `data`: what names datasets.
-_PATHS = ("labeled", "unlabeled", "targets")
 
 
 def require_valid(config: TrainConfig) -> None:
@@ -33,7 +30,7 @@ def require_valid(config: TrainConfig) -> None:
             kind = each.default_factory.__name__
             raise DanFastError(f"{each.name} must be a {kind}; TrainConfig.of_recipe takes mappings.")
     require_no_empty_setting({each.name: vars(getattr(config, each.name)) for each in sections})
-    for name in _PATHS:
+    for name in DATASETS:
         for each in as_list(getattr(config.data, name)):
             if not isinstance(each, str | PathLike):
                 raise DanFastError(
@@ -56,7 +53,7 @@ def require_valid(config: TrainConfig) -> None:
         if meant != value or (not isinstance(meant, float) and repr(meant) != repr(value)):
             raise DanFastError(f"{name} is {value!r}: give it as {meant!r}.")
     paths = {"run.out": [given["run"]["out"]]}
-    paths |= {f"data.{name}": as_list(given["data"][name]) for name in _PATHS}
+    paths |= {f"data.{name}": as_list(given["data"][name]) for name in DATASETS}
     for name, named in paths.items():
         if "" in named:
             raise DanFastError(f"{name} holds an empty path, as by a variable of the shell that is not set: name it.")
@@ -71,7 +68,7 @@ def own_copy(config: TrainConfig) -> TrainConfig:
     require_valid(config)
     copied = copy.deepcopy(config)
     copied.run.out = str(expanded(copied.run.out))
-    for name in _PATHS:
+    for name in DATASETS:
         setattr(copied.data, name, as_list(getattr(copied.data, name)))
     return copied
 
