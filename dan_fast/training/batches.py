@@ -1,5 +1,6 @@
 """The mini-batches of a run's epochs, from its datasets through the cache of decoded images to the device."""
 
+import os
 from collections.abc import Iterable
 from itertools import islice
 
@@ -80,12 +81,14 @@ class TrainingBatches:
             )
 
     def fill_cache(self, datasets: Iterable[ReIDDataset]) -> None:
-        """Decode into the cache what it lacks of the datasets' train splits.
+        """Decode into the cache what it lacks of the train splits of the datasets that the run takes images of.
 
-        Whole splits, whatever share of them the run takes: other runs can use them too.
+        Whole splits, whatever share of them that is: other runs can use them too.
         """
         if self.cache is not None:
             for dataset in datasets:
+                if os.path.realpath(dataset.root) not in self._training_set.roots:
+                    continue
                 self.cache.add([sample.path for sample in dataset.train])
 
     def of_epoch(self, epoch: int, feedback: tuple[Tensor, Tensor] | None, first: int = 0) -> Iterable[MiniBatch]:

@@ -465,6 +465,16 @@ def test_a_run_with_a_cache_resumes_one_without_bit_for_bit(tmp_path: Path) -> N
     assert len(files(tmp_path / "evaluated", "npy")) == 2
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_run_decodes_no_set_of_which_it_takes_nothing(images: Path, tmp_path: Path, share: float) -> None:
+    data = {"unlabeled": str(images / "mall"), "unlabeled_share": share, "cache": str(tmp_path / "cache")}
+    trainer = Trainer(config(images, tmp_path / "run", data=data))
+    trainer.batches.fill_cache([*trainer.datasets.labeled, *trainer.datasets.unlabeled])
+    held = [all(each.path in trainer.batches.cache for each in load_dataset(images / name).train)
+            for name in ("campus", "mall")]  # fmt: skip
+    assert held == [True, share > 0]
+
+
 def test_the_evaluation_from_a_cache_is_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     synthesize(tmp_path / "images", ["mall"], identities=4, cameras=2, image_size=(32, 32), seed=1)
     people = load_dataset(tmp_path / "images/mall")
