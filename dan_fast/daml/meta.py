@@ -75,7 +75,8 @@ def meta_gradients(
             once with `meta_test`, and with `order=2` again with `meta_train`.
         params: name to tensor, G. A parameter in no group is constant in both passes.
         groups: the groups active in this iteration, name to (parameter names, name of the group's loss).
-            None: every parameter takes the loss "total".
+            None: every parameter that requires grad takes the loss "total", or every one where none does; the others,
+            such as frozen layers, are constant and have no gradient.
         meta_train: the batch S, handed to `loss_fn` as it is.
         meta_test: the batch S~.
         inner_lr: delta_1 of Eq. (19); or one for each parameter, by name, as for pretrained layers that move less.
@@ -90,11 +91,12 @@ def meta_gradients(
             so that with `order=2` all of them go by double backward, or none.
 
     Raises:
-        TypeError: `loss_fn` returns no dict, a loss that a group names is no tensor of one number, or a step size or
-            `eta` is no number.
+        TypeError: `params` or `groups` is no mapping, `loss_fn` returns no dict, a loss that a group names is no tensor
+            of one number, or a step size or `eta` is no number.
         ValueError: `order` is not 1 or 2, a parameter stands in two groups or is unknown or of integers or has no
-            `inner_lr`, a loss that a group names is missing, a step size or `eta` is not finite, or with `order=2` a
-            hook that `loss_fn` puts on a tensor changes a gradient.
+            `inner_lr`, a loss that a group names is missing, without `groups` the loss of S depends on other tensors
+            than `params`, a step size or `eta` is not finite, or with `order=2` a hook that `loss_fn` puts on a tensor
+            changes a gradient.
         RuntimeError: it is called in `torch.inference_mode`; `torch.no_grad` around it has no effect.
 
     Example:
@@ -106,9 +108,7 @@ def meta_gradients(
     """
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}")
-    groups = {"all": (params, "total")} if groups is None else groups
-    # A generator would give its names once.
-    groups = {group: (list(names), loss) for group, (names, loss) in groups.items()}
+    groups = _listed(params, groups)
     _check_groups(params, groups)
     active = {name for names, _ in groups.values() for name in names}
     if isinstance(inner_lr, Mapping):
@@ -165,7 +165,9 @@ def _total_derivatives(
     for loss in followers:
         loss_of(traced, loss)
     second = SecondOrder(traced, {name: current[name] for name in active}, followers, any_failed)
-    train_grads = add_up(second.gradients())
+    train_grads = second.gradients()
+    _require_dependence(traced, groups, second.depends)
+    train_grads = add_up(train_grads)
     moved, test_losses = _test_pass(loss_fn, current, train_grads, steps, batches[1])
     found = [
         gradients_of(loss_of(test_losses, loss), [moved[name] for name in active], retain_graph=number < len(followers))
@@ -258,6 +260,38 @@ class _HooksLook(TorchFunctionMode):
         return func(tensor, look)
 
 
+class _All(dict[str, tuple[list[str], str]]):
+    """The one group of a caller who names none."""
+
+
+def _listed(params: Params, groups: Groups | None) -> Groups:
+    """The groups with lists of names, one of all that is trained where none are given."""
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            f"params must map names to tensors, as dict(model.named_parameters()) does, got {type(params).__name__}"
+        )
+    if groups is None:
+        # Tensors of a state dict require none; beside parameters that do, those that do not are frozen.
+        trained = [name for name, value in params.items() if value.requires_grad]
+        return _All({"all": (trained or list(params), "total")})
+    if not isinstance(groups, Mapping):
+        raise TypeError(f"groups must map names to (names of parameters, name of a loss), got {type(groups).__name__}")
+    for group, (names, _) in groups.items():
+        if isinstance(names, str):
+            raise TypeError(f"groups: {group!r} must list names of parameters, got the text {names!r}")
+    # A generator would give its names once.
+    return {group: (list(names), loss) for group, (names, loss) in groups.items()}
+
+
+def _require_dependence(losses: Losses, groups: Groups, depends: bool) -> None:
+    """Refuse a "total" of all parameters whose gradient is one of other tensors: it would be zero in silence."""
+    if isinstance(groups, _All) and not depends and loss_of(losses, "total").requires_grad:
+        raise ValueError(
+            "loss_fn: 'total' depends on none of params but on other tensors that require grad: have loss_fn use the "
+            "tensors it is given, as torch.func.functional_call(model, params, images) does"
+        )
+
+
 def _check_groups(params: Params, groups: Groups) -> None:
     owner: dict[str, str] = {}
     for group, (names, _) in groups.items():
@@ -285,17 +319,20 @@ def _check_numbers(numbers: Mapping[str, Any]) -> None:
 def _group_gradients(losses: Losses, params: Params, groups: Groups) -> dict[str, Tensor]:
     """The gradient of each group's loss in its own parameters; zero where it does not depend on one."""
     grads: dict[str, Tensor] = {}
-    remaining = len(groups)
+    remaining, depends = len(groups), False
     for names, loss_name in groups.values():
         remaining -= 1
         loss = loss_of(losses, loss_name)
         inputs = [params[name] for name in names]
-        if not loss.requires_grad or not inputs:
-            grads.update((name, torch.zeros_like(value)) for name, value in zip(names, inputs, strict=True))
-            continue
-        # The groups' losses share one graph: only the last may free it.
-        values = torch.autograd.grad(loss, inputs, retain_graph=remaining > 0, materialize_grads=True)
-        grads.update(zip(names, values, strict=True))
+        found: Sequence[Tensor | None] = [None] * len(inputs)
+        if loss.requires_grad and inputs:
+            # The groups' losses share one graph: only the last may free it.
+            found = torch.autograd.grad(loss, inputs, retain_graph=remaining > 0, allow_unused=True)
+        depends = depends or any(grad is not None for grad in found)
+        for name, value, grad in zip(names, inputs, found, strict=True):
+            grads[name] = torch.zeros_like(value) if grad is None else grad
+    if grads:
+        _require_dependence(losses, groups, depends)
     return grads
 
 

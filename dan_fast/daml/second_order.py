@@ -70,6 +70,7 @@ class SecondOrder:
 
     Attributes:
         heads: loss name to `Head`.
+        depends: whether any loss depends on a parameter that follows it, once `gradients` has been called.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class SecondOrder:
         self._any_failed = any_failed
         self.params = params
         self._followers = names
+        self.depends = False
         losses.cut.find(losses.features, params)
         trunk = losses.features.requires_grad and any(name in losses.trunk for name in params)
         self.heads = {
@@ -107,6 +109,7 @@ class SecondOrder:
                 keeps = not self.losses.trusted or loss != through[-1]
                 grads = gradients_of(features, inputs, seed, retain_graph=keeps)
                 _accumulate(found, dict(zip(trunk, grads, strict=True)))
+        self.depends = bool(found)
         return gathered({name: found.get(name, torch.zeros_like(value)) for name, value in self.params.items()})
 
     def product(self, loss_fn: Any, tangents: Mapping[str, Params], wanted: Sequence[str]) -> dict[str, Tensor]:

@@ -131,6 +131,37 @@ def test_without_groups_every_parameter_takes_total(order):
     torch.testing.assert_close(with_none, named, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_without_groups_frozen_layers_stay_as_they_are(order):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    params = dict(model.named_parameters())
+    model[0].requires_grad_(False)
+    batches = [torch.randn(5, 3, dtype=torch.float64) for _ in range(2)]
+    seen = []
+
+    def loss_fn(given, images):
+        seen.append(given["0.weight"])
+        return {"total": torch.func.functional_call(model, given, images).square().sum()}
+
+    found, named = (
+        meta_gradients(loss_fn, params, groups, *batches, INNER_LR, order=order).grads
+        for groups in (None, {"last": (["2.weight", "2.bias"], "total")})
+    )
+    assert set(found) == {"2.weight", "2.bias"}
+    torch.testing.assert_close(found, named, rtol=0, atol=0)
+    assert all(torch.equal(value, model[0].weight) for value in seen)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_loss_of_other_tensors_than_the_parameters_is_refused(order):
+    model, images = torch.nn.Linear(3, 2), torch.randn(5, 3)
+    with pytest.raises(ValueError, match="'total' depends on none of params but on other tensors that require grad"):
+        meta_gradients(
+            lambda params, images: {"total": model(images).square().sum()}, dict(model.named_parameters()), None,
+            images, images, INNER_LR, order=order,
+        )  # fmt: skip
+
+
 def test_a_parameter_in_no_group_reaches_both_passes_as_a_constant():
     params, groups, meta_train, meta_test = quadratic_problem()
     del groups["backbone"]
@@ -339,6 +370,9 @@ def test_names_of_a_group_may_be_given_once_and_losses_are_copies(order):
         ({"groups": {"a": (["w"], "total"), "b": (["w"], "total")}}, ValueError, "'w' stands in 'a' and again in 'b'"),
         ({"groups": {"a": (["w", "w"], "total")}}, ValueError, "'w' stands in 'a' and again in 'a'"),
         ({"groups": {"a": (["v"], "total")}}, ValueError, "'v', which is not in params"),
+        ({"groups": {"a": ("w", "total")}}, TypeError, "'a' must list names of parameters, got the text 'w'"),
+        ({"groups": [["w"]]}, TypeError, r"groups must map names to \(names of parameters, name of a loss\), got list"),
+        ({"params": []}, TypeError, r"params must map names to tensors, as dict\(model.named_parameters\(\)\) does"),
         ({"groups": {"a": (["w"], "sum")}}, ValueError, "'sum' is not among those loss_fn returned: total, half"),
         ({"order": 3}, ValueError, "order must be 1 or 2, got 3"),
     ],
@@ -348,9 +382,8 @@ def test_a_wrong_loss_step_or_group_is_named(order, settings, kind, sentence):
         total = params["w"].sum() * params["c"]
         return settings.get("loss", {"total": total, "half": total / 2})
 
-    given = {"groups": None, "inner_lr": 0.1, "order": order, **settings}
+    params = {"w": torch.tensor([1.0, 2.0]), "c": torch.ones(())}
+    given = {"params": params, "groups": None, "inner_lr": 0.1, "order": order, **settings}
     given.pop("loss", None)
     with pytest.raises(kind, match=sentence):
-        meta_gradients(
-            loss_fn, {"w": torch.tensor([1.0, 2.0]), "c": torch.ones(())}, meta_train=1, meta_test=2, **given
-        )
+        meta_gradients(loss_fn, meta_train=1, meta_test=2, **given)
