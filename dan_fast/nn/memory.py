@@ -221,6 +221,8 @@ class ProgressiveAugmentedMemory(nn.Module):
     ) -> Tensor:
         """`functional.discriminative_loss` of labelled keys by M as it is, which is not written to.
 
+        A compiled function that holds it is one graph (`fullgraph=True`) where `settle` was called before it.
+
         Args:
             keys: (B, d); labels: (B,) int64; this rank's own rows with a `process_group`, where this is collective.
             temperature: positive.

@@ -137,6 +137,26 @@ def test_the_loss_of_labelled_keys_takes_what_forward_takes(own: torch.dtype, gi
             memory.labeled_loss(wrong, labels, 0.1)
 
 
+def test_the_loss_of_labelled_keys_is_one_graph_once_nothing_waits(recwarn):
+    memory, (batch, (keys, labels, *_)) = make(), batches(2)
+    memory(*batch)
+    twin = copy.deepcopy(memory)
+    twin(*batch), memory(*batch)
+
+    def loss(keys):
+        return memory.labeled_loss(keys, labels, temperature=0.5)
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"keys wait to be written to the memory: call its settle"):
+        torch.compile(loss, fullgraph=True, backend="eager")(keys)
+    assert torch.equal(torch.compile(loss, backend="eager")(keys), twin.labeled_loss(keys, labels, temperature=0.5))
+    memory(*batch), twin(*batch)
+    memory.settle()
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")(keys)
+    assert torch.equal(compiled, twin.labeled_loss(keys, labels, temperature=0.5))
+    # As PyTorch says of what it cannot trace, of which signals are a part.
+    assert not [each for each in recwarn if "does not know how to trace" in str(each.message)]
+
+
 def test_features_are_overwritten_in_place_when_nothing_counts_on_them():
     memory = make()
     address = memory._labeled.base.data_ptr()

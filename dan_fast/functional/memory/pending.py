@@ -240,8 +240,11 @@ class PendingMemory:
     def settle(self) -> None:
         """Write what is pending."""
         require_no_capture(self.base)
-        if not self.pending:
-            return
+        if self.pending:
+            self._write_pending()
+
+    @torch.compiler.disable(reason="keys wait to be written to the memory: call its settle() before what is compiled")
+    def _write_pending(self) -> None:
         with lasting_tensors(), outside_of_tracing():
             if self.is_counted_on() or self._base.is_shared():
                 self._settle_into_new()
