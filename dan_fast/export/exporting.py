@@ -6,7 +6,7 @@ from copy import deepcopy
 from math import isfinite
 from os import PathLike
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,9 @@ def export_network(
         DanFastError: the path is a folder, a file of another suffix or one of the other format's, a package is missing,
             the network cannot be traced, the features are not finite or, of a float32 file, differ by more than 1e-4,
             or another process is writing the same file. There is no file then, or the one that was there.
-        ValueError: int8 without ONNX, or no image in `images`, or images of another shape or dtype.
+        TypeError: `network` is no DAN.
+        ValueError: an unknown format, input or precision, int8 without ONNX, or no image in `images`, or images of
+            another shape or dtype.
 
     Example:
         >>> import tempfile
@@ -82,6 +84,18 @@ def export_network(
         >>> export_network(network, Path(tempfile.mkdtemp()) / "network.pt2", "pt2").largest < 1e-4
         True
     """
+    if not isinstance(network, DAN):
+        raise TypeError(
+            f"network must be a dan_fast.nn.DAN, got {type(network).__name__}: hand the part of it that gives maps to "
+            "DAN as its backbone"
+        )
+    for name, value, kinds in (
+        ("format", format, Format),
+        ("input", input, Input),
+        ("precision", precision, Precision),
+    ):
+        if value not in get_args(kinds):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(kinds))}, got {value!r}")
     if format == "onnx":
         formats.require_packages()
     elif precision == "int8":

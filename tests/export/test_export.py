@@ -241,6 +241,22 @@ def test_the_remains_of_a_killed_export_go_and_a_second_one_is_told_who_is_at_wo
     assert {path.name for path in tmp_path.iterdir()} == {out.name, ".another.pt2.0a.part"}
 
 
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ({"format": "torchscript"}, "format must be one of onnx, pt2, got 'torchscript'"),
+        ({"input": "float"}, "input must be one of uint8, normalized, got 'float'"),
+        ({"precision": "fp16"}, "precision must be one of float32, float16, int8, got 'fp16'"),
+    ],
+)
+def test_what_no_file_can_be_is_refused_and_nothing_is_written(tmp_path, setting, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        export_network(one_convolution(), tmp_path / "network", **{"format": "pt2", **setting})
+    with pytest.raises(TypeError, match=r"network must be a dan_fast.nn.DAN, got Linear: hand the part of it"):
+        export_network(torch.nn.Linear(2, 3), tmp_path / "network", "pt2")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_a_network_of_another_floating_type_is_written_in_float32(tmp_path, dtype: torch.dtype):
     assert export_network(one_convolution().to(dtype), tmp_path / "network.pt2", "pt2").largest < 1e-4
