@@ -25,6 +25,10 @@ class StyleMixing:
         stages: modules of a backbone, in the order in which they run, each giving a (B, C, H, W) map. A replica of
             `nn.DataParallel` refuses to mix: all replicas have this one object, and run at the same time.
 
+    Raises:
+        ValueError: no stage; where the network runs, a stage whose output is no such map.
+        TypeError: a stage that is no module; where the network runs, one whose output is no tensor.
+
     Example:
         >>> early, late = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
         >>> mixing = StyleMixing([early])
@@ -34,10 +38,16 @@ class StyleMixing:
     """
 
     def __init__(self, stages: Sequence[nn.Module]) -> None:
+        # `children()` gives its modules once.
         self._stages = list(stages)
+        if not self._stages:
+            raise ValueError("stages holds no module: name those of the backbone whose maps are to be mixed")
+        for stage in self._stages:
+            if not isinstance(stage, nn.Module):
+                raise TypeError(f"stages must hold modules of the backbone, got {type(stage).__name__}")
         self._lenders: int | None = None
         self._has_mixed = False
-        for stage in stages:
+        for stage in self._stages:
             stage.register_forward_hook(self._mix)
 
     @contextmanager
@@ -71,6 +81,11 @@ class StyleMixing:
             raise RuntimeError(
                 "styles cannot be mixed in a replica of DataParallel, as the replicas share the lenders: train on one "
                 "device or with DistributedDataParallel"
+            )
+        if not isinstance(features, Tensor):
+            raise TypeError(
+                f"stages must give (B, C, H, W) maps, but a {type(stage).__name__} gave a {type(features).__name__}: "
+                "name a module inside of it"
             )
         count, device = features.shape[0], features.device
         takers = count - self._lenders

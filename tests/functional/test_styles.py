@@ -227,6 +227,20 @@ def test_more_lenders_than_a_batch_has_images_to_spare():
     assert early(torch.rand(3, 3, 5, 5)).shape[0] == 3  # nothing is mixed any more
 
 
+def test_stages_may_be_given_once_and_are_modules_that_give_maps():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    mixing = StyleMixing(network.children())
+    with mixing.within(lenders=2):
+        assert network(torch.rand(5, 3, 9, 9)).shape[0] == 3
+    with pytest.raises(ValueError, match="stages holds no module: name those of the backbone"):
+        StyleMixing([])
+    with pytest.raises(TypeError, match="stages must hold modules of the backbone, got str"):
+        StyleMixing(["layer1"])
+    mixing = StyleMixing([pairs := nn.LSTM(4, 5)])
+    with mixing.within(), pytest.raises(TypeError, match="but a LSTM gave a tuple: name a module inside of it"):
+        pairs(torch.rand(2, 3, 4))
+
+
 def test_a_block_inside_of_another_one_ends_with_it():
     mixing = StyleMixing([early := nn.Conv2d(3, 4, 3)])
     images = torch.rand(5, 3, 5, 5)
