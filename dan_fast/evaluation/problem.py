@@ -163,7 +163,8 @@ def check_block_bytes(block_bytes: int) -> None:
 def as_tensor(value: ArrayLike, name: str) -> Tensor:
     """The numbers of an argument without their graph, or a ValueError naming what is missing, complex or no tensor."""
     if value is None:
-        raise ValueError(f"{name} is missing; ranking needs it.")
+        unknown = "; of unknown cameras give one number for the queries and another for the gallery"
+        raise ValueError(f"{name} is missing; ranking needs it{unknown if name.endswith('_cams') else ''}.")
     try:
         tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(_native(value))
     except RuntimeError as error:

@@ -26,7 +26,9 @@ from dan_fast.evaluation.problem import (
     as_tensor,
     check_block_bytes,
     check_labels,
+    check_metric,
     check_scoring,
+    check_shapes,
     checked_problem,
 )
 
@@ -145,12 +147,20 @@ def rank_distances(
     return score(ranks_by_distances(matrix, labels, block_bytes), max_rank, ap)
 
 
-def pairwise_distances(query: Tensor, gallery: Tensor, metric: Metric = "cosine") -> Tensor:
+def pairwise_distances(query: ArrayLike, gallery: ArrayLike, metric: Metric = "cosine") -> Tensor:
     """Distances of every pair, (Q, G) float64: 1 - cos, or the squared Euclidean distance.
 
     The distances of a query lie on a grid of 2^-40 of the largest possible one. In which order a matrix product
     sums depends on where a row stands in the matrix; without the grid, copies of one image would differ in
     the last bit and their order would depend on the machine.
+
+    Args:
+        query: (Q, d) features.
+        gallery: (G, d) features.
+        metric: ``"cosine"`` or ``"euclidean"``.
+
+    Raises:
+        ValueError: an argument of wrong shape or content, or an unknown metric.
 
     Example:
         >>> import torch
@@ -158,7 +168,8 @@ def pairwise_distances(query: Tensor, gallery: Tensor, metric: Metric = "cosine"
         >>> pairwise_distances(query, gallery, "euclidean")
         tensor([[25., 16.]], dtype=torch.float64)
     """
-    query, gallery = query.to(torch.float64), gallery.to(torch.float64)
+    check_metric(metric)
+    query, gallery = (features.to(torch.float64) for features in check_shapes(query, gallery))
     squares = [features.square().sum(1).cpu().numpy() for features in (query, gallery)]
     part = PartDistances(query, gallery, distance_scale(*squares, metric), BLOCK_BYTES)
     return on_grid(part.near(slice(None)), part.steps[:, None])

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from dan_fast.evaluation import Reranking, evaluate_ranking, evaluate_reranked, evaluate_single_shot, rank_distances
+from dan_fast.evaluation import (
+    Reranking,
+    evaluate_ranking,
+    evaluate_reranked,
+    evaluate_single_shot,
+    pairwise_distances,
+    rank_distances,
+)
 
 FEATURES = torch.eye(3)
 ARGUMENTS = {
@@ -18,7 +25,7 @@ REFUSED_BY_ALL = [
     ({"query_features": FEATURES[:0]}, r"query_features has shape \(0, 3\)"),
     ({"gallery_features": FEATURES[:0]}, r"gallery_features has shape \(0, 3\)"),
     ({"gallery_features": FEATURES[0]}, r"gallery_features has shape \(3,\)"),
-    ({"query_cams": None}, "query_cams is missing"),
+    ({"query_cams": None}, "query_cams is missing; ranking needs it; of unknown cameras give one number for"),
     ({"gallery_cams": None}, "gallery_cams is missing"),
     ({"gallery_cams": [1, 1]}, r"gallery_cams has shape \(2,\); it must be \(3,\)"),
     ({"query_ids": [[1, 2, 3]]}, r"query_ids has shape \(1, 3\)"),
@@ -74,6 +81,18 @@ def test_arrays_of_other_machines_and_long_doubles(path, evaluate):
 def test_errors_name_the_argument(evaluate, change, sentence):
     with pytest.raises(ValueError, match=sentence):
         evaluate(**{**ARGUMENTS, **change})
+
+
+def test_distances_are_of_arrays_too_and_of_a_metric_that_there_is():
+    found = pairwise_distances(np.eye(3), [[3.0, 0.0, 0.0]], "euclidean")
+    assert found.tolist() == [[4.0], [10.0], [10.0]]
+    for change, sentence in (
+        ({"metric": "l2"}, "metric is 'l2'; it must be"),
+        ({"gallery": np.ones((2, 4))}, "gallery_features is 4 wide and query_features 3"),
+        ({"query": FEATURES[:0]}, r"query_features has shape \(0, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            pairwise_distances(**{"query": FEATURES, "gallery": FEATURES, **change})
 
 
 @pytest.mark.parametrize(
