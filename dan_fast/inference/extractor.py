@@ -64,6 +64,7 @@ class FeatureExtractor:
 
     Raises:
         DanFastError: a checkpoint that is absent, cut short or of another version, or a device that is not there.
+        TypeError: a module that is no DAN.
 
     Example:
         >>> extract = FeatureExtractor(DAN(2, "resnet18", image_size=(32, 16)), device="cpu")
@@ -86,6 +87,11 @@ class FeatureExtractor:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if broken_images not in ("error", "skip"):
             raise ValueError(f"broken_images must be 'error' or 'skip', got {broken_images!r}")
+        if not isinstance(checkpoint, str | os.PathLike | DAN):
+            raise TypeError(
+                f"checkpoint must be a path or a dan_fast.nn.DAN, got {type(checkpoint).__name__}: hand the part of it "
+                "that gives maps to DAN as its backbone, or take dan_fast.evaluation.extract_features"
+            )
         self.device = resolve_device(device)
         network = deepcopy(checkpoint) if isinstance(checkpoint, DAN) else trained_network(checkpoint)[0]
         self.network = network.eval().to(self.device, torch.float32)

@@ -100,7 +100,8 @@ class GalleryIndex:
     def search(self, features: np.ndarray, places: int, exact: bool = False) -> Found:
         """The images nearest to (Q,C) features of length 1; `exact` compares all features whatever the kind is.
 
-        Beside its result it needs the memory of about a thousand queries, however many there are.
+        Features are an array or a tensor of the CPU. Beside its result it needs the memory of about a thousand queries,
+        however many there are.
 
         Raises:
             ValueError: features of another shape, or that are not finite, as those of images that could not be decoded;
@@ -108,6 +109,7 @@ class GalleryIndex:
         """
         if places < 1:
             raise ValueError(f"places is {places}: at least 1 is needed")
+        features = np.asarray(features)
         width = self._searcher.features.shape[1]
         if features.ndim != 2 or features.shape[1] != width:
             raise ValueError(f"features must be (Q, {width}), as the network gives them, got {features.shape}")
@@ -146,6 +148,7 @@ def update_index(
         progress: called with (images embedded, images to embed).
 
     Raises:
+        TypeError: the gallery holds something else than samples.
         ValueError: there is no such kind.
         DanFastError: faiss is not installed, for another kind than flat; an index of another checkpoint, an image that
             cannot be decoded, no image at all, too few for the kind, or a folder that cannot be written or that another
@@ -157,6 +160,13 @@ def update_index(
         raise ValueError(f"kind must be one of {', '.join(get_args(IndexKind))}, got {kind!r}")
     if kind != "flat":
         kinds.faiss_library()
+    gallery = list(gallery)
+    for sample in gallery:
+        if not isinstance(sample, Sample):
+            raise TypeError(
+                f"gallery must hold dan_fast.data.Sample, got {type(sample).__name__}: of a path whose person and "
+                "camera are unknown make Sample(path, -1, -1)"
+            )
     by_place: dict[str, Sample] = {}
     for place, sample in zip(real_paths(gallery), gallery, strict=True):
         by_place.setdefault(place, sample)

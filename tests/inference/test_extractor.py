@@ -210,6 +210,8 @@ def test_arguments_are_checked(checkpoint):
             FeatureExtractor(checkpoint, "cpu", **wrong)
     with pytest.raises(DanFastError, match="mps"):
         FeatureExtractor(checkpoint, "mps")
+    with pytest.raises(TypeError, match="checkpoint must be a path or a dan_fast.nn.DAN, got Linear: hand the part"):
+        FeatureExtractor(torch.nn.Linear(2, 3), "cpu")
 
 
 def test_what_is_no_checkpoint_of_this_version_is_one_sentence(checkpoint, tmp_path):

@@ -100,6 +100,8 @@ def test_what_does_not_fit_an_index_is_said(run, folder, extractor):
         update_index(folder / "new", extractor, [], "tree")
     with pytest.raises(DanFastError, match="The gallery is empty: name images to search in"):
         update_index(folder / "new", extractor, [])
+    with pytest.raises(TypeError, match=r"gallery must hold dan_fast.data.Sample, got PosixPath: of a path whose"):
+        update_index(folder / "new", extractor, [folder])
     assert not (folder / "new").exists()
 
 
