@@ -21,6 +21,9 @@ _FAR = 80.0
 def discriminative_loss(keys: Tensor, labels: Tensor, slots: Tensor, slot_labels: Tensor, temperature: float) -> Tensor:
     """-log(P / (P + N)) of Eq. (15) for keys whose label is known, at a temperature.
 
+    P is the mean of exp(cos(k, m) / temperature) over the slots of the key's label, N its sum over all other occupied
+    slots: unlike a softmax over the slots, a person does not gain by the number of its own.
+
     The same as `dan_fast.reference.discriminative_loss` for the whole batch, in one read of the slots; differentiable
     any number of times in keys and slots, whatever autocast says in the dtype of statistics.
 
