@@ -223,5 +223,7 @@ def check_discriminative_loss(
         check_device(name, value, keys.device, "keys")
     if slots.shape[0] == 0:
         raise ValueError("slots must hold at least one slot, got none")
-    if not (temperature > 0 and math.isfinite(temperature)):
+    # A tensor that is learnt has a gradient, which PyTorch warns about where its number is read.
+    number = temperature.detach() if isinstance(temperature, Tensor) else temperature
+    if not (number > 0 and math.isfinite(number)):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")

@@ -32,7 +32,7 @@ def discriminative_loss(keys: Tensor, labels: Tensor, slots: Tensor, slot_labels
         labels: (B,) int64, the label of each key; -1 where it is unknown.
         slots: (s, d), features of the memory, dtype and device of `keys`.
         slot_labels: (s,) int64, its labels; -1 is an empty slot, which takes no part whatever finite numbers it holds.
-        temperature: positive; divides the cosines.
+        temperature: positive; divides the cosines. A () tensor that requires grad gets a gradient.
 
     Returns:
         (B,), float32 for half-precision keys, else their dtype; 0, as is its gradient, where the label is unknown or

@@ -120,6 +120,18 @@ def test_degenerate_memories_and_keys(impl):
     assert keys.grad.isfinite().all()
 
 
+def test_a_temperature_may_be_learnt(impl, recwarn):
+    keys, slots = problem()
+
+    def loss(temperature):
+        return impl.discriminative_loss(keys, LABELS, slots, SLOT_LABELS, temperature).sum()
+
+    temperature = torch.tensor(0.2, dtype=F64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss(temperature), temperature)
+    assert math.isclose(gradient.item(), (loss(0.2 + 1e-6) - loss(0.2 - 1e-6)).item() / 2e-6, rel_tol=1e-6)
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("broken", [math.nan, math.inf, 1e200])
 def test_a_key_without_a_label_has_no_derivative_whatever_it_holds(impl, broken):
     keys, slots = problem()
