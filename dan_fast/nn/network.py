@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from contextlib import nullcontext
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
@@ -124,7 +124,7 @@ class DAN(nn.Module):
         )
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        if len(image_size) != 2 or min(image_size) < 1:
+        if not isinstance(image_size, Sized) or len(image_size) != 2 or min(image_size) < 1:
             raise ValueError(f"image_size must be (height, width) in pixels, got {image_size}")
         if adversary and attention == "none":
             raise ValueError("adversary must be False where attention is 'none': it corrects an attention")

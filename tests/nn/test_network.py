@@ -207,6 +207,7 @@ def test_words_of_settings_are_no_flags(flag, value):
     [
         ({"num_classes": 0}, "num_classes"),
         ({"image_size": (0, 16)}, "image_size"),
+        ({"image_size": 32}, r"image_size must be \(height, width\) in pixels, got 32"),
         ({"image_size": (4, 4)}, "image_size"),
         ({"reduction": 0}, "reduction"),
         ({"weights": "imagenet"}, "weights"),
