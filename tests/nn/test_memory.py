@@ -137,6 +137,7 @@ def test_the_loss_of_labelled_keys_takes_what_forward_takes(own: torch.dtype, gi
             memory.labeled_loss(wrong, labels, 0.1)
 
 
+@pytest.mark.compile
 def test_the_loss_of_labelled_keys_is_one_graph_once_nothing_waits(recwarn):
     memory, (batch, (keys, labels, *_)) = make(), batches(2)
     memory(*batch)
