@@ -37,7 +37,7 @@ def built(name: str, sanitizer: str, folder: pytest.TempPathFactory) -> Path:
         if reason := why_no_sanitizer(f"-fsanitize={sanitizer}"):
             pytest.skip(reason)
         macro = PROGRAMS[name].races if sanitizer == "thread" else PROGRAMS[name].bounds
-        flags = ["-O0", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", f"-D{macro}"]
+        flags = ["-O0", "-g1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", f"-D{macro}"]
         BUILT[name, sanitizer] = build_on_host(PROGRAMS[name].source, folder.mktemp(name) / "program", *flags)
     return BUILT[name, sanitizer]
 

@@ -28,7 +28,7 @@ def build_on_host(source: str, target: Path, *flags: str) -> Path:
     in_checkout("csrc")
     warnings = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
     command = [COMPILER, "-std=c++17", *warnings, "-ffp-contract=off", "-pthread", *flags]
-    subprocess.run([*command, ROOT / "tests/kernels" / source, "-o", target], check=True)
+    subprocess.run([*command, ROOT / "tests/kernels" / source, "-o", target, "-ldl"], check=True)
     return target
 
 
