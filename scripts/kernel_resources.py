@@ -53,15 +53,18 @@ def readable(names: Iterable[str]) -> dict[str, str]:
     return {name: line.split("(")[0] for name, line in zip(names, short, strict=True)}
 
 
-def resources(source: Path, arch: str, nvcc: str, flags: Iterable[str] = ()) -> list[Kernel]:
-    """Compiles one file for one compute capability, such as "8.6", with `flags` beside the build's own.
+def resources(source: Path, archs: Iterable[str], nvcc: str, flags: Iterable[str] = ()) -> list[Kernel]:
+    """Compiles one file for compute capabilities, such as "8.6", with `flags` beside the build's own.
+
+    All are made of the PTX of the oldest, which differs from theirs in the name of its target alone.
 
     Raises:
         RuntimeError: it does not compile; holds the compiler's output.
     """
-    number = arch.replace(".", "")
+    by_name = {f"sm_{arch.replace('.', '')}": arch for arch in sorted(archs, key=float)}
+    targets = f"-gencode=arch={next(iter(by_name)).replace('sm', 'compute')},code=[{','.join(by_name)}]"
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, *SOURCES["nvcc_flags"](source), *flags, f"-arch=sm_{number}", "-Xptxas=-v", "-cubin"]
+        command = [nvcc, *SOURCES["nvcc_flags"](source), *flags, targets, "-Xptxas=-v", "-fatbin"]
         done = subprocess.run([*command, source, "-o", f"{folder}/kernels"], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(done.stdout + done.stderr)
@@ -74,7 +77,8 @@ def resources(source: Path, arch: str, nvcc: str, flags: Iterable[str] = ()) -> 
 
         registers, shared = number_of(r"Used (\d+) registers"), number_of(r"(\d+) bytes smem")
         stack, spilled = number_of(r"(\d+) bytes stack frame"), number_of(r"(\d+) bytes spill stores")
-        kernels.append(Kernel(block.split("'")[0], arch, registers, shared, stack, spilled))
+        name, _, target = block.split("'")[:3]
+        kernels.append(Kernel(name, by_name[target], registers, shared, stack, spilled))
     names = readable(kernel.name for kernel in kernels)
     return [kernel._replace(name=names[kernel.name]) for kernel in kernels]
 
@@ -99,7 +103,7 @@ def main() -> int:
     if nvcc is None:
         print("nvcc was not found: install the CUDA toolkit and put nvcc on PATH", file=sys.stderr)
         return 1
-    jobs = [(source, arch, nvcc) for source in chosen.sources or all_sources() for arch in chosen.arch]
+    jobs = [(source, chosen.arch, nvcc) for source in chosen.sources or all_sources()]
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             found = [kernel for kernels in pool.map(lambda job: resources(*job), jobs) for kernel in kernels]

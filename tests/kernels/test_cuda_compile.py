@@ -14,11 +14,15 @@ ARCHS = ("8.6", "9.0")
 
 @pytest.fixture(scope="module")
 def kernels() -> dict[tuple[str, str], list]:
-    jobs = [(source, arch) for source in REPORT["all_sources"]() for arch in ARCHS]
+    sources = REPORT["all_sources"]()
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda job: REPORT["resources"](*job, NVCC), jobs))
+        found = list(pool.map(lambda source: REPORT["resources"](source, ARCHS, NVCC), sources))
     print("\n" + REPORT["table"](kernel for of_file in found for kernel in of_file))
-    return {(source.name, arch): of_file for (source, arch), of_file in zip(jobs, found, strict=True)}
+    return {
+        (source.name, arch): [kernel for kernel in of_file if kernel.arch == arch]
+        for source, of_file in zip(sources, found, strict=True)
+        for arch in ARCHS
+    }
 
 
 def test_every_file_has_kernels_for_every_architecture(kernels: dict[tuple[str, str], list]):
@@ -48,7 +52,7 @@ def test_a_stack_and_spills_are_seen(tmp_path: Path, at: str, field: str):
         f"  for (int k = 0; k < SIZE; ++k) x[k] = own[{at}];\n"
         "}\n"
     )
-    (kernel,) = REPORT["resources"](source, "8.6", NVCC, ["-maxrregcount=24", "-DSIZE=64"])
+    (kernel,) = REPORT["resources"](source, ["8.6"], NVCC, ["-maxrregcount=24", "-DSIZE=64"])
     assert kernel.name == "wide" and getattr(kernel, field) > 0
 
 
@@ -56,4 +60,4 @@ def test_what_does_not_compile_is_told(tmp_path: Path):
     source = tmp_path / "broken.cu"
     source.write_text("__global__ void broken() { nonsense; }\n")
     with pytest.raises(RuntimeError, match="nonsense"):
-        REPORT["resources"](source, "8.6", NVCC)
+        REPORT["resources"](source, ["8.6"], NVCC)
