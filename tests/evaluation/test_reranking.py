@@ -1,6 +1,5 @@
 """k-reciprocal re-ranking against the dense form of its paper, image by image."""
 
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from dan_fast.evaluation.pairs import Labels
 from dan_fast.evaluation.problem import BLOCK_BYTES, RankingProblem, check_shapes
 from dan_fast.evaluation.reciprocal import Images, encodings, nearest
 from dan_fast.evaluation.reranking import PAPER, _reranked
+from tests.support.ranks import forking_context
 
 
 def dense(query, gallery, metric, k1, k2, weight):
@@ -157,7 +157,7 @@ def test_what_products_of_matrices_round_decides_nothing(metric, monkeypatch):
 def test_memory_is_bounded():
     """Of 8000 images a matrix in float64 would take 512 MB."""
     # In a process of its own: how high memory rises depends on what a process has left of its heap.
-    with get_context("spawn").Pool(1) as pool:
+    with forking_context().Pool(1) as pool:
         extra = pool.apply(extra_memory)
     assert extra is None or extra < 256e6
 

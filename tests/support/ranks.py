@@ -4,6 +4,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.context import BaseContext
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,13 @@ from torch.multiprocessing import get_context
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+def forking_context() -> BaseContext:
+    """Its processes fork from one that has imported what takes seconds, and has computed nothing yet."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["dan_fast.evaluation", "dan_fast.training"])
+    return context
+
+
 class Ranks:
     """`world` processes, which a file of tests shares; a context that ends them.
 
@@ -22,9 +30,7 @@ class Ranks:
     """
 
     def __init__(self, world: int, store: Path, seconds: int = 20) -> None:
-        # Forked from a process that has imported what takes seconds, and has computed nothing yet.
-        context = get_context("forkserver")
-        context.set_forkserver_preload(["dan_fast.evaluation", "dan_fast.training"])
+        context = forking_context()
         self.world = world
         self._tasks, self._results = [context.Queue() for _ in range(world)], context.Queue()
         given = [(rank, world, store, seconds, tasks, self._results) for rank, tasks in enumerate(self._tasks)]
