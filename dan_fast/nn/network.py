@@ -71,7 +71,9 @@ class DAN(nn.Module):
             trained together with the backbone.
         adversary_reach: what the gradient of L_aad reaches: "all" of the network, as Eq. (4) is printed, or only the
             "attention", with the map and the classifier's weight as constants.
-        feature: what `embed` gives: "attended" or "pooled".
+        feature: what `embed` gives: "attended", "pooled", or "pooled_root", sign(x) |x|^(1/2) of each number x of the
+            pooled one, the signed square root of Perronnin, Sanchez and Mensink, "Improving the Fisher Kernel for
+            Large-Scale Image Classification", ECCV 2010, whose derivative at 0 is not finite.
         style_mixing: in training mode early maps take a part of their style from other images, see `StyleMixing`; for
             a backbone given by name. True where the setting `model.style_mixing` is "batch" or "unlabeled".
         gradient_checkpointing: for a backbone given by name, see `build_backbone`.
@@ -130,8 +132,8 @@ class DAN(nn.Module):
             raise ValueError("adversary must be False where attention is 'none': it corrects an attention")
         if adversary_reach not in ("all", "attention"):
             raise ValueError(f"adversary_reach must be 'all' or 'attention', got {adversary_reach!r}")
-        if feature not in ("attended", "pooled"):
-            raise ValueError(f"feature must be 'attended' or 'pooled', got {feature!r}")
+        if feature not in ("attended", "pooled", "pooled_root"):
+            raise ValueError(f"feature must be 'attended', 'pooled' or 'pooled_root', got {feature!r}")
         self.backbone_name = None if isinstance(backbone, nn.Module) else backbone
         if isinstance(backbone, nn.Module):
             if weights != "none":
@@ -222,7 +224,10 @@ class DAN(nn.Module):
 
         It follows the module's mode: call `eval()` first, or batch norm takes the statistics of these images.
         """
-        return getattr(self._head(self.maps(images), None), self.feature)
+        head = self._head(self.maps(images), None)
+        if self.feature == "pooled_root":
+            return head.pooled.sign() * head.pooled.abs().sqrt()
+        return getattr(head, self.feature)
 
     def keys(self, output: DANOutput) -> Tensor:
         """(B, key_dim), what the memory stores: the backbone's outputs but for the last three (Sec. IV-B)."""

@@ -118,7 +118,8 @@ class ModelConfig(_Section):
         instance_norm: Half of the channels of the first norm of each early block are normalised image by image, in two
             stages (IBN-Net-a: three), which takes out some of a camera's style. For ResNets and others of timm with
             batch norm; auto: where the backbone has such blocks.
-        feature: What tests compare: attended, the attention branch's (the paper), or pooled, the backbone's own.
+        feature: What tests compare: attended, the attention branch's (the paper), pooled, the backbone's own, or
+            pooled_root, the square root of each number of that, with its sign.
         gradient_checkpointing: Compute maps of the backbone again in the backward pass instead of keeping them all:
             less memory, more time, the same gradients. Not where styles are mixed (style_mixing).
         sync_batch_norm: Where several ranks train, whether batch norm takes its statistics from the images of all of
@@ -134,7 +135,7 @@ class ModelConfig(_Section):
     dropout: ClosedUnitInterval = 0.5
     style_mixing: Literal["none", "batch", "unlabeled"] = "none"
     instance_norm: Literal["auto"] | bool = False
-    feature: Literal["attended", "pooled"] = "attended"
+    feature: Literal["attended", "pooled", "pooled_root"] = "attended"
     gradient_checkpointing: bool = False
     sync_batch_norm: Literal["auto"] | bool = "auto"
 

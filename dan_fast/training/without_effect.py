@@ -21,6 +21,7 @@ def without_effect(config: TrainConfig, unlabeled: bool) -> Iterator[str]:
     mixing, attention = config.model.style_mixing, config.model.attention
     labelled_by_memory = unlabeled and mixing != "unlabeled"
     by_labels = config.loss.labeled_embedding > 0
+    roots = "pooled_root" in (config.model.feature, TrainConfig.of_recipe(config.recipe).model.feature)
     rules = [
         (("data.unlabeled_fraction",), unlabeled, "without unlabelled images"),
         (("data.unlabeled_share",), unlabeled or config.data.unlabeled_share == 0, "without unlabelled images"),
@@ -48,7 +49,7 @@ def without_effect(config: TrainConfig, unlabeled: bool) -> Iterator[str]:
         (("memory.temperature",), by_labels, "where loss.labeled_embedding is 0"),
         (("model.style_mixing",), mixing != "unlabeled" or unlabeled, "without unlabelled images"),
         (("model.reduction",), attention not in ("none", "spatial"), f"with model.attention {attention}"),
-        (("model.feature",), attention != "none", "with model.attention none"),
+        (("model.feature",), attention != "none" or roots, "with model.attention none"),
         (("loss.adversary", "loss.adversary_reach"), config.model.adversary, "without model.adversary"),
         (
             ("meta.order", "meta.eta"),

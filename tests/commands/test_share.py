@@ -62,7 +62,7 @@ def test_the_features_are_those_of_the_checkpoint(backbone: str, recipe: str, tm
     assert main(["share", "--checkpoint", str(path), "--out", str(out)]) == 0
     images = torch.rand(3, 3, *SIZE)
     wanted, settings = trained_network(path)
-    assert wanted.feature == ("attended" if recipe == "paper" else "pooled")
+    assert wanted.feature == ("attended" if recipe == "paper" else "pooled_root")
     read, (of_folder, settings_of_folder) = DAN.from_pretrained(out), trained_network(out)
     for network in (read, of_folder):
         assert torch.equal(network.embed(images), wanted.embed(images))

@@ -84,6 +84,13 @@ def test_of_what_has_an_effect_nothing_is_said(setting):
     assert list(without_effect(given, unlabeled=True)) == []
 
 
+def test_without_attention_a_root_is_what_a_feature_can_change():
+    for recipe, feature, said in (("none", "pooled", 1), ("none", "pooled_root", 0), ("dan", "pooled", 0)):
+        model = {"feature": feature, "attention": "none", "adversary": False}
+        given = TrainConfig.of_recipe(recipe, model=model)
+        assert sum("model.feature" in line for line in without_effect(given, unlabeled=True)) == said
+
+
 def test_a_meta_step_without_a_competition_has_an_order_and_a_weight():
     given = TrainConfig.of_recipe("dan", meta={"procedure": "daml2", "order": 2, "eta": 0.5, "tie": "both"})
     (line,) = without_effect(given, unlabeled=False)
