@@ -102,3 +102,19 @@ def test_distances_are_of_arrays_too_and_of_a_metric_that_there_is():
 def test_distances_must_be_a_matrix(distances, sentence):
     with pytest.raises(ValueError, match=sentence):
         rank_distances(distances, [1], [1, 2], [1], [2, 2])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"block_bytes": 0}, "block_bytes is 0"),
+        ({"max_rank": 0}, "max_rank is 0"),
+        ({"ap": "exact"}, "ap is 'exact'"),
+        ({"query_ids": [1.0]}, "query_ids is torch.float64"),
+    ],
+)
+def test_given_distances_are_checked_alike(change, sentence):
+    arguments = {"query_ids": [1], "gallery_ids": [1, 2], "query_cams": [1], "gallery_cams": [2, 2]}
+    assert rank_distances([[0.1, 0.2]], **arguments).mAP == 1
+    with pytest.raises(ValueError, match=sentence):
+        rank_distances([[0.1, 0.2]], **{**arguments, **change})

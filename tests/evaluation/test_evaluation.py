@@ -159,6 +159,7 @@ def test_random_split_draws_one_image_of_each_pair():
     ]
     assert sorted([*query.tolist(), *gallery.tolist()]) == list(range(len(pids)))
     assert torch.equal(query, random_split(pids, camids, seed=4)[0])
+    assert torch.equal(random_split(pids, camids)[0], random_split(pids, camids, seed=0, repeat=0)[0])
     others = [random_split(pids, camids, seed=5)[0], random_split(pids, camids, seed=4, repeat=1)[0]]
     assert not any(torch.equal(query, other) for other in others)
     assert not torch.equal(*others)

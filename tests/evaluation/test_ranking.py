@@ -21,7 +21,8 @@ from dan_fast import _extension
 from dan_fast.bench.machine import peak_above
 from dan_fast.core.errors import DanFastError
 from dan_fast.evaluation import counting
-from dan_fast.evaluation.distances import tree_dots
+from dan_fast.evaluation.distances import PartDistances, distance_scale, tree_dots
+from dan_fast.evaluation.pairs import Labels, pairs_in_blocks
 from dan_fast.evaluation.ranking import evaluate_ranking, pairwise_distances, rank_distances
 from tests.support.running import by_threads
 
@@ -189,6 +190,32 @@ def test_copies_tie_in_whatever_block_they_stand(path):
         assert (keys == keys[:, :1]).all() and keys[0, 0] == 0 and keys[1, 0] > 0.01
 
 
+@needs_module
+def test_the_kernels_rank_where_no_group_divides_the_gallery(monkeypatch):
+    monkeypatch.setattr(counting, "counting_torch", None)
+    assert evaluate_ranking(torch.eye(2), torch.eye(2), [1, 2], [1, 2], [1, 1], [2, 2]).mAP == 1
+    assert rank_distances([[0.0, 1.0]], [1], [1, 2], [1], [2, 2]).mAP == 1
+
+
+def test_the_grid_is_of_the_largest_distance_or_up_to_twice_as_fine():
+    squares = np.array([0.5, 1.0, 1.1, 3.0])
+    assert distance_scale(squares, np.ones(1), "euclidean").steps.tolist() == [2.0**e for e in (-39, -39, -38, -38)]
+    assert distance_scale(squares, np.ones(1), "cosine").steps.tolist() == [2.0**-40] * 4
+
+
+@pytest.mark.parametrize("length", [1e-3, 1.0, 1e3])
+def test_the_error_of_a_product_is_neither_below_its_bound_nor_far_above(length):
+    """Too small a one gives wrong ranks in rare cases, too large a one has all distances formed exactly."""
+    width, unit = 4096, 2.0**-53
+    query, gallery = torch.full((1, width), length / 64), torch.full((1, width), length / 8)
+    squares = np.array([length**2]), np.array([64 * length**2])
+    for metric, terms, largest in (("cosine", 1, 1), ("euclidean", 2 * 8 * length**2, 65 * length**2)):
+        part = PartDistances(query, gallery, distance_scale(*squares, metric), 1 << 20)
+        bound = terms * width * unit + 2.0**-46 * largest
+        assert bound <= float(part.error) < 1.1 * bound
+        assert torch.equal(part.uncertainty, part.error + part.steps)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 def test_keys_are_fine_enough_to_tell_near_images_apart(scale, monkeypatch):
     generator = torch.Generator().manual_seed(1)
@@ -344,6 +371,17 @@ def test_an_instruction_set_that_is_none_is_one_sentence(monkeypatch):
         counting.load.__wrapped__()
 
 
+@pytest.mark.parametrize(
+    ("budget", "stops"), [(0, [1, 2, 3, 4]), (34, [1, 3, 4]), (35, [2, 4]), (69, [3, 4]), (70, [4])]
+)
+def test_a_block_has_as_many_queries_as_fit_the_budget(budget, stops):
+    ids = np.array([1, 2, 3, 4]), np.array([4, 2, 4, 1, 2, 4])
+    labels = Labels(*ids, *map(np.zeros_like, ids))
+    # 10 bytes each and 5 for every image of the query's identity: 15, 20, 10 and 25.
+    blocks = [pairs.rows for pairs in pairs_in_blocks(labels, 10, 5, budget)]
+    assert blocks == [slice(start, stop) for start, stop in itertools.pairwise([0, *stops])]
+
+
 def test_memory_is_bounded():
     """At MSMT17's number of images, where a matrix of all pairs would take 3.8 GB; few queries have matches."""
     rng = np.random.default_rng(5)
@@ -378,8 +416,9 @@ def test_nan_is_found_anywhere(path):
         for entry in range(3):
             distances = np.zeros((2, 3), np.float32)
             distances[query, entry] = np.nan
-            with pytest.raises(ValueError, match="distances holds NaN"):
-                rank_distances(distances, *labels)
+            for block_bytes in (1, 1 << 26):
+                with pytest.raises(ValueError, match="distances holds NaN"):
+                    rank_distances(distances, *labels, block_bytes=block_bytes)
 
 
 def test_an_error_does_not_keep_the_distances(path):

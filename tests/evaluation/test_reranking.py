@@ -18,6 +18,7 @@ from dan_fast.evaluation import (
     evaluate_reranked,
     evaluate_single_shot,
     rank_distances,
+    reciprocal,
 )
 from dan_fast.evaluation.distances import PartDistances, square_norms
 from dan_fast.evaluation.divided import Division
@@ -76,9 +77,12 @@ def joined(query, gallery, metric="cosine", settings=PAPER, block_bytes=BLOCK_BY
     return np.concatenate([block.near(slice(None)).cpu().numpy() for block in blocks])
 
 
+SETTINGS = [Reranking(), Reranking(7, 3, 0.1), Reranking(5, 1, 0.0), Reranking(2, 5, 0.8), Reranking(9, 2, 1.0)]
+
+
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-@pytest.mark.parametrize("settings", [Reranking(), Reranking(7, 3, 0.1), Reranking(5, 1, 0.0), Reranking(2, 5, 0.8)])
-def test_agrees_with_the_dense_form(metric, settings):
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_agrees_with_the_dense_form(metric, settings, monkeypatch):
     (query, gallery), labels = problem()
     gallery[5:9] = gallery[3]
     expected = dense(query, gallery, metric, *settings)
@@ -87,6 +91,8 @@ def test_agrees_with_the_dense_form(metric, settings):
     np.testing.assert_allclose(joined(query, gallery, metric, settings, 50_000), found, rtol=0, atol=1e-9)
     result = evaluate_reranked(query, gallery, *labels, metric=metric, reranking=settings)
     assert str(result) == str(rank_distances(found, *labels))
+    monkeypatch.setattr(reciprocal, "_SPARSE_ROWS", 40)
+    assert np.array_equal(joined(query, gallery, metric, settings), found)
     half = torch.from_numpy(query).bfloat16(), torch.from_numpy(gallery).bfloat16()
     expected = dense(*(x.double().numpy() for x in half), metric, *settings)
     np.testing.assert_allclose(joined(*half, metric, settings), expected, rtol=0, atol=1e-6)
