@@ -12,6 +12,7 @@ from dan_fast.evaluation import (
     pairwise_distances,
     rank_distances,
 )
+from dan_fast.evaluation.problem import check_features, check_shapes
 
 FEATURES = torch.eye(3)
 ARGUMENTS = {
@@ -93,6 +94,20 @@ def test_distances_are_of_arrays_too_and_of_a_metric_that_there_is():
     ):
         with pytest.raises(ValueError, match=sentence):
             pairwise_distances(**{"query": FEATURES, "gallery": FEATURES, **change})
+
+
+def test_features_of_one_dtype_are_taken_as_they_are():
+    given = FEATURES.numpy(), FEATURES.bfloat16().float().numpy()
+    for array, tensor in zip(given, check_shapes(*given), strict=True):
+        assert tensor.dtype == torch.float32 and tensor.data_ptr() == array.ctypes.data
+    assert [x.dtype for x in check_shapes([[1, 2]], np.ones((1, 2), np.int8))] == [torch.float64] * 2
+    assert [x.dtype for x in check_shapes(FEATURES.half(), FEATURES.bfloat16())] == [torch.float32] * 2
+
+
+def test_only_the_part_of_a_gallery_may_be_empty():
+    assert check_shapes(FEATURES, FEATURES[:0], may_be_part=True)[1].shape == (0, 3)
+    with pytest.raises(ValueError, match=r"gallery_features has shape \(0, 3\)"):
+        check_features(FEATURES, FEATURES[:0])
 
 
 @pytest.mark.parametrize(

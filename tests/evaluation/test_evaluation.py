@@ -17,7 +17,7 @@ from dan_fast.data.samples import FixedSplit, FixedSplits, ReIDDataset, Sample
 from dan_fast.evaluation.dataset_features import extract_dataset, random_split
 from dan_fast.evaluation.features import extract_features
 from dan_fast.evaluation.ranking import evaluate_ranking
-from dan_fast.evaluation.reranking import Reranking
+from dan_fast.evaluation.reranking import Reranking, evaluate_reranked
 from dan_fast.evaluation.result import COLUMNS, Evaluation
 from dan_fast.evaluation.scorable import require_scorable
 from dan_fast.evaluation.scoring import evaluate_dataset, evaluate_features
@@ -202,6 +202,28 @@ def test_fixed_split_is_scored_once(fixed):
     assert result.protocol == "fixed query and gallery"
 
 
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_figures_are_those_of_what_was_asked_for(fixed, metric):
+    features = extract_dataset(colours, fixed, SIZE)
+    query, gallery = features.query, features.gallery
+    given = query.features, gallery.features, query.pids, gallery.pids, query.camids, gallery.camids
+    settings, reranking = {"metric": metric, "max_rank": 7, "ap": "trapezoid"}, Reranking(3, 2, 0.1)
+    figures = [
+        (evaluate_features(features, **settings), evaluate_ranking(*given, **settings)),
+        (
+            evaluate_features(features, **settings, reranking=reranking),
+            evaluate_reranked(*given, **settings, reranking=reranking),
+        ),
+    ]
+    del settings["ap"]
+    single = evaluate_features(features._replace(single_shot=True), seed=3, **settings)
+    figures.append((single, evaluate_single_shot(*given, seed=3, **settings)))
+    for found, expected in figures:
+        assert found.cmc == tuple(expected.cmc.tolist())
+        assert (found.mAP, found.mINP, found.num_valid) == expected[1:]
+    assert len({found.mAP for found, _ in figures}) == 3
+
+
 def test_queries_without_a_match_are_said(fixed):
     person = fixed.query[0].pid
     alone = [each for each in fixed.query if each.pid == person]
@@ -218,6 +240,7 @@ def test_queries_without_a_match_are_counted_in_each_split(people, order):
     splits = [FixedSplit((), (first,), tuple(found)), FixedSplit((), (first, stranger), tuple(found))]
     named = FixedSplits("two", "0123456789", tuple(splits[each] for each in order))
     result = evaluate_dataset(colours, tiny(test=(first, stranger, *found), splits=named), SIZE)
+    assert result.mAP_std is not None and len(result.cmc_std) == len(result.cmc), "two splits have a deviation"
     assert result.unmatched == 1 and "; 1 queries without a match left out in all splits together" in result.conditions
 
 
