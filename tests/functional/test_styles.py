@@ -224,6 +224,8 @@ def test_more_lenders_than_a_batch_has_images_to_spare():
     for lenders in (3, 4):
         with pytest.raises(ValueError, match=f"lenders is {lenders} of a batch of 3 images"), mixing.within(lenders):
             early(torch.rand(3, 3, 5, 5))
+    with mixing.within(lenders=2):
+        assert early(torch.rand(3, 3, 5, 5)).shape[0] == 1
     assert early(torch.rand(3, 3, 5, 5)).shape[0] == 3  # nothing is mixed any more
 
 
@@ -239,6 +241,20 @@ def test_stages_may_be_given_once_and_are_modules_that_give_maps():
     mixing = StyleMixing([pairs := nn.LSTM(4, 5)])
     with mixing.within(), pytest.raises(TypeError, match="but a LSTM gave a tuple: name a module inside of it"):
         pairs(torch.rand(2, 3, 4))
+
+
+def test_half_of_the_images_keep_their_style_and_the_others_a_share_of_beta(monkeypatch: pytest.MonkeyPatch):
+    shares: list[Tensor] = []
+    monkeypatch.setattr("dan_fast.nn.styles.mix_styles", lambda maps, partners, share: shares.append(share) or maps)
+    mixing = StyleMixing([early := nn.Identity()])
+    torch.manual_seed(0)
+    with mixing.within(lenders=1000):
+        early(torch.zeros(5000, 1, 1, 2))
+    (share,) = shares
+    assert (share[4000:] == 1).all(), "lenders stay as they are"
+    # Of s from Beta(0.1, 0.1) the mean is 1/2, and that of s (1 - s) is 1/24.
+    assert share[:4000].mean() == pytest.approx(0.75, abs=0.03)
+    assert (share - share.square())[:4000].mean() == pytest.approx(1 / 48, abs=0.004)
 
 
 def test_a_block_inside_of_another_one_ends_with_it():

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from dan_fast import MemoryState, _extension, functional
+from dan_fast.functional.memory import passes
 from dan_fast.functional.memory.passes import memory_combine, memory_scores
 from dan_fast.functional.memory.row_norms import row_sq_norms
 from tests.support.memory_arguments import BATCH, F64, TENSORS, arguments, get, module, put, tensors
@@ -32,6 +33,26 @@ def test_layout_does_not_matter(impl, name):
         step = impl.memory_step(**put(given, name, view))
         agree(tensors(step), tensors(plain), 1e-13)
         assert torch.equal(view, get(given, name))
+
+
+@pytest.mark.parametrize("slots", [1, 3, 7, 9])
+def test_a_half_precision_memory_is_widened_in_pieces(slots, monkeypatch):
+    generator = torch.Generator().manual_seed(slots)
+    base = torch.randn(slots, 5, generator=generator).bfloat16()
+    keys = torch.randn(4, 5, generator=generator, requires_grad=True)
+    held, tangent = torch.randn(4, slots, generator=generator), torch.randn(4, 5, generator=generator)
+    kept = (torch.arange(slots) % 2).float()
+    monkeypatch.setattr(passes, "_ROWS", 3)
+    with _extension.disabled():
+        scores, norms = memory_scores(keys, base)
+        (grad,) = torch.autograd.grad(scores, keys, held)
+        features, _ = passes.memory_commit(base, kept, held, keys.detach())
+        _, along = torch.func.jvp(lambda k: memory_scores(k, base)[0], (keys.detach(),), (tangent,))
+    torch.testing.assert_close(scores, keys @ base.float().T)
+    torch.testing.assert_close(norms, base.float().square().sum(1))
+    torch.testing.assert_close(grad, held @ base.float())
+    torch.testing.assert_close(along, tangent @ base.float().T)
+    assert torch.equal(features, torch.addmm(kept[:, None] * base.float(), held.mT, keys.detach()).bfloat16())
 
 
 def test_expanded_tensors(impl):
