@@ -3,6 +3,7 @@
 import copy
 import io
 import os
+import re
 import signal
 from contextlib import nullcontext
 from unittest.mock import Mock
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dan_fast import MemoryState, _extension, functional, reference
 from dan_fast.core.types import MemoryStep
 from dan_fast.functional.memory import passes, pending, step
+from dan_fast.functional.memory.scan_types import sentence_of
 from dan_fast.nn import ProgressiveAugmentedMemory
 from dan_fast.nn import memory as memories
 from dan_fast.training.determinism import deterministic_algorithms
@@ -384,6 +386,7 @@ def test_a_module_without_storage_takes_a_state_dict_as_it_is():
 def test_a_parted_state_is_copied_or_refused():
     memory, taken, other = stepped(2), make(), make()
     whole, features = memory.parted_state_dict()
+    assert not any(value.requires_grad for value in (*whole.values(), *features.values()))
     kept = {name: value.clone() for name, value in features.items()}
     for each in (taken, other):
         each.load_parted_state_dict(whole, lambda name, rows: kept[name][rows])
@@ -403,6 +406,28 @@ def test_a_parted_state_is_copied_or_refused():
         with pytest.raises(ValueError, match=match):
             other.load_parted_state_dict(given, read)
     assert all(map(torch.equal, other.state_dict().values(), states.values()))
+
+
+def test_faults_told_later_add_up_until_they_are_asked_for(monkeypatch):
+    """As on a GPU, whose flags nothing waits for."""
+
+    class Flag(int):
+        device = torch.device("cuda")
+
+    flags, pending_step = iter(map(Flag, (1, 0, 4))), memories.pending_memory_step
+
+    def stepped_with_a_flag(*arguments):
+        result, *after = pending_step(*arguments)
+        return result._replace(fault=next(flags)), *after
+
+    monkeypatch.setattr(memories, "pending_memory_step", stepped_with_a_flag)
+    memory = make()
+    memory.check_faults()
+    for batch in batches(3):
+        memory(*batch)
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence_of(5))}$"):
+        memory.check_faults()
+    memory.check_faults()
 
 
 def test_states_are_assignable_and_checked():

@@ -67,6 +67,13 @@ def test_a_deep_copy_has_memories_of_its_own():
     assert_memories_equal(saved_and_read(copy.deepcopy(twin)), twin)
 
 
+def test_what_a_copy_holds_of_itself_is_the_copy():
+    memory = make()
+    memory.settled_at_the_end = memory.settle
+    twin = copy.deepcopy(memory)
+    assert twin.settled_at_the_end.__self__ is twin
+
+
 def test_a_copy_read_from_a_file_goes_on():
     memory = make()
     first, second = batches(2)
