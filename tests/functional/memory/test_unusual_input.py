@@ -1,10 +1,12 @@
 """Unusual arguments that are right work like any other: layouts, gradients of the memory, huge ones."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 
-from dan_fast import MemoryState, _extension, functional
+from dan_fast import MemoryState, _extension, functional, reference
 from dan_fast.functional.memory import passes
 from dan_fast.functional.memory.passes import memory_combine, memory_scores
 from dan_fast.functional.memory.row_norms import row_sq_norms
@@ -53,6 +55,21 @@ def test_a_half_precision_memory_is_widened_in_pieces(slots, monkeypatch):
     torch.testing.assert_close(grad, held @ base.float())
     torch.testing.assert_close(along, tangent @ base.float().T)
     assert torch.equal(features, torch.addmm(kept[:, None] * base.float(), held.mT, keys.detach()).bfloat16())
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_keys_of_one_number_that_is_zero_have_gradients(kernels):
+    """n2 is m^2 there, which `scan_torch` divides by the length of the key."""
+    found = []
+    for each in (functional, reference):
+        keys, others = (torch.tensor(x, dtype=F64)[:, None].requires_grad_() for x in ([0, 1.5, 0], [0, -0.7, 0.4]))
+        alpha, empty = torch.tensor(0.3, dtype=F64, requires_grad=True), MemoryState.empty(4, 1, F64)
+        samples = keys, torch.tensor([0, 1, 1]), others, torch.arange(3)
+        with nullcontext() if kernels else _extension.disabled():
+            loss = each.memory_step(empty, empty, *samples, alpha, 0.1, 0.5).loss
+            found.append(torch.autograd.grad(loss, (keys, others, alpha)))
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_expanded_tensors(impl):
