@@ -1,4 +1,4 @@
-"""Each rule of the memory step on cases computed by hand, for both implementations."""
+"""Each rule of the memory step on cases computed by hand, for both implementations and the PyTorch form of one."""
 
 import contextlib
 import math
@@ -9,6 +9,13 @@ import torch
 from dan_fast import MemoryState, _extension, functional, reference
 
 E = math.e
+
+
+@pytest.fixture(params=["reference", "functional", "form"])
+def impl(request):
+    """Both implementations, the fast one by its kernels and, as without them and in a transform, by its form."""
+    with _extension.disabled() if request.param == "form" else contextlib.nullcontext():
+        yield reference if request.param == "reference" else functional
 
 
 def f64(values):
