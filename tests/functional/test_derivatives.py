@@ -4,8 +4,10 @@ from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from dan_fast import MemoryState, NLCBAMWeights, functional, reference
+from dan_fast.functional.derivatives import carry_tangents
 from tests.support.attention_problems import assert_agree, two_derivatives
 
 
@@ -52,3 +54,11 @@ CASES = (same_keys_and_slots, slots_of_keys, classifier_of_the_map, attention_of
 def test_each_argument_has_its_own_share_only(case):
     found, expected = (two_derivatives(partial(case, form), [draw(4, 6, seed=7)]) for form in (functional, reference))
     assert_agree(found, expected, 1e-9)
+
+
+def test_one_tangent_among_constants_is_seen():
+    constant = torch.ones(2)
+    assert not carry_tangents((constant, None))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.ones(2), torch.ones(2))
+        assert carry_tangents((constant, None, dual)) and not carry_tangents((constant, None))
