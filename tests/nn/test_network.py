@@ -319,3 +319,9 @@ def test_failed_download_says_what_to_do(monkeypatch, error):
 def test_imagenet_weights_are_loaded(monkeypatch, resnet18):
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", lambda url, **_: resnet18.state_dict())
     assert torch.equal(build_backbone("resnet18", "imagenet").conv1.weight, resnet18.conv1.weight)
+
+
+@pytest.mark.parametrize("image_size", [(64,), (0, 32), (64, 32, 3)])
+def test_an_image_size_is_a_height_and_a_width(image_size):
+    with pytest.raises(ValueError, match=r"image_size must be \(height, width\) in pixels"):
+        DAN(5, "resnet18", image_size)
