@@ -148,6 +148,15 @@ def test_extraction_errors(people):
         extract_features(colours, people[:2], SIZE, precision="half")
 
 
+def test_a_layer_that_drops_something_is_not_in_training_mode(people):
+    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Dropout(0.5))
+    with pytest.raises(ValueError, match="embed is of a Sequential .* training mode"):
+        extract_features(network, people[:2], SIZE)
+    network.eval()[2].train()
+    with pytest.raises(ValueError, match="whose 2 is in training mode"):
+        extract_features(network, people[:2], SIZE)
+
+
 def test_random_split_draws_one_image_of_each_pair():
     rng = np.random.default_rng(1)
     # Three images at least of everyone in every camera, in no order.
