@@ -38,11 +38,10 @@ def _settles_each_step(device: torch.device) -> bool:
 class ProgressiveAugmentedMemory(nn.Module):
     """M and M' of Sec. III-C with their learnable gates; every forward advances both, in eval mode too.
 
-    New features are not written into the memories at once: they wait beside them until the pass that scores the next
-    batch folds them in (later, where a graph or an earlier step still needs the memory as it was, but at most 128 of
-    them), or until `labeled`, `unlabeled`, `state_dict` or a step's states are read. Results do not depend on it
-    beyond rounding; what can be had without reading the features (`reliable_samples`, `occupied_slots`) is
-    cheap. The tensors read are a snapshot: assign a new state instead of changing them in place.
+    New features wait beside the memories until the pass that scores the next batch folds them in (later, 128 at most,
+    where a graph or an earlier step needs the memory as it was), or `labeled`, `unlabeled`, `state_dict` or a step's
+    states are read. Results depend on it by rounding alone; `reliable_samples` and `occupied_slots` read no features.
+    The tensors read are a snapshot: assign a new state instead of changing them in place.
 
     The memories are in the state dict (`labeled.features`, ... `unlabeled.sample_ids`) and follow `.to()`; a
     `copy.deepcopy` has memories of its own. They are no buffers, and what knows parameters and buffers alone does not
@@ -220,8 +219,6 @@ class ProgressiveAugmentedMemory(nn.Module):
         self, keys: Tensor, labels: Tensor, temperature: float, sizes: Sequence[int] | None = None
     ) -> Tensor:
         """`functional.discriminative_loss` of labelled keys by M as it is, which is not written to.
-
-        A compiled function that holds it is one graph (`fullgraph=True`) where `settle` was called before it.
 
         Args:
             keys: (B, d); labels: (B,) int64; this rank's own rows with a `process_group`, where this is collective.
