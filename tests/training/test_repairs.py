@@ -84,11 +84,12 @@ def test_a_batch_may_have_no_image_that_lends_its_style(images, tmp_path):
 def test_the_feature_that_is_tested():
     images = torch.rand(2, 3, 8, 8)
     network = tiny_network(feature="pooled").eval()
-    pooled = network(images).pooled
-    torch.testing.assert_close(network.embed(images), pooled)
-    assert not torch.equal(pooled, network(images).attended)
-    network.feature = "pooled_root"
-    root = network.embed(images)
+    torch.testing.assert_close(network.embed(images), network(images).pooled)
+    assert not torch.equal(network.embed(images), network(images).attended)
+    signed = network.maps(images)
+    signed = signed - signed.mean()
+    network.feature, network.maps = "pooled_root", lambda *_: signed
+    pooled, root = network(images).pooled, network.embed(images)
     assert (pooled < 0).any() and torch.equal(root.sign(), pooled.sign())
     torch.testing.assert_close(root.square(), pooled.abs())
     for setting in ("feature", "adversary_reach"):
