@@ -37,11 +37,15 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.fixture(autouse=True)
-def heap_is_left(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command that runs in this process would keep its heap for all tests that follow, which measure memory."""
-    if request.path.name != "test_heap.py":
-        monkeypatch.setattr("dan_fast.core.heap.keep_heap", lambda: False)
+@pytest.fixture(scope="session", autouse=True)
+def heap_is_left() -> Iterator[None]:
+    """A command that runs in this process would keep its heap for all tests that follow, which measure memory.
+
+    Fixtures of modules run commands too.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dan_fast.core.heap.keep_heap", lambda: False)
+        yield
 
 
 @pytest.fixture

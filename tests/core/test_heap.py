@@ -11,6 +11,7 @@ import torch
 from dan_fast import cli
 from dan_fast.bench.process import in_own_process
 from dan_fast.core import heap
+from dan_fast.core.heap import keep_heap
 from tests.support import ROOT
 
 # Blocks as large as activations are, freed and allocated again.
@@ -63,7 +64,7 @@ def test_what_the_user_set_is_left(environment: dict[str, str], reason: str, mon
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: pytest.fail("the heap was changed"))
-    assert heap.why_heap_is_left() == reason and not heap.keep_heap()
+    assert heap.why_heap_is_left() == reason and not keep_heap()
 
 
 def test_another_allocator_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
