@@ -89,7 +89,9 @@ def test_plain_has_no_part_of_dan():
     same = ("data.image_size", "data.batch_size", "model.backbone", "model.dropout")
     assert [found[name] for name in same] == [defaults[name] for name in same]
     # What is no part of DAN is in both.
-    assert plain.model.instance_norm == TrainConfig.of_recipe("dan").model.instance_norm == "auto"
+    dan = TrainConfig.of_recipe("dan")
+    assert plain.model.instance_norm == dan.model.instance_norm == "auto"
+    assert plain.model.feature == dan.model.feature == "pooled_root"
 
 
 def test_python_gets_a_recipe_only_where_it_asks():
