@@ -77,7 +77,14 @@ def joined(query, gallery, metric="cosine", settings=PAPER, block_bytes=BLOCK_BY
     return np.concatenate([block.near(slice(None)).cpu().numpy() for block in blocks])
 
 
-SETTINGS = [Reranking(), Reranking(7, 3, 0.1), Reranking(5, 1, 0.0), Reranking(2, 5, 0.8), Reranking(9, 2, 1.0)]
+SETTINGS = [
+    Reranking(),
+    Reranking(7, 3, 0.1),
+    Reranking(5, 1, 0.0),
+    Reranking(2, 5, 0.8),
+    Reranking(9, 2, 1.0),
+    Reranking(9, 2, 0.1),
+]
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
