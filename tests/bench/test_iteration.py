@@ -1,9 +1,13 @@
 """The benchmark of a training iteration: it runs the trainer's own meta step, and gives no ratio without agreement."""
 
 import runpy
+from collections.abc import Iterator
+from unittest.mock import patch
 
 import pytest
 import torch
+from torchvision.models._api import BUILTIN_MODELS
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from dan_fast.bench import timing
 from dan_fast.bench.iteration import benchmark as iteration
@@ -31,6 +35,13 @@ from tests.support import in_checkout
 pytestmark = pytest.mark.slow
 
 TINY = IterationSize("resnet18", 128, 64, images=8, labeled_slots=24, unlabeled_slots=12, classes=6)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def resnet18_has_half_of_its_blocks() -> Iterator[None]:
+    """Each of its many passes takes half as long."""
+    with patch.dict(BUILTIN_MODELS, resnet18=lambda weights: ResNet(BasicBlock, [1, 1, 1, 1])):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +167,7 @@ HEAD, STEP, TINY_KEYS = NLCBAM.head, ProgressiveAugmentedMemory.forward, 509
         (negated_memory, UPDATED, "memory"),
         (negated_memory, UPDATED, "backbone"),
         (negated_memory, FROZEN, "memory"),
-        (leaky_memory, UPDATED, "memory"),
+        (leaky_memory, UPDATED, "backbone"),
     ],
 )
 def test_an_operator_that_is_a_little_wrong_is_seen(still, monkeypatch, wrong, backbone, group):
