@@ -49,6 +49,9 @@ TORCH_TARGET_VERSION = "0x020b000000000000"
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {"baseline": [], "avx2": AVX2, "avx512": AVX512}
+# To optimise takes most of the time that an installation compiles. Bindings check and hand over. The smallest of several
+# sets is for machines of before 2013.
+BINDING = "-O1"
 # Contraction would give a fused multiply-add to some sets only, and the scan its bits by the CPU.
 ISA_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 
@@ -93,7 +96,6 @@ def ninja_file(
 
     # Contraction would give sums of squares other bits where a compiler fuses by default.
     cxx_flags = [
-        "-O3",
         "-ffp-contract=off",
         "-fPIC",
         "-std=c++17",
@@ -121,7 +123,7 @@ def ninja_file(
     lines = [
         "ninja_required_version = 1.3",
         "rule cxx",
-        f"  command = {quoted([*compiler, *cxx_flags, *torch_flags])} -MD -MF $out.d -c $in -o $out",
+        f"  command = {quoted([*compiler, BINDING, *cxx_flags, *torch_flags])} -MD -MF $out.d -c $in -o $out",
         "  deps = gcc",
         "  depfile = $out.d",
         "rule link",
@@ -133,12 +135,13 @@ def ninja_file(
         module_flags = ["-isystem", str(torch.folder / "include"), "-isystem", str(python), "-pthread"]
         lines += [
             "rule module",
-            f"  command = {quoted([*compiler, *cxx_flags, *module_flags])} -MD -MF $out.d -c $in -o $out",
+            f"  command = {quoted([*compiler, BINDING, *cxx_flags, *module_flags])} -MD -MF $out.d -c $in -o $out",
             "  deps = gcc",
             "  depfile = $out.d",
         ]
     for name, flags in sets.items():
-        command = [*compiler, *cxx_flags, *ISA_FLAGS, *flags, f"-DDAN_FAST_ISA={name}"]
+        level = "-O3" if flags or len(sets) == 1 else "-O2"
+        command = [*compiler, level, *cxx_flags, *ISA_FLAGS, *flags, f"-DDAN_FAST_ISA={name}"]
         lines += [
             f"rule {name}",
             f"  command = {quoted(command)} -MD -MF $out.d -c $in -o $out",
@@ -153,7 +156,8 @@ def ninja_file(
             "  depfile = $out.d",
         ]
     built: dict[Path, list[str]] = {}
-    for source in sources(with_cuda=nvcc is not None):
+    # Ninja takes them in this order: what takes long and is waited for by no other must not come last.
+    for source in sorted(sources(with_cuda=nvcc is not None), key=lambda each: each.parent.name != "python_bindings"):
         if of_module(source) and not python:
             continue
         stem = source.relative_to(ROOT).as_posix().replace("/", "_")

@@ -470,6 +470,12 @@ def test_nvcc_is_told_the_program_among_the_words_of_the_compiler(build: ModuleT
     assert f"command = {compiler} -O3" in rules
 
 
+def test_what_kernels_run_in_is_optimised_most(build: ModuleType):
+    for sets, levels in (({"baseline": []}, ["-O3"]), (build.INSTRUCTION_SETS, ["-O2", "-O3", "-O3"])):
+        rules = build.ninja_file(build.find_torch(), ["c++"], None, [], sets, None)
+        assert re.findall(r"command = c\+\+ (-O.) .*-DDAN_FAST_ISA=", rules) == levels
+
+
 def test_a_wheel_holds_no_module_that_is_gone(build: ModuleType, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     package, built = tmp_path / "dan_fast", tmp_path / "build/lib/dan_fast"
