@@ -110,6 +110,7 @@ def write_features(out: Path, extractor: FeatureExtractor, parts: Sequence[Part]
     try:
         with alone(folder / ".lock"):
             remove_unfinished(out.parent, re.escape(out.name))
+            remove_unfinished(folder)
             chunks = _chunks(folder, extractor, parts, progress)
             columns = {
                 "paths": np.array([str(sample.path) for sample in samples]),

@@ -247,6 +247,7 @@ def test_a_name_that_parquet_cannot_hold_is_refused_before_images_are_read(run, 
 def test_a_parquet_file_holds_the_same(run, folder, street, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     found, out = run(folder, street), tmp_path / "features.parquet"
+    out.touch()  # as mktemp makes it
     run(folder, street, "--out", out)
     table = parquet.read_table(out)
     assert table.column_names == list(found)
@@ -318,6 +319,7 @@ def test_a_part_that_is_cut_short_is_made_anew_and_what_lies_beside_stays(run, f
     (part,) = Path(f"{out}.part").iterdir()
     part.write_bytes(part.read_bytes()[:50])
     (part.parent / "notes.txt").write_text("of somebody else")
+    (part.parent / f".{part.name}.0a.part").touch()  # of a process that was killed while it wrote
     embedded.clear()
     again = run(folder, out=out)
     assert sum(embedded) == IMAGES
