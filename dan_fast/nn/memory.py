@@ -315,8 +315,9 @@ class ProgressiveAugmentedMemory(nn.Module):
         memo[id(self.process_group)] = self.process_group  # belongs to the ranks, not to a memory
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))
         copied._writes = Writes()
-        gates, left_behind = versions_of(copied.parameters()), is_left_behind(self._origin)
-        copied._origin = Origin(self._writes, self._writes.count, gates, left_behind)
+        copied._origin = Origin(self._writes, self._writes.count, versions_of(copied.parameters()))
+        if is_left_behind(self._origin):
+            copied._origin.left_behind, copied._origin.stale = True, self._origin.stale
         return copied
 
     def __getstate__(self) -> dict[str, Any]:

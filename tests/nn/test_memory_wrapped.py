@@ -150,6 +150,8 @@ def test_an_average_of_the_gates_is_refused_until_it_has_memories():
     for other in (copy.deepcopy(averaged), saved_and_read(averaged)):
         with pytest.raises(RuntimeError, match="as AveragedModel does"):
             other(*batch)
+        other.module.unlabeled = memory.unlabeled
+        other(*batch)
     averaged.module.unlabeled = memory.unlabeled
     assert_memories_equal(averaged.module, memory)
     averaged(*batch)
@@ -169,7 +171,10 @@ def test_an_average_that_was_given_memories_falls_behind_again(given: str):
         source = memory if given == "states" else copied
         copied.labeled, copied.unlabeled = source.labeled, source.unlabeled
     (batch,) = batches(1, seed=9)
-    copied.labeled_loss(*batch[:2], temperature=0.05)
+    for _ in range(2):
+        copied.labeled_loss(*batch[:2], temperature=0.05)
+        with torch.no_grad():
+            copied.alpha.add_(0.1)  # no other has gone on since
     train(memory, lambda: averaged.update_parameters(memory))
     with pytest.raises(RuntimeError, match="as AveragedModel does"):
         copied.labeled_loss(*batch[:2], temperature=0.05)
