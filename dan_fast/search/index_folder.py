@@ -64,8 +64,8 @@ class IndexFolder:
         if index is None:
             index = {name: [] for name in (*COLUMNS, "gallery")}
             index |= {"schema": _SCHEMA, "weights": self.weights, "size": self.size, "kinds": {}}
-        # Copies of what an update changes: one that is stopped leaves index.json as it was.
-        self.stored = index | {name: list(index[name]) for name in COLUMNS} | {"kinds": dict(index["kinds"])}
+        # A copy of what an update changes in place: one that is stopped leaves index.json as it was.
+        self.stored = index | {"kinds": dict(index["kinds"])}
         self.finished = len(index["paths"])
         # Builds that did not count the finished rows wrote all. Without index.json nobody knows of which images these
         # are.

@@ -73,7 +73,6 @@ class Searcher:
         rows = nearest_in_float32(self.features, queries, rows, places + _MARGIN)
         distances, rows = order_exactly(self.features, queries, rows, self.order)
         if len(lacking):
-            distances[lacking], rows[lacking] = np.inf, -1
             exact = search_exactly(self.features, queries[lacking], min(places, alive), self.order)
             for values, others in zip((distances, rows), exact, strict=True):
                 values[lacking, : others.shape[1]] = others

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dan_fast.core.float32 import exact_float32
-from dan_fast.functional.autocast import full_precision
 from dan_fast.functional.derivatives import carry_tangents
 from dan_fast.functional.memory.row_norms import row_sq_norms
 from dan_fast.functional.products import product
@@ -72,7 +71,8 @@ def _commit_into(target: Tensor, base: Tensor, kept: Tensor, weights: Tensor, pe
     # written could be neither left nor written again.
     pending_keys, cleared = pending_keys.to(kept.dtype), kept[:, None] == 0
     wide = kept.new_empty(min(_ROWS, base.shape[0]), base.shape[1])
-    with full_precision(base.device), exact_float32(base.device.type):
+    # Autocast leaves operators in place alone.
+    with exact_float32(base.device.type):
         for at in range(0, base.shape[0], _ROWS):
             rows = slice(at, at + _ROWS)
             piece = wide[: base.shape[0] - at].copy_(base[rows]).masked_fill_(cleared[rows], 0.0)
