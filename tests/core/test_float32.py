@@ -190,4 +190,8 @@ def test_no_product_of_a_transform_is_rounded() -> None:
         gradient(keys)
         assert len(made.settings) >= 2
         torch.func.jvp(gradient, (keys,), (along,))
+        # Of the slots too, which are a constant in a step.
+        both = keys.requires_grad_(), slots.requires_grad_()
+        first = torch.autograd.grad(functional.cosine_softmax(*both)[0, 0], both, create_graph=True)
+        torch.autograd.grad(first[0].square().sum(), both)
     assert len(made.settings) >= 6 and set(made.settings) == {"ieee"}

@@ -75,9 +75,11 @@ def test_keys_are_taken_to_the_dtype_of_the_slots_and_not_rounded(name: str):
     assert low.dtype == torch.bfloat16 and torch.equal(of_low, OF_KEYS[name](low.float())[0])
 
 
-def test_slots_that_are_none_are_named_within():
+def test_slots_and_keys_that_are_none_are_named_within():
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="slots must be a tensor"):
         functional.discriminative_loss(SLOTS[:8].bfloat16(), LABELS[:8], None, LABELS, 0.05)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="keys must have a floating dtype"):
+        functional.cosine_softmax(SLOTS[:8].long(), SLOTS)
 
 
 @needs_extension

@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jvp
 
 from dan_fast.functional import cosine_softmax, discriminative_loss
+from dan_fast.functional.memory.softmax import SlotSoftmax
 from dan_fast.functional.products import product
 
 DTYPES = [torch.float32, torch.float64]
@@ -42,13 +43,22 @@ def test_the_tangent_of_half_precision_slots_goes_through(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_tangent_of_a_gradient_goes_through_a_backward_pass(dtype: torch.dtype):
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: cosine_softmax(x, slots(x.dtype)),
+        lambda x: SlotSoftmax.run(x, x.new_full((5,), 9.0), x.new_full((7,), 9.0), None),
+    ],
+    ids=["cosine_softmax", "slot_softmax"],
+)
+def test_the_tangent_of_a_gradient_goes_through_a_backward_pass(function: Callable[..., Tensor], dtype: torch.dtype):
     """Of a graph that was made before there were tangents."""
-    keys, along = draw(7, 5, dtype=dtype).requires_grad_(), draw(7, 6, dtype=dtype, seed=4)
-    result = cosine_softmax(keys, slots(dtype))
-    (expected,) = torch.autograd.grad(result, keys, along, retain_graph=True)
+    given = draw(7, 5, dtype=dtype).requires_grad_()
+    result = function(given)
+    along = draw(*result.shape, dtype=dtype, seed=4)
+    (expected,) = torch.autograd.grad(result, given, along, retain_graph=True)
     with forward_ad.dual_level():
-        (found,) = torch.autograd.grad(result, keys, forward_ad.make_dual(torch.ones_like(along), along))
+        (found,) = torch.autograd.grad(result, given, forward_ad.make_dual(torch.ones_like(along), along))
         primal, tangent = forward_ad.unpack_dual(found)
     assert not primal.requires_grad and not tangent.requires_grad
     torch.testing.assert_close(tangent, expected)

@@ -1,6 +1,7 @@
 """What the attention operators take: dtypes, autocast, compilation, and the errors for what does not fit."""
 
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -67,22 +68,25 @@ def test_half_statistics_are_taken_in_float32(dtype):
     assert head.pooled.tolist() == [[1, 1]]
 
 
-def test_autocast_computes_in_float32():
+@pytest.mark.parametrize("path", ["kernels", "torch"])
+def test_autocast_computes_in_float32(path: str):
     features, weights, cam_weight, labels = problem(dtype=torch.float32)
     low = features.bfloat16()
-    expected = functional.attention_head(low.float(), weights, cam_weight, labels)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = functional.attention_head(low, weights, cam_weight, labels)
-        output = functional.nl_cbam(features=low, weights=weights)
-        adversary = functional.attention_adversary(low, output.refined, cam_weight, labels)
+    with _extension.disabled() if path == "torch" else nullcontext():
+        expected = functional.attention_head(low.float(), weights, cam_weight, labels)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = functional.attention_head(low, weights, cam_weight, labels)
+            output = functional.nl_cbam(features=low, weights=weights)
+            adversary = functional.attention_adversary(low, output.refined, cam_weight, labels)
     assert all(map(torch.equal, got, expected))
     assert_agree([adversary.loss], [expected.adversary_loss], 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", OPERATORS)
-def test_autocast_takes_half_precision_to_float32(name):
-    arguments = flat_arguments(name, *problem(dtype=torch.bfloat16))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_autocast_takes_half_precision_to_float32(name, dtype):
+    arguments = flat_arguments(name, *problem(dtype=dtype))
+    with torch.autocast("cpu", dtype=dtype):
         assert all(x.dtype == torch.float32 for x in call(functional, name, *arguments))
 
 

@@ -1,6 +1,7 @@
 """`cosine_softmax`, with the sets made of it: values, derivatives, which path serves, bits, the compiler."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -42,6 +43,19 @@ def test_weights_and_two_derivatives_agree_with_the_reference(slots: int, batch:
     agree(actual, expected, 1e-10)
     if slots > 1 and dim > 3 and fill != 0.0:
         assert all(x.abs().sum() > 0 for x in expected)
+
+
+@pytest.mark.parametrize("path", ["kernels", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_slots_have_a_gradient_beside_keys_that_have_none(dtype: torch.dtype, path: str):
+    generator = torch.Generator().manual_seed(0)
+    keys, slots = (torch.randn(rows, 5, generator=generator).to(dtype) for rows in (4, 6))
+    found = []
+    with _extension.disabled() if path == "torch" else nullcontext():
+        for function, kind in ((functional.cosine_softmax, dtype), (reference.cosine_softmax, F64)):
+            own = slots.to(kind).requires_grad_()
+            found += torch.autograd.grad(function(keys.to(kind), own)[:, 0].sum(), own)
+    torch.testing.assert_close(found[0].double(), found[1], rtol=0.02, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -48,13 +48,14 @@ def test_a_half_precision_memory_is_widened_in_pieces(slots, monkeypatch):
     with _extension.disabled():
         scores, norms = memory_scores(keys, base)
         (grad,) = torch.autograd.grad(scores, keys, held)
-        features, _ = passes.memory_commit(base, kept, held, keys.detach())
+        features, written = passes.memory_commit(base, kept, held, keys.detach())
         _, along = torch.func.jvp(lambda k: memory_scores(k, base)[0], (keys.detach(),), (tangent,))
     torch.testing.assert_close(scores, keys @ base.float().T)
     torch.testing.assert_close(norms, base.float().square().sum(1))
     torch.testing.assert_close(grad, held @ base.float())
     torch.testing.assert_close(along, tangent @ base.float().T)
     assert torch.equal(features, torch.addmm(kept[:, None] * base.float(), held.mT, keys.detach()).bfloat16())
+    torch.testing.assert_close(written, features.float().square().sum(1))
 
 
 @pytest.mark.parametrize("kernels", [True, False])
