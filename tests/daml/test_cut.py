@@ -60,6 +60,7 @@ def trunk_of(kind: type[nn.Sequential], channels: int, blocks: int, dtype: torch
     return kind(*(nn.Sequential(*each) for each in layers)).to(dtype)
 
 
+@pytest.mark.filterwarnings("error:order 2 goes by double backward")
 @pytest.mark.parametrize(
     "kind, cuts, frozen, preceding",
     [

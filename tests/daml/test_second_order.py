@@ -394,13 +394,15 @@ def test_what_is_changed_without_gradients_keeps_its_tangent(change, monkeypatch
     assert_equal_both_ways(losses, monkeypatch)
 
 
-def test_a_gradient_inside_of_a_loss_is_a_constant(monkeypatch):
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_gradient_inside_of_a_loss_is_a_constant(monkeypatch, create_graph: bool):
     """Unless it is taken with create_graph; loss balancing by the norms of gradients."""
 
     def losses(params, batch):
         hidden = torch.tanh(batch @ params["w"])
         first, second = (hidden @ params["v"]).square().mean(), (hidden * params["v"][:, 0]).exp().mean()
-        one, other = (torch.autograd.grad(each, params["v"], retain_graph=True)[0] for each in (first, second))
+        kept = {"retain_graph": True, "create_graph": create_graph}
+        one, other = (torch.autograd.grad(each, params["v"], **kept)[0] for each in (first, second))
         return {"total": first + one.norm() / other.norm() * second}
 
     assert_equal_both_ways(losses, monkeypatch)
