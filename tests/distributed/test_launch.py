@@ -125,9 +125,10 @@ def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # as other programs set it
     with launch.joined(torch.device("cpu")) as group:
         assert group is None and launch.number_of_ranks() == 1
-    as_rank(monkeypatch, 1)
-    monkeypatch.setenv("WORLD_SIZE", "")
-    assert launch.number_of_ranks() == 1 and own_rank() == 0
+    for name, value in (("WORLD_SIZE", ""), ("MASTER_PORT", ""), ("LOCAL_RANK", "first")):
+        as_rank(monkeypatch, 1, rank=1)
+        monkeypatch.setenv(name, value)
+        assert launch.number_of_ranks() == 1 and own_rank() == 0
     assert launch.gathered(None, "x") == ["x"] and launch.largest(None, 3, 1) == [3, 1]
 
 

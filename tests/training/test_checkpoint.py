@@ -82,6 +82,19 @@ def test_the_remains_of_killed_ones_are_removed_by_name(tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(tmp_path, monkeypatch):
+    path, real, synced = tmp_path / "figures.json", os.fsync, []
+
+    def noted(descriptor):
+        is_folder = os.path.isdir(f"/proc/self/fd/{descriptor}")
+        synced.append((is_folder or os.fstat(descriptor).st_size, path.exists()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    write_whole(path, lambda stream: stream.write(b"[]"))
+    assert synced == [(2, False), (True, True)]
+
+
 @pytest.mark.parametrize("where", ["open", "fsync"])
 def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path, monkeypatch, where):
     real = getattr(os, where)
