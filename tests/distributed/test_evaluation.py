@@ -72,8 +72,9 @@ def on_a_rank_without_images(group: distributed.ProcessGroup, path: Path) -> Non
     whole = gallery, torch.arange(13) % 2, torch.ones(13, dtype=torch.int64)
     own = [each.split([0, 3, 10, 0])[group.rank()] for each in whole]
     ids = torch.tensor([0])
+    # The least memory at a time: one image of each rank.
     found, expected = (
-        evaluate_reranked(query, features, ids, pids, ids, cams, process_group=each)
+        evaluate_reranked(query, features, ids, pids, ids, cams, process_group=each, block_bytes=1)
         for (features, pids, cams), each in ((own, group), (whole, None))
     )
     assert torch.equal(found.cmc, expected.cmc) and found[1:] == expected[1:]
@@ -87,6 +88,8 @@ def on_a_rank_without_images(group: distributed.ProcessGroup, path: Path) -> Non
     of_gpus = distributed.new_group(backend="cuda:gloo")
     with pytest.raises(ValueError, match="no tensor on cpu, where features are: .* or name both, 'cpu:gloo,cuda:nccl'"):
         extract_features(None, [Sample(path, 1, 1)], SIZE, process_group=of_gpus)
+    with pytest.raises(ValueError, match="no tensor on cpu, where the features are: .* or move the features"):
+        divided.Division.of_part(of_gpus, own[0])
 
 
 def test_a_rank_may_have_no_image_at_all(ranks: Ranks, tmp_path: Path):

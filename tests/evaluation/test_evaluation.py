@@ -334,6 +334,7 @@ def test_datasets_that_cannot_be_scored(people):
         for refuse in (require_scorable, lambda dataset: evaluate_dataset(colours, dataset, SIZE)):
             with pytest.raises(DanFastError, match=rf"tiny (\(.+\) )?has {sentence}"):
                 refuse(dataset)
+    require_scorable(tiny(query=lone, gallery=people[::-1]))
     with pytest.raises(DanFastError, match="network's features are not finite numbers: its training has diverged"):
         evaluate_dataset(lambda images: colours(images) * np.nan, tiny(test=people), SIZE)
 
