@@ -56,8 +56,8 @@ NETWORKS = [
 def test_the_features_are_the_same_bit_for_bit(backbone: str, arguments: dict, tmp_path: Path, monkeypatch):
     first = network(backbone, **arguments).to(memory_format=torch.channels_last)
     first.preprocessing = OTHER
-    first.save_pretrained(tmp_path / "a")
     state = torch.get_rng_state()
+    first.save_pretrained(tmp_path / "a")
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("read by pickle"))
     again = DAN.from_pretrained(tmp_path / "a").to(memory_format=torch.channels_last)
     assert torch.equal(torch.get_rng_state(), state) and not any(module.training for module in again.modules())
@@ -97,9 +97,18 @@ def of_another_network(folder: Path) -> None:
     edited(weights_sha256=hashlib.sha256(weights).hexdigest())(folder)
 
 
-def renamed_argument(folder: Path) -> None:
-    arguments = json.loads((folder / "config.json").read_text())["network"]
-    edited(network={**arguments, "backbone": "resnet19"})(folder)
+def of_backbone(name: object):
+    def edit(folder: Path) -> None:
+        arguments = json.loads((folder / "config.json").read_text())["network"]
+        edited(network={**arguments, "backbone": name})(folder)
+
+    return edit
+
+
+def without_results(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["results"]
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +121,9 @@ def renamed_argument(folder: Path) -> None:
         (edited(format="bert"), "config.json is damaged or not of a network of dan_fast"),
         (edited(format="dan_fast network 2", dan_fast="9.9"), "'dan_fast network 2' of dan_fast 9.9, .*install that"),
         (edited(network={"backbone": "resnet18"}), "does not describe a network by .*num_classes.*: install"),
-        (renamed_argument, "no backbone 'resnet19'"),
+        (of_backbone("resnet19"), "no backbone 'resnet19'"),
+        (of_backbone(18), "does not describe a network by .*num_classes.*: install"),
+        (without_results, "config.json lacks results: copy the folder again"),
         (edited(preprocessing={}), "config.json does not describe a network .'mean'.: copy"),
         (edited(preprocessing=OTHER._replace(mean=(0.5,)).to_dict()), "mean .0.5. and std .* are not those of red"),
         (edited(preprocessing=OTHER._replace(mean=(124.0, 116.0, 104.0)).to_dict()), "are not those of red, green and"),
@@ -135,6 +146,8 @@ def test_what_cannot_be_read_is_one_sentence(saved: Path, tmp_path: Path, damage
 def test_a_file_is_no_folder(saved: Path):
     with pytest.raises(DanFastError, match="model.safetensors is a file: name the folder .*training.trained_network"):
         DAN.from_pretrained(saved / "model.safetensors")
+    with pytest.raises(DanFastError, match="README.md is no folder to write to .Not a directory.: choose another one"):
+        network().save_pretrained(saved / "README.md")
 
 
 def test_what_is_refused_leaves_a_folder_as_it_was(saved: Path, tmp_path: Path, monkeypatch):
@@ -312,7 +325,9 @@ def hub(tmp_path: Path, monkeypatch) -> Path:
 
 def test_what_is_pushed_is_fetched_by_its_id(hub: Path):
     first = network()
-    assert first.push_to_hub("me/net", training={"method": "mine"}, private=True).startswith("https://hub/me/net/")
+    assert first.push_to_hub("me/net", training={"method": "mine |\nyours"}, private=True).startswith(
+        "https://hub/me/net/"
+    )
     options = {"cache_dir": hub, "local_files_only": True}
     again = DAN.from_pretrained("me/net", **options)
     assert torch.equal(again.embed(images()), first.embed(images()))
@@ -320,6 +335,7 @@ def test_what_is_pushed_is_fetched_by_its_id(hub: Path):
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     card = huggingface_hub.ModelCard.load(folder / "README.md")
     assert card.data.library_name == "dan_fast" and 'from_pretrained("me/net")' in card.text
+    assert "\n- method: mine \\| yours\n" in card.text
     with pytest.raises(DanFastError, match="There is no folder me/other, and the .* give it .LocalEntryNotFoundError"):
         DAN.from_pretrained("me/other", **options)
     with pytest.raises(DanFastError, match="you/net could not be pushed .*.PermissionError: 403 Forbidden.: check"):
