@@ -1,5 +1,7 @@
 """Features of a dataset's evaluation images, and how they are parted into query and gallery."""
 
+import hashlib
+import os
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +31,7 @@ class DatasetFeatures(NamedTuple):
         splits: how `test` is split; None for random splits.
         single_shot: whether one image of each person is drawn from the gallery, many times.
         precision, rounding: in which the features were made, as `Evaluation` has them; "" where that is not known.
+        fingerprint: of the images, as `Evaluation` has it; "" where that is not known.
     """
 
     name: str
@@ -40,6 +43,7 @@ class DatasetFeatures(NamedTuple):
     single_shot: bool = False
     precision: str = ""
     rounding: str = ""
+    fingerprint: str = ""
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -138,7 +142,7 @@ def extract_dataset(
         return extract_features(embed, samples, image_size, **given, **options)
 
     rounding = float32_rounding(torch.device(device)) if precision == "float32" else ""
-    made = {"precision": precision, "rounding": rounding}
+    made = {"precision": precision, "rounding": rounding, "fingerprint": _fingerprint(dataset)}
     if dataset.query:
         query = extract(dataset.query)
         gallery = query if dataset.gallery == dataset.query else extract(dataset.gallery)
@@ -149,3 +153,13 @@ def extract_dataset(
             dataset.name, query, gallery, None, variant=dataset.variant, single_shot=dataset.single_shot, **made
         )
     return DatasetFeatures(dataset.name, None, None, extract(dataset.test), dataset.variant, dataset.splits, **made)
+
+
+def _fingerprint(dataset: ReIDDataset) -> str:
+    digest = hashlib.sha256()
+    for split in ("query", "gallery", "test"):
+        for path, pid, camid in getattr(dataset, split):
+            name = os.path.relpath(path, dataset.root).replace(os.sep, "/")
+            # The bytes of file names that are no UTF-8 as they are.
+            digest.update(f"{split}\0{name}\0{pid}\0{camid}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()

@@ -32,6 +32,8 @@ class Evaluation:
         seen: how many of the persons tested on the network was trained on, in words; "" for none, as far as known.
         unmatched: queries without a match, of all splits together, which are left out.
         known_cameras: whether the network was trained on images of the set that the dataset is of, as far as known.
+        fingerprint: SHA-256 (hex) of relative paths, persons, cameras and splits of the images, wherever the folder
+            lies; "" where that was not recorded.
     """
 
     dataset: str
@@ -58,8 +60,9 @@ class Evaluation:
     rounding: str = ""
     seen: str = ""
     unmatched: int = 0
-    # Older results do not say it, and yet are the same figures.
+    # Older results do not say these two, and yet are the same figures.
     known_cameras: bool = field(default=False, compare=False)
+    fingerprint: str = field(default="", compare=False)
 
     @property
     def scoring(self) -> str:

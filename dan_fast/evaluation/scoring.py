@@ -95,6 +95,7 @@ def evaluate_features(
         precision=features.precision,
         rounding=features.rounding,
         unmatched=unmatched,
+        fingerprint=features.fingerprint,
     )
 
 

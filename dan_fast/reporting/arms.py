@@ -1,7 +1,7 @@
 """Arms of a sweep side by side: means over seeds, and paired differences to a baseline with their intervals."""
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -33,6 +33,7 @@ class ArmRun(NamedTuple):
             of older versions the one of run.device and of the sweep, None where it was not recorded.
         images: what it learnt from by the names of the settings, and the images themselves; None in results of older
             versions.
+        tested: for each target the images themselves; none in results of older versions.
         ran_under: see `dan_fast.training.surroundings.ran_under`; empty in results of older versions.
         at_once: how many trainings of the sweep ran while it did, itself included, on average over its seconds; None
             where it was not recorded.
@@ -43,6 +44,7 @@ class ArmRun(NamedTuple):
     seconds: float | None
     trained_on: frozenset[str]
     images: tuple[str, str] | None
+    tested: dict[Target, str]
     timed_on: tuple[tuple[str | None, int | None], ...]
     ran_under: tuple[Mapping[str, Any], ...]
     at_once: float | None
@@ -164,6 +166,11 @@ class Comparison:
                 f"Trainings of datasets of the same names learnt from other images: {others}; if these were changed in "
                 "between, remove the older ones' folders and train them again."
             )
+        for target, others in self._tested_on_others().items():
+            notes.append(
+                f"Trainings were tested on other images or labels of {target.title}: {others}; if these were changed "
+                "in between, remove the results.json of the older ones and call the sweep again, which tests them anew."
+            )
         if lengths := self._in_which_arms_differ(_span):
             each = ", ".join(f"{name} {span}" for name, span in lengths.items())
             notes.append(f"Trainings differ in their iterations ({each}): data.iterations makes epochs equally long.")
@@ -197,14 +204,24 @@ class Comparison:
 
     def _of_other_images(self) -> str:
         """Which trainings name the same datasets as others and have images that these have not, in words."""
-        trained: dict[str, dict[str, list[str]]] = {}
+        return "; ".join(self._of_several(lambda run: [] if run.images is None else [run.images]).values())
+
+    def _tested_on_others(self) -> dict[Target, str]:
+        """For each target of which trainings saw several sets of images, which ones saw which, in words."""
+        return self._of_several(lambda run: run.tested.items())
+
+    def _of_several(self, images: Callable[[ArmRun], Iterable[tuple[Any, str]]]) -> dict[Any, str]:
+        """Which trainings have which images, in words, for each name under which there are several."""
+        found: dict[Any, dict[str, list[str]]] = {}
         for arm in self.arms:
             for seed, run in arm.runs.items():
-                if run.images is not None:
-                    named, images = run.images
-                    trained.setdefault(named, {}).setdefault(images, []).append(f"{arm.name}, seed {seed}")
-        several = [each for each in trained.values() if len(each) > 1]
-        return "; ".join(" against ".join(" and ".join(runs) for runs in each.values()) for each in several)
+                for named, fingerprint in images(run):
+                    found.setdefault(named, {}).setdefault(fingerprint, []).append(f"{arm.name}, seed {seed}")
+        return {
+            named: " against ".join(" and ".join(runs) for runs in each.values())
+            for named, each in found.items()
+            if len(each) > 1
+        }
 
     def _versions(self) -> str:
         """The versions of whatever the trainings had several of, in words; "" where none are known."""
@@ -313,6 +330,7 @@ def _read_run(folder: Path, entry: Mapping[str, Any]) -> ArmRun | str:
     if not evaluations:
         return "it was tested on nothing; name data.targets in the base."
     scores = {target_of(each): {metric: each.percentages()[metric] for metric in METRICS} for each in evaluations}
+    tested = {target_of(each): each.fingerprint for each in evaluations if each.fingerprint}
     data = ("labeled", "unlabeled", "unlabeled_share")
     # Which share of the unlabelled images is taken, if not all, the seed decides.
     named = [str(content.get(name)) for name in data] + ([] if content.get(data[2]) in (0, 1) else [str(entry["seed"])])
@@ -327,7 +345,7 @@ def _read_run(folder: Path, entry: Mapping[str, Any]) -> ArmRun | str:
     seconds = entry["seconds"] if len(timed_on) == 1 else None
     of_all = entry.get("seconds_of_all")
     at_once = of_all / seconds if of_all is not None and seconds else None
-    return ArmRun(scores, content.get("iterations"), seconds, trained_on, images, timed_on, ran_under, at_once)
+    return ArmRun(scores, content.get("iterations"), seconds, trained_on, images, tested, timed_on, ran_under, at_once)
 
 
 def _learnt_from(runs: Sequence[ArmRun]) -> set[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from functools import partial
 from types import MethodType, SimpleNamespace
 from unittest.mock import Mock
@@ -58,6 +59,26 @@ def test_features_follow_the_samples(people):
     chosen = result.select(torch.tensor([4, 0]))
     assert chosen.paths == (people[4].path, people[0].path)
     assert torch.equal(chosen.features, result.features[[4, 0]])
+
+
+def test_the_fingerprint_is_of_names_labels_and_splits_and_not_of_the_place(people, fixed, tmp_path):
+    def found(dataset):
+        return evaluate_dataset(colours, dataset, SIZE).fingerprint
+
+    first, *rest = fixed.gallery
+    others = [
+        dataclasses.replace(fixed, gallery=(first._replace(pid=rest[-1].pid), *rest)),
+        dataclasses.replace(fixed, gallery=(first._replace(camid=first.camid + 7), *rest)),
+        dataclasses.replace(fixed, gallery=tuple(rest)),
+        tiny(test=people),
+    ]
+    assert len({found(fixed), *map(found, others)}) == 5
+    shutil.copytree(fixed.root, tmp_path / "copy")
+    moved = {
+        split: tuple(sample._replace(path=tmp_path / "copy" / sample.path.name) for sample in getattr(fixed, split))
+        for split in ("query", "gallery")
+    }
+    assert found(ReIDDataset("tiny", tmp_path / "copy", **moved)) == found(fixed)
 
 
 def test_no_gradient_is_recorded(people):

@@ -241,6 +241,14 @@ def test_other_images_of_the_same_datasets_are_said(folder):
     assert not [note for note in read_comparison(folder).notes() if "other images" in note]
 
 
+def test_other_images_or_labels_that_were_tested_on_are_said(folder):
+    assert not [note for note in read_comparison(folder).notes() if "other images" in note]  # older results have none
+    for results in folder.glob("*/results.json"):
+        with_results(results.parent, {"fingerprint": "b" if results.parent.name == "dan,run.seed=0" else "a"})
+    said = [note for note in read_comparison(folder).notes() if "tested on other images or labels" in note]
+    assert len(said) == 1 and " of street: plain, seed 2 and " in said[0] and " against dan, seed 0; if" in said[0]
+
+
 @pytest.mark.parametrize(
     ("entry", "processes", "shown"),
     [
