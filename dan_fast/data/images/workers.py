@@ -26,8 +26,12 @@ class WorkerDied(DanFastError):
 
     def __init__(self, error: BaseException) -> None:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        # A process that is not forked imports the script that started it, and ends where that starts processes too.
+        forks = multiprocessing.get_start_method() == "fork"
+        unguarded = "" if forks else ', or put what the script does under `if __name__ == "__main__":`'
         super().__init__(
-            f"A process that decodes images has died ({reason}): often memory ran out; free some or have fewer workers."
+            f"A process that decodes images has died ({reason}): often memory ran out; free some or have fewer workers"
+            f"{unguarded}."
         )
 
 

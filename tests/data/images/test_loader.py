@@ -419,6 +419,13 @@ def test_a_death_of_a_worker_is_a_sentence_and_what_an_item_raises_is_no_death(
         next(got)
 
 
+def test_a_death_where_workers_are_not_forked_names_the_guard_that_a_script_needs(monkeypatch: pytest.MonkeyPatch):
+    assert "__main__" not in str(WorkerDied(EOFError()))
+    monkeypatch.setattr("torch.multiprocessing.get_start_method", lambda: "spawn")
+    guard = '`if __name__ == "__main__":`'
+    assert str(WorkerDied(EOFError())).endswith(f"fewer workers, or put what the script does under {guard}.")
+
+
 def looks_for_ever(event: object) -> None:
     while True:
         event.is_set()
