@@ -1,12 +1,18 @@
 """The random numbers of a run, apart from those of the process it is a guest in."""
 
 import hashlib
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dan_fast.core.errors import DanFastError
+
+# The process's generators are those of one run at a time.
+_TAKEN = threading.Lock()
 
 
 class RunRandomNumbers:
@@ -36,7 +42,24 @@ class RunRandomNumbers:
 
     @contextmanager
     def in_process(self) -> Iterator[None]:
-        """Inside, the process's generators are those of this run, from where it last left them."""
+        """Inside, the process's generators are those of this run, from where it last left them.
+
+        Raises:
+            DanFastError: a run of another thread has them.
+        """
+        if not _TAKEN.acquire(blocking=False):
+            raise DanFastError(
+                "Another thread of this process trains, and both would draw from the same random numbers: wait for it, "
+                "or train in a process of its own."
+            )
+        try:
+            with self._forked():
+                yield
+        finally:
+            _TAKEN.release()
+
+    @contextmanager
+    def _forked(self) -> Iterator[None]:
         with torch.random.fork_rng(devices=self._gpus):
             torch.set_rng_state(self._state["cpu"])
             of_gpu = self._state["cuda"]

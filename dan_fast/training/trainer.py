@@ -57,9 +57,9 @@ class Trainer:
     which waits for the copy to host memory only.
 
     A trainer is a guest in its process: it has random numbers of its own, and `fit` puts back the process's generators
-    of the CPU and of the run's GPU, and the handlers of signals, when it leaves; what NumPy and Python draw from stays.
-    Its default dtype, another one than float32, is float32 for all threads meanwhile. `train_iteration` called without
-    `fit` takes the process's own. The step itself, without files, is `MetaStep`; the trainer's is `meta_step`.
+    and handlers of signals when it leaves; what NumPy and Python draw from stays. Meanwhile the generators are the
+    run's, a default dtype is float32 for all threads, and `fit` in another one is refused. `train_iteration` without
+    `fit` takes the process's own numbers. The step itself, without files, is `MetaStep`; here it is `meta_step`.
 
     With a `process_group` its ranks train one network, each with a trainer of its own, of the same settings: they take
     a share of each batch and of the memory's slots, and rank 0 prints, logs and writes. `dan-fast train` makes the
@@ -139,7 +139,7 @@ class Trainer:
             Interrupted: SIGINT, SIGTERM or SIGHUP came; the run was saved and can be resumed.
             DanFastError: training diverged, an image cannot be read, a process that decodes images died, or a file
                 cannot be written; of these all but the first and the last find the run saved. Or another process
-                trains in the folder, or did since this trainer was made.
+                trains in the folder, or did since this trainer was made, or another thread of this process trains.
         """
         with self.folder.held():
             return self._fit()

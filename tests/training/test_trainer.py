@@ -467,3 +467,20 @@ def test_fit_works_outside_the_main_thread(images, tmp_path):
     thread.start()
     thread.join()
     assert trainer.epoch == 1
+
+
+def test_a_second_thread_that_would_draw_from_the_same_generators_is_refused(images, tmp_path):
+    first, second = (Trainer(config(images, tmp_path / name, optimizer=ONE_EPOCH)) for name in ("one", "two"))
+    step, refused = first.train_iteration, []
+
+    def while_the_first_trains(*given):
+        with pytest.raises(DanFastError, match="^Another thread of this process trains, .* in a process of its own.$"):
+            second.fit()
+        refused.append(second.epoch)
+        step(*given)
+
+    first.train_iteration = while_the_first_trains
+    first.fit()
+    assert refused and set(refused) == {0}
+    second.fit()
+    assert_same_training(tmp_path / "one", tmp_path / "two")
