@@ -256,6 +256,7 @@ def test_a_pipe_is_no_file_to_write(tmp_path, capsys):
         ("train", b"data: {a\n", 1, "{} is not YAML (line 2, column 1: "),
         ("train", b"run: {out: a}\ndata: {}\nrun: {seed: 0}\n", 1, "{} has run in lines 1 and 3: write it once."),
         ("train", b"data:\n  labeled: a\n  labeled: b\n", 1, "{} has labeled in lines 2 and 3: write it once."),
+        ("train", b"data: {labeled: a, labeled: b}\n", 1, "{} has labeled twice in line 1: write it once."),
         ("train", b"\xff\xfe\x00", 1, "{} cannot be read as a file of settings"),
         ("train", b"data:\n  labeled: a\n  labled: b\n", 2, "data.labled"),
         ("train", b"lr_scale: 10\n", 2, "lr_scale"),

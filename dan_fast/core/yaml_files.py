@@ -50,9 +50,10 @@ def _require_single_keys(path: Path, node: yaml.Node | None) -> None:
     for key, _ in pairs:
         if isinstance(key, yaml.ScalarNode):
             line = key.start_mark.line + 1
-            first = lines.setdefault(key.value, line)
-            if first != line:
-                raise DanFastError(f"{path} has {key.value} in lines {first} and {line}: write it once.")
+            if (first := lines.get(key.value)) is not None:
+                where = f"in lines {first} and {line}" if first != line else f"twice in line {line}"
+                raise DanFastError(f"{path} has {key.value} {where}: write it once.")
+            lines[key.value] = line
     inner = [value for _, value in pairs] if pairs else node.value if isinstance(node, yaml.SequenceNode) else ()
     for each in inner:
         _require_single_keys(path, each)
