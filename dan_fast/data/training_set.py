@@ -124,15 +124,18 @@ def _train_images(datasets: Sequence[ReIDDataset], role: str) -> list[_TrainImag
     images = []
     seen: set[str] = set()
     for dataset in datasets:
-        numbering = numbering_of(dataset)
+        numbering, own = numbering_of(dataset), dict[str, Path]()
         for sample, path in zip(dataset.train, real_paths(dataset.train), strict=True):
             relative = os.path.relpath(sample.path, dataset.root)
+            if path in own:
+                raise DanFastError(f"{own[path]} and {sample.path} of {dataset.name} are one file; remove one of them.")
             if path in seen:
                 raise DanFastError(f"{sample.path} of {dataset.name} is {role} twice; name each dataset once.")
-            seen.add(path)
+            own[path] = sample.path
             # Without the folders by which a set of the same name is told apart: they depend on what is tested on.
             address = f"{dataset.name.rpartition('/')[2]}\0{relative.replace(os.sep, '/')}"
             images.append(_TrainImage(sample, (numbering, sample.pid), address))
+        seen.update(own)
     return images
 
 

@@ -152,6 +152,14 @@ def test_an_image_of_two_datasets_is_trained_on_once(tmp_path: Path) -> None:
     assert "train0.jpg of again is labelled twice" in refusal(TrainingSet, [market, again])
 
 
+def test_two_names_of_one_file_in_a_dataset_are_both_named(tmp_path: Path) -> None:
+    images = tmp_path / "market" / "bounding_box_train"
+    touch(images, ["0001_c1s1_0.jpg", "0002_c1s1_0.jpg"])
+    (images / "0001_c2s1_0.jpg").symlink_to(images / "0001_c1s1_0.jpg")
+    said = refusal(TrainingSet, [load_dataset(tmp_path / "market")])
+    assert "0001_c1s1_0.jpg and " in said and "0001_c2s1_0.jpg of market are one file; remove one" in said
+
+
 def test_distractors_and_unknown_persons_are_nobody() -> None:
     root = Path("/data/market")
     samples = {pid: Sample(root / f"{pid}.jpg", pid, 1) for pid in (-1, 0, 5, 6)}
