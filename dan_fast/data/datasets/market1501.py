@@ -18,6 +18,8 @@ _OWN_NAME = re.compile(r"-?\d+_c\d+s\d+_")
 _TITLE = re.compile(r"(?<![a-z])market", re.IGNORECASE)
 # Of images that cameras and the web have and that are not read.
 _UNREAD_SUFFIXES = {".avif", ".gif", ".heic", ".heif", ".jp2", ".jxl"}
+# The boxes that Market-1501 has been drawn by hand, beside its parts.
+_BESIDE = ("gt_bbox", "gt_query")
 _LOG = logging.getLogger(__name__)
 
 
@@ -37,12 +39,14 @@ def read_market1501(folder: Path, name: str, variant: str = "") -> ReIDDataset:
     """Reads a Market-1501 folder; absent parts are empty.
 
     Images of pid -1, bad detections, are left out of query and gallery; those to train on can serve as unlabelled ones.
-    A warning is logged of files that look like more images of a part: in folders below it, or of another type.
+    A warning is logged of files that look like more images of a part: in folders below it, or of another type, or where
+    a part is absent in folders of other names.
 
     Raises:
         DanFastError: an image whose name does not begin with identity and camera, whole numbers below 2^63.
     """
     splits = {split: _read_part(folder / part) for split, part in PARTS.items()}
+    _tell_of_other_folders(folder, {sample.path.name for part in splits.values() for sample in part})
     return ReIDDataset(name, folder, **splits, variant=variant)
 
 
@@ -100,6 +104,23 @@ def _tell_of_others(part: Path, read: Collection[str]) -> None:
         _LOG.warning("Images in folders below %s are NOT READ (%d): move them up, or write a manifest.", part, below)
     if unread := sorted(kinds & _UNREAD_SUFFIXES):
         _LOG.warning("Images of type %s in %s are NOT READ: convert them to JPEG or PNG.", ", ".join(unread), part)
+
+
+def _tell_of_other_folders(folder: Path, read: Collection[str]) -> None:
+    """Warn of what may be an absent part by another name, such as "gallery"."""
+    absent = [part for part in PARTS.values() if not (folder / part).is_dir()]
+    others = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name) if absent else ():
+        if entry.is_dir() and entry.name not in (*PARTS.values(), *_BESIDE):
+            # One that may not be read holds nothing of it, and masks have the names of the images.
+            with suppress(OSError):
+                names = (path.name for path in image_files(Path(entry)))
+                others += [entry.name] if any(_NAME.match(name) and name not in read for name in names) else []
+    if others:
+        _LOG.warning(
+            "%s has no %s, and the images in its %s are NOT READ: rename the folders, or write a manifest.",
+            folder, " and no ".join(absent), " and ".join(others),
+        )  # fmt: skip
 
 
 MARKET1501 = KnownDataset(

@@ -376,6 +376,21 @@ def test_what_looks_like_more_images_and_is_not_read_is_said(
     ]
 
 
+def test_a_part_by_another_name_is_said_where_one_is_absent(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    shop = tmp_path / "shop"
+    for name in ("query/0001_c1_0.jpg", "gallery/0001_c2_0.jpg", "gt_bbox/0001_c1_1.jpg", "masks/0001_c1_0.jpg"):
+        tiny_image(shop / name)
+    assert not load_dataset(shop).gallery
+    assert caplog.messages == [
+        f"{shop} has no bounding_box_train and no bounding_box_test, and the images in its gallery are NOT READ: "
+        "rename the folders, or write a manifest."
+    ]
+    caplog.clear()
+    for part in ("bounding_box_train", "bounding_box_test"):
+        tiny_image(shop / part / "0001_c2_1.jpg")
+    assert len(load_dataset(shop).gallery) == 1 and not caplog.messages
+
+
 def test_images_of_nobody_in_a_manifest_are_left_out_of_a_test_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     rows = ("images/a.jpg,,1,train", "images/b.jpg,,1,query", "images/c.jpg,-1,2,gallery")
     dataset = load_dataset(write_manifest(tmp_path, *rows))
