@@ -49,8 +49,8 @@ TORCH_TARGET_VERSION = "0x020b000000000000"
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {"baseline": [], "avx2": AVX2, "avx512": AVX512}
-# To optimise takes most of the time that an installation compiles. Bindings check and hand over. The smallest of several
-# sets is for machines of before 2013.
+# To optimise takes most of the time of an installation. Bindings check and hand over; the smallest of several
+# instruction sets is for machines of before 2013.
 BINDING = "-O1"
 # Contraction would give a fused multiply-add to some sets only, and the scan its bits by the CPU.
 ISA_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]

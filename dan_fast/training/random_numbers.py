@@ -1,6 +1,7 @@
 """The random numbers of a run, apart from those of the process it is a guest in."""
 
 import hashlib
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from dan_fast.core.errors import DanFastError
 
-# The process's generators are those of one run at a time.
-_TAKEN = threading.Lock()
+# The process's generators are those of one run at a time; a process that was forked meanwhile has its own.
+_TAKEN: dict[int, threading.Lock] = {}
 
 
 class RunRandomNumbers:
@@ -47,7 +48,8 @@ class RunRandomNumbers:
         Raises:
             DanFastError: a run of another thread has them.
         """
-        if not _TAKEN.acquire(blocking=False):
+        taken = _TAKEN.setdefault(os.getpid(), threading.Lock())
+        if not taken.acquire(blocking=False):
             raise DanFastError(
                 "Another thread of this process trains, and both would draw from the same random numbers: wait for it, "
                 "or train in a process of its own."
@@ -56,7 +58,7 @@ class RunRandomNumbers:
             with self._forked():
                 yield
         finally:
-            _TAKEN.release()
+            taken.release()
 
     @contextmanager
     def _forked(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -27,6 +28,7 @@ from dan_fast.training import DataConfig, Interrupted, Trainer, trained_network
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.display import Display
 from dan_fast.training.objective import DivergedError
+from dan_fast.training.random_numbers import RunRandomNumbers
 from dan_fast.training.scalars import Scalars
 from dan_fast.training.sources import load_datasets
 from tests.support import ROOT
@@ -484,3 +486,14 @@ def test_a_second_thread_that_would_draw_from_the_same_generators_is_refused(ima
     assert refused and set(refused) == {0}
     second.fit()
     assert_same_training(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_process_that_was_forked_while_another_trains_has_generators_of_its_own():
+    numbers = RunRandomNumbers(torch.device("cpu"), 5, torch.get_rng_state(), 0)
+    with numbers.in_process():
+        child = os.fork()
+        if child == 0:
+            with suppress(DanFastError), numbers.in_process():
+                os._exit(0)
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
