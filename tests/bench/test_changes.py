@@ -167,6 +167,22 @@ def test_keys_of_a_momentum_encoder() -> None:
     torch.testing.assert_close(written, expected)
 
 
+def test_projected_keys() -> None:
+    labeled = split()._replace(labels=torch.tensor([0, 1, 2]), sample_ids=torch.full((3,), -1), num_fed_back=0)
+    labeled = labeled._replace(images=labeled.images[:3])
+    with CHANGES["projected_keys"]():
+        meta_step = tiny_step(training_model(labeled_embedding=1.0), procedure="daml1")
+        network, memory, projector = meta_step.model.network, meta_step.model.memory, meta_step.model.projector
+        torch.nn.init.constant_(memory.alpha, -40.0)
+        same, twin = copy.deepcopy(network), copy.deepcopy(projector)
+        meta_step.step(labeled)
+        written = memory.labeled.features[memory.labeled.labels >= 0].clone()
+        meta_step.step(labeled)  # M had no slot of a person before
+    torch.testing.assert_close(written, twin(same(labeled.images).pooled[:, : written.shape[1]]))
+    assert all(not torch.equal(*pair) for pair in zip(projector.parameters(), twin.parameters(), strict=True))
+    assert network.embed(labeled.images).shape == (3, network.classifier.in_features)
+
+
 def test_uniform_slots() -> None:
     torch.manual_seed(0)
     memory = ProgressiveAugmentedMemory(4, 4, key_dim=3)
@@ -349,7 +365,7 @@ PATCHED = [
     (ProgressiveAugmentedMemory, "forward"), (ProgressiveAugmentedMemory, "labeled_loss"),
     (F, "cross_entropy"), (Trainer, "_train_epoch"), (step_module, "attention_wins"), (MemoryScan, "serves"),
     (FalseSampleSets, "form"), (scan_torch, "_false_loss"), (ProgressiveAugmentedMemory, "reliable_samples"),
-    (F, "batch_norm"), (DAN, "maps"), (DAN, "__init__"),
+    (F, "batch_norm"), (DAN, "maps"), (DAN, "__init__"), (TrainingModel, "__init__"),
 ]  # fmt: skip
 
 

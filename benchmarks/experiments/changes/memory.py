@@ -15,7 +15,7 @@ from dan_fast.functional.memory import scan_torch
 from dan_fast.functional.memory.false_sets import FalseSampleSets
 from dan_fast.functional.memory.passes import memory_scores
 from dan_fast.functional.memory.scan import MemoryScan
-from dan_fast.nn import ProgressiveAugmentedMemory
+from dan_fast.nn import DAN, DANOutput, ProgressiveAugmentedMemory
 from dan_fast.training import TrainingModel
 
 
@@ -47,6 +47,32 @@ def keys_of_a_momentum_encoder() -> Iterator[None]:
         patch.object(TrainingModel, "maps", maps_of_both),
         patch.object(ProgressiveAugmentedMemory, "forward", written),
     ):
+        yield
+
+
+@change
+def projected_keys() -> Iterator[None]:
+    """The keys of the memory are a projection of the pooled feature, of two layers; what is tested is the feature.
+
+    As in SupCon (Khosla and others, NeurIPS 2020) and t-ReX (Sariyildiz and others, ICLR 2023), where the loss that
+    draws persons together acts on features that are thrown away. For DAML1 with loss.labeled_embedding.
+    """
+    init = TrainingModel.__init__
+
+    def with_projector(self: TrainingModel, network: DAN, *arguments: Any, **options: Any) -> None:
+        init(self, network, *arguments, **options)
+        size, keys = network.key_dim, network.keys
+        with torch.random.fork_rng(devices=[]):
+            first = nn.Linear(size, size, bias=False)
+            self.projector = nn.Sequential(first, nn.BatchNorm1d(size), nn.ReLU(), nn.Linear(size, size))
+
+        def projected(output: DANOutput) -> Tensor:
+            HAD.add("projected_keys")
+            return self.projector(keys(output).float())
+
+        network.keys = projected
+
+    with patch.object(TrainingModel, "__init__", with_projector):
         yield
 
 
