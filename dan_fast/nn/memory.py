@@ -315,9 +315,8 @@ class ProgressiveAugmentedMemory(nn.Module):
         memo[id(self.process_group)] = self.process_group  # belongs to the ranks, not to a memory
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))
         copied._writes = Writes()
-        copied._origin = Origin(self._writes, self._writes.count, versions_of(copied.parameters()))
-        if is_left_behind(self._origin):
-            copied._origin.left_behind, copied._origin.stale = True, self._origin.stale
+        known = {"left_behind": True, "stale": self._origin.stale} if is_left_behind(self._origin) else {}
+        copied._origin = Origin(self._writes, self._writes.count, versions_of(copied.parameters()), **known)
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
