@@ -18,7 +18,7 @@ _OWN_NAME = re.compile(r"-?\d+_c\d+s\d+_")
 _TITLE = re.compile(r"(?<![a-z])market", re.IGNORECASE)
 # Of images that cameras and the web have and that are not read.
 _UNREAD_SUFFIXES = {".avif", ".gif", ".heic", ".heif", ".jp2", ".jxl"}
-# The boxes that Market-1501 has been drawn by hand, beside its parts.
+# Market-1501's boxes that were drawn by hand, which stand beside its parts and are no part.
 _BESIDE = ("gt_bbox", "gt_query")
 _LOG = logging.getLogger(__name__)
 
