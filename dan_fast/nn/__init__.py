@@ -6,6 +6,7 @@ from dan_fast.nn.instance_norm import HalfInstanceNorm
 from dan_fast.nn.memory import ProgressiveAugmentedMemory
 from dan_fast.nn.network import DAN, DANOutput
 from dan_fast.nn.styles import StyleMixing
+from dan_fast.nn.whitening import WithinPersonWhitening
 
 __all__ = [
     "BACKBONES",
@@ -15,5 +16,6 @@ __all__ = [
     "NLCBAM",
     "ProgressiveAugmentedMemory",
     "StyleMixing",
+    "WithinPersonWhitening",
     "build_backbone",
 ]

@@ -20,11 +20,13 @@ from dan_fast.nn.backbones.trial import trial
 from dan_fast.nn.hub import fetched_folder, network_of_folder, push_network, save_network
 from dan_fast.nn.instance_norm import normalise_early_maps
 from dan_fast.nn.styles import style_mixing_of
+from dan_fast.nn.whitening import WithinPersonWhitening, signed_root
 
 if TYPE_CHECKING:
     from dan_fast.evaluation.result import Evaluation
 
 GATES = 3
+_FEATURES = ("attended", "pooled", "pooled_root", "pooled_whitened")
 
 
 class DANOutput(NamedTuple):
@@ -71,9 +73,10 @@ class DAN(nn.Module):
             trained together with the backbone.
         adversary_reach: what the gradient of L_aad reaches: "all" of the network, as Eq. (4) is printed, or only the
             "attention", with the map and the classifier's weight as constants.
-        feature: what `embed` gives: "attended", "pooled", or "pooled_root", sign(x) |x|^(1/2) of each number x of the
+        feature: what `embed` gives: "attended", "pooled", "pooled_root", sign(x) |x|^(1/2) of each number x of the
             pooled one, the signed square root of Perronnin, Sanchez and Mensink, "Improving the Fisher Kernel for
-            Large-Scale Image Classification", ECCV 2010, whose derivative at 0 is not finite.
+            Large-Scale Image Classification", ECCV 2010, whose derivative at 0 is not finite, or "pooled_whitened",
+            what `whitening` makes of the pooled one.
         style_mixing: in training mode early maps take a part of their style from other images, see `StyleMixing`; for
             a backbone given by name. True where the setting `model.style_mixing` is "batch" or "unlabeled".
         gradient_checkpointing: for a backbone given by name, see `build_backbone`.
@@ -85,6 +88,8 @@ class DAN(nn.Module):
         attention: the `NLCBAM`; classifier: `nn.Linear(C, num_classes, bias=False)`.
         image_size: (H, W); map_size: (h, w); key_dim: C - 3, the size of the memory's keys.
         adversary: whether there is an attention adversary.
+        whitening: a `WithinPersonWhitening` for the feature "pooled_whitened", else None; until its `fit` it gives
+            "pooled_root".
         preprocessing: how images are to be resized and normalised: the backbone's, or torchvision's for a module
             without that attribute.
 
@@ -132,8 +137,8 @@ class DAN(nn.Module):
             raise ValueError("adversary must be False where attention is 'none': it corrects an attention")
         if adversary_reach not in ("all", "attention"):
             raise ValueError(f"adversary_reach must be 'all' or 'attention', got {adversary_reach!r}")
-        if feature not in ("attended", "pooled", "pooled_root"):
-            raise ValueError(f"feature must be 'attended', 'pooled' or 'pooled_root', got {feature!r}")
+        if feature not in _FEATURES:
+            raise ValueError(f"feature must be one of {', '.join(_FEATURES)}, got {feature!r}")
         self.backbone_name = None if isinstance(backbone, nn.Module) else backbone
         if isinstance(backbone, nn.Module):
             if weights != "none":
@@ -160,6 +165,7 @@ class DAN(nn.Module):
         self.adversary = adversary
         self.adversary_reach = adversary_reach
         self.feature = feature
+        self.whitening = WithinPersonWhitening(channels) if feature == "pooled_whitened" else None
         self.dropout = nn.Dropout(dropout)
         # Without a bias, as a class activation map reads it. A_C and A_S scale the attention branch's features
         # down; beside a bias the smaller features would lose the competition whatever they have learnt.
@@ -226,7 +232,9 @@ class DAN(nn.Module):
         """
         head = self._head(self.maps(images), None)
         if self.feature == "pooled_root":
-            return head.pooled.sign() * head.pooled.abs().sqrt()
+            return signed_root(head.pooled)
+        if self.feature == "pooled_whitened":
+            return self.whitening(head.pooled)
         return getattr(head, self.feature)
 
     def keys(self, output: DANOutput) -> Tensor:

@@ -118,8 +118,9 @@ class ModelConfig(_Section):
         instance_norm: Half of the channels of the first norm of each early block are normalised image by image, in two
             stages (IBN-Net-a: three), which takes out some of a camera's style. For ResNets and others of timm with
             batch norm; auto: where the backbone has such blocks.
-        feature: What tests compare: attended, the attention branch's (the paper), pooled, the backbone's own, or
-            pooled_root, the square root of each number of that, with its sign.
+        feature: What tests compare: attended, the attention branch's (the paper), pooled, the backbone's own,
+            pooled_root, the square root of each number of that, with its sign, or pooled_whitened, these roots
+            whitened after each epoch by how the keys of one person in M differ; pooled_root where there is no M.
         gradient_checkpointing: Compute maps of the backbone again in the backward pass instead of keeping them all:
             less memory, more time, the same gradients. Not where styles are mixed (style_mixing).
         sync_batch_norm: Where several ranks train, whether batch norm takes its statistics from the images of all of
@@ -135,7 +136,7 @@ class ModelConfig(_Section):
     dropout: ClosedUnitInterval = 0.5
     style_mixing: Literal["none", "batch", "unlabeled"] = "none"
     instance_norm: Literal["auto"] | bool = False
-    feature: Literal["attended", "pooled", "pooled_root"] = "attended"
+    feature: Literal["attended", "pooled", "pooled_root", "pooled_whitened"] = "attended"
     gradient_checkpointing: bool = False
     sync_batch_norm: Literal["auto"] | bool = "auto"
 

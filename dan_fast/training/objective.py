@@ -13,6 +13,7 @@ from dan_fast.core.checks import STEP_FAULTS
 from dan_fast.daml.cut import Cut
 from dan_fast.daml.traced import TracedLosses, random_state
 from dan_fast.distributed.collectives import gather_parts
+from dan_fast.distributed.shards import Shard
 from dan_fast.functional.memory.scan_types import sentence_of
 from dan_fast.nn import DAN, ProgressiveAugmentedMemory
 from dan_fast.training.config import LossConfig
@@ -156,6 +157,16 @@ class TrainingModel(nn.Module):
             # L_lde alone trains the gates; without it weight decay would be all that moves them.
             memory.requires_grad_(False)
         self.autocast_dtype = autocast_dtype
+
+    def whiten_feature(self) -> None:
+        """Make the network's whitening, if any, of the keys in M; collective where M is divided over ranks."""
+        whitening, memory = self.network.whitening, self.memory
+        if whitening is None or memory is None:
+            return
+        whole, of_rank = memory.parted_state_dict()
+        labels, group = whole["labeled.labels"], memory.process_group
+        rows = slice(None) if group is None else Shard(group, len(labels)).rows
+        whitening.fit(of_rank["labeled.features"], labels, rows, group)
 
     def forward(self, split: Split) -> tuple[dict[str, Tensor], PassRecord]:
         return self.losses(self.maps(split), split)

@@ -50,11 +50,10 @@ _STOPPING = (
 class Trainer:
     """Trains a DAN as `config` says and keeps everything in the folder `config.run.out`.
 
-    The folder holds config.yaml, checkpoint.pt (everything: weights, optimizer, memory, competition, random
-    states, the feedback of the epoch; a run killed at any moment resumes from it, on the CPU bit for bit; on a GPU
-    run.deterministic is to do the same, which no run has shown), tensorboard/, chosen.pt where an epoch is chosen on
-    the targets and, after the last epoch, results.json. Checkpoints within an epoch are written beside the training,
-    which waits for the copy to host memory only.
+    The folder holds config.yaml, checkpoint.pt (everything: weights, optimizer, memory, competition, random states,
+    feedback; a run killed at any moment resumes from it, on the CPU bit for bit, on a GPU with run.deterministic, which
+    no run has shown), tensorboard/, chosen.pt of an epoch chosen on the targets and, after the last one, results.json.
+    Checkpoints within an epoch are written beside the training, which waits for the copy to host memory.
 
     A trainer is a guest in its process: it has random numbers of its own, and `fit` puts back the process's generators
     and handlers of signals when it leaves; what NumPy and Python draw from stays. Meanwhile the generators are the
@@ -210,6 +209,7 @@ class Trainer:
                 self._step_scalars.add_memory(scalars, self.model.memory)
             display.advance(epoch, scalars.flush(self.iterations_done) if log else None)
             if last:
+                self.model.whiten_feature()
                 display.tell_skipped(sorted(set().union(*gathered(self.process_group, self.skipped))), self.skipped)
             if self.folder.checkpoint_is_due(self.iterations_done):
                 self._save(wait=False)

@@ -21,7 +21,8 @@ def without_effect(config: TrainConfig, unlabeled: bool) -> Iterator[str]:
     mixing, attention = config.model.style_mixing, config.model.attention
     labelled_by_memory = unlabeled and mixing != "unlabeled"
     by_labels = config.loss.labeled_embedding > 0
-    roots = "pooled_root" in (config.model.feature, TrainConfig.of_recipe(config.recipe).model.feature)
+    of_recipe = TrainConfig.of_recipe(config.recipe).model.feature
+    roots = any(feature in ("pooled_root", "pooled_whitened") for feature in (config.model.feature, of_recipe))
     rules = [
         (("data.unlabeled_fraction",), unlabeled, "without unlabelled images"),
         (("data.unlabeled_share",), unlabeled or config.data.unlabeled_share == 0, "without unlabelled images"),

@@ -62,7 +62,7 @@ def test_the_features_are_those_of_the_checkpoint(backbone: str, recipe: str, tm
     assert main(["share", "--checkpoint", str(path), "--out", str(out)]) == 0
     images = torch.rand(3, 3, *SIZE)
     wanted, settings = trained_network(path)
-    assert wanted.feature == ("attended" if recipe == "paper" else "pooled_root")
+    assert wanted.feature == ("attended" if recipe == "paper" else "pooled_whitened")
     read, (of_folder, settings_of_folder) = DAN.from_pretrained(out), trained_network(out)
     for network in (read, of_folder):
         assert torch.equal(network.embed(images), wanted.embed(images))
@@ -135,9 +135,9 @@ def test_a_folder_evaluates_as_its_checkpoint_does(tmp_path: Path, capsys):
 
 
 def test_a_network_that_was_changed_after_its_training_is_not_read_as_that_of_its_settings(tmp_path: Path):
-    path = checkpoint(tmp_path)
+    path = checkpoint(tmp_path, recipe="plain")
     network, state = trained_network(path)[0], load_checkpoint(path)
-    network.feature = "pooled" if network.feature == "attended" else "attended"
+    network.feature = "pooled"
     network.save_pretrained(tmp_path / "changed", training=origin_of(path, state)[0])
     assert DAN.from_pretrained(tmp_path / "changed").feature == network.feature
     with pytest.raises(DanFastError, match=f"changed holds a network of feature '{network.feature}' that was trained"):

@@ -55,6 +55,8 @@ def test_a_training_is_that_of_one_rank(ranks: Ranks, images: Path, tmp_path: Pa
                 state[name], value, rtol=2e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}"
             )
     assert (expected["memory.unlabeled.labels"] >= 0).any()
+    whitening = expected["network.whitening.matrix"]
+    assert not torch.allclose(whitening, torch.eye(len(whitening)), atol=0.02)
 
 
 def test_ranks_draw_numbers_of_their_own_that_repeat_by_seed():

@@ -18,6 +18,7 @@ def settings(images: Path, out: Path, **sections: dict[str, Any]) -> TrainConfig
     given = {
         "data": {"image_size": IMAGE_SIZE, "batch_size": 20, "iterations": 4},
         "memory": {"labeled_slots": 97, "unlabeled_slots": 50},
+        "model": {"feature": "pooled_whitened"},
         "loss": {"labeled_embedding": 0.5},
         "meta": {"stall_guard": 1},
     }

@@ -42,7 +42,8 @@ def tiny_network(
     """In the place of `network_and_random_state`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings["run"]["seed"])
-        network = DAN(num_classes, backbone=backbone(), image_size=IMAGE_SIZE, reduction=2, dropout=dropout)
+        given = {"reduction": 2, "dropout": dropout, "feature": settings["model"]["feature"]}
+        network = DAN(num_classes, backbone=backbone(), image_size=IMAGE_SIZE, **given)
         return network, torch.get_rng_state()
 
 

@@ -91,7 +91,8 @@ def test_plain_has_no_part_of_dan():
     # What is no part of DAN is in both.
     dan = TrainConfig.of_recipe("dan")
     assert plain.model.instance_norm == dan.model.instance_norm == "auto"
-    assert plain.model.feature == dan.model.feature == "pooled_root"
+    # The root of a feature needs no memory, its whitening does.
+    assert plain.model.feature == "pooled_root" and dan.model.feature == "pooled_whitened"
 
 
 def test_python_gets_a_recipe_only_where_it_asks():

@@ -85,7 +85,8 @@ def test_of_what_has_an_effect_nothing_is_said(setting):
 
 
 def test_without_attention_a_root_is_what_a_feature_can_change():
-    for recipe, feature, said in (("none", "pooled", 1), ("none", "pooled_root", 0), ("dan", "pooled", 0)):
+    roots = [("none", feature, 0) for feature in ("pooled_root", "pooled_whitened")]
+    for recipe, feature, said in (("none", "pooled", 1), *roots, ("plain", "pooled", 0), ("dan", "pooled", 0)):
         model = {"feature": feature, "attention": "none", "adversary": False}
         given = TrainConfig.of_recipe(recipe, model=model)
         assert sum("model.feature" in line for line in without_effect(given, unlabeled=True)) == said
