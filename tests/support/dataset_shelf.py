@@ -55,10 +55,12 @@ MSMT17 = {
 VIPER_NUMBERS = [n if n < 300 else n + 242 for n in range(632)]
 
 
-def touch(folder: Path, names: list[str]) -> None:
+def touch(folder: Path, names: Sequence[str]) -> None:
+    """Empty files with these names, which may lie in folders below."""
     folder.mkdir(parents=True, exist_ok=True)
     # In reverse: a listing in the order of creation would be unsorted.
     for name in reversed(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
 
 
@@ -163,13 +165,15 @@ class Shelf:
     def cuhk_sysu(self) -> None:
         self.draw("cuhk_sysu/cropped_images", CUHK_SYSU)
 
-    def msmt17(self, version: str = "V1") -> None:
+    def msmt17(self, version: str = "V1", folder: str | None = None) -> Path:
         images = {"V1": ("train", "test"), "V2": ("mask_train_v2", "mask_test_v2")}[version]
+        folder = folder or f"MSMT17_{version}"
         for name, lines in MSMT17.items():
             half = images[name in ("list_query.txt", "list_gallery.txt")]
-            self.draw(f"MSMT17_{version}/{half}", [image for _, image in lines])
+            self.draw(f"{folder}/{half}", [image for _, image in lines])
             text = "".join(f"{image} {pid}\n" for pid, image in lines)
-            (self.root / f"MSMT17_{version}" / name).write_text(text)
+            (self.root / folder / name).write_text(text)
+        return self.root / folder
 
     def small(self, name: str) -> None:
         """VIPeR, PRID, GRID or i-LIDS with every image that its splits name."""

@@ -22,7 +22,7 @@ from dan_fast.data.datasets.cuhk_sysu import extract_cuhk_sysu
 from dan_fast.data.datasets.extraction import whole_folder
 from dan_fast.data.datasets.known import KNOWN, check_counts, choose_variant, find_datasets
 from dan_fast.data.samples import SPLITS, Counts
-from tests.support.dataset_shelf import tiny_image
+from tests.support.dataset_shelf import Shelf, tiny_image
 from tests.support.refusals import refusal
 
 
@@ -36,12 +36,9 @@ def shelf(tmp_path: Path) -> Path:
     root = tmp_path / "datasets"
     tiny_image(root / "Market-1501-v15.09.15" / "bounding_box_train" / "0002_c1s1_000451_03.jpg")
     tiny_image(root / "DukeMTMC-reID" / "bounding_box_train" / "0001_c2_f0046182.jpg")
-    for version, train in (("V1", "train"), ("V2", "mask_train_v2")):
-        home = root / f"MSMT17_{version}"
-        tiny_image(home / train / "0000" / "0000_000_01_0303morning_0015_0.jpg")
-        for name in ("list_train.txt", "list_val.txt", "list_query.txt", "list_gallery.txt"):
-            line = "0000/0000_000_01_0303morning_0015_0.jpg 0\n" if name == "list_train.txt" else ""
-            (home / name).write_text(line)
+    drawn = Shelf(root)
+    for version in ("V1", "V2"):
+        drawn.msmt17(version)
     tiny_image(root / "cuhk03" / "images_detected" / "1_001_1_01.png")
     tiny_image(root / "torchreid" / "cuhk02" / "Dataset" / "P5" / "cam1" / "007_1.png")
     tiny_image(root / "synthetic" / "street" / "query" / "0001_c2_000001.jpg")
@@ -94,9 +91,7 @@ def test_a_dataset_is_not_searched_for_others(shelf: Path) -> None:
     assert len(find_datasets(shelf / "a")) == 1
 
 
-def test_a_folder_that_only_the_system_may_read_is_passed_over(
-    shelf: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_only_the_system_may_read_is_passed_over(shelf: Path, caplog, monkeypatch) -> None:
     before = find_datasets(shelf)
     (shelf / "lost+found").mkdir()
     access = os.access
@@ -105,9 +100,7 @@ def test_a_folder_that_only_the_system_may_read_is_passed_over(
     assert f"{shelf / 'lost+found'} cannot be read and is passed over." in caplog.text
 
 
-def test_a_dataset_with_a_file_that_may_not_be_read_is_listed_with_the_reason(
-    shelf: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dataset_with_a_file_that_may_not_be_read_is_listed_with_the_reason(shelf: Path, monkeypatch) -> None:
     monkeypatch.setattr(Path, "read_text", Mock(side_effect=PermissionError(13, "Permission denied", "list_train.txt")))
     errors = {each.known.name: each.error for each in find_datasets(shelf)}
     assert "Permission denied" in errors["msmt17"] and errors["market1501"] == ""
@@ -129,12 +122,10 @@ def test_several_datasets_below_a_folder_are_named(shelf: Path) -> None:
     # MSMT17's two versions make the folder itself a place of a dataset, and no remedy.
     assert f" and {shelf} and " not in message and f" and {shelf};" not in message
     assert str(shelf / "DukeMTMC-reID") in message and str(shelf / "cuhk03") in message
-    with pytest.raises(DanFastError, match="street; give that one instead"):
-        load_dataset(shelf / "synthetic")
-    with pytest.raises(DanFastError, match="has only one variant; leave 'new' out"):
-        load_dataset(shelf / "synthetic" / "street", variant="new")
-    with pytest.raises(DanFastError, match="no variant 'new'; it has only one, so name none"):
-        load_dataset(shelf / "DukeMTMC-reID", variant="new")
+    street, duke = shelf / "synthetic" / "street", shelf / "DukeMTMC-reID"
+    assert f"{street}; give that one instead" in refusal(load_dataset, street.parent)
+    assert "has only one variant; leave 'new' out" in refusal(load_dataset, street, variant="new")
+    assert "no variant 'new'; it has only one, so name none" in refusal(load_dataset, duke, variant="new")
 
 
 # Counts
@@ -211,7 +202,7 @@ def test_the_listing(shelf: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert f"{duke}: It was withdrawn in 2019 because the people in it had not consented" in shown
     assert "Not found: CUHK-SYSU. It can be asked for at the person search page of" in shown
     assert "unreadable" in shown and "lacks splits of CUHK03" in shown
-    assert re.search(r"MSMT17 .*train.* 1 ", shown) and "V2" in shown
+    assert re.search(r"MSMT17 .*train.* 4 ", shown) and "V2" in shown
 
 
 def test_the_listing_of_ones_own(shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,7 +238,8 @@ def test_the_listing_as_json(shelf: Path, capsys: pytest.CaptureFixture[str]) ->
     content = json.loads(capsys.readouterr().out)
     assert len(content["found"]) == 6
     (first,) = [each for each in content["found"] if each["variant"] == "V1"]
-    assert first["splits"] == {"train": {"ids": 1, "cameras": 1, "images": 1}}
+    assert first["splits"]["train"] == {"ids": 2, "cameras": 3, "images": 4}
+    assert [*first["splits"]] == ["train", "query", "gallery"]
     assert first["path"] == str(shelf / "MSMT17_V1") and len(first["differences"]) == 3
     missing = {each["name"] for each in content["missing"]}
     assert "cuhk_sysu" in missing and missing.isdisjoint(each["name"] for each in content["found"])
@@ -281,16 +273,13 @@ def write_cuhk03(file: Path) -> dict[str, np.ndarray]:
             pairs = np.empty((1, 2), dtype=h5py.ref_dtype)
             for pair, persons in enumerate((2, 1)):
                 cells = np.empty((10, persons), dtype=h5py.ref_dtype)
-                for person in range(persons):
-                    for number in range(10):
-                        name = f"{pair + 1}_{person + 1:03d}_{1 if number < 5 else 2}_{number + 1:02d}.png"
-                        if number in (0, 5, 7):
-                            pixels = rng.integers(0, 256, (6, 4, 3), dtype=np.uint8)
-                            drawn[f"images_{box}/{name}"] = pixels
-                            values = pixels.T
-                        else:
-                            values = np.zeros(2, dtype=np.uint64)
-                        cells[number, person] = reference(f"{box}{name}", values)
+                for number, person in np.ndindex(cells.shape):
+                    name = f"{pair + 1}_{person + 1:03d}_{1 if number < 5 else 2}_{number + 1:02d}.png"
+                    values = np.zeros(2, dtype=np.uint64)  # no image
+                    if number in (0, 5, 7):
+                        drawn[f"images_{box}/{name}"] = pixels = rng.integers(0, 256, (6, 4, 3), dtype=np.uint8)
+                        values = pixels.T
+                    cells[number, person] = reference(f"{box}{name}", values)
                 pairs[0, pair] = reference(f"{box}{pair}", cells)
             content.create_dataset(box, data=pairs)
         testsets = np.empty((1, 20), dtype=h5py.ref_dtype)
@@ -304,8 +293,7 @@ def write_cuhk03(file: Path) -> dict[str, np.ndarray]:
 def test_cuhk03_comes_out_of_its_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     home = tmp_path / "cuhk03"
     drawn = write_cuhk03(home / "cuhk03_release" / "cuhk-03.mat")
-    with pytest.raises(DanFastError, match=r"cuhk-03.mat only; `dan-fast datasets .*cuhk03 --extract`"):
-        load_dataset(home)
+    assert f"cuhk-03.mat only; `dan-fast datasets {home} --extract`" in refusal(load_dataset, home)
     assert main(["datasets", str(tmp_path), "--extract"]) == 0
     assert "split 1" in capsys.readouterr().out.replace("\n", " ")
     written = {f"{path.parent.name}/{path.name}": np.array(Image.open(path)) for path in home.glob("images_*/*")}
@@ -324,18 +312,16 @@ def test_cuhk03_comes_out_of_its_archive(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_cuhk03_archive_that_is_none_or_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = tmp_path / "cuhk-03.mat"
+    said = "cuhk-03.mat cannot be read"
     archive.write_bytes(b"half a download")
-    with pytest.raises(DanFastError, match=r"cuhk-03.mat cannot be read"):
-        extract_cuhk03(tmp_path)
+    assert said in refusal(extract_cuhk03, tmp_path)
     with h5py.File(archive, "w") as content:
         content.create_group("detected")  # of another structure
-    with pytest.raises(DanFastError, match=r"cuhk-03.mat cannot be read"):
-        extract_cuhk03(tmp_path)
+    assert said in refusal(extract_cuhk03, tmp_path)
     write_cuhk03(archive)
     with h5py.File(archive, "a") as content:
         del content["labeled"]
-    with pytest.raises(DanFastError, match=r"cuhk-03.mat cannot be read"):
-        extract_cuhk03(tmp_path)
+    assert said in refusal(extract_cuhk03, tmp_path)
     # The part that was whole stays; nothing half-written does.
     assert {path.name for path in tmp_path.iterdir()} == {
         "cuhk-03.mat",
@@ -343,17 +329,15 @@ def test_a_cuhk03_archive_that_is_none_or_ends_early(tmp_path: Path, monkeypatch
         "splits_classic_detected.json",
     }
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(DanFastError, match="which h5py reads: pip install h5py"):
-        extract_cuhk03(tmp_path)
+    assert "which h5py reads: pip install h5py" in refusal(extract_cuhk03, tmp_path)
 
 
 def test_a_full_disk_leaves_no_half_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cuhk03(tmp_path / "cuhk-03.mat")
     write_cuhk_sysu(tmp_path)
     monkeypatch.setattr(Image.Image, "save", Mock(side_effect=OSError(28, "No space left on device")))
-    for extract in (extract_cuhk03, extract_cuhk_sysu):
-        with pytest.raises(DanFastError, match=r"\.(png|jpg) could not be written \(No space left on device\)"):
-            extract(tmp_path)
+    for extract, kind in ((extract_cuhk03, "png"), (extract_cuhk_sysu, "jpg")):
+        assert f".{kind} could not be written (No space left on device)" in refusal(extract, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"cuhk-03.mat", "Image", "annotation"}
 
 
@@ -387,8 +371,8 @@ def write_cuhk_sysu(home: Path, box: tuple[int, int, int, int] = (2, 3, 4, 5)) -
 def test_cuhk_sysu_is_cropped(tmp_path: Path, layout: str) -> None:
     home = tmp_path / layout
     write_cuhk_sysu(home)
-    with pytest.raises(DanFastError, match=r"whole frames; `dan-fast datasets .* --extract` writes the crops"):
-        load_dataset(home / "annotation")
+    said = f"whole frames; `dan-fast datasets {home} --extract` writes the crops"
+    assert said in refusal(load_dataset, home / "annotation")
     assert main(["datasets", str(tmp_path), "--extract"]) == 0
     dataset = load_dataset(tmp_path)
     assert [(path.name, pid) for path, pid, _ in dataset.train] == [
@@ -405,20 +389,17 @@ def test_cuhk_sysu_is_cropped(tmp_path: Path, layout: str) -> None:
 
 def test_cuhk_sysu_that_cannot_be_cropped_leaves_nothing(tmp_path: Path) -> None:
     write_cuhk_sysu(tmp_path, box=(40, 3, 4, 5))
-    with pytest.raises(DanFastError, match=r"box \(40, 3, 4, 5\) of p7_s1_1.jpg lies outside"):
-        extract_cuhk_sysu(tmp_path)
+    assert "box (40, 3, 4, 5) of p7_s1_1.jpg lies outside" in refusal(extract_cuhk_sysu, tmp_path)
     write_cuhk_sysu(tmp_path)
-    (tmp_path / "Image" / "SSM" / "s2.jpg").write_bytes(b"no image")
-    with pytest.raises(DanFastError, match=r"frame .*s2.jpg cannot be decoded"):
-        extract_cuhk_sysu(tmp_path)
-    annotations = tmp_path / "annotation" / "Person.mat"
+    frame, annotations = tmp_path / "Image" / "SSM" / "s2.jpg", tmp_path / "annotation" / "Person.mat"
+    frame.write_bytes(b"no image")
+    assert f"The frame {frame} cannot be decoded" in refusal(extract_cuhk_sysu, tmp_path)
+    said = f"{annotations} cannot be read as CUHK-SYSU's annotations"
     for scene in ({"imname": "s1.jpg"}, {"imname": "s1.jpg", "idlocate": [1, 2, 3]}):
         savemat(annotations, {"Person": {"idname": "p7", "scene": scene}})
-        with pytest.raises(DanFastError, match="cannot be read as CUHK-SYSU's annotations"):
-            extract_cuhk_sysu(tmp_path)
+        assert said in refusal(extract_cuhk_sysu, tmp_path)
     annotations.write_bytes(b"no MATLAB file")
-    with pytest.raises(DanFastError, match="cannot be read as CUHK-SYSU's annotations"):
-        extract_cuhk_sysu(tmp_path)
+    assert said in refusal(extract_cuhk_sysu, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"Image", "annotation"}
 
 

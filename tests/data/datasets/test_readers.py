@@ -12,7 +12,7 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.data import ReIDDataset, TrainingSet, load_dataset, read_image
 from dan_fast.data.datasets.load import all_images
 from dan_fast.data.overlap import numbering_of, persons_in_both
-from tests.support.dataset_shelf import tiny_image
+from tests.support.dataset_shelf import Shelf, tiny_image
 from tests.support.refusals import refusal
 from tests.support.written_sets import cuhk03_of
 
@@ -33,40 +33,28 @@ def assert_found_from(places: Sequence[Path], expected: ReIDDataset, variant: st
 # MSMT17
 
 
-def msmt17(home: Path, train: str = "train", test: str = "test") -> Path:
-    lists = {
-        "list_train.txt": (train, "0000/0000_000_01_0303morning_0015_0.jpg 0"),
-        "list_val.txt": (train, "0000/0000_001_14_0303morning_0016_0.jpg 0"),
-        "list_query.txt": (test, "0000/0000_000_02_0303morning_0020_0.jpg 0"),
-        "list_gallery.txt": (test, "0002/0002_003_07_0303noon_0020_1.jpg 2"),
-    }
-    for name, (images, line) in lists.items():
-        tiny_image(home / images / line.split()[0])
-        (home / name).write_text(line + "\n")
-    return home
-
-
 @pytest.mark.parametrize("layout", ["msmt17/MSMT17_V1", "MSMT17_V1", "MSMT17_V1/MSMT17_V1", "elsewhere"])
 def test_msmt17_v1_as_torchreid_fast_reid_and_the_archive_have_it(tmp_path: Path, layout: str) -> None:
-    home = msmt17(tmp_path / layout)
+    home = Shelf(tmp_path).msmt17("V1", layout)
     dataset = load_dataset(home)
     assert (dataset.name, dataset.variant, dataset.root) == ("MSMT17", "V1", home)
     # The training split of the paper includes the validation list.
     assert rows(dataset.train) == [
         ("0000_000_01_0303morning_0015_0.jpg", 0, 1),
         ("0000_001_14_0303morning_0016_0.jpg", 0, 14),
+        ("0001_000_01_0303morning_0015_0.jpg", 1, 1),
+        ("0001_001_02_0303noon_0016_0.jpg", 1, 2),
     ]
     # Person 0 of the test half is another one than person 0 of the training half.
     assert rows(dataset.query) == [("0000_000_02_0303morning_0020_0.jpg", 1041, 2)]
-    assert rows(dataset.gallery) == [("0002_003_07_0303noon_0020_1.jpg", 1043, 7)]
+    assert rows(dataset.gallery) == [(f"000{n}_003_07_0303noon_0020_1.jpg", 1041 + n, 7) for n in (0, 2)]
     assert_found_from([home / "train", home / "test"], dataset)
     if layout != "elsewhere":
         assert_found_from([tmp_path, home.parent], dataset)
 
 
 def test_msmt17_of_two_versions_asks_which(tmp_path: Path) -> None:
-    first = msmt17(tmp_path / "MSMT17_V1")
-    second = msmt17(tmp_path / "MSMT17_V2", "mask_train_v2", "mask_test_v2")
+    first, second = map(Shelf(tmp_path).msmt17, ("V1", "V2"))
     assert "several variants" in sentence(tmp_path) and "choose 'V1' or 'V2'" in sentence(tmp_path)
     dataset = load_dataset(tmp_path, variant="v2")
     assert (dataset.variant, dataset.root) == ("V2", second)
@@ -76,16 +64,16 @@ def test_msmt17_of_two_versions_asks_which(tmp_path: Path) -> None:
 
 
 def test_the_versions_of_msmt17_show_the_same_persons(tmp_path: Path) -> None:
-    first = load_dataset(msmt17(tmp_path / "MSMT17_V1"))
-    second = load_dataset(msmt17(tmp_path / "elsewhere/MSMT17_V2", "mask_train_v2", "mask_test_v2"))
+    shelf = Shelf(tmp_path)
+    first, second = map(load_dataset, (shelf.msmt17(), shelf.msmt17("V2", "elsewhere/MSMT17_V2")))
     everybody = [all_images(each) for each in (first, second)]
     trained = {numbering: set(pids.tolist()) for numbering, pids in TrainingSet(everybody[:1]).persons.items()}
     assert persons_in_both(trained, second) == [1041, 1043]
-    assert TrainingSet(everybody).num_classes == TrainingSet(everybody[:1]).num_classes == 3
+    assert TrainingSet(everybody).num_classes == TrainingSet(everybody[:1]).num_classes == 4
 
 
 def test_msmt17_with_mistakes(tmp_path: Path) -> None:
-    home = msmt17(tmp_path / "MSMT17_V1")
+    home = Shelf(tmp_path).msmt17()
     (home / "list_query.txt").write_text("0000/0000_000_02_0303morning_0020_0.jpg 0\n\n0000/person.jpg 0\n")
     assert "list_query.txt, line 3: '0000/person.jpg 0' is not an image and its person" in sentence(home)
     (home / "list_query.txt").write_text("0000/0000_000_02_x.jpg 0\n0000/0000_000_02_0303morning_0020_0.jpg 0\n")
