@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ from tests.support.refusals import refusal
 def market(tmp_path: Path) -> Path:
     root = tmp_path / "market"
     # Written in reverse order: a listing in the order of creation would be unsorted.
-    for name in ("0010_c2s1_000002_01.jpg", "0002_c6s3_000001_00.jpg", "0002_c1s1_000001_00.jpg"):
+    train = "0010_c2s1_000002_01.jpg", "0002_c6s3_000001_00.jpg", "0002_c1s1_000001_00.jpg", "-1_c2s1_000001_00.jpg"
+    for name in train:
         tiny_image(root / "bounding_box_train" / name)
     for name in ("0003_c1s1_000001_00.png", "0000_c2s1_000001_00.jpg", "-1_c3s1_000001_00.jpg"):
         tiny_image(root / "bounding_box_test" / name)
@@ -41,14 +43,16 @@ def write_manifest(folder: Path, *rows: str, header: str = "path,pid,camid,split
     return file
 
 
-def sentence(path: Path) -> str:
+def sentence(path: str | Path) -> str:
     return refusal(load_dataset, path)
 
 
 def test_market_folder_gives_all_parts_sorted_by_name(market: Path) -> None:
     dataset = load_dataset(market)
     train, test = market / "bounding_box_train", market / "bounding_box_test"
+    # To train on, images of unknown persons are kept.
     assert dataset.train == (
+        Sample(train / "-1_c2s1_000001_00.jpg", -1, 2),
         Sample(train / "0002_c1s1_000001_00.jpg", 2, 1),
         Sample(train / "0002_c6s3_000001_00.jpg", 2, 6),
         Sample(train / "0010_c2s1_000002_01.jpg", 10, 2),
@@ -64,22 +68,11 @@ def test_market_folder_gives_all_parts_sorted_by_name(market: Path) -> None:
     assert load_dataset(str(market), name="source").name == "source"
 
 
-def test_market_image_with_another_name(market: Path) -> None:
-    tiny_image(market / "query" / "person.jpg")
-    assert "person.jpg is not named like a Market-1501 image" in sentence(market)
-
-
-@pytest.mark.parametrize("name", ["20240101123456789012_c1.png", "0003_c20240101123456789012.png"])
-def test_numbers_that_no_table_holds_are_one_sentence(market: Path, name: str) -> None:
+# No numbers, and numbers that no table holds.
+@pytest.mark.parametrize("name", ["person.jpg", "20240101123456789012_c1.png", "0003_c20240101123456789012.png"])
+def test_market_image_with_another_name(market: Path, name: str) -> None:
     tiny_image(market / "query" / name)
     assert f"{name} is not named like a Market-1501 image" in sentence(market)
-
-
-def test_images_to_train_on_of_unknown_persons_are_kept(market: Path) -> None:
-    tiny_image(market / "bounding_box_train" / "-1_c2s1_000001_00.jpg")
-    dataset = load_dataset(market)
-    assert [sample.pid for sample in dataset.train].count(-1) == 1
-    assert all(sample.pid >= 0 for sample in (*dataset.query, *dataset.gallery))
 
 
 def test_folders_of_general_names_are_no_datasets_of_the_literature(tmp_path: Path) -> None:
@@ -97,7 +90,7 @@ def test_manifest_keeps_the_order_of_rows_and_ignores_further_columns(tmp_path: 
     file = write_manifest(
         tmp_path / "shop",
         "night,images/c.jpg,7,2,train",
-        'day,"images/a.jpg", ,1,train',
+        'day,"images/a.jpg", ,,train',  # of an unknown person and camera
         "",
         "day,./images/b.jpg,-1,3,gallery",
         "day,images/d.jpg,0,3,test",
@@ -105,7 +98,7 @@ def test_manifest_keeps_the_order_of_rows_and_ignores_further_columns(tmp_path: 
     )
     dataset = load_dataset(file.parent)
     images = file.parent / "images"
-    assert dataset.train == (Sample(images / "c.jpg", 7, 2), Sample(images / "a.jpg", -1, 1))
+    assert dataset.train == (Sample(images / "c.jpg", 7, 2), Sample(images / "a.jpg", -1, -1))
     assert dataset.gallery == ()  # -1 has no place where images are searched for
     assert dataset.test == (Sample(images / "d.jpg", 0, 3),)
     assert dataset == load_dataset(file)
@@ -113,14 +106,6 @@ def test_manifest_keeps_the_order_of_rows_and_ignores_further_columns(tmp_path: 
     other = file.rename(file.with_name("winter.csv"))
     assert load_dataset(other).name == "winter"
     assert load_dataset(other).root == dataset.root
-
-
-def test_manifest_splits_go_where_they_are_named(tmp_path: Path) -> None:
-    split_of = {"a": "query", "b": "test", "c": "train", "d": "gallery"}
-    rows = [f"images/{stem}.jpg,1,1,{split}" for stem, split in split_of.items()]
-    dataset = load_dataset(write_manifest(tmp_path, *rows))
-    for stem, split in split_of.items():
-        assert [sample.path.stem for sample in getattr(dataset, split)] == [stem]
 
 
 @pytest.mark.parametrize(
@@ -159,13 +144,9 @@ def test_a_query_may_be_in_the_gallery_as_the_same_person_by_the_same_camera(tmp
     assert dataset.query[0] == dataset.gallery[1]
     result = evaluate_dataset(lambda x: x.flatten(1), dataset, image_size=(8, 4), workers=0)
     assert (result.mAP, result.num_gallery) == (1.0, 2)
-    for again in (
-        "images/a.jpg,1,1,query",
-        "images/a.jpg,1,2,query",
-        "images/a.jpg,2,1,query",
-        "images/a.jpg,1,1,test",
-    ):
-        assert "line 5: images/a.jpg is already listed in line 2" in sentence(write_manifest(tmp_path, *rows, again))
+    for again in ("1,1,query", "1,2,query", "2,1,query", "1,1,test"):
+        file = write_manifest(tmp_path, *rows, f"images/a.jpg,{again}")
+        assert "line 5: images/a.jpg is already listed in line 2" in sentence(file)
     for other in ("images/a.jpg,1,2,gallery", "images/a.jpg,2,1,gallery"):
         assert "line 3: images/a.jpg is already listed in line 2" in sentence(write_manifest(tmp_path, rows[0], other))
 
@@ -173,11 +154,6 @@ def test_a_query_may_be_in_the_gallery_as_the_same_person_by_the_same_camera(tmp
 def test_a_manifest_row_with_too_few_columns(tmp_path: Path) -> None:
     file = write_manifest(tmp_path, "train,images/a.jpg,1", header="split,path,pid,camid")
     assert sentence(file).endswith("line 2 ends before the column camid; write all columns, empty ones too.")
-
-
-def test_a_manifest_may_leave_out_what_is_unknown(tmp_path: Path) -> None:
-    (sample,) = load_dataset(write_manifest(tmp_path, "images/a.jpg,,,train")).train
-    assert (sample.pid, sample.camid) == (-1, -1)
 
 
 @pytest.mark.parametrize("column", ["path", "pid", "camid", "split"])
@@ -214,10 +190,8 @@ def test_manifest_with_missing_images_names_the_first_and_counts(tmp_path: Path)
 
 def test_paths_that_are_no_dataset(tmp_path: Path) -> None:
     assert "There is no dataset at" in sentence(tmp_path / "absent")
-    assert (
-        sentence(Path("a,b"))
-        == f"There is no dataset at a,b in {Path.cwd()}; give the path of its folder; several are written '[a, b]'."
-    )
+    said = f"There is no dataset at a,b in {Path.cwd()}; give the path of its folder; several are written '[a, b]'."
+    assert sentence(Path("a,b")) == said
     assert "holds no dataset: neither bounding_box_train" in sentence(tmp_path)
     assert "is a file but no .csv manifest" in sentence(tiny_image(tmp_path / "photo.jpg"))
 
@@ -238,10 +212,8 @@ def test_a_folder_one_level_too_high(market: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_may_not_be_read(market: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "iterdir", refuse)
+    error = PermissionError(13, "Permission denied", str(market))
+    monkeypatch.setattr(Path, "iterdir", Mock(side_effect=error))
     message = sentence(market)
     assert "Permission denied" in message and str(market) in message
 
@@ -267,24 +239,18 @@ def test_targets_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> 
     names = [each.name for each in told_apart(read_targets(deep))]
     assert [name[-len("l1/a/b/c/d/e/f/test") :] for name in names[1:]] == [f"l{n}/a/b/c/d/e/f/test" for n in (1, 2)]
     assert names[0].endswith("test") and len(set(names)) == 3 and not any(name.startswith("//") for name in names)
-    with pytest.raises(DanFastError, match="The target .*night/manifest.csv is named twice: leave one of them out."):
-        told_apart(read_targets([others[0], others[0].parent, others[1]]))
 
 
-def test_a_target_named_twice_is_one_by_whatever_path(
-    market: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_target_named_twice_is_one_by_whatever_path(market: Path, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "link").mkdir()
     (tmp_path / "link" / market.name).symlink_to(market)
     monkeypatch.chdir(market.parent)
-    for again in (market.name, tmp_path / "link" / market.name):
-        with pytest.raises(DanFastError, match=f"The target .*{market.name} is named twice: leave one of them out."):
-            told_apart(read_targets([market, again]))
+    file = write_manifest(tmp_path / "night", "images/a.jpg,1,1,query")
+    for one, again in ((market, market.name), (market, tmp_path / "link" / market.name), (file, file.parent)):
+        assert refusal(read_targets, [one, again]) == f"The target {one} is named twice: leave one of them out."
 
 
-def test_a_set_is_called_alike_by_whatever_path_it_is_trained_and_tested_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_set_is_called_alike_by_whatever_path_it_is_trained_and_tested_on(tmp_path: Path, monkeypatch) -> None:
     rows = [f"images/{name}.jpg,{pid},{cam},{split}" for name, pid, cam, split in (
         ("a", 1, 1, "train"), ("b", 2, 1, "query"), ("c", 2, 2, "gallery"))]  # fmt: skip
     night = write_manifest(tmp_path / "data" / "night", *rows).parent
@@ -321,15 +287,10 @@ def test_names_that_a_list_cannot_hold_and_none_at_all_are_said(tmp_path: Path) 
         hint = '; in a list, names that are numbers or hold #, .* stand in quotes, .*"A #1", B'
         with pytest.raises(DanFastError, match=rf"no dataset at {re.escape(path)}.*{hint}"):
             load_dataset(path)
-    for path, hint in (
-        ("[my set]/x", "give the path of its folder."),
-        ("[/data/a, /data/b", "give the path of its folder."),
-        ("/data/a,/data/b", "several are written '[/data/a, /data/b]'."),
-    ):
-        with pytest.raises(DanFastError, match=f"{re.escape(hint)}$"):
-            load_dataset(path)
-    with pytest.raises(DanFastError, match="The path of a dataset is empty, as by a variable of the shell"):
-        load_dataset("")
+    for path in ("[my set]/x", "[/data/a, /data/b"):
+        assert sentence(path).endswith("give the path of its folder.")
+    assert sentence("/data/a,/data/b").endswith("several are written '[/data/a, /data/b]'.")
+    assert "The path of a dataset is empty, as by a variable of the shell" in sentence("")
 
 
 def test_images_of_every_suffix_that_is_read_count(market: Path) -> None:
@@ -347,9 +308,7 @@ def test_hidden_files_are_no_images(market: Path) -> None:
     assert load_dataset(market) == before
 
 
-def test_what_looks_like_more_images_and_is_not_read_is_said(
-    market: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_looks_like_more_images_and_is_not_read_is_said(market: Path, caplog, monkeypatch) -> None:
     # A thumbnail's folder, masks, poses, and a folder that may not be read.
     own = next((market / "query").glob("*.jpg")).name
     for name in ("@eaDir/a.jpg", f"masks/{own}", "closed/0009_c1s1_000151_02.jpg"):
@@ -436,8 +395,8 @@ def test_unlabelled_images_need_no_dataset(market: Path, tmp_path: Path, caplog:
     assert [*training_set.persons] == [str(market)]
 
     (frames / "day" / "street").symlink_to(market / "query")
-    with pytest.raises(DanFastError, match="would train on people of its target market: 1 of them, person 3"):
-        load_datasets(DataConfig(labeled=[str(market)], unlabeled=[str(frames)], targets=[str(market)]))
+    said = refusal(load_datasets, DataConfig(**source, targets=[str(market)]))
+    assert "would train on people of its target market: 1 of them, person 3" in said
     (frames / "day" / "street").unlink()
     (frames / "latest.jpg").symlink_to(frames / "b.jpg")
     (unlabeled,) = load_datasets(DataConfig(**source)).unlabeled
@@ -449,11 +408,10 @@ def test_unlabelled_images_need_no_dataset(market: Path, tmp_path: Path, caplog:
     for path, mistake in (
         (tmp_path / "misspelt", "holds no dataset"),
         (f"{frames}@labeled", "holds no dataset"),
-        (tmp_path / "all", "is the folder above .*all/reid/market"),
+        (tmp_path / "all", f"is the folder above {tmp_path}/all/reid/market"),
         (tmp_path / "empty", "holds no image"),
         (market / "query", "is only one part of the Market-1501 folder"),
         (tmp_path, "is the folder above"),
         (tmp_path / "none", "There is no dataset at"),
     ):
-        with pytest.raises(DanFastError, match=mistake):
-            load_datasets(DataConfig(labeled=[str(market)], unlabeled=[str(path)]))
+        assert mistake in refusal(load_datasets, DataConfig(labeled=[str(market)], unlabeled=[str(path)]))
