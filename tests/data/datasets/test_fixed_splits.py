@@ -25,6 +25,7 @@ from dan_fast.training.sources import load_datasets
 from tests.support import PACKAGE, in_checkout
 from tests.support.dataset_shelf import coloured_people, colours, touch
 from tests.support.figures import assert_means
+from tests.support.refusals import refusal
 
 SIZE = (8, 4)
 
@@ -75,14 +76,13 @@ def test_a_list_that_was_changed_is_refused(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "splits").mkdir()
     file = tmp_path / "splits/prid.json"
     monkeypatch.setattr(module.resources, "files", lambda package: tmp_path)
-    with pytest.raises(DanFastError, match="prid.json cannot be read .* install again"):
-        read_lists("prid")
+    assert refusal(read_lists, "prid").endswith("prid.json cannot be read (No such file or directory); install again.")
     content = (PACKAGE / "data/datasets/splits/prid.json").read_bytes()
     file.write_bytes(content)
     assert read_lists("prid")[0] == DIGESTS["prid"]
     file.write_bytes(content.replace(b"17,", b"18,", 1))
-    with pytest.raises(DanFastError, match=f"prid.json was changed: .* instead of {DIGESTS['prid'][:8]}"):
-        read_lists("prid")
+    said = refusal(read_lists, "prid")
+    assert "prid.json was changed: " in said and f" instead of {DIGESTS['prid'][:8]}" in said
 
 
 def test_images_take_the_place_of_what_is_named(tmp_path: Path) -> None:
@@ -175,16 +175,13 @@ def test_broken_images_are_in_no_split(dataset: ReIDDataset, tmp_path: Path) -> 
     result = evaluate_features(whole)
     assert result.repeats == 10 and result.conditions == "10 fixed splits, tiny 01234567; 1 broken images left out"
     unsaid = whole._replace(test=features._replace(skipped=()))
-    with pytest.raises(
-        DanFastError, match=f"The features of people lack 1 images .*, {lost.path} the first: embed all"
-    ):
-        evaluate_features(unsaid)
+    said = refusal(evaluate_features, unsaid)
+    assert said.startswith("The features of people lack 1 images ") and f", {lost.path} the first: embed all" in said
 
 
 def test_missing_images_are_said_before_any_is_embedded(dataset: ReIDDataset) -> None:
     splits = FixedSplits("tiny", "0123456789", (), "cam_a of person 3")
     incomplete = ReIDDataset("people", dataset.root, test=dataset.test, splits=splits)
-
     with pytest.raises(DanFastError, match=r"people .* its fixed splits \(tiny 01234567\): cam_a of person 3; comp"):
         evaluate_dataset(Mock(side_effect=AssertionError), incomplete, SIZE)
     require_scorable(dataset)
@@ -192,9 +189,8 @@ def test_missing_images_are_said_before_any_is_embedded(dataset: ReIDDataset) ->
 
 
 def test_missing_images_are_said_before_training(tmp_path: Path) -> None:
-    touch(tmp_path / "market/bounding_box_train", ["0001_c1s1_000001_00.jpg"])
-    touch(tmp_path / "viper/cam_a", ["000_45.bmp"])
-    touch(tmp_path / "viper/cam_b", ["000_90.bmp"])
+    names = "market/bounding_box_train/0001_c1s1_000001_00.jpg", "viper/cam_a/000_45.bmp", "viper/cam_b/000_90.bmp"
+    touch(tmp_path, names)
     data = DataConfig(labeled=str(tmp_path / "market"), targets=str(tmp_path / "viper"))
     with pytest.raises(DanFastError, match="VIPeR .* there are 1 people in both cameras, not 632; complete the folder"):
         load_datasets(data)
