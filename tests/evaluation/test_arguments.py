@@ -111,17 +111,10 @@ def test_only_the_part_of_a_gallery_may_be_empty():
 
 
 @pytest.mark.parametrize(
-    ("distances", "sentence"),
-    [([0.1, 0.2], r"distances has shape \(2,\)"), (np.zeros((0, 2)), r"distances has shape \(0, 2\)")],
-)
-def test_distances_must_be_a_matrix(distances, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        rank_distances(distances, [1], [1, 2], [1], [2, 2])
-
-
-@pytest.mark.parametrize(
     ("change", "sentence"),
     [
+        ({"distances": [0.1, 0.2]}, r"distances has shape \(2,\)"),
+        ({"distances": np.zeros((0, 2))}, r"distances has shape \(0, 2\)"),
         ({"block_bytes": 0}, "block_bytes is 0"),
         ({"max_rank": 0}, "max_rank is 0"),
         ({"ap": "exact"}, "ap is 'exact'"),
@@ -129,7 +122,8 @@ def test_distances_must_be_a_matrix(distances, sentence):
     ],
 )
 def test_given_distances_are_checked_alike(change, sentence):
-    arguments = {"query_ids": [1], "gallery_ids": [1, 2], "query_cams": [1], "gallery_cams": [2, 2]}
-    assert rank_distances([[0.1, 0.2]], **arguments).mAP == 1
+    labels = {"query_ids": [1], "gallery_ids": [1, 2], "query_cams": [1], "gallery_cams": [2, 2]}
+    arguments = {"distances": [[0.1, 0.2]], **labels}
+    assert rank_distances(**arguments).mAP == 1
     with pytest.raises(ValueError, match=sentence):
-        rank_distances([[0.1, 0.2]], **{**arguments, **change})
+        rank_distances(**{**arguments, **change})

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from dan_fast import _extension
 from dan_fast.bench.machine import peak_above
-from dan_fast.core.errors import DanFastError
 from dan_fast.evaluation import counting
 from dan_fast.evaluation.distances import PartDistances, distance_scale, tree_dots
 from dan_fast.evaluation.pairs import Labels, pairs_in_blocks
 from dan_fast.evaluation.ranking import evaluate_ranking, pairwise_distances, rank_distances
+from tests.support.refusals import refusal
 from tests.support.running import by_threads
 
 needs_module = pytest.mark.skipif(isinstance(counting.load(), str), reason="the compiled ranking was not built")
@@ -330,11 +330,8 @@ def test_unsigned_distances_of_64_bits_are_in_order(path):
 def test_a_tensor_with_the_negative_bit_is_ranked():
     query, gallery = torch.randn(5, 7), torch.randn(20, 7)
     labels = torch.arange(5), torch.arange(20) % 5, torch.zeros(5).long(), torch.ones(20).long()
-    minus = torch._neg_view(-query)
-    assert (
-        minus.is_neg()
-        and evaluate_ranking(minus, gallery, *labels).mAP == evaluate_ranking(query, gallery, *labels).mAP
-    )
+    minus, expected = torch._neg_view(-query), evaluate_ranking(query, gallery, *labels)
+    assert minus.is_neg() and evaluate_ranking(minus, gallery, *labels).mAP == expected.mAP
 
 
 class _Alarm(Exception):
@@ -367,8 +364,7 @@ def test_a_signal_is_heard_while_queries_are_compared():
 @needs_module
 def test_an_instruction_set_that_is_none_is_one_sentence(monkeypatch):
     monkeypatch.setattr(counting.load(), "isa", MagicMock(side_effect=RuntimeError("DAN_FAST_ISA is 'sse9'")))
-    with pytest.raises(DanFastError, match="^DAN_FAST_ISA is 'sse9'.$"):
-        counting.load.__wrapped__()
+    assert refusal(counting.load.__wrapped__) == "DAN_FAST_ISA is 'sse9'."
 
 
 @pytest.mark.parametrize(
@@ -412,13 +408,12 @@ def test_without_the_module_there_is_one_warning(monkeypatch):
 
 def test_nan_is_found_anywhere(path):
     labels = [1, 2], [1, 5, 1], [1, 1], [1, 2, 2]
-    for query in (0, 1):
-        for entry in range(3):
-            distances = np.zeros((2, 3), np.float32)
-            distances[query, entry] = np.nan
-            for block_bytes in (1, 1 << 26):
-                with pytest.raises(ValueError, match="distances holds NaN"):
-                    rank_distances(distances, *labels, block_bytes=block_bytes)
+    for place in np.ndindex(2, 3):
+        distances = np.zeros((2, 3), np.float32)
+        distances[place] = np.nan
+        for block_bytes in (1, 1 << 26):
+            with pytest.raises(ValueError, match="distances holds NaN"):
+                rank_distances(distances, *labels, block_bytes=block_bytes)
 
 
 def test_an_error_does_not_keep_the_distances(path):

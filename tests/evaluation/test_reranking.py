@@ -1,19 +1,13 @@
 """k-reciprocal re-ranking against the dense form of its paper, image by image."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from dan_fast import _extension
 from dan_fast.bench.machine import peak_above
-from dan_fast.core.errors import DanFastError
 from dan_fast.evaluation import (
-    DatasetFeatures,
-    Features,
     Reranking,
-    evaluate_features,
     evaluate_ranking,
     evaluate_reranked,
     evaluate_single_shot,
@@ -118,22 +112,6 @@ def test_fewer_images_than_neighbours():
 
 def test_all_images_equal():
     assert np.isfinite(joined(np.ones((3, 2)), np.ones((40, 2)))).all()
-
-
-def test_of_a_dataset():
-    features, labels = problem(ids=8, width=4)
-    query, gallery = (
-        Features(torch.from_numpy(x).float(), *(torch.from_numpy(y) for y in part), (Path("image.png"),) * len(x))
-        for x, part in zip(features, (labels[::2], labels[1::2]), strict=True)
-    )
-    dataset = DatasetFeatures("tiny", query, gallery, None)
-    found = evaluate_features(dataset, reranking=Reranking(k1=7))
-    expected = evaluate_reranked(query.features, gallery.features, *labels, reranking=Reranking(k1=7))
-    assert (found.mAP, found.cmc) == (expected.mAP, tuple(expected.cmc.tolist()))
-    assert found.protocol == "fixed query and gallery; k-reciprocal re-ranking (k1 7, k2 6, lambda 0.3)"
-    assert evaluate_features(dataset).protocol == "fixed query and gallery"
-    with pytest.raises(DanFastError, match="tiny is scored single-shot, .* leave out rerank"):
-        evaluate_features(dataset._replace(single_shot=True), reranking=Reranking())
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
