@@ -18,7 +18,6 @@ from PIL import Image
 
 from dan_fast import FeatureExtractor
 from dan_fast.cli import main
-from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import alone
 from dan_fast.data import load_dataset
 from dan_fast.data.samples import SPLITS
@@ -27,7 +26,9 @@ from dan_fast.evaluation import evaluate_ranking, extract_dataset
 from dan_fast.inference import feature_file
 from dan_fast.inference.sources import find_images
 from tests.support import ROOT
-from tests.support.searches import stopped_at
+from tests.support.dataset_shelf import touch
+from tests.support.refusals import refusal
+from tests.support.searches import draw, stopped_at
 from tests.support.tiny_training import wait_until
 from tests.support.untrained import untrained_checkpoint
 
@@ -38,14 +39,10 @@ BATCH, IMAGES = 3, 48
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Images without identities, in folders, beside what is none."""
-    root, random = tmp_path / "photos", np.random.default_rng(0)
-    for number in range(IMAGES):
-        path = root / "abc"[number % 3] / f"{number:02d}.{'png' if number % 2 else 'BMP'}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (24, 14, 3), dtype=np.uint8)).save(path)
-    for other in ("notes.txt", "a/._00.png", ".trash/1.png"):
-        (root / other).parent.mkdir(exist_ok=True)
-        (root / other).write_text("no image")
+    root, names = tmp_path / "photos", [f"{number:02d}.{'png' if number % 2 else 'BMP'}" for number in range(IMAGES)]
+    for place, letter in enumerate("abc"):
+        draw(root / letter, names[place::3], seed=place)
+    touch(root, ["notes.txt", "a/._00.png", ".trash/1.png"])
     return root
 
 
@@ -65,12 +62,6 @@ def files_of(folder: Path) -> list[Path]:
     return sorted([*folder.glob("?/[0-9]*.png"), *folder.glob("?/*.BMP")])
 
 
-def touch(folder: Path, *names: str) -> None:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-
-
 def broken_in(folder: Path, place: int) -> Path:
     path = files_of(folder)[place]
     path.write_bytes(path.read_bytes()[:60])
@@ -87,17 +78,15 @@ def broken_in(folder: Path, place: int) -> Path:
     ],
 )
 def test_a_folder_called_query_makes_no_dataset_of_other_images(tmp_path: Path, files, splits):
-    touch(tmp_path, *files)
+    touch(tmp_path, files)
     if splits is None:
-        with pytest.raises(
-            DanFastError, match="b.jpg is not named like a Market-1501 image .*; rename it, or describe"
-        ):
-            find_images([str(tmp_path)])
+        said = refusal(find_images, [str(tmp_path)])
+        assert "b.jpg is not named like a Market-1501 image " in said and "; rename it, or describe" in said
     else:
         assert {part.split: len(part.samples) for part in find_images([str(tmp_path)])} == splits
 
 
-def test_a_dataset_gives_what_is_evaluated_to_the_last_bit(run, checkpoint, street, tmp_path, capsys):
+def test_a_dataset_gives_what_is_evaluated_to_the_last_bit(run, checkpoint, street, capsys):
     found = run(street)
     dataset, extract = load_dataset(street), FeatureExtractor(checkpoint, "cpu")
     network, size = extract.network, extract.image_size
@@ -110,13 +99,6 @@ def test_a_dataset_gives_what_is_evaluated_to_the_last_bit(run, checkpoint, stre
         assert found["pids"][chosen].tolist() == [sample.pid for sample in samples]
         assert found["camids"][chosen].tolist() == [sample.camid for sample in samples]
     assert (found["splits"] == "train").sum() == len(dataset.train) > 0
-    figures = tmp_path / "figures.json"
-    evaluate = f"evaluate --checkpoint {checkpoint} --targets {street} --workers 0 --device cpu --out {figures}"
-    assert main([*evaluate.split(), "--batch_size", str(BATCH)]) == 0
-    query, gallery = ({name: each[found["splits"] == s] for name, each in found.items()} for s in ("query", "gallery"))
-    names = ("features", "pids", "camids")
-    arguments = [side[name] for name in names for side in (query, gallery)]
-    assert evaluate_ranking(*arguments, metric="cosine").mAP == json.loads(figures.read_text())[0]["mAP"]
     assert f"{len(dataset.query)} images of the query split" in capsys.readouterr().out
 
 
@@ -188,7 +170,7 @@ def test_what_paths_name(run, folder, street):
     ids=["an at sign is no variant", "brackets in the name of a folder", "links to folders", "links in a folder"],
 )
 def test_the_images_of_a_folder_or_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files, links, found):
-    touch(tmp_path, *files)
+    touch(tmp_path, files)
     for link, target in links.items():
         (tmp_path / link).symlink_to(tmp_path / target)
     monkeypatch.chdir(tmp_path)
@@ -199,7 +181,7 @@ def test_the_images_of_a_folder_or_a_pattern(tmp_path: Path, monkeypatch: pytest
 
 
 def test_images_beside_a_dataset_below_a_folder_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    touch(tmp_path, "VIPeR/cam_a/000_45.bmp", "VIPeR/cam_b/000_90.bmp", "holiday/1.jpg", "top.jpg")
+    touch(tmp_path, ["VIPeR/cam_a/000_45.bmp", "VIPeR/cam_b/000_90.bmp", "holiday/1.jpg", "top.jpg"])
     (part,) = find_images([str(tmp_path)])
     assert [sample.path.parent.name for sample in part.samples] == ["cam_a", "cam_b"]
     others = f"2 other images below it, such as {tmp_path / 'holiday/1.jpg'}, are left out"
@@ -209,13 +191,8 @@ def test_images_beside_a_dataset_below_a_folder_are_named(tmp_path: Path, caplog
     assert "left out" not in caplog.text
 
 
-def test_a_user_that_does_not_exist_is_nothing_at_a_path():
-    with pytest.raises(DanFastError, match="There is nothing at ~nobody-of-this-name/x"):
-        find_images(["~nobody-of-this-name/x"])
-
-
 def test_a_folder_below_that_cannot_be_read_is_not_left_out(tmp_path: Path):
-    touch(tmp_path, "a/1.jpg", "b/2.jpg")
+    touch(tmp_path, ["a/1.jpg", "b/2.jpg"])
     scan = os.scandir
 
     def refuse(place):
@@ -226,8 +203,8 @@ def test_a_folder_below_that_cannot_be_read_is_not_left_out(tmp_path: Path):
     # Not for longer: pytest looks into the folder once more to remove it.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "scandir", refuse)
-        with pytest.raises(DanFastError, match=r"b cannot be read \(Permission denied\); check permissions"):
-            find_images([str(tmp_path)])
+        said = refusal(find_images, [str(tmp_path)])
+    assert said.endswith("b cannot be read (Permission denied); check permissions.")
 
 
 def test_a_name_that_parquet_cannot_hold_is_refused_before_images_are_read(run, folder, tmp_path, embedded, capsys):
@@ -269,6 +246,7 @@ def test_without_pyarrow_it_says_what_to_install(run, folder, tmp_path, monkeypa
     [
         (["photos/empty"], "photos/empty holds no image"),
         (["nowhere"], "There is nothing at nowhere"),
+        (["~nobody-of-this-name/x"], "There is nothing at ~nobody-of-this-name/x"),
         (["photos/*.gif"], "There is nothing at photos/*.gif"),
         (["nowhere@new"], "There is no dataset at nowhere"),
         ([""], "The path of images is empty, as by a variable of the shell that is not set"),
@@ -381,10 +359,9 @@ def test_what_has_changed_since_is_made_anew(run, folder, checkpoint, tmp_path, 
 
 def test_a_file_is_whole_where_a_lock_that_is_open_cannot_be_removed(run, folder, monkeypatch):
     """As on NFS, which keeps an open file under another name until it is closed, so that its folder is not empty."""
-    rmdir = os.rmdir
-    monkeypatch.setattr(os, "rmdir", Mock(side_effect=OSError(errno.ENOTEMPTY, "Directory not empty")))
-    assert len(run(folder)["paths"]) == IMAGES
-    monkeypatch.setattr(os, "rmdir", rmdir)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", Mock(side_effect=OSError(errno.ENOTEMPTY, "Directory not empty")))
+        assert len(run(folder)["paths"]) == IMAGES
 
 
 def test_one_process_at_a_time_writes_a_file(run, folder, tmp_path, capsys):
