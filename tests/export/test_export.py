@@ -1,7 +1,6 @@
 """Exported files: the network's features in a process without dan_fast, what they say of themselves, and refusals."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -28,10 +27,10 @@ from dan_fast.export import Difference, export_network, exporting
 from dan_fast.export.formats import METADATA, Run
 from dan_fast.export.graph import FeatureGraph
 from dan_fast.nn import DAN
-from dan_fast.training import TrainConfig
-from dan_fast.training.build import initial_network, trained_network
-from dan_fast.training.checkpoint import save_checkpoint
+from dan_fast.training.build import trained_network
 from tests.support import ROOT, in_checkout
+from tests.support.pages import texts
+from tests.support.refusals import refusal
 from tests.support.tiny_training import IMAGE_SIZE, OneConvolution
 from tests.support.untrained import untrained_checkpoint
 
@@ -89,16 +88,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         small = Image.fromarray(random.integers(0, 256, (6, 4, 3), dtype=np.uint8))
         small.resize((30 + 10 * number, 90), Image.BILINEAR).save(folder / f"images/{number}.png")
     for name, backbone in BACKBONES.items():
-        sections = {"model": {"backbone": backbone, "weights": "none"}, "data": {"image_size": SIZE}}
-        settings = TrainConfig.of_recipe("none", **sections).to_dict()
-        network = initial_network(settings, 3)
-        state = {
-            "config": settings,
-            "num_classes": 3,
-            "model": {f"network.{key}": value for key, value in network.state_dict().items()},
-            "preprocessing": network.preprocessing.to_dict(),
-        }
-        save_checkpoint(folder / f"{name}.pt", state)
+        untrained_checkpoint(folder / f"{name}.pt", "none", model={"backbone": backbone}, data={"image_size": SIZE})
     return folder
 
 
@@ -178,8 +168,7 @@ def test_what_is_no_exported_network_is_not_written_over(tmp_path, capsys):
         said = f"{file} is a file already, and no exported network: name another .{kind} file."
         assert main(["export", "--checkpoint", str(checkpoint), "--out", str(file), "--format", kind]) == 1
         assert capsys.readouterr().err == f"dan-fast: {said}\n"
-        with pytest.raises(DanFastError, match=re.escape(said)):
-            export_network(one_convolution(), file, kind)
+        assert refusal(export_network, one_convolution(), file, kind) == said
     assert checkpoint.read_bytes() == before and other.read_text() == "{}"
 
 
@@ -200,8 +189,7 @@ def test_an_input_of_another_size_is_refused_with_the_size_wanted(exported):
 
 def test_the_blocks_of_the_page_run_without_dan_fast(exported, shelf, wanted, tmp_path):
     (tmp_path / "features.onnx").write_bytes((exported["onnx"] / "resnet.onnx").read_bytes())
-    page = in_checkout("docs/export.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    blocks = texts(in_checkout("docs/export.md"), "python")
     files = [str(file) for file in sorted((shelf / "images").iterdir())]
     blocked = "import sys\nsys.modules.update(dict.fromkeys(['dan_fast', 'torch', 'timm']))\n"
     check = f"""
@@ -376,8 +364,7 @@ def test_the_worst_batch_counts_wherever_it_is(tmp_path, monkeypatch, place):
             return export_network(one_convolution(), out, "pt2", precision="float16", images=images)
 
     wrong = {0: torch.nan, 8: torch.inf, 16: torch.nan}[place]
-    with pytest.raises(DanFastError, match="gives features that are not finite"):
-        found_where(lambda features: features + wrong)
+    assert "gives features that are not finite" in refusal(found_where, lambda features: features + wrong)
     assert not list(tmp_path.iterdir())
     found = found_where(torch.neg)
     assert found.cosine == pytest.approx(-1, abs=1e-3) and found.largest > 0.5

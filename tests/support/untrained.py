@@ -9,10 +9,10 @@ from dan_fast.training.checkpoint import save_checkpoint
 from dan_fast.training.recipes import over
 
 
-def untrained_checkpoint(path: Path, **sections: dict[str, Any]) -> Path:
-    """Write one of a tiny ResNet of 32 x 16 images; `sections` as in `TrainConfig.of_recipe`."""
+def untrained_checkpoint(path: Path, recipe: str = "dan", **sections: dict[str, Any]) -> Path:
+    """Write one of a tiny ResNet of 32 x 16 images; `recipe` and `sections` as in `TrainConfig.of_recipe`."""
     tiny = {"data": {"image_size": (32, 16)}, "model": {"backbone": "timm:test_resnet"}}
-    settings = TrainConfig.of_recipe("dan", **over(tiny, sections)).to_dict()
+    settings = TrainConfig.of_recipe(recipe, **over(tiny, sections)).to_dict()
     network = initial_network(settings, num_classes=2, read_weights=False)
     weights = {f"network.{name}": value for name, value in network.state_dict().items()}
     state = {"config": settings, "num_classes": 2, "preprocessing": network.preprocessing.to_dict(), "model": weights}
