@@ -17,6 +17,7 @@ from dan_fast.nn import DAN
 from dan_fast.nn.weights_hash import weights_hash
 from dan_fast.search import GalleryIndex, gallery_index, update_index
 from dan_fast.search.index_folder import IndexFolder
+from tests.support.refusals import refusal
 from tests.support.searches import draw, paths_of
 from tests.support.untrained import untrained_checkpoint
 
@@ -98,8 +99,7 @@ def test_what_does_not_fit_an_index_is_said(run, folder, extractor):
         index.search(np.zeros((1, index.size), np.float32), places=0)
     with pytest.raises(ValueError, match="kind must be one of flat, hnsw, ivfpq, got 'tree'"):
         update_index(folder / "new", extractor, [], "tree")
-    with pytest.raises(DanFastError, match="The gallery is empty: name images to search in"):
-        update_index(folder / "new", extractor, [])
+    assert "The gallery is empty: name images to search in" in refusal(update_index, folder / "new", extractor, [])
     with pytest.raises(TypeError, match=r"gallery must hold dan_fast.data.Sample, got PosixPath: of a path whose"):
         update_index(folder / "new", extractor, [folder])
     assert not (folder / "new").exists()
@@ -108,8 +108,8 @@ def test_what_does_not_fit_an_index_is_said(run, folder, extractor):
 def test_what_cannot_be_read_is_not_to_be_removed(run, folder, checkpoint, extractor):
     run()
     for file in (checkpoint, folder / "out" / "index" / "index.json"):
-        with pytest.raises(DanFastError, match=f"{file}/index.json cannot be read .Not a directory.: name the folder"):
-            GalleryIndex(file, extractor)
+        said = f"{file}/index.json cannot be read (Not a directory): name the folder"
+        assert said in refusal(GalleryIndex, file, extractor)
 
 
 def test_who_has_an_index_open_keeps_it_when_it_is_made_anew(run, folder, extractor, images):
@@ -145,8 +145,7 @@ def test_what_is_known_of_a_folder_is_of_its_own_weights_alone(folder, extractor
     assert GalleryIndex(known, extractor).weights == extractor.weights
     other = FeatureExtractor(untrained_checkpoint(folder / "other.pt", run={"seed": 7}), "cpu")
     for use in (GalleryIndex, lambda *of: update_index(*of, images)):
-        with pytest.raises(DanFastError, match="is an index of another checkpoint"):
-            use(known, other)
+        assert "is an index of another checkpoint" in refusal(use, known, other)
 
 
 def test_of_another_checkpoint_it_is_refused(run, folder, checkpoint, embedded, capsys):

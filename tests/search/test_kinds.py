@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from dan_fast import DanFastError
 from dan_fast.evaluation import pairwise_distances
 from dan_fast.search import GalleryIndex, kinds
 from dan_fast.search import exact as exact_search
 from dan_fast.search import searcher as searching
 from dan_fast.search.searcher import Searcher, recall
+from tests.support.refusals import refusal
 from tests.support.searches import clustered, draw, paths_of
 
 
@@ -99,11 +99,9 @@ def test_an_approximate_index_is_written_extended_and_searched(tmp_path, monkeyp
     scores = np.einsum("qc,qkc->qk", queries, features[found.rows])
     np.testing.assert_allclose(found.scores, scores, atol=1e-6)
     assert (np.diff(found.scores) <= 0).all()
-    assert kinds.is_outgrown(kind, parameters, 8001) == (kind == "ivfpq") and not kinds.is_outgrown(
-        kind, parameters, 8000
-    )
-    with pytest.raises(DanFastError, match="missing or damaged"):
-        kinds.read(tmp_path / "a.faiss", 2900, 32)
+    assert kinds.is_outgrown(kind, parameters, 8001) == (kind == "ivfpq")
+    assert not kinds.is_outgrown(kind, parameters, 8000)
+    assert "missing or damaged" in refusal(kinds.read, tmp_path / "a.faiss", 2900, 32)
 
 
 @pytest.mark.parametrize("kind", ["hnsw", "ivfpq"])
