@@ -82,12 +82,7 @@ def test_the_fingerprint_is_of_names_labels_and_splits_and_not_of_the_place(peop
     assert found(ReIDDataset("tiny", tmp_path / "copy", **moved)) == found(fixed)
 
 
-def test_no_gradient_is_recorded(people):
-    weight = torch.ones(3, requires_grad=True)
-    assert not extract_features(lambda images: colours(images) * weight, people[:2], SIZE).features.requires_grad
-
-
-def test_bfloat16_runs_under_autocast(people):
+def test_bfloat16_runs_under_autocast_and_no_gradient_is_recorded(people):
     layer, seen = torch.nn.Linear(3, 2), []
 
     def half(images):
@@ -97,8 +92,9 @@ def test_bfloat16_runs_under_autocast(people):
     result = extract_features(half, people[:3], SIZE, precision="bfloat16")
     assert seen[0].dtype == torch.bfloat16
     assert result.features.dtype == torch.float32
-    extract_features(half, people[:3], SIZE)
+    usual = extract_features(half, people[:3], SIZE)
     assert seen[1].dtype == torch.float32
+    assert not result.features.requires_grad and not usual.features.requires_grad
 
 
 def test_a_network_brings_its_preprocessing_and_has_to_be_in_evaluation_mode(people):
@@ -299,6 +295,8 @@ def test_random_splits_are_averaged(people):
     again = evaluate_dataset(colours, dataset, SIZE, repeats=4, seed=3)
     assert json.loads(json.dumps(again.to_dict())) == result.to_dict()
     assert evaluate_dataset(colours, dataset, SIZE, repeats=4, seed=8).mAP != result.mAP
+    short = evaluate_dataset(colours, dataset, SIZE, repeats=1, max_rank=5).percentages()
+    assert short["R5"] > 0 and np.isnan(short["R10"]), "a short curve has no rank 10"
 
 
 def test_figures_say_how_they_were_scored_where_it_is_not_as_usual(fixed):
@@ -330,13 +328,6 @@ def test_figures_say_what_the_device_made_of_float32(people):
         torch.set_float32_matmul_precision("highest")
     assert rounded.conditions.endswith("; bfloat16 in matrix products")
     assert half.rounding == "" and half.conditions.endswith("; bfloat16")
-
-
-def test_short_curve_has_no_rank_10(people):
-    features = extract_dataset(colours, tiny(test=people), SIZE)
-    percent = evaluate_features(features, repeats=1, max_rank=5).percentages()
-    assert percent["R5"] > 0
-    assert np.isnan(percent["R10"])
 
 
 def test_datasets_that_cannot_be_scored(people):
