@@ -136,10 +136,7 @@ def test_the_same_arguments_give_the_same_plan_whatever_was_planned_before() -> 
     assert BatchPlanner(LABELS.clone(), 100, seed=5).plan_epoch(3, feedback()) == plan
     seeds = [item.seed for batch in plan for part in batch for item in part]
     assert len(set(seeds)) == len(seeds)
-    for other in (
-        planner.plan_epoch(4, feedback()),
-        BatchPlanner(LABELS, 100, seed=6).plan_epoch(3, feedback()),
-    ):
+    for other in (planner.plan_epoch(4, feedback()), BatchPlanner(LABELS, 100, seed=6).plan_epoch(3, feedback())):
         assert all(a.meta_train != b.meta_train for a, b in zip(plan, other, strict=True))
 
 
@@ -160,15 +157,7 @@ def test_a_plan_is_the_same_on_every_machine() -> None:
     fed_back=st.integers(0, 10),
     epoch=st.integers(0, 5),
 )
-def test_any_sizes(
-    labeled: int,
-    unlabeled: int,
-    batch_size: int,
-    unlabeled_fraction: float,
-    feedback_fraction: float,
-    fed_back: int,
-    epoch: int,
-) -> None:
+def test_any_sizes(labeled, unlabeled, batch_size, unlabeled_fraction, feedback_fraction, fed_back, epoch) -> None:
     labels = torch.arange(labeled) // 2
     planner = BatchPlanner(labels, unlabeled, batch_size, unlabeled_fraction, feedback_fraction)
     fed_back = min(fed_back, unlabeled)

@@ -311,7 +311,7 @@ def test_refuses_a_folder_of_something_else(foreign, tmp_path):
     file = tmp_path / foreign
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(b"mine")
-    with pytest.raises(DanFastError, match=str(foreign).split("/")[0]):
+    with pytest.raises(DanFastError, match=foreign.split("/")[0]):
         synthesize(tmp_path, ["campus"], identities=2)
     assert contents(tmp_path) == {foreign: b"mine"}
 
@@ -324,22 +324,18 @@ def test_refuses_a_file_as_root(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-class Stop(Exception):
-    pass
-
-
 def stop_halfway(done: int, total: int) -> None:
     if done == total // 2:
-        raise Stop
+        raise KeyboardInterrupt
 
 
 def test_an_interrupted_run_leaves_no_trace(tmp_path):
-    with pytest.raises(Stop):
+    with pytest.raises(KeyboardInterrupt):
         synthesize(tmp_path / "a" / "b", ["campus"], identities=2, progress=stop_halfway)
     assert list(tmp_path.iterdir()) == []
     synthesize(tmp_path, ["campus"], identities=2)
     before = contents(tmp_path)
-    with pytest.raises(Stop):
+    with pytest.raises(KeyboardInterrupt):
         synthesize(tmp_path, ["campus"], identities=2, seed=1, progress=stop_halfway)
     assert contents(tmp_path) == before
 

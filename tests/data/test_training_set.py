@@ -61,16 +61,14 @@ def test_share_is_seeded_nested_and_in_order() -> None:
     assert half == sorted(half, key=everything.index) and half != everything[:20]
     assert half == kept(0.5) != kept(0.5, seed=1)
     assert len(kept(0.001)) == 1
+    # For a share of none no unlabelled image is needed.
+    assert TrainingSet(labeled, [dataset("none", [])], unlabeled_share=0.0).unlabeled_samples == ()
 
 
 def test_fingerprint_follows_paths_labels_roles_and_share_but_not_the_place() -> None:
     one, two, extra = dataset("one", [1, 2]), dataset("two", [1, 2]), dataset("extra", [-1] * 4)
     base = TrainingSet([one, two], [extra]).fingerprint
-    moved = replace(
-        one,
-        root=Path("elsewhere"),
-        train=tuple(s._replace(path=Path("elsewhere", s.path.name)) for s in one.train),
-    )
+    moved = dataset("one", [1, 2], root="elsewhere")
     assert len(base) == 64 and int(base, 16) >= 0
     assert TrainingSet([moved, two], [extra]).fingerprint == base
     # Gaps between pids change no label.
@@ -95,20 +93,10 @@ def test_fingerprint_follows_paths_labels_roles_and_share_but_not_the_place() ->
     [
         ([], [], 1.0, "no train image of known identity in an empty list"),
         ([dataset("one", [-1, -1])], [], 1.0, "no train image of known identity in one (sets/one)"),
-        (
-            [dataset("a", [1, 2]), dataset("one", [])],
-            [],
-            1.0,
-            "of known identity in one (sets/one); give",
-        ),
+        ([dataset("a", [1, 2]), dataset("one", [])], [], 1.0, "of known identity in one (sets/one); give"),
         ([dataset("one", [3, 3])], [], 1.0, "one (sets/one) show one identity"),
         ([dataset("one", [3, 4])], [dataset("none", [])], 0.5, "no train image in the unlabelled none"),
-        (
-            [dataset("one", [3, 4])],
-            [dataset("x", [1]), dataset("none", [])],
-            0.5,
-            "image in the unlabelled none (sets/no",
-        ),
+        ([dataset("one", [3, 4])], [dataset("x", [1]), dataset("none", [])], 0.5, "in the unlabelled none (sets/none)"),
         ([dataset("one", [3, 4])] * 2, [], 1.0, "0.jpg of one is labelled twice"),
         ([dataset("one", [3, 4])], [dataset("x", [1])] * 2, 1.0, "0.jpg of x is unlabelled twice"),
         ([dataset("one", [3, 4])], [dataset("x", [1])], 1.5, "1.5; choose it between 0 and 1"),
@@ -124,7 +112,3 @@ def test_a_file_name_may_have_bytes_that_are_no_utf_8() -> None:
         return TrainingSet([dataset("a", [1, 2]), odd]).fingerprint
 
     assert of(b"caf\xe9.jpg") == of(b"caf\xe9.jpg") != of(b"caf\xe8.jpg")
-
-
-def test_no_unlabelled_image_is_needed_for_a_share_of_none() -> None:
-    assert TrainingSet([dataset("one", [3, 4])], [dataset("none", [])], unlabeled_share=0.0).unlabeled_samples == ()

@@ -171,9 +171,8 @@ def test_broken_images_are_skipped_and_named(source: TrainingSet, workers: int) 
     def path_of(item) -> Path:
         return (source.labeled_samples if item.kind == "labeled" else source.unlabeled_samples)[item.index].path
 
-    for plan, before, after in zip(
-        plans, whole, load(source, plans, workers=workers, broken_images="skip"), strict=True
-    ):
+    skipping = load(source, plans, workers=workers, broken_images="skip")
+    for plan, before, after in zip(plans, whole, skipping, strict=True):
         items = [item for part in plan for item in part]
         assert after.skipped == tuple(str(path_of(item)) for item in items if path_of(item) in broken.values())
         for part, left, full in zip(plan, after[:2], before[:2], strict=True):
