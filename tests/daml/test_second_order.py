@@ -3,6 +3,8 @@
 import copy
 import warnings
 import weakref
+from collections.abc import Callable
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -18,6 +20,7 @@ from dan_fast.daml.second_order import SecondOrder
 from dan_fast.functional import attention_head, discriminative_loss, memory_step
 from dan_fast.nn import DAN
 from dan_fast.training.objective import TrainingModel
+from tests.support.draws import draw
 from tests.support.steps import decide, split, tiny_network, tiny_step, training_model
 
 METHODS = ("by_forward_over_reverse", "by_double_backward")
@@ -36,24 +39,24 @@ def doubles(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
 
 
-def by(method: str, monkeypatch) -> None:
-    monkeypatch.setattr(SecondOrder, "product", lambda self, loss_fn, *arguments: getattr(self, method)(*arguments))
-
-
-def both_ways(model: TrainingModel, stage: Stage, monkeypatch, images: Tensor | None = None) -> list[dict[str, Tensor]]:
-    """The gradients of one step by each method, from equal models."""
+def by_each_method(monkeypatch, run: Callable[[], Any]) -> list[Any]:
+    """What `run` gives by forward over reverse, and by double backward."""
     found = []
     for method in METHODS:
-        by(method, monkeypatch)
-        meta_step = tiny_step(copy.deepcopy(model).train(), order=2)
-        decide(meta_step, stage)
-        halves = [split(seed) for seed in (1, 2)]
-        if images is not None:
-            halves = [half._replace(images=each) for half, each in zip(halves, images, strict=True)]
-        halves = [half._replace(images=half.images.to(next(model.parameters()).dtype)) for half in halves]
-        torch.manual_seed(3)
-        found.append(meta_step.gradients(*halves).grads)
+        by = getattr(SecondOrder, method)
+        monkeypatch.setattr(SecondOrder, "product", lambda self, loss_fn, *given, by=by: by(self, *given))
+        found.append(run())
     return found
+
+
+def gradients_of_a_step(model: TrainingModel, stage: Stage, images: Tensor, order: int = 2) -> dict[str, Tensor]:
+    """By a copy of the model."""
+    meta_step = tiny_step(copy.deepcopy(model).train(), order=order)
+    decide(meta_step, stage)
+    images = images.to(next(model.parameters()).dtype)
+    halves = [split(seed)._replace(images=each) for seed, each in zip((1, 2), images, strict=True)]
+    torch.manual_seed(3)
+    return meta_step.gradients(*halves).grads
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], limit: float) -> None:
@@ -83,18 +86,11 @@ def network(backbone: str | nn.Module, **settings) -> DAN:
 def test_both_methods_agree_on_whole_models(backbone, settings, stage, doubles, monkeypatch):
     model = training_model(network=network(backbone, **settings)).double()
     images = torch.randn(2, 7, 3, 64, 32)
-    found, expected = both_ways(model, stage, monkeypatch, images)
+    found, expected = by_each_method(monkeypatch, lambda: gradients_of_a_step(model, stage, images))
     assert_close(found, expected, 1e-9)
     if stage is not Stage.ADVERSARY:
-        first = first_order(model, stage, images)
+        first = gradients_of_a_step(model, stage, images, order=1)
         assert any(not torch.allclose(first[name], value, rtol=1e-6) for name, value in expected.items())
-
-
-def first_order(model: TrainingModel, stage: Stage, images: Tensor) -> dict[str, Tensor]:
-    meta_step = tiny_step(copy.deepcopy(model).train(), order=1)
-    decide(meta_step, stage)
-    torch.manual_seed(3)
-    return meta_step.gradients(*(split(seed)._replace(images=images[seed - 1].double()) for seed in (1, 2))).grads
 
 
 @pytest.mark.slow
@@ -102,7 +98,8 @@ def first_order(model: TrainingModel, stage: Stage, images: Tensor) -> dict[str,
 def test_both_methods_agree_under_autocast(monkeypatch):
     model = training_model(network=network("timm:test_resnet", dropout=0.0))
     model.autocast_dtype = torch.bfloat16
-    found, expected = both_ways(model, Stage.BOTH, monkeypatch, torch.randn(2, 7, 3, 64, 32))
+    images = torch.randn(2, 7, 3, 64, 32)
+    found, expected = by_each_method(monkeypatch, lambda: gradients_of_a_step(model, Stage.BOTH, images))
     flat = [torch.cat([grads[name].flatten() for name in found]) for grads in (found, expected)]
     assert (flat[0] - flat[1]).norm() < 0.1 * flat[1].norm()
 
@@ -117,20 +114,18 @@ def test_a_trunk_that_is_run_again_leaves_statistics_and_random_numbers(dtype, w
     def loss_fn(values: dict[str, Tensor], batch: Tensor) -> dict[str, Tensor]:
         return {"total": functional_call(trunk, values, batch).pow(3).mean()}
 
-    found = {}
     start = copy.deepcopy(trunk.state_dict())
-    for key, order in [(METHODS[0], 2), (METHODS[1], 2), ("first", 1)]:
-        if order == 2:
-            by(key, monkeypatch)
+
+    def run(order: int = 2) -> tuple[dict[str, Tensor], list[Any]]:
         trunk.load_state_dict(start)
         torch.manual_seed(0)
         grads = meta_gradients(loss_fn, params, None, *batches, inner_lr=0.1, order=order).grads
-        found[key] = grads, copy.deepcopy(trunk.state_dict()), torch.rand(1)
-    for key in METHODS:
-        _, state, drawn = found[key]
-        assert all(torch.equal(state[name], value) for name, value in found["first"][1].items())
-        assert torch.equal(drawn, found["first"][2])
-    assert_close(found[METHODS[0]][0], found[METHODS[1]][0], 1e-9 if dtype == torch.float64 else 1e-4)
+        return grads, [copy.deepcopy(trunk.state_dict()), torch.rand(1)]
+
+    (grads, left), (expected, left_too) = by_each_method(monkeypatch, run)
+    for found in (left, left_too):
+        torch.testing.assert_close(found, run(order=1)[1], rtol=0, atol=0)
+    assert_close(grads, expected, 1e-9 if dtype == torch.float64 else 1e-4)
 
 
 @pytest.mark.parametrize(("stage", "passes"), [(Stage.ATTENTION, 4), (Stage.ADVERSARY, 2), (Stage.BOTH, 5)])
@@ -138,11 +133,10 @@ def test_the_trunk_runs_again_only_where_it_moves(stage, passes, monkeypatch):
     """S and S~, then once for each group whose loss of S~ depends on the backbone."""
     meta_step = tiny_step(order=2)
     decide(meta_step, stage)
-    calls = []
-    maps = meta_step.model.maps
-    monkeypatch.setattr(meta_step.model, "maps", lambda batch: calls.append(batch) or maps(batch))
+    maps = Mock(wraps=meta_step.model.maps)
+    monkeypatch.setattr(meta_step.model, "maps", maps)
     meta_step.step(split(1), split(2))
-    assert len(calls) == passes
+    assert maps.call_count == passes
 
 
 def test_what_a_trunk_computes_without_gradients_carries_no_tangent():
@@ -269,9 +263,7 @@ def test_running_statistics_of_instance_norm_are_counted_once(lent):
         own = network[1].running_mean
         buffers = {name: value.clone() for name, value in network.named_buffers()} if lent else {}
 
-        def loss_fn(
-            params: dict[str, Tensor], batch: Tensor, buffers: dict[str, Tensor] = buffers
-        ) -> dict[str, Tensor]:
+        def loss_fn(params, batch, buffers=buffers):
             maps = functional_call(network, {**params, **buffers}, (batch,))
             return {"total": (maps.square() * torch.arange(4.0)[:, None, None]).sum()}
 
@@ -300,16 +292,11 @@ def test_running_out_of_memory_is_not_taken_for_a_missing_rule(monkeypatch):
 
 def operator_losses(dtype: torch.dtype):
     """A loss through memory step, attention head and the loss of labelled keys, of one tensor of parameters."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=dtype)
-
-    memories = [
-        MemoryState.empty(5, 4, dtype=dtype)._replace(features=draw(5, 4), labels=torch.arange(5)) for _ in range(2)
-    ]
-    weights = [draw(*shape) for shape in [(2, 4), (4, 2), (2, 6), (2, 6), (6, 2), (6, 2)]]
-    classes, labels = draw(3, 4), torch.tensor([0, 1, -1])
+    shapes = [(2, 4), (4, 2), (2, 6), (2, 6), (6, 2), (6, 2), (5, 4), (5, 4), (3, 4), (4, 4), (), (2, 3, 4, 2, 3)]
+    tensors = [draw(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes)]
+    weights, features, (classes, w, gate, batches) = tensors[:6], tensors[6:8], tensors[8:]
+    memories = [MemoryState.empty(5, 4, dtype=dtype)._replace(features=x, labels=torch.arange(5)) for x in features]
+    labels = torch.tensor([0, 1, -1])
 
     def loss_fn(params: dict[str, Tensor], batch: Tensor) -> dict[str, Tensor]:
         maps = torch.einsum("oc,bchw->bohw", params["w"], batch)
@@ -319,31 +306,25 @@ def operator_losses(dtype: torch.dtype):
         labeled = discriminative_loss(keys, torch.tensor([0, 1, 2]), memories[0].features, memories[0].labels, 1.0)
         return {"total": step.loss + head.adversary_loss.sum() + labeled.sum()}
 
-    params = {"w": draw(4, 4), "gate": draw(1)[0]}
-    return loss_fn, params, draw(2, 3, 4, 2, 3)
+    return loss_fn, {"w": w, "gate": gate}, batches
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=str)
 def test_operators_go_forward_by_their_forms(monkeypatch, dtype, tolerance):
     loss_fn, params, batches = operator_losses(dtype)
-    found, ran = {}, {}
-    for method in METHODS:
-        by(method, monkeypatch)
-        ran[method] = []
-        dispatched = SecondOrder._dual_pass
+    ran, dual_pass = set(), SecondOrder._dual_pass
 
-        def watched(self, *arguments, _run=dispatched, _ran=ran[method]):
-            with torch.profiler.profile() as profile:
-                result = _run(self, *arguments)
-            _ran.extend(event.key for event in profile.key_averages() if event.key.startswith("dan_fast::"))
-            return result
+    def watched(self, *arguments):
+        with torch.profiler.profile() as profile:
+            result = dual_pass(self, *arguments)
+        ran.update(event.key for event in profile.key_averages())
+        return result
 
-        with monkeypatch.context() as patched:
-            patched.setattr(SecondOrder, "_dual_pass", watched)
-            found[method] = meta_gradients(loss_fn, params, None, *batches, inner_lr=0.01).grads
-    assert_close(found[METHODS[0]], found[METHODS[1]], tolerance)
-    kernels = {name for name in ran[METHODS[0]] if not name.endswith("_form")}
-    assert not kernels, f"kernels without a rule for tangents ran: {kernels}"
+    monkeypatch.setattr(SecondOrder, "_dual_pass", watched)
+    found = by_each_method(monkeypatch, lambda: meta_gradients(loss_fn, params, None, *batches, inner_lr=0.01).grads)
+    assert_close(*found, tolerance)
+    kernels = {name for name in ran if name.startswith("dan_fast::") and not name.endswith("_form")}
+    assert ran and not kernels, f"kernels without a rule for tangents ran: {kernels}"
 
 
 def test_a_memory_that_advances_is_not_run_again():
@@ -355,40 +336,25 @@ def test_a_memory_that_advances_is_not_run_again():
         model(split(1))
 
 
-def scaled_in_place(hidden: Tensor) -> None:
-    with torch.no_grad():
-        hidden.mul_(2.0)
-
-
-def cut_in_place(hidden: Tensor) -> None:
-    with torch.no_grad():
-        hidden[hidden < 0] = 0
-
-
-def scaled_data(hidden: Tensor) -> None:
-    hidden.data.mul_(2.0)
-
-
-def returned_in_place(hidden: Tensor) -> Tensor:
-    with torch.no_grad():
-        assert hidden.requires_grad
-        return F.relu(hidden.mul_(2.0), inplace=True)
-
-
-def scaled_through_a_view(hidden: Tensor) -> None:
-    with torch.no_grad():
-        hidden.T.mul_(2.0)
-
-
-@pytest.mark.parametrize(
-    "change", [scaled_in_place, cut_in_place, scaled_data, returned_in_place, scaled_through_a_view]
-)
+@pytest.mark.parametrize("change", ["scaled", "cut", "scaled data", "returned", "scaled through a view"])
 def test_what_is_changed_without_gradients_keeps_its_tangent(change, monkeypatch):
     """As it keeps its gradient: reverse mode does not see the change."""
 
     def losses(params, batch):
         hidden = batch @ params["w"]
-        hidden = hidden if (changed := change(hidden)) is None else changed
+        with torch.set_grad_enabled(change == "scaled data"):
+            match change:
+                case "scaled":
+                    hidden.mul_(2.0)
+                case "cut":
+                    hidden[hidden < 0] = 0
+                case "scaled data":
+                    hidden.data.mul_(2.0)
+                case "returned":
+                    assert hidden.requires_grad
+                    hidden = F.relu(hidden.mul_(2.0), inplace=True)
+                case "scaled through a view":
+                    hidden.T.mul_(2.0)
         return {"total": (torch.tanh(hidden) @ params["v"]).square().mean()}
 
     assert_equal_both_ways(losses, monkeypatch)
@@ -413,10 +379,7 @@ def assert_equal_both_ways(losses, monkeypatch) -> None:
     shapes = {"w": (4, 5), "v": (5, 1)}
     params = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
     batches = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64)
-    found = []
-    for method in METHODS:
-        by(method, monkeypatch)
-        found.append(meta_gradients(losses, params, None, *batches, inner_lr=0.3, order=2).grads)
+    found = by_each_method(monkeypatch, lambda: meta_gradients(losses, params, None, *batches, inner_lr=0.3).grads)
     assert_close(*found, 1e-12)
 
 
