@@ -9,11 +9,9 @@ from torch.autograd import forward_ad
 from dan_fast import MemoryState, NLCBAMWeights, functional, reference
 from dan_fast.functional.derivatives import carry_tangents
 from tests.support.attention_problems import assert_agree, two_derivatives
+from tests.support.draws import draw
 
-
-def draw(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+draw = partial(draw, dtype=torch.float64)
 
 
 def same_keys_and_slots(form, x):

@@ -11,13 +11,9 @@ from torch.func import grad, jacfwd, jvp
 from dan_fast.functional import cosine_softmax, discriminative_loss
 from dan_fast.functional.memory.softmax import SlotSoftmax
 from dan_fast.functional.products import product
+from tests.support.draws import draw
 
-DTYPES = [torch.float32, torch.float64]
 LABELS = torch.arange(6) % 3
-
-
-def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def slots(dtype: torch.dtype) -> Tensor:
@@ -42,7 +38,7 @@ def test_the_tangent_of_half_precision_slots_goes_through(dtype: torch.dtype):
         torch.testing.assert_close(whole, exact, rtol=0.02, atol=0.02 * exact.abs().max().item())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "function",
     [
@@ -87,5 +83,5 @@ def test_derivatives_of_derivatives_of_a_product(form: str):
         forward_twice = jvp(slope, (x,), (along,))[1]
         return [slope(x), forward_twice, grad(slope)(x), jacfwd(loss)(x), jacfwd(grad(slope))(x)]
 
-    x, along = (draw(4, 4, dtype=torch.float32, seed=seed) for seed in (5, 6))
+    x, along = draw(4, 4, seed=5), draw(4, 4, seed=6)
     torch.testing.assert_close(derivatives(product), derivatives(plain), rtol=1e-4, atol=1e-4)

@@ -19,15 +19,10 @@ from dan_fast.functional import (
     nl_cbam,
 )
 from dan_fast.nn import ProgressiveAugmentedMemory
+from tests.support.draws import draw
 
 LABELS = torch.tensor([0, 1, 1])
 CLASSES = torch.tensor([1, -1, 3])
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 KEYS, SLOTS, MAPS, CAM = draw(3, 4), draw(5, 4, seed=1), draw(3, 3, 2, 2, seed=2), draw(4, 3, seed=3)
 SLOT_LABELS = torch.tensor([0, 1, 2, 1, -1])
 SHAPES = [(1, 3), (3, 1), (1, 4), (1, 4), (4, 1), (4, 1)]
@@ -143,8 +138,7 @@ def test_a_memory_that_advances_is_refused_and_stays_as_it_was():
     before = [x.clone() for x in memory.labeled]
     with pytest.raises(NotImplementedError, match="take functional.memory_step"):
         grad(lambda x: memory(x, LABELS, x, ids).loss)(KEYS)
-    for was, now in zip(before, memory.labeled, strict=True):
-        assert torch.equal(was, now)
+    assert all(map(torch.equal, before, memory.labeled))
     # To read M alone is no step.
     found = grad(lambda x: memory.labeled_loss(x, LABELS, 0.5).sum())(KEYS)
     leaf = KEYS.clone().requires_grad_()
