@@ -6,17 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dan_fast import MemoryState, _extension, functional
+from dan_fast import MemoryState, functional
 from dan_fast.core.types import MemoryStep
 from dan_fast.functional.products import Float32Product
 from tests.support.attention_problems import OPERATORS, call, flat_arguments, floating, mixture
 from tests.support.attention_problems import problem as attention_problem
+from tests.support.draws import draw
 from tests.support.toolchain import needs_extension
-
-
-def draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
 
 LABELS, SLOTS = torch.arange(40) % 5, draw(40, 64, seed=1)
 
@@ -38,18 +34,16 @@ def attention() -> tuple[Tensor, list[Tensor]]:
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
-@pytest.mark.parametrize("path", ["kernels", "torch"])
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("problem", [step, attention])
-def test_gradients_have_the_bits_of_a_backward_pass_outside(problem, path: str, create_graph: bool):
+def test_gradients_have_the_bits_of_a_backward_pass_outside(problem, create_graph: bool):
     found = []
     for within in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
-        with _extension.disabled() if path == "torch" else nullcontext():
-            loss, inputs = problem()
-            with within:
-                first = torch.autograd.grad(loss, inputs, create_graph=create_graph)
-                found.append(first)
-                if create_graph:
-                    found[-1] += torch.autograd.grad(sum(x.square().sum() for x in first), inputs)
+        loss, inputs = problem()
+        with within:
+            found.append(first := torch.autograd.grad(loss, inputs, create_graph=create_graph))
+            if create_graph:
+                found[-1] += torch.autograd.grad(sum(x.square().sum() for x in first), inputs)
     assert all(map(torch.equal, *found))
 
 

@@ -1,10 +1,10 @@
 """What the attention operators take: dtypes, autocast, compilation, and the errors for what does not fit."""
 
 import re
-from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import Tensor
 
 import dan_fast.functional as functional
 import dan_fast.reference as reference
@@ -68,16 +68,15 @@ def test_half_statistics_are_taken_in_float32(dtype):
     assert head.pooled.tolist() == [[1, 1]]
 
 
-@pytest.mark.parametrize("path", ["kernels", "torch"])
-def test_autocast_computes_in_float32(path: str):
+@pytest.mark.usefixtures("path")
+def test_autocast_computes_in_float32():
     features, weights, cam_weight, labels = problem(dtype=torch.float32)
     low = features.bfloat16()
-    with _extension.disabled() if path == "torch" else nullcontext():
-        expected = functional.attention_head(low.float(), weights, cam_weight, labels)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            got = functional.attention_head(low, weights, cam_weight, labels)
-            output = functional.nl_cbam(features=low, weights=weights)
-            adversary = functional.attention_adversary(low, output.refined, cam_weight, labels)
+    expected = functional.attention_head(low.float(), weights, cam_weight, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = functional.attention_head(low, weights, cam_weight, labels)
+        output = functional.nl_cbam(features=low, weights=weights)
+        adversary = functional.attention_adversary(low, output.refined, cam_weight, labels)
     assert all(map(torch.equal, got, expected))
     assert_agree([adversary.loss], [expected.adversary_loss], 1e-5)
 
@@ -101,52 +100,43 @@ def test_compiles_into_one_graph(name):
     torch.testing.assert_close(*(torch.autograd.grad(mixture(x), floating(arguments)) for x in (found, expected)))
 
 
-BROKEN = {
-    "features must be a floating": lambda a: a.update(features=a["features"].long()),
-    "features must be (B, C, H, W)": lambda a: a.update(features=a["features"][0]),
-    "features must be (B, C, H, W) with C": lambda a: a.update(features=a["features"][:, :0]),
-    "weights must be an NLCBAMWeights": lambda a: a.update(weights=tuple(a["weights"])),
-    "weights.wc1 must have shape (2, 7)": lambda a: set_weight(a, wc1=torch.zeros(2, 6).double()),
-    "weights.wc2 must have shape (7, 2)": lambda a: set_weight(a, wc2=torch.zeros(2, 7).double()),
-    "weights.ws1 must be a matrix": lambda a: set_weight(a, ws1=torch.zeros(3).double()),
-    "weights.ws3 must have shape (3, 6)": lambda a: set_weight(a, ws3=torch.zeros(3, 5).double()),
-    "weights.ws2 must have shape (6, 3)": lambda a: set_weight(a, ws2=torch.zeros(6, 2).double()),
-    "weights.ws4 is torch.float32": lambda a: set_weight(a, ws4=a["weights"].ws4.float()),
-    "cam_weight must be (c, 7)": lambda a: a.update(cam_weight=a["cam_weight"].T),
-    "cam_weight is torch.float16": lambda a: a.update(cam_weight=a["cam_weight"].half()),
-    "labels must be an int64": lambda a: a.update(labels=a["labels"].int()),
-    "labels must be (4,)": lambda a: a.update(labels=a["labels"][:3]),
-    "got values from -2": lambda a: a["labels"].__setitem__(0, -2),
-    "labels must be -1 or a class in 0..4": lambda a: a["labels"].__setitem__(3, 5),
-    "refined must have the shape": lambda a: a.update(refined=a["refined"][:, :, :2]),
-    "refined is torch.float32": lambda a: a.update(refined=a["refined"].float()),
-    "cam_weight is on meta": lambda a: a.update(cam_weight=a["cam_weight"].to("meta")),
-    "labels is on meta": lambda a: a.update(labels=a["labels"].to("meta")),
-}
-
-
-def set_weight(arguments, **weight):
-    arguments["weights"] = arguments["weights"]._replace(**weight)
-
-
-@pytest.mark.parametrize("message", BROKEN)
-def test_what_does_not_fit_is_named(impl, message):
-    features, weights, cam_weight, labels = problem()
-    arguments = {"features": features, "weights": weights, "cam_weight": cam_weight, "labels": labels}
-    arguments["refined"] = features
-    BROKEN[message](arguments)
-    features, weights, cam_weight, labels, refined = arguments.values()
-    wrong_type = ("floating", "is torch", "int64", "an NLCBAMWeights")
-    kind = TypeError if any(word in message for word in wrong_type) else ValueError
-    calls = [
-        (lambda: impl.nl_cbam(features, weights), message.startswith(("features", "weights"))),
-        (lambda: impl.attention_adversary(features, refined, cam_weight, labels), not message.startswith("weights")),
-        (lambda: impl.attention_head(features, weights, cam_weight, labels), not message.startswith("refined")),
-    ]
-    for run, concerned in calls:
-        if concerned:
+@pytest.mark.parametrize(
+    ("name", "change", "kind", "message"),
+    [
+        ("features", Tensor.long, TypeError, "features must be a floating"),
+        ("features", lambda x: x[0], ValueError, "features must be (B, C, H, W)"),
+        ("features", lambda x: x[:, :0], ValueError, "features must be (B, C, H, W) with C"),
+        ("weights", tuple, TypeError, "weights must be an NLCBAMWeights"),
+        ("weights", lambda w: w._replace(wc1=w.wc1[:, 1:]), ValueError, "weights.wc1 must have shape (2, 7)"),
+        ("weights", lambda w: w._replace(wc2=w.wc2.T), ValueError, "weights.wc2 must have shape (7, 2)"),
+        ("weights", lambda w: w._replace(ws1=w.ws1[0]), ValueError, "weights.ws1 must be a matrix"),
+        ("weights", lambda w: w._replace(ws3=w.ws3[:, 1:]), ValueError, "weights.ws3 must have shape (3, 6)"),
+        ("weights", lambda w: w._replace(ws2=w.ws2[:, 1:]), ValueError, "weights.ws2 must have shape (6, 3)"),
+        ("weights", lambda w: w._replace(ws4=w.ws4.float()), TypeError, "weights.ws4 is torch.float32"),
+        ("cam_weight", lambda x: x.T, ValueError, "cam_weight must be (c, 7)"),
+        ("cam_weight", Tensor.half, TypeError, "cam_weight is torch.float16"),
+        ("cam_weight", lambda x: x.to("meta"), ValueError, "cam_weight is on meta"),
+        ("labels", Tensor.int, TypeError, "labels must be an int64"),
+        ("labels", lambda x: x[:3], ValueError, "labels must be (4,)"),
+        ("labels", lambda x: torch.cat([x[:3], x.new_tensor([-2])]), ValueError, "got values from -2"),
+        ("labels", lambda x: torch.cat([x[:3], x.new_tensor([5])]), ValueError, "labels must be -1 or a class in 0..4"),
+        ("labels", lambda x: x.to("meta"), ValueError, "labels is on meta"),
+        ("refined", lambda x: x[:, :, :2], ValueError, "refined must have the shape"),
+        ("refined", Tensor.float, TypeError, "refined is torch.float32"),
+    ],
+)
+def test_what_does_not_fit_is_named(impl, name, change, kind, message):
+    given = dict(zip(("features", "weights", "cam_weight", "labels"), problem(), strict=True))
+    given["refined"] = given["features"]
+    given[name] = change(given[name])
+    for operator, names in (
+        (impl.nl_cbam, ("features", "weights")),
+        (impl.attention_adversary, ("features", "refined", "cam_weight", "labels")),
+        (impl.attention_head, ("features", "weights", "cam_weight", "labels")),
+    ):
+        if name in names:
             with pytest.raises(kind, match=re.escape(message)):
-                run()
+                operator(*(given[each] for each in names))
 
 
 def test_module_names_shapes_and_start():

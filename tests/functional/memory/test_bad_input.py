@@ -2,13 +2,12 @@
 
 import copy
 import math
-from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 
-from dan_fast import MemoryState, _extension, functional
+from dan_fast import MemoryState, functional
 from tests.support.memory_arguments import (
     BATCH,
     F64,
@@ -63,10 +62,8 @@ def test_a_wrong_dtype_is_named(impl, name, dtype):
 
 @pytest.mark.parametrize("name", FLOATS)
 def test_eight_bits_are_refused(impl, name):
-    given = arguments()
-    refuses(
-        impl, put(given, name, get(given, name).to(torch.float8_e4m3fn)), TypeError, f"^{name} must .*got torch.float8"
-    )
+    wrong = get(arguments(), name).to(torch.float8_e4m3fn)
+    refuses(impl, put(arguments(), name, wrong), TypeError, f"^{name} must .*got torch.float8")
 
 
 @pytest.mark.parametrize("name", INTEGERS)
@@ -197,16 +194,15 @@ def test_a_wrong_gate_is_named(impl, name):
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("path", ["kernel", "pytorch"])
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("name, wrong", [("unlabeled_keys", math.nan), ("labels", -1), ("alpha", math.inf)])
-def test_where_values_are_not_looked_at_bad_ones_give_nan_and_leave_the_states(path, name, wrong, monkeypatch):
+def test_where_values_are_not_looked_at_bad_ones_give_nan_and_leave_the_states(name, wrong, monkeypatch):
     """As on a GPU and in a compiled function."""
     given = arguments()
     value = given[name].clone()
     value.view(-1)[-1] = wrong
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    with nullcontext() if path == "kernel" else _extension.disabled():
-        step = functional.memory_step(**given | {name: value})
+    step = functional.memory_step(**given | {name: value})
     assert step.loss.isnan() and set(step.pseudo_labels.tolist()) == {-1}
     for memory in ("labeled", "unlabeled"):
         assert all(map(torch.equal, getattr(step, memory), given[memory]))

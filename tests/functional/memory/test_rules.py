@@ -1,21 +1,18 @@
 """Each rule of the memory step on cases computed by hand, for both implementations and the PyTorch form of one."""
 
-import contextlib
 import math
 
 import pytest
 import torch
 
-from dan_fast import MemoryState, _extension, functional, reference
+from dan_fast import MemoryState, functional, reference
 
 E = math.e
 
 
-@pytest.fixture(params=["reference", "functional", "form"])
-def impl(request):
-    """Both implementations, the fast one by its kernels and, as without them and in a transform, by its form."""
-    with _extension.disabled() if request.param == "form" else contextlib.nullcontext():
-        yield reference if request.param == "reference" else functional
+@pytest.fixture
+def impl(by):
+    return by
 
 
 def f64(values):
@@ -38,16 +35,8 @@ def state(features, labels, usage, evaluation, least_used, sample_ids=None):
 def step(impl, labeled, unlabeled, keys=(), labels=(), unlabeled_keys=(), ids=(), alpha=0.0, **settings):
     d = labeled.features.shape[1]
     settings = {"alpha_unlabeled": 0.0, "beta": 0.25, "decay": 0.5, "decay_unlabeled": 0.5} | settings
-    return impl.memory_step(
-        labeled,
-        unlabeled,
-        f64(keys).reshape(-1, d),
-        i64(labels),
-        f64(unlabeled_keys).reshape(-1, d),
-        i64(ids),
-        alpha,
-        **settings,
-    )
+    keys, unlabeled_keys = (f64(each).reshape(-1, d) for each in (keys, unlabeled_keys))
+    return impl.memory_step(labeled, unlabeled, keys, i64(labels), unlabeled_keys, i64(ids), alpha, **settings)
 
 
 def same(actual, expected):
@@ -105,12 +94,9 @@ def test_a_usage_that_is_nan_is_the_least_one(impl):
         for low in (1, 11, 19, slots - 2):
             usage = torch.arange(5.0, slots + 5, dtype=torch.float64)
             usage[low], usage[nans] = 1.0, math.nan
-            features, labels, none = (
-                f64([[1.0, 0.0]]).expand(slots, 2),
-                torch.arange(slots) % 3,
-                torch.full((slots,), -1),
-            )
-            old = MemoryState(features, labels, usage, torch.full_like(usage, 1 / slots), torch.tensor(30), none)
+            features, evaluation = f64([[1.0, 0.0]]).expand(slots, 2), torch.full_like(usage, 1 / slots)
+            none = torch.full((slots,), -1)
+            old = MemoryState(features, torch.arange(slots) % 3, usage, evaluation, torch.tensor(30), none)
             assert step(impl, old, empty(1), [[1.0, 1.0]], [1]).labeled.least_used == nans[0]
 
 
@@ -128,26 +114,20 @@ def test_an_empty_slot_takes_no_share_of_a_write_but_as_the_least_used(impl):
     same(new.features, [[1.0, 0.2], [0, 0.5], [0, 0]])
 
 
-@pytest.mark.parametrize("kernels", [True, False])
-def test_an_open_gate_leaves_ties_between_slots_of_one_key(kernels):
+@pytest.mark.usefixtures("path")
+def test_an_open_gate_leaves_ties_between_slots_of_one_key():
     """The least-used slot too takes what the last evaluation gives it, to the last bit, and no more."""
     keys = dict(unlabeled_keys=[[1.0, 1.0]] * 11, ids=range(11), alpha_unlabeled=50.0, decay_unlabeled=0.0)
     for slots in range(2, 20):
-        with contextlib.nullcontext() if kernels else _extension.disabled():
-            steps = [step(impl, empty(1), empty(slots), [[1.0, 1.0]], [3], **keys) for impl in (functional, reference)]
+        steps = (step(impl, empty(1), empty(slots), [[1.0, 1.0]], [3], **keys) for impl in (functional, reference))
         found, expected = (each.unlabeled.sample_ids.tolist() for each in steps)
         assert found == expected
 
 
 def test_retrieval_takes_the_lowest_slot_of_equal_ones_and_no_empty_one(impl):
     # Slots 1 and 3 are parallel to the key; slot 0 is empty and 4 opposite.
-    labeled = state(
-        [[0, 0], [0.3, 0.4], [1, 0], [6, 8], [-3, -4]],
-        [-1, 5, 6, 7, 8],
-        [0] * 5,
-        [0, 0.25, 0.25, 0.25, 0.25],
-        0,
-    )
+    features = [[0, 0], [0.3, 0.4], [1, 0], [6, 8], [-3, -4]]
+    labeled = state(features, [-1, 5, 6, 7, 8], [0] * 5, [0, 0.25, 0.25, 0.25, 0.25], 0)
     out = step(impl, labeled, empty(2), unlabeled_keys=[[3.0, 4.0]], ids=[11])
     assert out.pseudo_labels.tolist() == [5]
     # P is slot 1; N the mean of slots 2, 3, 4.
@@ -202,10 +182,8 @@ def test_cosine_softmax(impl):
     slots = f64([[2.0, 0], [0, 3.0], [0, 0], [5, 5]])
     occupied = torch.tensor([True, True, True, False])
     keys = f64([[7.0, 0], [0, 0]])
-    same(
-        impl.cosine_softmax(keys, slots, occupied),
-        [[E / (E + 2), 1 / (E + 2), 1 / (E + 2), 0], [1 / 3] * 3 + [0]],
-    )
+    first = [E / (E + 2), 1 / (E + 2), 1 / (E + 2), 0]
+    same(impl.cosine_softmax(keys, slots, occupied), [first, [1 / 3] * 3 + [0]])
     same(impl.cosine_softmax(keys, slots, torch.zeros(4, dtype=torch.bool)), [[0.0] * 4] * 2)
     same(impl.cosine_softmax(keys, slots)[1], [0.25] * 4)
     tiny = impl.cosine_softmax(f64([[1e-13, 0]]), slots[:2])

@@ -1,7 +1,6 @@
 """`cosine_softmax`, with the sets made of it: values, derivatives, which path serves, bits, the compiler."""
 
 import math
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from dan_fast import _extension, functional, reference
 from dan_fast.functional.memory.row_norms import row_sq_norms
+from tests.support.draws import draw
 from tests.support.memory_problems import agree
 from tests.support.running import Called, by_threads
 from tests.support.slot_problems import F64, SIZES, Weights, operands, weights
@@ -45,16 +45,14 @@ def test_weights_and_two_derivatives_agree_with_the_reference(slots: int, batch:
         assert all(x.abs().sum() > 0 for x in expected)
 
 
-@pytest.mark.parametrize("path", ["kernels", "torch"])
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_slots_have_a_gradient_beside_keys_that_have_none(dtype: torch.dtype, path: str):
-    generator = torch.Generator().manual_seed(0)
-    keys, slots = (torch.randn(rows, 5, generator=generator).to(dtype) for rows in (4, 6))
+def test_slots_have_a_gradient_beside_keys_that_have_none(dtype: torch.dtype):
+    keys, slots = draw(4, 5, dtype=dtype), draw(6, 5, seed=1, dtype=dtype)
     found = []
-    with _extension.disabled() if path == "torch" else nullcontext():
-        for function, kind in ((functional.cosine_softmax, dtype), (reference.cosine_softmax, F64)):
-            own = slots.to(kind).requires_grad_()
-            found += torch.autograd.grad(function(keys.to(kind), own)[:, 0].sum(), own)
+    for function, kind in ((functional.cosine_softmax, dtype), (reference.cosine_softmax, F64)):
+        own = slots.to(kind).requires_grad_()
+        found += torch.autograd.grad(function(keys.to(kind), own)[:, 0].sum(), own)
     torch.testing.assert_close(found[0].double(), found[1], rtol=0.02, atol=1e-3)
 
 

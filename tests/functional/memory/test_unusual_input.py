@@ -1,7 +1,5 @@
 """Unusual arguments that are right work like any other: layouts, gradients of the memory, huge ones."""
 
-from contextlib import nullcontext
-
 import numpy as np
 import pytest
 import torch
@@ -10,8 +8,9 @@ from dan_fast import MemoryState, _extension, functional, reference
 from dan_fast.functional.memory import passes
 from dan_fast.functional.memory.passes import memory_combine, memory_scores
 from dan_fast.functional.memory.row_norms import row_sq_norms
+from tests.support.draws import draw
 from tests.support.memory_arguments import BATCH, F64, TENSORS, arguments, get, module, put, tensors
-from tests.support.memory_problems import agree, in_dtype
+from tests.support.memory_problems import agree
 from tests.support.running import Called
 
 
@@ -39,10 +38,8 @@ def test_layout_does_not_matter(impl, name):
 
 @pytest.mark.parametrize("slots", [1, 3, 7, 9])
 def test_a_half_precision_memory_is_widened_in_pieces(slots, monkeypatch):
-    generator = torch.Generator().manual_seed(slots)
-    base = torch.randn(slots, 5, generator=generator).bfloat16()
-    keys = torch.randn(4, 5, generator=generator, requires_grad=True)
-    held, tangent = torch.randn(4, slots, generator=generator), torch.randn(4, 5, generator=generator)
+    base, keys = draw(slots, 5, dtype=torch.bfloat16), draw(4, 5, seed=1).requires_grad_()
+    held, tangent = draw(4, slots, seed=2), draw(4, 5, seed=3)
     kept = (torch.arange(slots) % 2).float()
     monkeypatch.setattr(passes, "_ROWS", 3)
     with _extension.disabled():
@@ -58,17 +55,16 @@ def test_a_half_precision_memory_is_widened_in_pieces(slots, monkeypatch):
     torch.testing.assert_close(written, features.float().square().sum(1))
 
 
-@pytest.mark.parametrize("kernels", [True, False])
-def test_keys_of_one_number_that_is_zero_have_gradients(kernels):
+@pytest.mark.usefixtures("path")
+def test_keys_of_one_number_that_is_zero_have_gradients():
     """n2 is m^2 there, which `scan_torch` divides by the length of the key."""
     found = []
     for each in (functional, reference):
         keys, others = (torch.tensor(x, dtype=F64)[:, None].requires_grad_() for x in ([0, 1.5, 0], [0, -0.7, 0.4]))
         alpha, empty = torch.tensor(0.3, dtype=F64, requires_grad=True), MemoryState.empty(4, 1, F64)
         samples = keys, torch.tensor([0, 1, 1]), others, torch.arange(3)
-        with nullcontext() if kernels else _extension.disabled():
-            loss = each.memory_step(empty, empty, *samples, alpha, 0.1, 0.5).loss
-            found.append(torch.autograd.grad(loss, (keys, others, alpha)))
+        loss = each.memory_step(empty, empty, *samples, alpha, 0.1, 0.5).loss
+        found.append(torch.autograd.grad(loss, (keys, others, alpha)))
     for actual, expected in zip(*found, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
@@ -93,28 +89,22 @@ def test_expanded_tensors(impl):
             features=unlabeled.features[:, :1].expand(4, 3), usage=torch.zeros(1, dtype=F64).expand(4)
         ),
     }
-    copied = {
-        name: MemoryState(*(x.clone() for x in value)) if isinstance(value, MemoryState) else value.clone()
-        for name, value in expanded.items()
-    }
+    copied = expanded
+    for name in TENSORS:
+        copied = put(copied, name, get(expanded, name).clone())
     results = []
     for form in (expanded, copied):
         keys, unlabeled_keys = (form[name].detach().requires_grad_() for name in ("keys", "unlabeled_keys"))
         step = impl.memory_step(**(form | {"keys": keys, "unlabeled_keys": unlabeled_keys}))
         results.append([*tensors(step), *torch.autograd.grad(step.loss, [keys, unlabeled_keys])])
     agree(*results, 1e-12)
-    for a, b in zip(tensors(expanded), tensors(copied), strict=True):
-        assert torch.equal(a, b)
+    assert all(map(torch.equal, tensors(expanded), tensors(copied)))
 
 
 @pytest.mark.parametrize("name", ["keys", "slots", "occupied", "evaluation", "labels", "pseudo_labels"])
 def test_layout_does_not_matter_to_the_weights_and_the_sets(impl, name):
     generator = torch.Generator().manual_seed(0)
-    weights = {
-        "keys": torch.randn(4, 6, generator=generator, dtype=F64),
-        "slots": torch.randn(9, 6, generator=generator, dtype=F64),
-        "occupied": torch.rand(9, generator=generator) < 0.7,
-    }
+    weights = {"keys": draw(4, 6, dtype=F64), "slots": draw(9, 6, seed=1, dtype=F64), "occupied": draw(9, seed=2) < 0.5}
     sets = {
         "evaluation": torch.randint(0, 3, (4, 9), generator=generator).double(),
         "labels": torch.randint(-1, 2, (9,), generator=generator),
@@ -204,18 +194,13 @@ def far_apart(rows, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_more_than_2_to_the_31_elements_apart(dtype):
-    rows = torch.randn(3, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+    rows, keys = draw(3, 6, seed=1, dtype=dtype), draw(2, 6, seed=2, dtype=dtype)
     view = far_apart(rows, dtype)
     agree(row_sq_norms(view), row_sq_norms(rows), 1e-6)
-    keys = torch.randn(2, 6, generator=torch.Generator().manual_seed(2)).to(dtype)
     agree(functional.cosine_softmax(keys, view), functional.cosine_softmax(keys, rows), 1e-6)
-    state = MemoryState.empty(3, 6, dtype)._replace(labels=torch.tensor([0, 1, 2]))
-    state = in_dtype(state, dtype)
+    states = (MemoryState.empty(3, 6, dtype)._replace(features=x, labels=torch.arange(3)) for x in (view, rows))
     batch = (keys, torch.tensor([3, 4]), keys.flip(0), torch.tensor([5, 6]), 0.3, -0.2, 0.4)
-    found = [
-        functional.memory_step(state._replace(features=x), state._replace(features=x), *batch) for x in (view, rows)
-    ]
-    agree(*(tensors(step) for step in found), 1e-6)
+    agree(*(tensors(functional.memory_step(state, state, *batch)) for state in states), 1e-6)
 
 
 @pytest.mark.slow
@@ -230,8 +215,7 @@ def test_more_than_2_to_the_31_elements():
     d, slots = 4099, 2**19 + 3
     base = untouched_zeros(slots * d, torch.bfloat16).reshape(slots, d)
     assert base.numel() > 2**31
-    base[-2:] = torch.randn(2, d, generator=torch.Generator().manual_seed(1))
-    key = torch.randn(1, d, generator=torch.Generator().manual_seed(2))
+    base[-2:], key = draw(2, d, seed=1), draw(1, d, seed=2)
     assert row_sq_norms(base)[-3:].tolist() == [0, *row_sq_norms(base[-2:]).tolist()]
     scores, norms = memory_scores(key, base)
     assert not scores[:, :-2].any() and not norms[:-2].any()
