@@ -1,7 +1,7 @@
 """Where PyTorch rounds float32 numbers: what is said of it, and that the memory's products are left out."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from dan_fast.core.float32 import exact_float32, float32_rounding, float32_setti
 from dan_fast.functional.products import Float32Product, product
 from dan_fast.nn import ProgressiveAugmentedMemory
 from dan_fast.reference import MemoryState
+from tests.support.draws import draw
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROUNDED = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "matmul"}
@@ -76,31 +77,23 @@ def test_a_benchmark_records_them() -> None:
 # What is left out
 
 
-def set_high() -> None:
-    torch.set_float32_matmul_precision("high")
-
-
-def set_medium() -> None:
-    torch.set_float32_matmul_precision("medium")
-
-
-def set_allow_tf32() -> None:
-    torch.backends.cuda.matmul.allow_tf32 = True
-
-
-def set_by_operator() -> None:
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-
-
-def set_for_all() -> None:
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
-    torch.backends.fp32_precision = "tf32"
+def round_products(way: str) -> None:
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    match way:
+        case "high" | "medium":
+            torch.set_float32_matmul_precision(way)
+        case "allow_tf32":
+            cuda.allow_tf32 = True
+        case "by operator":
+            cuda.fp32_precision, cpu.fp32_precision = "tf32", "bf16"
+        case "for all":
+            cuda.fp32_precision = cpu.fp32_precision = "none"
+            torch.backends.fp32_precision = "tf32"
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-@pytest.mark.parametrize("rounded", [set_high, set_medium, set_allow_tf32, set_by_operator, set_for_all])
-def test_exact_products_leave_the_settings_as_they_were(device: str, rounded: Callable[[], None]) -> None:
+@pytest.mark.parametrize("way", ["high", "medium", "allow_tf32", "by operator", "for all"])
+def test_exact_products_leave_the_settings_as_they_were(device: str, way: str) -> None:
     def read() -> list[str | None]:
         try:
             old = torch.get_float32_matmul_precision()
@@ -108,7 +101,7 @@ def test_exact_products_leave_the_settings_as_they_were(device: str, rounded: Ca
             old = None
         return [old, torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
 
-    rounded()
+    round_products(way)
     before = read()
     with pytest.raises(KeyError), exact_float32(device):
         assert float32_settings(torch.device(device))["matrix_products"] == "ieee"
@@ -116,7 +109,7 @@ def test_exact_products_leave_the_settings_as_they_were(device: str, rounded: Ca
             assert not torch.backends.cuda.matmul.allow_tf32, "the old name can be read inside, as TunableOp does"
         raise KeyError
     assert read() == before
-    if rounded is set_for_all:
+    if way == "for all":
         torch.backends.fp32_precision = "ieee"
         assert read()[1:] == ["ieee", "ieee"], "what is inherited must not become the operator's own"
 
@@ -162,15 +155,14 @@ def test_the_operator() -> None:
 @pytest.mark.parametrize("path", ["kernels", "torch"])
 @pytest.mark.parametrize("memory_dtype", [torch.float32, torch.bfloat16])
 def test_no_product_of_a_memory_step_is_rounded(path: str, memory_dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
     memory = ProgressiveAugmentedMemory(12, 10, key_dim=6, dtype=memory_dtype)
     labels, ids = torch.tensor([0, 1, 2]), torch.arange(3)
     losses = []
     torch.set_float32_matmul_precision("medium")
     with Products() as made, _extension.disabled() if path == "torch" else torch.enable_grad():
-        for _ in range(3):
+        for seed in range(3):
             # A graph counts on the memory, so the next step adds what waits to its scores.
-            keys = torch.randn(6, 6, generator=generator).to(memory_dtype).requires_grad_()
+            keys = draw(6, 6, seed=seed, dtype=memory_dtype).requires_grad_()
             losses.append(memory(keys[:3], labels, keys[3:], ids).loss)
         gradients = torch.autograd.grad(losses[-1], keys, create_graph=True)
         torch.autograd.grad(gradients[0].float().square().sum(), keys)
@@ -181,9 +173,7 @@ def test_no_product_of_a_memory_step_is_rounded(path: str, memory_dtype: torch.d
 
 
 def test_no_product_of_a_transform_is_rounded() -> None:
-    generator = torch.Generator().manual_seed(0)
-    keys, along = (torch.randn(6, 6, generator=generator) for _ in range(2))
-    slots = torch.randn(12, 6, generator=generator)
+    keys, along, slots = draw(6, 6), draw(6, 6, seed=1), draw(12, 6, seed=2)
     torch.set_float32_matmul_precision("medium")
     gradient = torch.func.grad(lambda x: functional.cosine_softmax(x, slots)[0, 0])
     with Products() as made:

@@ -14,6 +14,7 @@ from dan_fast.core import heap
 from dan_fast.core.heap import keep_heap
 from tests.support import ROOT
 
+SETTINGS = ("MALLOC_", "GLIBC_TUNABLES")
 # Blocks as large as activations are, freed and allocated again.
 CHURN = """
 import resource
@@ -32,13 +33,11 @@ print(kept, usage.ru_minflt - before, usage.ru_maxrss)
 """
 
 
-def churned(keep: bool, **environment: str) -> tuple[str, int, int]:
+def churned(keep: bool) -> tuple[str, int, int]:
     # A block that is not backed by huge pages has a fault for each of its pages.
-    code = CHURN.format(keep=keep)
-    left = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
-    ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=left | environment, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", CHURN.format(keep=keep)]
+    left = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)}
+    ran = subprocess.run(command, cwd=ROOT, env=left, capture_output=True, text=True, check=True)
     kept, faults, resident = ran.stdout.split()
     return kept, int(faults), int(resident)
 
@@ -51,25 +50,24 @@ def test_freed_blocks_are_kept():
     assert resident < 1.25 * resident_before
 
 
+@pytest.fixture
+def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(SETTINGS)]:
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("nothing_set")
 @pytest.mark.parametrize(
-    "environment, reason",
-    [
-        ({"MALLOC_TRIM_THRESHOLD_": "1000000"}, "MALLOC_TRIM_THRESHOLD_ is set"),
-        ({"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0"}, "GLIBC_TUNABLES is set"),
-    ],
+    "name, value", [("MALLOC_TRIM_THRESHOLD_", "1000000"), ("GLIBC_TUNABLES", "glibc.malloc.mmap_max=0")]
 )
-def test_what_the_user_set_is_left(environment: dict[str, str], reason: str, monkeypatch: pytest.MonkeyPatch):
-    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
-        monkeypatch.delenv(name)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def test_what_the_user_set_is_left(name: str, value: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(name, value)
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: pytest.fail("the heap was changed"))
-    assert heap.why_heap_is_left() == reason and not keep_heap()
+    assert heap.why_heap_is_left() == f"{name} is set" and not keep_heap()
 
 
+@pytest.mark.usefixtures("nothing_set")
 def test_another_allocator_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
-        monkeypatch.delenv(name)
     maps = tmp_path / "maps"
     maps.write_text("7f00-7f01 r-xp 00000000 08:01 1 /usr/lib/x86_64-linux-gnu/libjemalloc.so.2\n")
     monkeypatch.setattr(heap, "Path", lambda path: maps)
