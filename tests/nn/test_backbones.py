@@ -165,12 +165,10 @@ def test_what_a_file_has_to_be_rid_of_is_said(tmp_path: Path):
     state, path = build_backbone("resnet18").state_dict(), tmp_path / "weights.pth"
     broken = state["layer1.0.conv1.weight"].clone()
     broken[0, 0, 0, 0] = torch.nan
+    with_a_head = state | {"fc.weight": torch.ones(1)}
     for changed, said in (
         ({f"module.{name}": value for name, value in state.items()}, "take 'module.' off its names"),
-        (
-            {"backbone.fc.weight": torch.ones(1)} | {f"backbone.{k}": v for k, v in state.items()},
-            "take 'backbone.' off",
-        ),
+        ({f"backbone.{name}": value for name, value in with_a_head.items()}, "take 'backbone.' off"),
         ({"a.conv1.weight": torch.ones(1), "b.bn1.weight": torch.ones(1)}, "give a file of"),
         (state | {"classifier.weight": torch.ones(1)}, r"\(unexpected: classifier.weight\); leave these out of it"),
         (state | {"layer1.0.conv1.weight": broken}, r"\(not finite: layer1.0.conv1.weight\); give a file of"),
@@ -355,25 +353,14 @@ def test_a_checkpoint_keeps_how_images_are_read_and_an_older_one_has_the_old_def
 
 
 def test_training_reads_images_as_the_network_wants_them(images: Path, tmp_path: Path, monkeypatch):
-    asked = []
-
-    def loader(*arguments, **options):
-        asked.append(options["preprocessing"])
-        return training_loader(*arguments, **options)
-
+    loader = Mock(wraps=training_loader)
     monkeypatch.setattr("dan_fast.training.batches.training_loader", loader)
     trainer = Trainer(of_vit(images, tmp_path / "run"))
-    seen, real = [], trainer.train_iteration
-
-    def watched(batch, scalars):
-        seen.append(batch.meta_train.images)
-        real(batch, scalars)
-
-    trainer.train_iteration = watched
+    trainer.train_iteration = iteration = Mock(wraps=trainer.train_iteration)
     trainer.fit()
-    assert set(asked) == {Preprocessing(HALVES, HALVES, "bicubic")}
+    assert {call.kwargs["preprocessing"] for call in loader.mock_calls} == {Preprocessing(HALVES, HALVES, "bicubic")}
     # Padding is black, which is -1 after halves and -2.1 after ImageNet's.
-    assert min(float(batch.min()) for batch in seen) == -1
+    assert min(float(call.args[0].meta_train.images.min()) for call in iteration.mock_calls) == -1
 
 
 @pytest.mark.parametrize("cache", [False, True])
@@ -401,27 +388,16 @@ def test_evaluation_reads_images_as_the_network_wants_them(
 
 def test_the_backbones_steps_are_scaled(images: Path, tmp_path: Path, monkeypatch):
     trainer = Trainer(of_vit(images, tmp_path / "run", backbone_lr_scale=0.25, momentum=0.0))
-    steps = []
-
-    def watched(*arguments, **options):
-        steps.append(arguments[5])
-        return meta_gradients(*arguments, **options)
-
+    watched = Mock(wraps=meta_gradients)
     monkeypatch.setattr("dan_fast.training.step.meta_gradients", watched)
     monkeypatch.setattr(trainer.meta_step.competition, "decide", lambda won: Stage.BOTH)
     trainer.model.train()
     plans = trainer.batches.planner.plan_epoch(0)
     batch = next(iter(training_loader(trainer.training_set, plans, SIZE)))
-    before = snapshot(trainer.model)
-    logged = {}
-
-    class Log:
-        def add(self, name, value, counts=True):
-            logged[name] = value
-
-    trainer.train_iteration(batch, Log())
-    lr = logged["train/step_size"]
-    (inner,) = steps
+    before, log = snapshot(trainer.model), Mock()
+    trainer.train_iteration(batch, log)
+    (lr,) = (call.args[1] for call in log.add.mock_calls if call.args[0] == "train/step_size")
+    (inner,) = (call.args[5] for call in watched.mock_calls)
     for name, value in trainer.model.named_parameters():
         wanted = lr * (0.25 if name.startswith("network.backbone.") else 1.0)
         assert inner[name] == wanted

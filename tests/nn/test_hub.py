@@ -71,10 +71,16 @@ def test_the_features_are_the_same_bit_for_bit(backbone: str, arguments: dict, t
     assert written == {**written, **arguments, "backbone": backbone, "num_classes": 5, "image_size": [64, 32]}
 
 
-def edited(**changes):
+def edited(without: str = "", backbone: object = "timm:test_resnet", **changes: object):
+    """config.json with these changes, without an entry, or of another backbone."""
+
     def edit(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        config["network"]["backbone"] = backbone
+        config |= changes
+        config.pop(without, None)
+        path.write_text(json.dumps(config))
 
     return edit
 
@@ -92,23 +98,8 @@ def cut(name: str):
 def of_another_network(folder: Path) -> None:
     """The weights, and their checksum, of a network with other attention."""
     network(reduction=2).save_pretrained(folder.parent / "other")
-    shutil.copy(folder.parent / "other/model.safetensors", folder)
-    weights = (folder / "model.safetensors").read_bytes()
+    weights = Path(shutil.copy(folder.parent / "other/model.safetensors", folder)).read_bytes()
     edited(weights_sha256=hashlib.sha256(weights).hexdigest())(folder)
-
-
-def of_backbone(name: object):
-    def edit(folder: Path) -> None:
-        arguments = json.loads((folder / "config.json").read_text())["network"]
-        edited(network={**arguments, "backbone": name})(folder)
-
-    return edit
-
-
-def without_results(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    del config["results"]
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
@@ -121,9 +112,9 @@ def without_results(folder: Path) -> None:
         (edited(format="bert"), "config.json is damaged or not of a network of dan_fast"),
         (edited(format="dan_fast network 2", dan_fast="9.9"), "'dan_fast network 2' of dan_fast 9.9, .*install that"),
         (edited(network={"backbone": "resnet18"}), "does not describe a network by .*num_classes.*: install"),
-        (of_backbone("resnet19"), "no backbone 'resnet19'"),
-        (of_backbone(18), "does not describe a network by .*num_classes.*: install"),
-        (without_results, "config.json lacks results: copy the folder again"),
+        (edited(backbone="resnet19"), "no backbone 'resnet19'"),
+        (edited(backbone=18), "does not describe a network by .*num_classes.*: install"),
+        (edited(without="results"), "config.json lacks results: copy the folder again"),
         (edited(preprocessing={}), "config.json does not describe a network .'mean'.: copy"),
         (edited(preprocessing=OTHER._replace(mean=(0.5,)).to_dict()), "mean .0.5. and std .* are not those of red"),
         (edited(preprocessing=OTHER._replace(mean=(124.0, 116.0, 104.0)).to_dict()), "are not those of red, green and"),
