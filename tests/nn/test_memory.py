@@ -21,7 +21,7 @@ from dan_fast.functional.memory import passes, pending, step
 from dan_fast.nn import ProgressiveAugmentedMemory
 from dan_fast.nn import memory as memories
 from dan_fast.training.determinism import deterministic_algorithms
-from tests.support.memory_modules import DIM, PSEUDO_SLOTS, SLOTS, assert_states_close, batches, make
+from tests.support.memory_modules import DIM, PSEUDO_SLOTS, SLOTS, assert_both_close, assert_states_close, batches, make
 
 
 def stepped(count, dtype=torch.float64):
@@ -44,39 +44,33 @@ def test_starts_as_the_contract_says():
 @pytest.mark.parametrize("limit", [4, 10, 1000])
 def test_waiting_writes_equal_writes_settled_at_every_step(monkeypatch, limit, keep):
     monkeypatch.setattr(pending, "MAX_PENDING", limit)
-    memory = make()
-    labeled, unlabeled = memory.labeled, memory.unlabeled
-    kept, seen = [], []
+    memory, expected = make(), make()
+    gates, kept, seen = (0.0, 0.0, memory.beta.detach(), 0.9, 0.8), [], []
     for batch in batches(8):
         keys = [batch[0].clone().requires_grad_() for _ in range(2)]
         step = memory(keys[0], *batch[1:])
-        expected = functional.memory_step(
-            labeled, unlabeled, keys[1], *batch[1:], 0.0, 0.0, memory.beta.detach(), 0.9, 0.8
-        )
+        expected = functional.memory_step(expected.labeled, expected.unlabeled, keys[1], *batch[1:], *gates)
         torch.testing.assert_close(step.loss, expected.loss, rtol=1e-11, atol=1e-11)
         assert torch.equal(step.pseudo_labels, expected.pseudo_labels)
         (grad,) = torch.autograd.grad(step.loss, keys[0], retain_graph=keep == "graphs")
         (expected_grad,) = torch.autograd.grad(expected.loss, keys[1])
         torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-11)
-        labeled, unlabeled = expected.labeled, expected.unlabeled
         if keep == "steps":
-            kept.append((step, labeled, unlabeled))
+            kept.append((step, expected))
         elif keep == "graphs":
             kept.append((step.loss, keys[0], grad))
         elif keep == "snapshots":
-            kept.append((memory.labeled, labeled))
+            kept.append((memory.labeled, expected.labeled))
         seen.append(memory._labeled.pending)
     # Where nothing counts on the features, each step folds in what the step before left.
     assert seen == {"nothing": [3] * 8, "snapshots": [0] * 8}.get(keep, seen)
     if keep in ("steps", "graphs"):
         assert max(seen) > min(limit, 20) and max(seen) <= limit + 3
-    assert_states_close(memory.labeled, labeled, rtol=1e-11, atol=1e-11)
-    assert_states_close(memory.unlabeled, unlabeled, rtol=1e-11, atol=1e-11)
+    assert_both_close(memory, expected, 1e-11)
     assert memory._labeled.pending == 0
     for entry in kept:
         if keep == "steps":
-            assert_states_close(entry[0].labeled, entry[1], rtol=1e-11, atol=1e-11)
-            assert_states_close(entry[0].unlabeled, entry[2], rtol=1e-11, atol=1e-11)
+            assert_both_close(*entry, 1e-11)
         elif keep == "graphs":
             (again,) = torch.autograd.grad(*entry[:2])
             assert torch.equal(again, entry[2])
@@ -109,8 +103,7 @@ def test_unlabelled_keys_may_be_left_out(own: torch.dtype, given: torch.dtype):
         step = left_out(keys.requires_grad_(), labels)
         empty(keys, labels, torch.empty(0, 3, dtype=given), torch.empty(0, dtype=torch.int64))
     assert step.loss == 0 and len(step.pseudo_labels) == 0
-    for one, other in zip(left_out.labeled, empty.labeled, strict=True):
-        assert torch.equal(one, other)
+    assert_both_close(left_out, empty)
     with pytest.raises(TypeError, match="sample_ids must be a tensor, got NoneType"):
         left_out(keys.to(own), labels, keys.to(own))
     with pytest.raises(TypeError, match="keys must be a tensor, got list"):
@@ -214,8 +207,7 @@ def test_a_checkpoint_does_not_decide_the_rounding():
             memory(batch[0].clone().requires_grad_(), *batch[1:]).loss.backward()
         if at % 2:
             read.state_dict()
-    for name in ("labeled", "unlabeled"):
-        assert_states_close(getattr(read, name), getattr(fresh, name), rtol=0, atol=0)
+    assert_both_close(read, fresh)
 
 
 def test_a_training_on_a_gpu_that_is_to_repeat_itself_leaves_nothing_waiting(monkeypatch):
@@ -277,15 +269,10 @@ def test_functional_call_replaces_gates_and_advances_the_state():
 
 
 def test_a_step_keeps_its_states_when_the_memory_goes_on():
-    memory = make()
-    first, second = batches(2)
+    memory, fresh, (first, second) = make(), make(), batches(2)
     step = memory(*first)
     memory(*second)
-    expected = functional.memory_step(
-        MemoryState.empty(SLOTS, DIM, torch.float64),
-        MemoryState.empty(PSEUDO_SLOTS, DIM, torch.float64),
-        *first, 0.0, 0.0, 0.1, 0.9, 0.8,
-    )  # fmt: skip
+    expected = functional.memory_step(fresh.labeled, fresh.unlabeled, *first, 0.0, 0.0, 0.1, 0.9, 0.8)
     assert isinstance(step, MemoryStep) and isinstance(step.labeled, MemoryState)
     assert repr(step).count("MemoryState(features=tensor") == 2
     assert_states_close(step.labeled, expected.labeled)
@@ -297,17 +284,14 @@ def test_a_step_keeps_its_states_when_the_memory_goes_on():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_state_dict_round_trip_goes_on_bit_for_bit(tmp_path, dtype):
-    memory = nn.ModuleDict({"memory": make(dtype=dtype)})
-    for batch in batches(3, dtype=torch.float32):
-        memory["memory"](batch[0].to(dtype), batch[1], batch[2].to(dtype), batch[3])
+    memory, other = (nn.ModuleDict({"memory": make(dtype=dtype)}) for _ in range(2))
+    for batch in batches(3, dtype=dtype):
+        memory["memory"](*batch)
     torch.save(memory.state_dict(), tmp_path / "memory.pt")
-    other = nn.ModuleDict({"memory": make(dtype=dtype)})
     other.load_state_dict(torch.load(tmp_path / "memory.pt", weights_only=True))
-    for batch in batches(2, seed=1, dtype=torch.float32):
-        arguments = (batch[0].to(dtype), batch[1], batch[2].to(dtype), batch[3])
-        assert torch.equal(memory["memory"](*arguments).loss, other["memory"](*arguments).loss)
-    for a, b in zip(memory.state_dict().items(), other.state_dict().items(), strict=True):
-        assert a[0] == b[0] and torch.equal(a[1], b[1])
+    for batch in batches(2, seed=1, dtype=dtype):
+        assert torch.equal(memory["memory"](*batch).loss, other["memory"](*batch).loss)
+    torch.testing.assert_close(memory.state_dict(), other.state_dict(), rtol=0, atol=0)
     assert memory["memory"].unlabeled.usage.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
@@ -319,16 +303,13 @@ def loadable() -> dict[str, torch.Tensor]:
 def test_a_state_dict_that_does_not_fit_changes_nothing(strict: bool):
     memory, state = stepped(1), loadable()
     before = copy.deepcopy(memory.state_dict())
-    longer = torch.cat([state["labeled.features"], state["labeled.features"][:1]])
+    features, labels = state["labeled.features"], state["labeled.labels"]
     for wrong, sentence in (
-        ({"labeled.features": longer}, r"labeled.labels must have shape \(13,\)"),
+        ({"labeled.features": torch.cat([features, features[:1]])}, r"labeled.labels must have shape \(13,\)"),
         ({f"labeled.{name}": x for name, x in MemoryState.empty(11, DIM)._asdict().items()}, r"shape \(12, 5\) like"),
-        (
-            {"labeled.labels": state["labeled.labels"].half()},
-            "labeled.labels must be a tensor of torch.int64, got torch",
-        ),
+        ({"labeled.labels": labels.half()}, "labeled.labels must be a tensor of torch.int64, got torch"),
         ({"labeled.usage": state["labeled.usage"].numpy()}, "labeled.usage must be a tensor of .*, got "),
-        ({"labeled.usage": state["labeled.labels"]}, "labeled.usage must be a tensor of .*, got torch.int64"),
+        ({"labeled.usage": labels}, "labeled.usage must be a tensor of .*, got torch.int64"),
         ({"alpha_unlabeled": torch.zeros(2)}, "size mismatch for alpha_unlabeled"),
     ):
         with pytest.raises(RuntimeError, match=sentence):
@@ -369,15 +350,12 @@ def test_a_module_without_storage_takes_a_state_dict_as_it_is():
     for batch in batches(2, seed=3):
         assert torch.equal(memory(*batch).loss, trained(*batch).loss)
     # Nor are the tensors of the state dict those that later steps overwrite.
-    other = make()
-    given = copy.deepcopy(state)
+    other, given = make(), copy.deepcopy(state)
     other.load_state_dict(given, assign=True)
     for batch in batches(2, seed=3):
         other(*batch)
-    for name in ("labeled", "unlabeled"):
-        assert_states_close(getattr(other, name), getattr(memory, name), rtol=0, atol=0)
-        for field in MemoryState._fields:
-            assert torch.equal(given[f"{name}.{field}"], state[f"{name}.{field}"])
+    assert_both_close(other, memory)
+    torch.testing.assert_close(given, state, rtol=0, atol=0)
     larger = ProgressiveAugmentedMemory(SLOTS + 1, PSEUDO_SLOTS, DIM)
     with pytest.raises(RuntimeError, match=r"labeled.features must have shape \(13, 5\)"):
         larger.load_state_dict(state, assign=True)
@@ -385,6 +363,7 @@ def test_a_module_without_storage_takes_a_state_dict_as_it_is():
 
 def test_a_parted_state_is_copied_or_refused():
     memory, taken, other = stepped(2), make(), make()
+    nn.init.constant_(memory.alpha, 0.3)
     whole, features = memory.parted_state_dict()
     assert not any(value.requires_grad for value in (*whole.values(), *features.values()))
     kept = {name: value.clone() for name, value in features.items()}
@@ -397,14 +376,11 @@ def test_a_parted_state_is_copied_or_refused():
     assert all(map(torch.equal, kept.values(), features.values()))
     assert all(map(torch.equal, other.state_dict().values(), states.values()))
     lacking = {name: value for name, value in whole.items() if name not in ("unlabeled.usage", "alpha")}
+    fewer = whole | {"labeled.labels": whole["labeled.labels"][1:]}
     for given, read, match in (
         (lacking, lambda name, rows: kept[name][rows], "^alpha is missing in what is read"),
         (lacking | {"alpha": whole["alpha"]}, lambda name, rows: kept[name][rows], "^unlabeled.usage is missing"),
-        (
-            whole | {"labeled.labels": whole["labeled.labels"][1:]},
-            lambda name, rows: kept[name][rows],
-            f"^labeled has {SLOTS} slots here and {SLOTS - 1} in what is read",
-        ),
+        (fewer, lambda name, rows: kept[name][rows], "^labeled has 12 slots here and 11 in what is read"),
         (whole, lambda name, rows: kept[name][rows][:, 1:], "^labeled.features of slots 0 to .* must have shape"),
         (whole, lambda name, rows: kept[name][rows][1:], "^labeled.features of slots 0 to .* must have shape"),
     ):
@@ -585,8 +561,7 @@ def test_type_is_that_of_the_features(dtype: torch.dtype):
         one.unlabeled = one.unlabeled._replace(sample_ids=one.unlabeled.sample_ids + 2049)
     memory.type(dtype)
     twin.to(dtype)
-    for name in ("labeled", "unlabeled"):
-        assert_states_close(getattr(memory, name), getattr(twin, name), rtol=0, atol=0)
+    assert_both_close(memory, twin)
     memory(*next(batches(1, seed=2, dtype=dtype)))
 
 

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from dan_fast.nn import ProgressiveAugmentedMemory
-from tests.support.memory_modules import assert_states_close, batches, make
+from tests.support.memory_modules import assert_both_close, assert_states_close, batches, make
 
 
 def saved_and_read(module: nn.Module) -> nn.Module:
@@ -26,9 +26,10 @@ def saved_and_read(module: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
-def assert_memories_equal(actual: ProgressiveAugmentedMemory, expected: ProgressiveAugmentedMemory) -> None:
-    for name in ("labeled", "unlabeled"):
-        assert all(map(torch.equal, getattr(actual, name), getattr(expected, name))), name
+def refused_as_an_average(call: Callable[..., object], *arguments: object, **options: object) -> None:
+    sentence = "as AveragedModel does, .* assign the trained memory's labeled and unlabeled"
+    with pytest.raises(RuntimeError, match=sentence):
+        call(*arguments, **options)
 
 
 def test_a_replica_of_data_parallel_is_refused():
@@ -40,7 +41,7 @@ def test_a_replica_of_data_parallel_is_refused():
         before = copy.deepcopy(memory)
         with pytest.raises(RuntimeError, match="replica of DataParallel .* wrap the backbone alone"):
             memory._replicate_for_data_parallel()(*batch, *features)
-        assert_memories_equal(memory, before)
+        assert_both_close(memory, before)
 
 
 def test_a_gate_with_a_parametrization_is_no_replica():
@@ -48,7 +49,7 @@ def test_a_gate_with_a_parametrization_is_no_replica():
     nn.utils.parametrize.register_parametrization(memory, "alpha", nn.Hardtanh())
     for batch in batches(2):
         assert torch.equal(memory(*batch).loss, plain(*batch).loss)
-    assert_memories_equal(memory, plain)
+    assert_both_close(memory, plain)
 
 
 def test_a_deep_copy_has_memories_of_its_own():
@@ -56,15 +57,15 @@ def test_a_deep_copy_has_memories_of_its_own():
     first, second, third = batches(3)
     memory(*first)  # its writes still wait
     twin = copy.deepcopy(memory)
-    assert_memories_equal(twin, memory)
+    assert_both_close(twin, memory)
     before = [x.clone() for x in twin.labeled]
     memory(*second)
     assert_states_close(twin.labeled, before, rtol=0, atol=0)
     twin(*second)
     for one in (memory, twin):
         one(*third)
-    assert_memories_equal(twin, memory)
-    assert_memories_equal(saved_and_read(copy.deepcopy(twin)), twin)
+    assert_both_close(twin, memory)
+    assert_both_close(saved_and_read(copy.deepcopy(twin)), twin)
 
 
 def test_what_a_copy_holds_of_itself_is_the_copy():
@@ -83,7 +84,7 @@ def test_a_copy_read_from_a_file_goes_on():
     read = saved_and_read(twin), pickle.loads(pickle.dumps(twin))
     for one in (twin, *read):
         one(*second)
-        assert_memories_equal(one, memory)
+        assert_both_close(one, memory)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -98,7 +99,7 @@ def test_a_step_that_a_backward_pass_would_repeat_is_refused(use_reentrant: bool
     assert keys.grad is None
     memory(*second).loss.backward()
     twin(*second)
-    assert_memories_equal(memory, twin)
+    assert_both_close(memory, twin)
 
 
 def test_what_makes_the_keys_may_be_computed_again():
@@ -133,27 +134,20 @@ def test_an_average_of_the_gates_is_refused_until_it_has_memories():
     memory, averaged = averaged_over_a_training()
     (batch,) = batches(1, seed=9)
     assert averaged.module.alpha != 0 and averaged.module.occupied_slots()[0] == 0
-    with pytest.raises(
-        RuntimeError, match="as AveragedModel does, .* assign the trained memory's labeled and unlabeled"
-    ):
-        averaged(*batch)
-    with pytest.raises(RuntimeError, match="as AveragedModel does"):
-        averaged.module.labeled_loss(*batch[:2], temperature=0.05)
+    refused_as_an_average(averaged, *batch)
+    refused_as_an_average(averaged.module.labeled_loss, *batch[:2], temperature=0.05)
     for other in (copy.deepcopy(averaged), saved_and_read(averaged), saved_and_read(copy.deepcopy(averaged))):
-        with pytest.raises(RuntimeError, match="as AveragedModel does"):
-            other(*batch)
+        refused_as_an_average(other, *batch)
         other.module.load_state_dict(memory.state_dict())
         other(*batch)
     averaged.module.labeled = memory.labeled
-    with pytest.raises(RuntimeError, match="as AveragedModel does"):
-        averaged(*batch)  # M' is as old as the copy
+    refused_as_an_average(averaged, *batch)  # M' is as old as the copy
     for other in (copy.deepcopy(averaged), saved_and_read(averaged)):
-        with pytest.raises(RuntimeError, match="as AveragedModel does"):
-            other(*batch)
+        refused_as_an_average(other, *batch)
         other.module.unlabeled = memory.unlabeled
         other(*batch)
     averaged.module.unlabeled = memory.unlabeled
-    assert_memories_equal(averaged.module, memory)
+    assert_both_close(averaged.module, memory)
     averaged(*batch)
 
     memory, averaged = averaged_over_a_training()
@@ -176,8 +170,7 @@ def test_an_average_that_was_given_memories_falls_behind_again(given: str):
         with torch.no_grad():
             copied.alpha.add_(0.1)  # no other has gone on since
     train(memory, lambda: averaged.update_parameters(memory))
-    with pytest.raises(RuntimeError, match="as AveragedModel does"):
-        copied.labeled_loss(*batch[:2], temperature=0.05)
+    refused_as_an_average(copied.labeled_loss, *batch[:2], temperature=0.05)
 
 
 def test_gates_that_are_averaged_through_data_are_seen_too():
@@ -191,10 +184,8 @@ def test_gates_that_are_averaged_through_data_are_seen_too():
     moved = copy.deepcopy(memory)
     train(memory, update)
     (batch,) = batches(1, seed=9)
-    with pytest.raises(RuntimeError, match="as AveragedModel does"):
-        averaged(*batch)
-    with pytest.raises(RuntimeError, match="as AveragedModel does"):
-        averaged.double()(*batch)
+    refused_as_an_average(averaged, *batch)
+    refused_as_an_average(averaged.double(), *batch)
     moved.float().double()(*batch)  # rounded, which is no change of what it learnt
 
 
@@ -213,8 +204,7 @@ def test_of_a_state_dict_with_one_memory_the_other_is_still_missed():
     (batch,) = batches(1, seed=9)
     parts = [{k: v for k, v in memory.state_dict().items() if k.startswith(name)} for name in ("labeled", "unlabeled")]
     averaged.module.load_state_dict(parts[1], strict=False)
-    with pytest.raises(RuntimeError, match="as AveragedModel does"):
-        averaged(*batch)
+    refused_as_an_average(averaged, *batch)
     averaged.module.load_state_dict(parts[0], strict=False)
     averaged(*batch)
 
@@ -227,11 +217,11 @@ def test_what_another_process_gets_is_not_overwritten_by_this_one():
     for batch in batches(3, seed=1):
         memory(*batch)
     memory.settle()
-    assert_memories_equal(received, before)
+    assert_both_close(received, before)
 
 
 def _step_in_a_process(memories: list[ProgressiveAugmentedMemory], answers: SimpleQueue) -> None:
-    received = [{name: value.clone() for name, value in memory.state_dict().items()} for memory in memories]
+    received = [copy.deepcopy(memory.state_dict()) for memory in memories]
     for memory in memories:
         for batch in batches(2, seed=2):
             memory(*batch)
@@ -243,7 +233,7 @@ def test_a_spawned_process_gets_memories_of_its_own():
     """One that is new, and one whose write waits."""
     memories, context = [make(), make()], get_context("spawn")
     memories[1](*next(batches(1)))
-    before = [{name: value.clone() for name, value in memory.state_dict().items()} for memory in memories]
+    before = [copy.deepcopy(memory.state_dict()) for memory in memories]
     answers = context.SimpleQueue()
     process = context.Process(target=_step_in_a_process, args=(memories, answers))
     process.start()
@@ -281,7 +271,7 @@ def test_a_copy_whose_gates_are_its_own_is_not_refused():
     twin = copy.deepcopy(memory)
     memory(*first)
     twin(*first)  # the one it was copied from has gone on, the gates have not
-    assert_memories_equal(twin, memory)
+    assert_both_close(twin, memory)
     with torch.no_grad():
         twin.alpha.fill_(1.5)
     twin(*second)
@@ -289,5 +279,4 @@ def test_a_copy_whose_gates_are_its_own_is_not_refused():
     with torch.no_grad():
         early.alpha.fill_(1.5)
     early(*second)  # nothing to fall behind
-    for name in ("labeled", "unlabeled"):
-        assert_states_close(getattr(early, name), getattr(twin, name), rtol=1e-11, atol=1e-11)
+    assert_both_close(early, twin, 1e-11)

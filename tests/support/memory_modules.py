@@ -24,3 +24,9 @@ def batches(count, size=3, seed=0, dtype=torch.float64):
 def assert_states_close(actual, expected, **tolerance):
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, **tolerance)
+
+
+def assert_both_close(actual, expected, tolerance=0.0):
+    """Both states of modules or of steps; without a tolerance bit for bit."""
+    for name in ("labeled", "unlabeled"):
+        assert_states_close(getattr(actual, name), getattr(expected, name), rtol=tolerance, atol=tolerance)
