@@ -85,8 +85,7 @@ def test_a_cut_changes_no_derivative(kind, cuts, frozen, preceding):
         losses = Losses(trunk, each)
         found.append(meta_gradients(losses, params, groups, *batches, inner_lr=0.5).grads)
         assert {name[0] for name in losses.preceding} == (set(preceding) if each else set())
-    for name, value in found[1].items():
-        torch.testing.assert_close(found[0][name], value, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(

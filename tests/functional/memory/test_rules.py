@@ -146,8 +146,7 @@ def test_a_wholly_empty_memory_skips_the_sample(impl):
     pseudo = state([[1.0, 0], [0, 0]], [2, -1], [1.0, 0], [1.0, 0], 1, [4, -1])
     out = step(impl, empty(2), pseudo, unlabeled_keys=[[0.0, 1.0], [1.0, 0]], ids=[5, 6])
     assert out.pseudo_labels.tolist() == [-1, -1] and out.loss == 0
-    for a, b in zip(out.unlabeled, pseudo, strict=True):
-        assert torch.equal(a, b)
+    assert all(map(torch.equal, out.unlabeled, pseudo))
 
 
 def test_false_samples_are_cleared_before_the_write(impl):

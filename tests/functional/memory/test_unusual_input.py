@@ -65,8 +65,7 @@ def test_keys_of_one_number_that_is_zero_have_gradients():
         samples = keys, torch.tensor([0, 1, 1]), others, torch.arange(3)
         loss = each.memory_step(empty, empty, *samples, alpha, 0.1, 0.5).loss
         found.append(torch.autograd.grad(loss, (keys, others, alpha)))
-    for actual, expected in zip(*found, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
 
 
 def test_expanded_tensors(impl):
