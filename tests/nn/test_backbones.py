@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
@@ -261,20 +262,14 @@ def test_a_pass_is_computed_again_with_the_weights_it_was_made_with():
     moved = {name: (value * 3).detach().requires_grad_() for name, value in layer.named_parameters()}
     given = torch.ones(1, 2, dtype=torch.float64)
 
-    class Run(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
+    class Twice(torch.nn.Sequential):
         def forward(self, given):
             def run(twin):
-                return torch.utils.checkpoint.checkpoint(
-                    lambda x: twin.layer(twin.layer(x)), given, use_reentrant=False
-                ).sum()
+                return checkpoint(lambda x: twin[0](twin[0](x)), given, use_reentrant=False).sum()
 
             return with_weights_kept(self, run)
 
-    loss = functional_call(Run(), {f"layer.{name}": value for name, value in moved.items()}, given)
+    loss = functional_call(Twice(layer), {f"0.{name}": value for name, value in moved.items()}, given)
     found = torch.autograd.grad(loss, list(moved.values()))
     plain = functional_call(layer, moved, functional_call(layer, moved, given)).sum()
     torch.testing.assert_close(found, torch.autograd.grad(plain, list(moved.values())))
