@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from dan_fast import _extension, functional, reference
@@ -150,10 +151,7 @@ def _literal(x: Tensor, weights: NLCBAMWeights, cam_weight: Tensor, labels: Tens
 
 def reference_outcome(problem: HeadProblem) -> HeadOutcome:
     """What the paper's form gives in float64 for the numbers of the problem."""
-    features, weights, cam_weight, labels, slopes = problem
-    weights = NLCBAMWeights(*(_leaf(weight.double()) for weight in weights))
-    slopes = tuple(slope.double() for slope in slopes)
-    wide = HeadProblem(features.double(), weights, _leaf(cam_weight.double()), labels, slopes)
+    wide = tree_map(lambda x: _leaf(x.double()) if x.is_floating_point() else x, problem)
     return HeadRunner(wide, reference.attention_head).run(True)
 
 
@@ -275,11 +273,8 @@ class AttentionBenchmark(Benchmark):
 
     def bars(self, rows: Sequence[Row]) -> list[Bar]:
         """What the kernels have to reach; a row that disagrees, or in which no kernel ran, has no figure."""
-        kernels = {
-            (row.of["dtype"], row.of["layout"]): row
-            for row in rows
-            if row.contender == KERNELS and row.operators and not row.disagrees
-        }
+        right = (row for row in rows if row.contender == KERNELS and row.operators and not row.disagrees)
+        kernels = {(row.of["dtype"], row.of["layout"]): row for row in right}
         bars, none = [], Row(KERNELS)
         if self.place.type != "cpu":
             for dtype, layout in dict.fromkeys((row.of["dtype"], row.of["layout"]) for row in rows):

@@ -99,10 +99,9 @@ def _resident(field: str) -> int | None:
 
 
 def peak_above(device: torch.device, run: Callable[[], object]) -> tuple[object, int | None]:
-    """Runs and says how far memory rose above where it stood, in bytes; see `Benchmark.peak_meaning`.
+    """Runs; what that returned, and the bytes that memory rose above where it stood, None where the system cannot tell.
 
-    Returns:
-        `(what run returned, bytes)`; None for the bytes where the system cannot tell.
+    See `Benchmark.peak_meaning`.
     """
     if device.type == "cuda":
         synchronize(device)

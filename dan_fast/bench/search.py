@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from dan_fast.bench.rows import WHOLE, Row, shown
 from dan_fast.bench.timing import Say, repetitions, take_turns
 from dan_fast.core.errors import DanFastError
 from dan_fast.evaluation import evaluate_ranking, pairwise_distances
+from dan_fast.evaluation.pairs import Labels
 from dan_fast.search import kinds
 from dan_fast.search.searcher import Searcher, recall
 
@@ -41,24 +42,16 @@ _PERSONS, _IMAGES, _NOISE, _SPREAD, _THRESHOLD = 0.65, 0.58, 0.39, 0.48, 1.22
 _CHUNK = 65536
 
 
-class SearchProblem(NamedTuple):
-    """Features of length 1, identities and cameras; the gallery's features are mapped from a file."""
-
-    gallery: np.ndarray
-    query: np.ndarray
-    gallery_ids: np.ndarray
-    query_ids: np.ndarray
-    gallery_cams: np.ndarray
-    query_cams: np.ndarray
-
-
-def make_search_problem(file: Path, features: int, queries: int, width: int) -> SearchProblem:
+def make_search_problem(file: Path, features: int, queries: int, width: int) -> tuple[np.ndarray, np.ndarray, Labels]:
     """Draws persons of 20 images each on average, and writes the gallery's features into a file, chunk by chunk.
+
+    Returns:
+        Features of length 1, of the queries and of the gallery, which are mapped from the file, and their labels.
 
     Example:
         >>> import tempfile
-        >>> problem = make_search_problem(Path(tempfile.mkdtemp()) / "features", 100, 8, 32)
-        >>> problem.gallery.shape, bool(np.allclose(np.linalg.norm(problem.query, axis=1), 1))
+        >>> query, gallery, labels = make_search_problem(Path(tempfile.mkdtemp()) / "features", 100, 8, 32)
+        >>> gallery.shape, bool(np.allclose(np.linalg.norm(query, axis=1), 1))
         ((100, 32), True)
     """
     random = np.random.default_rng(0)
@@ -87,8 +80,8 @@ def make_search_problem(file: Path, features: int, queries: int, width: int) -> 
     query, query_ids = draw(queries)
     # Copied where it is written to, which nothing does: PyTorch warns of arrays that cannot be.
     gallery = np.memmap(file, dtype=np.float32, mode="c", shape=(features, width))
-    cams = (random.integers(0, _CAMERAS, count) for count in (features, queries))
-    return SearchProblem(gallery, query, np.concatenate(gallery_ids), query_ids, *cams)
+    gallery_cams, query_cams = (random.integers(0, _CAMERAS, count) for count in (features, queries))
+    return query, gallery, Labels(query_ids, np.concatenate(gallery_ids), query_cams, gallery_cams)
 
 
 @dataclass(kw_only=True)
@@ -151,18 +144,16 @@ class SearchBenchmark(Benchmark):
                 file = Path(folder) / "features.f32"
                 problem = make_search_problem(file, self.features, self.queries, self.width)
                 title = f"{self.queries} queries at a time in {self.features} features, {self.width} wide"
-                yield title, self._measure(problem, Path(folder), say)
+                yield title, self._measure(*problem, Path(folder), say)
         finally:
             faiss.omp_set_num_threads(before)
 
-    def _measure(self, problem: SearchProblem, folder: Path, say: Say) -> list[Row]:
-        gallery, query, gallery_ids, query_ids, gallery_cams, query_cams = problem
+    def _measure(self, query: np.ndarray, gallery: np.ndarray, labels: Labels, folder: Path, say: Say) -> list[Row]:
         features, order, rows, nearest = torch.from_numpy(np.asarray(gallery)), np.arange(len(gallery)), [], None
         for kind in self.kinds:
             row = Row(kind, {"build_seconds": None, "disk_bytes": None, "recall": None}, (WHOLE,))
             rows.append(row)
             if kind == EVALUATION:
-                labels = query_ids, gallery_ids, query_cams, gallery_cams
                 call = partial(evaluate_ranking, torch.from_numpy(query), features, *labels)
             else:
                 say(f"{kind}: building")

@@ -96,9 +96,7 @@ def take_turns(
     """Times the rows' calls in turn, with empty caches, and drops them.
 
     Args:
-        device: where they run.
         rows: get the seconds and, those with calls, the machine's bandwidth and rate.
-        say: told what is going on.
         copy_bytes: a copy of about so many bytes is timed in each round, for the `bandwidth`.
         dtype: of the arithmetic, whose `product_rate` is the `rate`; None: there is none.
         warm: call once untimed before each timed call: memory that another contender freed may have gone back to the

@@ -11,16 +11,16 @@ from tests.bench import TINY, written
 
 
 def test_features_are_distributed_as_those_of_a_network(tmp_path):
-    problem = make_search_problem(tmp_path / "features", 4000, 400, 512)
-    assert np.allclose(np.linalg.norm(problem.gallery, axis=1), 1) and (problem.gallery >= 0).all()
-    assert len(np.unique(problem.gallery_ids)) == 200
-    cosines = problem.query @ problem.gallery.T
-    same = problem.query_ids[:, None] == problem.gallery_ids
+    query, gallery, labels = make_search_problem(tmp_path / "features", 4000, 400, 512)
+    assert np.allclose(np.linalg.norm(gallery, axis=1), 1) and (gallery >= 0).all()
+    assert len(np.unique(labels.gallery_ids)) == 200
+    cosines = query @ gallery.T
+    same = labels.query_ids[:, None] == labels.gallery_ids
     # Of an EfficientNet-Lite0 on Market-1501: 5, 50 and 95 % within persons; 1, 50, 99 % between them.
     assert np.abs(np.percentile(cosines[same], (5, 50, 95)) - (0.31, 0.66, 0.88)).max() < 0.15
     assert np.abs(np.percentile(cosines[~same], (1, 50, 99)) - (0.02, 0.11, 0.48)).max() < 0.06
     again = make_search_problem(tmp_path / "again", 4000, 400, 512)
-    assert np.array_equal(again.gallery, problem.gallery) and np.array_equal(again.query, problem.query)
+    assert np.array_equal(again[1], gallery) and np.array_equal(again[0], query)
 
 
 @pytest.mark.slow

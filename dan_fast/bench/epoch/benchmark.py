@@ -119,11 +119,9 @@ class EpochBenchmark(Benchmark):
         with TemporaryDirectory(prefix="dan-fast-bench-") as removed:
             root = Path(self.folder or removed)
             for height, width in self.files:
-
-                def drawing(done: int, total: int, size: str = f"{height}x{width}") -> None:
-                    say(f"{size}: drawing images, {done} of {total}")
-
-                folder = contenders.draw_files(root, (height, width), self.images, drawing)
+                folder = contenders.draw_files(
+                    root, (height, width), self.images, lambda done, total: say(f"drawing images, {done} of {total}")
+                )
                 for backbone in self.backbone:
                     sizes = (height, width, self.batch, self._measured, self.workers)
                     cache, device = str(root / "cache"), str(self.place)
@@ -235,13 +233,8 @@ class EpochBenchmark(Benchmark):
 
     def bars(self, rows: Sequence[Row]) -> list[Bar]:
         """The paper's DAN of order 1 against the plain loop with its own DataLoader."""
-        ratios = {
-            (row.of["backbone"], *row.of["image_size"]): row.over(PLAIN)
-            for row in rows
-            if (row.contender, row.of["order"]) == (_PAPER, 1)
-        }
-        bars = []
-        for (height, width), name in itertools.product(self.files, self.backbone):
-            words = f"{_PAPER}, order 1, over {PLAIN}: {name}, {height}x{width}"
-            bars.append(at_most(words, _RATIO, ratios.get((name, height, width))))
-        return bars
+        paper = (row for row in rows if (row.contender, row.of["order"]) == (_PAPER, 1))
+        ratios = {(row.of["backbone"], *row.of["image_size"]): row.over(PLAIN) for row in paper}
+        words = f"{_PAPER}, order 1, over {PLAIN}: {{}}, {{}}x{{}}"
+        problems = [(name, *size) for size, name in itertools.product(self.files, self.backbone)]
+        return [at_most(words.format(*each), _RATIO, ratios.get(each)) for each in problems]

@@ -233,18 +233,13 @@ class IterationBenchmark(Benchmark):
         return [*super().legend(), f"s/epoch: for {EPOCH_IMAGES} images. {paper}"]
 
     def more_tables(self, rows: Sequence[Row]) -> dict[str, list[dict[str, str]]]:
-        profiles = {
-            f"order {row.of['order']}, {row.of['backbone']}": row.of["profile"]
-            | {"sum": sum(row.of["profile"].values())}
-            for row in rows
-            if row.of["profile"]
-        }
-        parts = sorted(dict.fromkeys(part for profile in profiles.values() for part in profile), key=in_order)
-        table = [
-            {"part": part} | {kind: shown(profile.get(part), ".1f", 1e-3) for kind, profile in profiles.items()}
-            for part in parts
-        ]
-        return {"Where the time of one iteration goes, ms": table} if profiles else {}
+        table: dict[str, dict[str, str]] = {}
+        for row in rows:
+            profile, kind = row.of["profile"], f"order {row.of['order']}, {row.of['backbone']}"
+            for part, seconds in (profile and profile | {"sum": sum(profile.values())}).items():
+                table.setdefault(part, {"part": part})[kind] = shown(seconds, ".1f", 1e-3)
+        parts = [table[part] for part in sorted(table, key=in_order)]
+        return {"Where the time of one iteration goes, ms": parts} if parts else {}
 
     def more(self, rows: Sequence[Row]) -> dict[str, Any]:
         return {"tolerance": TOLERANCES[self.precision], "paper_ratio": PAPER_RATIO}

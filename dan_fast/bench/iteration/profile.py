@@ -20,11 +20,7 @@ TRAIN, TEST, AGAIN = "S", "S~", "S again"
 
 
 class Profile:
-    """Seconds by part: "forward S: backbone", "backward S~: losses", "optimizer", "rest" and so on.
-
-    Args:
-        step: whose next step is looked at, inside `recording`.
-    """
+    """Seconds by part of a step in `recording`: "forward S: backbone", "backward S~: losses", "optimizer", "rest"."""
 
     def __init__(self, step: MetaStep) -> None:
         self.step = step

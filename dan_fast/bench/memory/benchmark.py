@@ -224,11 +224,8 @@ class MemoryBenchmark(Benchmark):
 
     def bars(self, rows: Sequence[Row]) -> list[Bar]:
         """Of float32 at scale 1."""
-        found = {
-            (row.of["use"], row.of["scale"]): row
-            for row in rows
-            if row.contender == KERNELS and row.of["dtype"] == "float32" and not row.disagrees
-        }
+        kernels = (row for row in rows if row.contender == KERNELS and row.of["dtype"] == "float32")
+        found = {(row.of["use"], row.of["scale"]): row for row in kernels if not row.disagrees}
         # One that was not measured has no figures.
         both = [found.get((use, 1), Row(KERNELS, {"use": use})) for use in (STEP, MODULE)]
         module = both[1]

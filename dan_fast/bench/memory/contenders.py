@@ -41,8 +41,6 @@ class Runner:
     `outcome` is called once, before any `run`: a memory that keeps its state steps from the common one there.
 
     Args:
-        problem: what to run on.
-        step: one step with a batch.
         gates: leaves of the graph, in the order of GRADIENTS; None: it has no gradients.
         context: entered around every call.
         returned_bytes: of new memories that a run returns: a result, not an overhead.
@@ -137,47 +135,36 @@ CONTENDERS = (
 )
 
 
-class Tolerance(NamedTuple):
-    """How far a contender may be from the one it is compared with, as a share of the largest number in the tensor.
-
-    Every slot gets about 1/s of a key, so `statistics`, of usage and evaluation, has to be far below 1/s. `changed` is
-    the share of the features that may differ at all: half precision rounds away most of an error, so that the largest
-    difference alone would not show a missing write.
-    """
-
-    loss: float
-    statistics: float
-    features: float
-    gradients: float
-    changed: float
-
-
+# How far a contender may be from the one it is compared with, as a share of the largest number in the tensor. Every
+# slot gets about 1/s of a key, so `statistics`, of usage and evaluation, has to be far below 1/s. `changed` is the
+# share of the features that may differ at all: half precision rounds away most of an error, so that the largest
+# difference alone would not show a missing write.
 TOLERANCES = {
-    torch.float64: Tolerance(1e-12, 1e-12, 1e-12, 1e-10, 1.0),
+    torch.float64: {"loss": 1e-12, "statistics": 1e-12, "features": 1e-12, "gradients": 1e-10, "changed": 1.0},
     # The literal form's own gradients of unlabelled keys are 2e-5 from float64 at a quarter of the paper's slots, ten
     # times as far as score space's, and further with more slots.
-    torch.float32: Tolerance(1e-5, 5e-6, 2e-6, 1e-3, 1.0),
+    torch.float32: {"loss": 1e-5, "statistics": 5e-6, "features": 2e-6, "gradients": 1e-3, "changed": 1.0},
     # Features and the keys' gradients are rounded to 8 and 11 bits at the end; everything else is float32.
-    torch.bfloat16: Tolerance(1e-5, 5e-6, 2**-7, 2**-6, 0.02),
-    torch.float16: Tolerance(1e-5, 5e-6, 2**-10, 2**-9, 0.02),
+    torch.bfloat16: {"loss": 1e-5, "statistics": 5e-6, "features": 2**-7, "gradients": 2**-6, "changed": 0.02},
+    torch.float16: {"loss": 1e-5, "statistics": 5e-6, "features": 2**-10, "gradients": 2**-9, "changed": 0.02},
 }
+_KINDS = {"usage": "statistics", "evaluation": "statistics", "features": "features"}
 
 
 def compare(outcome: Outcome, expected: Outcome, dtype: torch.dtype) -> Agreement:
     """Loss, pseudo labels, gradients (where both have them) and both new states, from the same state and batch."""
     tolerance, different = TOLERANCES[dtype], []
-    pairs = [("loss", outcome.loss, expected.loss, tolerance.loss)]
+    pairs = [("loss", outcome.loss, expected.loss, tolerance["loss"])]
     pairs.append(("pseudo_labels", outcome.pseudo_labels, expected.pseudo_labels, None))
-    limits = {"usage": tolerance.statistics, "evaluation": tolerance.statistics, "features": tolerance.features}
     for memory in ("labeled", "unlabeled"):
-        states = zip(MemoryState._fields, getattr(outcome, memory), getattr(expected, memory), strict=True)
-        pairs += [(f"{memory}.{field}", *both, limits.get(field)) for field, *both in states]
-        actual, wanted = (getattr(each, memory).features for each in (outcome, expected))
-        if tolerance.changed < 1 and actual.shape == wanted.shape:
-            changed = int((actual != wanted).sum()) / wanted.numel()
-            if changed > tolerance.changed:
-                different.append(f"{memory}.features in {changed:.1%} of the numbers (allowed {tolerance.changed:.0%})")
+        actual, wanted = getattr(outcome, memory), getattr(expected, memory)
+        states = zip(MemoryState._fields, actual, wanted, strict=True)
+        pairs += [(f"{memory}.{field}", *both, tolerance.get(_KINDS.get(field))) for field, *both in states]
+        if actual.features.shape == wanted.features.shape:
+            changed = int((actual.features != wanted.features).sum()) / wanted.features.numel()
+            if changed > (allowed := tolerance["changed"]):
+                different.append(f"{memory}.features in {changed:.1%} of the numbers (allowed {allowed:.0%})")
     if outcome.gradients is not None and expected.gradients is not None:
         for name, *both in zip(GRADIENTS, outcome.gradients, expected.gradients, strict=True):
-            pairs.append((f"gradient of {name}", *both, tolerance.gradients))
+            pairs.append((f"gradient of {name}", *both, tolerance["gradients"]))
     return compare_tensors(pairs, math.inf, different=different)
