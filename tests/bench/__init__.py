@@ -1,12 +1,17 @@
 """What the tests of the benchmarks share: each as a command on a tiny problem, and what every file holds."""
 
+import io
 import json
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from dan_fast.bench import BENCHMARKS
+from dan_fast.bench.benchmark import Benchmark
+from dan_fast.bench.rows import Row
 from dan_fast.cli import main
 from tests.support import ROOT
 
@@ -32,10 +37,21 @@ def command(name: str, *arguments: str) -> list[str]:
     return ["bench", name, "--device", "cpu", *flags, *arguments]
 
 
-def written(name: str, folder: Path, *arguments: str) -> dict[str, Any]:
-    """The file of a command that succeeds; what is true of every one is checked."""
+def tiny(name: str, **settings: Any) -> Benchmark:
+    return BENCHMARKS[name][0](**{"device": "cpu"} | TINY[name] | settings)
+
+
+def measured(name: str, **settings: Any) -> list[Row]:
+    return [row for _, rows in tiny(name, **settings).measure() for row in rows]
+
+
+def written(name: str, folder: Path, *arguments: str, printed: tuple[str, ...]) -> dict[str, Any]:
+    """The file of a command that succeeds and prints these parts; what is true of every one is checked."""
     out = folder / "figures.json"
-    assert main(command(name, *arguments, "--json", str(out))) == 0
+    with redirect_stdout(io.StringIO()) as output:
+        assert main(command(name, *arguments, "--json", str(out))) == 0
+    words = " ".join(output.getvalue().split())
+    assert not [part for part in printed if part not in words], words
     content = json.loads(out.read_text())
     assert (content["schema"], content["benchmark"], content["complete"]) == (1, name, True)
     assert content["environment"].keys() >= ENVIRONMENT and content["meaning"].keys() >= {"seconds"}

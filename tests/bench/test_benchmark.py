@@ -133,7 +133,6 @@ def test_the_rate_is_that_of_the_fastest_product(monkeypatch):
         monkeypatch.setattr(timing, "CORES", cores)
         timing.product_rate.cache_clear()
         assert product_rate(CPU, torch.float32, threads) == 2 * 4**3 / best
-    timing.product_rate.cache_clear()
 
 
 def test_on_a_gpu_several_products_are_timed_at_once(monkeypatch):
@@ -145,9 +144,7 @@ def test_on_a_gpu_several_products_are_timed_at_once(monkeypatch):
 
     monkeypatch.setattr(timing, "_PRODUCTS", {"meta": (3, 4)})
     monkeypatch.setattr(timing, "once", seconds)
-    timing.product_rate.cache_clear()
     assert product_rate(torch.device("meta"), torch.bfloat16, 1) == 3 * 2 * 4**3 / 0.5
-    timing.product_rate.cache_clear()
 
 
 def test_a_network_has_a_rate_where_products_are_as_fast_as_its_convolutions(monkeypatch):

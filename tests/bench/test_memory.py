@@ -13,7 +13,7 @@ from dan_fast import MemoryState, _extension, functional, reference, triton_kern
 from dan_fast.bench.benchmark import Bar
 from dan_fast.bench.machine import environment
 from dan_fast.bench.memory import benchmark as memory
-from dan_fast.bench.memory.benchmark import MemoryBenchmark, predict, row_of
+from dan_fast.bench.memory.benchmark import predict, row_of
 from dan_fast.bench.memory.contenders import (
     COMPILED,
     CONTENDERS,
@@ -31,21 +31,15 @@ from dan_fast.bench.memory.problem import Size, make_problem, model_bytes
 from dan_fast.bench.rows import BACKWARD, FORWARD, Row, Timing
 from dan_fast.bench.timing import Operators
 from dan_fast.core.types import Gates, MemoryBatch
-from tests.bench import TINY as COMMANDS
-from tests.bench import changed, written
+from tests.bench import changed, measured, tiny, written
 
 TINY = Size(60, 44, key_dim=24, batch=4)
 CPU = torch.device("cpu")
 EAGER = [contender for contender in CONTENDERS if contender.name != COMPILED]
 
 
-def tiny(*names: str, **settings) -> MemoryBenchmark:
-    given = {"device": "cpu", **COMMANDS["memory"], "budget_s": 30.0, "contenders": ",".join(names) or "all"}
-    return MemoryBenchmark(**given | settings)
-
-
 def measure(*names: str, **settings) -> list[Row]:
-    return [row for _, rows in tiny(*names, **settings).measure() for row in rows]
+    return measured("memory", contenders=",".join(names), **{"budget_s": 30.0} | settings)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -116,12 +110,12 @@ def test_a_planted_difference_is_named(what, dtype):
 
 
 @pytest.mark.slow
-def test_what_disagrees_has_no_ratio(monkeypatch, capsys, tmp_path):
+def test_what_disagrees_has_no_ratio(monkeypatch, tmp_path):
     step = functional.memory_step
     monkeypatch.setattr(functional, "memory_step", lambda *a, **k: (r := step(*a, **k))._replace(loss=r.loss * 1.01))
-    content = written("memory", tmp_path, "--contenders", "literal_autograd,literal_in_place,score_space")
-    printed = capsys.readouterr().out
-    assert "score_space (step): disagrees with literal_autograd: loss by" in printed
+    words = ("score_space (step): disagrees with literal_autograd: loss by",)
+    flags = ("--contenders", "literal_autograd,literal_in_place,score_space")
+    content = written("memory", tmp_path, *flags, printed=words)
     rows = {(row["contender"], row["use"]): row for row in content["rows"]}
     assert rows[SCORE_SPACE, STEP]["speedup"] == {}
     assert "loss" in rows[SCORE_SPACE, STEP]["disagrees"]
@@ -143,9 +137,11 @@ def test_without_the_literal_autograd_form_the_other_literal_one_is_compared_too
 
 
 @pytest.mark.slow
-def test_the_command_writes_everything_down(tmp_path, capsys):
+def test_the_command_writes_everything_down(tmp_path):
     names = "literal_autograd,literal_in_place,score_space,kernels"
-    content = written("memory", tmp_path, "--contenders", names, "--slots_scale", "1,2", "--threads", "1")
+    flags = ("--contenders", names, "--slots_scale", "1,2", "--threads", "1")
+    printed = ("literal_in_place", "copy bandwidth", "Bars", "PREDICTION, nothing here was measured")
+    content = written("memory", tmp_path, *flags, printed=printed)
     assert content["settings"]["slots_scale"] == [1.0, 2.0]
     assert "prediction" in content["prediction"]["what"]
     assert content["tolerances"].keys() == {"float32"}
@@ -154,11 +150,9 @@ def test_the_command_writes_everything_down(tmp_path, capsys):
             assert row["contender"] == KERNELS and not row["seconds"]
             continue
         assert row["disagrees"] is None and row["peak_extra_bytes"] == row["extra_bytes"]
+        assert bool(row["operators"]) == (row["contender"] == KERNELS), row["operators"]
         assert all(share > 0 for share in row["bandwidth_share"].values())
     assert {tuple(row["size"].values())[:2] for row in content["rows"]} == {(60, 44), (120, 88)}
-    printed = capsys.readouterr().out
-    for part in ("literal_in_place", "copy bandwidth", "Bars", "PREDICTION, nothing here was measured"):
-        assert part in printed
 
 
 def test_what_takes_too_long_is_left_out_with_the_reason(monkeypatch):
@@ -218,7 +212,7 @@ def some_rows(peak: int) -> list[Row]:
         row(KERNELS, STEP, 0.05, 0.08, peak_bytes=peak + 7, returned_bytes=7, bandwidth=20e9),
         row(KERNELS, MODULE, 0.04, 0.1, peak_bytes=peak, bandwidth=20e9),
     ]
-    tiny().set_ratios(rows)
+    tiny("memory").set_ratios(rows)
     return rows + [row(KERNELS, use, 1.0, 2.0, scale=16.0) for use in (STEP, MODULE)]
 
 
@@ -230,14 +224,14 @@ def test_ratios():
     assert module.speedup["literal_in_place"] == {FORWARD: pytest.approx(25.0)}
     rows = some_rows(0)[:7]
     rows[3].disagrees = rows[1].disagrees = "loss"
-    tiny().set_ratios(rows)
+    tiny("memory").set_ratios(rows)
     step = rows[5]
     assert step.speedup["best_pytorch"][BACKWARD] == pytest.approx(5.0), "the compiled one no longer counts"
     assert "literal_in_place" not in step.speedup and rows[3].speedup == {}
 
 
 def bars(rows: list[Row], device: str = "cpu") -> dict[str, Bar]:
-    benchmark = tiny(batch=32)
+    benchmark = tiny("memory", batch=32)
     benchmark.place = torch.device(device)
     return {bar.name: bar for bar in benchmark.bars(rows)}
 
@@ -282,10 +276,10 @@ def test_both_limits_are_printed_and_written():
     step, module = some_rows(peak=0)[5:7]
     module.rate = 1e12
     console = Console(width=200, file=io.StringIO())
-    tiny().print_rows(console, "module and step", [module, step])
+    tiny("memory").print_rows(console, "module and step", [module, step])
     # 8.05 GFLOP at 1 TFLOP/s; 100 ms are 5.62 times the 17.79 ms of the bytes.
     limits = {"bytes": pytest.approx(0.01779, rel=1e-3), "operations": pytest.approx(8.05e-3, rel=1e-3)}
-    assert tiny().figures(module)["floor_seconds"][BACKWARD] == module.limits(BACKWARD) == limits
+    assert tiny("memory").figures(module)["floor_seconds"][BACKWARD] == module.limits(BACKWARD) == limits
     assert "operations" not in step.limits(BACKWARD)
     assert "matrix products 1000.0 GFLOP/s" in console.file.getvalue() and "/ 5.62" in console.file.getvalue()
 
@@ -303,15 +297,6 @@ def test_a_compile_that_takes_too_long_is_stopped():
     assert again.left_out[FORWARD].endswith("at 1 x slots in float32")
 
 
-@pytest.mark.slow
-def test_without_the_extension_kernels_are_not_timed(monkeypatch):
-    monkeypatch.setattr(_extension, "why_not_on", lambda *device: "it was not built")
-    rows = measure(SCORE_SPACE, KERNELS)
-    kernels = [row for row in rows if row.contender == KERNELS]
-    assert [row.left_out[FORWARD] for row in kernels] == ["it was not built"] * 2
-    assert not any(row.seconds for row in kernels)
-
-
 @pytest.fixture
 def gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> str:
     reason = "Triton is not installed; run `pip install triton`"
@@ -321,12 +306,15 @@ def gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> str:
     return reason
 
 
-def test_where_triton_cannot_serve_kernels_are_not_timed_on_a_gpu(gpu_without_triton, monkeypatch):
+def test_kernels_are_not_timed_without_the_extension_or_where_triton_cannot_serve(gpu_without_triton, monkeypatch):
+    monkeypatch.setattr(_extension, "why_not_on", lambda *device: "it was not built")
+    row = measure(KERNELS)[0]
+    assert row.left_out[FORWARD] == "it was not built" and not row.seconds
     monkeypatch.setattr(_extension, "why_not_on", lambda *device: None)
-    benchmark, contender = tiny(KERNELS), EAGER[3]
+    benchmark = tiny("memory")
     for place, reason in ((CPU, None), (torch.device("cuda"), gpu_without_triton)):
         benchmark.place = place
-        assert benchmark._why_not(row_of(contender, {"size": TINY, "itemsize": 4}), contender, torch.float32) == reason
+        assert benchmark._why_not(row, EAGER[3], torch.float32) == reason
 
 
 def test_the_environment_says_whether_triton_serves_the_gpu(gpu_without_triton, monkeypatch):
@@ -345,10 +333,3 @@ def test_an_operator_that_takes_its_form_for_want_of_triton_is_no_kernel(gpu_wit
             torch.ops.dan_fast.memory_scores(keys, base)
             torch.ops.dan_fast.row_sq_norms(base)
     assert operators.names == {"row_sq_norms"}
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
-def test_each_row_says_which_operators_ran():
-    for found in measure(SCORE_SPACE, KERNELS):
-        assert bool(found.operators) == (found.contender == KERNELS), found.operators
