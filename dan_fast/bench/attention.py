@@ -56,10 +56,6 @@ class MapSize(NamedTuple):
     reduction: int = 12
     classes: int = 751
 
-    @property
-    def numel(self) -> int:
-        return self.batch * self.channels * self.height * self.width
-
 
 class HeadProblem(NamedTuple):
     """Everything an attention head takes, and the gradient that reaches it.
@@ -222,7 +218,7 @@ class AttentionBenchmark(Benchmark):
         for dtype, layout in itertools.product(self.dtype, self.layout):
             of = {"dtype": plain(dtype), "layout": layout, "size": self.size, "itemsize": dtype.itemsize}
             rows = [row_of(each, of) for each in self.contenders]
-            if reason := why_too_large(self.place, 8 * _REFERENCE_MAPS * self.size.numel, "the comparison"):
+            if reason := why_too_large(self.place, 8 * _REFERENCE_MAPS * math.prod(self.size[:4]), "the comparison"):
                 for row in rows:
                     row.leave_out(reason)
             else:
@@ -297,5 +293,5 @@ class AttentionBenchmark(Benchmark):
 
 def row_of(contender: str, of: dict[str, Any], **figures: Any) -> Row:
     """The row of a contender on a map, with what the head cannot do without: X read; read again, and dX written."""
-    read = of["size"].numel * of["itemsize"]
+    read = math.prod(of["size"][:4]) * of["itemsize"]
     return Row(contender, of, model_bytes={FORWARD: read, BACKWARD: 3 * read}, **figures)

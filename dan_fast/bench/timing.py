@@ -2,7 +2,7 @@
 
 import functools
 import gc
-import time
+import timeit
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,16 +28,9 @@ _TRIES = 5
 def once(device: torch.device, run: Callable[[], object], flush: Callable[[], None] = lambda: None) -> float:
     """Seconds of one run, the device waited for; `flush` comes before and is not timed."""
     flush()
-    gc.disable()
-    try:
-        synchronize(device)
-        start = time.perf_counter()
-        # What it returns is freed within the time, as it is in use.
-        run()
-        synchronize(device)
-        return time.perf_counter() - start
-    finally:
-        gc.enable()
+    synchronize(device)
+    # What it returns is freed within the time, as it is in use.
+    return timeit.timeit(lambda: (run(), synchronize(device)), number=1)
 
 
 @functools.cache

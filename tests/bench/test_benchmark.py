@@ -67,6 +67,10 @@ MISTAKES = {
         ("--batch 7", 1, "batch is 7; it must be from 8 to images, 48"),
     ],
     "ranking": [("--queries 0", 2, '"queries"'), ("--check true", 1, "3 of 3 bars are missed")],
+    "search": [
+        ("--features 9", 1, "features is 9"),
+        ("--contenders annoy", 1, "contenders: 'annoy' is not one of flat, hnsw"),
+    ],
 }
 
 

@@ -5,7 +5,6 @@ import pytest
 
 from dan_fast.bench.rows import WHOLE, Row, Timing
 from dan_fast.bench.search import CONTENDERS, EVALUATION, FLAT, SearchBenchmark, make_search_problem
-from dan_fast.core.errors import DanFastError
 from dan_fast.search import kinds
 from tests.bench import measured, written
 
@@ -63,12 +62,3 @@ def test_bars():
     assert verdicts() == ["met"] * 3
     assert verdicts(hit=0.979, seconds=0.051, peak=8.1e9) == ["NOT met"] * 3
     assert verdicts(features=10_000) == ["not measured"] * 3
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [({"features": 9}, "features is 9"), ({"contenders": "annoy"}, "'annoy' is not one of flat, hnsw")],
-)
-def test_a_wrong_setting_is_named(settings, sentence):
-    with pytest.raises(DanFastError, match=sentence):
-        SearchBenchmark(device="cpu", **settings)

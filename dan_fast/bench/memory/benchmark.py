@@ -228,12 +228,11 @@ class MemoryBenchmark(Benchmark):
         found = {(row.of["use"], row.of["scale"]): row for row in kernels if not row.disagrees}
         # One that was not measured has no figures.
         both = [found.get((use, 1), Row(KERNELS, {"use": use})) for use in (STEP, MODULE)]
-        module = both[1]
-        on_cpu, name = self.place.type == "cpu", "forward + backward"
+        on_cpu, module = self.place.type == "cpu", both[1]
 
         def faster(rival: str, words: str, least: float) -> list[Bar]:
-            of = ((f"{name} against {words} ({row.of['use']})", row.ratio(rival, BACKWARD)) for row in both)
-            return [at_least(name, least, ratio) for name, ratio in of]
+            words = f"forward + backward against {words}"
+            return [at_least(f"{words} ({row.of['use']})", least, row.ratio(rival, BACKWARD)) for row in both]
 
         bars = faster(LITERAL, LITERAL, _CPU_SPEEDUP if on_cpu else _GPU_SPEEDUP)
         if not on_cpu:
@@ -242,7 +241,7 @@ class MemoryBenchmark(Benchmark):
                 limit = (_FLOOR_FACTOR * module.limits(BACKWARD)["bytes"] + _STEP_SECONDS * 2 * self.batch) * 1e3
                 value = module.seconds[BACKWARD].median * 1e3 if BACKWARD in module.seconds else None
             text = f"at most {limit:.3g} ms: 2.5 x 3 (s1+s2) d bytes / copy bandwidth + 4 us x dependent steps"
-            return [*bars, at_most(f"{name} in ms (module)", limit, value, limit=text)]
+            return [*bars, at_most("forward + backward in ms (module)", limit, value, limit=text)]
         in_place = module.ratio(IN_PLACE, FORWARD)
         bars.append(at_least(f"forward against {IN_PLACE} (module)", _IN_PLACE_SPEEDUP, in_place))
         bars += faster(BEST_PYTORCH, "the best PyTorch path", _PYTORCH_SPEEDUP)
