@@ -12,14 +12,10 @@ from typing import Any
 
 import torch
 
-from dan_fast.bench.rows import Row
+from dan_fast.bench.rows import LeftOut, Row
 from dan_fast.core.heap import heap_in_force, keep_heap
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-class ProcessFailed(Exception):
-    """What the function raised, as a line."""
 
 
 def in_own_process(function: Callable[..., Any], budget_s: float | None = None, **arguments: Any) -> Any:
@@ -29,7 +25,7 @@ def in_own_process(function: Callable[..., Any], budget_s: float | None = None, 
 
     Raises:
         TimeoutError: it took longer than `budget_s` seconds and was stopped.
-        ProcessFailed: it raised, or its process was killed.
+        LeftOut: it raised, what it is says in a line, or its process was killed.
     """
     request = pickle.dumps((torch.get_num_threads(), heap_in_force() == "kept", function, arguments))
     command = [sys.executable, "-c", "from dan_fast.bench.process import main; main()", str(os.getpid())]
@@ -49,7 +45,7 @@ def in_own_process(function: Callable[..., Any], budget_s: float | None = None, 
     lines = [line.strip() for line in errors.decode(errors="replace").splitlines() if line.strip()]
     # The exception stands first, what it is about may follow in many lines.
     named = [line for line in lines if "Error" in line.partition(":")[0] or "Exception" in line.partition(":")[0]]
-    raise ProcessFailed((named or lines or [f"exit code {child.returncode}"])[-1][:300])
+    raise LeftOut((named or lines or [f"exit code {child.returncode}"])[-1][:300])
 
 
 def main() -> None:
@@ -83,7 +79,7 @@ def compile_trial(row: Row, make: Callable[[], Any], start: Callable[[Any], Any]
         row.compile_seconds = in_own_process(first_calls, budget_s, make=make, start=start)
     except TimeoutError:
         return f"torch.compile took more than {budget_s:.0f} s"
-    except ProcessFailed as error:
+    except LeftOut as error:
         return f"torch.compile failed: {error}"
     return None
 

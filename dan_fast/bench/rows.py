@@ -1,6 +1,7 @@
 """The figures of a contender, what is computed from its times, and how a row shows them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,10 @@ import numpy as np
 import torch
 
 FORWARD, BACKWARD, WHOLE = "forward", "forward_backward", "whole"
+
+
+class LeftOut(Exception):
+    """Why a contender has no figures, as a line."""
 
 
 class Timing(list[float]):
@@ -111,7 +116,19 @@ class Row:
         return {kind: figure(kind) for kind in self.seconds}
 
     def leave_out(self, reason: str, *kinds: str) -> None:
-        self.left_out |= dict.fromkeys(kinds or self.passes, reason)
+        for kind in kinds or self.passes:
+            self.left_out[kind] = reason
+            self.calls.pop(kind, None)
+
+    @contextmanager
+    def tried(self) -> Iterator[None]:
+        """A contender that cannot do what is inside is left out."""
+        try:
+            yield
+        except LeftOut as reason:
+            self.leave_out(str(reason))
+        except (MemoryError, torch.OutOfMemoryError):
+            self.leave_out("out of memory")
 
     def to_dict(self) -> dict[str, Any]:
         content = vars(self) | self.of

@@ -15,7 +15,7 @@ from dan_fast import _extension, triton_kernels
 from dan_fast.bench import timing
 from dan_fast.bench.agreement import relative_error
 from dan_fast.bench.machine import environment, peak_above, yardstick
-from dan_fast.bench.rows import BACKWARD, FORWARD, WHOLE, Row, Timing, plain
+from dan_fast.bench.rows import BACKWARD, FORWARD, WHOLE, LeftOut, Row, Timing, plain
 from dan_fast.bench.timing import product_rate, repetitions, rounds, take_turns
 from dan_fast.cli import main
 from dan_fast.core import heap
@@ -92,6 +92,14 @@ def test_a_row_is_written_flat():
     assert content["extra_bytes"] == 0 and "calls" not in content
     row.leave_out("no time", BACKWARD)
     assert row.remarks() == ["left out (forward + backward): no time"]
+
+
+def test_what_cannot_run_is_left_out_and_not_called():
+    for error, reason in ((LeftOut("no time"), "no time"), (MemoryError(), "out of memory")):
+        row = Row("kernels", calls={FORWARD: (print, 1)})
+        with row.tried():
+            raise error
+        assert row.left_out == dict.fromkeys((FORWARD, BACKWARD), reason) and not row.calls
 
 
 def test_quartiles():

@@ -16,8 +16,8 @@ from dan_fast.bench.epoch import benchmark as epoch
 from dan_fast.bench.epoch import contenders
 from dan_fast.bench.epoch.contenders import CACHED, PLAIN, Epoch, Feed, compare_losses, draw_files, drawn_images
 from dan_fast.bench.machine import yardstick
-from dan_fast.bench.process import ProcessFailed, in_own_process
-from dan_fast.bench.rows import WHOLE, Row, Timing
+from dan_fast.bench.process import in_own_process
+from dan_fast.bench.rows import WHOLE, LeftOut, Row, Timing
 from tests.bench import tiny, written
 
 
@@ -118,7 +118,7 @@ def measured(monkeypatch, **changes: float) -> list:
         if function is contenders.compare_feeds:
             return None, "equal", 0.5
         if (contender, order) == ("paper", 2):
-            raise ProcessFailed("exit code -9")
+            raise LeftOut("exit code -9")
         found = {"seconds": 2.0, "waiting": 0.5, "user": 3.0, "system": 0.25, "flop": 1e9, "peak_bytes": 7}
         return found | {"losses": [changes.get("loss", 1.0) if contender == CACHED else 1.0]}
 

@@ -18,7 +18,7 @@ from dan_fast.bench.epoch import contenders
 from dan_fast.bench.epoch.contenders import CACHED, PLAIN, PLAIN_RECIPE, Epoch
 from dan_fast.bench.iteration.benchmark import EPOCH_IMAGES, FEWEST_IMAGES, PAPER_SECONDS
 from dan_fast.bench.machine import CORES, yardstick
-from dan_fast.bench.process import ProcessFailed, in_own_process
+from dan_fast.bench.process import in_own_process
 from dan_fast.bench.rows import WHOLE, Row, Timing, shown
 from dan_fast.bench.timing import Say, once, product_rate, rated_type, rounds
 from dan_fast.core.errors import DanFastError
@@ -143,36 +143,26 @@ class EpochBenchmark(Benchmark):
         for contender, order in kinds:
             name = contender if order is None else f"{contender}, order {order}"
             rows.append(Row(contender, of | {"order": order, "passes": []}, (WHOLE,), name, model_bytes=moved))
-
         # Once a recipe: it leaves the cache full.
-        @functools.cache
-        def compared(recipe: str) -> Any:
-            return in_own_process(contenders.compare_feeds, recipe=recipe, epoch=epoch)
-
+        compared = functools.cache(functools.partial(in_own_process, contenders.compare_feeds, epoch=epoch))
         for row in rows[1:]:
             say(f"{epoch.backbone}: {row.name} is compared")
-            try:
-                found = compared(PLAIN_RECIPE if row.contender == CACHED else row.contender)
-            except ProcessFailed as error:
-                row.leave_out(str(error))
-                continue
-            row.disagrees, words, row.of["build_seconds"] = found
-            row.compared_with, row.agreement = "plain's DataLoader", f": {words}"
+            with row.tried():
+                found = compared(recipe=PLAIN_RECIPE if row.contender == CACHED else row.contender)
+                row.disagrees, words, row.of["build_seconds"] = found
+                row.compared_with, row.agreement = "plain's DataLoader", f": {words}"
         losses: dict[str, list[float]] = {}
         for due in rounds([self.repeat] * len(rows)):
             for row in (rows[index] for index in due if not rows[index].left_out):
                 say(f"{epoch.backbone}, {epoch.height}x{epoch.width}: {row.name}")
                 request = {"contender": row.contender, "order": row.of["order"], "epoch": epoch}
-                try:
+                with row.tried():
                     found = in_own_process(contenders.measure, **request)
-                except ProcessFailed as error:
-                    row.leave_out(str(error))
-                    continue
-                losses.setdefault(row.contender, found.pop("losses"))
-                row.of["passes"].append(found)
-                row.seconds.setdefault(WHOLE, Timing()).append(found["seconds"] * self._scale)
-                row.flop = {WHOLE: found["flop"] * self._epoch_iterations}
-                row.peak_bytes = max(each["peak_bytes"] or 0 for each in row.of["passes"]) or None
+                    losses.setdefault(row.contender, found.pop("losses"))
+                    row.of["passes"].append(found)
+                    row.seconds.setdefault(WHOLE, Timing()).append(found["seconds"] * self._scale)
+                    row.flop = {WHOLE: found["flop"] * self._epoch_iterations}
+                    row.peak_bytes = max(each["peak_bytes"] or 0 for each in row.of["passes"]) or None
         if losses.keys() >= {PLAIN, CACHED} and not rows[1].disagrees:
             rows[1].disagrees, words = contenders.compare_losses(losses[CACHED], losses[PLAIN])
             rows[1].agreement += f", {words}"
@@ -235,6 +225,8 @@ class EpochBenchmark(Benchmark):
         """The paper's DAN of order 1 against the plain loop with its own DataLoader."""
         paper = (row for row in rows if (row.contender, row.of["order"]) == (_PAPER, 1))
         ratios = {(row.of["backbone"], *row.of["image_size"]): row.over(PLAIN) for row in paper}
-        words = f"{_PAPER}, order 1, over {PLAIN}: {{}}, {{}}x{{}}"
-        problems = [(name, *size) for size, name in itertools.product(self.files, self.backbone)]
-        return [at_most(words.format(*each), _RATIO, ratios.get(each)) for each in problems]
+        words = f"{_PAPER}, order 1, over {PLAIN}"
+        return [
+            at_most(f"{words}: {name}, {size[0]}x{size[1]}", _RATIO, ratios.get((name, *size)))
+            for size, name in itertools.product(self.files, self.backbone)
+        ]

@@ -19,7 +19,7 @@ from dan_fast.bench.memory import benchmark as memory
 from dan_fast.bench.memory.contenders import LITERAL as LITERAL_STEPS
 from dan_fast.bench.memory.contenders import STEP, Contender
 from dan_fast.bench.memory.problem import MODULE, Size, model_bytes, product_flop
-from dan_fast.bench.rows import BACKWARD, WHOLE, Row, Timing, shown
+from dan_fast.bench.rows import BACKWARD, WHOLE, LeftOut, Row, Timing, shown
 from dan_fast.bench.timing import Operators, Say, rated_type, repetitions, take_turns
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.free_memory import why_too_large
@@ -129,10 +129,8 @@ class IterationBenchmark(Benchmark):
         plain = contenders.plain_iteration(self.size, dan) if PLAIN in self.contenders else None
         for row in rows:
             say(f"first runs: {row.name}")
-            try:
+            with row.tried():
                 self._first_runs(row, dan, plain)
-            except (MemoryError, torch.OutOfMemoryError):
-                row.leave_out("out of memory")
         bytes_moved = max(row.model_bytes.get(WHOLE, 0) for row in rows)
         take_turns(self.place, rows, say, bytes_moved, rated_type(self.place, getattr(torch, self.precision)))
         images = f"{self.images} images of {self.height} x {self.width}, {self.precision}"
@@ -160,8 +158,7 @@ class IterationBenchmark(Benchmark):
         """The operations of an iteration, its memory, where its time goes, and how often there is time for it."""
         slots = Size(self.labeled_slots, self.unlabeled_slots, dan.model.network.key_dim, max(1, self.images // 4))
         if row.contender == LITERAL and (reason := self._too_costly(slots)):
-            row.leave_out(reason)
-            return
+            raise LeftOut(reason)
 
         def iterate() -> object:
             if row.contender == PLAIN:
@@ -234,10 +231,11 @@ class IterationBenchmark(Benchmark):
 
     def more_tables(self, rows: Sequence[Row]) -> dict[str, list[dict[str, str]]]:
         table: dict[str, dict[str, str]] = {}
-        for row in rows:
-            profile, kind = row.of["profile"], f"order {row.of['order']}, {row.of['backbone']}"
-            for part, seconds in (profile and profile | {"sum": sum(profile.values())}).items():
-                table.setdefault(part, {"part": part})[kind] = shown(seconds, ".1f", 1e-3)
+        for row in (row for row in rows if row.of["profile"]):
+            profile = row.of["profile"] | {"sum": sum(row.of["profile"].values())}
+            for part, seconds in profile.items():
+                cells = table.setdefault(part, {"part": part})
+                cells[f"order {row.of['order']}, {row.of['backbone']}"] = shown(seconds, ".1f", 1e-3)
         parts = [table[part] for part in sorted(table, key=in_order)]
         return {"Where the time of one iteration goes, ms": parts} if parts else {}
 

@@ -18,7 +18,7 @@ from dan_fast.bench.memory import contenders
 from dan_fast.bench.memory.contenders import COMPILED, IN_PLACE, KERNELS, LITERAL, SCORE_SPACE, Contender, Outcome
 from dan_fast.bench.memory.problem import MODULE, PAPER, STEP, Problem, Size, make_problem, model_bytes, product_flop
 from dan_fast.bench.process import compile_trial
-from dan_fast.bench.rows import BACKWARD, FORWARD, Row, pair, plain
+from dan_fast.bench.rows import BACKWARD, FORWARD, LeftOut, Row, pair, plain
 from dan_fast.bench.timing import Say, first_outcome, once, repetitions, take_turns
 from dan_fast.core.cosine import statistics_dtype
 from dan_fast.core.devices import synchronize
@@ -142,21 +142,17 @@ class MemoryBenchmark(Benchmark):
         pairs = sorted(zip(rows, self._chosen, strict=True), key=lambda pair: BACKWARD not in pair[0].passes)
         for row, contender in pairs:
             say(f"{of['dtype']}, {scale:g} x slots: {row.name}")
-            try:
+            with row.tried():
                 if reason := self._why_not(row, contender, dtype):
-                    row.leave_out(reason)
-                    continue
+                    raise LeftOut(reason)
                 outcome = self._first_runs(row, contender, problem)
-            except (MemoryError, torch.OutOfMemoryError):
-                row.leave_out("out of memory")
-                continue
-            if expected is not None:
-                row.compared_with = compared_with
-                row.disagrees, row.errors = contenders.compare(outcome, expected, dtype)
-            elif BACKWARD in row.passes:
-                expected, compared_with = outcome, contender.name
-            else:
-                row.notes.append("nothing to compare with")
+                if expected is not None:
+                    row.compared_with = compared_with
+                    row.disagrees, row.errors = contenders.compare(outcome, expected, dtype)
+                elif BACKWARD in row.passes:
+                    expected, compared_with = outcome, contender.name
+                else:
+                    row.notes.append("nothing to compare with")
         del outcome, expected
         # On a GPU others go through tensor cores, three products for each one.
         in_float32 = self.products == "float32" and dtype != torch.bfloat16
