@@ -202,12 +202,9 @@ def test_what_is_reported_is_of_the_batch_and_not_of_the_weights_afterwards():
     result = meta_step.step(split(1), split(2))
     alpha, alpha_unlabeled, beta = result.train_record.gates
     assert (alpha, alpha_unlabeled) == (0.5, 0.5) and beta == pytest.approx(0.1)
-    labels = split(1).labels[:3]
-    for branch, logits in (
-        ("attention", result.train_record.logits),
-        ("adversary", result.train_record.adversary_logits),
-    ):
-        assert result.accuracies[branch] == (logits.argmax(1) == labels).float().mean()
+    of_branches = {"attention": result.train_record.logits, "adversary": result.train_record.adversary_logits}
+    for branch, logits in of_branches.items():
+        assert result.accuracies[branch] == (logits.argmax(1) == split(1).labels[:3]).float().mean()
     assert meta_step.model.memory.alpha != 0
 
 
@@ -226,27 +223,45 @@ def test_gradients_that_are_not_finite_do_not_move_the_weights(monkeypatch):
     assert all(torch.equal(value, before[name]) for name, value in snapshot(meta_step.model).items())
 
 
+GOOD = split()
+UNKNOWN = GOOD._replace(labels=torch.full_like(GOOD.labels, -1))
+
+
 @pytest.mark.parametrize(
     ("procedure", "parts", "sentence"),
     [
-        ("daml1", 2, "daml1 takes batches of one part, S"),
-        ("daml2", 1, "daml2 takes batches of two parts"),
-        ("daml3", 1, "daml3 takes batches of two parts"),
+        ("daml1", (GOOD, GOOD), "daml1 takes batches of one part, S"),
+        ("daml2", (GOOD,), "daml2 takes batches of two parts"),
+        ("daml3", (GOOD,), "daml3 takes batches of two parts"),
+        ("daml3", (UNKNOWN._replace(num_labeled=0, num_fed_back=0), GOOD), "S needs a labelled image, by which the"),
     ],
 )
-def test_a_batch_that_is_split_otherwise_is_refused(procedure, parts, sentence):
+def test_a_batch_that_does_not_fit_the_procedure_is_refused(procedure, parts, sentence):
     with pytest.raises(ValueError, match=sentence):
-        tiny_step(procedure=procedure).gradients(*[split()] * parts)
+        tiny_step(procedure=procedure).gradients(*parts)
 
 
-def test_a_part_without_images_is_refused_before_anything_moves():
-    none = Split(torch.rand(0, *split().images.shape[1:]), *[torch.empty(0, dtype=torch.int64)] * 2, 0, 0)
-    for procedure, parts in (("daml1", (none,)), ("daml2", (none, split())), ("daml2", (split(), none))):
+@pytest.mark.parametrize(
+    ("wrong", "error", "sentence"),
+    [
+        (Split(GOOD.images[:0], GOOD.labels[:0], GOOD.sample_ids[:0], 0, 0), ValueError,
+         "^a part of the batch has no images: S and S~ need one or more each"),
+        (GOOD._replace(labels=GOOD.labels.masked_fill(GOOD.labels == 2, 3)), ValueError,
+         "from 0 to 2, the classes .*, got 3"),
+        (UNKNOWN, ValueError, "got -1"),
+        (GOOD._replace(images=GOOD.images.to(torch.uint8)), TypeError, "must be floating, of normalised pixels, got"),
+        (GOOD._replace(images=GOOD.images.double()), TypeError,
+         "^images are torch.float64 and the network is torch.float32: make them of one"),
+    ],
+    ids=["no image", "no class", "no label", "bytes", "float64"],
+)  # fmt: skip
+def test_a_part_that_no_network_takes_is_refused_before_anything_advances(wrong, error, sentence):
+    for procedure, parts in (("daml1", (wrong,)), ("daml3", (wrong, GOOD)), ("daml3", (GOOD, wrong))):
         meta_step = tiny_step(procedure=procedure)
-        before = snapshot(meta_step.model)
-        with pytest.raises(ValueError, match="^a part of the batch has no images: S and S~ need one or more each"):
-            meta_step.gradients(*parts)
-        assert all(torch.equal(value, before[name]) for name, value in snapshot(meta_step.model).items())
+        before = copy.deepcopy(meta_step.model.state_dict())
+        with pytest.raises(error, match=sentence):
+            meta_step.step(*parts)
+        assert all(torch.equal(value, before[name]) for name, value in meta_step.model.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -274,13 +289,6 @@ def test_a_reach_that_the_network_does_not_have_is_refused():
     assert TrainingModel(network, None, LossConfig(adversary_reach="attention"))
 
 
-def test_a_competition_needs_a_labelled_image():
-    unknown = split(1)
-    unknown = unknown._replace(labels=torch.full_like(unknown.labels, -1), num_labeled=0, num_fed_back=0)
-    with pytest.raises(ValueError, match="S needs a labelled image, by which the competition is decided"):
-        tiny_step(procedure="daml3").step(unknown, split(2))
-
-
 def test_at_daml1_the_attention_of_a_vit_is_fused_whatever_the_order(monkeypatch):
     orders = []
     given = "dan_fast.training.step.differentiable"
@@ -290,43 +298,17 @@ def test_at_daml1_the_attention_of_a_vit_is_fused_whatever_the_order(monkeypatch
     assert orders == [1, 2]
 
 
-@pytest.mark.parametrize("procedure, parts", [("daml1", 1), ("daml3", 2)])
-def test_a_caller_without_gradients_gets_them_and_inference_mode_is_refused(procedure, parts):
+@pytest.mark.parametrize("procedure, parts", [("daml1", 1), ("daml2", 2), ("daml3", 2)])
+def test_modes_of_the_caller_change_no_bit_and_inference_mode_is_refused(procedure, parts):
     halves = [split(seed) for seed in (1, 2)][:parts]
     expected = tiny_step(procedure=procedure).gradients(*halves).grads
-    meta_step = tiny_step(procedure=procedure)
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode .* outside of it"):
-        meta_step.gradients(*halves)
-    with torch.no_grad():
-        found = meta_step.gradients(*halves).grads
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
-
-
-def test_a_batch_that_no_network_takes_is_refused_before_anything_advances():
-    model = training_model()
-    meta_step, good = tiny_step(model), split(1)
-    labels, classes = good.labels.clone(), model.network.classifier.out_features
-    labels[0] = classes
-    before = copy.deepcopy(model.state_dict())
-    for bad, kind, sentence in (
-        (
-            good._replace(labels=labels),
-            ValueError,
-            f"from 0 to {classes - 1}, the classes .*, got {classes}",
-        ),
-        (good._replace(labels=torch.full_like(labels, -1)), ValueError, "got -1"),
-        (good._replace(images=good.images.to(torch.uint8)), TypeError, "must be floating, of normalised pixels, got"),
-    ):
-        for parts in ((bad, split(2)), (split(2), bad)):
-            with pytest.raises(kind, match=sentence):
-                meta_step.step(*parts)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_a_parameter_that_the_optimizer_lacks_is_named():
-    model = training_model()
-    with pytest.raises(ValueError, match="the optimizer lacks 'memory.alpha': add it, or freeze it"):
-        MetaStep(model, torch.optim.SGD(model.network.parameters(), lr=0.1))
+    for mode in (torch.no_grad(), torch.autocast("cpu", torch.bfloat16)):
+        meta_step = tiny_step(procedure=procedure)
+        with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode .* outside of it"):
+            meta_step.gradients(*halves)
+        with mode:
+            found = meta_step.gradients(*halves).grads
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_a_parameter_that_is_frozen_too_late_is_named():
@@ -339,8 +321,10 @@ def test_a_parameter_that_is_frozen_too_late_is_named():
         assert all(torch.equal(value, before[name]) for name, value in meta_step.model.state_dict().items())
 
 
-def test_an_optimizer_of_several_passes_is_refused():
+def test_an_optimizer_that_does_not_serve_is_refused():
     model = training_model()
+    with pytest.raises(ValueError, match="the optimizer lacks 'memory.alpha': add it, or freeze it"):
+        MetaStep(model, torch.optim.SGD(model.network.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="LBFGS takes several passes a step"):
         MetaStep(model, torch.optim.LBFGS(model.parameters()))
 
@@ -371,44 +355,28 @@ def test_other_values_stand_in_for_parameters_wherever_these_sit_and_only_during
     assert model.first.weight is own and model.second.weight is own
 
 
-def test_an_autocast_around_a_step_changes_nothing():
-    def grads() -> dict[str, Tensor]:
-        meta_step = tiny_step(order=1, procedure="daml2")
-        return meta_step.gradients(split(1), split(2)).grads
-
-    expected = grads()
-    with torch.autocast("cpu", torch.bfloat16):
-        found = grads()
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+def updated_by_the_adversary(model: TrainingModel) -> set[str]:
+    meta_step = tiny_step(model)
+    decide(meta_step, Stage.ADVERSARY)
+    return set(meta_step.gradients(split(1), split(2)).grads)
 
 
 def test_parameters_of_a_parametrised_classifier_join_the_adversary():
     model = training_model()
     nn.utils.parametrizations.weight_norm(model.network.classifier)
-    meta_step = tiny_step(model)
-    decide(meta_step, Stage.ADVERSARY)
     names = {f"network.classifier.parametrizations.weight.original{part}" for part in (0, 1)}
-    assert names <= meta_step.gradients(split(1), split(2)).grads.keys()
+    assert names <= updated_by_the_adversary(model)
 
 
 def test_a_bias_of_the_classifier_rests_with_the_backbone():
     model = training_model()
     model.network.classifier = nn.Linear(6, 3)
-    meta_step = tiny_step(model)
-    decide(meta_step, Stage.ADVERSARY)
-    grads = meta_step.gradients(split(1), split(2)).grads
-    assert CAM_WEIGHT in grads and "network.classifier.bias" not in grads
+    names = updated_by_the_adversary(model)
+    assert CAM_WEIGHT in names and "network.classifier.bias" not in names
 
 
-def test_images_of_another_dtype_are_named():
+def test_a_backbone_that_casts_by_itself_takes_images_of_another_dtype():
     meta_step = tiny_step(training_model().double())
-    with pytest.raises(
-        TypeError, match=r"^images are torch.float32 and the network is torch.float64: make them of one"
-    ):
-        meta_step.gradients(split(1), split(2))
-    # One that casts by itself is left to do so.
     meta_step.model.network.backbone.float()
     meta_step.model.network.backbone.register_forward_hook(lambda module, images, output: output.double())
     meta_step.gradients(split(1), split(2))
