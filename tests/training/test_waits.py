@@ -2,6 +2,8 @@
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 
@@ -43,43 +45,33 @@ def calling() -> FrameType | None:
     return frame
 
 
-class HostReads:
+@contextmanager
+def host_reads() -> Iterator[Counter[str]]:
     """Counts by place ("training/step.py") what would make the host wait for a GPU."""
+    places: Counter[str] = Counter()
 
-    def __init__(self) -> None:
-        self.places: Counter[str] = Counter()
-
-    def count(self, name: str) -> None:
+    def count(name: str) -> None:
         frame = calling()
-        self.places[f"{Path(frame.f_code.co_filename).relative_to(PACKAGE)}" if frame else name] += 1
+        places[f"{Path(frame.f_code.co_filename).relative_to(PACKAGE)}" if frame else name] += 1
 
-    def __enter__(self) -> "HostReads":
-        reads = self
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.__name__.split(".")[0]
+            masked = name != "index" or any(each is not None and each.dtype == torch.bool for each in args[1])
+            if name in WAITING and masked:
+                count(name)
+            return func(*args, **(kwargs or {}))
 
-        class Operators(TorchDispatchMode):
-            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-                name = func.__name__.split(".")[0]
-                masked = name != "index" or any(each is not None and each.dtype == torch.bool for each in args[1])
-                if name in WAITING and masked:
-                    reads.count(name)
-                return func(*args, **(kwargs or {}))
+    class Methods(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            name = getattr(func, "__name__", "")
+            to_host = name == "to" and any(str(each) == "cpu" for each in (*args[1:], *(kwargs or {}).values()))
+            if name in COPYING or (to_host and getattr(calling(), "f_code", None) is not TO_DEVICE):
+                count(name)
+            return func(*args, **(kwargs or {}))
 
-        class Methods(TorchFunctionMode):
-            def __torch_function__(self, func, types, args=(), kwargs=None):
-                name = getattr(func, "__name__", "")
-                to_host = name == "to" and any(str(each) == "cpu" for each in (*args[1:], *(kwargs or {}).values()))
-                if name in COPYING or (to_host and getattr(calling(), "f_code", None) is not TO_DEVICE):
-                    reads.count(name)
-                return func(*args, **(kwargs or {}))
-
-        self.modes = Operators(), Methods()
-        for mode in self.modes:
-            mode.__enter__()
-        return self
-
-    def __exit__(self, *error) -> None:
-        for mode in reversed(self.modes):
-            mode.__exit__(*error)
+    with Operators(), Methods():
+        yield places
 
 
 @pytest.mark.parametrize(
@@ -99,9 +91,9 @@ class HostReads:
     ],
 )
 def test_the_counter_sees_a_read(read):
-    with HostReads() as reads:
+    with host_reads() as places:
         read(torch.ones(2))
-    assert reads.places.total() >= 1
+    assert places.total() >= 1
 
 
 @pytest.fixture
@@ -132,19 +124,18 @@ def test_the_host_reads_from_the_device_only_where_it_must(scalars, step_scalars
     meta_step = tiny_step(procedure=procedure, order=order)
     decide(meta_step, stage)
     batch = split(1), split(2)
-    with HostReads() as reads:
+    with host_reads() as places:
         step_scalars.add(scalars, meta_step.step(*batch))
     # On the CPU, and there only, batches, memory and attention head look at their labels at once, without a wait.
-    places = "core/batches.py", "functional/memory/step.py", "core/attention_checks.py"
-    assert [reads.places.pop(place) for place in places] == [4, 2, 2]
-    assert reads.places == {"training/step.py": expected}
+    at_once = {"core/batches.py": 4, "functional/memory/step.py": 2, "core/attention_checks.py": 2}
+    assert places == {**at_once, "training/step.py": expected}
 
 
 def test_a_window_of_scalars_is_read_once(scalars, step_scalars):
     step_scalars.add(scalars, tiny_step().step(split(1), split(2)))
-    with HostReads() as reads:
+    with host_reads() as places:
         means = scalars.flush(1)
-    assert len(means) > 10 and reads.places == {"training/scalars.py": 1}
+    assert len(means) > 10 and places == {"training/scalars.py": 1}
 
 
 def poisoned(network: DAN, monkeypatch: pytest.MonkeyPatch, field: str, call: int) -> None:
