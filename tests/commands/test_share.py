@@ -19,6 +19,7 @@ from dan_fast.training.build import initial_network
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.reported import CHOSEN, SEEN
 from dan_fast.training.shared import origin_of
+from tests.support.training_runs import evaluated
 
 SIZE = (32, 32)
 
@@ -123,14 +124,10 @@ def test_the_chosen_epoch_says_so_and_an_epoch_without_figures_too(tmp_path: Pat
 @pytest.mark.slow
 def test_a_folder_evaluates_as_its_checkpoint_does(tmp_path: Path, capsys):
     synthesize(tmp_path, ["street"], identities=6, cameras=2, image_size=SIZE, test_fraction=1.0)
-    path, rows = checkpoint(tmp_path), []
+    path, target = checkpoint(tmp_path), ("--targets", str(tmp_path / "street"))
     assert main(["share", "--checkpoint", str(path), "--out", str(tmp_path / "shared")]) == 0
-    for each in (path, tmp_path / "shared"):
-        out = tmp_path / "figures.json"
-        assert main(["evaluate", "--checkpoint", str(each), "--targets", str(tmp_path / "street"), "--workers", "0",
-                     "--device", "cpu", "--out", str(out)]) == 0  # fmt: skip
-        rows += json.loads(out.read_text())
-    assert rows[1] == {**rows[0], "seen": "persons trained on not recorded"}
+    (row,), (of_folder,) = (evaluated(each, tmp_path / "figures.json", *target) for each in (path, tmp_path / "shared"))
+    assert of_folder == {**row, "seen": "persons trained on not recorded"}
     assert "epoch 3 of 3; persons trained on not recorded; recipe dan" in " ".join(capsys.readouterr().out.split())
 
 

@@ -1,5 +1,6 @@
 """Short trainings on tiny images: their settings, how to stop one, and whether two have learnt the same."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dan_fast.cli import main
 from dan_fast.data import MiniBatch
 from dan_fast.training import TrainConfig, Trainer
 from dan_fast.training.checkpoint import load_checkpoint
@@ -35,6 +37,13 @@ def command(out: Path, *flags: str) -> list[str]:
         *("--model.backbone", "timm:test_resnet", "--model.weights", "none", "--optimizer.epochs", "1"),
         *("--run.out", str(out), "--run.device", "cpu", *flags),
     ]
+
+
+def evaluated(checkpoint: Path, figures: Path, *flags: str) -> list[dict]:
+    """The rows that `dan-fast evaluate` writes to `figures`."""
+    words = ["evaluate", "--checkpoint", str(checkpoint), "--out", str(figures), "--workers", "0", "--device", "cpu"]
+    assert main([*words, *flags]) == 0
+    return json.loads(figures.read_text())
 
 
 class NoScalars:

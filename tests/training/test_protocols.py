@@ -23,7 +23,7 @@ from dan_fast.training.reported import CHOSEN, SEEN, EpochChoice, epoch_of
 from dan_fast.training.shared import origin_of
 from tests.support.dataset_shelf import full_shelf
 from tests.support.figures import evaluation
-from tests.support.training_runs import assert_same_training, command, config
+from tests.support.training_runs import assert_same_training, command, config, evaluated
 
 pytestmark = pytest.mark.slow
 
@@ -39,13 +39,6 @@ def weights_of(out: Path) -> str:
 
 def flags(root: Path, out: Path, protocol: str) -> list[str]:
     return command(out, "--data.protocol", protocol, "--data.root", str(root))
-
-
-def evaluated(checkpoint: Path, figures: Path, *flags: str) -> list[dict]:
-    """The rows that `dan-fast evaluate` writes to `figures`."""
-    words = ["evaluate", "--checkpoint", str(checkpoint), "--out", str(figures), "--workers", "0", "--device", "cpu"]
-    assert main([*words, *flags]) == 0
-    return json.loads(figures.read_text())
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from dan_fast.training import DataConfig, MetaConfig, OptimizerConfig, RunConfig
 from dan_fast.training.recipes import RECIPES, dotted, recipe_of, recipe_settings, recipe_words
 from dan_fast.training.valid_settings import require_valid
 from dan_fast.training.without_effect import without_effect
-from tests.support.training_runs import command, config
+from tests.support.training_runs import command, config, evaluated
 
 RECIPE_FILES = sorted((Path(cli.__file__).parent / "recipes").iterdir())
 # Where and on what a run takes place, how long and with which step sizes is for the user to say.
@@ -205,12 +205,8 @@ def test_a_run_and_its_results_name_the_recipe(images, tmp_path, capsys):
     assert (results["recipe"], results["recipe_changes"]) == ("plain", {"loss.regularizer": 0.5})
     assert results["targets"][0]["recipe"] == words
     assert results["iterations"] == state["epoch"] * len(list((images / "campus").rglob("*.jpg"))) * 2 // 3 // 8
-    figures = tmp_path / "figures.json"
-    checkpoint = str(out / "checkpoint.pt")
-    assert main(["evaluate", "--checkpoint", checkpoint, "--targets", str(images / "mall"), "--workers", "0",
-                 "--out", str(figures)]) == 0  # fmt: skip
-    assert words in capsys.readouterr().out
-    assert json.loads(figures.read_text())[0]["recipe"] == words
+    (row,) = evaluated(out / "checkpoint.pt", tmp_path / "figures.json", "--targets", str(images / "mall"))
+    assert words in capsys.readouterr().out and row["recipe"] == words
     assert [run.recipe for run in read_runs([out])] == [words]
     page = report([out], out=tmp_path / "page", images=0)
     assert "plain, with loss.regularizer=0.5" in page.read_text()

@@ -19,7 +19,7 @@ from dan_fast.training.build import initial_network
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.reported import SEEN
 from dan_fast.training.starting import take_weights
-from tests.support.training_runs import command, config
+from tests.support.training_runs import command, config, evaluated
 
 pytestmark = pytest.mark.slow
 
@@ -124,10 +124,8 @@ def test_a_target_that_the_earlier_training_learnt_says_so(earlier, images, tmp_
         (evaluation,) = Trainer(settings).fit()
         assert evaluation.seen == f"4 {SEEN}"
         assert SEEN in " ".join(capsys.readouterr().out.split())
-        checkpoint, figures = tmp_path / "run/checkpoint.pt", tmp_path / "figures.json"
-        evaluate = ["evaluate", "--checkpoint", str(checkpoint), "--targets", str(again), "--out", str(figures)]
-        assert main([*evaluate, "--baselines", "true", "--workers", "0", "--device", "cpu"]) == 0
-        rows = json.loads(figures.read_text())
+        flags = "--targets", str(again), "--baselines", "true"
+        rows = evaluated(tmp_path / "run/checkpoint.pt", tmp_path / "figures.json", *flags)
         assert [row["features"] for row in rows] == ["trained", "initial", "chance"]
         assert [row["seen"] for row in rows] == [f"4 {SEEN}", f"4 {SEEN}", ""]
     finally:
