@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
@@ -74,37 +75,30 @@ def test_a_trained_run_gives_a_full_page(trained, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_second_report_does_not_mix_its_pictures_with_anothers(trained, tmp_path):
-    """And what a killed one left goes."""
+def test_pictures_of_ones_own_stay_and_those_of_another_report_do_not(trained, tmp_path):
+    """Nor what a killed one left."""
     (tmp_path / ".01_curves.png.0a.part").touch()
-    with (
-        alone(tmp_path / ".lock"),
-        pytest.raises(DanFastError, match=f"{tmp_path} is in use by process {os.getpid()} on"),
-    ):
+    in_use = f"{tmp_path} is in use by process {os.getpid()} on"
+    with alone(tmp_path / ".lock"), pytest.raises(DanFastError, match=in_use):
         report([trained], out=tmp_path, images=0)
     assert [path.name for path in tmp_path.iterdir()] == [".01_curves.png.0a.part"]
-    report([trained], out=tmp_path, images=2)
-    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
-    # Persons who are left out of a later page do not stay beside it; what is not the report's does.
-    for name in ("02_memories.png", "over_loss.adversary.png", "mine.png"):
-        (tmp_path / name).write_bytes((tmp_path / "01_attention.png").read_bytes())
-    report([trained], out=tmp_path, images=0)
-    assert {path.name for path in tmp_path.glob("*.png")} == {
-        "gates.png", "01_curves.png", "01_memories.png", "mine.png",
-    }  # fmt: skip
-
-
-@pytest.mark.slow
-def test_pages_and_pictures_of_ones_own_stay(trained, tmp_path):
-    for name in ("models1.png", "12_curves.png"):
-        (tmp_path / name).write_bytes(b"mine")
-    (tmp_path / "index.html").write_text("<h1>My holidays</h1>")
+    own = [tmp_path / name for name in ("models1.png", "12_curves.png", "index.html")]
+    for path in own:
+        path.write_bytes(b"mine")
     with pytest.raises(DanFastError, match="index.html is not a page of dan_fast: choose another folder"):
         report([trained], out=tmp_path, images=0)
-    assert {path.name for path in tmp_path.glob("[!.]*")} == {"models1.png", "12_curves.png", "index.html"}
-    (tmp_path / "index.html").unlink()
-    report([trained], out=tmp_path, images=0)
-    assert [(tmp_path / name).read_bytes() for name in ("models1.png", "12_curves.png")] == [b"mine"] * 2
+    assert set(tmp_path.glob("[!.]*")) == set(own)
+    own.pop().unlink()
+    report([trained], out=tmp_path, images=2)
+    assert [path.read_bytes() for path in own] == [b"mine"] * 2
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    # Persons who are left out of a later page do not stay beside it; what is not called as the report's does.
+    for name in ("02_memories.png", "over_loss.adversary.png", "mine.png"):
+        (tmp_path / name).write_bytes((tmp_path / "01_attention.png").read_bytes())
+    text = text_of(report([trained], out=tmp_path, images=0))
+    assert "tiny | heat maps, Fig. 9 | Images of persons were left out by --images 0." in text
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == {"gates.png", "01_curves.png", "01_memories.png", "mine.png"}
 
 
 def test_names_that_are_no_utf_8_are_shown_with_signs_of_replacement(tmp_path):
@@ -145,17 +139,12 @@ def test_missing_pieces_are_said_in_the_page(trained, images, tmp_path):
 
 
 @pytest.mark.slow
-def test_heat_maps_need_images_that_are_there_and_wanted(trained, tmp_path):
-    text = text_of(report([trained], tmp_path / "a", images=0))
-    assert "tiny | heat maps, Fig. 9 | Images of persons were left out by --images 0." in text
-    moved = tmp_path / "moved"
-    moved.mkdir()
-    for name in ("checkpoint.pt", "results.json"):
-        (moved / name).write_bytes((trained / name).read_bytes())
-    settings = yaml.safe_load((trained / "config.yaml").read_text())
+def test_heat_maps_need_images_that_are_there(trained, tmp_path):
+    moved = shutil.copytree(trained, tmp_path / "moved", ignore=shutil.ignore_patterns("tensorboard"))
+    settings = yaml.safe_load((moved / "config.yaml").read_text())
     settings["data"].update(targets=["gone/street"], labeled=["gone/campus"])
     (moved / "config.yaml").write_text(yaml.safe_dump(settings))
-    text = text_of(report([moved], tmp_path / "b"))
+    text = text_of(report([moved], tmp_path / "page"))
     assert re.search(r"moved \| heat maps, Fig. 9 \| None of its datasets can be read: .*gone", text)
 
 
@@ -268,10 +257,8 @@ def beside_viper(runs: list[Run]) -> Table:
     ids=lambda change: next(iter(change)),
 )
 def test_figures_that_are_scored_otherwise_are_not_laid_beside_the_papers_as_equal(tmp_path, change):
-    folder = fake_run(tmp_path / "small", [("VIPeR", 0.4, 0.45, 10)])
-    usual = json.loads((folder / "results.json").read_text())["targets"][0]
-    usual |= {"metric": "cosine", "ap": "standard", "precision": "float32"}
-    (folder / "results.json").write_text(json.dumps({"epochs": 500, "targets": [usual]}))
+    usual = evaluation("VIPeR", 0.4, 0.45, 10) | {"metric": "cosine", "ap": "standard", "precision": "float32"}
+    folder = with_results(fake_run(tmp_path / "small", [("VIPeR", 0.4, 0.45, 10)]), usual)
     (folder / "figures.json").write_text(json.dumps([{"features": "trained", **usual, "mAP": 0.3, **change}]))
     [run] = read_runs([folder])
     table = beside_viper([run])
@@ -350,10 +337,18 @@ def test_a_protocol_names_what_was_trained_on(tmp_path):
     assert row[2] == "table6-market-to-duke; fixed query and gallery; epoch 3 of 9, CHOSEN"
 
 
-def test_protocols_with_and_without_unlabelled_images_are_shares(tmp_path):
+def test_trainings_with_and_without_unlabelled_images_are_shares(tmp_path):
+    shares = {0.0: {"unlabeled": []}, 0.5: {"unlabeled_share": 0.5}, 1.0: {}}
+    for share, data in shares.items():
+        fake_run(tmp_path / "sets" / str(share), data=data)
+    [line] = unlabeled_shares(read_runs([tmp_path / "sets"]))
+    assert {share: [run.name for run in runs] for share, runs in line.points.items()} == {
+        share: [str(share)] for share in shares
+    }
     for number, name in enumerate(("table5-market-to-duke", "table5-market-to-duke-wo-unlabeled")):
-        fake_run(tmp_path / name, data={"labeled": [], "unlabeled": [], "protocol": name, "root": str(number)})
-    [line] = unlabeled_shares(read_runs([tmp_path]))
+        data = {"labeled": [], "unlabeled": [], "protocol": name, "root": str(number)}
+        fake_run(tmp_path / "protocols" / name, data=data)
+    [line] = unlabeled_shares(read_runs([tmp_path / "protocols"]))
     assert list(line.points) == [0.0, 1.0]
 
 
@@ -377,18 +372,6 @@ def test_runs_that_differ_in_one_thing_are_compared(tmp_path):
         ("loss.embedding 0.5", {0.2: ["a0.5"], 0.6: ["b0.5"]}),
     ]
     assert [label for label, _ in shape["loss.embedding"]] == ["loss.adversary 0.2", "loss.adversary 0.6"]
-
-
-def test_a_share_of_none_joins_those_with_unlabelled_images(tmp_path):
-    fake_run(tmp_path / "none", data={"unlabeled": []})
-    fake_run(tmp_path / "half", data={"unlabeled_share": 0.5})
-    fake_run(tmp_path / "all")
-    [line] = unlabeled_shares(read_runs([tmp_path]))
-    assert {share: [run.name for run in runs] for share, runs in line.points.items()} == {
-        0.0: ["none"],
-        0.5: ["half"],
-        1.0: ["all"],
-    }
 
 
 def test_networks_are_named_as_in_fig_6(tmp_path):
