@@ -1,7 +1,6 @@
 """Recipes: what they hold, what wins over them, and that a run and its results name them."""
 
 import json
-import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from dan_fast.data import ReIDDataset
 from dan_fast.reporting.report import report
 from dan_fast.reporting.runs import read_runs
 from dan_fast.training import DataConfig, MetaConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer
-from dan_fast.training.recipes import RECIPES, dotted, recipe_of, recipe_settings, recipe_words
+from dan_fast.training.recipes import RECIPES, dotted, over, recipe_of, recipe_settings, recipe_words
 from dan_fast.training.valid_settings import require_valid
 from dan_fast.training.without_effect import without_effect
 from tests.support.training_runs import command, config, evaluated
@@ -291,6 +290,9 @@ def test_quickstart_without_attention_draws_none(tmp_path):
     assert "recipe plain" in (out / "index.html").read_text() and not (out / "attention.png").exists()
 
 
+A_DATASET = ReIDDataset("a", Path("a"))
+
+
 @pytest.mark.parametrize(
     ("section", "name", "value", "words"),
     [
@@ -305,14 +307,21 @@ def test_quickstart_without_attention_draws_none(tmp_path):
         ("data", "batch_size", 8.0, "^data.batch_size is 8.0: give it as 8"),
         ("data", "targets", ["a", ""], "^data.targets holds an empty path, as by a variable of the shell"),
         ("run", "out", "", "^run.out holds an empty path"),
+        ("data", "image_size", 32, "^data.image_size is 32: give height and width as .256, 128.\\."),
+        ("data", "image_size", "32x16", "^data.image_size is '32x16': give height"),
+        ("data", "labeled", A_DATASET, "^data.labeled holds a ReIDDataset: give the path of a dataset;"),
+        ("data", "labeled", [A_DATASET], "^data.labeled holds a ReIDDataset: give the path of a dataset;"),
+        ("data", "targets", ["a", 3], "^data.targets holds a int: give the path"),
     ],
 )
 def test_settings_from_python_are_those_that_flags_take(section, name, value, words):
-    config = TrainConfig.of_recipe("plain", data={"labeled": "missing"})
-    require_valid(config)
-    setattr(getattr(config, section), name, value)
-    with pytest.raises(DanFastError, match=words):
-        Trainer(config)
+    base = {"data": {"labeled": "missing"}}
+    changed = TrainConfig.of_recipe("plain", **base)
+    require_valid(changed)
+    setattr(getattr(changed, section), name, value)
+    for settings in (changed, TrainConfig.of_recipe("plain", **over(base, {section: {name: value}}))):
+        with pytest.raises(DanFastError, match=words):
+            Trainer(settings)
 
 
 def test_numbers_of_numpy_are_numbers(images, tmp_path):
@@ -350,21 +359,6 @@ def test_no_setting_is_left_empty(tmp_path, capsys):
     (tmp_path / "empty.yaml").write_text("targets: x\nrepeats:\n")
     assert main(["evaluate", "--checkpoint", "x", "--config", str(tmp_path / "empty.yaml")]) == 1
     assert capsys.readouterr().err.startswith("dan-fast: repeats is empty")
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "said"),
-    [
-        ("image_size", 32, "data.image_size is 32: give height and width as [256, 128]."),
-        ("image_size", "32x16", "data.image_size is '32x16': give height"),
-        ("labeled", [ReIDDataset("a", Path("a"))], "data.labeled holds a ReIDDataset: give the path of a dataset;"),
-        ("labeled", ReIDDataset("a", Path("a")), "data.labeled holds a ReIDDataset: give the path of a dataset;"),
-        ("targets", ["a", 3], "data.targets holds a int: give the path"),
-    ],
-)
-def test_what_stands_for_no_setting_is_named(name, value, said):
-    with pytest.raises(DanFastError, match=re.escape(said)):
-        require_valid(TrainConfig.of_recipe("plain", data={"labeled": "a", name: value}))
 
 
 def test_a_trainer_has_settings_of_its_own(images, tmp_path):
