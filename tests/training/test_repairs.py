@@ -115,6 +115,8 @@ def test_gates_start_where_they_are_told():
     memory = build_memory(MemoryConfig(labeled_slots=2, unlabeled_slots=2, initial_alpha=-4.0), key_dim=3)
     assert (memory.alpha.item(), memory.alpha_unlabeled.item()) == (-4.0, -4.0)
     assert build_memory(MemoryConfig(gates="features"), key_dim=3).alpha is None
+    with pytest.raises(DanFastError, match="memory.initial_alpha -4.0 is for gates that are parameters"):
+        build_memory(MemoryConfig(gates="features", initial_alpha=-4.0), key_dim=3)
 
 
 def test_unlabelled_images_that_a_recipe_leaves_aside_are_named(images, tmp_path, capsys):
@@ -140,11 +142,6 @@ def test_gates_that_nothing_trains_do_not_decay(images, tmp_path, settings):
     trainer = Trainer(config(images, tmp_path / "run", **settings, memory=memory))
     trainer.fit()
     assert trainer.model.memory.alpha.item() == -4.0
-
-
-def test_gates_that_are_features_have_no_start():
-    with pytest.raises(DanFastError, match="memory.initial_alpha -4.0 is for gates that are parameters"):
-        build_memory(MemoryConfig(gates="features", initial_alpha=-4.0), key_dim=3)
 
 
 def test_unlabelled_images_for_which_no_batch_has_a_place_are_refused(images, tmp_path):
