@@ -55,13 +55,16 @@ def test_what_is_logged_rarely_goes_back_with_the_rest(tmp_path):
     for done, steps, rare in ((0, (10, 20, 30, 40, 50), (20, 40, 50)), (30, (40, 50, 60), (60,))):
         scalars = Scalars(tmp_path / "tensorboard", done)
         for step in steps:
-            scalars.add("train/loss/total", 1.0)
+            scalars.add("train/loss/total", float(done + step))
             if step in rare:
                 scalars.add("pseudo/accuracy", 0.5)
             scalars.flush(step)
         scalars.close()
-    found = {tag: steps.tolist() for tag, (steps, _) in read_scalars(tmp_path).items()}
-    assert found == {"train/loss/total": [10, 20, 30, 40, 50, 60], "pseudo/accuracy": [20, 60]}
+    found = {tag: dict(zip(steps, values, strict=True)) for tag, (steps, values) in read_scalars(tmp_path).items()}
+    assert found == {
+        "train/loss/total": {10: 10.0, 20: 20.0, 30: 30.0, 40: 70.0, 50: 80.0, 60: 90.0},
+        "pseudo/accuracy": {20: 0.5, 60: 0.5},
+    }
 
 
 def test_long_runs_are_read_whole(tmp_path):

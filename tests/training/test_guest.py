@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from dan_fast.core.errors import Interrupted
 from dan_fast.training import TrainConfig, Trainer, trained_network
 from dan_fast.training.build import initial_network
 from dan_fast.training.checkpoint import load_checkpoint
 from tests.support import PACKAGE
-from tests.support.training_runs import assert_same_training, config, stop_after
+from tests.support.training_runs import assert_same_training, config
 
 pytestmark = pytest.mark.slow
 
@@ -45,19 +44,6 @@ def test_a_training_leaves_the_process_as_it_was(images: Path, tmp_path: Path):
     with pytest.raises(TypeError):
         trainer.fit()
     assert state_of_the_process() == before
-
-
-def test_a_stopped_trainer_goes_on_with_its_own_random_numbers(images: Path, tmp_path: Path):
-    Trainer(config(images, tmp_path / "whole")).fit()
-    trainer = Trainer(config(images, tmp_path / "parts"))
-    step = trainer.train_iteration
-    stop_after(trainer, 1)
-    with pytest.raises(Interrupted):
-        trainer.fit()
-    torch.rand(3)
-    trainer.train_iteration = step
-    trainer.fit()
-    assert_same_training(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_weights_depend_on_the_seed_of_the_run_alone():
