@@ -218,17 +218,16 @@ def test_the_folder_and_the_seed_are_taken_as_flags_take_them(images, tmp_path, 
 
 def test_a_second_run_in_the_same_folder_is_refused(images, finished):
     before = (finished / "checkpoint.pt").read_bytes()
-    with pytest.raises(DanFastError, match="already holds a run"):
-        Trainer(config(images, finished, optimizer=ONE_EPOCH))
-    longer = "optimizer.epochs is 2 here and 1 there.*may start from its weights, --model.weights .*checkpoint.pt"
-    with pytest.raises(DanFastError, match=longer):
-        Trainer(config(images, finished, optimizer={"epochs": 2}, run=RESUME))
-    with pytest.raises(
-        DanFastError, match=r"model.instance_norm is .* or another run\.out\.$"
-    ):  # whose weights do not fit
-        Trainer(config(images, finished, optimizer=ONE_EPOCH, model={"instance_norm": True}, run=RESUME))
-    with pytest.raises(DanFastError, match="meta.eta is 2.0 here and 1.0 there.*may start from its weights"):
-        Trainer(config(images, finished, optimizer=ONE_EPOCH, meta={"eta": 2.0}, run=RESUME))
+    may_start = "may start from its weights, --model.weights .*checkpoint.pt"
+    for changes, sentence in (
+        ({}, "already holds a run"),
+        ({"optimizer": {"epochs": 2}, "run": RESUME}, f"optimizer.epochs is 2 here and 1 there.*{may_start}"),
+        ({"meta": {"eta": 2.0}, "run": RESUME}, f"meta.eta is 2.0 here and 1.0 there.*{may_start}"),
+        # Whose weights do not fit.
+        ({"model": {"instance_norm": True}, "run": RESUME}, r"model.instance_norm is .* or another run\.out\.$"),
+    ):
+        with pytest.raises(DanFastError, match=sentence):
+            Trainer(config(images, finished, **{"optimizer": ONE_EPOCH, **changes}))
     assert (finished / "checkpoint.pt").read_bytes() == before
 
 
