@@ -16,7 +16,7 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.data import ReIDDataset
 from dan_fast.reporting.report import report
 from dan_fast.reporting.runs import read_runs
-from dan_fast.training import DataConfig, MetaConfig, OptimizerConfig, RunConfig, TrainConfig, Trainer
+from dan_fast.training import DataConfig, TrainConfig, Trainer
 from dan_fast.training.recipes import RECIPES, dotted, over, recipe_of, recipe_settings, recipe_words
 from dan_fast.training.valid_settings import require_valid
 from dan_fast.training.without_effect import without_effect
@@ -215,12 +215,8 @@ def test_a_run_and_its_results_name_the_recipe(images, tmp_path, capsys):
 def test_a_run_of_an_older_version_goes_on_without_a_recipe(images, tmp_path, monkeypatch):
     """Its config.yaml and checkpoint name no recipe, and the default of today may hold other settings."""
     out = tmp_path / "run"
-    data = DataConfig(labeled=str(images / "campus"), image_size=(32, 32), batch_size=8, workers=0)
-    config = TrainConfig(
-        data=data, meta=MetaConfig(stall_guard=3), optimizer=OptimizerConfig(epochs=1), run=RunConfig(out=str(out))
-    )
-    config.model.backbone, config.model.weights = "timm:test_resnet", "none"
-    Trainer(config).fit()
+    flags = [*tiny_flags(images, out), "--data.unlabeled", "[]", "--meta.stall_guard", "3"]
+    assert main([*flags, "--recipe", "none"]) == 0
     state = torch.load(out / "checkpoint.pt")
     del state["config"]["recipe"]
     torch.save(state, out / "checkpoint.pt")
@@ -232,8 +228,7 @@ def test_a_run_of_an_older_version_goes_on_without_a_recipe(images, tmp_path, mo
     assert parsed().memory.decay == 0.5
     resumed = parsed("--config", str(out / "config.yaml"), "--run.resume", "true")
     assert (resumed.recipe, resumed.memory.decay, resumed.meta.stall_guard) == ("none", 0.99, 3)
-    flags = [*tiny_flags(images, out), "--data.unlabeled", "[]", "--meta.stall_guard", "3", "--run.resume", "true"]
-    assert main(flags) == 0
+    assert main([*flags, "--run.resume", "true"]) == 0
     assert yaml.safe_load((out / "config.yaml").read_text())["recipe"] == "none"
 
 
