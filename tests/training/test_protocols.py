@@ -59,9 +59,8 @@ def test_p1_from_its_name_to_four_targets_in_ten_splits_each(p1, root):
         *("CUHK03 (labeled, new protocol, all images)", "CUHK-SYSU (all images)"),
     ]
     assert results["unlabeled"] == [] and "last_epoch" not in results
-    for name, title, target in zip(
-        ("viper", "prid", "grid", "ilids"), ("VIPeR", "PRID", "GRID", "i-LIDS"), results["targets"], strict=True
-    ):
+    titles = {"viper": "VIPeR", "prid": "PRID", "grid": "GRID", "ilids": "i-LIDS"}
+    for (name, title), target in zip(titles.items(), results["targets"], strict=True):
         assert target["dataset"] == title and target["repeats"] == 10
         assert target["splits"] == f"{name} {DIGESTS[name][:8]}"
         assert (target["named_protocol"], target["epoch"]) == ("p1", "epoch 1 of 1")
@@ -208,18 +207,17 @@ def test_the_best_epoch_is_reported_with_its_weights_and_says_so(whole, images, 
     results = json.loads((out / "results.json").read_text())
     assert results["epoch"] == f"epoch 2 of 3, {CHOSEN}" and results["epochs"] == 3
     assert results["evaluate_every"] == 1
-    for name, key in (("chosen.pt", "chosen_weights"), ("checkpoint.pt", "weights")):
-        network = trained_network(out / name)[0]
-        assert results[key] == weights_hash(network)
-        [shared] = origin_of(out / name, load_checkpoint(out / name), results[key])[1]
-        assert shared.mAP == (0.5 if name == "chosen.pt" else 0.4)
     assert [each["epoch"] for each in results["targets"]] == [f"epoch 2 of 3, {CHOSEN}"]
     assert [(each["mAP"], each["epoch"]) for each in results["last_epoch"]] == [(0.4, "epoch 3 of 3")]
-    network, _ = trained_network(out / "chosen.pt")
-    assert all(torch.equal(value, seen[1][name]) for name, value in network.state_dict().items())
-    last, _ = trained_network(out / "checkpoint.pt")
-    assert all(torch.equal(value, seen[2][name]) for name, value in last.state_dict().items())
-    for name, words in (("chosen.pt", f"epoch 2 of 3, {CHOSEN}"), ("checkpoint.pt", "epoch 3 of 3")):
+    for name, key, epoch, precision, words in (
+        ("chosen.pt", "chosen_weights", 2, 0.5, f"epoch 2 of 3, {CHOSEN}"),
+        ("checkpoint.pt", "weights", 3, 0.4, "epoch 3 of 3"),
+    ):
+        network, _ = trained_network(out / name)
+        torch.testing.assert_close(network.state_dict(), seen[epoch - 1], rtol=0, atol=0)
+        assert results[key] == weights_hash(network)
+        [shared] = origin_of(out / name, load_checkpoint(out / name), results[key])[1]
+        assert shared.mAP == precision
         (row,) = evaluated(out / name, tmp_path / "figures.json", "--targets", str(images / "mall"))
         assert row["epoch"] == words
         table = " ".join(capsys.readouterr().out.replace("│", " ").split())
