@@ -98,9 +98,7 @@ def test_a_library_that_does_not_load_is_broken(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_ranking_that_does_not_load_is_broken_and_one_that_is_not_there_is_missing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: bool
-):
+def test_a_ranking_that_does_not_load_is_broken_and_one_not_there_is_missing(monkeypatch, tmp_path, there):
     module = tmp_path / counting.MODULE.name
     if there:
         module.write_bytes(b"not a library")

@@ -113,7 +113,7 @@ def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path, monkeypatch, where
 def test_a_file_system_that_cannot_sync_is_no_error_and_a_disk_that_fails_is(tmp_path, monkeypatch):
     for number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EIO, errno.EDQUOT):
         with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", lambda descriptor, number=number: raise_error(number))
+            patch.setattr(os, "fsync", Mock(side_effect=OSError(number, os.strerror(number))))
             if number in (errno.EIO, errno.EDQUOT):
                 with pytest.raises(DanFastError, match="could not be written"):
                     save_checkpoint(tmp_path / "checkpoint.pt", {"number": number})
@@ -121,10 +121,6 @@ def test_a_file_system_that_cannot_sync_is_no_error_and_a_disk_that_fails_is(tmp
                 save_checkpoint(tmp_path / "checkpoint.pt", {"number": number})
     assert load_checkpoint(tmp_path / "checkpoint.pt")["number"] == errno.ENOTSUP
     assert [each.name for each in tmp_path.iterdir()] == ["checkpoint.pt"]
-
-
-def raise_error(number):
-    raise OSError(number, os.strerror(number))
 
 
 def test_a_flipped_byte_is_never_loaded(tmp_path):
@@ -192,7 +188,7 @@ def test_what_could_not_be_written_beside_the_training_is_told_once(tmp_path, mo
     save_checkpoint(path, {"epoch": 1})
     for ask in (writer.wait, lambda: writer.save(path, {"epoch": 3}), lambda: [writer.is_free() for _ in range(1000)]):
         with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", lambda descriptor: raise_error(errno.ENOSPC))
+            patch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
             writer.save(path, {"epoch": 2})
             writer._writing.exception()
             with pytest.raises(DanFastError, match=r"could not be written \(No space left on device\)"):

@@ -371,8 +371,7 @@ def test_a_cache_that_is_replaced_or_deleted_is_read_on(images, tiny, tmp_path, 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_that_vanish_during_an_epoch_cost_no_iteration(images, tmp_path, here, workers):
-    own = tmp_path / "images"
-    shutil.copytree(images, own)
+    own = shutil.copytree(images, tmp_path / "images")
     here(tiny_config(own, tmp_path / "whole", data={"iterations": 12}))
 
     def vanish(trainer: Trainer) -> None:
@@ -390,8 +389,7 @@ def test_images_that_vanish_during_an_epoch_cost_no_iteration(images, tmp_path, 
 
 
 def test_single_images_that_vanish_during_an_epoch_are_skipped_and_named(images, tmp_path, here):
-    own = tmp_path / "images"
-    shutil.copytree(images, own)
+    own = shutil.copytree(images, tmp_path / "images")
 
     def vanish(trainer: Trainer) -> None:
         if trainer.iterations_done == 2:

@@ -225,8 +225,7 @@ def test_the_best_epoch_is_reported_with_its_weights_and_says_so(whole, images, 
 
 
 def test_an_epoch_chosen_by_an_earlier_run_is_not_taken_for_this_ones(whole, images, tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    shutil.copytree(whole.out, out)
+    out = shutil.copytree(whole.out, tmp_path / "run")
     (out / "checkpoint.pt").unlink()
     monkeypatch.setattr(Trainer, "train_iteration", Mock(side_effect=Killed))
     with pytest.raises(Killed):

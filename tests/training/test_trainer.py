@@ -181,7 +181,8 @@ def test_a_trainer_that_was_cut_off_in_an_iteration_does_not_go_on(images, tmp_p
     step = trainer.optimizer.step
     with monkeypatch.context() as cut:
         # The second Ctrl-C, when weights have moved and the iteration is not counted.
-        cut.setattr(trainer.optimizer, "step", lambda: step() or signal.raise_signal(signal.SIGINT) or interrupt())
+        again = Mock(side_effect=KeyboardInterrupt)
+        cut.setattr(trainer.optimizer, "step", lambda: step() or signal.raise_signal(signal.SIGINT) or again())
         with pytest.raises(KeyboardInterrupt):
             trainer.fit()
     with pytest.raises(DanFastError, match="in the middle of an iteration: begin anew from .*run.resume auto"):
@@ -189,10 +190,6 @@ def test_a_trainer_that_was_cut_off_in_an_iteration_does_not_go_on(images, tmp_p
     Trainer(config(images, tmp_path / "run", optimizer=ONE_EPOCH, run={"resume": "auto"})).fit()
     Trainer(config(images, tmp_path / "whole", optimizer=ONE_EPOCH)).fit()
     assert_same_training(tmp_path / "whole", tmp_path / "run")
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
 
 
 def test_what_is_no_training_to_continue_is_one_sentence(images, finished, tmp_path):
