@@ -124,19 +124,11 @@ def _parts(images: Tensor) -> list[slice]:
 
 def _moved(images: Tensor, draws: Draws) -> Tensor:
     """Flipped, padded and cropped: (n,3,H,W) uint8."""
-    n, channels, height, width = images.shape
-    border = padding((height, width))
+    n, _, height, width = images.shape
     images = torch.where(draws.flip[:, None, None, None], images.flip(-1), images)
-    if not border:
-        return images
-    padded = F.pad(images, (border,) * 4).contiguous()
-    rows, columns = padded.shape[2:]
-    # Any `width` bytes in a row of memory are a window; a crop is made of those that begin at these places.
-    windows = padded.as_strided((padded.numel() - width + 1, width), (1, 1))
-    plane = torch.arange(n * channels, device=images.device).view(n, channels, 1) * rows
-    row = plane + torch.arange(height, device=images.device) + draws.top[:, None, None]
-    begin = row * columns + draws.left[:, None, None]
-    return windows.index_select(0, begin.flatten()).view(images.shape)
+    padded = F.pad(images, (padding((height, width)),) * 4)
+    crops = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: all of them, by top and left
+    return crops[torch.arange(n, device=images.device), :, draws.top, draws.left]
 
 
 def _jitter_(images: Tensor, draws: Draws) -> None:
@@ -167,6 +159,6 @@ def _statistics(preprocessing: Preprocessing, device: torch.device) -> tuple[Ten
     return numbers[..., None, None].unbind()
 
 
-def _normalize_(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+def _normalize_(images: Tensor, preprocessing: Preprocessing) -> None:
     mean, std = _statistics(preprocessing, images.device)
-    return images.mul_(1 / 255).sub_(mean).div_(std)
+    images.mul_(1 / 255).sub_(mean).div_(std)
