@@ -1,9 +1,8 @@
 """One batch ahead: the next batch is read, copied and augmented while the caller works on this one."""
 
 import functools
-import queue
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
@@ -35,40 +34,32 @@ def one_ahead(items: Iterator[Raw], prepare: Callable[[Raw], Ready], device: tor
     stream = None
     if device.type == "cuda":
         stream = _stream(torch.cuda.current_device() if device.index is None else device.index)
-    wanted, results, stopped = threading.Semaphore(1), queue.SimpleQueue(), threading.Event()
 
-    def work() -> None:
+    def work() -> tuple[Ready, torch.cuda.Event | None]:
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            ready = prepare(next(items))
+            return ready, None if stream is None else stream.record_event()
+
+    with ThreadPoolExecutor(1, "dan-fast feed") as thread:
+        ahead = thread.submit(work)
         try:
-            with nullcontext() if stream is None else torch.cuda.stream(stream):
-                while wanted.acquire() and not stopped.is_set():
-                    ready = prepare(next(items))
-                    results.put((ready, None if stream is None else stream.record_event(), None))
-        except BaseException as error:  # StopIteration where the items end
-            results.put((None, None, error))
-
-    thread = threading.Thread(target=work, name="dan-fast feed", daemon=True)
-    thread.start()
-    try:
-        while True:
-            ready, event, error = results.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            wanted.release()
-            if event is not None:
-                current = torch.cuda.current_stream(device)
-                current.wait_event(event)
-                # Allocated on the other stream: its memory must not be reused before this stream is done with it.
-                for tensor in _tensors(ready):
-                    tensor.record_stream(current)
-            yield ready
-    finally:
-        stopped.set()
-        wanted.release()
-        thread.join()
-        # It holds this frame, and by its thread's frame the items, which would be garbage in a cycle.
-        error = None
+            while True:
+                try:
+                    ready, event = ahead.result()
+                except StopIteration:
+                    return
+                ahead = thread.submit(work)
+                if event is not None:
+                    current = torch.cuda.current_stream(device)
+                    current.wait_event(event)
+                    # Allocated on the other stream: its memory must not be reused before this stream is done with it.
+                    for tensor in _tensors(ready):
+                        tensor.record_stream(current)
+                yield ready
+        finally:
+            # An error that it holds has this frame, and by its thread's frame the items, which would be garbage in a
+            # cycle.
+            del ahead
 
 
 @functools.cache
