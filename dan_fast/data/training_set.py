@@ -151,10 +151,10 @@ def _numbers(images: Sequence[_TrainImage], numbering: dict[_Identity, int]) -> 
 
 
 def _persons(images: Sequence[_TrainImage]) -> dict[str, Tensor]:
-    pids: dict[str, set[int]] = {}
-    for numbering, pid in {image.identity for image in images if image.sample.pid >= 0}:
-        pids.setdefault(numbering, set()).add(pid)
-    return {numbering: torch.tensor(sorted(pids[numbering]), dtype=torch.int64) for numbering in sorted(pids)}
+    pids: dict[str, list[int]] = {}
+    for numbering, pid in sorted({image.identity for image in images if image.sample.pid >= 0}):
+        pids.setdefault(numbering, []).append(pid)
+    return {numbering: torch.tensor(ascending, dtype=torch.int64) for numbering, ascending in pids.items()}
 
 
 def _share(images: list[_TrainImage], share: float, seed: int) -> list[_TrainImage]:

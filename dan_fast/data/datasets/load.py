@@ -1,5 +1,6 @@
 """`load_dataset` finds out which dataset lies at a path, in which layout, and reads it."""
 
+import itertools
 import logging
 import os
 import re
@@ -220,10 +221,8 @@ def _place(target: ReIDDataset) -> Path:
 
 def _tail(path: Path, alike: Collection[Path]) -> str:
     """The last parts of a path, as many as no other of different paths has."""
-    longest = max(len(other.parts) for other in alike)
-    tails = ({other.parts[-count:] for other in alike} for count in range(1, longest + 1))
-    count = 1 + next(number for number, found in enumerate(tails) if len(found) == len(alike))
-    return str(Path(*path.parts[-count:]))
+    length = next(n for n in itertools.count(1) if len({other.parts[-n:] for other in alike}) == len(alike))
+    return str(Path(*path.parts[-length:]))
 
 
 def _load(path: Path, name: str | None, variant: str | None) -> ReIDDataset:

@@ -4,10 +4,11 @@ import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 Raw = TypeVar("Raw")
 Ready = TypeVar("Ready")
@@ -53,12 +54,12 @@ def one_ahead(items: Iterator[Raw], prepare: Callable[[Raw], Ready], device: tor
                     current = torch.cuda.current_stream(device)
                     current.wait_event(event)
                     # Allocated on the other stream: its memory must not be reused before this stream is done with it.
-                    for tensor in _tensors(ready):
-                        tensor.record_stream(current)
+                    for each in tree_leaves(ready):
+                        if isinstance(each, Tensor) and each.is_cuda:
+                            each.record_stream(current)
                 yield ready
         finally:
-            # An error that it holds has this frame, and by its thread's frame the items, which would be garbage in a
-            # cycle.
+            # Its error holds this frame, and by its thread's frame the items, which would be garbage in a cycle.
             del ahead
 
 
@@ -73,12 +74,3 @@ def pinned(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.is_cuda:
-            yield value
-    elif isinstance(value, tuple):
-        for each in value:
-            yield from _tensors(each)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
@@ -128,7 +129,11 @@ def image_loader(
     collate = partial(_collate_samples, image_size=tuple(image_size))
     workers = workers if cache is None else 0
     source = SentenceLoader(dataset, collate, workers, batch_size=batch_size, sampler=part)
-    prepare = partial(_normalized, device=torch.device(device), preprocessing=preprocessing)
+
+    def prepare(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        images, indices = batch
+        return normalize(pinned(images, torch.device(device)), preprocessing), indices
+
     return Loader(source, prepare, device)
 
 
@@ -165,7 +170,7 @@ def training_loader(
     read = _reader(paths, image_size, preprocessing.interpolation, cache)
     dataset = _PlannedBatches(training_set, image_size, broken_images, read, shares)
     workers = workers if cache is None else 0
-    source = SentenceLoader(dataset, _as_planned, workers, batch_size=None, sampler=Packed(plans))
+    source = SentenceLoader(dataset, tuple, workers, batch_size=None, sampler=Packed(plans))
     prepare = partial(_augmented, device=torch.device(device), preprocessing=preprocessing)
     return Loader(source, prepare, device)
 
@@ -234,30 +239,13 @@ def _reader(paths: Sequence[Path], image_size: tuple[int, int], interpolation: s
 def _augmented(
     batch: tuple[MiniBatch, tuple[Draws, ...]], device: torch.device, preprocessing: Preprocessing
 ) -> MiniBatch:
-    mini_batch, draws = batch
+    mini_batch, draws = tree_map_only(Tensor, lambda each: pinned(each, device), batch)
     parts = [part for part in (mini_batch.meta_train, mini_batch.meta_test) if part is not None]
     ready = [
-        part._replace(
-            images=augment(
-                pinned(part.images, device), Draws(*(pinned(each, device) for each in drawn)), preprocessing
-            ),
-            labels=pinned(part.labels, device),
-            sample_ids=pinned(part.sample_ids, device),
-        )
+        part._replace(images=augment(part.images, drawn, preprocessing))
         for part, drawn in zip(parts, draws, strict=True)
     ]
     return mini_batch._replace(meta_train=ready[0], meta_test=ready[1] if len(ready) > 1 else None)
-
-
-def _normalized(
-    batch: tuple[Tensor, Tensor], device: torch.device, preprocessing: Preprocessing
-) -> tuple[Tensor, Tensor]:
-    images, indices = batch
-    return normalize(pinned(images, device), preprocessing), indices
-
-
-def _as_planned(batch: tuple[MiniBatch, tuple[Draws, ...]]) -> tuple[MiniBatch, tuple[Draws, ...]]:
-    return batch
 
 
 def _collate_samples(
