@@ -14,9 +14,10 @@ from rich.text import Text
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.home import expanded
 from dan_fast.core.terminal import PLAIN
-from dan_fast.data.datasets.known import KNOWN, Counts, FoundDataset, counts_of, find_datasets
+from dan_fast.data.datasets.known import KNOWN, FoundDataset, counts_of, find_datasets
 from dan_fast.data.datasets.load import MANIFEST, is_manifest, load_dataset
 from dan_fast.data.datasets.market1501 import is_named_market1501
+from dan_fast.data.samples import Counts
 
 
 def list_datasets(roots: Sequence[str], json: bool = False, extract: bool = False) -> None:

@@ -80,7 +80,7 @@ def check_label_values(cam_weight: Tensor, labels: Tensor) -> None:
     """A class or -1 for each sample; reading the labels makes the host wait for a GPU."""
     if labels.numel() == 0 or labels.is_meta:
         return
-    low, high = (int(bound) for bound in torch.stack(torch.aminmax(labels.detach())).tolist())
+    low, high = torch.stack(torch.aminmax(labels)).tolist()
     if low < -1 or high >= cam_weight.shape[0]:
         raise ValueError(
             f"labels must be -1 or a class in 0..{cam_weight.shape[0] - 1} (the rows of cam_weight), "
@@ -102,7 +102,7 @@ def check_styles(features: Tensor, partners: Tensor, share: Tensor, values: bool
     _check_one_each("partners", partners, features)
     _check_one_each("share", share, features)
     if values and count and not partners.is_meta:
-        low, high = (int(bound) for bound in torch.stack(torch.aminmax(partners)).tolist())
+        low, high = torch.stack(torch.aminmax(partners)).tolist()
         if low < 0 or high >= count:
             raise ValueError(f"partners must be images 0..{count - 1}, got values from {low} to {high}")
 

@@ -24,6 +24,7 @@ def plain_defaults() -> Iterator[None]:
     """`default_cpu`, and what names no dtype is float32; the dtype for all threads of the process."""
     before = torch.get_default_dtype()
     if before == torch.float32:
+        # Another thread may have set it and put back its own by the end, after which float32 would be set for good.
         with default_cpu():
             yield
         return

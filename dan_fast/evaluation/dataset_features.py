@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -136,11 +137,8 @@ def extract_dataset(
             fixed splits name; and see :func:`extract_features`.
     """
     require_evaluation_images(dataset)
-
-    def extract(samples: tuple[Sample, ...]) -> Features:
-        given = {"device": device, "precision": precision, "process_group": process_group}
-        return extract_features(embed, samples, image_size, **given, **options)
-
+    given = {"image_size": image_size, "device": device, "precision": precision, "process_group": process_group}
+    extract = partial(extract_features, embed, **given, **options)
     rounding = float32_rounding(torch.device(device)) if precision == "float32" else ""
     made = {"precision": precision, "rounding": rounding, "fingerprint": _fingerprint(dataset)}
     if dataset.query:

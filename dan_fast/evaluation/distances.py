@@ -113,17 +113,11 @@ class PartDistances:
     def near(self, columns: slice) -> Tensor:
         """(Q, columns) distances of images of the part, not on the grid."""
         part, norms = self.part[columns], self._norms[columns]
-
-        def block(some: slice) -> Tensor:
-            dots = self.query @ part[some].to(torch.float64).T
-            return distances_of_dots(dots, self._query_norms[:, None], norms[some], self.scale.cosine)
-
-        if len(part) <= self.columns:
-            return block(slice(None))
         distances = norms.new_empty(len(self.query), len(part))
         for first in range(0, len(part), self.columns):
             some = slice(first, first + self.columns)
-            distances[:, some] = block(some)
+            dots = self.query @ part[some].to(torch.float64).T
+            distances[:, some] = distances_of_dots(dots, self._query_norms[:, None], norms[some], self.scale.cosine)
         return distances
 
     def exact(self, queries: Tensor, places: Tensor) -> Tensor:

@@ -91,10 +91,7 @@ def check_shapes(
     query_features: ArrayLike, gallery_features: ArrayLike, may_be_part: bool = False
 ) -> tuple[Tensor, Tensor]:
     """As `check_features`, without a look at the numbers; the part of a gallery may be empty."""
-    query, gallery = (
-        as_tensor(query_features, "query_features"),
-        as_tensor(gallery_features, "gallery_features"),
-    )
+    query, gallery = as_tensor(query_features, "query_features"), as_tensor(gallery_features, "gallery_features")
     for name, value in (("query_features", query), ("gallery_features", gallery)):
         may_be_empty = may_be_part and value is gallery
         if value.ndim != 2 or 0 in value.shape[may_be_empty:]:

@@ -71,10 +71,6 @@ class Images:
         sizes = [sum(both) for both in zip(*(each.sizes for each in self.divisions), strict=True)]
         return Division(self.divisions[0].group, sizes)
 
-    def all_places(self) -> np.ndarray:
-        """Where the images of `division` stand among all; collective."""
-        return self.division.gather(self.places, self.query.device)
-
     @property
     def scale_to_gallery(self) -> DistanceScale:
         """For distances of the queries and the gallery, whose largest norm may be a query's."""
@@ -213,7 +209,7 @@ def encodings(images: Images, neighbours: np.ndarray, largest: np.ndarray, k1: i
 def averaged(images: Images, own: sparse.csr_array, neighbours: np.ndarray, k2: int) -> sparse.csr_array:
     """(n, N) means of the encodings of each image's k2 nearest ones, wherever these are; collective."""
     nearest_ones = neighbours[images.places, :k2]
-    needed, all_places = np.unique(nearest_ones), images.all_places()
+    needed, all_places = np.unique(nearest_ones), images.division.gather(images.places, images.query.device)
     rows, places = [sparse.csr_array((0, len(images)), dtype=np.float32)], [needed[:0]]
     for chosen, block in row_rounds(images.division, own, images.query.device):
         held = np.isin(all_places[chosen], needed)

@@ -20,13 +20,10 @@ from dan_fast.data.datasets.prid import PRID
 from dan_fast.data.datasets.viper import VIPER
 from dan_fast.data.samples import SPLITS, Counts, KnownDataset, ReIDDataset, count_samples
 
-__all__ = ["KNOWN", "Counts", "FoundDataset", "KnownDataset", "check_counts", "count_samples", "find_datasets"]
-
 # In the order of the paper's Table III.
 KNOWN: Mapping[str, KnownDataset] = {
     known.name: known for known in (CUHK02, CUHK03, CUHK_SYSU, MARKET1501, DUKEMTMC, VIPER, PRID, GRID, ILIDS, MSMT17)
 }
-
 
 _LOG = logging.getLogger(__name__)
 _NOUNS = {"ids": "identities", "cameras": "cameras", "images": "images"}

@@ -11,12 +11,10 @@ from pathlib import Path
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.home import expanded
 from dan_fast.data.datasets.finding import images_below
-from dan_fast.data.datasets.known import KNOWN, KnownDataset, check_counts, choose_variant
+from dan_fast.data.datasets.known import KNOWN, check_counts, choose_variant
 from dan_fast.data.datasets.manifest import read_manifest
 from dan_fast.data.datasets.market1501 import PARTS, is_market1501, is_named_market1501, read_market1501
-from dan_fast.data.samples import SPLITS, ReIDDataset, Sample, real_paths
-
-__all__ = ["ReIDDataset", "Sample", "all_images", "holds_dataset", "load_dataset"]
+from dan_fast.data.samples import SPLITS, KnownDataset, ReIDDataset, Sample, real_paths
 
 MANIFEST = "manifest.csv"
 _LOG = logging.getLogger(__name__)

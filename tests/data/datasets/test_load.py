@@ -11,8 +11,9 @@ import pytest
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import ReIDDataset, Sample, TrainingSet, load_dataset
 from dan_fast.data.datasets.finding import IMAGE_SUFFIXES
-from dan_fast.data.datasets.known import Counts, counts_of, find_datasets
+from dan_fast.data.datasets.known import counts_of, find_datasets
 from dan_fast.data.datasets.load import holds_dataset, read_targets, told_apart
+from dan_fast.data.samples import Counts
 from dan_fast.data.synthetic import synthesize
 from dan_fast.evaluation import evaluate_dataset
 from dan_fast.training.config import DataConfig
