@@ -116,7 +116,7 @@ class ReIDDataset:
         for split in SPLITS:
             for path, *numbers in getattr(self, split):
                 for name, number in zip(("pid", "camid"), numbers, strict=True):
-                    if type(number) is not int and not isinstance(number, Integral):
+                    if not isinstance(number, Integral):
                         raise TypeError(f"The {name} of {path} is {number!r}: number persons and cameras from 0.")
 
     @property

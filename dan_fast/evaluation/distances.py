@@ -37,6 +37,11 @@ class DistanceScale(NamedTuple):
     steps: np.ndarray
     scale: float
 
+    def of(self, queries: slice | np.ndarray, gallery: slice | np.ndarray = slice(None)) -> "DistanceScale":
+        """That of some of the queries and some of the gallery."""
+        norms = self.query_norms[queries], self.gallery_norms[gallery]
+        return DistanceScale(self.cosine, *norms, self.steps[queries], self.scale)
+
 
 def distance_scale(query_squares: np.ndarray, gallery_squares: np.ndarray, metric: Metric) -> DistanceScale:
     """Norms and grid from the (Q,) and (G,) squared norms of the features."""
@@ -105,10 +110,8 @@ class PartDistances:
     def of_rows(self, rows: slice | np.ndarray) -> "PartDistances":
         """Those of some of the queries, whose features are held in float64."""
         chosen = rows if isinstance(rows, slice) else torch.from_numpy(rows).to(self.query.device)
-        scale = self.scale._replace(query_norms=self.scale.query_norms[rows], steps=self.scale.steps[rows])
-        return PartDistances(
-            self.query[chosen].to(torch.float64), self.part, scale, self.budget, start=self.images.start
-        )
+        features = self.query[chosen].to(torch.float64)
+        return PartDistances(features, self.part, self.scale.of(rows), self.budget, self.images.start)
 
     def near(self, columns: slice) -> Tensor:
         """(Q, columns) distances of images of the part, not on the grid."""

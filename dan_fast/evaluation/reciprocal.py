@@ -5,6 +5,7 @@ distances decide, so that the encodings have the same bits however the images ar
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from scipy import sparse
 from torch import Tensor
 
 from dan_fast.distributed.collectives import gather_parts
-from dan_fast.evaluation.distances import ENTRY_BYTES, DistanceScale, Metric, PartDistances, distance_scale, on_grid
+from dan_fast.evaluation.distances import ENTRY_BYTES, Metric, PartDistances, distance_scale, on_grid
 from dan_fast.evaluation.divided import Division
 
 # Rows of sparse products at a time: their results are many times as large as what is kept of them.
@@ -71,13 +72,6 @@ class Images:
         sizes = [sum(both) for both in zip(*(each.sizes for each in self.divisions), strict=True)]
         return Division(self.divisions[0].group, sizes)
 
-    @property
-    def scale_to_gallery(self) -> DistanceScale:
-        """For distances of the queries and the gallery, whose largest norm may be a query's."""
-        queries, scale = len(self.query), self.scale
-        norms = scale.query_norms[:queries], scale.gallery_norms[queries:]
-        return DistanceScale(scale.cosine, *norms, scale.steps[:queries], scale.scale)
-
     def gather(self, *parts: np.ndarray) -> np.ndarray:
         """What the shares have of each image, for all images; collective."""
         device = self.query.device
@@ -90,18 +84,14 @@ class Images:
             (which share, (c,) int64 places of the images that it is compared with, ascending, the distances).
         """
         count = max(1, self.budget // (_NUMBER_BYTES * self.query.shape[1]))
-        for places, images in self._rounds(count):
-            images, norms = images.to(torch.float64), self.scale.gallery_norms[places.numpy()]
+        of_gallery = self.divisions[1].rounds(self.shares[1].features, count)
+        of_queries = Division(None, [len(self.query)]).rounds(self.query, count)
+        for places, images in chain(((place + len(self.query), part) for place, part in of_gallery), of_queries):
+            images = images.to(torch.float64)
             for number, share in enumerate(self.shares):
-                query_norms, steps = self.scale.query_norms[share.places], self.scale.steps[share.places]
-                scale = self.scale._replace(query_norms=query_norms, gallery_norms=norms, steps=steps)
+                scale = self.scale.of(share.places, places.numpy())
                 if len(share.places):
                     yield number, places.to(images.device), PartDistances(share.features, images, scale, self.budget)
-
-    def _rounds(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for places, images in self.divisions[1].rounds(self.shares[1].features, count):
-            yield places + len(self.query), images
-        yield from Division(None, [len(self.query)]).rounds(self.query, count)
 
 
 class Nearest(NamedTuple):

@@ -129,7 +129,9 @@ def _reranked(problem: RankingProblem, reranking: Reranking) -> "tuple[_Reranked
     count = len(images.shares[0].places)
     of_queries = sparse.vstack([rows for _, rows in row_rounds(queries, own[:count], device)], format="csr")
     of_gallery = own[count:].tocsc()
-    original = PartDistances(query, gallery, images.scale_to_gallery, budget, division.rows.start)
+    # The largest norm, by which the grid is, may be a query's.
+    scale = images.scale.of(slice(0, len(query)), slice(len(query), None))
+    original = PartDistances(query, gallery, scale, budget, division.rows.start)
     mixed = _Reranked(original, queries.gather(largest[0], device), of_queries, of_gallery, reranking.weight)
     return mixed, labels, division
 

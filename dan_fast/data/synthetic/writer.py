@@ -1,9 +1,11 @@
 """Write synthetic domains to disk: images and a manifest each."""
 
 import csv
+import math
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -72,14 +74,7 @@ def synthesize(
     chosen = _checked(domains, identities, cameras, images_per_camera, image_size, seed, test_fraction)
     created: list[Path] = []
     partial = root / _PARTIAL
-    total, done = len(chosen) * identities * cameras * images_per_camera, 0
-
-    def count() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, total)
-
+    shape = identities, cameras, images_per_camera
     first_test = identities - round(identities * test_fraction)
     try:
         _require_own(root)
@@ -90,9 +85,13 @@ def synthesize(
                 shutil.rmtree(partial)
             try:
                 partial.mkdir()
-                for domain in chosen:
-                    shape = (identities, cameras, images_per_camera)
-                    _write_domain(partial / domain.name, domain, shape, image_size, seed, first_test, count)
+                written = (
+                    _write_domain(partial / domain.name, domain, shape, image_size, seed, first_test)
+                    for domain in chosen
+                )
+                for done, _ in enumerate(chain.from_iterable(written), start=1):
+                    if progress is not None:
+                        progress(done, len(chosen) * math.prod(shape))
                 for domain in chosen:
                     _swap(partial / domain.name, root / domain.name)
             finally:
@@ -130,8 +129,8 @@ def _write_domain(
     image_size: tuple[int, int],
     seed: int,
     first_test: int,
-    count: Callable[[], None],
-) -> None:
+) -> Iterator[None]:
+    """Write a domain, image by image."""
     identities, cameras, images_per_camera = shape
 
     def rng(*key: int) -> np.random.Generator:
@@ -152,7 +151,7 @@ def _write_domain(
                 image.save(folder / path, quality=domain.jpeg_quality)
                 split = "train" if number < first_test else "query" if index == 0 else "gallery"
                 rows.append((path, pid, camid, split))
-                count()
+                yield
     with open(folder / "manifest.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("path", "pid", "camid", "split"))
