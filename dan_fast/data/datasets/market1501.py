@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.data.datasets.finding import IMAGE_SUFFIXES, image_files, locate
+from dan_fast.data.datasets.finding import image_files, locate
 from dan_fast.data.samples import Counts, KnownDataset, ReIDDataset, Sample
 
 PARTS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
@@ -94,10 +94,7 @@ def _tell_of_others(part: Path, read: Collection[str]) -> None:
     kinds, below = set(), 0
     for entry in os.scandir(part):
         if entry.is_dir():
-            # One that may not be read holds nothing of it, and masks have the names of the images.
-            with suppress(OSError):
-                names = [name for name in os.listdir(entry) if _NAME.match(name) and name not in read]
-                below += sum(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in names)
+            below += _others_in(Path(entry), read)
         elif _NAME.match(entry.name):
             kinds.add(Path(entry.name).suffix.lower())
     if below:
@@ -109,18 +106,20 @@ def _tell_of_others(part: Path, read: Collection[str]) -> None:
 def _tell_of_other_folders(folder: Path, read: Collection[str]) -> None:
     """Warn of what may be an absent part by another name, such as "gallery"."""
     absent = [part for part in PARTS.values() if not (folder / part).is_dir()]
-    others = []
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name) if absent else ():
-        if entry.is_dir() and entry.name not in (*PARTS.values(), *_BESIDE):
-            # One that may not be read holds nothing of it, and masks have the names of the images.
-            with suppress(OSError):
-                names = (path.name for path in image_files(Path(entry)))
-                others += [entry.name] if any(_NAME.match(name) and name not in read for name in names) else []
+    places = sorted(folder.iterdir()) if absent else ()
+    others = [each.name for each in places if each.name not in (*PARTS.values(), *_BESIDE) and _others_in(each, read)]
     if others:
         _LOG.warning(
             "%s has no %s, and the images in its %s are NOT READ: rename the folders, or write a manifest.",
             folder, " and no ".join(absent), " and ".join(others),
         )  # fmt: skip
+
+
+def _others_in(folder: Path, read: Collection[str]) -> int:
+    """How many images of a folder are named like those that were read, but not the same: masks have the same names."""
+    with suppress(OSError):  # one that may not be read
+        return sum(path.name not in read and _NAME.match(path.name) is not None for path in image_files(folder))
+    return 0
 
 
 MARKET1501 = KnownDataset(
