@@ -78,11 +78,6 @@ def choose_variant(known: KnownDataset, folder: Path, wanted: str | None = None)
     )
 
 
-def main_variants(variants: Sequence[str]) -> list[str]:
-    """The variants without the further splits of a protocol that has many."""
-    return [variant for variant in variants if _SPLIT_NUMBER.sub("", variant) == variant or variant.endswith("split 1")]
-
-
 def _listed(variants: Sequence[str]) -> str:
     """The variants as a list for a sentence, all splits of a protocol as one."""
     alike: dict[str, list[str]] = {}
@@ -145,7 +140,8 @@ def _find(root: Path) -> list[FoundDataset]:
         for known in KNOWN.values():
             place = known.find(folder)
             if place is not None and not any(place.resolve().is_relative_to(other) for other in own[known.name]):
-                new = [_inspect(known, place, variant) for variant in main_variants(known.variants(place)) or [""]]
+                variants = [x for x in known.variants(place) if x.endswith("split 1") or not _SPLIT_NUMBER.search(x)]
+                new = [_inspect(known, place, variant) for variant in variants or [""]]
                 own[known.name] += [each.path.resolve() for each in new]
                 found += new
         # Folders inside a dataset are its own parts, often with tens of thousands of files.

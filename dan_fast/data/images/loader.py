@@ -129,10 +129,11 @@ def image_loader(
     collate = partial(_collate_samples, image_size=tuple(image_size))
     workers = workers if cache is None else 0
     source = SentenceLoader(dataset, collate, workers, batch_size=batch_size, sampler=part)
+    device = torch.device(device)
 
     def prepare(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         images, indices = batch
-        return normalize(pinned(images, torch.device(device)), preprocessing), indices
+        return normalize(pinned(images, device), preprocessing), indices
 
     return Loader(source, prepare, device)
 
@@ -171,7 +172,16 @@ def training_loader(
     dataset = _PlannedBatches(training_set, image_size, broken_images, read, shares)
     workers = workers if cache is None else 0
     source = SentenceLoader(dataset, tuple, workers, batch_size=None, sampler=Packed(plans))
-    prepare = partial(_augmented, device=torch.device(device), preprocessing=preprocessing)
+    device = torch.device(device)
+
+    def prepare(batch: tuple[MiniBatch, tuple[Draws, ...]]) -> MiniBatch:
+        (train, test, skipped), draws = tree_map_only(Tensor, lambda each: pinned(each, device), batch)
+        parts = [
+            part._replace(images=augment(part.images, drawn, preprocessing))
+            for part, drawn in zip((train, test), draws, strict=False)
+        ]
+        return MiniBatch(parts[0], parts[1] if len(parts) > 1 else None, skipped)
+
     return Loader(source, prepare, device)
 
 
@@ -234,18 +244,6 @@ def _reader(paths: Sequence[Path], image_size: tuple[int, int], interpolation: s
         raise ValueError(f"the cache is of {cache.interpolation} images and not of {interpolation} ones")
     cache.add([path for path in paths if path not in cache])
     return cache.read
-
-
-def _augmented(
-    batch: tuple[MiniBatch, tuple[Draws, ...]], device: torch.device, preprocessing: Preprocessing
-) -> MiniBatch:
-    mini_batch, draws = tree_map_only(Tensor, lambda each: pinned(each, device), batch)
-    parts = [part for part in (mini_batch.meta_train, mini_batch.meta_test) if part is not None]
-    ready = [
-        part._replace(images=augment(part.images, drawn, preprocessing))
-        for part, drawn in zip(parts, draws, strict=True)
-    ]
-    return mini_batch._replace(meta_train=ready[0], meta_test=ready[1] if len(ready) > 1 else None)
 
 
 def _collate_samples(
