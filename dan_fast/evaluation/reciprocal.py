@@ -207,11 +207,10 @@ def averaged(images: Images, own: sparse.csr_array, neighbours: np.ndarray, k2: 
         places.append(all_places[chosen][held])
     order = np.argsort(np.concatenate(places))
     columns = order[np.searchsorted(needed, nearest_ones.ravel())]
-    means = np.full(nearest_ones.size, 1 / neighbours[:, :k2].shape[1], dtype=np.float32)
-    begin = np.arange(len(nearest_ones) + 1) * neighbours[:, :k2].shape[1]
-    return sparse.csr_array((means, columns, begin), shape=(len(nearest_ones), len(needed))) @ sparse.vstack(
-        rows, format="csr"
-    )
+    own_rows, count = nearest_ones.shape
+    shares = np.full(nearest_ones.size, 1 / count, dtype=np.float32)
+    means = sparse.csr_array((shares, columns, np.arange(own_rows + 1) * count), shape=(own_rows, len(needed)))
+    return means @ sparse.vstack(rows, format="csr")
 
 
 def row_rounds(

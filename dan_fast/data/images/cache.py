@@ -255,7 +255,7 @@ class ImageCache:
         current = np.array([status_of(name) for name in names], dtype=np.int64)
         changed, before = (current != header.sources).any(1), header.sources.copy()
         for row in np.flatnonzero(changed) if check == "quick" else range(len(names)):
-            source = read_source(names[row])
+            source, _ = read_source(names[row])
             if source.digest != header.digests[row].tobytes():
                 return f"{names[row]} has changed since it was decoded"
             header.sources[row] = source.status
@@ -330,17 +330,17 @@ class _Decoding(Dataset):
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, Source]:
-        """The image, None where it is broken, and what it is of, without the content."""
+        """The image, None where it is broken, and what it is of."""
         name, image = self.names[index], None
         # As in the process that asks, which a worker that was not forked does not know.
         ImageFile.LOAD_TRUNCATED_IMAGES = self.takes_truncated
-        source = read_source(name)
-        if source.content is not None:
+        source, content = read_source(name)
+        if content is not None:
             try:
-                image = self.transform(decode_image(source.content, Path(name))).contiguous()
+                image = self.transform(decode_image(content, Path(name))).contiguous()
             except DanFastError as error:
                 source = source._replace(error=str(error))
-        return image, source._replace(content=None)
+        return image, source
 
 
 def _count(images: int) -> str:

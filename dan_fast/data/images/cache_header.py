@@ -19,7 +19,6 @@ class Source(NamedTuple):
 
     status: tuple[int, int]
     digest: bytes
-    content: bytes | None = None
     error: str | None = None
 
 
@@ -52,16 +51,16 @@ def status_of(name: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def read_source(name: str) -> Source:
-    """The content of a file, its status and its hash."""
+def read_source(name: str) -> tuple[Source, bytes | None]:
+    """A file, and its content where it can be read."""
     try:
         with open(name, "rb") as stream:
             # Of the open file, and before it is read: a later change is seen as one.
             status = os.fstat(stream.fileno())
             content = stream.read()
     except OSError as error:
-        return Source((-1, -1), bytes(DIGEST_SIZE), error=str(unreadable(Path(name), error)))
-    return Source((status.st_size, status.st_mtime_ns), digest(content), content)
+        return Source((-1, -1), bytes(DIGEST_SIZE), str(unreadable(Path(name), error))), None
+    return Source((status.st_size, status.st_mtime_ns), digest(content)), content
 
 
 def digest(content: bytes | np.ndarray) -> bytes:
