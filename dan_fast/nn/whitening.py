@@ -60,7 +60,7 @@ class WithinPersonWhitening(nn.Module):
 
         Raises:
             TypeError: keys are not floating, or labels not int64.
-            ValueError: shapes do not fit, or keys are not finite.
+            ValueError: shapes do not fit, or keys of a person are not finite; the latter on all ranks.
         """
         _check(keys, labels, rows, self.matrix.shape[0])
         occupied, size = labels >= 0, keys.shape[1]
@@ -74,7 +74,10 @@ class WithinPersonWhitening(nn.Module):
         for roots, own in _roots(keys, persons):
             sums.index_add_(0, own, roots)
         _add_up(sums, process_group)
-        means, scatter = sums / counts[:, None], keys.new_zeros(size, size, dtype=torch.float32)
+        # By their sums: a look at the keys would copy them, and a rank that raises alone leaves the others waiting.
+        if not sums.isfinite().all():
+            raise ValueError("keys must be finite: a memory holds no others")
+        means, scatter = sums.div_(counts[:, None]), keys.new_zeros(size, size, dtype=torch.float32)
         for roots, own in _roots(keys, persons):
             scatter.addmm_((roots - means[own]).T, roots - means[own])
         _add_up(scatter, process_group)
@@ -95,8 +98,6 @@ def _check(keys: Tensor, labels: Tensor, rows: slice, size: int) -> None:
             f"keys must be (k, C) with C at most {size} and labels (s,), k of them in rows, "
             f"got {tuple(keys.shape)} and {tuple(labels.shape)}"
         )
-    if not keys.isfinite().all():
-        raise ValueError("keys must be finite: a memory holds no others")
 
 
 def signed_root(x: Tensor) -> Tensor:
