@@ -203,13 +203,14 @@ class Trainer:
             with self.folder.whole_iteration(), saved_if_all_are_broken(self.process_group, batch.skipped, save):
                 self.train_iteration(batch, scalars)
                 epoch, last = self.epoch, self.iteration + 1 == self.batches.planner.iterations
+                if last:
+                    self.model.whiten_feature()
                 self.epoch, self.iteration = (epoch + 1, 0) if last else (epoch, self.iteration + 1)
             log = last or self.iterations_done % self.config.run.log_every == 0
             if log and self._is_first and self.model.memory is not None:
                 self._step_scalars.add_memory(scalars, self.model.memory)
             display.advance(epoch, scalars.flush(self.iterations_done) if log else None)
             if last:
-                self.model.whiten_feature()
                 display.tell_skipped(sorted(set().union(*gathered(self.process_group, self.skipped))), self.skipped)
             if self.folder.checkpoint_is_due(self.iterations_done):
                 self._save(wait=False)
