@@ -68,6 +68,11 @@ def without_effect(config: TrainConfig, unlabeled: bool) -> Iterator[str]:
         idle = [f"{name} {changes[name]}" for name in names if name in changes]
         if idle and not has_effect:
             yield f"{' and '.join(idle)} change{'s' if len(idle) == 1 else ''} nothing {reason}."
+    if config.model.feature == "pooled_whitened" and not (labelled_by_memory or by_labels):
+        yield (
+            "model.feature pooled_whitened tests what pooled_root tests without a memory, which pseudo labels or "
+            "loss.labeled_embedding need."
+        )
     if (
         labelled_by_memory
         and mixing == "none"

@@ -92,6 +92,15 @@ def test_without_attention_a_root_is_what_a_feature_can_change():
         assert sum("model.feature" in line for line in without_effect(given, unlabeled=True)) == said
 
 
+def test_a_feature_that_no_memory_whitens_is_named():
+    for recipe, weight, unlabeled, said in (("plain", 0, True, 1), ("dan", 0, True, 1), ("dan", 1, False, 0),
+                                            ("paper", 0, False, 1), ("paper", 0, True, 0)):  # fmt: skip
+        given = {"model": {"feature": "pooled_whitened"}, "loss": {"labeled_embedding": float(weight)}}
+        unlabeled = unlabeled and recipe != "plain"
+        lines = without_effect(TrainConfig.of_recipe(recipe, **given), unlabeled)
+        assert sum("pooled_whitened tests what pooled_root tests without a memory" in line for line in lines) == said
+
+
 def test_a_meta_step_without_a_competition_has_an_order_and_a_weight():
     given = TrainConfig.of_recipe("dan", meta={"procedure": "daml2", "order": 2, "eta": 0.5, "tie": "both"})
     (line,) = without_effect(given, unlabeled=False)
