@@ -10,7 +10,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 
 from dan_fast.core.batches import BrokenImages
 from dan_fast.core.errors import DanFastError
-from dan_fast.training.recipes import NO_RECIPE, dotted, over, recipe_settings, recipe_words, require_recipe
+from dan_fast.training.recipes import NO_RECIPE, dotted, over, recipe_settings, recipe_words, require_recipe, word_of
 
 Precision = Literal["float32", "bfloat16"]
 CacheCheck = Literal["quick", "full"]
@@ -388,7 +388,11 @@ def require_same_training(saved: dict[str, Any], current: dict[str, Any], checkp
     if differences:
         fits = not any(each.startswith(("model.backbone ", "model.instance_norm ")) for each in differences)
         anew = f", which may start from its weights, --model.weights {checkpoint}" if fits else ""
+        # A config.yaml of an older version leaves these to the recipe of today.
+        unnamed = [name for each in differences if (name := each.partition(" ")[0]) not in dotted(saved)]
+        before = dotted(TrainConfig().to_dict())
+        named = "".join(f", --{name} {word_of(before[name])}" for name in unnamed)
         raise DanFastError(
             f"{checkpoint} was trained with another configuration ({'; '.join(differences)}): "
-            f"use its settings (config.yaml beside it) or another run.out{anew}."
+            f"use its settings (config.yaml beside it{named}) or another run.out{anew}."
         )

@@ -274,8 +274,16 @@ def test_where_a_run_takes_place_may_change_and_what_it_learns_is_refused_by_its
     )
     require_same_training(saved, current.to_dict(), tmp_path / "checkpoint.pt")
     current.optimizer.epochs = 7
-    with pytest.raises(DanFastError, match=r"\(optimizer.epochs is 7 here and 500 there\)"):
+    with pytest.raises(DanFastError, match=r"\(optimizer.epochs is 7 here and 500 there\): .* beside it\)"):
         require_same_training(saved, current.to_dict(), tmp_path / "checkpoint.pt")
+
+
+def test_what_the_settings_of_an_older_version_leave_to_the_recipe_is_named_as_flags(tmp_path):
+    older, current = (TrainConfig.of_recipe(name).to_dict() for name in ("none", "dan"))
+    current = {**older, "model": older["model"] | {"feature": current["model"]["feature"], "instance_norm": "auto"}}
+    older = {**older, "model": {name: x for name, x in older["model"].items() if name not in ("feature", "reduction")}}
+    with pytest.raises(DanFastError, match=r"\(config.yaml beside it, --model.feature attended\) or another run.out"):
+        require_same_training(older, current, tmp_path / "checkpoint.pt")
 
 
 @pytest.mark.parametrize(
