@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 from dan_fast.distributed.collectives import ProcessGroup
+from dan_fast.functional.products import product
 
 # Slots whose keys are copied at a time: a memory may take most of a machine.
 _ROWS = 4096
@@ -79,7 +80,8 @@ class WithinPersonWhitening(nn.Module):
             raise ValueError("keys must be finite: a memory holds no others")
         means, scatter = sums.div_(counts[:, None]), keys.new_zeros(size, size, dtype=torch.float32)
         for roots, own in _roots(keys, persons):
-            scatter.addmm_((roots - means[own]).T, roots - means[own])
+            residuals = roots - means[own]
+            scatter = product(residuals.T, residuals, scatter)
         _add_up(scatter, process_group)
         scatter, identity, prior = scatter.double(), torch.eye(size).to(scatter.device, torch.double), _PRIOR * size
         spread = scatter.trace() / size

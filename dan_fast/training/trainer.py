@@ -239,10 +239,9 @@ class Trainer:
         except ValueError as error:
             at = self.iterations_done
             raise DanFastError(f"Training cannot go on at iteration {at}: {why_refused(error)}.") from error
-        if not self._is_first:
-            return
-        self._step_scalars.add(scalars, result)
-        scalars.add("train/step_size", lr)
+        if self._is_first:
+            self._step_scalars.add(scalars, result)
+            scalars.add("train/step_size", lr)
 
     def _evaluate_if_due(self, scalars: Scalars, display: Display) -> list[Evaluation]:
         if not self.targets.are_due(self.epoch):
