@@ -10,6 +10,7 @@ from textwrap import fill
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
+from scipy.ndimage import uniform_filter1d
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.compat.proto.event_pb2 import SessionLog
@@ -119,15 +120,12 @@ def _goes_on_from(file: Path) -> int | None:
 
 
 def _without_replays(events: Sequence[ScalarEvent]) -> tuple[np.ndarray, np.ndarray]:
-    kept: list[ScalarEvent] = []
-    for event in events:
-        while kept and kept[-1].step >= event.step:
-            kept.pop()
-        kept.append(event)
-    return (
-        np.array([event.step for event in kept], dtype=np.int64),
-        np.array([event.value for event in kept], dtype=np.float64),
-    )
+    steps = np.array([event.step for event in events], dtype=np.int64)
+    values = np.array([event.value for event in events], dtype=np.float64)
+    # What comes after is of later steps alone.
+    earliest_after = np.minimum.accumulate(np.append(steps[1:], np.iinfo(np.int64).max)[::-1])[::-1]
+    kept = steps < earliest_after
+    return steps[kept], values[kept]
 
 
 def _panel(tag: str) -> str:
@@ -167,11 +165,8 @@ def _draw_panel(axes: Axes, panel: str, curves: list[tuple[str, np.ndarray, np.n
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
     """Mean over a centred window of a thirtieth of the curve, smaller at its ends; NaN is left out."""
-    reach = max(1, len(values) // 60)
-    weights = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(weights, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(weights)])
-    low = np.maximum(np.arange(len(values)) - reach, 0)
-    high = np.minimum(np.arange(len(values)) + reach + 1, len(values))
-    count = counts[high] - counts[low]
-    return np.where(count > 0, (sums[high] - sums[low]) / np.maximum(count, 1), np.nan)
+    size, known = 2 * max(1, len(values) // 60) + 1, np.isfinite(values)
+    sums, shares = (
+        uniform_filter1d(each, size, mode="constant") for each in (np.where(known, values, 0.0), known.astype(float))
+    )
+    return np.divide(sums, shares, out=np.full(len(values), np.nan), where=shares > 0)

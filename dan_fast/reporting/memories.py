@@ -13,7 +13,6 @@ from dan_fast.training.memory_shards import stored_features
 
 _MARKERS = ("o", "s", "^")
 _LABELS_SHOWN = len(COLOURS) * 2
-_BLOCK = 1024  # slots whose cosines with all are held at a time
 _FEWEST = 4  # t-SNE needs a neighbour and more points than its perplexity
 MOST_SLOTS = 2000  # t-SNE of more takes minutes
 MEMORIES = {"labeled": "M, labels", "unlabeled": "M′, pseudo labels"}
@@ -67,13 +66,12 @@ def neighbours_agree(slots: Slots) -> float | None:
     """
     if len(slots.labels) < 2:
         return None
-    unit, agree = _unit(slots.features), 0
-    for first in range(0, len(unit), _BLOCK):
-        cosines = unit[first : first + _BLOCK] @ unit.T
-        rows = np.arange(len(cosines))
-        cosines[rows, first + rows] = -np.inf
-        agree += int((slots.labels[cosines.argmax(1)] == slots.labels[first : first + _BLOCK]).sum())
-    return agree / len(unit)
+    # Imported here, as below.
+    from sklearn.neighbors import NearestNeighbors
+
+    found = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(_unit(slots.features))
+    nearest = found.kneighbors(return_distance=False)[:, 0]
+    return float((slots.labels[nearest] == slots.labels).mean())
 
 
 def layout(slots: Slots, seed: int = 0) -> np.ndarray:

@@ -114,6 +114,7 @@ def _memories(run: Run, state: dict[str, Any], path: Path, seed: int) -> Figure:
     slots = stored_slots(state, run.checkpoint.parent)
     if slots is None:
         raise DanFastError(NO_MEMORY)
+    plot_memories(slots, path, seed)
     contents = "; ".join(
         f"{title.split(',')[0]}: {slots[memory].describe()}{_agreement(slots[memory])}"
         for memory, title in MEMORIES.items()
@@ -125,7 +126,7 @@ def _memories(run: Run, state: dict[str, Any], path: Path, seed: int) -> Figure:
         "shape have the same label, in M′ the same pseudo label; distances between groups mean nothing."
     )
     alt = "Two clouds of points, the slots of M and those of M′, coloured by their labels."
-    return Figure(f"Memories of {run.name} (Fig. 10)", plot_memories(slots, path, seed), caption, alt)
+    return Figure(f"Memories of {run.name} (Fig. 10)", path, caption, alt)
 
 
 def _agreement(slots: Slots) -> str:

@@ -564,7 +564,7 @@ def slots(count: int = 30) -> Slots:
     )
 
 
-def test_tsne_is_seeded_and_puts_like_with_like(monkeypatch):
+def test_tsne_is_seeded_and_puts_like_with_like():
     here = slots()
     places = layout(here, seed=1)
     assert np.array_equal(places, layout(here, seed=1)) and not np.array_equal(places, layout(here, seed=2))
@@ -573,9 +573,7 @@ def test_tsne_is_seeded_and_puts_like_with_like(monkeypatch):
     assert (nearest == here.labels).all()
     assert neighbours_agree(here) == 1.0
     mixed = Slots(here.features, np.random.default_rng(0).permutation(here.labels))
-    whole = neighbours_agree(mixed)
-    monkeypatch.setattr("dan_fast.reporting.memories._BLOCK", 4)
-    assert neighbours_agree(mixed) == whole != 1.0
+    assert neighbours_agree(mixed) < 1.0
     # By the angle: a long feature is no nearer to another label than a short one.
     assert (
         neighbours_agree(Slots(np.array([[1.0, 0.0], [90.0, 1.0], [1.0, 5.0], [1.0, 4.0]]), np.array([0, 0, 1, 1])))
