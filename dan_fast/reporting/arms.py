@@ -161,12 +161,13 @@ class Comparison:
             notes.append(f"Seconds depend on how many trainings ran at once, on average {on_average}.")
         if versions := self._versions():
             notes.append(f"Trainings ran under several versions: {versions}.")
-        if others := self._of_other_images():
+        learnt = self._of_several(lambda run: [] if run.images is None else [run.images])
+        if others := "; ".join(learnt.values()):
             notes.append(
                 f"Trainings of datasets of the same names learnt from other images: {others}; if these were changed in "
                 "between, remove the older ones' folders and train them again."
             )
-        for target, others in self._tested_on_others().items():
+        for target, others in self._of_several(lambda run: run.tested.items()).items():
             notes.append(
                 f"Trainings were tested on other images or labels of {target.title}: {others}; if these were changed "
                 "in between, remove the results.json of the older ones and call the sweep again, which tests them anew."
@@ -202,16 +203,8 @@ class Comparison:
         found = {arm.name: said for arm in self.arms if (said := words(arm.runs.values()))}
         return found if len(set(found.values())) > 1 else {}
 
-    def _of_other_images(self) -> str:
-        """Which trainings name the same datasets as others and have images that these have not, in words."""
-        return "; ".join(self._of_several(lambda run: [] if run.images is None else [run.images]).values())
-
-    def _tested_on_others(self) -> dict[Target, str]:
-        """For each target of which trainings saw several sets of images, which ones saw which, in words."""
-        return self._of_several(lambda run: run.tested.items())
-
     def _of_several(self, images: Callable[[ArmRun], Iterable[tuple[Any, str]]]) -> dict[Any, str]:
-        """Which trainings have which images, in words, for each name under which there are several."""
+        """For each name under which trainings have several sets of images, which ones have which, in words."""
         found: dict[Any, dict[str, list[str]]] = {}
         for arm in self.arms:
             for seed, run in arm.runs.items():

@@ -100,7 +100,7 @@ def sweep(
         failed = _run_all(runs, record, folder, lock, console, parallel)
         _write_comparison(read_comparison(folder), folder, console)
         finished = [run for run in runs if state_of(run) == FINISHED]
-        write_table(finished, RESULTS, folder / "results.csv")
+        write_table(finished, folder / "results.csv")
     if report and finished:
         console.print(f"Report: {write_page([run.folder for run in finished], folder / 'report')}")
     if failed:

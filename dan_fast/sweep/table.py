@@ -14,14 +14,13 @@ from dan_fast.sweep.grid import PlannedRun
 from dan_fast.training.recipes import dotted
 
 
-def write_table(runs: Sequence[PlannedRun], results: str, path: Path) -> None:
+def write_table(runs: Sequence[PlannedRun], path: Path) -> None:
     """Write a row for each target of each finished training: its settings, its figures in percent and their conditions.
 
     Settings are those that any of the trainings names, lists as JSON. One whose results cannot be read is left out.
 
     Args:
         runs: finished trainings.
-        results: name of the file of results in their folders.
         path: the .csv file to write.
 
     Raises:
@@ -35,7 +34,7 @@ def write_table(runs: Sequence[PlannedRun], results: str, path: Path) -> None:
         settings = {"recipe": run.config.recipe, **dotted(run.config.to_dict())}
         values = [run.name, run.arm, *(_cell(settings[name]) for name in names)]
         with suppress(OSError, ValueError, TypeError, KeyError):
-            content = json.loads((run.folder / results).read_text(encoding="utf-8"))
+            content = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
             for found in [Evaluation.from_dict(each) for each in content["targets"]]:
                 figures = [round(figure, 4) for figure in found.percentages().values()]
                 of_target = [found.title, *figures, found.num_query, found.num_gallery, found.conditions]
