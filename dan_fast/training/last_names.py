@@ -1,7 +1,22 @@
 """Names of datasets without the folders of the machine that they lie on."""
 
 from collections.abc import Iterable, Sequence
+from itertools import chain, count
 from pathlib import Path
+
+
+def numbered(names: Iterable[str], form: str) -> list[str]:
+    """The names, with a number from 2 on where one was there before.
+
+    Example:
+        >>> numbered(["market", "street", "market"], "{} ({})")
+        ['market', 'street', 'market (2)']
+    """
+    apart: list[str] = []
+    for name in names:
+        others = (form.format(name, number) for number in count(2))
+        apart.append(next(each for each in chain([name], others) if each not in apart))
+    return apart
 
 
 def last_names(names: Iterable[str]) -> dict[str, str]:
@@ -11,14 +26,8 @@ def last_names(names: Iterable[str]) -> dict[str, str]:
         >>> last_names(["alice/market", "bob/market", "street", "alice/market"])
         {'alice/market': 'market', 'bob/market': 'market (2)', 'street': 'street'}
     """
-    shown: dict[str, str] = {}
-    for name in dict.fromkeys(names):
-        last = name.rpartition("/")[2]
-        number = 1
-        while (numbered := f"{last} ({number})" if number > 1 else last) in shown.values():
-            number += 1
-        shown[name] = numbered
-    return shown
+    names = list(dict.fromkeys(names))
+    return dict(zip(names, numbered([name.rpartition("/")[2] for name in names], "{} ({})"), strict=True))
 
 
 def names_of_paths(*lists: Sequence[str]) -> list[list[str]]:

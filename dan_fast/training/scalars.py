@@ -5,7 +5,6 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain, count
 from pathlib import Path
 from statistics import fmean
 
@@ -15,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import ReIDDataset
+from dan_fast.training.last_names import numbered
 
 
 class Scalars:
@@ -118,12 +118,8 @@ def target_tags(targets: Sequence[ReIDDataset]) -> list[str]:
         ['CUHK03-labeled_new_protocol', 'CUHK03-detected_new_protocol', 'street']
     """
     forms = [tag_forms(target.name, target.variant) for target in targets]
-    names, tags = [name for name, _ in forms], []
-    for name, full in forms:
-        tag = full if names.count(name) > 1 else name
-        numbered = (f"{tag}-{number}" for number in count(2))
-        tags.append(next(each for each in chain([tag], numbered) if each not in tags))
-    return tags
+    names = [name for name, _ in forms]
+    return numbered([full if names.count(name) > 1 else name for name, full in forms], "{}-{}")
 
 
 def tag_forms(name: str, variant: str) -> tuple[str, str]:
