@@ -8,7 +8,7 @@ that it holds. checkpoint.pt names them and is written last: until then the earl
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -81,14 +81,9 @@ def load_state(model: TrainingModel, state: Mapping[str, Any], folder: Path) -> 
         prefix = _NETWORK if name.startswith(_NETWORK) else _MEMORY
         parts[prefix][name.removeprefix(prefix)] = value
 
-    require_whole = cache(_require_whole)  # M and M' are in the same files
-
-    def read(name: str, rows: slice) -> Tensor:
-        return _rows_of_shards(folder, shards, name, rows, require_whole)
-
     with fitting_this_version(folder / "checkpoint.pt"):
         model.network.load_state_dict(parts[_NETWORK])
-        model.memory.load_parted_state_dict(parts[_MEMORY], read)
+        model.memory.load_parted_state_dict(parts[_MEMORY], partial(_rows_of_shards, folder, shards))
 
 
 def stored_features(state: Mapping[str, Any], folder: Path, memory: str) -> Tensor | None:
@@ -153,26 +148,17 @@ def _on_all(group: ProcessGroup, do: Callable[[], object]) -> None:
         raise DanFastError(f"Rank {rank - 1} could not write its part of the checkpoint: see that rank's error.")
 
 
-def _require_whole(file: Path, checksum: int) -> None:
-    if file.is_file() and _checksum(file) != checksum:  # safetensors keeps none
-        raise DanFastError(f"{file} is damaged, its checksum does not fit: continue from another checkpoint.")
-
-
-def _rows_of_shards(
-    folder: Path,
-    shards: list[dict[str, Any]],
-    name: str,
-    rows: slice,
-    require_whole: Callable[[Path, int], None] = _require_whole,
-) -> Tensor:
+def _rows_of_shards(folder: Path, shards: list[dict[str, Any]], name: str, rows: slice) -> Tensor:
     """(n, d) the features `name` of the slots `rows`."""
     parts, start = [], 0
     for shard in shards:
         stop = start + shard["rows"][name]
         first, last = max(start, rows.start), min(stop, rows.stop)
         if first < last:
-            require_whole(folder / shard["file"], shard["crc32"])
-            with _opened(folder / shard["file"]) as file:
+            path = folder / shard["file"]
+            if path.is_file() and _checksum(path) != shard["crc32"]:  # safetensors keeps none
+                raise DanFastError(f"{path} is damaged, its checksum does not fit: continue from another checkpoint.")
+            with _opened(path) as file:
                 parts.append(file.get_slice(name)[first - start : last - start])
         start = stop
     if start < rows.stop:
