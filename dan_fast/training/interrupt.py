@@ -21,9 +21,7 @@ class TrainingStop(StopRequest):
         agreed: whether the batches have ended because a process of the run is to stop.
     """
 
-    def __init__(self, words: str = "") -> None:
-        super().__init__(words)
-        self.agreed = False
+    agreed = False
 
     def until_requested(
         self, batches: Iterable[Batch], before_error: Callable[[], None], group: ProcessGroup | None = None

@@ -55,24 +55,19 @@ class RunRandomNumbers:
                 "or train in a process of its own."
             )
         try:
-            with self._forked():
-                yield
+            with torch.random.fork_rng(devices=self._gpus):
+                torch.set_rng_state(self._state["cpu"])
+                of_gpu = self._state["cuda"]
+                if self._gpus and of_gpu:
+                    # Older checkpoints hold the states of all GPUs.
+                    index = torch.cuda.current_device() if self._device.index is None else self._device.index
+                    torch.cuda.set_rng_state(of_gpu[index % len(of_gpu)], self._device)
+                try:
+                    yield
+                finally:
+                    self._state = self.state_dict()
         finally:
             taken.release()
-
-    @contextmanager
-    def _forked(self) -> Iterator[None]:
-        with torch.random.fork_rng(devices=self._gpus):
-            torch.set_rng_state(self._state["cpu"])
-            of_gpu = self._state["cuda"]
-            if self._gpus and of_gpu:
-                # Older checkpoints hold the states of all GPUs.
-                index = torch.cuda.current_device() if self._device.index is None else self._device.index
-                torch.cuda.set_rng_state(of_gpu[index % len(of_gpu)], self._device)
-            try:
-                yield
-            finally:
-                self._state = self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         """The states of the process's generators, which `in_process` are the run's."""

@@ -17,7 +17,7 @@ from dan_fast.data.named_protocols import DatasetRoles
 from dan_fast.data.overlap import numbering_of, persons_in_both, taken_for_one
 from dan_fast.evaluation import COLUMNS, Evaluation
 from dan_fast.training.checkpoint import fitting_this_version, load_checkpoint, save_checkpoint
-from dan_fast.training.config import RunConfig, TrainConfig, goes_on
+from dan_fast.training.config import TrainConfig
 from dan_fast.training.display import Display
 from dan_fast.training.recipes import NO_RECIPE, recipe_changes
 from dan_fast.training.surroundings import changes_of_surroundings, rounding_in_words
@@ -90,18 +90,6 @@ class EpochChoice:
             self.weights = state.get("weights_hash", "")  # older ones do not say it
             self._require_the_same([each.title for each in self.evaluations], targets)
 
-    @classmethod
-    def of_setting(cls, run: RunConfig, targets: Sequence[str], writes: bool = True) -> "EpochChoice":
-        """The choice for run.choose_epoch_on_target.
-
-        Raises:
-            DanFastError: no target, or no evaluation before the last epoch's.
-        """
-        if not targets or run.evaluate_every == 0:
-            what = "run.evaluate_every, such as 10" if targets else "data.targets or data.protocol"
-            raise DanFastError(f"run.choose_epoch_on_target has nothing to choose from: add {what}.")
-        return cls(Path(run.out) / "chosen.pt", goes_on(run), targets, writes)
-
     def offer(self, evaluations: Sequence[Evaluation], state: dict[str, Any], weights: str) -> None:
         """Take an epoch, its figures, its checkpoint's state and its network's hash, if it is the best so far.
 
@@ -131,18 +119,6 @@ class EpochChoice:
             )
 
 
-def describe(datasets: DatasetRoles, unlabeled_share: float = 1.0) -> str:
-    """What is trained on and tested on, each with its variant, in words."""
-
-    def titles(each: Sequence[ReIDDataset]) -> str:
-        return ", ".join(dataset.title for dataset in each)
-
-    parts = [f"trained on {titles(datasets.labeled)}"]
-    if datasets.unlabeled and unlabeled_share > 0:
-        parts.append(f"without labels on {titles(datasets.unlabeled)}")
-    return "; ".join([*parts, f"tested on {titles(datasets.targets)}"])
-
-
 def opening_lines(
     config: TrainConfig, datasets: DatasetRoles, device: torch.device, past: Mapping[str, Any]
 ) -> Iterator[str]:
@@ -161,16 +137,19 @@ def opening_lines(
     # A set may be trained on and tested on.
     yield from dict.fromkeys(f"{each.contents}." for sets in datasets for each in sets)
     yield from taken_for_one((*datasets.labeled, *datasets.unlabeled))
+    labeled, unlabeled, targets = (", ".join(each.title for each in sets) for sets in datasets)
+    takes_unlabeled = len(datasets.unlabeled) > 0 and config.data.unlabeled_share > 0
     if config.data.protocol:
-        yield f"Protocol {config.data.protocol}: {describe(datasets, config.data.unlabeled_share)}."
-    if datasets.unlabeled and config.data.unlabeled_share == 0:
+        without_labels = f"; without labels on {unlabeled}" if takes_unlabeled else ""
+        yield f"Protocol {config.data.protocol}: trained on {labeled}{without_labels}; tested on {targets}."
+    if datasets.unlabeled and not takes_unlabeled:
         yield (
-            f"{', '.join(dataset.title for dataset in datasets.unlabeled)} is left aside, because "
+            f"{unlabeled} is left aside, because "
             "data.unlabeled_share is 0: --recipe dan and --recipe paper train with unlabelled images."
         )
     if config.run.evaluate_every and not datasets.targets:
         yield f"run.evaluate_every {config.run.evaluate_every} changes nothing without data.targets or data.protocol."
-    yield from without_effect(config, len(datasets.unlabeled) > 0 and config.data.unlabeled_share > 0)
+    yield from without_effect(config, takes_unlabeled)
     if device.type == "cpu" and config.run.precision == "bfloat16":
         yield BFLOAT16_ON_A_CPU
     rounding = float32_rounding(device)

@@ -17,17 +17,14 @@ VERSIONS = ("dan_fast", "torch", "torchvision", "Pillow", "timm", "extension")
 
 def versions() -> dict[str, str | None]:
     """The version of each of :data:`VERSIONS`; of the extension the digest of its sources; None for what is absent."""
+    try:
+        timm = version("timm")
+    except PackageNotFoundError:
+        timm = None
     # As plain strings: a checkpoint is loaded with weights_only=True.
     images = str(torchvision.__version__), PIL.__version__
-    found = __version__, str(torch.__version__), *images, _timm(), _extension.build_info().get("source_hash")
+    found = __version__, str(torch.__version__), *images, timm, _extension.build_info().get("source_hash")
     return dict(zip(VERSIONS, found, strict=True))
-
-
-def _timm() -> str | None:
-    try:
-        return version("timm")
-    except PackageNotFoundError:
-        return None
 
 
 def rounding_in_words(past: Sequence[Mapping[str, Any]]) -> str:

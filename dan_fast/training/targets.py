@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from dan_fast.core.errors import DanFastError
 from dan_fast.data import ImageCache
 from dan_fast.data.named_protocols import DatasetRoles
 from dan_fast.distributed.collectives import ProcessGroup
@@ -12,7 +13,7 @@ from dan_fast.distributed.launch import rank_in
 from dan_fast.evaluation import Evaluation, evaluate_dataset
 from dan_fast.nn import DAN
 from dan_fast.nn.weights_hash import weights_hash
-from dan_fast.training.config import TrainConfig
+from dan_fast.training.config import TrainConfig, goes_on
 from dan_fast.training.display import Display
 from dan_fast.training.reported import EpochChoice, epoch_of, of_its_own_cameras, say, seen_of, write_results
 from dan_fast.training.run_folder import RunFolder
@@ -38,10 +39,13 @@ class Targets:
     ) -> None:
         self._group, self._writes = process_group, rank_in(process_group) == 0
         self._config, self._datasets, self._folder, self._device = config, datasets, folder, device
-        titles = [target.title for target in datasets.targets]
-        self._choice = (
-            EpochChoice.of_setting(config.run, titles, self._writes) if config.run.choose_epoch_on_target else None
-        )
+        self._choice = None
+        if config.run.choose_epoch_on_target:
+            titles = [target.title for target in datasets.targets]
+            if not titles or config.run.evaluate_every == 0:
+                what = "run.evaluate_every, such as 10" if titles else "data.targets or data.protocol"
+                raise DanFastError(f"run.choose_epoch_on_target has nothing to choose from: add {what}.")
+            self._choice = EpochChoice(folder.path / "chosen.pt", goes_on(config.run), titles, self._writes)
 
     def are_due(self, epochs_done: int) -> bool:
         """Whether they are evaluated after so many epochs."""
