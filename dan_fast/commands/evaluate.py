@@ -34,12 +34,10 @@ from dan_fast.evaluation import (
     require_scorable,
 )
 from dan_fast.nn.weights_hash import weights_hash
-from dan_fast.training import TrainConfig
 from dan_fast.training.build import initial_network, network_of
 from dan_fast.training.checkpoint import load_checkpoint
 from dan_fast.training.config import CacheCheck, ModelConfig, Paths, Precision, as_list
-from dan_fast.training.recipes import recipe_words
-from dan_fast.training.reported import epoch_of, of_its_own_cameras, seen_of
+from dan_fast.training.reported import of_training, seen_of
 from dan_fast.training.starting import hash_of_start, start_of
 
 _LOG = logging.getLogger(__name__)
@@ -113,11 +111,6 @@ def evaluate(
         network, settings = network_of(state, checkpoint), state["config"]
         if baselines:
             _require_first_weights(state, checkpoint)
-        conditions = {
-            "named_protocol": _tested_by(protocol, settings),
-            "epoch": epoch_of(state),
-            "recipe": recipe_words(settings, TrainConfig().to_dict()),
-        }
         weights = weights_hash(network)
         image_size = tuple(settings["data"]["image_size"])
         preprocessing = network.preprocessing
@@ -160,9 +153,7 @@ def evaluate(
                 scoring = {"metric": metric, "ap": ap, "reranking": Reranking() if rerank else None}
                 evaluation = evaluate_features(features, repeats, seed, **scoring, process_group=process_group)
                 if name == "trained":
-                    known = of_its_own_cameras(state, dataset)
-                    seen = seen_of(state, dataset)
-                    evaluation = replace(evaluation, **conditions, seen=seen, known_cameras=known)
+                    evaluation = of_training(evaluation, state, dataset, _tested_by(protocol, settings))
                 elif name == "initial":
                     evaluation = replace(evaluation, seen=seen_of(start, dataset))
                 results.append((name, evaluation))

@@ -31,7 +31,7 @@ from dan_fast.reporting.groups import caveats
 from dan_fast.reporting.report import report as write_page
 from dan_fast.sweep.grid import PlannedRun, plan_sweep
 from dan_fast.sweep.table import write_table
-from dan_fast.training.config import TrainConfig, training_differences
+from dan_fast.training.config import training_differences
 
 BEGUN, WAITING, FAILED = "begun", "waiting", "failed"
 RESULTS, SETTINGS, CHECKPOINT = "results.json", "config.yaml", "checkpoint.pt"
@@ -40,7 +40,8 @@ _GIVEN = "sweep.yaml"
 _LOG = "train.log"
 _COMPARED = "comparison.json"
 _STOPPING = "Stopping when the trainings under way are saved; Ctrl-C again kills them, and what is not saved is lost."
-_CHOICE = ("run", "choose_epoch_on_target")
+# A continued training checks these itself; a finished one is not started again.
+_CHECKED_HERE = ("data.labeled", "data.unlabeled", "data.protocol", "run.choose_epoch_on_target")
 # What PyTorch and the libraries below it take as the number of their threads when they are loaded.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _SECONDS_BETWEEN_LOOKS = 0.05
@@ -308,17 +309,10 @@ def _require_same_settings(run: PlannedRun) -> None:
     """Refuse a folder with a training of other settings, which is neither continued nor overwritten."""
     if not any((run.folder / name).exists() for name in (CHECKPOINT, RESULTS)):
         return
-    saved, wanted, defaults = _settings_there(run.folder), run.config.to_dict(), TrainConfig().to_dict()
+    saved = _settings_there(run.folder)
     if saved is None:
         raise DanFastError(f"{run.folder} holds a training without a readable config.yaml: choose another --out.")
-    differences = training_differences(saved, wanted)
-    # A continued training checks these itself; a finished one is not started again, so they are checked here.
-    for section, name in (*(("data", role) for role in ("labeled", "unlabeled", "protocol")), _CHOICE):
-        now, before = wanted[section][name], saved.get(section, {}).get(name, defaults[section][name])
-        clause = f"{section}.{name} is {now!r} here and {before!r} there"
-        if before != now and clause not in differences:
-            differences.append(clause)
-    if differences:
+    if differences := training_differences(saved, run.config.to_dict(), also=_CHECKED_HERE):
         raise DanFastError(
             f"{run.folder} holds a training with other settings ({'; '.join(differences)}): choose another --out."
         )

@@ -1,6 +1,6 @@
 """Every setting of a training run: the one source for the YAML file, the flags and their help."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from os import PathLike, fspath
 from pathlib import Path
@@ -365,9 +365,9 @@ _FREE_TO_CHANGE = {
 _OF_A_CHOICE = {"run.choose_epoch_on_target", "run.evaluate_every"}
 
 
-def training_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """What `current` has otherwise than `saved` of what decides what is learnt or chosen, a clause each."""
-    free = _FREE_TO_CHANGE - (_OF_A_CHOICE if current["run"]["choose_epoch_on_target"] else set())
+def training_differences(saved: dict[str, Any], current: dict[str, Any], also: Collection[str] = ()) -> list[str]:
+    """What `current` has otherwise than `saved` of what decides what is learnt or chosen, or of `also`, in clauses."""
+    free = _FREE_TO_CHANGE - (_OF_A_CHOICE if current["run"]["choose_epoch_on_target"] else set()) - set(also)
     # A setting that did not exist yet when the saved ones were written had its default.
     before = dotted(TrainConfig().to_dict()) | dotted(saved)
     # What a recipe stands for is among the settings; by which name they came does not matter.

@@ -19,7 +19,7 @@ from dan_fast.evaluation import COLUMNS, Evaluation
 from dan_fast.training.checkpoint import fitting_this_version, load_checkpoint, save_checkpoint
 from dan_fast.training.config import TrainConfig
 from dan_fast.training.display import Display
-from dan_fast.training.recipes import NO_RECIPE, recipe_changes
+from dan_fast.training.recipes import NO_RECIPE, recipe_changes, recipe_words
 from dan_fast.training.surroundings import changes_of_surroundings, rounding_in_words
 from dan_fast.training.without_effect import without_effect
 
@@ -60,6 +60,22 @@ def of_its_own_cameras(state: dict[str, Any], target: ReIDDataset) -> bool:
     Known are sets whose persons are numbered alike, and those that lie where they lay in training.
     """
     return numbering_of(target) in state.get("persons", {}) or os.path.realpath(target.root) in state.get("roots", ())
+
+
+def of_training(evaluation: Evaluation, state: dict[str, Any], target: ReIDDataset, protocol: str) -> Evaluation:
+    """Figures of a checkpoint's network on a target, with what is said of its training beside them.
+
+    Args:
+        protocol: the name of the one that was trained and tested by, "" for none.
+    """
+    return replace(
+        evaluation,
+        named_protocol=protocol,
+        epoch=epoch_of(state),
+        recipe=recipe_words(state["config"], TrainConfig().to_dict()),
+        seen=seen_of(state, target),
+        known_cameras=of_its_own_cameras(state, target),
+    )
 
 
 class EpochChoice:

@@ -178,13 +178,13 @@ class RunFolder:
         with alone(self._lock) if self._writes else nullcontext():
             if self._writes:
                 remove_unfinished(self.path)
-            if self._writes and _mark(self.checkpoint) != self._found:
-                raise DanFastError(
-                    f"Another process has written {self.checkpoint} since this one began: start it again."
-                )
-            if self._writes and not self.checkpoint.exists():
-                for name in ("results.json", "chosen.pt"):
-                    (self.path / name).unlink(missing_ok=True)
+                if _mark(self.checkpoint) != self._found:
+                    raise DanFastError(
+                        f"Another process has written {self.checkpoint} since this one began: start it again."
+                    )
+                if not self.checkpoint.exists():
+                    for name in ("results.json", "chosen.pt"):
+                        (self.path / name).unlink(missing_ok=True)
             try:
                 yield
             except BaseException:

@@ -1,6 +1,5 @@
 """The datasets that a run is tested on: when, and what becomes of the figures."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from dan_fast.nn import DAN
 from dan_fast.nn.weights_hash import weights_hash
 from dan_fast.training.config import TrainConfig, goes_on
 from dan_fast.training.display import Display
-from dan_fast.training.reported import EpochChoice, epoch_of, of_its_own_cameras, say, seen_of, write_results
+from dan_fast.training.reported import EpochChoice, of_training, say, write_results
 from dan_fast.training.run_folder import RunFolder
 from dan_fast.training.scalars import Scalars, target_tags
 
@@ -80,14 +79,7 @@ class Targets:
                 preprocessing=network.preprocessing,
                 process_group=self._group,
             )
-            evaluation = replace(
-                evaluation,
-                named_protocol=self._config.data.protocol or "",
-                epoch=epoch_of(state),
-                recipe=self._config.recipe_words,
-                seen=seen_of(state, dataset),
-                known_cameras=of_its_own_cameras(state, dataset),
-            )
+            evaluation = of_training(evaluation, state, dataset, self._config.data.protocol or "")
             evaluations.append(evaluation)
             figures = evaluation.percentages()
             for name in ("R1", "mAP", "mINP"):
