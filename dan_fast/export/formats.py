@@ -11,23 +11,18 @@ import torch
 from torch import Tensor
 
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.optional import optional
 
 # The extra file in a .pt2 that holds the description; an ONNX file has a place of its own for it.
 METADATA = "metadata.json"
-_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 Run = Callable[[Tensor], Tensor]
 
 
 def require_packages() -> None:
     """Refuse to go on without a package that ONNX files are made and run with, which is named."""
-    for name in _PACKAGES:
-        try:
-            __import__(name)
-        except ImportError as error:
-            raise DanFastError(
-                f"--format onnx needs {name}, which is not installed: pip install 'dan-fast[export]'"
-            ) from error
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        optional(name, f"--format onnx needs {name}, which is not installed: pip install 'dan-fast[export]'")
 
 
 def to_pt2(program: torch.export.ExportedProgram, metadata: Mapping[str, str]) -> bytes:

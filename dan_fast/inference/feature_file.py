@@ -17,6 +17,7 @@ import torch
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import alone, remove_unfinished, write_whole
 from dan_fast.core.float32 import float32_rounding
+from dan_fast.core.optional import optional
 from dan_fast.data.images.cache_header import digest, status_of
 from dan_fast.data.images.reading import DECODED_BY
 from dan_fast.data.samples import Sample
@@ -41,7 +42,7 @@ def require_format(out: Path) -> None:
     if out.suffix not in _WRITERS:
         raise DanFastError(f"{out} ends in neither {' nor '.join(_WRITERS)}: name a file that does.")
     if out.suffix == ".parquet":
-        _pyarrow()
+        _parquet()
     if out.is_file() and not _is_own(out):
         raise DanFastError(f"{out} holds no features of this command: name another file, or remove this one.")
 
@@ -52,7 +53,7 @@ def _is_own(out: Path) -> bool:
         return True
     try:
         if out.suffix == ".parquet":
-            names = set(_pyarrow().parquet.read_schema(out).names)
+            names = set(_parquet().read_schema(out).names)
         else:
             with zipfile.ZipFile(out) as archive:
                 names = {name.removesuffix(".npy") for name in archive.namelist()}
@@ -201,7 +202,8 @@ def _write_npz(stream: IO[bytes], chunks: Sequence[Path], size: int, columns: di
 
 
 def _write_parquet(stream: IO[bytes], chunks: Sequence[Path], size: int, columns: dict[str, np.ndarray]) -> None:
-    pyarrow = _pyarrow()
+    import pyarrow
+
     feature = pyarrow.list_(pyarrow.float32(), size)
     first = 0
     writer = None
@@ -210,21 +212,17 @@ def _write_parquet(stream: IO[bytes], chunks: Sequence[Path], size: int, columns
         content = {"features": pyarrow.FixedSizeListArray.from_arrays(rows.ravel(), type=feature)}
         content |= {name: column[first : first + len(rows)] for name, column in columns.items()}
         table = pyarrow.table(content)
-        writer = writer or pyarrow.parquet.ParquetWriter(stream, table.schema)
+        writer = writer or _parquet().ParquetWriter(stream, table.schema)
         writer.write_table(table)
         first += len(rows)
     writer.close()
 
 
-def _pyarrow() -> ModuleType:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DanFastError(
-            "Parquet files need pyarrow: pip install 'dan-fast[parquet]', or name a file that ends in .npz."
-        ) from error
-    return pyarrow
+def _parquet() -> ModuleType:
+    return optional(
+        "pyarrow.parquet",
+        "Parquet files need pyarrow: pip install 'dan-fast[parquet]', or name a file that ends in .npz.",
+    )
 
 
 _WRITERS: dict[str, Callable[[IO[bytes], Sequence[Path], int, dict[str, np.ndarray]], None]] = {

@@ -18,6 +18,7 @@ from dan_fast import __version__
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import alone, printable, remove_unfinished, write_together
 from dan_fast.core.home import expanded
+from dan_fast.core.optional import optional
 from dan_fast.core.preprocessing import Preprocessing
 from dan_fast.nn.backbones.weights import load_fitting, read_state_dict
 from dan_fast.nn.model_card import model_card
@@ -199,12 +200,9 @@ def hub_mixin(purpose: str) -> type[Any]:
     Raises:
         DanFastError: it is not installed.
     """
-    try:
-        from huggingface_hub import ModelHubMixin, snapshot_download
-    except ImportError as error:
-        raise DanFastError(f"{purpose} needs huggingface_hub: pip install 'dan-fast[hub]'") from error
+    hub = optional("huggingface_hub", f"{purpose} needs huggingface_hub: pip install 'dan-fast[hub]'")
 
-    class Folder(ModelHubMixin):
+    class Folder(hub.ModelHubMixin):
         """What `write` fills, or what has been fetched."""
 
         def __init__(self, write: Any = None, folder: Path | None = None) -> None:
@@ -216,7 +214,7 @@ def hub_mixin(purpose: str) -> type[Any]:
         @classmethod
         def _from_pretrained(cls, *, model_id: str, **options: Any) -> Folder:
             # All files of one commit, and none but these.
-            return cls(folder=Path(snapshot_download(model_id, allow_patterns=list(FILES), **options)))
+            return cls(folder=Path(hub.snapshot_download(model_id, allow_patterns=list(FILES), **options)))
 
     return Folder
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import write_whole
+from dan_fast.core.optional import optional
 
 IndexKind: TypeAlias = Literal["flat", "hnsw", "ivfpq"]
 
@@ -33,13 +34,10 @@ _LEAST = 256
 
 def faiss_library() -> ModuleType:
     """The module faiss; DanFastError where it is not installed."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise DanFastError(
-            "An approximate index needs faiss, which is not installed: pip install 'dan-fast[search]', or use flat."
-        ) from error
-    return faiss
+    return optional(
+        "faiss",
+        "An approximate index needs faiss, which is not installed: pip install 'dan-fast[search]', or use flat.",
+    )
 
 
 def build(kind: str, features: np.ndarray) -> tuple[Any, dict[str, Any]]:

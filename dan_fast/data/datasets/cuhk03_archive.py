@@ -9,6 +9,7 @@ from PIL import Image
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import write_text
+from dan_fast.core.optional import optional
 from dan_fast.data.datasets.extraction import save_image, whole_folder
 
 RELEASE = "cuhk03_release"
@@ -47,10 +48,7 @@ def extract_cuhk03(folder: Path) -> list[Path]:
     ]
     if archive is None or not wanted:
         return []
-    try:
-        import h5py
-    except ImportError as error:
-        raise DanFastError(f"{archive} is an HDF5 file, which h5py reads: pip install h5py.") from error
+    h5py = optional("h5py", f"{archive} is an HDF5 file, which h5py reads: pip install h5py.")
     try:
         with h5py.File(archive, "r") as content:
             for path in wanted:

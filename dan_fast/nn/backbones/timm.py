@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.optional import optional
 from dan_fast.core.preprocessing import INTERPOLATIONS, Preprocessing
 from dan_fast.nn.backbones.recompute import with_weights_kept
 from dan_fast.nn.backbones.weights import load_fitting, read_state_dict
@@ -100,7 +101,9 @@ def build_timm(
     name: str, weights: str | PathLike[str], image_size: tuple[int, int], gradient_checkpointing: bool
 ) -> TimmMap:
     """See `dan_fast.nn.build_backbone`; `name` is timm's, with or without the tag of its weights."""
-    timm = _import_timm(name)
+    timm = optional(
+        "timm", f"the backbone {PREFIX}{name} needs timm, which is not installed: pip install 'dan-fast[timm]'"
+    )
     _require_known(timm, name)
     state = None
     if weights == "imagenet" and not timm.models.is_model_pretrained(name):
@@ -159,17 +162,6 @@ def with_positions_of(wanted: TimmMap, trained: TimmMap) -> dict[str, Tensor]:
             sizes = {"new_size": list(wanted.grid), "old_size": list(trained.grid)}
             state[name] = resample_abs_pos_embed(positions, **sizes, num_prefix_tokens=others)
     return state
-
-
-def _import_timm(name: str) -> ModuleType:
-    try:
-        import timm
-        import timm.data
-    except ImportError as error:
-        raise DanFastError(
-            f"the backbone {PREFIX}{name} needs timm, which is not installed: pip install 'dan-fast[timm]'"
-        ) from error
-    return timm
 
 
 def _require_known(timm: ModuleType, name: str) -> None:
