@@ -69,11 +69,15 @@ def result_tables(runs: Sequence[Run]) -> list[Table]:
 def _taken_by(table: PaperTable, run: Run, result: Evaluation) -> str | None:
     """The target under which a table of the paper takes a result, None where it does not.
 
-    None takes one on cameras that were learnt from in a training before, from whose weights the run started.
+    VI takes those with the target's images among the unlabelled ones, the others those without: IV and V, and IX, which
+    compares procedures of training. None takes one with the target among the labelled ones, or on cameras that were
+    learnt from in a training before, from whose weights the run started.
     """
     target = paper_target(result.dataset)
-    before = result.known_cameras and target not in map(cameras_of, (*run.labeled, *run.unlabeled))
-    return target if target in table.targets and belongs(run, table, target) and not before else None
+    labeled, unlabeled = (target in map(cameras_of, names) for names in (run.labeled, run.unlabeled))
+    before = result.known_cameras and not (labeled or unlabeled)
+    taken = target in table.targets and not labeled and unlabeled == (table.number == "VI") and not before
+    return target if taken else None
 
 
 def paper_tables(runs: Sequence[Run]) -> list[Table]:
@@ -102,17 +106,6 @@ def contradictions_table() -> Table:
         "Found by computation: rates that fall with the rank, a mAP that the row's own matching rates rule out, "
         "differences other than those the text states. What rounding can explain is not listed.",
     )
-
-
-def belongs(run: Run, table: PaperTable, target: str) -> bool:
-    """Whether a run is to be read beside a table: VI has the target's images among the unlabelled ones, IV and V
-    do not; IX compares procedures of training and takes all that the paper's targets were not part of. None has the
-    target among the labelled ones."""
-
-    def has_target(names: Sequence[str]) -> bool:
-        return any(cameras_of(name) == target for name in names)
-
-    return not has_target(run.labeled) and has_target(run.unlabeled) == (table.number == "VI")
 
 
 def _paper_table(table: PaperTable, target: str, faults: Sequence[Contradiction], runs: Sequence[Run]) -> Table:

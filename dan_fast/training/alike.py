@@ -1,6 +1,5 @@
 """What the ranks of a training have to agree on before the first step."""
 
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.distributed.launch import require_same
 from dan_fast.distributed.shards import carries
 from dan_fast.nn import DAN
+from dan_fast.nn.weights_hash import weights_hash
 from dan_fast.training.config import DATASETS, TrainConfig
 from dan_fast.training.recipes import dotted
 from dan_fast.training.surroundings import versions
@@ -67,8 +67,6 @@ def require_same_network(group: ProcessGroup | None, network: DAN) -> None:
     """
     if group is None:
         return
-    checksum = 0
-    for value in network.state_dict().values():
-        checksum = zlib.crc32(value.cpu().contiguous().flatten().view(torch.uint8).numpy(), checksum)
-    given = [("How images are prepared", network.preprocessing.to_dict()), ("The checksum of the weights", checksum)]
+    prepared = network.preprocessing.to_dict()
+    given = [("How images are prepared", prepared), ("The checksum of the weights", weights_hash(network))]
     require_same(group, given, "give all machines the same model.weights and versions of timm and torchvision")

@@ -67,10 +67,10 @@ def changes_of_surroundings(past: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         >>> list(changes_of_surroundings([{"torch": "2.11.0", "threads": 2}, {"torch": "2.12.0", "threads": 2}]))
         ['torch is 2.12.0 and was 2.11.0']
     """
-    for before, now in zip(past[-2:-1], past[-1:], strict=False):
-        yield from (
-            f"{name} is {now[name]} and was {before[name]}"
-            for name in now
-            # Older versions recorded less.
-            if name in before and before[name] != now[name]
-        )
+    if len(past) < 2:
+        return
+    before, now = past[-2:]
+    for name in now:
+        # Older versions recorded less.
+        if name in before and before[name] != now[name]:
+            yield f"{name} is {now[name]} and was {before[name]}"

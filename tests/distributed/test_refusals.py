@@ -70,7 +70,7 @@ def other_weights(group: Group, config: TrainConfig) -> None:
     last = group.size() - 1
     rank_trainings.TinyMap = OtherMap if group.rank() == last else TinyMap
     try:
-        refused(group, config, r"^The checksum of the weights is \d+ on rank {last} and \d+ on rank 0: give all", {})
+        refused(group, config, r"^The checksum of the weights is '\w+' on rank {last} and '\w+' on rank 0: give", {})
     finally:
         rank_trainings.TinyMap = TinyMap
 
