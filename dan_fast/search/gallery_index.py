@@ -53,7 +53,7 @@ class GalleryIndex:
     """The images of a gallery, and those of them that are nearest to a feature.
 
     Args:
-        folder: what `update_index` wrote.
+        folder: what `update_index` wrote; one that was read already is an `IndexFolder` of the same extractor.
         extractor: it has to be of the checkpoint that the index was made with.
         kind: one that `update_index` has made.
 
@@ -84,7 +84,7 @@ class GalleryIndex:
     """
 
     def __init__(self, folder: str | Path | IndexFolder, extractor: FeatureExtractor, kind: IndexKind = "flat") -> None:
-        known = IndexFolder.of(folder, extractor)
+        known = folder if isinstance(folder, IndexFolder) else IndexFolder(folder, extractor)
         self.weights = known.weights
         stored, index = known.read_finished(kind)
         self.parameters = {} if kind == "flat" else stored["kinds"][kind]["parameters"]
@@ -173,7 +173,7 @@ def update_index(
     images = {absolute(sample.path): sample for sample in by_place.values()}
     if not images:
         raise DanFastError("The gallery is empty: name images to search in.")
-    known = IndexFolder.of(folder, extractor)
+    known = folder if isinstance(folder, IndexFolder) else IndexFolder(folder, extractor)
     folder = known.folder
     try:
         with alone(folder / ".lock"):

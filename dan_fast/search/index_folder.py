@@ -49,15 +49,6 @@ class IndexFolder:
         self._content: dict[str, Any] | None = None
         self._seen: list[tuple[int, int]] = []
 
-    @classmethod
-    def of(cls, folder: "str | Path | IndexFolder", extractor: FeatureExtractor) -> "IndexFolder":
-        """One of these weights as it is, with what it has read, and a new one of any other folder."""
-        if isinstance(folder, IndexFolder):
-            if folder.weights == extractor.weights:
-                return folder
-            folder = folder.folder
-        return cls(folder, extractor)
-
     def read_latest(self) -> None:
         """Set `stored` and `finished`; DanFastError where they are of another checkpoint or version, or damaged."""
         index, unfinished = self._index(), self._read(UNFINISHED)

@@ -139,15 +139,6 @@ def test_a_kind_that_lacks_what_is_new_is_named(run, folder, capsys):
     assert "lacks what is new" not in capsys.readouterr().out
 
 
-def test_what_is_known_of_a_folder_is_of_its_own_weights_alone(folder, extractor, images):
-    update_index(folder / "index", extractor, images)
-    known = IndexFolder(folder / "index", extractor)
-    assert GalleryIndex(known, extractor).weights == extractor.weights
-    other = FeatureExtractor(untrained_checkpoint(folder / "other.pt", run={"seed": 7}), "cpu")
-    for use in (GalleryIndex, lambda *of: update_index(*of, images)):
-        assert "is an index of another checkpoint" in refusal(use, known, other)
-
-
 def test_of_another_checkpoint_it_is_refused(run, folder, checkpoint, embedded, capsys):
     run()
     before = {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
