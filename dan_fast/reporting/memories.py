@@ -77,13 +77,8 @@ def neighbours_agree(slots: Slots) -> float | None:
 def layout(slots: Slots, seed: int = 0) -> np.ndarray:
     """(n, 2) float32 places of 4 or more slots by t-SNE; the same for the same slots and seed.
 
-    Features are scaled to unit length first: the memory compares them by their cosine.
-
-    Raises:
-        ValueError: features are not finite.
+    Features, finite in any checkpoint, are scaled to unit length first: the memory compares them by their cosine.
     """
-    if not np.isfinite(slots.features).all():
-        raise ValueError("slots: features hold NaN or Inf; the network that made them has diverged.")
     # Imported here: it takes as long to import as all of this package, and most commands do not need it.
     from sklearn.manifold import TSNE
 
@@ -111,9 +106,6 @@ def plot_memories(slots: dict[str, Slots], out_png: str | Path, seed: int = 0) -
     The most frequent labels of both have a colour and a marker, the same in both panels; the others are grey.
     Distances in the plane show which slots are neighbours, but not how far apart groups are: there are no units. Of
     more than :data:`MOST_SLOTS` slots of a memory so many are drawn, at random by the seed.
-
-    Raises:
-        ValueError: features that are not finite.
 
     Example:
         >>> import tempfile

@@ -28,7 +28,6 @@ from dan_fast.training.checkpoint import fitting_this_version, save_checkpoint
 from dan_fast.training.objective import TrainingModel
 
 _NETWORK, _MEMORY = "network.", "memory."
-_SHARDS = "memory-*.safetensors"
 
 
 def require_room(state: Mapping[str, Any], folder: Path, ranks: int, device: torch.device) -> None:
@@ -128,7 +127,7 @@ def write_checkpoint_of_ranks(
 
 def remove_shards(folder: Path, needed: set[str] | None = None) -> None:
     """Remove files of features that no checkpoint needs any more."""
-    for file in folder.glob(_SHARDS):
+    for file in folder.glob("memory-*.safetensors"):
         if re.fullmatch(r"memory-\d+-\d+of\d+\.safetensors", file.name) and file.name not in (needed or ()):
             with suppress(OSError):
                 file.unlink()

@@ -593,12 +593,8 @@ def test_slots_come_from_the_checkpoint_and_empty_ones_do_not(trained):
     assert stored_slots({"model": {"network.x": torch.zeros(1)}}, trained) is None
 
 
-def test_few_or_bad_slots(tmp_path):
+def test_few_slots(tmp_path):
     assert plot_memories({"labeled": slots(3), "unlabeled": slots(0)}, tmp_path / "few.png").is_file()
-    bad = slots()
-    bad.features[0] = np.nan
-    with pytest.raises(ValueError, match="NaN"):
-        layout(bad)
 
 
 def test_a_picture_of_some_slots_names_all_of_them(tmp_path, monkeypatch):
