@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
 
-import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -20,7 +19,7 @@ from dan_fast.training.last_names import numbered
 class Scalars:
     """Collects scalars and writes their means to `folder` every so often.
 
-    Tensors are kept as they are until `flush`, so that a GPU is waited for once a window and not once a value.
+    Tensors are kept as they are until `flush`, so that a GPU is waited for once a window.
 
     Args:
         folder: TensorBoard's folder; None: nothing is collected, as by all ranks but one.
@@ -67,13 +66,11 @@ class Scalars:
         """Write the means of the window as of `step`, forget it, and return them."""
         if self._writer is None:
             return {}
-        names = [name for name, _, _ in self._window]
-        numbers = _on_host([each for _, *pair in self._window for each in pair])
-        self._window.clear()
         values: dict[str, list[float]] = defaultdict(list)
-        for name, value, counts in zip(names, numbers[::2], numbers[1::2], strict=True):
+        for name, value, counts in self._window:
             if counts:
-                values[name].append(value)
+                values[name].append(float(value))
+        self._window.clear()
         means = {name: fmean(each) for name, each in values.items()}
         with self._named_errors():
             for name, mean in means.items():
@@ -133,10 +130,3 @@ def part_of_run(events: Path) -> int:
     """The number of an event file of `Scalars` in its folder, from 1 on; 0 for files of others, or older ones."""
     found = re.search(r"\.part(\d+)$", events.name)
     return int(found[1]) if found else 0
-
-
-def _on_host(values: Sequence[Tensor | float]) -> list[float]:
-    """The values as numbers; waits for the device once, not once a value."""
-    tensors = [value.to(torch.float64) for value in values if isinstance(value, Tensor)]
-    read = iter(torch.stack(tensors).tolist() if tensors else [])
-    return [next(read) if isinstance(value, Tensor) else float(value) for value in values]

@@ -131,13 +131,6 @@ def test_the_host_reads_from_the_device_only_where_it_must(scalars, step_scalars
     assert places == {**at_once, "training/step.py": expected}
 
 
-def test_a_window_of_scalars_is_read_once(scalars, step_scalars):
-    step_scalars.add(scalars, tiny_step().step(split(1), split(2)))
-    with host_reads() as places:
-        means = scalars.flush(1)
-    assert len(means) > 10 and places == {"training/scalars.py": 1}
-
-
 def poisoned(network: DAN, monkeypatch: pytest.MonkeyPatch, field: str, call: int) -> None:
     """NaN in one sample's `field` of the network's output in the given pass."""
     calls = iter(range(9))
