@@ -27,7 +27,7 @@ CHOSEN = "CHOSEN ON THE TARGET: not comparable"
 SEEN = "OF THE PERSONS TESTED ON WERE TRAINED ON: not comparable"
 
 
-def epoch_of(state: dict[str, Any]) -> str:
+def epoch_of(state: Mapping[str, Any]) -> str:
     """The epoch of a checkpoint in words.
 
     Example:

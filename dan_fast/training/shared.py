@@ -54,7 +54,7 @@ def origin_of(
     """
     if "shared" in state:
         return _by_last_names(state["shared"], [Evaluation.from_dict(each) for each in state["evaluations"]])
-    settings, epoch = _without_folders(state["config"]), epoch_of(dict(state))
+    settings, epoch = _without_folders(state["config"]), epoch_of(state)
     beside = Path(checkpoint).parent / "results.json"
     reported = _results(beside)
     # It names the network of the last epoch; a chosen one has its figures with it.

@@ -118,4 +118,4 @@ def _words(weights: str, start: Mapping[str, Any]) -> str:
     labeled = ", ".join(names_of_paths(data["labeled"])[0])
     # Each run's file is a checkpoint.pt; a shared folder has a name of its own.
     name = path.name if "shared" in start else f"{path.parent.name}/{path.name}".lstrip("/")
-    return f"{name}, {epoch_of(dict(start))}, trained on {labeled or data.get('protocol') or 'what is not recorded'}"
+    return f"{name}, {epoch_of(start)}, trained on {labeled or data.get('protocol') or 'what is not recorded'}"
