@@ -50,7 +50,9 @@ def test_an_extended_index_is_a_new_one(run, folder, embedded, capsys):
 def test_persons_and_cameras_may_be_numbers_of_numpy(folder, extractor, images):
     samples = [image._replace(pid=np.int64(1), camid=np.int32(2)) for image in images]
     assert update_index(folder / "index", extractor, samples).added == len(samples)
-    assert update_index(folder / "index", extractor, samples).kept == len(samples)
+    others = [sample._replace(pid=np.int64(3)) for sample in samples]
+    assert update_index(folder / "index", extractor, others).kept == len(samples)
+    assert {image.pid for image in GalleryIndex(folder / "index", extractor).images} == {3}
 
 
 def test_an_image_behind_a_link_and_back_is_known_by_the_file_that_it_is(folder, extractor):
@@ -97,6 +99,8 @@ def test_what_does_not_fit_an_index_is_said(run, folder, extractor):
             index.search(np.zeros(shape, np.float32), places=1)
     with pytest.raises(ValueError, match="places is 0: at least 1 is needed"):
         index.search(np.zeros((1, index.size), np.float32), places=0)
+    with pytest.raises(ValueError, match="features holds NaN or Inf: leave the images out"):
+        index.search(np.full((1, extractor.size), np.nan, np.float32), places=1)
     with pytest.raises(ValueError, match="kind must be one of flat, hnsw, ivfpq, got 'tree'"):
         update_index(folder / "new", extractor, [], "tree")
     assert "The gallery is empty: name images to search in" in refusal(update_index, folder / "new", extractor, [])
@@ -129,12 +133,13 @@ def test_the_home_folder_is_written_out(folder, extractor, images, monkeypatch):
     assert (folder / "of_mine" / "index.json").exists() and GalleryIndex("~/of_mine", extractor).size == 14
 
 
-def test_a_kind_that_lacks_what_is_new_is_named(run, folder, capsys):
+def test_a_kind_that_lacks_what_is_new_is_named(run, folder, extractor, capsys):
     run("--index", "hnsw")
     assert "lacks what is new" not in capsys.readouterr().out
     draw(folder / "gallery", ["new.png"], seed=3)
     run()
     assert "The hnsw index lacks what is new: the same command with --index hnsw adds it." in capsys.readouterr().out
+    assert "holds no finished hnsw index" in refusal(GalleryIndex, folder / "out" / "index", extractor, "hnsw")
     run("--index", "hnsw")
     assert "lacks what is new" not in capsys.readouterr().out
 

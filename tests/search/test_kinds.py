@@ -99,6 +99,10 @@ def test_an_approximate_index_is_written_extended_and_searched(tmp_path, monkeyp
     scores = np.einsum("qc,qkc->qk", queries, features[found.rows])
     np.testing.assert_allclose(found.scores, scores, atol=1e-6)
     assert (np.diff(found.scores) <= 0).all()
+    with monkeypatch.context() as patch:
+        patch.setattr(kinds, "search", lambda kind, index, queries, places: np.full((len(queries), places), -1))
+        whole = Searcher(features, np.arange(2900), kind, index).search(queries, 10)
+    assert (whole.rows >= 0).all(), "an index that finds too few, with no image gone"
     assert kinds.is_outgrown(kind, parameters, 8001) == (kind == "ivfpq")
     assert not kinds.is_outgrown(kind, parameters, 8000)
     assert "missing or damaged" in refusal(kinds.read, tmp_path / "a.faiss", 2900, 32)
@@ -109,7 +113,7 @@ def test_a_small_part_of_an_index_is_compared_whole(kind):
     features, queries = np.split(clustered(3000), [2900])
     order = np.full(2900, -1)
     order[::150] = np.arange(20)
-    searcher = Searcher(features, order, kind, kinds.build(kind, features)[0])
+    searcher = Searcher(features, order, kind)  # whose index is not asked
     found, exact = searcher.search(queries, 10), searcher.search(queries, 10, exact=True)
     assert (found.rows >= 0).all() and np.array_equal(found.rows, exact.rows)
 
@@ -173,6 +177,7 @@ def test_recall_tells_an_index_that_finds_others(run, folder, monkeypatch, capsy
     assert value < 0.6
     assert f"recall@3 {value:.4f}" in capsys.readouterr().out
     assert f"recall@3 is {value:.4f}" in (folder / "out" / "index.html").read_text()
+    assert [recall(np.array([[row, -1]]), np.array([[1, -1]])) for row in (1, 2)] == [1, 0], "-1 is no row"
 
 
 def test_recall_is_of_the_lists_which_lack_a_querys_own_file(run, folder, monkeypatch, capsys):

@@ -100,11 +100,13 @@ def test_an_interrupt_between_any_two_lines_leaves_whole_rows(images, tmp_path):
 
 def test_what_is_stopped_goes_on(run, folder, embedded, monkeypatch, capsys):
     with monkeypatch.context() as patch:
+        patch.setattr(gallery_index, "DECODED_BY", "Pillow 99")
         stopped_at(2, patch)
         run(code=130)
     assert "the same command goes on from there" in capsys.readouterr().out
     embedded.clear()
     assert len(run()) == 3 and sum(embedded) == 3 + 14 - 8
+    assert "Pillow 99" in json.loads((folder / "out" / "index" / "index.json").read_text())["decoded_by"]
 
 
 def test_what_is_killed_goes_on_at_what_was_written_down(run, folder, embedded, monkeypatch):
@@ -200,7 +202,7 @@ def shortened(name: str, size: int) -> Callable[[Path], object]:
         (described(schema=1), "is of an older version .*: remove"),
         (described(schema="x"), "is no index .*: remove"),
         (described(camids=[1]), "has lists of different lengths: remove"),
-        (described(gallery=[99]), "is no index .it names rows that are not there.: remove"),
+        (described(gallery=[14]), "is no index .it names rows that are not there.: remove"),
         (described(gallery=[-1]), "is no index .it names rows that are not there.: remove"),
         (described(gallery=None), "is no index .*: remove"),
         (described(kinds={"hnsw": {}}), "is no index .'file'.: remove"),
