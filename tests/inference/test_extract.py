@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -327,7 +328,7 @@ def test_of_a_shared_folder_the_features_are_those_of_its_checkpoint(run, folder
     assert np.array_equal(shared["features"], given["features"])
 
 
-@pytest.mark.parametrize("change", ["image", "checkpoint", "batch size", "rounding", "decoder", "skipped"])
+@pytest.mark.parametrize("change", ["image", "checkpoint", "batch size", "rounding", "torch", "decoder", "skipped"])
 def test_what_has_changed_since_is_made_anew(run, folder, checkpoint, tmp_path, embedded, monkeypatch, change):
     more, images, place = [], [folder], 3
     if change == "skipped":
@@ -345,6 +346,8 @@ def test_what_has_changed_since_is_made_anew(run, folder, checkpoint, tmp_path, 
         more, images = ["--batch_size", 2 * BATCH], files_of(folder)[:24]
     if change == "rounding":
         monkeypatch.setattr(feature_file, "float32_rounding", lambda device: "TF32 in convolutions")
+    if change == "torch":
+        monkeypatch.setattr(feature_file, "torch", SimpleNamespace(cat=torch.cat, __version__="99"))
     if change == "decoder":
         monkeypatch.setattr(feature_file, "DECODED_BY", "Pillow 99")
     found = run(*images, *more, code=1 if change == "skipped" else 0)
