@@ -16,6 +16,7 @@ from dan_fast import _extension
 from dan_fast.core.types import MemoryBatch
 from dan_fast.distributed.collectives import hand_out
 from dan_fast.distributed.shards import Shard
+from dan_fast.functional.memory import sharded
 from dan_fast.nn import ProgressiveAugmentedMemory
 from tests.support.ranks import Collectives, Ranks
 
@@ -223,15 +224,20 @@ def refusals(group: Group) -> None:
             unlabeled_keys=mine.unlabeled_keys.new_full((1, 4), math.inf), sample_ids=torch.zeros(1, dtype=torch.int64)
         ),
     )
-    gradient = mine._replace(keys=mine.keys.clone().requires_grad_()) if rank == last else mine
-    refused(f"keys on rank {last} of process_group differ .* require a gradient", given=gradient)
-    with torch.no_grad():
-        memory.alpha += 0.1 * (rank == last)
-    refused(f"alpha on rank {last} of process_group is not that of rank 0")
-    with torch.no_grad():
-        memory.alpha.zero_()
-    other = ProgressiveAugmentedMemory(9, 7, 4, 0.9, 0.7 + 0.1 * (rank == last), dtype=F64, process_group=group)
-    refused(f"rank {last} of process_group differs from rank 0", other)
+    for name in ("keys", "unlabeled_keys"):
+        gradient = mine._replace(**{name: getattr(mine, name).clone().requires_grad_()}) if rank == last else mine
+        refused(f"keys on rank {last} of process_group differ .* require a gradient", given=gradient)
+    for name, gate in (("alpha", "alpha"), ("alpha_unlabeled", "alpha_unlabeled"), ("beta", "beta_logit")):
+        before = getattr(memory, gate).data
+        getattr(memory, gate).data = before + 0.1 * (rank == last)
+        refused(f"{name} on rank {last} of process_group is not that of rank 0")
+        getattr(memory, gate).data = before
+    for slots, decay in ((7, 0.7 + 0.1 * (rank == last)), (7 + (rank == last), 0.8)):
+        other = ProgressiveAugmentedMemory(9, slots, 4, 0.9, decay, dtype=F64, process_group=group)
+        refused(f"rank {last} of process_group differs from rank 0", other)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded, "__version__", f"0.{rank}")
+        refused("rank 1 of process_group differs from rank 0: .*, the versions of dan_fast")
     moved = copy.deepcopy(memory).to("meta")
     refused(
         "process_group has the backends cpu:gloo,.* which carry no tensor on meta",
