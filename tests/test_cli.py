@@ -221,6 +221,8 @@ def test_a_pipe_is_no_file_to_write(tmp_path, capsys):
     for command in ("evaluate --targets x --checkpoint x --out", "bench memory --json", "export --checkpoint x --out"):
         assert main([*command.split(), str(pipe)]) == 1
         assert capsys.readouterr().err == f"dan-fast: {pipe} is no ordinary file: name another one.\n"
+        assert main([*command.split(), str(pipe / "below")]) == 1
+        assert f"{pipe}/below could not be written (Not a directory)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -139,8 +139,9 @@ def require_own_json(path: str | Path, keys: Collection[str]) -> None:
     Example:
         >>> import tempfile
         >>> file = Path(tempfile.mkdtemp()) / "figures.json"
-        >>> _ = file.write_text('{"rows": []}')
-        >>> require_own_json(file, ["rows"])
+        >>> for own in ("", '[{"rows": [], "of": "a newer version"}]'):
+        ...     _ = file.write_text(own)
+        ...     require_own_json(file, ["rows"])
     """
     require_writable(path)
     try:

@@ -11,7 +11,7 @@ def nearest(name: str, names: Iterable[str]) -> list[str]:
 
     Example:
         >>> settings = ("optimizer.lr_scale", "optimizer.backbone_lr_scale", "model.backbone")
-        >>> nearest("lr_scale", settings), nearest("optimizr.lr_scal", settings)[0], nearest("x", settings)
+        >>> nearest("optim.lr_scale", settings), nearest("optimizr.lr_scal", settings)[0], nearest("x", settings)
         (['optimizer.lr_scale'], 'optimizer.lr_scale', [])
     """
     names = list(names)
