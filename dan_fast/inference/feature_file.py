@@ -219,10 +219,11 @@ def _write_parquet(stream: IO[bytes], chunks: Sequence[Path], size: int, columns
 
 
 def _parquet() -> ModuleType:
-    return optional(
-        "pyarrow.parquet",
-        "Parquet files need pyarrow: pip install 'dan-fast[parquet]', or name a file that ends in .npz.",
-    )
+    for module in ("pyarrow", "pyarrow.parquet"):
+        found = optional(
+            module, "Parquet files need pyarrow: pip install 'dan-fast[parquet]', or name a file that ends in .npz."
+        )
+    return found
 
 
 _WRITERS: dict[str, Callable[[IO[bytes], Sequence[Path], int, dict[str, np.ndarray]], None]] = {
