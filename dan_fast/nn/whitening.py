@@ -84,10 +84,10 @@ class WithinPersonWhitening(nn.Module):
             scatter = product(residuals.T, residuals, scatter)
         _add_up(scatter, process_group)
         scatter, identity, prior = scatter.double(), torch.eye(size).to(scatter.device, torch.double), _PRIOR * size
-        spread = scatter.trace() / size
-        if not spread * size > _LEAST_VARIANCE * samples:
+        variance = scatter.trace() / samples
+        if not variance > _LEAST_VARIANCE:
             return
-        covariance = (scatter * (samples / spread) + prior * identity) / (samples + prior)
+        covariance = (scatter * (size / variance) + prior * identity) / (samples + prior)
         root = torch.linalg.cholesky(covariance)
         self.matrix[:size, :size] = torch.linalg.solve_triangular(root, identity, upper=False).T
 

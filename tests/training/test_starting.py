@@ -102,9 +102,9 @@ def test_persons_of_the_earlier_training_count_as_seen(earlier, images, tmp_path
     assert persons == {"campus": 4, "mall": 4}
     samples = [sample for name in ("campus", "mall") for sample in load_dataset(images / name).train]
     assert trainer._past["images"].numel() == len(samples)
-    # Test persons of campus were not trained on, so there is nothing to say.
+    # Test persons of campus were not trained on, so there is nothing to say; its cameras were learnt from.
     (evaluation,) = trainer.fit()
-    assert evaluation.seen == ""
+    assert evaluation.seen == "" and evaluation.known_cameras
 
 
 def test_a_target_that_the_earlier_training_learnt_says_so(earlier, images, tmp_path, capsys):
