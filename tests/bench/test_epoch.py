@@ -52,7 +52,10 @@ def test_the_command_writes_everything_down(tmp_path, monkeypatch):
         assert row["images_per_second"] == pytest.approx(48 / row["seconds"]["median"])
         assert row["cpu_seconds"] == pytest.approx({each: 3 * found[each] for each in ("user", "system")})
         assert 0 < row["waiting_share"] == found["waiting"] / found["seconds"] < 1
-        assert row["peak_bytes"] > 1e8 and row["over_limit"]["whole"] > 1 and row["cpu_seconds"]["user"] > 0
+        assert row["peak_bytes"] > 1e8 and row["cpu_seconds"]["user"] > 0
+        # The limit is of a rate measured at another moment, beside other tests: 1 is no bound here.
+        larger = max(row["limit_seconds"][WHOLE].values())
+        assert row["over_limit"][WHOLE] == pytest.approx(row["seconds"]["median"] / larger)
     assert paper["ratio"][PLAIN] == pytest.approx(paper["seconds"]["median"] / plain["seconds"]["median"])
     # A DAN's products are of as many images; the plain loops' are the same.
     assert plain["flop"] == cached["flop"] == pytest.approx(paper["flop"], rel=0.02)
