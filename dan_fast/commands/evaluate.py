@@ -19,6 +19,7 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import require_own_json, write_text
 from dan_fast.core.float32 import BFLOAT16_ON_A_CPU
 from dan_fast.core.launched import own_rank
+from dan_fast.core.terminal import PLAIN, LastingConsole, progress_line
 from dan_fast.data import ImageCache
 from dan_fast.data.datasets.load import read_targets, told_apart
 from dan_fast.data.named_protocols import resolve_protocol
@@ -64,7 +65,7 @@ def evaluate(
     cache_check: CacheCheck = "quick",
     out: str | None = None,
 ) -> None:
-    """Print CMC, mAP and mINP of a trained network on target sets.
+    """Print CMC, mAP and mINP of a trained network on target sets: a table at the end, each line of it before that.
 
     Together with the other ranks where torchrun has started several: the figures are those of one.
 
@@ -129,6 +130,8 @@ def evaluate(
             embeddings[first] = initial_network(settings, network.classifier.out_features).to(place).eval().embed
             embeddings["chance"] = None
         generator = torch.Generator().manual_seed(seed)
+        # Apart from the table: what is done stays readable where a later target fails or is not waited for.
+        progress = LastingConsole(stderr=True, quiet=own_rank() > 0)
 
         results: list[tuple[str, Evaluation]] = []
         for dataset in datasets:
@@ -137,19 +140,21 @@ def evaluate(
                 if embed is None:
                     features = _random_features(features, generator, process_group)
                 else:
-                    features = extract_dataset(
-                        embed,
-                        dataset,
-                        image_size,
-                        batch_size=batch_size,
-                        workers=workers,
-                        device=place,
-                        precision=precision,
-                        process_group=process_group,
-                        broken_images=broken_images,
-                        cache=decoded,
-                        preprocessing=preprocessing,
-                    )
+                    with progress_line(progress, f"Testing {name} features on {dataset.title}") as show:
+                        features = extract_dataset(
+                            embed,
+                            dataset,
+                            image_size,
+                            batch_size=batch_size,
+                            workers=workers,
+                            device=place,
+                            precision=precision,
+                            process_group=process_group,
+                            broken_images=broken_images,
+                            progress=show,
+                            cache=decoded,
+                            preprocessing=preprocessing,
+                        )
                 scoring = {"metric": metric, "ap": ap, "reranking": Reranking() if rerank else None}
                 evaluation = evaluate_features(features, repeats, seed, **scoring, process_group=process_group)
                 if name == "trained":
@@ -157,6 +162,7 @@ def evaluate(
                 elif name == "initial":
                     evaluation = replace(evaluation, seen=seen_of(start, dataset))
                 results.append((name, evaluation))
+                progress.print(f"{evaluation.title}, {name}: {evaluation.figures}", **PLAIN)
     if own_rank() > 0:
         return
 

@@ -1,7 +1,10 @@
 """What is printed on a terminal: plain sentences, and how far a task has got."""
 
+import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -9,6 +12,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 # Sentences are neither broken into lines nor coloured: they contain paths to copy, and names whose brackets and colons
 # are no markup.
 PLAIN: dict[str, bool] = {"soft_wrap": True, "highlight": False, "markup": False, "emoji": False}
+
+
+class LastingConsole(Console):
+    """A console that work outlasts: where it can be written to no more, nothing is shown any more."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            with suppress(OSError):
+                print(f"Progress is shown no more: the output cannot be written ({error}).", file=sys.stderr)
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        # What Python still holds for it is not to fail when the process ends.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 @contextmanager

@@ -115,6 +115,11 @@ class Evaluation:
         stds = self._columns(self.cmc_std, self.mAP_std, self.mINP_std)
         return tuple(f"{means[column]:.1f} ± {stds[column]:.1f}" for column in COLUMNS)
 
+    @property
+    def figures(self) -> str:
+        """`row` as one line."""
+        return ", ".join(f"{column} {value}" for column, value in zip(COLUMNS, self.row(), strict=True))
+
     def to_dict(self) -> dict[str, Any]:
         """The attributes as plain numbers, strings and lists, ready for JSON."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}

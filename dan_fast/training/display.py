@@ -1,39 +1,16 @@
 """The progress of a run on the terminal: a bar where there is one, a line now and then where there is none."""
 
-import os
-import sys
 import time
 from collections.abc import Iterable
-from contextlib import suppress
-from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 
-from dan_fast.core.terminal import PLAIN
+from dan_fast.core.terminal import PLAIN, LastingConsole
 
 SECONDS_BETWEEN_LINES = 30.0
 _LOSSES = ("total", "classification", "labeled_embedding", "adversary", "embedding", "regularizer")
 _BAR = 20
-
-
-class _Output(Console):
-    """A console that a training outlasts: where it can be written to no more, nothing is shown any more."""
-
-    def print(self, *objects: Any, **options: Any) -> None:
-        try:
-            super().print(*objects, **options)
-        except OSError as error:
-            with suppress(OSError):
-                print(f"Progress is shown no more: the output cannot be written ({error}).", file=sys.stderr)
-            self.on_broken_pipe()
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        # What Python still holds for it is not to fail when the process ends.
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 class Display:
@@ -47,7 +24,7 @@ class Display:
     """
 
     def __init__(self, total: int, done: int, images_per_iteration: int, shown: bool = True) -> None:
-        self.console = _Output(quiet=not shown)
+        self.console = LastingConsole(quiet=not shown)
         self._images = images_per_iteration
         self._total, self._done, self._first = total, done, done
         self._started = self._last_line = time.monotonic()

@@ -15,7 +15,7 @@ from dan_fast.core.float32 import BFLOAT16_ON_A_CPU, float32_rounding
 from dan_fast.data import ReIDDataset
 from dan_fast.data.named_protocols import DatasetRoles
 from dan_fast.data.overlap import numbering_of, persons_in_both, taken_for_one
-from dan_fast.evaluation import COLUMNS, Evaluation
+from dan_fast.evaluation import Evaluation
 from dan_fast.training.checkpoint import fitting_this_version, load_checkpoint, save_checkpoint
 from dan_fast.training.config import TrainConfig
 from dan_fast.training.display import Display
@@ -175,9 +175,8 @@ def opening_lines(
 
 def say(evaluation: Evaluation, display: Display) -> None:
     """Print the figures of a target, with what has to be the same in figures they are compared with, and the recipe."""
-    figures = ", ".join(f"{column} {value}" for column, value in zip(COLUMNS, evaluation.row(), strict=True))
     recipe = f"; {evaluation.recipe}" if evaluation.recipe else ""
-    display.say(f"{evaluation.title} ({evaluation.conditions}): {figures}{recipe}")
+    display.say(f"{evaluation.title} ({evaluation.conditions}): {evaluation.figures}{recipe}")
 
 
 def write_results(

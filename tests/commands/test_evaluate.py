@@ -1,6 +1,8 @@
 """`dan-fast evaluate`: what cannot be evaluated is refused before anything is embedded."""
 
 import json
+import re
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -92,6 +94,7 @@ def test_a_shared_folder_has_no_network_before_training(street, tmp_path, capsys
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("capsys")
 def test_figures_are_written_before_they_are_printed(checkpoint, street, tmp_path, monkeypatch):
     monkeypatch.setattr("rich.console.Console.print", Mock(side_effect=OSError("no space left on device")))
     assert evaluated(checkpoint, street, out=tmp_path / "figures.json") == 1
@@ -119,4 +122,23 @@ def test_a_network_that_has_diverged_is_a_sentence(checkpoint, street, tmp_path,
     state["model"][name].fill_(torch.inf)
     save_checkpoint(tmp_path / "diverged.pt", state)
     assert evaluated(tmp_path / "diverged.pt", street) == 1
-    assert "features are not finite numbers: its training has diverged" in refused(capsys)
+    assert "features are not finite numbers: its training has diverged" in capsys.readouterr().err
+
+
+def test_what_is_done_is_said_before_a_later_target_fails(checkpoint, street, tmp_path, capsys, monkeypatch):
+    told = []
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "dan_fast.commands.evaluate.progress_line", lambda *_: nullcontext(lambda *done: told.append(done))
+        )
+        assert evaluated(checkpoint, street) == 0
+    assert told and all(done == total > 1 for done, total in told)
+    table, figures = capsys.readouterr().out, r"street, trained: R1 (\S+), R5 (\S+), R10 (\S+), mAP (\S+), mINP (\S+)"
+    broken = manifest(tmp_path / "broken", query=[1, 1], gallery=[1, 1])
+    assert evaluated(checkpoint, street, broken) == 1
+    printed, said = capsys.readouterr()
+    before, done, meanwhile, error = said.splitlines()
+    assert (before, meanwhile) == tuple(f"Testing trained features on {name} ..." for name in ("street", "broken"))
+    assert not printed and error.startswith("dan-fast: The image ")
+    row = next(line for line in table.splitlines() if "trained" in line).replace("│", "").split()
+    assert list(re.fullmatch(figures, done).groups()) == row[2:]

@@ -28,7 +28,7 @@ def test_losses_that_a_training_does_not_have_are_left_out(capsys):
 def test_a_narrow_window_cuts_the_losses_alone(monkeypatch):
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=80, color_system=None)
-    monkeypatch.setattr(display, "_Output", lambda quiet: console)
+    monkeypatch.setattr(display, "LastingConsole", lambda quiet: console)
     with Display(3600, 0, 64) as shown:
         shown.advance(11, {"train/loss/total": 1.25, "train/loss/classification": 0.5})
     last = stream.getvalue().rpartition("epoch 12")[2].partition("\n")[0]
