@@ -5,6 +5,7 @@ A command is imported when it runs, most of them with PyTorch: `--help`, `--vers
 
 import io
 import logging
+import os
 import re
 import sys
 from argparse import ArgumentError
@@ -173,7 +174,8 @@ def _settings_in(given: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         DanFastError: the file cannot be read, or settings themselves stand there.
     """
     path = expanded(given)
-    if path.is_file():
+    # Path.is_file raises where settings are longer than a name can be.
+    if os.path.isfile(path):
         yield path, read_mapping(path, "a file of settings")
     elif any(mark in given for mark in ("{", "\n", ": ")):
         raise DanFastError("--config takes the path of a file, not settings: write them into one.")

@@ -272,8 +272,9 @@ def test_a_recipe_is_found_wherever_it_is_named(tmp_path, monkeypatch, capsys):
     for flags in (["--recipe", "paper"], ["--recipe=paper"], ["--config=~/config.yaml"], ["--config", "~/config.yaml"]):
         assert _parse(["train", *flags])[1].train.meta.procedure == "daml3"
     assert main(["train", "--rec", "paper"]) == 2
-    assert main(["train", "--config", "{recipe: paper}"]) == 1
-    assert "--config takes the path of a file, not settings" in capsys.readouterr().err
+    for settings in ("{recipe: paper}", "recipe: paper\n" * 30):
+        assert main(["train", "--config", settings]) == 1
+        assert "--config takes the path of a file, not settings" in capsys.readouterr().err
 
 
 def test_a_section_may_stand_in_a_file_of_its_own(tmp_path, capsys):
