@@ -1,6 +1,6 @@
 """Changes of the method that were tried and did not become settings, because no figure supports one.
 
-docs/experiments.md has their figures.
+docs/tried.md and docs/experiments.md have their figures.
 
     python benchmarks/experiments/changes uniform_slots --config benchmarks/experiments/base.yaml --recipe dan ...
 
