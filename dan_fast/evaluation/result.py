@@ -1,9 +1,11 @@
 """The result of scoring one embedding on one dataset: its figures and the conditions that they belong to."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+# The figures that tables, lines and files of results show, in this order.
 COLUMNS = ("R1", "R5", "R10", "mAP", "mINP")
 
 
@@ -104,7 +106,7 @@ class Evaluation:
         return f"{self.dataset} ({self.variant})" if self.variant else self.dataset
 
     def percentages(self) -> dict[str, float]:
-        """R1, R5, R10, mAP and mINP in percent."""
+        """The values of :data:`COLUMNS` by name, in percent."""
         return self._columns(self.cmc, self.mAP, self.mINP)
 
     def row(self) -> tuple[str, ...]:
@@ -138,6 +140,6 @@ class Evaluation:
 
     @staticmethod
     def _columns(cmc: tuple[float, ...], m_ap: float, m_inp: float) -> dict[str, float]:
+        found = {f"R{rank}": share for rank, share in enumerate(cmc, start=1)} | {"mAP": m_ap, "mINP": m_inp}
         # A curve that ends before rank 5 or 10 has no value there.
-        ranks = {f"R{rank}": cmc[rank - 1] if rank <= len(cmc) else float("nan") for rank in (1, 5, 10)}
-        return {name: 100 * value for name, value in {**ranks, "mAP": m_ap, "mINP": m_inp}.items()}
+        return {column: 100 * found.get(column, math.nan) for column in COLUMNS}
