@@ -31,7 +31,7 @@ from dan_fast.reporting.groups import caveats
 from dan_fast.reporting.report import report as write_page
 from dan_fast.sweep.grid import PlannedRun, plan_sweep
 from dan_fast.sweep.table import write_table
-from dan_fast.training.config import training_differences
+from dan_fast.training.same_training import training_differences
 
 BEGUN, WAITING, FAILED = "begun", "waiting", "failed"
 RESULTS, SETTINGS, CHECKPOINT = "results.json", "config.yaml", "checkpoint.pt"

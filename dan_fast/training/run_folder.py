@@ -19,9 +19,10 @@ from dan_fast.core.yaml_files import read_mapping
 from dan_fast.distributed.collectives import ProcessGroup
 from dan_fast.distributed.launch import gathered, largest, rank_in, ranks_in
 from dan_fast.training.checkpoint import CheckpointWriter, load_checkpoint
-from dan_fast.training.config import RunConfig, TrainConfig, goes_on, require_same_training
+from dan_fast.training.config import RunConfig, TrainConfig, goes_on
 from dan_fast.training.memory_shards import remove_shards, write_checkpoint_of_ranks
 from dan_fast.training.recipes import dotted, over
+from dan_fast.training.same_training import require_same_training
 
 # A run that goes on may have them otherwise, and its results are then others.
 _OF_RESULTS = ("data.targets", "data.protocol", "data.root", "run.choose_epoch_on_target")

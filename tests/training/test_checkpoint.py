@@ -17,9 +17,10 @@ import yaml
 from dan_fast.core.errors import DanFastError
 from dan_fast.core.files import remove_unfinished, write_whole
 from dan_fast.training.checkpoint import CheckpointWriter, is_checkpoint, load_checkpoint, save_checkpoint
-from dan_fast.training.config import DataConfig, RunConfig, TrainConfig, require_same_training
+from dan_fast.training.config import DataConfig, RunConfig, TrainConfig
 from dan_fast.training.recipes import over
 from dan_fast.training.run_folder import RunFolder
+from dan_fast.training.same_training import require_same_training
 from dan_fast.training.schedule import step_size
 from tests.support.untrained import untrained_checkpoint
 
