@@ -25,7 +25,7 @@ from dan_fast.core.preprocessing import IMAGENET, Preprocessing
 from dan_fast.daml import Stage, meta_gradients
 from dan_fast.data import ImageCache, Split, image_loader, read_image, training_loader
 from dan_fast.data.samples import Sample
-from dan_fast.nn import DAN, build_backbone
+from dan_fast.nn import BACKBONES, DAN, build_backbone
 from dan_fast.nn.backbones.recompute import with_weights_kept
 from dan_fast.training import LossConfig, MetaConfig, MetaStep, TrainConfig, Trainer, TrainingModel, trained_network
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
@@ -38,6 +38,16 @@ HALVES = (0.5, 0.5, 0.5)
 
 def images(batch: int = 2, size: tuple[int, int] = SIZE) -> torch.Tensor:
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_backbone_of_a_name_has_what_others_ask_of_it(name: str):
+    """See "Add a backbone" in CONTRIBUTING.md."""
+    with torch.device("meta"):
+        backbone = build_backbone(name)
+        assert backbone(images(1).to("meta")).shape[1] == backbone.out_channels
+    assert isinstance(backbone.preprocessing, Preprocessing) and backbone.gradient_checkpointing is False
+    assert len(backbone.early_stages) == 2 and set(backbone.early_stages) <= set(backbone.modules())
 
 
 MODELS = {

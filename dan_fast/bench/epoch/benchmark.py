@@ -22,7 +22,7 @@ from dan_fast.bench.process import in_own_process
 from dan_fast.bench.rows import WHOLE, Row, Timing, shown
 from dan_fast.bench.timing import Say, once, product_rate, rated_type, rounds
 from dan_fast.core.errors import DanFastError
-from dan_fast.nn.backbones.resnet import BACKBONES
+from dan_fast.nn import BACKBONES
 from dan_fast.nn.backbones.timm import PREFIX
 from dan_fast.training.recipes import recipe_settings
 

@@ -3,10 +3,14 @@
 from os import PathLike
 
 from dan_fast.core.errors import DanFastError
-from dan_fast.nn.backbones.resnet import BACKBONES, ResNetMap, build_resnet
+from dan_fast.nn.backbones.resnet import RESNETS, ResNetMap, build_resnet
 from dan_fast.nn.backbones.timm import PREFIX, TimmMap, build_timm
 
 __all__ = ["BACKBONES", "ResNetMap", "TimmMap", "build_backbone"]
+
+# What makes each; timm's, known by their prefix, are beside these.
+_BUILDERS = dict.fromkeys(RESNETS, build_resnet)
+BACKBONES = tuple(_BUILDERS)
 
 
 def build_backbone(
@@ -42,8 +46,8 @@ def build_backbone(
     """
     if name.startswith(PREFIX):
         return build_timm(name.removeprefix(PREFIX), weights, tuple(image_size), gradient_checkpointing)
-    if name not in BACKBONES:
+    if name not in _BUILDERS:
         raise DanFastError(
             f"there is no backbone {name!r}; choose one of {', '.join(BACKBONES)}, or {PREFIX}NAME for a model of timm"
         )
-    return build_resnet(name, weights, gradient_checkpointing)
+    return _BUILDERS[name](name, weights, gradient_checkpointing)

@@ -16,7 +16,7 @@ from dan_fast.core.preprocessing import IMAGENET, Preprocessing
 from dan_fast.nn.backbones.recompute import with_weights_kept
 from dan_fast.nn.backbones.weights import load_fitting, read_state_dict
 
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 _HEAD = ("avgpool", "fc")
 
 
@@ -54,7 +54,7 @@ class ResNetMap(nn.Sequential):
 
 
 def build_resnet(name: str, weights: str | PathLike[str], gradient_checkpointing: bool) -> ResNetMap:
-    """See `dan_fast.nn.build_backbone`; `name` is one of `BACKBONES`."""
+    """See `dan_fast.nn.build_backbone`; `name` is one of `RESNETS`."""
     state = None
     if weights == "imagenet":
         state = _download_imagenet(name)
