@@ -4,6 +4,7 @@ import contextlib
 import doctest
 import functools
 import importlib
+import inspect
 import io
 import json
 import re
@@ -15,9 +16,11 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from dan_fast import cli
+from dan_fast import cli, functional, reference
 from dan_fast.bench import BENCHMARKS
 from dan_fast.data import load_dataset
+from dan_fast.data.datasets.known import KNOWN
+from dan_fast.nn import BACKBONES
 from dan_fast.sweep.grid import plan_sweep
 from tests.support import ROOT
 from tests.support.pages import GUIDES, PAGES, blocks, commands, texts, write_settings
@@ -37,6 +40,7 @@ FOREIGN = {
 LEFT = {("CONTRIBUTING.md", "text"): "a tree of folders"}
 # Pages whose Python blocks need what other tests have, a LitData store or a process without dan_fast.
 ELSEWHERE = {"feeding.md": "tests/data/images/test_feeding.py", "export.md": "tests/export/test_export.py"}
+OPERATORS = [name for name in functional.__all__ if name.islower()]  # the others are the tuples of their results
 LINES = [(page, words) for page in PAGES for words in commands(page)]
 
 
@@ -164,10 +168,32 @@ def test_the_settings_of_a_page_are_read(page: Path, tmp_path: Path, monkeypatch
 
 def test_the_pages_show_every_command():
     shown = {words[1] for _, words in LINES if words[0] == "dan-fast"}
-    inline = set(re.findall(r"dan-fast (\w+)", "".join(page.read_text() for page in PAGES)))
-    assert cli._COMMANDS.keys() <= inline
+    text = "".join(page.read_text() for page in PAGES)
+    assert cli._COMMANDS.keys() <= set(re.findall(r"dan-fast (\w+)", text))
+    assert BENCHMARKS.keys() <= set(re.findall(r"dan-fast bench (\w+)", text))
     assert cli._COMMANDS.keys() - shown <= {"bench", "doctor"}
     assert {"train", "evaluate", "synthesize"} <= {words[1] for page, words in LINES if page == README and words[1:]}
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("docs/api.md", [f"`dan_fast.functional.{name}`" for name in OPERATORS]),
+        ("docs/backbones.md", [f"`{name}`" for name in BACKBONES]),
+        ("docs/datasets.md", [known.title for known in KNOWN.values()]),
+    ],
+)
+def test_a_page_names_each(page: str, names: list[str]):
+    text = (ROOT / page).read_text()
+    assert not (left := [name for name in names if name not in text]), f"{page} has no word on {', '.join(left)}"
+
+
+def test_an_operator_has_one_name_and_one_signature():
+    """In the reference and in its fast form."""
+    assert functional.__all__ == reference.__all__
+    for name in OPERATORS:
+        fast, literal = (inspect.signature(getattr(form, name)).parameters for form in (functional, reference))
+        assert [*fast] == [*literal], name
 
 
 def test_the_manifest_of_the_guide_is_read(tmp_path: Path):

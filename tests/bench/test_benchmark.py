@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dan_fast import _extension, triton_kernels
-from dan_fast.bench import timing
+from dan_fast.bench import BENCHMARKS, timing
 from dan_fast.bench.agreement import relative_error
 from dan_fast.bench.machine import environment, peak_above, yardstick
 from dan_fast.bench.rows import BACKWARD, FORWARD, WHOLE, LeftOut, Row, Timing, plain
@@ -21,7 +21,7 @@ from dan_fast.cli import main
 from dan_fast.core import heap
 from dan_fast.core.free_memory import free_memory
 from dan_fast.functional.memory.row_norms import row_sq_norms
-from tests.bench import command
+from tests.bench import TINY, command
 from tests.support import ROOT, in_checkout
 from tests.support.running import Called
 from tests.support.toolchain import needs_extension
@@ -72,6 +72,11 @@ MISTAKES = {
         ("--contenders annoy", 1, "contenders: 'annoy' is not one of flat, hnsw"),
     ],
 }
+
+
+def test_each_benchmark_has_a_tiny_problem_and_mistakes():
+    assert TINY.keys() == BENCHMARKS.keys(), "TINY in tests/bench/__init__.py"
+    assert MISTAKES.keys() == BENCHMARKS.keys(), "MISTAKES in this file"
 
 
 @pytest.mark.slow
@@ -281,7 +286,8 @@ def test_what_is_sanitized_runs_every_operator_of_the_extension():
     small_steps = runpy.run_path(str(in_checkout("scripts/small_steps.py")))
     with Called() as called:
         small_steps["run"](CPU)
-    assert {f"dan_fast::{name}" for name in _extension._OPERATORS} <= called.names
+    left = {f"dan_fast::{name}" for name in _extension._OPERATORS} - called.names
+    assert not left, "call these in scripts/small_steps.py"
 
 
 def test_what_is_sanitized_takes_no_path_of_pytorch(monkeypatch):

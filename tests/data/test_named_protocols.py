@@ -15,7 +15,7 @@ from dan_fast.core.errors import DanFastError
 from dan_fast.data import ReIDDataset, TrainingSet
 from dan_fast.data import named_protocols as module
 from dan_fast.data.datasets.fixed_splits import DIGESTS
-from dan_fast.data.datasets.known import KNOWN
+from dan_fast.data.datasets.known import KNOWN, find_datasets
 from dan_fast.data.named_protocols import PROTOCOLS, protocol_of, resolve_protocol
 from tests.support.dataset_shelf import CUHK02, CUHK03, CUHK_SYSU, DUKE, MARKET, MSMT17, Shelf, full_shelf
 from tests.support.refusals import refusal
@@ -55,6 +55,13 @@ def test_the_protocols_are_those_of_the_paper_and_of_today() -> None:
             assert set(part.variants) <= set(KNOWN[part.dataset].counts), part
     with pytest.raises(DanFastError, match="no protocol 'table7'; choose one of table4, table4-wo-unlabeled, .*p3"):
         protocol_of("table7")
+
+
+def test_each_known_dataset_lies_on_the_shelf_and_is_taken_for_no_other(root: Path) -> None:
+    found = {(each.path.relative_to(root).parts[0], each.known.name) for each in find_datasets(root)}
+    left = KNOWN.keys() - {name for _, name in found}
+    assert not left, f"draw {', '.join(left)} by a method of Shelf in tests/support/dataset_shelf.py"
+    assert len({folder for folder, _ in found}) == len(found), found
 
 
 def test_table_4_takes_all_images_of_five_sources_with_and_without_msmt17(root: Path) -> None:

@@ -107,7 +107,7 @@ EXAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
 
 
 def test_each_has_an_example():
-    assert EXAMPLES.keys() == set(_extension._OPERATORS)
+    assert EXAMPLES.keys() == set(_extension._OPERATORS), "give each operator its arguments in EXAMPLES"
 
 
 @pytest.mark.parametrize("op", EXAMPLES)

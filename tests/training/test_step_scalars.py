@@ -1,5 +1,6 @@
 """Which number of a step goes under which name."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from dan_fast.daml import Stage
 from dan_fast.training.objective import PassRecord
 from dan_fast.training.step import StepResult
 from dan_fast.training.step_scalars import StepScalars
+from tests.support import in_checkout
 
 # The classes of four unlabelled images.
 TRUTH = SimpleNamespace(true_labels=torch.tensor([0, 1, 1, -1]), true_ids=torch.tensor([0, 1, 1, 2]))
@@ -69,6 +71,15 @@ def test_each_number_has_its_name():
         "attention/spatial_spread": 0.7,
         "pseudo/accuracy": 0.5,
     }
+
+
+def test_the_guide_explains_each():
+    """In the table of training.md, where `.../X` has the beginning of the name before it."""
+    rows = re.findall(r"^\| (`.*?) \|", in_checkout("docs/training.md").read_text(), re.MULTILINE)
+    cells = [re.findall(r"`([^`]+)`", row) for row in rows]
+    explained = {name.replace("...", names[0].rpartition("/")[0]) for names in cells for name in names}
+    left = {name for name in scalars_of() if not name.startswith("test/")} - explained
+    assert not left, "docs/training.md has no row on these"
 
 
 @pytest.mark.parametrize(
