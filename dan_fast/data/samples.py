@@ -167,7 +167,8 @@ class KnownDataset:
         find: from a folder that is the dataset's own, contains it or lies one level inside it to the dataset's own
             folder; None for any other.
         read: (folder, name, variant) to the dataset; `folder` is what `find` gave, `variant` one of `variants`.
-        counts: for each variant the counts of each split; a variant that it lacks is not checked.
+        counts: for each variant the counts of each split; a variant that it lacks is not checked, a split that a
+            variant lacks is to be empty.
         source: the paper or page that the counts are from.
         origin: where the dataset can be requested, in words; "" where it is no longer distributed.
         note: a warning that is printed wherever the dataset is listed; "" for none.

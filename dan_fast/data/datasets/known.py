@@ -20,7 +20,7 @@ from dan_fast.data.datasets.prid import PRID
 from dan_fast.data.datasets.viper import VIPER
 from dan_fast.data.samples import SPLITS, Counts, KnownDataset, ReIDDataset, count_samples
 
-# In the order of the paper's Table III.
+# In the order of the paper's Table III; those that it does not have come after them.
 KNOWN: Mapping[str, KnownDataset] = {
     known.name: known for known in (CUHK02, CUHK03, CUHK_SYSU, MARKET1501, DUKEMTMC, VIPER, PRID, GRID, ILIDS, MSMT17)
 }
