@@ -226,6 +226,7 @@ class MetaStep:
         self.competition.load_state_dict(state["competition"])
 
     def _gradients(self, meta_train: Split, meta_test: Split | None) -> StepResult:
+        """Algorithm 1 up to the outer step, of splits that are sound and whose shares are known."""
         second = self.meta.order == 2 and meta_test is not None
         train_losses = (self.objective.traced if second else self.objective)(self._params, meta_train)
         losses, record = self._whole(train_losses, meta_train)

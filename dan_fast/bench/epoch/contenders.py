@@ -147,13 +147,13 @@ def compare_feeds(recipe: str, epoch: Epoch) -> tuple[str | None, str, float]:
     return *feed.compare(), time.perf_counter() - start
 
 
-def compare_losses(losses: list[float], expected: list[float], tolerance: float = 1e-3) -> tuple[str | None, str]:
+def compare_losses(losses: list[float], expected: list[float]) -> tuple[str | None, str]:
     """What differs between the losses of two plain loops, None if nothing does, and how they agree."""
     pairs = list(zip(losses, expected, strict=True))
     # The sum and not the maximum, which may pass over NaN.
     largest = sum(abs(one - other) / abs(other) for one, other in pairs)
     what = f"losses of the first {len(pairs)} steps"
-    differs = next(iter(too_large({what: largest}, {what: tolerance})), None)
+    differs = next(iter(too_large({what: largest}, {what: 1e-3})), None)
     return differs, f"{what} by {largest:.1e}"
 
 
