@@ -15,7 +15,7 @@ from dan_fast.daml.traced import TracedLosses, random_state
 from dan_fast.distributed.collectives import gather_parts
 from dan_fast.distributed.shards import Shard
 from dan_fast.functional.memory.scan_types import sentence_of
-from dan_fast.nn import DAN, ProgressiveAugmentedMemory
+from dan_fast.nn import DAN, DANOutput, ProgressiveAugmentedMemory
 from dan_fast.training.config import LossConfig
 
 
@@ -45,6 +45,17 @@ class PassRecord(NamedTuple):
     fed_back_ids: Tensor
     spatial_spread: Tensor | None
     cleared: Tensor | None
+
+
+class _MemoryTerms(NamedTuple):
+    """What the memory makes of a pass, as the losses and the record have it."""
+
+    embedding: Tensor
+    labeled_embedding: Tensor
+    pseudo_labels: Tensor
+    gates: tuple[Tensor, Tensor, Tensor] | None
+    cleared: Tensor | None
+    fault: Tensor
 
 
 class DivergedError(ArithmeticError):
@@ -210,70 +221,77 @@ class TrainingModel(nn.Module):
             negative_entropies = torch.stack([_negative_entropy(branch[known:]) for branch in branches])
             regularizer = share * self.weights.regularizer * negative_entropies.mean()
 
-        embedding, labeled_embedding, gates, cleared = zero, zero, None, None
-        pseudo_labels = split.sample_ids.new_empty(0)
-        if self.memory is not None:
-            # A memory refuses keys that are not finite: it stays as it is if any feature is not, without a wait.
-            keys = self.network.keys(out).to(self.memory.dtype) + torch.where(finite, 0.0, torch.nan)
-            gate_features = self.network.gate_features(out).float() if self.memory.gates == "features" else None
-            if self.weights.labeled_embedding > 0 and whole_labeled > 0:
-                terms = self.memory.labeled_loss(
-                    keys[:labeled], split.labels[:labeled], self.temperature, [each[0] for each in split.shares]
-                )
-                labeled_embedding = self.weights.labeled_embedding * terms.mean().float()
-            occupied_before = self.memory.occupied_slots()[1]
-            try:
-                step = self.memory(
-                    keys[:labeled],
-                    split.labels[:labeled],
-                    keys[known:],
-                    split.sample_ids[known:],
-                    gate_features=gate_features,
-                )
-            except ValueError as error:
-                # On the CPU the memory raises at once; of keys that are not finite it is not the cause.
-                require_sound(int(fault))
-                own = all_finite([keys.detach(), keys.detach().square().sum(1)])
-                if self.memory.process_group is not None and own and str(error).endswith(STEP_FAULTS[:2]):
-                    raise DivergedError("features of another rank or their squared norms are not finite") from error
-                raise
-            memory_fault = self.memory.take_fault()
-            if memory_fault is not None:
-                fault = torch.where(finite, memory_fault, fault)
-            if gate_features is not None and self.memory.process_group is not None:
-                sizes = [labeled + fed_back + (0 if self.lending else rest) for labeled, fed_back, rest in split.shares]
-                (gate_features,) = gather_parts(self.memory.process_group, [gate_features], [sizes], 0)
-            alpha, alpha_unlabeled, beta = self.memory.gate_values(gate_features)
-            if whole_unlabeled > 0:
-                prior = self.weights.confidence_prior * beta.log()
-                embedding = self.weights.embedding * (step.loss - prior).float()
-            pseudo_labels = step.pseudo_labels
-            # Each sample that is not skipped fills one slot, so what M' does not hold in addition has left it.
-            cleared = occupied_before + (pseudo_labels >= 0).sum() - self.memory.occupied_slots()[1]
-            gates = alpha.detach().sigmoid(), alpha_unlabeled.detach().sigmoid(), beta.detach()
+        if self.memory is None:
+            by_memory = _MemoryTerms(zero, zero, split.sample_ids.new_empty(0), None, None, fault)
+        else:
+            by_memory = self._through_memory(out, split, finite, fault)
 
         losses = {
-            "total": classification + adversary + embedding + regularizer + labeled_embedding,
+            "total": classification + adversary + by_memory.embedding + regularizer + by_memory.labeled_embedding,
             "classification": classification,
             "adversary": adversary,
-            "embedding": embedding,
+            "embedding": by_memory.embedding,
             "regularizer": regularizer,
-            "labeled_embedding": labeled_embedding,
+            "labeled_embedding": by_memory.labeled_embedding,
         }
         record = PassRecord(
             logits[:labeled].detach(),
             adversary_logits[:labeled].detach(),
             split.labels[:labeled],
-            pseudo_labels,
+            by_memory.pseudo_labels,
             split.sample_ids[known:],
-            gates,
-            fault,
+            by_memory.gates,
+            by_memory.fault,
             split.labels[labeled:known],
             split.sample_ids[labeled:known],
             None if self.network.attention.variant == "none" else spatial_spread(out.spatial_attention),
-            cleared,
+            by_memory.cleared,
         )
         return losses, record
+
+    def _through_memory(self, out: DANOutput, split: Split, finite: Tensor, fault: Tensor) -> _MemoryTerms:
+        """Advance the memory by the samples of the split, but not where a feature is not `finite`."""
+        labeled, known = split.num_labeled, split.num_labeled + split.num_fed_back
+        whole_labeled, whole_unlabeled = split.whole_counts[0], 0 if self.lending else split.whole_counts[2]
+        embedding = labeled_embedding = finite.new_zeros((), dtype=torch.float32)
+        # A memory refuses keys that are not finite: it stays as it is if any feature is not, without a wait.
+        keys = self.network.keys(out).to(self.memory.dtype) + torch.where(finite, 0.0, torch.nan)
+        gate_features = self.network.gate_features(out).float() if self.memory.gates == "features" else None
+        if self.weights.labeled_embedding > 0 and whole_labeled > 0:
+            terms = self.memory.labeled_loss(
+                keys[:labeled], split.labels[:labeled], self.temperature, [each[0] for each in split.shares]
+            )
+            labeled_embedding = self.weights.labeled_embedding * terms.mean().float()
+        occupied_before = self.memory.occupied_slots()[1]
+        try:
+            step = self.memory(
+                keys[:labeled],
+                split.labels[:labeled],
+                keys[known:],
+                split.sample_ids[known:],
+                gate_features=gate_features,
+            )
+        except ValueError as error:
+            # On the CPU the memory raises at once; of keys that are not finite it is not the cause.
+            require_sound(int(fault))
+            own = all_finite([keys.detach(), keys.detach().square().sum(1)])
+            if self.memory.process_group is not None and own and str(error).endswith(STEP_FAULTS[:2]):
+                raise DivergedError("features of another rank or their squared norms are not finite") from error
+            raise
+        memory_fault = self.memory.take_fault()
+        if memory_fault is not None:
+            fault = torch.where(finite, memory_fault, fault)
+        if gate_features is not None and self.memory.process_group is not None:
+            sizes = [labeled + fed_back + (0 if self.lending else rest) for labeled, fed_back, rest in split.shares]
+            (gate_features,) = gather_parts(self.memory.process_group, [gate_features], [sizes], 0)
+        alpha, alpha_unlabeled, beta = self.memory.gate_values(gate_features)
+        if whole_unlabeled > 0:
+            prior = self.weights.confidence_prior * beta.log()
+            embedding = self.weights.embedding * (step.loss - prior).float()
+        # Each sample that is not skipped fills one slot, so what M' does not hold in addition has left it.
+        cleared = occupied_before + (step.pseudo_labels >= 0).sum() - self.memory.occupied_slots()[1]
+        gates = alpha.detach().sigmoid(), alpha_unlabeled.detach().sigmoid(), beta.detach()
+        return _MemoryTerms(embedding, labeled_embedding, step.pseudo_labels, gates, cleared, fault)
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
