@@ -25,15 +25,15 @@ def forking_context() -> BaseContext:
 class Ranks:
     """`world` processes, which a file of tests shares; a context that ends them.
 
-    They have one seed for the hashes of str, unlike processes of torchrun. A collective in which a rank is not heard of
-    for so many `seconds` fails.
+    They have one seed for the hashes of str, unlike processes of torchrun. A collective fails in which a rank is not
+    heard of for two minutes.
     """
 
-    def __init__(self, world: int, store: Path, seconds: int = 20) -> None:
+    def __init__(self, world: int, store: Path) -> None:
         context = forking_context()
         self.world = world
         self._tasks, self._results = [context.Queue() for _ in range(world)], context.Queue()
-        given = [(rank, world, store, seconds, tasks, self._results) for rank, tasks in enumerate(self._tasks)]
+        given = [(rank, world, store, tasks, self._results) for rank, tasks in enumerate(self._tasks)]
         self._processes = [context.Process(target=_work, args=each, daemon=True) for each in given]
         for process in self._processes:
             process.start()
@@ -42,7 +42,7 @@ class Ranks:
         """What `function(group, *arguments)` returns on each rank; what one raises is raised here."""
         for tasks in self._tasks:
             tasks.put((function, arguments))
-        results = sorted((self._results.get(timeout=100) for _ in self._tasks), key=lambda result: result[0])
+        results = sorted((self._results.get(timeout=600) for _ in self._tasks), key=lambda result: result[0])
         failed = [f"rank {rank}: {error}" for rank, _, error in results if error]
         assert not failed, "\n".join(failed)
         return [value for _, value, _ in results]
@@ -54,14 +54,14 @@ class Ranks:
         for tasks in self._tasks:
             tasks.put(None)
         for process in self._processes:
-            process.join(10)
+            process.join(60)
             process.kill()
 
 
-def _work(rank: int, world: int, store: Path, seconds: int, tasks: Queue, results: Queue) -> None:
+def _work(rank: int, world: int, store: Path, tasks: Queue, results: Queue) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=store.as_uri(), rank=rank, world_size=world, timeout=timedelta(seconds=seconds)
+        "gloo", init_method=store.as_uri(), rank=rank, world_size=world, timeout=timedelta(minutes=2)
     )
     while (task := tasks.get()) is not None:
         function, arguments = task
