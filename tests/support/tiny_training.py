@@ -74,11 +74,16 @@ class Trainings:
 
     def __exit__(self, *error: object) -> None:
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait(300)
 
-    def start(self, config: TrainConfig, log: Path) -> int:
-        """The training's process, which leads a process group of its own and writes what it says to `log`."""
-        print(json.dumps({"config": config.to_dict(), "log": str(log)}), file=self._process.stdin, flush=True)
+    def start(self, config: TrainConfig, log: Path, pause: float = 0.0) -> int:
+        """The training's process, which leads a process group of its own and writes what it says to `log`.
+
+        Each iteration takes `pause` seconds longer: what is to happen in the middle of a run must not come too late on
+        a busy machine.
+        """
+        job = {"config": config.to_dict(), "log": str(log), "pause": pause}
+        print(json.dumps(job), file=self._process.stdin, flush=True)
         return int(self._process.stdout.readline())
 
     def wait(self) -> int:
@@ -99,17 +104,21 @@ def has_ended(process: int) -> bool:
         return True
 
 
-def wait_until(what, seconds: float = 60.0) -> None:
+def wait_until(what, seconds: float = 300.0) -> None:
+    """Returns once `what()` is so; `seconds` end a wait for what never comes, they do not say how soon it comes."""
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, "nothing came of it"
         time.sleep(0.005)
 
 
-def _train(settings: dict[str, Any]) -> int:
+def _train(settings: dict[str, Any], pause: float) -> int:
     sections = {name: values for name, values in settings.items() if isinstance(values, dict)}
     try:
-        Trainer(TrainConfig.of_recipe("none", **sections)).fit()
+        trainer = Trainer(TrainConfig.of_recipe("none", **sections))
+        step = trainer.train_iteration
+        trainer.train_iteration = lambda *given: time.sleep(pause) or step(*given)
+        trainer.fit()
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 130
@@ -132,7 +141,7 @@ def _serve() -> None:
                 log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(log, 1)
                 os.dup2(log, 2)
-                code = _train(job["config"])
+                code = _train(job["config"], job["pause"])
             except BaseException:
                 traceback.print_exc()
             finally:
