@@ -373,13 +373,29 @@ def test_one_process_at_a_time_writes_a_file(run, folder, tmp_path, capsys):
     assert "is in use by process" in capsys.readouterr().err
 
 
+# It embeds the batches of a chunk, and then waits to be killed.
+HELD = """
+import sys, time
+from dan_fast.cli import main
+from dan_fast.inference import FeatureExtractor
+embed, done = FeatureExtractor._embed, []
+def held(extractor, images):
+    if len(done) > 8:
+        time.sleep(600)
+    done.append(len(images))
+    return embed(extractor, images)
+FeatureExtractor._embed = held
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
 def test_a_killed_one_goes_on_and_leaves_nothing_else(run, folder, checkpoint, tmp_path, embedded):
     for copy in "defgh":
         shutil.copytree(folder / "a", folder / copy)
     out = tmp_path / "again.npz"
     flags = ["--checkpoint", checkpoint, "--device", "cpu", "--workers", 1, "--batch_size", BATCH, "--out", out]
-    process = subprocess.Popen([sys.executable, "-m", "dan_fast", "extract", folder, *map(str, flags)], cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-c", HELD, "extract", folder, *map(str, flags)], cwd=ROOT)
     wait_until(lambda: process.poll() is not None or list(Path(f"{out}.part").glob("[!.]*.npy")))
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not out.exists()

@@ -718,8 +718,26 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
             pass
 
 
+# A training that goes on after its third iteration only when it is told to stop.
+HELD = """
+import sys, time
+from dan_fast.cli import main
+from dan_fast.core.signals import StopRequest
+from dan_fast.training import Trainer
+note, step, told = StopRequest._note, Trainer.train_iteration, []
+StopRequest._note = lambda stop, *given: told.append(given) or note(stop, *given)
+def held(trainer, *given):
+    step(trainer, *given)
+    deadline = time.monotonic() + 600
+    while trainer.iterations_done == 2 and not told and time.monotonic() < deadline:
+        time.sleep(0.01)
+Trainer.train_iteration = held
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
-def test_trainings_killed_in_the_middle_go_on(tmp_path, capsys):
+def test_trainings_killed_in_the_middle_go_on(tmp_path, capsys, monkeypatch):
     images = tmp_path / "images"
     synthesize(images, ["campus", "street"], identities=4, cameras=2, image_size=(32, 32), test_fraction=0.5)
     data = {"unlabeled": [], "targets": str(images / "street"), "batch_size": 4}
@@ -729,9 +747,12 @@ def test_trainings_killed_in_the_middle_go_on(tmp_path, capsys):
     command = ["sweep", "--grid", str(grid), "--out", str(out)]
     first, second = (run.folder for run in plan_sweep(grid, None, out))
 
-    killer = when(lambda: has_logged(first), lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert main([*command, "--report", "false"]) == 130
-    killer.join()
+    words = sweeping._command
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeping, "_command", lambda folder: [sys.executable, "-c", HELD, *words(folder)[3:]])
+        killer = when(lambda: has_logged(first), lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert main([*command, "--report", "false"]) == 130
+        killer.join()
     assert "stopped. The same command goes on from here." in capsys.readouterr().out
     assert states(out) == ["begun", "waiting"]
     assert not (first / "results.json").exists() and not second.exists()
@@ -740,7 +761,7 @@ def test_trainings_killed_in_the_middle_go_on(tmp_path, capsys):
     assert main([*command, "--report", "false"]) == 0
     assert states(out) == ["finished"] * 2
     iterations = [read_scalars(folder)["train/loss/total"][0].tolist() for folder in (first, second)]
-    assert iterations[0] == iterations[1] and 0 < steps <= len(iterations[0])
+    assert iterations[0] == iterations[1] and steps == 3 < len(iterations[0])
     # The first went on from its checkpoint: what it logged before being stopped was not logged again.
     assert len(list((first / "tensorboard").iterdir())) == 2
     assert "Continue with --run.resume true" in (first / "train.log").read_text()
