@@ -17,11 +17,15 @@ from tests.support.untrained import untrained_checkpoint
 
 
 def draw(folder: Path, names: list[str], seed: int = 0) -> Path:
-    """Noise images with these names."""
+    """Noise images with these names, of which all have as many bytes."""
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
+        before = (folder / name).stat() if (folder / name).exists() else None
         Image.fromarray(random.integers(0, 256, (24, 14, 3), dtype=np.uint8)).save(folder / name)
+        if before is not None:
+            # Another image has another time, even where the file system's clock has not ticked since.
+            os.utime(folder / name, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
     return folder
 
 

@@ -26,6 +26,7 @@ from dan_fast.training import Interrupted, Trainer
 from tests.support.dataset_shelf import colours
 from tests.support.refusals import refusal
 from tests.support.sameness import same
+from tests.support.tiny_training import wait_until
 from tests.support.training_runs import assert_same_training, config, stop_after
 
 SIZE = (16, 8)
@@ -33,9 +34,18 @@ FORK = multiprocessing.get_context("fork")
 
 
 def draw_image(path: Path, seed: int) -> Path:
+    """All of them take as many bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    before = path.stat() if path.exists() else None
     Image.fromarray(np.random.default_rng(seed).integers(0, 255, (20, 11, 3), dtype=np.uint8)).save(path)
+    if before is not None:
+        make_later(path, before)
     return path
+
+
+def make_later(path: Path, before: os.stat_result) -> None:
+    """Gives a file a later time than it had: a file system's clock may not have ticked since, for tens of ms."""
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
 
 
 @pytest.fixture
@@ -58,9 +68,16 @@ def made(folder: Path, paths: list[Path]) -> Path:
 class Opened:
     """A cache with one set, and what it said."""
 
-    def __init__(self, folder: Path, paths: list[Path], size: tuple[int, int] = SIZE, **options) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        paths: list[Path],
+        size: tuple[int, int] = SIZE,
+        heard: Callable[[str], object] = lambda line: None,
+        **options,
+    ) -> None:
         self.said: list[str] = []
-        self.cache = ImageCache(folder, size, say=self.said.append, **options)
+        self.cache = ImageCache(folder, size, say=lambda line: heard(line) or self.said.append(line), **options)
         self.cache.add(paths)
 
     def holds(self, paths: list[Path], size: tuple[int, int] = SIZE) -> bool:
@@ -79,9 +96,10 @@ def keep_time(path: Path, change: Callable[[], object]) -> None:
 
 
 def flip_byte(path: Path, place: int) -> None:
-    content = bytearray(path.read_bytes())
+    content, before = bytearray(path.read_bytes()), path.stat()
     content[place] ^= 1
     path.write_bytes(content)
+    make_later(path, before)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -133,7 +151,6 @@ def test_another_set_and_another_size_are_files_of_their_own(made: Path, paths: 
 def test_a_changed_image_has_the_set_made_anew(folder: Path, paths: list[Path]) -> None:
     before = Opened(folder, paths)
     old = before.cache.read(paths[3]).clone()
-    time.sleep(0.01)
     draw_image(paths[3], 99)
     opened = Opened(folder, paths)
     assert opened.said[0] == f"The cached images are made anew: {paths[3]} has changed since it was decoded."
@@ -199,7 +216,6 @@ DAMAGES = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_corrupt_cache_is_made_anew(made: Path, paths: list[Path], name: str) -> None:
     damage, check, sentence = DAMAGES[name]
-    time.sleep(0.01)
     damage(*files(made, "npy"), *files(made, "npz"))
     opened = Opened(made, paths, check=check)
     assert sentence in opened.said[0] and "\n" not in opened.said[0] and len(opened.said) == 2
@@ -208,12 +224,12 @@ def test_a_corrupt_cache_is_made_anew(made: Path, paths: list[Path], name: str) 
 
 
 def test_an_old_header_does_not_fit_new_pixels(made: Path, paths: list[Path]) -> None:
-    (header,) = files(made, "npz")
-    old, original = header.read_bytes(), paths[0].read_bytes()
+    (header,), (data,) = files(made, "npz"), files(made, "npy")
+    old, before, original = header.read_bytes(), data.stat(), paths[0].read_bytes()
     # As after a kill between the two files, and an image put back with its time.
-    time.sleep(0.01)
     keep_time(paths[0], lambda: draw_image(paths[0], 77))
     Opened(made, paths, check="full")
+    make_later(data, before)
     header.write_bytes(old)
     keep_time(paths[0], lambda: paths[0].write_bytes(original))
     opened = Opened(made, paths)
@@ -264,14 +280,14 @@ def test_an_image_for_which_there_is_no_memory_is_not_broken(paths: list[Path], 
         read_image(paths[0])
 
 
-def slowly(monkeypatch: pytest.MonkeyPatch, log: Path, seconds: Callable[[int], float]) -> None:
-    """Has each decoding leave a line and take so many seconds, of the number of lines."""
+def slowly(monkeypatch: pytest.MonkeyPatch, log: Path, wait: Callable[[int], object]) -> None:
+    """Has each decoding leave a line and wait, as is said of the number of lines."""
     decode = cache.decode_image
 
     def slow(content: bytes, path: Path):
         with log.open("a") as stream:
             stream.write(f"{os.getpid()}\n")
-        time.sleep(seconds(len(log.read_text().splitlines())))
+        wait(len(log.read_text().splitlines()))
         return decode(content, path)
 
     monkeypatch.setattr(cache, "decode_image", slow)
@@ -279,18 +295,21 @@ def slowly(monkeypatch: pytest.MonkeyPatch, log: Path, seconds: Callable[[int], 
 
 def test_two_processes_at_once_decode_once(tmp_path: Path, folder: Path, paths: list[Path], monkeypatch) -> None:
     log = tmp_path / "log"
-    slowly(monkeypatch, log, lambda number: 0.2)
-    barrier, results = FORK.Barrier(2), FORK.Queue()
+    waits, results = FORK.Event(), FORK.Queue()
+
+    def until_the_other_waits(number: int) -> None:
+        assert waits.wait(60)
+
+    slowly(monkeypatch, log, until_the_other_waits)
 
     def work() -> None:
-        barrier.wait()
-        opened = Opened(folder, paths)
+        opened = Opened(folder, paths, heard=lambda line: waits.set() if line.startswith("Waiting") else None)
         results.put((opened.holds(paths), opened.said))
 
     processes = [FORK.Process(target=work) for _ in range(2)]
     for process in processes:
         process.start()
-    found = [results.get(timeout=30) for _ in processes]
+    found = [results.get(timeout=120) for _ in processes]
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
@@ -304,13 +323,10 @@ def test_a_process_killed_while_it_decodes(tmp_path: Path, folder: Path, paths: 
     # Batches of one image: some are in the file when the process is killed.
     monkeypatch.setattr(cache, "_BATCH", 1)
     with monkeypatch.context() as patch:
-        slowly(patch, log, lambda number: 60 if number == 3 else 0)
+        slowly(patch, log, lambda number: time.sleep(300 if number == 3 else 0))
         process = FORK.Process(target=Opened, args=(folder, paths))
         process.start()
-        deadline = time.monotonic() + 60
-        while not log.exists() or len(log.read_text().splitlines()) < 3:
-            assert process.is_alive() and time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_until(lambda: not process.is_alive() or (log.exists() and len(log.read_text().splitlines()) >= 3))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
