@@ -138,7 +138,7 @@ def test_one_ahead_and_no_more() -> None:
     assert read == []
     for done, result in enumerate(results, start=1):
         assert result == 10 * (done - 1)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while len(read) < min(done + 1, 6) and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(0.01)
@@ -167,15 +167,16 @@ def test_an_error_comes_in_its_place(place: str) -> None:
 
 @pytest.mark.parametrize(("device", "threads"), [("cpu", 0), ("meta", 1)])
 def test_a_loader_has_a_thread_where_the_device_does_not_compute_on_the_same_cores(device: str, threads: int) -> None:
-    before = threading.active_count()
+    # What other tests have left may end meanwhile.
+    others = set(threading.enumerate())
     results = iter(Loader(range(5), lambda number: 10 * number, device))
-    assert next(results) == 0 and threading.active_count() == before + threads
-    assert list(results) == [10, 20, 30, 40] and threading.active_count() == before
+    assert next(results) == 0 and len(set(threading.enumerate()) - others) == threads
+    assert list(results) == [10, 20, 30, 40] and set(threading.enumerate()) <= others
 
 
 def test_who_stops_early_leaves_no_thread() -> None:
-    before = threading.active_count()
+    others = set(threading.enumerate())
     results = one_ahead(iter(range(1000)), lambda number: number, CPU)
-    assert next(results) == 0 and threading.active_count() == before + 1
+    assert next(results) == 0 and len(set(threading.enumerate()) - others) == 1
     results.close()
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= others

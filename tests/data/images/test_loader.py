@@ -34,6 +34,7 @@ from dan_fast.data.images.reading import decode_image
 from dan_fast.data.images.workers import WorkerDied, _start_worker
 from tests.support.refusals import refusal
 from tests.support.sameness import same
+from tests.support.tiny_training import wait_until
 
 SIZE = (16, 8)
 
@@ -333,7 +334,7 @@ def test_a_worker_whose_parent_was_killed_before_it_looked_ends(monkeypatch, cap
     if (worker := os.fork()) == 0:
         try:
             _start_worker(2**22 + 1, 0)
-            time.sleep(20)
+            time.sleep(300)
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 0 and capfd.readouterr().err == ""
@@ -410,7 +411,8 @@ def test_a_death_where_workers_are_not_forked_names_the_guard_that_a_script_need
     assert str(WorkerDied(EOFError())).endswith(f"fewer workers, or put what the script does under {guard}.")
 
 
-def looks_for_ever(event: object) -> None:
+def looks_for_ever(event: object, began: object) -> None:
+    began.value = 1
     while True:
         event.is_set()
 
@@ -419,12 +421,14 @@ def looks_for_ever(event: object) -> None:
 def test_a_worker_killed_while_it_looks_whether_to_end_keeps_nobody_waiting(source: TrainingSet) -> None:
     event = iter(image_loader(source.labeled_samples, SIZE, workers=1).source).batches._workers_done_event
     for _ in range(8):
-        worker = multiprocessing.get_context("fork").Process(target=looks_for_ever, args=(event,))
+        began = multiprocessing.RawValue("b", 0)
+        worker = multiprocessing.get_context("fork").Process(target=looks_for_ever, args=(event, began))
         worker.start()
-        time.sleep(0.05)
+        wait_until(lambda began=began: began.value)
+        time.sleep(0.01)
         worker.kill()
         worker.join()
     ended = threading.Thread(target=event.set, daemon=True)
     ended.start()
-    ended.join(20)
+    ended.join(60)
     assert not ended.is_alive() and event.is_set()
