@@ -183,4 +183,5 @@ def test_the_time_of_workers_counts_while_they_run():
     go_on.set()
     worker.join()
     after = contenders.cpu_seconds()
-    assert sum(meanwhile) - sum(before) > 0.28 and sum(after) - sum(meanwhile) < 0.2
+    # The system counts ticks of 10 ms, user's and its own apart, and of a process that runs the last one later.
+    assert sum(meanwhile) - sum(before) > 0.25 and sum(after) - sum(meanwhile) < 0.2
