@@ -347,19 +347,20 @@ def test_a_signal_is_heard_while_queries_are_compared():
     def ring(number, frame):
         raise _Alarm
 
-    # In time of the processor, which other processes on the machine do not change.
+    # In time of the processor, which does not count what others have of it, but is longer where they share its core or
+    # caches: the second call may be four times as fast as the first. A twentieth of each comes before the comparing.
     previous = signal.signal(signal.SIGPROF, ring)
     started = time.process_time()
     try:
         evaluate_ranking(query, gallery, *labels)
         whole = time.process_time() - started
-        signal.setitimer(signal.ITIMER_PROF, 0.4 * whole)
+        signal.setitimer(signal.ITIMER_PROF, 0.2 * whole)
         with pytest.raises(_Alarm):
             evaluate_ranking(query, gallery, *labels)
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, previous)
-    assert time.process_time() - started < 1.85 * whole
+    assert time.process_time() - started < 1.7 * whole
 
 
 @needs_module
