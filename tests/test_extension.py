@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from dan_fast import _extension
 from dan_fast.functional.memory.row_norms import row_sq_norms
 from dan_fast.nn import ProgressiveAugmentedMemory
 from tests.support import in_checkout
+from tests.support.examples import examples
 from tests.support.running import Called, by_threads, new_memory_poisoned
 from tests.support.toolchain import COMPILER, build_on_host, needs_compiler, needs_extension
 
@@ -95,7 +96,7 @@ def test_values_on_the_kernel(dtype: torch.dtype, rows: int, columns: int):
 
 
 @needs_extension
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(rows=st.integers(0, 40), columns=st.integers(0, 70), seed=st.integers(0, 2**31 - 1))
 def test_any_shape(rows: int, columns: int, seed: int):
     generator = torch.Generator().manual_seed(seed)

@@ -4,12 +4,13 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import BatchPlan, BatchPlanner, PlannedItem
+from tests.support.examples import examples
 
 LABELS = torch.arange(200) % 50
 
@@ -147,7 +148,7 @@ def test_a_plan_is_the_same_on_every_machine() -> None:
     assert plan[0].meta_train == (("labeled", 0, 0, 192003983), ("unlabeled", 0, -1, 1725426827))
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     labeled=st.integers(1, 40),
     unlabeled=st.integers(0, 30),

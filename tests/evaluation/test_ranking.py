@@ -14,7 +14,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dan_fast import _extension
@@ -23,6 +23,7 @@ from dan_fast.evaluation import counting
 from dan_fast.evaluation.distances import PartDistances, distance_scale, tree_dots
 from dan_fast.evaluation.pairs import Labels, pairs_in_blocks
 from dan_fast.evaluation.ranking import evaluate_ranking, pairwise_distances, rank_distances
+from tests.support.examples import examples
 from tests.support.refusals import refusal
 from tests.support.running import by_threads
 
@@ -111,7 +112,7 @@ def test_any_number_of_matches_and_images(path, gallery):
             assert_equal(rank_distances(doubles, *labels), by_sorting(doubles, *labels))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(60)
 @given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 12), st.integers(2, 4), st.integers(1, 3))
 def test_small_cases(path, seed, queries, gallery, ids, cams):
     rng = np.random.default_rng(seed)

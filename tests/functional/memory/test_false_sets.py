@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dan_fast import functional, reference
 from dan_fast.functional.memory.false_sets import FalseSampleSets
+from tests.support.examples import examples
 from tests.support.slot_problems import F64, KINDS, SIZES, literal_sets, sets
 from tests.support.toolchain import needs_extension
 
@@ -54,7 +55,7 @@ def test_the_sets_at_the_size_of_the_paper():
         assert all(map(torch.equal, found, expected)) and expected[0].any()
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(data=st.data(), slots=st.integers(1, 30), dtype=st.sampled_from([F64, torch.float32, torch.float16]))
 def test_any_sets(data: st.DataObject, slots: int, dtype: torch.dtype):
     number = st.floats(width=16) | st.sampled_from([0.0, -0.0, 0.5, math.nan, -math.inf])

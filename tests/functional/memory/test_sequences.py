@@ -1,25 +1,18 @@
-"""Random sequences of mini-batches, both memories carried along, against the literal reference.
-
-By default every test runs a fixed set of examples. To search further, as in
-
-    DAN_FAST_EXAMPLES=2000 python -m pytest tests/functional/memory/test_sequences.py
-
-set how many examples each test draws; they then differ from run to run.
-"""
+"""Random sequences of mini-batches, both memories carried along, against the literal reference."""
 
 import math
-import os
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dan_fast import MemoryState, functional, reference
 from dan_fast.core.types import Gates, MemoryBatch
+from tests.support.examples import examples
 from tests.support.memory_problems import (
     KINDS,
     Calls,
@@ -31,19 +24,6 @@ from tests.support.memory_problems import (
     module_of,
     problems,
 )
-
-_MORE = os.environ.get("DAN_FAST_EXAMPLES")
-
-
-def examples(count):
-    return settings(
-        max_examples=int(_MORE or count),
-        derandomize=_MORE is None,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 def assert_same_decisions(actual, expected):

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dan_fast.functional.memory.scan_types import Slots, WriteRecord
+from tests.support.examples import examples
 from tests.support.memory_problems import agree
 from tests.support.running import by_threads
 from tests.support.scan_problems import (
@@ -25,7 +26,7 @@ KINDS = ("random", "close", "repeated", "opposite", "zero", "all zero")
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, derandomize=True)
+@examples(150)
 @given(
     slots=st.tuples(*[st.one_of(st.integers(1, 9), st.sampled_from([17, 33, 70]))] * 2),
     batch=st.tuples(st.integers(0, 6), st.integers(0, 6)),
