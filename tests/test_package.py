@@ -545,7 +545,7 @@ def test_a_second_build_in_a_checkout_waits_for_the_first(
     def build_native(package: Path, scratch: Path) -> dict:
         events.append("begins")
         began.set()
-        assert go_on.wait(30)
+        assert go_on.wait(120)
         events.append("ends")
         return {"built": ["CPU"], "missing": []}
 
@@ -558,18 +558,18 @@ def test_a_second_build_in_a_checkout_waits_for_the_first(
     monkeypatch.setattr(build, "build_native", build_native)
     first, second = (threading.Thread(target=install) for _ in range(2))
     first.start()
-    assert began.wait(30)
+    assert began.wait(120)
     second.start()
     waits = f"dan_fast: waiting for another build in {tmp_path}\n"
     said = ""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while waits not in said and time.monotonic() < deadline:
         said += capfd.readouterr().err
         time.sleep(0.01)
     assert said == waits and events == ["begins"]
     go_on.set()
-    first.join(30)
-    second.join(30)
+    first.join(120)
+    second.join(120)
     assert events == ["begins", "ends", "begins", "ends"]
 
 

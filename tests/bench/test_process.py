@@ -19,11 +19,14 @@ def test_the_process_ends_with_its_parent(tmp_path: Path):
     parent = os.fork()
     if parent == 0:
         try:
-            in_own_process(subprocess.run, args=["sh", "-c", f"echo $PPID > {file}; exec sleep 30"])
+            in_own_process(subprocess.run, args=["sh", "-c", f"echo $PPID $$ > {file}; exec sleep 300"])
         finally:
             os._exit(1)
-    wait_until(lambda: file.exists() and file.read_text())
-    child = int(file.read_text())
-    os.kill(parent, signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.waitpid(parent, 0)[1]) == -signal.SIGKILL
-    wait_until(lambda: has_ended(child), 20)
+    wait_until(lambda: file.exists() and file.read_text().endswith("\n"))
+    child, of_child = map(int, file.read_text().split())
+    try:
+        os.kill(parent, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(parent, 0)[1]) == -signal.SIGKILL
+        wait_until(lambda: has_ended(child), 60)
+    finally:
+        os.kill(of_child, signal.SIGKILL)

@@ -24,6 +24,8 @@ pytestmark = pytest.mark.slow
 
 CHECKS = Path(__file__).with_name("checks.js").read_text(encoding="utf-8")
 WIDE, NARROW = 1200, 400
+# Playwright's own 30 s are few where other processes have the cores.
+PATIENCE_MS = 180_000
 
 
 def of_report(folder: Path) -> Path:
@@ -64,7 +66,8 @@ def browser() -> Iterator[Browser]:
         pytest.skip(f"there is no browser: none of {', '.join(names)} is on PATH; `apt-get install chromium`")
     with sync_playwright() as playwright:
         # Chromium refuses to run as root within its sandbox.
-        browser = playwright.chromium.launch(executable_path=found, chromium_sandbox=os.geteuid() != 0)
+        sandbox = os.geteuid() != 0
+        browser = playwright.chromium.launch(executable_path=found, chromium_sandbox=sandbox, timeout=PATIENCE_MS)
         yield browser
         browser.close()
 
@@ -78,6 +81,7 @@ def opened(
     # A phone lays a page out in its own width only where the page asks for it.
     settings = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme, "is_mobile": width == NARROW}
     with browser.new_context(java_script_enabled=script, **settings) as context:
+        context.set_default_timeout(PATIENCE_MS)
         page = context.new_page()
         page.on("console", lambda each: failed.append(each.text) if each.type in ("error", "warning") else None)
         page.on("pageerror", lambda each: failed.append(str(each)))
