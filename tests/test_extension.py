@@ -24,6 +24,7 @@ from tests.support import in_checkout
 from tests.support.examples import examples
 from tests.support.running import Called, by_threads, new_memory_poisoned
 from tests.support.toolchain import COMPILER, build_on_host, needs_compiler, needs_extension
+from tests.support.warned import own_warnings
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -194,15 +195,14 @@ def test_without_the_extension_pytorch_serves_and_one_warning_says_why(
     with warnings.catch_warnings(record=True) as caught, Called() as called:
         warnings.simplefilter("always")
         results = [row_sq_norms(features) for _ in range(3)]
-    assert [str(w.message) for w in caught] == [
-        "dan_fast takes its PyTorch path on cpu: no compiled extension: there is no C++ compiler; get g++"
-    ]
-    assert caught[0].filename == __file__
+    (warning,) = own_warnings(caught)
+    said = "dan_fast takes its PyTorch path on cpu: no compiled extension: there is no C++ compiler; get g++"
+    assert str(warning.message) == said and warning.filename == __file__
     _extension._warn_once.cache_clear()
     memory = ProgressiveAugmentedMemory(labeled_slots=2, unlabeled_slots=2, key_dim=3)
     with pytest.warns(RuntimeWarning, match="PyTorch path on cpu") as caught:
         memory(torch.ones(1, 3), torch.tensor([0]), torch.ones(1, 3), torch.tensor([0]))
-    assert caught[0].filename == __file__, "a module is called by way of PyTorch"
+    assert own_warnings(caught)[0].filename == __file__, "a module is called by way of PyTorch"
     assert "dan_fast::row_sq_norms" not in called.names
     assert results[0].tolist() == [5.0, 50.0] and results[0].dtype == torch.float32
     assert not _extension.loaded() and not _extension.has_cuda_kernels()

@@ -22,6 +22,7 @@ from dan_fast.nn import DAN
 from dan_fast.training.objective import TrainingModel
 from tests.support.draws import draw
 from tests.support.steps import decide, split, tiny_network, tiny_step, training_model
+from tests.support.warned import own_warnings
 
 METHODS = ("by_forward_over_reverse", "by_double_backward")
 
@@ -187,7 +188,7 @@ def test_what_cannot_go_forward_goes_back_and_says_so_once(trouble):
     expected = meta_gradients(cubes, params, None, 1.0, 2.0, inner_lr=0.1).grads["w"]
     with pytest.warns(UserWarning, match="order 2 goes by double backward, .* since .* cannot serve: .") as said:
         found = meta_gradients(loss_fn, params, None, 1.0, 2.0, inner_lr=0.1).grads["w"]
-    assert len(said) == 1
+    assert len(own_warnings(said)) == 1
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     calls.clear()
     with warnings.catch_warnings():
@@ -228,7 +229,7 @@ def test_a_fallback_is_remembered_of_a_bound_method_and_without_weak_references(
             loss_fn = drifting.losses if bound else drifting
             meta_gradients(loss_fn, {"w": torch.ones(2)}, None, 1.0, 2.0, inner_lr=0.1)
         # Once more where forward over reverse is tried.
-        assert (len(said), drifting.calls - before) == ((1, 3) if iteration == 0 else (0, 2))
+        assert (len(own_warnings(said)), drifting.calls - before) == ((1, 3) if iteration == 0 else (0, 2))
 
 
 @pytest.mark.parametrize("name", ["total", "logged"])

@@ -8,6 +8,7 @@ import torch
 from dan_fast import _extension, triton_kernels
 from dan_fast.functional.memory.passes import MemoryScores
 from dan_fast.functional.registration import KernelBackward, Operator
+from tests.support.warned import own_warnings
 
 pytestmark = pytest.mark.skipif(not _extension.loaded(), reason=f"no extension: {_extension.why_not()}")
 
@@ -32,11 +33,12 @@ def test_a_gpu_without_triton_takes_the_form_and_one_warning_says_why(forget: No
         # What is registered for CUDA tensors.
         results = [MemoryScores._on_gpu(torch.tensor([[2.0, 1.0]]), torch.tensor([[3.0, 4.0]])) for _ in range(2)]
     assert [[x.tolist() for x in result] for result in results] == [[[[10.0]], [25.0]]] * 2
-    assert [str(w.message) for w in caught] == [
+    (warning,) = own_warnings(caught)
+    assert str(warning.message) == (
         "dan_fast takes its PyTorch path on a GPU for the passes over a memory: Triton is not installed; "
         "run `pip install triton`"
-    ]
-    assert caught[0].filename == __file__ and caught[0].category is RuntimeWarning
+    )
+    assert warning.filename == __file__ and warning.category is RuntimeWarning
 
 
 def test_a_gradient_that_is_differentiated_is_not_a_kernels():
