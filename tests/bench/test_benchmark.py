@@ -191,7 +191,8 @@ def test_the_peak_counts_what_is_freed_again():
         return torch.ones(1000)
 
     result, peak = peak_above(CPU, run)
-    assert len(result) == 1000 and 39e6 <= peak < 44e6
+    # Linux counts resident pages for each CPU apart, and may leave out half a MB of each where there are many.
+    assert len(result) == 1000 and 32e6 <= peak < 48e6
 
 
 def test_the_machine_is_described():
