@@ -39,7 +39,7 @@ def persons_in_both(trained: Mapping[str, Set[int]], target: ReIDDataset, images
     """
     found, tested = set(trained.get(numbering_of(target), frozenset())), persons_tested(target)
     if images:
-        samples = [each for each in (*target.query, *target.gallery, *target.test) if each.pid in tested]
+        samples = (*target.query, *target.gallery, *target.test)
         found |= {sample.pid for sample, key in zip(samples, image_keys(samples), strict=True) if key in images}
     return sorted(found & tested)
 
@@ -74,7 +74,7 @@ def require_disjoint_persons(
     """
     targets = list(targets)
     for dataset in trained_on:
-        trained = {numbering_of(dataset): {sample.pid for sample in dataset.train if sample.pid >= 0}}
+        trained = {numbering_of(dataset): {sample.pid for sample in dataset.train}}
         images = set(image_keys(dataset.train)) if targets else frozenset()
         for target in targets:
             both = persons_in_both(trained, target, images)

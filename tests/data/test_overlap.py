@@ -1,6 +1,7 @@
 """No person is both trained on and tested on, by whatever path, link or variant the two datasets are named."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from dan_fast.data import ReIDDataset, Sample, TrainingSet, load_dataset
 from dan_fast.data.named_protocols import DatasetRoles
-from dan_fast.data.overlap import persons_in_both, persons_tested, taken_for_one
+from dan_fast.data.overlap import image_keys, persons_in_both, persons_tested, taken_for_one
 from dan_fast.training.config import DataConfig, TrainConfig
 from dan_fast.training.reported import SEEN, of_its_own_cameras, opening_lines, seen_of
 from dan_fast.training.sources import load_datasets
@@ -165,7 +166,13 @@ def test_distractors_and_unknown_persons_are_nobody() -> None:
     samples = {pid: Sample(root / f"{pid}.jpg", pid, 1) for pid in (-1, 0, 5, 6)}
     target = ReIDDataset("market", root, query=(samples[5],), gallery=tuple(samples.values()))
     assert persons_tested(target) == {5, 6}
-    assert persons_in_both({"/data/market": {-1, 0, 6, 7}, "/data/duke": {5}}, target) == [6]
+    trained = {"/data/market": {-1, 0, 6, 7}, "/data/duke": {5}}
+    assert persons_in_both(trained, target) == [6]
+    images = set(image_keys((samples[-1], samples[0], samples[5])))
+    assert persons_in_both({}, target, images) == [5]
+    # Who is searched for is somebody, by whatever number.
+    searched = replace(target, query=(samples[0],))
+    assert persons_in_both(trained, searched) == [0, 6] and persons_in_both({}, searched, images) == [0, 5]
 
 
 def test_a_checkpoint_tells_how_many_of_a_targets_persons_were_trained_on() -> None:

@@ -1,6 +1,7 @@
 """Batch plans: sizes, halves, same classes, passes, determinism."""
 
 from collections import Counter
+from typing import get_args
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from dan_fast.core.errors import DanFastError
 from dan_fast.data import BatchPlan, BatchPlanner, PlannedItem
+from dan_fast.data.sampler import Kind
+from dan_fast.data.shares import share_of
 from tests.support.examples import examples
 
 LABELS = torch.arange(200) % 50
@@ -70,8 +73,9 @@ def test_each_fed_back_sample_has_a_labelled_partner_of_its_class_in_meta_train(
 
 
 def test_all_fed_back_samples_take_their_turn() -> None:
-    seen = Counter(indices(BatchPlanner(LABELS, 100).plan_epoch(0, feedback(24)), "fed_back"))
-    assert set(seen) == set(feedback(24)[0].tolist()) and set(seen.values()) == {2}
+    seen = indices(BatchPlanner(LABELS, 100).plan_epoch(0, feedback(24)), "fed_back")
+    first, second = seen[:24], seen[24:]
+    assert sorted(first) == sorted(second) == feedback(24)[0].tolist() and first != second
 
 
 def test_fewer_fed_back_samples_than_places_appear_once_a_batch() -> None:
@@ -170,6 +174,11 @@ def test_any_sizes(labeled, unlabeled, batch_size, unlabeled_fraction, feedback_
         assert all(item.label == labels[item.index] for item in plan.meta_train if item.kind == "labeled")
         wanted = Counter(item.label for item in plan.meta_test if item.kind == "fed_back")
         assert wanted <= Counter(item.label for item in plan.meta_train if item.kind == "labeled")
+        # The ranks' shares are the plan, kind by kind, and as even as can be.
+        shares = [share_of(plan, rank, 3) for rank in range(3)]
+        for part, of_ranks in zip(plan, zip(*shares, strict=True), strict=True):
+            joined = [item for kind in get_args(Kind) for share in of_ranks for item in of_kind(share, kind)]
+            assert tuple(joined) == part and max(map(len, of_ranks)) - min(map(len, of_ranks)) <= 1
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_share_is_seeded_nested_and_in_order() -> None:
     assert len(half) == 20 and len(quarter) == 10 and set(quarter) < set(half)
     assert half == sorted(half, key=everything.index) and half != everything[:20]
     assert half == kept(0.5) != kept(0.5, seed=1)
-    assert len(kept(0.001)) == 1
+    assert len(kept(0.001)) == 1 and len(kept(0.29)) == 12
     # For a share of none no unlabelled image is needed.
     assert TrainingSet(labeled, [dataset("none", [])], unlabeled_share=0.0).unlabeled_samples == ()
 
