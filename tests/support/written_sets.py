@@ -25,11 +25,11 @@ def cuhk03_of(home: Path, new: Split, *classic: Split) -> Path:
     images = sorted({name for split in (new, *classic) for part in split.values() for name in part})
     for box in ("detected", "labeled"):
         touch(home / f"images_{box}", images)
-        # As written on another machine, with labels that restart in every part.
-        place = f"/home/somebody/reid/cuhk03/images_{box}"
+        # As written on other machines, with labels that restart in every part.
+        place = f"/home/somebody/cuhk03/images_{box}/" if box == "detected" else rf"C:\cuhk03\images_{box}" + "\\"
         for protocol, splits in (("new", (new,)), ("classic", classic)):
             content = [
-                {part: [[f"{place}/{name}", 0, int(name[6]) - 1] for name in names] for part, names in split.items()}
+                {part: [[f"{place}{name}", 0, int(name[6]) - 1] for name in names] for part, names in split.items()}
                 for split in splits
             ]
             (home / f"splits_{protocol}_{box}.json").write_text(json.dumps(content))

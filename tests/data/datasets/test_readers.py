@@ -201,6 +201,7 @@ def test_the_two_numberings_of_cuhk03_are_kept_apart(tmp_path: Path) -> None:
         tiny_image(home / box / "bounding_box_train" / f"1001_c1_{len(box)}.png")
     labeled, detected = (load_dataset(home, variant=f"{box} new") for box in ("labeled", "detected"))
     classic = load_dataset(home, variant="labeled classic split 1")
+    assert rows(classic.query) == [(images[0], 1001, 1)]
     trained = {numbering_of(labeled): {1001}}
     assert persons_in_both(trained, classic) == [] and numbering_of(detected) == numbering_of(labeled)
 

@@ -169,7 +169,8 @@ def test_grid_searches_among_all_distractors(whole: dict[str, ReIDDataset]) -> N
         assert [sample.pid for sample in split.query] == named["test"]
         assert sum(sample.pid == 0 for sample in split.gallery) == 775
         assert all(sample.pid for sample in split.train)
-    assert len(all_images(dataset).train) == 500
+    whole_set = all_images(dataset)
+    assert len(whole_set.train) == 500 and whole_set.splits is None
 
 
 def test_grid_with_all_images_in_one_folder(whole: dict[str, ReIDDataset], tmp_path: Path) -> None:
@@ -201,21 +202,25 @@ def test_ilids_names_the_images(whole: dict[str, ReIDDataset]) -> None:
     ("name", "file", "missing"),
     [
         ("viper", "cam_b/541_*.bmp", "there are 631 people in both cameras, not 632"),
+        ("viper", "+cam_?/999_0.bmp", "there are 633 people in both cameras, not 632"),
         ("prid", "cam_b/person_0700.png", "an image that the splits name, cam_b/person_0700 the first"),
         ("grid", "gallery/0000_3_*.jpeg", "129 images that the splits name, distractor 647 of 775 the first"),
         ("grid", "probe/0017_*.jpeg", "an image that the splits name, probe/0017 the first"),
         ("ilids", f"{NAMED}.jpg", f"an image that the splits name, {NAMED} the first"),
     ],
 )
-def test_a_folder_that_lacks_images_can_be_read_but_has_no_splits(
+def test_a_folder_that_lacks_images_or_has_too_many_can_be_read_but_has_no_splits(
     tmp_path: Path, name: str, file: str, missing: str
 ) -> None:
     known, make = SMALL_SETS[name]
     make(tmp_path)
-    removed = list(tmp_path.glob(file.replace("541", str(VIPER_NUMBERS[299]))))
-    assert removed
-    for path in removed:
-        path.unlink()
+    if file.startswith("+"):
+        touch(tmp_path, [file[1:].replace("?", camera) for camera in "ab"])
+    else:
+        removed = list(tmp_path.glob(file.replace("541", str(VIPER_NUMBERS[299]))))
+        assert removed
+        for path in removed:
+            path.unlink()
     dataset = known.read(tmp_path, known.title, "")
     assert dataset.splits.missing == missing and dataset.splits.splits == ()
     counts, splits = check_counts(dataset, known)
