@@ -131,7 +131,7 @@ class Evaluation:
         """The evaluation that `to_dict` gave; entries that are no attributes are ignored.
 
         Raises:
-            TypeError: an attribute is missing, or a figure is no number.
+            TypeError, ValueError: an attribute is missing, or a figure is no number.
         """
         known = {each.name for each in fields(cls)} & values.keys()
         found = cls(**{key: tuple(values[key]) if isinstance(values[key], list) else values[key] for key in known})

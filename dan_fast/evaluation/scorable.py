@@ -82,14 +82,12 @@ def no_match(name: str) -> DanFastError:
 
 def _has_match(dataset: ReIDDataset) -> bool:
     """Whether any person has a match in another camera."""
-    # The splits of the literature have matches, and a random split has one of each person with two cameras; identity 0
-    # is that of distractors, which it does not search for.
+    # A split of test images has a match of each person with two cameras; identity 0 is that of distractors, which are
+    # not searched for.
     if dataset.query:
         searched, found = dataset.query, dataset.gallery
-    elif dataset.splits is None:
-        searched, found = [each for each in dataset.test if each.pid != 0], dataset.test
     else:
-        return True
+        searched, found = [each for each in dataset.test if each.pid != 0], dataset.test
     cameras: dict[int, set[int]] = {}
     for sample in found:
         cameras.setdefault(sample.pid, set()).add(sample.camid)

@@ -72,8 +72,9 @@ def test_the_fingerprint_is_of_names_labels_and_splits_and_not_of_the_place(peop
         dataclasses.replace(fixed, gallery=(first._replace(camid=first.camid + 7), *rest)),
         dataclasses.replace(fixed, gallery=tuple(rest)),
         tiny(test=people),
+        tiny(test=people[1:]),
     ]
-    assert len({found(fixed), *map(found, others)}) == 5
+    assert len({found(fixed), *map(found, others)}) == 6
     shutil.copytree(fixed.root, tmp_path / "copy")
     moved = {
         split: tuple(sample._replace(path=tmp_path / "copy" / sample.path.name) for sample in getattr(fixed, split))
@@ -289,7 +290,9 @@ def test_random_splits_are_averaged(people):
     percent = result.percentages()
     assert percent["R5"] == pytest.approx(100 * result.cmc[4])
     assert percent["R10"] == pytest.approx(100 * result.cmc[9])
-    assert result.row()[0] == f"{100 * result.cmc[0]:.1f} ± {100 * result.cmc_std[0]:.1f}"
+    deviations = (*(result.cmc_std[rank - 1] for rank in (1, 5, 10)), result.mAP_std, result.mINP_std)
+    of_columns = zip(percent.values(), deviations, strict=True)
+    assert result.row() == tuple(f"{mean:.1f} ± {100 * deviation:.1f}" for mean, deviation in of_columns)
     assert result.protocol == "one query per identity and camera, 4 random splits, seed 3"
     assert (result.num_query, result.num_gallery, result.num_valid) == (12, 24, 12)
     again = evaluate_dataset(colours, dataset, SIZE, repeats=4, seed=3)
@@ -316,6 +319,11 @@ def test_figures_say_how_they_were_scored_where_it_is_not_as_usual(fixed):
     for name in ("metric", "ap", "precision", "rounding", "seen"):
         del old[name]
     assert Evaluation.from_dict(old).conditions == usual.conditions
+    for wrong in ("0.5", None, [0.5]):
+        with pytest.raises((TypeError, ValueError)):
+            Evaluation.from_dict(usual.to_dict() | {"mAP": wrong})
+    # Of which set they are, and what its cameras were, is beside the figures.
+    assert dataclasses.replace(usual, known_cameras=True, fingerprint="") == usual
 
 
 def test_figures_say_what_the_device_made_of_float32(people):
@@ -376,6 +384,10 @@ def test_images_of_nobody_known_are_refused(people, part):
     sentence = rf"^{len(people)} images of tiny \(.+\) that are tested on are of nobody known \(pid below 0\)"
     with pytest.raises(DanFastError, match=sentence):
         evaluate_dataset(colours, tiny(**parts), SIZE)
+    # Nor those without the camera by which matches of a query's own are left out.
+    parts = dict.fromkeys(parts, people) | {part: tuple(sample._replace(camid=-1) for sample in people)}
+    said = refusal(evaluate_dataset, colours, tiny(**parts), SIZE)
+    assert said.startswith(f"{len(people)} images of tiny ") and "have no camera (camid below 0)" in said
 
 
 def test_a_single_shot_dataset(people):

@@ -122,9 +122,9 @@ def test_what_products_of_matrices_round_decides_nothing(metric, monkeypatch):
     query, gallery = (torch.from_numpy(few[rng.integers(0, 25, n)]) for n in (20, 80))
     labels = [rng.integers(0, of, n) for of in (5, 3) for n in (20, 80)]
 
-    def found():
+    def found(budget=1 << 20):
         squares = square_norms(query, 1 << 20), square_norms(gallery, 1 << 20)
-        images = Images(query, gallery, squares, metric, 1 << 20, Division(None, [80]))
+        images = Images(query, gallery, squares, metric, budget, Division(None, [80]))
         lists = nearest(images, 8)
         neighbours, largest = (np.concatenate([part[at] for part in lists]) for at in (1, 2))
         with _extension.disabled():
@@ -135,6 +135,7 @@ def test_what_products_of_matrices_round_decides_nothing(metric, monkeypatch):
         return neighbours.tolist(), largest.tolist(), encodings(images, neighbours, largest, 7).data.tolist(), ranked
 
     expected, near = found(), PartDistances.near
+    assert found(1 << 17) == expected, "16 images at a time"
 
     def rounded_otherwise(self, columns):
         distances = near(self, columns)
