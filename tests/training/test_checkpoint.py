@@ -274,9 +274,11 @@ def test_where_a_run_takes_place_may_change_and_what_it_learns_is_refused_by_its
         run=RunConfig(out="elsewhere", resume=True, device="cpu", log_every=3),
     )
     require_same_training(saved, current.to_dict(), tmp_path / "checkpoint.pt")
-    current.optimizer.epochs = 7
-    with pytest.raises(DanFastError, match=r"\(optimizer.epochs is 7 here and 500 there\): .* beside it\)"):
-        require_same_training(saved, current.to_dict(), tmp_path / "checkpoint.pt")
+    for section, name, value in (("optimizer", "epochs", 7), ("run", "precision", "bfloat16"), ("run", "seed", 3)):
+        other = over(current.to_dict(), {section: {name: value}})
+        said = rf"\({section}.{name} is {value!r} here and {saved[section][name]!r} there\): .* beside it\)"
+        with pytest.raises(DanFastError, match=said):
+            require_same_training(saved, other, tmp_path / "checkpoint.pt")
 
 
 def test_what_the_settings_of_an_older_version_leave_to_the_recipe_is_named_as_flags(tmp_path):

@@ -284,7 +284,7 @@ def test_the_mean_over_the_targets_decides_and_figures_on_other_targets_are_drop
     state = {"config": TrainConfig().to_dict(), "iteration": 0}
     choice = EpochChoice(tmp_path / "chosen.pt", resume=False, targets=["mall", "street"])
     # Of equal ones the first.
-    for epoch, evaluations in enumerate((found(0.1, 0.4), found(0.39, 0.1), found(0.4, 0.1)), start=1):
+    for epoch, evaluations in enumerate((found(0.1, 0.4), found(0.49, 0.0), found(0.4, 0.1)), start=1):
         choice.offer(evaluations, {**state, "epoch": epoch}, f"hash {epoch}")
     assert [each.epoch for each in choice.evaluations] == [f"epoch 1 of 500, {CHOSEN}"] * 2
     again = EpochChoice(tmp_path / "chosen.pt", resume=True, targets=["mall", "street"])
