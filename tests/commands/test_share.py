@@ -49,7 +49,7 @@ def checkpoint(folder: Path, backbone: str = "timm:test_resnet", recipe: str = "
         "labeled": ["Market-1501", "CUHK03 (labeled new)"],
         "unlabeled": [],
         "targets": [figures("night", f"epoch 2 of 3, {CHOSEN}").to_dict()],
-        "last_epoch": [seen.to_dict()],
+        "last_epoch": [seen.to_dict(), figures("lane|way", "epoch 3 of 3").to_dict()],
     }
     (folder / "results.json").write_text(json.dumps(of_run))
     return folder / "checkpoint.pt"
@@ -82,6 +82,7 @@ def test_figures_of_these_weights_go_along_with_their_caveats(tmp_path: Path, ca
         "night" not in card
         and f"37.5 | 25.0 | fixed query and gallery; 1 broken images left out; epoch 3 of 3; 2 {SEEN} |" in card
     )
+    assert r"| lane\|way |" in card, "whose figures compare, and which parts no cell"
     assert "**Figures that are" in card and "- trained on: Market-1501, CUHK03 (labeled new)\n" in card
     assert "- method: recipe dan\n- weights of: epoch 3 of 3\n- persons with labels: 7\n" in card
     assert Evaluation.from_dict(config["results"][0]).skipped == ("a.jpg",)
