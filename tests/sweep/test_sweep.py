@@ -229,6 +229,10 @@ def test_names_are_folders():
         ({"arms": {"a": {}, "b": {"recipe": "dan"}}}, "a and b of .* have the same settings"),
         ({"arms": {"a": {}}, "baseline": "b"}, "baseline 'b' of .* is none of its arms: name one of a"),
         ({"arms": {"a": {}}, "baseline": ["a"]}, "baseline .* of .* is none of its arms"),
+        (
+            {"grids": [{"loss.adversary": [0.6]}, {"model.reduction": [12]}], "baseline": "model.reduction=12"},
+            "baseline model.reduction=12 of .* has the settings of an earlier combination: name that one",
+        ),
         ({"recipe": "dna", "arms": {"a": {}}}, "There is no recipe 'dna'"),
         ({"arms": {"a": {}}, "seeds": []}, r"seeds in .* has \[\]: give it a list of different"),
         ({"arms": {"a": {}}, "seeds": [1, 1]}, "give it a list of different whole numbers"),
@@ -482,6 +486,10 @@ def test_a_time_of_which_a_part_is_not_known_is_not_given(quick, three, monkeypa
     with pytest.raises(DanFastError, match="2 of 3 trainings failed"):
         quick(three, **{reduce(1): "fail", reduce(2): "fail"})
     assert min(recorded(quick.out, "seconds")) > 0
+    # As if the second one had taken long.
+    record = json.loads((quick.out / "sweep.json").read_text())
+    record[1]["seconds"] = 1000.0
+    (quick.out / "sweep.json").write_text(json.dumps(record))
     # The first one goes on under a sweep that is killed; what is known of the others, of a shorter grid none, is kept.
     reductions(three, 1, 3)
     with monkeypatch.context() as killed:
@@ -491,8 +499,8 @@ def test_a_time_of_which_a_part_is_not_known_is_not_given(quick, three, monkeypa
     reductions(three, 1, 2, 3)
     for _ in range(2):
         quick(three)
-        unknown, *known = recorded(quick.out, "seconds")
-        assert states(quick.out) == ["finished"] * 3 and unknown is None and min(known) > 0
+        unknown, added, known = recorded(quick.out, "seconds")
+        assert states(quick.out) == ["finished"] * 3 and unknown is None and added > 1000 > known > 0
 
 
 def test_a_protocol_in_another_root_is_looked_at_again(quick, three):
@@ -558,7 +566,7 @@ def test_a_stop_ends_all_trainings_under_way_and_a_later_call_goes_on(quick, thr
     assert recorded(quick.out, "seconds") == now
 
 
-def test_seconds_of_two_numbers_of_threads_are_no_time(quick, three):
+def test_seconds_of_two_numbers_of_threads_or_devices_are_no_time(quick, three):
     held = quick.out / reduce(1)
     stopper = when(lambda: (held / "ready").exists(), lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
@@ -568,6 +576,10 @@ def test_seconds_of_two_numbers_of_threads_are_no_time(quick, three):
     quick(three, parallel=1)
     first, *_ = json.loads((quick.out / "sweep.json").read_text())
     assert (first["state"], first["seconds"], first["timed"]) == ("finished", None, False)
+    for device, seconds in (("cpu", 3.0), ("cuda:0", None)):
+        entry = {"seconds": 3.0, "timed": True, "threads": None, "device": "cpu"}
+        sweeping._note_start(entry, None, device)
+        assert (entry["seconds"], entry["timed"], entry["device"]) == (seconds, seconds is not None, device)
 
 
 def test_without_locks_a_sweep_goes_on(tmp_path, monkeypatch):
@@ -581,7 +593,7 @@ def test_without_locks_a_sweep_goes_on(tmp_path, monkeypatch):
 
 
 def test_arms_end_in_a_comparison(quick, tmp_path, capsys):
-    arms = {"plain": {"recipe": "plain"}, "dan": {"recipe": "dan", "meta.order": 2}}
+    arms = {"plain": {"recipe": "plain"}, "dan": {"recipe": "dan", "meta.order": 2, "data.unlabeled": ["u"]}}
     grid = write(tmp_path / "arms.yaml", {"base": BASE, "arms": arms, "seeds": [0, 1], "baseline": "plain"})
     of_seeds = {"plain,run.seed=0": 0.40, "plain,run.seed=1": 0.44, "dan,run.seed=0": 0.41}
     plan = {name: [evaluation("street", 0.5, score)] for name, score in of_seeds.items()} | {"dan,run.seed=1": "fail"}
@@ -594,15 +606,16 @@ def test_arms_end_in_a_comparison(quick, tmp_path, capsys):
     text = re.sub(" +", " ", (quick.out / "comparison.md").read_text())
     # Differences of 1 and 3: the mean is 2 and the interval 12.706 wide to both sides.
     assert "| dan | 2 | 44.0 ± 4.2 | 60.0 ± 14.1 | +2.0 [-10.7, +14.7] |" in text and "Missing" not in text
-    assert "dan: recipe dan, with meta.order=2." in text
+    assert "dan: recipe dan, with meta.order=2, data.unlabeled=['u']." in text
     content = json.loads((quick.out / "comparison.json").read_text())
     assert content["targets"][0]["arms"][1]["mAP"]["difference"]["mean"] == pytest.approx(2.0)
     rows = [*csv.reader((quick.out / "results.csv").read_text().splitlines())]
-    names = "run,arm,recipe,meta.order,run.seed,target,R1,R5,R10,mAP,mINP,num_query,num_gallery,conditions"
-    assert rows[0] == names.split(",")
-    assert rows[1][2:5] == ["plain", "1", "0"], "settings that an arm does not name are its recipe's"
-    last = ["dan,run.seed=1", "dan", "dan", "2", "1", "street", "70.0", "75.0", "75.0", "47.0", "5.0", "30", "40"]
-    assert len(rows) == 5 and rows[-1] == [*last, "fixed query and gallery"]
+    settings, figures = "recipe,meta.order,data.unlabeled,run.seed", "R1,R5,R10,mAP,mINP,num_query,num_gallery"
+    assert ",".join(rows[0]) == f"run,arm,{settings},target,{figures},conditions"
+    assert rows[1][2:6] == ["plain", "1", "[]", "0"], "settings that an arm does not name are its recipe's"
+    last = ["dan,run.seed=1", "dan", "dan", "2", '["u"]', "1", "street"]
+    figures = ["70.0", "75.0", "75.0", "47.0", "5.0", "30", "40"]
+    assert len(rows) == 5 and rows[-1] == [*last, *figures, "fixed query and gallery"]
     page = report([quick.out], out=tmp_path / "page", images=0).read_text()
     assert "out: street (fixed query and gallery, 30 queries, 40 gallery images)" in page
     assert "+2.0 [-10.7, +14.7]" in page and "+2.0 [-10.7, +14.7]" in capsys.readouterr().out
