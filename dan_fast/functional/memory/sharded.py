@@ -52,7 +52,7 @@ class ShardedMemory(PendingMemory):
 
     def _of_rows(self, kept: Tensor, weights: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows = self.rows
-        return kept[rows].contiguous(), weights[:, rows].contiguous(), keys
+        return kept[rows], weights[:, rows], keys
 
     def outlined(self) -> MemoryState:
         """The memory with features of the whole's shape, whose values mean nothing."""
