@@ -18,7 +18,7 @@ from dan_fast.training import TrainConfig, Trainer, trained_network
 from dan_fast.training.build import initial_network
 from dan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from dan_fast.training.reported import SEEN
-from dan_fast.training.starting import take_weights
+from dan_fast.training.starting import take_weights, whom_it_saw
 from tests.support.training_runs import command, config, evaluated
 
 pytestmark = pytest.mark.slow
@@ -87,10 +87,10 @@ def test_how_images_are_read_comes_with_the_weights(earlier, images, tmp_path):
     assert tuple(network.preprocessing.mean) == (0.1, 0.2, 0.3)
 
 
-def test_an_attention_of_another_kind_is_drawn(earlier, images, tmp_path):
-    settings = of_mall(images, tmp_path, earlier, attention="cbam")
+@pytest.mark.parametrize("kind", [{"attention": "cbam"}, {"reduction": 4}], ids=str)
+def test_an_attention_of_another_kind_is_drawn(earlier, images, tmp_path, kind):
     network, fresh = (
-        initial_network(each.to_dict(), 4) for each in (settings, of_mall(images, tmp_path, "none", attention="cbam"))
+        initial_network(of_mall(images, tmp_path, weights, **kind).to_dict(), 4) for weights in (earlier, "none")
     )
     assert_equal(network.attention, fresh.attention)
     assert_equal(network.backbone, trained_network(earlier)[0].backbone)
@@ -102,6 +102,12 @@ def test_persons_of_the_earlier_training_count_as_seen(earlier, images, tmp_path
     assert persons == {"campus": 4, "mall": 4}
     samples = [sample for name in ("campus", "mall") for sample in load_dataset(images / name).train]
     assert trainer._past["images"].numel() == len(samples)
+    # Others of a set that is trained on now, and a set without persons, are added to what there is.
+    (own,) = trainer.training_set.persons.items()
+    before = {"persons": {own[0]: own[1][:1] + 100}, "roots": ["/street"], "first_weights": None}
+    both = whom_it_saw(trainer.training_set, "timm:test_resnet", "none", before)
+    assert both["persons"][own[0]].tolist() == [*own[1].tolist(), int(own[1][0]) + 100]
+    assert both["roots"] == sorted(["/street", *trainer.training_set.roots])
     # Test persons of campus were not trained on, so there is nothing to say; its cameras were learnt from.
     (evaluation,) = trainer.fit()
     assert evaluation.seen == "" and evaluation.known_cameras
