@@ -47,30 +47,32 @@ class DataConfig(_Section):
 
     Args:
         labeled: Folders or manifests whose train split is labelled; several are fused (Sec. III-D). FOLDER@VARIANT
-            chooses among the variants of a dataset that has several, such as "cuhk03@labeled new".
-        unlabeled: Datasets whose train split is used without labels (the paper: MSMT17), or folders of any images, for
-            styles or pseudo labels, as the recipe says. Without any only loss.labeled_embedding has a memory.
-        targets: Folders or manifests to evaluate on after the last epoch, never trained on; those of one name are
-            called by the folders above them too.
-        protocol: In place of these three, a protocol of the literature by its name, such as table4 or p1; `dan-fast
-            protocols` lists them.
-        root: Folder in which the protocol's datasets lie, up to two levels deep.
+            selects a variant of a dataset that has several, such as "cuhk03@labeled new".
+        unlabeled: Datasets whose train split is used without labels (the paper: MSMT17), or folders of any images. They
+            lend styles or get pseudo labels, as the recipe says. Without unlabelled images, only loss.labeled_embedding
+            uses a memory.
+        targets: Folders or manifests to evaluate on after the last epoch; they are never trained on. Targets with the
+            same name are also named by the folders above them.
+        protocol: Name of a protocol of the literature, such as table4 or p1, in place of labeled, unlabeled and
+            targets; `dan-fast protocols` lists the protocols.
+        root: Folder that contains the protocol's datasets, up to two levels deep.
         unlabeled_share: Share p of the unlabelled images that is used (Fig. 7; the paper: 1).
         image_size: Height and width to which images are resized, written as '[256, 128]' (the paper: '[224, 224]').
-        batch_size: Images an iteration, S and S~ together (the paper: 64), on however many ranks.
-        batch_size_per_rank: Whether batch_size is for each rank, and the whole batch as many times as large; such a run
-            goes on with the same number of ranks alone.
-        iterations: Iterations of an epoch, to compare trainings of different batches at equal length; 0: as many as the
-            labelled images fill.
+        batch_size: Images per iteration, S and S~ together (the paper: 64), over all ranks.
+        batch_size_per_rank: Whether batch_size is the number of images of each rank, so that the whole batch is as many
+            times larger as there are ranks. Such a run can only be resumed with the same number of ranks.
+        iterations: Iterations per epoch, to compare trainings with different batches at equal length; 0 means as many
+            as the labelled images fill.
         unlabeled_fraction: Share of unlabelled images in a batch.
-        feedback_fraction: Largest share of S~'s labelled places for images of M' under their pseudo label; 0: none.
+        feedback_fraction: Largest share of the labelled places in S~ that images from M' take, with their pseudo
+            labels; 0 means none.
         workers: Processes that decode images; 0 decodes in the training process.
         broken_images: Stop with an error at an image that cannot be decoded, or skip and count it.
-        cache: Folder for decoded images, which come out the same, 1.75 times as fast in a training on two cores; each
-            takes 3 height width bytes there. user is dan-fast in the user's cache folder ($XDG_CACHE_HOME or
-            ~/.cache), none decodes images each time.
-        cache_check: quick compares sizes and modification times of the images, and contents where these differ; full
-            compares all contents, of the images and of what is cached.
+        cache: Folder that keeps decoded images. The images are the same, and a training on two cores gets them 1.75
+            times as fast; each takes 3 height width bytes there. user is dan-fast in the user's cache folder
+            ($XDG_CACHE_HOME or ~/.cache); none decodes images each time.
+        cache_check: quick compares the sizes and modification times of the images, and their contents where these
+            differ; full compares all contents, of the images and of the cache.
     """
 
     labeled: Paths = field(default_factory=list)
@@ -101,30 +103,32 @@ class ModelConfig(_Section):
 
     Args:
         backbone: torchvision ResNet (the paper: resnet50): resnet18, resnet34, resnet50 or resnet101; or timm:NAME for
-            a model of timm that gives a map.
-        weights: none; imagenet (the paper), the library's own download; the file of a state dict in torchvision's or
-            timm's names (torch.save, safetensors); or a checkpoint or shared folder of this package, to fine-tune.
-        attention: The attention (the paper: nl_cbam). The others are those of Fig. 6: cbam, the spatial
-            attention of nl_cbam (non_local) or of cbam (spatial) alone, or none.
-        adversary: Train with the attention adversary network (the paper), that is L_aad and the competition of
-            the two branches; without it the attention is trained like the backbone, and there is one branch.
+            a timm model that outputs a map.
+        weights: Weights to start from: none; imagenet (the paper), which torchvision or timm downloads; a file with a
+            state dict that has torchvision's or timm's names (torch.save, safetensors); or, to fine-tune, a checkpoint
+            or shared folder of this package.
+        attention: The attention (the paper: nl_cbam). The others are those of Fig. 6: cbam; only the spatial attention
+            of nl_cbam (non_local) or of cbam (spatial); or none.
+        adversary: Train with the attention adversary network (the paper), that is, with L_aad and the competition
+            between the two branches. Without it there is one branch, and the attention is trained like the backbone.
         reduction: Dimension reduction ratio r of the attention's bottlenecks (the paper: 12); 1 is NL-CBAM* of
             Fig. 6.
         dropout: Dropout rate before the classifier (the paper: 0.5).
-        style_mixing: Whose channel statistics early maps take a part of in training: none (the paper); batch, of its
-            other images; or unlabeled, of its unlabelled images, which then serve for that alone. Without such images
-            nothing is mixed.
-        instance_norm: Half of the channels of the first norm of each early block are normalised image by image, in two
-            stages (IBN-Net-a: three), which takes out some of a camera's style. For ResNets and others of timm with
-            batch norm; auto: where the backbone has such blocks.
-        feature: What tests compare: attended, the attention branch's (the paper), pooled, the backbone's own,
-            pooled_root, the square root of each number of that, with its sign, or pooled_whitened, these roots
-            whitened after each epoch by how the keys of one person in M differ; pooled_root where there is no M.
-        gradient_checkpointing: Compute maps of the backbone again in the backward pass instead of keeping them all:
-            less memory, more time, the same gradients. Not where styles are mixed (style_mixing).
-        sync_batch_norm: Where several ranks train, whether batch norm takes its statistics from the images of all of
-            them, for which PyTorch needs GPUs, or of each; auto is true on GPUs, but for meta.order 2, whose
-            derivatives it lacks.
+        style_mixing: Images whose channel statistics are mixed into early maps in training: none (the paper); batch,
+            the other images of the batch; or unlabeled, the unlabelled images of the batch, which then serve only for
+            that. Without such images nothing is mixed.
+        instance_norm: Normalise half of the channels of the first norm of each early block image by image, in two
+            stages (IBN-Net-a: three), which removes some of a camera's style. This is for ResNets and for timm models
+            with batch norm; auto does it where the backbone has such blocks.
+        feature: The feature that tests compare: attended, that of the attention branch (the paper); pooled, that of the
+            backbone; pooled_root, the square root of each number of pooled, with its sign; or pooled_whitened, these
+            roots whitened after each epoch by how the keys of one person in M differ. Without M, pooled_whitened is
+            pooled_root.
+        gradient_checkpointing: Recompute maps of the backbone in the backward pass instead of keeping them all: less
+            memory, more time, the same gradients. Not possible where styles are mixed (style_mixing).
+        sync_batch_norm: With several ranks, whether batch norm takes its statistics from the images of all ranks, for
+            which PyTorch needs GPUs, or of each rank by itself. auto is true on GPUs, except with meta.order 2:
+            synchronised batch norm lacks its derivatives.
     """
 
     backbone: str = "resnet50"
@@ -145,18 +149,19 @@ class MemoryConfig(_Section):
     """The progressive augmented memory.
 
     Args:
-        labeled_slots: Slots s1 of the labelled memory M (the paper: 9000). With loss.labeled_embedding some for each
-            person, as one without a slot has no such loss.
+        labeled_slots: Slots s1 of the labelled memory M (the paper: 9000). With loss.labeled_embedding, provide some
+            for each person: a person without a slot has no such loss.
         unlabeled_slots: Slots s2 of the unlabelled memory M' (the paper: 5500).
         decay: Decay kappa1 of the usage of M, Eq. (5) (the paper: 0.99).
         decay_unlabeled: Decay kappa2 of the usage of M', Eq. (12) (the paper: 0.99).
-        gates: alpha, alpha' and beta as parameters (Table II) or read from the last three features of the
-            backbone (Sec. IV-B).
-        initial_alpha: Start of alpha and alpha' as parameters (the paper does not say). 0: half of a key goes to the
-            least-used slot, half is spread over all; -4: nearly all of it goes to the least-used slot.
-        temperature: Divides the cosines in loss.labeled_embedding (the paper: it has no such loss).
-        products: How a GPU multiplies keys and slots: float32, or tf32x3, three products on its tensor cores for each
-            one, with 1.2 times the error.
+        gates: Where alpha, alpha' and beta come from: parameters (Table II), or features, the last three features of
+            the backbone (Sec. IV-B).
+        initial_alpha: Initial value of alpha and alpha' where they are parameters (the paper does not say). At 0, half
+            of a key goes to the least-used slot and half is spread over all slots; at -4, nearly all of it goes to the
+            least-used slot.
+        temperature: Divides the cosines in loss.labeled_embedding (the paper has no such loss).
+        products: How a GPU multiplies keys and slots: float32, or tf32x3, which takes three products on the tensor
+            cores for each one and has 1.2 times the error.
     """
 
     labeled_slots: PositiveInt = 9000
@@ -177,12 +182,13 @@ class LossConfig(_Section):
         adversary: lambda1 of L_aad (the paper: 0.6).
         embedding: lambda2 of L_lde (the paper: 0.5).
         regularizer: lambda3 of R (the paper: 0.2).
-        confidence_prior: Weight of -log(beta) added to L_lde, so that beta rises as pseudo labels become reliable
-            (Fig. 5b); the paper: 0, with which its gradient can only lower beta and weight decay works against it.
-        adversary_reach: What the gradient of L_aad reaches: all of the network (the paper), or the attention alone,
-            which it is to correct.
-        labeled_embedding: Weight of the first term of Eq. (15) for labelled images too, by their own labels (the
-            paper: 0).
+        confidence_prior: Weight of -log(beta), added to L_lde so that beta rises as pseudo labels become reliable (Fig.
+            5b). In the paper it is 0: the gradient of L_lde can then only lower beta, and weight decay works against
+            that.
+        adversary_reach: What the gradient of L_aad reaches: all of the network (the paper), or only the attention,
+            which it is meant to correct.
+        labeled_embedding: Weight of the first term of Eq. (15) when it is also applied to labelled images, with their
+            own labels (the paper: 0).
     """
 
     adversary: NonNegativeFloat = 0.6
@@ -202,10 +208,10 @@ class MetaConfig(_Section):
             L_total, daml1 is plain SGD on L_total (Table IX).
         order: 1 drops second derivatives (Algorithm 1 as printed), 2 keeps them (Eq. 18).
         eta: Weight of the meta-test loss, Eq. (17) (the paper: 1).
-        stall_guard: Adversary wins in a row after which backbone and attention are both updated until
-            attention wins; 0 is the literal paper.
-        tie: Where both branches classify equally many samples rightly, the one of lower cross_entropy wins, or
-            both are updated.
+        stall_guard: Number of adversary wins in a row after which backbone and attention are both updated until
+            attention wins; 0 follows the paper literally.
+        tie: What happens when both branches classify equally many samples correctly: cross_entropy lets the branch with
+            the lower cross-entropy win; both updates both.
     """
 
     procedure: Literal["daml1", "daml2", "daml3"] = "daml3"
@@ -220,14 +226,15 @@ class OptimizerConfig(_Section):
     """The outer SGD and its schedule, Eq. (19).
 
     Args:
-        epochs: Passes through the labelled images, or through data.iterations (the paper: 500); fewer stretch
-            Eq. (19) over them.
+        epochs: Passes through the labelled images, or through data.iterations (the paper: 500). With fewer epochs, Eq.
+            (19) is stretched over them.
         lr_scale: Factor on the step sizes delta1 and delta2 of Eq. (19) (the paper: 1, over 500 epochs). Short
-            trainings need 30 to 60, with a meta step half of that.
+            trainings need 30 to 60, or half of that with a meta step.
         momentum: Momentum of the outer step (the paper: 0.9).
         weight_decay: Weight decay of the outer step (the paper: 5e-4).
-        backbone_lr_scale: Further factor on both step sizes for the backbone's parameters (the paper: 1); below 1
-            pretrained layers keep more of what they know; 0 keeps weights, while batch norm's statistics move on.
+        backbone_lr_scale: Additional factor on both step sizes for the backbone's parameters (the paper: 1). Below 1,
+            pretrained layers keep more of what they have learnt; at 0 the weights stay fixed, while the statistics of
+            batch norm are still updated.
     """
 
     epochs: PositiveInt = 500
@@ -239,29 +246,31 @@ class OptimizerConfig(_Section):
 
 @dataclass
 class RunConfig(_Section):
-    """Where and how a run takes place; seed, precision and GPU or CPU change what is learnt, the rest its rounding.
+    """Where and how a run takes place.
+
+    The seed, the precision and the choice of GPU or CPU change what is learnt; the other settings change its rounding.
 
     Args:
         out: Folder of the run: config.yaml, checkpoint.pt, tensorboard/, results.json.
-        resume: Continue from the checkpoint in the folder; auto continues if there is one and starts if there is none,
-            for a queue that starts the same command again.
+        resume: Continue from the checkpoint in the folder. auto continues if there is a checkpoint and starts a new run
+            if there is none, for a queue that repeats the same command.
         seed: Seed of weights, batches, augmentation and dropout.
         device: auto takes the GPU where there is one; or cpu, cuda, cuda:1.
         precision: float32, or bfloat16 autocast for the network in training (memory, losses and evaluations stay
             float32).
-        deterministic: Let the GPU use only operators that give the same bits in every run, which takes longer; one that
-            has no such form ends the run and is named. On a CPU runs repeat themselves anyway.
-        compile: Compile the backbone (torch.compile) after two iterations and keep that where 16 more, in pairs with
-            and without it, are faster; results say what was taken. It rounds otherwise, so that runs repeat themselves
-            up to rounding only. Not with several ranks, meta.order 2 or model.gradient_checkpointing.
-        checkpoint_every_s: Seconds between checkpoints, which is what a run that is killed loses at most; one that is
-            asked to stop, and the epochs that are evaluated, have theirs anyway.
-        checkpoint_every: Iterations after which there is a checkpoint before that; 0: none.
+        deterministic: Let the GPU use only operators that give the same bits in every run, which takes longer. An
+            operator without such a form ends the run with an error that names it. On a CPU, runs are repeatable anyway.
+        compile: Compile the backbone (torch.compile) after two iterations, time 16 more in pairs with and without it,
+            and keep the faster; the results say which. A compiled backbone rounds differently, so runs are repeatable
+            only up to rounding. Not possible with several ranks, meta.order 2 or model.gradient_checkpointing.
+        checkpoint_every_s: Seconds between checkpoints, which is the most that a killed run loses. A run that is asked
+            to stop saves a checkpoint anyway, and so does every epoch that is evaluated.
+        checkpoint_every: Save a checkpoint after this many iterations too, if that comes first; 0 turns this off.
         log_every: Iterations between two lines of scalars.
         evaluate_every: Epochs between evaluations on the targets; 0 evaluates after the last epoch only.
-        choose_epoch_on_target: Report the evaluated epoch of the highest mAP on the targets, whose weights are kept in
-            chosen.pt, in place of the last one (the paper does not say which it reports). Such figures are too high to
-            be compared with others, and say so.
+        choose_epoch_on_target: Report the evaluated epoch with the highest mAP on the targets, whose weights are kept
+            in chosen.pt, in place of the last one (the paper does not say which it reports). Such figures are too high
+            to compare with others, and are marked so.
     """
 
     out: str = "runs/train"
@@ -283,10 +292,10 @@ class TrainConfig:
     """Train a Data Assimilation Network.
 
     Args:
-        recipe: Settings of the method by a name: paper is the paper as printed, plain the same backbone, augmentation
-            and classification loss without any part of DAN, dan what was found to work, none the bare defaults. Files
-            and other flags win over it, and results say what they changed. In Python `of_recipe` applies a recipe;
-            here it is a name only.
+        recipe: Named settings of the method: paper is the paper as printed; plain has the same backbone, augmentation
+            and classification loss without any part of DAN; dan is what was found to work; none is the bare defaults.
+            Files and other flags override it, and the results say what they changed. In Python, `of_recipe` applies a
+            recipe; here it is only a name.
         data: Images and batches.
         model: The network.
         memory: The progressive augmented memory.
@@ -314,7 +323,7 @@ class TrainConfig:
 
         Args:
             recipe: dan, paper, plain or none.
-            sections: settings that win over the recipe's, a mapping a section.
+            sections: settings that override those of the recipe, one mapping per section.
 
         Raises:
             DanFastError: there is no such recipe.
