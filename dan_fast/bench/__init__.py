@@ -16,5 +16,5 @@ BENCHMARKS = {
     "epoch": (EpochBenchmark, "An epoch from JPEG files: a plain PyTorch loop, the same from the cache, and DAN."),
     "data": (DataBenchmark, "Feeding images: a plain DataLoader, decoding without a cache, and from the cache."),
     "ranking": (RankingBenchmark, "Evaluating a ranking: by sorting in NumPy, and by counting."),
-    "search": (SearchBenchmark, "Searching in a million features: all compared, HNSW and IVF-PQ, and the ranking."),
+    "search": (SearchBenchmark, "Searching a million features: comparing all, HNSW and IVF-PQ, and the ranking."),
 }

@@ -169,9 +169,9 @@ class AttentionBenchmark(Benchmark):
     """Time the ways to run the attention head side by side, after checking that they agree.
 
     Args:
-        dtype: Types of the map, with commas between: float32, bfloat16, float16, float64.
-        layout: Memory layouts of the map, with commas between: contiguous, channels_last.
-        contenders: Some of reference, eager, compiled and kernels, with commas between; or all.
+        dtype: Types of the map, separated by commas: float32, bfloat16, float16, float64.
+        layout: Memory layouts of the map, separated by commas: contiguous, channels_last.
+        contenders: Some of reference, eager, compiled and kernels, separated by commas; or all.
         batch: Images (the paper: 64).
         channels: Channels of the map (ResNet-50: 2048).
         height: Rows of the map (images of 224 pixels: 7).

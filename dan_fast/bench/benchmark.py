@@ -72,9 +72,10 @@ class Benchmark(ABC):
 
     Args:
         device: auto takes the GPU where there is one; or cpu, cuda, cuda:1.
-        json: Also write everything into this file, new or of an earlier benchmark, anew after every table.
-        repeat: How often each contender is timed, in each of its passes: a step or call, all images, or an epoch.
-        threads: CPU threads of this process; 0 leaves PyTorch's own number.
+        json: Also write everything to this file, which is new or from an earlier benchmark; it is rewritten after every
+            table.
+        repeat: Number of times that each pass of a contender is timed: a step or call, all images, or an epoch.
+        threads: CPU threads of this process; 0 keeps PyTorch's own number.
         check: Fail if a bar is missed or was not measured.
 
     Raises:

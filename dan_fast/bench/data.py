@@ -148,7 +148,7 @@ class DataBenchmark(Benchmark):
     """Time a plain DataLoader, this package's, and this package's with a cache, after checking that they agree.
 
     Args:
-        files: Height and width of the JPEG files, with commas between.
+        files: Height and width of the JPEG files, separated by commas.
         image_size: Height and width to which images are resized.
         images: Number of files.
         batch: Images at a time.

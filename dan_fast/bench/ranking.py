@@ -95,15 +95,15 @@ class RankingBenchmark(Benchmark):
     """Time the evaluation of a ranking beside one that sorts, after checking that both give the same figures.
 
     Args:
-        queries: Images that are searched for (Market-1501: 3368).
-        gallery: Images that are searched in (Market-1501: 15913).
-        width: Numbers of a feature (ResNet-50: 2048).
-        ids: Persons, the distractors' common identity among them.
-        cams: Cameras, two at least.
+        queries: Query images (Market-1501: 3368).
+        gallery: Gallery images (Market-1501: 15913).
+        width: Length of a feature (ResNet-50: 2048).
+        ids: Persons, including the common identity of the distractors.
+        cams: Cameras, at least two.
         memory_queries: Queries of the run whose memory is measured (MSMT17: 11659).
         memory_gallery: Gallery images of that run (MSMT17: 82161).
-        memory_width: Numbers of a feature in that run; features are not counted.
-        budget_s: Seconds that a contender may take in all its repetitions, one at least.
+        memory_width: Length of a feature in that run; the memory does not include features.
+        budget_s: Seconds that all repetitions of a contender, at least one, may take together.
     """
 
     name: ClassVar[str] = "ranking"

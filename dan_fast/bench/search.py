@@ -89,11 +89,11 @@ class SearchBenchmark(Benchmark):
     """Build indexes of many features and search them, beside the exact search and the exact ranking.
 
     Args:
-        features: Images that are searched in.
-        width: Numbers of a feature.
-        queries: Queries that are searched for at a time.
-        contenders: Some of flat, hnsw, ivfpq and "exact ranking", with commas between, or all; flat is always there.
-        budget_s: Seconds that a contender's searches may take in all its repetitions, one at least.
+        features: Gallery images that are searched.
+        width: Length of a feature.
+        queries: Queries per search.
+        contenders: Some of flat, hnsw, ivfpq and "exact ranking", separated by commas, or all; flat is always included.
+        budget_s: Seconds that all repetitions of a contender's searches, at least one, may take together.
     """
 
     name: ClassVar[str] = "search"

@@ -36,16 +36,17 @@ class EpochBenchmark(Benchmark):
     """Time an epoch from JPEG files: a plain PyTorch loop, the same from the cache, and DAN as the trainer runs it.
 
     Args:
-        files: Height and width of the images, as files and in the network, with commas between.
-        backbone: Backbones, with commas between: torchvision ResNets, or timm:NAME.
-        recipe: Recipes of DAN, with commas between: paper, which Table VIII times, or dan, without instance norm as
+        files: Height and width of the images, as files and in the network, separated by commas.
+        backbone: Backbones, separated by commas: torchvision ResNets, or timm:NAME.
+        recipe: Recipes of DAN, separated by commas: paper, which Table VIII times, or dan, without instance norm like
             the plain loop.
-        order: Orders of the meta gradients, with commas between: 1, 2; for recipes that take meta steps.
-        images: Images of an epoch (Market-1501's training set: 12936); as many are drawn, or a few more.
-        iterations: Mini-batches that are measured, to which the epoch is extrapolated; 0: all of them.
-        batch: Images of a mini-batch (the paper: 64).
+        order: Orders of the meta gradients, separated by commas: 1, 2; for recipes that take meta steps.
+        images: Images per epoch (Market-1501's training set: 12936); that many are drawn, or a few more.
+        iterations: Mini-batches that are measured, from which the epoch is extrapolated; 0 measures all of them.
+        batch: Images per mini-batch (the paper: 64).
         workers: Processes of the plain DataLoader; by default as many as there are cores.
-        folder: Folder for images and cache, which are used again; by default one that is removed at the end.
+        folder: Folder for the images and the cache, which later runs use again; by default a folder that is removed at
+            the end.
     """
 
     name: ClassVar[str] = "epoch"

@@ -48,21 +48,21 @@ def row_of(contender: str, order: int | None, backbone: str, images: int, **figu
 
 @dataclass(kw_only=True)
 class IterationBenchmark(Benchmark):
-    """Time whole training iterations beside plain ResNet's, Table VIII, after checking the gradients.
+    """Time whole training iterations beside those of plain ResNet, Table VIII, after checking the gradients.
 
     Args:
         backbone: torchvision ResNet (the paper: resnet50).
         height: Rows of an image in pixels (the paper: 224).
         width: Columns of an image in pixels (the paper: 224).
-        images: Images of an iteration, S and S~ together (the paper: 64).
-        order: Orders of the meta gradients, with commas between: 1, 2.
-        contenders: Some of plain, literal and dan, with commas between; or all.
+        images: Images per iteration, S and S~ together (the paper: 64).
+        order: Orders of the meta gradients, separated by commas: 1, 2.
+        contenders: Some of plain, literal and dan, separated by commas; or all.
         precision: float32, or bfloat16 autocast for the network.
         labeled_slots: Slots of M, all of them filled (the paper: 9000).
         unlabeled_slots: Slots of M', all of them filled (the paper: 5500).
         classes: Persons of the classifier (Market-1501: 751).
-        budget_s: Seconds that a contender may take in all its repetitions; a literal iteration that would take longer
-            for a single one is left out.
+        budget_s: Seconds that all repetitions of a contender may take together; a literal iteration is left out if a
+            single repetition would take longer.
     """
 
     name: ClassVar[str] = "iteration"

@@ -59,23 +59,23 @@ def foresee(contender: Contender, size: Size, dtype: torch.dtype, device: torch.
 
 @dataclass(kw_only=True)
 class MemoryBenchmark(Benchmark):
-    """Time the ways to make a memory step side by side, after checking that they agree.
+    """Time the ways to compute a memory step side by side, after checking that they agree.
 
     Args:
-        slots_scale: Sizes as multiples of the slots, with commas between.
-        dtype: Types of keys and memories, with commas between: float32, bfloat16, float16, float64.
-        contenders: Some of literal_autograd, literal_in_place, score_space, score_space_compiled and kernels, with
-            commas between; or all.
-        steps: Steps of a module in a repetition, before what it left pending is written.
-        budget_s: Seconds that a pass of a contender may take in all its repetitions; one that would take longer for
-            a single one is left out.
+        slots_scale: Sizes as multiples of the slots, separated by commas.
+        dtype: Types of keys and memories, separated by commas: float32, bfloat16, float16, float64.
+        contenders: Some of literal_autograd, literal_in_place, score_space, score_space_compiled and kernels, separated
+            by commas; or all.
+        steps: Steps that a module takes in a repetition before its pending writes are made.
+        budget_s: Seconds that all repetitions of a contender's pass may take together; a pass is left out if a single
+            repetition would take longer.
         compile_budget_s: Seconds that torch.compile may take at one size and type; after a failure it is not tried
-            again. What was compiled is kept by PyTorch's cache for the next run.
+            again. PyTorch's cache keeps what was compiled for the next run.
         labeled_slots: Slots of M at scale 1 (the paper: 9000).
         unlabeled_slots: Slots of M' at scale 1 (the paper: 5500).
-        key_dim: Numbers of a key (the paper: 2045).
-        batch: Labelled samples a step, and as many unlabelled ones (the paper: 32).
-        products: How the kernels multiply float32 on a GPU, as memory.products of a training: float32 or tf32x3.
+        key_dim: Length of a key (the paper: 2045).
+        batch: Labelled samples per step, with as many unlabelled ones (the paper: 32).
+        products: How the kernels multiply float32 on a GPU, like memory.products of a training: float32 or tf32x3.
     """
 
     name: ClassVar[str] = "memory"
