@@ -38,15 +38,18 @@ _COMMANDS = {
     ),
     "synthesize": ("dan_fast.data.synthetic:synthesize", "Draw a synthetic pedestrian dataset of several domains."),
     "train": ("dan_fast.training:TrainConfig", "Train a Data Assimilation Network."),
-    "evaluate": ("dan_fast.commands.evaluate:evaluate", "CMC, mAP and mINP of a trained network on target sets."),
+    "evaluate": (
+        "dan_fast.commands.evaluate:evaluate",
+        "Compute CMC, mAP and mINP of a trained network on target sets.",
+    ),
     "share": (
         "dan_fast.commands.share:share",
         "Write a trained network as a folder of safetensors, JSON and a model card, or to the Hugging Face Hub.",
     ),
-    "extract": ("dan_fast.commands.extract:extract", "Write the features of images into a file, .npz or .parquet."),
+    "extract": ("dan_fast.commands.extract:extract", "Write the features of images to a .npz or .parquet file."),
     "search": (
         "dan_fast.commands.search:search",
-        "Find the images of a gallery that are nearest to others: an index, ranked lists and a page.",
+        "Find the gallery images that are nearest to query images: an index, ranked lists and a page.",
     ),
     "export": (
         "dan_fast.commands.export:export",
@@ -58,15 +61,15 @@ _COMMANDS = {
     ),
     "protocols": (
         "dan_fast.commands.protocols:list_protocols",
-        "List the named protocols: trained on, tested on, and what of it a folder lacks.",
+        "List the named protocols: what they train and test on, and which of these datasets a folder lacks.",
     ),
     "report": (
         "dan_fast.reporting.report:report",
-        "Lay trainings beside the paper's tables and figures: pictures and one HTML page.",
+        "Show trainings beside the paper's tables and figures: pictures and one HTML page.",
     ),
     "sweep": (
         "dan_fast.sweep.runner:sweep",
-        "Train a grid of settings, each in its own folder; go on where an earlier call stopped.",
+        "Train a grid of settings, each in its own folder; continue where an earlier call stopped.",
     ),
     "bench": (
         "dan_fast.bench:BENCHMARKS",
@@ -74,7 +77,7 @@ _COMMANDS = {
     ),
     "doctor": (
         "dan_fast.commands.doctor:print_report",
-        "What was built, which paths will run, and what to do about anything missing.",
+        "Show what was built, which paths will run, and what to do about anything missing.",
     ),
 }
 
@@ -207,7 +210,7 @@ def _parser(argv: Sequence[str], recipe: str | None = None) -> ArgumentParser:
 
 def _add_command(group: Any, name: str, summary: str) -> ArgumentParser:
     subparser = ArgumentParser(description=summary, exit_on_error=False, allow_abbrev=False)
-    subparser.add_argument("--config", action="config", help="YAML file with these settings; flags win over it.")
+    subparser.add_argument("--config", action="config", help="YAML file with these settings; flags override it.")
     group.add_subcommand(name, subparser, help=summary)
     return subparser
 
@@ -236,14 +239,14 @@ def _add_flags(parser: ArgumentParser, command: str, recipe: str | None) -> None
             parser.add_function_arguments(called, skip={"paths"})
         case "search":
             of_gallery = (
-                "Folders, files or patterns to search in, or datasets: of each its gallery, or all if it has none."
+                "Folders, files, patterns or datasets to search in; of a dataset its gallery, or all if it has none."
             )
-            of_queries = "Images to search for, given alike; of each dataset its queries, or all if it has none."
+            of_queries = "Images to search for, given in the same way; of a dataset its queries, or all if it has none."
             for name, what in (("gallery", of_gallery), ("query", of_queries)):
                 parser.add_argument(f"--{name}", nargs="+", required=True, type=str, metavar="PATH", help=what)
             parser.add_function_arguments(called, skip={"gallery", "query"})
         case "report":
-            of_trainings = "Folders of trainings, or folders of such folders, as a sweep's."
+            of_trainings = "Folders of trainings, or folders that contain such folders, as that of a sweep does."
             parser.add_argument("runs", nargs="+", help=of_trainings)
             parser.add_function_arguments(called, skip={"runs"})
         case "sweep":

@@ -26,8 +26,8 @@ def list_datasets(roots: Sequence[str], json: bool = False, extract: bool = Fals
     Args:
         roots: Folders to look in, or manifests.
         json: Print one JSON object instead of a table.
-        extract: First write the images of archives that hold them otherwise, CUHK03's cuhk-03.mat and
-            CUHK-SYSU's whole frames, as files beside them.
+        extract: First write the images that archives hold in another form, CUHK03's cuhk-03.mat and CUHK-SYSU's whole
+            frames, as files beside them.
 
     Raises:
         DanFastError: a folder that is absent or cannot be read, or an archive that cannot be extracted.

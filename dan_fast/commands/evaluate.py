@@ -65,34 +65,34 @@ def evaluate(
     cache_check: CacheCheck = "quick",
     out: str | None = None,
 ) -> None:
-    """Print CMC, mAP and mINP of a trained network on target sets: a table at the end, each line of it before that.
+    """Print CMC, mAP and mINP of a trained network on target sets, line by line and at the end as a table.
 
-    Together with the other ranks where torchrun has started several: the figures are those of one.
+    Where torchrun has started several ranks, they evaluate together; the figures are those of a single rank.
 
     Args:
         checkpoint: The checkpoint.pt of a run, its chosen.pt, or a folder that `dan-fast share` wrote.
-        targets: Folders or manifests with query and gallery images, or with test images, which are split by a known
-            dataset's fixed splits, else at random.
-        protocol: In place of these, a protocol of the literature by its name, such as p1, for its targets.
-        root: Folder in which the protocol's targets lie, up to two levels deep.
-        baselines: Also evaluate the network as it was before training, and random features (chance). Not of a shared
-            folder whose training started from a file of weights, which it does not hold, nor where that file has
+        targets: Folders or manifests with query and gallery images, or with test images. Test images are split by the
+            fixed splits of a known dataset, or else at random.
+        protocol: Name of a protocol of the literature, such as p1, in place of targets.
+        root: Folder that contains the protocol's targets, up to two levels deep.
+        baselines: Also evaluate the network as it was before training, and random features (chance). Not possible for a
+            shared folder whose training started from a file of weights, which it does not contain, or if that file has
             changed since.
-        repeats: Random splits of a target that has no fixed ones; mean and standard deviation are printed.
+        repeats: Number of random splits of a target that has no fixed ones; mean and standard deviation are printed.
         seed: Seed of the random splits and of the random features of --baselines.
         metric: How features are compared.
-        ap: standard takes the mean precision at each true match, trapezoid is the old MATLAB code's.
+        ap: standard takes the mean of the precision at each true match, trapezoid is the rule of the old MATLAB code.
         rerank: Re-rank by k-reciprocal encoding (Zhong et al. 2017; k1 20, k2 6, lambda 0.3); the results say so.
         batch_size: Images at a time.
         workers: Processes that decode images; 0 decodes in this one.
         device: auto takes the GPU where there is one; or cpu, cuda, cuda:1.
-        precision: float32, in which trainings of any precision evaluate, or bfloat16 autocast.
+        precision: float32, which trainings of any precision use to evaluate, or bfloat16 autocast.
         broken_images: Stop with an error at an image that cannot be decoded, or skip and count it.
-        cache: Folder for decoded images, for the next evaluation; user is dan-fast in the user's cache folder, none
-            decodes images each time.
-        cache_check: quick compares sizes and modification times of the images, full all contents.
-        out: Also write the figures into this JSON file, new or of an earlier evaluation; in the folder of its run a
-            report shows them.
+        cache: Folder that keeps decoded images for the next evaluation; user is dan-fast in the user's cache folder,
+            none decodes images each time.
+        cache_check: quick compares the sizes and modification times of the images, full compares all contents.
+        out: Also write the figures to this JSON file, which is new or from an earlier evaluation. If it lies in the
+            folder of its run, a report shows them.
     """
     if seed >= 2**64:
         raise DanFastError(f"The seed is {seed}: it must be below 2^64.")

@@ -32,12 +32,13 @@ def export(
     Args:
         checkpoint: The checkpoint.pt of a run, its chosen.pt, or a folder that `dan-fast share` wrote.
         out: The file to write.
-        format: onnx for ONNX Runtime and what else reads ONNX, or pt2, which torch.export.load reads.
-        input: What the file takes, RGB at the network's size: uint8, normalised inside, or normalized, float32 that the
-            caller has normalised.
-        precision: float32; float16, half the size; or int8 (onnx alone), a quarter to a third, with inner
+        format: onnx, for ONNX Runtime and other readers of ONNX, or pt2, which torch.export.load reads.
+        input: The input of the file, RGB at the network's size: uint8, which the file normalises, or normalized,
+            float32 that the caller has normalised.
+        precision: float32; float16, half the size; or int8 (onnx only), a quarter to a third of the size, with inner
             values rounded in each batch.
-        images: Images, folders of images or datasets, to compare the file and the network on; random ones by default.
+        images: Images, folders of images or datasets on which to compare the file with the network; random images by
+            default.
     """
     if format == "pt2" and precision == "int8":
         raise DanFastError("--precision int8 is made by ONNX Runtime: use --format onnx, or another precision.")

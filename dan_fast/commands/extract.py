@@ -22,18 +22,18 @@ def extract(
     device: str = "auto",
     broken_images: BrokenImages = "error",
 ) -> None:
-    """Write the features of images into a file; the same command again goes on where it was stopped.
+    """Write the features of images to a file; the same command again continues where it was stopped.
 
     The file has a row for each image: features, of length 1; paths; pids and camids, -1 where they are unknown; splits;
     datasets, within which pids name persons; and weights, which tell networks apart. The features are those that
-    `dan-fast evaluate` ranks, to the last bit on a CPU, where batch_size is the same.
+    `dan-fast evaluate` ranks; on a CPU and with the same batch_size they are equal to the last bit.
 
     Args:
         paths: Folders, files or patterns such as 'frames/**/*.jpg', and datasets or manifests, whose identities,
             cameras and splits are written too.
         checkpoint: The checkpoint.pt of a run, its chosen.pt, or a folder that `dan-fast share` wrote.
-        out: The file, .npz or .parquet, which appears when everything is done; until then FILE.part beside it holds
-            what is done.
+        out: The .npz or .parquet file. It appears when everything is done; until then, FILE.part beside it holds what
+            is done.
         batch_size: Images at a time.
         workers: Processes that decode images; 0 decodes in this one.
         device: auto takes the GPU where there is one; or cpu, cuda, cuda:1.

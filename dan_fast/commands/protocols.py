@@ -11,10 +11,10 @@ from dan_fast.data.named_protocols import PROTOCOLS, Part, Protocol, Shelf
 
 
 def list_protocols(root: str | None = None, json: bool = False) -> None:
-    """Print the named protocols: what they train on and test on, and what of it is missing in a folder.
+    """Print the named protocols: what they train and test on, and which of these datasets a folder lacks.
 
     Args:
-        root: Folder to look for the datasets in, two levels deep; by default none is looked for.
+        root: Folder in which to look for the datasets, two levels deep; by default no dataset is looked for.
         json: Print one JSON object instead of a table.
 
     Raises:

@@ -52,8 +52,8 @@ def quickstart(
         identities: Persons in each domain.
         seed: Seed of images, weights and batches.
         workers: Processes that decode images; 0 decodes in this one.
-        recipe: Settings of the method by a name: dan, paper or plain, as for `dan-fast train`. The settings that a
-            small network and a short training need are changed on top, and the results list them.
+        recipe: Named settings of the method: dan, paper or plain, as for `dan-fast train`. The settings that a small
+            network and a short training need are changed on top of it, and the results list them.
 
     Raises:
         DanFastError: there is no such recipe, or `out` holds a quickstart with other settings.

@@ -38,18 +38,18 @@ def search(
 ) -> None:
     """Find the gallery images nearest to each query, with an index that is kept and extended.
 
-    OUT/index holds the index: the same command again embeds only images of the gallery that are new or have changed,
-    and finds none that it no longer holds. OUT/ranked.json has the lists, OUT/index.html shows them, with what the
+    OUT/index holds the index. The same command again embeds only gallery images that are new or have changed, and does
+    not find images that have left the gallery. OUT/ranked.json has the lists; OUT/index.html shows them, with what the
     network attends to. A query's own file is left out of its list.
 
     Args:
-        gallery: Folders, files or patterns to search in, or datasets, of each its gallery, or all where it has none.
-        query: Images to search for, given alike; of each dataset its queries, or all where it has none.
+        gallery: Folders, files, patterns or datasets to search in; of a dataset its gallery, or all if it has none.
+        query: Images to search for, given in the same way; of a dataset its queries, or all if it has none.
         checkpoint: The checkpoint.pt of a run, its chosen.pt, or a folder that `dan-fast share` wrote.
         out: Folder for the index, the lists and the page.
-        index: flat compares all features; hnsw, a graph, and ivfpq, codes in cells, compare few of millions, and what
-            they miss is measured.
-        top: Images in a list.
+        index: flat compares all features; hnsw (a graph) and ivfpq (codes in cells) compare few of millions, and the
+            command measures what they miss.
+        top: Images in each list.
         batch_size: Images at a time.
         workers: Processes that decode images; 0 decodes in this one.
         device: auto takes the GPU where there is one; or cpu, cuda, cuda:1.

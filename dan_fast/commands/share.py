@@ -12,15 +12,15 @@ def share(checkpoint: str, out: str, push: str | None = None) -> None:
 
     Args:
         checkpoint: The checkpoint.pt of a run, or its chosen.pt; the figures come from results.json beside it.
-        out: Folder to write: model.safetensors, config.json and README.md, a model card; new, empty, or written so
-            before.
-        push: Also write the three files into this repository of the Hugging Face Hub, such as user/name, as whom
-            `hf auth login` says. One that does not exist is made, for everybody to see: make a private one first
-            if it shall not be.
+        out: Folder for model.safetensors, config.json and README.md, a model card. It must be new, empty, or written
+            this way before.
+        push: Also write the three files to this repository of the Hugging Face Hub, such as user/name, with the account
+            of `hf auth login`. A repository that does not exist is created and is public: to keep it private, create a
+            private one first.
 
     Raises:
-        DanFastError: the checkpoint or results.json cannot be read, the folder not be written, or the Hub does not
-            take it.
+        DanFastError: the checkpoint or results.json cannot be read, the folder cannot be written, or the Hub does not
+            accept it.
     """
     if push is not None:
         hub_mixin("--push")

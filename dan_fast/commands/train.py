@@ -17,7 +17,7 @@ from dan_fast.training.determinism import prepare_cublas
 def train(config: TrainConfig) -> None:
     """Train to the last epoch, evaluate on the targets and write the results into the folder of the run.
 
-    Together with the other ranks where torchrun has started several.
+    Where torchrun has started several ranks, they train together.
     """
     device = resolve_device(config.run.device)
     if config.run.deterministic and device.type == "cuda":

@@ -36,14 +36,14 @@ def report(
     images: NonNegativeInt = 8,
     seed: NonNegativeInt = 0,
 ) -> Path:
-    """Lay trainings beside the paper's Tables IV-VI and IX and Figs. 5(b) to 10, in one page with pictures.
+    """Show trainings beside the paper's Tables IV-VI and IX and Figs. 5(b) to 10, on one page with pictures.
 
     The page lists what a training lacks.
 
     Args:
         runs: Folders of trainings, or folders of such folders.
         out: Folder for the page, index.html, and its pictures.
-        images: Images under heat maps, of each training's first target; 0 leaves images of persons out.
+        images: Number of images with heat maps, from the first target of each training; 0 leaves out images of persons.
         seed: Seed of t-SNE.
 
     Returns:

@@ -56,26 +56,26 @@ def sweep(
     recipe: str | None = None,
     parallel: PositiveInt = 1,
 ) -> None:
-    """Train once for each combination of a grid's settings; the same command again goes on where it stopped.
+    """Train once for each combination of a grid's settings; the same command again continues where it stopped.
 
-    Each training is a process of its own with a folder named by its settings. Finished ones are skipped, one
-    that was interrupted goes on from its checkpoint, and one that fails is recorded in sweep.json while the
-    others go on; it is tried again the next time. results.csv has a row for each target of each training. A grid with
-    seeds or arms ends in a comparison: comparison.md, comparison.json and tables on the terminal and in the report.
+    Each training is a process of its own with a folder named by its settings. Finished trainings are skipped, an
+    interrupted one continues from its checkpoint, and one that fails is recorded in sweep.json while the others
+    continue; it is tried again the next time. results.csv has a row for each target of each training. A grid with seeds
+    or arms ends in a comparison: comparison.md, comparison.json and tables on the terminal and in the report.
 
     Args:
-        grid: YAML file with `grids`, a list of mappings of dotted settings to lists of values, or with `arms`, a
-            mapping of names to dotted settings; `seeds`, a list, trains each once a seed, and `baseline` names what
-            the others are compared with. Or fig6, fig7, fig8 or table9 for those of the paper, or recipes, for plain,
-            paper and dan with three seeds each.
-        base: YAML file with the settings that all trainings share, as for `dan-fast train --config`; without it the
+        grid: YAML file with `grids`, a list of mappings from dotted settings to lists of values, or with `arms`, a
+            mapping from names to dotted settings. `seeds`, a list, trains each once per seed, and `baseline` names what
+            the others are compared with. Or the name of a grid: fig6, fig7, fig8 or table9 for those of the paper, or
+            recipes for plain, paper and dan with three seeds each.
+        base: YAML file with the settings that all trainings share, as for `dan-fast train --config`; by default the
             grid's own base.
         out: Folder of the trainings, of sweep.json and of the report.
         report: Write a report on the trainings at the end.
         list: Only show what would run, and what is finished.
         recipe: Recipe of all trainings whose own settings name none, as for `dan-fast train`; without it that of the
             base, or else the grid's, or else dan.
-        parallel: Trainings at a time. Several share the cores: each gets an equal number of threads.
+        parallel: Number of trainings that run at a time. They share the cores: each gets an equal number of threads.
 
     Raises:
         DanFastError: the grid cannot be read; a folder holds a training with other settings; another sweep is at

@@ -39,22 +39,21 @@ def synthesize(
     """Make images of drawn pedestrians in several domains, each a folder with a CSV manifest.
 
     Writes ``<root>/<domain>/images/*.jpg`` and ``<root>/<domain>/manifest.csv`` with the columns
-    ``path,pid,camid,split``: path relative to the manifest, person ids that no two domains share, cameras
-    from 1, split ``train``, ``query`` or ``gallery``. Of each test identity the first image of each camera
-    is a query and the others are gallery, so every query has a match from another camera. An image depends
-    on the seed, its domain, identity, camera, index and size only: asking for more of anything keeps those
-    already there.
+    ``path,pid,camid,split``: path relative to the manifest, person ids that no two domains share, cameras from 1, split
+    ``train``, ``query`` or ``gallery``. The first image of each test identity from each camera is a query and the
+    others are gallery, so every query has a match from another camera. An image depends only on the seed, its domain,
+    identity, camera, index and size: asking for more of anything keeps the images that are already there.
 
     Args:
-        root: Folder to write into; must be new, empty or an earlier synthesis, whose domains of the same
-            name are replaced once the new ones are whole.
+        root: Folder to write to. It must be new, empty or an earlier synthesis, whose domains of the same name are
+            replaced once the new ones are complete.
         domains: Names of the domains to make.
         identities: Number of persons in each domain.
         cameras: Number of cameras in each domain, at least 2 where there are test identities.
         images_per_camera: Images of each person by each camera, at least 2 where there are test identities.
         image_size: Height and width of the images in pixels, at least 32 and 16.
         seed: Seed of everything drawn; 0 or larger.
-        test_fraction: Share of each domain's identities, the last ones, kept for query and gallery.
+        test_fraction: Share of each domain's identities, the last ones, that is kept for query and gallery.
         progress: Called with (images done, images in all) after each image.
 
     Returns:
