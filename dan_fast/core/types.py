@@ -93,7 +93,7 @@ class MemoryBatch(NamedTuple):
 
 
 class Gates(NamedTuple):
-    """How strongly a memory step writes and forgets: what follows the batch in the arguments of `memory_step`.
+    """How strongly a memory step writes and forgets: the arguments of `memory_step` that follow the batch.
 
     Attributes:
         alpha: () raw write gate of M, Eq. (8).
@@ -209,7 +209,7 @@ class AdversaryOutput(NamedTuple):
 
 
 class AttentionHeadOutput(NamedTuple):
-    """What the training loss needs of the last map.
+    """What the training loss needs from the last map.
 
     Attributes:
         attended: (B, C), the spatial mean of X''.

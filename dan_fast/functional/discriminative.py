@@ -21,22 +21,23 @@ _FAR = 80.0
 def discriminative_loss(keys: Tensor, labels: Tensor, slots: Tensor, slot_labels: Tensor, temperature: float) -> Tensor:
     """-log(P / (P + N)) of Eq. (15) for keys whose label is known, at a temperature.
 
-    P is the mean of exp(cos(k, m) / temperature) over the slots of the key's label, N its sum over all other occupied
-    slots: unlike a softmax over the slots, a person does not gain by the number of its own.
+    P is the mean of exp(cos(k, m) / temperature) over the slots of the key's label, and N its sum over all other
+    occupied slots. Unlike in a softmax over the slots, a person does not gain from having more slots.
 
-    The same as `dan_fast.reference.discriminative_loss` for the whole batch, in one read of the slots; differentiable
-    any number of times in keys and slots, whatever autocast says in the dtype of statistics.
+    Gives the same as `dan_fast.reference.discriminative_loss` for the whole batch and reads the slots once. It is
+    differentiable any number of times in keys and slots and, even under autocast, computes in the dtype of statistics.
 
     Args:
         keys: (B, d) floating; under autocast they get the dtype of the slots.
         labels: (B,) int64, the label of each key; -1 where it is unknown.
         slots: (s, d), features of the memory, dtype and device of `keys`.
-        slot_labels: (s,) int64, its labels; -1 is an empty slot, which takes no part whatever finite numbers it holds.
+        slot_labels: (s,) int64, the labels of the slots; -1 is an empty slot, which takes no part whatever finite
+            numbers it holds.
         temperature: positive; divides the cosines. A () tensor that requires grad gets a gradient.
 
     Returns:
-        (B,), float32 for half-precision keys, else their dtype; 0, as is its gradient, where the label is unknown or
-        the memory holds no slot of it.
+        (B,), float32 for half-precision keys, else their dtype. Where the label is unknown or the memory holds no slot
+        of it, the loss and its gradient are 0.
 
     Raises:
         TypeError, ValueError: a dtype, shape or device does not fit, or the temperature is not positive.

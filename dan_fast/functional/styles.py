@@ -12,12 +12,13 @@ from dan_fast.reference.styles import EPSILON
 def mix_styles(features: Tensor, partners: Tensor, share: Tensor) -> Tensor:
     """Give each map the channel means and deviations between its own and its partner's (MixStyle).
 
-    The same as `dan_fast.reference.mix_styles`, which has the equations, as one scale and one shift of each channel.
+    Gives the same as `dan_fast.reference.mix_styles`, which has the equations, by one scale and one shift of each
+    channel.
 
     Args:
         features: (B, C, H, W) floating, an early map, of two positions or more.
-        partners: (B,) int64, whose style each map takes a part of. One out of range raises on the CPU; elsewhere, where
-            looking would wait for the device, indexing does what it does there.
+        partners: (B,) int64, the map whose style each map takes a part of. A partner out of range raises on the CPU; on
+            other devices, where the check would wait for the device, indexing does what it does there.
         share: (B,) floating, how much of its own style a map keeps; 1 leaves it as it is.
 
     Returns:

@@ -98,7 +98,7 @@ def attention_adversary(features: Tensor, refined: Tensor, cam_weight: Tensor, l
 
 
 def attention_head(features: Tensor, weights: NLCBAMWeights, cam_weight: Tensor, labels: Tensor) -> AttentionHeadOutput:
-    """All that the training loss needs of the last map: both pooled features and L_aad, Eqs. (2)-(4).
+    """All that the training loss needs from the last map: both pooled features and L_aad, Eqs. (2)-(4).
 
     Args:
         features: (B, C, H, W) floating, X.

@@ -18,7 +18,7 @@ def attention_variant(features: Tensor, weights: AttentionVariantWeights) -> NLC
 
     Args:
         features: (B, C, H, W) floating, the last map X of the backbone.
-        weights: those of the parts that take part, of the dtype and device of `features`.
+        weights: the weights of the parts that are used, of the dtype and device of `features`.
 
     Returns:
         `NLCBAMOutput(refined (B, C, H, W), channel_attention (B, C), spatial_attention (B, HW))`,
@@ -45,7 +45,7 @@ def attention_variant_head(
 
     Args:
         features: (B, C, H, W) floating, X.
-        weights: those of the parts of the attention that take part.
+        weights: the weights of the parts of the attention that are used.
         cam_weight: (c, C), the weights of the classifier.
         labels: (B,) int64, the class of each sample, -1 where it is unknown.
 

@@ -20,12 +20,12 @@ def discriminative_loss(keys: Tensor, labels: Tensor, slots: Tensor, slot_labels
         keys: (B, d) floating.
         labels: (B,) int64, the label of each key; -1 where it is unknown.
         slots: (s, d), features of the memory, dtype and device of `keys`.
-        slot_labels: (s,) int64, its labels; -1 is an empty slot, which takes no part.
+        slot_labels: (s,) int64, the labels of the slots; -1 is an empty slot, which takes no part.
         temperature: positive.
 
     Returns:
-        (B,), float32 for half-precision keys, else their dtype; 0, as is its gradient, where the label is unknown or
-        the memory holds no slot of it.
+        (B,), float32 for half-precision keys, else their dtype. Where the label is unknown or the memory holds no slot
+        of it, the loss and its gradient are 0.
 
     Raises:
         TypeError, ValueError: a dtype, shape or device does not fit, or the temperature is not positive.

@@ -172,10 +172,9 @@ def memory_step(
 ) -> MemoryStep:
     """One mini-batch through the progressive augmentation memory, Eqs. (5)-(16).
 
-    All labelled samples are written to M in batch order; then each unlabelled one, in batch order, gets a
-    pseudo label from M, drives false samples out of M' and is written there. Pure: no argument is changed.
-    Gradients of the loss reach keys, unlabeled_keys, alpha, alpha_unlabeled and beta; the incoming states are
-    constants.
+    All labelled samples are written to M in batch order; then each unlabelled one, in batch order, gets a pseudo label
+    from M, drives false samples out of M' and is written there. The function is pure: it changes no argument. Gradients
+    of the loss reach keys, unlabeled_keys, alpha, alpha_unlabeled and beta; the incoming states are constants.
 
     Args:
         labeled: M, s1 slots of d numbers.
@@ -191,9 +190,9 @@ def memory_step(
         decay_unlabeled: kappa2 of Eq. (12), in [0, 1].
 
     Returns:
-        `MemoryStep`: L_lde as the mean over the unlabelled samples that were not skipped (0 if there is
-        none), the pseudo labels (-1 where M is wholly empty: skipped), and both new states, detached. Of
-        half-precision memories everything but the features is computed in float32, the loss included.
+        `MemoryStep`: L_lde as the mean over the unlabelled samples that were not skipped (0 if there is none), the
+        pseudo labels (-1 where M is wholly empty: skipped), and both new states, detached. For half-precision memories,
+        everything but the features is computed in float32, including the loss.
 
     Raises:
         TypeError: a wrong type or dtype.

@@ -20,7 +20,7 @@ def mix_styles(features: Tensor, partners: Tensor, share: Tensor) -> Tensor:
 
     Args:
         features: (B, C, H, W) floating, an early map, of two positions or more.
-        partners: (B,) int64, whose style each map takes a part of.
+        partners: (B,) int64, the map whose style each map takes a part of.
         share: (B,) floating, how much of its own style a map keeps; 1 leaves it as it is.
 
     Returns:

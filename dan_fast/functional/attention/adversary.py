@@ -19,9 +19,9 @@ def attention_adversary(features: Tensor, refined: Tensor, cam_weight: Tensor, l
         features: (B, C, H, W) floating, X.
         refined: (B, C, H, W), X'' = X * A_C * A_S.
         cam_weight: (c, C), the weights of the classifier.
-        labels: (B,) int64, the class of each sample, -1 where it is unknown. A label that is neither raises
-            on the CPU; on a GPU, under `torch.compile` and under `torch.vmap`, where looking would wait or is refused,
-            its loss is NaN.
+        labels: (B,) int64, the class of each sample, -1 where it is unknown. Any other label raises on the CPU; on a
+            GPU, under `torch.compile` and under `torch.vmap`, where the check would wait or is refused, its loss is
+            NaN.
 
     Returns:
         `AdversaryOutput(loss (B,), refined_map (B, HW), adversary_map (B, HW))`. Where the label is -1 the

@@ -20,7 +20,7 @@ _RESULTS = len(AttentionHeadOutput._fields)
 
 
 def attention_head(features: Tensor, weights: NLCBAMWeights, cam_weight: Tensor, labels: Tensor) -> AttentionHeadOutput:
-    """All that the training loss needs of the last map, Eqs. (2)-(4), without forming X''.
+    """All that the training loss needs from the last map, Eqs. (2)-(4), without forming X''.
 
     attended_c = A_C,c * mean over p of X_cp A_S,p, and the channel mean of X'' is that of X' times A_S.
 
@@ -28,9 +28,9 @@ def attention_head(features: Tensor, weights: NLCBAMWeights, cam_weight: Tensor,
         features: (B, C, H, W) floating, X, in any memory layout.
         weights: the six matrices of NL-CBAM.
         cam_weight: (c, C), the weights of the classifier.
-        labels: (B,) int64, the class of each sample, -1 where it is unknown. A label that is neither raises
-            on the CPU; on a GPU, under `torch.compile` and under `torch.vmap`, where looking would wait or is refused,
-            its loss is NaN.
+        labels: (B,) int64, the class of each sample, -1 where it is unknown. Any other label raises on the CPU; on a
+            GPU, under `torch.compile` and under `torch.vmap`, where the check would wait or is refused, its loss is
+            NaN.
 
     Returns:
         `AttentionHeadOutput(attended (B, C), pooled (B, C), channel_attention (B, C),

@@ -28,7 +28,7 @@ def attention_variant(features: Tensor, weights: AttentionVariantWeights) -> NLC
 
     Args:
         features: (B, C, H, W) floating, the last map X of the backbone, in any memory layout.
-        weights: those of the parts that take part, of the dtype and device of `features`.
+        weights: the weights of the parts that are used, of the dtype and device of `features`.
 
     Returns:
         `NLCBAMOutput(refined (B, C, H, W), channel_attention (B, C), spatial_attention (B, HW))`,
@@ -61,11 +61,11 @@ def attention_variant_head(
 
     Args:
         features: (B, C, H, W) floating, X, in any memory layout.
-        weights: those of the parts of the attention that take part.
+        weights: the weights of the parts of the attention that are used.
         cam_weight: (c, C), the weights of the classifier.
-        labels: (B,) int64, the class of each sample, -1 where it is unknown. A label that is neither raises
-            on the CPU; on a GPU, under `torch.compile` and under `torch.vmap`, where looking would wait or is refused,
-            its loss is NaN.
+        labels: (B,) int64, the class of each sample, -1 where it is unknown. Any other label raises on the CPU; on a
+            GPU, under `torch.compile` and under `torch.vmap`, where the check would wait or is refused, its loss is
+            NaN.
 
     Returns:
         `AttentionHeadOutput(attended (B, C), pooled (B, C), channel_attention (B, C),

@@ -16,8 +16,9 @@ from dan_fast.functional.registration import Context, Grads, KernelBackward, Sav
 def cosine_softmax(keys: Tensor, slots: Tensor, occupied: Tensor | None = None) -> Tensor:
     """Attention of keys over memory slots by cosine similarity, Eqs. (7) and (11).
 
-    The same as `dan_fast.reference.cosine_softmax`, in one read of the slots; differentiable any number of times in
-    keys and slots, whatever autocast says in the dtype of statistics, and traced whole by `torch.compile`.
+    Gives the same as `dan_fast.reference.cosine_softmax` and reads the slots once. It is differentiable any number of
+    times in keys and slots, computes in the dtype of statistics even under autocast, and is traced whole by
+    `torch.compile`.
 
     Args:
         keys: (B, d) floating; under autocast they get the dtype of the slots.
@@ -25,10 +26,9 @@ def cosine_softmax(keys: Tensor, slots: Tensor, occupied: Tensor | None = None) 
         occupied: (s,) bool; empty slots get weight 0. None: every slot is occupied.
 
     Returns:
-        (B, s), float32 for half-precision keys, else the dtype of `keys`. A row is 0 if no slot is occupied. On a
-        GPU, in a compiled function and under `torch.vmap`, where looking at a key would wait for the device, break the
-        graph or be refused, the row of a key that is not finite, or whose squared norm is not, has weight NaN in every
-        occupied slot.
+        (B, s), float32 for half-precision keys, else the dtype of `keys`. A row is 0 if no slot is occupied. On a GPU,
+        in a compiled function and under `torch.vmap`, where checking a key would wait for the device, break the graph
+        or be refused, a key that is not finite, or whose squared norm is not, gets weight NaN in every occupied slot.
 
     Raises:
         TypeError, ValueError: a dtype, shape or device does not fit, or, on the CPU, a key is not finite.

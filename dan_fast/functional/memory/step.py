@@ -39,14 +39,14 @@ def memory_step(
 ) -> MemoryStep:
     """One mini-batch through the progressive augmentation memory, Eqs. (5)-(16).
 
-    All labelled samples are written to M in batch order; then each unlabelled one, in batch order, gets a
-    pseudo label from M, drives false samples out of M' and is written there. Pure: no argument is changed.
-    Gradients of the loss reach keys, unlabeled_keys, alpha, alpha_unlabeled and beta; the incoming states are
-    constants. The same as `dan_fast.reference.memory_step`, without touching the (s, d) memories between the
-    first sample and the last.
+    All labelled samples are written to M in batch order; then each unlabelled one, in batch order, gets a pseudo label
+    from M, drives false samples out of M' and is written there. The function is pure: it changes no argument. Gradients
+    of the loss reach keys, unlabeled_keys, alpha, alpha_unlabeled and beta; the incoming states are constants. It gives
+    the same as `dan_fast.reference.memory_step`, without touching the (s, d) memories between the first sample and the
+    last.
 
     Args:
-        labeled: M, s1 slots of d numbers; finite, as those of M', which is not looked at.
+        labeled: M, s1 slots of d numbers. They must be finite, as must those of M'; this is not checked.
         unlabeled: M', s2 slots of d numbers.
         keys: (B, d), dtype and device of the memories.
         labels: (B,) int64, not negative.
@@ -59,11 +59,11 @@ def memory_step(
         decay_unlabeled: kappa2 of Eq. (12), in [0, 1].
 
     Returns:
-        `MemoryStep`: L_lde as the mean over the unlabelled samples that were not skipped (0 if there is
-        none), the pseudo labels (-1 where M is wholly empty: skipped), and both new states, detached. Of
-        half-precision memories everything but the features is computed in float32, the loss included. On a
-        GPU and in a compiled function, where looking at the values of tensors would wait for the device or break
-        the graph, bad ones give the loss NaN, pseudo labels -1 and both states as they came in.
+        `MemoryStep`: L_lde as the mean over the unlabelled samples that were not skipped (0 if there is none), the
+        pseudo labels (-1 where M is wholly empty: skipped), and both new states, detached. For half-precision memories,
+        everything but the features is computed in float32, including the loss. On a GPU and in a compiled function,
+        where checking the values of tensors would wait for the device or break the graph, bad values give the loss NaN,
+        pseudo labels -1 and both states as they came in.
 
     Raises:
         TypeError: a wrong type or dtype.
