@@ -27,11 +27,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 
 class NLCBAM(nn.Module):
-    """Channel attention, then non-local spatial attention, Eqs. (2)-(3); or what Fig. 6 puts in its place.
+    """Channel attention, then non-local spatial attention, Eqs. (2)-(3); or a variant of Fig. 6 in its place.
 
-    The weights start as `nn.Linear` and `nn.Conv2d` start their own, uniform within 1 / sqrt(inputs) around 0;
-    then each unit of a bottleneck, a row of wc1, ws1 or ws3, takes the sign that makes its sum positive. There
-    are no biases.
+    The weights are initialised as those of `nn.Linear` and `nn.Conv2d` are, uniform within 1 / sqrt(inputs) around 0;
+    then each unit of a bottleneck, a row of wc1, ws1 or ws3, is given the sign that makes its sum positive. There are
+    no biases.
 
     Args:
         channels: C of the map.
@@ -88,7 +88,7 @@ class NLCBAM(nn.Module):
         return attention(features, self.weights)
 
     def head(self, features: Tensor, cam_weight: Tensor, labels: Tensor) -> AttentionHeadOutput:
-        """`attention_head` with this attention: all that the training loss needs of the map, see there."""
+        """`attention_head` with this attention: all that the training loss needs from the map, see there."""
         self._require_its_size(features)
         head = attention_head if self.variant == "nl_cbam" else attention_variant_head
         return head(features, self.weights, cam_weight, labels)

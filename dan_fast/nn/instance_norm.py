@@ -9,17 +9,17 @@ from dan_fast.core.errors import DanFastError
 
 
 class HalfInstanceNorm(nn.Module):
-    """A batch norm of which the first half of the channels is normalised image by image, in training and evaluation.
+    """A batch norm that normalises the first half of its channels image by image, in training and evaluation.
 
-    Weight and bias stay those of the batch norm, pretrained ones too. IBN-a of Pan et al., "Two at Once: Enhancing
-    Learning and Generalization Capacities via IBN-Net", ECCV 2018.
+    Weight and bias stay those of the batch norm, including pretrained ones. This is IBN-a of Pan et al., "Two at Once:
+    Enhancing Learning and Generalization Capacities via IBN-Net", ECCV 2018.
 
     Args:
-        norm: whose place it takes; an activation inside, as timm's have, is kept.
+        norm: the batch norm that it replaces; an activation inside it, as timm's have, is kept.
 
     Raises:
-        ValueError: no batch norm with a weight and a bias, or one whose activation has numbers of its own for each
-            channel, as `nn.PReLU(C)`.
+        ValueError: it is not a batch norm with a weight and a bias, or its activation has numbers of its own for each
+            channel, like `nn.PReLU(C)`.
 
     Example:
         >>> norm = HalfInstanceNorm(nn.BatchNorm2d(4)).eval()

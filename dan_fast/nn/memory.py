@@ -40,15 +40,15 @@ class ProgressiveAugmentedMemory(nn.Module):
 
     New features wait beside the memories until the pass that scores the next batch folds them in (later, 128 at most,
     where a graph or an earlier step needs the memory as it was), or `labeled`, `unlabeled`, `state_dict` or a step's
-    states are read. Results depend on it by rounding alone; `reliable_samples` and `occupied_slots` read no features.
+    states are read. This changes results by rounding only; `reliable_samples` and `occupied_slots` read no features.
     The tensors read are a snapshot: assign a new state instead of changing them in place.
 
     The memories are in the state dict (`labeled.features`, ... `unlabeled.sample_ids`) and follow `.to()`; a
-    `copy.deepcopy` has memories of its own. They are no buffers, and what knows parameters and buffers alone does not
-    carry them:
+    `copy.deepcopy` has memories of its own. They are not buffers, and code that knows only parameters and buffers does
+    not carry them:
 
     - `DistributedDataParallel` keeps gates equal, not memories: each process would write its own rows. Forward refuses
-      it beyond one process. Call the memory outside of the wrapped module, with `process_group` and each process's own
+      it beyond one process. Call the memory outside the wrapped module, with `process_group` and each process's own
       rows. The same holds for FSDP and other wrappers, but forward cannot detect them.
     - `DataParallel` hands every device a copy and throws it away; forward refuses it. Wrap the backbone alone.
     - `AveragedModel` averages the gates of a copy whose memories stay what they were when it was made; forward refuses
@@ -59,14 +59,14 @@ class ProgressiveAugmentedMemory(nn.Module):
       what makes the keys. `labeled_loss` may be computed again as long as nothing has been written in between.
 
     With `process_group` the slots are divided over its ranks, each of which keeps the features of its share and hands
-    in its own rows; rows of a batch may be divided in any way, none for some. The batch is rank 0's labelled rows,
-    rank 1's, ..., then the unlabelled ones likewise. The loss is the whole batch's, the same on every rank and counted
-    once: its gradient in a rank's own rows is that of the whole loss, and so are the gates' gradients, equal on all
-    ranks. So sum, not average, over the ranks the gradients of what made the rows, and leave the gates' as they are.
+    in its own rows; rows of a batch may be divided in any way, and a rank may have none. The batch is rank 0's labelled
+    rows, rank 1's, ..., then the unlabelled ones likewise. The loss is the whole batch's, the same on every rank and
+    counted once: its gradient in a rank's own rows is that of the whole loss, and so are the gates' gradients, equal on
+    all ranks. So sum (do not average) over ranks the gradients of what made the rows, and leave the gates' as they are.
     Second derivatives follow the same rule. Where kernels run on CPUs, the memory is bit for bit that of a single rank;
     on GPUs up to rounding, because a single rank whose state was read writes the next keys in a pass of their own.
-    Forward, backward through it, `labeled`, `unlabeled`, `state_dict` and a step's states are collective: all ranks
-    call them in one order. Assigning and loading states, `reliable_samples`, `occupied_slots` and `settle` are not.
+    Forward, backward through it, `labeled`, `unlabeled`, `state_dict` and a step's states are collective: ranks call
+    them in the same order. Assigning and loading states, `reliable_samples`, `occupied_slots` and `settle` are not.
 
     Args:
         labeled_slots: s1, slots of M.
@@ -76,9 +76,9 @@ class ProgressiveAugmentedMemory(nn.Module):
         decay_unlabeled: kappa2 of Eq. (12), in [0, 1].
         dtype: of the keys and the stored features. Everything else is float32 for half-precision features.
         gates: `"parameters"`: Table II's learnable scalars, `alpha` and `alpha_unlabeled` (raw, start 0) and
-            `beta_logit` (`beta` is its sigmoid; beta starts at 0.1). `"features"`: Sec. IV-B's last three
-            outputs of the backbone, averaged over the rows given, are the two raw gates and the logit of
-            beta; the three parameters are then None.
+            `beta_logit` (`beta` is its sigmoid; beta starts at 0.1). `"features"`: Sec. IV-B's last three outputs of
+            the backbone, averaged over the rows given, are the two raw gates and the logit of beta; the three
+            parameters are then None.
         process_group: the ranks that share the memory, each making this module with the same settings; None: one
             process holds all of it.
 
@@ -195,8 +195,8 @@ class ProgressiveAugmentedMemory(nn.Module):
         Raises:
             TypeError, ValueError: an argument does not fit, here or on another rank; both memories are as they were.
                 What is wrong with the values in tensors on a GPU is for `check_faults` or `take_fault` to say.
-            RuntimeError: a CUDA graph is being captured (`functional.memory_step` can be), or the memory is inside of
-                a wrapper that would let it fall behind or of a backward pass; the sentence says which and what to do.
+            RuntimeError: a CUDA graph is being captured (`functional.memory_step` can be), or the memory is inside a
+                wrapper that would let it fall behind or a backward pass; the message says which and what to do.
         """
         require_to_be_carried(self, self._origin)
         if unlabeled_keys is None and sample_ids is None:
@@ -218,7 +218,7 @@ class ProgressiveAugmentedMemory(nn.Module):
     def labeled_loss(
         self, keys: Tensor, labels: Tensor, temperature: float, sizes: Sequence[int] | None = None
     ) -> Tensor:
-        """`functional.discriminative_loss` of labelled keys by M as it is, which is not written to.
+        """`functional.discriminative_loss` of labelled keys by M as it is; nothing is written to M.
 
         Args:
             keys: (B, d); labels: (B,) int64; this rank's own rows with a `process_group`, where this is collective.
@@ -243,9 +243,9 @@ class ProgressiveAugmentedMemory(nn.Module):
     def check_faults(self) -> None:
         """Raise what was wrong with the values of a batch on the GPU since the last call.
 
-        On the CPU forward raises at once. On a GPU that would make it wait, so it leaves both memories as they
-        were, returns NaN as the loss and raises a flag there; reading it waits for the device, so do it where
-        the losses are read anyway.
+        On the CPU forward raises at once. On a GPU that would make it wait, so it leaves both memories as they were,
+        returns NaN as the loss and sets a flag there; reading the flag waits for the device, so do it where the losses
+        are read anyway.
 
         Raises:
             ValueError: keys or gates were not finite, or a label or sample id was negative.
@@ -255,7 +255,7 @@ class ProgressiveAugmentedMemory(nn.Module):
             raise ValueError(sentence_of(code))
 
     def take_fault(self) -> Tensor | None:
-        """The flag that `check_faults` reads, without waiting for the device, lowered from here on.
+        """Take the flag that `check_faults` reads and clear it, without waiting for the device.
 
         Returns:
             () int32 on the device, 0 if all was well; None where forward raises at once, as on the CPU.
@@ -289,7 +289,7 @@ class ProgressiveAugmentedMemory(nn.Module):
     def settle(self) -> None:
         """Fold what waits into both memories; when to do so changes results by rounding only.
 
-        Not at all on the CPU, nor on a GPU under `torch.use_deterministic_algorithms`, where each step ends so.
+        Not at all on the CPU, nor on a GPU under `torch.use_deterministic_algorithms`, where each step ends with it.
         """
         self._labeled.settle()
         self._unlabeled.settle()

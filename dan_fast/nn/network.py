@@ -54,11 +54,11 @@ class DANOutput(NamedTuple):
 class DAN(nn.Module):
     """Backbone, NL-CBAM with the attention adversary, and a classifier that both branches share (Sec. III).
 
-    `attention`, `reduction` and `adversary` make the models of Fig. 6 of it.
+    `attention`, `reduction` and `adversary` turn it into the models of Fig. 6.
 
-    Training and `embed` call the parts of `forward` and not the module, nor its `attention`: forward hooks on these two
-    are not called. Those on `backbone` are, with second derivatives several times in a pass, and in training those on
-    `dropout` and `classifier`, for the attention branch and then for the adversary's.
+    Training and `embed` call the parts of `forward`, neither the module itself nor its `attention`, so forward hooks on
+    these two are not called. Hooks on `backbone` are called, with second derivatives several times in a pass. In
+    training, hooks on `dropout` and `classifier` are called for the attention branch and then for the adversary's.
 
     Args:
         num_classes: c, the number of training persons.
@@ -68,20 +68,20 @@ class DAN(nn.Module):
         reduction: r of NL-CBAM.
         dropout: share of the features dropped before the classifier, drawn anew for each branch.
         weights: for a backbone given by name, see `build_backbone`.
-        attention: the variant of `NLCBAM`; "none" leaves the backbone alone, its two branches being one.
+        attention: the variant of `NLCBAM`; "none" leaves only the backbone, and its two branches are one.
         adversary: False leaves out the attention adversary network, AAN: there is no L_aad, and the attention is
             trained together with the backbone.
         adversary_reach: what the gradient of L_aad reaches: "all" of the network, as Eq. (4) is printed, or only the
             "attention", with the map and the classifier's weight as constants.
-        feature: what `embed` gives: "attended", "pooled", "pooled_root", sign(x) |x|^(1/2) of each number x of the
-            pooled one, the signed square root of Perronnin, Sanchez and Mensink, "Improving the Fisher Kernel for
-            Large-Scale Image Classification", ECCV 2010, whose derivative at 0 is not finite, or "pooled_whitened",
+        feature: what `embed` returns: "attended"; "pooled"; "pooled_root", sign(x) |x|^(1/2) of each number x of the
+            pooled one (the signed square root of Perronnin, Sanchez and Mensink, "Improving the Fisher Kernel for
+            Large-Scale Image Classification", ECCV 2010, whose derivative at 0 is not finite); or "pooled_whitened",
             what `whitening` makes of the pooled one.
         style_mixing: in training mode early maps take a part of their style from other images, see `StyleMixing`; for
             a backbone given by name. True where the setting `model.style_mixing` is "batch" or "unlabeled".
         gradient_checkpointing: for a backbone given by name, see `build_backbone`.
         instance_norm: the first norm of each early block is half an instance norm, see `HalfInstanceNorm`; for a
-            backbone given by name. "auto" is True where it has such blocks.
+            backbone given by name. "auto" is True where the backbone has such blocks.
 
     Attributes:
         backbone: the backbone; backbone_name: its name, None for a module; instance_norm: whether it has any;
@@ -94,9 +94,10 @@ class DAN(nn.Module):
             without that attribute.
 
     Raises:
-        DanFastError: the backbone's name or weights, see `build_backbone`; or one without what a setting changes.
+        DanFastError: the backbone's name or weights are wrong, see `build_backbone`; or it lacks what a setting
+            changes.
         ValueError: an argument out of range, or a module whose output is not such a map.
-        TypeError: a number that is no whole one, or text such as "none" in the place of True or False.
+        TypeError: a number that is not whole, or text such as "none" in place of True or False.
 
     Example:
         >>> model = DAN(num_classes=10, backbone="resnet18", image_size=(128, 64)).eval()
@@ -172,7 +173,7 @@ class DAN(nn.Module):
         self.classifier = nn.Linear(channels, num_classes, bias=False)
 
     def forward(self, images: Tensor, labels: Tensor | None = None, lenders: int | None = 0) -> DANOutput:
-        """Both branches; under autocast the classifier is left out of it, and logits are in the dtype of its weight.
+        """Run both branches; the classifier is excluded from autocast, and logits are in the dtype of its weight.
 
         Args:
             images: (B + lenders, 3, H, W) floating.
@@ -226,7 +227,7 @@ class DAN(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) images to the (B, C) feature that tests compare (Sec. III-A): no adversary, no memory.
 
-        It is what `feature` names, the attention branch's by default.
+        `feature` names it; by default it is that of the attention branch.
 
         It follows the module's mode: call `eval()` first, or batch norm takes the statistics of these images.
         """
@@ -261,11 +262,11 @@ class DAN(nn.Module):
         training: Mapping[str, Any] | None = None,
         results: Sequence[Evaluation] = (),
     ) -> None:
-        """Write the network as a folder to share, in which nothing is code or a pickle.
+        """Write the network as a folder to share, which contains neither code nor a pickle.
 
-        model.safetensors has the weights; config.json what builds the network again, its preprocessing, the weights'
-        SHA-256, `training` and `results`; README.md is a model card written from these. Files of a network that was
-        there before are overwritten, each of them whole or not at all.
+        model.safetensors has the weights; config.json has what builds the network again, its preprocessing, the
+        weights' SHA-256, `training` and `results`; README.md is a model card written from these. Files of an earlier
+        network are overwritten, each of them whole or not at all.
 
         Args:
             folder: a new or empty folder, or one that this has written before.
@@ -274,8 +275,8 @@ class DAN(nn.Module):
             results: figures of these very weights, with their conditions.
 
         Raises:
-            DanFastError: a backbone given as a module, a folder of something else, or one that cannot be written or
-                that another process is saving into.
+            DanFastError: the backbone was given as a module, or the folder holds something else, cannot be written, or
+                is being written by another process.
             TypeError: `training` is not plain JSON.
 
         Example:
@@ -303,8 +304,8 @@ class DAN(nn.Module):
                 force_download, local_files_only.
 
         Raises:
-            DanFastError: neither a folder nor an id that the Hub gives; or files that are missing, cut, of a newer
-                version, or of another network.
+            DanFastError: neither a folder nor an id that the Hub serves; or files that are missing, truncated, of a
+                newer version, or of another network.
 
         Example: see `save_pretrained`.
         """
@@ -318,10 +319,10 @@ class DAN(nn.Module):
         results: Sequence[Evaluation] = (),
         **options: Any,
     ) -> str:
-        """Write what `save_pretrained` writes into a repository of the Hugging Face Hub, as whom `hf auth login` says.
+        """Write what `save_pretrained` writes to a repository of the Hugging Face Hub, as the user of `hf auth login`.
 
         Args:
-            repo_id: such as "user/name"; made where it does not exist, for everybody to see without `private=True`.
+            repo_id: such as "user/name"; created if it does not exist, and public without `private=True`.
             training, results: see `save_pretrained`.
             options: those of `huggingface_hub.ModelHubMixin.push_to_hub`, such as private, branch, commit_message.
 
@@ -329,7 +330,7 @@ class DAN(nn.Module):
             The address of the commit.
 
         Raises:
-            DanFastError: as `save_pretrained`; huggingface_hub is not installed, or the Hub did not take it.
+            DanFastError: as `save_pretrained`; huggingface_hub is not installed, or the Hub did not accept it.
         """
         return push_network(self, repo_id, training, results, options)
 

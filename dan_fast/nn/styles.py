@@ -16,9 +16,9 @@ _PROBABILITY, _CONCENTRATION = 0.5, 0.1
 
 
 class StyleMixing:
-    """Mixes the style of the maps after the first two stages of a backbone, inside of `within`.
+    """Mixes the style of the maps after the first two stages of a backbone, inside `within`.
 
-    Each image takes a part of the style of another one drawn at random: of the lenders, where there are any, else of
+    Each image takes a part of the style of another image, drawn at random from the lenders if there are any, else from
     all images. Lenders are used for their style only and leave the batch after the last of these stages.
 
     Args:
@@ -54,11 +54,12 @@ class StyleMixing:
     def within(self, lenders: int | None = 0) -> Iterator[None]:
         """Inside, forward passes mix styles; the last `lenders` images of a batch are used for their style only.
 
-        With None nothing is mixed. A block inside of another one holds until it ends. A stage that mixed must not be
-        computed again in the backward pass, which is refused with a RuntimeError there.
+        With None nothing is mixed. An inner block holds until it ends. A stage that mixed must not be computed again in
+        the backward pass, where this raises a RuntimeError.
 
         Raises:
-            ValueError: lenders are no number from 0, or, where the network runs, no fewer than the images of the batch.
+            ValueError: lenders is not a number from 0 on, or, where the network runs, is not smaller than the number of
+                images in the batch.
         """
         if lenders is not None and (not isinstance(lenders, int) or lenders < 0):
             raise ValueError(f"lenders is {lenders!r}; it must be None or a whole number from 0")

@@ -21,12 +21,13 @@ class WithinPersonWhitening(nn.Module):
     """The signed square roots of features, times W: directions in which images of one person differ count less.
 
     W W^T is the inverse of A = (n S / s + 8 C I) / (n + 8 C), where S is the covariance of the roots of keys, of length
-    1, about the means of their persons, from n keys beyond the first of each person, C the length of a key and s the
-    mean eigenvalue of S. Cosines after it are cosines in the metric A^-1, as in a linear discriminant analysis. A has
-    the mean eigenvalue 1 and is near I where keys are few; Ledoit and Wolf, "A well-conditioned estimator for
-    large-dimensional covariance matrices", Journal of Multivariate Analysis 88, 2004, shrink likewise.
+    1, about the mean of each person, taken from n keys beyond the first of each person; C is the length of a key and s
+    the mean eigenvalue of S. Cosines of whitened features are cosines in the metric A^-1, as in a linear discriminant
+    analysis. A has the mean eigenvalue 1 and is near I where there are few keys; Ledoit and Wolf, "A well-conditioned
+    estimator for large-dimensional covariance matrices", Journal of Multivariate Analysis 88, 2004, shrink in the same
+    way.
 
-    W is the buffer `matrix`, I until `fit`; numbers of a feature beyond those of a key keep theirs.
+    W is the buffer `matrix`. It is I until `fit`, and stays I for the numbers of a feature beyond those of a key.
 
     Args:
         size: of a feature.
@@ -51,13 +52,14 @@ class WithinPersonWhitening(nn.Module):
     def fit(
         self, keys: Tensor, labels: Tensor, rows: slice = slice(None), process_group: ProcessGroup | None = None
     ) -> None:
-        """Make W of the keys of a memory; it stays as it is where no person has two that differ.
+        """Make W from the keys of a memory; it stays as it is if no person has two keys that differ.
 
         Args:
-            keys: (k, C) floating, features or the first numbers of some: those of `rows`.
+            keys: (k, C) floating, features or their first numbers, of the slots in `rows`.
             labels: (s,) int64, the person in each slot, -1 for none.
-            rows: the slots that `keys` are of.
-            process_group: ranks of which each has the keys of some rows, and all the same labels; collective then.
+            rows: the slots that `keys` come from.
+            process_group: ranks that each have the keys of some rows, and all of them the same labels; the call is then
+                collective.
 
         Raises:
             TypeError: keys are not floating, or labels not int64.

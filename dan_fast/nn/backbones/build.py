@@ -19,15 +19,15 @@ def build_backbone(
     image_size: tuple[int, int] = (224, 224),
     gradient_checkpointing: bool = False,
 ) -> ResNetMap | TimmMap:
-    """A network that gives its last map.
+    """Build a network that outputs its last map.
 
     Args:
         name: one of `BACKBONES`, of torchvision; or `timm:NAME` for a model of timm whose last layer before the head
             gives a map, or tokens that make one (those of classes and registers are left out).
-        weights: "none" for random weights; "imagenet" for those that torchvision or timm downloads, of torchvision
-            IMAGENET1K_V1, the older of its two sets and the one of the paper's time; or the path of a file of the
-            network's state dict, in torchvision's or timm's names, that `torch.save` or safetensors wrote
-            (.safetensors). What belongs to its head is left out. Position embeddings of another grid are resampled.
+        weights: "none" for random weights; "imagenet" for those that torchvision or timm downloads, from torchvision
+            IMAGENET1K_V1, the older of its two sets and the one of the paper's time; or the path of a file with the
+            network's state dict, under torchvision's or timm's names, that `torch.save` or safetensors wrote
+            (.safetensors). The weights of its head are left out. Position embeddings of another grid are resampled.
         image_size: (height, width) of the images; models whose position embeddings fix a size are made for it.
         gradient_checkpointing: compute maps again in the backward pass instead of keeping all of them.
 
