@@ -48,7 +48,7 @@ class Competition:
         self.adversary_streak = 0
 
     def decide(self, attention_won: bool, tied: bool = False) -> Stage:
-        """The stage of the next iteration, whose S the attention branch has won or not, or both have, `tied`."""
+        """The stage of the next iteration, by whether attention has won on its S or both branches are `tied`."""
         if attention_won or tied:
             self.adversary_streak = 0
             return Stage.BOTH if tied else Stage.ATTENTION
@@ -69,8 +69,8 @@ class Competition:
 def attention_wins(attention_logits: Tensor, adversary_logits: Tensor, labels: Tensor) -> Tensor:
     """Whether the attention branch wins, () bool on the logits' device, which is not waited for.
 
-    The branch with the higher accuracy wins; on a tie the one with the lower cross-entropy, and attention if
-    that is equal too, as it is of no samples.
+    The branch with the higher accuracy wins; on a tie the one with the lower cross-entropy, and attention if that is
+    equal too, as it is without samples.
 
     Args:
         attention_logits: (n, c) floating, of the labelled samples of S.
@@ -88,7 +88,7 @@ def attention_wins(attention_logits: Tensor, adversary_logits: Tensor, labels: T
 
 
 def accuracies_tie(attention_logits: Tensor, adversary_logits: Tensor, labels: Tensor) -> Tensor:
-    """Whether both branches classify equally many samples rightly, () bool: what `attention_wins` breaks.
+    """Whether both branches classify equally many samples correctly, () bool: the tie that `attention_wins` breaks.
 
     Args:
         attention_logits, adversary_logits, labels: as there.
@@ -121,9 +121,9 @@ def active_groups(
         backbone: names of Gb, the classifier included; loss "total".
         attention: names of NL-CBAM's weights in Ga; loss "adversary", that is l1 L_aad.
         memory: names of Gm; loss "embedding", that is l2 L_lde. May be empty.
-        cam_weights: names of what makes the classifier's weight, which CAM uses: one, unless it is parametrised. They
-            join Ga while Gb is frozen; else they are trained by L_total, which contains l1 L_aad. None of them: L_aad
-            does not reach the classifier, which stays frozen too.
+        cam_weights: names of the parameters that make the classifier's weight, which CAM uses: one, unless it is
+            parametrised. They join Ga while Gb is frozen; otherwise L_total, which contains l1 L_aad, trains them.
+            Without any, L_aad does not reach the classifier, which then stays frozen too.
     """
     stage = Stage(stage)
     # The backbone comes last: the last backward pass of a graph frees what the forward pass kept.

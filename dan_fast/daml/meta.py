@@ -49,7 +49,7 @@ def meta_gradients(
     add_up: Callable[[Params], Params] = dict,
     any_failed: Callable[[bool], bool] = bool,
 ) -> MetaGradients:
-    """Derivatives of L_g(S, G) + eta L_g(S~, G') for every group g in its own parameters.
+    """Derivatives of L_g(S, G) + eta L_g(S~, G') for every group g with respect to its own parameters.
 
     G' is G after one plain SGD step of size `inner_lr` of every active group on its own loss of S
     (Eq. 18, left). With `order=2` the derivative is total: it includes how G' depends on G, across groups
@@ -59,27 +59,29 @@ def meta_gradients(
     Batch-norm buffers that `loss_fn` updates are updated by both passes, first with S at G, then with S~ at
     G'; nothing here rewinds them.
 
-    Second derivatives are taken by forward over reverse: `loss_fn` is called again with `meta_train`, by numbers that
+    Second derivatives are taken by forward over reverse: `loss_fn` is called again with `meta_train`, on numbers that
     carry a tangent, for each pair of groups with losses of their own. Those calls draw the random numbers of the first
-    one and leave the statistics of batch norm alone. A `loss_fn` that gives other losses then, since it keeps another
-    state, or whose operators lack forward mode, goes by double backward, with a warning the first time, for which
-    it has to be the same object, or a method of the same one, from call to call; one with a method `traced` has only a
-    part of it run again, see `dan_fast.daml.TracedLosses`. What else a module or a hook keeps of those calls, such as
-    its last output, cannot be copied afterwards. Gradients have to be those of the losses: what changes them on their
-    way, as a layer that reverses them does, has no right derivative.
+    call and leave the statistics of batch norm alone. A `loss_fn` that gives other losses then, because it keeps
+    another state, or whose operators lack forward mode, goes by double backward. There is a warning the first time
+    only, provided that the function is the same object, or a method of the same object, from call to call. If it has a
+    method `traced`, only a part of it is run again, see `dan_fast.daml.TracedLosses`. Whatever else a module or a hook
+    keeps from those calls, such as its last output, cannot be copied afterwards. Gradients have to be those of the
+    losses: whatever changes them on their way, such as a layer that reverses them, has no right derivative.
 
-    An autocast around it is the caller's for the backward passes too, whose products it rounds: open it in `loss_fn`.
+    An autocast around the call also holds for the backward passes and rounds their products: open it in `loss_fn`
+    instead.
 
     Args:
         loss_fn: maps (name to tensor, batch) to a dict of scalar losses; called once with `meta_train`, then
             once with `meta_test`, and with `order=2` again with `meta_train`.
         params: name to tensor, G. A parameter in no group is constant in both passes.
-        groups: the groups active in this iteration, name to (parameter names, name of the group's loss).
-            None: every parameter that requires grad takes the loss "total", or every one where none does; the others,
-            such as frozen layers, are constant and have no gradient.
+        groups: the groups active in this iteration, name to (parameter names, name of the group's loss). None: every
+            parameter that requires grad, or every parameter if none does, takes the loss "total"; the others, such as
+            frozen layers, are constant and have no gradient.
         meta_train: the batch S, handed to `loss_fn` as it is.
         meta_test: the batch S~.
-        inner_lr: delta_1 of Eq. (19); or one for each parameter, by name, as for pretrained layers that move less.
+        inner_lr: delta_1 of Eq. (19); or one step size for each parameter, by name, for example for pretrained layers
+            that move less.
         eta: the balance of Eq. (17).
         order: 1 or 2.
         train_losses: what `loss_fn(params, meta_train)` returned, if the caller has computed it already with
@@ -87,8 +89,8 @@ def meta_gradients(
             returned, or double backward goes through the graph of these losses.
         add_up: where `loss_fn` gives a rank's own summand of the losses, adds gradients up over all ranks: called
             with name to tensor, the same names on each, for S, for S~ and for products of second derivatives.
-        any_failed: as `add_up`, whether something has failed on any rank: called with whether it has on this one,
-            so that with `order=2` all of them go by double backward, or none.
+        any_failed: as `add_up`; it is called with whether something has failed on this rank and returns whether it has
+            on any rank, so that with `order=2` either all ranks go by double backward or none does.
 
     Raises:
         TypeError: `params` or `groups` is no mapping, `loss_fn` returns no dict, a loss that a group names is no tensor

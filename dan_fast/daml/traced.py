@@ -15,21 +15,21 @@ _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 class TracedLosses(dict[str, Tensor]):
-    """Losses that depend on the parameters of a trunk through one tensor, and how to have that tensor again.
+    """Losses that depend on the parameters of a trunk through one tensor, and how to compute that tensor again.
 
-    A `loss_fn` with a method `traced(params, batch)` that returns them serves second derivatives although it keeps a
+    A `loss_fn` with a method `traced(params, batch)` that returns them works with second derivatives even if it keeps a
     state, as a memory does: only its trunk runs again.
 
     Args:
         losses: name to () tensor.
         features: floating, in the graph of the losses.
-        trunk: of which parameters `features` is a function, by name. No loss depends on them in another way.
-        again: parameters of the trunk, by name, to `features`. It may update running statistics, which are left out,
-            and draw random numbers, which are those of the first time.
+        trunk: names of the parameters that `features` is a function of. No loss depends on them in another way.
+        again: maps parameters of the trunk, by name, to `features`. It may update running statistics, which are kept as
+            they were, and draw random numbers, which are those of the first time.
         random: the state of the random numbers before the first time, see `random_state`.
-        trusted: `again` gives the same features for the same parameters. If that is not known the graph of the losses
-            is kept, and double backward goes through it where they differ.
-        cut: of the trunk, which was watched when it ran the first time; less memory is taken where it has one.
+        trusted: whether `again` is known to give the same features for the same parameters. If not, the graph of the
+            losses is kept, and double backward goes through it where they differ.
+        cut: the cut of the trunk, which was watched when the trunk ran the first time; it saves memory.
 
     Example:
         >>> from dan_fast.daml import meta_gradients, random_state
