@@ -41,15 +41,15 @@ class BatchPlan(NamedTuple):
 class BatchPlanner:
     """Plans the batches of an epoch: S and S~ of Algorithm 1, with samples fed back from the memory.
 
-    S takes half the batch and S~ the other half (S the larger of an odd one). Each has its share of
-    unlabelled places; without unlabelled images all places are labelled. Fed-back samples take labelled
-    places of S~, and for each a random labelled image of its pseudo class takes one of S, so that S~ tests
-    the classes that S trains. The other labelled places go through all labelled images in random order, anew
-    each epoch. The unlabelled places go through all unlabelled images in random order, on from one epoch to
-    the next, so that none is left behind however short an epoch is.
+    S takes half the batch and S~ the other half (of an odd batch, S takes the larger half). Each has its share of
+    unlabelled places; without unlabelled images all places are labelled. Fed-back samples take labelled places of S~,
+    and for each of them a random labelled image of its pseudo class takes a place of S, so that S~ tests the classes
+    that S trains. The other labelled places go through all labelled images in random order, anew each epoch. The
+    unlabelled places go through all unlabelled images in random order, on from one epoch to the next, so that none is
+    left behind however short an epoch is.
 
-    A plan depends on the arguments, the epoch and the feedback alone: after a restart in the middle of an
-    epoch, plan it again with the same feedback and leave out the iterations done.
+    A plan depends only on the arguments, the epoch and the feedback: after a restart in the middle of an epoch, plan it
+    again with the same feedback and leave out the iterations done.
 
     Args:
         labels: (n_labeled,) int64 classes of the labelled samples, every class 0..c-1 with one image or more.
@@ -57,14 +57,14 @@ class BatchPlanner:
         batch_size: images per iteration, S and S~ together.
         unlabeled_fraction: unlabelled share of S and of S~, in [0, 1); a labelled place remains in each.
         feedback_fraction: largest share of S~'s labelled places for fed-back samples, in [0, 1].
-        iterations: batches of an epoch; 0: as many as the labelled images fill. With fewer an epoch leaves some out,
-            drawn anew each time.
+        iterations: batches of an epoch; 0: as many as the labelled images fill. With fewer, an epoch leaves some images
+            out, drawn anew each time.
         split: False puts the items of both halves into `meta_train`, for training without meta-test (DAML1).
         seed: seed of everything random here.
 
     Attributes:
         iterations: batches of an epoch, one or more.
-        places: of each part of a batch, S and S~ if it is split, how many labelled and unlabelled places it has.
+        places: how many labelled and unlabelled places each part of a batch has, S and S~ if the batch is split.
 
     Raises:
         DanFastError: a batch size or fraction outside its range.
@@ -136,7 +136,7 @@ class BatchPlanner:
         return list(self.batches(epoch, feedback))
 
     def batches(self, epoch: int, feedback: tuple[Tensor, Tensor] | None = None) -> Iterator[BatchPlan]:
-        """The batches of `plan_epoch` one by one, which keeps one batch in memory."""
+        """The batches of `plan_epoch` one by one, so that only one batch is kept in memory."""
         sample_ids, pseudo_labels = self._checked(feedback)
         fed_places = min(self._feedback_places, len(sample_ids))
         unlabeled_places = self._train_places[1] + self._test_places[1]

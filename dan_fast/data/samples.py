@@ -85,8 +85,8 @@ class ReIDDataset:
     Attributes:
         name: what messages and tables call it.
         root: the folder its files lie in.
-        train: training images; pid -1 marks an image without known identity, of use as an unlabelled one
-            only.
+        train: training images; pid -1 marks an image without known identity, which can only be used as an unlabelled
+            one.
         query: images to search for.
         gallery: images to search in; pid 0 marks distractors in the Market-1501 layout.
         test: images that the evaluation itself splits into query and gallery, by `splits` or at random.
@@ -94,11 +94,11 @@ class ReIDDataset:
             protocol"); "" where there is only one.
         splits: the fixed splits of `test` by which results are compared; None where there are none.
         single_shot: whether a query is searched for in one gallery image of each person only, drawn anew many times.
-        identities: a name for the numbering of persons, where it is not that of all datasets of this root; two datasets
-            of one numbering have the same person for the same pid.
+        identities: a name for the numbering of persons, where it is not that of all datasets of this root; in two
+            datasets with the same numbering, the same pid is the same person.
 
     Raises:
-        TypeError: a pid or camid that is no whole number.
+        TypeError: a pid or camid that is not a whole number.
     """
 
     name: str

@@ -22,9 +22,10 @@ _Identity = tuple[str, int]  # (numbering, pid)
 class TrainingSet:
     """The train splits of the labelled datasets with labels 0..c-1, and those of the unlabelled datasets.
 
-    An identity is a (numbering, pid), by `overlap.numbering_of`: pids of different datasets never mix but where they
-    share one, and gaps between pids do no harm. The position of an image in `unlabeled_samples` is its sample id, the
-    one the memory stores. The true identities of unlabelled images are for measuring only and enter no loss.
+    An identity is a pair (numbering, pid), by `overlap.numbering_of`: pids of different datasets never mix unless the
+    datasets share a numbering, and gaps between pids do no harm. The position of an image in `unlabeled_samples` is its
+    sample id, the one the memory stores. The true identities of unlabelled images only serve for measuring and enter no
+    loss.
 
     Args:
         labeled: datasets whose train images of known identity train the classifier.
@@ -44,7 +45,7 @@ class TrainingSet:
             unknown.
         persons: numbering of a dataset -> ascending int64 pids of its persons, labelled or not, in these images.
         images: (n,) int64, `overlap.image_keys` of these images, ascending.
-        roots: the real paths of the datasets that they are of.
+        roots: the real paths of the datasets that these images come from.
         fingerprint: SHA-256 (hex) of dataset names, relative paths, labels and roles. Sample ids and labels
             mean the same in two sets of equal fingerprint, wherever the folders lie.
 

@@ -28,9 +28,9 @@ def load_dataset(path: str | Path, name: str | None = None, variant: str | None 
     """Read the dataset at a path: a known one in any layout it is found in, or a Market-1501 folder or manifest.
 
     The known ones are those of `dan_fast.data.datasets.known.KNOWN`, in the folders of torchreid, of fast-reid or of
-    their archives; a folder one level above is accepted too, and one inside but in the Market-1501 layout. Where such
-    a dataset differs from the literature, a warning is logged. Any other dataset is a folder in the Market-1501
-    layout, a folder with a manifest.csv, or a .csv manifest.
+    their archives; a folder one level above is accepted too, and so is one inside, except in the Market-1501 layout.
+    Where such a dataset differs from the literature, a warning is logged. Any other dataset is a folder in the
+    Market-1501 layout, a folder with a manifest.csv, or a .csv manifest.
 
     The order of the samples depends on the files alone: by name in a folder, by row in a manifest or list. A
     split that is absent is empty.
@@ -39,13 +39,13 @@ def load_dataset(path: str | Path, name: str | None = None, variant: str | None 
         path: folder or manifest; "PATH@VARIANT" also chooses a variant, where only a path can be given.
         name: what to call the dataset; by default the known dataset's title, else the name of the folder, or of
             the manifest where it has one of its own. A folder in the Market-1501 layout always gives its name.
-        variant: which variant of a dataset that has several; enough of its words to select one, such as
-            "detected new" for CUHK03's "detected, new protocol". None is a default.
+        variant: which variant of a dataset that has several; enough of its words to select one, such as "detected new"
+            for CUHK03's "detected, new protocol". No variant is a default.
 
     Raises:
-        DanFastError: nothing at the path, a folder above several datasets or inside one, a dataset with mistakes
-            in it, or one of several variants that is not chosen; the choices are named. `NoDatasetError`: a folder
-            without any.
+        DanFastError: nothing at the path, a folder above several datasets or inside one, a dataset with mistakes in it,
+            or a dataset of several variants, none of which is chosen; the message names the choices. `NoDatasetError`:
+            a folder without any dataset.
 
     Example:
         >>> import tempfile

@@ -73,13 +73,13 @@ def cache_folder(setting: str) -> Path | None:
 
 
 class ImageCache:
-    """Decoded and resized images in files that are read as memory.
+    """Decoded and resized images in memory-mapped files.
 
     A set of images (the paths of one dataset's train split, say) at one size is a file `<key>.npy`, (n,3,H,W) uint8,
     which `numpy.load` opens too, and a header `<key>.npz`; the key is a hash of the absolute paths, the size and the
     interpolation. Each opening of a set checks sizes and modification times of the images and of the file against the
-    header. Where one differs, contents are compared: images that were only touched keep their pixels, any other change
-    has the set made anew, as other versions of Pillow or torchvision have. `check="full"` compares all contents, of the
+    header. Where one differs, contents are compared: images that were only touched keep their pixels; any other change
+    makes the set anew, and so do other versions of Pillow or torchvision. `check="full"` compares all contents, of the
     images and of every row of the file, and so finds damage that left the modification time as it was.
 
     One process makes a set while others that need it wait. What a killed process leaves is never read. A file in use
@@ -91,8 +91,8 @@ class ImageCache:
         image_size: (height, width) to which images are resized.
         check: "quick" or "full", see above.
         workers: processes that decode; 0 decodes in this one.
-        say: called with a sentence on every long step and its reason; a log by default.
-        interpolation: with which they are resized, see `dan_fast.core.preprocessing.Preprocessing`.
+        say: called with a sentence on every long step and its reason; by default it is logged.
+        interpolation: the interpolation with which they are resized, see `dan_fast.core.preprocessing.Preprocessing`.
 
     Raises:
         DanFastError: an unknown `check` or an invalid size.
@@ -140,14 +140,14 @@ class ImageCache:
         return absolute(path) in self._places
 
     def add(self, paths: Sequence[str | Path]) -> None:
-        """Open the file of a set of images, which is decoded first where there is no valid file.
+        """Open the file of a set of images; decode the set first if there is no valid file.
 
-        What was opened before is not looked at again: take another object for images that have changed since.
+        What was opened before is not checked again: take another object for images that have changed since.
 
         An image that cannot be decoded is recorded and raises when it is read.
 
         Raises:
-            DanFastError: the folder cannot be used or is full; what was there is as it was.
+            DanFastError: the folder cannot be used or is full; what was there stays as it was.
         """
         names = list(dict.fromkeys(absolute(path) for path in paths))
         if not names or all(name in self._places for name in names):
@@ -164,7 +164,7 @@ class ImageCache:
 
         Raises:
             DanFastError: an image that cannot be decoded, as `read_image` puts it.
-            KeyError: an image of no set that was added.
+            KeyError: an image that is in no set that was added.
         """
         name = absolute(path)
         if name in self._broken:

@@ -149,9 +149,9 @@ def training_loader(
     preprocessing: Preprocessing = IMAGENET,
     shares: bool = False,
 ) -> Loader:
-    """Reads and augments the batches of a plan in its order; the rest of a plan resumes within an epoch.
+    """Reads and augments the batches of a plan in its order; given the rest of a plan, it resumes within an epoch.
 
-    The images depend on the plan and the device alone, neither on workers nor on a cache, and the state of the global
+    The images depend only on the plan and the device, neither on workers nor on a cache, and the state of the global
     generators stays as it is.
 
     Args:
@@ -161,11 +161,11 @@ def training_loader(
         broken_images: "error" raises DanFastError at a broken image, "skip" leaves it out and names it in
             `skipped`.
         device: where the batches go and images are augmented; to a GPU by way of page-locked memory.
-        shares: the plans are a rank's shares of batches, in which other ranks may have the labelled images.
+        shares: whether the plans are a rank's shares of batches, of which other ranks may have the labelled images.
 
     Returns:
-        A loader of one `MiniBatch` per plan. A part that is left without any labelled or fed-back image, or as a share
-        without any image, raises DanFastError in either mode: no loss could be computed on it.
+        A loader of one `MiniBatch` per plan. A part that is left without any labelled or fed-back image or, if it is a
+        share, without any image raises DanFastError in either mode, because no loss could be computed on it.
     """
     paths = [sample.path for sample in (*training_set.labeled_samples, *training_set.unlabeled_samples)]
     read = _reader(paths, image_size, preprocessing.interpolation, cache)
