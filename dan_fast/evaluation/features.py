@@ -34,7 +34,7 @@ class Features(NamedTuple):
         camids: (n,) int64 cameras.
         paths: the n image files.
         skipped: the files that could not be decoded and were left out.
-        sizes: the features of how many images, consecutive ones, each rank of a process group holds; empty where all
+        sizes: how many images, consecutive ones, each rank of a process group holds the features of; empty where all
             are here.
     """
 
@@ -94,11 +94,11 @@ def extract_features(
     """Embed images in order, without gradients.
 
     A network has to be in evaluation mode: with batch normalisation or dropout in training mode the features would
-    depend on the batch. Where ``embed`` is a module, a method of one, or either in ``functools.partial`` or
-    ``torch.compile``, that is checked; else it is up to the caller.
+    depend on the batch. This is checked where ``embed`` is a module, a method of one, or either in
+    ``functools.partial`` or ``torch.compile``; otherwise it is up to the caller.
 
-    With ``process_group`` the batches, which are those of one rank, are divided over the ranks: each reads and embeds
-    consecutive ones and keeps their features; labels, paths and what was skipped are known to all.
+    With ``process_group`` the batches, which are those of a single rank, are divided over the ranks: each rank reads
+    and embeds consecutive batches and keeps their features; all ranks know the labels, the paths and what was skipped.
 
     Args:
         embed: maps (B, 3, H, W) float32 images on ``device`` to (B, d) features; ``DAN.embed``, for example.
@@ -111,8 +111,8 @@ def extract_features(
         broken_images: an unreadable image is an error, or is left out of the result.
         progress: called with (images read, images in all) at each batch, of this rank's.
         cache: holds or takes the decoded images, of all ranks; the features are the same.
-        preprocessing: how images are resized and normalised for the network; by default as that module, or
-            those inside it that have a ``preprocessing`` (``DAN.preprocessing``), say, else torchvision's of ImageNet.
+        preprocessing: how images are resized and normalised for the network; by default as that module, or the modules
+            inside it that have a ``preprocessing`` (``DAN.preprocessing``), say, else torchvision's for ImageNet.
         process_group: ranks that are all given the same images and settings, and a network of the same weights; with a
             backend for tensors on the host, where the features lie.
 

@@ -83,16 +83,17 @@ def evaluate_ranking(
         query_cams: (Q,) integer cameras.
         gallery_cams: (G,) integer cameras.
         metric: ``"cosine"`` (1 - cos) or ``"euclidean"``, whose distances are compared on a grid of 2^-40 of the
-            largest possible one: where one image's features are 10^6 times as long as the others', those are ties.
+            largest possible one: where the features of one image are 10^6 times as long as the others', the distances
+            of the others are ties.
         max_rank: length of the CMC curve; a smaller gallery repeats its last value.
         ap: ``"standard"``, the mean of the precision at each match, or ``"trapezoid"``, the rule of the first
             MATLAB code of Market-1501, which averages the precision at a match with that one place before.
-        block_bytes: about how much memory a block of queries may take; a few MB a thread and 50 bytes an image come
-            on top. Features of two dtypes, or whose columns are not adjacent, are copied.
-        process_group: ranks that each hand in all queries and gallery images of their own, some of them none: the
-            gallery is rank 0's images, rank 1's, ... Every rank returns the figures of the whole, to the last bit.
-            Identities, cameras and norms are gathered, features are not. The counting is in PyTorch operations. What
-            one rank refuses all of them do.
+        block_bytes: about how much memory a block of queries may take, beside a few MB per thread and 50 bytes per
+            image. Features of two dtypes, or whose columns are not adjacent, are copied.
+        process_group: ranks that each hand in all queries and gallery images of their own, of which a rank may have
+            none: the gallery is rank 0's images, rank 1's, ... Every rank returns the figures of the whole, to the last
+            bit. Identities, cameras and norms are gathered, features are not. PyTorch operations do the counting. What
+            one rank refuses, all ranks refuse.
 
     Raises:
         ValueError: an argument of wrong shape, length or content; :class:`NoMatchError` if no query matches.

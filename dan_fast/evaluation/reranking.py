@@ -76,12 +76,12 @@ def evaluate_reranked(
 ) -> RankingResult:
     """As :func:`dan_fast.evaluation.evaluate_ranking`, by distances after re-ranking.
 
-    The original ones, 1 - cos or squared Euclidean, are divided by the largest of their query. Encodings are
-    float32, as its authors', so of equal distances only those of copies of an image are sure to be so.
+    The original distances, 1 - cos or squared Euclidean, are divided by the largest one of their query. Encodings are
+    float32, as the authors' are, so of distances that should be equal, only those of copies of an image are sure to be.
 
-    With ``process_group`` a rank encodes its own part of the gallery and a share of the queries. Features of the others
-    go past it in blocks, twice, and their encodings once; of each image of the whole it keeps labels, norm, nearest
-    images and half-size sets: about 4 (k1 + 1) + 8 (k1 + 2) + 100 bytes, 360 by the paper's settings.
+    With ``process_group`` a rank encodes its own part of the gallery and a share of the queries. It receives the
+    features of the other ranks in blocks, twice, and their encodings once. For each image of all ranks it keeps labels,
+    norm, nearest images and half-size sets: about 4 (k1 + 1) + 8 (k1 + 2) + 100 bytes, 360 with the paper's settings.
 
     Raises:
         ValueError: an argument of wrong shape, length or content; `NoMatchError` if no query matches.

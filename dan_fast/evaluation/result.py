@@ -24,16 +24,17 @@ class Evaluation:
         skipped: files that could not be decoded and were left out.
         variant: of the dataset, in words, "" where it has only one.
         splits: name and hash of the fixed splits that were scored, "" for any others.
-        named_protocol: name of the protocol of the literature that was trained and tested by, "" for none.
+        named_protocol: name of the protocol of the literature by which the network was trained and tested, "" for none.
         epoch: of the weights, and whether it was chosen on the target, in words; "" where that is not known.
         recipe: of the training, and what was changed on top of it, in words; "" for none.
-        metric: by which features were compared; "" where that was not recorded.
+        metric: the metric by which features were compared; "" where that was not recorded.
         ap: which average precision was taken; "" where that was not recorded.
-        precision: in which the network ran, "float32" or "bfloat16"; "" where that is not known.
-        rounding: of float32 numbers by the device all the same, in words ("TF32 in convolutions"); "" for none.
-        seen: how many of the persons tested on the network was trained on, in words; "" for none, as far as known.
+        precision: the precision in which the network ran, "float32" or "bfloat16"; "" where that is not known.
+        rounding: how the device rounds float32 numbers all the same, in words ("TF32 in convolutions"); "" for none.
+        seen: how many of the tested persons the network was trained on, in words; "" for none, as far as known.
         unmatched: queries without a match, of all splits together, which are left out.
-        known_cameras: whether the network was trained on images of the set that the dataset is of, as far as known.
+        known_cameras: whether the network was trained on images of the set that the dataset belongs to, as far as
+            known.
         fingerprint: SHA-256 (hex) of relative paths, persons, cameras and splits of the images, wherever the folder
             lies; "" where that was not recorded.
     """

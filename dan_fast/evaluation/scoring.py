@@ -33,16 +33,16 @@ def evaluate_features(
     """Score features: once on a fixed query and gallery, on all of a dataset's fixed splits, or on random ones.
 
     Figures are means over the splits, with their standard deviations; of random splits, drawn by ``seed``, there are
-    ``repeats``. Under a single-shot protocol the gallery is drawn by ``seed``, 100 times: see
-    :func:`dan_fast.evaluation.single_shot.evaluate_single_shot`, over which there is no standard deviation.
-    With ``reranking`` the lists are re-ranked first, and the protocol says so. ``process_group`` is the one that the
-    features were extracted with; the result is the same on all ranks, and equal to that of one rank to the last bit.
+    ``repeats``. Under a single-shot protocol the gallery is drawn by ``seed``, 100 times, and there is no standard
+    deviation: see :func:`dan_fast.evaluation.single_shot.evaluate_single_shot`. With ``reranking`` the lists are
+    re-ranked first, and the protocol says so. ``process_group`` is the one that the features were extracted with; the
+    result is the same on all ranks, and equal to that of one rank to the last bit.
 
     Raises:
         DanFastError: no identity can be found again in another camera, or a single-shot protocol with ``reranking``
             or an ``ap`` other than the standard one.
-        ValueError: features that are not finite, or an argument that is none of those above.
-        TypeError: ``reranking`` is no :class:`Reranking`.
+        ValueError: features that are not finite, or an argument that is not one of those above.
+        TypeError: ``reranking`` is not a :class:`Reranking`.
     """
     _check_scoring(repeats, metric, max_rank, ap, reranking)
     if features.test is None:
@@ -115,9 +115,9 @@ def evaluate_dataset(
 ) -> Evaluation:
     """Embed a dataset and score it: :func:`extract_dataset`, then :func:`evaluate_features`.
 
-    A dataset with query and gallery images is scored once, on them. One with a test split only is split as its fixed
-    splits say, all of them, and where it has none at random, ``repeats`` times, by :func:`random_split`. Each image is
-    embedded once. A network has to be in evaluation mode.
+    A dataset with query and gallery images is scored once, on them. A dataset with only a test split is scored on all
+    of its fixed splits or, if it has none, on ``repeats`` random ones, by :func:`random_split`. Each image is embedded
+    once. A network has to be in evaluation mode.
 
     With ``process_group`` the images are divided over its ranks, as :class:`DatasetFeatures` says.
 

@@ -32,8 +32,8 @@ def evaluate_single_shot(
 
     This is the classic protocol of CUHK03 (Li et al., "DeepReID: Deep Filter Pairing Neural Network for Person
     Re-identification", CVPR 2014). A query is searched for among images of other cameras than its own, one of each
-    identity that has any; a query whose identity has none counts nowhere. With one match a query, mAP and mINP
-    are both the mean of 1 / rank. Equal distances keep the order of the gallery.
+    identity that has any; a query whose identity has none is not counted. With one match a query, mAP and mINP are both
+    the mean of 1 / rank. Equal distances keep the order of the gallery.
 
     Args:
         query_features, gallery_features, query_ids, gallery_ids, query_cams, gallery_cams, metric, max_rank: as in

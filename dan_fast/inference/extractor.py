@@ -42,8 +42,8 @@ class FeatureExtractor:
     """Features of images by the network of a checkpoint, for a tracker, a search or a notebook.
 
     They are `F.normalize` of those that `dan-fast evaluate` ranks: images are read, resized and normalised by the same
-    code. The last bits of a row can depend on what else is in its batch; from the same batches, which is the same list
-    and the same `batch_size` (128 there by default), they are equal to the last bit on a CPU.
+    code. The last bits of a row can depend on what else is in its batch. On a CPU, features from the same batches, that
+    is, from the same list with the same `batch_size` (128 there by default), are equal to the last bit.
 
     Args:
         checkpoint: the checkpoint.pt or chosen.pt of a run, a folder that `dan-fast share` has written, or a
@@ -59,12 +59,12 @@ class FeatureExtractor:
         image_size: (height, width) to which images are resized.
         preprocessing: how they are resized and normalised.
         size: C, the numbers of a feature.
-        weights: the hash that tells the network from others, which indexes, files of features and exported networks
-            name too.
+        weights: the hash that tells the network from others; indexes, files of features and exported networks name it
+            too.
 
     Raises:
-        DanFastError: a checkpoint that is absent, cut short or of another version, or a device that is not there.
-        TypeError: a module that is no DAN.
+        DanFastError: a checkpoint that is absent, truncated or of another version, or a device that is not there.
+        TypeError: a module that is not a DAN.
 
     Example:
         >>> extract = FeatureExtractor(DAN(2, "resnet18", image_size=(32, 16)), device="cpu")
@@ -112,11 +112,11 @@ class FeatureExtractor:
 
         Args:
             images: one image or several of them, also of different kinds and sizes: a path; a PIL image; a uint8
-                (H,W,3) array in RGB (of OpenCV's BGR give `frame[..., ::-1]`); a uint8 (3,H,W) tensor in RGB. These
+                (H,W,3) array in RGB (for OpenCV's BGR give `frame[..., ::-1]`); a uint8 (3,H,W) tensor in RGB. These
                 are resized and normalised. A floating (B,3,H,W) tensor is taken as it is: it has to be of `image_size`
                 and normalised as `preprocessing` says.
-            progress: called with (images done, images in all) after each batch. Without it a list of more than ten
-                batches shows a bar on a terminal.
+            progress: called with (images done, images in all) after each batch. Without it, a list of more than ten
+                batches shows a progress bar on a terminal.
 
         Returns:
             (N,C) float32 on the CPU, rows of length 1; one image makes one row, no image (0,C). With `broken_images`
@@ -124,8 +124,8 @@ class FeatureExtractor:
 
         Raises:
             DanFastError: an image that cannot be decoded, which is named by its path or its place in the list; or a
-                network that makes no finite numbers.
-            TypeError: something that is no image, or numbers of another kind than uint8.
+                network whose features are not finite.
+            TypeError: something that is not an image, or numbers of another kind than uint8.
             ValueError: an array, a tensor or a batch of another shape.
         """
         images = _listed(images)
@@ -139,9 +139,10 @@ class FeatureExtractor:
         return torch.cat(rows)
 
     def batches(self, images: ImageLike | Iterable[ImageLike]) -> Iterator[Tensor]:
-        """The same features, those of one batch of `batch_size` images after the other, for lists of any length.
+        """The same features, one batch of `batch_size` images after the other, for lists of any length.
 
-        Of an iterator so many images are taken at a time, as of a camera whose frames do not end; with `workers` all.
+        From an iterator, such as a camera whose frames do not end, that many images are taken at a time; with
+        `workers`, all.
 
         Example:
             for rows in extract.batches(paths):

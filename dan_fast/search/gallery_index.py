@@ -30,14 +30,14 @@ class Update(NamedTuple):
     """What `update_index` did.
 
     Attributes:
-        added: images that were embedded, changed ones among them.
-        kept: images whose features were there.
-        changed: files that are not those that were embedded before.
+        added: images that were embedded, including changed ones.
+        kept: images whose features were already there.
+        changed: files that are no longer those that were embedded before.
         gone: images of the index that the gallery does not hold; they are not found.
         skipped: images that could not be decoded.
-        behind: approximate kinds of the index that lack images of it, as this brings `kind` up to date alone.
+        behind: approximate kinds of the index that lack some of its images, because only `kind` is brought up to date.
         decoded_by: the versions of Pillow and torchvision that decoded and resized the images of the index, as far as
-            it says; features of the same image by others may differ a little.
+            the index says; with others, features of the same image may differ a little.
     """
 
     added: int
@@ -50,15 +50,16 @@ class Update(NamedTuple):
 
 
 class GalleryIndex:
-    """The images of a gallery, and those of them that are nearest to a feature.
+    """The images of a gallery, and a search for those that are nearest to a feature.
 
     Args:
-        folder: what `update_index` wrote; one that was read already is an `IndexFolder` of the same extractor.
+        folder: the folder that `update_index` wrote; or, if it was read already, an `IndexFolder` of the same
+            extractor.
         extractor: it has to be of the checkpoint that the index was made with.
         kind: one that `update_index` has made.
 
     Attributes:
-        images: the images, by the rows that `search` gives; those that are gone among them.
+        images: the images, by the rows that `search` gives, including those that are gone.
         parameters: of an approximate kind.
         weights: the hash of the extractor's, `weights_hash`.
 
@@ -100,12 +101,12 @@ class GalleryIndex:
     def search(self, features: np.ndarray, places: int, exact: bool = False) -> Found:
         """The images nearest to (Q,C) features of length 1; `exact` compares all features whatever the kind is.
 
-        Features are an array or a tensor of the CPU. Beside its result it needs the memory of about a thousand queries,
-        however many there are.
+        Features are an array or a tensor on the CPU. Beside its result, the search needs memory for about a thousand
+        queries, however many there are.
 
         Raises:
-            ValueError: features of another shape, or that are not finite, as those of images that could not be decoded;
-                or a number of places below 1.
+            ValueError: features of another shape or not finite, like those of images that could not be decoded; or a
+                number of places below 1.
         """
         if places < 1:
             raise ValueError(f"places is {places}: at least 1 is needed")
@@ -132,18 +133,19 @@ def update_index(
 ) -> Update:
     """Make the index of a gallery, or bring one up to date: only images that are new in it or changed are embedded.
 
-    An image is known by its path, size and time of modification. Those that the gallery no longer holds keep their
-    features and are not found; they are not embedded again when they come back. Features are written as they are made:
-    what is stopped goes on there, and until everything is done an index is as it was before, or not there.
+    An image is identified by its path, size and time of modification. Images that the gallery no longer holds keep
+    their features but are not found; they are not embedded again when they come back. Features are written as they are
+    made: a call that was stopped continues there, and until everything is done the index is as it was before, or not
+    there.
 
     The folder holds `features.f32`, (n,C) float32; `index.json`, with the images, the hash of the weights and the
-    parameters; and for each approximate kind that was asked for faiss's own file.
+    parameters; and, for each approximate kind that was asked for, faiss's own file.
 
     Args:
         folder: a new one, or one that this has written.
         extractor: with `broken_images` "skip" images that cannot be decoded are left out; a later call tries them
             again.
-        gallery: the images; of several of one file, by whatever path or symbolic link, the first counts.
+        gallery: the images; of several that are the same file, by whatever path or symbolic link, the first counts.
         kind: of the index; "flat" needs no more than the features.
         progress: called with (images embedded, images to embed).
 
