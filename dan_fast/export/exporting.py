@@ -57,23 +57,24 @@ def export_network(
     """Write a network to a file that needs nothing of dan_fast, and compare the file with the network.
 
     The file takes (B, 3, H, W) images in RGB at `network.image_size`, any B, and gives (B, C) float32: `embed` in
-    evaluation mode, at unit length. How images are to be resized stands in its metadata.
+    evaluation mode, at unit length. Its metadata says how images are to be resized.
 
     Args:
-        network: of any device, mode and floating type; it stays as it is.
+        network: on any device, of any mode and floating type; it stays as it is.
         path: of the file.
         format: "onnx", which ONNX Runtime and others run, or "pt2", which `torch.export.load` reads.
         input: "uint8", normalised by the file, or "normalized": float32 that has been normalised.
-        precision: "float16" halves the file; "int8", of ONNX alone, makes a quarter to a third of it: weights of 8
-            bits, but for the first convolution and those of groups, and inner values rounded to 8 bits in each batch.
+        precision: "float16" halves the file; "int8", for ONNX only, reduces it to a quarter to a third: weights have 8
+            bits, except in the first convolution and in those with groups, and inner values are rounded to 8 bits in
+            each batch.
         images: (n, 3, H, W) uint8 to compare on, or batches of these, of which few are held at a time; by default some
             are drawn at random.
 
     Raises:
         DanFastError: the path is a folder, a file of another suffix or one of the other format's, a package is missing,
             the network cannot be traced, the features are not finite or, of a float32 file, differ by more than 1e-4,
-            or another process is writing the same file. There is no file then, or the one that was there.
-        TypeError: `network` is no DAN.
+            or another process is writing the same file. There is then no file, or the one that was there before.
+        TypeError: `network` is not a DAN.
         ValueError: an unknown format, input or precision, int8 without ONNX, or no image in `images`, or images of
             another shape or dtype.
 

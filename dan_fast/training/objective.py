@@ -106,9 +106,9 @@ def _as_it_lies(tensor: Tensor) -> Tensor:
 class TrainingModel(nn.Module):
     """Network and memory as one module, so that one dict names all of G.
 
-    `forward(split)` gives (losses, record) and advances the memory by the samples of `split`, but not if a
-    feature is not finite: that and what the memory finds on a GPU stands in `record.fault`. The losses,
-    all () float32 and already weighted as their groups take them:
+    `forward(split)` returns (losses, record) and advances the memory by the samples of `split`, unless a feature is not
+    finite: `record.fault` tells this and what the memory finds on a GPU. The losses, all () float32 and already
+    weighted as their groups take them:
 
     - "total": L_c + l1 L_aad + l2 L_lde + l3 R, Eq. (1), and "labeled_embedding";
     - "adversary": l1 L_aad, of labelled and fed-back samples;
@@ -116,13 +116,13 @@ class TrainingModel(nn.Module):
     - "classification", "regularizer": L_c and l3 R, parts of the total shown on their own;
     - "labeled_embedding": the first term of Eq. (15) of labelled samples, by M as it was before this pass.
 
-    L_c and R are means over the two branches, which share backbone and classifier: a competition needs both
-    to be able to classify. Without an adversary there is the attention branch alone, and no L_aad. Fed-back
-    samples are not written to M, which holds true labels only.
+    L_c and R are means over the two branches, which share backbone and classifier: a competition needs both to be able
+    to classify. Without an adversary there is only the attention branch, and no L_aad. Fed-back samples are not written
+    to M, which holds true labels only.
 
-    Of a split that is a rank's share, `split.shares`, classification, adversary and regularizer are the rank's summands
-    of the losses of the whole, and embedding and labeled_embedding are whole; the record is of the rank's own images.
-    All ranks have to run the same passes, forward and backward.
+    For a split that is a rank's share (`split.shares`), classification, adversary and regularizer are the rank's
+    summands of the losses of the whole, while embedding and labeled_embedding are whole; the record is of the rank's
+    own images. All ranks have to run the same passes, forward and backward.
 
     Args:
         network: the DAN.
@@ -135,8 +135,8 @@ class TrainingModel(nn.Module):
         autocast_dtype: the network's forward runs under autocast in this type; None: as its weights are.
 
     Raises:
-        ValueError: L_aad is to reach the attention alone, and the network was made for all of it; or the memory's keys
-            are of another length than the network's.
+        ValueError: L_aad is to reach only the attention, but the network was made for it to reach all; or the memory's
+            keys have another length than the network's.
     """
 
     def __init__(

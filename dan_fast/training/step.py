@@ -57,7 +57,8 @@ class MetaStep:
     along both gradients. `gradients` and `apply` are its two halves, for a caller that changes the gradients between
     them.
 
-    The inner step of a parameter is as long as the optimizer's step, its group's "lr": delta_1 = delta_2 in Eq. (19).
+    The inner step of a parameter is as long as the step of the optimizer, the "lr" of its group: delta_1 = delta_2 in
+    Eq. (19).
 
     Args:
         model: network, memory and weights of the losses. It is used in the mode it is in, so call `train()` first.
@@ -65,14 +66,13 @@ class MetaStep:
             gradient None there, so that neither momentum nor weight decay moves them.
         meta: procedure, order, eta, stall guard and ties; the paper's settings by default. "daml3" holds the
             competition; without an adversary attention always wins.
-        process_group: ranks that each hand in a share of S and of S~, with at least one image, a labelled or fed-back
-            one where unlabelled ones only lend their styles, and take the step that one rank would take with all of
-            them; a memory has to be made with the same group.
-            Gradients are added up, running statistics, buffers whose names begin with running_, averaged; batch norm
-            itself and style mixing are of a rank's own images. What is found is the same on every rank. None: one
-            process.
+        process_group: ranks that each hand in a share of S and of S~ and take the step that one rank would take with
+            all of them. Each share has at least one image, which is labelled or fed back where unlabelled ones only
+            lend their styles; a memory has to be made with the same group. Gradients are added up; running statistics,
+            that is, buffers whose names begin with running_, are averaged; batch norm itself and style mixing use a
+            rank's own images. The result is the same on every rank. None: one process.
 
-    Names and places of the parameters are looked up here, once: freeze, replace and add modules before.
+    Names and places of the parameters are looked up once, here: freeze, replace and add modules before that.
 
     Attributes:
         model, optimizer, meta, process_group: as given.
@@ -83,7 +83,7 @@ class MetaStep:
     Raises:
         ValueError: the optimizer lacks a parameter that requires a gradient or takes more than one pass a step, or the
             memory has another process group.
-        DanFastError: a setting of `meta` or a weight of the losses that is none, such as an unknown procedure.
+        DanFastError: a setting of `meta` or a weight of the losses that is not valid, such as an unknown procedure.
 
     Example:
         >>> from dan_fast.nn import DAN, ProgressiveAugmentedMemory
@@ -154,8 +154,8 @@ class MetaStep:
     def gradients(self, meta_train: Split, meta_test: Split | None = None) -> StepResult:
         """What the outer step follows, without taking it.
 
-        Memory, competition and batch norm's buffers advance by the batch. A GPU is waited for once after S, where
-        the host has to know who won the competition, and once at the end.
+        Memory, competition and batch norm's buffers advance by the batch. The host waits for a GPU once after S, where
+        it has to know who won the competition, and once at the end.
 
         Args:
             meta_train: S, on the model's device or on the host; images in pinned memory are copied without waiting.
@@ -163,8 +163,8 @@ class MetaStep:
 
         Raises:
             DivergedError: a feature or a gradient is not finite; batch norm's running statistics may have taken it in,
-                so go on from a state that was saved before.
-            ValueError: batch norm or the memory refuses the batch, labels are no classes of the network, S has no
+                so continue from a state that was saved before.
+            ValueError: batch norm or the memory refuses the batch, labels are not classes of the network, S has no
                 labelled image where a competition is held, a part or a rank's share of it has no image, the procedure
                 needs the batch split otherwise, or a parameter was frozen since this was made.
             TypeError: images that are not floating, or of another dtype than the network. What a rank refuses of its

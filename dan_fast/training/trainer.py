@@ -50,27 +50,27 @@ _STOPPING = (
 class Trainer:
     """Trains a DAN as `config` says and keeps everything in the folder `config.run.out`.
 
-    The folder holds config.yaml, checkpoint.pt (everything: weights, optimizer, memory, competition, random states,
-    feedback; a run killed at any moment resumes from it, on the CPU bit for bit, on a GPU with run.deterministic, which
-    no run has shown), tensorboard/, chosen.pt of an epoch chosen on the targets and, after the last one, results.json.
-    Checkpoints within an epoch are written beside the training, which waits for the copy to host memory.
+    The folder holds config.yaml, checkpoint.pt, tensorboard/, chosen.pt of an epoch chosen on the targets and, at the
+    end, results.json. The checkpoint has everything: weights, optimizer, memory, competition, random states, feedback.
+    A run killed at any moment resumes from it, on the CPU bit for bit, on a GPU with run.deterministic, which no run
+    has shown. Checkpoints within an epoch are written beside the training, which waits for the copy to host memory.
 
-    A trainer is a guest in its process: it has random numbers of its own, and `fit` puts back the process's generators
-    and handlers of signals when it leaves; what NumPy and Python draw from stays. Meanwhile the generators are the
-    run's, a default dtype is float32 for all threads, and `fit` in another one is refused. `train_iteration` without
-    `fit` takes the process's own numbers. The step itself, without files, is `MetaStep`; here it is `meta_step`.
+    A trainer has random numbers of its own: `fit` restores the process's generators and signal handlers when it ends,
+    and leaves the generators of NumPy and Python alone. Meanwhile the generators are the run's, the default dtype is
+    float32 for all threads, and `fit` in another thread is refused. `train_iteration` without `fit` uses the process's
+    own random numbers. The step itself, without files, is `MetaStep`; here it is `meta_step`.
 
-    With a `process_group` its ranks train one network, each with a trainer of its own, of the same settings: they take
-    a share of each batch and of the memory's slots, and rank 0 prints, logs and writes. `dan-fast train` makes the
-    group where torchrun has started several processes. All of this class is then collective; checkpoints are waited
-    for, and each rank keeps the features of its slots in a file beside checkpoint.pt.
+    With a `process_group` its ranks train one network, each with a trainer of its own and the same settings: each takes
+    a share of every batch and of the memory's slots, and rank 0 prints, logs and writes. `dan-fast train` makes the
+    group where torchrun has started several processes. All of this class is then collective, the training waits for
+    checkpoints, and each rank keeps the features of its slots in a file beside checkpoint.pt.
 
     Args:
         config: what to train and how.
         process_group: the ranks, of backends for tensors on the host and on the device; None: this process alone.
 
     Raises:
-        DanFastError: data, settings, device or checkpoint do not fit; the sentence says which and what to do.
+        DanFastError: data, settings, device or checkpoint do not fit; the message says which and what to do.
 
     Example:
         trainer = Trainer(TrainConfig(data=DataConfig(labeled=["market"]), run=RunConfig(out="runs/market")))
@@ -137,8 +137,8 @@ class Trainer:
         Raises:
             Interrupted: SIGINT, SIGTERM or SIGHUP came; the run was saved and can be resumed.
             DanFastError: training diverged, an image cannot be read, a process that decodes images died, or a file
-                cannot be written; of these all but the first and the last find the run saved. Or another process
-                trains in the folder, or did since this trainer was made, or another thread of this process trains.
+                cannot be written; the run is saved except in the first and last case. Or another process trains in the
+                folder, or did since this trainer was made, or another thread of this process trains.
         """
         with self.folder.held():
             return self._fit()
@@ -221,7 +221,7 @@ class Trainer:
             raise Interrupted(f"Saved after iteration {self.iterations_done}.")
 
     def train_iteration(self, batch: MiniBatch, scalars: Scalars) -> None:
-        """Take the meta step and the outer step of one iteration; to count it is for the caller.
+        """Take the meta step and the outer step of one iteration; the caller counts the iterations.
 
         Args:
             batch: on the device, or on the host; images in pinned memory are copied without waiting.
