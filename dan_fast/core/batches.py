@@ -35,12 +35,12 @@ class Split(NamedTuple):
 
     @property
     def whole_counts(self) -> tuple[int, int, int]:
-        """The same of the whole of which it is a share."""
+        """The same counts for the whole that it is a share of."""
         labeled, fed_back, unlabeled = map(sum, zip(*(self.shares or (self.counts,)), strict=True))
         return labeled, fed_back, unlabeled
 
     def require_sound(self, num_classes: int) -> None:
-        """Refuse what no training step can take; labels on a GPU are not looked at, which would wait for it.
+        """Refuse what no training step can take; labels on a GPU are not checked, as that would wait for it.
 
         Raises:
             TypeError: images that are not floating.

@@ -21,8 +21,8 @@ from dan_fast.evaluation.scorable import require_evaluation_images
 class DatasetFeatures(NamedTuple):
     """Features of a dataset's evaluation images: a fixed query and gallery, or images yet to be split.
 
-    Where the images were divided over ranks, each rank holds all features of the queries, and its own of the gallery
-    and of the images to be split.
+    Where the images were divided over ranks, each rank holds the features of all queries, and only its own of the
+    gallery and of the images to be split.
 
     Attributes:
         name: the dataset's name.
@@ -57,9 +57,9 @@ class DatasetFeatures(NamedTuple):
     ) -> tuple[Features, Features]:
         """Query and gallery: the fixed ones, or those of the given repeat of the fixed or random splits.
 
-        Images that could not be decoded are in neither; random splits alone depend on `seed`. With `process_group`,
-        over which the images are divided, features are exchanged: every rank gets the queries whole and as many images
-        of the gallery, in its order, as the others.
+        Images that could not be decoded are in neither; only random splits depend on `seed`. With `process_group`, over
+        which the images are divided, features are exchanged: every rank gets all queries and as many gallery images, in
+        the order of the gallery, as the others.
         """
         if self.test is None:
             return self.query, self.gallery
@@ -133,8 +133,8 @@ def extract_dataset(
         dataset: with query and gallery images, or test images.
 
     Raises:
-        DanFastError: the dataset has neither a query and a gallery nor a test split, or not all the images that its
-            fixed splits name; and see :func:`extract_features`.
+        DanFastError: the dataset has neither a query and a gallery nor a test split, or lacks images that its fixed
+            splits name; and see :func:`extract_features`.
     """
     require_evaluation_images(dataset)
     given = {"image_size": image_size, "device": device, "precision": precision, "process_group": process_group}

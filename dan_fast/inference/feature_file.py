@@ -83,10 +83,10 @@ def write_features(out: Path, extractor: FeatureExtractor, parts: Sequence[Part]
 
     It holds, each with N rows in the order of the images, `features`, (N,C) float32 of length 1; `paths`; `pids` and
     `camids`, int64, -1 where they are unknown; `splits` and `datasets`, the titles of these, "" where there is none;
-    and `weights`, `FeatureExtractor.weights`: features of other weights do not compare. In a Parquet file `features` is
-    a column of lists of C numbers.
+    and `weights`, `FeatureExtractor.weights`: features of other weights cannot be compared. In a Parquet file
+    `features` is a column of lists of C numbers.
 
-    What is done lies in `chunk_folder` until everything is. Started again it goes on from there; features of images
+    What is done lies in `chunk_folder` until everything is done. Another call continues from there; features of images
     that have changed since, of other weights, of another batch size or of another version of Pillow, torchvision or
     PyTorch are made anew.
 
@@ -101,7 +101,7 @@ def write_features(out: Path, extractor: FeatureExtractor, parts: Sequence[Part]
 
     Raises:
         DanFastError: see `require_format`; a name that Parquet cannot hold; an image that cannot be decoded; another
-            process is writing the same file, or a full disk. A file that was there before is as it was.
+            process is writing the same file, or a full disk. A file that was there before stays as it was.
     """
     require_format(out)
     samples = samples_of(parts)

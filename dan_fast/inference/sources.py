@@ -38,11 +38,11 @@ class Part(NamedTuple):
 def find_images(paths: Sequence[str]) -> list[Part]:
     """The images at paths, in the order of the paths.
 
-    A path is a dataset, whose splits are parts of their own: what `dan_fast.data.load_dataset` takes, a manifest too.
-    Or it is a folder, of which all files named like images count, those in folders below too and hidden ones not, in
-    the order of their names; a file; or a pattern of files such as "frames/**/*.jpg". Images of these three that follow
-    each other are one part. Links are followed, to folders too. The pictures of a page that `dan-fast search` wrote are
-    none of a folder's or a pattern's images.
+    A path is a dataset, which is what `dan_fast.data.load_dataset` takes, including a manifest; each of its splits is a
+    part of its own. Or it is a folder, a file, or a pattern of files such as "frames/**/*.jpg". In a folder all files
+    named like images count, in the order of their names, including those in folders below but not hidden ones. Images
+    of these three kinds that follow each other are one part. Links are followed, also to folders. The pictures of a
+    page that `dan-fast search` wrote do not count as images of a folder or a pattern.
 
     Args:
         paths: as above.

@@ -58,16 +58,16 @@ class PlannedRun:
 def plan_sweep(
     grid: str | Path, base: str | Path | None, out: str | Path, recipe: str | None = None
 ) -> list[PlannedRun]:
-    """The trainings of a grid, in its order; of several with the same settings the first.
+    """The trainings of a grid, in its order; of several with the same settings, only the first.
 
-    A grid is a YAML file with a list `grids`, each of which maps dotted settings to lists of values: a training
-    is run for every combination of the values of one of them. In place of it, `arms` maps names to dotted settings, one
-    training each. Its `base`, if any, is the configuration that all of them start from, as `dan-fast train --config`
-    reads it: the settings themselves or a path, relative to the grid's.
+    A grid is a YAML file with a list `grids`, each of which maps dotted settings to lists of values: a training is run
+    for every combination of the values of one of them. In place of it, `arms` maps names to dotted settings, one
+    training each. The grid's `base`, if any, is the configuration that all of them start from, as `dan-fast train
+    --config` reads it: the settings themselves or a path, relative to that of the grid.
 
-    With `seeds`, a list, each training is run once a seed, all of the first seed before those of the next. `baseline`
-    names the arm, or the combination, that all others are compared with; without it that is the first one. `recipe`
-    is that of the trainings whose own settings and base name none.
+    With `seeds`, a list, each training is run once per seed, all of the first seed before those of the next. `baseline`
+    names the arm, or the combination, that all others are compared with; by default it is the first one. `recipe` is
+    that of the trainings whose own settings and base name none.
 
     Args:
         grid: path of a grid, or the name of one of those shipped: fig6, fig7, fig8, table9 or recipes.

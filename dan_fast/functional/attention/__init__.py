@@ -1,9 +1,8 @@
-"""NL-CBAM, the attention adversary and the head that is both, for a whole batch.
+"""NL-CBAM, the attention adversary and the head that combines them, for a whole batch.
 
-The operators keep the layout of the map: a channels_last map is read as it lies. float16 and bfloat16 are
-computed in float32 and returned in their own dtype. Under autocast such arguments are taken to float32, as
-autocast itself does for softmax and losses, and the results are float32; `attention_head` reads its map as it is
-even then.
+The operators keep the layout of the map: a channels_last map is read as it lies. float16 and bfloat16 are computed in
+float32 and returned in their own dtype. Under autocast such arguments are converted to float32, as autocast itself does
+for softmax and losses, and the results are float32; even then `attention_head` reads its map as it is.
 """
 
 from dan_fast.functional.attention.adversary import attention_adversary
