@@ -3,10 +3,10 @@
 import time
 from collections.abc import Iterable
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 
-from dan_fast.core.terminal import PLAIN, LastingConsole
+from dan_fast.core.terminal import PLAIN, LastingConsole, bar_of
 
 SECONDS_BETWEEN_LINES = 30.0
 _LOSSES = ("total", "classification", "labeled_embedding", "adversary", "embedding", "regularizer")
@@ -29,7 +29,8 @@ class Display:
         self._total, self._done, self._first = total, done, done
         self._started = self._last_line = time.monotonic()
         self._losses = ""
-        self._progress = Progress(
+        self._progress = bar_of(
+            self.console,
             TextColumn("{task.description}"),
             BarColumn(_BAR),
             MofNCompleteColumn(),
@@ -39,7 +40,6 @@ class Display:
             # The first to be cut in a narrow window.
             TextColumn("{task.fields[losses]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             expand=True,
-            console=self.console,
             disable=not (shown and self.console.is_terminal),
         )
         self._task = self._progress.add_task("training", total=total, completed=done, rate="", losses="")
