@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,12 +116,14 @@ def evaluate(
         weights = weights_hash(network)
         image_size = tuple(settings["data"]["image_size"])
         preprocessing = network.preprocessing
+        # Apart from the table: what is done stays readable where a later target fails or is not waited for.
+        progress = LastingConsole(stderr=True, quiet=own_rank() > 0)
         decoded = ImageCache.of_setting(
             cache,
             image_size,
             cache_check,
             workers=workers,
-            say=print if own_rank() == 0 else _LOG.info,
+            say=partial(progress.print, **PLAIN) if own_rank() == 0 else _LOG.info,
             interpolation=preprocessing.interpolation,
         )
         embeddings: dict[str, Callable[[torch.Tensor], torch.Tensor] | None] = {"trained": network.to(place).embed}
@@ -130,8 +133,6 @@ def evaluate(
             embeddings[first] = initial_network(settings, network.classifier.out_features).to(place).eval().embed
             embeddings["chance"] = None
         generator = torch.Generator().manual_seed(seed)
-        # Apart from the table: what is done stays readable where a later target fails or is not waited for.
-        progress = LastingConsole(stderr=True, quiet=own_rank() > 0)
 
         results: list[tuple[str, Evaluation]] = []
         for dataset in datasets:
@@ -167,7 +168,7 @@ def evaluate(
         return
 
     if out is not None:
-        # Before anything is printed, which may fail: to a full disk, or a reader that has left.
+        # Before the table is printed, which may fail: to a full disk, or a reader that has left.
         content = [{"features": name, "weights": weights, **evaluation.to_dict()} for name, evaluation in results]
         write_text(out, json.dumps(content, indent=2) + "\n")
     # Folded: a variant must stay readable in a narrow window.

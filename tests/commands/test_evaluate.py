@@ -1,10 +1,11 @@
 """`dan-fast evaluate`: what cannot be evaluated is refused before anything is embedded."""
 
+import io
 import json
 import re
+import sys
 from contextlib import nullcontext
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -96,7 +97,11 @@ def test_a_shared_folder_has_no_network_before_training(street, tmp_path, capsys
 @pytest.mark.slow
 @pytest.mark.usefixtures("capsys")
 def test_figures_are_written_before_they_are_printed(checkpoint, street, tmp_path, monkeypatch):
-    monkeypatch.setattr("rich.console.Console.print", Mock(side_effect=OSError("no space left on device")))
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError("no space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
     assert evaluated(checkpoint, street, out=tmp_path / "figures.json") == 1
     assert len(json.loads((tmp_path / "figures.json").read_text())) == 1
 
