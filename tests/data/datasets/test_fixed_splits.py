@@ -4,6 +4,7 @@ import hashlib
 import json
 import runpy
 import tomllib
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from unittest.mock import Mock
@@ -186,6 +187,11 @@ def test_missing_images_are_said_before_any_is_embedded(dataset: ReIDDataset) ->
         evaluate_dataset(Mock(side_effect=AssertionError), incomplete, SIZE)
     require_scorable(dataset)
     require_scorable(ReIDDataset("people", dataset.root, test=dataset.test))
+    # Splits that have a match of nobody too.
+    lone = tuple(sample for sample in dataset.test if sample.camid == dataset.test[0].camid)
+    unseen = replace(dataset, test=lone, splits=replace(dataset.splits, splits=()))
+    with pytest.raises(DanFastError, match="people has no person seen by two cameras in its evaluation images"):
+        evaluate_dataset(Mock(side_effect=AssertionError), unseen, SIZE)
 
 
 def test_missing_images_are_said_before_training(tmp_path: Path) -> None:
