@@ -144,6 +144,20 @@ def test_without_memory_nothing_of_it_is_in_the_loss():
     assert record.cleared is None
 
 
+def test_images_that_lend_their_style_have_no_part_in_the_losses_of_a_ranks_share():
+    network = tiny_network()
+    memory = ProgressiveAugmentedMemory(4, 4, key_dim=network.key_dim)
+    model, batch = TrainingModel(network, memory, LossConfig(), lending=True), split()
+    # The lenders leave before the last map.
+    share = batch._replace(shares=((3, 1, 3), (2, 0, 2)))
+    losses, record = model.losses(network.maps(batch.images[:4]), share)
+    assert losses["embedding"] == losses["regularizer"] == 0
+    torch.testing.assert_close(losses["total"], losses["classification"] + losses["adversary"])
+    assert record.sample_ids.numel() == record.pseudo_labels.numel() == record.cleared == 0
+    assert set(memory.unlabeled.sample_ids.tolist()) == {-1}
+    assert sorted(memory.labeled.labels.tolist()) == [-1, 0, 1, 2]
+
+
 def test_labelled_images_are_told_apart_by_the_memory_as_it_was_before_them():
     network = tiny_network()
     memory = ProgressiveAugmentedMemory(4, 4, key_dim=network.key_dim)
