@@ -117,8 +117,13 @@ def test_evaluate_under_torchrun_says_and_writes_what_one_process_does(run, imag
     ranks = subprocess.run([*launcher, "-m", "dan_fast", *command, str(two)], cwd=ROOT, capture_output=True, text=True)
     assert ranks.returncode == 0, ranks.stderr
     assert json.loads(two.read_text()) == json.loads(one.read_text())
-    said = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("Decoding")]
-    assert sorted(ranks.stdout.splitlines()) == sorted(said) and any(line.startswith("Skipped") for line in said)
+    printed, said = (text.splitlines() for text in capsys.readouterr())
+    assert sorted(ranks.stdout.splitlines()) == sorted(printed) and any(line.startswith("Skipped") for line in printed)
+    # Each line of the progress once, too; by the second time the cache is there.
+    done = [line for line in said if not line.startswith("Decoding ")]
+    assert [line.split()[0] for line in done] == ["Testing", "mall,", "Testing", "mall,", "mall,"]
+    of_progress = [line for line in ranks.stderr.splitlines() if line.startswith(("Testing ", "mall, "))]
+    assert of_progress == done
 
 
 @pytest.mark.slow
