@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from dan_fast.core.batches import BrokenImages
 from dan_fast.core.devices import resolve_device
 from dan_fast.core.errors import DanFastError
+from dan_fast.core.terminal import bar_of
 from dan_fast.data.images.loader import image_loader
 from dan_fast.data.images.reading import decode_image, read_image
 from dan_fast.data.images.transforms import resize
@@ -262,6 +262,6 @@ def _check(images: Iterable[Any], start: int) -> None:
 def _bar(total: int, long: int) -> Iterator[Show]:
     console = Console(stderr=True)
     shown = total > long and (console.is_terminal or console.is_jupyter)
-    with Progress(console=console, transient=True, disable=not shown) as bar:
+    with bar_of(console, transient=True, disable=not shown) as bar:
         task = bar.add_task("Features", total=total)
         yield lambda done, _: bar.update(task, completed=done)
