@@ -69,7 +69,13 @@ def test_what_features_gain_is_that_of_their_networks():
         figures[run["feature"]][network] = fmean(run["mAP"][target] for target in ("VIPeR", "PRID"))
     whitened = {network: value for network, value in figures["pooled_whitened"].items() if "slots" not in network[0]}
     root = paired_difference(figures["pooled_root"], figures["pooled"])
-    assert (len(root.seeds), len(whitened)) == (18, 9)
-    for gain in (root, paired_difference(whitened, figures["pooled_root"])):
+    assert (len(root.seeds), len(whitened)) == (26, 11)
+    dan, plain = (
+        {network[1:]: value for network, value in figures[feature].items() if network[0] == arm and network[2] == 900}
+        for feature, arm in (("pooled_whitened", DAN), ("pooled_root", PLAIN))
+    )
+    as_tested = paired_difference(dan, plain)
+    assert len(as_tested.seeds) == 10
+    for gain in (root, paired_difference(whitened, figures["pooled_root"]), as_tested):
         assert all(said(*gain[:3]) in in_checkout(page).read_text() for page in (README, EXPERIMENTS))
-    assert "in both, eighteen networks; whitened by M in dan, nine networks" in in_checkout(EXPERIMENTS).read_text()
+    assert "in both, twenty-six networks; whitened by M in dan, eleven networks" in in_checkout(EXPERIMENTS).read_text()
