@@ -141,6 +141,37 @@ def test_steps_are_those_of_one_rank(ranks: Ranks, procedure: str, order: int, g
     ranks.run(same_steps, procedure, order, gates, attention)
 
 
+@in_float64
+def same_steps_with_lenders(group: Group, gates: str) -> None:
+    """Of style mixing, whose draws are each rank's own, is left that lenders are in no loss and in no memory."""
+    ranks = group.size()
+    mine, alone = (lending_step(each, gates) for each in (group, None))
+    for seed in range(3):
+        split = whole_split(seed, (ranks + 3, 0, 2 * ranks + 1))
+        labeled = [1 + extra for extra in uneven(3, ranks, seed % ranks)]
+        sizes = (labeled, [0] * ranks, uneven(2 * ranks + 1, ranks, seed))
+        found = mine.step(share(split, group.rank(), sizes))
+        assert_same(found, alone.step(split))
+        assert seed == 0 or found.train_losses["labeled_embedding"] > 0
+    assert set(mine.model.memory.unlabeled.labels.tolist()) == {-1}
+    without = ([0] + [1] * (ranks - 1), [0] * ranks, [1] * ranks)
+    with pytest.raises(ValueError, match="rank 0 has no labelled or fed-back image of S"):
+        mine.step(share(whole_split(4, (ranks - 1, 0, ranks)), group.rank(), without))
+
+
+def lending_step(group: Group | None, gates: str) -> MetaStep:
+    step = step_of(group, MetaConfig(procedure="daml1"), gates, "none")
+    step.model.lending = True
+    maps = step.model.network.maps
+    step.model.network.maps = lambda images, lenders: maps(images[: len(images) - (lenders or 0)])
+    return step
+
+
+@pytest.mark.parametrize("gates", ["parameters", "features"])
+def test_images_that_lend_styles_are_in_no_loss_of_any_rank(ranks: Ranks, gates: str):
+    ranks.run(same_steps_with_lenders, gates)
+
+
 def refuses_alone(group: Group, wrong: str) -> None:
     """The batch of the last rank is none; the others do not wait for it, and the next step is taken."""
     step = step_of(group, MetaConfig(procedure="daml2"), "parameters", "none")
